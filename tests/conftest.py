@@ -51,6 +51,12 @@ _LONGEST = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Workers of several test processes do not wait for each other."""
+    os.environ["TUNESMITH_SLOTS"] = str(tmp_path_factory.mktemp("slots"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     place = {str(folder / name): number for number, name in enumerate(_LONGEST)}

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import digest_of
@@ -39,8 +39,12 @@ class FineTuningSettings(Settings):
     """What fine-tuning jobs that come over HTTP add to the project: their rows are a file that a client uploaded."""
 
     models: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")], ...],
-        Field(min_length=1, description="names that clients may ask for; each means this project's base"),
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")], str | None],
+        Field(
+            min_length=1,
+            description="names that clients may ask for, each with the base that it means, written as `base:`; "
+            "with nothing, it means this project's base",
+        ),
     ]
     candidate: Annotated[
         str | None,
@@ -53,6 +57,39 @@ class FineTuningSettings(Settings):
     split: Annotated[
         Split | None, Field(description="which uploaded rows are held out; by default as data.split says")
     ] = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _a_map(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("write a map: each name with its base, or with nothing for this project's base")
+        return value
+
+
+class JobSettings(Settings):
+    """Where a worker has queued jobs performed. They do not change what a job does."""
+
+    runner: Annotated[
+        Literal["local", "ray"],
+        Field(
+            description="local performs jobs on the worker's machine; ray on a Ray cluster's nodes, which all see "
+            "the project's folder under the same path; needs `tunesmith[ray]`"
+        ),
+    ] = "local"
+    address: Annotated[
+        str | None,
+        Field(description="the cluster's, such as head:6379; by default $RAY_ADDRESS, or a cluster on this machine"),
+    ] = None
+    resources: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]],
+        Field(min_length=1, description="what each job takes of a node, such as {GPU: 1, CPU: 8}"),
+    ] = {"CPU": 1.0}  # noqa: RUF012
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> JobSettings:
+        if self.runner == "local" and (given := self.model_fields_set - {"runner"}):
+            raise ValueError(f"{sorted(given)[0]} applies to runner: ray")
+        return self
 
 
 class ProjectSettings(Settings):
@@ -111,10 +148,12 @@ class ProjectSettings(Settings):
         Field(description="when a worker queues a run by itself; without it only people queue runs"),
     ] = None
 
+    jobs: Annotated[JobSettings, Field(description="where a worker has queued jobs performed")] = JobSettings()
+
     @property
     def digest(self) -> str:
         """Names these settings. A queued job notices by it that they changed."""
-        return digest_of(self.model_dump(mode="json", by_alias=True))
+        return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"jobs"}))
 
     @property
     def server(self) -> VllmSettings | None:
@@ -132,6 +171,7 @@ class ProjectSettings(Settings):
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
         _check_fine_tuning(self)
+        _check_jobs(self)
         if ALL in self.policy:
             raise ValueError(f"policy.{ALL}: {ALL} stands for every check: choose another name")
         try:
@@ -171,6 +211,22 @@ def _check_fine_tuning(project: ProjectSettings) -> None:
         raise ValueError(f"fine_tuning.candidate: {named!r} is not trained here; {', '.join(trained) or 'none'} is")
     if named is None and len(trained) != 1:
         raise ValueError(f"fine_tuning: {len(trained)} candidates are trained: name one with fine_tuning.candidate")
+    others = [name for name, base in project.fine_tuning.models.items() if base not in (None, project.base)]
+    if others and project.server is not None and project.server.start is None:
+        raise ValueError(
+            f"fine_tuning.models.{others[0]}: the vLLM servers of engine.{'url' if project.server.url else 'urls'} run "
+            "this project's base only: leave its base out, or let engine.start start servers"
+        )
+
+
+def _check_jobs(project: ProjectSettings) -> None:
+    """Raise ValueError where jobs on a Ray cluster's nodes would take what Ray did not give them."""
+    if project.jobs.runner == "local":
+        return
+    if project.engine.ray is not None and project.engine.ray.address is None:
+        raise ValueError("jobs.runner: ray needs engine.ray.address: a job would start another cluster on its node")
+    if project.server is not None and project.server.start is not None:
+        raise ValueError("jobs.runner: ray cannot be combined with engine.start: name servers that run by engine.url")
 
 
 class Project:
@@ -214,6 +270,17 @@ class Project:
         """This project without the Ray cluster of its settings: this process trains and answers."""
         engine = self.settings.engine.model_copy(update={"ray": None})
         return Project(self.root, self.settings.model_copy(update={"engine": engine}))
+
+    def on_base(self, model: str) -> Project:
+        """This project on the base that a name of `fine_tuning.models` means. Raises UsageError for an unknown name."""
+        known = {} if self.settings.fine_tuning is None else self.settings.fine_tuning.models
+        if model not in known:
+            raise UsageError(
+                f"fine_tuning.models has no {model!r}",
+                where="tunesmith.yaml",
+                fix=f"name one of {', '.join(known)}" if known else "add fine_tuning: {models: {...}}",
+            )
+        return Project(self.root, self.settings.model_copy(update={"base": known[model] or self.settings.base}))
 
     def actor(self, name: str | None = None) -> str:
         """The name of the person who acts: name, else $TUNESMITH_USER, else the store's owner."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
+from tunesmith.jobs.places import LocalPlace
+from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.services import jobs, training
 from tunesmith.store.store import Store
@@ -41,13 +44,16 @@ def perform(root: Path, lease: Lease) -> None:
     leases.finish(store, lease, {"process": os.getpid()})
 
 
-def starting(root: Path) -> Callable[[Lease], BaseProcess]:
-    def start(lease: Lease) -> BaseProcess:
+def places(root: Path) -> list[LocalPlace]:
+    """Two places, or one where there is one core."""
+
+    def start(lease: Lease, _held: HeldSlot) -> BaseProcess:
         process = multiprocessing.get_context("spawn").Process(target=perform, args=(root, lease))
         process.start()
         return process
 
-    return start
+    cores = usable_cores()
+    return [LocalPlace(slot, start) for slot in divide(min(2, len(cores)), cores, ())]
 
 
 def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock: SetClock) -> None:
@@ -56,7 +62,7 @@ def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock
 
     dies, lives = add(dies=True), [add(starts_in=6.0), add()]  # longer than a lease
     said: list[str] = []
-    worker = Worker(store, "p", ["run"], starting(store.root), at_once=2, lease_seconds=4.0, say=said.append)
+    worker = Worker(store, "p", ["run"], places(store.root), lease_seconds=4.0, say=said.append)
     worker.run(until_empty=True)
     job = queue.get(store, dies)
     assert (job.state, job.error["code"]) == ("failed", "process_ended")
@@ -116,8 +122,8 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
     """Starts workers, of which none stays."""
     started: list[Running] = []
 
-    def one(*options: str) -> Running:
-        started.append(Running(folder, *options))
+    def one(*options: str, project: Path = folder) -> Running:
+        started.append(Running(project, *options))
         return started[-1]
 
     yield one
@@ -167,6 +173,33 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     assert training.repeat(project).same, "the bytes are those of an undisturbed training"
     assert project.run().registered is not None
     assert [job["state"] for job in cli(folder, "jobs", "list")["jobs"]] == ["succeeded"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="one core")
+def test_trainings_of_two_projects_compute_on_different_cores(
+    folder: Path, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    workers = [start("--at-once", "2", "--until-empty", project=each) for each in (folder, other)]
+    for each in (folder, other):
+        cli(each, "run", "--queue")
+
+    def trains(each: Path) -> bool:
+        return any(each.glob(".tunesmith/work/train-*/checkpoints/step-*"))
+
+    until(lambda: trains(folder) and trains(other))
+    (one,), (another,) = (worker.jobs() for worker in workers)
+    used = [{*psutil.Process(process).cpu_affinity()} for process in (one, another)]
+    assert not used[0] & used[1]
+    assert all(used)
+    workers[0].end(signal.SIGKILL)
+    until(lambda: gone(one))
+    (slot,) = divide(1, [*used[0]], ())
+    held = slot.take()
+    assert held is not None, "kill -9 of the worker frees its job's cores"
+    held.release()
+    assert workers[1].end(signal.SIGTERM) == 0
 
 
 def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def fine_tuning_settings(**changes: object) -> dict[str, object]:
             "plain": {"max_tokens": 8},
             "tuned": {"train": {"rank": 2, "batch": 8, "checkpoint_seconds": 0.1}, "max_tokens": 8},
         },
-        "fine_tuning": {"models": [MODEL], "licence": "CC0-1.0", "split": {"validation": 0.1, "test": 0.4}},
+        "fine_tuning": {"models": {MODEL: None}, "licence": "CC0-1.0", "split": {"validation": 0.1, "test": 0.4}},
         **changes,
     }
 

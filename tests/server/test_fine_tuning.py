@@ -256,3 +256,25 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
     assert len(series("x" * 63, "y" * 64)) == 63
     with pytest.raises(UsageError, match="name one with"):
         opened(tmp_path, candidates={"a": {"train": {}}, "b": {"train": {}}})
+
+
+def test_a_name_means_a_base(tmp_path: Path) -> None:
+    names = {MODEL: None, "gpt-4.1-nano": "pypi:other==1"}
+    tuning = {"models": names, "licence": "CC0-1.0"}
+    project = opened(tmp_path, fine_tuning=tuning)
+    bases = [
+        derived(project, Arguments(settings="", model=name, training_file="f"), "/a.jsonl").settings.base
+        for name in names
+    ]
+    assert bases == [project.settings.base, "pypi:other==1"]
+    with pytest.raises(UsageError, match="has no 'gpt-9'"):
+        project.on_base("gpt-9")
+    with pytest.raises(UsageError, match="write a map"):
+        opened(tmp_path, fine_tuning={**tuning, "models": [MODEL]})
+    running_servers = {"kind": "vllm", "url": "http://127.0.0.1:1"}
+    with pytest.raises(
+        UsageError, match=r"gpt-4\.1-nano: the vLLM servers of engine\.url run this project's base only"
+    ):
+        opened(tmp_path, fine_tuning=tuning, engine=running_servers)
+    opened(tmp_path, fine_tuning={**tuning, "models": {MODEL: None}}, engine=running_servers)
+    opened(tmp_path, fine_tuning=tuning, engine={"kind": "vllm", "start": True})

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -24,19 +25,24 @@ import pytest
 from tests.server.fine_tuning_project import (
     MODEL,
     examples,
+    fine_tuning_settings,
     serving,
     started,
     token_of_engineer,
     write_fine_tuning_project,
 )
+from tests.tiny import write_model
 from tunesmith.core.scope import Scope
-from tunesmith.jobs import queue
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.performing import perform
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
-from tunesmith.services.fine_tuning.arguments import Arguments, derived
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived
+from tunesmith.services.fine_tuning.perform import perform_fine_tuning
 from tunesmith.services.training import run
 
 pytestmark = pytest.mark.slow
+OTHER_MODEL = "gpt-4.1-nano"
 QUESTION = [{"role": "user", "content": "turn on hall fan"}]
 _WAIT = 400.0
 
@@ -73,7 +79,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         folder = tmp_path_factory.mktemp("service") / "project"
         patch.setenv("TUNESMITH_USER", "olive")
         patch.setenv("TUNESMITH_CACHE", str(folder.parent / "cache"))
-        write_fine_tuning_project(folder)
+        tuning: Any = fine_tuning_settings()["fine_tuning"]
+        models = {MODEL: None, OTHER_MODEL: "other"}
+        write_fine_tuning_project(folder, fine_tuning={**tuning, "models": models})
+        write_model(folder / "other", seed=5)
         token = token_of_engineer(folder, Scope("acme"))
         with serving(folder, "--no-worker") as (url, _):
             yield Service(folder, url, token, Project.load(folder))
@@ -137,6 +146,24 @@ def _require_the_same_weights(service: Service, identifier: str, file: str) -> N
     trained = run(derived(undisturbed, arguments, path)).train["tuned"].training
     result = service.job(identifier).result["train"]["tuned"]["training"]
     assert undisturbed.store.record(trained).blobs == service.project.store.record(result).blobs
+
+
+def test_a_model_on_another_base_is_served_by_a_server_of_that_base(service: Service) -> None:
+    client, store = service.client, service.project.store
+    file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
+    asked: Any = {"training_file": file, "suffix": "nano", "hyperparameters": {"n_epochs": 1}}
+    made = client.fine_tuning.jobs.create(model=OTHER_MODEL, **asked)
+    lease = leases.claim(store, "w", [KIND], project="tiny")
+    assert lease is not None
+    perform(store, lease, lambda progress: perform_fine_tuning(service.project, service.job(made.id), progress))
+    name = client.fine_tuning.jobs.retrieve(made.id).fine_tuned_model
+    assert name == f"ft:{OTHER_MODEL}:tiny:nano:{made.id[6:]}"
+    assert started(service.folder, "approve", "tiny-nano@v1", "--as", "ada", "--tenant", "acme").wait(120) == 0
+    with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 was made from another base than this server's"):
+        client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
+    with serving(service.folder, "--no-worker", "--base-of", OTHER_MODEL) as (url, _):
+        other = openai.OpenAI(base_url=url, api_key=service.token, max_retries=0, timeout=120)
+        assert other.chat.completions.create(model=name, messages=QUESTION).model == "tiny-nano@v1"  # type: ignore[arg-type]
 
 
 SCRIPT = """

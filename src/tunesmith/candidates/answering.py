@@ -40,6 +40,10 @@ class Responder(Protocol):
         ...
 
 
+class OtherBase(UsageError):
+    """A candidate was made for another base than the engine runs."""
+
+
 class Answerer:
     """One candidate, ready to turn requests into what its responder generates from.
 
@@ -54,7 +58,7 @@ class Answerer:
         endpoint: EndpointSettings | None = None,
     ) -> None:
         if candidate.asks_base and (engine is None or candidate.base != engine.base):
-            raise UsageError(f"candidate {candidate.name} was made for another base model than the engine runs")
+            raise OtherBase(f"candidate {candidate.name} was made for another base model than the engine runs")
         self._candidate, self._engine, self._endpoint = candidate, engine, endpoint
         self.composer = Composer(store, candidate)
 

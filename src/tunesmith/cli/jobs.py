@@ -31,7 +31,15 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     here: Here,
-    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Jobs performed at the same time.")] = 1,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            "--at-once",
+            min=1,
+            help="Jobs performed at the same time, each on its share of the cores and GPUs; by default one, or one for "
+            "each GPU where there are several.",
+        ),
+    ] = None,
     lease: Annotated[
         float,
         typer.Option("--lease", min=2.0, help="Seconds without a sign of life until another worker takes a job on."),

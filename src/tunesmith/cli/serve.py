@@ -52,6 +52,14 @@ def serve(
     largest_file: Annotated[
         int, typer.Option("--largest-file", min=1, help="Megabytes (2**20 bytes) of the largest file that is uploaded.")
     ] = 512,
+    base_of: Annotated[
+        str | None,
+        typer.Option(
+            "--base-of",
+            metavar="MODEL",
+            help="Answer with the base of this name in fine_tuning.models; by default with the project's.",
+        ),
+    ] = None,
     worker: Annotated[
         bool, typer.Option("--worker/--no-worker", help="Also perform queued jobs, in a separate process.")
     ] = True,
@@ -73,7 +81,8 @@ def serve(
 
     project = here.project
     listening = _listen(host, port)
-    context = PipelineContext(project.in_this_process(), Terminal())
+    answering = project if base_of is None else project.on_base(base_of)
+    context = PipelineContext(answering.in_this_process(), Terminal())
     app = create_app(
         project.store,
         context.engine,

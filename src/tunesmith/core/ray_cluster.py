@@ -54,6 +54,18 @@ def check_room(
         progress.say(f"waiting for {short}")
 
 
+def room(ray: Any, resources: Mapping[str, float]) -> int:
+    """For how many actors that each take resources the cluster's nodes have room now, if nothing else runs."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(node.get(name, 0.0) // each for name, each in resources.items())) for node in nodes)
+
+
+def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """What each actor takes of the cluster, as Ray's options name it."""
+    others = {name: each for name, each in resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": others}
+
+
 def limit_to(resources: Mapping[str, float]) -> None:
     """Have this worker of Ray use no more threads than its CPUs, and no GPU unless it has one. Call it first of all."""
     os.environ.setdefault("TUNESMITH_THREADS", str(max(1, int(resources.get("CPU", 1)))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,17 @@ def gpu_present() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def gpu_names() -> tuple[str, ...]:
+    """The GPUs that torch sees here, each as CUDA_VISIBLE_DEVICES names it. Starts nothing on them."""
+    if not gpu_present():
+        return ()
+    import torch
+
+    told, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = map(str, range(count)) if told is None else (name.strip() for name in told.split(","))
+    return tuple(names)[:count]
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.ray_cluster import check_room, connected, limit_to
+from tunesmith.core.ray_cluster import actor_options, check_room, connected, limit_to
 from tunesmith.core.scratch import scratch_folder
 from tunesmith.engines.factory import LocalEngine, load_model
 from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Scored, Streamed
@@ -149,9 +149,7 @@ class RayEngine:
 
     def _start(self, ray: Any) -> None:
         """Start a worker, which loads the base."""
-        resources = dict(self._settings.resources)
-        options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0), "resources": resources}
-        worker = ray.remote(_Worker).options(**options).remote()
+        worker = ray.remote(_Worker).options(**actor_options(self._settings.resources)).remote()
         self._busy[worker.load.remote(self._base, self._kind, dict(self._settings.resources))] = worker
 
 

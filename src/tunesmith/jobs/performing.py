@@ -160,13 +160,18 @@ def _record(store: Store, lease: Lease, error: BaseException) -> None:
     elif isinstance(error, LockHeld) and not lease.own:
         leases.stop(store, lease, f"{error.what} ({error.where})", busy=True)
     elif isinstance(error, TunesmithError):
-        code = _CODES.get(type(error), "failed")
-        stated = {"code": code, "what": error.what, "where": error.where, "fix": error.fix}
-        # What was refused once is refused again; a full disk or a lost connection may pass.
-        leases.fail(store, lease, stated, retry=code == "failed")
+        record_error(store, lease, error, "failed")
     elif isinstance(error, Exception):
         leases.log(store, lease, "".join(traceback.format_exception(error)))
         what = f"{type(error).__name__}: {error}"
         leases.fail(store, lease, {"code": "internal", "what": what}, retry=True)
     else:
         leases.fail(store, lease, {"code": "interrupted", "what": "it was interrupted"}, retry=False)
+
+
+def record_error(store: Store, lease: Lease, error: TunesmithError, code: str) -> None:
+    """Record why a job failed. code: of an error that may pass, such as a full disk or a lost connection: the job is
+    tried again then. What was refused once is refused again. Raises LeaseLost where the job was taken back."""
+    lasting = _CODES.get(type(error))
+    stated = {"code": lasting or code, "what": error.what, "where": error.where, "fix": error.fix}
+    leases.fail(store, lease, stated, retry=lasting is None)

@@ -1,4 +1,4 @@
-"""The worker: takes jobs from the queue and has each performed by a process of its own.
+"""The worker: takes jobs from the queue and has each performed by a process of its own, in a place of its own.
 
 A job's process renews its lease itself, so that a job whose process hangs is taken back. The worker notices at once
 where a process ended without recording what came of its job, as after `kill -9` or without memory.
@@ -12,13 +12,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
+from tunesmith.jobs.performing import record_error
+from tunesmith.jobs.places import JobProcess, Place
 from tunesmith.jobs.state import Job
 from tunesmith.store.store import Store
 
@@ -26,8 +27,6 @@ from tunesmith.store.store import Store
 _POLL = 0.5
 # Seconds that a process may take to stop by itself between two of its steps. It is killed then; its checkpoints stay.
 GRACE_SECONDS = 60.0
-# Seconds that a process may take to start and to renew its lease itself. The worker renews it so long.
-_STARTING = 300.0
 # Seconds between two looks at what may add jobs.
 ALSO_SECONDS = 300.0
 
@@ -40,8 +39,8 @@ def worker_name() -> str:
 @dataclass
 class _Child:
     lease: Lease
-    process: BaseProcess
-    began: float
+    place: Place
+    process: JobProcess
     renewed: float  # when the worker renewed the lease last
     told: float | None = None  # when it was told to stop, or a person asked for that
 
@@ -52,10 +51,9 @@ class _Child:
 class Worker:
     """Performs the jobs of one project until it is told to stop.
 
-    start: starts a process that performs a job, and stops it between two steps at SIGTERM. at_once: jobs that are
-    performed at the same time. say: shows a line to a person. stopping: once set, no job is taken, and those that are
-    performed go back into the queue. grace: seconds that they may take to stop. also: may add jobs; it is called at the
-    start and then every `also_every` seconds.
+    places: where jobs are performed, one at a time in each. say: shows a line to a person. stopping: once set, no job
+    is taken, and those that are performed go back into the queue. grace: seconds that they may take to stop. also: may
+    add jobs; it is called at the start and then every `also_every` seconds.
     """
 
     def __init__(
@@ -63,9 +61,8 @@ class Worker:
         store: Store,
         project: str,
         kinds: Collection[str],
-        start: Callable[[Lease], BaseProcess],
+        places: Sequence[Place],
         *,
-        at_once: int = 1,
         lease_seconds: float = LEASE_SECONDS,
         grace: float = GRACE_SECONDS,
         say: Callable[[str], None] = lambda _: None,
@@ -74,8 +71,8 @@ class Worker:
     ) -> None:
         self._also, self._also_every, self._also_at = also, also_every, -math.inf
         self.stopping = threading.Event()
-        self._store, self._project, self._kinds, self._start = store, project, kinds, start
-        self._at_once, self._lease_seconds, self._grace, self._say = at_once, lease_seconds, grace, say
+        self._store, self._project, self._kinds, self._places = store, project, kinds, places
+        self._lease_seconds, self._grace, self._say = lease_seconds, grace, say
         self._name = worker_name()
         self._children: list[_Child] = []
         self._complaint = ""
@@ -90,18 +87,16 @@ class Worker:
                 idle = False
                 try:
                     idle = self._turn()
-                    self._complaint = ""
                 except TunesmithError as error:
-                    if str(error) != self._complaint:  # once, not at every turn
-                        self._complaint = str(error)
-                        self._say(f"waiting: {error}")
+                    self._complain(str(error))
                 if not self._children and (self.stopping.is_set() or (until_empty and idle)):
                     return
                 time.sleep(_POLL) if self.stopping.is_set() else self.stopping.wait(_POLL)
         finally:
             for child in self._children:
                 child.process.kill()
-                child.process.join()
+                child.process.ending()
+                child.place.leave()
                 with contextlib.suppress(TunesmithError):  # otherwise the lease runs out
                     leases.stop(self._store, child.lease, "its worker was ended")
 
@@ -112,16 +107,46 @@ class Worker:
         if not self.stopping.is_set() and time.monotonic() - self._also_at >= self._also_every:
             self._also_at = time.monotonic()
             self._also()
-        while not self.stopping.is_set() and len(self._children) < self._at_once:
+        waits = queue.is_waiting(self._store, self._project)
+        held_elsewhere = False
+        for place in self._places:
+            if self.stopping.is_set() or any(child.place is place for child in self._children):
+                continue
+            if not place.take():
+                held_elsewhere = True
+            elif not self._begin(place):
+                break
+        if waits and held_elsewhere and not self._children:
+            self._complain(f"jobs of other workers hold {' and '.join(map(str, self._places))}")
+        else:
+            self._complaint = ""
+        return not self._children and not waits
+
+    def _begin(self, place: Place) -> bool:
+        """Start the next job in a place that was taken. Returns whether there was one; the place is left otherwise."""
+        lease = None
+        try:
             lease = leases.claim(
                 self._store, self._name, self._kinds, project=self._project, seconds=self._lease_seconds
             )
-            if lease is None:
-                break
-            self._say(f"job {lease.job}: started")
-            now = time.monotonic()
-            self._children.append(_Child(lease, self._start(lease), began=now, renewed=now))
-        return not self._children and not queue.is_waiting(self._store, self._project)
+            if lease is not None:
+                process = place.start(lease)
+                self._children.append(_Child(lease, place, process, renewed=time.monotonic()))
+                self._say(f"job {lease.job}: started")
+                return True
+        except TunesmithError:
+            if lease is not None:
+                leases.stop(self._store, lease, "its process could not be started", busy=True)
+            place.leave()
+            raise
+        place.leave()
+        return False
+
+    def _complain(self, what: str) -> None:
+        """Say why nothing is done, once and not at every turn."""
+        if what != self._complaint:
+            self._complaint = what
+            self._say(f"waiting: {what}")
 
     def _look_after(self, child: _Child) -> None:
         """Tell a process to stop, kill it where it does not, and record how it ended where it did not do so itself."""
@@ -137,27 +162,23 @@ class Worker:
                 self._renew(child)
                 return
             process.kill()
-        process.join()
+        ending = process.ending()
         with contextlib.suppress(LeaseLost):  # it has recorded how it ended, or another worker has the job
             if child.told is not None:
                 leases.stop(self._store, lease, "its process did not stop in time and was killed")
             else:
-                what = f"its process ended with {_ending(process.exitcode)}"
-                leases.fail(self._store, lease, {"code": "process_ended", "what": what}, retry=True)
+                record_error(self._store, lease, ending, "process_ended")
         self._children.remove(child)
+        child.place.leave()
         self._say(_said(queue.get(self._store, lease.job)))
 
     def _renew(self, child: _Child) -> None:
         """Renew the lease of a process that may still be starting, which takes long on a busy machine."""
         now = time.monotonic()
-        if now - child.began < _STARTING and now - child.renewed > child.lease.seconds / 4:
+        if child.process.is_starting() and now - child.renewed > child.lease.seconds / 4:
             with contextlib.suppress(LeaseLost):  # the next look notices that
                 leases.renew(self._store, child.lease)
             child.renewed = now
-
-
-def _ending(code: int | None) -> str:
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def _said(job: Job) -> str:

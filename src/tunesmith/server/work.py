@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.answering import Answerer, OtherBase
 from tunesmith.candidates.composing import PromptUsed
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -247,7 +247,9 @@ class Worker:
         except (TunesmithError, OSError) as error:
             LOG.exception("%s could not be loaded", route.version.label)
             if route.stable is None or route.rollout is None:
-                raise not_available(job.request.model, f"{route.version.label} could not be loaded") from error
+                other = isinstance(error, OtherBase)
+                why = "was made from another base than this server's" if other else "could not be loaded"
+                raise not_available(job.request.model, f"{route.version.label} {why}") from error
             what = error.what if isinstance(error, TunesmithError) else str(error)
             self._give_up(route.rollout, f"the canary could not be loaded: {what}")
             job.route = replace(route, version=route.stable, arm="stable", stable=None)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
 from tunesmith.services.fine_tuning.arguments import KIND
 from tunesmith.services.fine_tuning.perform import perform_fine_tuning
+from tunesmith.services.job_places import make_places
 from tunesmith.services.training import RunSummary
 from tunesmith.store.identities import acting
 from tunesmith.store.store import Store
@@ -210,20 +208,23 @@ _KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {
 def make_worker(
     project: Project,
     *,
-    at_once: int = 1,
+    at_once: int | None = None,
     lease_seconds: float = LEASE_SECONDS,
     say: Callable[[str], None] = lambda _: None,
     also: Callable[[], None] = lambda: None,
     also_every: float = ALSO_SECONDS,
 ) -> Worker:
-    """A worker for a project's jobs. also: is called every so many seconds besides."""
-    start = partial(_start_process, project.root)
+    """A worker for a project's jobs. also: is called every so many seconds besides.
+
+    at_once: jobs that are performed at the same time, each on its share of this machine's cores and GPUs; by default
+    one, or one for each GPU where there are several. With `jobs: {runner: ray}`: jobs that are given to the cluster at
+    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be.
+    """
     return Worker(
         project.store,
         project.settings.name,
         list(_KINDS),
-        start,
-        at_once=at_once,
+        make_places(project, at_once, perform_in_child, say),
         lease_seconds=lease_seconds,
         say=say,
         also=also,
@@ -231,16 +232,8 @@ def make_worker(
     )
 
 
-def _start_process(root: Path, lease: Lease) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(
-        target=perform_in_child, args=(root, lease, os.getpid()), name=f"job {lease.job}"
-    )
-    process.start()
-    return process
-
-
 def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
-    """Perform a job in this process, which is the worker's child. parent: the worker's process number."""
+    """Perform a job in this process. parent: the number of the process that started it, and with which it ends."""
     end_with_parent(parent)
     stopping = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the worker too, which ends this process in order

@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.processes import end_with_parent
 from tunesmith.project import open_project
 from tunesmith.services.jobs import make_worker
@@ -18,6 +20,8 @@ from tunesmith.services.retraining import look_again
 
 # Seconds until a worker that ended is started again.
 _PAUSE = 1.0
+# Seconds that a worker waits before it ends where it cannot start.
+_LONG_PAUSE = 30.0
 
 
 class OwnWorker:
@@ -61,8 +65,11 @@ class OwnWorker:
 def _work(root: Path, parent: int, say: Callable[[str], None]) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the server too, which stops this process in order
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    worker = make_worker(open_project(root), say=say, also=partial(look_again, root, say))
-    worker.stopping = stopping
+    try:
+        worker = make_worker(open_project(root), say=say, also=partial(look_again, root, say))
+    except TunesmithError as error:  # a cluster that cannot be reached may come back
+        say(f"the worker cannot start: {error}")
+        time.sleep(_LONG_PAUSE)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: worker.stopping.set())  # after Ray has set its own
     worker.run()

@@ -45,7 +45,7 @@ def stated(settings: ProjectSettings) -> FineTuningSettings:
     """The project's `fine_tuning:`. Raises UsageError where it has none."""
     if settings.fine_tuning is None:
         raise UsageError(
-            "this project takes no fine-tuning jobs", where="tunesmith.yaml", fix="add fine_tuning: {models: [...]}"
+            "this project takes no fine-tuning jobs", where="tunesmith.yaml", fix="add fine_tuning: {models: {...}}"
         )
     return settings.fine_tuning
 
@@ -66,12 +66,12 @@ def seed_of(settings: ProjectSettings, arguments: Arguments) -> int:
 
 
 def derived(project: Project, arguments: Arguments, training: str, validation: str | None = None) -> Project:
-    """The project whose data are uploaded files. training, validation: their paths.
+    """The project whose data are uploaded files, on the base that the job's model means. training, validation: paths.
 
     The rows of the validation file are test rows: the gates judge by them, besides the share that the split holds out.
     Raises UsageError for values that the settings do not allow, where: the client's field.
     """
-    settings = project.settings
+    settings = project.on_base(arguments.model).settings
     given, name = stated(settings), trained_name(settings)
     files = [(training, None), *([] if validation is None else [(validation, "test")])]
     sources = tuple(

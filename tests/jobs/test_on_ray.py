@@ -1,0 +1,166 @@
+"""Jobs on the nodes of a Ray cluster: what is refused, and a node that is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.data.building.test_ray_runner import PATIENT
+from tests.own_group import run_whole_group
+from tests.tiny_project import settings, write_project
+from tunesmith.core import ray_cluster
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.leases import Lease
+from tunesmith.project import Project
+from tunesmith.services import jobs, own_worker, training
+from tunesmith.services.job_places import check_node, make_places
+
+HERE = socket.gethostname()
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+
+    def one(**changes: Any) -> Project:
+        return Project.load(write_project(tmp_path / "p", **{"jobs": {"runner": "ray"}, **changes}))
+
+    return one
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"jobs": {"address": "head:6379"}}, "address applies to runner: ray"),
+        ({"jobs": {"runner": "ray", "resources": {"CPU": 0}}}, "greater than 0"),
+        ({"engine": {"ray": {"workers": 2}}}, r"needs engine\.ray\.address"),
+        ({"engine": {"kind": "vllm", "start": True}}, r"cannot be combined with engine\.start"),
+    ],
+)
+def test_settings_that_cannot_be(made: Callable[..., Project], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        made(**changes)
+
+
+def test_who_performs_jobs_does_not_change_them(made: Callable[..., Project]) -> None:
+    assert made().settings.digest == made(jobs={"runner": "local"}).settings.digest
+    assert made().settings.digest != made(name="other").settings.digest
+
+
+def nodes(*hosts: str, **resources: float) -> Any:
+    """Ray, as far as places ask it."""
+    known = [{"Alive": True, "NodeManagerHostname": host, "Resources": resources} for host in hosts]
+    whole = {name: each * len(hosts) for name, each in resources.items()}
+    return SimpleNamespace(nodes=lambda: known, cluster_resources=lambda: whole)
+
+
+def places(project: Project, ray: Any, at_once: int | None = None, say: Any = print) -> Any:
+    @contextmanager
+    def connected(_where: str, _address: str | None) -> Iterator[Any]:
+        yield ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_cluster, "connected", connected)
+        return make_places(project, at_once, jobs.perform_in_child, say)
+
+
+def test_as_many_jobs_at_once_as_the_nodes_have_room_for(
+    made: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    project = made(jobs={"runner": "ray", "resources": {"CPU": 2}})
+    assert len(places(project, nodes(HERE, HERE, CPU=5.0))) == 4
+    assert len(places(project, nodes(HERE, HERE, CPU=5.0), at_once=1)) == 1
+    with pytest.raises(Refused, match="does not hold 1 workers with 2 CPU each"):
+        places(project, nodes(HERE, CPU=1.0))
+    named, said = made(jobs={"runner": "ray", "resources": {"GPU": 1}, "address": "head:6379"}), list[str]()
+    assert len(places(named, nodes(HERE, CPU=1.0), say=said.append)) == 1  # the cluster may grow
+    assert said == ["waiting for 1 workers with 1 GPU each, and the Ray cluster has 0 GPU"]
+
+
+def test_nodes_on_other_machines_need_another_database_than_sqlite(
+    made: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Refused, match=r"has nodes on far, and SQLite can be used on one machine only") as refused:
+        places(made(), nodes(HERE, "far", CPU=1.0))
+    assert "TUNESMITH_DATABASE_URL" in refused.value.fix
+    monkeypatch.setenv("TUNESMITH_DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
+    assert len(places(made(), nodes(HERE, "far", CPU=1.0))) == 2
+
+
+def test_a_server_says_why_its_worker_waits(made: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.setattr(own_worker, "end_with_parent", lambda _: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    said: list[str] = []
+    own_worker._work(made().root, os.getppid(), said.append)
+    assert 'pip install "tunesmith[ray]"' in said[0]
+    assert waited == [own_worker._LONG_PAUSE], "it is not started again at once"
+
+
+def leased(project: Project) -> Lease:
+    jobs.queue_run(project)
+    lease = leases.claim(project.store, "w", ["run"], project="tiny")
+    assert lease is not None
+    return lease
+
+
+def test_a_node_that_cannot_perform_the_job_says_why(made: Callable[..., Project], tmp_path: Path) -> None:
+    project = made()
+    lease, root, mark = leased(project), project.root, str(tmp_path)
+    check_node(root, "w", HERE, lease, mark)
+    assert queue.events(project.store, lease.job)[-1].message == f"performed on the node {HERE} of the Ray cluster"
+
+    def refused(*given: Any) -> str:
+        with pytest.raises(TunesmithError) as raised:
+            check_node(*given)
+        assert isinstance(raised.value, UsageError | Refused), "it is not tried again"
+        return str(raised.value)
+
+    assert "SQLite can be used on one machine only" in refused(root, "w", "far", lease, mark)
+    assert "does not see the files of the worker's store" in refused(root, "w", HERE, lease, str(tmp_path / "none"))
+    assert "uses another database" in refused(root, "other:7", HERE, lease, mark)
+    assert "uses another database" in refused(root, "w", HERE, Lease(99, 1, 60.0), mark)
+    assert "there is no project here" in refused(tmp_path / "nowhere", "w", HERE, lease, mark)
+    leases.finish(project.store, lease, {})
+    assert "uses another database" in refused(root, "w", HERE, lease, mark), "the job has ended there"
+
+
+@pytest.mark.slow
+@pytest.mark.attack("crash", "a node of the cluster is lost while it performs a job")
+def test_a_job_survives_the_loss_of_its_node(made: Callable[..., Project]) -> None:
+    pytest.importorskip("ray.cluster_utils", reason="the extra `ray` is not installed")
+    known: Any = settings()["candidates"]
+    tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 4, "checkpoint_seconds": 0.001}}
+    project = made(candidates={"plain": known["plain"], "tuned": tuned})
+    number = jobs.queue_run(project).job
+    done = run_whole_group(
+        [sys.executable, "-m", "tests.jobs.on_two_nodes", str(project.root)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **PATIENT, "PYTHONPATH": os.pathsep.join(sys.path), "TUNESMITH_THREADS": "1"},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    job, lines = (
+        queue.get(project.store, number),
+        "\n".join(each.message for each in jobs.log(project.store, number).lines),
+    )
+    assert (job.state, job.attempts) == ("succeeded", 2), lines
+    assert lines.count(f"performed on the node {HERE}") == 2
+    assert "it was lost with its node" in lines
+    assert "resuming from step" in lines
+    assert job.result["register"]["version"] == "tiny@v1"
+    assert training.repeat(project).same, "the bytes are those of an undisturbed training"
+    assert not list(project.store.local("work").glob(".scratch-*")), "no mark is left"
