@@ -2,29 +2,111 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import JSON, Column, Connection, create_engine, inspect, select
 
+from tests.postgresql_server import empty_database, postgresql
 from tunesmith.store import database
 from tunesmith.store.tables import HEAD_REVISION, Table
 
+__all__ = ["postgresql"]
 
-def test_up_and_down(tmp_path: Path) -> None:
+DATABASES = ["sqlite", "postgresql"]
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of the kind that the test names."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'db'}"
+    found = str(request.getfixturevalue("postgresql"))
+    empty_database(found)
+    return found
+
+
+def value(column: Column[Any]) -> Any:
+    """A value that a column takes."""
+    if isinstance(column.type, JSON):
+        return {"a": [1, None]}
+    return {str: "x", int: 7, float: 1.5, bool: True}[column.type.python_type]
+
+
+def filled(connection: Connection) -> dict[str, Any]:
+    """The row that each table got."""
+    rows = {}
+    for table in Table.metadata.sorted_tables:
+        rows[table.name] = {column.name: value(column) for column in table.columns}
+        connection.execute(table.insert().values(rows[table.name]))
+    return rows
+
+
+def kept(connection: Connection) -> dict[str, Any]:
+    """The rows of each table that exists."""
+    names = set(inspect(connection).get_table_names())
+    tables = [table for table in Table.metadata.sorted_tables if table.name in names]
+    return {table.name: [dict(row) for row in connection.execute(select(table)).mappings()] for table in tables}
+
+
+@pytest.mark.parametrize("url", DATABASES, indirect=True)
+def test_each_revision_goes_down_and_up_and_keeps_the_rows_of_other_tables(url: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(database._MIGRATIONS))
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD_REVISION]
-    engine = create_engine(f"sqlite:///{tmp_path / 'db'}")
+    engine = create_engine(url)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        for _ in range(2):
+        command.upgrade(config, "head")
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        rows = filled(connection)
+        for revision in range(int(HEAD_REVISION) - 1, -1, -1):
+            command.downgrade(config, f"{revision:04}" if revision else "base")
+            left = kept(connection)
+            assert left == {name: [rows[name]] for name in left}, f"at revision {revision}"
+            assert len(left) < len(rows)
             command.upgrade(config, "head")
             assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
-            for _ in range(1, int(HEAD_REVISION)):
-                command.downgrade(config, "-1")
-        assert set(inspect(connection).get_table_names()) < {*Table.metadata.tables, "alembic_version"}
+            again = kept(connection)
+            assert again == {name: [rows[name]] if name in left else [] for name in rows}
+            for name in rows.keys() - left.keys():
+                connection.execute(Table.metadata.tables[name].insert().values(rows[name]))
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", DATABASES, indirect=True)
+def test_who_finds_another_at_the_first_migration_waits_for_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    upgrade, made = command.upgrade, threading.Event()
+
+    def slow(config: Config, revision: str) -> None:
+        upgrade(config, revision)
+        if not made.is_set():
+            made.set()
+            time.sleep(0.5)  # before the transaction ends
+
+    monkeypatch.setattr(command, "upgrade", slow)
+    found: list[object] = []
+
+    def connect() -> None:
+        try:
+            engine = database.connect(url)
+            found.append(inspect(engine).has_table("jobs"))
+            engine.dispose()
+        except BaseException as error:  # noqa: BLE001 - shown below
+            found.append(error)
+
+    first, second = threading.Thread(target=connect), threading.Thread(target=connect)
+    first.start()
+    made.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert found == [True, True]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from tests.forked import forkserver
 from tests.postgresql_server import empty_database, postgresql
 from tests.store.test_audit import (  # noqa: F401
     test_a_change_that_fails_leaves_no_entry,
@@ -42,6 +47,8 @@ from tests.store.test_uploads import (  # noqa: F401
     test_files_are_kept_listed_and_deleted,
     test_who_may_not_leaves_nothing,
 )
+from tunesmith.core.errors import TunesmithError
+from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 
 __all__ = ["postgresql"]
@@ -57,3 +64,47 @@ def store(postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     assert store.engine.dialect.name == "postgresql"
     yield store
     store.engine.dispose()
+
+
+def change(store: Store, action: str) -> None:
+    with store.change("olive", action, "x", {}):
+        pass
+
+
+def hang(root: Path, url: str, said: Connection) -> None:
+    """Stop, as a machine that is suspended, inside a write transaction; afterwards say what comes of it."""
+    database._WRITER["idle_in_transaction_session_timeout"] = "1s"
+    store = Store(root, url)
+    try:
+        with store.change("olive", "test.hang", "x", {}):
+            said.send("inside")
+            os.kill(os.getpid(), signal.SIGSTOP)
+    except TunesmithError as error:
+        said.send(error.what)
+    change(store, "test.after")
+    said.send("written")
+
+
+def test_a_process_that_hangs_in_a_transaction_does_not_stop_the_others_for_ever(store: Store) -> None:
+    assert store.engine
+    here, there = forkserver().Pipe()
+    process = forkserver().Process(target=hang, args=(store.root, store.url, there))
+    process.start()
+    try:
+        assert here.poll(120)
+        assert here.recv() == "inside"
+        other = threading.Thread(target=change, args=(store, "test.other"), daemon=True)
+        other.start()
+        other.join(30)
+        assert not other.is_alive(), "it waits for the process that hangs"
+        assert process.pid
+        os.kill(process.pid, signal.SIGCONT)
+        assert here.poll(60)
+        assert "database cannot be used" in here.recv()
+        assert here.poll(60)
+        assert here.recv() == "written"
+    finally:
+        process.kill()
+        process.join()
+    with database.reading(store.engine) as session:
+        assert [entry.action for entry in audit.entries(session)] == ["test.other", "test.after"]

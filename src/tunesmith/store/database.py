@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
@@ -19,6 +19,14 @@ from tunesmith.store.tables import HEAD_REVISION
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
 _WRITERS_LOCK = 7_283_019
+# PostgreSQL's settings of a write transaction, which all other writers wait for. The first ends one whose process hangs
+# (long enough to upload a version's files inside it), the others one whose machine is gone.
+_WRITER = {
+    "idle_in_transaction_session_timeout": "30min",
+    "tcp_keepalives_idle": "20",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+}
 # Bytes: less than SQLite's log and shared memory need.
 _LITTLE = 1 << 20
 
@@ -51,9 +59,9 @@ def migrate(engine: Engine) -> None:
 
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
-    with _writing(engine).begin() as connection:
+    with _write(engine) as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, "head")  # nothing to do where another process was faster
 
 
 @contextlib.contextmanager
@@ -62,9 +70,7 @@ def writing(engine: Engine) -> Iterator[Session]:
 
     Raises what the engine's fence raises, if it has one.
     """
-    with _usable(engine), _writing(engine).begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _WRITERS_LOCK})
+    with _usable(engine), _write(engine) as connection:
         with Session(bind=connection, expire_on_commit=False) as session:
             if (fence := connection.get_execution_options().get("fence")) is not None:
                 fence(session)
@@ -98,7 +104,9 @@ def _usable(engine: Engine) -> Iterator[None]:
     """Raise TunesmithError, with the database's address, if it is full, locked, unreachable or read-only."""
     try:
         yield
-    except OperationalError as error:
+    except DBAPIError as error:
+        if not isinstance(error, OperationalError) and not error.connection_invalidated:
+            raise
         file = Path(engine.url.database or "")
         if engine.dialect.name == "sqlite" and (is_disk_full(error) or _found_no_room(error, file)):
             raise disk_full(file) from error
@@ -109,14 +117,20 @@ def _usable(engine: Engine) -> Iterator[None]:
         ) from error
 
 
-def _found_no_room(error: OperationalError, file: Path) -> bool:
+def _found_no_room(error: DBAPIError, file: Path) -> bool:
     """Whether SQLite's "disk I/O error" comes from a full disk: its shared memory beside the file found no room."""
     name = getattr(error.orig, "sqlite_errorname", "")
     return name.startswith("SQLITE_IOERR") and shutil.disk_usage(file.parent).free < _LITTLE
 
 
-def _writing(engine: Engine) -> Engine:
-    return engine.execution_options(writes=True)
+@contextlib.contextmanager
+def _write(engine: Engine) -> Iterator[Connection]:
+    """A transaction that waits for its turn."""
+    with engine.execution_options(writes=True).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            limits = (func.set_config(name, value, True) for name, value in _WRITER.items())
+            connection.execute(select(*limits, func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+        yield connection
 
 
 def _sqlite_transactions(engine: Engine) -> None:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 
 import psutil
-from sqlalchemy import Engine, delete, update
+from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
@@ -47,6 +47,13 @@ def lock(engine: Engine, name: str, purpose: str) -> Iterator[None]:
         renewing.join()
         with database.writing(engine) as session:
             session.execute(delete(LockRow).where(LockRow.name == name, LockRow.owner == owner))
+
+
+def abandoned(engine: Engine, prefix: str) -> list[str]:
+    """The names that begin with prefix whose lock was left by an owner that is gone."""
+    with database.reading(engine) as session:
+        held = session.scalars(select(LockRow).where(LockRow.name.startswith(prefix, autoescape=True)))
+        return [row.name for row in held if not _alive(row)]
 
 
 def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:

@@ -23,9 +23,11 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.store import database
 from tunesmith.store.identities import require
+from tunesmith.store.locks import LockHeld, abandoned
 from tunesmith.store.store import Store
 from tunesmith.store.tables import FileRow
 
+_FOLDER = "files/"
 _LONGEST_NAME = 256
 
 
@@ -75,29 +77,48 @@ def put(
     actor may not do this.
     """
     require(store, actor, "file.change", scope=scope)
-    if file is not None and (known := find(store, file, scope)) is not None:
+    file = file or new_id()
+    if (known := find(store, file, scope)) is not None:
         return known
-    found = {"file": file or new_id(), "size": source.stat().st_size, "digest": digest_file(source)}
+    remove_leftovers(store)
+    found = {"file": file, "size": source.stat().st_size, "digest": digest_file(source)}
     source.chmod(0o600)
     with source.open("rb") as stream:
         os.fsync(stream.fileno())
-    key = _key(str(found["file"]), name)
-    store.blobs.put_file(key, source)
+    key = _key(file, name)
     detail: dict[str, Any] = {**found, **scope.fields(), "purpose": purpose}
-    try:
-        with store.change(actor, "file.add", str(found["file"]), detail) as session:
-            require(session, actor, "file.change", scope=scope)
-            row = FileRow(
-                **found, **scope.fields(), created_by=actor, name=name[:_LONGEST_NAME], purpose=purpose,
-                created=time.time(),
-            )  # fmt: skip
-            session.add(row)
-            session.flush()
-            return _of(row)
-    except BaseException:
-        with contextlib.suppress(Exception):
-            store.blobs.delete(key)
-        raise
+    with store.lock(key, "keeping an uploaded file"):  # its row tells of bytes that a killed process leaves
+        try:
+            store.blobs.put_file(key, source)
+            with store.change(actor, "file.add", file, detail) as session:
+                require(session, actor, "file.change", scope=scope)
+                row = FileRow(
+                    **found, **scope.fields(), created_by=actor, name=name[:_LONGEST_NAME], purpose=purpose,
+                    created=time.time(),
+                )  # fmt: skip
+                session.add(row)
+                session.flush()
+                return _of(row)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                _drop_unless_kept(store, key)
+            raise
+
+
+def remove_leftovers(store: Store) -> None:
+    """Remove the bytes of uploads that were killed before the database knew their file."""
+    for key in abandoned(store.engine, _FOLDER):
+        with contextlib.suppress(LockHeld), store.lock(key, "removing what a killed upload left"):
+            _drop_unless_kept(store, key)
+
+
+def _drop_unless_kept(store: Store, key: str) -> None:
+    """Delete a file's bytes, unless the database knows the file: its transaction may have ended well without saying so."""
+    file = key.removeprefix(_FOLDER).split(".")[0]
+    with database.reading(store.engine) as session:
+        known = session.scalars(select(FileRow.file).where(FileRow.file == file)).first()
+    if known is None:
+        store.blobs.delete(key)
 
 
 def find(store: Store, file: str, scope: Scope) -> StoredFile | None:
@@ -174,4 +195,4 @@ def _gone(file: str) -> FileGone:
 
 def _key(file: str, name: str) -> str:
     """Where a file's bytes are. Its name's ending is kept, since it says what the file holds."""
-    return f"files/{file}{Path(name).suffix.lower()}"
+    return f"{_FOLDER}{file}{Path(name).suffix.lower()}"

@@ -159,3 +159,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", "number"),
         sa.UniqueConstraint("digest"),
     )
+
+
+def downgrade() -> None:
+    names = ("versions", "users", "keys", "rollouts", "requests", "records", "recalls", "memos", "edges", "locks")
+    for name in (*names, "audit_head", "audit", "aliases"):
+        op.drop_table(name)
