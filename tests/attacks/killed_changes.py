@@ -26,6 +26,7 @@ from sqlalchemy import select
 from tests.attacks.kill_points import Moment, Operation, Point, record, run_killed
 from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
@@ -35,11 +36,12 @@ from tunesmith.registry.versions import register, verify_version
 from tunesmith.rollout import controller
 from tunesmith.rollout.settings import Step
 from tunesmith.services import users
-from tunesmith.store import database, identities
+from tunesmith.store import database, identities, uploads
 from tunesmith.store.store import Store
 from tunesmith.store.tables import (
     AliasRow,
     AuditRow,
+    FileRow,
     JobEventRow,
     JobRow,
     KeyRow,
@@ -72,8 +74,19 @@ LEAST: Mapping[str, int] = {
     "jobs cancel": 5,
     "jobs claim": 3,
     "jobs finish": 3,
+    "jobs cancel, while it runs": 5,
+    "jobs take back": 4,
+    "jobs begin": 5,
+    "jobs renew": 3,
+    "jobs log": 3,
+    "jobs fail": 3,
+    "jobs try again": 3,
+    "jobs stop": 3,
+    "files put": 20,
+    "files delete": 5,
 }
 WORKERS = 2
+_ERROR = {"code": "internal", "what": "no"}
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,9 @@ def make(folder: Path) -> Made:
         queue.add(store, "run", {}, project="other", actor=OWNER)
         lease = leases.claim(store, "w", ["run"], project="other")
         assert lease is not None
+        queue.add(store, "run", {}, project="third", actor=OWNER)
+        assert leases.claim(store, "w", ["run"], project="third", seconds=-1.0) is not None
+        file = keep(store, "file-kept")
         pem = folder / "public.pem"
         public = ec.generate_private_key(ec.SECP256R1()).public_key()
         pem.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
@@ -137,8 +153,26 @@ def make(folder: Path) -> Made:
         "jobs cancel": lambda s: queue.cancel(s, queued.id, actor=OWNER),
         "jobs claim": lambda s: leases.claim(s, "w", ["run"], project="home"),
         "jobs finish": lambda s: leases.finish(s, lease, {"n": 1}),
+        "jobs cancel, while it runs": lambda s: queue.cancel(s, lease.job, actor=OWNER),
+        "jobs take back": lambda s: leases.claim(s, "w", ["run"], project="third"),
+        "jobs begin": lambda s: leases.begin(s, "w", "run", {}, project="home", actor=OWNER),
+        "jobs renew": lambda s: leases.renew(s, lease, {"step": "training"}),
+        "jobs log": lambda s: leases.log(s, lease, "line"),
+        "jobs fail": lambda s: leases.fail(s, lease, _ERROR, retry=False),
+        "jobs try again": lambda s: leases.fail(s, lease, _ERROR, retry=True),
+        "jobs stop": lambda s: leases.stop(s, lease, "told to"),
+        "files put": lambda s: keep(s, "file-new"),
+        "files delete": lambda s: uploads.delete(s, file.file, actor=OWNER, scope=Scope()),
     }
     return Made(folder / "made", operations)
+
+
+def keep(store: Store, file: str) -> uploads.StoredFile:
+    """Keep an uploaded file under an id."""
+    with store.scratch() as folder:
+        path = folder / "rows"
+        path.write_bytes(b"{}\n" * 100)
+        return uploads.put(store, path, name="rows.jsonl", purpose="fine-tune", actor=OWNER, scope=Scope(), file=file)
 
 
 def snapshot(store: Store) -> Any:
@@ -153,7 +187,19 @@ def snapshot(store: Store) -> Any:
             ),
             "recalls": session.execute(select(RecallRow.digest, RecallRow.cause)),
             "keys": session.execute(select(KeyRow.user, KeyRow.label, KeyRow.status, KeyRow.until)),
-            "jobs": session.execute(select(JobRow.id, JobRow.state, JobRow.attempts, JobRow.fence, JobRow.result)),
+            "jobs": session.execute(
+                select(
+                    JobRow.id,
+                    JobRow.state,
+                    JobRow.wanted,
+                    JobRow.attempts,
+                    JobRow.fence,
+                    JobRow.progress,
+                    JobRow.result,
+                    JobRow.error,
+                )
+            ),
+            "files": session.execute(select(FileRow.file, FileRow.size, FileRow.digest)),
             "job log": session.execute(select(JobEventRow.job, JobEventRow.number, JobEventRow.message)),
             "users": session.execute(
                 select(UserRow.name, UserRow.roles, UserRow.active, UserRow.token_digest.is_not(None))
@@ -169,9 +215,16 @@ def check_killed(store: Store, states: list[Any]) -> None:
     assert snapshot(store) in states, "half a state"
     assert verify_log(store) == []
     check_trust(store)
+    uploads.remove_leftovers(store)
+    known = {f"files/{each.file}.jsonl" for each in listed(store)}
+    assert set(store.blobs.keys("files/")) <= known, "bytes that no client can delete"
     newest = max(ref.number for ref in store.version_folders("home"))
     found = verify_version(store, f"home@v{newest}")
     assert found.ok, found.problems
+
+
+def listed(store: Store) -> list[uploads.StoredFile]:
+    return uploads.list_files(store, Scope(), most=100, oldest_first=True)
 
 
 def check_trust(store: Store) -> None:
@@ -195,6 +248,8 @@ def check_goes_on(store: Store, operation: Operation, states: list[Any]) -> None
         assert complete
     if not complete:
         assert snapshot(store) == states[-1]
+    for each in listed(store):
+        assert list(uploads.pieces(store, each))
     assert verify_log(store) == []
     assert is_written(store.blobs, identities.trusted_keys(store))
 

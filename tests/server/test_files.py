@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -14,8 +15,10 @@ import httpx
 import openai
 import pytest
 
-from tests.fabricate import OPERATOR, OWNER
-from tests.server.conftest import Served
+from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.store.test_uploads import left
 from tunesmith.core.scope import Scope
 from tunesmith.server.errors import ApiError
 from tunesmith.server.intake import limits
@@ -192,6 +195,12 @@ def test_boundaries() -> None:
     for stated in ("", "application/json", "multipart/form-data", "multipart/mixed; boundary=x"):
         with pytest.raises(ApiError):
             boundary_of(stated)
+
+
+def test_a_server_removes_at_its_start_what_killed_uploads_left(scene: Scene, engine: FakeEngine) -> None:
+    left(scene.store, "file-a", socket.gethostname(), 0.0)
+    with running(scene, engine):
+        assert list(scene.store.blobs.keys("files/")) == []
 
 
 def test_deleted_files_leave_the_backup(served: Served) -> None:

@@ -44,6 +44,7 @@ from tests.store.test_until_changed import (  # noqa: F401
     test_a_value_that_does_not_hold_is_computed_again,
 )
 from tests.store.test_uploads import (  # noqa: F401
+    test_bytes_that_a_killed_upload_left_are_removed,
     test_files_are_kept_listed_and_deleted,
     test_who_may_not_leaves_nothing,
 )

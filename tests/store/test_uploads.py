@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
-from tunesmith.store import uploads
+from tunesmith.store import database, uploads
 from tunesmith.store.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
+from tunesmith.store.tables import LockRow
 from tunesmith.store.uploads import FileGone, StoredFile
 
 ACME = Scope("acme")
@@ -64,8 +69,42 @@ def test_who_may_not_leaves_nothing(store: Store) -> None:
         uploads.local_path(store, own)
 
 
+def left(store: Store, file: str, host: str, until: float) -> None:
+    """What an upload leaves that is killed before the database knows its file."""
+    store.blobs.put(f"files/{file}.jsonl", b"{}\n")
+    row = LockRow(name=f"files/{file}.jsonl", owner=file, purpose="x", host=host, pid=1 << 30, started=0.0, until=until)
+    with database.writing(store.engine) as session:
+        session.add(row)
+
+
+def test_bytes_that_a_killed_upload_left_are_removed(store: Store) -> None:
+    known, here = kept(store), socket.gethostname()
+    left(store, known.file, here, 0.0)  # killed after the database knew it
+    left(store, "file-a", here, time.time() + 60)
+    left(store, "file-b", "another", time.time() - 1)
+    left(store, "file-c", "another", time.time() + 60)  # may still be at work
+    uploads.remove_leftovers(store)
+    uploads.remove_leftovers(store)
+    assert set(store.blobs.keys("files/")) == {f"files/{known.file}.jsonl", "files/file-c.jsonl"}
+    with database.reading(store.engine) as session:
+        assert list(session.scalars(select(LockRow.owner))) == ["file-c"]
+    with store.lock("files/file-d.jsonl", "an upload of this process"):
+        store.blobs.put("files/file-d.jsonl", b"{}\n")
+        kept(store)
+        assert store.blobs.exists("files/file-d.jsonl")
+
+
+def test_a_worker_that_comes_too_late_leaves_the_others_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = kept(store)
+    monkeypatch.setattr(uploads, "find", lambda *_: None)  # it had looked before the other one kept the file
+    with pytest.raises(IntegrityError):
+        kept(store, file=first.file)
+    assert list(uploads.pieces(store, first)) == [b"{}\n"]
+
+
 def test_files_in_a_bucket(bucket: Callable[..., Any], store: Store, tmp_path: Path) -> None:
     shared = Store(store.root, blobs=bucket(tmp_path / "cache"))
+    left(shared, "file-a", socket.gethostname(), 0.0)
     own, cached = kept(shared), tmp_path / "cache"
     assert uploads.local_path(shared, own).read_bytes() == b"{}\n"
     uploads.delete(shared, own.file, actor=ensure_owner(shared).name, scope=ACME)

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
 from tunesmith.project import Project
@@ -35,6 +36,7 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store.store import Store
+from tunesmith.store.uploads import remove_leftovers
 
 
 def create_app(
@@ -97,6 +99,8 @@ def _add_routes(app: FastAPI) -> None:
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     serving: Serving = app.state.serving
+    with contextlib.suppress(TunesmithError, OSError):  # the next upload tries it again
+        await asyncio.to_thread(remove_leftovers, serving.store)
     serving.worker.start()
     serving.checked_at = time.monotonic()
     controller = asyncio.create_task(_control(serving))

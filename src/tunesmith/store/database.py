@@ -70,12 +70,11 @@ def writing(engine: Engine) -> Iterator[Session]:
 
     Raises what the engine's fence raises, if it has one.
     """
-    with _usable(engine), _write(engine) as connection:
-        with Session(bind=connection, expire_on_commit=False) as session:
-            if (fence := connection.get_execution_options().get("fence")) is not None:
-                fence(session)
-            yield session
-            session.flush()
+    with _usable(engine), _write(engine) as connection, Session(bind=connection, expire_on_commit=False) as session:
+        if (fence := connection.get_execution_options().get("fence")) is not None:
+            fence(session)
+        yield session
+        session.flush()
 
 
 def fenced(engine: Engine, fence: Callable[[Session], None]) -> Engine:

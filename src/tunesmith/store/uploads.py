@@ -113,7 +113,7 @@ def remove_leftovers(store: Store) -> None:
 
 
 def _drop_unless_kept(store: Store, key: str) -> None:
-    """Delete a file's bytes, unless the database knows the file: its transaction may have ended well without saying so."""
+    """Delete a file's bytes, unless the database knows the file: an error may have come after the commit."""
     file = key.removeprefix(_FOLDER).split(".")[0]
     with database.reading(store.engine) as session:
         known = session.scalars(select(FileRow.file).where(FileRow.file == file)).first()
