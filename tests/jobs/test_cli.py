@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.tiny_project import write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases
+from tunesmith.store import identities
 from tunesmith.store.store import Store
 
 
@@ -59,6 +62,18 @@ def test_a_job_from_the_queue_to_its_end(folder: Path) -> None:
     assert "started by host:7" in shown
     assert "\x1b" not in shown
     assert shown.splitlines()[-1].endswith("cancelled")
+
+
+def test_a_run_whose_process_was_killed_is_shown_as_such_before_its_lease_ends(folder: Path) -> None:
+    store = Store(folder / ".tunesmith")
+    identities.ensure_owner(store)
+    here = socket.gethostname()
+    for worker, silent in ((f"{here}:{os.getpid()}", False), (f"{here}:{1 << 30}", True), (f"not-{here}:7", False)):
+        lease = leases.begin(store, worker, "run", {}, project="tiny", actor="olive")
+        assert document(folder, "jobs", "show", str(lease.job))["silent"] == silent
+        assert ("gone or silent" in told(folder, "jobs", "show", str(lease.job))) == silent
+        leases.fail(store, lease, {"code": "x", "what": "y"}, retry=False)
+        assert not document(folder, "jobs", "show", str(lease.job))["silent"]
 
 
 def test_wrong_usage(folder: Path) -> None:

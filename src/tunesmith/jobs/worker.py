@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
@@ -34,6 +36,12 @@ ALSO_SECONDS = 300.0
 def worker_name() -> str:
     """This process, as jobs name the worker that performs them."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def has_ended(worker: str) -> bool:
+    """Whether a worker, by its name, is a process of this machine that has ended."""
+    host, _, process = worker.rpartition(":")
+    return host == socket.gethostname() and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.state import STATES, Job, State
-from tunesmith.jobs.worker import ALSO_SECONDS, Worker, worker_name
+from tunesmith.jobs.worker import ALSO_SECONDS, Worker, has_ended, worker_name
 from tunesmith.project import Project, open_project, open_store
 from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
@@ -36,10 +36,10 @@ class JobView(View):
 
     state: queued, running, paused, succeeded, failed or cancelled; wanted: the state that a person asked a running job
     to go to, "" where nobody did. worker: who performs it, or did last. silent: it runs, but its worker gave no sign of
-    life until its lease ended, so the next worker takes it on. progress: the step that it is at, with `done` of `total`
-    and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints, without paths; {}
-    where there is none. error: code, what, where and fix; {} where there is none. cause: why it was queued, "" where a
-    person did it.
+    life until its lease ended, or was a process of this machine and has ended. progress: the step that it is at, with
+    `done` of `total` and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints,
+    without paths; {} where there is none. error: code, what, where and fix; {} where there is none. cause: why it was
+    queued, "" where a person did it.
     """
 
     job: int
@@ -312,5 +312,5 @@ def view_of(store: Store, job: Job) -> JobView:
 
 def _view(job: Job, now: float) -> JobView:
     stated = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)}
-    silent = job.state == "running" and job.until is not None and job.until < now
+    silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
     return JobView(job=job.id, silent=silent, cause=cause_of(job), **stated)

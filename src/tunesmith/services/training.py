@@ -184,7 +184,8 @@ def run(
     registered = None
     if gate.verdict == "pass":
         began = time.perf_counter()
-        version = register(store, name=project.settings.name, verdict=decided, actor=signer, scope=scope)
+        with progress.task("registering", 1):  # the last step at which the run can be stopped
+            version = register(store, name=project.settings.name, verdict=decided, actor=signer, scope=scope)
         registered = RunVersion(version=version.label, digest=version.digest)
         context.stages.done.append(Stage("register", time.perf_counter() - began, skipped=False))
     return RunSummary(
