@@ -32,13 +32,25 @@ class Line(NamedTuple):
         return "" if reached is None else "yes" if reached else "NO"
 
 
-def table(lines: Sequence[Line]) -> str:
-    """The lines under a head, in columns."""
+def _rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The head, and a row of cells for each line."""
     rows = [("what", "ours", "peer", "its figure", "ratio", "goal", "reached")]
     for line in lines:
         ratio = line.shown or ("-" if line.ratio is None else f"{line.ratio:.2f}x")
         goal = line.wanted or ("-" if line.goal is None else f"{'<=' if line.most else '>='} {line.goal:g}x")
         rows.append((line.what, line.ours, line.against, line.peer, ratio, goal, line.verdict()))
+    return rows
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The lines as a table in Markdown."""
+    head, *rows = ["| " + " | ".join(row) + " |" for row in _rows(lines)]
+    return "\n".join([head, "|---" * 7 + "|", *rows])
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines under a head, in columns."""
+    rows = _rows(lines)
     widths = [max(len(row[place]) for row in rows) for place in range(6)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:6], widths, strict=True)), row[6]]).rstrip()

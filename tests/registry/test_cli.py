@@ -102,6 +102,21 @@ def test_an_override_is_said_wherever_the_version_is(store: Store) -> None:
     assert "gates overridden" in run(store, "show").stdout
 
 
+def test_show_lists_the_newest_versions_and_says_how_many_there_are(
+    store: Store, version: Version, chain: Chain
+) -> None:
+    for name in ("lamps", "locks"):
+        run(store, "register", chain.verdict[7:19], "--name", name)
+    listed = document(store, "show", "--limit", "1")
+    assert ([one["version"] for one in listed["versions"]], listed["total"]) == (["locks@v1"], 3)
+    assert "the newest 1 of 3" in run(store, "show", "--limit", "1").stdout
+    assert len(document(store, "show", "--limit", "0")["versions"]) == 3
+    named = document(store, "show", "--name", "lam")
+    assert ([one["version"] for one in named["versions"]], named["total"]) == (["lamps@v1"], 1)
+    with pytest.raises(UsageError, match="leave one of them out"):
+        run(store, "show", "lamps@v1", "--name", "lam")
+
+
 def test_show_walks_both_ways(store: Store, version: Version, chain: Chain) -> None:
     node = document(store, "show", "intents@v1")
     assert (node["digest"], node["kind"], node["says"]) == (version.digest, "version", "intents@v1")

@@ -38,6 +38,7 @@ from tunesmith.registry.signing import release
 from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.versions import (
     Version,
+    count_versions,
     list_versions,
     load_version,
     register,
@@ -89,6 +90,23 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
     elsewhere = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme"))
     assert [found.label for found in list_versions(store)] == ["intents@v1", "intents@v2", "intents@v3"]
     assert (second.number, elsewhere.number, elsewhere.tenant) == (2, 3, "acme")
+
+
+def test_a_list_reads_the_newest_versions_only(
+    store: Store, version: Version, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a_b", "axb", "zed"):
+        register(store, name=name, verdict=chain.verdict, actor="olive")
+    read: list[str] = []
+    record = Store.record
+    monkeypatch.setattr(
+        Store, "record", lambda self, digest, **kind: read.append(digest) or record(self, digest, **kind)
+    )
+    assert [found.label for found in list_versions(store, newest=2)] == ["axb@v1", "zed@v1"]
+    assert len(read) == 2
+    assert [found.label for found in list_versions(store, containing="a_")] == ["a_b@v1"]
+    assert list_versions(store, containing="%") == []
+    assert (count_versions(store), count_versions(store, containing="b")) == (4, 2)
 
 
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])

@@ -35,6 +35,9 @@ Server = Annotated[
 Key = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="With --server: your private key.")]
 
 
+_NOTHING = "nothing is registered yet: tunesmith run, or tunesmith register"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     add_commands(app, approve, refuse, verify, show, export, register=register_version)
@@ -163,19 +166,24 @@ def verify(
 def show(
     here: Here,
     what: Annotated[str | None, typer.Argument(help="A version, or any record's digest or its start.")] = None,
+    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="List versions whose name contains this.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Newest versions to list; 0 lists all.")] = 100,
     tenant: Tenant = "",
     region: Region = "",
 ) -> None:
     """Show what a record was made from and what was made from it; without an argument, list versions and aliases."""
+    from tunesmith.core.errors import UsageError
     from tunesmith.services import versions
 
     store = here.store
     if what is not None:
+        if name:
+            raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
         here.emit(versions.show(store, what, scope=Scope(tenant, region)), _draw_lineage)
         return
-    found = versions.list_versions(store)
+    found = versions.list_versions(store, name=name, limit=limit)
     if not found.versions and not here.as_json:
-        say("nothing is registered yet: tunesmith run, or tunesmith register")
+        say(f"no version's name contains {name!r}" if name else _NOTHING)
     here.emit(found, _draw_versions)
 
 
@@ -353,6 +361,8 @@ def _draw_versions(console: Console, found: VersionList) -> None:
         rows.append((marked, short(version.digest), version.signer, scope, pointing))
     if rows:
         draw_table(console, rows, "version", "digest", "signed by", "for", "aliases")
+    if len(rows) < found.total:
+        console.print(f"the newest {len(rows)} of {found.total}; --limit 0 shows all", style="dim")
 
 
 def _draw_export(console: Console, done: ExportedVersion) -> None:

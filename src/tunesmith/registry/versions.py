@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -44,7 +44,7 @@ from tunesmith.store.identities import User
 from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.store.tables import VersionRow
+from tunesmith.store.tables import RecordRow, VersionRow
 from tunesmith.store.trust import signature_entry
 
 _RESTORE = "restore the file from a backup"
@@ -54,6 +54,7 @@ __all__ = [
     "LoadedVersion",
     "Verification",
     "Version",
+    "count_versions",
     "list_versions",
     "load_version",
     "open_release",
@@ -189,7 +190,11 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
         row = reading.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         raise Refused(f"{short(digest)} is not a registered version", fix="tunesmith register")
-    version, _ = read_version(store.record(digest, kind="version"), store.record_where(digest))
+    return _version_of(store, row)
+
+
+def _version_of(store: Store, row: VersionRow) -> Version:
+    version, _ = read_version(store.record(row.digest, kind="version"), store.record_where(row.digest))
     stated = (version.name, version.number, version.tenant, version.region)
     if stated != (row.name, row.number, row.tenant, row.region):
         raise Refused(
@@ -200,12 +205,37 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
     return version
 
 
-def list_versions(store: Store, name: str | None = None) -> list[Version]:
-    """Registered versions by name and number, of every tenant and region."""
-    query = select(VersionRow.digest).order_by(VersionRow.name, VersionRow.number)
+def list_versions(
+    store: Store, name: str | None = None, *, containing: str = "", newest: int | None = None
+) -> list[Version]:
+    """Registered versions by name and number, of every tenant and region.
+
+    name: only of this name. containing: only of names with this text in them. newest: only the last so many that were
+    registered; without it every record is read.
+    """
+    query = select(VersionRow).order_by(VersionRow.name, VersionRow.number)
+    if newest is not None:
+        last = _digests(name, containing).join(RecordRow, RecordRow.digest == VersionRow.digest)
+        last = last.order_by(RecordRow.created_at.desc(), VersionRow.digest).limit(newest)
+        query = query.where(VersionRow.digest.in_(last))
+    else:
+        query = query.where(VersionRow.digest.in_(_digests(name, containing)))
     with database.reading(store.engine) as session:
-        digests = list(session.scalars(query if name is None else query.where(VersionRow.name == name)))
-    return [load_version(store, digest) for digest in digests]
+        rows = list(session.scalars(query))
+    return [_version_of(store, row) for row in rows]
+
+
+def count_versions(store: Store, *, containing: str = "") -> int:
+    """How many versions are registered. containing: only of names with this text in them."""
+    with database.reading(store.engine) as session:
+        return session.scalar(select(func.count()).select_from(_digests(None, containing).subquery())) or 0
+
+
+def _digests(name: str | None, containing: str) -> Select[str]:
+    query = select(VersionRow.digest)
+    if name is not None:
+        query = query.where(VersionRow.name == name)
+    return query.where(VersionRow.name.contains(containing, autoescape=True)) if containing else query
 
 
 def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:

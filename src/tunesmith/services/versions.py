@@ -22,6 +22,8 @@ from tunesmith.registry.versions import resolve
 from tunesmith.store.identities import acting, get_user
 from tunesmith.store.store import Store
 
+LISTED = 100  # versions in a list, unless told otherwise
+
 
 class RegisteredVersion(Version):
     """A version as the registry keeps it. version: its label, NAME@v3."""
@@ -30,10 +32,11 @@ class RegisteredVersion(Version):
 
 
 class VersionList(View):
-    """Every version, and where the aliases point."""
+    """Versions by name and number, and the aliases that point at them. total: how many there are with older ones."""
 
     versions: tuple[RegisteredVersion, ...]
     aliases: tuple[Alias, ...]
+    total: int
 
 
 class ApprovedVersion(View):
@@ -198,10 +201,15 @@ def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
     return tree(store, digest)
 
 
-def list_versions(store: Store) -> VersionList:
-    """Every version, and where the aliases point."""
-    found = tuple(_view(version) for version in versions.list_versions(store))
-    return VersionList(versions=found, aliases=tuple(list_aliases(store)))
+def list_versions(store: Store, *, name: str = "", limit: int = LISTED) -> VersionList:
+    """Versions, and the aliases that point at them.
+
+    name: only versions whose name contains this text. limit: only the last so many that were registered; 0: all.
+    """
+    found = tuple(_view(one) for one in versions.list_versions(store, containing=name, newest=limit or None))
+    listed = {version.digest for version in found}
+    aliases = tuple(alias for alias in list_aliases(store) if alias.version in listed)
+    return VersionList(versions=found, aliases=aliases, total=versions.count_versions(store, containing=name))
 
 
 def _decide(

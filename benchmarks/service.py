@@ -1,0 +1,56 @@
+"""Measures the service: registry, gateway, jobs, uploads, rollouts and drift, next to peers, as a table of goals.
+
+    python benchmarks/service.py [--only PART ...]    # every part but the soak; each one's result is kept
+    python benchmarks/service.py --table               # the table from the results that are kept
+    python benchmarks/service.py --only soak --minutes 60
+
+Servers, load generators and workers are processes of their own. Peers are installed into environments of their own in
+the cache, by their first use. Results are in results/service.json. benchmarks/README.md describes the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine_parts.report import Line, markdown, table
+from service_parts import kept
+
+# Part -> its module, whose `measure` gives what was found. In the order of the table.
+PARTS = {
+    "registry": "large_registry",
+    "gateway": "gateway",
+}
+
+
+def main() -> None:
+    """Measure, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    given = parser.parse_args()
+    os.environ["TUNESMITH_USER"] = "ann"  # the owner of the stores that are made here
+    print(kept.machine(), flush=True)
+    failed = False
+    for part in [] if given.table else given.only or [part for part in PARTS if part != "soak"]:
+        print(f"{part} ...", flush=True)
+        began = time.perf_counter()
+        found = importlib.import_module(f"service_parts.{PARTS[part]}").measure()
+        kept.keep(part, found, time.perf_counter() - began)
+        print(table(found.lines), f"  [{part}: {time.perf_counter() - began:.0f} s]", sep="\n", flush=True)
+    entries = kept.read()
+    lines: list[Line] = []
+    for part in PARTS:
+        lines += kept.lines_of(entries[part]) if part in entries else [Line(part, lacks=f"--only {part}")]
+    print(f"\n{table(lines)}\n\nThe same for benchmarks/README.md:\n\n{markdown(lines)}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What a part found, and the file of results: one entry a part, so that parts can be measured one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine_parts.report import Line
+
+RESULTS = Path(__file__).parents[1] / "results" / "service.json"
+
+
+class Found(NamedTuple):
+    """A part's lines of the table, and the figures behind them: JSON."""
+
+    lines: Sequence[Line]
+    figures: dict[str, Any]
+
+
+def machine() -> str:
+    """Processor, cores, Python."""
+    name = platform.processor() or platform.machine()
+    with Path("/proc/cpuinfo").open() as cpu:
+        name = next((line.split(":")[1].strip() for line in cpu if line.startswith("model name")), name)
+    return f"{len(os.sched_getaffinity(0))} cores of {name}, Python {platform.python_version()}"
+
+
+def read() -> dict[str, Any]:
+    """Part -> its entry."""
+    entries: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return entries
+
+
+def keep(part: str, found: Found, seconds: float) -> None:
+    """Keep what a part found in place of what it found before. load: other work on the machine when it ended."""
+    entry = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine(),
+        "load": round(os.getloadavg()[0], 2),
+        "seconds": round(seconds),
+        "lines": [line._asdict() for line in found.lines],
+        "figures": found.figures,
+    }
+    written = RESULTS.with_suffix(".partial")
+    written.write_text(json.dumps({**read(), part: entry}, indent=1) + "\n")
+    written.replace(RESULTS)
+
+
+def lines_of(entry: dict[str, Any]) -> list[Line]:
+    """The lines of an entry."""
+    return [Line(**line) for line in entry["lines"]]
