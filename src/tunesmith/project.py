@@ -26,6 +26,7 @@ from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.monitoring.settings import MonitoringSettings, RetrainingSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.training.settings import MetricsSettings
+from tunesmith.webhooks.settings import WebhookSettings
 
 if TYPE_CHECKING:
     from tunesmith.store.store import Store
@@ -149,11 +150,15 @@ class ProjectSettings(Settings):
     ] = None
 
     jobs: Annotated[JobSettings, Field(description="where a worker has queued jobs performed")] = JobSettings()
+    webhooks: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")], WebhookSettings],
+        Field(description="where other systems are told what happened, by name; a worker sends the events"),
+    ] = {}  # noqa: RUF012
 
     @property
     def digest(self) -> str:
-        """Names these settings. A queued job notices by it that they changed."""
-        return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"jobs"}))
+        """Names the settings that results depend on. A queued job notices by it that they changed."""
+        return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks"}))
 
     @property
     def server(self) -> VllmSettings | None:

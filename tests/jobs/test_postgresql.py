@@ -1,4 +1,4 @@
-"""The queue's tests against a real PostgreSQL server."""
+"""The queue's and the webhooks' tests against a real PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ from tests.jobs.test_queue import (  # noqa: F401
 from tests.jobs.test_state_machine import test_the_queue_holds_under_any_order_of_events  # noqa: F401
 from tests.postgresql_server import Mortal, mortal, postgresql
 from tests.store.test_postgresql import store
+from tests.webhooks.conftest import receiver
+from tests.webhooks.test_deliveries import (  # noqa: F401
+    test_a_failure_is_tried_again_later_and_later_until_it_is_given_up,
+    test_a_process_killed_after_sending_sends_the_same_id_again,
+    test_a_webhook_gets_what_happens_from_then_on_and_what_it_asked_for,
+    test_one_process_sends_at_a_time,
+)
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
@@ -34,7 +41,7 @@ from tunesmith.jobs.worker import Worker
 from tunesmith.store import audit, database, identities
 from tunesmith.store.store import Store
 
-__all__ = ["mortal", "postgresql", "store"]
+__all__ = ["mortal", "postgresql", "receiver", "store"]
 
 
 def test_a_database_that_is_killed_loses_no_job(tmp_path: Path, mortal: Mortal) -> None:

@@ -210,7 +210,16 @@ def test_what_people_ask_for(store: Store, clock: SetClock) -> None:
     with database.reading(store.engine) as session:
         assert audit.verify(session) == []
         actions = list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))
-    assert actions == ["user.add", "job.add", "job.pause", "job.resume", "job.pause", "job.resume", "job.cancel"]
+    assert actions == [
+        "user.add",
+        "job.add",
+        "job.pause",
+        "job.resume",
+        "job.pause",
+        "job.resume",
+        "job.cancel",
+        "job.end",
+    ]
 
 
 def test_who_may_add_and_change_jobs(store: Store, clock: SetClock) -> None:

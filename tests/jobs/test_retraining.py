@@ -15,19 +15,25 @@ from typer.testing import CliRunner
 
 from tests.tiny import write_model
 from tests.tiny_project import write_project
+from tests.webhooks.conftest import Receiver, receiver
 from tunesmith.cli.main import app
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
+from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.rollout.standing import list_champions, note_champions
 from tunesmith.services import jobs, monitoring, retraining, training, versions
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.users import add_user, set_roles
+from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
-from tunesmith.store.tables import RequestRow
+from tunesmith.store.tables import RequestRow, WebhookRow
+
+__all__ = ["receiver"]
 
 CAUSES = ["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
 HELD = {"prompt": "prompt.txt", "max_tokens": 40, "constrain": True}
@@ -231,3 +237,37 @@ def test_a_champion_that_cannot_be_measured_is_refused_by_name(folder: Path, tmp
     write_project(tmp_path / "new", candidates={"champion": {**CHAMPION, "prompt": "prompt.txt"}})
     with pytest.raises(UsageError, match="a version answers as it was registered: remove prompt"):
         Project.load(tmp_path / "new")
+
+
+def test_other_systems_hear_what_happened_to_a_project(folder: Path, receiver: Receiver) -> None:
+    change(folder, webhooks={"ops": {"url": receiver.url, "secret": "HOOK_SECRET"}})
+    project = Project.load(folder)
+    with database.writing(project.store.engine) as session:  # a webhook that has seen nothing yet
+        session.add(WebhookRow(project="tiny", name="ops", seq=0))
+    drifting(folder)
+    look(folder)
+    (version,) = list_versions(project.store, "tiny")
+    versions.refuse(project.store, "tiny@v1", actor="ann", reason="private")
+    add_user(project.store, "sue", ["steward"])
+    recall(project.store, Cause(kind="version", value=version.digest), reason="private", actor="sue")
+    with database.reading(project.store.engine) as session:
+        champions = list_champions(session, project.store)
+    assert note_champions(project.store, champions)
+    Deliverer(project).turn()
+    said = [json.loads(body) for _, body in receiver.got]
+    assert [(each["type"], each["data"].get("version")) for each in said] == [
+        ("version.waiting_for_approval", "tiny@v1"),
+        ("version.approved", "tiny@v1"),
+        ("rollout.promoted", "tiny@v1"),
+        ("drift.detected", None),
+        ("version.refused", "tiny@v1"),
+        ("recall.started", None),
+        ("champion.refused", "tiny@v1"),
+    ]
+    assert said[3]["data"] | {"tenant": "", "region": ""} == {
+        "job": 1, "kind": "run", "project": "tiny", "tenant": "", "region": "", "cause": "drift: tiny@v1",
+    }  # fmt: skip
+    assert said[5]["data"]["versions"] == [{"version": "tiny@v1", "digest": version.digest}]
+    assert said[5]["data"]["champions_stopped"] == [{"name": "tiny", "tenant": "", "region": ""}]
+    assert "private" not in str(said)
+    project.store.engine.dispose()

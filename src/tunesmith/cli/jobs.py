@@ -49,13 +49,13 @@ def worker(
     """Perform the project's queued jobs, each in a separate process, until ctrl-C or SIGTERM.
 
     With `retraining:` in the project file it also looks every five minutes whether a new version is due, and queues a
-    run. When it ends, jobs that are performed stop between two steps and go back into the queue; a second signal ends
-    them at once.
+    run. With `webhooks:` it sends events to other systems. When it ends, jobs that are performed stop between two
+    steps and go back into the queue; a second signal ends them at once.
     """
     import signal
     from functools import partial
 
-    from tunesmith.services import jobs, retraining
+    from tunesmith.services import jobs, retraining, webhooks
 
     look = partial(retraining.look_again, here.project.root, say)
     working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=look)
@@ -68,8 +68,9 @@ def worker(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
-    working.run(until_empty=until_empty)
+    with webhooks.delivering(here.project, say):
+        say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
+        working.run(until_empty=until_empty)
 
 
 def retrain(

@@ -26,6 +26,7 @@ from tunesmith.cli import (
     serve,
     users,
     versions,
+    webhooks,
 )
 from tunesmith.cli.terminal import say
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -43,6 +44,7 @@ app = typer.Typer(
 _GROUPS = (
     *(project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring, copies),
     gpu_check,
+    webhooks,
 )
 for commands in _GROUPS:
     commands.register(app)

@@ -78,8 +78,11 @@ def serve(
     from tunesmith.services.own_worker import OwnWorker
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
+    from tunesmith.services.webhooks import check_secrets
 
     project = here.project
+    if worker:
+        check_secrets(project)
     listening = _listen(host, port)
     answering = project if base_of is None else project.on_base(base_of)
     context = PipelineContext(answering.in_this_process(), Terminal())

@@ -14,9 +14,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.text.names import CONTROLLER
 from tunesmith.jobs.queue import new_row
 from tunesmith.jobs.state import Clock, State, add_event, database_time
-from tunesmith.store import database
+from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
 
@@ -214,4 +215,6 @@ def _obey(session: Session, row: JobRow, now: float) -> None:
 
 def _end(session: Session, row: JobRow, state: State, now: float) -> None:
     row.state, row.until, row.ended, row.wanted = state, None, now, ""
+    detail = {"state": state, "error": row.error.get("code", ""), "worker": row.worker}
+    audit.append(session, actor=CONTROLLER, action="job.end", subject=f"job {row.id}", detail=detail)
     add_event(session, row.id, now, f"{state}: {row.error['what']}" if row.error else state)

@@ -202,7 +202,8 @@ def resume(store: Store, number: int, *, actor: str, clock: Clock = database_tim
 def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str, clock: Clock) -> Job:
     """Put a waiting job into a state, or ask the worker of a running one to do so."""
     action = {"cancelled": "job.cancel", "paused": "job.pause"}[state]
-    with store.change(actor, action, f"job {number}", {}) as session:
+    detail: dict[str, Any] = {}
+    with store.change(actor, action, f"job {number}", detail) as session:
         row = _changeable(session, number, actor)
         now = clock(session)
         if row.state in ENDED:
@@ -214,6 +215,7 @@ def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor
         else:
             row.state = state
             row.ended = now if state in ENDED else None
+        detail["state"] = row.state
         add_event(session, number, now, f"{'to be ' if row.state == 'running' else ''}{state}, asked by {actor}")
         return job_of(row)
 

@@ -17,6 +17,7 @@ from tunesmith.core.processes import end_with_parent
 from tunesmith.project import open_project
 from tunesmith.services.jobs import make_worker
 from tunesmith.services.retraining import look_again
+from tunesmith.services.webhooks import check_secrets, delivering
 
 # Seconds until a worker that ended is started again.
 _PAUSE = 1.0
@@ -66,10 +67,13 @@ def _work(root: Path, parent: int, say: Callable[[str], None]) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the server too, which stops this process in order
     try:
-        worker = make_worker(open_project(root), say=say, also=partial(look_again, root, say))
+        project = open_project(root)
+        worker = make_worker(project, say=say, also=partial(look_again, root, say))
+        check_secrets(project)
     except TunesmithError as error:  # a cluster that cannot be reached may come back
         say(f"the worker cannot start: {error}")
         time.sleep(_LONG_PAUSE)
         return
     signal.signal(signal.SIGTERM, lambda *_: worker.stopping.set())  # after Ray has set its own
-    worker.run()
+    with delivering(project, say):
+        worker.run()

@@ -27,6 +27,7 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "recall.start": frozenset(("steward", "admin")),
         "job.add": frozenset(("engineer",)),
         "job.change": frozenset(("operator", "engineer", "admin")),
+        "webhook.retry": frozenset(("operator", "engineer", "admin")),
         "file.read": frozenset(("engineer", "steward", "admin")),
         "file.change": frozenset(("engineer", "steward", "admin")),
         "audit.anchor": frozenset(ROLES),

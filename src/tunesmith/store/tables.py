@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0004"
+HEAD_REVISION = "0005"
 
 
 class Table(DeclarativeBase):
@@ -271,6 +271,33 @@ class FileRow(Table):
     size: Mapped[int] = mapped_column(BigInteger)
     digest: Mapped[str] = mapped_column(String(71))
     created: Mapped[float] = mapped_column(Float)
+
+
+class WebhookRow(Table):
+    """How far a project's webhook has read the audit log. seq: the newest entry that it has seen."""
+
+    __tablename__ = "webhooks"
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    seq: Mapped[int] = mapped_column(Integer)
+
+
+class DeliveryRow(Table):
+    """An event that did not arrive at a webhook yet. seq: its audit entry. due: not to be sent before, in seconds since
+    1970. given_up: it failed as often as it may. error: what went wrong last.
+    """
+
+    __tablename__ = "deliveries"
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    webhook: Mapped[str] = mapped_column(String(64), primary_key=True)
+    event: Mapped[str] = mapped_column(String(64), primary_key=True)
+    seq: Mapped[int] = mapped_column(Integer)
+    type: Mapped[str] = mapped_column(String(64))
+    body: Mapped[str] = mapped_column(Text)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    given_up: Mapped[bool] = mapped_column(Boolean, default=False)
+    due: Mapped[float] = mapped_column(Float)
+    error: Mapped[str] = mapped_column(String(256), default="")
 
 
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority)

@@ -19,7 +19,7 @@ def check_name(text: str, what: str) -> str:
     return text
 
 
-# The rollout's controller acts under this name in the audit log when no person does.
+# Controllers and workers act under this name in the audit log when no person does.
 CONTROLLER = "controller"
 # Names that no user may have: a reader of the log would take a person for the system.
 _AUTOMATIC = (CONTROLLER, "rollout-controller", "tunesmith", "system", "server", "scheduler", "automatic")

@@ -1,0 +1,94 @@
+"""A receiver of webhooks, and a project without a model that sends to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tiny_project import settings
+from tunesmith.project import Project, parse_settings
+from tunesmith.services.webhooks import Deliverer
+from tunesmith.store.store import Store
+
+SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+class Receiver(ThreadingHTTPServer):
+    """Keeps what it gets: (headers with lower-case names, body). answers: the next statuses; then it answers 200.
+
+    drips: sends its answer a byte at a time, never to its end.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.got: list[tuple[dict[str, str], bytes]] = []
+        self.answers: list[int] = []
+        self.drips = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/hook"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server = self.server
+        assert isinstance(server, Receiver)
+        body = self.rfile.read(int(self.headers["content-length"]))
+        server.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+        if server.drips:
+            for byte in b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+            return
+        self.send_response(server.answers.pop(0) if server.answers else 200)
+        self.send_header("location", server.url)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    server = Receiver()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    return Store(tmp_path / "store")
+
+
+def project_of(store: Store, **webhooks: dict[str, Any]) -> Project:
+    """A project with these webhooks over a store."""
+    found = Project(store.root, parse_settings(yaml.safe_dump({**settings(), "webhooks": webhooks}), "test"))
+    found.store = store
+    return found
+
+
+def deliverer(store: Store, url: str, **more: Any) -> Deliverer:
+    """Sends to one webhook, ops, which has seen everything so far."""
+    found = Deliverer(project_of(store, ops={"url": url, "secret": "HOOK_SECRET", **more}))
+    found.turn()
+    return found
