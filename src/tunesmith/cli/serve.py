@@ -69,6 +69,7 @@ def serve(
     import logging
 
     from tunesmith.core.scope import Scope
+    from tunesmith.core.telemetry import sending
     from tunesmith.core.text.display import LogFormatter
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
@@ -84,6 +85,8 @@ def serve(
     if worker:
         check_secrets(project)
     listening = _listen(host, port)
+    telemetry = contextlib.ExitStack()
+    telemetry.enter_context(sending())
     answering = project if base_of is None else project.on_base(base_of)
     context = PipelineContext(answering.in_this_process(), Terminal())
     app = create_app(
@@ -122,6 +125,7 @@ def serve(
     finally:
         if beside is not None:
             beside.stop(grace)
+        telemetry.close()
 
 
 def chat(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.core import telemetry
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.jobs import leases
@@ -54,7 +55,7 @@ class JobProgress:
     def task(self, title: str, total: float) -> Iterator[Task]:
         """Open a step of total units."""
         self.go_on()
-        with self._shown.task(title, total) as shown:
+        with telemetry.span(title), self._shown.task(title, total) as shown:
             task = _JobTask(self, shown, title, total)
             self._tasks.append(task)
             try:

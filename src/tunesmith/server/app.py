@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
@@ -72,6 +73,11 @@ def create_app(
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.serving = serving
     app.add_middleware(DrainMiddleware, drain=serving.drain)
+    if (sender := telemetry.active()) is not None:
+        from tunesmith.server.tracing import TraceMiddleware
+
+        metrics.send_to(sender)
+        app.add_middleware(TraceMiddleware, telemetry=sender)
     _add_routes(app)
     app.openapi = openapi_document  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)

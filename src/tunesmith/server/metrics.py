@@ -1,12 +1,22 @@
-"""Prometheus metrics of one server. /metrics needs no token, so they name no model, tenant or user."""
+"""Metrics of one server, for Prometheus and, where it is on, for OpenTelemetry.
+
+/metrics needs no token, so what it shows names no model, tenant or user.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tunesmith.core.telemetry import Telemetry, names
 from tunesmith.engines.protocol import Completion
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import CallbackOptions, Observation
+    from opentelemetry.metrics import Histogram as SentHistogram
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -16,6 +26,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._sent: tuple[SentHistogram, SentHistogram] | None = None
         arm = ("arm",)
         self._requests = Counter(
             "tunesmith_requests", "Requests by arm and outcome.", (*arm, "outcome"), registry=self._registry
@@ -43,13 +54,56 @@ class Metrics:
             registry=self._registry,
         )
 
-    def request(self, arm: str, outcome: str, seconds: float, completion: Completion | None) -> None:
-        """Count one request."""
+    def request(
+        self, arm: str, outcome: str, seconds: float, completion: Completion | None, models: tuple[str, str]
+    ) -> None:
+        """Count one request. models: what the client asked for, and the version that answered."""
         self._requests.labels(arm, outcome).inc()
         self._seconds.labels(arm).observe(seconds)
         if completion is not None:
             self._tokens.labels(arm, "prompt").inc(completion.prompt_tokens)
             self._tokens.labels(arm, "completion").inc(completion.completion_tokens)
+        if self._sent is not None:
+            duration, tokens = self._sent
+            stated = {
+                names.OPERATION: names.CHAT,
+                names.PROVIDER: names.SERVICE,
+                names.REQUEST_MODEL: models[0],
+                names.RESPONSE_MODEL: models[1],
+                names.ARM: arm,
+            }
+            failed = {} if completion is not None else {names.ERROR: outcome}
+            duration.record(seconds, {**stated, names.OUTCOME: outcome, **failed})
+            if completion is not None:
+                tokens.record(completion.prompt_tokens, {**stated, names.TOKEN_TYPE: names.INPUT})
+                tokens.record(completion.completion_tokens, {**stated, names.TOKEN_TYPE: names.OUTPUT})
+
+    def send_to(self, telemetry: Telemetry) -> None:
+        """Also send to OpenTelemetry: durations and tokens by model, and the counters and gauges as they are here."""
+        meter = telemetry.meter
+        self._sent = (
+            meter.create_histogram(
+                names.REQUEST_DURATION, "s", explicit_bucket_boundaries_advisory=names.DURATION_BOUNDS
+            ),
+            meter.create_histogram(
+                names.TOKEN_USAGE, "{token}", explicit_bucket_boundaries_advisory=names.TOKEN_BOUNDS
+            ),
+        )
+        for family in self._registry.collect():
+            values = [partial(self._observed, family.name)]
+            if family.type == "counter":
+                meter.create_observable_counter(family.name, values, description=family.documentation)
+            elif family.type == "gauge":
+                meter.create_observable_gauge(family.name, values, description=family.documentation)
+
+    def _observed(self, name: str, _options: CallbackOptions) -> Iterable[Observation]:
+        """The present values of a counter or gauge."""
+        from opentelemetry.metrics import Observation
+
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if family.name == name and not sample.name.endswith("_created"):
+                    yield Observation(sample.value, dict(sample.labels))
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         """Show the length of the queue, read at each scrape."""

@@ -37,7 +37,7 @@ LOG = logging.getLogger("tunesmith.server")
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A request that was answered, or that failed (completion None).
+    """A request that was answered, or that failed (completion None). model: the name that the client asked for.
 
     whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. cut: the request's
     own max_tokens or stop text ended the answer, which says nothing about the version, so it is not scored. messages:
@@ -46,6 +46,7 @@ class Served:
 
     id: str
     user: User
+    model: str
     route: Route
     seconds: float
     features: Mapping[str, float]
@@ -104,7 +105,8 @@ class Recorder:
         """Record requests in one transaction. If it fails, answers are still sent, and a metric counts the loss."""
         for one in served:
             outcome = "failed" if one.completion is None else _answered(one)
-            self._metrics.request(one.route.arm, outcome, one.seconds, one.completion)
+            models = (one.model, one.route.version.label)
+            self._metrics.request(one.route.arm, outcome, one.seconds, one.completion, models)
             if one.completion is not None and one.whole:
                 self._keep(one.id, _Kept(one.messages, one.completion.text, one.cut))
         try:

@@ -25,6 +25,8 @@ from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 
 _FEEDBACK = "calls of feedback"
+# Where the chat route leaves its Job in the ASGI scope, for the request's trace.
+CHAT_JOB = "tunesmith.job"
 
 
 @dataclass(slots=True)

@@ -43,7 +43,8 @@ class Job:
     token: the caller's, with which user is read again when the request's turn comes.
     events: what the client receives, in order: pieces of text (if it streams), then a Completion or an ApiError.
     most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
-    the prompt contains. begun: a thread has started to answer it.
+    the prompt contains. began, ended: monotonic times at which a thread started to answer it, and at which it was
+    recorded with its completion.
     """
 
     id: str
@@ -59,7 +60,9 @@ class Job:
     prompt_used: PromptUsed = "none"
     prompt_tokens: int = 0
     most_tokens: int | None = None
-    begun: bool = False
+    began: float | None = None
+    ended: float | None = None
+    completion: Completion | None = None
     _left: threading.Event = field(default_factory=threading.Event)
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
@@ -85,11 +88,13 @@ class Job:
 
     def served(self, completion: Completion | None, *, whole: bool = True) -> Served:
         """What to record about it. completion: None if it failed; whole: the answer was decoded to its end."""
+        self.ended, self.completion = time.monotonic(), completion
         return Served(
             id=self.id,
             user=self.user,
             route=self.route,
-            seconds=time.monotonic() - self.accepted,
+            seconds=self.ended - self.accepted,
+            model=self.request.model,
             features=self.features,
             completion=completion,
             whole=whole,
@@ -220,7 +225,7 @@ class Worker:
     def _answer(self, job: Job) -> None:
         if job.left:
             return
-        job.begun = True
+        job.began = time.monotonic()
         try:
             job.user = self._router.caller(job.token)
             job.route = self._router.route(job.user, job.request.model, job.request.user or job.id)

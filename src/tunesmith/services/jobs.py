@@ -6,14 +6,15 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.processes import end_with_parent
 from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.scope import Scope
+from tunesmith.core.telemetry import names
 from tunesmith.core.view import View
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease
@@ -117,6 +118,7 @@ def run_here(project: Project, *, progress: Progress = SILENT, actor: str | None
 
     Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
     """
+    telemetry.check()
     by = project.actor(actor)
     lease = leases.begin(
         project.store,
@@ -127,8 +129,14 @@ def run_here(project: Project, *, progress: Progress = SILENT, actor: str | None
         actor=by,
     )
     done: list[RunSummary] = []
+
+    def work(progress: JobProgress) -> Outcome:
+        with telemetry.span(names.JOB_SPAN, _traced(lease.job, "run", project.settings.name)):
+            return _run(project, by, done, progress)
+
     try:
-        perform(project.store, lease, partial(_run, project, by, done), shown=progress)
+        with telemetry.sending():
+            perform(project.store, lease, work, shown=progress)
     except Stopped:
         state = queue.get(project.store, lease.job).state
         raise TunesmithError(
@@ -218,8 +226,10 @@ def make_worker(
 
     at_once: jobs that are performed at the same time, each on its share of this machine's cores and GPUs; by default
     one, or one for each GPU where there are several. With `jobs: {runner: ray}`: jobs that are given to the cluster at
-    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be.
+    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be, and where
+    OpenTelemetry is set up in a way that cannot be honoured.
     """
+    telemetry.check()  # here, and not first in the process of a job
     return Worker(
         project.store,
         project.settings.name,
@@ -245,10 +255,16 @@ def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
         project = open_project(root)
         project.store = store
         _require_unchanged(project, job)
-        return _KINDS[job.kind](project, job, progress)
+        with telemetry.span(names.JOB_SPAN, _traced(job.id, job.kind, job.project)):
+            return _KINDS[job.kind](project, job, progress)
 
-    with contextlib.suppress(Exception):  # it is recorded
+    with contextlib.suppress(Exception), telemetry.sending():  # it is recorded
         perform(store, lease, work, stopping=stopping)
+
+
+def _traced(job: int, kind: str, project: str) -> dict[str, str | int]:
+    """What a job's span states."""
+    return {names.JOB: job, names.JOB_KIND: kind, names.PROJECT: project}
 
 
 # Reading and changing

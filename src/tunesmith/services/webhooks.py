@@ -8,10 +8,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from tunesmith.core.clock import now
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.services.webhook_events import event_body, event_of
@@ -93,7 +91,7 @@ class Deliverer:
                     self.turn()  # what the last job of a worker that ends came to
             except LockHeld:
                 self.stopping.wait(_HELD)
-            except (TunesmithError, SQLAlchemyError) as error:
+            except Exception as error:  # noqa: BLE001 - one turn that fails must not end the thread
                 self._say(f"webhooks wait: {error}")
                 self.stopping.wait(_HELD)
 

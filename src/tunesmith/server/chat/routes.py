@@ -36,7 +36,7 @@ from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
-from tunesmith.server.serving import Serving, bearer, caller
+from tunesmith.server.serving import CHAT_JOB, Serving, bearer, caller
 from tunesmith.server.work import Event, Job
 
 ID_PREFIX = "chatcmpl-"
@@ -80,6 +80,7 @@ async def chat_completions(request: Request) -> Response:
         identifier = uuid.uuid4().hex
         route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
         job = Job(id=identifier, token=bearer(request), user=user, request=given, route=route)
+        request.scope[CHAT_JOB] = job
         serving.worker.submit(job)
     try:
         first = await _first_event(job, request, serving)
@@ -123,7 +124,7 @@ async def _gone(request: Request) -> None:
 async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
     """The error for a request without an answer in time. If it had begun, it is recorded as failed."""
     job.leave()
-    if job.claim() and job.begun:
+    if job.claim() and job.began is not None:
         await asyncio.to_thread(serving.recorder.write, [job.served(None)])
     return timed_out()
 

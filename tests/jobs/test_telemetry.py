@@ -1,0 +1,90 @@
+"""Traces of jobs, and what the environment may ask of OpenTelemetry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.otlp_receiver import attributes, otlp_receiver
+from tests.webhooks.conftest import project_of
+from tunesmith.core import telemetry
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.jobs import queue
+from tunesmith.services import jobs, training
+from tunesmith.store.store import Store
+
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+def test_the_steps_of_a_job_are_spans(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_project: Any, *, progress: Any, **_: Any) -> None:
+        with progress.task("training", 2) as task:
+            task.advance(2)
+        with progress.task("answers", 2):
+            raise Refused("SECRET text of a row")
+
+    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "nightly")
+    with otlp_receiver(monkeypatch) as receiver, pytest.raises(Refused):
+        jobs.run_here(project_of(store))
+    (job,), (training_span,), (answers,) = map(receiver.named, ("job", "training", "answers"))
+    stated = {"tunesmith.job.id": 1, "tunesmith.job.kind": "run", "tunesmith.project": "tiny", "error.type": "Refused"}
+    assert attributes(job) == stated
+    assert training_span.parent_span_id == answers.parent_span_id == job.span_id
+    assert (training_span.status.code, answers.status.code, job.status.code) == (0, 2, 2)
+    assert b"SECRET" not in receiver.raw
+    assert receiver.resource["service.name"] == "nightly"
+
+
+@pytest.mark.parametrize("given", [{}, {ENDPOINT: ""}, {ENDPOINT: "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}])
+def test_nothing_is_imported_unless_it_is_asked_for(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code = (
+        "import sys; from tunesmith.core import telemetry; import tunesmith.server.app\n"
+        "with telemetry.sending(), telemetry.span('x'): assert telemetry.active() is None\n"
+        "assert not [name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exp'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/json", "http/protobuf"),
+        ("OTEL_TRACES_EXPORTER", "console", "not an exporter"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    monkeypatch.setattr(telemetry, "_is_installed", lambda: True)
+    monkeypatch.setenv(name, value)
+    assert telemetry.check() == ()
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
+    with pytest.raises(UsageError, match=said) as refused:
+        telemetry.check()
+    assert refused.value.where == name
+
+
+def test_one_signal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_is_installed", lambda: True)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:9")
+    assert telemetry.check() == ("traces",)
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert telemetry.check() == ("metrics",)
+
+
+def test_without_the_packages_a_start_is_refused_and_no_job_begun(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_is_installed", lambda: False)
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
+    for start in (jobs.run_here, jobs.make_worker):
+        with pytest.raises(UsageError, match="not installed") as refused:
+            start(project_of(store))
+        assert "tunesmith[telemetry]" in str(refused.value.fix)
+    assert queue.list_jobs(store) == []
