@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ def training_memory(
     """
     size, numbers = BYTES[precision], shapes.linear + shapes.rest
     if quantized:
-        base, whole = _NF4 * shapes.linear + size * shapes.rest, size * shapes.layer  # restored while it computes
+        # bitsandbytes restores the weight of one product at a time.
+        base, whole = _NF4 * shapes.linear + size * shapes.rest, size * math.prod(shapes.widest)
     else:
         base = size * numbers / shards
         whole = size * (shapes.layer + shapes.rest) if shards > 1 else 0.0  # brought together while they compute

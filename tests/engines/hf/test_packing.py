@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.hf_models import FAMILIES as HF_FAMILIES
 from tests.hf_models import change_adapter, write_hf_model
@@ -38,7 +39,7 @@ ROWS = [
 def _trainable(tmp_path: Path, family: str, **settings: Any) -> tuple[HFTrainable, list[Rendered]]:
     write = write_hf_model if family in HF_FAMILIES else write_model
     base = resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
-    weights = WeightSettings.model_validate({"rank": 2, **settings})
+    weights = WeightSettings.model_validate(settings if "method" in settings else {"rank": 2, **settings})
     renderer = Renderer(base.folder)
     return LoadedHFModel(base).trainable(weights, seed=0, state_bytes=16), [renderer.conversation(one) for one in ROWS]
 
@@ -157,7 +158,7 @@ def test_a_batch_has_no_filler_and_its_prefix_once(tmp_path: Path) -> None:
     assert trainable.flops(batch) == tokens * (4 * frozen + 6 * trainable.trained_numbers) + head
     model.packs = False
     padded = len(rows) * max(places)
-    assert trainable.flops(batch) == padded * (4 * (frozen + model.head.weight.numel()) + 6 * trainable.trained_numbers)
+    assert trainable.flops(batch) == padded * (4 * frozen + 6 * trainable.trained_numbers) + head
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon"])
@@ -182,3 +183,48 @@ def test_recompute_has_the_same_gradients_and_keeps_less(tmp_path: Path, family:
     assert kept[1] < 0.6 * kept[0]
     assert needed[1] < needed[0]
     assert needed[1][1] < needed[0][1]
+
+
+class _MostLogits(TorchDispatchMode):
+    """The most rows whose log-probabilities or their gradients are computed at once."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if "log_softmax" in str(function):
+            self.rows = max(self.rows, len(found))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("family", "plain"),
+    [("llama", True), ("gemma3", True), ("gpt2", True), ("falcon", True), ("cohere", False), ("granite", False)],
+)
+def test_the_loss_in_parts_has_the_same_gradients_and_fewer_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, plain: bool
+) -> None:
+    """Cohere and Granite scale what their heads give, and get all logits at once."""
+    trainable, rows = _trainable(tmp_path, family)
+    change_adapter(trainable)
+    assert trainable._model.plain_head == trainable._model.shapes.plain_head == plain
+    batch = lay_out(rows, share=trainable.shares_prefix)
+    labels = batch.labels.numel()
+    found = {}
+    for at_once in (3, labels):
+        monkeypatch.setattr("tunesmith.engines.hf.model.LOGITS_AT_ONCE", at_once)
+        with _MostLogits() as most:
+            found[at_once] = _gradients(trainable, [batch])
+        assert most.rows == (at_once if plain else labels)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_head_learns_from_every_part_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainable, rows = _trainable(tmp_path, "llama-untied", method="full")
+    batch, found = lay_out(rows), []
+    for at_once in (3, batch.labels.numel()):
+        monkeypatch.setattr("tunesmith.engines.hf.model.LOGITS_AT_ONCE", at_once)
+        found.append(_gradients(trainable, [batch]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

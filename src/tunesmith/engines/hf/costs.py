@@ -15,6 +15,11 @@ BYTES = {"fp32": 4.0, "bf16": 2.0}
 # Bytes that are kept of each number that a linear layer reads or gives: measured with Llama and Qwen3 on a CPU. With
 # bf16 they include the fp32 copies that norms and adapters make.
 _KEPT = {"fp32": 4.2, "bf16": 3.9}
+# Labels whose logits over the whole vocabulary are in memory at once, where the loss can be computed in parts.
+LOGITS_AT_ONCE = 512
+# Settings by which a family caps or scales its head's logits, and what stands for neither.
+_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_UNCHANGED = (None, 1)
 
 
 class Shapes(NamedTuple):
@@ -24,8 +29,8 @@ class Shapes(NamedTuple):
     linear: numbers of the linear layers; rest: of embeddings, norms, head and experts; layer: of the largest decoder
     layer. layers: how many there are. width: of a hidden state. adapted: inputs and outputs of all linear layers. kept:
     of all products; kept_layer: of those of the largest layer. computed: numbers of the weights of all products; head:
-    of the head's. widest: (outputs, inputs) of the widest product. vocabulary: logits of a step. cache: keys and values
-    of one token.
+    of the head's. plain_head: whether the logits are what it gives, as far as the configuration tells. widest:
+    (outputs, inputs) of the widest product. vocabulary: logits of a step. cache: keys and values of one token.
     """
 
     linear: int
@@ -38,6 +43,7 @@ class Shapes(NamedTuple):
     kept_layer: int
     computed: int
     head: int
+    plain_head: bool
     widest: tuple[int, int]
     vocabulary: int
     cache: int
@@ -62,6 +68,7 @@ def shapes_of(module: Any) -> Shapes:
         kept_layer=max(sum(map(sum, _products(layer, config, head))) for layer in each_layer),
         computed=sum(map(math.prod, products)),
         head=0 if head is None else math.prod(sizes(head)),
+        plain_head=head is not None and all(getattr(config, each, None) in _UNCHANGED for each in _CHANGED_LOGITS),
         widest=max(products, key=max),
         vocabulary=config.vocab_size,
         cache=2 * len(each_layer) * cached_heads * (getattr(config, "head_dim", None) or width // max(1, heads)),
@@ -97,19 +104,21 @@ def _products(module: nn.Module, config: Any, head: nn.Module | None) -> list[tu
 
 
 def activation_bytes(shapes: Shapes, precision: str, *, tokens: int, scored: int, recompute: bool) -> int:
-    """Bytes that a forward pass keeps for the backward pass, with its logits. scored: tokens that get logits."""
+    """Bytes that a forward pass keeps for the backward pass, with its logits. scored: tokens that get logits; with a
+    plain head, not all at once."""
     # What each layer and the last norm read, and all of the layer that is computed again; or all layers.
     states = (BYTES[precision] * shapes.layers + BYTES["fp32"]) * shapes.width
     kept = states + _KEPT[precision] * shapes.kept_layer if recompute else _KEPT[precision] * shapes.kept
     # The logits, their log-probabilities and their gradient are fp32.
-    return round(tokens * kept + scored * BYTES["fp32"] * 3 * shapes.vocabulary)
+    at_once = min(scored, LOGITS_AT_ONCE) if shapes.plain_head else scored
+    return round(tokens * kept + at_once * BYTES["fp32"] * 3 * shapes.vocabulary)
 
 
 def training_flops(shapes: Shapes, *, tokens: int, scored: int, trained: int, recompute: bool) -> float:
     """Floating-point operations of a batch's matrix products, forward and backward. Attention is left out.
 
     4 for each frozen number (2 forward, 2 backward to the inputs), 6 for each trained one, for every token; the head's
-    only for the scored tokens, which get logits. Recompute adds 2 for each.
+    only for the scored tokens, which get logits; what is computed of it again is left out. Recompute adds 2 for each.
     """
     again = 2 if recompute else 0
     return float(tokens * ((4 + again) * shapes.computed + (6 + again) * trained) + scored * 4 * shapes.head)

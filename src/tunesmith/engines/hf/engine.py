@@ -99,9 +99,8 @@ class HFEngine(InProcessEngine[str]):
     def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
         batch = lay_out(rows, share=False)
         with self._model.using(self._loaded(adapter)), torch.inference_mode():
-            logprobs = self._model.logits(batch).float().log_softmax(-1)
-            each = logprobs.gather(1, batch.labels.to(logprobs.device)[:, None])[:, 0].cpu()
-        return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
+            each = self._model.label_losses(batch).cpu()
+        return [-float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 
     def _row(self, request: Generation, answer: Answer) -> Row:
         prompt = prompt_ids(self._renderer, request, self.context_length)

@@ -8,21 +8,23 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries, packing
-from tunesmith.engines.hf.costs import is_experts, is_linear, shapes_of
+from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, is_experts, is_linear, shapes_of
 from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names, use_liger
-from tunesmith.engines.hf.sharding import recomputed, shard
+from tunesmith.engines.hf.sharding import recomputed, replaced, shard
 from tunesmith.engines.late_weights import to_meta
 from tunesmith.engines.packed import pack
 from tunesmith.engines.ranks import ALONE, Ranks, whole
@@ -43,10 +45,10 @@ class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
     module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
-    shapes: of the base. attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is
-    sharded over. late: the weights, where they are read once the module is sharded. stored: each parameter's name in
-    the base's files, where it is there as the module has it. repeated: tensors in the files that repeat another one, as
-    a tied head may.
+    shapes: of the base. plain_head: whether the logits are what its head gives, unchanged. attention: transformers'
+    name of it. vocabulary: logits of a step. ranks: that the module is sharded over. late: the weights, where they are
+    read once the module is sharded. stored: each parameter's name in the base's files, where it is there as the module
+    has it. repeated: tensors in the files that repeat another one, as a tied head may.
     """
 
     def __init__(
@@ -258,37 +260,56 @@ class HFModel:
         converted = self._peft.base_model.subtract_mutated_init(dict(tensors), adapter, {"state_dict": dict(start)})
         return {**tensors, **converted}
 
-    def logits(self, batch: Batch, *, packed: bool = False, recompute: Sequence[nn.Module] = ()) -> Tensor:
-        """Logits [N, vocabulary] at the places of a batch that predict a label.
+    def label_losses(self, batch: Batch, *, packed: bool = False, recompute: Sequence[nn.Module] = ()) -> Tensor:
+        """The negative log-likelihood of each label [N] of a batch, fp32.
 
+        More than costs.LOGITS_AT_ONCE labels get their logits in parts, as in torchtune's LinearCrossEntropyLoss, and
+        each part's are computed again in the backward pass; except where the family changes what its head gives.
         packed: compute the batch without padding, see `packs`. Otherwise rows are padded on the right. No padding mask
         is needed, because no token sees a later one. recompute: layers to compute again in the backward pass.
         """
-        if recompute:
-            with recomputed(recompute):
-                return self.logits(batch, packed=packed)
-        if packed:
-            return packing.logits(self.module, batch)
+        forwards = {layer: recomputed(layer) for layer in recompute}
+        with replaced({**forwards, self.head: _as_it_is} if self.plain_head else forwards):
+            read = packing.outputs(self.module, batch) if packed else self._padded_outputs(batch)
+        labels = batch.labels.to(self.device)
+        if len(labels) <= LOGITS_AT_ONCE or not self.plain_head:
+            return self._losses(read, labels)
+        parts = zip(read.split(LOGITS_AT_ONCE), labels.split(LOGITS_AT_ONCE), strict=True)
+        again = partial(checkpoint, self._losses, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(*part) for part in parts])
+
+    def _padded_outputs(self, batch: Batch) -> Tensor:
+        """What the module gives [N, ...] at the places of a batch that predict a label, with rows padded."""
         rows = pack(batch, self.device)
         first = rows.ids[:, : rows.prefix].expand(len(rows.padded), -1)
-        logits = self.module(input_ids=torch.cat([first, rows.ids[0, rows.padded]], 1), use_cache=False).logits
+        given = self.module(input_ids=torch.cat([first, rows.ids[0, rows.padded]], 1), use_cache=False).logits
         place, longest = rows.real[rows.predicts - rows.prefix], rows.padded.shape[1]
-        found: Tensor = logits[place // longest, rows.prefix + place % longest]
+        found: Tensor = given[place // longest, rows.prefix + place % longest]
         return found
+
+    def _losses(self, read: Tensor, labels: Tensor) -> Tensor:
+        """read: what the head reads [N, width]; where the family changes what its head gives, logits."""
+        logits = self.head(read) if self.plain_head else read
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
     @torch.no_grad()  # what a module caches on its first call must be usable in training
     def _check_causal(self) -> int:
-        """How many logits a step has. Raises Refused if a token's logits change with the token after it."""
+        """How many logits a step has. Raises Refused if a token's logits change with the token after it. Also finds out
+        whether the logits are just what the head gives (plain_head): some families cap or scale that."""
         ids = torch.tensor([_PROBE], device=self.device)
         other = ids.clone()
         other[0, -1] += 1
-        one, two = (self.module(input_ids=each, use_cache=False).logits for each in (ids, other))
+        given: list[Tensor] = []
+        hook = nn.Identity() if self.head is None else self.head
+        with hook.register_forward_hook(lambda _head, _read, logits: given.append(logits)):
+            one, two = (self.module(input_ids=each, use_cache=False).logits for each in (ids, other))
         if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-4 * self._rounding, atol=1e-4 * self._rounding):
             raise Refused(
                 "the base's tokens see later ones: it is not a causal language model",
                 where=str(self.base.folder),
                 fix="use a base that writes text from left to right",
             )
+        self.plain_head = len(given) == 2 and torch.equal(given[1].to(two.dtype), two)
         return int(one.shape[-1])
 
     def uncalled(self, adapter: str) -> list[str]:
@@ -338,6 +359,10 @@ class HFModel:
         chosen = libraries.transformers().LogitsProcessorList([only_one])
         found = self.module.generate(ids, attention_mask=mask, generation_config=how, logits_processor=chosen)
         return tuple(found.logits)
+
+
+def _as_it_is(given: Tensor) -> Tensor:
+    return given
 
 
 def remove_with(owner: object, model: HFModel, adapter: str) -> None:

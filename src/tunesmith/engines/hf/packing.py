@@ -29,9 +29,9 @@ _NAME = "tunesmith_packed"
 _read: ContextVar[int | None] = ContextVar("read", default=None)
 
 
-def logits(module: Any, batch: Batch) -> Tensor:
-    """Logits [N, vocabulary] at the places of a batch that predict a label, by a module that `enable` returned True
-    for."""
+def outputs(module: Any, batch: Batch) -> Tensor:
+    """What a module gives [N, vocabulary] at the places of a batch that predict a label. `enable` has returned True for
+    the module."""
     packed = pack(batch, module.device)
     given = _bounds(batch, module.device) if module.config._attn_implementation == FLASH else {"packed": packed}
     before = _read.set(packed.prefix + packed.padded.shape[1])
@@ -59,7 +59,7 @@ def _bounds(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 def enable(module: Any, probe: Batch, exact: float) -> bool:
     """Whether the packed rows of probe get the same logits as each alone. If so, the module is changed such that
-    `logits` works with it.
+    `outputs` works with it.
 
     exact: largest error, as a share of how much the logits change if each row reads the ones before it. Flash attention
     knows no common prefix, so that probe may have none there.
@@ -74,7 +74,7 @@ def enable(module: Any, probe: Batch, exact: float) -> bool:
     if before == "sdpa":
         module.set_attn_implementation(_register())
     with suppress(Exception):  # each family fails in its own way where it does not know the arguments
-        if float((logits(module, probe) - alone).abs().max()) <= most:
+        if float((outputs(module, probe) - alone).abs().max()) <= most:
             return True
     if before == "sdpa":
         module.set_attn_implementation(before)

@@ -7,7 +7,7 @@ it computes and dropped after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,20 +50,25 @@ def shard(module: Any, ranks: Ranks, device: torch.device) -> None:
     module.set_reduce_scatter_unused_params(True)
 
 
+def recomputed(layer: nn.Module) -> Callable[..., Any]:
+    """A layer's forward that keeps only what the layer reads: the backward pass computes the rest again. transformers'
+    own switch for this works only in training mode, in which some layers apply dropout."""
+    return partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 @contextmanager
-def recomputed(found: Sequence[nn.Module]) -> Iterator[None]:
-    """Forward passes meanwhile keep only what each of these layers reads. The backward pass computes the rest
-    again. transformers' own switch for this works only in training mode, in which some layers apply dropout."""
-    before = [vars(layer).get("forward") for layer in found]  # accelerate replaces it on some devices
-    for layer in found:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Have modules compute with other forwards meanwhile."""
+    before = {each: vars(each).get("forward") for each in forwards}  # accelerate replaces it on some devices
+    for each, forward in forwards.items():
+        each.forward = forward
     try:
         yield
     finally:
-        for layer, forward in zip(found, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+        for each, own in before.items():
+            del each.forward
+            if own is not None:
+                each.forward = own
 
 
 def layers(module: Any, *, whole: bool = False) -> list[nn.Module]:

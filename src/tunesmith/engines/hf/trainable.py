@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.engines.batch import Batch
@@ -86,8 +85,7 @@ class HFTrainable(TrainableModel):
 
     def _label_losses(self, batch: Batch) -> Tensor:
         with self._model.using(self.adapter):
-            logits = self._model.logits(batch, packed=self._model.packs, recompute=self._recomputed)
-        return F.cross_entropy(logits.float(), batch.labels.to(self.device), reduction="none")
+            return self._model.label_losses(batch, packed=self._model.packs, recompute=self._recomputed)
 
     def memory_estimate(self, batch: Batch) -> int:
         """Bytes of a batch: activations and logits, this rank's gradients, and where the batch is packed one layer's
@@ -110,13 +108,13 @@ class HFTrainable(TrainableModel):
         return sum(held(tensor).numel() for tensor in self.parameters.values())
 
     def _computed(self, batch: Batch) -> tuple[int, int]:
-        """Tokens that the module computes for a batch, and how many of them get logits: without padding, those with a
-        label; with it, all."""
-        rows = read_lengths(batch)
+        """Tokens that the module computes for a batch, and how many of them get logits: those with a label, or all of
+        padded rows where the family changes what its head gives."""
+        rows, labels = read_lengths(batch), batch.labels.numel()
         if self._model.packs:
-            return batch.prefix + int(rows.sum()), batch.labels.numel()
+            return batch.prefix + int(rows.sum()), labels
         padded = len(rows) * (batch.prefix + int(rows.max()))
-        return padded, padded
+        return padded, labels if self._model.plain_head else padded
 
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second that the device reaches on the largest linear layer's product."""
