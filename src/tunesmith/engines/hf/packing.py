@@ -8,9 +8,10 @@ hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -90,12 +91,28 @@ def _alone(module: Any, batch: Batch, row: int) -> Tensor:
     return found[(mine - first + batch.prefix).to(module.device)]
 
 
+class _Picked(torch.autograd.Function):
+    """index_select at places of which none comes twice. torch's own backward pass adds number by number on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(given)
+        return given.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None
+
+
 @cache
 def _register() -> str:
     """The name of the attention implementation that knows the argument `packed` of a forward pass. Without the argument
     it is `sdpa`."""
     transformers = libraries.transformers()
-    transformers.AttentionInterface.register(_NAME, _attention)
+    # sdpa is looked up here, because torch.compile follows what an attention calls.
+    transformers.AttentionInterface.register(_NAME, partial(_attention, transformers.AttentionInterface()["sdpa"]))
     transformers.AttentionMaskInterface.register(_NAME, _mask)
     return _NAME
 
@@ -112,6 +129,7 @@ def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
 
 
 def _attention(
+    sdpa: Callable[..., Any],
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -124,7 +142,6 @@ def _attention(
 
     attention_mask: [1, 1, S, S] for the S tokens of the prefix and the longest row, which hold for every row.
     """
-    sdpa = libraries.transformers().AttentionInterface()["sdpa"]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         found: Tensor = sdpa(module, query, key, value, mask, **options)[0]
@@ -136,21 +153,25 @@ def _attention(
     prefix, (rows, longest), mask = packed.prefix, packed.padded.shape, attention_mask
 
     def side_by_side(tensor: Tensor) -> Tensor:
-        found = tensor[0].transpose(0, 1).index_select(0, packed.padded.flatten())
-        return found.view(rows, longest, *found.shape[1:]).transpose(1, 2)
+        tokens = tensor[0].transpose(0, 1)
+        found = tokens.new_zeros(rows * longest, *tokens.shape[1:]).index_copy(0, packed.real, tokens)
+        return found.view(rows, longest, *tokens.shape[1:]).transpose(1, 2)
 
-    def with_prefix(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[:, :, :prefix].expand(rows, -1, -1, -1), side_by_side(tensor)], 2)
+    parts = (each.split([prefix, each.shape[2] - prefix], 2) for each in (query, key, value))
+    (first_query, query), (first_key, key), (first_value, value) = parts
 
     # Recomputed in the backward pass: a copy of a long prefix for each row and layer would take too much memory.
-    def attend_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        found = attend(side_by_side(query), with_prefix(key), with_prefix(value), mask[:, :, prefix:]).flatten(0, 1)
-        kept: Tensor = found.index_select(0, packed.real)
+    def attend_rows(query: Tensor, *keys_and_values: Tensor) -> Tensor:
+        keys, values = (
+            torch.cat([first.expand(rows, -1, -1, -1), side_by_side(rest)], 2)
+            for first, rest in zip(keys_and_values[:2], keys_and_values[2:], strict=True)
+        )
+        found = attend(side_by_side(query), keys, values, mask[:, :, prefix:]).flatten(0, 1)
+        kept: Tensor = _Picked.apply(found, packed.real)
         return kept[None]
 
-    given: Tensor = checkpoint(attend_rows, query, key, value, use_reentrant=False, preserve_rng_state=False)
+    given_parts = (query, first_key, first_value, key, value)
+    given: Tensor = checkpoint(attend_rows, *given_parts, use_reentrant=False, preserve_rng_state=False)
     if prefix:
-        query, key, value = (tensor[:, :, :prefix] for tensor in (query, key, value))
-        first = attend(query, key, value, mask[:, :, :prefix, :prefix])
-        given = torch.cat([first, given], 1)
+        given = torch.cat([attend(first_query, first_key, first_value, mask[:, :, :prefix, :prefix]), given], 1)
     return given, None
