@@ -134,6 +134,7 @@ def test_time_has_a_stated_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         again = 2 if way["recompute"] else 0
         operations = 100_000 * ((4 + again) * shapes.linear + (6 + again) * trained + 4 * 500 * WIDE["hidden_size"])
         assert way["seconds"] == pytest.approx(operations / 1e12)
+    assert found["cache_rows"] == 16 * 2048 * found["cache_per_token"]
     assert found["cache_tokens"] == ((1 << 30) - 2 * found["numbers"]) // found["cache_per_token"]
     half = _run(tmp_path, "--device", 1, "--tflops", 2, "--utilisation", 0.5, "--row-tokens", 100, "--ranks", 2)[1]
     assert half["ways"][0]["seconds"] == pytest.approx(found["ways"][0]["seconds"] / 2)
@@ -150,6 +151,15 @@ def test_experts_count_as_often_as_a_token_is_sent_to_one(tmp_path: Path) -> Non
     one_expert = (2 * 48 + 32) + (32 + 48)  # gate with up, and down: outputs and inputs
     assert shapes.kept - shapes.adapted == 2 * 2 * one_expert, "two layers, two of four experts"
     assert shapes.computed - shapes.linear == 2 * 2 * (2 * 48 * 32 + 32 * 48)
+
+
+def test_a_sliding_window_keeps_its_own_tokens_only(tmp_path: Path) -> None:
+    kinds = [*["sliding_attention"] * 3, "full_attention"]
+    AutoConfig.for_model("gemma3_text", **WIDE, sliding_window=64, layer_types=kinds).save_pretrained(tmp_path)
+    found = _run(tmp_path, "--device", 1)[1]
+    each_layer = 2 * 2 * WIDE["num_key_value_heads"] * WIDE["head_dim"]
+    assert found["cache_per_token"] == 4 * each_layer
+    assert found["cache_rows"] == 16 * each_layer * (3 * 64 + 2048)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:

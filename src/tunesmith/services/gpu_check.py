@@ -86,6 +86,8 @@ def _checks(command: str) -> Mapping[str, Callable[[Path], Found]]:
         "QLoRA": checks.qlora,
         "export": checks.export,
         "vLLM": partial(checks.vllm, command=command),
+        "tiny, answers with the static cache": partial(checks.answers, shape="tiny"),
+        "1B, answers with the static cache": partial(checks.answers, shape="1B"),
         "tiny, LoRA, rows of 128 tokens": partial(checks.speed, shape="tiny", quantize=None),
         "1B, LoRA, rows of 2,048 tokens": partial(checks.speed, shape="1B", quantize=None),
         "1B, LoRA, rows of 16 to 512 tokens": partial(checks.speed, shape="1B", quantize=None, mixed=True),

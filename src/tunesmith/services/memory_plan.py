@@ -33,8 +33,9 @@ class Way(View):
 class MemoryPlan(View):
     """What trainings on a base take. device: its bytes. numbers: of the base. tokens: of a batch. cache_per_token:
     bytes of a token's keys and values while answers are generated; cache_tokens: how many of them one device holds
-    beside the whole base. row_tokens: of each of the 1,000 rows. rate: floating-point operations a second that are
-    assumed for each device, None where there is nothing to go by; basis: where the rate comes from."""
+    beside the whole base; cache_rows: bytes of the static cache of the rows that are answered together, of `tokens`
+    tokens each. row_tokens: of each of the 1,000 rows. rate: floating-point operations a second that are assumed for
+    each device, None where there is nothing to go by; basis: where the rate comes from."""
 
     base: str
     numbers: int
@@ -46,6 +47,7 @@ class MemoryPlan(View):
     tokens: int
     cache_per_token: int
     cache_tokens: int
+    cache_rows: int
     row_tokens: int
     rate: float | None
     basis: str
@@ -79,8 +81,9 @@ def memory_plan(
     reaches. Raises UsageError, Refused or TunesmithError for a base whose configuration cannot be read.
     """
     from tunesmith.engines.device import DeviceMemory, computing_device
-    from tunesmith.engines.hf.costs import training_flops
-    from tunesmith.training.prediction import cache_bytes, read_shapes, training_memory
+    from tunesmith.engines.hf.costs import DTYPES, cache_bytes, training_flops
+    from tunesmith.engines.hf.generation import MOST_ROWS
+    from tunesmith.training.prediction import read_shapes, training_memory
 
     shapes = read_shapes(config_folder(spec, root))
     room = device if device is not None else DeviceMemory(computing_device()).available()
@@ -105,7 +108,7 @@ def memory_plan(
             seconds=None if rate is None else operations / rate / ranks,
         )
         ways.append(way)
-    numbers, each = shapes.linear + shapes.rest, cache_bytes(shapes, precision, 1)
+    numbers, each = shapes.linear + shapes.rest, cache_bytes(shapes, DTYPES[precision], 1)
     beside = room - numbers * (2 if precision == "bf16" else 4)
     return MemoryPlan(
         base=spec,
@@ -118,6 +121,7 @@ def memory_plan(
         tokens=tokens,
         cache_per_token=each,
         cache_tokens=max(0, beside // each) if each else 0,
+        cache_rows=MOST_ROWS * cache_bytes(shapes, DTYPES[precision], tokens),
         row_tokens=row_tokens,
         rate=rate,
         basis=basis if rate is None else f"{utilisation:.0%} of {basis}",

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from tunesmith.engines.factory import load_model, open_engine
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.engines.protocol import Completion, Engine, Generation, Question, TokenScore
 from tunesmith.engines.settings import VllmSettings, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import INDEX, Base
@@ -189,6 +190,49 @@ def vllm(work: Path, command: str) -> Found:
     if not nats <= _SERVED:
         raise TunesmithError(f"{detail}; accepted is {_SERVED:g}")
     return Found(detail, {"token_nats": nats, "same_answers": same / len(_REQUESTS)})
+
+
+def answers(work: Path, shape: str) -> Found:
+    """Answers with the static cache, for which a GPU compiles a step, and with the dynamic one: how many are the same,
+    log-probabilities up to the first token that differs, and tokens a second."""
+    device = computing_device()
+    if device.type == "cpu" and shape != "tiny":
+        raise LeftOut("no GPU is here, and on a CPU nothing is compiled")
+    base = random_base(work / shape, shape)
+    write_weights(base, device)
+    engine = LoadedHFModel(base).engine()
+    asked = [replace(each, max_tokens=64, top_logprobs=0) for each in _REQUESTS * 2]
+    found: dict[bool, list[Completion]] = {}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for static in (False, True):
+        engine.use_static_cache(static)
+        for _ in range(2):  # the first time compiles
+            began = time.monotonic()
+            found[static] = engine.generate(asked)
+            seconds[static].append(time.monotonic() - began)
+    pairs = list(zip(found[False], found[True], strict=True))
+    same = sum(one.text == other.text for one, other in pairs)
+    nats = max(_differs(one.scores, other.scores) for one, other in pairs)
+    speeds = [sum(each.completion_tokens for each in found[kind]) / seconds[kind][1] for kind in (True, False)]
+    detail = f"{speeds[0]:,.0f} tokens/s with the static cache, {speeds[1]:,.0f} with the dynamic one; the first "
+    detail += (
+        f"answers took {seconds[True][0]:.0f} s; {same} of {len(asked)} are the same, scores within {nats:.1e} nats"
+    )
+    accepted = _TOLERANCE["bf16" if device.type == "cuda" else "fp32"][0]
+    if not nats <= accepted:
+        raise TunesmithError(f"{detail}; accepted are {accepted:g}")
+    names = ("static_tokens_per_second", "dynamic_tokens_per_second", "token_nats", "same_answers")
+    return Found(detail, dict(zip(names, (*speeds, nats, same / len(asked)), strict=True)))
+
+
+def _differs(one: Sequence[TokenScore], other: Sequence[TokenScore]) -> float:
+    """The largest difference of log-probabilities in nats, up to the first token that is not the same."""
+    most = 0.0
+    for mine, theirs in zip(one, other, strict=False):
+        if mine.data != theirs.data:
+            break
+        most = max(most, abs(mine.logprob - theirs.logprob))
+    return most
 
 
 def speed(work: Path, shape: str, quantize: Literal["4bit"] | None, *, mixed: bool = False) -> Found:

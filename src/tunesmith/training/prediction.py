@@ -76,11 +76,6 @@ def training_memory(
     return Memory(round(base + whole), round(trained), activations)
 
 
-def cache_bytes(shapes: Shapes, precision: str, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens while answers are generated."""
-    return round(BYTES[precision] * shapes.cache * tokens)
-
-
 def measured_peak(shapes: Shapes, precision: str) -> float:
     """Floating-point operations a second that this process's device reaches on the widest product."""
     return product_flops(MEASURED_ROWS, *shapes.widest, computing_device(), DTYPES[precision])

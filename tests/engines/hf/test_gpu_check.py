@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tests.engines.vllm import vllm_server
 from tunesmith.cli.main import app
 from tunesmith.engines.device import gpu_present, stated_peak
+from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.services import gpu_check as services
 from tunesmith.training import gpu_check as checks
@@ -43,12 +44,14 @@ def test_on_a_cpu_it_says_that_no_gpu_was_measured(tmp_path: Path, monkeypatch: 
     outcomes = {each["name"]: each["outcome"] for each in found["checks"]}
     left_out = {name for name, outcome in outcomes.items() if outcome == "left out"}
     assert left_out == {"vLLM", *(name for name in outcomes if "B, " in name)}
-    assert len(outcomes) == 10
+    assert len(outcomes) == 12
     assert {outcomes[name] for name in outcomes.keys() - left_out} == {"passed"}
     reasons = " ".join(each["detail"] for each in found["checks"] if each["outcome"] == "left out")
     assert "no GPU is here" in reasons
     assert "no-such-vllm is not there" in reasons
-    speed = next(each["figures"] for each in found["checks"] if each["name"].startswith("tiny"))
+    answers, speed = (each["figures"] for each in found["checks"] if each["name"].startswith("tiny"))
+    assert answers["same_answers"] == 1
+    assert answers["static_tokens_per_second"] > 0 < answers["dynamic_tokens_per_second"]
     assert speed["tokens_per_second"] > 0 < speed["flops_per_second"]
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert not [*(tmp_path / "cache").iterdir()], "it leaves nothing"
@@ -83,6 +86,20 @@ def test_an_export_that_loses_the_adapter_fails(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(checks, "write_merged", losing)
     assert services.perform("export", checks.export, tmp_path).outcome == "failed"
+
+
+def test_a_static_cache_that_changes_answers_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = HFModel.static_cache
+
+    def wrong(model: HFModel, rows: int, tokens: int) -> Any:
+        if (cache := right(model, rows, tokens)) is not None:
+            for layer in cache.layers:
+                layer.cumulative_length.add_(2)
+        return cache
+
+    monkeypatch.setattr(HFModel, "static_cache", wrong)
+    found = services.perform("answers", lambda work: checks.answers(work, "tiny"), tmp_path)
+    assert (found.outcome, "accepted are 0.001" in found.detail) == ("failed", True)
 
 
 def test_rows_without_padding_are_compared_with_padded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def _logits(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
 @torch.no_grad()
 def _own_logits(trainable: HFTrainable, batch: Batch) -> torch.Tensor:
     with trainable._model.using(trainable.adapter):
-        return trainable._model.logits(batch)
+        return trainable._model._padded_outputs(batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
@@ -177,7 +177,7 @@ def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> 
     torch.testing.assert_close(ours, _logits(model, rows), rtol=1e-4, atol=1e-4)
     other = HFModel(base)
     with other.using(other.load_adapter(folder)), torch.no_grad():
-        assert torch.equal(other.logits(batch), ours)
+        assert torch.equal(other._padded_outputs(batch), ours)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -214,7 +214,7 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
     assert file.config.layers == ((1,) if "layers" in settings else None)
     engine = HFModel(base)
     with engine.using(engine.load_adapter(folder)), torch.no_grad():
-        torch.testing.assert_close(engine.logits(batch), ours, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(engine._padded_outputs(batch), ours, rtol=1e-3, atol=1e-3)
 
 
 def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
@@ -370,4 +370,4 @@ def test_an_adapter_in_the_bases_folder_is_not_applied(tmp_path: Path) -> None:
     change_adapter(trainable)
     trainable.save(base.folder)
     with torch.no_grad():
-        assert torch.equal(HFModel(base).logits(batch), before)
+        assert torch.equal(HFModel(base)._padded_outputs(batch), before)

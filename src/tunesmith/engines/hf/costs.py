@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from tunesmith.engines.hf import libraries
 from tunesmith.engines.hf.sharding import layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -20,6 +22,7 @@ LOGITS_AT_ONCE = 512
 # Settings by which a family caps or scales its head's logits, and what stands for neither.
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _UNCHANGED = (None, 1)
+_ENDLESS = 1 << 40  # tokens
 
 
 class Shapes(NamedTuple):
@@ -30,7 +33,8 @@ class Shapes(NamedTuple):
     layer. layers: how many there are. width: of a hidden state. adapted: inputs and outputs of all linear layers. kept:
     of all products; kept_layer: of those of the largest layer. computed: numbers of the weights of all products; head:
     of the head's. plain_head: whether the logits are what it gives, as far as the configuration tells. widest:
-    (outputs, inputs) of the widest product. vocabulary: logits of a step. cache: keys and values of one token.
+    (outputs, inputs) of the widest product. vocabulary: logits of a step. cache: numbers of one token's keys and
+    values in each layer, and how many tokens it keeps at most.
     """
 
     linear: int
@@ -46,7 +50,7 @@ class Shapes(NamedTuple):
     plain_head: bool
     widest: tuple[int, int]
     vocabulary: int
-    cache: int
+    cache: tuple[tuple[int, int], ...]
 
 
 def shapes_of(module: Any) -> Shapes:
@@ -54,15 +58,12 @@ def shapes_of(module: Any) -> Shapes:
     head, config = module.get_output_embeddings(), module.config.get_text_config()
     linears = [sizes(each) for each in module.modules() if is_linear(each) and each is not head]
     products, each_layer = _products(module, config, head), layers(module, whole=True)
-    heads = getattr(config, "num_attention_heads", 0)  # a running state has none
-    cached_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = int(config.hidden_size)
     return Shapes(
         linear=sum(map(math.prod, linears)),
         rest=sum(each.numel() for each in module.parameters()) - sum(map(math.prod, linears)),
         layer=max(sum(each.numel() for each in layer.parameters()) for layer in each_layer),
         layers=len(each_layer),
-        width=width,
+        width=int(config.hidden_size),
         adapted=sum(map(sum, linears)),
         kept=sum(map(sum, products)),
         kept_layer=max(sum(map(sum, _products(layer, config, head))) for layer in each_layer),
@@ -71,8 +72,25 @@ def shapes_of(module: Any) -> Shapes:
         plain_head=head is not None and all(getattr(config, each, None) in _UNCHANGED for each in _CHANGED_LOGITS),
         widest=max(products, key=max),
         vocabulary=config.vocab_size,
-        cache=2 * len(each_layer) * cached_heads * (getattr(config, "head_dim", None) or width // max(1, heads)),
+        cache=_cache(config),
     )
+
+
+def _cache(config: Any) -> tuple[tuple[int, int], ...]:
+    """Shapes.cache, with what transformers' static cache keeps of each layer."""
+    heads = getattr(config, "num_attention_heads", 0)  # a running state has none
+    cached_heads = getattr(config, "num_key_value_heads", None) or heads
+    numbers = 2 * cached_heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+    kept = [_ENDLESS] * config.num_hidden_layers
+    with suppress(KeyError):  # kinds of layers that it does not know
+        found = libraries.transformers().StaticCache(config=config, max_cache_len=_ENDLESS).layers
+        kept = [getattr(layer, "max_cache_len", 0) for layer in found]
+    return tuple((numbers, most) for most in kept)
+
+
+def cache_bytes(shapes: Shapes, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the keys and values of one row of so many tokens while answers are generated."""
+    return dtype.itemsize * sum(numbers * min(tokens, most) for numbers, most in shapes.cache)
 
 
 def is_linear(module: nn.Module) -> bool:

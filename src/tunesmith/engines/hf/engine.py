@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,7 +15,7 @@ import torch
 from tunesmith.core.progress import Progress
 from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.hf.generation import Decoding, Row
+from tunesmith.engines.hf.generation import MOST_ROWS, Decoding, Row
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.protocol import Completion, Generation, Streamed
@@ -23,8 +24,6 @@ from tunesmith.engines.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import MODEL_FILE
-
-_MOST_ROWS = 16  # answers decoded together
 
 
 class HFEngine(InProcessEngine[str]):
@@ -39,6 +38,8 @@ class HFEngine(InProcessEngine[str]):
         """model: the base with its weights, asked for when the first request is to be answered."""
         super().__init__(base)
         self._load = model
+        # CUDA graphs belong to the thread that recorded them.
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding")
 
     @cached_property
     def _model(self) -> HFModel:
@@ -47,6 +48,11 @@ class HFEngine(InProcessEngine[str]):
     @property
     def _vocabulary(self) -> int:
         return self._model.vocabulary
+
+    def use_static_cache(self, static: bool) -> None:
+        """Decode with the static cache or with the dynamic one from now on, whatever the device: to compare the two."""
+        self._model.static = static
+        self._model.release_cache()
 
     def _open_whole(self, folder: Path) -> HFEngine:
         read_model_file(folder, self._base, self._model.repeated)  # refuses what does not belong to the base
@@ -64,7 +70,10 @@ class HFEngine(InProcessEngine[str]):
         answers, batches = self._begin(requests)
         with progress.task("answering", len(answers)) as task:
             for batch in batches:
-                self._decode(batch, loaded)
+                if self._model.static:
+                    self._decoder.submit(self._decode, batch, loaded).result()
+                else:
+                    self._decode(batch, loaded)
                 task.advance(len(batch))
         return _completions(answers)
 
@@ -87,7 +96,7 @@ class HFEngine(InProcessEngine[str]):
         loaded = self._loaded(adapter)
         answer = self._answer(request, events, streams=True)
         row, cancelled = self._row(request, answer), threading.Event()
-        threading.Thread(target=self._decode, args=([row], loaded, cancelled.is_set), daemon=True).start()
+        self._decoder.submit(self._decode, [row], loaded, cancelled.is_set)
         try:
             while (piece := events.get()) is not None:
                 yield piece
@@ -117,7 +126,7 @@ class HFEngine(InProcessEngine[str]):
 
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows of similar length together, such that the longest prompt fits the context with the longest answer."""
-        most = _MOST_ROWS if len(rows) > 1 and self._model.pads else 1
+        most = MOST_ROWS if len(rows) > 1 and self._model.pads else 1
         batches: list[list[Row]] = []
         for row in sorted(rows, key=lambda row: len(row.ids)):  # the last row of a batch has its longest prompt
             limit = max([row.limit, *(one.limit for one in batches[-1])]) if batches else row.limit
@@ -135,7 +144,7 @@ class HFEngine(InProcessEngine[str]):
         mode = torch.inference_mode if ranks.size == 1 else torch.no_grad
         try:
             with self._model.using(loaded), mode():
-                decoding.run(self._model.module)
+                decoding.run(self._model)
         except Exception as error:  # raised in the caller's thread
             if ranks.size > 1:
                 raise  # the others wait for this rank

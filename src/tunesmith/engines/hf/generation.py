@@ -1,6 +1,9 @@
 """Decodes a batch of prompts with transformers' `generate`, which keeps the cache; every token is chosen here.
 
 So sampling, schemas, stop texts and limits are the same as in the native engine, and each row has its own.
+
+On a GPU transformers compiles a step for its static cache, once for each number of rows and length of the cache, so
+both are rounded up to a few (static_size). It does not compile the pass over the prompts.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from torch import Tensor
 from tunesmith.engines.answers import Answer
 from tunesmith.engines.constraint import Guide, mask_disallowed_
 from tunesmith.engines.hf import libraries
-from tunesmith.engines.hf.model import left_padded
+from tunesmith.engines.hf.model import HFModel, left_padded
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.sampling import Sampling, sample, score_of
+
+MOST_ROWS = 16  # answers decoded together
+_SHORTEST = 256  # tokens of a static cache
 
 
 @dataclass(eq=False, slots=True)
@@ -48,26 +54,30 @@ class Decoding:
         self._filler = min(stop_ids)
         self._unfinished = dict.fromkeys(range(len(rows)))
 
-    def run(self, module: Any) -> None:
+    def run(self, model: HFModel) -> None:
         """Decode all rows to their ends, then compute single tokens for nothing until every rank has done so: a forward
         pass of a sharded module needs all ranks."""
+        module = model.module
         if self._rows:
-            self._generate(module)
+            self._generate(model)
         while self._ranks.size > 1 and self._most_unfinished:
             module(input_ids=torch.tensor([[self._filler]], device=module.device), use_cache=False)
             self._most_unfinished = self._ranks.most(0)
 
-    def _generate(self, module: Any) -> None:
+    def _generate(self, model: HFModel) -> None:
         transformers = libraries.transformers()
-        ids, mask = left_padded([row.ids for row in self._rows], self._filler, module.device)
-        how = transformers.GenerationConfig(
-            do_sample=False, max_new_tokens=max(row.limit for row in self._rows), pad_token_id=self._filler
-        )
-        module.generate(
+        prompts, limit = [row.ids for row in self._rows], max(row.limit for row in self._rows)
+        size, length = static_size(len(prompts), max(map(len, prompts)) + limit, model.base.context_length)
+        if (cache := model.static_cache(size, length)) is not None:
+            prompts += [prompts[-1]] * (size - len(prompts))  # computed for nothing
+        ids, mask = left_padded(prompts, self._filler, model.device)
+        how = transformers.GenerationConfig(do_sample=False, max_new_tokens=limit, pad_token_id=self._filler)
+        model.module.generate(
             ids,
             attention_mask=mask,
             generation_config=how,
             synced_gpus=False,
+            cache=cache,
             logits_processor=transformers.LogitsProcessorList([self._choose]),
             stopping_criteria=transformers.StoppingCriteriaList([self._finished]),
         )
@@ -82,6 +92,7 @@ class Decoding:
         where schemas and random numbers are."""
         device, logits = logits.device, logits.cpu()
         only = torch.full_like(logits, float("-inf"))
+        only[len(self._rows) :, self._filler] = 0.0
         for place, row in enumerate(self._rows):
             token = self._next_token(row, place, logits[place]) if place in self._unfinished else self._filler
             only[place, token] = 0.0
@@ -121,3 +132,9 @@ class Decoding:
         if ended or len(row.given) >= row.limit:
             self._end(place, stopped=False)
         return token
+
+
+def static_size(rows: int, tokens: int, context: int) -> tuple[int, int]:
+    """Rows and tokens of the static cache for a batch of so many rows of at most so many tokens. context: the model's
+    longest row. A cache has one row or MOST_ROWS, and is 256 tokens long, a power of two or the context's length."""
+    return 1 if rows == 1 else MOST_ROWS, min(context, max(_SHORTEST, 1 << (tokens - 1).bit_length()))

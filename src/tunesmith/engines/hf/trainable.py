@@ -76,6 +76,7 @@ class HFTrainable(TrainableModel):
 
     def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
         """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
+        self._model.release_cache()
         return (self._label_losses(batch) * objective.coefficients(batch, divisor).to(self.device)).sum()
 
     @torch.no_grad()
