@@ -133,7 +133,9 @@ def rows_of(ladder: Ladder) -> Rows:
 
 def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
     """What is to be trained and asked for a ladder, as the keys of result lines."""
-    common = {"task": ladder.name, "digest": ladder.task.digest, "settings": _settings().model_dump(mode="json"),
+    # Only what is stated, so that a new setting's default makes no result anew.
+    settings = _settings().model_dump(mode="json", exclude_unset=True)
+    common = {"task": ladder.name, "digest": ladder.task.digest, "settings": settings,
               "top": ladder.top, "held": HELD, "revision": 3}  # fmt: skip
     yield {**common, "who": "start", "rows": 0, "epochs": 0}
     for size in ladder.sizes:

@@ -13,13 +13,15 @@ import pytest
 from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.pipeline import forecast as pipeline_forecast
 from tunesmith.pipeline import held_out
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import curve
+from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.stages import REVISIONS
 from tunesmith.services.evaluation import report, report_page
-from tunesmith.services.forecast import Forecast, forecast, forecast_page
+from tunesmith.services.forecast import Forecast, forecast, forecast_page, forecast_view
 from tunesmith.store.store import Store
 
 BUDGET = 600.0  # ample: a tiny model takes seconds, on a machine that is busy too
@@ -140,24 +142,63 @@ def test_another_rule_makes_the_forecast_again_of_the_same_curve(
 
 
 def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = _write(tmp_path / "p")
+    project, stop_at = _write(tmp_path / "p"), 7
     asked: list[str] = []
     ask = held_out.ask_held_out
 
-    def counted(*given: Any) -> dict[str, Any]:
+    def counted(*given: Any, **more: Any) -> dict[str, Any]:
         asked.append(given[2].name)
-        if len(asked) == 7:  # base, nearest and plain, the last two once more, the first subset, and then the second
+        if len(asked) == stop_at:
             raise KeyboardInterrupt
-        return ask(*given)
+        return ask(*given, **more)
 
     monkeypatch.setattr("tunesmith.pipeline.forecast.ask_held_out", counted)
     with pytest.raises(KeyboardInterrupt):
         forecast(project, budget=BUDGET)
     found = forecast(project, budget=BUDGET)
-    assert len(asked) == 7 + len(found.subsets) - 1
-    whole = _write(tmp_path / "q")
-    unbroken = forecast(whole, budget=BUDGET)
+    broken = len(asked)
+    unbroken = forecast(_write(tmp_path / "q"), budget=BUDGET)
+    assert broken == len(asked) - broken + 1, "only the part that was stopped is asked again"
     assert (unbroken.score, unbroken.lift, unbroken.subsets) == (found.score, found.lift, found.subsets)
+
+
+class Slow:
+    """A clock of a slow machine. Each reading takes time, of which a training step makes a few."""
+
+    def __init__(self, slowness: float) -> None:
+        self.slowness, self.now = slowness, 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.05 * self.slowness
+        return self.now
+
+    def time_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let answers take time, few of them nearly as much as many."""
+        for name, once, each in (("generate", 1.0, 0.06), ("choose", 0.2, 0.01)):
+            monkeypatch.setattr(InProcessEngine, name, self._timed(getattr(InProcessEngine, name), once, each))
+
+    def _timed(self, answer: Any, once: float, each: float) -> Any:
+        def timed(engine: Any, requests: Any, *given: Any, **more: Any) -> Any:
+            self.now += self.slowness * (once + each * len(requests))
+            return answer(engine, requests, *given, **more)
+
+        return timed
+
+
+@pytest.mark.parametrize("slowness", [1.0, 3.0])
+def test_a_slow_machine_gives_a_forecast_with_an_interval_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: float
+) -> None:
+    project, clock = _write(tmp_path / "p"), Slow(slowness)
+    context = PipelineContext(project)
+    clock.time_answers(monkeypatch)
+    found = forecast_view(project.store, run_forecast(context, "tuned", budget=24.0, goal=None, days=30.0, clock=clock))
+    assert found.seconds <= found.budget == 24.0
+    assert found.score.low < found.score.median < found.score.high
+    assert found.lift is not None
+    asked = sum(found.held.values())
+    assert asked == 16 if slowness == 3.0 else asked > 40, "16 are asked also where answers are slow"
+    assert len(found.subsets) >= (2 if slowness == 3.0 else 3)
 
 
 def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found: Forecast, tmp_path: Path) -> None:
@@ -213,7 +254,7 @@ def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:
 
 def test_a_score_of_one_from_the_start_leaves_nothing_to_gain(tmp_path: Path) -> None:
     found = forecast(_write(tmp_path / "p", value="1.0"), budget=BUDGET, goal=0.02)
-    assert found.start == 1.0
+    assert found.rivals["plain"] == 1.0
     assert found.decision == "don't"
     assert found.needed is not None
     assert found.needed.median is None

@@ -58,8 +58,7 @@ def forecast(
 def _draw(console: Console, found: Forecast) -> None:
     from rich.text import Text
 
-    rows = [("before training", f"{found.start:.1%}", "")]
-    rows += [(f"trained on {each.rows:,} rows", f"{each.mean:.1%}", "") for each in found.subsets]
+    rows = [(f"trained on {each.rows:,} rows", f"{each.mean:.1%}", "") for each in found.subsets]
     rows += [(name, f"{mean:.1%}", "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
     score = found.score
     rows.append(

@@ -1,14 +1,14 @@
 """The stages `curve` and `forecast`: short trainings on subsets of the rows, and what they say about the whole one.
 
 Test rows are counted here and never read: the scores are of validation rows, and of training rows that were held out of
-all subsets. Time decides how many rows are asked and trained on; each decision is written down before it acts, so that
-a forecast that was stopped goes on with what it has.
+all subsets. Time decides how many rows are asked and trained on. What was measured is written down before anything
+is decided by it, so that a forecast that was stopped goes on with what it has.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,23 @@ from typing import Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import Composer
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.duplicates import request_text
+from tunesmith.engines.protocol import Engine
 from tunesmith.evaluation.forecasting.conclude import LOSS, Wanted, conclude
 from tunesmith.evaluation.forecasting.plan import (
+    FIRST,
     MOST_EPOCHS,
+    PILOT,
     SMALLEST,
-    START,
-    TIMED,
+    Answered,
+    check_pilots,
+    contenders,
     epochs_of,
-    held_rows,
-    subset_sizes,
+    next_part,
+    subset_plan,
+    too_short,
 )
 from tunesmith.evaluation.forecasting.rows import Reserved, reserve
 from tunesmith.evaluation.gates.settings import Gates, Lift
@@ -47,7 +52,10 @@ from tunesmith.training.subsets import nested, subset_settings
 
 @dataclass(frozen=True)
 class _Forecast:
-    """One forecast under way. name: the candidate's; budget: seconds; untuned: candidates, by name."""
+    """One forecast under way. name: the candidate's; budget: seconds, by the clock; untuned: candidates, by name.
+
+    engine: asks the models of the subsets.
+    """
 
     context: PipelineContext
     name: str
@@ -57,10 +65,12 @@ class _Forecast:
     rows: Reserved
     budget: float
     work: Path
+    engine: Engine
+    clock: Callable[[], float]
 
 
-def curve(context: PipelineContext, name: str, budget: float) -> str:
-    """Digest of the scores of short trainings of a candidate, within so many seconds.
+def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable[[], float] = time.perf_counter) -> str:
+    """Digest of the scores of short trainings of a candidate, within so many seconds by the clock.
 
     Raises Inconclusive where there are too few rows, Refused where the budget is too short, UsageError for a candidate
     that is not trained.
@@ -87,7 +97,9 @@ def curve(context: PipelineContext, name: str, budget: float) -> str:
         assert settings.train is not None
         loaded = {each: load_candidate(context.store, digest) for each, digest in untuned.items()}
         rows = _reserved(context, settings.train, [found, *loaded.values()])
-        made = _Forecast(context, name, found, settings.train, loaded, rows, budget, work)
+        made = _Forecast(
+            context, name, found, settings.train, loaded, rows, budget, work, context.model.engine(), clock
+        )
         body, scores = _measured(made)
         parents = {"base": context.base.digest, "dataset": context.dataset.digest}
         parents |= {f"candidate:{each}": digest for each, digest in untuned.items()}
@@ -97,9 +109,17 @@ def curve(context: PipelineContext, name: str, budget: float) -> str:
     return context.stages.run(f"curve of {name}", "curve", inputs, measure)
 
 
-def forecast(context: PipelineContext, name: str, *, budget: float, goal: float | None, days: float) -> str:
+def forecast(
+    context: PipelineContext,
+    name: str,
+    *,
+    budget: float,
+    goal: float | None,
+    days: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> str:
     """Digest of a candidate's forecast. goal: None takes the lift gate's bound. Raises what `curve` raises."""
-    measured = curve(context, name, budget)
+    measured = curve(context, name, budget, clock=clock)
     project = context.project.settings
     gate = lift_gate(project.gates, project.task.leading)
     endpoints = {each: other.endpoint for each, other in project.candidates.items() if other.endpoint}
@@ -149,15 +169,15 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     # As the training of all rows will have them, which is how its record and this one are found to belong together.
     settings = fit_to_rows(made.settings, made.rows.whole, model_width(made.context.base))
     metric = made.context.project.settings.task.leading
-    answered, asked = _ask_untuned(made)
-    subsets = _train_subsets(made, answered, asked)
-    everyone = {**answered, **{f"{each['rows']} rows": each for each in subsets}}
+    asking = _Asking(made)
+    subsets = _train_subsets(made, asking)
+    everyone = {**asking.given, **{f"{each['rows']} rows": each for each in subsets}}
     columns = []
     for who, each in everyone.items():
         for what, values in ((metric, each["scores"]), (LOSS, each.get("losses", ()))):
             pairs = zip(made.rows.held[: len(values)], values, strict=True)
             columns.append(column(who, what, {one.id: (one.group, value) for one, value in pairs}))
-    own = min(asked, made.rows.validation)
+    own = min(asking.rows, made.rows.validation)
     body = {
         "name": made.name,
         "metric": metric,
@@ -166,72 +186,106 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "budget": made.budget,
         "seconds": rounded(sum(_spent(each) for each in everyone.values())),
         "rows": made.rows.whole,
-        "held": {"validation": own, "train": asked - own, "test": 0},
+        "held": {"validation": own, "train": asking.rows - own, "test": 0},
         "test": made.context.dataset.splits["test"],
         "row_seconds": rounded(subsets[-1]["row_seconds"]),
-        "start": _stated(answered[START]),
         "endpoints": sorted(name for name, each in made.untuned.items() if each.endpoint is not None),
-        "untuned": {name: _stated(answered[name]) for name in made.untuned},
-        "subsets": [{"rows": each["rows"], "epochs": each["epochs"], **_stated(each)} for each in subsets],
+        "untuned": {name: _stated(asking.given[name]) for name in made.untuned},
+        "subsets": [{"rows": each["rows"], "epochs": rounded(each["epochs"]), **_stated(each)} for each in subsets],
     }
     return body, encode_scores(columns)
 
 
-def _train_subsets(made: _Forecast, answered: Mapping[str, Mapping[str, Any]], asked: int) -> list[dict[str, Any]]:
-    """Trainings on growing subsets. The first one is timed, and the budget that is left decides on the others."""
-    settings, whole = made.settings, made.rows.whole
-    most, pool = epochs_for(settings, whole), nested(made.rows.pool, settings.seed)
-    first = _subset(made, pool[:SMALLEST], min(most, MOST_EPOCHS), asked)
+class _Asking:
+    """Asks the untuned candidates and the first subset's model held-out rows, in parts that are kept.
 
-    def decided() -> dict[str, Any]:
-        row = first["row_seconds"]
-        reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=most)
-        epochs = max(1, min(MOST_EPOCHS, round(reads)))
-        spent = sum(_spent(each) for each in (*answered.values(), first))
-        asking = first["seconds"] + first["losses_seconds"]
-        sizes = subset_sizes(whole, len(pool), made.budget, spent, row=row, answers=asking, epochs=epochs)
-        return {"sizes": sizes, "epochs": epochs}
-
-    plan = kept(made.work / "sizes.json", decided)
-    sizes = ", ".join(str(size) for size in plan["sizes"])
-    made.context.progress.say(f"{made.name}: training on {sizes} of {whole} rows, {plan['epochs']} times each")
-    return [first, *(_subset(made, pool[:size], plan["epochs"], asked) for size in plan["sizes"])]
-
-
-def _ask_untuned(made: _Forecast) -> tuple[dict[str, dict[str, Any]], int]:
-    """Each untuned candidate's answers to as many held-out rows as the budget allows, and the base's to the first.
-
-    Returns them by name, and how many rows that are.
+    given: answers by untuned candidate, of the first rows that it was asked. rows: that the subsets' models are asked.
     """
-    context, work, rows = made.context, made.work, made.rows.held
-    asking = {START: (Answerer(context.store, context.model.engine(), made.tuned), made.tuned)}
-    asking |= {name: (answerer(context, each), each) for name, each in made.untuned.items()}
 
-    def ask(who: str, part: str, some: Sequence[Example]) -> dict[str, Any]:
-        file = work / f"{part}-{list(asking).index(who):03d}.json"
-        return kept(file, lambda: ask_held_out(context, *asking[who], some))
+    def __init__(self, made: _Forecast) -> None:
+        self._made, self.rows = made, 0
+        self.given: dict[str, dict[str, Any]] = {}
+        self._answerers = {name: answerer(made.context, each) for name, each in made.untuned.items()}
+        self._latest: dict[str, float] = {}
+        for name in made.untuned:
+            self._ask(name, PILOT)
+        check_pilots(made.budget, sum(_spent(each) for each in self.given.values()))
 
-    timed = {who: ask(who, "timed", rows[:TIMED]) for who in asking}
+    def first(self, trained: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """Ask until time or rows run out. Returns what the first subset's model answered to `rows` rows."""
+        own = _answers(self._made, model, 0, PILOT)
+        latest, self.rows = own["seconds"] / PILOT, PILOT
+        while (part := self._next(own, latest)) is not None:
+            who, rows = part
+            for name in who:
+                self._ask(name, rows)
+            more = _answers(self._made, model, self.rows, rows)
+            latest, self.rows, own = more["seconds"] / (rows - self.rows), rows, together([own, more])
+        losses = _losses(self._made, model, self.rows)
+        return {**trained, **own, **losses, "each": latest}
 
-    def decided() -> dict[str, Any]:
-        each = {who: part["seconds"] / TIMED for who, part in timed.items()}
-        return {"rows": held_rows(len(rows), made.budget, each)}
+    def _next(self, own: Mapping[str, Any], latest: float) -> tuple[Sequence[str], int] | None:
+        made = self._made
+        known = {
+            name: Answered(len(each["scores"]), sum(each["scores"]), self._latest[name])
+            for name, each in self.given.items()
+            if len(each["scores"]) == self.rows
+        }
+        spent = sum(each["seconds"] for each in (own, *self.given.values()))
+        rates = {name: known[name].latest for name in contenders(known)}
+        return next_part(self.rows, len(made.rows.held), made.budget, spent, rates, latest)
 
-    many = kept(work / "held.json", decided)["rows"]
-    context.progress.say(f"{made.name}: asking {many} rows that are held out of the subsets")
-    found = {who: together([timed[who], ask(who, "rest", rows[TIMED:many])]) for who in made.untuned}
-    return {START: timed[START], **found}, many
+    def _ask(self, name: str, rows: int) -> None:
+        """Ask a candidate the rows up to this one that it was not asked yet."""
+        made, before = self._made, self.given.get(name)
+        asked = 0 if before is None else len(before["scores"])
+        some, who = made.rows.held[asked:rows], made.untuned[name]
+        file = made.work / f"untuned-{list(made.untuned).index(name):03d}-{asked}-{rows}.json"
+        part = kept(file, lambda: ask_held_out(made.context, self._answerers[name], who, some, clock=made.clock))
+        self._latest[name] = part["seconds"] / len(some)
+        self.given[name] = part if before is None else together([before, part])
 
 
-def _subset(made: _Forecast, rows: Sequence[Example], epochs: int, asked: int) -> dict[str, Any]:
-    """A training on some rows, and its answers to the held-out rows."""
+def _train_subsets(made: _Forecast, asking: _Asking) -> list[dict[str, Any]]:
+    """Trainings on growing subsets. The first one is timed, and the budget that is left decides on the others."""
+    settings, whole, say = made.settings, made.rows.whole, made.context.progress.say
+    most, pool = epochs_for(settings, whole), nested(made.rows.pool, settings.seed)
+    trained, model = _train(made, pool[:SMALLEST], min(most, MOST_EPOCHS), FIRST * made.budget)
+    first = asking.first(trained, model)
+    row, spent = first["row_seconds"], sum(_spent(each) for each in (*asking.given.values(), first))
+    reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=most)
+    besides = first["spent"] - first["rows"] * first["epochs"] * row  # what a training takes before its first step
+    answers = asking.rows * first["each"] + first["losses_seconds"] + besides
+    epochs = max(1, min(MOST_EPOCHS, round(reads)))
+    sizes, epochs = subset_plan(whole, len(pool), made.budget, spent, row=row, answers=answers, epochs=epochs)
+    asked = f"{asking.rows} held-out rows asked of each model"
+    if sizes:
+        told = ", ".join(str(size) for size in sizes)
+        say(f"{made.name}: training on {told} of {whole} rows, {epochs} times each; {asked}")
+    else:
+        say(f"{made.name}: {spent:.0f} of {made.budget:.0f} s are used, so there is one subset; {asked}")
+    subsets = [first]
+    for size in sizes:
+        trained, model = _train(made, pool[:size], epochs)
+        given = _answers(made, model, 0, asking.rows)
+        subsets.append({**trained, **given, **_losses(made, model, asking.rows)})
+    return subsets
+
+
+def _train(
+    made: _Forecast, rows: Sequence[Example], epochs: int, budget: float | None = None
+) -> tuple[dict[str, Any], str]:
+    """A training on some rows, and the name under which the engine has loaded it.
+
+    budget: seconds after which it ends, read fewer times. Raises Refused where it holds only a few steps.
+    """
     from tunesmith.training.train import make_spec, run_training
 
     context, name = made.context, f"{len(rows)}-rows"
 
     def run() -> dict[str, Any]:
         composer = Composer(context.store, made.tuned)
-        settings = subset_settings(made.settings, len(rows), made.rows.whole, epochs)
+        settings = subset_settings(made.settings, len(rows), made.rows.whole, epochs, budget)
         spec = make_spec(
             base=context.base,
             dataset=context.dataset.digest,
@@ -242,18 +296,43 @@ def _subset(made: _Forecast, rows: Sequence[Example], epochs: int, asked: int) -
             name=f"{made.name} on {len(rows)} rows",
             engine=context.training_engine(settings),
         )
-        began = time.perf_counter()
-        trained = run_training(spec, model=context.trained_model(settings))
-        spent = time.perf_counter() - began
-        engine = context.model.engine()
-        engine.load_adapter(name, trained.folder)
-        answering = Answerer(context.store, engine, made.tuned)
-        given = ask_held_out(context, answering, made.tuned, made.rows.held[:asked], name)
-        given |= ask_losses(engine, answering, made.rows.held[:asked], name)
-        row = trained.state.seconds / (len(rows) * epochs)
-        return {"rows": len(rows), "epochs": epochs, "spent": spent, "row_seconds": row, **given}
+        began = made.clock()
+        try:
+            trained = run_training(spec, model=context.trained_model(settings), clock=made.clock)
+        except Refused as error:
+            if error.where != "train.budget":
+                raise
+            raise too_short(
+                made.budget, f"four steps on {len(rows)} rows take longer than a tenth of it", 3 * made.budget
+            ) from error
+        spent = made.clock() - began
+        row = trained.state.seconds / (len(rows) * trained.epochs)
+        return {"rows": len(rows), "epochs": trained.epochs, "spent": spent, "row_seconds": row}
 
-    return kept(made.work / f"{name}.json", run)
+    found = kept(made.work / f"{name}.json", run)
+    made.engine.load_adapter(name, made.work / name / "result")
+    return found, name
+
+
+def _answers(made: _Forecast, model: str, first: int, last: int) -> dict[str, Any]:
+    """A subset's model's answers to some of the held-out rows."""
+    context = made.context
+
+    def ask() -> dict[str, Any]:
+        answering = Answerer(context.store, made.engine, made.tuned)
+        return ask_held_out(context, answering, made.tuned, made.rows.held[first:last], model, made.clock)
+
+    return kept(made.work / f"{model}-{first}-{last}.json", ask)
+
+
+def _losses(made: _Forecast, model: str, rows: int) -> dict[str, Any]:
+    """A subset's model's losses on the first held-out rows."""
+
+    def ask() -> dict[str, Any]:
+        answering = Answerer(made.context.store, made.engine, made.tuned)
+        return ask_losses(made.engine, answering, made.rows.held[:rows], model, made.clock)
+
+    return kept(made.work / f"{model}-losses.json", ask)
 
 
 def _spent(given: Mapping[str, Any]) -> float:
@@ -266,6 +345,7 @@ def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
     per_1000 = 1000.0 / len(given["scores"])
     return {
         "mean": rounded(mean(given["scores"])),
+        "asked": len(given["scores"]),
         "seconds": rounded(given["seconds"]),
         "price": {
             "prompt_tokens_per_1000": rounded(given["prompt_tokens"] * per_1000),

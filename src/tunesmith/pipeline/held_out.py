@@ -30,6 +30,7 @@ def ask_held_out(
     candidate: Candidate,
     rows: Sequence[Example],
     adapter: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """{"scores": by the primary metric in the order of rows, "prompt_tokens", "completion_tokens", "seconds"}.
 
@@ -39,13 +40,13 @@ def ask_held_out(
     asked_as = answerer.composer.asked_as
     # Builds the index, as loading does: once, and not timed.
     answerer.composer.retrieved_without_group(rows[0], asked_as)
-    began = time.perf_counter()
+    began = clock()
     asked = [answerer.generation_without_group(row) for row in rows]
     if candidate.method != "model":
         given = _baseline_answers(candidate, answerer.composer.examples, rows, asked)
     else:
         given = answerer.responder.generate(asked, adapter)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     metric, scoring = context.project.settings.task.leading, leading_scoring(context)
     lines = {
         row.id: {"text": answer.text, "retrieved": list(answerer.composer.retrieved_without_group(row, asked_as).ids)}
@@ -61,13 +62,17 @@ def ask_held_out(
 
 
 def ask_losses(
-    engine: Engine, answerer: Answerer, rows: Sequence[Example], adapter: str | None = None
+    engine: Engine,
+    answerer: Answerer,
+    rows: Sequence[Example],
+    adapter: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """{"losses": of each row's expected answer, summed over its tokens, in nats; "losses_seconds"}."""
-    began = time.perf_counter()
+    began = clock()
     asked = [Question(answerer.generation_without_group(row).messages, (row.answer,)) for row in rows]
     losses = [-found[0] for found in engine.choose(asked, adapter)]
-    return {"losses": losses, "losses_seconds": time.perf_counter() - began}
+    return {"losses": losses, "losses_seconds": clock() - began}
 
 
 def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

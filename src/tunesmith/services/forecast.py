@@ -31,7 +31,7 @@ class SubsetScore(View):
     """A short training. rows: of it; mean: its score on the held-out rows."""
 
     rows: int
-    epochs: int
+    epochs: float
     mean: float
 
 
@@ -89,8 +89,8 @@ class Forecast(View):
 
     held: held-out rows that were asked, by the split that they are of. test: test rows; budget, seconds: that the
     forecast had and took. confidence: of every interval. goal: the lift from which tuning pays; likely: the probability
-    that it is reached. rival: the best untuned candidate on the held-out rows; rivals: means of all; start: the score
-    before training. score, lift: as the test rows will measure them. curve: the expected score by rows. Without an
+    that it is reached. rival: the best untuned candidate on the held-out rows; rivals: means of all.
+    score, lift: as the test rows will measure them. curve: the expected score by rows. Without an
     untuned candidate, lift, decision, likely, needed and pays are None.
     """
 
@@ -108,7 +108,6 @@ class Forecast(View):
     goal: float
     rival: str | None
     rivals: dict[str, float]
-    start: float
     subsets: tuple[SubsetScore, ...]
     score: Expected
     lift: Expected | None

@@ -26,9 +26,11 @@ def nested(rows: Sequence[Example], seed: int) -> list[Example]:
     return [row for group in groups for row in members[group]]
 
 
-def subset_settings(settings: TrainSettings, rows: int, whole: int, epochs: int) -> TrainSettings:
+def subset_settings(
+    settings: TrainSettings, rows: int, whole: int, epochs: int, budget: float | None = None
+) -> TrainSettings:
     """How a candidate with these settings is trained on so many of all rows: for a number of epochs, with the learning
-    rate falling at the end.
+    rate falling at the end. budget: seconds after which it ends in any case.
 
     Batches shrink with the square root of the rows. So both the steps and the rows of a step grow evenly up to the
     whole training's: with batches of one size small subsets would measure that they have few steps, and with one number
@@ -38,4 +40,6 @@ def subset_settings(settings: TrainSettings, rows: int, whole: int, epochs: int)
     batch = max(min(_LEAST_BATCH, settings.batch), round(settings.batch * math.sqrt(rows / whole)))
     changes = {"budget": None, "epochs": epochs, "schedule": "wsd", "keep": "last", "patience": None, "rows": None,
                "batch": batch, "validate_by": "loss", "canaries": None}  # fmt: skip
-    return TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})
+    made = TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})
+    # A project states one of the two, epochs or a budget. Here the budget only cuts short what has few epochs.
+    return made.model_copy(update={"budget": budget})

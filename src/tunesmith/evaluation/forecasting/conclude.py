@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
-from tunesmith.evaluation.forecasting.plan import epochs_of
+from tunesmith.evaluation.forecasting.plan import Answered, epochs_of
 from tunesmith.evaluation.lines import LineFile, is_number, is_share
 from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.scores import rounded
@@ -51,15 +51,15 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
     measured = _subsets(store, record, wanted.over)
     whole = Whole(body["rows"], epochs, test_groups)
     found = extrapolate(measured, whole, wanted.goal, body["seed"])
-    rivals = {name: each["mean"] for name, each in body["untuned"].items() if wanted.over in (None, name)}
-    rival = max(sorted(rivals), key=lambda name: rivals[name], default=None)
+    untuned = {name: each for name, each in body["untuned"].items() if wanted.over in (None, name)}
+    rivals = {name: each["mean"] for name, each in untuned.items()}
+    rival = max(sorted(untuned), key=lambda name: _middle(untuned[name]), default=None)
     stated = {
         **{key: body[key] for key in ("name", "metric", "rows", "held", "test", "budget", "seconds")},
         "confidence": CONFIDENCE,
         "goal": wanted.goal,
         "rival": rival,
         "rivals": rivals,
-        "start": body["start"]["mean"],
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
         **found,
         "training": _training(body, body["rows"], epochs(body["rows"]), wanted.prices),
@@ -69,6 +69,12 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         if end in ("low", "median", "high") and rows is not None:
             stated["needed"][end] = {"rows": rows, **_training(body, rows, epochs(rows), wanted.prices)}
     return stated
+
+
+def _middle(stated: Mapping[str, Any]) -> float:
+    """The score of an untuned candidate, of which few answers say less than many."""
+    asked, total = stated["asked"], stated["asked"] * stated["mean"]
+    return Answered(asked, total, 0.0).middle
 
 
 def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
@@ -86,12 +92,16 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
     untuned = [name for name in body["untuned"] if over in (None, name)]
     ids = sorted(rows[subsets[0], LOSS])
     wanted = [(name, metric) for name in subsets for metric in (body["metric"], LOSS)]
-    wanted += [(name, body["metric"]) for name in untuned]
-    if not ids or not all(rows[key].keys() == set(ids) for key in wanted):
+    few = [rows[name, body["metric"]].keys() for name in untuned]
+    if (
+        not ids
+        or not all(rows[key].keys() == set(ids) for key in wanted)
+        or not all(one and one <= set(ids) for one in few)
+    ):
         raise Inconclusive("the forecast's scores are not of the same rows for everyone", where="scores.jsonl")
 
     def columns(names: Sequence[str], metric: str) -> Floats:
-        found = [[rows[name, metric][each] for each in ids] for name in names]
+        found = [[rows[name, metric].get(each, np.nan) for each in ids] for name in names]
         return np.array(found).T.reshape(len(ids), len(names))
 
     return Subsets(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.stats.learning_curve import DRAWS, SPREAD, Drawn, Spread, Subsets, draw_curves
+from tunesmith.evaluation.stats.learning_curve import DRAWS, SPREAD, Drawn, Spread, Subsets, draw_curves, untuned_means
 from tunesmith.evaluation.stats.power import grouping_of
 from tunesmith.evaluation.stats.statistics import Floats
 
@@ -67,7 +67,8 @@ def extrapolate(measured: Subsets, whole: Whole, goal: float, seed: int = 0, spr
         "lift": None, "decision": None, "likely": None, "needed": None, "curve": _curve(drawn, whole, measured),
     }  # fmt: skip
     if measured.untuned.shape[1]:
-        best = measured.untuned[:, int(measured.untuned.mean(axis=0).argmax())]
+        every = np.full((1, len(last)), 1.0 / len(last))
+        best = measured.untuned[:, int(untuned_means(measured.untuned, every).argmax())]
         seen = np.clip(lifts + _noise(last - best, measured, whole, random), -1.0, 1.0)
         likely = float((seen >= goal).mean())
         found |= {"lift": _interval(seen), "likely": rounded(likely), "decision": decide(likely)}
@@ -85,13 +86,16 @@ def _noise(
 ) -> Floats:
     """What the choice of test rows adds to a mean, one number for each draw.
 
-    rows: scores or differences of the held-out rows, whose variance within and between groups the test rows will have.
+    rows: scores or differences of the held-out rows, whose variance within and between groups the test rows will have;
+    NaN for rows that one of the two was not asked.
     means: forecast scores; the variance is then taken as that of the held-out rows is, relative to a share's.
     """
     draws = random.standard_normal(DRAWS)
     if not whole.test_groups:
         return np.zeros_like(draws)
-    own = grouping_of(measured.groups, rows)
+    known = ~np.isnan(rows)
+    rows, groups = rows[known], [group for group, one in zip(measured.groups, known, strict=True) if one]
+    own = grouping_of(groups, rows)
     effect = 1.0 + (grouping_of(whole.test_groups).size - 1.0) * own.correlation
     variance: Floats | float = float(rows.var()) + 1.0 / len(rows) ** 2
     if means is not None:

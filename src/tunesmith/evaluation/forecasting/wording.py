@@ -24,8 +24,7 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
     score, level = found["score"], f"{found['confidence']:.0%}"
     said = [
         f"With all {found['rows']:,} training rows, {found['metric']} on the test rows will be about "
-        f"{percent(score['median'])} ({level} interval {percent(score['low'])} to {percent(score['high'])}); "
-        f"before training it is {percent(found['start'])}."
+        f"{percent(score['median'])} ({level} interval {percent(score['low'])} to {percent(score['high'])})."
     ]
     if found["lift"] is not None:
         lift = found["lift"]

@@ -67,7 +67,7 @@ class Subsets:
     """What was measured. sizes: rows of each training, ascending.
 
     losses, scores: of the expected and the given answers, held-out rows x sizes. untuned: scores, held-out rows x
-    untuned candidates. groups: one name for each held-out row.
+    untuned candidates, NaN for rows that a candidate was not asked. groups: one name for each held-out row.
     """
 
     sizes: tuple[float, ...]
@@ -121,12 +121,27 @@ def draw_curves(measured: Subsets, seed: int = 0, spread: Spread = SPREAD) -> Dr
         log_chance = (-(_FREEDOM + 1) / 2 * np.log1p(misfit / _FREEDOM)).sum(axis=1)
         chance = np.exp(log_chance - log_chance.max())
         curves[place] = shapes[random.choice(len(shapes), _KEPT, p=chance / chance.sum())]
-    untuned = (weights @ measured.untuned).max(axis=1) if measured.untuned.shape[1] else np.full(len(weights), np.nan)
+    untuned = np.full(len(weights), np.nan)
+    if measured.untuned.shape[1]:
+        untuned = untuned_means(measured.untuned, weights).max(axis=1)
     links = _links(logs, measured.scores, random)
     moved = logs[:, -1:] + _CHANGES  # held-out rows x changes
     expected = np.stack([weight @ _score(moved, link) for weight, link in zip(weights, links, strict=True)])
     strays = random.standard_normal(curves.shape[:2])
     return Drawn(max(measured.sizes), curves, expected, strays, untuned, spread)
+
+
+def untuned_means(untuned: Floats, weights: Floats) -> Floats:
+    """Mean scores of untuned candidates, resamplings x candidates. weights: of the rows, resamplings x rows, sum 1.
+
+    Each counts half a right and half a wrong answer more than it gave (Jeffreys' prior of a share): a candidate that
+    was wrong on its few rows is not known to be wrong always.
+    """
+    asked = ~np.isnan(untuned)
+    many = asked.sum(axis=0)
+    share = weights @ asked
+    means = (weights @ np.where(asked, untuned, 0.0)) / share
+    return np.asarray((means * many + 0.5) / (many + 1.0))
 
 
 def to_angle(score: Floats) -> Floats:
