@@ -77,6 +77,24 @@ def test_fewer_test_rows_or_groups_widen_the_interval() -> None:
     assert together["high"] - together["low"] > alone["high"] - alone["low"]
 
 
+def test_a_candidate_that_was_asked_few_rows_is_not_known_to_be_wrong_always() -> None:
+    measured = _measured([0.3, 0.5, 0.55, 0.6], 0.0)
+    few = np.where(np.arange(240)[:, None] < 4, measured.untuned, np.nan)
+    sure, unsure = (extrapolate(replace(measured, untuned=each), _whole(), 0.05) for each in (measured.untuned, few))
+    assert unsure["lift"]["low"] < sure["lift"]["low"]
+    assert unsure["lift"]["high"] <= sure["lift"]["high"] + 0.02
+    joined = replace(measured, untuned=np.hstack([few, np.full((240, 1), 0.4)]))
+    assert abs(extrapolate(joined, _whole(), 0.05)["lift"]["median"] - sure["lift"]["median"] + 0.4) < 0.05
+
+
+def test_one_subset_gives_a_wide_interval() -> None:
+    four = _measured([0.3, 0.5, 0.55, 0.6], 0.4)
+    one = replace(four, sizes=SIZES[:1], losses=four.losses[:, :1], scores=four.scores[:, :1])
+    wide, narrow = (extrapolate(each, _whole(), 0.05)["score"] for each in (one, four))
+    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
+    assert wide["low"] < 0.6 < wide["high"]
+
+
 def test_without_an_untuned_candidate_there_is_a_score_and_no_decision() -> None:
     found = extrapolate(_measured([0.3, 0.6, 0.7, 0.75], None), _whole(), 0.05)
     assert found["score"]["low"] < found["score"]["median"] < found["score"]["high"]

@@ -26,7 +26,7 @@ _GROWTH = 4  # rows after a part, as a multiple of those before it: a part's tim
 _WORTHWHILE = 1.25  # a part that adds less than a quarter is not asked
 _PLANNED = 0.95  # share of the budget that is planned with: some work takes longer than it was measured to
 _ASKING = 0.5  # share of the budget for answers, those of the other subsets' models included
-_PILOTS = 0.6  # share of the budget that the first answers may take: a training has to follow
+_PILOTS = 0.75  # share of the budget that the first answers may take: a training has to follow
 _ROOM = 1.25  # how many times as long the least work may take as it was measured to
 _BEHIND = 2.0  # standard errors from its mean, for the one candidate upwards and the best one downwards
 
