@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sqlalchemy import insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.clock import stamp
@@ -100,21 +101,39 @@ class Recorder:
         self._scorers = scorers
         self._answers: OrderedDict[str, _Kept] = OrderedDict()
         self._most, self._lock = kept_answers, threading.Lock()
+        self._unwritten: list[dict[str, Any]] = []
+        self._writing = threading.Lock()
 
-    def write(self, served: Sequence[Served]) -> None:
-        """Record requests in one transaction. If it fails, answers are still sent, and a metric counts the loss."""
-        for one in served:
-            outcome = "failed" if one.completion is None else _answered(one)
-            models = (one.model, one.route.version.label)
-            self._metrics.request(one.route.arm, outcome, one.seconds, one.completion, models)
-            if one.completion is not None and one.whole:
-                self._keep(one.id, _Kept(one.messages, one.completion.text, one.cut))
+    def write(self, served: Served) -> None:
+        """Record a request. If that fails, its answer is still sent, and a metric counts the loss.
+
+        Requests that are recorded at the same time share a transaction: each would wait for the disk otherwise.
+        """
+        outcome = "failed" if served.completion is None else _answered(served)
+        models = (served.model, served.route.version.label)
+        self._metrics.request(served.route.arm, outcome, served.seconds, served.completion, models)
+        if served.completion is not None and served.whole:
+            self._keep(served.id, _Kept(served.messages, served.completion.text, served.cut))
+        row = self._row(served)
+        with self._lock:
+            self._unwritten.append(row)
+        with self._writing:  # once it is this thread's, the thread before it may have written the row
+            with self._lock:
+                rows, self._unwritten = self._unwritten, []
+            if rows:
+                self._metrics.unrecorded.inc(self._store_rows(rows))
+
+    def _store_rows(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Write rows of requests in one transaction, or one by one where that fails; returns how many were lost."""
         try:
             with database.writing(self._store.engine) as session:
-                session.add_all(self._row(one) for one in served)
-        except (TunesmithError, SQLAlchemyError, OSError):
-            self._metrics.unrecorded.inc(len(served))
-            LOG.exception("%d requests could not be recorded", len(served))
+                session.execute(insert(RequestRow), list(rows))
+        except (TunesmithError, SQLAlchemyError, OSError) as error:
+            if isinstance(error, SQLAlchemyError) and len(rows) > 1:  # one of them has a value that does not fit
+                return sum(self._store_rows([row]) for row in rows)
+            LOG.exception("%d requests could not be recorded", len(rows))
+            return len(rows)
+        return 0
 
     def feedback(
         self, user: User, request: str, expected: str | None, given: Mapping[str, float], keep: bool = False
@@ -195,7 +214,8 @@ class Recorder:
             while len(self._answers) > self._most:
                 self._answers.popitem(last=False)
 
-    def _row(self, served: Served) -> RequestRow:
+    def _row(self, served: Served) -> dict[str, Any]:
+        """The columns of a request's row."""
         completion, scores = served.completion, dict[str, float]()
         if completion is None:  # a failed request counts as a bad answer
             scores = dict.fromkeys(self._scorers.every_answer, 0.0)
@@ -207,25 +227,25 @@ class Recorder:
         features: dict[str, Any] = dict(served.features)
         if served.route.step is not None:
             features[STEP] = served.route.step
-        return RequestRow(
-            id=served.id,
-            at=stamp(),
-            name=served.route.name,
-            tenant=served.user.tenant,
-            region=self._region,
-            caller=served.user.name,
-            end_user=_end_user(served),
-            version=served.route.version.digest,
-            rollout=served.route.rollout,
-            arm=served.route.arm,
-            ok=completion is not None,
-            cut=served.cut,
-            seconds=served.seconds,
-            prompt_tokens=completion.prompt_tokens if completion else 0,
-            completion_tokens=completion.completion_tokens if completion else 0,
-            scores=scores,
-            features=features,
-        )
+        return {
+            "id": served.id,
+            "at": stamp(),
+            "name": served.route.name,
+            "tenant": served.user.tenant,
+            "region": self._region,
+            "caller": served.user.name,
+            "end_user": _end_user(served),
+            "version": served.route.version.digest,
+            "rollout": served.route.rollout,
+            "arm": served.route.arm,
+            "ok": completion is not None,
+            "cut": served.cut,
+            "seconds": served.seconds,
+            "prompt_tokens": completion.prompt_tokens if completion else 0,
+            "completion_tokens": completion.completion_tokens if completion else 0,
+            "scores": scores,
+            "features": features,
+        }
 
 
 def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) -> dict[str, float]:

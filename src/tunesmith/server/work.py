@@ -180,7 +180,7 @@ class Worker:
             if len(self._turns) >= self._settings.waiting:
                 raise busy()
             self._turns.add(job.user.name, job)
-            self._change.notify_all()
+            self._change.notify()  # one thread: to wake all of them for each request took most of the server's time
 
     def held_by(self, user: str) -> int:
         """How many of the user's requests wait or are answered."""
@@ -209,9 +209,8 @@ class Worker:
                 self._fail(job, failed())
             finally:
                 del self._busy_since[job]
-                with self._change:
+                with self._change:  # the place that is free now is this thread's, which takes the next job
                     self._turns.end(job.user.name)
-                    self._change.notify_all()
 
     def _next(self) -> Job | None:
         """The job whose turn it is, or None when the server stops. Waits for one."""
@@ -323,7 +322,7 @@ class Worker:
         if job.left and job.claim():
             # Only the engine knows the number of tokens in a piece. It is at least one.
             seen = Completion("".join(pieces), "stop", job.prompt_tokens, len(pieces))
-            self._recorder.write([job.served(seen, whole=False)])
+            self._recorder.write(job.served(seen, whole=False))
         elif not job.left:
             LOG.error("the engine ended the stream of request %s without a completion", job.id)
             self._fail(job, failed())
@@ -335,7 +334,7 @@ class Worker:
     def _end(self, job: Job, served: Served, event: Event) -> None:
         """Record a claimed request and send its last event, which an error of the record must not withhold."""
         try:
-            self._recorder.write([served])
+            self._recorder.write(served)
         finally:
             job.send(event)
 

@@ -8,20 +8,22 @@ registry signs the newest head into every version and approval, `audit anchor` w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import select, update
+from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
+from tunesmith.store import database
 from tunesmith.store.tables import AuditHeadRow, AuditRow
 
 GENESIS = digest_of("tunesmith audit log")
 _ONLY_ROW = 1
+_NEWEST = select(AuditRow.seq, AuditRow.digest).order_by(AuditRow.seq.desc()).limit(1)
 
 
 class Head(BaseModel):
@@ -73,9 +75,10 @@ def _move_head(session: Session, before: Head, after: Head) -> None:
     session.execute(update(AuditHeadRow).where(*here).values(**after.model_dump()))
 
 
-def newest(session: Session) -> Head:
-    """The newest entry that this session sees."""
-    found = session.execute(select(AuditRow.seq, AuditRow.digest).order_by(AuditRow.seq.desc()).limit(1)).first()
+def newest(where: Session | Engine) -> Head:
+    """The newest entry that a session sees, or that was committed."""
+    found: Sequence[Any] | None
+    found = where.execute(_NEWEST).first() if isinstance(where, Session) else database.first_row(where, _NEWEST)
     return Head(seq=found[0], digest=found[1]) if found else Head(seq=0, digest=GENESIS)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, select, text
+from sqlalchemy import Connection, Engine, Executable, create_engine, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -27,13 +27,16 @@ _WRITER = {
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
 }
+# Of one process, at most.
+_CONNECTIONS = 15
 # Bytes: less than SQLite's log and shared memory need.
 _LITTLE = 1 << 20
 
 
 def connect(url: str) -> Engine:
     """Open the database at url and migrate it if needed. Raises TunesmithError if that fails."""
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    # All are kept open: a server's threads would else open and close those beyond the fifth for each request.
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"), pool_size=_CONNECTIONS, max_overflow=0)
     if engine.dialect.name == "sqlite":
         _sqlite_transactions(engine)
     with _usable(engine):
@@ -87,6 +90,12 @@ def reading(engine: Engine) -> Iterator[Session]:
     """A read-only session."""
     with _usable(engine), Session(engine) as session:
         yield session
+
+
+def first_row(engine: Engine, query: Executable) -> Sequence[Any] | None:
+    """The first row of a query, without what a session costs."""
+    with _usable(engine), engine.connect() as connection:
+        return connection.execute(query).first()
 
 
 @contextlib.contextmanager

@@ -34,12 +34,12 @@ class UntilChanged(Generic[Value]):
         compute: reads what it needs through the session that it is given. holds: for what changes without an entry,
         such as the time. What compute raises is raised, and not kept.
         """
+        # Before the value is computed: a change in between gives the next call another head.
+        head = audit.newest(self._store.engine)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == head and holds(kept[1]):
+            return kept[1]
         with database.reading(self._store.engine) as session:
-            # Before the value is computed: a change in between gives the next call another head.
-            head = audit.newest(session)
-            kept = self._kept.get(key)
-            if kept is not None and kept[0] == head and holds(kept[1]):
-                return kept[1]
             value = compute(session)
         if len(self._kept) >= self._most:
             self._kept = {}

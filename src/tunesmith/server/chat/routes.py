@@ -125,7 +125,7 @@ async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
     """The error for a request without an answer in time. If it had begun, it is recorded as failed."""
     job.leave()
     if job.claim() and job.began is not None:
-        await asyncio.to_thread(serving.recorder.write, [job.served(None)])
+        await asyncio.to_thread(serving.recorder.write, job.served(None))
     return timed_out()
 
 

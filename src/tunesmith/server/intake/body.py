@@ -16,6 +16,8 @@ from tunesmith.server.intake import limits
 from tunesmith.server.settings import ServerSettings
 
 Body = TypeVar("Body", bound=BaseModel)
+# Bytes of a body that is parsed in less time than it takes to wake a thread.
+_SMALL = 4096
 # Of several errors, what a person should read first: others follow from these, such as "not text" for a long list.
 _TOLD_FIRST = {"extra_forbidden": 0, "too_long": 1, "string_too_long": 1}
 
@@ -28,8 +30,11 @@ async def read_body(
     count: called with the size of each piece (`Arriving.one`).
     JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
+    data = await _read(request, settings, count)
+    if len(data) <= _SMALL:
+        return _parsed(data, model)
     # In a thread, so that a large body does not keep the server from other requests' bytes.
-    return await asyncio.to_thread(_parsed, await _read(request, settings, count), model)
+    return await asyncio.to_thread(_parsed, data, model)
 
 
 def _parsed(data: bytes, model: type[Body]) -> Body:
