@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fabricate import NAME, Scene, lamp
-from tunesmith.monitoring.drift import Baseline, Report, ServedRequest, cap_tenants, compare_feature, watch
+from tunesmith.monitoring.drift import Baseline, Report, ServedRequest, cap_tenants, compare, compare_feature, watch
 from tunesmith.monitoring.features import measured_features, request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.registry.versions import Version
@@ -60,7 +60,7 @@ def test_traffic_like_the_test_split_is_stable(scene: Scene, versions: dict[int,
     report = look(scene, versions[1])
     assert (report.verdict, report.requests, report.recommendation) == ("stable", 400, None)
     assert {finding.name: finding.outcome for finding in report.findings} == {
-        "characters": "stable", "nearest": "stable", "json_valid": "stable",
+        "characters": "stable", "nearest": "stable", "unlike": "stable", "json_valid": "stable",
     }  # fmt: skip
 
 
@@ -75,6 +75,22 @@ def test_longer_requests_are_drift_and_the_advice_is_to_retrain(scene: Scene, ve
     assert moved.low > SETTINGS.shift_at_most
     assert moved.p_value is not None
     assert moved.p_value < 1e-6
+
+
+def test_a_new_topic_of_few_requests_is_drift_although_the_distributions_hardly_differ() -> None:
+    draw = np.random.default_rng(3)
+
+    def verdicts(share: float) -> dict[str, str]:
+        topic = draw.random(500) < share
+        served = np.where(topic, draw.beta(4, 4, 500), draw.beta(8, 2, 500))
+        baseline = Baseline(features={"nearest": draw.beta(8, 2, 1000).tolist()})
+        rows = [ServedRequest("", {"nearest": float(value)}) for value in served]
+        return {finding.name: finding.outcome for finding in compare(rows, baseline, SETTINGS)}
+
+    assert verdicts(0.2) == {"nearest": "stable", "unlike": "drift"}
+    alarms = [verdicts(0.0)["unlike"] for _ in range(40)]
+    assert "drift" not in alarms
+    assert alarms.count("stable") > 30
 
 
 def test_a_small_shift_is_stable_for_any_number_of_requests() -> None:

@@ -25,6 +25,15 @@ class MonitoringSettings(Settings):
             "difference between their cumulative shares (the Kolmogorov-Smirnov statistic)",
         ),
     ] = 0.25
+    unlike_rise_at_most: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="largest allowed rise of the share of requests that are less like the training rows than nine "
+            "of ten test rows were, such as requests about a new topic",
+        ),
+    ] = 0.03
     valid_drop_at_most: Annotated[
         float, Field(ge=0, lt=1, description="largest allowed drop of the share of valid JSON below the evaluation's")
     ] = 0.05
