@@ -9,7 +9,7 @@ DEMO   := $(VENV)/.ready-demo
 # vLLM for CPUs, with its own version of torch.
 VLLM   := .venv-vllm
 
-.PHONY: demo test test-vllm check unit attack docs bench clean
+.PHONY: demo test test-vllm check unit attack docs bench soak clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -49,6 +49,9 @@ bench: $(READY)          ## measurements, as ratios to other tools and to this m
 	$(BIN)/python benchmarks/alike.py
 	$(BIN)/python benchmarks/statistics_simulations.py
 	$(BIN)/python benchmarks/risk_probes.py
+
+soak: $(READY)           ## an hour of kills of workers, servers, PostgreSQL and S3 (MINUTES=10 for less)
+	$(BIN)/python benchmarks/service.py --only soak --minutes $(or $(MINUTES),60)
 
 clean:                   ## remove everything that was made here, except the cache of base models
 	rm -rf $(VENV) $(VLLM) dist docs/_build docs/reference/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

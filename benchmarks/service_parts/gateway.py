@@ -76,7 +76,7 @@ def bare(work: Path) -> Iterator[dict[str, Any]]:
     """A server that only answers: what the load generator is told to ask it."""
     port = free_port()
     with listening(script("run_bare.py", "instant", str(port)), port, work / "bare.log"):
-        yield _told(port, "none")
+        yield asked_of(port, "none")
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def ours(work: Path) -> Iterator[dict[str, Any]]:
     port = free_port()
     told = {"root": str(scene.store.root), "url": scene.store.url, "base": scene.base, "port": port}
     with listening(script("run_server.py", json.dumps(told)), port, work / "ours.log"):
-        yield _told(port, token)
+        yield asked_of(port, token)
 
 
 def with_champion(scene: Scene) -> str:
@@ -113,11 +113,12 @@ def litellm(work: Path) -> Iterator[dict[str, Any]]:
     command = [str(python.parent / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
     environment = {"LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     with listening([*command, "--num_workers", "1"], port, work / "litellm.log", environment, 300):
-        yield _told(port, KEY)
+        yield asked_of(port, KEY)
 
 
-def _told(port: int, token: str) -> dict[str, Any]:
-    body = {"model": NAME, "messages": [{"role": "user", "content": "switch on the lamp"}]}
+def asked_of(port: int, token: str, content: str = "switch on the lamp") -> dict[str, Any]:
+    """What the load generator is told to ask a server."""
+    body = {"model": NAME, "messages": [{"role": "user", "content": content}]}
     return {"url": f"http://127.0.0.1:{port}", "token": token, "body": body}
 
 

@@ -53,25 +53,25 @@ class Connection:
 
 
 async def generate(told: dict[str, Any]) -> dict[str, Any]:
-    """Ask for some seconds from several connections. rate: requests/s in all, started on time; None: as fast as can be.
+    """Ask for some seconds from several connections; returns requests/s, failures, and milliseconds.
 
-    Of each answer must_have has to be in the body. Returns requests/s, failures, and milliseconds.
+    rate: requests/s in all, begun on time; None: as fast as can be. requests: how many at most. must_have: has to be in
+    the body of each answer.
     """
     connections, seconds, rate = told["connections"], told["seconds"], told.get("rate")
     must_have = told.get("must_have", "").encode()
     taken: list[float] = []
     failures: list[str] = []
     began = time.perf_counter()
-    until, started = began + seconds, 0
+    until, started, most = began + seconds, 0, told.get("requests", 1 << 62)
 
     async def one() -> None:
         nonlocal started
         connection = Connection(told)
-        while (now := time.perf_counter()) < until:
-            due = now
+        while (now := time.perf_counter()) < until and started < most:
+            due, started = now, started + 1
             if rate is not None:
                 due = began + started / rate  # the time it was due, so that a stall counts for all that it delays
-                started += 1
                 if due >= until:
                     return
                 await asyncio.sleep(max(0.0, due - now))

@@ -30,13 +30,18 @@ class InstantEngine(FakeEngine):
         self.seen.clear()
 
 
+def _says_weights(request: Any, adapter: str | None) -> str:
+    """The request's own text and the weights that answer it."""
+    return json.dumps({"intent": request.messages[-1].content, "weights": adapter})
+
+
 def main(told: dict[str, Any]) -> None:
     """Serve until SIGTERM."""
     logging.basicConfig(level=logging.WARNING)
     store = Store(Path(told["root"]), url=told["url"])
     engine = InstantEngine(told["base"])
-    if told.get("says_version"):
-        engine.answer = lambda request, _adapter: json.dumps({"intent": request.messages[0].content})
+    if told.get("says_weights"):
+        engine.answer = _says_weights
     settings = ServerSettings.model_validate({"per_user": 1024, "waiting": 4096, **told.get("settings", {})})
     scorers = served_scorers(("json_valid",), {"type": "object", "required": ["intent"]}, Path())
     app = create_app(store, engine, engine.count_tokens, settings, scorers=scorers)
