@@ -1,7 +1,7 @@
 """Drift on clinc150: the share of out-of-scope requests goes from 0 to 5% to 20%; and windows without any.
 
 Features are those that the server records: the request's length, and its similarity to the closest training row. The
-monitor sees the newest 500 requests, every 20 requests. evidently gets the same features and windows, by its defaults.
+monitor sees the newest 500 requests, every 50 requests. evidently gets the same features and windows, by its defaults.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tunesmith.monitoring.settings import MonitoringSettings
 
 EVIDENTLY = Peer("evidently", "evidently==0.7.23")
 CORPUS = ROOT.parent / "shared" / "data" / "clinc150" / "data_data_full.json"
-WINDOW, EVERY, WHOLE, WINDOWS, STREAMS, THEIRS = 500, 20, 300, 10_000, 20, 60
+WINDOW, EVERY, WHOLE, WINDOWS, STREAMS, THEIRS = 500, 50, 40, 10_000, 20, 60
 SETTINGS = MonitoringSettings()
 
 

