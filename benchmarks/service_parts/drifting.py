@@ -132,23 +132,27 @@ def _false_alarms(requests: Requests, draw: random.Random) -> dict[str, int]:
     first windows, and for those whose distance is above the bound; the other finding is computed for all.
     """
     alarms = in_whole = 0
-    measured = _baseline(requests).features
-    unlike = float(np.quantile(measured["nearest"], 0.1))
-    share = float(np.mean(np.array(measured["nearest"]) < unlike))
+    names, generator = sorted(requests.measured[0]), np.random.default_rng(draw.randrange(1 << 30))
+    measured = np.array([[row[name] for name in names] for row in requests.measured])
+    inside = np.array([[row[name] for name in names] for row in requests.inside])
+    nearest = names.index("nearest")
+    unlike = float(np.quantile(measured[:, nearest], 0.1))
+    share = float((measured[:, nearest] < unlike).mean())
     for number in range(WINDOWS):
-        window = _stream(requests, draw, WINDOW, 0.0)
-        far = max(_distance([row[name] for row in window], values) for name, values in measured.items())
-        rise = float(np.mean([row["nearest"] < unlike for row in window])) - share
+        window = inside[generator.integers(len(inside), size=WINDOW)]
+        far = max(_distance(window[:, place], measured[:, place]) for place in range(len(names)))
+        rise = float((window[:, nearest] < unlike).mean()) - share
         if number < WHOLE or far > SETTINGS.shift_at_most or rise > SETTINGS.unlike_rise_at_most:
             in_whole += 1
-            alarms += bool(_drifted(requests, window))
+            alarms += bool(_drifted(requests, [dict(zip(names, map(float, row), strict=True)) for row in window]))
     return {"windows": WINDOWS, "computed_in_whole": in_whole, "alarms": alarms}
 
 
-def _distance(ours: list[float], theirs: Any) -> float:
-    from scipy.stats import ks_2samp
-
-    return float(ks_2samp(ours, theirs, method="asymp").statistic)
+def _distance(ours: Any, theirs: Any) -> float:
+    """The largest difference between two cumulative shares."""
+    at = np.concatenate([ours, theirs])
+    below = [np.searchsorted(np.sort(values), at, side="right") / len(values) for values in (ours, theirs)]
+    return float(np.abs(below[0] - below[1]).max())
 
 
 def _evidently(requests: Requests, draw: random.Random) -> Any:

@@ -328,7 +328,14 @@ def _distance(ours: Array, theirs: Array) -> float:
 
 def _interval(ours: Array, theirs: Array, confidence: float) -> tuple[float, float]:
     rng = np.random.default_rng(0)  # the same requests give the same verdict
-    drawn = [_distance(rng.choice(ours, len(ours)), rng.choice(theirs, len(theirs))) for _ in range(_RESAMPLES)]
+    grid, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
+
+    def below(sample: NDArray[np.intp]) -> Array:
+        """The cumulative shares of a resample, without sorting it."""
+        return np.bincount(rng.choice(sample, len(sample)), minlength=len(grid)).cumsum() / len(sample)
+
+    first, second = places[: len(ours)], places[len(ours) :]
+    drawn = [float(np.abs(below(first) - below(second)).max()) for _ in range(_RESAMPLES)]
     tail = (1 - confidence) / 2
     lower, upper = np.quantile(drawn, [tail, 1 - tail])
     estimate = _distance(ours, theirs)
