@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +17,15 @@ from typing import Any
 import pytest
 
 from tests.data.building.test_ray_runner import PATIENT
+from tests.jobs.test_performing import until
+from tests.jobs.waiting import wait
 from tests.own_group import run_whole_group
 from tests.tiny_project import settings, write_project
 from tunesmith.core import ray_cluster
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
+from tunesmith.jobs.on_ray import _Performer
 from tunesmith.project import Project
 from tunesmith.services import jobs, own_worker, training
 from tunesmith.services.job_places import check_node, make_places
@@ -120,22 +126,72 @@ def leased(project: Project) -> Lease:
 def test_a_node_that_cannot_perform_the_job_says_why(made: Callable[..., Project], tmp_path: Path) -> None:
     project = made()
     lease, root, mark = leased(project), project.root, str(tmp_path)
-    check_node(root, "w", HERE, lease, mark)
+    files = str(project.store.root / "records")
+    check_node(root, "w", HERE, files, lease, mark)
     assert queue.events(project.store, lease.job)[-1].message == f"performed on the node {HERE} of the Ray cluster"
 
-    def refused(*given: Any) -> str:
+    def refused(
+        folder: Path = root,
+        worker: str = "w",
+        host: str = HERE,
+        kept: str = files,
+        job: Lease = lease,
+        seen: str = mark,
+    ) -> str:
         with pytest.raises(TunesmithError) as raised:
-            check_node(*given)
+            check_node(folder, worker, host, kept, job, seen)
         assert isinstance(raised.value, UsageError | Refused), "it is not tried again"
         return str(raised.value)
 
-    assert "SQLite can be used on one machine only" in refused(root, "w", "far", lease, mark)
-    assert "does not see the files of the worker's store" in refused(root, "w", HERE, lease, str(tmp_path / "none"))
-    assert "uses another database" in refused(root, "other:7", HERE, lease, mark)
-    assert "uses another database" in refused(root, "w", HERE, Lease(99, 1, 60.0), mark)
-    assert "there is no project here" in refused(tmp_path / "nowhere", "w", HERE, lease, mark)
+    assert "SQLite can be used on one machine only" in refused(host="far")
+    assert "does not see the files of the worker's store" in refused(seen=str(tmp_path / "none"))
+    assert "does not see the files of the worker's store" in refused(kept="s3://bucket/records", seen="")
+    assert "uses another database" in refused(worker="other:7")
+    assert "uses another database" in refused(job=Lease(99, 1, 60.0))
+    assert "there is no project here" in refused(folder=tmp_path / "nowhere")
     leases.finish(project.store, lease, {})
-    assert "uses another database" in refused(root, "w", HERE, lease, mark), "the job has ended there"
+    assert "uses another database" in refused(), "the job has ended there"
+
+
+def nothing(_lease: Lease, _mark: str) -> None:
+    """Find nothing wrong with a node."""
+
+
+def wrong(_lease: Lease, mark: str) -> None:
+    raise Refused(f"this node does not see {mark}")
+
+
+@pytest.fixture
+def performer(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Performer]:
+    """What an actor runs, in this process."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.delenv("TUNESMITH_THREADS", raising=False)
+    yield _Performer()
+    os.environ.pop("TUNESMITH_THREADS", None)
+
+
+def test_a_process_on_a_node_is_told_to_stop(performer: _Performer) -> None:
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(performer.perform, {"CPU": 2.0}, nothing, wait, Lease(1, 1, 60.0), "")
+        until(lambda: performer._process is not None and _handles_sigterm(performer._process.pid))
+        performer.stop()
+        assert ended.result(60).what == "its process ended with exit code 0"
+    assert (os.environ["TUNESMITH_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("2", "")
+
+
+def _handles_sigterm(process: int | None) -> bool:
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_process_on_a_node_is_not_started_where_it_is_of_no_use(performer: _Performer) -> None:
+    refused = performer.perform({"CPU": 1.0}, wrong, wait, Lease(1, 1, 60.0), "/mark")
+    assert isinstance(refused, Refused)
+    assert refused.what == "this node does not see /mark"
+    performer.stop()
+    stopped = performer.perform({"CPU": 1.0}, nothing, wait, Lease(1, 1, 60.0), "")
+    assert stopped.what == "it was told to stop before it began"
+    assert performer._process is None
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -23,12 +24,15 @@ from tests.own_group import run_whole_group
 from tests.tiny_project import settings, write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.progress import Progress
 from tunesmith.engines.protocol import Question
+from tunesmith.engines.ranks import ALONE
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.services.training import run
+from tunesmith.services.training import run, train
 from tunesmith.store import identities
+from tunesmith.training import on_ray
 
 
 def _project(folder: Path, **engine: object) -> Path:
@@ -206,6 +210,23 @@ def test_two_workers_of_ray(tmp_path: Path, alone: _Released) -> None:
     record = released.project.store.record(released.training, kind="training")
     assert record.body["environment"]["ranks"] == 2
     _check_same(alone, released)
+
+
+def test_rank_0_on_ray_trains_on_the_rows_of_a_fine_tuning_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not those of the project file."""
+
+    def here(lead: Any, given: Mapping[str, Any], _settings: Any, _work: Path, progress: Progress) -> str:
+        found: str = lead(pickle.loads(pickle.dumps(given)), ALONE, progress)  # noqa: S301  as Ray sends it
+        return found
+
+    monkeypatch.setattr(on_ray, "run_on_ray", here)
+    monkeypatch.setattr(PipelineContext, "on_ray", None)
+    project = Project.load(write_project(tmp_path, engine={"ray": {"workers": 1}}))
+    (tmp_path / "rows.jsonl").rename(tmp_path / "uploaded.jsonl")
+    (source,) = project.settings.data.sources
+    data = project.settings.data.model_copy(update={"sources": (source.model_copy(update={"path": "uploaded.jsonl"}),)})
+    job = Project(project.root, project.settings.model_copy(update={"data": data}))
+    assert train(job, "tuned").rows == 68
 
 
 def test_one_process_has_one_copy() -> None:

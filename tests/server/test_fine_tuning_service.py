@@ -158,6 +158,8 @@ def test_a_model_on_another_base_is_served_by_a_server_of_that_base(service: Ser
     perform(store, lease, lambda progress: perform_fine_tuning(service.project, service.job(made.id), progress))
     name = client.fine_tuning.jobs.retrieve(made.id).fine_tuned_model
     assert name == f"ft:{OTHER_MODEL}:tiny:nano:{made.id[6:]}"
+    said = [event.message for event in client.fine_tuning.jobs.list_events(made.id)]
+    assert f"a server of its base answers: `tunesmith serve --base-of {OTHER_MODEL}`" in said
     assert started(service.folder, "approve", "tiny-nano@v1", "--as", "ada", "--tenant", "acme").wait(120) == 0
     with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 was made from another base than this server's"):
         client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]

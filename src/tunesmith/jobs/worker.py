@@ -116,15 +116,15 @@ class Worker:
             self._also_at = time.monotonic()
             self._also()
         waits = queue.is_waiting(self._store, self._project)
-        held_elsewhere = False
+        free = False
         for place in self._places:
             if self.stopping.is_set() or any(child.place is place for child in self._children):
                 continue
-            if not place.take():
-                held_elsewhere = True
-            elif not self._begin(place):
-                break
-        if waits and held_elsewhere and not self._children:
+            if place.take():
+                free = True
+                if not self._begin(place):
+                    break
+        if waits and not free and not self._children and not self.stopping.is_set():
             self._complain(f"jobs of other workers hold {' and '.join(map(str, self._places))}")
         else:
             self._complaint = ""

@@ -58,6 +58,7 @@ def train_candidate(
             context.on_ray.release()
         given = {
             "project": str(context.project.root),
+            "settings": context.project.settings,  # a fine-tuning job's are not those of the file
             "name": name,
             "actor": context.stages.acting,
             "candidate": candidate.model_dump(mode="json", by_alias=True),
@@ -88,7 +89,7 @@ def _lead_on_ray(given: Mapping[str, Any], ranks: Ranks, progress: Progress) -> 
 
     Raises Refused where this worker's files are not those that the training was started with.
     """
-    project = Project.load(Path(given["project"])).in_this_process()
+    project = Project(Path(given["project"]), given["settings"]).in_this_process()
     together = ranks if ranks.size > 1 else None
     context = PipelineContext(project, progress, given["actor"], together=together)
     name, candidate = given["name"], Candidate.model_validate(given["candidate"])

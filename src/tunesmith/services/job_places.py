@@ -91,20 +91,19 @@ def _places_on_ray(
     marked = store.local("work") if isinstance(store.blobs, LocalBlobs) else None
     if marked is not None:
         marked.mkdir(parents=True, exist_ok=True)
-    check = partial(check_node, project.root, worker_name(), socket.gethostname())
-    return [
-        RayPlace(ray, jobs.resources, check, partial(_perform_on_node, perform, project.root), marked)
-        for _ in range(number)
-    ]
+    check = partial(check_node, project.root, worker_name(), socket.gethostname(), _files(store))
+    start = partial(perform, project.root)
+    return [RayPlace(ray, jobs.resources, check, start, marked) for _ in range(number)]
 
 
-def _perform_on_node(perform: Perform, root: Path, lease: Lease, parent: int) -> None:
-    perform(root, lease, parent)
+def _files(store: Store) -> str:
+    """Where the store keeps its files."""
+    return store.blobs.where("records/")
 
 
-def check_node(root: Path, worker: str, host: str, lease: Lease, mark: str) -> None:
-    """Check that a worker's job can be performed on this node. host: the worker's. mark: a path in the worker's store,
-    "" where nodes need not see it.
+def check_node(root: Path, worker: str, host: str, files: str, lease: Lease, mark: str) -> None:
+    """Check that a worker's job can be performed on this node. host: the worker's. files: where its store keeps files.
+    mark: a path in that store, "" where it is not a folder.
 
     Raises UsageError where the project, its settings or the store's files are not here, or are others than the
     worker's; Refused where the database can be used on the worker's host only.
@@ -113,10 +112,10 @@ def check_node(root: Path, worker: str, host: str, lease: Lease, mark: str) -> N
     store = open_project(root).store
     if here != host:
         _require_shared_database(store, f"the job came to {here}, a node of the Ray cluster, from {host}")
-    if mark and not Path(mark).exists():
+    if _files(store) != files or (mark and not Path(mark).exists()):
         raise UsageError(
             f"the node {here} does not see the files of the worker's store",
-            where=str(store.root),
+            where=_files(store),
             fix="keep the project in a folder that all nodes share, or set TUNESMITH_BLOBS_URL for worker and nodes",
         )
     try:

@@ -17,7 +17,7 @@ from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
 from tunesmith.services import training
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived, trained_name
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived, stated, trained_name
 from tunesmith.services.fine_tuning.create import RESULTS
 from tunesmith.services.fine_tuning.models import model_name
 from tunesmith.services.training import RunSummary
@@ -173,6 +173,8 @@ def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary,
             progress.say(rival)
         command = f"`tunesmith approve {registered}{job.scope.options()}`"
         progress.say(f"registered {registered}; it can be called once it is approved: {command}")
+        if stated(made.settings).models[arguments.model] is not None:
+            progress.say(f"a server of its base answers: `tunesmith serve --base-of {arguments.model}`")
         return Outcome(result)
     failed = [f"{gate.name} ({gate.reason})" for gate in summary.gate.gates if gate.outcome != "pass"]
     why = (
