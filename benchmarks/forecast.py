@@ -2,6 +2,7 @@
 
     python benchmarks/forecast.py [--minutes 10]       # trains what is missing; every finished part is kept
     python benchmarks/forecast.py --table              # the forecasts of what was trained so far, against what came
+    python benchmarks/forecast.py --limits             # could intervals be narrower, and do few subsets suffice?
 
 For each task of tasks.py, and for versions of them where tuning cannot pay (shuffled or partly wrong answers), models
 are trained on nested subsets that double in size. A case is a task with N rows: its forecast sees subsets of up to N/2,
@@ -15,19 +16,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from forecast_cases import GOAL, Case, collect, finished, ladders
+from forecast_cases import EPOCHS, GOAL, RATIOS, Case, collect, finished, ladders
 from leakage import FOLDER
 from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate
-from tunesmith.evaluation.stats.learning_curve import SPREAD, Spread
+from tunesmith.evaluation.stats.learning_curve import SPREAD, Spread, Subsets
 
 NOISES = (0.03, 0.06, 0.09, 0.12)  # tried by --calibrate
 STRAYS = (0.0, 0.05, 0.08, 0.12)
+WIDTHS = (0.55, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15)  # tried by --limits
 
 
 def forecast_case(case: Case, spread: Spread) -> dict[str, Any]:
@@ -114,6 +117,54 @@ def calibrate(cases: Sequence[Case]) -> None:
     print("each corpus by the spread that is best over the others:\n" + summary(cases, left_out))
 
 
+def limits(cases: Sequence[Case]) -> None:
+    """Print how wide intervals would be with nothing but chance in them, what narrower ones would hold, and what
+    forecasts from the first subsets alone are worth."""
+    chance = [164.5 * _chance(case) for case in cases]
+    print(f"with a perfect extrapolation: lift, median half-width {np.median(chance):.1f} points, by the rows that are "
+          "asked alone")  # fmt: skip
+    told = [forecast_case(case, SPREAD) for case in cases]
+    for factor in WIDTHS:
+        print(f"intervals {factor:.2f} times as wide: " + summary(cases, [_scaled(found, factor) for found in told]))
+    chosen = []
+    for case in cases:
+        others = [place for place, other in enumerate(cases) if other.ladder.name != case.ladder.name]
+        chosen.append(min(WIDTHS, key=lambda factor: sum(
+            _loss(cases[place], _scaled(told[place], factor)) for place in others)))  # fmt: skip
+    print(f"widths that are best over the other tasks: {min(chosen)} to {max(chosen)}; "
+          + summary(cases, [_scaled(found, factor) for found, factor in zip(told, chosen, strict=True)]))  # fmt: skip
+    short = [case for case in cases if case.ratio == RATIOS[0] and case.epochs == EPOCHS]
+    for many in (1, 2, 3):
+        few = [replace(case, measured=_first(case.measured, many)) for case in short]
+        print(f"from the first {many} of their subsets: " + summary(few, [forecast_case(case, SPREAD) for case in few]))
+
+
+def _chance(case: Case) -> float:
+    """The standard error of a lift that comes from the choice of held-out and of test rows."""
+    best = case.measured.untuned[:, int(case.measured.untuned.mean(axis=0).argmax())]
+    difference = case.measured.scores[:, -1] - best
+    group = np.unique(np.asarray(case.measured.groups), return_inverse=True)[1]
+    sums = np.bincount(group, weights=difference - difference.mean())
+    return float(np.sqrt((sums**2).sum() / len(difference) ** 2 + difference.var() / case.test))
+
+
+def _scaled(found: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """A forecast whose intervals' ends are so many times as far from the middle."""
+    changed = {}
+    for what in ("score", "lift"):
+        middle = found[what]["median"]
+        ends = {end: middle + factor * (found[what][end] - middle) for end in ("low", "high")}
+        changed[what] = {"median": middle, **ends}
+    return {**found, **changed}
+
+
+def _first(measured: Subsets, many: int) -> Subsets:
+    """What was measured, of the smallest subsets alone."""
+    return replace(
+        measured, sizes=measured.sizes[:many], losses=measured.losses[:, :many], scores=measured.scores[:, :many]
+    )
+
+
 def _loss(case: Case, found: Mapping[str, Any]) -> float:
     """The interval scores of both intervals (Gneiting and Raftery 2007, equation 43): width, and distance outside."""
     alpha, total = 1.0 - CONFIDENCE, 0.0
@@ -129,10 +180,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to train")
     parser.add_argument("--table", action="store_true", help="only show what was collected")
     parser.add_argument("--calibrate", action="store_true", help="find the constants of the forecast's spread")
+    parser.add_argument("--limits", action="store_true", help="what narrower intervals and fewer subsets would give")
     chosen = parser.parse_args()
     plan = ladders(chosen.folder)
     if chosen.calibrate:
         calibrate(finished(plan))
+        return
+    if chosen.limits:
+        limits(finished(plan))
         return
     if not chosen.table:
         collect(plan, chosen.minutes)

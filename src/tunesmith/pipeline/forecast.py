@@ -7,6 +7,7 @@ is decided by it, so that a forecast that was stopped goes on with what it has.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,11 @@ def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable
         made = _Forecast(
             context, name, found, settings.train, loaded, rows, budget, work, context.model.engine(), clock
         )
-        body, scores = _measured(made)
+        try:
+            body, scores = _measured(made)
+        except Refused:
+            shutil.rmtree(work, ignore_errors=True)  # so that times are measured again: the machine may have been busy
+            raise
         parents = {"base": context.base.digest, "dataset": context.dataset.digest}
         parents |= {f"candidate:{each}": digest for each, digest in untuned.items()}
         blobs = {"scores.jsonl": context.store.put_bytes(scores)}
