@@ -44,7 +44,7 @@ def main(told: dict[str, Any]) -> None:
         engine.answer = _says_weights
     settings = ServerSettings.model_validate({"per_user": 1024, "waiting": 4096, **told.get("settings", {})})
     scorers = served_scorers(("json_valid",), {"type": "object", "required": ["intent"]}, Path())
-    app = create_app(store, engine, engine.count_tokens, settings, scorers=scorers)
+    app = create_app(store, engine, engine, settings, scorers=scorers)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", told["port"]))

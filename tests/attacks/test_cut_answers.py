@@ -49,7 +49,7 @@ def test_answers_that_the_request_cut_are_not_scored(served: Served, happened: H
             found = http.post("/api/feedback", json={"request_id": row.id, "expected": VALID}).json()
             assert found["scores"] == {}
             assert set(found["not_scored"]) == {"json_valid", "exact_match"}
-            assert "max_tokens or stop text" in found["not_scored"]["exact_match"]
+            assert "max_tokens, stop text" in found["not_scored"]["exact_match"]
     happened("recorded, not scored", 2 * len(CUTS))
 
 

@@ -282,7 +282,7 @@ def test_random_weights_invent_nothing(engine: NativeEngine, texts: list[str], s
 def test_a_request_that_is_too_long_to_copy_from_is_refused(engine: NativeEngine) -> None:
     grammar = CopyGrammars(json.dumps(SLOTS), FIELDS).grammar(["word " + " ".join(map(str, range(80_000)))])
     with pytest.raises(UsageError, match="cannot be held to the words of this request") as caught:
-        engine.generate([Generation((Message(role="user", content="x"),), grammar=grammar, own_grammar=True)])
+        engine.generate([Generation((Message(role="user", content="x"),), grammar=grammar, constrained_by="messages")])
     assert caught.value.where == "messages", "the request is at fault, not the version"
 
 

@@ -104,7 +104,7 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     project = settings.pop("project", None)
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
     bounds = ServerSettings.model_validate({"check_seconds": 0.05, "grace_seconds": 2, **settings})
-    app = create_app(scene.store, engine, engine.count_tokens, bounds, scorers=scorers, project=project)
+    app = create_app(scene.store, engine, engine, bounds, scorers=scorers, project=project)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = DrainingServer(app)

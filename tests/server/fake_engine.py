@@ -10,6 +10,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.models.call_format import CallFormat
 
 VALID = '{"intent": "on"}'
 
@@ -42,7 +43,11 @@ class FakeEngine:
     def holds(self, name: str) -> bool:
         return name in self.adapters
 
-    def count_tokens(self, messages: Sequence[Message], _most: int | None = None) -> int:
+    @property
+    def call_format(self) -> CallFormat:
+        return CallFormat("<call>", "</call><call>", "</call>", "name", "arguments", exact=True)
+
+    def count_prompt(self, messages: Sequence[Message], _most: int | None = None) -> int:
         return sum(len(message.content.split()) + 1 for message in messages)
 
     def generate(
@@ -83,7 +88,7 @@ class FakeEngine:
         scores = tuple(self._score(f" {word}" if n else word, request) for n, word in enumerate(words)) if asked else ()
         finish = "stop" if len(words) == len(text.split(" ")) else "length"
         ended = {"by_stop_text": bool(places) and finish == "stop", "scores": scores}
-        return Completion(" ".join(words), finish, self.count_tokens(request.messages), len(words), **ended)  # type: ignore[arg-type]
+        return Completion(" ".join(words), finish, self.count_prompt(request.messages), len(words), **ended)  # type: ignore[arg-type]
 
     def _score(self, text: str, request: Generation) -> TokenScore:
         top = tuple(TokenScore(other, other.encode(), -1.0) for other in "abc"[: request.top_logprobs or 0])

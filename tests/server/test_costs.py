@@ -85,6 +85,8 @@ def with_fields(**fields: Any) -> str:
 MESSAGES = '{"model": "home", "messages": %s}'
 PARTS = '{"model": "home", "messages": [{"role": "user", "content": %s}]}'
 # what is tried -> (body, what the refusal names)
+KEYS = {"type": "object", "properties": {f"k{number}": {} for number in range(5_001)}}
+MANY_KEYS = {"type": "json_schema", "json_schema": {"name": "many", "schema": KEYS}}
 BODIES = {
     "empty messages": (MESSAGES % many("{}"), "20000 JSON values"),
     "wrong messages": (MESSAGES % many('{"role":1,"content":[1]}', 100_000), "at most 2048 items"),
@@ -108,7 +110,8 @@ BODIES = {
     "a long metadata text": (with_fields(metadata={"k": "t" * 513}), "at most 512 characters"),
     "logprobs": (with_fields(logprobs=True, top_logprobs=21), "less than or equal to 20"),
     "logit bias": (with_fields(logit_bias={str(number): 1 for number in range(9000)}), "Unrecognized"),
-    "a schema": (with_fields(response_format={"type": "json_schema", "json_schema": {}}), "Unrecognized"),
+    "a schema": (with_fields(response_format=MANY_KEYS), "more than 5000 properties"),
+    "functions": (with_fields(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "at most 128"),
 }
 
 

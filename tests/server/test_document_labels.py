@@ -130,7 +130,7 @@ def test_only_what_the_caller_may_see_leaves_the_store(
         assert set(answer.headers["x-tunesmith-sources"].split(", ")) == sources
         # The counts are of this prompt, and equal requests of one caller get equal ones.
         usage = answer.json()["usage"]
-        assert usage["prompt_tokens"] == labelled.served.engine.count_tokens(prompt.messages)
+        assert usage["prompt_tokens"] == labelled.served.engine.count_prompt(prompt.messages)
         assert tokens_of.setdefault(caller, usage["prompt_tokens"]) == usage["prompt_tokens"]
         streamed = labelled.ask(caller, stream=True, stream_options={"include_usage": True})
         assert _named(streamed.text) == visible

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.tiny import write_model
+from tests.tiny import TEMPLATE, write_model
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Generation, Streamed
 from tunesmith.models.base import resolve_base
+from tunesmith.models.call_format import CallFormat
 from tunesmith.store.store import Store
 
 
 class TinyEngine:
     """Implements what a server needs of engines.protocol.Engine. base: the digest it says it runs."""
 
-    def __init__(self, base: str, folder: Path) -> None:
-        write_model(folder / "m")
+    def __init__(self, base: str, folder: Path, template: str = TEMPLATE) -> None:
+        write_model(folder / "m", template=template)
         self.native = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
         self.base, self.context_length = base, self.native.context_length
-        self.count_tokens = self.native._renderer.count_prompt
+        self.count_prompt = self.native._renderer.count_prompt
         self._loaded: set[str] = set()
+
+    @property
+    def call_format(self) -> CallFormat:
+        return self.native._renderer.call_format
 
     def load_adapter(self, name: str, _folder: Path) -> None:
         self._loaded.add(name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
@@ -113,11 +113,20 @@ class Answerer:
         seed: int = 0,
         stop: tuple[str, ...] = (),
         top_logprobs: int | None = None,
+        schema: Mapping[str, Any] | None = None,
     ) -> Generation:
         """What the responder generates from. max_tokens may lower the candidate's own bound, not raise it.
 
         caller: whom it is answered for. Evaluations give `composer.asked_as`, a server the caller of the request.
+        schema: JSON Schema of the request, which the answer must fit as well as the candidate's own. Raises UsageError
+        where it cannot be held.
         """
+        if schema is not None and not self.asks_base:
+            raise UsageError(
+                f"{self.name} answers without a language model, so its answers cannot be held to a format",
+                where="response_format",
+                fix="leave response_format out",
+            )
         bound = self._candidate.max_tokens
         request = Generation(
             messages=self.composer.conversation(messages, caller),
@@ -128,7 +137,17 @@ class Answerer:
             stop=stop,
             top_logprobs=top_logprobs,
         )
-        return self._constraint.hold(request, messages)
+        return self._constraint.hold(request, messages, schema)
+
+    def require_calls(self) -> None:
+        """Raise UsageError where an answer cannot call functions: it must fit the candidate's own rule, or no model
+        answers."""
+        ruled = self._candidate.answer_schema is not None or self._candidate.answer_grammar is not None
+        if ruled or not self.asks_base:
+            why = "holds its answers to its own schema or grammar" if ruled else "answers without a language model"
+            raise UsageError(
+                f"{self.name} {why}, so it cannot call functions", where="tools", fix="send tool_choice: none"
+            )
 
     def generation_without_group(self, example: Example) -> Generation:
         """What the responder generates from for a row that may be a training row: its own group is not retrieved."""

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.request_schemas import ANY_OBJECT, both, only_objects, same_schema
 from tunesmith.candidates.schema_rules import ARRAY, FIX, NOTES, OBJECT, SchemaRules, orders_keys, resolved, types_of
 from tunesmith.candidates.words import END, SPACE, is_copied, pieces
 from tunesmith.core.errors import UsageError
@@ -45,14 +46,43 @@ class Constraint:
         elif self._schema is not None and orders_keys(root := json.loads(self._schema)):
             self._grammar = SchemaRules(root).write()
 
-    def hold(self, request: Generation, own: Sequence[Message]) -> Generation:
+    def hold(
+        self, request: Generation, own: Sequence[Message], requested: Mapping[str, Any] | None = None
+    ) -> Generation:
         """The request with its schema or grammar. own: its own turns, without prompt, shots and passages.
 
-        Raises UsageError where they hold no words and a required field is copied.
+        requested: a schema of the request, which the answer must fit as well. Raises UsageError where the turns hold no
+        words and a required field is copied, and where the candidate's own rule and the requested one cannot be held
+        together.
         """
+        if requested is not None and not self._implies(requested):
+            schema = self._narrowed(requested)
+            return replace(
+                request, schema=json.dumps(schema, ensure_ascii=False), constrained_by="response_format.json_schema"
+            )
         if self._grammars is None:
             return replace(request, schema=self._schema, grammar=self._grammar)
-        return replace(request, grammar=self._grammars.grammar(_user_texts(own)), own_grammar=True)
+        return replace(request, grammar=self._grammars.grammar(_user_texts(own)), constrained_by="messages")
+
+    def _implies(self, requested: Mapping[str, Any]) -> bool:
+        """Whether every answer that the candidate's own rule allows fits the requested schema, as far as is plain."""
+        if self._schema is None:
+            return False
+        own = json.loads(self._schema)
+        return same_schema(own, requested) or (requested == ANY_OBJECT and only_objects(own, own))
+
+    def _narrowed(self, requested: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A schema for answers that the candidate's own rule allows and the requested schema too."""
+        if self._schema is None and self._grammar is None:
+            return requested
+        if self._schema is None or self._grammars is not None:
+            rule = "a grammar" if self._schema is None else "a schema whose fields are copied from the request"
+            raise UsageError(
+                f"the version holds its answers to {rule}, which cannot be held together with another schema",
+                where="response_format",
+                fix="leave response_format out: the version's own rule is held in any case",
+            )
+        return both(json.loads(self._schema), requested)
 
 
 class CopyGrammars:

@@ -92,7 +92,7 @@ def serve(
     app = create_app(
         project.store,
         context.engine,
-        context.renderer.count_prompt,
+        context.renderer,
         ServerSettings(
             region=region,
             grace_seconds=grace,

@@ -7,12 +7,12 @@ llguidance computes the allowed tokens. With a schema, keys come in its order; o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
@@ -20,9 +20,18 @@ from torch import Tensor
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.json_text import restricted
 from tunesmith.engines.native.network import ops
-from tunesmith.engines.protocol import Generation
+from tunesmith.engines.protocol import ConstrainedBy, Generation
 
 _KEPT = 64  # grammars of requests; few are asked twice
+_REQUEST_STATES = 50_000  # of a request's grammar, 1 to 2 KB each; of others llguidance's own limit
+_LIMITS = LLParserLimits(max_lexer_states=_REQUEST_STATES, verbose_errors=False)
+# Where a schema or grammar comes from -> what it is, and what to do where it cannot be followed.
+_AT_FAULT: Mapping[ConstrainedBy, tuple[str, str]] = {
+    "constrain": ("this schema or grammar", "simplify task.schema or task.grammar, or set constrain: false"),
+    "messages": ("the words of this request", "shorten the user turns, from which fields of the answer are copied"),
+    "response_format.json_schema": ("this response_format", "simplify its schema"),
+    "tools": ("calls of these tools", "simplify the tools' parameters, or send tool_choice: auto without strict"),
+}
 
 
 class Constraints:
@@ -31,36 +40,42 @@ class Constraints:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
         self._of_schema, self._of_grammar = cache(self._by_schema), lru_cache(_KEPT)(self._new_matcher)
+        self._of_request = lru_cache(_KEPT)(self._by_schema)  # these would grow without end
 
     def guide(self, request: Generation) -> Guide:
         """A guide for an answer to a request with a schema or grammar, at its start.
 
         Raises UsageError for one that llguidance does not support, or that is too large.
         """
+        by = request.constrained_by
         if request.grammar is not None:
-            return Guide(self._of_grammar(request.grammar, request.own_grammar).deep_copy(), request.own_grammar)
+            return Guide(self._of_grammar(request.grammar, by).deep_copy(), by)
         assert request.schema is not None
-        return Guide(self._of_schema(request.schema).deep_copy())
+        compiled = self._of_schema if by == "constrain" else self._of_request
+        return Guide(compiled(request.schema, by).deep_copy(), by)
 
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes. A character may be split over several tokens."""
         return bytes(self._tokens.decode_bytes([token]))
 
-    def _by_schema(self, schema: str) -> LLMatcher:
-        return self._new_matcher(LLMatcher.grammar_from_json_schema(restricted(json.loads(schema))))
+    def _by_schema(self, schema: str, by: ConstrainedBy) -> LLMatcher:
+        return self._new_matcher(LLMatcher.grammar_from_json_schema(restricted(json.loads(schema))), by)
 
-    def _new_matcher(self, grammar: str, own: bool = False) -> LLMatcher:
-        matcher = LLMatcher(self._tokens, grammar)
+    def _new_matcher(self, grammar: str, by: ConstrainedBy) -> LLMatcher:
+        # llguidance bounds the size of a grammar and the work of a step, and lets other threads run meanwhile. Its
+        # longer messages repeat parts of the schema, which may be the candidate's.
+        limits = _LIMITS if by in ("response_format.json_schema", "tools") else None
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise _unsupported(matcher, own)
+            raise _unsupported(matcher, by)
         return matcher
 
 
 class Guide:
-    """Restricts one answer to its schema or grammar. own: whether the grammar was made from the request's messages."""
+    """Restricts one answer to its schema or grammar. by: where that comes from."""
 
-    def __init__(self, matcher: LLMatcher, own: bool = False) -> None:
-        self.matcher, self._own = matcher, own
+    def __init__(self, matcher: LLMatcher, by: ConstrainedBy = "constrain") -> None:
+        self.matcher, self._by = matcher, by
 
     def follow(self, token: int) -> None:
         """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
@@ -72,7 +87,7 @@ class Guide:
     def check(self) -> None:
         """Raise UsageError if the allowed tokens could not be computed: llguidance then allows the end token alone."""
         if self.matcher.is_error():
-            raise _unsupported(self.matcher, self._own)
+            raise _unsupported(self.matcher, self._by)
 
 
 def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
@@ -91,16 +106,7 @@ def _threads() -> LLExecutor:
     return LLExecutor(torch.get_num_threads())
 
 
-def _unsupported(matcher: LLMatcher, own: bool) -> UsageError:
+def _unsupported(matcher: LLMatcher, by: ConstrainedBy) -> UsageError:
     said = matcher.get_error().partition("\n")[0][:300]
-    if own:
-        return UsageError(
-            f"answers cannot be held to the words of this request: {said}",
-            where="messages",
-            fix="shorten the user turns, from which fields of the answer are copied",
-        )
-    return UsageError(
-        f"answers cannot be held to this schema or grammar: {said}",
-        where="constrain",
-        fix="simplify task.schema or task.grammar, or set constrain: false",
-    )
+    what, fix = _AT_FAULT[by]
+    return UsageError(f"answers cannot be held to {what}: {said}", where=by, fix=fix)

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 
+ConstrainedBy = Literal["constrain", "messages", "response_format.json_schema", "tools"]
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -18,9 +20,9 @@ class Generation:
     temperature: 0 decodes greedily; seed has no effect then. stop: texts that end the answer and are not part of it.
     schema: JSON Schema, as JSON, that decoding follows, with keys in the schema's order. grammar: what it follows
     instead, in llguidance's dialect of Lark; an engine without grammars follows the schema where both are given.
-    own_grammar: whether the grammar was made from the request's messages, so that they are at fault where it cannot be
-    followed. top_logprobs: number of likeliest tokens to report at each step with their log-probabilities; None: report
-    no log-probabilities.
+    constrained_by: where the schema or grammar comes from, which is at fault where it cannot be followed: the
+    candidate's settings, or a field of the request. top_logprobs: number of likeliest tokens to report at each step
+    with their log-probabilities; None: report no log-probabilities.
     """
 
     messages: tuple[Message, ...]
@@ -31,7 +33,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     schema: str | None = None
     grammar: str | None = None
-    own_grammar: bool = False
+    constrained_by: ConstrainedBy = "constrain"
     top_logprobs: int | None = None
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
-from tunesmith.models.tool_turns import marked_tools, tool_turns
+from tunesmith.models.call_format import CallFormat, find_call_format
+from tunesmith.models.tool_turns import marked_tools, shown_texts, tool_turns
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -88,6 +89,15 @@ class Renderer:
     def special_tokens(self) -> tuple[str, ...]:
         """The tokenizer's control tokens as text; no row and no request may contain them."""
         return tuple(sorted({str(token) for token in self.tokenizer.all_special_tokens} - {""}))
+
+    @cached_property
+    def call_format(self) -> CallFormat:
+        """How answers call functions. Raises Refused where the template does not render tools, or not calls as JSON."""
+
+        def render(messages: Sequence[Message], opening: bool) -> str:
+            return self._laid_out(tool_turns(messages), tools_of(messages), opening=opening)
+
+        return find_call_format(render, lambda text: self.text(self._encode(text).ids))
 
     @cached_property
     def _longest_token(self) -> int:
@@ -213,7 +223,7 @@ class Renderer:
     def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
         for place, message in enumerate(messages):
             for token in self.special_tokens:
-                if any(token in text for text in message.texts()):
+                if any(token in text for text in shown_texts(message)):
                     raise UsageError(
                         f"the text contains the control token {token}",
                         where=f"messages[{place}]",

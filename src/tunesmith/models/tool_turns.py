@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.messages import Message
@@ -28,6 +29,15 @@ def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             turn |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id or "", "")}
         turns.append(turn)
     return turns
+
+
+def shown_texts(message: Message) -> Iterator[str]:
+    """Every text of a turn as a template shows it: JSON is read first, so that no escape hides a control token."""
+    yield from message.texts()
+    for call in message.tool_calls:
+        yield json.dumps(parse_json(call.arguments), ensure_ascii=False)
+    if message.tools is not None:
+        yield json.dumps(parse_json(message.tools), ensure_ascii=False)
 
 
 def marked_tools(

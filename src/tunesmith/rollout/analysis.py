@@ -53,8 +53,8 @@ _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 class Arm:
     """The requests of one version since the step began. scores: as recorded, unusable ones too.
 
-    requests, failed: counts of all requests, scored or not. cut: answers that the request's own max_tokens or stop text
-    ended; they have no scores. groups: the same requests by group of callers; empty where
+    requests, failed: counts of all requests, scored or not. cut: answers that the request's own max_tokens, stop
+    text, format or tools shaped; they have no scores. groups: the same requests by group of callers; empty where
     callers are unknown, and then none is left out. uncounted: requests of callers that are no evidence in this rollout.
     """
 
@@ -326,8 +326,8 @@ def _reason(
         (stable["cut"] or 0) / (stable["requests"] or 1)
     ):
         why = (
-            f"{cut} of {canary['requests']} canary answers were cut by the requests' own max_tokens or stop texts, "
-            "too many more than of stable's for a pass"
+            f"{cut} of {canary['requests']} canary answers were cut by the requests' own max_tokens, stop texts, "
+            "formats or tools, too many more than of stable's for a pass"
         )
     elif canary["unusable"]:
         why = f"{canary['unusable']} scores are not numbers in [0, 1] and count against a pass"

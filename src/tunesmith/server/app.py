@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
 from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
@@ -34,7 +33,7 @@ from tunesmith.server.recording import LOG, Recorder
 from tunesmith.server.routing import ReadyVersions, Router
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
-from tunesmith.server.work import Worker
+from tunesmith.server.work import Prompts, Worker
 from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store.store import Store
 from tunesmith.store.uploads import remove_leftovers
@@ -43,7 +42,7 @@ from tunesmith.store.uploads import remove_leftovers
 def create_app(
     store: Store,
     engine: Engine,
-    count_tokens: CountTokens,
+    prompts: Prompts,
     settings: ServerSettings | None = None,
     *,
     scorers: ServedScorers = ServedScorers(),
@@ -51,7 +50,7 @@ def create_app(
 ) -> FastAPI:
     """A server over a store and an engine.
 
-    count_tokens: tokens of a prompt, as `Renderer.count_prompt` of the base counts them.
+    prompts: the base's Renderer.
     scorers: the task's, as `served_scorers` sorts them. project: takes fine-tuning jobs; None: the server takes none.
     """
     settings = settings or ServerSettings()
@@ -65,7 +64,7 @@ def create_app(
     )
     versions = ReadyVersions(store, engine)
     router = Router(store, settings.region, versions)
-    worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), count_tokens)
+    worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), prompts)
     metrics.watch_queue(worker.waiting)
     serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings), project)
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from tunesmith.core.files import is_disk_full
 from tunesmith.server.intake import limits
 
+INVALID_SCHEMA = "invalid_json_schema"  # the code, as OpenAI's, of a schema that cannot be held
+
 
 class ErrorDetail(BaseModel):
     """What is wrong. param: the field of the request that is at fault; code: for programs to read."""

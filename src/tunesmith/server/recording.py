@@ -41,8 +41,8 @@ class Served:
     """A request that was answered, or that failed (completion None). model: the name that the client asked for.
 
     whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. cut: the request's
-    own max_tokens or stop text ended the answer, which says nothing about the version, so it is not scored. messages:
-    the conversation, which stays in memory only. end_user: the request's `user`, "" without one.
+    own max_tokens, stop text, format or tools shaped the answer, which says nothing about the version, so it is not
+    scored. messages: the conversation, which stays in memory only. end_user: the request's `user`, "" without one.
     """
 
     id: str
@@ -66,7 +66,7 @@ class _Kept(NamedTuple):
     cut: bool
 
 
-_CUT = "the request's own max_tokens or stop text ended the answer, so it says nothing about the version"
+_CUT = "max_tokens, stop text, format or tools of the request shaped the answer, so it says nothing about the version"
 
 
 class FeedbackResult(View):

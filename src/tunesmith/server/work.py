@@ -10,22 +10,32 @@ it, or, if the engine hangs, the coroutine that waited for it.
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from tunesmith.candidates.answering import Answerer, OtherBase
 from tunesmith.candidates.composing import PromptUsed
 from tunesmith.core.access import Caller
-from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.messages import CountTokens, Message
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
+from tunesmith.models.call_format import CallFormat
 from tunesmith.monitoring.features import request_features
-from tunesmith.server.chat.request import ChatRequest
-from tunesmith.server.errors import ApiError, bad_request, busy, busy_for_user, failed, not_available, stopping
+from tunesmith.server.chat.request import ChatRequest, own_fault
+from tunesmith.server.chat.tools import ToolAnswer
+from tunesmith.server.errors import (
+    ApiError,
+    bad_request,
+    busy,
+    busy_for_user,
+    failed,
+    not_available,
+    stopping,
+)
 from tunesmith.server.recording import LOG, Recorder, Served
 from tunesmith.server.routing import ReadyVersions, Route, Router
 from tunesmith.server.settings import ServerSettings
@@ -36,6 +46,19 @@ Event = Streamed | ApiError
 _CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens that it fits the context
 
 
+class Prompts(Protocol):
+    """What the server needs of the base's Renderer."""
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How answers call functions. Raises Refused where the base's template does not know tools."""
+        ...
+
+    def count_prompt(self, messages: Sequence[Message], most: int | None = None) -> int:
+        """Tokens of a prompt under the base's chat template; where there are more than most, some number above it."""
+        ...
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One request while it waits or is answered. route may change from canary to stable, but only before an event.
@@ -44,7 +67,8 @@ class Job:
     events: what the client receives, in order: pieces of text (if it streams), then a Completion or an ApiError.
     most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
     the prompt contains. began, ended: monotonic times at which a thread started to answer it, and at which it was
-    recorded with its completion.
+    recorded with its completion. shaped: its own format or tools rule the answer. answer:
+    reads calls out of the answer, where the request offers tools.
     """
 
     id: str
@@ -63,6 +87,8 @@ class Job:
     began: float | None = None
     ended: float | None = None
     completion: Completion | None = None
+    shaped: bool = False
+    answer: ToolAnswer | None = None
     _left: threading.Event = field(default_factory=threading.Event)
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
@@ -98,7 +124,7 @@ class Job:
             features=self.features,
             completion=completion,
             whole=whole,
-            cut=completion is not None and self._cut(completion),
+            cut=completion is not None and (self.shaped or self._cut(completion)),
             messages=self.request.conversation,
             end_user=self.request.user or "",
         )
@@ -114,8 +140,7 @@ class Worker:
     """Answers up to settings.together jobs at once.
 
     router: checks a job's caller and chooses its version once more when its turn comes, since both may have changed.
-    give_up: called with (rollout, reason) if a canary cannot be loaded. count_tokens: number of tokens of a prompt
-    under the base's chat template.
+    give_up: called with (rollout, reason) if a canary cannot be loaded. prompts: the base's Renderer.
     """
 
     def __init__(
@@ -125,9 +150,9 @@ class Worker:
         recorder: Recorder,
         settings: ServerSettings,
         give_up: Callable[[int, str], object],
-        count_tokens: CountTokens,
+        prompts: Prompts,
     ) -> None:
-        self._count_tokens = count_tokens
+        self._prompts = prompts
         self._versions, self._router, self._recorder = versions, router, recorder
         self._settings, self._give_up = settings, give_up
         self._turns: Turns[Job] = Turns(settings.together)
@@ -237,7 +262,7 @@ class Worker:
         except ApiError as error:
             self._refuse(job, error)
         except Exception as error:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
-            if (own := _own_fault(error)) is not None:
+            if (own := own_fault(error)) is not None:
                 self._refuse(job, own)
                 return
             LOG.exception("the engine failed on request %s", job.id)
@@ -265,7 +290,8 @@ class Worker:
         messages = request.conversation
         caller = Caller(Scope(job.user.tenant, self._settings.region), frozenset(job.user.groups))
         room = answerer.responder.context_length
-        if answerer.asks_base and sum(len(message.content) for message in messages) > _CHARACTERS_A_TOKEN * room:
+        letters = sum(len(text) for message in messages for text in message.texts())
+        if answerer.asks_base and letters > _CHARACTERS_A_TOKEN * room:
             self._require_room(messages, room)  # before anything else reads so much text
         generation = answerer.generation(
             messages,
@@ -276,7 +302,11 @@ class Worker:
             seed=request.seed or 0,
             stop=request.stops,
             top_logprobs=request.scored,
+            schema=request.answer_schema,
         )
+        job.shaped = generation.constrained_by == "response_format.json_schema"
+        if request.offered:
+            generation = self._with_calls(job, answerer, generation)
         if generation.max_tokens < answerer.max_tokens:
             job.most_tokens = generation.max_tokens
         job.prompt_tokens = self._require_room(generation.messages, room) if answerer.asks_base else 0
@@ -286,11 +316,30 @@ class Worker:
             job.features = request_features(messages, answerer.composer.nearest)
         except UsageError:  # the candidate has no dataset to compare the request with
             job.features = request_features(messages, None)
+        if request.offered:  # nobody measured the version with these, unless its rows had them
+            job.features = {**job.features, "tools": float(len(request.offered))}
         return generation
+
+    def _with_calls(self, job: Job, answerer: Answerer, generation: Generation) -> Generation:
+        """The engine's input for a request that offers tools. Raises ApiError 400 where the base does not know them."""
+        answerer.require_calls()
+        try:
+            form = self._prompts.call_format
+        except Refused as error:
+            raise bad_request(f"{error.what} ({error.fix})", "tools") from error
+        job.shaped, job.answer = True, ToolAnswer(form, frozenset(each.name for each in job.request.callable))
+        grammar = job.request.grammar_of_calls(form)
+        return generation if grammar is None else replace(generation, grammar=grammar, constrained_by="tools")
 
     def _require_room(self, messages: Sequence[Message], room: int) -> int:
         """The prompt's tokens. Raises ApiError 400 where they leave no room for an answer."""
-        tokens = self._count_tokens(messages, room)
+        try:
+            tokens = self._prompts.count_prompt(messages, room)
+        except Refused as error:
+            brought = any(each.tools or each.tool_calls or each.role == "tool" for each in messages)
+            if error.where != "chat_template" or not brought:
+                raise
+            raise bad_request(error.what, "tools" if tools_of(messages) else "messages") from error
         if tokens < room:
             return tokens
         raise bad_request(
@@ -342,15 +391,3 @@ class Worker:
         """Send an error that is not the arm's failure, so the request is not recorded."""
         if job.claim():
             job.send(error)
-
-
-def _own_fault(error: Exception) -> ApiError | None:
-    """The answer to an error that the request caused, whichever version answers it: it counts against no arm.
-
-    None for every other error, such as one of the version's schema.
-    """
-    field = re.match(r"\w+", error.where or "") if isinstance(error, UsageError) else None
-    if field is None or field[0] not in ChatRequest.model_fields:
-        return None
-    assert isinstance(error, UsageError)
-    return bad_request(error.what, error.where)

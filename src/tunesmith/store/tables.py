@@ -173,7 +173,7 @@ class RequestRow(Table):
     """One served request: measurements, never its text.
 
     caller: the user whose token it came with. end_user: a hash of the request's `user`, while a rollout is live. cut:
-    the request's own max_tokens or stop text ended the answer, so it is not scored.
+    the request's own max_tokens, stop text, format or tools shaped the answer, so it is not scored.
     """
 
     __tablename__ = "requests"

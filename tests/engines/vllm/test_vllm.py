@@ -130,6 +130,31 @@ def test_a_grammar_is_refused(engine: VllmEngine) -> None:
         engine.generate(_requests(grammar='start: "x"'))
 
 
+def test_a_requests_schema_is_held_alone_and_not_together_with_another(engine: VllmEngine, fake: FakeVllm) -> None:
+    asked: Any = {"constrained_by": "response_format.json_schema"}
+    engine.generate(_requests(schema='{"type": "object"}', **asked))
+    assert fake.heard[-1][1]["structured_outputs"]["json"]["type"] == "object"
+    with pytest.raises(UsageError, match="own schema and another one at once") as caught:
+        engine.generate(_requests(schema='{"allOf": [{"type": "object"}, {}]}', **asked))
+    assert caught.value.where == "response_format"
+
+
+def test_a_schema_that_the_server_rejects_is_the_requests_fault(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reject(*_: Any) -> Any:
+        raise UsageError("the vLLM server rejects the request: no such format", where="http://x")
+
+    monkeypatch.setattr(engine._pool, "ask", reject)
+    monkeypatch.setattr(engine._pool, "events", reject)
+    for by, where in (("response_format.json_schema", "response_format.json_schema"), ("constrain", "http://x")):
+        (request, *_) = _requests(schema="{}", constrained_by=by)
+        for answer in (lambda: engine.generate([request]), lambda: list(engine.stream(request))):  # noqa: B023
+            with pytest.raises(UsageError, match="no such format") as caught:
+                answer()
+            assert caught.value.where == where
+
+
 def test_another_model_is_refused(base: Base, other: Path, tmp_path: Path) -> None:
     def refused(fake: FakeVllm, match: str) -> None:
         with serving(fake) as url, pytest.raises(Refused, match=match):

@@ -5,6 +5,7 @@ The Renderer turns conversations into token ids here, so the servers' template i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import weakref
@@ -87,25 +88,29 @@ class VllmEngine:
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
         """Answers in the order of requests. Sends each server at most settings.concurrency requests at once."""
-        bodies, there = [self._body(request) for request in requests], self._name(adapter)
+        there = self._name(adapter)
+        asked = [(request, self._body(request)) for request in requests]
 
-        def answer(body: Mapping[str, Any]) -> Completion:
-            choice = self._pool.ask(body, there)
+        def answer(one: tuple[Generation, Mapping[str, Any]]) -> Completion:
+            request, body = one
+            with _blamed(request):
+                choice = self._pool.ask(body, there)
             return self._completion(choice["text"], choice, body, choice["token_ids"])
 
-        return concurrently(answer, bodies, self._at_once, "answering", progress)
+        return concurrently(answer, asked, self._at_once, "answering", progress)
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
         """Pieces of the answer's text as they arrive; the last item is the whole Completion."""
         body = self._body(request)
         text, last = "", dict[str, Any]()
         ids: list[int] = []
-        for choice in self._pool.events({**body, "stream": True}, self._name(adapter)):
-            ids += choice.get("token_ids") or ()
-            last = choice if choice["finish_reason"] else last
-            if choice["text"]:
-                text += choice["text"]
-                yield choice["text"]
+        with _blamed(request):
+            for choice in self._pool.events({**body, "stream": True}, self._name(adapter)):
+                ids += choice.get("token_ids") or ()
+                last = choice if choice["finish_reason"] else last
+                if choice["text"]:
+                    text += choice["text"]
+                    yield choice["text"]
         yield self._completion(text, last, body, ids)
 
     def choose(
@@ -146,6 +151,12 @@ class VllmEngine:
             "return_token_ids": True,
             **NEUTRAL,
         }
+        if request.constrained_by == "tools":
+            raise UsageError(
+                "the vLLM engine cannot hold answers to calls of functions",
+                where="tool_choice",
+                fix="send tool_choice: auto, without strict and parallel_tool_calls: false",
+            )
         if request.grammar is not None and request.schema is None:
             raise UsageError(
                 "the vLLM engine cannot hold answers to a grammar: constrain: {copy} needs an engine in this process",
@@ -153,7 +164,15 @@ class VllmEngine:
                 fix="leave `engine:` out, or set constrain: true",
             )
         if request.schema is not None:
-            body["structured_outputs"] = {"json": restricted(json.loads(request.schema))}
+            schema = json.loads(request.schema)
+            if request.constrained_by == "response_format.json_schema" and "allOf" in schema:
+                # Only two schemas together are written so. A server's backend may read allOf as any JSON (xgrammar).
+                raise UsageError(
+                    "the vLLM engine cannot hold answers to the version's own schema and another one at once",
+                    where="response_format",
+                    fix="leave response_format out: the version's own schema is held in any case",
+                )
+            body["structured_outputs"] = {"json": restricted(schema)}
         return body
 
     def _completion(
@@ -172,3 +191,14 @@ class VllmEngine:
         if adapter not in self._known:
             raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
         return self._known[adapter]
+
+
+@contextlib.contextmanager
+def _blamed(request: Generation) -> Iterator[None]:
+    """Say that a server which rejects a request rejects the schema that the request brought."""
+    try:
+        yield
+    except UsageError as error:
+        if request.constrained_by == "constrain":
+            raise
+        raise UsageError(error.what, where=request.constrained_by, fix="simplify it") from error

@@ -62,16 +62,32 @@ class Usage(ApiObject):
     total_tokens: int
 
 
+class CalledFunction(ApiObject):
+    """A function's name and its arguments, a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerCall(ApiObject):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(ApiObject):
-    """The answer. refusal: always null."""
+    """The answer. content: null where it only calls functions. refusal: always null."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnswerCall] | None = None
 
 
 class Choice(ApiObject):
-    """The one answer to a request. finish_reason: stop, or length if it reached max_tokens."""
+    """The one answer to a request. finish_reason: stop, tool_calls, or length if it reached max_tokens."""
 
     index: int
     message: AnswerMessage
@@ -92,12 +108,19 @@ class ChatCompletion(ApiObject):
     metadata: dict[str, str] | None = None
 
 
+class DeltaCall(AnswerCall):
+    """A call in a streamed answer, sent whole. index: its place among the answer's calls."""
+
+    index: int
+
+
 class Delta(ApiObject):
     """The next piece of a streamed answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    tool_calls: list[DeltaCall] | None = None
 
 
 class ChunkChoice(ApiObject):

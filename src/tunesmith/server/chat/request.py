@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from tunesmith.core.messages import Message
+from tunesmith.candidates.call_grammars import call_grammar
+from tunesmith.candidates.request_schemas import ANY_OBJECT, check_schema
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message, with_tools
+from tunesmith.models.call_format import CallFormat
+from tunesmith.server.chat.tools import Call, Function, NamedChoice, Tool
+from tunesmith.server.errors import INVALID_SCHEMA, ApiError, bad_request
 from tunesmith.server.intake import limits
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -25,17 +34,36 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message. content: text, or a list of text parts."""
+    """One message. content: text, or a list of text parts; an assistant's may be null or left out where it has
+    tool_calls. tool_call_id: of a tool's message, the call that it answers. refusal: always null, as in answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=limits.PARTS)]
+    tool_calls: Annotated[list[Call] | None, Field(min_length=1, max_length=limits.CALLS)] = None
+    tool_call_id: Annotated[str | None, Field(min_length=1, max_length=limits.CALL_ID)] = None
+    refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_without_text(cls, value: Any) -> Any:
+        calls = isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls")
+        return {**value, "content": ""} if calls and value.get("content") is None else value
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("only an assistant's message has tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("a tool's message has a tool_call_id, and no other message has one")
+        return self
 
     def plain(self) -> Message:
         """The message with its parts joined."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role=self.role, content=text)
+        calls = tuple(call.plain() for call in self.tool_calls or ())
+        return Message(role=self.role, content=text, tool_calls=calls, tool_call_id=self.tool_call_id)
 
 
 class StreamOptions(BaseModel):
@@ -46,19 +74,41 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-class ResponseFormat(BaseModel):
-    """The format of the answer: only text, because the decoder does not enforce others on request."""
+class JsonSchema(BaseModel):
+    """A schema that the answer must fit. It is held whatever strict says; true also refuses what OpenAI's subset of
+    JSON Schema does not have. name and description have no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    type: str
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: Annotated[str | None, Field(max_length=limits.DESCRIPTION)] = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: StrictBool | None = None
 
-    @field_validator("type")
-    @classmethod
-    def _supported(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError(f"only 'text' is supported, not {value[:40]!r}")
-        return value
+    @model_validator(mode="after")
+    def _can_be_held(self) -> JsonSchema:
+        try:
+            check_schema(self.schema_, strict=bool(self.strict))
+        except ValueError as error:
+            raise PydanticCustomError(
+                INVALID_SCHEMA, "{said}", {"said": f"Invalid schema for response_format {self.name!r}: {error}"}
+            ) from None
+        return self
+
+
+class ResponseFormat(BaseModel):
+    """The format of the answer: text as it comes, any JSON object, or JSON that fits a schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema is given with the type 'json_schema', and only there")
+        return self
 
 
 class ChatRequest(BaseModel):
@@ -85,12 +135,38 @@ class ChatRequest(BaseModel):
     user: Annotated[str | None, Field(max_length=limits.USER)] = None
     metadata: Annotated[dict[MetadataKey, MetadataText], Field(max_length=limits.METADATA)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool] | None, Field(min_length=1, max_length=limits.TOOLS)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
 
     @field_validator("messages")
     @classmethod
     def _has_user_message(cls, value: list[ChatMessage]) -> list[ChatMessage]:
         if not any(message.role == "user" for message in value):
             raise ValueError("there is no user message to answer")
+        called: set[str] = set()
+        for place, message in enumerate(value):
+            called.update(call.id for call in message.tool_calls or ())
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise ValueError(f"message {place} answers a call that no message before it makes")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _differ(cls, value: list[Tool] | None) -> list[Tool] | None:
+        if value is not None and len({tool.function.name for tool in value}) < len(value):
+            raise ValueError("two functions have the same name")
+        return value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _known_choice(cls, value: Any) -> Any:
+        function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+        named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not named and value not in (None, "none", "auto", "required"):
+            raise ValueError(
+                'it must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name"}}'
+            )
         return value
 
     @field_validator("stop", mode="before")
@@ -125,12 +201,52 @@ class ChatRequest(BaseModel):
             raise ValueError("top_logprobs without logprobs")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options without stream")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        if self.tools is None and (self.tool_choice is not None or self.parallel_tool_calls is not None):
+            raise ValueError("tool_choice and parallel_tool_calls are only allowed with tools")
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
+        if named is not None and named not in {tool.function.name for tool in self.tools or ()}:
+            raise ValueError(f"tool_choice names {named!r}, which is not among the tools")
+        if self.offered and self.answer_schema is not None:
+            raise ValueError("tools and a response_format of JSON together are not supported; send tool_choice: none")
+        if self.offered and self.logprobs:
+            raise ValueError("logprobs and tools together are not supported")
 
     @property
     def conversation(self) -> tuple[Message, ...]:
-        """The messages, with their parts joined."""
-        return tuple(message.plain() for message in self.messages)
+        """The messages, with their parts joined and the offered tools."""
+        messages = tuple(message.plain() for message in self.messages)
+        offered = [{"type": "function", "function": function.declared()} for function in self.offered]
+        return with_tools(messages, offered) if offered else messages
+
+    @property
+    def offered(self) -> tuple[Function, ...]:
+        """The functions that the model is shown: all, or none with tool_choice: none."""
+        return () if self.tool_choice == "none" else tuple(tool.function for tool in self.tools or ())
+
+    @property
+    def callable(self) -> tuple[Function, ...]:
+        """The functions that may be called: the offered ones, or the one that tool_choice names."""
+        if not isinstance(self.tool_choice, NamedChoice):
+            return self.offered
+        name = self.tool_choice.function.name
+        return tuple(function for function in self.offered if function.name == name)
+
+    def grammar_of_calls(self, form: CallFormat) -> str | None:
+        """The grammar that holds the answer to calls; None where they are only read out of it.
+
+        Raises UsageError where the tools cannot be held.
+        """
+        named = isinstance(self.tool_choice, NamedChoice)
+        forced = named or self.tool_choice == "required"
+        single = self.parallel_tool_calls is False
+        if not (forced or single or any(function.strict for function in self.callable)):
+            return None
+        functions = [function.model_dump() for function in self.callable]
+        return call_grammar(form, functions, forced=forced, several=not single and not named)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -143,6 +259,29 @@ class ChatRequest(BaseModel):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """The JSON Schema that the answer must fit; None for text."""
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return None
+        return ANY_OBJECT if asked.json_schema is None else asked.json_schema.schema_
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+def own_fault(error: Exception) -> ApiError | None:
+    """The answer to an error that the request caused, whichever version answers it: it counts against no arm.
+
+    None for every other error, such as one of the version's schema.
+    """
+    field = re.match(r"\w+", error.where or "") if isinstance(error, UsageError) else None
+    if field is None or field[0] not in ChatRequest.model_fields:
+        return None
+    assert isinstance(error, UsageError)
+    if not str(error.where).startswith(("response_format", "tool")):
+        return bad_request(error.what, error.where)
+    code = INVALID_SCHEMA if error.where == "response_format.json_schema" else "invalid_value"
+    return bad_request(f"{error.what} ({error.fix})" if error.fix else error.what, error.where, code=code)

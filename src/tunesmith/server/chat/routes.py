@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -15,17 +15,21 @@ from fastapi.responses import Response, StreamingResponse
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import short
+from tunesmith.core.messages import ToolCall
 from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.registry.versions import Version
 from tunesmith.server.chat.answer import (
     Alternative,
+    AnswerCall,
     AnswerMessage,
     ApiObject,
+    CalledFunction,
     ChatCompletion,
     ChatCompletionChunk,
     Choice,
     ChunkChoice,
     Delta,
+    DeltaCall,
     Logprobs,
     Model,
     ModelList,
@@ -135,11 +139,13 @@ async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serv
         yield build.chunk(Delta(role="assistant", content="", refusal=None))
         while True:
             if isinstance(event, str):
-                yield build.chunk(Delta(content=event))
+                if text := event if job.answer is None else job.answer.feed(event):
+                    yield build.chunk(Delta(content=text))
             elif isinstance(event, Scored):
                 yield build.chunk(Delta(content=event.text), scores=event.scores)
             elif isinstance(event, Completion):
-                yield build.chunk(Delta(), finish=event.finish)
+                for chunk in build.ending(event):
+                    yield chunk
                 if job.request.include_usage:
                     yield build.usage_chunk(event)
                 yield "data: [DONE]\n\n"
@@ -184,8 +190,11 @@ class _ResponseBuilder:
     def whole(self, completion: Completion) -> ChatCompletion:
         """The answer as one object."""
         scores = completion.scores if self._job.request.logprobs else None
-        message = AnswerMessage(role="assistant", content=completion.text, refusal=None)
-        choice = Choice(index=0, message=message, logprobs=_logprobs(scores), finish_reason=completion.finish)
+        text, calls, finish = self._said(completion)
+        more: dict[str, Any] = {"tool_calls": [AnswerCall(**_call(call)) for call in calls]} if calls else {}
+        content = None if calls and not text else text
+        message = AnswerMessage(role="assistant", content=content, refusal=None, **more)
+        choice = Choice(index=0, message=message, logprobs=_logprobs(scores), finish_reason=finish)
         return ChatCompletion(
             **self._common,
             object="chat.completion",
@@ -200,6 +209,21 @@ class _ResponseBuilder:
         more: dict[str, Any] = {"usage": None} if self._job.request.include_usage else {}
         more |= self._metadata() if finish else {}
         return _event(ChatCompletionChunk(**self._common, object=_CHUNK, choices=[choice], **more).json_text())
+
+    def ending(self, completion: Completion) -> Iterator[str]:
+        """The chunks that end a streamed answer: withheld text, each call whole, and the reason why it ends."""
+        text, calls, finish = self._said(completion)
+        if text and self._job.answer is not None:
+            yield self.chunk(Delta(content=text))
+        for place, call in enumerate(calls):
+            yield self.chunk(Delta(tool_calls=[DeltaCall(index=place, **_call(call))]))
+        yield self.chunk(Delta(), finish=finish)
+
+    def _said(self, completion: Completion) -> tuple[str, tuple[ToolCall, ...], str]:
+        """(text, calls, finish_reason). Without tools the text is the whole answer; with them, what was not sent."""
+        if self._job.answer is None:
+            return completion.text, (), completion.finish
+        return self._job.answer.end(completion)
 
     def usage_chunk(self, completion: Completion) -> str:
         """The chunk without choices that stream_options.include_usage asks for."""
@@ -227,6 +251,11 @@ def _logprobs(scores: Sequence[TokenScore] | None) -> Logprobs | None:
         TokenLogprob(**one(score), top_logprobs=[Alternative(**one(other)) for other in score.top]) for score in scores
     ]
     return Logprobs(content=content, refusal=None)
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = CalledFunction(name=call.name, arguments=call.arguments)
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _event(text: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import INVALID_SCHEMA, ApiError, bad_request
 from tunesmith.server.intake import limits
 from tunesmith.server.settings import ServerSettings
 
@@ -99,6 +99,8 @@ def _told(error: ValidationError) -> ApiError:
         return bad_request(f"Unrecognized request argument supplied: {path}", path, code="unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {path!r}.", path, code="missing_required_parameter")
+    if first["type"] == INVALID_SCHEMA:
+        return bad_request(first["msg"], path, code=INVALID_SCHEMA)
     said = first["msg"].removeprefix("Value error, ")
     return bad_request(f"Invalid {path!r}: {said}" if path else said, path or None)
 
@@ -109,6 +111,6 @@ def _path(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "list"):
+        elif part.isidentifier() and part not in ("str", "list", "NamedChoice"):
             path += f".{part}" if path else part
     return path[: limits.SHOWN]
