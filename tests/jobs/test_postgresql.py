@@ -37,6 +37,8 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.places import LocalPlace
+from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
 from tunesmith.store import audit, database, identities
 from tunesmith.store.store import Store
@@ -99,12 +101,13 @@ def test_a_worker_outlasts_a_database_that_is_stopped_at_once(
     identities.ensure_owner(store)
     numbers = [queue.add(store, "run", {}, project="p", actor="olive").id for _ in range(3)]
 
-    def start(lease: Lease) -> BaseProcess:
+    def start(lease: Lease, _held: HeldSlot) -> BaseProcess:
         process = forkserver().Process(target=count, args=(store.root, mortal.url, lease))
         process.start()
         return process
 
-    worker = Worker(store, "p", ["run"], start, lease_seconds=4.0, say=said.append)
+    (slot,) = divide(1, usable_cores(), ())
+    worker = Worker(store, "p", ["run"], [LocalPlace(slot, start)], lease_seconds=4.0, say=said.append)
     thread = threading.Thread(target=worker.run, kwargs={"until_empty": True})
     thread.start()
     for number in numbers[:2]:  # in the middle of a job, twice
