@@ -12,7 +12,9 @@ from sqlalchemy import event, text
 from tests.attack_table import Happened
 from tests.fabricate import Scene
 from tests.server.conftest import Served, engine, made, scene, served, versions
+from tunesmith.core.errors import TunesmithError
 from tunesmith.server.recording import Recorder
+from tunesmith.server.routing import Router
 from tunesmith.store import database
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
@@ -86,6 +88,31 @@ def test_no_error_of_the_record_withholds_an_answer(
     assert served.post(stream=stream).status_code == 500
     assert time.monotonic() - began < SECONDS
     happened("answered, 200 and 500", 2)
+
+
+@pytest.mark.attack("crash", "a request while the server's database is gone, or goes while the request waits")
+def test_a_request_without_a_database_is_told_to_try_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    served.ask()
+
+    def away(*_: Any) -> None:
+        raise TunesmithError("the database cannot be used: the server closed the connection")
+
+    for times in (1, 2):  # at the first look, and at the one when the request's turn has come
+        calls, caller = iter(range(9)), Router.caller
+
+        def until(self: Router, token: str, calls: Any = calls, times: int = times, caller: Any = caller) -> Any:
+            return away() if next(calls) == times - 1 else caller(self, token)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Router, "caller", until)
+            answer = served.post()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert answer.headers["retry-after"] == "5"
+        assert "connection" not in answer.text
+    assert [row.ok for row in served.rows()] == [True], "an arm was blamed"
+    happened("503, and counted against no arm", 2)
 
 
 @pytest.mark.attack("crash", "the server's database is gone")

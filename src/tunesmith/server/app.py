@@ -23,7 +23,7 @@ from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import control, decisions, jobs, openapi
 from tunesmith.server.chat import routes as chat
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import ApiError, passes, unavailable
 from tunesmith.server.fine_tuning import files
 from tunesmith.server.fine_tuning import jobs as fine_tuning
 from tunesmith.server.intake.arriving import Arriving
@@ -81,6 +81,7 @@ def create_app(
     app.openapi = openapi_document  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(TunesmithError, _unforeseen)
     app.add_exception_handler(Exception, _unforeseen)
     return app
 
@@ -153,4 +154,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     LOG.error("%s %s raised", request.method, request.url.path, exc_info=error)
+    if passes(error):
+        return await _api_error(request, unavailable())
     return await _api_error(request, ApiError(500, "Internal error.", code="internal_error"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import is_disk_full
 from tunesmith.server.intake import limits
 
@@ -110,6 +111,17 @@ def not_stored(error: Exception) -> ApiError:
         )
     headers = {"Retry-After": "5"}
     return ApiError(503, f"The server's database cannot be used now. {again}", code="storage_failed", headers=headers)
+
+
+def unavailable() -> ApiError:
+    """The database or the store of files cannot be reached. The server's log says why."""
+    message = "The server's database or store cannot be used now. Try again shortly."
+    return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error may pass by itself: something outside was away, and nothing was refused."""
+    return isinstance(error, TunesmithError) and not isinstance(error, Refused | UsageError)
 
 
 def failed() -> ApiError:

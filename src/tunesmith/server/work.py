@@ -34,7 +34,9 @@ from tunesmith.server.errors import (
     busy_for_user,
     failed,
     not_available,
+    passes,
     stopping,
+    unavailable,
 )
 from tunesmith.server.recording import LOG, Recorder, Served
 from tunesmith.server.routing import ReadyVersions, Route, Router
@@ -251,8 +253,7 @@ class Worker:
             return
         job.began = time.monotonic()
         try:
-            job.user = self._router.caller(job.token)
-            job.route = self._router.route(job.user, job.request.model, job.request.user or job.id)
+            self._look_again(job)
             answerer = self._ready(job)
             generation = self._generation(job, answerer)
             if job.request.stream:
@@ -268,6 +269,17 @@ class Worker:
             LOG.exception("the engine failed on request %s", job.id)
             self._fail(job, failed())
 
+    def _look_again(self, job: Job) -> None:
+        """Read the caller and choose the version once more. Raises ApiError, 503 where the database is away."""
+        try:
+            job.user = self._router.caller(job.token)
+            job.route = self._router.route(job.user, job.request.model, job.request.user or job.id)
+        except TunesmithError as error:
+            if not passes(error):
+                raise
+            LOG.exception("request %s: its caller and version could not be read", job.id)
+            raise unavailable() from error  # no arm's failure
+
     def _ready(self, job: Job) -> Answerer:
         """The answerer of the job's version. If a canary cannot be loaded, ends its rollout and returns stable's."""
         route = job.route
@@ -276,6 +288,8 @@ class Worker:
         except (TunesmithError, OSError) as error:
             LOG.exception("%s could not be loaded", route.version.label)
             if route.stable is None or route.rollout is None:
+                if passes(error):
+                    raise unavailable() from error
                 other = isinstance(error, OtherBase)
                 why = "was made from another base than this server's" if other else "could not be loaded"
                 raise not_available(job.request.model, f"{route.version.label} {why}") from error
