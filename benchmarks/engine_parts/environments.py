@@ -1,6 +1,7 @@
 """Peers whose packages do not go together with this project's: each in a virtual environment of its own, in the cache.
 
 They are made when asked for (`engine.py --install-peers`); without them their lines say that they are not installed.
+`service.py` makes its own at first use: they are small.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ INSTALL = "python benchmarks/engine.py --install-peers"
 
 
 class Peer(NamedTuple):
-    """requirement: what pip is asked for, with the version the goals name; without: what it brings and does not need,
-    built for another torch, so that importing it fails; stubs: modules that are imported and not used."""
+    """requirement: what pip is asked for, with the version the goals name; also: bounds of what it brings, whose newest
+    does not fit it; without: what it brings and does not need, built for another torch, so that importing it fails;
+    stubs: modules that are imported and not used."""
 
     name: str
     requirement: str
     without: tuple[str, ...] = ()
     stubs: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 LLAMAFACTORY = Peer("llamafactory", "llamafactory==0.9.5", ("torchaudio",), ("torchaudio",))
@@ -46,8 +49,8 @@ def install(peer: Peer) -> Path:
     print(f"installing {peer.requirement} into {folder}", flush=True)
     for command in (
         [sys.executable, "-m", "venv", str(folder)],
-        [str(own), "-m", "pip", "install", "--quiet", peer.requirement],
-        [str(own), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.without],
+        [str(own), "-m", "pip", "install", "--quiet", peer.requirement, *peer.also],
+        *([[str(own), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.without]] if peer.without else []),
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -25,7 +25,7 @@ from tunesmith.monitoring.drift import Baseline, ServedRequest, compare
 from tunesmith.monitoring.features import request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 
-EVIDENTLY = Peer("evidently", "evidently==0.7.23")
+EVIDENTLY = Peer("evidently", "evidently==0.7.23", also=("pandas<3",))
 CORPUS = ROOT.parent / "shared" / "data" / "clinc150" / "data_data_full.json"
 WINDOW, EVERY, WHOLE, WINDOWS, STREAMS, THEIRS = 500, 50, 40, 10_000, 20, 60
 SETTINGS = MonitoringSettings()

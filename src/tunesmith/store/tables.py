@@ -300,5 +300,5 @@ class DeliveryRow(Table):
     error: Mapped[str] = mapped_column(String(256), default="")
 
 
-Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority)
+Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)
 Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)

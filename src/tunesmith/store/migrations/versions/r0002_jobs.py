@@ -36,7 +36,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("created_by", "key"),
     )
-    op.create_index("jobs_by_state", "jobs", ["project", "state", "priority"], unique=False)
+    op.create_index("jobs_by_state", "jobs", ["project", "state", "priority", "id"], unique=False)
     op.create_table(
         "job_events",
         sa.Column("job", sa.Integer(), autoincrement=False, nullable=False),
