@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sqlalchemy import insert
@@ -69,6 +69,15 @@ class _Kept(NamedTuple):
 _CUT = "max_tokens, stop text, format or tools of the request shaped the answer, so it says nothing about the version"
 
 
+@dataclass(slots=True)
+class _Unwritten:
+    """The row of a request whose thread waits until it is written. leads: that thread writes all that waits."""
+
+    row: dict[str, Any]
+    leads: bool = False
+    woken: threading.Event = field(default_factory=threading.Event)
+
+
 class FeedbackResult(View):
     """The scores that feedback added. kept: the request was stored as a case.
 
@@ -101,8 +110,8 @@ class Recorder:
         self._scorers = scorers
         self._answers: OrderedDict[str, _Kept] = OrderedDict()
         self._most, self._lock = kept_answers, threading.Lock()
-        self._unwritten: list[dict[str, Any]] = []
-        self._writing = threading.Lock()
+        self._unwritten: list[_Unwritten] = []
+        self._led = False  # a thread writes what waits
 
     def write(self, served: Served) -> None:
         """Record a request. If that fails, its answer is still sent, and a metric counts the loss.
@@ -114,14 +123,29 @@ class Recorder:
         self._metrics.request(served.route.arm, outcome, served.seconds, served.completion, models)
         if served.completion is not None and served.whole:
             self._keep(served.id, _Kept(served.messages, served.completion.text, served.cut))
-        row = self._row(served)
+        mine = _Unwritten(self._row(served))
         with self._lock:
-            self._unwritten.append(row)
-        with self._writing:  # once it is this thread's, the thread before it may have written the row
+            self._unwritten.append(mine)
+            mine.leads, self._led = not self._led, True
+        if not mine.leads:
+            mine.woken.wait()
+        if mine.leads:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Write what waits, wake the threads whose rows these are, and let the first of those that came since go on."""
+        with self._lock:
+            written, self._unwritten = self._unwritten, []
+        try:
+            self._metrics.unrecorded.inc(self._store_rows([one.row for one in written]))
+        finally:
             with self._lock:
-                rows, self._unwritten = self._unwritten, []
-            if rows:
-                self._metrics.unrecorded.inc(self._store_rows(rows))
+                woken = [*written, *self._unwritten[:1]]
+                for one in self._unwritten[:1]:
+                    one.leads = True
+                self._led = bool(self._unwritten)
+            for one in woken:
+                one.woken.set()
 
     def _store_rows(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Write rows of requests in one transaction, or one by one where that fails; returns how many were lost."""
