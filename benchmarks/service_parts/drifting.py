@@ -60,8 +60,8 @@ def measure() -> Found:
             peer,
             caught,
             shown="-",
-            wanted="all",
-            reached=in_time == STREAMS,
+            wanted=f">= {1 - alpha:.0%}",
+            reached=in_time >= (1 - alpha) * STREAMS,
         ),
         Line(
             f"false alarms in {WINDOWS:,} windows of {WINDOW} requests without drift",
@@ -80,7 +80,7 @@ def measure() -> Found:
 
 
 def read() -> Requests:
-    """The features of clinc150's test rows: one half is the test split, the other half comes after the release."""
+    """The features of clinc150's rows: `test` is the test split, `val` and `oos_test` come after the release."""
     corpus = json.loads(CORPUS.read_text())
     index = example_index([_example(text, intent) for text, intent in corpus["train"]])
 
@@ -88,9 +88,7 @@ def read() -> Requests:
         asked = [(Message(role="user", content=text),) for text, _ in rows]
         return [request_features(one, lambda messages: index.similarity(messages[-1].content)) for one in asked]
 
-    inside = random.Random(4).sample(corpus["test"], len(corpus["test"]))
-    half = len(inside) // 2
-    return Requests(features(inside[:half]), features(inside[half:]), features(corpus["oos_test"]))
+    return Requests(features(corpus["test"]), features(corpus["val"]), features(corpus["oos_test"]))
 
 
 def _example(text: str, intent: str) -> Example:

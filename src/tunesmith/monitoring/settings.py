@@ -33,7 +33,7 @@ class MonitoringSettings(Settings):
             description="largest allowed rise of the share of requests that are less like the training rows than nine "
             "of ten test rows were, such as requests about a new topic",
         ),
-    ] = 0.03
+    ] = 0.02
     valid_drop_at_most: Annotated[
         float, Field(ge=0, lt=1, description="largest allowed drop of the share of valid JSON below the evaluation's")
     ] = 0.05
