@@ -40,6 +40,16 @@ def test_the_load_generator_counts_requests_and_those_that_fail() -> None:
     assert on_time["per_second"] == pytest.approx(100, rel=0.3)
 
 
+@pytest.mark.slow
+def test_the_benchmarks_server_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service_parts.gateway import ask, ours
+
+    monkeypatch.setenv("TUNESMITH_USER", "ann")
+    with ours(tmp_path) as told:
+        found = ask({**told, "seconds": 60.0, "requests": 50})
+    assert (found["requests"], found["failed"]) == (50, 0), found
+
+
 def test_a_parts_result_is_kept_until_it_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine_parts.report import Line, markdown
     from service_parts import kept
