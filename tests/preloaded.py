@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, Phi3ForCausalLM
 
 from tunesmith import api
-from tunesmith.engines.hf import libraries, together
+from tunesmith.engines.hf import libraries, loaded
 from tunesmith.jobs import worker
 from tunesmith.training import together as training
 
@@ -24,8 +24,8 @@ __all__ = [
     "Phi3ForCausalLM",
     "api",
     "get_peft_model",
+    "loaded",
     "pytest",
-    "together",
     "torch",
     "training",
     "worker",

@@ -86,7 +86,7 @@ def load_model(base: Base, engine: LocalEngine | None = None) -> LoadedModel:
 def load_sharded(base: Base, ranks: Ranks) -> ShardedModel:
     """A base's weights, sharded over several ranks as soon as one trains on it. Always with transformers: the native
     network computes in one process."""
-    from tunesmith.engines.hf.together import ShardedHFModel
+    from tunesmith.engines.hf.loaded import ShardedHFModel
 
     return ShardedHFModel(base, ranks)
 

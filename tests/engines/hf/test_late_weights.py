@@ -14,10 +14,9 @@ from tests.engines.hf.test_support_matrix import _base, _two_steps, table
 from tests.process_group import run_ranks
 from tunesmith.core.errors import Refused
 from tunesmith.engines import late_weights
-from tunesmith.engines.hf.loaded import build_trainable
+from tunesmith.engines.hf.loaded import ShardedHFModel, build_trainable
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.hf.together import ShardedHFModel
 from tunesmith.engines.ranks import Ranks, connected_ranks, held, whole
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.training.settings import TrainSettings

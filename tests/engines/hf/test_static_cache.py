@@ -14,6 +14,7 @@ from tests.hf_models import FAMILIES as HF_FAMILIES
 from tests.hf_models import change_adapter, write_hf_model
 from tests.tiny import write_model
 from tunesmith.core.messages import Message
+from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.costs import cache_bytes
 from tunesmith.engines.hf.engine import HFEngine
 from tunesmith.engines.hf.generation import MOST_ROWS, static_size
@@ -22,7 +23,9 @@ from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Rendered
 from tunesmith.store.store import Store
+from tunesmith.training.objectives import CrossEntropy
 
 # Gemma's windows are shorter than the prompts.
 FAMILIES = ("llama", "qwen3", "phi3", "gemma3")
@@ -114,6 +117,17 @@ def test_a_cache_without_room_is_not_made(tmp_path: Path, monkeypatch: pytest.Mo
     engine.use_static_cache(True)
     monkeypatch.setattr("tunesmith.engines.hf.model.DeviceMemory.available", lambda _self: 1000)
     assert engine.generate(_requests()) == expected
+    assert engine._model._cache is None
+
+
+def test_a_training_gets_the_memory_of_the_cache(tmp_path: Path) -> None:
+    loaded = LoadedHFModel(_base(tmp_path, "llama"))
+    engine, trainable = loaded.engine(), loaded.trainable(WeightSettings(rank=4), seed=0, state_bytes=16)
+    assert engine._model is trainable._model
+    engine.use_static_cache(True)
+    engine.generate(_requests()[:1])
+    assert engine._model._cache is not None
+    trainable.loss(lay_out([Rendered((5, 9, 2, 7), (False, True, True, True))]), CrossEntropy(), 3.0)
     assert engine._model._cache is None
 
 

@@ -20,8 +20,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import check_weight_settings
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.loaded import LoadedHFModel
-from tunesmith.engines.hf.together import ShardedHFModel
+from tunesmith.engines.hf.loaded import LoadedHFModel, ShardedHFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.native.model import NativeModel
 from tunesmith.engines.protocol import Generation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.hf import four_bits
 from tunesmith.engines.hf.costs import sizes
-from tunesmith.engines.hf.model import HFModel, remove_with
+from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import WeightSettings
@@ -48,7 +49,7 @@ class LoraTrainable(HFTrainable):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.adapter = model.add_adapter(self._config, settings.start)
-        remove_with(self, model, self.adapter)
+        weakref.finalize(self, model.remove_adapter, self.adapter).atexit = False
         self.parameters = model.adapter_parameters(self.adapter)
         if uncalled := model.uncalled(self.adapter):
             raise Refused(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -271,7 +270,7 @@ class HFModel:
         is needed, because no token sees a later one. recompute: layers to compute again in the backward pass.
         """
         forwards = {layer: recomputed(layer) for layer in recompute}
-        with replaced({**forwards, self.head: _as_it_is} if self.plain_head else forwards):
+        with replaced({**forwards, self.head: nn.Identity().forward} if self.plain_head else forwards):
             read = packing.outputs(self.module, batch) if packed else self._padded_outputs(batch)
         labels = batch.labels.to(self.device)
         if len(labels) <= LOGITS_AT_ONCE or not self.plain_head:
@@ -383,7 +382,8 @@ class HFModel:
 
     def release_cache(self) -> None:
         """Give back the memory of the static cache."""
-        self._cache = None
+        with self._turn:
+            self._cache = None
 
     @torch.no_grad()
     def _first_steps(self, rows: Sequence[Sequence[int]], **cache: Any) -> tuple[Tensor, ...]:
@@ -398,24 +398,8 @@ class HFModel:
             return_dict_in_generate=True,
             disable_compile=True,
         )
-
-        def only_one(_ids: Tensor, logits: Tensor) -> Tensor:
-            found = torch.full_like(logits, float("-inf"))
-            found[:, _PROBE[-1]] = 0.0
-            return found
-
-        chosen = libraries.transformers().LogitsProcessorList([only_one])
-        found = self.module.generate(ids, attention_mask=mask, generation_config=how, logits_processor=chosen, **cache)
-        return tuple(found.logits)
-
-
-def _as_it_is(given: Tensor) -> Tensor:
-    return given
-
-
-def remove_with(owner: object, model: HFModel, adapter: str) -> None:
-    """Take an adapter out of the model as soon as its owner is gone."""
-    weakref.finalize(owner, model.remove_adapter, adapter).atexit = False
+        how_on = {"generation_config": how, "prefix_allowed_tokens_fn": lambda *_: [_PROBE[-1]]}
+        return tuple(self.module.generate(ids, attention_mask=mask, **how_on, **cache).logits)
 
 
 def left_padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
