@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
 
 from tests.attack_table import Happened
-from tests.fabricate import Scene
-from tests.server.conftest import Served, engine, made, scene, served, versions
+from tests.fabricate import OWNER, Scene
+from tests.jobs.test_performing import until
+from tests.postgresql_server import Mortal, mortal, moved_to_postgresql
+from tests.rollout.conftest import copied
+from tests.server.conftest import Served, engine, made, running, scene, served, versions
+from tests.server.fake_engine import FakeEngine
 from tunesmith.core.errors import TunesmithError
+from tunesmith.registry.versions import list_versions
 from tunesmith.server.recording import Recorder
 from tunesmith.server.routing import Router
 from tunesmith.store import database
 
-__all__ = ["engine", "made", "scene", "served", "versions"]
+__all__ = ["engine", "made", "mortal", "scene", "served", "versions"]
 
 SECONDS = 20  # for an answer; withheld ones took answer_seconds, 300
 
@@ -127,3 +133,32 @@ def test_readyz_says_that_the_database_is_gone(served: Served, happened: Happene
         moved.rename(root)
     assert (answer.status_code, answer.json()["database"]) == (503, False)
     happened("503, database: false")
+
+
+@pytest.mark.slow
+@pytest.mark.attack("crash", "PostgreSQL is stopped at once under a server, and started again")
+def test_a_server_outlasts_a_postgresql_that_is_stopped_at_once(
+    made: Scene, mortal: Mortal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    copy = copied(made, tmp_path / "store")
+    copy.store = moved_to_postgresql(copy.store, mortal.url)
+    with running(copy, FakeEngine(copy.base)) as served:
+        served.begin(list_versions(copy.store)[0])
+        assert served.post().status_code == 200
+        for _ in range(2):
+            mortal.stop_at_once()
+            began = time.monotonic()
+            with served.http() as http:
+                refused = [served.post(), http.get("/api/rollouts"), http.get("/v1/models")]
+                ready = http.get("/readyz")
+            assert time.monotonic() - began < SECONDS
+            mortal.start()
+            assert [answer.status_code for answer in refused] == [503] * 3, [answer.text for answer in refused]
+            assert {answer.json()["error"]["code"] for answer in refused} == {"unavailable"}
+            assert (ready.status_code, ready.json()["database"]) == (503, False)
+            assert served.post().status_code == 200
+            with served.http() as http:
+                until(lambda: http.get("/readyz").status_code == 200)
+    copy.store.engine.dispose()
+    happened("503 with a time to try again, then answered", 6)

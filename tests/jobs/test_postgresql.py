@@ -91,6 +91,7 @@ def count(root: Path, url: str, lease: Lease) -> None:
     perform(store, lease, work)
 
 
+@pytest.mark.slow
 @pytest.mark.attack("crash", "PostgreSQL stopped at once while a worker performs jobs")
 def test_a_worker_outlasts_a_database_that_is_stopped_at_once(
     tmp_path: Path, mortal: Mortal, monkeypatch: pytest.MonkeyPatch

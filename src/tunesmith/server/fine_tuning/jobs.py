@@ -325,7 +325,8 @@ def _status(job: Job) -> Status:
 
 
 def _error(error: Mapping[str, Any]) -> JobError:
-    message = "\n".join(str(error[name]) for name in ("what", "where", "fix") if error.get(name))
+    said = [str(error[name]) for name in ("what", "where", "fix") if error.get(name)]
+    message = "\n".join(each for each in said if not each.startswith("/"))  # paths of this machine are not the client's
     return JobError(code=str(error.get("code")), message=message, param=error.get("param"))
 
 

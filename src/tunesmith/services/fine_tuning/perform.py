@@ -44,7 +44,7 @@ def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Ou
         return Outcome({}, {"code": error.code, "what": error.what, "param": error.where})
     except Inconclusive as error:
         return Outcome({}, {"code": _CODES["inconclusive"], **_stated(error)})
-    except UsageError:
+    except (UsageError, FileNotFoundError):
         try:  # a file that was deleted meanwhile explains it
             _paths(project, job, arguments)
         except FileGone as gone:
@@ -176,6 +176,7 @@ def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary,
         if stated(made.settings).models[arguments.model] is not None:
             progress.say(f"a server of its base answers: `tunesmith serve --base-of {arguments.model}`")
         return Outcome(result)
+    more = "upload more examples and create another job; " if summary.gate.verdict == "inconclusive" else ""
     failed = [f"{gate.name} ({gate.reason})" for gate in summary.gate.gates if gate.outcome != "pass"]
     why = (
         "did not pass the gates" if summary.gate.verdict == "fail" else "could not be judged: the evidence decides not"
@@ -186,7 +187,7 @@ def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary,
             "code": _CODES[summary.gate.verdict],
             "what": f"The model was trained, but {why}: {'; '.join(failed) or 'the project has none'}. {rival}".strip(),
             "where": f"verdict {summary.gate.digest}",
-            "fix": "`tunesmith show` with that digest shows the evidence, which is kept",
+            "fix": f"{more}`tunesmith show` with that digest shows the evidence, which is kept",
         },
     )
 
