@@ -28,7 +28,7 @@ from tunesmith.store import database, identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
 
-PROCRASTINATE = Peer("procrastinate", "procrastinate==3.10.0")
+PROCRASTINATE = Peer("procrastinate", "procrastinate==3.10.0", also=("psycopg[binary]",))
 JOBS, WORKERS, KILL_EVERY, LEASE, LONGEST = 10_000, 4, 1.0, 5.0, 900.0
 _TABLE = "create table effects (number serial primary key, job integer not null)"
 
