@@ -23,7 +23,7 @@ from tunesmith.engines.settings import AnyEngineSettings, EngineSettings, VllmSe
 from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
-from tunesmith.monitoring.settings import MonitoringSettings, RetrainingSettings
+from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings, RetrainingSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.training.settings import MetricsSettings
 from tunesmith.webhooks.settings import WebhookSettings
@@ -144,6 +144,10 @@ class ProjectSettings(Settings):
     monitoring: Annotated[MonitoringSettings, Field(description="when served traffic counts as drifted")] = (
         MonitoringSettings()
     )
+    cases: Annotated[
+        CaseSettings | None,
+        Field(description="keep requests whose callers ask for that, for a review; without it no text is kept"),
+    ] = None
     retraining: Annotated[
         RetrainingSettings | None,
         Field(description="when a worker queues a run by itself; without it only people queue runs"),

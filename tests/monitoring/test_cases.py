@@ -18,7 +18,16 @@ from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.monitoring.cases import Case, add_cases, drop_cases, list_cases, put_case
+from tunesmith.monitoring.cases import (
+    Case,
+    add_cases,
+    correct_case,
+    delete_case,
+    delete_expired,
+    drop_cases,
+    list_cases,
+    put_case,
+)
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting, add_user
 from tunesmith.store.store import Store
@@ -36,7 +45,13 @@ def case(number: int, score: float = 0.0, **more: Any) -> Case:
         version="sha256:" + "1" * 64,
         scores={"exact_match": score},
         by="ada",
-        **{"tenant": "", "region": "", "at": f"2026-01-0{number}T00:00:00+00:00", **more},
+        **{
+            "tenant": "",
+            "region": "",
+            "at": f"2026-01-0{number}T00:00:00+00:00",
+            "until": "2999-01-01T00:00:00Z",
+            **more,
+        },
     )
 
 
@@ -88,6 +103,40 @@ def test_a_case_is_in_the_file_once(store: Store, tmp_path: Path) -> None:
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_case_without_an_answer_waits_for_one(store: Store, tmp_path: Path) -> None:
+    put_case(store, case(1).model_copy(update={"expected": None, "answer": None, "scores": {}}))
+    put_case(store, case(2))
+    assert [one.failed for one in list_cases(store)] == [True, True]
+    assert _added(store, tmp_path / "c.jsonl") == 1
+    (left,) = list_cases(store)
+    correct_case(store, left.request, '{"odd": 1}', actor=acting(store))
+    assert _added(store, tmp_path / "c.jsonl") == 1
+    with pytest.raises(UsageError, match="no case of request"):
+        correct_case(store, left.request, "x", actor=acting(store))
+
+
+def test_what_was_withdrawn_after_the_list_was_read_is_not_added(store: Store, tmp_path: Path) -> None:
+    put_case(store, case(1))
+    waiting = list_cases(store)
+    assert delete_case(store, case(1).request)
+    options: dict[str, Any] = {"licence": "CC0-1.0", "split": Split(group_by="template"), "actor": acting(store)}
+    assert add_cases(store, waiting, tmp_path / "c.jsonl", **options) == 0
+    assert (tmp_path / "c.jsonl").read_bytes() == b""
+
+
+def test_what_has_expired_is_neither_shown_nor_added(store: Store, tmp_path: Path) -> None:
+    put_case(store, case(1, until="2026-01-02T00:00:00Z"))
+    put_case(store, case(2))
+    assert [one.request for one in list_cases(store, everything=True)] == [case(2).request]
+    assert _added(store, tmp_path / "c.jsonl") == 1
+    assert delete_expired(store) == 1
+    assert delete_expired(store) == 0
+    assert not list((store.root / "cases").iterdir())
+    with database.reading(store.engine) as session:
+        entry = list(audit.entries(session))[-1]
+    assert (entry.actor, entry.action, entry.detail) == ("controller", "cases.expire", {"requests": [case(1).request]})
+
+
 def test_who_may_not_build_data_adds_nothing(store: Store, tmp_path: Path) -> None:
     add_user(store, "eve", ("approver",), actor=acting(store))
     put_case(store, case(1))
@@ -113,7 +162,8 @@ def test_a_damaged_case_is_said(store: Store) -> None:
     path.write_text("{}")
     with pytest.raises(Refused, match="not a valid case"):
         list_cases(store)
-    drop_cases(store, [case(1)])
+    assert delete_expired(store) == 0, "nobody can tell its time"
+    drop_cases(store, [case(1).request], actor=acting(store))
     assert list_cases(store) == []
 
 
@@ -178,7 +228,10 @@ def test_the_verbs(tmp_path: Path) -> None:
     where = ("-C", str(tmp_path), "--json")
     for number in (1, 2, 3):
         put_case(store, case(number).model_copy(update={"answer": "x\x1b[2J\u202e"}))
-    assert len(json.loads(_call("show", *where)[1])["cases"]) == 3
+    put_case(store, case(4).model_copy(update={"expected": None}))
+    put_case(store, case(5, until="2026-01-02T00:00:00Z"))
+    assert len(json.loads(_call("show", *where)[1])["cases"]) == 4
+    assert len(list((store.root / "cases").iterdir())) == 4, "the expired one is deleted"
     shown = _call("show", "-C", str(tmp_path))[1]
     assert "\x1b" not in shown
     assert "\u202e" not in shown
@@ -190,5 +243,9 @@ def test_the_verbs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="outside the project"):
         _call("add", "../cases.jsonl", "--licence", "CC0-1.0", *where)
     added = json.loads(_call("add", "cases.jsonl", "--licence", "CC0-1.0", *where)[1])
-    assert added == {"added": 2, "source": "cases.jsonl", "named": False}
+    assert added == {"added": 2, "source": "cases.jsonl", "named": False, "without_answer": 1}
+    with pytest.raises(UsageError, match="is empty"):
+        _call("correct", case(4).request, "--expected", " ", *where)
+    assert json.loads(_call("correct", case(4).request, "--expected", "{}", *where)[1])["expected"] == "{}"
+    assert json.loads(_call("add", "cases.jsonl", "--licence", "CC0-1.0", *where)[1])["added"] == 1
     assert json.loads((tmp_path / "cases.jsonl").read_text().splitlines()[0])["template"] == f"case-{case(1).request}"

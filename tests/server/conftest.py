@@ -101,10 +101,10 @@ class Served:
 def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Served]:
     """A server with these settings."""
     schema, root = settings.pop("answer_schema", SCHEMA), settings.pop("root", Path())
-    project = settings.pop("project", None)
+    project, keeper = settings.pop("project", None), settings.pop("keeper", None)
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
     bounds = ServerSettings.model_validate({"check_seconds": 0.05, "grace_seconds": 2, **settings})
-    app = create_app(scene.store, engine, engine, bounds, scorers=scorers, project=project)
+    app = create_app(scene.store, engine, engine, bounds, scorers=scorers, project=project, keeper=keeper)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = DrainingServer(app)

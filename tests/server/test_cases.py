@@ -1,13 +1,41 @@
-"""Feedback that asks to be kept leaves a case; any other leaves no text."""
+"""The text of a request is kept only where its caller asked for that: scanned, for a limited time, until withdrawn."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.server.conftest import HELLO, Served
-from tunesmith.monitoring.cases import list_cases
+from tests.attack_table import Happened
+from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tunesmith.data.settings import Privacy
+from tunesmith.monitoring.cases import Case, list_cases
+from tunesmith.monitoring.keeping import CaseKeeper
+from tunesmith.monitoring.settings import CaseSettings
+from tunesmith.registry.versions import Version
+from tunesmith.store import database
+from tunesmith.store.identities import add_user, issue_token
+from tunesmith.store.tables import AuditRow
+
+SECRET = "jane.doe@example.com"
+ODD = f"zebra lamp of {SECRET}"  # words that nothing else in the store holds
+ASK: list[Any] = [{"role": "user", "content": ODD}]
+WRONG = '{"intent": "off"}'
+
+
+@pytest.fixture
+def keeping(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Served]:
+    """A server whose project has `cases: {}`."""
+    with running(scene, engine, keeper=CaseKeeper(scene.store, CaseSettings(), Privacy())) as served:
+        served.begin(versions[1])
+        yield served
 
 
 def _feedback(served: Served, **body: Any) -> httpx.Response:
@@ -15,28 +43,220 @@ def _feedback(served: Served, **body: Any) -> httpx.Response:
         return http.post("/api/feedback", json=body)
 
 
-def test_a_case_is_kept_where_the_caller_asks(served: Served) -> None:
-    answer = served.ask()
-    given = _feedback(served, request_id=answer.id, expected='{"intent": "off"}', keep=True)
-    assert given.status_code == 200
+def _ask(served: Served, **more: Any) -> httpx.Response:
+    return served.post(messages=ASK, **more)
+
+
+def _cases(served: Served, count: int = 1) -> list[Case]:
+    """The cases, once there are so many: failed requests are kept after their answer."""
+    end = time.monotonic() + 60
+    while len(found := list_cases(served.scene.store, everything=True)) < count:
+        assert time.monotonic() < end, f"{len(found)} cases"
+        time.sleep(0.02)
+    assert len(found) == count
+    return found
+
+
+def _holding(root: Path, *words: str) -> list[str]:
+    """The files under a folder that hold one of the words, and the database's own files."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return [path.name for path in files if any(word.encode() in path.read_bytes() for word in words)]
+
+
+def _audited(served: Served, action: str) -> list[AuditRow]:
+    with database.reading(served.scene.store.engine) as session:
+        return list(session.query(AuditRow).where(AuditRow.action == action))
+
+
+def _crash(_request: object, _adapter: object) -> str:
+    raise RuntimeError("no")
+
+
+@pytest.mark.attack("privacy", "requests whose callers did not ask to keep them")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_without_opting_in_no_text_is_on_the_disk(
+    scene: Scene, versions: dict[int, Version], engine: FakeEngine, allowed: bool, happened: Happened
+) -> None:
+    keeper = CaseKeeper(scene.store, CaseSettings(), Privacy()) if allowed else None
+    with running(scene, engine, keeper=keeper) as served:
+        served.begin(versions[1])
+        for more in ({}, {"store": False}, {"metadata": {"store": "true"}}, {"user": "zoe"}):
+            answer = _ask(served, **more)
+            assert _feedback(served, request_id=answer.json()["id"], expected=WRONG).json()["scores"]
+        engine.answer = lambda _request, _adapter: f"no JSON, zebra {SECRET}"
+        assert _ask(served).status_code == 200
+        engine.answer = _crash
+        assert _ask(served).status_code == 500
+    assert len(served.rows()) == 6
+    assert _holding(scene.store.root, "zebra", SECRET) == []
+    happened("nothing kept", 6)
+
+
+def test_where_the_project_keeps_nothing_asking_for_it_is_refused(served: Served) -> None:
+    refused = _ask(served, store=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "storing_not_allowed")
+    assert refused.json()["error"]["param"] == "store"
+    assert served.engine.calls == 0
+    answer = _ask(served).json()["id"]
+    refused = _feedback(served, request_id=answer, expected=WRONG, keep=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "storing_not_allowed")
+    assert _feedback(served, request_id=answer, expected=WRONG).status_code == 200, "no score was added before"
+
+
+def test_feedback_that_asks_for_it_leaves_a_case(keeping: Served) -> None:
+    answer = _ask(keeping)
+    given = _feedback(keeping, request_id=answer.json()["id"], expected=WRONG, keep=True)
     assert given.json()["kept"] is True
-    (case,) = list_cases(served.scene.store)
-    assert case.messages[-1].content == HELLO[0]["content"]
-    assert (case.expected, case.answer) == ('{"intent": "off"}', '{"intent": "on"}')
+    (case,) = _cases(keeping)
+    assert case.messages[-1].content == "zebra lamp of person1@example.com"
+    assert (case.expected, case.answer) == (WRONG, '{"intent": "on"}')
     assert case.scores["exact_match"] == 0.0
     assert case.failed
-    (path,) = (served.scene.store.root / "cases").glob("*.json")
+    (row,) = keeping.rows()
+    assert case.at == row.at
+    assert datetime.fromisoformat(case.until) - datetime.fromisoformat(row.at) == timedelta(days=30)
+    (path,) = (keeping.scene.store.root / "cases").glob("*.json")
     assert path.stat().st_mode & 0o077 == 0
 
 
-def test_no_text_is_kept_otherwise(served: Served) -> None:
-    answer = served.ask()
-    assert _feedback(served, request_id=answer.id, expected='{"intent": "off"}').status_code == 200
-    assert not (served.scene.store.root / "cases").exists()
+@pytest.mark.attack("privacy", "a user asks to keep the request of another user")
+def test_only_who_made_a_request_may_let_it_be_kept(keeping: Served, happened: Happened) -> None:
+    store = keeping.scene.store
+    add_user(store, "olaf", ["operator"], actor=OWNER)
+    asked, opted_in = _ask(keeping).json()["id"], _ask(keeping, store=True).json()["id"]
+    with keeping.http(issue_token(store, "olaf", actor=OWNER)) as http:
+        refused = http.post("/api/feedback", json={"request_id": asked, "expected": WRONG, "keep": True})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "permission_denied")
+        assert _holding(store.root, "zebra") == []
+        # Feedback of anybody of the tenant counts for a request whose caller lets it be kept.
+        assert http.post("/api/feedback", json={"request_id": opted_in, "expected": WRONG}).json()["kept"] is True
+    (case,) = _cases(keeping)
+    assert (case.by, case.request) == ("olaf", opted_in.removeprefix("chatcmpl-"))
+    happened("refused")
 
 
-def test_a_case_needs_an_answer(served: Served) -> None:
-    answer = served.ask()
-    assert _feedback(served, request_id=answer.id, score={"mine": 0.0}, keep=True).status_code == 400
-    assert _feedback(served, request_id="../../x", expected="{}", keep=True).status_code == 404
-    assert not (served.scene.store.root / "cases").exists()
+def test_a_request_with_store_is_kept_where_it_went_wrong(keeping: Served) -> None:
+    right = keeping.ask(messages=ASK, store=True).id  # the official client
+    assert "kept" not in _feedback(keeping, request_id=right, expected='{"intent": "on"}').json()
+    wrong = _ask(keeping, store=True).json()["id"]
+    assert _feedback(keeping, request_id=wrong, score={"helpful": 0.0}).json()["kept"] is True
+    keeping.engine.answer = lambda _request, _adapter: "no JSON"
+    invalid = _ask(keeping, store=True, stream=True)
+    keeping.engine.answer = _crash
+    crashed = _ask(keeping, store=True)
+    assert (invalid.status_code, crashed.status_code) == (200, 500)
+    cases = _cases(keeping, 3)
+    assert [case.answer for case in cases] == ['{"intent": "on"}', "no JSON", None]
+    assert all(case.failed and case.expected is None for case in cases)
+    # What somebody says later about the answer is added to the case.
+    late = _feedback(keeping, request_id=cases[1].request, expected=WRONG)
+    assert late.json()["kept"] is True
+    assert _cases(keeping, 3)[1].expected == WRONG
+    _feedback(keeping, request_id=cases[1].request, score={"helpful": 0.2})
+    assert _cases(keeping, 3)[1].expected == WRONG, "kept, although this call says none"
+    assert _holding(keeping.scene.store.root, SECRET) == []
+
+
+@pytest.mark.attack("privacy", "secrets and addresses in requests that callers ask to keep")
+@pytest.mark.parametrize("settings", [{"action": "report"}, {"action": "pseudonymise", "entities": ["IBAN_CODE"]}])
+def test_what_is_kept_is_scanned(
+    scene: Scene, versions: dict[int, Version], engine: FakeEngine, settings: dict[str, Any], happened: Happened
+) -> None:
+    keeper = CaseKeeper(scene.store, CaseSettings(), Privacy.model_validate(settings))
+    with running(scene, engine, keeper=keeper) as served:
+        served.begin(versions[1])
+        token = served.token
+        engine.answer = lambda _request, _adapter: f'{{"intent": "mail {SECRET}"}}'
+        asked = [{"role": "system", "content": f"You are {SECRET}"}, {"role": "user", "content": f"zebra {token}"}]
+        answer = served.post(messages=asked, store=True)
+        expected = f'{{"intent": "write to {SECRET} {token}"}}'
+        assert _feedback(served, request_id=answer.json()["id"], expected=expected).json()["kept"] is True
+    (case,) = _cases(served)
+    assert "zebra" in case.messages[-1].content
+    assert "person1@example.com" in case.messages[0].content
+    assert case.expected is not None
+    assert "person1@example.com" in case.expected
+    assert _holding(scene.store.root, SECRET, token) == []
+    happened("replaced", 4)
+
+
+@pytest.mark.parametrize("action", ["refuse", "remove"])
+def test_texts_with_personal_data_are_not_kept_where_such_rows_are_not(
+    scene: Scene, versions: dict[int, Version], engine: FakeEngine, action: Any
+) -> None:
+    keeper = CaseKeeper(scene.store, CaseSettings(), Privacy(action=action))
+    with running(scene, engine, keeper=keeper) as served:
+        served.begin(versions[1])
+        answer = _ask(served).json()["id"]
+        given = _feedback(served, request_id=answer, expected=WRONG, keep=True).json()
+        assert given["kept"] is False
+        assert given["not_kept"] == "it holds EMAIL_ADDRESS, and this project keeps no such text"
+        assert given["scores"]["exact_match"] == 0.0, "the score counts all the same"
+    assert _holding(scene.store.root, "zebra") == []
+
+
+def test_no_more_is_kept_than_may_wait(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> None:
+    with running(scene, engine, keeper=CaseKeeper(scene.store, CaseSettings(at_most=1), Privacy())) as served:
+        served.begin(versions[1])
+        given = [_feedback(served, request_id=_ask(served).json()["id"], expected=WRONG, keep=True) for _ in range(2)]
+        assert [one.json()["kept"] for one in given] == [True, False]
+        assert "wait for a review" in given[1].json()["not_kept"]
+    _cases(served)
+
+
+def test_a_very_long_request_is_not_kept(keeping: Served) -> None:
+    answer = keeping.post(messages=[{"role": "user", "content": "z" * 70_000}]).json()["id"]  # one token of this engine
+    given = _feedback(keeping, request_id=answer, expected=WRONG, keep=True).json()
+    assert (given["kept"], given["not_kept"]) == (False, "it is longer than 65,536 characters")
+    _cases(keeping, 0)
+
+
+def test_a_caller_withdraws_a_request(keeping: Served) -> None:
+    store = keeping.scene.store
+    add_user(store, "olaf", ["operator"], actor=OWNER)
+    answer = _ask(keeping, store=True).json()["id"]
+    _feedback(keeping, request_id=answer, expected=WRONG)
+    _cases(keeping)
+    with keeping.http(issue_token(store, "olaf", actor=OWNER)) as http:
+        for request in (answer, "chatcmpl-" + "0" * 32, "..x", "x" * 200):
+            found = http.delete(f"/api/feedback/{request}")
+            assert (found.status_code, found.json()["error"]["code"]) == (404, "request_not_found"), request
+    _cases(keeping)
+    with keeping.http() as http:
+        assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is True
+        assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is False
+    assert _holding(store.root, "zebra") == []
+    again = _feedback(keeping, request_id=answer, score={"helpful": 0.0}, keep=True).json()
+    assert (again["kept"], again["not_kept"]) == (False, "its caller withdrew it")
+    assert _holding(store.root, "zebra") == []
+    (entry,) = _audited(keeping, "cases.withdraw")
+    assert (entry.actor, entry.subject) == (OPERATOR, answer.removeprefix("chatcmpl-"))
+
+
+def _until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.attack("privacy", "a request is kept for longer than was promised")
+def test_what_has_expired_is_gone(
+    scene: Scene, versions: dict[int, Version], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    monkeypatch.setattr("tunesmith.server.app._CLEAN_SECONDS", 0.1)
+    seconds = 3.0
+    keeper = CaseKeeper(scene.store, CaseSettings(days=seconds / 86_400), Privacy())
+    with running(scene, engine, keeper=keeper) as served:
+        served.begin(versions[1])
+        answer = _ask(served).json()["id"]
+        assert _feedback(served, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
+        (case,) = list((scene.store.root / "cases").glob("*.json"))
+        _until(lambda: not case.exists())
+        (row,) = served.rows()
+        assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()
+        _until(lambda: bool(_audited(served, "cases.expire")))
+        assert _holding(scene.store.root, "zebra") == []
+        (entry,) = _audited(served, "cases.expire")
+        assert entry.detail == {"requests": [row.id]}
+    happened("deleted")

@@ -22,6 +22,7 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
     openapi_spec_validator.validate(document)
     assert document["paths"].keys() == {
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/api/feedback", "/api/rollouts",
+        "/api/feedback/{request_id}",
         "/api/rollouts/{number}", "/api/jobs", "/api/jobs/{number}", "/api/jobs/{number}/log",
         "/api/jobs/{number}/cancel", "/api/jobs/{number}/pause", "/api/jobs/{number}/resume", "/healthz", "/readyz",
         "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job}", "/v1/fine_tuning/jobs/{job}/cancel",

@@ -49,16 +49,18 @@ def worker(
     """Perform the project's queued jobs, each in a separate process, until ctrl-C or SIGTERM.
 
     With `retraining:` in the project file it also looks every five minutes whether a new version is due, and queues a
-    run. With `webhooks:` it sends events to other systems. When it ends, jobs that are performed stop between two
-    steps and go back into the queue; a second signal ends them at once.
+    run. With `webhooks:` it sends events to other systems. It deletes kept requests whose time is over. When it ends,
+    jobs that are performed stop between two steps and go back into the queue; a second signal ends them at once.
     """
     import signal
-    from functools import partial
 
-    from tunesmith.services import jobs, retraining, webhooks
+    from tunesmith.services import cases, jobs, retraining, webhooks
 
-    look = partial(retraining.look_again, here.project.root, say)
-    working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=look)
+    def also() -> None:
+        retraining.look_again(here.project.root, say)
+        cases.delete_expired(here.store)
+
+    working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
 
     def stop(number: int, _frame: object) -> None:
         if working.stopping.is_set():

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     add_commands(app, monitor, impact, recall)
     cases = typer.Typer(help="Turn requests that failed in service into test rows.", no_args_is_help=True)
-    add_commands(cases, show=show_cases, add=add_cases, drop=drop_cases)
+    add_commands(cases, show=show_cases, correct=correct_case, add=add_cases, drop=drop_cases)
     app.add_typer(cases, name="cases")
 
 
@@ -117,7 +117,7 @@ def recall(
 
 
 def show_cases(here: Here, everything: _All = False) -> None:
-    """Show the cases that wait: feedback with `expected` and `keep`."""
+    """Show the requests that callers asked to keep and that wait for a review."""
     from tunesmith.services import cases
 
     here.emit(cases.list_cases(here.project.store, everything=everything), _draw_cases)
@@ -134,6 +134,18 @@ def add_cases(
 
     added = cases.add_cases(here.project, target, licence=licence, everything=everything, actor=here.actor)
     here.emit(added, _draw_added)
+
+
+def correct_case(
+    here: Acting,
+    request: Annotated[str, typer.Argument(help="The id of a request, as `cases show` lists it.")],
+    expected: Annotated[str, typer.Option("--expected", help="What the answer should have been.")],
+) -> None:
+    """Say what the answer to a case should have been; cases without that are not added to a source."""
+    from tunesmith.services import cases
+
+    case = cases.correct_case(here.project, request, expected, actor=here.actor)
+    here.emit(case, printed(f"{request} is corrected"))
 
 
 def drop_cases(
@@ -218,14 +230,20 @@ def _draw_cases(console: Console, found: CaseList) -> None:
         scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case.scores.items())
         console.print(f"{case.request}  {case.at}  {case.by}  {scores}", style="dim")
         console.print(f"  asked: {visible(case.messages[-1].content)}")
-        console.print(f"  answered: {visible(case.answer)}")
-        console.print(f"  expected: {visible(case.expected)}")
+        console.print("  it failed" if case.answer is None else f"  answered: {visible(case.answer)}")
+        if case.expected is None:
+            console.print(f"  nobody said what was expected: tunesmith cases correct {case.request} --expected TEXT")
+        else:
+            console.print(f"  expected: {visible(case.expected)}")
+        console.print(f"  deleted after {case.until}", style="dim")
     if not found.cases:
-        console.print('no cases; feedback with "expected" and "keep": true makes one')
+        console.print('no cases: with `cases:` in the project file, callers make them with "store" or "keep": true')
 
 
 def _draw_added(console: Console, added: AddedCases) -> None:
     console.print(f"{added.added} cases added to {added.source}")
+    if added.without_answer:
+        console.print(f"{added.without_answer} left, whose expected answer nobody said: tunesmith cases correct")
     if not added.named:
         console.print("add the file to tunesmith.yaml, under data.sources, so that its rows are held out:")
         console.print(f"  - {{path: {added.source}, split: test}}")

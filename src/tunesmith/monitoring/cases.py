@@ -1,4 +1,4 @@
-"""Cases: served requests with the answer that a caller expected, kept until they become rows of a source.
+"""Cases: served requests whose callers asked to keep them, until they become rows of a source or their time is over.
 
 A case becomes evidence as every row does: in a source file with a licence, which `data build` reads, scans for personal
 data, deduplicates and counts.
@@ -7,71 +7,129 @@ data, deduplicates and counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.text.names import CONTROLLER
 from tunesmith.data.settings import Split
+from tunesmith.store import audit, database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
+_LOG = logging.getLogger("tunesmith.cases")
 _FOLDER = "cases/"
 
 
 class Case(BaseModel):
-    """One served request and the answer that was expected. version: digest of the one that answered; by: a user."""
+    """One served request. version: digest of the one that answered; by: the user whose request or feedback made it.
+
+    expected: the right answer, None until somebody says it. answer: None where the request failed. at: the time of the
+    request; until: when the case is deleted.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     request: str
     messages: tuple[Message, ...]
-    expected: str
-    answer: str
+    expected: str | None
+    answer: str | None
     version: str
     scores: dict[str, float]
     by: str
     tenant: str
     region: str
     at: str
+    until: str
 
     @property
     def failed(self) -> bool:
-        """Whether any score is below 1."""
-        return any(value < 1.0 for value in self.scores.values())
+        """Whether there was no answer, or any score is below 1."""
+        return self.answer is None or any(value < 1.0 for value in self.scores.values())
+
+    @property
+    def over(self) -> bool:
+        """Whether its time is over."""
+        return datetime.fromisoformat(self.until) <= now()
 
 
 def put_case(store: Store, case: Case) -> None:
-    """Store a case until it is added to a source or dropped."""
-    store.blobs.put(_key(case), case.model_dump_json().encode(), private=True)
+    """Store a case until it is added to a source or dropped, or its time is over.
+
+    An answer that was expected before is kept where this case has none.
+    """
+    if case.expected is None and store.blobs.exists(_key(case.request)):
+        case = case.model_copy(update={"expected": _read(store, _key(case.request)).expected})
+    store.blobs.put(_key(case.request), case.model_dump_json().encode(), private=True)
 
 
 def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
-    """Stored cases, oldest first; with everything, also those that were answered right.
+    """Stored cases whose time is not over, oldest first; with everything, also those that were answered right.
 
     Raises Refused for a damaged one.
     """
-    found = []
-    for key in store.blobs.keys(_FOLDER):
-        try:
-            found.append(Case.model_validate_json(store.blobs.get(key)))
-        except (ValidationError, ValueError) as error:
-            raise Refused("not a valid case", where=store.blobs.where(key), fix="delete the file") from error
+    found = [case for case in (_read(store, key) for key in store.blobs.keys(_FOLDER)) if not case.over]
     return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
+
+
+def count_cases(store: Store) -> int:
+    """How many cases there are."""
+    return sum(1 for _ in store.blobs.keys(_FOLDER))
+
+
+def delete_expired(store: Store) -> int:
+    """Delete the cases whose time is over; returns how many. The audit log keeps the ids of their requests.
+
+    A damaged case is left and reported in the log, since nobody can tell its time.
+    """
+    due = [case.request for case in _readable(store) if case.over]
+    if not due:
+        return 0
+    with database.writing(store.engine) as session:
+        left = [request for request in due if store.blobs.exists(_key(request))]  # another process may do the same
+        if left:
+            audit.append(session, actor=CONTROLLER, action="cases.expire", subject="cases", detail={"requests": left})
+            session.flush()
+        for request in left:
+            store.blobs.delete(_key(request))
+    return len(left)
+
+
+def delete_case(store: Store, request: str) -> bool:
+    """Delete the case of a request; returns whether there was one. The caller records it."""
+    there = store.blobs.exists(_key(request))
+    store.blobs.delete(_key(request))
+    return there
+
+
+def correct_case(store: Store, request: str, expected: str, *, actor: str) -> Case:
+    """Set the expected answer of a case. Raises UsageError where there is none, Refused if actor may not build data."""
+    with store.change(actor, "cases.correct", request, {}) as session:
+        require(session, actor, "data.build")
+        case = next((one for one in list_cases(store, everything=True) if one.request == request), None)
+        if case is None:
+            raise UsageError(f"there is no case of request {request[:80]!r}", fix="tunesmith cases show --all")
+        case = case.model_copy(update={"expected": expected})
+        put_case(store, case)
+    return case
 
 
 def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str, split: Split, actor: str) -> int:
     """Append cases to a JSONL source, one row each with its origin, and return how many were new.
 
     split: names the keys that a row needs. Each case gets its own group and the time of its request. Afterwards
-    the cases are dropped from the store, and the audit log says who added them where. If the call is killed, the next
-    one adds the rest; no case is in the file twice. Raises UsageError if target is not a JSONL file, Refused if actor
-    may not build data.
+    the cases are deleted from the store, and the audit log says who added them where. If the call is killed, the next
+    one adds the rest; no case is in the file twice. Cases without an expected answer are left. Raises UsageError if
+    target is not a JSONL file, Refused if actor may not build data.
     """
     if target.suffix != ".jsonl":
         raise UsageError(
@@ -83,27 +141,46 @@ def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str
         if before and not before.endswith(b"\n"):
             before += b"\n"
         there = _requests(before, target)
-        fresh = [case for case in cases if case.request not in there]
-        rows = b"".join(_row(case, licence, split) for case in fresh)
-        detail: dict[str, Any] = {
-            "source": target.name,
-            "licence": licence,
-            "requests": [case.request for case in fresh],
-        }
+        detail: dict[str, Any] = {"source": target.name, "licence": licence}
         with store.change(actor, "cases.add", target.name, detail):
-            write_atomic(target, before + rows)
-        drop_cases(store, cases)
+            # Those that are still there: a caller may have withdrawn one meanwhile.
+            answered = [one for one in cases if one.expected is not None and store.blobs.exists(_key(one.request))]
+            fresh = [case for case in answered if case.request not in there]
+            detail["requests"] = [case.request for case in fresh]
+            write_atomic(target, before + b"".join(_row(case, licence, split) for case in fresh))
+        for case in answered:
+            delete_case(store, case.request)
     return len(fresh)
 
 
-def drop_cases(store: Store, cases: Sequence[Case]) -> None:
-    """Delete stored cases and their texts."""
-    for case in cases:
-        store.blobs.delete(_key(case))
+def drop_cases(store: Store, requests: Sequence[str], *, actor: str) -> None:
+    """Delete the cases of requests. Raises Refused if actor may not build data."""
+    with store.change(actor, "cases.drop", "cases", {"requests": list(requests)}) as session:
+        require(session, actor, "data.build")
+        for request in requests:
+            delete_case(store, request)
 
 
-def _key(case: Case) -> str:
-    return f"{_FOLDER}{case.request}.json"
+def _key(request: str) -> str:
+    return f"{_FOLDER}{request}.json"
+
+
+def _read(store: Store, key: str) -> Case:
+    try:
+        return Case.model_validate_json(store.blobs.get(key))
+    except (ValidationError, ValueError):
+        # Without the cause, whose message repeats the text.
+        raise Refused("not a valid case", where=store.blobs.where(key), fix="delete the file") from None
+
+
+def _readable(store: Store) -> Iterator[Case]:
+    for key in store.blobs.keys(_FOLDER):
+        try:
+            yield _read(store, key)
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        except Refused as error:
+            _LOG.warning("%s", error)
 
 
 def _row(case: Case, licence: str, split: Split) -> bytes:

@@ -43,6 +43,13 @@ class MonitoringSettings(Settings):
     confidence: Annotated[float, Field(ge=0.5, lt=1, description="confidence level of the intervals")] = 0.95
 
 
+class CaseSettings(Settings):
+    """Requests that are kept for a review, each only because its caller asked for that."""
+
+    days: Annotated[float, Field(gt=0, le=3650, description="days after a request until its text is deleted")] = 30.0
+    at_most: Annotated[int, Field(ge=1, description="most requests that wait for a review; more are not kept")] = 1000
+
+
 RetrainCause = Literal["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
 
 

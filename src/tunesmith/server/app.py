@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -17,6 +18,8 @@ from starlette.exceptions import HTTPException
 from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engines.protocol import Engine
+from tunesmith.monitoring.cases import delete_expired
+from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
@@ -38,6 +41,9 @@ from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store.store import Store
 from tunesmith.store.uploads import remove_leftovers
 
+_LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops
+_CLEAN_SECONDS = 300.0  # between two looks for kept requests whose time is over
+
 
 def create_app(
     store: Store,
@@ -47,11 +53,13 @@ def create_app(
     *,
     scorers: ServedScorers = ServedScorers(),
     project: Project | None = None,
+    keeper: CaseKeeper | None = None,
 ) -> FastAPI:
     """A server over a store and an engine.
 
     prompts: the base's Renderer.
     scorers: the task's, as `served_scorers` sorts them. project: takes fine-tuning jobs; None: the server takes none.
+    keeper: keeps requests for a review where callers ask for it; None: no text is kept.
     """
     settings = settings or ServerSettings()
     metrics = Metrics()
@@ -61,6 +69,7 @@ def create_app(
         scorers=scorers,
         kept_answers=settings.kept_answers,
         region=settings.region,
+        keeper=keeper,
     )
     versions = ReadyVersions(store, engine)
     router = Router(store, settings.region, versions)
@@ -120,11 +129,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await drain(serving)
         for threads in (serving.scoring, serving.noting, serving.listing, serving.files):
             threads.stop()
+        await asyncio.to_thread(serving.recorder.stop, _LAST_SECONDS)
 
 
 async def _control(serving: Serving) -> None:
-    """Advance every live rollout, and tell of champions that may not serve, every check_seconds."""
-    watch = ChampionWatch(serving.store)
+    """Advance every live rollout, and tell of champions that may not serve, every check_seconds.
+
+    Deletes kept requests whose time is over, less often.
+    """
+    watch, cleaned_at = ChampionWatch(serving.store), -math.inf
     while True:
         try:
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
@@ -133,6 +146,9 @@ async def _control(serving: Serving) -> None:
                     LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
             refused = await asyncio.to_thread(watch.refused)
             serving.metrics.champions_refused.set(len(refused))
+            if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
+                cleaned_at = time.monotonic()
+                await asyncio.to_thread(delete_expired, serving.store)
             serving.checked_at = time.monotonic()
         except Exception:  # noqa: BLE001 - one failed check must not end the controller
             serving.metrics.controller_failures.inc()

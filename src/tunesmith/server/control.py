@@ -17,11 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
 from tunesmith.server.chat.routes import ID_PREFIX
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import ApiError, unknown_request
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
-from tunesmith.server.recording import FeedbackResult
+from tunesmith.server.recording import FeedbackResult, Withdrawal
 from tunesmith.server.serving import caller, serving_of
 from tunesmith.services import rollouts as service
 from tunesmith.store import database
@@ -38,8 +38,8 @@ Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 class Feedback(BaseModel):
     """The expected text of an answer, or scores that were given elsewhere.
 
-    request_id: a completion's id (`chatcmpl-...`) or the x-request-id header. keep: store the texts of the request and
-    of the expected answer as a case; no other call stores a text.
+    request_id: a completion's id (`chatcmpl-...`) or the x-request-id header. keep: store the texts of the request, of
+    its answer and of the expected one for a review, where the server's project allows that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,8 +53,6 @@ class Feedback(BaseModel):
     def _one_of(self) -> Feedback:
         if (self.expected is None) == (self.score is None):
             raise ValueError("give either expected or score")
-        if self.keep and self.expected is None:
-            raise ValueError("keep needs expected: a case needs an answer")
         return self
 
 
@@ -91,8 +89,24 @@ async def feedback(request: Request) -> Response:
         given = await read_body(request, Feedback, serving.settings, count)
     identifier = given.request_id.removeprefix(ID_PREFIX)
     score = partial(serving.recorder.feedback, user, identifier, given.expected, given.score or {}, given.keep)
-    threads = serving.noting if given.expected is None else serving.scoring
+    threads = serving.noting if given.expected is None and not given.keep else serving.scoring
     found = await threads.run(user.name, score)
+    return JSONResponse(found.document())
+
+
+@routes.delete(
+    "/api/feedback/{request_id}",
+    response_model=Withdrawal,
+    responses=errors(401, 403, 404, 429, 503, 507),
+    openapi_extra=BEARER,
+)
+async def withdraw(request: Request, request_id: str) -> Response:
+    """Delete the kept text of a request that the caller made, and let none be kept from now on."""
+    user, serving = await caller(request)
+    identifier = request_id.removeprefix(ID_PREFIX)
+    if not re.fullmatch("[0-9a-f]{32}", identifier):
+        raise unknown_request(identifier)
+    found = await serving.noting.run(user.name, partial(serving.recorder.withdraw, user, identifier))
     return JSONResponse(found.document())
 
 

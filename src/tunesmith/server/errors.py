@@ -86,6 +86,21 @@ def not_available(model: str, why: str) -> ApiError:
     return ApiError(404, message, code="model_not_available", param="model")
 
 
+def unknown_request(request: str) -> ApiError:
+    """The same answer for a request that was never made and one of somebody else."""
+    return ApiError(404, f"There is no request {request[:80]!r}.", code="request_not_found", param="request_id")
+
+
+def keeps_nothing(param: str) -> ApiError:
+    """The project keeps no requests. param: the field that asked for it."""
+    return ApiError(
+        400,
+        "This server keeps no requests: its project file has no `cases:`. Nothing was done; leave the field out.",
+        code="storing_not_allowed",
+        param=param,
+    )
+
+
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """A request that is not valid."""
     return ApiError(400, message, code=code, param=param)

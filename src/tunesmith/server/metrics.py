@@ -45,6 +45,12 @@ class Metrics:
         self.unrecorded = Counter(
             "tunesmith_unrecorded_requests", "Answers whose record was lost.", registry=self._registry
         )
+        self.cases = Counter(
+            "tunesmith_cases",
+            "Requests to be kept: kept, refused (privacy, length, number), lost (an error, or too many at once).",
+            ("outcome",),
+            registry=self._registry,
+        )
         self.controller_failures = Counter(
             "tunesmith_controller_failures", "Rollout checks that failed.", registry=self._registry
         )

@@ -129,6 +129,7 @@ class Job:
             cut=completion is not None and (self.shaped or self._cut(completion)),
             messages=self.request.conversation,
             end_user=self.request.user or "",
+            store=bool(self.request.store),
         )
 
     def _cut(self, completion: Completion) -> bool:

@@ -1,4 +1,4 @@
-"""Cases: served requests that a caller corrected, on their way to become test rows."""
+"""Cases: served requests that callers asked to keep, on their way to become test rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
+from tunesmith.data.building.examine import listed_values
 from tunesmith.data.governance.licences import permitted
 from tunesmith.monitoring import cases
 from tunesmith.monitoring.cases import Case
+from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
-from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
 
@@ -21,11 +22,15 @@ class CaseList(View):
 
 
 class AddedCases(View):
-    """How many cases were written to a source file. named: whether the project file lists that source."""
+    """How many cases were written to a source file. named: whether the project file lists that source.
+
+    without_answer: how many were left, because nobody has said what the answer should have been.
+    """
 
     added: int
     source: str
     named: bool
+    without_answer: int
 
 
 class DroppedCases(View):
@@ -34,8 +39,25 @@ class DroppedCases(View):
     dropped: int
 
 
+def case_keeper(project: Project) -> CaseKeeper | None:
+    """What keeps requests for a review; None where the project file has no `cases:`."""
+    settings = project.settings
+    if settings.cases is None:
+        return None
+    return CaseKeeper(project.store, settings.cases, settings.data.privacy, listed_values(project.schema))
+
+
+def delete_expired(store: Store) -> int:
+    """Delete the cases whose time is over; returns how many."""
+    return cases.delete_expired(store)
+
+
 def list_cases(store: Store, *, everything: bool = False) -> CaseList:
-    """The cases that wait; with everything also those that were answered correctly."""
+    """The cases that wait; with everything also those that were answered correctly.
+
+    Deletes those whose time is over.
+    """
+    cases.delete_expired(store)
     return CaseList(cases=tuple(cases.list_cases(store, everything=everything)))
 
 
@@ -51,7 +73,7 @@ def add_cases(
     path = (root / target).resolve()
     if not path.is_relative_to(root):
         raise UsageError("the file lies outside the project", where=str(path), fix="name a file inside it")
-    waiting = cases.list_cases(project.store, everything=everything)
+    waiting = list_cases(project.store, everything=everything).cases
     added = cases.add_cases(
         project.store,
         waiting,
@@ -62,15 +84,22 @@ def add_cases(
     )
     name = path.relative_to(root).as_posix()
     named = any(source.path == name for source in project.settings.data.sources)
-    return AddedCases(added=added, source=name, named=named)
+    left = sum(case.expected is None for case in waiting)
+    return AddedCases(added=added, source=name, named=named, without_answer=left)
+
+
+def correct_case(project: Project, request: str, expected: str, *, actor: str | None = None) -> Case:
+    """Set the expected answer of a case. Raises UsageError for a request without a case and for an empty answer."""
+    if not expected.strip():
+        raise UsageError("the expected answer is empty", fix="write it, or delete the case: tunesmith cases drop")
+    return cases.correct_case(project.store, request, expected, actor=project.actor(actor))
 
 
 def drop_cases(project: Project, requests: list[str], *, actor: str | None = None) -> DroppedCases:
     """Delete cases by the ids of their requests. Raises UsageError for an id without a case."""
-    require(project.store, project.actor(actor), "data.build")
-    waiting = {case.request: case for case in cases.list_cases(project.store, everything=True)}
+    waiting = {case.request for case in cases.list_cases(project.store, everything=True)}
     unknown = [request for request in requests if request not in waiting]
     if unknown:
         raise UsageError(f"there is no case of request {unknown[0]!r}", fix="`tunesmith cases show --all` lists them")
-    cases.drop_cases(project.store, [waiting[request] for request in requests])
+    cases.drop_cases(project.store, requests, actor=project.actor(actor))
     return DroppedCases(dropped=len(requests))

@@ -114,7 +114,8 @@ class ResponseFormat(BaseModel):
 class ChatRequest(BaseModel):
     """A chat completion request. A field that is null has its default.
 
-    temperature is 0 by default, so that equal requests get equal answers.
+    temperature is 0 by default, so that equal requests get equal answers. store: keep the texts of this request for a
+    review if it fails or feedback says that its answer is wrong, where the server's project allows that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -138,6 +139,7 @@ class ChatRequest(BaseModel):
     tools: Annotated[list[Tool] | None, Field(min_length=1, max_length=limits.TOOLS)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: StrictBool | None = None
+    store: StrictBool | None = None
 
     @field_validator("messages")
     @classmethod

@@ -81,6 +81,8 @@ async def chat_completions(request: Request) -> Response:
     user, serving = await caller(request)
     with serving.arrives(user) as count:
         given = await read_body(request, ChatRequest, serving.settings, count)
+        if given.store:
+            serving.recorder.require_keeping("store")
         identifier = uuid.uuid4().hex
         route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
         job = Job(id=identifier, token=bearer(request), user=user, request=given, route=route)
