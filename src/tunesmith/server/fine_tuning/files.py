@@ -19,7 +19,7 @@ from tunesmith.core.view import View
 from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.intake import limits
-from tunesmith.server.intake.form import FormReader, boundary_of, too_large
+from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.openapi import BEARER, errors, form
 from tunesmith.server.serving import Serving, caller
 from tunesmith.services.fine_tuning.create import PURPOSE
@@ -97,13 +97,12 @@ async def upload(request: Request) -> Response:
 async def _received(request: Request, serving: Serving, path: Path) -> FormReader:
     """The form of a request, its file written to path. Raises ApiError for one too large, too slow or not valid."""
     settings, most = serving.settings, serving.settings.file_bytes
-    boundary = boundary_of(request.headers.get("content-type", ""))
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and int(stated) > most + _OTHER_PARTS:
         raise too_large(most)
     came, waiting, stream = 0, bytearray(), request.stream()
     with path.open("wb") as target:
-        reader = FormReader(boundary, target, most)
+        reader = FormReader(request.headers.get("content-type", ""), target, most)
         try:
             async with asyncio.timeout(limits.UPLOAD_SECONDS):
                 while True:

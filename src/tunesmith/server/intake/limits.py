@@ -25,6 +25,7 @@ REQUEST_ID = 80
 SCORES = 16
 SHOWN = 120  # characters of a caller's own text that an error message repeats
 FORM_FIELDS, FORM_HEADERS, FORM_VALUE = 8, 8_192, 1_024  # of an upload: fields, bytes of a part's headers, of a value
+FORM_BOUNDARY = 70  # bytes, as RFC 2046 has it
 UPLOADS, UPLOADS_OF_USER = 8, 2  # uploads at once, of all users and of one
 UPLOAD_SECONDS = 3_600.0  # longest time for one upload
 FILE_ID = 80
