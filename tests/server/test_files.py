@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import threading
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,9 @@ def test_too_large_too_slow_and_too_many(served: Served, monkeypatch: pytest.Mon
     thread = threading.Thread(target=post)
     thread.start()
     waiting.wait(10)
+    end = time.monotonic() + 10
+    while not served.serving.uploads.total() and time.monotonic() < end:  # until the server counts it
+        time.sleep(0.01)
     again = sent(served, token, b"x")
     assert (again.status_code, again.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     thread.join(0.8)
