@@ -42,10 +42,13 @@ _LONGEST = (
     "attacks/test_kill_points.py",
     "data/building/test_ray_runner.py",
     "pipeline/test_together.py",
+    "jobs/test_on_ray.py",
     "store/test_two_machines.py",
     "engines/hf/test_support_matrix.py",
     "training/test_ranks.py",
     "jobs/test_worker.py",
+    "jobs/test_postgresql.py",
+    "jobs/test_killed_effects.py",
     "evaluation/probes/test_probes_catch.py",
     "server/test_schemathesis.py",
 )
@@ -55,6 +58,11 @@ _LONGEST = (
 def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers of several test processes do not wait for each other."""
     os.environ["TUNESMITH_SLOTS"] = str(tmp_path_factory.mktemp("slots"))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: many tests wait for servers, leases and killed processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
