@@ -133,7 +133,7 @@ def test_monitor_ends_with_the_code_of_its_verdict(folder: Folder, versions: dic
     lengths = [len(row.messages[0].content) for row in test_split]
     serve_rows(folder, versions[1], [lengths[number % len(lengths)] for number in range(300)])
     code, like = folder.run("monitor", f"{NAME}@v1")
-    assert {one["name"] for one in like["findings"]} == {"characters", "nearest", "json_valid"}
+    assert {one["name"] for one in like["findings"]} == {"characters", "nearest", "unlike", "json_valid"}
     serve_rows(folder, versions[1], [500] * 3000)
     code, drifted = folder.run("monitor", f"{NAME}@champion", "--hours", "1")
     assert (code, drifted["verdict"]) == (3, "drift")

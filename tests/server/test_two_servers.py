@@ -134,7 +134,7 @@ def test_the_other_server_carries_the_rollout_on_and_makes_each_step_once(shared
         assert servers.processes[0].exitcode == -signal.SIGKILL
         before = get_rollout(shared.store, rollout.id)
         assert before.live, "it was killed too late"
-        until(lambda: get_rollout(shared.store, rollout.id).step > before.step, 10)
+        until(lambda: (now := get_rollout(shared.store, rollout.id)).step > before.step or not now.live, 10)
         until(lambda: not get_rollout(shared.store, rollout.id).live, 60)
         with servers.http() as http:
             assert servers.ask(http, servers.urls[1]) == f"{NAME}@v2"

@@ -169,7 +169,7 @@ class Record(BaseModel):
 
     @cached_property
     def encoded(self) -> bytes:
-        """Canonical bytes; of a record that was read, the bytes that were read."""
+        """Canonical bytes."""
         return canonical(self.model_dump(mode="json"))
 
     @property
@@ -183,8 +183,6 @@ def decode(data: bytes, digest: str, where: str) -> Record:
     if digest_bytes(data) != digest:
         raise Refused("the record's bytes do not have its digest", where=where, fix="restore it from a backup")
     try:
-        record = Record.model_validate(parse_json(data))
+        return Record.model_validate(parse_json(data))
     except (ValidationError, ValueError) as error:
         raise Refused(f"not a record: {error}", where=where, fix="restore it from a backup") from error
-    record.__dict__["encoded"] = data  # encoding it once more would take half of the time of a long list
-    return record
