@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.fabricate import NAME, OWNER
 from tests.server.conftest import Served
 from tunesmith.cli.main import app
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.registry.versions import Version
@@ -127,25 +127,37 @@ def test_the_command_signs_here_and_checks_what_it_signs(
     new_key(tmp_path / "other.pem")
     with pytest.raises(Refused, match="not an active one"):
         decide(key=tmp_path / "other.pem")
-    for wrong in ({"key": None}, {"version": f"{NAME}@champion"}, {"server": "http://203.0.113.1"}):
+    servers = ("http://203.0.113.1", "http://[", "ftp://x", "", "http://127.0.0.1.example.org", "https://")
+    for wrong in ({"key": None}, {"version": f"{NAME}@champion"}, *({"server": server} for server in servers)):
         with pytest.raises(UsageError):
             decide(**wrong)  # type: ignore[arg-type]
     with pytest.raises(Refused, match="the server did not answer"):
         decide(server="http://127.0.0.1:9")
     with pytest.raises(Refused, match=r"said no \(400\).*no version"):
         decide(version=f"{NAME}@v99")
+    elsewhere = ["approve", f"{NAME}@v1", "--key", str(ada.file)]
+    for more, said in ((["--server", served.url, "--as", "eve"], "the token is ada's"), ([], "--key applies to")):
+        with pytest.raises(TunesmithError, match=said):
+            CliRunner().invoke(app, [*elsewhere, *more, "-C", str(tmp_path)], catch_exceptions=False)
     asked: list[str] = []
+    lie: dict[str, Any] = {}
     honest = remote_decisions._sent
 
     def lying(http: httpx.Client, path: str, *more: Any) -> Any:
         """A server that states another version than it was asked for."""
         asked.append(path)
         found: Any = honest(http, path, *more)
-        found.statement["subject"][0]["name"] = versions[2].label
+        found.statement.update(lie)
         return found
 
     monkeypatch.setattr(remote_decisions, "_sent", lying)
-    with pytest.raises(Refused, match="asks for another signature"):
-        decide()
-    assert asked == ["/api/decisions/prepare"]  # nothing was signed
+    for untrue, said in (
+        ({"subject": [{"name": versions[2].label, "digest": {"sha256": "0" * 64}}]}, "asks for another signature"),
+        ({"predicateType": "urn:tunesmith:key-change:v1"}, "not an approval or refusal"),
+        ({"subject": []}, "not an approval or refusal"),
+    ):
+        lie = untrue
+        with pytest.raises(Refused, match=said):
+            decide()
+    assert set(asked) == {"/api/decisions/prepare"}  # nothing was signed
     assert served.post().status_code == 404

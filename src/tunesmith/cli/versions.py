@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, draw_table, say
+from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from tunesmith.services.versions import (
         ApprovedVersion,
         RecordedDecision,
-        RefusedVersion,
         RegisteredVersion,
         VersionList,
     )
@@ -91,8 +91,7 @@ def approve(
     """Verify a version and approve it with your signature. You may not approve a version that you registered."""
     from tunesmith.services import versions
 
-    if server is not None:
-        _decide_there(here, server, version, "approve", reason, key, Scope(tenant, region))
+    if _decided_there(here, server, version, "approve", reason, key, Scope(tenant, region)):
         return
     store = here.store
     approved = versions.approve(store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
@@ -112,21 +111,27 @@ def refuse(
     from tunesmith.services import versions
     from tunesmith.services.rollouts import refused_champions
 
-    if server is not None:
-        _decide_there(here, server, version, "refuse", reason, key, Scope(tenant, region))
+    if _decided_there(here, server, version, "refuse", reason, key, Scope(tenant, region)):
         return
     refused = versions.refuse(here.store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
-    here.emit(refused, _draw_refused)
+    here.emit(refused, _draw_decision)
     for champion in refused_champions(here.store):
         say(f"warning: {champion.warning}")
 
 
-def _decide_there(
-    here: Acting, server: str, version: str, decision: Decision, reason: str, key: Path | None, scope: Scope
-) -> None:
+def _decided_there(
+    here: Acting, server: str | None, version: str, decision: Decision, reason: str, key: Path | None, scope: Scope
+) -> bool:
+    """Decide on a server, if one is named; returns whether one is."""
     from tunesmith.services import remote_decisions
 
-    here.emit(remote_decisions.decide(server, version, decision, reason, key, scope), _draw_decision)
+    if server is None:
+        if key is not None:
+            raise UsageError("--key applies to --server", fix="set TUNESMITH_KEYS to the folder of your keys instead")
+        return False
+    decided = remote_decisions.decide(server, version, decision, reason, key, scope, actor=here.actor)
+    here.emit(decided, _draw_decision)
+    return True
 
 
 def verify(
@@ -305,10 +310,6 @@ def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
 def _draw_decision(console: Console, decided: RecordedDecision) -> None:
     said = "approved" if decided.decision == "approve" else "refused"
     console.print(f"{decided.version} ({decided.digest}) is {said} by {decided.approver}")
-
-
-def _draw_refused(console: Console, refused: RefusedVersion) -> None:
-    console.print(f"{refused.version} is refused by {refused.approver}: {refused.reason}")
 
 
 def _draw_verification(console: Console, found: Verification) -> None:

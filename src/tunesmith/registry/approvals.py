@@ -15,7 +15,6 @@ from itertools import takewhile
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -30,6 +29,7 @@ from tunesmith.registry.signing.attestations import (
     check_not_signer,
     open_envelope,
     read_approval,
+    read_statement,
     seal,
     signed_bytes,
     statement_of,
@@ -106,11 +106,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
     Raises as prepare_approval does, and Refused for an envelope that is not a decision by a trusted key.
     """
     statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
-    try:
-        digest = f"sha256:{statement['subject'][0]['digest']['sha256']}"
-        approval = Approval.model_validate(statement["predicate"])
-    except (ValidationError, KeyError, IndexError, TypeError) as error:
-        raise Refused("the signed statement is not an approval or refusal", fix="tunesmith approve") from error
+    _, digest, approval = read_statement(statement)
     if by not in (None, key.user):
         raise Refused(f"signed with {key.user}'s key, and sent by {by}", fix="sign it with a key of yours")
     version = load_version(store, digest)

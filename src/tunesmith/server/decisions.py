@@ -18,6 +18,7 @@ from tunesmith.server.openapi import body, errors
 from tunesmith.server.serving import caller
 from tunesmith.services import versions as service
 from tunesmith.store.identities import User
+from tunesmith.store.store import Store
 
 routes = APIRouter()
 Body = TypeVar("Body", bound=BaseModel)
@@ -62,13 +63,12 @@ class SignedDecision(BaseModel):
 async def prepare(request: Request) -> Response:
     """Verify a version, and state what its approver signs. Changes nothing."""
 
-    def prepared(user: User, given: DecisionRequest) -> View:
+    def prepared(store: Store, user: User, given: DecisionRequest) -> View:
         scope = Scope(
             user.tenant if given.tenant is None else given.tenant, user.region if given.region is None else given.region
         )
         return service.prepare(store, given.version, given.decision, given.reason, actor=user.name, scope=scope)
 
-    store = request.app.state.serving.store
     return await _decided(request, DecisionRequest, prepared)
 
 
@@ -81,14 +81,13 @@ async def prepare(request: Request) -> Response:
 async def submit(request: Request) -> Response:
     """Check a signed decision and record it. The caller must be the one who signed it."""
 
-    def submitted(user: User, given: SignedDecision) -> View:
+    def submitted(store: Store, user: User, given: SignedDecision) -> View:
         return service.submit(store, given.statement, given.key, given.signature, actor=user.name)
 
-    store = request.app.state.serving.store
     return await _decided(request, SignedDecision, submitted)
 
 
-async def _decided(request: Request, model: type[Body], decide: Callable[[User, Body], View]) -> Response:
+async def _decided(request: Request, model: type[Body], decide: Callable[[Store, User, Body], View]) -> Response:
     user, serving = await caller(request)
     if not user.may("version.approve"):
         raise forbidden(f"{user.name} may not approve or refuse versions.")
@@ -97,7 +96,7 @@ async def _decided(request: Request, model: type[Body], decide: Callable[[User, 
 
     def run() -> View:
         try:
-            return decide(user, given)
+            return decide(serving.store, user, given)
         except UsageError as error:
             raise bad_request(_sentence(error)) from error
         except Refused as error:

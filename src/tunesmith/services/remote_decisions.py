@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import ipaddress
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +13,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.urls import is_private
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import Decision, signed_bytes
+from tunesmith.registry.signing.attestations import Decision, read_statement, signed_bytes
 from tunesmith.services.versions import PreparedDecision, RecordedDecision
 
 Answer = TypeVar("Answer", bound=View)
@@ -25,12 +25,19 @@ _SECONDS = 300  # the server verifies the version first
 
 
 def decide(
-    server: str, version: str, decision: Decision, reason: str, key_file: Path | None, scope: Scope = Scope()
+    server: str,
+    version: str,
+    decision: Decision,
+    reason: str,
+    key_file: Path | None,
+    scope: Scope = Scope(),
+    *,
+    actor: str | None = None,
 ) -> RecordedDecision:
     """Approve or refuse a version (NAME@v3) on a server, with a key that stays here. The token is $TUNESMITH_TOKEN.
 
-    Raises UsageError for a server without TLS on another host, or without a token or key; Refused if the server says
-    no, or asks for a signature over something else.
+    actor: the user whose token it must be; by default anybody. Raises UsageError for a server without TLS on another
+    host, or without a token or key; Refused if the server says no, or asks for a signature over something else.
     """
     VersionRef.parse(version)  # an alias may move between what was read and what is signed
     token = os.environ.get("TUNESMITH_TOKEN", "")
@@ -42,9 +49,13 @@ def decide(
         raise UsageError("with --server, the private key is named", fix="--key FILE")
     private = keys.load_private_key(key_file)
     own = keys.fingerprint_of(private)
-    with httpx.Client(
-        base_url=_checked(server), timeout=_SECONDS, headers={"Authorization": f"Bearer {token}"}
-    ) as http:
+    if not is_private(server):
+        raise UsageError(
+            f"{server[:80]!r} is no address, or would get the token without encryption",
+            where="--server",
+            fix="https://HOST, or http://127.0.0.1:PORT",
+        )
+    with httpx.Client(base_url=server, timeout=_SECONDS, headers={"Authorization": f"Bearer {token}"}) as http:
         asked: dict[str, Any] = {"version": version, "decision": decision, "reason": reason}
         if scope != Scope():
             asked |= scope.fields()
@@ -54,39 +65,17 @@ def decide(
                 "this key is not an active one of the token's user", where=str(key_file), fix="tunesmith keys enrol"
             )
         statement = prepared.statement
-        _check(statement, version, decision, reason)
+        label, _, stated = read_statement(statement)
+        if (label, stated.decision, stated.reason) != (version, decision, reason.strip()):
+            raise Refused(
+                f"the server asks for another signature than you meant to give: {stated.decision} {label}",
+                fix="tell the server's operator; nothing was signed",
+            )
+        if actor not in (None, stated.approver):
+            raise Refused(f"the token is {stated.approver}'s, not {actor}'s", where="$TUNESMITH_TOKEN")
         signature = private.sign(signed_bytes(statement), ec.ECDSA(hashes.SHA256()))
         signed = {"statement": statement, "key": own, "signature": base64.b64encode(signature).decode()}
         return _sent(http, "/api/decisions", signed, RecordedDecision)
-
-
-def _check(statement: dict[str, Any], version: str, decision: str, reason: str) -> None:
-    """Raise Refused unless a server's statement says what its approver wants to say."""
-    try:
-        stated = (
-            [each["name"] for each in statement["subject"]],
-            *(statement["predicate"][name] for name in ("decision", "reason")),
-        )
-    except (KeyError, TypeError) as error:
-        raise Refused("the server did not send a statement about a version") from error
-    if stated != ([version], decision, reason.strip()):
-        raise Refused(
-            f"the server asks for another signature than you meant to give: {decision} {version} became {stated}",
-            fix="do not sign; tell the server's operator",
-        )
-
-
-def _checked(server: str) -> str:
-    url = httpx.URL(server)
-    try:
-        here = url.host == "localhost" or ipaddress.ip_address(url.host).is_loopback
-    except ValueError:
-        here = False
-    if url.scheme != "https" and not (url.scheme == "http" and here):
-        raise UsageError(
-            f"{server[:80]!r} would get the token without encryption", fix="https://..., or http://127.0.0.1:PORT"
-        )
-    return server
 
 
 def _sent(http: httpx.Client, path: str, document: dict[str, Any], expected: type[Answer]) -> Answer:

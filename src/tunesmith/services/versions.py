@@ -15,7 +15,7 @@ from tunesmith.registry import approvals, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import Decision, envelope_of
+from tunesmith.registry.signing.attestations import Decision, envelope_of, read_statement
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification
 from tunesmith.registry.versions import resolve
@@ -48,16 +48,6 @@ class ApprovedVersion(View):
     approver: str
     override: str
     marks: Annotated[tuple[str, ...], Field(exclude=True)]
-
-
-class RefusedVersion(View):
-    """A refusal. refusal: its record's digest."""
-
-    refusal: str
-    version: str
-    digest: str
-    approver: str
-    reason: str
 
 
 class PreparedDecision(View):
@@ -134,16 +124,10 @@ def approve(
 
 def refuse(
     store: Store, version: str, *, reason: str, actor: str | None = None, scope: Scope = Scope()
-) -> RefusedVersion:
+) -> RecordedDecision:
     """Refuse a version with the actor's signature: it serves no request until an approver approves it after that."""
     found, recorded = _decide(store, version, "refuse", reason, actor, scope)
-    return RefusedVersion(
-        refusal=recorded.digest,
-        version=found.label,
-        digest=found.digest,
-        approver=recorded.approval.approver,
-        reason=recorded.approval.reason,
-    )
+    return _recorded(found.label, found.digest, recorded)
 
 
 def prepare(
@@ -166,15 +150,8 @@ def submit(store: Store, statement: dict[str, Any], key: str, signature: bytes, 
     not the actor's decision or may not be recorded now.
     """
     recorded = approvals.submit_approval(store, envelope_of(statement, key, signature), by=actor)
-    approval = recorded.approval
-    return RecordedDecision(
-        record=recorded.digest,
-        version=statement["subject"][0]["name"],
-        digest=f"sha256:{statement['subject'][0]['digest']['sha256']}",
-        decision=approval.decision,
-        approver=approval.approver,
-        reason=approval.reason,
-    )
+    label, digest, _ = read_statement(statement)
+    return _recorded(label, digest, recorded)
 
 
 def verify(
@@ -221,6 +198,18 @@ def _decide(
     request = approvals.prepare_approval(store, found, approver, reason, decision)
     user = keys.ensure_key(store, approver)
     return found, approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
+
+
+def _recorded(label: str, digest: str, recorded: approvals.RecordedApproval) -> RecordedDecision:
+    approval = recorded.approval
+    return RecordedDecision(
+        record=recorded.digest,
+        version=label,
+        digest=digest,
+        decision=approval.decision,
+        approver=approval.approver,
+        reason=approval.reason,
+    )
 
 
 def _view(version: Version) -> RegisteredVersion:

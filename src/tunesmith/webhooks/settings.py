@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated, Final, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.core.settings import Settings
+from tunesmith.core.text.urls import is_private
 
 EventType = Literal[
     "fine_tuning.job.succeeded",
@@ -70,7 +70,7 @@ class WebhookSettings(Settings):
 
     @model_validator(mode="after")
     def _encrypted(self) -> WebhookSettings:
-        if urlsplit(self.url).scheme == "http" and not (self.plain_http or _is_loopback(self.host)):
+        if not (self.plain_http or is_private(self.url)):
             raise ValueError("url: write https://, or add plain_http: true")
         return self
 
@@ -78,10 +78,3 @@ class WebhookSettings(Settings):
     def host(self) -> str:
         """The URL's host. The rest of the URL may hold a secret, and is not shown."""
         return urlsplit(self.url).hostname or ""
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -53,10 +53,26 @@ class Approval(BaseModel):
 
 def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
     """The in-toto statement: this approval or refusal is of exactly this digest."""
-    digest = version.digest.removeprefix("sha256:")
+    return _stated(version.label, version.digest, approval)
+
+
+def read_statement(statement: Any) -> tuple[str, str, Approval]:
+    """(label, digest, approval or refusal) of a statement about one version. Raises Refused for any other statement."""
+    try:
+        (subject,) = statement["subject"]
+        label, digest = subject["name"], f"sha256:{subject['digest']['sha256']}"
+        approval = Approval.model_validate(statement["predicate"])
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise Refused("the statement is not an approval or refusal", fix="tunesmith approve") from error
+    if statement != _stated(label, digest, approval):
+        raise Refused("the statement is not an approval or refusal", fix="tunesmith approve")
+    return label, digest, approval
+
+
+def _stated(label: str, digest: str, approval: Approval) -> dict[str, Any]:
     return {
         "_type": _STATEMENT,
-        "subject": [{"name": version.label, "digest": {"sha256": digest}}],
+        "subject": [{"name": label, "digest": {"sha256": digest.removeprefix("sha256:")}}],
         "predicateType": _APPROVAL,
         "predicate": approval.model_dump(mode="json"),
     }
