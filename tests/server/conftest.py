@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from tests.fabricate import NAME, OPERATOR, Scene
 from tests.rollout.conftest import copied, made, scene, versions
@@ -51,6 +52,7 @@ class Served:
     engine: FakeEngine
     worker: Worker
     serving: Serving
+    app: FastAPI
     stop: Callable[[], None]
 
     def client(self, token: str | None = None, retries: int = 0) -> openai.OpenAI:
@@ -124,7 +126,7 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     token = issue_token(scene.store, OPERATOR, actor=OPERATOR)
     try:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        yield Served(url, token, scene, engine, app.state.serving.worker, app.state.serving, stop)
+        yield Served(url, token, scene, engine, app.state.serving.worker, app.state.serving, app, stop)
     finally:
         engine.gate.set()
         stop()

@@ -16,13 +16,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
+from tunesmith.server.access import PUBLIC, caller, needs
 from tunesmith.server.chat.routes import ID_PREFIX
 from tunesmith.server.errors import ApiError, unknown_request
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.recording import FeedbackResult, Withdrawal
-from tunesmith.server.serving import caller, serving_of
+from tunesmith.server.serving import serving_of
 from tunesmith.services import rollouts as service
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -78,13 +79,14 @@ class Readiness(View):
 
 @routes.post(
     "/api/feedback",
+    dependencies=[needs("feedback")],
     response_model=FeedbackResult,
     responses=errors(400, 401, 403, 404, 408, 409, 413, 429, 503, 507),
     openapi_extra=body(Feedback),
 )
 async def feedback(request: Request) -> Response:
     """Score a request of the caller's tenant. Each metric can be scored once."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     with serving.arrives(user) as count:
         given = await read_body(request, Feedback, serving.settings, count)
     identifier = given.request_id.removeprefix(ID_PREFIX)
@@ -96,13 +98,14 @@ async def feedback(request: Request) -> Response:
 
 @routes.delete(
     "/api/feedback/{request_id}",
+    dependencies=[needs("feedback")],
     response_model=Withdrawal,
     responses=errors(401, 403, 404, 429, 503, 507),
     openapi_extra=BEARER,
 )
 async def withdraw(request: Request, request_id: str) -> Response:
     """Delete the kept text of a request that the caller made, and let none be kept from now on."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     identifier = request_id.removeprefix(ID_PREFIX)
     if not re.fullmatch("[0-9a-f]{32}", identifier):
         raise unknown_request(identifier)
@@ -110,23 +113,30 @@ async def withdraw(request: Request, request_id: str) -> Response:
     return JSONResponse(found.document())
 
 
-@routes.get("/api/rollouts", response_model=service.RolloutList, responses=errors(401, 403, 429), openapi_extra=BEARER)
+@routes.get(
+    "/api/rollouts",
+    dependencies=[needs("read")],
+    response_model=service.RolloutList,
+    responses=errors(401, 403, 429),
+    openapi_extra=BEARER,
+)
 async def rollouts(request: Request) -> Response:
     """The rollouts of the caller's tenant and region, newest first."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     found = await serving.listing.run(user.name, partial(service.visible_to, serving.store, user))
     return JSONResponse(found.document())
 
 
 @routes.get(
     "/api/rollouts/{number}",
+    dependencies=[needs("read")],
     response_model=service.RolloutView,
     responses=errors(401, 403, 404, 429),
     openapi_extra=BEARER,
 )
 async def rollout(request: Request, number: str) -> Response:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     found = None
     if re.fullmatch("[1-9][0-9]{0,17}", number):
         found = await serving.listing.run(user.name, partial(service.one_visible_to, serving.store, user, int(number)))
@@ -135,13 +145,13 @@ async def rollout(request: Request, number: str) -> Response:
     return JSONResponse(found.document())
 
 
-@routes.get("/healthz", response_model=Health)
+@routes.get("/healthz", dependencies=[PUBLIC], response_model=Health)
 async def healthz(request: Request) -> Response:
     """Say that the process answers, and whether it stops."""
     return JSONResponse(Health(ok=True, draining=serving_of(request).drain.begun).document())
 
 
-@routes.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+@routes.get("/readyz", dependencies=[PUBLIC], response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz(request: Request) -> Response:
     """Check the database, the engine and the rollout controller. 503 if one of them fails or the server drains."""
     serving = serving_of(request)
@@ -156,7 +166,7 @@ async def readyz(request: Request) -> Response:
     return JSONResponse(found.document(), status_code=200 if found.ready else 503)
 
 
-@routes.get("/metrics", response_class=PlainTextResponse)
+@routes.get("/metrics", dependencies=[PUBLIC], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
     return Response(serving_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -12,15 +12,15 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
+from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import body, errors
-from tunesmith.server.serving import caller
 from tunesmith.services import versions as service
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 
-routes = APIRouter()
+routes = APIRouter(dependencies=[needs("decisions")])
 Body = TypeVar("Body", bound=BaseModel)
 Short = Annotated[str, Field(max_length=200)]
 
@@ -88,7 +88,7 @@ async def submit(request: Request) -> Response:
 
 
 async def _decided(request: Request, model: type[Body], decide: Callable[[Store, User, Body], View]) -> Response:
-    user, serving = await caller(request)
+    user, serving = caller(request)
     if not user.may("version.approve"):
         raise forbidden(f"{user.name} may not approve or refuse versions.")
     with serving.arrives(user) as count:

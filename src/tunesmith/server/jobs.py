@@ -12,9 +12,9 @@ from fastapi.responses import JSONResponse, Response
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.view import View
+from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
 from tunesmith.server.openapi import BEARER, errors
-from tunesmith.server.serving import caller
 from tunesmith.services import jobs as service
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
@@ -24,11 +24,17 @@ _NUMBER = re.compile("[1-9][0-9]{0,8}")
 _MOST = 100
 
 
-@routes.get("/api/jobs", response_model=service.JobList, responses=errors(400, 401, 403, 429), openapi_extra=BEARER)
+@routes.get(
+    "/api/jobs",
+    dependencies=[needs("read", "jobs")],
+    response_model=service.JobList,
+    responses=errors(400, 401, 403, 429),
+    openapi_extra=BEARER,
+)
 async def jobs(request: Request, before: str | None = None, most: str | None = None) -> Response:
     """The jobs of the caller's tenant and region, newest first. before: only those with a lower number; most: how many,
     100 by default and at most."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     earlier = None if before is None else _number(before, "before")
     count = _MOST if most is None else min(_MOST, _number(most, "most"))
     listed = partial(service.list_jobs, serving.store, before=earlier, most=count, scope=user.scope)
@@ -36,24 +42,29 @@ async def jobs(request: Request, before: str | None = None, most: str | None = N
 
 
 @routes.get(
-    "/api/jobs/{number}", response_model=service.JobView, responses=errors(401, 403, 404, 429), openapi_extra=BEARER
+    "/api/jobs/{number}",
+    dependencies=[needs("read", "jobs")],
+    response_model=service.JobView,
+    responses=errors(401, 403, 404, 429),
+    openapi_extra=BEARER,
 )
 async def job(request: Request, number: str) -> Response:
     """One job: its state, the step that it is at, the time left for this step, its result or its error. Another
     tenant's job is answered like one that does not exist."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     return JSONResponse((await serving.listing.run(user.name, partial(_seen, serving.store, user, number))).document())
 
 
 @routes.get(
     "/api/jobs/{number}/log",
+    dependencies=[needs("read", "jobs")],
     response_model=service.JobLog,
     responses=errors(400, 401, 403, 404, 429),
     openapi_extra=BEARER,
 )
 async def log(request: Request, number: str, after: str | None = None) -> Response:
     """The lines of a job's log, oldest first. after: only those with a higher number."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     known = 0 if after is None else _number(after, "after")
 
     def read() -> service.JobLog:
@@ -69,26 +80,26 @@ _CHANGE: dict[str, Any] = {
 }
 
 
-@routes.post("/api/jobs/{number}/cancel", **_CHANGE)
+@routes.post("/api/jobs/{number}/cancel", dependencies=[needs("jobs")], **_CHANGE)
 async def cancel(request: Request, number: str) -> Response:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
     return await _changed(request, number, service.cancel)
 
 
-@routes.post("/api/jobs/{number}/pause", **_CHANGE)
+@routes.post("/api/jobs/{number}/pause", dependencies=[needs("jobs")], **_CHANGE)
 async def pause(request: Request, number: str) -> Response:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
     return await _changed(request, number, service.pause)
 
 
-@routes.post("/api/jobs/{number}/resume", **_CHANGE)
+@routes.post("/api/jobs/{number}/resume", dependencies=[needs("jobs")], **_CHANGE)
 async def resume(request: Request, number: str) -> Response:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
     return await _changed(request, number, service.resume)
 
 
 async def _changed(request: Request, number: str, change: Callable[..., View]) -> Response:
-    user, serving = await caller(request)
+    user, serving = caller(request)
     if not user.may("job.change"):
         raise forbidden(f"{user.name} may not change jobs.")
 

@@ -1,8 +1,7 @@
-"""What the routes share: the parts of a running server, and the authentication of callers."""
+"""What the routes share: the parts of a running server."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from tunesmith.project import Project
-from tunesmith.server.errors import unauthorised
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import Drain
@@ -67,17 +65,3 @@ def serving_of(request: Request) -> Serving:
     found = request.app.state.serving
     assert isinstance(found, Serving)
     return found
-
-
-def bearer(request: Request) -> str:
-    """The request's bearer token. Raises ApiError 401 without one."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise unauthorised()
-    return token.strip()
-
-
-async def caller(request: Request) -> tuple[User, Serving]:
-    """The caller, by bearer token. Raises ApiError 401 without a valid token, 403 where they may not use models."""
-    serving = serving_of(request)
-    return await asyncio.to_thread(serving.router.caller, bearer(request)), serving

@@ -1,4 +1,4 @@
-"""Which role permits which action."""
+"""Which role permits which action, and the scopes that a token may have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Literal, get_args
 
 Role = Literal["engineer", "steward", "approver", "operator", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
+# What a token lets its holder call, within what the user's roles permit. all: everything.
+TokenScope = Literal["chat", "feedback", "jobs", "decisions", "read", "tokens", "all"]
+TOKEN_SCOPES: tuple[TokenScope, ...] = get_args(TokenScope)
 
 # Action -> the roles that permit it. An action that is not listed is permitted to nobody. An admin may not approve: an
 # admin who also approves took the role approver, and the audit log shows it.

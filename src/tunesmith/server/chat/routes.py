@@ -18,6 +18,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.messages import ToolCall
 from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.registry.versions import Version
+from tunesmith.server.access import bearer, caller, needs
 from tunesmith.server.chat.answer import (
     Alternative,
     AnswerCall,
@@ -40,19 +41,19 @@ from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
-from tunesmith.server.serving import CHAT_JOB, Serving, bearer, caller
+from tunesmith.server.serving import CHAT_JOB, Serving
 from tunesmith.server.work import Event, Job
 
 ID_PREFIX = "chatcmpl-"
 _CHUNK: Final = "chat.completion.chunk"
 
-routes = APIRouter(prefix="/v1")
+routes = APIRouter(prefix="/v1", dependencies=[needs("chat")])
 
 
 @routes.get("/models", response_model=ModelList, responses=errors(401, 403, 429), openapi_extra=BEARER)
 async def models(request: Request) -> Response:
     """The models that the caller may use now."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     found = await serving.listing.run(user.name, partial(serving.router.models, user))
     return _answer(ModelList(object="list", data=[_model(name, version) for name, version in found]))
 
@@ -60,7 +61,7 @@ async def models(request: Request) -> Response:
 @routes.get("/models/{model:path}", response_model=Model, responses=errors(401, 403, 404, 429), openapi_extra=BEARER)
 async def model(request: Request, model: str) -> Response:
     """One of the models that the caller may use now."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     for name, version in await serving.listing.run(user.name, partial(serving.router.models, user)):
         if name == model:
             return _answer(_model(name, version))
@@ -78,7 +79,7 @@ async def model(request: Request, model: str) -> Response:
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or, with `stream`, as server-sent events of chat.completion.chunk objects."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     with serving.arrives(user) as count:
         given = await read_body(request, ChatRequest, serving.settings, count)
         if given.store:

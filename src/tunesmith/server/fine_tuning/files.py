@@ -16,12 +16,13 @@ from starlette.requests import ClientDisconnect
 
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.view import View
+from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.openapi import BEARER, errors, form
-from tunesmith.server.serving import Serving, caller
+from tunesmith.server.serving import Serving
 from tunesmith.services.fine_tuning.create import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.identities import User
@@ -31,7 +32,7 @@ _PIECE = 1 << 20  # bytes that are written at once
 _MOST = 10_000  # files of one page, as OpenAI's
 _OTHER_PARTS = 1 << 16  # bytes of a form besides its file
 
-routes = APIRouter(prefix="/v1/files")
+routes = APIRouter(prefix="/v1/files", dependencies=[needs("jobs")])
 
 
 class FileObject(View):
@@ -228,7 +229,7 @@ async def delete(request: Request, file: str) -> Response:
 
 async def _allowed(request: Request, action: str) -> tuple[User, Serving]:
     """The caller, who may do an action. Raises ApiError 401 or 403."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     if not user.may(action):
         raise forbidden(f"{user.name} may not {'read' if action == 'file.read' else 'change'} files.")
     return user, serving

@@ -14,20 +14,21 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.view import View
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Event, Job
+from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
-from tunesmith.server.serving import Serving, caller
+from tunesmith.server.serving import Serving
 from tunesmith.services.fine_tuning import create as service
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, seed_of
 from tunesmith.services.fine_tuning.models import JOB, job_number
 from tunesmith.services.fine_tuning.perform import VALIDATING
 from tunesmith.store.identities import User
 
-routes = APIRouter(prefix="/v1/fine_tuning/jobs")
+routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 _PAGE = {"jobs": 20, "events": 20, "checkpoints": 10}  # items of a page by default, as OpenAI's
 _MOST = 100
@@ -146,7 +147,7 @@ class CheckpointList(View):
 )
 async def create(request: Request) -> Response:
     """Queue a job. The header Idempotency-Key gives the same job when the request is sent again."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     if not user.may("job.add"):
         raise forbidden(f"{user.name} may not add jobs.")
     with serving.arrives(user) as count:
@@ -177,7 +178,7 @@ async def jobs(
 ) -> Response:
     """The jobs of the caller's tenant and region, newest first. `metadata[KEY]=VALUE` filters them; `metadata=null`
     keeps those without any."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     most = page_limit(limit, _PAGE["jobs"], _MOST)
     before = None if after is None else (await _found(user, serving, after)).id
     if metadata not in (None, "null"):
@@ -195,7 +196,7 @@ async def jobs(
 @routes.get("/{job}", response_model=FineTuningJob, responses=errors(401, 403, 404, 429), openapi_extra=BEARER)
 async def job(request: Request, job: str) -> Response:
     """One job. Another tenant's is answered like one that does not exist."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     return _answer(await _found(user, serving, job), serving)
 
 
@@ -229,7 +230,7 @@ async def resume(request: Request, job: str) -> Response:
 )
 async def events(request: Request, job: str, after: str | None = None, limit: str | None = None) -> Response:
     """The events of a job, newest first. after: only those before this one."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     most = page_limit(limit, _PAGE["events"], _MOST)
     found = await _found(user, serving, job)
     lines = await serving.listing.run(user.name, partial(queue.events, serving.store, found.id))
@@ -250,7 +251,7 @@ async def events(request: Request, job: str, after: str | None = None, limit: st
 )
 async def checkpoints(request: Request, job: str, after: str | None = None, limit: str | None = None) -> Response:
     """The step whose weights the job's model has, once it succeeded: the only ones that can be called."""
-    user, serving = await caller(request)
+    user, serving = caller(request)
     page_limit(limit, _PAGE["checkpoints"], _MOST)
     found = await _found(user, serving, job)
     data = tuple(each for each in _checkpoints(found) if after is None or after != each.id)
@@ -259,7 +260,7 @@ async def checkpoints(request: Request, job: str, after: str | None = None, limi
 
 
 async def _changed(request: Request, identifier: str, change: Callable[..., Job]) -> Response:
-    user, serving = await caller(request)
+    user, serving = caller(request)
     if not user.may("job.change"):
         raise forbidden(f"{user.name} may not change jobs.")
     found = await _found(user, serving, identifier)
