@@ -199,6 +199,7 @@ def _draw_serving(console: Console, document: Mapping[str, Any]) -> None:
         f"serving {', '.join(models) or 'nothing yet: tunesmith rollout start NAME@v1 gives it a champion'}",
         f"  url    {document['url']}",
         "  token  tunesmith users token NAME makes one",
+        f"  pages  tunesmith login-link --url {document['url'].removesuffix('/v1')} opens them in a browser",
         f'  try    curl {document["url"]}/chat/completions -H "Authorization: Bearer $TOKEN" \\',
         f"""           -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "..."}}]}}'""",
         f'  python openai.OpenAI(base_url="{document["url"]}", api_key=TOKEN)',

@@ -30,6 +30,21 @@ def register(app: typer.Typer) -> None:
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
     add_commands(keys, create, enrol, retire, revoke, list=list_keys)
     app.add_typer(keys, name="keys")
+    add_commands(app, login_link)
+
+
+def login_link(
+    here: Acting,
+    name: Annotated[str | None, typer.Argument(metavar="USER", help="Who logs in; by default you.")] = None,
+    url: Annotated[
+        str, typer.Option("--url", help="Where people reach the server that `tunesmith serve` started.")
+    ] = "http://127.0.0.1:8000",
+) -> None:
+    """Print a link that opens the web console once, within ten minutes."""
+    from tunesmith.services import users
+
+    link = users.login_link(here.store, name, url=url, actor=here.actor)
+    here.emit(link, printed(link.url))
 
 
 def list_users(here: Here) -> None:

@@ -26,6 +26,7 @@ from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import control, decisions, jobs, openapi
 from tunesmith.server.chat import routes as chat
+from tunesmith.server.console import routes as console
 from tunesmith.server.errors import ApiError, passes, unavailable
 from tunesmith.server.fine_tuning import files
 from tunesmith.server.fine_tuning import jobs as fine_tuning
@@ -109,6 +110,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(decisions.routes)
     app.include_router(files.routes)
     app.include_router(fine_tuning.routes)
+    app.include_router(console.routes)
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,7 @@ from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions
-from tunesmith.store import identities, user_keys
+from tunesmith.store import identities, sessions, user_keys
 from tunesmith.store.identities import User, acting
 from tunesmith.store.store import Store
 from tunesmith.store.trust import KeyStatus
@@ -105,6 +105,20 @@ class IssuedToken(View):
 
     user: str
     token: str
+
+
+class LoginLink(View):
+    """A link that logs a user in to the console once. It is shown once; the store keeps only a digest."""
+
+    user: str
+    url: str
+
+
+def login_link(store: Store, name: str | None = None, *, url: str, actor: str | None = None) -> LoginLink:
+    """A link to the console of the server at a URL, for the actor or, if they are an admin, for anybody."""
+    by = acting(store, actor)
+    who = name or by
+    return LoginLink(user=who, url=f"{url.rstrip('/')}/console/login/{sessions.make_link(store, who, actor=by)}")
 
 
 def list_users(store: Store) -> UserList:

@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0005"
+HEAD_REVISION = "0006"
 
 
 class Table(DeclarativeBase):
@@ -116,6 +116,32 @@ class KeyRow(Table):
     enrolled: Mapped[int] = mapped_column(Integer)
     proven_by: Mapped[str] = mapped_column(String(71), default="")
     until: Mapped[int | None] = mapped_column(Integer, default=None)
+
+
+class LoginLinkRow(Table):
+    """A one-time link to the console. digest: of the secret in it. until: when it ends, in seconds since 1970."""
+
+    __tablename__ = "login_links"
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    user: Mapped[str] = mapped_column(String(128))
+    until: Mapped[float] = mapped_column(Float)
+
+
+class SessionRow(Table):
+    """A session of the console. digest: of the cookie's secret; before: of the one that it replaced at `changed`.
+
+    Times are seconds since 1970. until: when the session ends. used: of its last request, to a minute.
+    """
+
+    __tablename__ = "sessions"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), unique=True)
+    before: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
+    user: Mapped[str] = mapped_column(String(128), index=True)
+    opened: Mapped[float] = mapped_column(Float)
+    changed: Mapped[float] = mapped_column(Float)
+    used: Mapped[float] = mapped_column(Float)
+    until: Mapped[float] = mapped_column(Float)
 
 
 class VersionRow(Table):

@@ -30,7 +30,7 @@ async def read_body(
     count: called with the size of each piece (`Arriving.one`).
     JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
-    data = await _read(request, settings, count)
+    data = await read_bytes(request, settings, count)
     if len(data) <= _SMALL:
         return _parsed(data, model)
     # In a thread, so that a large body does not keep the server from other requests' bytes.
@@ -62,7 +62,8 @@ def _more_values_than(most: int, value: Any) -> bool:
     return seen > most
 
 
-async def _read(request: Request, settings: ServerSettings, count: Callable[[int], None]) -> bytes:
+async def read_bytes(request: Request, settings: ServerSettings, count: Callable[[int], None]) -> bytes:
+    """The body as it is. Raises ApiError: 413 too large, 408 too slow, 400 for a client that leaves."""
     too_large = ApiError(
         413,
         f"The body is larger than {settings.body_bytes} bytes.",

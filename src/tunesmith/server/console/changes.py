@@ -1,0 +1,100 @@
+"""Tell open pages that something has changed, by server-sent events.
+
+One look at the database a second serves all viewers. An event says what kind of thing changed and nothing of its
+content: the page asks for its parts again, as the person who looks at it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from sqlalchemy import func, select
+
+from tunesmith.server.console.rendering import HEADERS
+from tunesmith.server.console.routing import router
+from tunesmith.server.console.session import Looking
+from tunesmith.server.serving import Serving
+from tunesmith.store import audit, database
+from tunesmith.store.tables import JobEventRow, JobRow, RequestRow
+
+routes = router()
+SECONDS = 1.0
+_ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
+Seen = tuple[object, ...]
+TOPICS = ("state", "jobs", "traffic")
+
+
+@dataclass(eq=False)
+class Changes:
+    """What was seen last of each topic, for those who wait. numbers: raised with each change of a topic."""
+
+    serving: Serving
+    numbers: list[int] = field(default_factory=lambda: [0] * len(TOPICS))
+    waiting: int = 0
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _task: asyncio.Task[None] | None = None
+
+    async def after(self, numbers: list[int]) -> list[int]:
+        """The numbers, once one of them differs from those given or a while has passed."""
+        self.waiting += 1
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._watch())
+        try:
+            async with self._changed:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait_for(lambda: self.numbers != numbers), _ALIVE_SECONDS)
+            return list(self.numbers)
+        finally:
+            self.waiting -= 1
+
+    async def _watch(self) -> None:
+        """Look until nobody has waited for a while."""
+        seen: Seen | None = None
+        idle = 0
+        while idle < _ALIVE_SECONDS:
+            idle = 0 if self.waiting else idle + 1
+            now = await asyncio.to_thread(_look, self.serving)
+            if seen is not None and now != seen:
+                async with self._changed:
+                    self.numbers = [n + (a != b) for n, a, b in zip(self.numbers, seen, now, strict=True)]
+                    self._changed.notify_all()
+            seen = now
+            if self.serving.drain.begun:
+                async with self._changed:
+                    self.numbers = [n + 1 for n in self.numbers]
+                    self._changed.notify_all()
+                return
+            await asyncio.sleep(SECONDS)
+
+
+@routes.get("/console/changes")
+async def changes(request: Request, viewer: Looking) -> StreamingResponse:
+    """A stream of events: `state`, `jobs` or `traffic`, whenever that has changed."""
+    app = request.app
+    if not hasattr(app.state, "changes"):
+        app.state.changes = Changes(viewer.serving)
+    headers = {**HEADERS, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(app.state.changes), headers=headers, media_type="text/event-stream")
+
+
+async def _events(found: Changes) -> AsyncIterator[str]:
+    known = list(found.numbers)
+    yield ": open\n\n"
+    while not found.serving.drain.begun:
+        now = await found.after(known)
+        changed = [topic for topic, a, b in zip(TOPICS, known, now, strict=True) if a != b]
+        known = now
+        yield "".join(f"event: {topic}\ndata: changed\n\n" for topic in changed) or ": alive\n\n"
+
+
+def _look(serving: Serving) -> Seen:
+    lines = select(func.max(JobEventRow.number)).where(JobEventRow.job == JobRow.id).scalar_subquery()
+    running = select(JobRow.id, JobRow.progress, lines).where(JobRow.state == "running").order_by(JobRow.id)
+    with database.reading(serving.store.engine) as session:
+        jobs = str(session.execute(running).all())
+        return audit.newest(session), jobs, session.scalar(select(func.max(RequestRow.at)))

@@ -1,0 +1,89 @@
+"""Pages from templates, under headers that let a browser run nothing but the console's own files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.text.display import printable
+
+STATIC = Path(__file__).parent / "static"
+# No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+# The pages that the navigation names.
+PAGES = (("/", "Home"),)
+_PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
+
+
+def html(template: str, data: Mapping[str, Any], status: int = 200) -> HTMLResponse:
+    """A page, or a part of one. Text in data is escaped, and hidden characters in it become code points."""
+    return HTMLResponse(_environment().get_template(template).render(**data), status, _PRIVATE)
+
+
+@cache
+def asset(name: str) -> str:
+    """The URL of a static file. It changes with the file, so that browsers may keep what they have."""
+    return f"/console/static/{name}?v={digest_bytes((STATIC / name).read_bytes())[7:19]}"
+
+
+def moment(at: float | str | None) -> str:
+    """A time in UTC to the minute. at: seconds since 1970, or ISO 8601; None gives a dash."""
+    if at is None:
+        return "–"
+    found = datetime.fromtimestamp(at, UTC) if isinstance(at, float | int) else datetime.fromisoformat(at)
+    return found.strftime("%Y-%m-%d %H:%M")
+
+
+def ago(seconds: float) -> str:
+    """A span of time in one unit: 40 s, 12 min, 3 h, 5 days."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with one decimal; a dash for None or NaN."""
+    return "–" if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def short(digest: str) -> str:
+    """The first twelve digits of a digest."""
+    return digest.removeprefix("sha256:")[:12]
+
+
+@cache
+def _environment() -> Environment:
+    found = Environment(
+        loader=PackageLoader("tunesmith.server.console", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    found.filters.update(moment=moment, ago=ago, percent=percent, short=short)
+    found.globals.update(asset=asset, pages=PAGES)
+    return found
+
+
+def _shown(value: Any) -> Any:
+    return printable(value) if type(value) is str else value

@@ -1,0 +1,50 @@
+"""All pages of the console, its static files, and the answer to an address that is none."""
+
+from __future__ import annotations
+
+import mimetypes
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, RedirectResponse
+
+from tunesmith.server.console import changes, home, login
+from tunesmith.server.console.rendering import HEADERS, STATIC
+from tunesmith.server.console.routing import router
+from tunesmith.server.errors import ApiError
+
+_FILES = {file.name: file for file in STATIC.iterdir() if file.is_file()}
+_KEPT = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}
+
+own = router()
+
+
+@own.get("/console")
+async def console() -> Response:
+    """The console begins at the root."""
+    return RedirectResponse("/", 308)
+
+
+@own.get("/console/static/{name}")
+async def static(name: str) -> Response:
+    """A file that ships with the console. Pages name it with a digest, so that browsers may keep it."""
+    if name not in _FILES:
+        raise _no_page()
+    return FileResponse(_FILES[name], media_type=mimetypes.guess_type(name)[0] or "text/plain", headers=_KEPT)
+
+
+last = router()
+
+
+@last.get("/console/{rest:path}")
+async def no_page(request: Request) -> Response:
+    """Any other address of the console."""
+    raise _no_page()
+
+
+def _no_page() -> ApiError:
+    return ApiError(404, "There is no such page.", code="not_found")
+
+
+routes = APIRouter()
+for part in (own, login.routes, changes.routes, home.routes, last):
+    routes.include_router(part)

@@ -1,0 +1,82 @@
+"""What every page of the console shares: login when there is no session, and errors that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.server.console.rendering import html
+from tunesmith.server.console.session import NotLoggedIn, set_cookie
+from tunesmith.server.errors import ApiError, passes
+from tunesmith.server.recording import LOG
+
+LOGIN = "/console/login"
+
+
+class ConsoleRoute(APIRoute):
+    """A route that answers people: what it raises becomes a page, or a notice where htmx asked for a part of one."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler."""
+        inner = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                response = await inner(request)
+            except NotLoggedIn:
+                response = _to_login(request)
+            except RequestValidationError:
+                response = problem(request, 400, "This address is not valid.", "")
+            except ApiError as error:
+                response = problem(request, error.status, error.message, "")
+            except HTTPException as error:
+                response = problem(request, error.status_code, str(error.detail), "")
+            except (Refused, UsageError) as error:
+                response = problem(request, 409, error.what, error.fix or "")
+            except TunesmithError as error:
+                LOG.error("%s %s raised", request.method, request.url.path, exc_info=error)
+                what = "The database cannot be used now." if passes(error) else error.what
+                response = problem(request, 503, what, error.fix or "")
+            if (secret := getattr(request.state, "new_cookie", None)) is not None:
+                set_cookie(request, response, secret)
+            return response
+
+        return handler
+
+
+def router() -> APIRouter:
+    """A router for pages. They are for people and no part of the OpenAPI document."""
+    return APIRouter(route_class=ConsoleRoute, include_in_schema=False)
+
+
+def is_part(request: Request) -> bool:
+    """Whether htmx asks for a part of a page."""
+    return request.headers.get("hx-request") == "true"
+
+
+def gone_to(request: Request, where: str) -> Response:
+    """Send the browser to another page after a change."""
+    if is_part(request):
+        return Response(status_code=204, headers={"HX-Redirect": where})
+    return RedirectResponse(where, 303, headers={"Cache-Control": "no-store"})
+
+
+def problem(request: Request, status: int, what: str, fix: str) -> Response:
+    """What went wrong, and what to do next."""
+    template = "notice.html.jinja" if is_part(request) else "problem.html.jinja"
+    return html(template, {"status": status, "what": what, "fix": fix}, status)
+
+
+def _to_login(request: Request) -> Response:
+    if request.method != "GET" or is_part(request):
+        return Response(status_code=401, headers={"HX-Redirect": LOGIN, "Cache-Control": "no-store"})
+    where = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    return RedirectResponse(f"{LOGIN}?next={quote(where)}", 303, headers={"Cache-Control": "no-store"})

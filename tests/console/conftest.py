@@ -1,0 +1,100 @@
+"""A real Chromium that looks at a real server's console."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from tests.fabricate import OPERATOR, OWNER
+from tests.server.conftest import Served, engine, made, scene, served, versions
+from tunesmith.store.sessions import make_link
+
+__all__ = ["engine", "made", "scene", "served", "versions"]
+
+Login = Callable[..., Page]
+WIDTHS = {"phone": 360, "laptop": 1280, "wall": 2560}
+# The rules of WCAG 2.2 AA and what axe recommends beside them.
+_RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
+
+
+def chromium() -> str:
+    """The browser that tests use."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert found, "the console's tests need Chromium: apt-get install chromium"
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium(), args=flags)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def login(browser: Browser, served: Served) -> Iterator[Login]:
+    """Opens a browser of its own for a person and logs them in: `login("ada", "/console/runs")`.
+
+    After the test no page may have logged an error, such as a file that the page's own policy refuses.
+    """
+    contexts: list[BrowserContext] = []
+    said: list[str] = []
+
+    def opened(name: str = OPERATOR, path: str = "/", **settings: Any) -> Page:
+        context = browser.new_context(**{"viewport": {"width": WIDTHS["laptop"], "height": 900}, **settings})
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+        link = make_link(served.scene.store, name, actor=name)
+        page.goto(f"{served.url}/console/login/{link}?next={path}")
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url(served.url + path)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    refused = [line for line in said if "status of 4" not in line]  # an answer that a test asked for
+    assert not refused, refused
+
+
+def check_accessible(page: Page) -> None:
+    """axe finds nothing wrong with the page, in both themes."""
+    for theme in ("light", "dark"):
+        page.evaluate("name => { document.documentElement.dataset.theme = name }", theme)
+        found = Axe().run(page, options=_RULES)
+        told = [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found.response["violations"]]
+        assert not told, (theme, told)
+
+
+def take_pictures(page: Page, name: str) -> None:
+    """Keep pictures of a page in both themes at three widths, in the folder $TUNESMITH_PICTURES if that is set."""
+    folder = os.environ.get("TUNESMITH_PICTURES")
+    if not folder:
+        return
+    for theme in ("light", "dark"):
+        page.evaluate("name => { document.documentElement.dataset.theme = name }", theme)
+        for width, pixels in WIDTHS.items():
+            page.set_viewport_size({"width": pixels, "height": 900})
+            page.screenshot(path=Path(folder) / f"{name}-{theme}-{width}.png", full_page=True)
+
+
+def fits(page: Page) -> bool:
+    """Whether nothing is wider than the screen of a phone."""
+    page.set_viewport_size({"width": WIDTHS["phone"], "height": 740})
+    return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
+
+
+__all__ += ["OPERATOR", "OWNER"]
