@@ -24,6 +24,7 @@ from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings, RetrainingSettings
+from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.training.settings import MetricsSettings
 from tunesmith.webhooks.settings import WebhookSettings
@@ -136,6 +137,10 @@ class ProjectSettings(Settings):
         Field(description="the candidate that the gates judge; by default the only tuned one, else the best"),
     ] = None
     gates: Annotated[Gates, Field(description="the requirements of a release; without any, no candidate passes")] = {}  # noqa: RUF012
+    risk: Annotated[
+        RiskSettings | None,
+        Field(description="the risk class, which says how many approvers a version takes; without it one approves"),
+    ] = None
     fine_tuning: Annotated[
         FineTuningSettings | None,
         Field(description="accept fine-tuning jobs of OpenAI's clients; without it they are refused"),

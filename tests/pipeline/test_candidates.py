@@ -176,7 +176,7 @@ def test_prices_and_time_limits_do_not_ask_an_endpoint_again(project: Project, s
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
     verdict = evaluation.gate(project, name="rival").digest
     with pytest.raises(Refused, match="rival is an endpoint"):
-        versions.register(project.store, verdict, name=project.settings.name)
+        versions.register(project.store, verdict, name=project.settings.name, risk=None)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
         parse_settings(text, "x")
@@ -185,7 +185,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
     verdict = evaluation.gate(project, name=name).digest
-    registered = versions.register(project.store, verdict, name=project.settings.name)
+    registered = versions.register(project.store, verdict, name=project.settings.name, risk=None)
     version = load_version(project.store, registered.digest)
     found = verify_version(project.store, version.label)
     assert found.ok, found.problems
@@ -201,7 +201,8 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
 
 def test_the_leaderboard_compares_only_equal_test_rows(project: Project) -> None:
     for name in ("nearest", "plain"):
-        versions.register(project.store, evaluation.gate(project, name=name).digest, name=project.settings.name)
+        verdict = evaluation.gate(project, name=name).digest
+        versions.register(project.store, verdict, name=project.settings.name, risk=None)
     (board,) = leaderboard(project.store, "tiny").document()["boards"]
     rows = {row["candidate"]: row for row in board["versions"]}
     assert board["metric"] == "exact_match"

@@ -25,8 +25,19 @@ versions.register(app)
 users.register(app)
 
 
-def run(store: Store, *words: str) -> Result:
-    result = CliRunner().invoke(app, [*words, "-C", str(store.root)], env={"COLUMNS": "200"})
+PROJECT = (
+    "{name: intents, base: tiny, data: {sources: [{path: a.jsonl, licence: MIT}]}, candidates: {a: {}}, risk: RISK}"
+)
+
+
+def run(store: Store, *words: str, risk: str = "null") -> Result:
+    folder = store.root
+    if words[0] == "register":  # it reads the project's risk class
+        folder = store.root.parent
+        (folder / "tunesmith.yaml").write_text(PROJECT.replace("RISK", risk))
+        if not (folder / ".tunesmith").exists():
+            (folder / ".tunesmith").symlink_to(store.root)
+    result = CliRunner().invoke(app, [*words, "-C", str(folder)], env={"COLUMNS": "200"})
     if isinstance(result.exception, TunesmithError):
         raise result.exception
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -201,10 +212,28 @@ def test_the_audit_log_is_verified_and_read(store: Store, version: Version) -> N
 
 def test_nothing_to_register_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    (tmp_path / "records").mkdir()
+    (tmp_path / "store" / "records").mkdir(parents=True)
     with pytest.raises(UsageError, match="nothing was judged yet"):
-        run(Store(tmp_path), "register", "--name", "intents")
-    assert "nothing is registered yet" in run(Store(tmp_path), "show").stderr
+        run(Store(tmp_path / "store"), "register", "--name", "intents")
+    assert "nothing is registered yet" in run(Store(tmp_path / "store"), "show").stderr
+
+
+def test_a_risk_class_is_shown_until_everybody_approved(store: Store, chain: Chain) -> None:
+    store.engine.dispose()
+    said = run(store, "register", "--name", "intents", risk="{class: high}").output
+    assert "risk class high: it needs 1 more approver with the role steward and 1 more approver" in said
+    run(store, "users", "add", "stu", "--role", "approver", "--role", "steward")
+    said = run(store, "approve", "intents@v1", "--as", "ann").output
+    assert "it needs 1 more approver with the role steward" in said
+    assert "rollout start" not in said
+    shown = run(store, "show", "intents@v1").output
+    assert "approved by ann\nit needs 1 more approver with the role steward\n" in shown
+    assert "rollout start intents@v1" in run(store, "approve", "intents@v1", "--as", "stu").output
+    listed = document(store, "show", "intents@v1")["approvals"]
+    assert listed == {
+        "risk": {"risk_class": "high", "approvers": 2, "roles": ["steward"]},
+        "approvers": ["ann", "stu"], "refused_by": None, "reason": "", "missing": [],
+    }  # fmt: skip
 
 
 def test_the_verbs_import_nothing_heavy() -> None:

@@ -75,6 +75,7 @@ def test_refused_and_approved_again_with_a_key_that_never_came(served: Served, a
         assert served.post().status_code == (200 if decision == "refuse" else 404)  # nothing changed yet
         answer = ada.submit(ada.signed(prepared.json(), raw))
         assert (answer.status_code, answer.json()["decision"], answer.json()["approver"]) == (200, decision, "ada")
+        assert answer.json()["missing"] == ([] if decision == "approve" else ["1 more approver"])
         assert served.post().status_code == status
         assert ada.submit(ada.signed(prepared.json())).json() == answer.json()  # sent again: the same record
     assert not list((served.scene.store.root / "keys").glob("ada*"))

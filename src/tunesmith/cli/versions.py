@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from tunesmith.registry.lineage import Node
+    from tunesmith.registry.risk import Approvals
     from tunesmith.registry.signing.attestations import Decision
     from tunesmith.registry.verification import Verification
     from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
@@ -71,6 +72,7 @@ def register_version(
         here.store,
         verdict,
         name=name or here.project.settings.name,
+        risk=here.project.settings.risk,
         actor=here.actor,
         override=override,
         expires_at=expires,
@@ -290,11 +292,15 @@ def show_audit(
 
 
 def _draw_registered(console: Console, version: RegisteredVersion) -> None:
+    from tunesmith.registry.risk import missing
+
     console.print(f"{version.label} is registered and signed by {version.signer}")
     if version.override is not None:
         console.print(f"its gates were overridden: {version.override}", style="bold red")
     for mark in version.marks:
         console.print(f"it was {mark}: not meant for service", style="bold red")
+    if version.risk is not None:
+        console.print(f"risk class {version.risk.risk_class}: it needs {' and '.join(missing(version.risk, {}))}")
     console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE")
 
 
@@ -304,12 +310,17 @@ def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
         console.print(f"although its gates were overridden: {approved.override}", style="bold red")
     for mark in approved.marks:
         console.print(f"although it was {mark}: not meant for service", style="bold red")
-    console.print(f"next: tunesmith rollout start {approved.version}")
+    if approved.missing:
+        console.print(f"it needs {' and '.join(approved.missing)}")
+    else:
+        console.print(f"next: tunesmith rollout start {approved.version}")
 
 
 def _draw_decision(console: Console, decided: RecordedDecision) -> None:
     said = "approved" if decided.decision == "approve" else "refused"
     console.print(f"{decided.version} ({decided.digest}) is {said} by {decided.approver}")
+    if decided.decision == "approve" and decided.missing:
+        console.print(f"it needs {' and '.join(decided.missing)}")
 
 
 def _draw_verification(console: Console, found: Verification) -> None:
@@ -328,11 +339,24 @@ def _draw_lineage(console: Console, node: Node) -> None:
     console.print(node.digest)
     for name, blob in sorted((node.blobs or {}).items()):
         console.print(f"  {name}  {blob}", style="dim", soft_wrap=True)
+    if node.approvals is not None:
+        _draw_approvals(console, node.approvals)
     for title, nodes in (("made from", node.parents), ("used for", node.children)):
         if nodes:
             trunk = Tree(title)
             _grow(trunk, nodes)
             console.print(trunk)
+
+
+def _draw_approvals(console: Console, found: Approvals) -> None:
+    if found.risk is not None:
+        console.print(f"risk class {found.risk.risk_class}")
+    if found.approvers:
+        console.print(f"approved by {', '.join(found.approvers)}")
+    if found.refused_by is not None:
+        console.print(f"refused by {found.refused_by}: {found.reason}", style="red")
+    if found.missing:
+        console.print(f"it needs {' and '.join(found.missing)}")
 
 
 def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:

@@ -3,8 +3,9 @@
 Three steps, so that the signing can happen where the approver's key is and the rest where the store is:
 `prepare_approval` states what is to be signed, `sign` signs it, `submit_approval` checks and records it.
 
-The newest decision stands: a refusal blocks the version until somebody who read it approves the version again. So a
-decision must have been prepared after the one that it overturns, and an old approval cannot be submitted again.
+A refusal blocks the version until as many people who read it approve it again as its risk class takes: approvals older
+than the newest refusal count for nothing. So a decision must have been prepared after the one that it overturns, and an
+old approval cannot be submitted again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.registry.serving import DECIDED
+from tunesmith.registry.risk import Approvals, missing
+from tunesmith.registry.serving import DECIDED, unmet
 from tunesmith.registry.signing.attestations import (
     ENVELOPE,
     Approval,
@@ -139,31 +141,33 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
 
 
 def require_approved(store: Store, version: Version, session: Session | None = None) -> Approval:
-    """The approval by which a version may be promoted, read from its files and verified again.
+    """The first of the approvals by which a version may be promoted, read from their files and verified again.
 
-    session: decide by what the caller's transaction sees. Raises Refused if no approval counts now, and says why not:
-    there is none, its approver may not approve any more, or the version was refused since.
+    session: decide by what the caller's transaction sees. Raises Refused if fewer people approved the version than its
+    risk class takes, and says why: who is missing, that an approver may not approve any more, or who refused it since.
     """
     if session is None:
         with database.reading(store.engine) as own:
             return require_approved(store, version, own)
     with open_release(store, version, session) as (_, release):
         counting, reasons = _counting(store, session, version, release.signer)
-    standing = _standing(counting)
-    if standing and standing[-1].approval.decision == "approve":
-        return standing[0].approval
-    if standing:
-        refusal = standing[-1].approval
-        raise Refused(
-            f"{version.label} was refused by {refusal.approver}: {refusal.reason}",
-            where=version.label,
-            fix=f"register a better one, or approve it all the same: tunesmith approve {version.label} --as NAME",
-        )
-    raise Refused(
-        f"{version.label} is not approved" + (f": {'; '.join(reasons)}" if reasons else ""),
-        where=version.label,
-        fix=f"have a second person run: tunesmith approve {version.label} --as NAME",
+        roles = {key.user: key.roles for key in identities.trusted_keys(session)}
+    refusals = [recorded for recorded in counting if recorded.approval.decision == "refuse"]
+    since = refusals[-1].seq if refusals else 0
+    approvals = [recorded.approval for recorded in counting if recorded.seq > since]
+    needed = missing(version.risk, {approval.approver: roles[approval.approver] for approval in approvals})
+    if not needed:
+        return approvals[0]
+    refusal = refusals[-1].approval if refusals else None
+    found = Approvals(
+        risk=version.risk,
+        approvers=tuple(dict.fromkeys(approval.approver for approval in approvals)),
+        refused_by=refusal.approver if refusal else None,
+        reason=refusal.reason if refusal else "",
+        missing=needed,
     )
+    permission = unmet(version, found, reasons)
+    raise Refused(f"{version.label} {permission.message}", where=version.label, fix=permission.fix)
 
 
 def _check_decidable(store: Store, version: Version, actor: str, reason: str, decision: Decision) -> TrustedKey:

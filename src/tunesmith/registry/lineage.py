@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.core.digests import short
 from tunesmith.core.view import Omitted, View
+from tunesmith.registry.risk import Approvals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -61,7 +62,8 @@ class Node(View):
     """A record in a lineage. role: its role as a parent of the record below it; says: summary_line of the record.
 
     parents or children: the records further up or down; the first node has both, and body and blobs as well. seen:
-    the record also appears elsewhere in the tree, and its parents or children are listed only there.
+    the record also appears elsewhere in the tree, and its parents or children are listed only there. approvals: of the
+    first node, if it is a version.
     """
 
     role: str
@@ -72,6 +74,7 @@ class Node(View):
     seen: Omitted[bool] = None
     body: Omitted[dict[str, Any]] = None
     blobs: Omitted[dict[str, str]] = None
+    approvals: Omitted[Approvals] = None
     parents: Omitted[tuple[Node, ...]] = None
     children: Omitted[tuple[Node, ...]] = None
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
+from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
@@ -59,9 +60,9 @@ def may_serve(
 ) -> Permission:
     """Whether a version may begin to serve a scope now.
 
-    Checks what may_load checks, and that a user who may approve this version today has approved it, and nobody refused
-    it since. override_by: the user who lets it serve without an approval, not against a refusal; they must hold the
-    permission rollout.override now.
+    Checks what may_load checks, and that as many users have approved it as its risk class takes, who may approve it
+    today, and that nobody refused it since. override_by: the user who lets it serve without enough approvals, not
+    against a refusal; they must hold the permission rollout.override now.
     """
     permission = may_load(session, version, scope)
     if permission.granted:
@@ -112,33 +113,70 @@ def still_valid(version: Version) -> Permission:
     return GRANTED
 
 
+def approvals_of(session: Session, version: Version) -> Approvals:
+    """Who decided on a version, by the audit log and the roles of today. Reads no signature."""
+    return _decisions(session, version)[0]
+
+
+def unmet(version: Version, found: Approvals, problems: Sequence[str]) -> Permission:
+    """Why a version with these approvals may not serve; granted if nothing is missing.
+
+    problems: why other approvals do not count.
+    """
+    if not found.missing:
+        return GRANTED
+    # With one approver to find, "is not approved" says it all.
+    several = version.risk is not None and (version.risk.approvers > 1 or bool(version.risk.roles))
+    needs = [f"needs {' and '.join(found.missing)}"] if several else []
+    if found.refused_by is not None:
+        said = "; ".join([f"was refused by {found.refused_by}: {found.reason}", *needs])
+        return Permission("refused", said, "use another version, or have an approver approve it all the same")
+    why = "; ".join(dict.fromkeys([*needs, *problems]))
+    person = "another person" if found.approvers else "a second person"
+    return Permission(
+        "not_approved",
+        "is not approved" + (f": {why}" if why else ""),
+        f"ask {person} to run: tunesmith approve {version.label} --as NAME",
+    )
+
+
 def _approved(session: Session, version: Version) -> Permission:
-    """Whether the newest decision in the audit log is an approval, by a user who may approve the version today."""
+    """Whether the users who approved a version since its newest refusal are as many as it takes."""
+    return unmet(version, *_decisions(session, version))
+
+
+def _decisions(session: Session, version: Version) -> tuple[Approvals, list[str]]:
+    """Who decided on a version, and why each decision that does not count does not."""
     keys = trusted_keys(session)
     signed_with = select(VersionRow.key).where(VersionRow.digest == version.digest)
     signer = _key(keys, session.scalars(signed_with).one(), version.signer)
     entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action.in_(DECIDED))
-    problems = []
+    problems: list[str] = []
+    people: dict[str, Sequence[str]] = {}
+    refusal: AuditRow | None = None
     for entry in session.scalars(entries.order_by(AuditRow.seq.desc())):
         signature = entry.detail.get("signature", {})
-        refused = entry.action == "version.refuse"
         try:
             approver = _key(keys, signature.get("key", ""), entry.actor)
             check_in_time(approver, signature["digest"], version.label)
-            if not refused:  # a refusal still counts when its approver has left
-                check_approver(version, signer, approver)
+            if entry.action == "version.refuse":  # it still counts when its approver has left
+                refusal = entry
+                break
+            check_approver(version, signer, approver)
         except Untrusted as error:
             problems.append(error.what)
         else:
-            if refused:
-                said = f"was refused by {entry.actor}: {entry.detail.get('reason', '')}"
-                return Permission("refused", said, "use another version, or have an approver approve it all the same")
-            return GRANTED
+            people[entry.actor] = approver.roles
     problems.reverse()
-    message = "is not approved" + (f": {'; '.join(dict.fromkeys(problems))}" if problems else "")
-    return Permission(
-        "not_approved", message, f"ask a second person to run: tunesmith approve {version.label} --as NAME"
+    needed = missing(version.risk, people)
+    found = Approvals(
+        risk=version.risk,
+        approvers=tuple(reversed(people)),
+        refused_by=refusal.actor if refusal is not None and needed else None,
+        reason=str(refusal.detail.get("reason", "")) if refusal is not None and needed else "",
+        missing=needed,
     )
+    return found, problems
 
 
 def _key(keys: Sequence[TrustedKey], fingerprint: str, user: str) -> TrustedKey:

@@ -21,6 +21,7 @@ from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
+from tunesmith.registry.risk import missing
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, read_approval
 from tunesmith.registry.signing.release import (
     Release,
@@ -277,8 +278,15 @@ def _check_approvals(
     for approval in counted:
         said = "approved" if approval.decision == "approve" else f"refused ({approval.reason})"
         findings.notes.append(f"{said} by {approval.approver} on {approval.at}")
-    if not counted or counted[-1].decision == "refuse":
+    people: dict[str, Sequence[str]] = {}
+    roles = {key.user: key.roles for key in keys}
+    for approval in counted:
+        people = people | {approval.approver: roles[approval.approver]} if approval.decision == "approve" else {}
+    if not people:
         findings.notes.append("no approval in this store counts")
+    if release.version.risk is not None:
+        needed = " and ".join(missing(release.version.risk, people)) or "nothing more"
+        findings.notes.append(f"its risk class is {release.version.risk.risk_class}; it needs {needed}")
 
 
 def _digest_and_lines(pieces: Iterable[bytes]) -> tuple[str, int]:

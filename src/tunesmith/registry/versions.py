@@ -23,6 +23,7 @@ from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
+from tunesmith.registry.risk import Requirement
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.release import (
@@ -86,6 +87,7 @@ class _Plan:
     records: Mapping[str, Record]
     blobs: Mapping[str, str]  # the weights' files and the notice
     duties: Mapping[str, Any] | None
+    risk: Requirement | None
 
 
 class _Again(Exception):
@@ -101,16 +103,18 @@ def register(
     scope: Scope = Scope(),
     override: str | None = None,
     expires_at: str | None = None,
+    risk: Requirement | None = None,
 ) -> Version:
-    """Sign a judged candidate as the next version of a name. The same verdict again gives the same version.
+    """Sign a judged candidate as the next version of a name. The same verdict and risk again give the same version.
 
     verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
-    the version states it). expires_at: ISO 8601 with a time zone. Raises Refused if the evidence, the adapter or the
-    actor's roles do not allow it, UsageError for bad names. If the call is killed, the next one carries on.
+    the version states it). expires_at: ISO 8601 with a time zone. risk: what it takes to serve; None takes one
+    approver. Raises Refused if the evidence, the adapter or the actor's roles do not allow it, UsageError for bad
+    names. If the call is killed, the next one carries on.
     """
     check_name(name, "version name")
     identities.require(store, actor, "version.register", scope=scope)
-    plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at))
+    plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at), risk)
     if plan.override is not None:
         identities.require(store, actor, "version.override", scope=scope)
     signer: User | None = None
@@ -146,6 +150,7 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             session.add(VersionRow(**row))
             detail |= {"version": row, "verdict": version.verdict, **signature_entry(key, version.digest)}
             detail |= {"override": version.override, "expires_at": version.expires_at}
+            detail["risk"] = None if version.risk is None else version.risk.model_dump(mode="json")
     except BaseException:
         # Without a row, the signed folder must not stay. After a commit the row exists.
         if made is not None and made not in _rows(store, plan.name):
@@ -286,7 +291,15 @@ def verified_copy(store: Store, version: Version) -> Iterator[LoadedVersion]:
         yield LoadedVersion(version, candidate, folder if candidate.tuned else None)
 
 
-def _plan(store: Store, name: str, verdict: str, scope: Scope, override: str | None, expires_at: str | None) -> _Plan:
+def _plan(
+    store: Store,
+    name: str,
+    verdict: str,
+    scope: Scope,
+    override: str | None,
+    expires_at: str | None,
+    risk: Requirement | None,
+) -> _Plan:
     judged = store.record(verdict, kind="verdict")
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
     records = ancestors(store, parents.values())
@@ -308,13 +321,14 @@ def _plan(store: Store, name: str, verdict: str, scope: Scope, override: str | N
         records=records,
         blobs={**weight_blobs(records, parents["candidate"]), **notices},
         duties=duties,
+        risk=risk,
     )
 
 
 def _find_registered(store: Store, plan: _Plan) -> Version | None:
-    """The version already made from this verdict, unless it expired or its signer may not sign it any more."""
+    """The version already made from this verdict and risk class, unless it expired or its signer may not sign now."""
     for version in list_versions(store, plan.name):
-        if (version.verdict, version.scope) != (plan.parents["verdict"], plan.scope):
+        if (version.verdict, version.scope, version.risk) != (plan.parents["verdict"], plan.scope, plan.risk):
             continue
         with contextlib.suppress(Untrusted, Expired), open_release(store, version):
             return version
@@ -343,6 +357,7 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
         and dict(release.record.blobs) == dict(plan.blobs)
         and (stated.name, stated.number, Scope(stated.tenant, stated.region)) == (plan.name, number, plan.scope)
         and (stated.override, stated.expires_at, stated.signer) == (plan.override, plan.expires_at, signer.name)
+        and stated.risk == plan.risk
     )
 
 
@@ -366,6 +381,7 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         audit=audit.newest(session),
         duties=None if plan.duties is None else dict(plan.duties),
         marks=marks_of(plan.records, plan.parents["candidate"]),
+        risk=plan.risk,
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
     with store.scratch() as aside:

@@ -14,11 +14,14 @@ from tunesmith.core.view import View
 from tunesmith.registry import approvals, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
+from tunesmith.registry.risk import Approvals, Requirement, RiskSettings
+from tunesmith.registry.serving import approvals_of
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import Decision, envelope_of, read_statement
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification
 from tunesmith.registry.versions import resolve
+from tunesmith.store import database
 from tunesmith.store.identities import acting, get_user
 from tunesmith.store.store import Store
 
@@ -40,13 +43,17 @@ class VersionList(View):
 
 
 class ApprovedVersion(View):
-    """An approval. approval: its record's digest; override: why the gates were overridden, empty if they were not."""
+    """An approval. approval: its record's digest; override: why the gates were overridden, empty if they were not.
+
+    missing: what the version takes besides, such as "1 more approver with the role steward".
+    """
 
     approval: str
     version: str
     digest: str
     approver: str
     override: str
+    missing: tuple[str, ...]
     marks: Annotated[tuple[str, ...], Field(exclude=True)]
 
 
@@ -54,16 +61,22 @@ class PreparedDecision(View):
     """What an approver is to sign. statement: the in-toto statement, for people and for `submit`.
 
     payload: the bytes to sign, base64: DSSE's encoding of the statement. keys: fingerprints of the approver's active
-    keys, newest first.
+    keys, newest first. risk: the version's class and what it takes, None for one approver. missing: what it still takes
+    before this decision.
     """
 
     statement: dict[str, Any]
     payload: str
     keys: tuple[str, ...]
+    risk: Requirement | None = None
+    missing: tuple[str, ...] = ()
 
 
 class RecordedDecision(View):
-    """An approval or refusal that counts. record: its digest; digest: the version's."""
+    """An approval or refusal that counts. record: its digest; digest: the version's.
+
+    missing: what the version takes before it may serve, this decision counted.
+    """
 
     record: str
     version: str
@@ -71,6 +84,7 @@ class RecordedDecision(View):
     decision: Decision
     approver: str
     reason: str
+    missing: tuple[str, ...] = ()
 
 
 def register(
@@ -78,6 +92,7 @@ def register(
     verdict: str | None = None,
     *,
     name: str,
+    risk: RiskSettings | None,
     actor: str | None = None,
     override: str | None = None,
     expires_at: str | None = None,
@@ -85,8 +100,8 @@ def register(
 ) -> RegisteredVersion:
     """Sign a judged candidate and keep it as the next version of a name.
 
-    verdict: the start of its digest, by default the newest one. override: an admin's reason to register a candidate
-    that did not pass.
+    verdict: the start of its digest, by default the newest one. risk: the project's, which the version states from now
+    on. override: an admin's reason to register a candidate that did not pass.
     """
     if verdict is None:
         known = store.records_of("verdict")
@@ -103,6 +118,7 @@ def register(
         scope=scope,
         override=override,
         expires_at=expires_at,
+        risk=None if risk is None else risk.requirement,
     )
     return _view(version)
 
@@ -118,6 +134,7 @@ def approve(
         digest=found.digest,
         approver=recorded.approval.approver,
         override=found.override or "",
+        missing=approvals_for(store, found).missing,
         marks=found.marks,
     )
 
@@ -127,19 +144,28 @@ def refuse(
 ) -> RecordedDecision:
     """Refuse a version with the actor's signature: it serves no request until an approver approves it after that."""
     found, recorded = _decide(store, version, "refuse", reason, actor, scope)
-    return _recorded(found.label, found.digest, recorded)
+    return _recorded(store, found, recorded)
+
+
+def approvals_for(store: Store, version: Version) -> Approvals:
+    """Who approved or refused a version, and what it still takes before it may serve."""
+    with database.reading(store.engine) as session:
+        return approvals_of(session, version)
 
 
 def prepare(
     store: Store, version: str, decision: Decision, reason: str = "", *, actor: str, scope: Scope = Scope()
 ) -> PreparedDecision:
     """State what the actor signs to approve or refuse a version, after verifying it. Changes nothing."""
-    request = approvals.prepare_approval(store, resolve(store, version, scope=scope), actor, reason, decision)
+    found = resolve(store, version, scope=scope)
+    request = approvals.prepare_approval(store, found, actor, reason, decision)
     keys_of_actor = get_user(store, actor).active_keys
     return PreparedDecision(
         statement=request.statement,
         payload=base64.b64encode(request.payload).decode(),
         keys=tuple(key.fingerprint for key in keys_of_actor),
+        risk=found.risk,
+        missing=approvals_for(store, found).missing,
     )
 
 
@@ -150,8 +176,8 @@ def submit(store: Store, statement: dict[str, Any], key: str, signature: bytes, 
     not the actor's decision or may not be recorded now.
     """
     recorded = approvals.submit_approval(store, envelope_of(statement, key, signature), by=actor)
-    label, digest, _ = read_statement(statement)
-    return _recorded(label, digest, recorded)
+    _, digest, _ = read_statement(statement)
+    return _recorded(store, versions.load_version(store, digest), recorded)
 
 
 def verify(
@@ -173,9 +199,12 @@ def verify(
 
 
 def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
-    """The lineage of a version or of any record, named by the start of its digest."""
+    """The lineage of a version or of any record, named by the start of its digest; a version's approvals too."""
     digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
-    return tree(store, digest)
+    node = tree(store, digest)
+    if node.kind != "version":
+        return node
+    return node.model_copy(update={"approvals": approvals_for(store, versions.load_version(store, digest))})
 
 
 def list_versions(store: Store, *, name: str = "", limit: int = LISTED) -> VersionList:
@@ -200,15 +229,16 @@ def _decide(
     return found, approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
 
 
-def _recorded(label: str, digest: str, recorded: approvals.RecordedApproval) -> RecordedDecision:
+def _recorded(store: Store, version: Version, recorded: approvals.RecordedApproval) -> RecordedDecision:
     approval = recorded.approval
     return RecordedDecision(
         record=recorded.digest,
-        version=label,
-        digest=digest,
+        version=version.label,
+        digest=version.digest,
         decision=approval.decision,
         approver=approval.approver,
         reason=approval.reason,
+        missing=approvals_for(store, version).missing,
     )
 
 

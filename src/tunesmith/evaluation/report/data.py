@@ -122,7 +122,16 @@ def _version(store: Store, version: str | None) -> dict[str, Any] | None:
         return None
     body = store.record(version, kind="version").body
     kept = {key: body.get(key) for key in ("name", "number", "tenant", "region", "override", "created_at", "signer")}
+    risk = body.get("risk")
+    kept["takes"] = None if risk is None else _takes(risk)
     return {"digest": version, "label": f"{body['name']}@v{body['number']}", **kept}
+
+
+def _takes(risk: Mapping[str, Any]) -> str:
+    """What a version's risk class takes, in one sentence."""
+    people = f"{risk['approvers']} approver{'s' if risk['approvers'] > 1 else ''}"
+    also = f", among them one for each of these roles: {', '.join(risk['roles'])}" if risk["roles"] else ""
+    return f"Risk class {risk['risk_class']}: it serves once {people} approved it{also}."
 
 
 def _candidates(

@@ -19,6 +19,8 @@ def report_markdown(data: Mapping[str, Any]) -> str:
     lines = [f"## {_text(title)}: {_text(advice['headline'])}", ""]
     if verdict:
         lines += [f"Verdict: **{_MARKS[verdict['verdict']]}**", ""]
+    if data["version"] and data["version"]["takes"]:
+        lines += [_text(data["version"]["takes"]), ""]
     lines += [_text(advice["summary"]), ""]
     lines += [f"- {_text(sentence)}" for sentence in advice["reasons"]]
     lines += [f"- ⚠️ {_text(sentence)}" for sentence in advice["cautions"]]

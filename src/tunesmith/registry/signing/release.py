@@ -23,6 +23,7 @@ from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.risk import Requirement
 from tunesmith.registry.signing.signatures import (
     RELEASE,
     SIGNATURE,
@@ -76,6 +77,7 @@ class Statement(BaseModel):
     override: why it was registered without a passing verdict. records, blobs: sorted digests of what it was made from.
     audit: the newest entry of the audit log when it was signed. duties: what the licences of its rows require
     of people who use it or pass it on (data/governance/licences.py); None if it was made from no dataset.
+    risk: the project's risk class and what it takes to serve; None takes one approver.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -96,6 +98,7 @@ class Statement(BaseModel):
     duties: dict[str, Any] | None = None
     # Warnings for the people who serve it: see marks_of.
     marks: list[str] = Field(default_factory=list)
+    risk: Requirement | None = None
 
 
 class Version(BaseModel):
@@ -116,6 +119,7 @@ class Version(BaseModel):
     created_at: str
     expires_at: str | None = None
     marks: tuple[str, ...] = ()
+    risk: Requirement | None = None
 
     @property
     def ref(self) -> VersionRef:
