@@ -47,6 +47,7 @@ from tunesmith.store.tables import (
     KeyRow,
     RecallRow,
     RolloutRow,
+    TokenRow,
     UserRow,
     VersionRow,
 )
@@ -66,6 +67,7 @@ LEAST: Mapping[str, int] = {
     "users roles": 21,
     "users deactivate": 16,
     "users token": 7,
+    "users revoke-token": 7,
     "keys create": 32,
     "keys enrol": 21,
     "keys retire": 16,
@@ -145,6 +147,7 @@ def make(folder: Path) -> Made:
         "users roles": lambda s: users.set_roles(s, "ivy", ["steward"]),
         "users deactivate": lambda s: users.deactivate(s, APPROVER),
         "users token": lambda s: users.issue_token(s, "eve"),
+        "users revoke-token": lambda s: users.revoke_token(s, APPROVER, "first"),
         "keys create": lambda s: users.create_key(s, "ivy", label="second", actor="ivy"),
         "keys enrol": lambda s: users.enrol_key(s, "ivy", pem, label="card", actor="ivy"),
         "keys retire": lambda s: users.retire_key(s, APPROVER, "key-1", actor=APPROVER),
@@ -201,9 +204,8 @@ def snapshot(store: Store) -> Any:
             ),
             "files": session.execute(select(FileRow.file, FileRow.size, FileRow.digest)),
             "job log": session.execute(select(JobEventRow.job, JobEventRow.number, JobEventRow.message)),
-            "users": session.execute(
-                select(UserRow.name, UserRow.roles, UserRow.active, UserRow.token_digest.is_not(None))
-            ),
+            "users": session.execute(select(UserRow.name, UserRow.roles, UserRow.active)),
+            "tokens": session.execute(select(TokenRow.user, TokenRow.name, TokenRow.revoked.is_not(None))),
         }
         return {
             name: sorted(map(repr, rows)) if name != "log" else list(map(repr, rows)) for name, rows in tables.items()

@@ -30,8 +30,9 @@ from tunesmith.registry.versions import Version, load_version, register
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.services.versions import refuse
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user, deactivate, get_user, issue_token, set_roles
+from tunesmith.store.identities import add_user, deactivate, get_user, set_roles
 from tunesmith.store.store import Store
+from tunesmith.store.tokens import issue_token
 from tunesmith.store.user_keys import retire_key, revoke_key
 
 __all__ = ["engine", "folder", "made", "scene", "served", "versions"]

@@ -15,8 +15,9 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_faults import until
 from tunesmith.registry.versions import Version
-from tunesmith.store.identities import deactivate, issue_token
+from tunesmith.store.identities import deactivate
 from tunesmith.store.store import Store
+from tunesmith.store.tokens import issue_token
 
 __all__ = ["engine", "made", "scene", "versions"]
 

@@ -16,7 +16,7 @@ from tests.fabricate import Chain, put_chain
 from tunesmith.cli import users, versions
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.versions import Version
-from tunesmith.store import database, identities
+from tunesmith.store import database, identities, tokens
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -153,12 +153,12 @@ def test_users_and_tokens(store: Store) -> None:
     assert document(store, "users", "list")["users"][1]["groups"] == ["board", "hr"]
     assert document(store, "users", "groups", "bob")["groups"] == []
     issued = document(store, "users", "token", "bob")["token"]
-    found = identities.authenticate(store, issued)
+    found = tokens.authenticate(store, issued)
     assert found is not None
-    assert found.name == "bob"
+    assert found.user.name == "bob"
     assert [user["user"] for user in document(store, "users", "list")["users"]] == ["ann", "bob", "olive"]
     assert document(store, "users", "deactivate", "bob")["active"] is False
-    assert identities.authenticate(store, issued) is None
+    assert tokens.authenticate(store, issued) is None
     with pytest.raises(Refused, match="it takes admin"):
         run(store, "users", "add", "eve", "--role", "admin", "--as", "ann")
 

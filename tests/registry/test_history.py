@@ -11,9 +11,9 @@ from sqlalchemy import delete, select, update
 from tests.fabricate import Chain, approve
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, register
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database, identities, tokens
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditHeadRow, AuditRow, RecordRow, UserRow, VersionRow
+from tunesmith.store.tables import AuditHeadRow, AuditRow, RecordRow, TokenRow, UserRow, VersionRow
 
 
 def rewrite(store: Store, change: dict[int, dict[str, Any]], keep: int | None = None) -> None:
@@ -72,7 +72,6 @@ def test_a_head_kept_elsewhere_shows_a_missing_newest_entry(store: Store, versio
     ("values", "what"),
     [
         ({"roles": ["admin", "approver"]}, "roles"),
-        ({"token_digest": "sha256:" + "0" * 64}, "token"),
         ({"tenant": "acme"}, "tenant"),
         ({"active": False}, "active"),
     ],
@@ -83,6 +82,41 @@ def test_a_user_changed_behind_the_logs_back_shows(
     with database.writing(store.engine) as session:
         session.execute(update(UserRow).where(UserRow.name == "ann").values(**values))
     assert verify_log(store) == [f"user ann differs between the log and the database: {what}"]
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"digest": "sha256:" + "0" * 64}, "token"),
+        ({"scopes": ["all"]}, "scopes"),
+        ({"expires": None}, "expires"),
+        ({"created": 7.0}, "created"),
+        ({"revoked": None}, "revoked"),
+    ],
+)
+def test_a_token_changed_behind_the_logs_back_shows(
+    store: Store, version: Version, values: dict[str, Any], what: str
+) -> None:
+    tokens.issue_token(store, "ann", actor="ann", name="ci", scopes=["chat"], expires=9e9)
+    tokens.revoke_token(store, "ann", "ci", actor="olive")
+    assert verify_log(store) == []
+    with database.writing(store.engine) as session:
+        session.execute(update(TokenRow).values(used=5.0))
+    assert verify_log(store) == []
+    with database.writing(store.engine) as session:
+        session.execute(update(TokenRow).values(**values))
+    assert verify_log(store) == [f"token ci of ann differs between the log and the database: {what}"]
+
+
+def test_a_token_slipped_in_or_taken_out_shows(store: Store, version: Version) -> None:
+    tokens.issue_token(store, "ann", actor="ann")
+    with database.writing(store.engine) as session:
+        session.execute(delete(TokenRow))
+        session.add(TokenRow(digest="sha256:x", user="ann", name="mine", scopes=["all"], created=1.0))
+    assert verify_log(store) == [
+        "token first of ann is in the log but not in the database",
+        "token mine of ann is in the database but not in the log",
+    ]
 
 
 def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> None:
@@ -118,7 +152,7 @@ def test_every_change_leaves_its_entry(store: Store, chain: Chain) -> None:
     version = register(store, name="intents", verdict=chain.verdict, actor="olive")
     approve(store, version, approver="ann", reason="fine")
     identities.set_roles(store, "ann", ["approver", "steward"], actor="olive")
-    identities.issue_token(store, "ann", actor="ann")
+    tokens.issue_token(store, "ann", actor="ann")
     identities.deactivate(store, "ann", actor="olive")
     with database.reading(store.engine) as session:
         rows = audit.entries(session)[before:]

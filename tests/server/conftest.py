@@ -32,8 +32,8 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import served_scorers
 from tunesmith.store import database
-from tunesmith.store.identities import issue_token
 from tunesmith.store.tables import RequestRow
+from tunesmith.store.tokens import issue_token
 
 __all__ = ["made", "scene", "versions"]
 

@@ -15,7 +15,8 @@ from tunesmith.core.digests import short
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.versions import Version
-from tunesmith.store.identities import add_user, deactivate, issue_token
+from tunesmith.store.identities import add_user, deactivate
+from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
 

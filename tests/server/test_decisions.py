@@ -22,7 +22,8 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.registry.versions import Version
 from tunesmith.services import remote_decisions
-from tunesmith.store.identities import add_user, issue_token
+from tunesmith.store.identities import add_user
+from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
 

@@ -23,7 +23,8 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, derived, series
 from tunesmith.services.fine_tuning.create import find
 from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
-from tunesmith.store.identities import add_user, get_user, issue_token
+from tunesmith.store.identities import add_user, get_user
+from tunesmith.store.tokens import issue_token
 
 
 def opened(root: Path, **changes: object) -> Project:

@@ -31,7 +31,8 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.services import jobs
 from tunesmith.services.fine_tuning.arguments import KIND
 from tunesmith.services.fine_tuning.perform import VALIDATING, perform_fine_tuning
-from tunesmith.store.identities import add_user, ensure_owner, issue_token
+from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.tokens import issue_token
 
 pytestmark = pytest.mark.slow
 

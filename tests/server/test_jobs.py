@@ -9,7 +9,8 @@ from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.services import jobs
-from tunesmith.store.identities import add_user, issue_token
+from tunesmith.store.identities import add_user
+from tunesmith.store.tokens import issue_token
 
 
 def added(served: Served, scope: Scope = Scope()) -> int:

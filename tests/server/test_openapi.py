@@ -29,13 +29,13 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "/v1/fine_tuning/jobs/{job}/pause", "/v1/fine_tuning/jobs/{job}/resume", "/v1/fine_tuning/jobs/{job}/events",
         "/v1/fine_tuning/jobs/{job}/checkpoints",
         "/metrics", "/api/decisions", "/api/decisions/prepare", "/v1/files", "/v1/files/{file}",
-        "/v1/files/{file}/content",
+        "/v1/files/{file}/content", "/api/tokens", "/api/tokens/{user}/{name}",
     }  # fmt: skip
     posts = [route["post"] for route in document["paths"].values() if "post" in route]
     bodies = [post["requestBody"]["content"] for post in posts if "requestBody" in post]
     json_bodies = [body["application/json"] for body in bodies if "application/json" in body]
     names = [body["schema"]["$ref"].rsplit("/")[-1] for body in json_bodies]
-    assert names == ["ChatRequest", "Feedback", "DecisionRequest", "SignedDecision", "FineTuningRequest"]
+    assert names == ["ChatRequest", "Feedback", "DecisionRequest", "SignedDecision", "TokenRequest", "FineTuningRequest"]
 
 
 def test_answers_match_the_openapi_document(document: dict[str, Any], served: Served) -> None:

@@ -15,7 +15,8 @@ from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import abort, resume, rollback
 from tunesmith.rollout.state import get_rollout
-from tunesmith.store.identities import add_user, issue_token
+from tunesmith.store.identities import add_user
+from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
 ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid"}}

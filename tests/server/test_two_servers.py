@@ -31,8 +31,8 @@ from tunesmith.rollout import controller, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.store import audit, database
-from tunesmith.store.identities import issue_token
 from tunesmith.store.store import Store
+from tunesmith.store.tokens import issue_token
 
 __all__ = ["postgresql"]
 pytestmark = pytest.mark.slow

@@ -51,11 +51,11 @@ def filled(connection: Connection) -> dict[str, Any]:
 
 
 def kept(connection: Connection) -> dict[str, Any]:
-    """The rows of each table that exists, with the columns that exist."""
+    """The rows of each table that exists, with the columns that exist and that the newest revision has."""
     found = {}
     for name in set(inspect(connection).get_table_names()) & Table.metadata.tables.keys():
-        there = [each["name"] for each in inspect(connection).get_columns(name)]
-        columns = [Table.metadata.tables[name].columns[column] for column in there]
+        there = {each["name"] for each in inspect(connection).get_columns(name)}
+        columns = [column for column in Table.metadata.tables[name].columns if column.name in there]
         found[name] = [dict(row) for row in connection.execute(select(*columns)).mappings()]
     return found
 

@@ -39,6 +39,12 @@ def serve(
         int,
         typer.Option("--per-user", min=1, help="Requests that one user may have waiting or being answered."),
     ] = 128,
+    token_rate: Annotated[
+        int, typer.Option("--token-rate", min=0, help="Requests a minute of one token; 0: any number.")
+    ] = 0,
+    tenant_rate: Annotated[
+        int, typer.Option("--tenant-rate", min=0, help="Requests a minute of all tokens of a tenant; 0: any number.")
+    ] = 0,
     unread: Annotated[
         float,
         typer.Option("--unread", min=1, help="Seconds that a client may read nothing of an answer that waits for it."),
@@ -98,6 +104,8 @@ def serve(
             region=region,
             grace_seconds=grace,
             per_user=per_user,
+            token_rate=token_rate,
+            tenant_rate=tenant_rate,
             unread_seconds=unread,
             idle_connections=idle_connections,
             file_bytes=largest_file << 20,

@@ -13,7 +13,7 @@ from tunesmith.core.scope import Scope
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.users import EndedKey, EnrolledKey, KeyList, UserList, UserView
+    from tunesmith.services.users import EndedKey, EnrolledKey, KeyList, TokenList, UserList, UserView
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
@@ -25,7 +25,7 @@ Given = Annotated[str, typer.Argument(metavar="LABEL", help="The key's name, as 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     users = typer.Typer(help="Who may do what.", no_args_is_help=True)
-    add_commands(users, add, roles, groups, deactivate, token, list=list_users)
+    add_commands(users, add, roles, groups, deactivate, token, tokens, revoke_token, list=list_users)
     app.add_typer(users, name="users")
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
     add_commands(keys, create, enrol, retire, revoke, list=list_keys)
@@ -92,7 +92,7 @@ def groups(here: Acting, name: Name, group: Groups = None) -> None:
 
 
 def deactivate(here: Acting, name: Name) -> None:
-    """Deactivate a user: their token, approvals and signatures no longer count."""
+    """Deactivate a user: their tokens, approvals and signatures no longer count."""
     from tunesmith.services import users
 
     user = users.deactivate(here.store, name, actor=here.actor)
@@ -100,13 +100,52 @@ def deactivate(here: Acting, name: Name) -> None:
     here.emit(user, printed(f"{name} is deactivated"))
 
 
-def token(here: Acting, name: Name) -> None:
-    """Make a new token for the HTTP interface; an older one stops working. The token is shown only once."""
+def token(
+    here: Acting,
+    user: Name,
+    name: Annotated[
+        str, typer.Option("--name", help="The token's name. A new token `first` replaces the one before.")
+    ] = "first",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scope",
+            help="What it may be used for: chat, feedback, jobs, decisions, read, tokens or all (the default); "
+            "repeatable. It never permits more than its user's roles.",
+        ),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option("--expires", metavar="DAYS", help="As 30d, or never; 90d by default.")
+    ] = None,
+) -> None:
+    """Make a token for the HTTP interface. It is shown only once."""
     from tunesmith.services import users
 
-    issued = users.issue_token(here.store, name, actor=here.actor)
-    say(f"the token of {name}, shown only once; an older one no longer works:")
+    issued = users.issue_token(here.store, user, name=name, scopes=scope or (), expires=expires, actor=here.actor)
+    end = "it does not expire" if issued.expires is None else f"it expires on {issued.expires[:10]}"
+    say(f"the token {issued.name} of {user}, shown only once; {end}:")
     here.emit(issued, printed(issued.token))
+
+
+def tokens(
+    here: Here, user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose; by default all.")] = None
+) -> None:
+    """List tokens: what they are for, when they expire, when they were used last. Their secrets are kept nowhere."""
+    from tunesmith.services import users
+
+    here.emit(users.list_tokens(here.store, user), _draw_tokens)
+
+
+def revoke_token(
+    here: Acting,
+    user: Name,
+    name: Annotated[str, typer.Argument(metavar="TOKEN", help="Its name, as `tunesmith users tokens` shows it.")],
+) -> None:
+    """End a token at once."""
+    from tunesmith.services import users
+
+    ended = users.revoke_token(here.store, user, name, actor=here.actor)
+    here.emit(ended, printed(f"the token {name} of {user} is revoked"))
 
 
 def list_keys(here: Here) -> None:
@@ -214,6 +253,21 @@ def _draw_users(console: Console, found: UserList) -> None:
         for user in found.users
     )
     draw_table(console, rows, "user", "roles", "tenant", "region", "groups", "active")
+
+
+def _draw_tokens(console: Console, found: TokenList) -> None:
+    rows = (
+        (
+            *(token.user, token.name, ", ".join(token.scopes), token.status),
+            *map(_minute, (token.created, token.expires, token.used)),
+        )
+        for token in found.tokens
+    )
+    draw_table(console, rows, "user", "token", "scopes", "status", "created", "expires", "last used")
+
+
+def _minute(at: str | None) -> str:
+    return "never" if at is None else at[:16].replace("T", " ")
 
 
 def _draw_keys(console: Console, found: KeyList) -> None:

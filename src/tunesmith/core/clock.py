@@ -13,3 +13,8 @@ def now() -> datetime:
 def stamp() -> str:
     """The current UTC time as ISO 8601 with microseconds and a trailing Z."""
     return now().isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def day(at: float) -> str:
+    """The day, in UTC, of a time in seconds since 1970, as 2031-05-06."""
+    return datetime.fromtimestamp(at, UTC).date().isoformat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -15,7 +16,8 @@ from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, UserRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, TokenRow, UserRow, VersionRow
+from tunesmith.store.tokens import FIRST
 
 State = dict[tuple[str, ...], Mapping[str, Any]]
 
@@ -24,8 +26,8 @@ def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
     """The problems of the audit log, one sentence each; empty if there are none.
 
     The chain must be whole. It must contain its own head, the head that each version, approval and refusal was signed
-    with, and the heads of kept, which the caller has from elsewhere. Replaying it must give the users, versions and
-    aliases of the database, so that a row that was changed without an entry is found.
+    with, and the heads of kept, which the caller has from elsewhere. Replaying it must give the users, tokens,
+    versions and aliases of the database, so that a row that was changed without an entry is found.
     """
     pins = list(kept)
     problems: list[str] = []
@@ -98,12 +100,12 @@ def _unproven(session: Session) -> list[str]:
 
 
 def _replay(session: Session) -> State:
-    """The users, versions and aliases that result from the log's entries."""
+    """The users, tokens, versions and aliases that result from the log's entries."""
     found: State = {}
     for row in audit.entries(session):
         detail = row.detail
-        if row.action.startswith("user.") and isinstance(detail.get("user"), dict):
-            found["user", row.subject] = detail["user"]
+        if row.action.startswith("user."):
+            _replay_user(row, found)
         elif row.action == "version.register" and isinstance(detail.get("version"), dict):
             version = detail["version"]
             found["version", f"{version.get('name')}@v{version.get('number')}"] = version
@@ -113,11 +115,36 @@ def _replay(session: Session) -> State:
     return found
 
 
+def _replay_user(row: AuditRow, found: State) -> None:
+    """Put what an entry says of a user and of their tokens into found."""
+    user, tokens = row.detail.get("user"), row.detail.get("tokens", [])
+    if isinstance(user, dict):
+        if "token" in user:  # an entry from when a user had one token, without a name
+            user = dict(user)
+            tokens = _only_token(row, user.pop("token"), found)
+        found["user", row.subject] = user
+    for token in tokens:
+        found["token", f"{token.get('name')} of {row.subject}"] = token
+
+
+def _only_token(row: AuditRow, token: str | None, found: State) -> list[dict[str, Any]]:
+    """The state that a user's only token has as their first one, after an entry that changed it or left it."""
+    if token is None:
+        found.pop(("token", f"{FIRST} of {row.subject}"), None)
+    if token is None or row.action != "user.token":
+        return []
+    created = datetime.fromisoformat(row.at).timestamp()
+    ends = {"expires": None, "revoked": None}
+    return [{"user": row.subject, "name": FIRST, "token": token, "scopes": ["all"], "created": created, **ends}]
+
+
 def _actual(session: Session) -> State:
-    """The users, versions and aliases in the tables."""
+    """The users, tokens, versions and aliases in the tables."""
     found: State = {}
     for user in session.scalars(select(UserRow)):
         found["user", user.name] = identities.state(user)
+    for token in session.scalars(select(TokenRow)):
+        found["token", f"{token.name} of {token.user}"] = identities.token_state(token)
     for version in session.scalars(select(VersionRow)):
         found["version", f"{version.name}@v{version.number}"] = {
             "name": version.name,

@@ -6,15 +6,17 @@ A route without such a declaration fails a test, and `caller` knows nobody there
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import Depends, Request
 
-from tunesmith.server.errors import unauthorised
+from tunesmith.server.errors import ApiError, unauthorised
 from tunesmith.server.serving import Serving, serving_of
 from tunesmith.store.identities import User
 from tunesmith.store.roles import TokenScope
+from tunesmith.store.tokens import Caller, Token
 
 Dependency = TypeVar("Dependency", bound=Callable[..., Any])
 
@@ -32,15 +34,34 @@ def decides(decision: str) -> Callable[[Dependency], Dependency]:
 def needs(*scopes: TokenScope) -> Any:
     """A dependency: a valid token with one of these scopes; without scopes, any valid token.
 
-    Raises ApiError 401 without a valid token.
+    Raises ApiError 401 without a valid token, 429 where the token or its tenant sends too many requests, 403 where the
+    token lacks the scope or the user may not use models.
     """
 
     @decides(" or ".join(scopes) or "any token")
     async def decide(request: Request) -> None:
-        user = await asyncio.to_thread(serving_of(request).router.caller, bearer(request))
-        request.state.caller = user
+        serving = serving_of(request)
+        found = await asyncio.to_thread(serving.router.caller, bearer(request))
+        serving.used[found.digest] = time.time()
+        serving.rates.take(request.scope, found.digest, found.user.tenant)
+        request.state.caller = found
+        if scopes:
+            require_scope(request, *scopes)
 
     return Depends(decide)
+
+
+def require_scope(request: Request, *scopes: TokenScope) -> None:
+    """Raise ApiError 403 unless the token of a request has one of these scopes."""
+    token = token_of(request)
+    if not token.permits(*scopes):
+        raise ApiError(
+            403,
+            f"The token {token.name} of {token.user} has no scope {' or '.join(scopes)}, only "
+            f"{', '.join(token.scopes)}. `tunesmith users token {token.user} --name NAME --scope {scopes[0]}` makes "
+            "one that has it.",
+            code="insufficient_scope",
+        )
 
 
 @decides("public")
@@ -53,9 +74,12 @@ PUBLIC: Any = Depends(_anybody)
 
 def caller(request: Request) -> tuple[User, Serving]:
     """Who calls, on a route that declares `needs`, and the server."""
-    user = request.state.caller
-    assert isinstance(user, User)
-    return user, serving_of(request)
+    return _caller(request).user, serving_of(request)
+
+
+def token_of(request: Request) -> Token:
+    """The token that a request came with, on a route that declares `needs`."""
+    return _caller(request).token
 
 
 def bearer(request: Request) -> str:
@@ -64,3 +88,9 @@ def bearer(request: Request) -> str:
     if scheme.lower() != "bearer" or not token.strip():
         raise unauthorised()
     return token.strip()
+
+
+def _caller(request: Request) -> Caller:
+    found = request.state.caller
+    assert isinstance(found, Caller)
+    return found

@@ -24,7 +24,7 @@ from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.server import control, decisions, jobs, openapi
+from tunesmith.server import control, decisions, jobs, openapi, tokens
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.console import routes as console
 from tunesmith.server.errors import ApiError, passes, unavailable
@@ -32,6 +32,7 @@ from tunesmith.server.fine_tuning import files
 from tunesmith.server.fine_tuning import jobs as fine_tuning
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import DrainMiddleware, drain
+from tunesmith.server.intake.rates import RateHeaders, Rates
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import LOG, Recorder
 from tunesmith.server.routing import ReadyVersions, Router
@@ -40,9 +41,11 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Prompts, Worker
 from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store.store import Store
+from tunesmith.store.tokens import note_use
 from tunesmith.store.uploads import remove_leftovers
 
 _LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops
+_USED_SECONDS = 60.0  # between two notes of when tokens were used last
 _CLEAN_SECONDS = 300.0  # between two looks for kept requests whose time is over
 
 
@@ -76,11 +79,13 @@ def create_app(
     router = Router(store, settings.region, versions)
     worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), prompts)
     metrics.watch_queue(worker.waiting)
-    serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings), project)
+    serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings), Rates(settings), project)
 
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.serving = serving
+    if settings.token_rate or settings.tenant_rate:
+        app.add_middleware(RateHeaders)
     app.add_middleware(DrainMiddleware, drain=serving.drain)
     if (sender := telemetry.active()) is not None:
         from tunesmith.server.tracing import TraceMiddleware
@@ -108,6 +113,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(control.routes)
     app.include_router(jobs.routes)
     app.include_router(decisions.routes)
+    app.include_router(tokens.routes)
     app.include_router(files.routes)
     app.include_router(fine_tuning.routes)
     app.include_router(console.routes)
@@ -132,14 +138,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for threads in (serving.scoring, serving.noting, serving.listing, serving.files):
             threads.stop()
         await asyncio.to_thread(serving.recorder.stop, _LAST_SECONDS)
+        with contextlib.suppress(TunesmithError, OSError):  # a database that is away must not keep the process
+            await _note_use(serving)
 
 
 async def _control(serving: Serving) -> None:
     """Advance every live rollout, and tell of champions that may not serve, every check_seconds.
 
-    Deletes kept requests whose time is over, less often.
+    Deletes kept requests whose time is over, and writes when tokens were used, less often.
     """
-    watch, cleaned_at = ChampionWatch(serving.store), -math.inf
+    watch, cleaned_at, noted_at = ChampionWatch(serving.store), -math.inf, time.monotonic()
     while True:
         try:
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
@@ -151,11 +159,21 @@ async def _control(serving: Serving) -> None:
             if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
                 cleaned_at = time.monotonic()
                 await asyncio.to_thread(delete_expired, serving.store)
+            if time.monotonic() - noted_at >= _USED_SECONDS:
+                noted_at = time.monotonic()
+                await _note_use(serving)
             serving.checked_at = time.monotonic()
         except Exception:  # noqa: BLE001 - one failed check must not end the controller
             serving.metrics.controller_failures.inc()
             LOG.exception("checking the rollouts failed")
         await asyncio.sleep(serving.settings.check_seconds)
+
+
+async def _note_use(serving: Serving) -> None:
+    """Write when tokens were used last."""
+    used, serving.used = serving.used, {}
+    if used:
+        await asyncio.to_thread(note_use, serving.store, used)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -59,11 +59,12 @@ class ApiError(Exception):
         return JSONResponse(self.document().model_dump(), status_code=self.status, headers=self.headers)
 
 
-def unauthorised() -> ApiError:
-    """No valid token. The answer is the same for a missing and a wrong one."""
+def unauthorised(why: str = "") -> ApiError:
+    """No valid token. The answer is the same for a missing and a wrong one. why: of a token that was valid once."""
+    none = "No valid token was given. Send `Authorization: Bearer TOKEN`; `tunesmith users token NAME` makes one."
     return ApiError(
         401,
-        "No valid token was given. Send `Authorization: Bearer TOKEN`; `tunesmith users token NAME` makes one.",
+        f"{why[:1].upper()}{why[1:]}." if why else none,
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
@@ -115,6 +116,12 @@ def busy_for_user(most: int, what: str = "requests") -> ApiError:
     """The user has as many requests under way as one user may have."""
     message = f"You have {most} {what} waiting or being answered. Wait for some of them, then try again."
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+
+
+def rate_limited(what: str, most: int, seconds: int) -> ApiError:
+    """A token or tenant (what) sent more than `most` requests a minute. seconds: until the next one is taken."""
+    message = f"Rate limit reached for this {what}: {most} requests per minute. Try again in {seconds} s."
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
 
 
 def not_stored(error: Exception) -> ApiError:

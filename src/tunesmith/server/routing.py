@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -27,9 +29,10 @@ from tunesmith.rollout.traffic import goes_to_canary
 from tunesmith.server.errors import ApiError, forbidden, no_such_model, not_available, unauthorised
 from tunesmith.services.fine_tuning.models import PREFIX, NotYet, version_behind
 from tunesmith.store import database
-from tunesmith.store.identities import User, authenticate
+from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
+from tunesmith.store.tokens import Caller, authenticate
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.server")
@@ -81,26 +84,34 @@ class Router:
     """Maps model names to versions, and refuses those that may not serve now.
 
     Asks the database before each request whether anything changed. If so, or if a version expired, it decides anew
-    (rollout/standing.py). So a change by any process counts from the next request on.
+    (rollout/standing.py). So a change by any process counts from the next request on. clock: seconds since 1970.
     """
 
-    def __init__(self, store: Store, region: str, versions: ReadyVersions) -> None:
-        self._store, self._region, self._versions = store, region, versions
+    def __init__(
+        self, store: Store, region: str, versions: ReadyVersions, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._region, self._versions, self._clock = store, region, versions, clock
         self._choices = UntilChanged[_Choice](store)
-        self._callers = UntilChanged[User](store)
+        self._callers = UntilChanged[Caller](store)
 
-    def caller(self, token: str) -> User:
-        """The user whose token it is now. Raises ApiError 401 for no valid token, 403 if they may not use models."""
+    def caller(self, token: str) -> Caller:
+        """Who has this token now. Raises ApiError 401 for no valid token, 403 if they may not use models."""
 
-        def decide(session: Session) -> User:
-            user = authenticate(session, token)
-            if user is None:
+        def decide(session: Session) -> Caller:
+            try:
+                found = authenticate(session, token, now=self._clock())
+            except Refused as error:
+                raise unauthorised(f"{error.what}: {error.fix}") from None
+            if found is None:
                 raise unauthorised()
-            if not user.may("model.use"):
-                raise forbidden(f"{user.name} may not use models.")
-            return user
+            if not found.user.may("model.use"):
+                raise forbidden(f"{found.user.name} may not use models.")
+            return found
 
-        return self._callers.get(digest_bytes(token.encode()), decide)
+        def holds(found: Caller) -> bool:
+            return found.token.status(self._clock()) == "active"
+
+        return self._callers.get(digest_bytes(token.encode()), decide, holds)
 
     def route(self, user: User, model: str, key: str) -> Route:
         """The version for a request. key: requests with equal keys get the same arm.

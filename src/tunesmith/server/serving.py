@@ -13,6 +13,7 @@ from tunesmith.project import Project
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import Drain
+from tunesmith.server.intake.rates import Rates
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import Recorder
 from tunesmith.server.routing import Router
@@ -34,7 +35,8 @@ class Serving:
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
     project: takes fine-tuning jobs; None: the server takes none. uploads: the uploads under way, by user. files:
-    threads that write uploads and delete files.
+    threads that write uploads and delete files. used: when tokens, by their digests, were used since this was last
+    written to the database, in seconds since 1970.
     """
 
     store: Store
@@ -44,6 +46,7 @@ class Serving:
     recorder: Recorder
     worker: Worker
     arriving: Arriving
+    rates: Rates
     project: Project | None = None
     drain: Drain = field(default_factory=Drain)
     checked_at: float = 0.0
@@ -54,6 +57,7 @@ class Serving:
         default_factory=lambda: SharedThreads("files", limits.UPLOADS, limits.LISTS, "calls for files")
     )
     uploads: Counter[str] = field(default_factory=Counter)
+    used: dict[str, float] = field(default_factory=dict)
 
     def arrives(self, user: User) -> AbstractContextManager[Callable[[int], None]]:
         """Count a request of the user while its body is read (`Arriving.one`)."""

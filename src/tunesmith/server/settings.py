@@ -29,6 +29,10 @@ class ServerSettings(Settings):
     per_user: Annotated[
         int, Field(ge=1, description="requests of one user that are sent, wait or are answered; more are answered 429")
     ] = 128
+    token_rate: Annotated[int, Field(ge=0, description="requests a minute of one token, 0 for any number")] = 0
+    tenant_rate: Annotated[
+        int, Field(ge=0, description="requests a minute of all tokens of one tenant, 0 for any number")
+    ] = 0
     together: Annotated[int, Field(ge=1, le=256, description="requests decoded as one batch")] = 32
     answer_seconds: Annotated[
         float, Field(gt=0, description="longest time for an answer, including its wait in the queue")

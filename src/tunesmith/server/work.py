@@ -273,7 +273,7 @@ class Worker:
     def _look_again(self, job: Job) -> None:
         """Read the caller and choose the version once more. Raises ApiError, 503 where the database is away."""
         try:
-            job.user = self._router.caller(job.token)
+            job.user = self._router.caller(job.token).user
             job.route = self._router.route(job.user, job.request.model, job.request.user or job.id)
         except TunesmithError as error:
             if not passes(error):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import time
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.numbers import is_number
@@ -18,10 +20,13 @@ from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions
-from tunesmith.store import identities, sessions, user_keys
+from tunesmith.store import identities, sessions, tokens, user_keys
 from tunesmith.store.identities import User, acting
 from tunesmith.store.store import Store
+from tunesmith.store.tokens import TokenStatus
 from tunesmith.store.trust import KeyStatus
+
+_EXPIRES = "90d"
 
 
 class UserView(View):
@@ -100,10 +105,32 @@ class EndedKey(View):
     unrefused: tuple[str, ...] = ()
 
 
-class IssuedToken(View):
-    """A new token. It is shown once; the store keeps only its digest."""
+class TokenView(View):
+    """One token. Times are ISO 8601; expires: None never; used: about when it was used last, None if it was not."""
 
     user: str
+    name: str
+    scopes: tuple[str, ...]
+    status: TokenStatus
+    created: str
+    expires: str | None
+    revoked: str | None
+    used: str | None
+
+
+class TokenList(View):
+    """Tokens, ended ones included. Nobody can be told their secrets any more."""
+
+    tokens: tuple[TokenView, ...]
+
+
+class IssuedToken(View):
+    """A new token. It is shown once; the store keeps only its digest. expires: None never."""
+
+    user: str
+    name: str
+    scopes: tuple[str, ...]
+    expires: str | None
     token: str
 
 
@@ -154,13 +181,61 @@ def set_groups(store: Store, name: str, groups: Iterable[str], *, actor: str | N
 
 
 def deactivate(store: Store, name: str, *, actor: str | None = None) -> UserView:
-    """Deactivate a user: their token, approvals and signatures no longer count."""
+    """Deactivate a user: their tokens, approvals and signatures no longer count."""
     return _changed(store, identities.deactivate(store, name, actor=acting(store, actor)))
 
 
-def issue_token(store: Store, name: str, *, actor: str | None = None) -> IssuedToken:
-    """Make a new HTTP token for a user; any older token of theirs stops working."""
-    return IssuedToken(user=name, token=identities.issue_token(store, name, actor=acting(store, actor)))
+def issue_token(
+    store: Store,
+    user: str,
+    *,
+    name: str = tokens.FIRST,
+    scopes: Iterable[str] = (),
+    expires: str | None = None,
+    by: tokens.Token | None = None,
+    actor: str | None = None,
+) -> IssuedToken:
+    """Make a token for a user. A token named `first` replaces the one before; another name must be free.
+
+    expires: `90d`, the default, or `never`. scopes: by default everything. by: the token that asks for it, which gives
+    no more scopes than its own, and no later end.
+    """
+    at = time.time()
+    given = list(scopes) or list(by.scopes if by is not None else ("all",))
+    end = None if expires == "never" else at + _days(expires or _EXPIRES) * 86400
+    if by is not None and not by.covers(given):
+        raise Refused(
+            f"the token {by.name} has the scopes {', '.join(by.scopes)} and gives no others",
+            fix=f"tunesmith users token {user} --scope {given[0]}",
+        )
+    if by is not None and by.expires is not None and (end is None or end > by.expires):
+        if expires is not None:
+            raise Refused(f"the token {by.name} expires before that", fix=f"tunesmith users token {user}")
+        end = by.expires
+    secret = tokens.issue_token(store, user, name=name, scopes=given, expires=end, now=at, actor=acting(store, actor))
+    return IssuedToken(user=user, name=name, scopes=tuple(sorted(set(given))), expires=_iso(end), token=secret)
+
+
+def list_tokens(store: Store, user: str | None = None) -> TokenList:
+    """The tokens of a user, or of all."""
+    return TokenList(tokens=tuple(_token(token) for token in tokens.list_tokens(store, user)))
+
+
+def visible_tokens(store: Store, viewer: User, user: str | None = None) -> TokenList:
+    """The tokens of a user, by default of all whose tokens the viewer may see: an admin everybody's, others their own.
+
+    Raises Refused for another user's.
+    """
+    if user != viewer.name and not (viewer.may("user.change") and viewer.scope == Scope()):
+        if user is not None:
+            raise Refused(f"{viewer.name} may see only their own tokens", fix="ask an admin")
+        user = viewer.name
+    return list_tokens(store, user)
+
+
+def revoke_token(store: Store, user: str, name: str, *, actor: str | None = None) -> TokenView:
+    """End a token at once. Every user may end their own, an admin anybody's."""
+    return _token(tokens.revoke_token(store, user, name, actor=acting(store, actor)))
 
 
 def list_keys(store: Store) -> KeyList:
@@ -223,6 +298,30 @@ def revoke_key(store: Store, name: str, label: str, *, since: str, actor: str | 
     given = user_keys.enrolled_by(store, user.name, ended.until or 0)
     others = tuple(what for fingerprint, what in given.items() if fingerprint not in known)
     return ended.model_copy(update={"to_look_at": others})
+
+
+def _days(text: str) -> int:
+    matched = re.fullmatch("([1-9][0-9]{0,4})d", text)
+    if matched is None:
+        raise UsageError(f"{text[:20]!r} is no time until a token expires", fix="write days, as in 90d, or never")
+    return int(matched[1])
+
+
+def _iso(at: float | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def _token(token: tokens.Token) -> TokenView:
+    return TokenView(
+        user=token.user,
+        name=token.name,
+        scopes=token.scopes,
+        status=token.status(time.time()),
+        created=_iso(token.created) or "",
+        expires=_iso(token.expires),
+        revoked=_iso(token.revoked),
+        used=_iso(token.used),
+    )
 
 
 def _read_key(file: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Users, their roles and their tokens. Every change is one transaction with its audit entry.
+"""Users and their roles. Every change is one transaction with its audit entry.
 
 The first user of a store is its owner, with the roles admin and engineer. The owner's name is $TUNESMITH_USER, else the
 name of the operating system's user. On the command line, everybody who may write the store's files can act as any user;
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import hmac
 import os
 import re
-import secrets
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,12 +26,8 @@ from tunesmith.core.text.names import check_name, check_new_name
 from tunesmith.store import audit, database
 from tunesmith.store.roles import ACTIONS, ROLES, Role
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, KeyRow, UserRow
+from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
 from tunesmith.store.trust import FIRST_LABEL, KeyStatus, TrustedKey, in_both, is_written, keys_of_users, write_trust
-
-# Secret scanners, and the privacy scan of rows, recognise a leaked token by its prefix and length.
-_TOKEN_PREFIX, _TOKEN_BYTES = "tsk_", 32
-TOKEN_FORM = rf"{_TOKEN_PREFIX}[A-Za-z0-9_-]{{{-(-_TOKEN_BYTES * 4 // 3)}}}"
 
 
 class UserKey(BaseModel):
@@ -128,7 +123,7 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
 
     where: with a session, the caller's transaction decides, so that a role that was just taken away counts.
     """
-    with _session(where) as session:
+    with session_of(where) as session:
         row = session.get(UserRow, user)
         found = _user(row) if row else None
     if found is None or not found.active:
@@ -152,7 +147,7 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
 
 def get_user(where: Store | Session, name: str) -> User:
     """A user by name. Raises UsageError where there is none."""
-    with _session(where) as session:
+    with session_of(where) as session:
         row = session.get(UserRow, name)
     if row is None:
         raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
@@ -161,7 +156,7 @@ def get_user(where: Store | Session, name: str) -> User:
 
 def list_users(where: Store | Session) -> list[User]:
     """All users sorted by name, deactivated ones included."""
-    with _session(where) as session:
+    with session_of(where) as session:
         return [_user(row) for row in session.scalars(select(UserRow).order_by(UserRow.name))]
 
 
@@ -221,12 +216,16 @@ def set_groups(store: Store, name: str, groups: Iterable[str], *, actor: str) ->
 
 
 def deactivate(store: Store, name: str, *, actor: str) -> User:
-    """Deactivate a user: their token, approvals and signatures no longer count. Users are never deleted."""
+    """Deactivate a user: their tokens, approvals and signatures no longer count. Users are never deleted."""
     with changing(store, actor, "user.deactivate", name) as (session, detail):
         row = user_row(session, name)
-        row.active, row.token_digest = False, None
+        row.active = False
         _keep_an_admin(session)
         detail["user"] = state(row)
+        working = [token for token in row.tokens if token.revoked is None]
+        for token in working:
+            token.revoked = time.time()
+        detail["tokens"] = [token_state(token) for token in working]
     return get_user(store, name)
 
 
@@ -252,43 +251,12 @@ def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_
     session.flush()
 
 
-# Tokens
-
-
-def issue_token(store: Store, name: str, *, actor: str) -> str:
-    """Make a token for the HTTP interface and return it: 256 random bits, of which the store keeps only the digest.
-
-    A token that the user had before stops working.
-    """
-    token = _TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
-    with changing(store, actor, "user.token", name, own=True) as (session, detail):
-        row = user_row(session, name)
-        if not row.active:
-            raise Refused(f"{name} is deactivated", fix="add a new user")
-        row.token_digest = _token_digest(token)
-        detail["user"] = state(row)
-    return token
-
-
-def authenticate(where: Store | Session, token: str) -> User | None:
-    """The user whose token it is; None for any other text, or if the user is deactivated.
-
-    The look-up uses the token's SHA-256, so its duration does not show how close a guess was.
-    """
-    digest = _token_digest(token)
-    with _session(where) as session:
-        row = session.scalars(select(UserRow).where(UserRow.token_digest == digest)).first()
-    if row is None or row.token_digest is None or not hmac.compare_digest(row.token_digest, digest):
-        return None
-    return _user(row) if row.active else None
-
-
 # Trusted keys, and what the audit log keeps
 
 
 def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
     """The keys of all users, retired and revoked ones included, with their owners' roles now."""
-    with _session(where) as session:
+    with session_of(where) as session:
         return keys_of_users(session)
 
 
@@ -301,7 +269,6 @@ def publish_trust(store: Store) -> None:
 
 def state(row: UserRow) -> dict[str, Any]:
     """What the audit log keeps of a user after a change, so that a row that was changed without it can be found."""
-    token = digest_bytes(row.token_digest.encode()) if row.token_digest else None
     return {
         "name": row.name,
         "roles": list(row.roles),
@@ -321,7 +288,19 @@ def state(row: UserRow) -> dict[str, Any]:
             }
             for key in row.keys
         ],
-        "token": token,
+    }
+
+
+def token_state(row: TokenRow) -> dict[str, Any]:
+    """What the audit log keeps of a token after a change. When it was used last is no part of it."""
+    return {
+        "user": row.user,
+        "name": row.name,
+        "token": digest_bytes(row.digest.encode()),
+        "scopes": list(row.scopes),
+        "created": row.created,
+        "expires": row.expires,
+        "revoked": row.revoked,
     }
 
 
@@ -353,7 +332,8 @@ def changing(
 
 
 @contextlib.contextmanager
-def _session(where: Store | Session) -> Iterator[Session]:
+def session_of(where: Store | Session) -> Iterator[Session]:
+    """The caller's session, or one that reads a store."""
     if isinstance(where, Session):
         yield where
     else:
@@ -435,7 +415,3 @@ def _own_name() -> str:
         return check_new_name(plain or "owner", ())
     except UsageError:
         return "owner"
-
-
-def _token_digest(token: str) -> str:
-    return digest_bytes(token.encode(errors="replace"))

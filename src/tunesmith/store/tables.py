@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0006"
+HEAD_REVISION = "0007"
 
 
 class Table(DeclarativeBase):
@@ -80,15 +80,14 @@ class LockRow(Table):
 
 
 class UserRow(Table):
-    """A person or a service. token_digest is the SHA-256 of a random 256-bit token.
+    """A person or a service. tenant, region: what the user may act for; "" means all.
 
-    tenant, region: what the user may act for; "" means all. groups: whose documents the user may see.
+    groups: whose documents the user may see.
     """
 
     __tablename__ = "users"
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     roles: Mapped[list[str]] = mapped_column()
-    token_digest: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
     tenant: Mapped[str] = mapped_column(String(64), default="")
     region: Mapped[str] = mapped_column(String(64), default="")
     groups: Mapped[list[str]] = mapped_column(default=list)
@@ -96,6 +95,9 @@ class UserRow(Table):
     # Without a constraint in the database: a key whose user's row was deleted must stay known.
     keys: Mapped[list[KeyRow]] = relationship(
         primaryjoin="UserRow.name == foreign(KeyRow.user)", order_by="KeyRow.enrolled", lazy="selectin"
+    )
+    tokens: Mapped[list[TokenRow]] = relationship(
+        primaryjoin="UserRow.name == foreign(TokenRow.user)", order_by="TokenRow.created", viewonly=True
     )
 
 
@@ -142,6 +144,25 @@ class SessionRow(Table):
     changed: Mapped[float] = mapped_column(Float)
     used: Mapped[float] = mapped_column(Float)
     until: Mapped[float] = mapped_column(Float)
+
+
+class TokenRow(Table):
+    """A token of a user for the HTTP interface. digest: the SHA-256 of its 256 random bits.
+
+    Times are seconds since 1970. expires: None never. revoked: when it was ended, None if it was not. used: about when
+    it was used last, None if it was not; the only column that changes without an audit entry.
+    """
+
+    __tablename__ = "tokens"
+    __table_args__ = (UniqueConstraint("user", "name"),)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    user: Mapped[str] = mapped_column(String(128))
+    name: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]] = mapped_column()
+    created: Mapped[float] = mapped_column(Float)
+    expires: Mapped[float | None] = mapped_column(Float, default=None)
+    revoked: Mapped[float | None] = mapped_column(Float, default=None)
+    used: Mapped[float | None] = mapped_column(Float, default=None)
 
 
 class VersionRow(Table):
