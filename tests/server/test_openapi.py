@@ -35,7 +35,14 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
     bodies = [post["requestBody"]["content"] for post in posts if "requestBody" in post]
     json_bodies = [body["application/json"] for body in bodies if "application/json" in body]
     names = [body["schema"]["$ref"].rsplit("/")[-1] for body in json_bodies]
-    assert names == ["ChatRequest", "Feedback", "DecisionRequest", "SignedDecision", "TokenRequest", "FineTuningRequest"]
+    assert names == [
+        "ChatRequest",
+        "Feedback",
+        "DecisionRequest",
+        "SignedDecision",
+        "TokenRequest",
+        "FineTuningRequest",
+    ]
 
 
 def test_answers_match_the_openapi_document(document: dict[str, Any], served: Served) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 from fastapi import Request, Response
 
+from tunesmith.server.access import PUBLIC
 from tunesmith.server.console.rendering import html
 from tunesmith.server.console.routing import LOGIN, gone_to, router
 from tunesmith.server.console.session import COOKIE, Changing, check_origin, form, set_cookie
@@ -17,13 +18,13 @@ from tunesmith.store import sessions
 routes = router()
 
 
-@routes.get(LOGIN)
+@routes.get(LOGIN, dependencies=[PUBLIC])
 async def login(request: Request) -> Response:
     """Say how to log in."""
     return html("login.html.jinja", {"user": None, "link": "", "next": _local(request.query_params.get("next", ""))})
 
 
-@routes.get("/console/login/{link}")
+@routes.get("/console/login/{link}", dependencies=[PUBLIC])
 async def show_link(request: Request, link: str) -> Response:
     """Ask before a link is used, so that a program that looks at links in messages does not use it up."""
     user = await asyncio.to_thread(sessions.link_user, serving_of(request).store, link)
@@ -32,7 +33,7 @@ async def show_link(request: Request, link: str) -> Response:
     return html("login.html.jinja", {"user": user, "link": link, "next": _local(request.query_params.get("next", ""))})
 
 
-@routes.post("/console/login/{link}")
+@routes.post("/console/login/{link}", dependencies=[PUBLIC])
 async def follow_link(request: Request, link: str) -> Response:
     """Use the link."""
     check_origin(request)

@@ -7,6 +7,7 @@ import mimetypes
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
+from tunesmith.server.access import PUBLIC
 from tunesmith.server.console import changes, home, login
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
@@ -18,13 +19,13 @@ _KEPT = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}
 own = router()
 
 
-@own.get("/console")
+@own.get("/console", dependencies=[PUBLIC])
 async def console() -> Response:
     """The console begins at the root."""
     return RedirectResponse("/", 308)
 
 
-@own.get("/console/static/{name}")
+@own.get("/console/static/{name}", dependencies=[PUBLIC])
 async def static(name: str) -> Response:
     """A file that ships with the console. Pages name it with a digest, so that browsers may keep it."""
     if name not in _FILES:
@@ -35,7 +36,7 @@ async def static(name: str) -> Response:
 last = router()
 
 
-@last.get("/console/{rest:path}")
+@last.get("/console/{rest:path}", dependencies=[PUBLIC])
 async def no_page(request: Request) -> Response:
     """Any other address of the console."""
     raise _no_page()

@@ -16,6 +16,7 @@ from fastapi import Depends, Request, Response
 from fastapi.responses import HTMLResponse
 
 from tunesmith.core.digests import digest_bytes
+from tunesmith.server.access import decides
 from tunesmith.server.console.rendering import html
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.intake.body import read_bytes
@@ -71,6 +72,7 @@ class Viewer:
         return html(template, {**shared, **data}, status)
 
 
+@decides("session")
 async def viewer(request: Request) -> Viewer:
     """Who looks. Raises NotLoggedIn without a session."""
     serving = serving_of(request)
@@ -82,6 +84,7 @@ async def viewer(request: Request) -> Viewer:
     return Viewer(found.user, found.id, serving, request.url.path)
 
 
+@decides("session")
 async def changing_viewer(request: Request) -> Viewer:
     """Who changes something. Raises NotLoggedIn without a session, ApiError 403 for a form that is not of its pages."""
     check_origin(request)
