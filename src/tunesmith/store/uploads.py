@@ -70,18 +70,19 @@ def put(
     actor: str,
     scope: Scope,
     file: str | None = None,
+    digest: str | None = None,
 ) -> StoredFile:
     """Keep a file, which is used up. source: on the store's disk (`Store.scratch`).
 
-    file: its id; by default a new one. An id that exists already gives the file that is there. Raises Refused where the
-    actor may not do this.
+    digest: of its bytes, where the caller knows it. file: its id; by default a new one. An id that exists already gives
+    the file that is there. Raises Refused where the actor may not do this.
     """
     require(store, actor, "file.change", scope=scope)
     file = file or new_id()
     if (known := find(store, file, scope)) is not None:
         return known
     remove_leftovers(store)
-    found = {"file": file, "size": source.stat().st_size, "digest": digest_file(source)}
+    found = {"file": file, "size": source.stat().st_size, "digest": digest or digest_file(source)}
     source.chmod(0o600)
     with source.open("rb") as stream:
         os.fsync(stream.fileno())

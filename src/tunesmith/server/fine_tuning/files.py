@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ from tunesmith.store.identities import User
 from tunesmith.store.uploads import FileGone, StoredFile
 
 _PIECE = 1 << 20  # bytes that are written at once
+_SYNCED = (
+    32 << 20
+)  # bytes after which the disk is told to keep what came, so that little is left to wait for at the end
 _MOST = 10_000  # files of one page, as OpenAI's
 _OTHER_PARTS = 1 << 16  # bytes of a form besides its file
 
@@ -88,8 +92,9 @@ async def upload(request: Request) -> Response:
             reader = await _received(request, serving, path)
             name = _checked(reader)
             put = partial(
-                uploads.put, serving.store, path, name=name, purpose=PURPOSE, actor=user.name, scope=user.scope
-            )
+                uploads.put, serving.store, path, name=name, purpose=PURPOSE, actor=user.name, scope=user.scope,
+                digest=reader.digest,
+            )  # fmt: skip
             return JSONResponse(_object(await serving.files.run(user.name, put)).document())
     finally:
         serving.uploads[user.name] -= 1
@@ -101,32 +106,72 @@ async def _received(request: Request, serving: Serving, path: Path) -> FormReade
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and int(stated) > most + _OTHER_PARTS:
         raise too_large(most)
-    came, waiting, stream = 0, bytearray(), request.stream()
     with path.open("wb") as target:
         reader = FormReader(request.headers.get("content-type", ""), target, most)
+        writing, syncing, synced = _Beside(), _Beside(), 0
         try:
             async with asyncio.timeout(limits.UPLOAD_SECONDS):
-                while True:
-                    async with asyncio.timeout(settings.body_seconds):
-                        piece = await anext(stream, None)
-                    if piece is not None:
-                        came += len(piece)
-                        waiting += piece
-                        if came > most + _OTHER_PARTS:
-                            raise too_large(most)
-                    if len(waiting) >= _PIECE or (piece is None and waiting):
-                        await asyncio.to_thread(reader.feed, bytes(waiting))
-                        waiting.clear()
-                    if piece is None:
-                        break
+                async for data in _pieces(request, settings.body_seconds, most + _OTHER_PARTS):
+                    await writing.then(partial(reader.feed, data))
+                    if reader.size - synced >= _SYNCED and syncing.done:
+                        synced = reader.size
+                        await syncing.then(partial(os.fsync, target.fileno()))
         except TimeoutError:
             raise ApiError(
                 408, "The file arrived too slowly.", code="body_too_slow", headers={"Connection": "close"}
             ) from None
         except ClientDisconnect:
             raise bad_request("The client left before its body had arrived.", code="incomplete_body") from None
+        finally:  # the file stays open until nothing uses it
+            await syncing.end()
+            await writing.end()
     reader.end()
     return reader
+
+
+async def _pieces(request: Request, seconds: float, most: int) -> AsyncIterator[bytearray]:
+    """The body in pieces that are worth a thread's time. Raises TimeoutError for a pause of so many seconds, ApiError
+    413 for more bytes than `most`."""
+    came, waiting, stream = 0, bytearray(), request.stream()
+    while True:
+        async with asyncio.timeout(seconds):
+            piece = await anext(stream, None)
+        if piece is not None:
+            came += len(piece)
+            waiting += piece
+            if came > most:
+                raise too_large(most - _OTHER_PARTS)
+        if len(waiting) >= _PIECE or (piece is None and waiting):
+            yield waiting
+            waiting = bytearray()
+        if piece is None:
+            return
+
+
+class _Beside:
+    """One call at a time in a thread, while the next bytes arrive."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Future[Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether no call is under way."""
+        return self._task is None or self._task.done()
+
+    async def then(self, call: Callable[[], Any]) -> None:
+        """Begin a call once the one before has ended. Raises what that one raised."""
+        await self.end()
+        self._task = asyncio.ensure_future(asyncio.to_thread(call))
+
+    async def end(self) -> None:
+        """Wait for the call under way. Raises what it raised, once."""
+        if (task := self._task) is not None:
+            try:
+                await asyncio.shield(task)
+            finally:
+                if task.done():
+                    self._task = None
 
 
 def _checked(reader: FormReader) -> str:

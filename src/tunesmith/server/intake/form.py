@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -28,6 +29,7 @@ class FormReader:
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.size = 0
+        self._hasher = hashlib.sha256()
         self._target, self._limit, self._ended = target, limit, False
         self._parser = MultipartParser(
             boundary,
@@ -44,10 +46,15 @@ class FormReader:
         )
         self._begin_part()
 
-    def feed(self, data: bytes) -> None:
+    @property
+    def digest(self) -> str:
+        """Of the file's bytes so far."""
+        return f"sha256:{self._hasher.hexdigest()}"
+
+    def feed(self, data: bytes | bytearray) -> None:
         """Take the next bytes."""
         try:
-            self._parser.write(data)
+            self._parser.write(bytes(data))
         except FormParserError:
             raise bad_request("The form is not valid multipart/form-data.", code="invalid_form") from None
 
@@ -87,6 +94,7 @@ class FormReader:
         self.size += len(data)
         if self.size > self._limit:
             raise too_large(self._limit)
+        self._hasher.update(data)
         self._target.write(data)
 
     def _append(self, data: bytes) -> None:
