@@ -16,7 +16,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
+from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, seal, statement_of
@@ -49,7 +49,8 @@ def put_approval(store: Store, version: Version, approval: Approval, envelope: b
 def approval_by(store: Store, user: str, **changes: object) -> Approval:
     with database.reading(store.engine) as session:
         stated = {"approver": user, "role": "approver", "decision": "approve", "reason": "", "override": None}
-        return Approval.model_validate({**stated, "at": stamp(), "audit": audit.newest(session), **changes})
+        times = {"at": stamp(), "until": stamp(LASTS)}
+        return Approval.model_validate({**stated, **times, "audit": audit.newest(session), **changes})
 
 
 def sealed(store: Store, user: str, statement: object) -> bytes:
@@ -163,6 +164,13 @@ def test_a_second_person_approves_and_once_is_enough(store: Store, version: Vers
     envelope = json.loads(store.read_blob(record.blobs[ENVELOPE]))
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
     assert verify_log(store) == []
+
+
+def test_a_record_from_before_statements_had_an_end_counts(store: Store, version: Version) -> None:
+    approval = approval_by(store, "ann", until=None)
+    assert "until" not in approval.model_dump()
+    put_approval(store, version, approval, sealed(store, "ann", statement_of(version, approval)))
+    assert require_approved(store, version) == approval
 
 
 def test_the_one_who_registered_cannot_approve(store: Store, version: Version) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 
 def now() -> datetime:
@@ -10,9 +10,9 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def stamp() -> str:
-    """The current UTC time as ISO 8601 with microseconds and a trailing Z."""
-    return now().isoformat(timespec="microseconds").replace("+00:00", "Z")
+def stamp(after: timedelta = timedelta()) -> str:
+    """The current UTC time, or a time after it, as ISO 8601 with microseconds and a trailing Z."""
+    return (now() + after).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def day(at: float) -> str:

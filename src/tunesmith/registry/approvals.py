@@ -6,12 +6,17 @@ Three steps, so that the signing can happen where the approver's key is and the 
 A refusal blocks the version until as many people who read it approve it again as its risk class takes: approvals older
 than the newest refusal count for nothing. So a decision must have been prepared after the one that it overturns, and an
 old approval cannot be submitted again.
+
+What is signed ends an hour after it was prepared, so that a signature that was never sent cannot be used next month.
+It holds no nonce: a decision that was recorded before is answered with its record, and one that was overturned since
+is older than what overturned it, so sending a signature a second time never changes anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from itertools import takewhile
 from typing import Any
 
@@ -19,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import stamp
+from tunesmith.core import clock
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.risk import Approvals, missing
@@ -45,6 +50,8 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
 from tunesmith.store.trust import TrustedKey, signature_entry
+
+LASTS = timedelta(hours=1)  # from preparing a decision to submitting it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,9 @@ def prepare_approval(
         decision=decision,
         reason=reason,
         override=version.override,
-        at=stamp(),
+        at=clock.stamp(),
         audit=head,
+        until=clock.stamp(LASTS),
     )
     statement = statement_of(version, approval)
     return ApprovalRequest(statement, signed_bytes(statement))
@@ -104,7 +112,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
 
     The actor is the user whose key signed it; by: who this must be, by default anybody. It repeats every check of
     prepare_approval. It also checks the signature, that this store's audit log holds the entry that the statement names
-    as the newest one, and that what the decision overturns was recorded before that entry.
+    as the newest one, that what the decision overturns was recorded before that entry, and that its time is not over.
     Raises as prepare_approval does, and Refused for an envelope that is not a decision by a trusted key.
     """
     statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
@@ -126,6 +134,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
     for recorded in _standing(counting):
         if (recorded.approval.approver, recorded.approval.decision) == (approval.approver, approval.decision):
             return recorded
+    _check_time(approval)
     with store.change(key.user, f"version.{approval.decision}", version.digest, detail) as session:
         # In this transaction: a role that was taken away since then counts, and a decision that came first.
         identities.require(session, key.user, "version.approve", scope=version.scope)
@@ -195,6 +204,22 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
             fix=f"tunesmith verify {version.label} lists every problem",
         )
     return signer
+
+
+def _check_time(approval: Approval) -> None:
+    """Raise Refused if a decision may not be submitted any more, or far later than one that was prepared just now.
+
+    The signer's client states the time, so it is checked at both ends; clocks may differ by an hour.
+    """
+    fix = "prepare and sign it again"
+    try:
+        left = datetime.fromisoformat(approval.until or "") - clock.now()
+    except (ValueError, TypeError):
+        raise Refused("the signed statement does not say until when it may be submitted", fix=fix) from None
+    if left <= timedelta():
+        raise Refused(f"the time of the signed statement ended at {approval.until}", fix=fix)
+    if left > 2 * LASTS:
+        raise Refused(f"the time of the signed statement ends too late, at {approval.until}", fix=fix)
 
 
 def _check_known(session: Session, head: Head) -> None:

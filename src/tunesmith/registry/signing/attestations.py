@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.view import Omitted
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import Untrusted, check_in_time
 from tunesmith.store.audit import Head
@@ -37,7 +38,8 @@ class Approval(BaseModel):
     """The body of an approval's or a refusal's record, and the predicate that its envelope signs.
 
     override: why the version was registered although its gates did not pass, so that the approver knows of it.
-    audit: the newest entry of the audit log when it was signed.
+    audit: the newest entry of the audit log when it was signed. until: when it may be submitted last; None in records
+    that are older than this field.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -49,6 +51,7 @@ class Approval(BaseModel):
     override: str | None
     at: str
     audit: Head
+    until: Omitted[str] = None
 
 
 def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
