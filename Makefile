@@ -16,7 +16,7 @@ demo: $(DEMO)            ## the whole chain on real input, from raw rows to a si
 	$(BIN)/python examples/home_intents/demo.py
 
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m tests.run --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)          ## lint, types, import contracts and the documentation
 	$(BIN)/ruff check .

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import select
 import signal
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 _SECONDS = 120.0  # a child that a lock of another thread stops never ends by itself
 
 
+class _Process(ForkServerProcess):
+    """A process with the environment of its start, not with the one in which the fork server was started."""
+
+    def start(self) -> None:
+        self._environment = dict(os.environ)
+        super().start()
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        super().run()
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
 def forkserver() -> ForkServerContext:
-    """Starts processes that have torch and transformers imported already, and nothing else of this process."""
-    context = multiprocessing.get_context("forkserver")
+    """Starts processes that have torch and transformers imported already, and of this process its variables only."""
+    context = _Context()
     context.set_forkserver_preload(["tests.preloaded"])
     return context
 

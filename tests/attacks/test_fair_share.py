@@ -18,8 +18,8 @@ from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import SECONDS, neighbour
-from tests.server.test_faults import until
 from tests.server.tiny_engine import TinyEngine
+from tests.waiting import until
 from tunesmith.registry.versions import Version
 
 __all__ = ["engine", "made", "scene", "versions"]

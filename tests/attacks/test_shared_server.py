@@ -16,7 +16,8 @@ from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
-from tests.server.test_faults import head, raw, until
+from tests.server.test_faults import head, raw
+from tests.waiting import until
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import abort
 from tunesmith.server.intake import limits

@@ -21,8 +21,8 @@ from tests.attack_table import Happened
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_faults import until
 from tests.server.test_serve_command import command, folder
+from tests.waiting import until
 from tunesmith.registry.versions import Version
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store

@@ -12,11 +12,11 @@ from sqlalchemy import event, text
 
 from tests.attack_table import Happened
 from tests.fabricate import OWNER, Scene
-from tests.jobs.test_performing import until
 from tests.postgresql_server import Mortal, mortal, moved_to_postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.registry.versions import list_versions
 from tunesmith.server.recording import Recorder

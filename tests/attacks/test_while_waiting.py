@@ -13,7 +13,7 @@ from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
-from tests.server.test_faults import until
+from tests.waiting import until
 from tunesmith.registry.versions import Version
 from tunesmith.store.identities import deactivate
 from tunesmith.store.store import Store

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from tests.data.building.test_ray_runner import PATIENT
-from tests.jobs.test_performing import until
 from tests.jobs.waiting import wait
 from tests.own_group import run_whole_group
 from tests.tiny_project import settings, write_project
+from tests.waiting import until
 from tunesmith.core import ray_cluster
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.jobs import leases, queue

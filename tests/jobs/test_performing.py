@@ -11,6 +11,7 @@ from sqlalchemy import update
 
 from tests.jobs.conftest import SetClock
 from tests.jobs.test_queue import add, log
+from tests.waiting import until
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import Stopped
 from tunesmith.jobs import leases, performing, queue
@@ -40,13 +41,6 @@ def endless(progress: JobProgress) -> Outcome:
             task.advance()
             time.sleep(0.005)
     raise AssertionError("it was not stopped")
-
-
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 600
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def ended(store: Store, lease: Lease, work: Callable[[JobProgress], Outcome]) -> threading.Thread:

@@ -11,7 +11,6 @@ import pytest
 
 from tests.forked import forkserver
 from tests.jobs.test_killed_workers import test_no_job_is_lost_or_ends_twice  # noqa: F401
-from tests.jobs.test_performing import until
 from tests.jobs.test_queue import (  # noqa: F401
     test_a_fenced_store_writes_nothing_once_the_lease_is_lost,
     test_a_lease_that_ran_out_goes_to_another_worker_and_the_first_can_record_nothing,
@@ -26,6 +25,7 @@ from tests.jobs.test_queue import (  # noqa: F401
 from tests.jobs.test_state_machine import test_the_queue_holds_under_any_order_of_events  # noqa: F401
 from tests.postgresql_server import Mortal, mortal, postgresql
 from tests.store.test_postgresql import store
+from tests.waiting import until
 from tests.webhooks.conftest import receiver
 from tests.webhooks.test_deliveries import (  # noqa: F401
     test_a_failure_is_tried_again_later_and_later_until_it_is_given_up,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.jobs.conftest import SetClock
-from tests.jobs.test_performing import until
 from tests.tiny_project import settings, write_project
+from tests.waiting import until
 from tunesmith.core.errors import UsageError
 from tunesmith.engines import device
 from tunesmith.jobs import leases, queue, slots

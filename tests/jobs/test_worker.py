@@ -20,8 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.jobs.conftest import SetClock
-from tests.jobs.test_performing import until
 from tests.tiny_project import settings, write_project
+from tests.waiting import gone, until
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
@@ -108,13 +108,6 @@ def cli(folder: Path, *arguments: str) -> Any:
     done = CliRunner().invoke(app, [*arguments, "-C", str(folder), "--json"])
     assert done.exit_code == 0, (done.output, done.exception)
     return json.loads(done.stdout)
-
-
-def gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @pytest.fixture

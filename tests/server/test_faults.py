@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +20,7 @@ from sqlalchemy import event
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
+from tests.waiting import until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.engines.protocol import Completion
 from tunesmith.registry.versions import Version
@@ -41,14 +41,6 @@ def head(served: Served, length: int | str) -> bytes:
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {served.token}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     ).encode()
-
-
-def until(done: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
 
 
 # Clients

@@ -20,7 +20,8 @@ from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
-from tests.server.test_faults import head, raw, until
+from tests.server.test_faults import head, raw
+from tests.waiting import until
 from tunesmith.engines.protocol import Completion
 from tunesmith.registry.versions import Version
 

@@ -24,6 +24,7 @@ from tests.postgresql_server import moved_to_postgresql, postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import CERTIFICATES, HELLO, running
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import until
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import list_versions
@@ -119,23 +120,16 @@ def shared(
     scene.store.engine.dispose()
 
 
-def until(true: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.attack("crash", "kill -9 of one of two servers inside a transition")
 def test_the_other_server_carries_the_rollout_on_and_makes_each_step_once(shared: Scene) -> None:
     with two(shared, killed_at=5) as servers:
         rollout = servers.begin(2, *STEPS, {"setWeight": 100})
-        until(lambda: not servers.processes[0].is_alive(), 120)
+        until(lambda: not servers.processes[0].is_alive())
         assert servers.processes[0].exitcode == -signal.SIGKILL
         before = get_rollout(shared.store, rollout.id)
         assert before.live, "it was killed too late"
-        until(lambda: (now := get_rollout(shared.store, rollout.id)).step > before.step or not now.live, 10)
-        until(lambda: not get_rollout(shared.store, rollout.id).live, 60)
+        until(lambda: (now := get_rollout(shared.store, rollout.id)).step > before.step or not now.live)
+        until(lambda: not get_rollout(shared.store, rollout.id).live)
         with servers.http() as http:
             assert servers.ask(http, servers.urls[1]) == f"{NAME}@v2"
     done = get_rollout(shared.store, rollout.id)

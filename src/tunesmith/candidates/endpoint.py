@@ -17,6 +17,7 @@ import httpx
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.http_clients import HttpClients
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion, Generation
@@ -47,7 +48,9 @@ class Endpoint:
         self._settings = settings
         self._key = _key(settings)
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx.Client(headers=headers, timeout=settings.timeout, follow_redirects=False)
+        certificates = httpx.create_ssl_context()  # read once, and not for each client
+        given: Any = {"headers": headers, "verify": certificates, "timeout": settings.timeout}
+        self._clients = HttpClients(lambda: httpx.Client(**given, follow_redirects=False), settings.parallel)
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
@@ -107,7 +110,8 @@ class Endpoint:
 
     def _once(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         """One attempt: status, headers and body. Raises TunesmithError for a body over the size limit."""
-        with self._client.stream("POST", f"{self._settings.url}/chat/completions", json=body) as response:
+        url = f"{self._settings.url}/chat/completions"
+        with self._clients.one() as client, client.stream("POST", url, json=body) as response:
             pieces, size = [], 0
             for piece in response.iter_bytes():
                 size += len(piece)

@@ -8,8 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from pydantic import ValidationError
 
 from tests.engines.vllm import vllm_server
 from tests.tiny import write_model
+from tests.waiting import gone, until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT
@@ -48,20 +47,6 @@ def _program(folder: Path, body: str) -> str:
     return f"{sys.executable} {file}"
 
 
-def _until(what: Callable[[], object], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
 def _pids(folder: Path) -> list[int]:
     """The ids that programs wrote into files of the folder."""
     return [int(file.name) for file in (folder / "pids").iterdir()]
@@ -78,10 +63,10 @@ def test_a_server_is_started_restarted_and_stopped(tmp_path: Path) -> None:
     assert "VLLM_API_KEY" not in _command(server), "the key is in the environment"
     os.kill(server, signal.SIGKILL)
     assert engine.generate(REQUESTS) == expected, "it is started again, and every request is answered"
-    assert not _alive(server)
+    until(lambda: gone(server))
     group = _group(tmp_path)
     del engine
-    _until(lambda: not any(map(_alive, group)))
+    until(lambda: all(map(gone, group)))
 
 
 def _group(cache: Path) -> list[int]:
@@ -180,10 +165,10 @@ def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", parent]) as process:
         try:
-            _until(lambda: len(_pids(tmp_path)) == 2)
+            until(lambda: len(_pids(tmp_path)) == 2)
         finally:
             process.kill()
-    _until(lambda: not any(map(_alive, _pids(tmp_path))))
+    until(lambda: all(map(gone, _pids(tmp_path))))
 
 
 def test_settings_that_do_not_fit_together() -> None:

@@ -271,16 +271,23 @@ def test_a_restarted_server_with_another_model_is_refused(
         (["busy"] * 3, TunesmithError, "status 503: overloaded"),
         (["drop"] * 9, TunesmithError, r"cannot be reached(.|\n)*vllm serve"),
         (["fail"], TunesmithError, "status 500: EngineCore"),
-        (["stall"], TunesmithError, "no answer within 3 s"),
     ],
 )
 def test_errors_of_the_server(
     faults: list[str], error: type[TunesmithError], match: str, base: Base, fake: FakeVllm, url: str
 ) -> None:
-    engine = VllmEngine(base, VllmSettings(kind="vllm", url=url, retries=2, answer_seconds=3, concurrency=1))
+    engine = VllmEngine(base, VllmSettings(kind="vllm", url=url, retries=2, concurrency=1))
     fake.faults = faults
     with pytest.raises(error, match=match) as caught:
         engine.generate(_requests()[:1])
+    assert caught.value.exit_code == 1
+
+
+def test_a_server_that_does_not_answer(fake: FakeVllm, url: str) -> None:
+    fake.faults = ["stall"]
+    server = vllm_http.Server(url, VllmSettings(kind="vllm", url=url, answer_seconds=0.5), None)
+    with pytest.raises(TunesmithError, match=r"no answer within 0\.5 s(.|\n)*engine.answer_seconds") as caught:
+        server.ask("/v1/models")
     assert caught.value.exit_code == 1
 
 

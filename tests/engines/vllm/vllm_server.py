@@ -156,6 +156,7 @@ def _told(name: str) -> tuple[int, Any]:
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeVllm
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its headers
 
     def log_message(self, *_: object) -> None:
         return None
@@ -184,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return None
         if fault == "stall":
-            threading.Event().wait(5)
+            self.rfile.read(1)  # until the client leaves
             self.close_connection = True
             return None
         if body and body.get("stream"):
@@ -216,6 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # with the usual 5, a client that opens more connections at once waits for seconds
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.http_clients import HttpClients
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.settings import VllmSettings
 
@@ -54,13 +55,17 @@ class Server:
         self._key_env = settings.key_env
         self._fix = fix
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        most = settings.concurrency
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(settings.answer_seconds, connect=settings.connect_seconds, pool=None),
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-            trust_env=False,  # rows may be private, so use no proxy from the environment
-        )
+        certificates = httpx.create_ssl_context()  # read once, and not for each client
+
+        def client() -> httpx.Client:
+            return httpx.Client(
+                headers=headers,
+                verify=certificates,
+                timeout=httpx.Timeout(settings.answer_seconds, connect=settings.connect_seconds, pool=None),
+                trust_env=False,  # rows may be private, so use no proxy from the environment
+            )
+
+        self._clients = HttpClients(client, settings.concurrency)
         self._answer_seconds = settings.answer_seconds
 
     def ask(
@@ -115,30 +120,29 @@ class Server:
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
-            try:
-                if failed_at is not None and returned is not None:
-                    returned(failed_at)
-                response = self._client.send(
-                    self._client.build_request(method, self.url + path, json=body), stream=stream
-                )
-            except httpx.ReadTimeout as error:
-                raise self._timed_out() from error
-            except httpx.TransportError as error:
-                failed_at = time.monotonic()
-                if attempt == self._retries:
-                    raise Unavailable(
-                        f"the vLLM server cannot be reached: {error or type(error).__name__}",
-                        where=self.url,
-                        fix=self._fix,
-                    ) from error
-                continue
-            with contextlib.closing(response):
-                if response.status_code in _BUSY and attempt < self._retries:
+            if failed_at is not None and returned is not None:
+                returned(failed_at)  # it sends requests itself, so this one holds no client meanwhile
+            with self._clients.one() as client:
+                try:
+                    response = client.send(client.build_request(method, self.url + path, json=body), stream=stream)
+                except httpx.ReadTimeout as error:
+                    raise self._timed_out() from error
+                except httpx.TransportError as error:
+                    failed_at = time.monotonic()
+                    if attempt == self._retries:
+                        raise Unavailable(
+                            f"the vLLM server cannot be reached: {error or type(error).__name__}",
+                            where=self.url,
+                            fix=self._fix,
+                        ) from error
                     continue
-                if response.status_code >= 400:
-                    raise self._error(response)
-                yield response
-                return
+                with contextlib.closing(response):
+                    if response.status_code in _BUSY and attempt < self._retries:
+                        continue
+                    if response.status_code >= 400:
+                        raise self._error(response)
+                    yield response
+                    return
 
     def _error(self, response: httpx.Response) -> Exception:
         text = response.read().decode(errors="replace")

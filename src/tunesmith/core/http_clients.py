@@ -1,0 +1,37 @@
+"""HTTP clients for threads: each client serves one thread at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import httpx
+
+
+class HttpClients:
+    """Up to `most` clients that all go to the same servers. Thread-safe.
+
+    Threads do not share one httpx.Client, although httpx allows that. httpcore 1.0.9 looks whether an idle connection
+    was closed by its server (`has_expired`) without the connection's lock. Between its two questions another thread may
+    send a request on the connection. The answer then looks like a closed connection, which httpcore closes under the
+    thread that reads. That thread waits until its time limit, such as 300 s.
+    """
+
+    def __init__(self, make: Callable[[], httpx.Client], most: int) -> None:
+        """make: called for each new client."""
+        self._make, self._free = make, list[httpx.Client]()
+        self._places = threading.BoundedSemaphore(most)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[httpx.Client]:
+        """A client that no other thread uses meanwhile. Waits where all are in use."""
+        with self._places:
+            try:
+                client = self._free.pop()  # the one used last, whose connection is most likely still open
+            except IndexError:
+                client = self._make()
+            try:
+                yield client
+            finally:
+                self._free.append(client)
