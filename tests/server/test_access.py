@@ -14,9 +14,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
+from tests.attack_table import Happened
+from tests.fabricate import OWNER
 from tests.server.conftest import Served
 from tunesmith.server.access import PUBLIC, decides, needs
-from tunesmith.store.roles import TOKEN_SCOPES
+from tunesmith.store.identities import add_user, deactivate
+from tunesmith.store.roles import ROLES, TOKEN_SCOPES
+from tunesmith.store.tokens import issue_token, revoke_token
 
 DECISIONS = {"public", "session", "any token", *TOKEN_SCOPES}
 OPEN = {"/healthz", "/readyz", "/metrics"}
@@ -97,3 +101,92 @@ def included() -> APIRouter:
     router.add_api_route("/a", plain)
     router.add_api_route("/b", plain, dependencies=[Depends(viewer)])
     return router
+
+
+def by_token(served: Served) -> list[tuple[str, str, set[str]]]:
+    """(method, path, scopes that may call it) of each route that takes tokens; no scopes where any token may."""
+    found = []
+    for path, methods, (decision, *_) in decisions(served.app.routes):
+        scopes = set(decision.split(" or "))
+        if scopes & {"public", "session"}:
+            continue
+        url = path.replace("{model:path}", "m").replace("{", "").replace("}", "")
+        found += [(method, url, scopes - {"any token"}) for method in methods.split()]
+    assert len(found) > 25
+    return found
+
+
+def token_for(served: Served, name: str, scopes: Iterable[str], **more: Any) -> str:
+    """A token of a user who has every role, so that only the scopes decide."""
+    return issue_token(served.scene.store, "every", actor=OWNER, name=name, scopes=scopes, **more)
+
+
+@pytest.fixture(scope="module")
+def every(shared: Served) -> Served:
+    add_user(shared.scene.store, "every", ROLES, actor=OWNER)
+    return shared
+
+
+@pytest.mark.attack("people", "a route without a token, or with one that does not hold")
+def test_no_route_answers_without_a_token_that_holds(every: Served, happened: Happened) -> None:
+    store = every.scene.store
+    add_user(store, "gone", ROLES, actor=OWNER)
+    tokens = {
+        "expired": token_for(every, "expired", ["all"], now=1e9, expires=1e9 + 1),
+        "revoked": token_for(every, "revoked", ["all"]),
+        "deactivated": issue_token(store, "gone", actor=OWNER),
+        "unknown": "tsk_" + "A" * 43,
+    }
+    revoke_token(store, "every", "revoked", actor=OWNER)
+    deactivate(store, "gone", actor=OWNER)
+    says = {"expired": "expired on 2001-09-09", "revoked": "was revoked on"}
+    for method, path, _ in by_token(every):
+        with every.http("x") as http:
+            del http.headers["authorization"]
+            assert http.request(method, path).status_code == 401, f"{method} {path} without a token"
+        for why, token in tokens.items():
+            with every.http(token) as http:
+                answer = http.request(method, path)
+            assert answer.status_code == 401, f"{method} {path}, {why}"
+            assert says.get(why, "No valid token") in answer.json()["error"]["message"]
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            happened("refused, 401")
+
+
+@pytest.mark.attack("people", "a route with a token of another scope")
+def test_each_route_takes_its_scopes_and_no_other(every: Served, happened: Happened) -> None:
+    narrow = {scope: token_for(every, scope, [scope]) for scope in TOKEN_SCOPES}
+    for method, path, scopes in by_token(every):
+        for scope, token in narrow.items():
+            with every.http(token) as http:
+                answer = http.request(method, path)
+            allowed = not scopes or scope in scopes | {"all"}
+            found = answer.json()["error"]["code"] if answer.status_code >= 400 else ""
+            if path == "/api/tokens/user/name":
+                allowed = scope in ("tokens", "all")
+            assert (found == "insufficient_scope") != allowed, f"{method} {path} with {scope}: {found}"
+            assert answer.status_code != 401
+            if not allowed:
+                assert answer.status_code == 403
+                command = f"`tunesmith users token every --name NAME --scope {min(scopes, default='tokens')}`"
+                assert command in answer.json()["error"]["message"] or len(scopes) > 1
+                happened("refused, 403")
+
+
+@pytest.mark.attack("people", "a token with scopes that its user's roles do not permit")
+def test_a_scope_permits_nothing_that_the_roles_do_not(every: Served, happened: Happened) -> None:
+    store = every.scene.store
+    add_user(store, "reader", ["operator"], actor=OWNER)
+    token = issue_token(store, "reader", actor=OWNER)
+    asked = {
+        ("POST", "/api/decisions"): {},
+        ("GET", "/v1/files"): {},
+        ("POST", "/v1/fine_tuning/jobs"): {},
+        ("POST", "/api/tokens"): {"user": "every"},
+        ("DELETE", "/api/tokens/every/expired"): {},
+    }
+    with every.http(token) as http:
+        for (method, path), body in asked.items():
+            answer = http.request(method, path, json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied"), path
+            happened("refused, 403")

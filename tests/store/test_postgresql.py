@@ -39,6 +39,13 @@ from tests.store.test_locks import (  # noqa: F401
     test_a_lease_is_renewed_while_its_owner_works,
     test_another_machines_lock_holds_until_its_lease_ends,
 )
+from tests.store.test_tokens import (  # noqa: F401
+    owned,
+    test_a_deactivated_users_tokens_all_end,
+    test_a_first_token_replaces_the_one_before_and_no_other,
+    test_a_name_is_free_again_once_its_token_has_ended,
+    test_the_last_use_is_kept_and_leaves_no_entry,
+)
 from tests.store.test_until_changed import (  # noqa: F401
     test_a_value_is_kept_until_another_process_changes_the_store,
     test_a_value_that_does_not_hold_is_computed_again,

@@ -1,0 +1,196 @@
+"""/api/tokens: tokens over HTTP, with those of whoever calls as the limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.versions import Version
+from tunesmith.server.errors import ApiError
+from tunesmith.server.routing import Router
+from tunesmith.store.identities import add_user
+from tunesmith.store.tokens import authenticate, get_token, issue_token
+
+DAY = 86_400
+
+
+def made(served: Served, token: str, **body: Any) -> httpx.Response:
+    with served.http(token) as http:
+        return http.post("/api/tokens", json=body)
+
+
+def listed(served: Served, token: str, **query: str) -> list[tuple[str, str, str]]:
+    """(user, name, status) of the tokens that a token may see."""
+    with served.http(token) as http:
+        found = http.get("/api/tokens", params=query)
+    assert found.status_code == 200, found.text
+    return [(each["user"], each["name"], each["status"]) for each in found.json()["tokens"]]
+
+
+def test_a_user_makes_lists_and_revokes_tokens_over_http(served: Served) -> None:
+    answer = made(served, served.token, name="ci", scopes=["chat", "feedback"], expires="30d")
+    assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "no-store"
+    issued = answer.json()
+    assert (issued["user"], issued["name"], issued["scopes"]) == (OPERATOR, "ci", ["chat", "feedback"])
+    left = datetime.fromisoformat(issued["expires"]).timestamp() - time.time()
+    assert 29.9 * DAY < left <= 30 * DAY
+    assert served.client(issued["token"]).models.list().data
+    assert listed(served, served.token) == [(OPERATOR, "first", "active"), (OPERATOR, "ci", "active")]
+    with served.http() as http:
+        assert issued["token"] not in http.get("/api/tokens").text
+        ended = http.delete(f"/api/tokens/{OPERATOR}/ci")
+        assert (ended.status_code, ended.json()["status"]) == (200, "revoked")
+        assert http.delete(f"/api/tokens/{OPERATOR}/nothing").json()["error"]["code"] == "token_not_found"
+    with served.http(issued["token"]) as http:
+        assert http.get("/v1/models").status_code == 401
+    assert verify_log(served.scene.store) == []
+
+
+def test_an_admin_sees_and_changes_everybodys_tokens_and_others_only_their_own(served: Served) -> None:
+    admin = issue_token(served.scene.store, OWNER, actor=OWNER)
+    assert {user for user, _, _ in listed(served, admin)} == {OWNER, OPERATOR}
+    assert {user for user, _, _ in listed(served, admin, user=OPERATOR)} == {OPERATOR}
+    assert {user for user, _, _ in listed(served, served.token)} == {OPERATOR}
+    with served.http() as http:
+        assert http.get("/api/tokens", params={"user": OWNER}).status_code == 403
+        assert http.delete(f"/api/tokens/{OWNER}/first").status_code == 403
+    assert made(served, admin, user="nobody").status_code == 400
+    issued = made(served, admin, user=OPERATOR, name="given", scopes=["read"]).json()
+    assert (issued["user"], issued["scopes"]) == (OPERATOR, ["read"])
+    with served.http(admin) as http:
+        assert http.delete(f"/api/tokens/{OPERATOR}/given").status_code == 200
+
+
+@pytest.mark.attack("people", "a leaked token makes itself a wider or longer one")
+def test_a_token_gives_no_more_than_it_has(served: Served, happened: Happened) -> None:
+    store, end = served.scene.store, time.time() + 5 * DAY
+    token = issue_token(store, OPERATOR, actor=OPERATOR, name="short", scopes=["tokens", "read"], expires=end)
+    for body in (
+        {"scopes": ["chat"]},
+        {"scopes": ["all"]},
+        {"scopes": ["read", "jobs"]},
+        {"expires": "6d"},
+        {"expires": "never"},
+        {"expires": "99999d"},
+    ):
+        answer = made(served, token, name="wide", **body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied"), body
+        happened("refused, 403")
+    inherited = made(served, token, name="same").json()
+    assert inherited["scopes"] == ["read", "tokens"]
+    assert get_token(store, OPERATOR, "same").expires == end
+    assert made(served, token, name="shorter", scopes=["read"], expires="4d").status_code == 200
+    assert [name for _, name, _ in listed(served, token)] == ["first", "short", "same", "shorter"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"scopes": ["root"]},
+        {"scopes": []},
+        {"name": "A b"},
+        {"name": ""},
+        {"expires": "soon"},
+        {"expires": "0d"},
+        {"expires": "-1d"},
+        {"expires": 7},
+        {"secret": "mine"},
+    ],
+)
+def test_bad_requests_for_a_token_are_refused(shared: Served, body: dict[str, Any]) -> None:
+    answer = made(shared, shared.token, **body)
+    assert answer.status_code == 400, answer.text
+    assert [name for _, name, _ in listed(shared, shared.token)] == ["first"]
+
+
+def test_a_used_name_is_refused_until_its_token_has_ended(served: Served) -> None:
+    assert made(served, served.token, name="ci").status_code == 200
+    assert "already has a token ci" in made(served, served.token, name="ci").json()["error"]["message"]
+    with served.http() as http:
+        http.delete(f"/api/tokens/{OPERATOR}/ci")
+    assert made(served, served.token, name="ci").status_code == 200
+
+
+def test_a_leaked_token_ends_itself_whatever_its_scopes_are(served: Served) -> None:
+    store = served.scene.store
+    issue_token(store, OPERATOR, actor=OPERATOR, name="other", scopes=["chat"])
+    leaked = issue_token(store, OPERATOR, actor=OPERATOR, name="leaked", scopes=["chat"])
+    with served.http(leaked) as http:
+        refused = http.delete(f"/api/tokens/{OPERATOR}/other")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
+        assert http.delete(f"/api/tokens/{OPERATOR}/leaked").status_code == 200
+        assert http.get("/v1/models").status_code == 401
+    assert get_token(store, OPERATOR, "other").status(time.time()) == "active"
+
+
+def test_a_token_that_expires_between_two_requests_is_refused(served: Served) -> None:
+    now, store = [2e9], served.scene.store
+    router = Router(store, "", served.serving.router._versions, clock=lambda: now[0])
+    token = issue_token(store, OPERATOR, actor=OPERATOR, name="ci", expires=2e9 + 10, now=2e9)
+    for moment in (2e9, 2e9 + 9.9):
+        now[0] = moment
+        assert router.caller(token).token.name == "ci"
+    now[0] = 2e9 + 10
+    with pytest.raises(ApiError, match="expired on 2033-05-18") as caught:
+        router.caller(token)
+    assert caught.value.status == 401
+
+
+@pytest.fixture
+def quiet(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> Callable[[], Served]:
+    """A server that was stopped after one request of each of two tokens."""
+
+    def ran() -> Served:
+        with running(scene, engine) as served:
+            for name in ("one", "two"):
+                with served.http(issue_token(scene.store, OPERATOR, actor=OPERATOR, name=name)) as http:
+                    assert http.get("/v1/models").status_code == 200
+            issue_token(scene.store, OPERATOR, actor=OPERATOR, name="idle")
+            with served.http("tsk_nobody") as http:
+                http.get("/v1/models")
+        return served
+
+    return ran
+
+
+def test_when_a_token_was_used_is_kept_at_the_latest_when_the_server_stops(quiet: Callable[[], Served]) -> None:
+    before = time.time()
+    served = quiet()
+    used = {name: get_token(served.scene.store, OPERATOR, name).used for name in ("one", "two", "idle")}
+    assert used["idle"] is None
+    assert all(before <= (used[name] or 0) <= time.time() for name in ("one", "two"))
+    assert served.serving.used == {}
+
+
+def test_when_a_token_was_used_is_written_while_the_server_runs(
+    scene: Scene, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.server.app._USED_SECONDS", 0.0)
+    with running(scene, engine) as served:
+        with served.http() as http:
+            http.get("/v1/models")
+        end = time.monotonic() + 60
+        while get_token(scene.store, OPERATOR, "first").used is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_a_token_from_before_scopes_existed_still_does_what_it_did(served: Served) -> None:
+    """One without a name and scopes, as the command line made them."""
+    add_user(served.scene.store, "app", ["operator"], actor=OWNER)
+    token = issue_token(served.scene.store, "app", actor=OWNER)
+    found = authenticate(served.scene.store, token)
+    assert found is not None
+    assert found.token.scopes == ("all",)
+    assert served.client(token).models.list().data

@@ -1,0 +1,269 @@
+"""Tokens: what they permit and how long, who may make and end them, and what the log keeps of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import create_engine, select, text
+
+from tests.attack_table import Happened
+from tests.postgresql_server import empty_database, postgresql
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.registry.history import verify_log
+from tunesmith.store import audit, database, tokens
+from tunesmith.store.identities import add_user, deactivate, ensure_owner
+from tunesmith.store.roles import TOKEN_SCOPES
+from tunesmith.store.store import Store
+from tunesmith.store.tables import TokenRow
+from tunesmith.store.tokens import Token, authenticate, issue_token, list_tokens, note_use, revoke_token
+
+__all__ = ["postgresql"]
+
+NOW = 2_000_000_000.0
+DAY = 86_400.0
+SCOPES = st.lists(st.sampled_from(TOKEN_SCOPES), min_size=1, unique=True).map(tuple)
+
+
+@pytest.fixture
+def owned(store: Store) -> Store:
+    """A store of olive's, with an operator app and an engineer eve."""
+    ensure_owner(store)
+    add_user(store, "app", ["operator"], actor="olive")
+    add_user(store, "eve", ["engineer"], actor="olive")
+    return store
+
+
+def names(store: Store, user: str, at: float = NOW) -> dict[str, str]:
+    """The tokens of a user, by name, with their status."""
+    return {token.name: token.status(at) for token in list_tokens(store, user)}
+
+
+def token(**more: object) -> Token:
+    return Token.model_validate({"user": "app", "name": "ci", "scopes": ("all",), "created": NOW, **more})
+
+
+@given(st.none() | st.floats(0, 2 * NOW), st.none() | st.floats(0, 2 * NOW), st.floats(0, 2 * NOW), st.floats(0, NOW))
+def test_a_token_that_ended_never_works_again(
+    expires: float | None, revoked: float | None, at: float, later: float
+) -> None:
+    found = token(expires=expires, revoked=revoked)
+    if found.status(at) != "active":
+        assert found.status(at + later) != "active"
+    assert (found.status(at) == "active") == (revoked is None and (expires is None or at < expires))
+
+
+@given(SCOPES, SCOPES)
+def test_a_token_covers_another_if_it_permits_all_that_the_other_permits(
+    own: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    holder, other = token(scopes=own), token(scopes=others)
+    permitted = [scope for scope in TOKEN_SCOPES if other.permits(scope)]
+    assert holder.covers(others) == all(holder.permits(scope) for scope in permitted)
+
+
+def test_a_scope_that_no_release_knows_permits_nothing() -> None:
+    assert not any(token(scopes=("root", "")).permits(scope) for scope in TOKEN_SCOPES)
+    assert not any(token(scopes=()).permits(scope) for scope in TOKEN_SCOPES)
+
+
+def test_several_tokens_of_one_user_work_side_by_side(owned: Store) -> None:
+    made = {
+        name: issue_token(owned, "app", actor="app", name=name, scopes=scopes, now=NOW)
+        for name, scopes in (("first", ["all"]), ("ci", ["chat"]), ("notes", ["feedback", "read"]))
+    }
+    for name, secret in made.items():
+        found = authenticate(owned, secret, now=NOW)
+        assert found is not None
+        assert (found.user.name, found.token.name) == ("app", name)
+    assert names(owned, "app") == {"ci": "active", "first": "active", "notes": "active"}
+    assert names(owned, "eve") == {}
+    assert len(list_tokens(owned)) == 3
+    assert verify_log(owned) == []
+
+
+def test_a_first_token_replaces_the_one_before_and_no_other(owned: Store) -> None:
+    named = issue_token(owned, "app", actor="app", name="ci")
+    other = issue_token(owned, "eve", actor="eve")
+    old = issue_token(owned, "app", actor="app")
+    new = issue_token(owned, "app", actor="app")
+    assert authenticate(owned, old) is None
+    assert all(authenticate(owned, secret) is not None for secret in (named, other, new))
+
+
+def test_a_name_is_free_again_once_its_token_has_ended(owned: Store) -> None:
+    old = issue_token(owned, "app", actor="app", name="ci", expires=NOW + DAY, now=NOW)
+    with pytest.raises(UsageError, match="already has a token ci"):
+        issue_token(owned, "app", actor="app", name="ci", now=NOW + DAY - 1)
+    new = issue_token(owned, "app", actor="app", name="ci", now=NOW + DAY)
+    assert authenticate(owned, old, now=NOW) is None
+    assert authenticate(owned, new, now=NOW + DAY) is not None
+    revoke_token(owned, "app", "ci", actor="app")
+    issue_token(owned, "app", actor="app", name="ci")
+    assert names(owned, "app") == {"ci": "active"}
+    assert verify_log(owned) == []
+
+
+def test_a_token_works_until_it_expires_and_not_a_moment_longer(owned: Store) -> None:
+    secret = issue_token(owned, "app", actor="app", name="ci", expires=NOW + DAY, now=NOW)
+    for moment in (NOW, NOW + DAY - 0.001):
+        assert authenticate(owned, secret, now=moment) is not None
+    for moment in (NOW + DAY, NOW + 100 * DAY):
+        with pytest.raises(Refused, match="the token ci of app expired on 2033-05-19"):
+            authenticate(owned, secret, now=moment)
+
+
+def test_a_revoked_token_is_refused_with_the_day(owned: Store) -> None:
+    secret = issue_token(owned, "app", actor="app", name="ci")
+    ended = revoke_token(owned, "app", "ci", actor="olive", now=NOW)
+    assert ended.status(0) == "revoked"
+    with pytest.raises(Refused, match="the token ci of app was revoked on 2033-05-18"):
+        authenticate(owned, secret)
+    with pytest.raises(UsageError, match="was revoked on 2033-05-18"):
+        revoke_token(owned, "app", "ci", actor="olive")
+
+
+def test_a_deactivated_users_tokens_all_end(owned: Store) -> None:
+    secrets = [issue_token(owned, "app", actor="app", name=name) for name in ("one", "two")]
+    revoke_token(owned, "app", "one", actor="app", now=NOW)
+    deactivate(owned, "app", actor="olive")
+    assert names(owned, "app") == {"one": "revoked", "two": "revoked"}
+    assert tokens.get_token(owned, "app", "one").revoked == NOW
+    assert [authenticate(owned, secret) for secret in secrets] == [None, None]
+    assert verify_log(owned) == []
+
+
+@pytest.mark.parametrize("bad", [["root"], [], ["chat", ""], ["Chat"]])
+def test_unknown_scopes_are_wrong_usage(owned: Store, bad: list[str]) -> None:
+    with pytest.raises(UsageError, match="scope"):
+        issue_token(owned, "app", actor="app", scopes=bad)
+    assert names(owned, "app") == {}
+
+
+def test_an_end_in_the_past_is_wrong_usage(owned: Store) -> None:
+    for end in (NOW, NOW - 1):
+        with pytest.raises(UsageError, match="expired already"):
+            issue_token(owned, "app", actor="app", expires=end, now=NOW)
+
+
+def test_tokens_of_one_user_are_bounded(owned: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_MOST", 2)
+    issue_token(owned, "app", actor="app", name="one", expires=NOW + 1, now=NOW)
+    issue_token(owned, "app", actor="app", name="two", now=NOW)
+    with pytest.raises(Refused, match="2 tokens that work"):
+        issue_token(owned, "app", actor="app", name="three", now=NOW)
+    issue_token(owned, "app", actor="app", name="three", now=NOW + 2)
+
+
+@pytest.mark.attack("people", "a user, or an admin of one tenant, makes or ends another's token")
+def test_only_its_user_and_admins_change_a_token(owned: Store, happened: Happened) -> None:
+    add_user(owned, "part", ["admin"], actor="olive", scope=Scope("acme"))
+    secret = issue_token(owned, "app", actor="app", name="ci")
+    for actor in ("eve", "part"):
+        for user in ("app", "olive"):
+            with pytest.raises(Refused):
+                issue_token(owned, user, actor=actor, name="mine")
+            with pytest.raises(Refused):
+                revoke_token(owned, user, "ci", actor=actor)
+    assert authenticate(owned, secret) is not None
+    assert len(list_tokens(owned)) == 1
+    revoke_token(owned, "app", "ci", actor="olive")
+    happened("refused", 8)
+
+
+def test_the_log_says_who_issued_and_revoked_which_token(owned: Store) -> None:
+    issue_token(owned, "app", actor="olive", name="ci", scopes=["chat"], expires=NOW, now=NOW - DAY)
+    revoke_token(owned, "app", "ci", actor="app")
+    with database.reading(owned.engine) as session:
+        issued, revoked = audit.entries(session)[-2:]
+        secret = session.scalars(select(TokenRow.digest)).one()
+    assert (issued.actor, issued.action, issued.subject) == ("olive", "user.token", "app")
+    assert (revoked.actor, revoked.action, revoked.subject) == ("app", "user.token.revoke", "app")
+    (state,) = issued.detail["tokens"]
+    assert (state["name"], state["scopes"], state["expires"]) == ("ci", ["chat"], NOW)
+    assert secret not in str(issued.detail)
+
+
+def test_the_last_use_is_kept_and_leaves_no_entry(owned: Store) -> None:
+    issue_token(owned, "app", actor="app", name="ci")
+    issue_token(owned, "app", actor="app", name="idle")
+    with database.reading(owned.engine) as session:
+        head = audit.newest(session)
+        digest = session.scalars(select(TokenRow.digest).where(TokenRow.name == "ci")).one()
+    note_use(owned, {digest: NOW, "sha256:gone": NOW})
+    assert {each.name: each.used for each in list_tokens(owned)} == {"ci": NOW, "idle": None}
+    with database.reading(owned.engine) as session:
+        assert audit.newest(session) == head
+    assert verify_log(owned) == []
+
+
+# The migration
+
+
+def old_state(name: str, roles: list[str], token_digest: str | None) -> dict[str, object]:
+    """What the log kept of a user who had one token or none."""
+    return {
+        "name": name,
+        "roles": roles,
+        "tenant": "",
+        "region": "",
+        "active": True,
+        "keys": [],
+        "token": digest_bytes(token_digest.encode()) if token_digest else None,
+    }
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_only_token_of_each_user_becomes_their_first(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'db'}"
+    if kind == "postgresql":
+        url = str(request.getfixturevalue("postgresql"))
+        empty_database(url)
+    secret, replaced = "tsk_" + "a" * 43, "tsk_" + "b" * 43
+    digest, earlier = (digest_bytes(each.encode()) for each in (secret, replaced))
+    config = Config()
+    config.set_main_option("script_location", str(database._MIGRATIONS))
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0006")
+        for name, held in (("olive", None), ("app", digest)):
+            connection.execute(
+                text("insert into users (name, roles, token_digest, tenant, region, groups, active) "
+                     "values (:name, '[\"admin\"]', :held, '', '', '[]', :active)"),
+                {"name": name, "held": held, "active": True},
+            )  # fmt: skip
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    with database.writing(engine) as session:  # the log as it was written then
+        for action, name, held in (
+            ("user.add", "olive", None), ("user.add", "app", None), ("user.token", "app", earlier),
+            ("user.token", "app", digest), ("user.groups", "app", digest),
+        ):  # fmt: skip
+            user = old_state(name, ["admin"], held)
+            audit.append(session, actor="olive", action=action, subject=name, detail={"user": user})
+    store = Store(tmp_path / "store", url)
+    found = authenticate(store, secret)
+    assert found is not None
+    assert (found.user.name, found.token.name, found.token.scopes) == ("app", "first", ("all",))
+    assert found.token.expires is None
+    assert authenticate(store, replaced) is None
+    assert verify_log(store) == []
+    assert NOW > found.token.created > 1_700_000_000
+
+    issue_token(store, "olive", actor="olive", name="narrow", scopes=["chat"])
+    assert verify_log(store) == []
+    store.engine.dispose()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0006")
+        held = connection.execute(text("select name, token_digest from users order by name")).all()
+        assert [tuple(row) for row in held] == [("app", digest), ("olive", None)]
+    engine.dispose()
