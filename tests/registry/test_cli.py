@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,56 @@ def test_show_walks_both_ways(store: Store, version: Version, chain: Chain) -> N
     assert document(store, "show")["versions"][0]["version"] == "intents@v1"
     with pytest.raises(UsageError):
         run(store, "show", "zzzz")
+
+
+def test_tokens_are_made_listed_and_revoked(store: Store) -> None:
+    run(store, "users", "add", "app", "--role", "operator")
+    made = document(
+        store, "users", "token", "app", "--name", "ci", "--scope", "read", "--scope", "chat", "--expires", "30d"
+    )
+    assert (made["user"], made["name"], made["scopes"]) == ("app", "ci", ["chat", "read"])
+    first = document(store, "users", "token", "app")
+    assert (first["name"], first["scopes"]) == ("first", ["all"])
+    left = [datetime.fromisoformat(each["expires"]) - datetime.now(UTC) for each in (made, first)]
+    assert [round(each / timedelta(days=1)) for each in left] == [30, 90]
+    assert document(store, "users", "token", "ann", "--expires", "never")["expires"] is None
+
+    listed = document(store, "users", "tokens", "app")["tokens"]
+    assert [(each["name"], each["status"], each["used"]) for each in listed] == [
+        ("ci", "active", None),
+        ("first", "active", None),
+    ]
+    assert {each["user"] for each in document(store, "users", "tokens")["tokens"]} == {"app", "ann"}
+    shown = run(store, "users", "tokens").stdout
+    assert "chat, read" in shown
+    assert made["token"] not in shown
+    assert first["token"] not in shown
+
+    assert document(store, "users", "revoke-token", "app", "ci", "--as", "app")["status"] == "revoked"
+    with pytest.raises(Refused, match="the token ci of app was revoked"):
+        tokens.authenticate(store, made["token"])
+    assert "first of app is revoked" in run(store, "users", "revoke-token", "app", "first").stdout
+    assert [each["status"] for each in document(store, "users", "tokens", "app")["tokens"]] == ["revoked", "revoked"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("token", "bob", "--expires", "soon"), "no time until a token expires"),
+        (("token", "bob", "--expires", "0d"), "no time until a token expires"),
+        (("token", "bob", "--expires", "999999d"), "no time until a token expires"),
+        (("token", "bob", "--scope", "root"), "is not a scope"),
+        (("token", "bob", "--name", "a b"), "is not a token name"),
+        (("token", "nobody"), "there is no user nobody"),
+        (("tokens", "nobody"), "there is no user nobody"),
+        (("revoke-token", "bob", "ci"), "bob has no token of that name"),
+    ],
+)
+def test_wrong_usage_of_tokens_is_named(store: Store, arguments: tuple[str, ...], what: str) -> None:
+    run(store, "users", "add", "bob", "--role", "operator")
+    with pytest.raises(UsageError, match=what):
+        run(store, "users", *arguments)
+    assert document(store, "users", "tokens")["tokens"] == []
 
 
 def test_users_and_tokens(store: Store) -> None:
