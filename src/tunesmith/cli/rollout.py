@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, add_commands, say
+from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, say
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from tunesmith.services.rollout_course import RolloutCourse
     from tunesmith.services.rollouts import RolloutList, RolloutView
 
 Tenant = Annotated[str, typer.Option("--tenant", help="For which tenant; all by default.")]
@@ -23,12 +24,13 @@ Override = Annotated[
     str | None, typer.Option("--override", metavar="REASON", help="Admins: go on without it, and why.")
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit log keeps it.")]
+Number = Annotated[int, typer.Argument(metavar="ROLLOUT", help="A rollout's number.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Move traffic to a version step by step, or back at once.")
-    add_commands(group, start, status, resume, promote, abort, rollback)
+    add_commands(group, start, status, show, resume, promote, abort, rollback)
     app.add_typer(group, name="rollout")
 
 
@@ -61,18 +63,26 @@ def status(
     here.emit(rollouts.status(here.store, which), _draw_all)
 
 
-def resume(here: Acting, which: Which) -> None:
+def show(here: Here, number: Number) -> None:
+    """Show how a rollout goes: what ended its steps, its traffic and evidence over time, and who changed it."""
+    from tunesmith.services import rollout_course
+
+    here.emit(rollout_course.course(here.store, number), _draw_course)
+
+
+def resume(here: Acting, which: Which, reason: Reason = "") -> None:
     """End the pause of a rollout."""
     from tunesmith.services import rollouts
 
-    here.emit(rollouts.resume(here.store, which, actor=here.actor), _draw)
+    here.emit(rollouts.resume(here.store, which, actor=here.actor, reason=reason), _draw)
 
 
-def promote(here: Acting, which: Which, override: Override = None) -> None:
+def promote(here: Acting, which: Which, override: Override = None, reason: Reason = "") -> None:
     """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis or approval."""
     from tunesmith.services import rollouts
 
-    here.emit(rollouts.promote(here.store, which, actor=here.actor, override=override), _draw)
+    promoted = rollouts.promote(here.store, which, actor=here.actor, override=override, reason=reason)
+    here.emit(promoted, _draw)
 
 
 def abort(here: Acting, which: Which, reason: Reason = "aborted by hand") -> None:
@@ -118,6 +128,22 @@ def _draw_all(console: Console, found: RolloutList) -> None:
     for warning in dict.fromkeys(one.champion.warning for one in found.rollouts if one.champion):
         if warning is not None:
             console.print(warning, style="bold red")
+
+
+def _draw_course(console: Console, found: RolloutCourse) -> None:
+    steps = [(one.number, one.says, one.state, one.ended_at or "", one.ended_by or "") for one in found.steps]
+    draw_table(console, steps, "step", "what", "state", "ended", "by")
+    spans = [
+        (one.at[:16], one.stable.requests, one.stable.failed, one.canary.requests, one.canary.failed)
+        for one in found.traffic.spans
+    ]
+    draw_table(console, spans[-20:], "from", "stable", "failed", "canary", "failed", title="requests")
+    for each in found.evidence:
+        points = [(one.requests, f"{one.not_worse:.3g}", f"{one.worse:.3g}") for one in each.points]
+        draw_table(console, points, "requests", "not worse", "worse", title=f"step {each.step}: {each.outcome}")
+        console.print(f"{each.needed:g} decides; {each.reason}", soft_wrap=True, highlight=False)
+    changes = [(one.at[:19], one.actor, one.action, one.reason) for one in found.changes]
+    draw_table(console, changes, "when", "who", "what", "why")
 
 
 def _draw(console: Console, rollout: RolloutView) -> None:

@@ -112,20 +112,28 @@ def start(
         return from_row(row)
 
 
-def resume(store: Store, rollout: int, *, actor: str, clock: Clock = now) -> Rollout:
-    """End the pause of a rollout. Raises Refused if it is not at a pause."""
+def resume(store: Store, rollout: int, *, actor: str, reason: str = "", clock: Clock = now) -> Rollout:
+    """End the pause of a rollout. reason: for the audit log. Raises Refused if it is not at a pause."""
 
     def decide(session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
         if current.current is None or current.current.pause is None:
             raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
-        return Transition("rollout.resume", {"status": "running", "step": current.step + 1})
+        return Transition("rollout.resume", {"status": "running", "step": current.step + 1}, _because(reason))
 
     return _command(store, rollout, actor, "rollout.resume", decide, clock)
 
 
-def promote(store: Store, rollout: int, *, actor: str, override: str | None = None, clock: Clock = now) -> Rollout:
-    """Make the canary champion now, and skip the remaining steps.
+def promote(
+    store: Store,
+    rollout: int,
+    *,
+    actor: str,
+    override: str | None = None,
+    reason: str = "",
+    clock: Clock = now,
+) -> Rollout:
+    """Make the canary champion now, and skip the remaining steps. reason: for the audit log.
 
     override: the reason to promote without what is missing, an analysis or an approval; it needs the permission
     rollout.override and has its own audit entry. Raises Refused if a remaining step is an analysis or the canary is not
@@ -144,12 +152,13 @@ def promote(store: Store, rollout: int, *, actor: str, override: str | None = No
                 fix='wait for it, or skip it: --override "why"',
             )
         if override is None:
-            return _promotion(current, {"skipped": skipped, "override": None})
+            return _promotion(current, {"skipped": skipped, "override": None, **_because(reason)})
         require(session, actor, "rollout.override", scope=current.scope)
         _note_override(session, actor, override, current, current.canary)
         # The override replaces the approval only where there is none: an approved canary serves by its approval.
         approved = standing_of(session, store, current.canary, current.scope).granted
-        return _promotion(current, {"skipped": skipped, "override": override}, None if approved else actor)
+        detail = {"skipped": skipped, "override": override, **_because(reason)}
+        return _promotion(current, detail, None if approved else actor)
 
     return _command(store, rollout, actor, "rollout.promote", decide, clock)
 
@@ -352,6 +361,10 @@ def _let_champion_serve(session: Session, store: Store, rollout: Rollout, actor:
         return
     point_champion(session, store, rollout, champion.version, actor, by)
     _note_override(session, actor, reason, rollout, champion.version)
+
+
+def _because(reason: str) -> dict[str, str]:
+    return {"reason": reason} if reason else {}
 
 
 def _note_override(session: Session, actor: str, reason: str, rollout: Rollout, version: str) -> None:

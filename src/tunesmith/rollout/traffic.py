@@ -70,9 +70,17 @@ def usual_callers(session: Session, name: str, scope: Scope, at: datetime) -> tu
 def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Sequence[str] | None) -> tuple[Arm, Arm]:
     """(canary, stable): the requests that were routed during one step of a rollout, with their scores of a metric.
 
-    Each request names its step, so that a clock that is set back does not mix the requests of two steps. main_callers:
-    whose requests are evidence; () for everybody's; None if nobody called before the rollout: then a caller that is
-    alone is the main one.
+    main_callers: whose requests are evidence; () for everybody's; None if nobody called before the rollout: then a
+    caller that is alone is the main one.
+    """
+    rows = requests_of_step(store, rollout, step)
+    return arms_of(rows, metric, main_of(rows, main_callers))
+
+
+def requests_of_step(store: Store, rollout: int, step: int) -> Sequence[Row]:
+    """The requests that were routed during one step of a rollout, oldest first.
+
+    Each request names its step, so that a clock that is set back does not mix the requests of two steps.
     """
     under_step = RequestRow.features[STEP].as_integer() == step
     query = select(
@@ -85,9 +93,17 @@ def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Seque
         RequestRow.end_user,
     ).where(RequestRow.rollout == rollout, under_step)
     with database.reading(store.engine) as session:
-        rows = session.execute(query).all()
+        return session.execute(query.order_by(RequestRow.at)).all()
+
+
+def main_of(rows: Sequence[Row], main_callers: Sequence[str] | None) -> frozenset[str]:
+    """Whose requests are evidence, of a step's requests; empty for everybody's. main_callers: the rollout's."""
     callers = {row.caller for row in rows}
-    main = set(main_callers or (callers if main_callers is None and len(callers) == 1 else ()))
+    return frozenset(main_callers or (callers if main_callers is None and len(callers) == 1 else ()))
+
+
+def arms_of(rows: Sequence[Row], metric: str, main: frozenset[str]) -> tuple[Arm, Arm]:
+    """(canary, stable) of requests, with their scores of a metric. main: as `main_of` gives it."""
 
     def group(row: Row) -> str:
         if main:

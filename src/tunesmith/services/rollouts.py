@@ -132,24 +132,26 @@ def visible_to(store: Store, user: User) -> RolloutList:
     return _list(store, seen)
 
 
-def one_visible_to(store: Store, user: User, number: int) -> RolloutView | None:
-    """A rollout of the user's tenant and region; None for any other number."""
+def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True) -> RolloutView | None:
+    """A rollout of the user's tenant and region; None for any other number. judged: as for `view_of`."""
     try:
         found = get_rollout(store, number)
     except UsageError:
         return None
-    return view_of(store, found) if user.scope.covers(found.scope) else None
+    return view_of(store, found, judged=judged) if user.scope.covers(found.scope) else None
 
 
-def resume(store: Store, which: str, *, actor: str | None = None) -> RolloutView:
+def resume(store: Store, which: str, *, actor: str | None = None, reason: str = "") -> RolloutView:
     """End the pause of a rollout. which: its number, or a name with one live rollout."""
-    return view_of(store, controller.resume(store, _number(store, which), actor=acting(store, actor)))
+    return view_of(store, controller.resume(store, _number(store, which), actor=acting(store, actor), reason=reason))
 
 
-def promote(store: Store, which: str, *, actor: str | None = None, override: str | None = None) -> RolloutView:
+def promote(
+    store: Store, which: str, *, actor: str | None = None, override: str | None = None, reason: str = ""
+) -> RolloutView:
     """Give the canary all traffic now. override: a reason to skip an analysis that has not passed yet."""
-    number = _number(store, which)
-    return view_of(store, controller.promote(store, number, actor=acting(store, actor), override=override))
+    number, by = _number(store, which), acting(store, actor)
+    return view_of(store, controller.promote(store, number, actor=by, override=override, reason=reason))
 
 
 def abort(store: Store, which: str, *, reason: str, actor: str | None = None) -> RolloutView:
@@ -173,13 +175,18 @@ def rollback(
     )
 
 
-def view_of(store: Store, rollout: Rollout, champions: Iterable[Champion] | None = None) -> RolloutView:
-    """A rollout with what its analysis, if it is at one, would decide now. champions: if they are known already."""
+def view_of(
+    store: Store, rollout: Rollout, champions: Iterable[Champion] | None = None, *, judged: bool = True
+) -> RolloutView:
+    """A rollout with what its analysis, if it is at one, would decide now. champions: if they are known already.
+
+    judged: False leaves the analysis out, which takes longer the more requests there are.
+    """
     if champions is None:
         with database.reading(store.engine) as session:
             champions = list_champions(session, store, rollout.name)
     champion = next((one for one in champions if (one.name, one.scope) == (rollout.name, rollout.scope)), None)
-    judgement = controller.look(store, rollout)
+    judgement = controller.look(store, rollout) if judged else None
     return RolloutView(
         rollout=rollout.id,
         name=rollout.name,

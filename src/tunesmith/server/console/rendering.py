@@ -29,7 +29,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 # The pages that the navigation names.
-PAGES = (("/", "Home"),)
+PAGES = (("/", "Home"), ("/console/rollouts", "Rollouts"))
 _PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 

@@ -32,3 +32,18 @@ document.addEventListener("submit", (event) => {
   const asked = event.target.dataset.confirm;
   if (asked && !window.confirm(asked)) event.preventDefault();
 });
+
+// A part that is fetched again by itself never replaces an open form, or a field in which somebody writes. What was
+// unfolded and has an id stays unfolded.
+let unfolded = [];
+document.addEventListener("htmx:beforeSwap", (event) => {
+  const part = event.detail.target;
+  if (event.detail.requestConfig.verb !== "get" || event.detail.requestConfig.elt !== part) return;
+  const writes = document.activeElement.matches("input, select, textarea") && part.contains(document.activeElement);
+  if (writes || part.querySelector("details[open] > form")) event.detail.shouldSwap = false;
+  unfolded = [...part.querySelectorAll("details[open][id]")].map((each) => each.id);
+});
+document.addEventListener("htmx:afterSwap", () => {
+  for (const id of unfolded) if (document.getElementById(id)) document.getElementById(id).open = true;
+  unfolded = [];
+});

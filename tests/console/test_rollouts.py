@@ -1,0 +1,166 @@
+"""An operator watches a canary get traffic, promotes it and rolls back; another tenant sees none of it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.fabricate import NAME, OPERATOR, OWNER
+from tests.server.conftest import Served
+from tunesmith.core.scope import Scope
+from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.controller import abort
+from tunesmith.rollout.state import get_rollout
+from tunesmith.services import rollout_course
+from tunesmith.store import database
+from tunesmith.store.identities import add_user, get_user
+from tunesmith.store.tables import RequestRow
+
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 2000
+ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid", "min_requests": 500}}
+STEPS = ({"setWeight": 50}, ANALYSIS, {"pause": {}}, {"setWeight": 100})
+
+
+def answers_yes(page: Page) -> None:
+    page.on("dialog", lambda dialog: dialog.accept())
+
+
+def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
+    served: Served, versions: dict[int, Version], login: Login
+) -> None:
+    store = served.scene.store
+    rollout = served.begin(versions[2], *STEPS)
+    served.until(rollout, lambda now: now.step == 1)
+    page = login(OPERATOR, "/console/rollouts")
+    answers_yes(page)
+    check_accessible(page)
+    take_pictures(page, "rollouts")
+    page.get_by_role("link", name=f"{rollout.id} · {NAME}").click()
+    expect(page.get_by_text("No request yet.")).to_be_visible()
+    for _ in range(24):
+        assert served.post().status_code == 200
+    traffic = page.get_by_role("img", name="Requests a minute: stable, canary", exact=True)
+    expect(traffic).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("img", name="Evidence (e-values, logarithmic)")).to_be_visible()
+    expect(page.get_by_text("not decided", exact=True)).to_be_visible()
+    found = rollout_course.course(store, rollout.id)
+    asked = [span for span in found.traffic.spans if span.stable.requests or span.canary.requests]
+    assert sum(span.stable.requests + span.canary.requests for span in asked) == 24
+    assert all(span.canary.score in (1.0, None) for span in asked)
+    (evidence,) = found.evidence
+    assert evidence.points[-1].requests == 24
+    assert evidence.points[-1].not_worse > evidence.points[-1].worse
+    page.get_by_text("The numbers").first.click()
+    check_accessible(page)
+    take_pictures(page, "rollout")
+    assert fits(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+    # An analysis that has not passed stops a promotion; the page says so and what to do.
+    page.get_by_text("Promote", exact=True).click()
+    page.get_by_role("button", name="Promote now").click()
+    expect(page.get_by_role("alert")).to_contain_text("an analysis that has not passed yet")
+    assert get_rollout(store, rollout.id).live
+
+    boss = login(OWNER, f"/console/rollouts/{rollout.id}")
+    answers_yes(boss)
+    boss.get_by_text("Promote", exact=True).click()
+    boss.get_by_label("Override, because").fill("the old version is broken")
+    boss.get_by_role("button", name="Promote now").click()
+    expect(boss.get_by_text("promoted", exact=True)).to_be_visible(timeout=60_000)
+    promoted = get_alias(store, NAME, "champion")
+    assert promoted is not None
+    assert promoted.version == versions[2].digest
+
+    page.reload()
+    page.get_by_text("Roll back", exact=True).click()
+    page.get_by_role("button", name="Roll back now").click()  # the browser asks for the reason first
+    assert get_rollout(store, rollout.id).status == "promoted"
+    page.get_by_label("Why").fill(HOSTILE)
+    page.get_by_role("button", name="Roll back now").click()
+    expect(page.get_by_text("rolled back", exact=True)).to_be_visible(timeout=60_000)
+    back = get_alias(store, NAME, "champion")
+    assert back is not None
+    assert back.version == versions[1].digest
+    who = page.locator("section", has=page.get_by_role("heading", name="Who did what"))
+    expect(who).to_contain_text("<script>alert(1)</script>")
+    expect(who).to_contain_text("the old version is broken")
+    assert page.locator("main script, main img").count() == 0
+    check_accessible(page)
+    assert fits(page)
+    page.goto(f"{served.url}/console/rollouts")
+    assert page.locator("main script, main img").count() == 0
+    check_accessible(page)
+    assert fits(page)
+
+
+def test_another_tenant_sees_and_changes_nothing(served: Served, versions: dict[int, Version], login: Login) -> None:
+    store = served.scene.store
+    add_user(store, "eve", ["operator"], actor=OWNER, scope=Scope("beta"))
+    served.begin(versions[1], scope=Scope("acme"))
+    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100}, scope=Scope("acme"))
+    page = login("eve", "/console/rollouts")
+    expect(page.get_by_text("No rollout yet.")).to_be_visible()
+    assert rollout_course.list_page(store, get_user(store, "eve")).total == 0
+    for path in (f"/console/rollouts/{rollout.id}", f"/console/rollouts/{rollout.id}/course", "/console/rollouts/99"):
+        answer = page.request.get(served.url + path)
+        assert answer.status == 404
+        assert NAME not in answer.text()
+    csrf = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['X-CSRF']")
+    for action in ("resume", "promote", "abort", "rollback"):
+        url = f"{served.url}/console/rollouts/{rollout.id}/{action}"
+        form = {"csrf": csrf, "reason": "mine now"}
+        assert page.request.post(url, form=form).status == 404
+    assert get_rollout(store, rollout.id).live
+
+
+def test_an_approver_looks_but_has_no_buttons(served: Served, versions: dict[int, Version], login: Login) -> None:
+    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
+    page = login("bob", f"/console/rollouts/{rollout.id}")
+    expect(page.get_by_role("heading", name="Steps")).to_be_visible()
+    assert page.get_by_text("Abort", exact=True).count() == 0
+    csrf = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['X-CSRF']")
+    url = f"{served.url}/console/rollouts/{rollout.id}/abort"
+    answer = page.request.post(url, form={"csrf": csrf, "reason": "no"})
+    assert answer.status == 409
+    assert "may not do this" in answer.text()
+
+
+@pytest.mark.parametrize(("hours", "minutes"), [(4, 1), (40, 10), (250, 60), (2000, 1440)])
+def test_traffic_has_some_hundred_spans_however_long_it_lasts(
+    served: Served, versions: dict[int, Version], hours: int, minutes: int
+) -> None:
+    store = served.scene.store
+    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    abort(store, rollout.id, actor=OPERATOR, reason="enough")
+    ended = datetime.now(UTC)
+    began = ended - timedelta(hours=hours)
+    with database.writing(store.engine) as session:
+        for place in range(50):
+            at = began + (ended - began) * place / 50
+            session.add(
+                RequestRow(
+                    id=f"r{place}",
+                    at=at.isoformat(timespec="microseconds"),
+                    name=NAME,
+                    version=versions[2].digest,
+                    rollout=rollout.id,
+                    arm="canary" if place % 2 else "stable",
+                    ok=place % 5 != 0,
+                    seconds=0.1,
+                    scores={"json_valid": 0.5},
+                    features={"step": 1},
+                )
+            )
+    old = get_rollout(store, rollout.id).model_copy(update={"started_at": began.isoformat()})
+    found = rollout_course.traffic_of(store, old)
+    assert found.minutes == minutes
+    assert 80 <= len(found.spans) <= 300
+    assert sum(span.canary.requests for span in found.spans) == 25
+    assert sum(span.stable.failed + span.canary.failed for span in found.spans) == 10
+    assert {span.canary.score for span in found.spans} == {None, 0.5}
