@@ -14,7 +14,7 @@ from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import abort
+from tunesmith.rollout.controller import abort, look
 from tunesmith.rollout.state import get_rollout
 from tunesmith.services import rollout_course
 from tunesmith.store import database
@@ -54,7 +54,9 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert all(span.canary.score in (1.0, None) for span in asked)
     (evidence,) = found.evidence
     assert evidence.points[-1].requests == 24
-    assert evidence.points[-1].not_worse > evidence.points[-1].worse
+    decides = look(store, get_rollout(store, rollout.id))
+    assert decides is not None
+    assert (evidence.points[-1].not_worse, evidence.points[-1].worse) == (decides.not_worse, decides.worse)
     page.get_by_text("The numbers").first.click()
     check_accessible(page)
     take_pictures(page, "rollout")
