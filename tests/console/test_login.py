@@ -54,7 +54,7 @@ def test_the_page_shows_a_rollout_that_begins_meanwhile(served: Served, login: L
     page = login()
     expect(page.get_by_text("No rollout is under way.")).to_be_visible()
     served.begin(list_versions(served.scene.store)[1], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
-    expect(page.get_by_text("10% of the requests")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("gets 10% of home's requests")).to_be_visible(timeout=60_000)
 
 
 @pytest.mark.attack("people", "a login link that was used, has ended, or is made for somebody else")

@@ -1,4 +1,7 @@
-"""`init`, `schema`, `doctor` and `memory`: start a project, list its settings, check the machine and what fits it."""
+"""`init`, `schema`, `status`, `doctor` and `memory`.
+
+They start a project, list its settings, say what waits for whom, and check the machine and what fits it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.terminal import Here, Json, add_commands, draw_table, printed_text
+from tunesmith.cli.terminal import Acting, Here, Json, add_commands, draw_table, printed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.services.doctor import Checks
+    from tunesmith.services.home import Home
     from tunesmith.services.memory_plan import MemoryPlan
     from tunesmith.services.new_project import NewProject
 
@@ -24,7 +28,7 @@ _GIB = 1 << 30
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, init, schema, doctor, memory)
+    add_commands(app, init, schema, status, doctor, memory)
 
 
 def init(
@@ -50,6 +54,13 @@ def init(
         names[key] = known
     made = make_project(here.directory, data=data, licence=licence, name=name, base=base, rename=names)
     here.emit(made, _draw_project)
+
+
+def status(here: Acting) -> None:
+    """Show what serves now, what moves, what waits for whom, and whether the queue is well."""
+    from tunesmith.services import home
+
+    here.emit(home.status(here.project, here.project.actor(here.actor)), _draw_status)
 
 
 def schema(as_json: Json = False) -> None:
@@ -118,6 +129,23 @@ def memory(
     )
     here.emit(found, _draw_memory)
     raise typer.Exit(0 if any(way.fits for way in found.ways) else 3)
+
+
+def _draw_status(console: Console, found: Home) -> None:
+    for one in found.serving:
+        refused = f"; it may not serve: {one.refused}" if one.refused else ""
+        since = f" since {one.since[:16]}" if one.since else ""
+        where = "".join(f", {kind} {name}" for kind, name in (("tenant", one.tenant), ("region", one.region)) if name)
+        asked = f"{one.requests} requests in the last hour, {one.failed} failed"
+        console.print(f"serves: {one.version or one.name}{where}{since}; {asked}{refused}", soft_wrap=True)
+    for rollout in found.moving:
+        moved = f"{rollout.canary} gets {rollout.weight}% of {rollout.name}'s requests ({rollout.status})"
+        console.print(f"moves: rollout {rollout.rollout}: {moved}", soft_wrap=True)
+    for each in found.waiting:
+        who = "you" if each.mine else " or ".join(each.roles)
+        console.print(f"waits for {who}: {each.says}: {each.command}", soft_wrap=True)
+    for part in found.health:
+        console.print(f"{'well' if part.ok else 'not well'}: {part.part}: {part.says}", soft_wrap=True)
 
 
 def _draw_memory(console: Console, found: MemoryPlan) -> None:

@@ -23,7 +23,7 @@ from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.recording import FeedbackResult, Withdrawal
-from tunesmith.server.serving import serving_of
+from tunesmith.server.serving import Serving, serving_of
 from tunesmith.services import rollouts as service
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -155,12 +155,7 @@ async def healthz(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Check the database, the engine and the rollout controller. 503 if one of them fails or the server drains."""
     serving = serving_of(request)
-    late = time.monotonic() - serving.checked_at > _MISSED_CHECKS * serving.settings.check_seconds + 5
-    checks = {
-        "database": await asyncio.to_thread(_database_answers, serving.store),
-        "engine": not serving.worker.hanging(),
-        "controller": not late,
-    }
+    checks = {"database": await asyncio.to_thread(_database_answers, serving.store), **parts_that_answer(serving)}
     draining = serving.drain.begun
     found = Readiness(ready=all(checks.values()) and not draining, draining=draining, **checks)
     return JSONResponse(found.document(), status_code=200 if found.ready else 503)
@@ -170,6 +165,12 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
     return Response(serving_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def parts_that_answer(serving: Serving) -> dict[str, bool]:
+    """Whether the engine does not hang and the rollout controller runs."""
+    late = time.monotonic() - serving.checked_at > _MISSED_CHECKS * serving.settings.check_seconds + 5
+    return {"engine": not serving.worker.hanging(), "controller": not late}
 
 
 def _database_answers(store: Store) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, func, select
+from sqlalchemy import ColumnElement, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
@@ -20,11 +20,11 @@ from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Judgement, judge
 from tunesmith.rollout.settings import Analysis, Step
 from tunesmith.rollout.standing import standing
-from tunesmith.rollout.state import Rollout, Status, from_row, get_rollout
+from tunesmith.rollout.state import LIVE, Rollout, Status, from_row, get_rollout
 from tunesmith.store import database
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, JobRow, RequestRow, RolloutRow, VersionRow
 
 LISTED = 20  # rollouts on a page
 _BUCKETS = 300
@@ -39,7 +39,7 @@ _KNOWN: dict[tuple[Analysis, int], Judgement] = {}
 
 
 class RolloutLine(View):
-    """One rollout in a list. stable, canary: labels of versions, "" for none."""
+    """One rollout in a list. stable, canary: labels of versions, "" for none. waits: for a person to end a pause."""
 
     rollout: int
     name: str
@@ -52,6 +52,7 @@ class RolloutLine(View):
     started_by: str
     started_at: str
     reason: str
+    waits: bool
 
 
 class RolloutPage(View):
@@ -152,7 +153,7 @@ class StartableVersion(View):
     waits: str
 
 
-def within(table: type[RolloutRow | RequestRow | AliasRow | VersionRow], scope: Scope) -> list[ColumnElement[bool]]:
+def within(table: type[RolloutRow | RequestRow | JobRow | VersionRow], scope: Scope) -> list[ColumnElement[bool]]:
     """The conditions of a query for what belongs to a scope."""
     pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
     return [column == value for column, value in pairs if value]
@@ -166,18 +167,35 @@ def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:
         pages = max(1, -(-total // LISTED))
         page = min(max(1, page), pages)
         query = select(RolloutRow).where(*here).order_by(RolloutRow.id.desc())
-        found = [from_row(row) for row in session.scalars(query.limit(LISTED).offset((page - 1) * LISTED))]
-        labels = labels_of(session, {digest for one in found for digest in (one.stable, one.canary)})
-    lines = (
+        lines = _lines(session, query.limit(LISTED).offset((page - 1) * LISTED))
+    return RolloutPage(rollouts=tuple(lines), page=page, pages=pages, total=total)
+
+
+def live_lines(session: Session, scope: Scope) -> list[RolloutLine]:
+    """The newest rollouts of a scope that divide traffic."""
+    query = select(RolloutRow).where(RolloutRow.status.in_(LIVE), *within(RolloutRow, scope))
+    return _lines(session, query.order_by(RolloutRow.id.desc()).limit(LISTED))
+
+
+def _lines(session: Session, query: Select[RolloutRow]) -> list[RolloutLine]:
+    found = [from_row(row) for row in session.scalars(query)]
+    labels = labels_of(session, {digest for one in found for digest in (one.stable, one.canary)})
+    own = {"rollout", "stable", "canary", "waits"}
+    return [
         RolloutLine(
             rollout=one.id,
             stable=labels.get(one.stable, ""),
             canary=labels.get(one.canary, ""),
-            **one.model_dump(include=RolloutLine.model_fields.keys() - {"rollout", "stable", "canary"}),
+            waits=_waits(one),
+            **one.model_dump(include=RolloutLine.model_fields.keys() - own),
         )
         for one in found
-    )
-    return RolloutPage(rollouts=tuple(lines), page=page, pages=pages, total=total)
+    ]
+
+
+def _waits(rollout: Rollout) -> bool:
+    pause = rollout.current.pause if rollout.status == "paused" and rollout.current else None
+    return pause is not None and pause.seconds is None
 
 
 def labels_of(session: Session, digests: set[str]) -> dict[str, str]:

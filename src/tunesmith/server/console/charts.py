@@ -11,11 +11,15 @@ Points = Sequence[tuple[float, float | None]]
 
 @dataclass(frozen=True)
 class Line:
-    """One line. number: 1 to 4, its colour and dashes. paths: points of SVG polylines; a gap begins a new one."""
+    """One line. number: 1 to 4, its colour and dashes.
+
+    paths: points of SVG polylines; a gap begins a new one. dots: points with a gap on either side.
+    """
 
     label: str
     number: int
     paths: tuple[str, ...]
+    dots: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,18 @@ def chart(
     def place(x: float) -> float:
         return 100 * (x - first) / ((last - first) or 1)
 
-    def paths(each: Points) -> tuple[str, ...]:
+    def line(label: str, number: int, each: Points) -> Line:
         found: list[list[str]] = [[]]
         for x, y in each:
             if y is None:
                 found.append([])
             else:
                 found[-1].append(f"{place(x):.2f},{height(y):.2f}")
-        # One point alone is drawn as a dot: a line from it to itself with round ends.
-        return tuple(" ".join(path * 2 if len(path) == 1 else path) for path in found if path)
+        # A line from a point to itself with round ends is a dot.
+        dots = tuple(f"{path[0]} {path[0]}" for path in found if len(path) == 1)
+        return Line(label, number, tuple(" ".join(path) for path in found if len(path) > 1), dots)
 
-    drawn = (Line(label, number, paths(each)) for number, (label, each) in enumerate(lines, start=1))
+    drawn = (line(label, number, each) for number, (label, each) in enumerate(lines, start=1))
     middle = math.sqrt(low * high) if log else (low + high) / 2
     ticks = tuple((f"{value:.3g}", height(value)) for value in (high, middle, low))
     marked = tuple((label, height(bound)) for label, bound in bounds)

@@ -1,4 +1,4 @@
-"""The first page: what serves now and what moves."""
+"""The first page: what serves now, what moves, what waits for whom, and whether all parts are well."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from fastapi import Response
 
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.session import Looking
-from tunesmith.services import jobs, rollouts
+from tunesmith.server.control import parts_that_answer
+from tunesmith.services import home as service
+from tunesmith.services import jobs
+from tunesmith.services.home import Health
 
 routes = router()
 _JOBS = 5
@@ -16,9 +19,19 @@ _JOBS = 5
 
 @routes.get("/")
 async def home(viewer: Looking) -> Response:
-    """What serves now and what moves, for this person's tenant and region."""
-    moving = await viewer.run(partial(rollouts.visible_to, viewer.store, viewer.user))
+    """What serves, moves and waits, for this person's tenant and region."""
+    project = viewer.serving.project
+    found = await viewer.run(partial(service.home, viewer.store, viewer.user.name, project))
     newest = await viewer.run(partial(jobs.list_jobs, viewer.store, most=_JOBS, scope=viewer.user.scope))
-    live = [one for one in moving.rollouts if one.live]
-    champions = {(one.name, one.tenant, one.region): one.champion for one in moving.rollouts if one.champion}
-    return viewer.page("home.html.jinja", live=live, champions=list(champions.values()), jobs=newest.jobs)
+    said = {True: "answers", False: "does not answer"}
+    parts = parts_that_answer(viewer.serving)
+    health = [*(Health(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
+    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, health=health)
+
+
+@routes.get("/console/due")
+async def due(viewer: Looking) -> Response:
+    """What measurements of traffic and files say is due. They may take seconds, so the page asks for them apart."""
+    project = viewer.serving.project
+    found = await viewer.run(partial(service.due, project, viewer.user.name)) if project is not None else ()
+    return viewer.page("home_waiting.html.jinja", waiting=found)

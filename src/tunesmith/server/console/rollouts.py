@@ -22,7 +22,6 @@ from tunesmith.services.rollouts import RolloutView
 routes = router()
 _ROOT = "/console/rollouts"
 ARMS = ("stable", "canary")
-_LEAST = 0.01  # the smallest e-value that is drawn
 
 
 @routes.get(_ROOT)
@@ -112,8 +111,10 @@ def traffic_charts(found: Traffic) -> list[Chart]:
 
     scored = any(y is not None for _, points in lines("score") for _, y in points)
     shown = [
-        chart(f"Requests a {per}", lines("requests"), ends=ends),
-        chart(f"Failed requests a {per}", lines("failed"), ends=ends),
+        chart(
+            title, lines(field), ends=ends, high=max(1.0, *(y or 0.0 for _, points in lines(field) for _, y in points))
+        )
+        for title, field in ((f"Requests a {per}", "requests"), (f"Failed requests a {per}", "failed"))
     ]
     return [*shown, chart(f"Mean {found.metric}", lines("score"), high=1.0, ends=ends)] if scored else shown
 
@@ -123,16 +124,16 @@ def evidence_charts(found: Evidence) -> list[Chart]:
     points = found.points
     if not points:
         return []
-    ends = f"{points[0].requests} requests", f"{points[-1].requests} requests"
-    largest = max(max(point.not_worse, point.worse) for point in points)
+    ends = f"request {points[0].requests}", f"request {points[-1].requests}"
+    high = max(10 * found.needed, *(2 * max(point.not_worse, point.worse) for point in points))
     evidence = chart(
         "Evidence (e-values, logarithmic)",
         [
             ("not worse", [(point.requests, point.not_worse) for point in points]),
             ("worse", [(point.requests, point.worse) for point in points]),
         ],
-        low=_LEAST,
-        high=max(10 * found.needed, 2 * largest),
+        low=1 / high,
+        high=high,
         bounds=[(f"{found.needed:.3g} decides", found.needed)],
         log=True,
         ends=ends,

@@ -1,0 +1,360 @@
+"""The first page and `tunesmith status`: what serves, what moves, what waits for whom, and if all parts are well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import case, func, select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.clock import now
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.scope import Scope
+from tunesmith.core.view import View
+from tunesmith.jobs import queue
+from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
+from tunesmith.project import Project
+from tunesmith.registry.serving import approvals_of, may_load
+from tunesmith.registry.signing.release import is_over
+from tunesmith.registry.versions import Version, load_version
+from tunesmith.rollout.standing import standing_of
+from tunesmith.services import monitoring, retraining
+from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines, within
+from tunesmith.store import database
+from tunesmith.store.identities import User, get_user
+from tunesmith.store.roles import ACTIONS
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AliasRow, AuditRow, JobRow, RecordRow, RequestRow, VersionRow
+from tunesmith.store.until_changed import UntilChanged
+from tunesmith.webhooks import deliveries
+
+_VERSIONS = 12  # the newest ones, of which some may wait for an approval
+_CHAMPIONS = 50
+_DUE_SECONDS = 300.0  # drift is measured this seldom
+_TAKEN_SECONDS = 60.0  # a worker takes a job that is due sooner than this
+_ROLLOUTS, _OPERATIONS = "/console/rollouts", "/console/operations"
+
+
+class ServingNow(View):
+    """A champion. requests, failed: of the last hour, answered by it. refused: why it may not serve, "" if it may."""
+
+    name: str
+    tenant: str
+    region: str
+    version: str
+    digest: str
+    since: str
+    refused: str
+    requests: int
+    failed: int
+
+
+class Waiting(View):
+    """Something that waits for people. roles: of those who may do it. mine: whether the viewer is one of them.
+
+    page: where in the console, "" where no page does it. command: the same on the command line.
+    """
+
+    says: str
+    roles: tuple[str, ...]
+    mine: bool
+    page: str
+    command: str
+
+
+class Health(View):
+    """Whether a part is well."""
+
+    part: str
+    ok: bool
+    says: str
+
+
+class Home(View):
+    """Everything of the viewer's tenant and region. waiting: those that wait for the viewer first."""
+
+    serving: tuple[ServingNow, ...]
+    moving: tuple[RolloutLine, ...]
+    waiting: tuple[Waiting, ...]
+    health: tuple[Health, ...]
+
+
+class _Champion(NamedTuple):
+    name: str
+    scope: Scope
+    digest: str
+    label: str
+    since: str
+    expires_at: str | None
+    refused: str
+
+
+class _Unapproved(NamedTuple):
+    version: Version
+    missing: tuple[str, ...]
+    approvers: tuple[str, ...]
+
+
+class _Kept(NamedTuple):
+    """What only changes with the audit log, for every tenant and region."""
+
+    champions: list[_Champion]
+    unapproved: list[_Unapproved]
+    pending: list[PendingRetrain]
+
+
+_KEPT: WeakKeyDictionary[Store, UntilChanged[_Kept]] = WeakKeyDictionary()
+_DUE: WeakKeyDictionary[Store, tuple[float, tuple[tuple[str, str], ...]]] = WeakKeyDictionary()
+
+
+def home(store: Store, viewer: str, project: Project | None = None) -> Home:
+    """The first page for a user, without what takes long to find out (`due`). project: whose webhooks count."""
+    user = get_user(store, viewer)
+    kept = _KEPT.setdefault(store, UntilChanged(store)).get("home", lambda session: _read(session, store), _holds)
+    with database.reading(store.engine) as session:
+        requests = _requests(session, user.scope)
+        moving = live_lines(session, user.scope)
+    waiting = [
+        *_for_approval(user, kept.unapproved),
+        *_for_rollouts(user, moving),
+        *_for_champions(user, kept.champions),
+        *_for_retrains(user, kept.pending),
+        *(_for_webhooks(user, project) if project else ()),
+    ]
+    return Home(
+        serving=tuple(_serving(one, user.scope, requests) for one in kept.champions if _serves(one.scope, user.scope)),
+        moving=tuple(moving),
+        waiting=tuple(sorted(waiting, key=lambda one: not one.mine)),
+        health=(Health(part="database", ok=True, says="answers"), _queue(store, user.scope)),
+    )
+
+
+def status(project: Project, viewer: str) -> Home:
+    """The first page for a user with what is due."""
+    found = home(project.store, viewer, project)
+    waiting = sorted((*found.waiting, *due(project, viewer)), key=lambda one: not one.mine)
+    return found.model_copy(update={"waiting": tuple(waiting)})
+
+
+def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
+    """What measurements of traffic and files say is due: drift, and retraining. Found out every five minutes.
+
+    Empty for a user of one tenant or region: both concern the whole project.
+    """
+    user = get_user(project.store, viewer)
+    if user.scope != Scope():
+        return ()
+    at, found = _DUE.get(project.store, (-_DUE_SECONDS, ()))
+    if time.monotonic() - at >= _DUE_SECONDS:
+        found = tuple(_due(project))
+        _DUE[project.store] = time.monotonic(), found
+    return tuple(_waiting(user, says, "job.add", _OPERATIONS, command) for says, command in found)
+
+
+def _read(session: Session, store: Store) -> _Kept:
+    aliases = session.scalars(select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != ""))
+    rows = aliases.all()[:_CHAMPIONS]
+    labels = labels_of(session, {row.version for row in rows})
+    subjects = {f"{row.name}@champion" for row in rows}
+    place = (AuditRow.subject, AuditRow.detail["tenant"].as_string(), AuditRow.detail["region"].as_string())
+    set_at = select(*place, func.max(AuditRow.at)).where(AuditRow.action == "alias.set", AuditRow.subject.in_(subjects))
+    since = {tuple(key): at for *key, at in session.execute(set_at.group_by(*place))}
+    champions = []
+    for row in rows:
+        scope = Scope(row.tenant, row.region)
+        permission = standing_of(session, store, row.version, scope)
+        version = _loaded(session, store, row.version)
+        champions.append(
+            _Champion(
+                name=row.name,
+                scope=scope,
+                digest=row.version,
+                label=labels.get(row.version, ""),
+                since=since.get((f"{row.name}@champion", row.tenant, row.region), ""),
+                expires_at=version.expires_at if version else None,
+                refused="" if permission.granted else permission.message,
+            )
+        )
+    return _Kept(
+        champions, _unapproved(session, store, {one.digest for one in champions}), list_pending_retrains(store)
+    )
+
+
+def _holds(kept: _Kept) -> bool:
+    return not any(one.refused == "" and is_over(one.expires_at) for one in kept.champions)
+
+
+def _unapproved(session: Session, store: Store, champions: set[str]) -> list[_Unapproved]:
+    newest = select(VersionRow.digest).join(RecordRow, RecordRow.digest == VersionRow.digest)
+    newest = newest.order_by(RecordRow.created_at.desc(), VersionRow.number.desc()).limit(_VERSIONS)
+    found = []
+    for digest in session.scalars(newest).all():
+        version = None if digest in champions else _loaded(session, store, digest)
+        if version is None or not may_load(session, version, version.scope).granted:
+            continue
+        approvals = approvals_of(session, version)
+        if approvals.missing and approvals.refused_by is None:
+            found.append(_Unapproved(version, approvals.missing, approvals.approvers))
+    return found
+
+
+def _loaded(session: Session, store: Store, digest: str) -> Version | None:
+    try:
+        return load_version(store, digest, session)
+    except TunesmithError:  # `tunesmith audit verify` says what is wrong with it
+        return None
+
+
+def _requests(session: Session, scope: Scope) -> Mapping[tuple[str, Scope], tuple[int, int]]:
+    """(requests, failed) of the last hour by version and the caller's scope."""
+    since = (now() - timedelta(hours=1)).isoformat(timespec="microseconds")
+    place = (RequestRow.version, RequestRow.tenant, RequestRow.region)
+    counts = (func.count(), func.sum(case((RequestRow.ok, 0), else_=1)))
+    query = select(*place, *counts).where(RequestRow.at >= since, *within(RequestRow, scope)).group_by(*place)
+    return {(version, Scope(tenant, region)): (n, bad) for version, tenant, region, n, bad in session.execute(query)}
+
+
+def _serves(champion: Scope, viewer: Scope) -> bool:
+    """Whether a champion is the viewer's, or serves what is theirs."""
+    return champion.covers(viewer) or viewer.covers(champion)
+
+
+def _serving(one: _Champion, viewer: Scope, requests: Mapping[tuple[str, Scope], tuple[int, int]]) -> ServingNow:
+    counted = [each for (digest, scope), each in requests.items() if digest == one.digest and one.scope.covers(scope)]
+    return ServingNow(
+        name=one.name,
+        **one.scope.fields(),
+        version=one.label,
+        digest=one.digest,
+        since=one.since,
+        refused=one.refused,
+        requests=sum(n for n, _ in counted),
+        failed=sum(bad for _, bad in counted),
+    )
+
+
+# What waits for whom
+
+
+def _waiting(user: User, says: str, action: str, page: str, command: str, *, not_for: tuple[str, ...] = ()) -> Waiting:
+    roles = tuple(sorted(ACTIONS[action]))
+    return Waiting(
+        says=says, roles=roles, mine=user.may(action) and user.name not in not_for, page=page, command=command
+    )
+
+
+def _for_approval(user: User, unapproved: list[_Unapproved]) -> list[Waiting]:
+    return [
+        _waiting(
+            user,
+            f"{version.label} waits for {' and '.join(missing)}",
+            "version.approve",
+            "",
+            f"tunesmith approve {version.label}",
+            not_for=(version.signer, *approvers),
+        )
+        for version, missing, approvers in unapproved
+        if user.scope.covers(version.scope)
+    ]
+
+
+def _for_rollouts(user: User, moving: list[RolloutLine]) -> list[Waiting]:
+    return [
+        _waiting(
+            user,
+            f"rollout {one.rollout} of {one.name} is paused: resume or abort it",
+            "rollout.change",
+            f"{_ROLLOUTS}/{one.rollout}",
+            f"tunesmith rollout resume {one.rollout}",
+        )
+        for one in moving
+        if one.waits
+    ]
+
+
+def _for_champions(user: User, champions: list[_Champion]) -> list[Waiting]:
+    return [
+        _waiting(
+            user,
+            f"nothing serves {one.name}{_where(one.scope)}: {one.label or 'its version'} {one.refused}",
+            "rollout.start",
+            _ROLLOUTS,
+            f"tunesmith rollout rollback {one.name}{one.scope.options()}",
+        )
+        for one in champions
+        if one.refused and user.scope.covers(one.scope)
+    ]
+
+
+def _for_retrains(user: User, pending: list[PendingRetrain]) -> list[Waiting]:
+    return [
+        _waiting(
+            user,
+            f"{one.name}{_where(Scope(one.tenant, one.region))} needs a new version: {one.version} was recalled",
+            "job.add",
+            _OPERATIONS,
+            "tunesmith recall --pending",
+        )
+        for one in pending
+        if user.scope.covers(Scope(one.tenant, one.region))
+    ]
+
+
+def _for_webhooks(user: User, project: Project) -> list[Waiting]:
+    if user.scope != Scope():
+        return []
+    counted = deliveries.count(project.store, project.settings.name)
+    given_up = {name: n for (name, ended), n in counted.items() if ended}
+    return [
+        _waiting(
+            user,
+            f"{n} deliver{'y' if n == 1 else 'ies'} of the webhook {name} were given up",
+            "webhook.retry",
+            _OPERATIONS,
+            f"tunesmith webhooks retry {name}",
+        )
+        for name, n in sorted(given_up.items())
+    ]
+
+
+def _due(project: Project) -> list[tuple[str, str]]:
+    """(what is due, the command that says more)."""
+    found = []
+    try:
+        report, label = monitoring.monitor(project)
+        if report.verdict == "drift":
+            found.append((f"requests to {label} drifted: {report.reason}", "tunesmith monitor"))
+        if project.settings.retraining is not None:
+            causes = retraining.look(project).causes
+            says = (f"retraining is due: {one.says}" for one in causes if one.cause != "drift" and one.job is None)
+            found += [(each, "tunesmith run") for each in says]
+    except TunesmithError:  # nothing serves, or what it was measured with is gone: other items say so
+        return found
+    return found
+
+
+def _where(scope: Scope) -> str:
+    return "".join(f", {kind} {name}" for kind, name in scope.fields().items() if name)
+
+
+# Health
+
+
+def _queue(store: Store, scope: Scope) -> Health:
+    at = queue.time_now(store)
+    running = case((JobRow.state == "running", 1), else_=0)
+    late = case(((JobRow.state == "queued") & (JobRow.due < at - _TAKEN_SECONDS), 1), else_=0)
+    lost = case(((JobRow.state == "running") & (JobRow.until < at), 1), else_=0)
+    query = select(func.count(), func.sum(running), func.sum(late), func.sum(lost))
+    query = query.where(JobRow.state.in_(("queued", "running")), *within(JobRow, scope))
+    with database.reading(store.engine) as session:
+        total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
+    if silent:
+        return Health(part="worker", ok=False, says=f"{silent} running jobs were not heard of: is a worker running?")
+    if waits and not runs:
+        return Health(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
+    return Health(part="worker", ok=True, says=f"{runs} jobs run, {total - runs} wait" if total else "no job waits")

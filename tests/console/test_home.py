@@ -1,0 +1,117 @@
+"""What serves, moves and waits for whom, on the first page and by `tunesmith status`."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from playwright.sync_api import expect
+from sqlalchemy import insert
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, approve
+from tests.server.conftest import Served
+from tunesmith.core.clock import now
+from tunesmith.core.scope import Scope
+from tunesmith.registry.versions import Version
+from tunesmith.services import home
+from tunesmith.services.home import Home
+from tunesmith.store import database
+from tunesmith.store.identities import add_user
+from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow, RequestRow
+
+
+def says(found: Home, *, mine: bool | None = None) -> list[str]:
+    return [one.says for one in found.waiting if mine in (None, one.mine)]
+
+
+def put_requests(store: Store, version: Version, count: int, failed: int, tenant: str = "", hours: float = 0.1) -> None:
+    at = (now() - timedelta(hours=hours)).isoformat(timespec="microseconds")
+    rows = [
+        {
+            "id": f"{tenant}-{hours}-{place}", "at": at, "name": version.name, "tenant": tenant, "region": "",
+            "version": version.digest, "arm": "stable", "ok": place >= failed, "seconds": 0.1,
+            "scores": {"json_valid": 1.0}, "features": {},
+        }
+        for place in range(count)
+    ]  # fmt: skip
+    with database.writing(store.engine) as session:
+        session.execute(insert(RequestRow), rows)
+
+
+def test_the_first_page_says_what_serves_moves_and_waits(
+    served: Served, versions: dict[int, Version], login: Login
+) -> None:
+    store = served.scene.store
+    put_requests(store, versions[1], 8, 2)
+    put_requests(store, versions[1], 5, 5, hours=2)
+    page = login(APPROVER)
+    serving = page.get_by_role("region", name="Serving now")
+    expect(serving.get_by_role("row").nth(1)).to_contain_text(f"{NAME}@v1")
+    expect(serving.get_by_role("row").nth(1)).to_contain_text("25.0%")
+    waits = page.locator("#waiting")
+    expect(waits).to_contain_text(f"{NAME}@v4 waits for 1 more approver")
+    expect(waits.get_by_text("for you")).to_have_count(1)
+    expect(page.get_by_text("database: answers")).to_be_visible()
+    expect(page.get_by_text("controller: answers")).to_be_visible()
+
+    # While the page is open, a rollout pauses and the version is approved.
+    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
+    expect(page.get_by_role("link", name=f"{NAME}@v2 gets 10%")).to_be_visible(timeout=60_000)
+    expect(waits).to_contain_text(f"rollout {rollout.id} of {NAME} is paused", timeout=60_000)
+    check_accessible(page)
+    take_pictures(page, "home")
+    assert fits(page)
+    approve(store, versions[4], approver=APPROVER)
+    expect(waits).not_to_contain_text("@v4", timeout=60_000)
+
+    mine = login(OPERATOR)
+    first = mine.locator("#waiting li").first
+    expect(first).to_contain_text("for you")
+    first.get_by_role("link", name="is paused").click()
+    mine.wait_for_url(f"{served.url}/console/rollouts/{rollout.id}")
+
+
+def test_each_item_names_who_may_do_it(served: Served, versions: dict[int, Version]) -> None:
+    store = served.scene.store
+    served.until(
+        served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100}),
+        lambda now: now.status == "paused",
+    )
+    approver, operator, steward = (home.home(store, name) for name in (APPROVER, OPERATOR, STEWARD))
+    assert ["@v4" in one for one in says(approver, mine=True)] == [True]
+    assert ["paused" in one for one in says(operator, mine=True)] == [True]
+    assert says(steward, mine=True) == []
+    assert sorted(says(approver)) == sorted(says(operator)) == sorted(says(steward))
+    assert "paused" in says(operator)[0], "what waits for the viewer comes first"
+    # Who registered a version may not approve it, whatever their roles.
+    add_user(store, "max", ["approver"], actor=OWNER)
+    assert says(home.home(store, "max"), mine=True)
+    assert not [one for one in home.home(store, OWNER).waiting if one.mine and "@v4" in one.says]
+
+
+def test_a_tenant_sees_what_serves_it_and_only_its_own_requests(served: Served, versions: dict[int, Version]) -> None:
+    store = served.scene.store
+    add_user(store, "eve", ["operator", "approver"], actor=OWNER, scope=Scope("beta"))
+    put_requests(store, versions[1], 8, 2, tenant="acme")
+    put_requests(store, versions[1], 3, 1, tenant="beta")
+    served.begin(versions[1], scope=Scope("acme"))
+    served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100}, scope=Scope("acme"))
+    found = home.home(store, "eve")
+    assert [(one.version, one.tenant, one.requests, one.failed) for one in found.serving] == [(f"{NAME}@v1", "", 3, 1)]
+    assert found.moving == ()
+    assert says(found) == []
+    assert home.home(store, OPERATOR).moving != ()
+
+
+def test_a_queue_that_nobody_works_on_is_not_well(served: Served) -> None:
+    store = served.scene.store
+    (worker,) = (each for each in home.home(store, OPERATOR).health if each.part == "worker")
+    assert worker.ok
+    empty = {"arguments": {}, "progress": {}, "result": {}, "error": {}}
+    row = {"project": "p", "kind": "run", "state": "queued", "created_by": OWNER, "most_attempts": 3, **empty}
+    with database.writing(store.engine) as session:
+        session.add(JobRow(**row, due=time.time() - 600, created=time.time() - 600))
+    (worker,) = (each for each in home.home(store, OPERATOR).health if each.part == "worker")
+    assert (worker.ok, "tunesmith worker" in worker.says) == (False, True)
