@@ -79,7 +79,9 @@ def create_app(
     router = Router(store, settings.region, versions)
     worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), prompts)
     metrics.watch_queue(worker.waiting)
-    serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings), Rates(settings), project)
+    serving = Serving(
+        store, settings, metrics, versions, router, recorder, worker, Arriving(settings), Rates(settings), project
+    )
 
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -135,7 +137,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await controller
         if not serving.drain.begun:
             await drain(serving)
-        for threads in (serving.scoring, serving.noting, serving.listing, serving.files):
+        for threads in (serving.scoring, serving.noting, serving.listing, serving.trying, serving.files):
             threads.stop()
         await asyncio.to_thread(serving.recorder.stop, _LAST_SECONDS)
         with contextlib.suppress(TunesmithError, OSError):  # a database that is away must not keep the process

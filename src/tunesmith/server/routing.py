@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
@@ -248,6 +249,15 @@ class ReadyVersions:
                     raise
                 self.failed.discard(version.digest)
             return self._ready[version.digest]
+
+    def without_weights(self, candidate: str) -> Answerer:
+        """A candidate that has no weights of its own, registered or not, by its record's digest."""
+        return Answerer(self._store, self._engine, load_candidate(self._store, candidate))
+
+    @property
+    def base(self) -> str:
+        """Digest of the base that the engine runs."""
+        return self._engine.base
 
     def _open(self, version: Version) -> Answerer:
         with verified_copy(self._store, version) as loaded:

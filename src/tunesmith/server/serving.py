@@ -16,7 +16,7 @@ from tunesmith.server.intake.draining import Drain
 from tunesmith.server.intake.rates import Rates
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import Recorder
-from tunesmith.server.routing import Router
+from tunesmith.server.routing import ReadyVersions, Router
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.shared_threads import SharedThreads
 from tunesmith.server.work import Worker
@@ -34,6 +34,7 @@ class Serving:
 
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
+    versions: those that the engine holds. trying: the one thread for questions of the playground.
     project: takes fine-tuning jobs; None: the server takes none. uploads: the uploads under way, by user. files:
     threads that write uploads and delete files. used: when tokens, by their digests, were used since this was last
     written to the database, in seconds since 1970.
@@ -42,6 +43,7 @@ class Serving:
     store: Store
     settings: ServerSettings
     metrics: Metrics
+    versions: ReadyVersions
     router: Router
     recorder: Recorder
     worker: Worker
@@ -53,6 +55,7 @@ class Serving:
     scoring: SharedThreads = field(default_factory=lambda: SharedThreads("scoring", 1, limits.FEEDBACK, _FEEDBACK))
     noting: SharedThreads = field(default_factory=lambda: SharedThreads("noting", 2, limits.FEEDBACK, _FEEDBACK))
     listing: SharedThreads = field(default_factory=lambda: SharedThreads("listing", 2, limits.LISTS, "lists"))
+    trying: SharedThreads = field(default_factory=lambda: SharedThreads("trying", 1, 1, "questions of the playground"))
     files: SharedThreads = field(
         default_factory=lambda: SharedThreads("files", limits.UPLOADS, limits.LISTS, "calls for files")
     )

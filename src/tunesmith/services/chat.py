@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.access import Caller
 from tunesmith.core.digests import is_digest
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.view import View
+from tunesmith.engines.protocol import Completion
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
@@ -46,9 +48,11 @@ def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterat
         yield Answerer(project.store, engine, loaded.candidate)
 
 
-def ask(to: Answerer, message: str) -> ChatAnswer:
-    """The answer to one message."""
+def ask(to: Answerer, message: str, *, caller: Caller | None = None, max_tokens: int | None = None) -> ChatAnswer:
+    """The answer to one message. caller: who asks, by default whom evaluations stand for. max_tokens: a lower bound."""
     turn = [Message(role="user", content=message)]
-    found = to.responder.generate([to.generation(turn, to.composer.asked_as)], to.adapter)[0]
-    sources = tuple(to.composer.retrieved(turn, to.composer.asked_as).sources)
+    who = to.composer.asked_as if caller is None else caller
+    *_, found = to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.adapter)
+    assert isinstance(found, Completion)  # the last item of a stream
+    sources = tuple(to.composer.retrieved(turn, who).sources)
     return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.name, sources=sources)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.store.tables import RecallRow
+
+
+def reasons_of_recalls(session: Session, digests: Sequence[str]) -> dict[str, str]:
+    """Digest -> why a record was recalled as evidence (see `recalled`), for those that were. One query for all."""
+    query = select(RecallRow.digest, RecallRow.reason).where(
+        RecallRow.digest.in_(digests), ~RecallRow.cause.startswith("version ")
+    )
+    newest_first = query.order_by(RecallRow.at.desc(), RecallRow.cause.desc())
+    return {digest: reason for digest, reason in session.execute(newest_first)}  # noqa: C416 - rows are no pairs
 
 
 def recalled(session: Session, digest: str, *, as_evidence: bool = False) -> str | None:

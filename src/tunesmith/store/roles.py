@@ -20,6 +20,7 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "data.sign": frozenset(("steward",)),
         "training.run": frozenset(("engineer",)),
         "evaluation.run": frozenset(("engineer",)),
+        "evidence.read": frozenset(("engineer", "steward", "approver")),
         "version.register": frozenset(("engineer",)),
         "version.override": frozenset(("admin",)),
         "version.approve": frozenset(("approver",)),

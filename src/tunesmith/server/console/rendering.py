@@ -29,7 +29,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 # The pages that the navigation names.
-PAGES = (("/", "Home"), ("/console/rollouts", "Rollouts"))
+PAGES = (("/", "Home"), ("/console/evidence", "Evidence"), ("/console/rollouts", "Rollouts"))
 _PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import changes, home, login, rollouts
+from tunesmith.server.console import changes, evidence, home, login, playground, rollouts
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.errors import ApiError
@@ -47,5 +47,6 @@ def _no_page() -> ApiError:
 
 
 routes = APIRouter()
-for part in (own, login.routes, changes.routes, home.routes, rollouts.routes, last):
+_PARTS = (changes, home, evidence, playground, rollouts)
+for part in (own, login.routes, *(one.routes for one in _PARTS), last):
     routes.include_router(part)

@@ -1,0 +1,259 @@
+"""The matrix of an evaluation: every held-out request by every candidate, to be filtered and read request by request.
+
+Whoever reads it sees only what their tenant, region and groups let them see: rows of another tenant are left out, and
+an answer that was made with a document or a row that they may not see is withheld, because it may repeat it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.core.access import ANYONE, Caller, Labels
+from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.data.dataset import Example, load_dataset
+from tunesmith.data.documents import Documents
+from tunesmith.evaluation.lines import read_answer_lines
+from tunesmith.evaluation.metrics.labels import read_labels
+from tunesmith.evaluation.scores import read_scores
+from tunesmith.evaluation.settings import VALID
+from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.store.store import Store
+
+Show = Literal["all", "flips", "wins", "losses", "invalid", "long"]
+Change = Literal["loss", "win", "differs", "same"]
+CHANGES: tuple[Change, ...] = ("loss", "win", "differs", "same")  # in the order in which the matrix shows them
+_VALIDITY = ("json_valid", VALID)  # metrics that say whether an answer has the form that the task asks for
+_LONG_SHARE = 0.9  # a request is long if it is longer than this share of them
+_SELECTIONS = 64  # that are remembered: one for each filter and reader
+_MOST_LABELS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who reads: their scope, for rows; and the caller that documents' labels are compared with."""
+
+    scope: Scope = Scope()  # noqa: RUF009 - frozen
+    caller: Caller = ANYONE
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A passage or a training row that a candidate retrieved. title: the headings above a passage.
+
+    labels: of a passage's document. owner: the tenant and region that a row states.
+    """
+
+    source: str
+    title: str
+    text: str
+    labels: Labels = Labels()  # noqa: RUF009 - frozen
+    owner: tuple[str, str] = ("", "")
+
+    def visible_to(self, reader: Reader) -> bool:
+        """Whether a reader may see it."""
+        return self.labels.visible_to(reader.caller) and _concerns(self.owner, reader.scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which requests of a matrix, compared how. focus, rival: candidates; a win is a request where the focus is better.
+
+    show: invalid and long are about the focus's answers; long also takes the longest tenth of the requests. group: the
+    start of a group's name. label: `key=value` of a row. search: text of a request, a reference or an answer, in any
+    case. "" leaves group, label or search out.
+    """
+
+    focus: str
+    rival: str
+    metric: str
+    show: Show = "all"
+    group: str = ""
+    label: str = ""
+    search: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one reader may see. rows: places of visible rows; withheld: candidate -> places of answers they may not.
+
+    labels: the most frequent labels of visible rows, with how many rows each has, by name.
+    """
+
+    rows: NDArray[np.intp]
+    withheld: Mapping[str, frozenset[int]]
+    labels: Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The places of the chosen rows, in the order shown: losses, wins, other differences, the rest.
+
+    counts: of each change among all rows that the reader may see, whatever is filtered.
+    """
+
+    places: NDArray[np.intp]
+    counts: Mapping[Change, int]
+
+
+class Matrix:
+    """An evaluation's rows, scores and answers in memory. Records never change, so it can be kept.
+
+    rows: held-out rows by id. scores: (candidate, metric) -> a value for each row. lines: candidate -> a line of its
+    answers record for each row.
+
+    Raises Inconclusive for scores or answers that do not fit the rows.
+    """
+
+    def __init__(self, store: Store, evaluation: str) -> None:
+        record = store.record(evaluation, kind="evaluation")
+        self._store = store
+        self.dataset = record.parents["dataset"]
+        self.rows: list[Example] = load_dataset(store, self.dataset).examples("test")
+        self.place = {row.id: place for place, row in enumerate(self.rows)}
+        columns = read_scores(store, record)
+        self.metrics: tuple[str, ...] = tuple(record.body["metrics"])
+        self.primary = str(record.body["primary"])
+        self.candidates: dict[str, Candidate] = {
+            name: load_candidate(store, stated["candidate"]) for name, stated in record.body["candidates"].items()
+        }
+        self.scores: dict[tuple[str, str], Floats] = {
+            (name, metric): columns[name, metric].values for name in self.candidates for metric in self.metrics
+        }
+        self.lines: dict[str, list[Mapping[str, Any]]] = {}
+        for name in self.candidates:
+            answers = store.record(record.parents[f"answers:{name}"], kind="answers")
+            by_id = read_answer_lines(store, answers, self.place.keys(), f"answers of {name!r}")
+            self.lines[name] = [by_id[row.id] for row in self.rows]
+        self.labelled = read_labels(store, record, columns)
+        self._long = _long([len(_asked(row)) for row in self.rows])
+        self.found = {name: self._retrieved(name, candidate) for name, candidate in self.candidates.items()}
+        self.sight = lru_cache(_SELECTIONS)(self._sight)
+        self.select = lru_cache(_SELECTIONS)(self._select)
+
+    def valid(self, name: str, place: int) -> bool | None:
+        """Whether an answer has the form that the task asks for; None where no metric says so."""
+        metric = self._validity
+        return None if metric is None else bool(self.scores[name, metric][place] == 1.0)
+
+    @property
+    def measures_form(self) -> bool:
+        """Whether a metric says that answers are invalid."""
+        return self._validity is not None
+
+    def cut(self, name: str, place: int) -> bool:
+        """Whether an answer reached the longest length that the candidate allows."""
+        return bool(self.lines[name][place].get("finish") == "length")
+
+    def changes(self, focus: str, rival: str, metric: str) -> NDArray[np.intp]:
+        """For each row the place of its change in CHANGES."""
+        gap = self.scores[focus, metric] - self.scores[rival, metric]
+        every = np.stack([self.scores[name, metric] for name in self.candidates])
+        differs = every.max(axis=0) > every.min(axis=0)
+        return np.select([gap < 0, gap > 0, differs], [0, 1, 2], 3).astype(np.intp)
+
+    def labels_of(self, place: int) -> list[str]:
+        """`key=value` for what the row states, and for the right label of each metric that compares labels."""
+        found = [f"{key}={value}" for key, value in sorted(self.rows[place].labels.items())]
+        wanted = {metric: labels.wanted[place] for (_, metric), labels in self.labelled.items()}
+        return found + [f"{metric}={value}" for metric, value in sorted(wanted.items())]
+
+    @property
+    def _validity(self) -> str | None:
+        return next((metric for metric in _VALIDITY if metric in self.metrics), None)
+
+    def _sight(self, reader: Reader) -> Sight:
+        rows = [place for place, row in enumerate(self.rows) if _concerns(_owner(row), reader.scope)]
+        withheld = {}
+        for name, found in self.found.items():
+            hidden = {identifier for identifier, one in found.items() if not one.visible_to(reader)}
+            lines = enumerate(self.lines[name]) if hidden else ()
+            withheld[name] = frozenset(
+                place for place, line in lines if not hidden.isdisjoint(line.get("retrieved", ()))
+            )
+        counted = Counter(label for place in rows for label in self.labels_of(place))
+        return Sight(np.array(rows, dtype=np.intp), withheld, sorted(counted.most_common(_MOST_LABELS)))
+
+    def _select(self, chosen: Filter, reader: Reader) -> Selected:
+        for name in (chosen.focus, chosen.rival):
+            if name not in self.candidates:
+                known = ", ".join(self.candidates)
+                raise UsageError(f"the evaluation has no candidate {name[:80]!r}", fix=f"name one of: {known}")
+        if chosen.show not in get_args(Show):
+            raise UsageError(
+                f"{chosen.show[:80]!r} is no choice of requests", fix=f"one of {', '.join(get_args(Show))}"
+            )
+        if chosen.metric not in self.metrics:
+            known = ", ".join(self.metrics)
+            raise UsageError(f"the evaluation has no metric {chosen.metric[:80]!r}", fix=f"name one of: {known}")
+        sight = self.sight(reader)
+        changes = self.changes(chosen.focus, chosen.rival, chosen.metric)
+        gap = np.abs(self.scores[chosen.focus, chosen.metric] - self.scores[chosen.rival, chosen.metric])
+        counts = np.bincount(changes[sight.rows], minlength=len(CHANGES)).tolist()
+        kept = [place for place in sight.rows.tolist() if self._fits(place, changes[place], chosen, sight)]
+        places = np.array(kept, dtype=np.intp)
+        ordered = places[np.lexsort((places, -gap[places], changes[places]))]
+        return Selected(ordered, dict(zip(CHANGES, counts, strict=True)))
+
+    def _fits(self, place: int, change: int, chosen: Filter, sight: Sight) -> bool:
+        wanted = {
+            "all": True,
+            "flips": change < 2,
+            "losses": change == 0,
+            "wins": change == 1,
+            "invalid": self.valid(chosen.focus, place) is False,
+            "long": self._long[place] or self.cut(chosen.focus, place),
+        }[chosen.show]
+        if not wanted or not self.rows[place].group.startswith(chosen.group):
+            return False
+        if chosen.label and chosen.label not in self.labels_of(place):
+            return False
+        return not chosen.search or self._holds(place, chosen.search.casefold(), sight)
+
+    def _holds(self, place: int, text: str, sight: Sight) -> bool:
+        """Whether a row, or an answer to it that the reader may see, contains a text in any case."""
+        row = self.rows[place]
+        if text in row.id or any(text in turn.text.casefold() for turn in row.messages):
+            return True
+        return any(
+            text in lines[place]["text"].casefold()
+            for name, lines in self.lines.items()
+            if place not in sight.withheld[name]
+        )
+
+    def _retrieved(self, name: str, candidate: Candidate) -> dict[str, Found]:
+        """Id -> what a candidate retrieved for some row."""
+        asked = {identifier for line in self.lines[name] for identifier in line.get("retrieved", ())}
+        if not asked:
+            return {}
+        if candidate.documents is not None:
+            passages = Documents(self._store, candidate.documents).passages
+            return {one.id: Found(one.source, one.title, one.text, one.labels) for one in passages if one.id in asked}
+        rows = load_dataset(self._store, str(candidate.dataset)).examples("train")
+        return {row.id: Found(row.source, "", _asked(row), owner=_owner(row)) for row in rows if row.id in asked}
+
+
+def _owner(row: Example) -> tuple[str, str]:
+    return row.tenant or "", row.region or ""
+
+
+def _concerns(owner: tuple[str, str], reader: Scope) -> bool:
+    """Whether a row concerns a reader: those of a tenant or a region see its rows, and those that state none."""
+    return all(mine in ("", own) or not own for mine, own in zip((reader.tenant, reader.region), owner, strict=True))
+
+
+def _asked(row: Example) -> str:
+    return "\n".join(turn.text for turn in row.request)
+
+
+def _long(lengths: Sequence[int]) -> NDArray[np.bool_]:
+    found = np.array(lengths, dtype=np.float64)
+    return found > np.quantile(found, _LONG_SHARE) if len(found) else np.zeros(0, dtype=np.bool_)

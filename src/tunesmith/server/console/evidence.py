@@ -1,0 +1,174 @@
+"""Evidence: evaluations, what one of them showed, its matrix of requests by candidates, and one request opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Final
+from urllib.parse import urlencode
+
+from fastapi import Query, Request, Response
+
+from tunesmith.server.console.routing import router
+from tunesmith.server.console.session import Looking, Viewer
+from tunesmith.server.errors import ApiError
+from tunesmith.services import evidence
+from tunesmith.services.evidence import EvaluationPage
+
+routes = router()
+_AT: Final = "/console/evidence"
+_PIECE: Final = 50  # rows of the matrix that a page fetches at once
+_FILTER: Final = ("focus", "rival", "metric", "show", "group", "label", "search")
+SHOWN: Final = {
+    "all": "all requests",
+    "flips": "wins and losses",
+    "losses": "losses",
+    "wins": "wins",
+    "invalid": "answer not valid",
+    "long": "long, or cut off",
+}
+CHANGES: Final = {"loss": "loss", "win": "win", "differs": "others differ", "same": "all alike"}
+
+Digest = str
+Place = Annotated[int, Query(ge=0, le=10**9)]
+
+
+@routes.get(_AT)
+async def listed(viewer: Looking, page: Annotated[int, Query(ge=1, le=10**6)] = 1) -> Response:
+    """The evaluations that this person may see, newest first."""
+    first = (page - 1) * evidence.LISTED
+    found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, first=first))
+    pages = max(1, -(-found.total // evidence.LISTED))
+    return viewer.page("evidence.html.jinja", found=found, page=page, pages=pages)
+
+
+@routes.get(_AT + "/{digest}")
+async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
+    """One evaluation: its candidates, its gates and their numbers."""
+    found = await shown(viewer, digest, verdict)
+    primary = found.summary.primary
+    names = sorted(found.summary.candidates, key=lambda name: (-found.summary.candidates[name][primary].mean, name))
+    return viewer.page(
+        "evidence_evaluation.html.jinja", found=found, names=names, digest=digest, compared=urlencode(_compared(found))
+    )
+
+
+@routes.get(_AT + "/{digest}/findings")
+async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
+    """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
+    page = await shown(viewer, digest, verdict)
+    found = await viewer.run(
+        partial(evidence.show_findings, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
+    )
+    assert found is not None  # the page was
+    # A group's name may say whose rows it holds.
+    groups = viewer.user.may(evidence.READ_PERMISSION) and not (viewer.user.tenant or viewer.user.region)
+    return viewer.page(
+        "evidence_findings.html.jinja",
+        found=found,
+        digest=digest,
+        groups=groups,
+        compared=urlencode(_compared(page)),
+    )
+
+
+@routes.get(_AT + "/{digest}/requests")
+async def requests(request: Request, viewer: Looking, digest: Digest) -> Response:
+    """The page of the matrix. What it shows is fetched by it: reading many rows for the first time takes seconds."""
+    found = await shown(viewer, digest)
+    _require_texts(viewer)
+    given = {**_chosen(request), **({"at": request.query_params["at"]} if "at" in request.query_params else {})}
+    return viewer.page("evidence_requests.html.jinja", found=found, digest=digest, query=urlencode(given))
+
+
+@routes.get(_AT + "/{digest}/matrix")
+async def matrix(request: Request, viewer: Looking, digest: Digest, at: Place = 0) -> Response:
+    """The filters and the matrix with its first rows. at: the place of the row to begin with."""
+    chosen = _chosen(request)
+    found = await _rows(viewer, digest, chosen, 0, _PIECE)
+    query = urlencode({key: value for key, value in found.filter.items() if value})
+    response = viewer.page(
+        "evidence_matrix.html.jinja",
+        found=found,
+        digest=digest,
+        query=query,
+        shown=SHOWN,
+        changes=CHANGES,
+        piece=_PIECE,
+        at=at,
+    )
+    response.headers["HX-Replace-Url"] = f"{_AT}/{digest}/requests?{query}"
+    return response
+
+
+@routes.get(_AT + "/{digest}/rows")
+async def rows(request: Request, viewer: Looking, digest: Digest, first: Place = 0) -> Response:
+    """A piece of the matrix from a place on: rows of a table."""
+    found = await _rows(viewer, digest, _chosen(request), first, _PIECE)
+    query = urlencode({key: value for key, value in found.filter.items() if value})
+    return viewer.page("evidence_rows.html.jinja", found=found, digest=digest, query=query, changes=CHANGES)
+
+
+@routes.get(_AT + "/{digest}/requests/{row}")
+async def opened(
+    request: Request, viewer: Looking, digest: Digest, row: str, compared: str = evidence.REFERENCE
+) -> Response:
+    """One request: answers side by side, their differences, and what was retrieved."""
+    chosen = _chosen(request)
+    region = viewer.serving.settings.region
+    found = await viewer.run(
+        partial(evidence.show_request, viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
+    )
+    if found is None:
+        raise _none("request")
+    query = urlencode(chosen)
+    return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen)
+
+
+async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
+    """The evaluation of an address. Raises ApiError 404 where this person sees none."""
+    found = await viewer.run(
+        partial(evidence.show_evaluation, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
+    )
+    if found is None:
+        raise _none("evaluation")
+    return found
+
+
+async def _rows(
+    viewer: Viewer, digest: str, chosen: Mapping[str, str], first: int, most: int
+) -> evidence.RequestMatrix:
+    region = viewer.serving.settings.region
+    found = await viewer.run(
+        partial(evidence.show_requests, viewer.store, viewer.user, region, _full(digest), chosen, first, most)
+    )
+    if found is None:
+        raise _none("evaluation")
+    return found
+
+
+def _chosen(request: Request) -> dict[str, str]:
+    return {key: value for key in _FILTER if (value := request.query_params.get(key, ""))}
+
+
+def _compared(found: EvaluationPage) -> dict[str, str]:
+    """The two candidates that the verdict compares, for the matrix: the one judged, and the rival of a gate."""
+    if found.verdict is None:
+        return {}
+    rivals = [getattr(gate, "over", None) for gate in found.verdict.gates]
+    named = [rival for rival in rivals if rival in found.summary.candidates]
+    return {"focus": found.verdict.candidate, **({"rival": named[0]} if named else {})}
+
+
+def _full(hexadecimal: str) -> str:
+    return f"sha256:{hexadecimal}"
+
+
+def _require_texts(viewer: Viewer) -> None:
+    if not viewer.user.may(evidence.READ_PERMISSION):
+        what = "Requests and answers are shown to engineers, stewards and approvers."
+        raise ApiError(403, what, code="permission_denied")
+
+
+def _none(what: str) -> ApiError:
+    return ApiError(404, f"There is no such {what}.", code="not_found")

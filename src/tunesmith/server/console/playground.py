@@ -1,0 +1,100 @@
+"""The playground: the same question to several candidates of an evaluation, side by side. It is no evidence.
+
+Nothing is recorded. One thread asks for all people, and each may have one question under way, so that trying things
+takes little from the traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from fastapi import Request, Response
+
+from tunesmith.core.access import Caller
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.scope import Scope
+from tunesmith.server.console.evidence import shown
+from tunesmith.server.console.routing import router
+from tunesmith.server.console.session import Changing, Looking, Viewer, form
+from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.recording import LOG
+from tunesmith.services import chat, evidence, playground
+from tunesmith.services.playground import Choice
+
+routes = router()
+_AT: Final = "/console/evidence/{digest}/playground"
+_MOST_TOKENS: Final = 256  # of one answer
+_MOST_CHARACTERS: Final = 4000  # of a question
+_MOST_CANDIDATES: Final = 6  # that one question is put to
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A candidate's answer, or why there is none. cut: it reached the most tokens."""
+
+    name: str
+    answer: str
+    cut: bool
+    sources: Sequence[str]
+    problem: str
+
+
+@routes.get(_AT)
+async def asked(viewer: Looking, digest: str) -> Response:
+    """The form: which candidates this server can answer for, and why not for the others."""
+    choices = await _choices(viewer, digest)
+    bounds = {"tokens": _MOST_TOKENS, "characters": _MOST_CHARACTERS, "candidates": _MOST_CANDIDATES}
+    return viewer.page("evidence_playground.html.jinja", digest=digest, choices=choices, bounds=bounds)
+
+
+@routes.post(_AT)
+async def answered(request: Request, viewer: Changing, digest: str) -> Response:
+    """The answers of the chosen candidates to one question, one after the other."""
+    fields = await form(request)
+    question, names = fields.get("question", [""])[0].strip(), fields.get("candidate", [])
+    chosen = [one for one in await _choices(viewer, digest) if one.name in names and one.refused is None]
+    if not question:
+        raise bad_request("Write a question first.")
+    if len(question) > _MOST_CHARACTERS:
+        raise bad_request(f"The question has {len(question)} characters; the most are {_MOST_CHARACTERS}.")
+    if not 1 <= len(chosen) <= _MOST_CANDIDATES:
+        raise bad_request(f"Choose one to {_MOST_CANDIDATES} of the candidates that can answer here.")
+    call: Callable[[], list[Tried]] = partial(_ask_all, viewer, chosen, question)
+    tried = await viewer.serving.trying.run(viewer.user.name, call)
+    return viewer.page("evidence_tried.html.jinja", question=question, tried=tried, tokens=_MOST_TOKENS)
+
+
+async def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
+    found = await shown(viewer, digest)
+    if not viewer.user.may(evidence.READ_PERMISSION):
+        raise ApiError(403, "The playground is for engineers, stewards and approvers.", code="permission_denied")
+    serving = viewer.serving
+    region, base = serving.settings.region, serving.versions.base
+    return await viewer.run(
+        partial(playground.choices, viewer.store, viewer.user, region, base, found.summary.evaluation)
+    )
+
+
+def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str) -> list[Tried]:
+    return [_ask(viewer, one, question) for one in chosen]
+
+
+def _ask(viewer: Viewer, choice: Choice, question: str) -> Tried:
+    """One candidate's answer. An error is that candidate's alone."""
+    serving = viewer.serving
+    caller = Caller(Scope(viewer.user.tenant, serving.settings.region), frozenset(viewer.user.groups))
+    try:
+        if choice.version is not None:
+            answerer = serving.versions.answerer(choice.version)
+        else:
+            answerer = serving.versions.without_weights(choice.digest)
+        found = chat.ask(answerer, question, caller=caller, max_tokens=_MOST_TOKENS)
+    except TunesmithError as error:
+        return Tried(choice.name, "", False, (), error.what)
+    except Exception:  # noqa: BLE001 - the engine failed on this question alone
+        LOG.exception("the engine failed on a question of the playground")
+        return Tried(choice.name, "", False, (), "the engine failed on this question; the server's log says why")
+    return Tried(choice.name, found.answer, found.finish == "length", found.sources, "")

@@ -1,0 +1,209 @@
+"""Evidence in a real browser: the list, one evaluation, the matrix, one request, and the playground."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.evidence_rows import HOSTILE, SECRET, Evaluated, put_evaluation
+from tests.console.test_login import cookie_of, plain
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER
+from tests.server.conftest import Served
+from tunesmith.core.scope import Scope
+from tunesmith.registry.versions import register
+from tunesmith.store.identities import add_user
+
+
+@pytest.fixture
+def evaluated(served: Served) -> Evaluated:
+    return put_evaluation(served.scene)
+
+
+def rows(page: Page) -> int:
+    return page.locator(".matrix tbody:not(.empty) tr").count()
+
+
+def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, evaluated: Evaluated, login: Login) -> None:
+    page = login(APPROVER, "/console/evidence")
+    page.get_by_role("link", name="Evidence").first.click()
+    check_accessible(page)
+    take_pictures(page, "evidence-list")
+    assert fits(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.locator("tbody th a").first.click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("pass")
+    expect(page.get_by_role("heading", name="Risks of tuning tuned")).to_be_visible()
+    check_accessible(page)
+    take_pictures(page, "evidence-evaluation")
+    assert fits(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+    page.get_by_role("link", name="Requests by candidates").click()
+    expect(page.locator(".matrix tbody tr a").first).to_be_visible()
+    assert page.locator("td.change").first.inner_text() == "loss", "what got worse comes first"
+    check_accessible(page)
+    take_pictures(page, "evidence-matrix")
+    assert fits(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.get_by_label("Show").select_option("losses")
+    expect(page.locator("#results td.change.win")).to_have_count(0)
+    page.wait_for_url("**show=losses**")
+    page.get_by_label("Show").select_option("all")
+    page.get_by_label("Search").fill("7 * 7")
+    expect(page.locator(".matrix tbody tr")).to_have_count(1)
+    expect(page.get_by_role("status")).to_contain_text("1 of 60 requests")
+    page.locator(".matrix tbody a").focus()
+    page.keyboard.press("Enter")
+
+    expect(page.get_by_role("heading", name="Reference answer")).to_be_visible()
+    expect(page.locator("pre").first).to_contain_text("{{ 7 * 7 }} [click](javascript:alert(1))")
+    assert page.locator(".answers ins").count() > 0
+    check_accessible(page)
+    take_pictures(page, "evidence-request")
+    assert fits(page)
+    assert page.locator("a[href^=javascript]").count() == 0
+
+
+def test_hostile_texts_are_shown_as_text(evaluated: Evaluated, login: Login) -> None:
+    page = login(APPROVER, evaluated.path + "/requests?show=all")
+    expect(page.locator(".matrix tbody tr a").first).to_be_visible()
+    for row in evaluated.rows:
+        if row.messages[-2].content in HOSTILE:
+            page.goto(page.url.partition("/requests")[0] + f"/requests/{row.id}")
+            expect(page).to_have_title(f"Request {row.id} · Tunesmith")
+            assert page.locator("main script, main img").count() == 0
+            assert "\u202e" not in page.content()
+
+
+@pytest.mark.attack("people", "an answer that repeats a document which the reader may not see")
+def test_what_a_reader_may_not_see_is_withheld(served: Served, evaluated: Evaluated) -> None:
+    store = served.scene.store
+    register(store, name="acme", verdict=evaluated.verdict, actor=OWNER, scope=Scope("acme"))
+    add_user(store, "kim", ["engineer"], actor=OWNER, scope=Scope("acme"), groups=["support"])
+    add_user(store, "leo", ["engineer"], actor=OWNER, scope=Scope("acme"))
+    add_user(store, "mia", ["engineer"], actor=OWNER, scope=Scope("umbrella"))
+    told = [row.id for number, row in enumerate(evaluated.rows) if number % 2]
+    seen = {}
+    for name in ("kim", "leo"):
+        with plain(served, cookie_of(served, name)) as http:
+            page = http.get(f"{evaluated.path}/requests/{told[0]}")
+            found = http.get(f"{evaluated.path}/rows", params={"search": SECRET})
+            seen[name] = (SECRET in page.text, "docs/safe.md" in page.text, found.text.count("<tr"))
+            assert ("withheld" in page.text) is (name == "leo")
+    assert seen["kim"] == (True, True, 60)
+    assert seen["leo"] == (False, False, 60 - len(told)), "neither shown nor found by a search"
+    with plain(served, cookie_of(served, "mia")) as http:
+        assert http.get("/console/evidence").text.count("<tr") == 0
+        for path in ("", "/findings", "/requests", "/matrix", "/rows", f"/requests/{told[0]}", "/playground"):
+            assert http.get(evaluated.path + path).status_code == 404, path
+
+
+def test_rows_of_another_tenant_are_left_out(served: Served, evaluated: Evaluated) -> None:
+    store = served.scene.store
+    register(store, name="both", verdict=evaluated.verdict, actor=OWNER, scope=Scope("umbrella"))
+    add_user(store, "mia", ["engineer"], actor=OWNER, scope=Scope("umbrella"))
+    row = next(row for row in evaluated.rows if row.tenant == "acme")
+    with plain(served, cookie_of(served, "mia")) as http:
+        text = http.get(f"{evaluated.path}/matrix").text
+        assert "of 55 requests" in text
+        assert "of acme" not in text
+        assert http.get(f"{evaluated.path}/requests/{row.id}").status_code == 404
+        assert "acme</a>" not in http.get(f"{evaluated.path}/findings").text
+
+
+def test_texts_take_the_permission(served: Served, evaluated: Evaluated) -> None:
+    with plain(served, cookie_of(served, OPERATOR)) as http:
+        assert "engineers, stewards and approvers" in http.get(evaluated.path).text
+        for path in ("/requests", "/matrix", "/rows", f"/requests/{evaluated.rows[0].id}", "/playground"):
+            answer = http.get(evaluated.path + path)
+            assert answer.status_code in (403, 409), path
+            assert evaluated.rows[0].answer not in answer.text
+
+
+def test_bad_addresses_are_answered(served: Served, evaluated: Evaluated) -> None:
+    with plain(served, cookie_of(served, OWNER)) as http:
+
+        def status(path: str) -> int:
+            return http.get(evaluated.path + path).status_code
+
+        assert http.get("/console/evidence?page=0").status_code == 400
+        assert "This page is empty" in http.get("/console/evidence?page=9").text
+        assert http.get("/console/evidence/nothing").status_code == 404
+        assert status("?verdict=nothing") == 404
+        assert status("/requests/nothing") == 404
+        assert status("/rows?first=-1") == 400
+        assert http.get(evaluated.path + "/rows?first=999").text.strip() == ""
+        for query in ("focus=nobody", "rival=nobody", "metric=none", "show=everything"):
+            assert status(f"/rows?{query}") == 409, query
+        assert status(f"/requests/{evaluated.rows[0].id}?compared=nobody") == 409
+
+
+def test_rows_are_windowed_and_reached_by_keys(served: Served, login: Login) -> None:
+    evaluated = put_evaluation(served.scene, 400)
+    page = login(APPROVER, evaluated.path + "/requests")
+    first = page.locator(".matrix tbody tr a").first
+    expect(first).to_be_visible()
+    assert rows(page) < 400
+    assert page.locator(".matrix table").get_attribute("aria-rowcount") == "401"
+    first.focus()
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("tr[aria-rowindex='3'] a")).to_be_focused()
+    page.keyboard.press("End")
+    expect(page.locator("tr[aria-rowindex='401'] a")).to_be_focused()
+    assert page.locator("tr[aria-rowindex='2']").count() == 0 or rows(page) < 400
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("400 of 400")).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_text("399 of 400")).to_be_visible()
+    page.get_by_role("link", name="Requests by candidates").click()
+    expect(page.locator("tr[aria-rowindex='400'] a")).to_be_focused()
+
+
+def test_the_playground_asks_side_by_side_and_keeps_nothing(served: Served, evaluated: Evaluated, login: Login) -> None:
+    served.engine.answer = lambda request, adapter: HOSTILE[0] if adapter else f"asked {request.messages[-1].content}"
+    page = login(OWNER, evaluated.path + "/playground")
+    expect(page.get_by_text("This is no evidence.")).to_be_visible()
+    for why in ("not registered as a version", "only evaluations ask", "another base model"):
+        expect(page.get_by_text(why)).to_be_visible()
+    version = register(served.scene.store, name=NAME, verdict=evaluated.verdict, actor=OWNER)
+    page.reload()
+    expect(page.get_by_text(f"as {version.label}")).to_be_visible()
+    check_accessible(page)
+    page.get_by_label("Question").fill("turn on <b>everything</b>")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_text("asked turn on <b>everything</b>").first).to_be_visible()
+    expect(page.locator("#answers pre", has_text="document.title")).to_have_text(HOSTILE[0])
+    expect(page.locator("#answers section")).to_have_count(4)
+    check_accessible(page)
+    take_pictures(page, "evidence-playground")
+    assert fits(page)
+    assert served.rows() == []
+
+
+@pytest.mark.attack("people", "questions of the playground beyond its bounds, without the form's mark, and at once")
+def test_the_playground_is_bounded(served: Served, evaluated: Evaluated, login: Login) -> None:
+    page = login(OWNER, evaluated.path + "/playground")
+    mark = page.locator("input[name=csrf]").last.get_attribute("value") or ""
+    (cookie,) = page.context.cookies()
+    with plain(served, cookie["value"]) as http:
+
+        def ask(question: str, *names: str, csrf: str = mark) -> httpx.Response:
+            body = {"csrf": csrf, "question": question, "candidate": list(names)}
+            return http.post(evaluated.path + "/playground", data=body)
+
+        assert ask("hello", "prompt", csrf="").status_code == 403
+        assert ask(" ", "prompt").status_code == 400
+        assert ask("x" * 4001, "prompt").status_code == 400
+        assert ask("hello").status_code == 400
+        assert ask("hello", "tuned", "remote").status_code == 400
+        served.engine.answer = lambda *_: "word " * 1000
+        assert "cut off" in ask("hello", "prompt").text
+        served.engine.gate.clear()
+        page.get_by_label("Question").fill("wait")
+        page.get_by_role("button", name="Ask").click()
+        expect(page.get_by_text("Asking…")).to_be_visible()
+        assert ask("hello", "prompt").status_code == 429
+        served.engine.gate.set()
+        expect(page.locator("#answers section").first).to_be_visible()
