@@ -85,10 +85,7 @@ def put_evaluation(scene: Scene, n: int = 60) -> Evaluated:
         ),
         (Candidate(name="tuned", prompt="Answer in JSON.", training=training, dataset=dataset, **base), _hostile()),
         (Candidate(name="nearest", method="nearest", dataset=dataset, **base), flawed(0.3, 1.0, 4)),
-        (
-            Candidate(name="remote", endpoint=RemoteModel(url="https://x.example/v1", model="m"), **base),
-            flawed(0.6, 1, 5),
-        ),
+        (Candidate(name="remote", endpoint=remote, **base), flawed(0.6, 1.0, 5)),
         (Candidate(name="elsewhere", base=other, max_tokens=24), flawed(0.1, 1.0, 6)),
     ]
     answers = {}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
@@ -9,16 +13,34 @@ from playwright.sync_api import Page, expect
 from tests.console.conftest import Login, check_accessible, fits, take_pictures
 from tests.console.evidence_rows import HOSTILE, SECRET, Evaluated, put_evaluation
 from tests.console.test_login import cookie_of, plain
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
+from tests.rollout.conftest import copied
 from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import register
 from tunesmith.store.identities import add_user
 
 
+@pytest.fixture(scope="session")
+def measured(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scene, Evaluated]:
+    """The scene with an evaluation, never changed."""
+    copy = copied(made, tmp_path_factory.mktemp("measured") / "store")
+    found = put_evaluation(copy)
+    copy.store.engine.dispose()
+    return copy, found
+
+
 @pytest.fixture
-def evaluated(served: Served) -> Evaluated:
-    return put_evaluation(served.scene)
+def scene(measured: tuple[Scene, Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    copy = copied(measured[0], tmp_path / "store")
+    yield copy
+    copy.store.engine.dispose()
+
+
+@pytest.fixture
+def evaluated(measured: tuple[Scene, Evaluated]) -> Evaluated:
+    return measured[1]
 
 
 def rows(page: Page) -> int:
@@ -58,7 +80,7 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     page.keyboard.press("Enter")
 
     expect(page.get_by_role("heading", name="Reference answer")).to_be_visible()
-    expect(page.locator("pre").first).to_contain_text("{{ 7 * 7 }} [click](javascript:alert(1))")
+    expect(page.locator("pre").nth(1)).to_have_text("{{ 7 * 7 }} [click](javascript:alert(1))")
     assert page.locator(".answers ins").count() > 0
     check_accessible(page)
     take_pictures(page, "evidence-request")
@@ -89,8 +111,10 @@ def test_what_a_reader_may_not_see_is_withheld(served: Served, evaluated: Evalua
     for name in ("kim", "leo"):
         with plain(served, cookie_of(served, name)) as http:
             page = http.get(f"{evaluated.path}/requests/{told[0]}")
-            found = http.get(f"{evaluated.path}/rows", params={"search": SECRET})
-            seen[name] = (SECRET in page.text, "docs/safe.md" in page.text, found.text.count("<tr"))
+            found = http.get(f"{evaluated.path}/matrix", params={"search": SECRET}).text
+            number = re.search(r"<strong>(\d+)</strong> of 60 requests", found)
+            assert number is not None
+            seen[name] = (SECRET in page.text, "docs/safe.md" in page.text, int(number[1]))
             assert ("withheld" in page.text) is (name == "leo")
     assert seen["kim"] == (True, True, 60)
     assert seen["leo"] == (False, False, 60 - len(told)), "neither shown nor found by a search"

@@ -39,7 +39,7 @@ async def listed(viewer: Looking, page: Annotated[int, Query(ge=1, le=10**6)] = 
     first = (page - 1) * evidence.LISTED
     found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, first=first))
     pages = max(1, -(-found.total // evidence.LISTED))
-    return viewer.page("evidence.html.jinja", found=found, page=page, pages=pages)
+    return viewer.page("evidence.html.jinja", found=found, page=page, last=pages)
 
 
 @routes.get(_AT + "/{digest}")
