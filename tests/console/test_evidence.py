@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
+from typer.testing import CliRunner
 
 from tests.console.conftest import Login, check_accessible, fits, take_pictures
 from tests.console.evidence_rows import HOSTILE, SECRET, Evaluated, put_evaluation
@@ -16,9 +18,12 @@ from tests.console.test_login import cookie_of, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served
+from tunesmith.cli.main import app
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import register
+from tunesmith.store import database
 from tunesmith.store.identities import add_user
+from tunesmith.store.tables import RecallRow
 
 
 @pytest.fixture(scope="session")
@@ -231,3 +236,41 @@ def test_the_playground_is_bounded(served: Served, evaluated: Evaluated, login: 
         assert ask("hello", "prompt").status_code == 429
         served.engine.gate.set()
         expect(page.locator("#answers section").first).to_be_visible()
+
+
+def test_the_command_line_prints_the_same(scene: Scene, evaluated: Evaluated) -> None:
+    def call(*words: str) -> tuple[int, str]:
+        folder = str(scene.store.root)
+        done = CliRunner().invoke(app, [*words, "--as", APPROVER, "-C", folder], env={"COLUMNS": "200"})
+        return done.exit_code, done.stdout
+
+    code, said = call("requests", "--show", "losses", "--json")
+    found = json.loads(said)
+    assert (code, found["evaluation"]) == (0, evaluated.evaluation)
+    losses = found["rows"]
+    assert len(losses) == found["changes"]["loss"] > 0
+    assert {row["change"] for row in losses} == {"loss"}
+    row = evaluated.rows[1]
+    assert row.id in call("requests", "--search", row.messages[-2].content[:20])[1]
+    code, said = call("request", row.id, "--evaluation", evaluated.evaluation[7:20])
+    assert code == 0
+    assert "withheld" in said, "no tenant sees a document of acme's support"
+    code, said = call("request", row.id, "--compared", "tuned", "--json")
+    opened = {one["candidate"]: one for one in json.loads(said)["answers"]}
+    tuned = opened["tuned"]["text"]
+    for name in ("prompt", "nearest"):
+        changes = opened[name]["changes"]
+        assert "".join(text for kind, text in changes if kind != "removed") == opened[name]["text"]
+        assert "".join(text for kind, text in changes if kind != "added") == tuned
+
+
+def test_a_recalled_evaluation_shows_no_texts(served: Served, evaluated: Evaluated) -> None:
+    row = RecallRow(digest=evaluated.evaluation, cause="rows", reason="consent withdrawn", at="2026-01-01T00:00:00Z")
+    with database.writing(served.scene.store.engine) as session:
+        session.add(row)
+    with plain(served, cookie_of(served, APPROVER)) as http:
+        assert "recalled" in http.get("/console/evidence").text
+        assert "consent withdrawn" in http.get(evaluated.path).text
+        for path in ("/matrix", "/rows", f"/requests/{evaluated.rows[0].id}"):
+            answer = http.get(evaluated.path + path)
+            assert (answer.status_code, evaluated.rows[0].answer in answer.text) == (409, False), path

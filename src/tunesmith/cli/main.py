@@ -22,6 +22,7 @@ from tunesmith.cli import (
     monitoring,
     pipeline,
     project,
+    requests,
     rollout,
     serve,
     users,
@@ -42,7 +43,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _GROUPS = (
-    *(project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring, copies),
+    *(
+        project,
+        forecast,
+        pipeline,
+        jobs,
+        data,
+        evaluation,
+        requests,
+        versions,
+        users,
+        rollout,
+        serve,
+        monitoring,
+        copies,
+    ),
     gpu_check,
     webhooks,
 )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -37,6 +38,7 @@ from tunesmith.store.tokens import Caller, authenticate
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.server")
+_UNREGISTERED = 8  # candidates without weights that stay ready for the playground
 # What a caller reads about a version that may not serve. Names of signers and approvers are for the operator only.
 _FOR_CALLERS = {
     "signer": "has no trusted signature",
@@ -234,6 +236,7 @@ class ReadyVersions:
         self.failed: set[str] = set()
         self._ready: dict[str, Answerer] = {}
         self._opening = threading.Lock()
+        self.without_weights = lru_cache(_UNREGISTERED)(self._without_weights)  # with their indexes of texts
 
     def answerer(self, version: Version) -> Answerer:
         """The version's answerer, after verifying and loading it. Raises TunesmithError if it does not verify."""
@@ -250,7 +253,7 @@ class ReadyVersions:
                 self.failed.discard(version.digest)
             return self._ready[version.digest]
 
-    def without_weights(self, candidate: str) -> Answerer:
+    def _without_weights(self, candidate: str) -> Answerer:
         """A candidate that has no weights of its own, registered or not, by its record's digest."""
         return Answerer(self._store, self._engine, load_candidate(self._store, candidate))
 

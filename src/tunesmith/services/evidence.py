@@ -124,7 +124,7 @@ class RequestMatrix(View):
     """A piece of the matrix of requests by candidates, in the order shown: losses and wins first.
 
     total: requests that the reader may see; chosen: those that the filter keeps; changes: of all, loss, win, differs or
-    same -> requests; rows: those asked for. labels: the most frequent labels with their rows. measures_form: whether a
+    same -> requests; rows: those asked for. candidates: the two compared first. labels: the most frequent labels with their rows. measures_form: whether a
     metric says that answers are invalid.
     """
 
@@ -287,10 +287,11 @@ def show_requests(
     use = _filter(store, digest, matrix, chosen)
     found, sight = matrix.select(use, reader), matrix.sight(reader)
     changes = matrix.changes(use.focus, use.rival, use.metric)
+    names = tuple(dict.fromkeys((use.focus, use.rival, *matrix.candidates)))
     return RequestMatrix(
         evaluation=digest,
         dataset=matrix.dataset,
-        candidates=tuple(matrix.candidates),
+        candidates=names,
         metrics=matrix.metrics,
         filter={key: getattr(use, key) for key in Filter.__slots__},
         total=len(sight.rows),
@@ -305,7 +306,7 @@ def show_requests(
                 group=matrix.rows[place].group,
                 request=_last_turn(matrix, place)[:_SHOWN_REQUEST],
                 change=CHANGES[changes[place]],
-                cells=tuple(_cell(matrix, sight, name, use.metric, place) for name in matrix.candidates),
+                cells=tuple(_cell(matrix, sight, name, use.metric, place) for name in names),
             )
             for number, place in enumerate(found.places[first : first + most].tolist())
         ),

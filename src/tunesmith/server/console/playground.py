@@ -6,6 +6,7 @@ takes little from the traffic.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.server.console.evidence import shown
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import ApiError, bad_request, timed_out
 from tunesmith.server.recording import LOG
 from tunesmith.services import chat, evidence, playground
 from tunesmith.services.playground import Choice
@@ -63,7 +64,11 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
     if not 1 <= len(chosen) <= _MOST_CANDIDATES:
         raise bad_request(f"Choose one to {_MOST_CANDIDATES} of the candidates that can answer here.")
     call: Callable[[], list[Tried]] = partial(_ask_all, viewer, chosen, question)
-    tried = await viewer.serving.trying.run(viewer.user.name, call)
+    try:
+        async with asyncio.timeout(viewer.serving.settings.answer_seconds):
+            tried = await viewer.serving.trying.run(viewer.user.name, call)
+    except TimeoutError:
+        raise timed_out() from None
     return viewer.page("evidence_tried.html.jinja", question=question, tried=tried, tokens=_MOST_TOKENS)
 
 

@@ -47,6 +47,14 @@ def _no_page() -> ApiError:
 
 
 routes = APIRouter()
-_PARTS = (changes, home, evidence, playground, rollouts)
-for part in (own, login.routes, *(one.routes for one in _PARTS), last):
+for part in (
+    own,
+    login.routes,
+    changes.routes,
+    home.routes,
+    evidence.routes,
+    playground.routes,
+    rollouts.routes,
+    last,
+):
     routes.include_router(part)

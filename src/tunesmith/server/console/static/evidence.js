@@ -2,8 +2,8 @@
 // The matrix of requests. Rows are fetched in pieces, and only pieces near the visible part stay in the page: an empty
 // piece keeps its height, so that the scroll bar and the place of every row are right from the start.
 
-const NEAR = "1200px 0px";
-const WAIT = 50; // ms: a piece that is passed sooner is not fetched
+const NEAR = "2500px 0px";
+const WAIT = 30; // ms: a piece that is passed sooner is not fetched
 
 function showMatrix(table) {
   const rows = Number(table.dataset.rows), size = Number(table.dataset.piece);

@@ -1,0 +1,113 @@
+"""`requests` and `request`: an evaluation's held-out requests by candidates, and one of them with all answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from tunesmith.cli.terminal import Acting, add_commands
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.services.evidence import OpenedRequest, RequestMatrix
+    from tunesmith.store.identities import User
+
+Found = TypeVar("Found")
+Evaluation = Annotated[
+    str, typer.Option("--evaluation", metavar="DIGEST", help="The start of its digest; by default the newest one.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    add_commands(app, requests, request)
+
+
+def requests(
+    here: Acting,
+    evaluation: Evaluation = "",
+    focus: Annotated[str, typer.Option(help="The candidate; by default the best tuned one.")] = "",
+    rival: Annotated[str, typer.Option(help="What it is compared with; by default the best untuned one.")] = "",
+    metric: Annotated[str, typer.Option(help="By default the primary metric.")] = "",
+    show: Annotated[str, typer.Option(help="all, flips, wins, losses, invalid or long.")] = "all",
+    group: Annotated[str, typer.Option(help="Only groups whose name begins so.")] = "",
+    label: Annotated[str, typer.Option(metavar="KEY=VALUE", help="Only rows with this label.")] = "",
+    search: Annotated[str, typer.Option(help="Only requests with this text in a request or an answer.")] = "",
+    first: Annotated[int, typer.Option(min=0, help="The place to begin at.")] = 0,
+    most: Annotated[int, typer.Option(min=1, max=1000, help="Requests to show.")] = 20,
+) -> None:
+    """Show held-out requests by candidates: where a candidate got worse first, then where it got better."""
+    from tunesmith.services import evidence
+
+    given = {"focus": focus, "rival": rival, "metric": metric, "show": show}
+    given |= {"group": group, "label": label, "search": search}
+    user, digest = _which(here, evaluation)
+    found = evidence.show_requests(here.store, user, user.region, digest, given, first, most)
+    here.emit(_present(found, "evaluation"), _draw_requests)
+
+
+def request(
+    here: Acting,
+    row: Annotated[str, typer.Argument(metavar="ROW", help="The row's id, as `requests` shows it.")],
+    evaluation: Evaluation = "",
+    compared: Annotated[
+        str, typer.Option(help="What answers are compared with: reference, or a candidate.")
+    ] = "reference",
+) -> None:
+    """Show one held-out request with every candidate's answer, and how it differs from the reference."""
+    from tunesmith.services import evidence
+
+    user, digest = _which(here, evaluation)
+    found = evidence.show_request(here.store, user, user.region, digest, row, {}, compared)
+    here.emit(_present(found, f"request {row[:80]!r}"), _draw_request)
+
+
+def _which(here: Acting, evaluation: str) -> tuple[User, str]:
+    """The acting user, and the digest of the evaluation that is meant."""
+    from tunesmith.services import evidence
+    from tunesmith.store.identities import acting, get_user
+
+    user = get_user(here.store, acting(here.store, here.actor))
+    return user, here.store.find_record(evaluation) if evaluation else evidence.newest_evaluation(here.store, user)
+
+
+def _present(found: Found | None, what: str) -> Found:
+    from tunesmith.core.errors import UsageError
+
+    if found is None:
+        raise UsageError(f"there is no such {what}", fix="tunesmith requests lists those of the newest evaluation")
+    return found
+
+
+def _draw_requests(console: Console, found: RequestMatrix) -> None:
+    from rich.table import Table
+
+    chosen, counts = found.filter, found.changes
+    title = f"{found.chosen} of {found.total} requests, {chosen['focus']} against {chosen['rival']}"
+    table = Table(title=f"{title}: {counts['loss']} losses, {counts['win']} wins", title_justify="left")
+    table.add_column("row", no_wrap=True)
+    for heading in ("request", "change", *found.candidates):
+        table.add_column(heading, overflow="fold")
+    for row in found.rows:
+        table.add_row(row.id, row.request, row.change, *(f"{cell.score:.0%}" for cell in row.cells))
+    console.print(table)
+
+
+def _draw_request(console: Console, found: OpenedRequest) -> None:
+    from rich.text import Text
+
+    for role, text in found.turns:
+        console.print(Text(f"{role}: ", "bold"), Text(text))
+    console.print(Text("reference: ", "bold"), Text(found.reference))
+    for one in found.answers:
+        console.print(Text(f"{one.candidate} ({one.scores[found.primary]:.0%}): ", "bold"), end="")
+        if one.text is None:
+            console.print("withheld: it was made with something that you may not see")
+            continue
+        styles = {"added": "green underline", "removed": "red strike", "same": ""}
+        changed = one.candidate != found.compared and one.changes
+        console.print(Text.assemble(*((each.text, styles[each.kind]) for each in one.changes)) if changed else one.text)
+        if one.retrieved:
+            console.print(f"from {', '.join(dict.fromkeys(each.source for each in one.retrieved))}", style="dim")
