@@ -123,9 +123,9 @@ class MatrixRow(View):
 class RequestMatrix(View):
     """A piece of the matrix of requests by candidates, in the order shown: losses and wins first.
 
-    total: requests that the reader may see; chosen: those that the filter keeps; changes: of all, loss, win, differs or
-    same -> requests; rows: those asked for. candidates: the two compared first. labels: the most frequent labels with their rows. measures_form: whether a
-    metric says that answers are invalid.
+    candidates: the two compared first. total: requests that the reader may see; chosen: those that the filter keeps;
+    changes: of all, loss, win, differs or same -> requests; rows: those asked for. labels: the most frequent labels
+    with their rows. measures_form: whether a metric says that answers are invalid.
     """
 
     evaluation: str
