@@ -60,6 +60,14 @@ def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TUNESMITH_SLOTS"] = str(tmp_path_factory.mktemp("slots"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels once, before several processes would all do so at the same time."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        from tunesmith.engines.native import kernels
+
+        kernels._built()
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are cores: many tests wait for servers, leases and killed processes."""
     return (os.cpu_count() or 1) + 1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-_SECONDS = 120.0  # a child that a lock of another thread stops never ends by itself
+_SECONDS = 300.0  # a child that a lock of another thread stops never ends by itself
 
 
 class _Process(ForkServerProcess):

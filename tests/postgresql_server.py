@@ -45,13 +45,13 @@ class Mortal:
         processes = [self._first(), *self._first().children()]
         for process in processes:
             process.kill()
-        psutil.wait_procs(processes, timeout=30)
+        psutil.wait_procs(processes, timeout=120)
 
     def stop_at_once(self) -> None:
         """What `pg_ctl stop -m immediate` does."""
         first = self._first()
         first.send_signal(signal.SIGQUIT)
-        psutil.wait_procs([first], timeout=30)
+        psutil.wait_procs([first], timeout=120)
 
     def start(self) -> None:
         """Start it again; it recovers from its log."""

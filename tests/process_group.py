@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.forked import forkserver
 
-_SECONDS = 60.0  # a collective that one rank leaves out would wait for half an hour
+_SECONDS = 240.0  # a collective that one rank leaves out would wait for half an hour
 
 
 def run_ranks(work: Callable[..., None], size: int, folder: Path, *arguments: Any) -> list[int]:

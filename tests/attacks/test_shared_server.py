@@ -17,7 +17,7 @@ from tests.server.conftest import HELLO, Served, engine, made, running, scene, s
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_faults import head, raw
-from tests.waiting import until
+from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import abort
 from tunesmith.server.intake import limits
@@ -37,7 +37,7 @@ class Held:
 
     def wait(self, user: str) -> None:
         self.begun.append(user)
-        assert self.gate.wait(60)
+        assert self.gate.wait(SECONDS)
 
 
 def waits(served: Served, user: str) -> bool:
@@ -80,8 +80,8 @@ def test_feedback_of_one_user_does_not_stall_others(
             until(lambda: waits(served, "neighbour"))
         finally:
             held.gate.set()
-        assert turn.result(60) == 200
-        assert sorted(one.result(60) for one in given) == [200] * limits.FEEDBACK + [429]
+        assert turn.result(SECONDS) == 200
+        assert sorted(one.result(SECONDS) for one in given) == [200] * limits.FEEDBACK + [429]
     assert held.begun.index("neighbour") <= 2, held.begun
     happened("scores at once, expected texts at the next turn", 2)
 
@@ -117,8 +117,8 @@ def test_lists_of_one_user_are_few_at_once(
             assert chat(served, other).status_code == 200
         finally:
             held.gate.set()
-        assert sorted(one.result(60) for one in mine) == [200] * limits.LISTS + [429] * (10 - limits.LISTS)
-        assert theirs.result(60) in (200, 404)
+        assert sorted(one.result(SECONDS) for one in mine) == [200] * limits.LISTS + [429] * (10 - limits.LISTS)
+        assert theirs.result(SECONDS) in (200, 404)
     happened("4 answered, 429 beyond; others begin at once", 10)
 
 

@@ -21,6 +21,7 @@ from tests.rollout.conftest import made, scene, versions
 from tests.server.conftest import HELLO, Served, engine, running, served
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_serve_command import command, folder
+from tests.waiting import SECONDS, until
 from tunesmith.core.clock import now
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
@@ -238,9 +239,9 @@ def test_a_waiting_request_is_refused_and_one_under_way_finishes(
 
         threads = [threading.Thread(target=ask, args=(which,)) for which in ("under way", "waiting")]
         threads[0].start()
-        _wait(lambda: engine.calls == 2)
+        until(lambda: engine.calls == 2)
         threads[1].start()
-        _wait(lambda: server.worker.waiting() == 1)
+        until(lambda: server.worker.waiting() == 1)
         recalled(scene.store)
         engine.gate.set()
         for thread in threads:
@@ -294,7 +295,7 @@ def test_only_versions_answer(served: Served, versions: Versions, happened: Happ
 def test_the_operator_is_told_once(served: Served, happened: Happened) -> None:
     store = Store(served.scene.store.root)
     deactivate(store, APPROVER, actor=OWNER)
-    _wait(lambda: "tunesmith_champions_refused 1.0" in _metrics(served))
+    until(lambda: "tunesmith_champions_refused 1.0" in _metrics(served))
     second = ChampionWatch(store)  # another server's controller
     assert [champion.name for champion in second.refused()] == [NAME]
     (entry,) = logged(store, "champion.refused")
@@ -304,7 +305,7 @@ def test_the_operator_is_told_once(served: Served, happened: Happened) -> None:
         (rollout,) = http.get("/api/rollouts").json()["rollouts"]
     assert rollout["champion"]["refused"] == entry["refused"]
     second_approval(store)
-    _wait(lambda: "tunesmith_champions_refused 0.0" in _metrics(served))
+    until(lambda: "tunesmith_champions_refused 0.0" in _metrics(served))
     second.refused()
     assert len(logged(store, "champion.restored")) == 1
     assert NAME not in _metrics(served)
@@ -327,18 +328,9 @@ def _metrics(served: Served) -> str:
         return http.get("/metrics").text
 
 
-def _wait(done: Callable[[], bool], seconds: float = 20) -> None:
-    end = threading.Event()
-    for _ in range(int(seconds / 0.02)):
-        if done():
-            return
-        end.wait(0.02)
-    raise AssertionError("it did not happen in time")
-
-
 def _command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-c", "from tunesmith.cli.main import main; main()"]
-    return subprocess.run([*start, *words, "-C", str(folder)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*start, *words, "-C", str(folder)], capture_output=True, text=True, timeout=SECONDS)
 
 
 @pytest.mark.slow
@@ -354,7 +346,7 @@ def test_commands_of_another_process_count_at_the_next_request(folder: Path, hap
         body = {"model": NAME, "messages": HELLO, "max_tokens": 2}
 
         def code() -> str:
-            document = httpx.post(f"{url}/chat/completions", headers=headers, json=body, timeout=60).json()
+            document = httpx.post(f"{url}/chat/completions", headers=headers, json=body, timeout=120).json()
             return str(document.get("error", {}).get("code", "answered"))
 
         assert code() == "answered"
@@ -371,4 +363,4 @@ def test_commands_of_another_process_count_at_the_next_request(folder: Path, hap
         happened("answered")
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)

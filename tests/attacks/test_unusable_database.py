@@ -25,7 +25,7 @@ from tunesmith.store import database
 
 __all__ = ["engine", "made", "mortal", "scene", "served", "versions"]
 
-SECONDS = 20  # for an answer; withheld ones took answer_seconds, 300
+SECONDS = 60  # for an answer; withheld ones took answer_seconds, 300
 
 
 def fill(scene: Scene) -> None:

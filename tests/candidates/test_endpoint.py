@@ -27,7 +27,7 @@ def server() -> Iterator[ChatServer]:
 
 
 def _endpoint(server: ChatServer, **more: Any) -> Endpoint:
-    return Endpoint(EndpointSettings(url=server.url, model="big", **{"retries": 2, "timeout": 5.0, **more}))
+    return Endpoint(EndpointSettings(url=server.url, model="big", **{"retries": 2, "timeout": 60.0, **more}))
 
 
 def _asked(text: str = "hi", **more: Any) -> Generation:

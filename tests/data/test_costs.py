@@ -49,7 +49,7 @@ def test_huge_rows_are_removed_before_they_are_tokenised(
         kept = overlong == "truncate" and tried == "many turns"
         assert built.record.body["rows"]["removed"].get("overlong", 0) == (not kept)
         happened("cut to its last turns, counted" if kept else "removed as overlong, counted")
-    assert time.monotonic() - began < 60  # tokenised, each takes minutes
+    assert time.monotonic() - began < 240  # tokenised, each takes minutes, and there are several
 
 
 @pytest.mark.attack("input", "a number, a nesting or keys of megabytes in a row")

@@ -62,6 +62,6 @@ def test_stop_texts_cut_where_a_plain_search_does(pieces: list[str], stops: list
 def test_long_stop_texts_do_not_slow_decoding(stop: str, happened: Happened) -> None:
     began = time.monotonic()
     text, finish, _ = answered(["aaaa", "abab"] * 2000, (stop,) * 4)
-    assert time.monotonic() - began < 20  # a check of every beginning of the stop text takes hours
+    assert time.monotonic() - began < 60  # a check of every beginning of the stop text takes hours
     assert (len(text), finish) == (16_000, "length")
     happened("answered at the usual cost")

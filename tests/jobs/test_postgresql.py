@@ -117,7 +117,7 @@ def test_a_worker_outlasts_a_database_that_is_stopped_at_once(
         mortal.stop_at_once()
         until(lambda: any("database cannot be used" in line for line in said[seen:]))  # noqa: B023
         mortal.start()
-    thread.join(120)
+    thread.join(300)
     assert not thread.is_alive()
     assert [queue.get(store, number).state for number in numbers] == ["succeeded"] * 3
     with database.reading(store.engine) as session:

@@ -80,7 +80,7 @@ class Running:
     """`tunesmith worker` on a project, as a process."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "4", *options]
+        command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "10", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def jobs(self) -> list[int]:
@@ -90,7 +90,7 @@ class Running:
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
-        return self.process.wait(120)
+        return self.process.wait(300)
 
 
 @pytest.fixture

@@ -49,13 +49,13 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
 
     def make(_work: Path) -> str:
         working.set()
-        assert waiting.wait(20)
+        assert waiting.wait(120)
         return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
 
     second, found = Stages(project), list[object]()
 
     def run_second() -> None:
-        assert working.wait(20)
+        assert working.wait(120)
         try:
             found.append(second.run("answer plain", "answer", {"x": 1}, make))
         except Refused as error:
@@ -72,7 +72,7 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
     thread = threading.Thread(target=run_second)
     thread.start()
     made = Stages(project).run("answer plain", "answer", {"x": 1}, make)
-    thread.join(20)
+    thread.join(120)
     if not recall:
         assert found == [made]
     return second, found

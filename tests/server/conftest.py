@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from tests.fabricate import NAME, OPERATOR, Scene
 from tests.rollout.conftest import copied, made, scene, versions
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import SECONDS
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import RolloutSettings
@@ -61,14 +62,14 @@ class Served:
             base_url=f"{self.url}/v1",
             api_key=token or self.token,
             max_retries=retries,
-            timeout=60,
+            timeout=120,
             http_client=openai.DefaultHttpxClient(verify=CERTIFICATES),
         )
 
     def http(self, token: str | None = None) -> httpx.Client:
         """A plain one."""
         headers = {"Authorization": f"Bearer {token or self.token}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=CERTIFICATES)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, verify=CERTIFICATES)
 
     def ask(self, **more: Any) -> Any:
         """One completion of the champion."""
@@ -78,6 +79,11 @@ class Served:
         """One request, as it is."""
         with self.http() as http:
             return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO, **body})
+
+    def change(self, **settings: Any) -> None:
+        """Set limits of the running server, for the requests that come from now on."""
+        changed = self.serving.settings.model_copy(update=settings)
+        self.serving.settings = self.worker._settings = changed
 
     def rows(self) -> list[RequestRow]:
         """What was recorded, oldest first."""
@@ -90,7 +96,7 @@ class Served:
         more = {"actor": OPERATOR, **more}
         return start(self.scene.store, name=version.name, version=version, steps=plan, **more)
 
-    def until(self, rollout: Rollout, done: Callable[[Rollout], bool], seconds: float = 60) -> Rollout:
+    def until(self, rollout: Rollout, done: Callable[[Rollout], bool], seconds: float = SECONDS) -> Rollout:
         """Wait for the server's controller."""
         end = time.monotonic() + seconds
         while not done(now := get_rollout(self.scene.store, rollout.id)):
@@ -120,7 +126,7 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
         """Do what SIGTERM does, and wait for the end."""
         if not server.should_exit:
             server.handle_exit(signal.SIGTERM, None)
-        thread.join(30)
+        thread.join(SECONDS)
         assert not thread.is_alive(), "the server did not stop"
 
     token = issue_token(scene.store, OPERATOR, actor=OPERATOR)

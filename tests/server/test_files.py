@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import threading
-import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.store.test_uploads import left
+from tests.waiting import SECONDS, until
 from tunesmith.core.scope import Scope
 from tunesmith.server.errors import ApiError
 from tunesmith.server.intake import limits
@@ -139,7 +139,7 @@ def test_bodies_that_are_no_form(shared: Served) -> None:
 
 def test_too_large_too_slow_and_too_many(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = served.serving.settings
-    served.serving.settings = settings.model_copy(update={"file_bytes": 4096, "body_seconds": 0.5})
+    served.serving.settings = settings.model_copy(update={"file_bytes": 4096, "body_seconds": 3})
     token = owner(served)
     assert sent(served, token, b"x" * 4096).status_code == 200
     assert sent(served, token, b"x" * 4097).status_code == 413
@@ -152,7 +152,7 @@ def test_too_large_too_slow_and_too_many(served: Served, monkeypatch: pytest.Mon
     def slow() -> Any:
         yield b"--b\r\n"
         waiting.set()
-        go_on.wait(10)
+        go_on.wait(SECONDS)
         yield b"x"
 
     monkeypatch.setattr(limits, "UPLOADS_OF_USER", 1)
@@ -164,15 +164,13 @@ def test_too_large_too_slow_and_too_many(served: Served, monkeypatch: pytest.Mon
 
     thread = threading.Thread(target=post)
     thread.start()
-    waiting.wait(10)
-    end = time.monotonic() + 10
-    while not served.serving.uploads.total() and time.monotonic() < end:  # until the server counts it
-        time.sleep(0.01)
+    assert waiting.wait(SECONDS)
+    until(served.serving.uploads.total)  # the server counts it
     again = sent(served, token, b"x")
     assert (again.status_code, again.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-    thread.join(0.8)
+    until(lambda: not served.serving.uploads.total())  # its time is over
     go_on.set()
-    thread.join(10)
+    thread.join(SECONDS)
     assert answers == [408]
     assert sent(served, token, b"x").status_code == 200
 

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import HELLO, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
+from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Stopped, Task
 from tunesmith.jobs import leases, performing, queue
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.performing import perform
+from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.services import jobs
@@ -48,7 +48,7 @@ class Halt:
     def say(self, text: str) -> None:
         if text.startswith(self.phase) and not self.reached.is_set():
             self.reached.set()
-            assert self.go_on.wait(120)
+            assert self.go_on.wait(300)
 
     @contextlib.contextmanager
     def task(self, title: str, total: float) -> Iterator[Task]:
@@ -63,6 +63,7 @@ class Tuner:
 
     folder: Path
     client: openai.OpenAI
+    progress: JobProgress | None = None
 
     @property
     def project(self) -> Project:
@@ -84,9 +85,19 @@ class Tuner:
         lease, project = lease or self.taken(), self.project
         job = queue.get(project.store, lease.job)
         with contextlib.suppress(Stopped, TunesmithError):
-            work = partial(perform_fine_tuning, project, job)
+
+            def work(progress: JobProgress) -> Outcome:
+                self.progress = progress
+                return perform_fine_tuning(project, job, progress)
+
             perform(project.store, lease, work, shown=halt or SILENT)
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")
+
+    def noticed(self) -> None:
+        """Wait until the job's process knows that somebody asked for its end."""
+        progress = self.progress
+        assert progress is not None
+        until(progress.stopping.is_set)
 
     def performed_in_child(self, monkeypatch: pytest.MonkeyPatch) -> FineTuningJob:
         """A job after what a worker's child does, but in this process."""
@@ -122,11 +133,11 @@ def during(tuner: Tuner, phase: str, act: Callable[[str], object]) -> FineTuning
     thread = threading.Thread(target=lambda: found.append(tuner.performed(lease, halt)))
     thread.start()
     try:
-        assert halt.reached.wait(120), f"it never came to {phase}"
+        assert halt.reached.wait(300), f"it never came to {phase}"
         act(f"ftjob-{lease.job}")
     finally:
         halt.go_on.set()
-        thread.join(120)
+        thread.join(300)
     return found[0]
 
 
@@ -135,7 +146,7 @@ def test_a_job_is_cancelled_in_every_phase_and_the_next_one_goes_on_from_there(t
 
     def cancel(identifier: str) -> None:
         assert calls.cancel(identifier).status in ("running", "validating_files")
-        threading.Event().wait(0.3)  # until the lease was renewed
+        tuner.noticed()
 
     queued = tuner.created()
     assert calls.cancel(queued).status == "cancelled"
@@ -185,7 +196,7 @@ def test_a_base_that_is_gone_and_settings_that_changed(tuner: Tuner, monkeypatch
     shutil.move(tuner.folder / "elsewhere", base)
 
     identifier = tuner.created()
-    assert during(tuner, "training", lambda job: (calls.pause(job), threading.Event().wait(0.3))).status == "paused"
+    assert during(tuner, "training", lambda job: (calls.pause(job), tuner.noticed())).status == "paused"
     write_fine_tuning_project(tuner.folder, gates={})
     assert calls.resume(identifier).status == "queued"
     done = tuner.performed_in_child(monkeypatch)

@@ -13,8 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import (
     MODEL,
     examples,
@@ -32,6 +32,7 @@ from tests.server.fine_tuning_project import (
     write_fine_tuning_project,
 )
 from tests.tiny import write_model
+from tests.waiting import until
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
@@ -78,7 +79,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("service") / "project"
         patch.setenv("TUNESMITH_USER", "olive")
-        patch.setenv("TUNESMITH_CACHE", str(folder.parent / "cache"))
+        patch.setenv("TUNESMITH_CACHE", own_cache(folder.parent / "cache"))
         tuning: Any = fine_tuning_settings()["fine_tuning"]
         models = {MODEL: None, OTHER_MODEL: "other"}
         write_fine_tuning_project(folder, fine_tuning={**tuning, "models": models})
@@ -86,13 +87,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         token = token_of_engineer(folder, Scope("acme"))
         with serving(folder, "--no-worker") as (url, _):
             yield Service(folder, url, token, Project.load(folder))
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + _WAIT
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.attack("crash", "kill -9 of a worker that fine-tunes")

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
+from tests.own_cache import own_cache
 from tests.tiny import write_model
 from tunesmith.cli import serve as cli_serve
 from tunesmith.pipeline import PipelineContext
@@ -38,7 +39,7 @@ candidates: {{plain: {{prompt: prompt.txt}}}}
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with a champion that answers with the base alone."""
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TUNESMITH_CACHE", own_cache(tmp_path / "cache"))
     write_model(tmp_path / "model")
     (tmp_path / "tunesmith.yaml").write_text(PROJECT)
     scene = build_scene(tmp_path / ".tunesmith", base=PipelineContext(Project.load(tmp_path)).base.digest)
@@ -73,7 +74,7 @@ def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
         document = json.loads(line)
         assert document["models"] == [f"{NAME}@champion"]
         assert document["url"].startswith("http://127.0.0.1:")
-        client = openai.OpenAI(base_url=document["url"], api_key=(folder / "token").read_text(), timeout=60)
+        client = openai.OpenAI(base_url=document["url"], api_key=(folder / "token").read_text(), timeout=120)
         asked = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
         whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
         pieces = list(client.chat.completions.create(**asked, stream=True))  # type: ignore[call-overload]
@@ -82,7 +83,7 @@ def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
     finally:
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert out == ""
     assert "Traceback" not in err
@@ -93,7 +94,7 @@ def test_a_port_that_is_taken_is_a_usage_error(folder: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         process = command(folder, "--port", str(taken.getsockname()[1]))
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "cannot listen there" in json.loads(out)["error"]["what"]
     assert "choose another --port" in err

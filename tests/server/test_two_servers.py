@@ -176,10 +176,11 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
         def change(call: Callable[[], object], version: str) -> None:
             called = time.monotonic()
             call()
-            changes.append((called, time.monotonic(), version))
+            returned = time.monotonic()
+            changes.append((called, returned, version))
             with servers.http() as http:  # each server's next request, however soon
                 assert [servers.ask(http, url) for url in servers.urls] == [version] * 2
-            time.sleep(0.2)
+            until(lambda: failed or any(began > returned for began, _, _ in list(asked)))
 
         try:
             for _ in range(2):

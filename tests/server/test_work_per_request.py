@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from tests.server.conftest import Served
+from tests.waiting import SECONDS
 from tunesmith.server import recording
 from tunesmith.server.intake.connections import BoundedConnection
 from tunesmith.store import database
@@ -57,7 +58,7 @@ def test_requests_that_end_together_share_a_transaction(served: Served, monkeypa
     def waiting_for_the_others(engine: Any) -> AbstractContextManager[Session]:
         nonlocal begun
         begun += 1
-        until = time.monotonic() + 30
+        until = time.monotonic() + SECONDS
         while begun == 1 and len(recorder._unwritten) < many - 1:
             assert time.monotonic() < until
             time.sleep(0.005)

@@ -154,7 +154,7 @@ def test_two_processes_write_one_chain(store: Store) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert problems(store) == []
     with database.reading(store.engine) as session:

@@ -120,7 +120,7 @@ def test_who_finds_another_at_the_first_migration_waits_for_it(url: str, monkeyp
 
     first, second = threading.Thread(target=connect), threading.Thread(target=connect)
     first.start()
-    made.wait(60)
+    made.wait(300)
     second.start()
     first.join()
     second.join()

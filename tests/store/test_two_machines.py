@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.own_cache import own_cache
 from tests.postgresql_server import postgresql_server
 from tests.s3_server import create_bucket, s3_environment
 from tests.tiny_project import settings, write_project
@@ -37,7 +38,7 @@ class Machine:
         self.folder = folder
         home = folder.parent / f"home of {folder.name}"
         home.mkdir()
-        own = {"TUNESMITH_USER": "olive", "TUNESMITH_CACHE": str(home / "cache"), "TMPDIR": str(home)}
+        own = {"TUNESMITH_USER": "olive", "TUNESMITH_CACHE": own_cache(home / "cache"), "TMPDIR": str(home)}
         self.environment = {**os.environ, **shared, **own}
 
     def __call__(self, *commands: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 from openai.types.webhooks import FineTuningJobCancelledWebhookEvent, FineTuningJobFailedWebhookEvent
 
 from tests.forked import run_forked
+from tests.waiting import until
 from tests.webhooks.conftest import SECRET, Receiver, deliverer, project_of
 from tunesmith.core.errors import Refused
 from tunesmith.jobs import leases, queue
@@ -140,14 +141,14 @@ def test_one_webhook_that_hangs_keeps_no_other_waiting(
     sender.turn()
     for _ in range(3):
         ended(store)
-    monkeypatch.setattr("tunesmith.services.webhooks.send", lambda queues: sending.send(queues, 1.0))
+    monkeypatch.setattr("tunesmith.services.webhooks.send", lambda queues: sending.send(queues, 3.0))
     began = time.monotonic()
     sender.turn()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 60
     hanging.shutdown()
     hanging.server_close()
     assert (len(hanging.got), len(receiver.got)) == (1, 3)
-    assert deliveries.failed(store, "tiny")[0].error == "no answer within 1 s"
+    assert deliveries.failed(store, "tiny")[0].error == "no answer within 3 s"
     assert deliveries.count(store, "tiny") == {("a", False): 3}
 
 
@@ -170,10 +171,7 @@ def test_one_process_sends_at_a_time(store: Store, receiver: Receiver, monkeypat
         thread.start()
         time.sleep(0.5)
         assert receiver.got == []
-    for _ in range(200):
-        if receiver.got:
-            break
-        time.sleep(0.05)
+    until(lambda: receiver.got)
     number = ended(store)
     sender.stopping.set()
     thread.join()

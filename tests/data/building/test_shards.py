@@ -185,14 +185,14 @@ def test_killed_it_leaves_no_worker_and_the_next_build_is_whole(tmp_path: Path) 
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], cwd=Path(__file__).parents[3]
     )
     workers: list[psutil.Process] = []
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while len(workers) < 2 and time.monotonic() < until:
         time.sleep(0.05)
         workers = psutil.Process(running.pid).children()
     assert len(workers) == 2
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
-    _, left = psutil.wait_procs(workers, timeout=10)
+    _, left = psutil.wait_procs(workers, timeout=120)
     assert not left
     assert build(tmp_path).digest == build(tmp_path, work=tmp_path / "elsewhere").digest
 

@@ -92,7 +92,7 @@ def test_the_command_line_says_what_is_wrong(
     (tmp_path / "tunesmith.yaml").write_text(json.dumps(project))
     environment = {name: value for name, value in os.environ.items() if name not in without} | {"HOME": str(tmp_path)}
     command = [sys.executable, "-m", "tunesmith", "data", "build", "--json", "-C", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     assert said in done.stderr.lower()
     assert "Traceback" not in done.stderr

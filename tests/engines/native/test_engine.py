@@ -290,6 +290,6 @@ while not any("decoding" in each.name for each in threading.enumerate()):
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
