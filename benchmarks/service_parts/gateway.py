@@ -22,7 +22,7 @@ from service_parts.kept import Found
 from service_parts.processes import found_by, free_port, listening, script
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.store.identities import issue_token
+from tunesmith.store.tokens import issue_token
 
 LITELLM = Peer("litellm", "litellm[proxy]==1.108.7")
 CONNECTIONS, SECONDS, ROUNDS = 32, 6.0, 2

@@ -55,14 +55,14 @@ def test_requests_that_end_together_share_a_transaction(served: Served, monkeypa
     served.ask()
     many, begun, recorder = 8, 0, served.serving.recorder
 
-    def waiting_for_the_others(engine: Any) -> AbstractContextManager[Session]:
+    def waiting_for_the_others(engine: Any, **options: Any) -> AbstractContextManager[Session]:
         nonlocal begun
         begun += 1
         until = time.monotonic() + SECONDS
         while begun == 1 and len(recorder._unwritten) < many - 1:
             assert time.monotonic() < until
             time.sleep(0.005)
-        return database.writing(engine)
+        return database.writing(engine, **options)
 
     monkeypatch.setattr(recording, "database", _Database(waiting_for_the_others))
     with ThreadPoolExecutor(many) as pool:

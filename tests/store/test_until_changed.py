@@ -50,3 +50,14 @@ def test_what_a_computation_raises_is_not_kept(store: Store) -> None:
         except ZeroDivisionError:
             outcomes.append(None)
     assert outcomes == [None, 0.25]
+
+
+def test_what_is_known_is_never_older_than_the_store(store: Store) -> None:
+    values = UntilChanged[int](store)
+    assert values.known("a") is None, "nothing was computed"
+    values.get("a", lambda _session: 1)
+    assert values.known("a") == 1
+    assert values.known("a", lambda _value: False) is None
+    with store.change("ann", "test", "a", {}):
+        pass
+    assert values.known("a") is None, "the store has changed"

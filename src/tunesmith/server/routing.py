@@ -111,10 +111,14 @@ class Router:
                 raise forbidden(f"{found.user.name} may not use models.")
             return found
 
-        def holds(found: Caller) -> bool:
-            return found.token.status(self._clock()) == "active"
+        return self._callers.get(digest_bytes(token.encode()), decide, self._active)
 
-        return self._callers.get(digest_bytes(token.encode()), decide, holds)
+    def known_caller(self, token: str) -> Caller | None:
+        """Who has this token, if that is known already; None where `caller` has to look."""
+        return self._callers.known(digest_bytes(token.encode()), self._active)
+
+    def _active(self, found: Caller) -> bool:
+        return found.token.status(self._clock()) == "active"
 
     def route(self, user: User, model: str, key: str) -> Route:
         """The version for a request. key: requests with equal keys get the same arm.
@@ -122,7 +126,14 @@ class Router:
         Raises ApiError 404: model_not_found, or model_not_available for a version that the caller may know of but that
         may not serve.
         """
-        choice = self._choice(user, model)
+        return self._route(self._choice(user, model), model, key)
+
+    def known_route(self, user: User, model: str, key: str) -> Route | None:
+        """As `route`, if that is known already; None where it has to look."""
+        choice = self._choices.known((user.tenant, model), _Choice.holds) if user.region in ("", self._region) else None
+        return None if choice is None else self._route(choice, model, key)
+
+    def _route(self, choice: _Choice, model: str, key: str) -> Route:
         version, rollout = choice.version, choice.rollout
         if not choice.permission.granted:
             raise _not_serving(model, version, choice.permission)

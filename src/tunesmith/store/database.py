@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Executable, create_engine, event, func, inspect, select, text
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -68,12 +71,18 @@ def migrate(engine: Engine) -> None:
 
 
 @contextlib.contextmanager
-def writing(engine: Engine) -> Iterator[Session]:
+def writing(engine: Engine, *, forced: bool = True) -> Iterator[Session]:
     """One write transaction; writers take turns. Commits at the end, rolls back on any exception.
 
+    forced: the disk has the commit when it returns. Without it, SQLite leaves that to the operating system: a killed
+    process still loses nothing, a power cut may lose the newest commits, never their order. PostgreSQL always waits.
     Raises what the engine's fence raises, if it has one.
     """
-    with _usable(engine), _write(engine) as connection, Session(bind=connection, expire_on_commit=False) as session:
+    with (
+        _usable(engine),
+        _write(engine, forced) as connection,
+        Session(bind=connection, expire_on_commit=False) as session,
+    ):
         if (fence := connection.get_execution_options().get("fence")) is not None:
             fence(session)
         yield session
@@ -93,9 +102,18 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 
 def first_row(engine: Engine, query: Executable) -> Sequence[Any] | None:
-    """The first row of a query, without what a session costs."""
+    """The first row of a query without parameters, without what a session costs."""
+    if engine.dialect.name == "sqlite":
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(engine.raw_connection()) as connection:
+            row: Sequence[Any] | None = connection.execute(_sql(query)).fetchone()
+            return row
     with _usable(engine), engine.connect() as connection:
         return connection.execute(query).first()
+
+
+@cache
+def _sql(query: Executable) -> str:
+    return str(query.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -132,9 +150,9 @@ def _found_no_room(error: DBAPIError, file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _write(engine: Engine) -> Iterator[Connection]:
+def _write(engine: Engine, forced: bool = True) -> Iterator[Connection]:
     """A transaction that waits for its turn."""
-    with engine.execution_options(writes=True).begin() as connection:
+    with engine.execution_options(writes=True, forced=forced).begin() as connection:
         if connection.dialect.name == "postgresql":
             limits = (func.set_config(name, value, True) for name, value in _WRITER.items())
             connection.execute(select(*limits, func.pg_advisory_xact_lock(_WRITERS_LOCK)))
@@ -150,7 +168,11 @@ def _sqlite_transactions(engine: Engine) -> None:
             connection.execute(f"PRAGMA {pragma}")
 
     def on_begin(connection: Any) -> None:
-        writes = connection.get_execution_options().get("writes")
+        options = connection.get_execution_options()
+        writes, forced = options.get("writes"), options.get("forced", True)
+        if writes and connection.info.get("forced", True) != forced:
+            connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if forced else 'NORMAL'}")
+            connection.info["forced"] = forced
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     event.listen(engine, "connect", on_connect)

@@ -36,12 +36,22 @@ class UntilChanged(Generic[Value]):
         """
         # Before the value is computed: a change in between gives the next call another head.
         head = audit.newest(self._store.engine)
-        kept = self._kept.get(key)
-        if kept is not None and kept[0] == head and holds(kept[1]):
-            return kept[1]
+        if (known := self._known(key, head, holds)) is not None:
+            return known
         with database.reading(self._store.engine) as session:
             value = compute(session)
         if len(self._kept) >= self._most:
             self._kept = {}
         self._kept[key] = head, value
         return value
+
+    def known(self, key: Hashable, holds: Callable[[Value], bool] = lambda _value: True) -> Value | None:
+        """The value of a key if it is kept and holds, in some microseconds. None where it has to be computed, and where
+        the database is behind a network and may keep the caller waiting."""
+        if self._store.engine.dialect.name != "sqlite" or key not in self._kept:
+            return None
+        return self._known(key, audit.newest(self._store.engine), holds)
+
+    def _known(self, key: Hashable, head: Head, holds: Callable[[Value], bool]) -> Value | None:
+        kept = self._kept.get(key)
+        return kept[1] if kept is not None and kept[0] == head and holds(kept[1]) else None

@@ -85,7 +85,10 @@ async def chat_completions(request: Request) -> Response:
         if given.store:
             serving.recorder.require_keeping("store")
         identifier = uuid.uuid4().hex
-        route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
+        asked = (user, given.model, given.user or identifier)
+        route = serving.router.known_route(*asked)
+        if route is None:
+            route = await asyncio.to_thread(serving.router.route, *asked)
         job = Job(id=identifier, token=bearer(request), user=user, request=given, route=route)
         request.scope[CHAT_JOB] = job
         serving.worker.submit(job)
