@@ -9,11 +9,16 @@ DEMO   := $(VENV)/.ready-demo
 # vLLM for CPUs, with its own version of torch.
 VLLM   := .venv-vllm
 
-.PHONY: demo test test-vllm check unit attack docs bench soak clean
+.PHONY: demo console test test-vllm check unit attack docs bench soak clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
 	$(BIN)/python examples/home_intents/demo.py
+
+console: $(DEMO)         ## the demo's project in a browser, with a link for its owner and one for its approver
+	@echo "the owner:     $$($(BIN)/tunesmith login-link -C examples/home_intents)"
+	@echo "the approver:  $$($(BIN)/tunesmith login-link ada -C examples/home_intents)"
+	$(BIN)/tunesmith serve -C examples/home_intents
 
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
 	$(BIN)/python -m tests.run --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -289,6 +289,8 @@ def conclude(evaluation: dict[str, Any], rival: str, tuned: str, seconds: float)
     say(f"{tuned} serves. {metric}: {rival} {before['mean']:.1%} -> tuned {after['mean']:.1%};")
     say(f"lift {lift['value']:+.1%}, 95% interval {lift['low']:+.1%} to {lift['high']:+.1%}.")
     say(f"report: {HERE / 'report.html'}")
+    say("\nsee it in a browser: `make console`, then open, once and within ten minutes (it prints a new link too):")
+    say(f"  {asked('login-link', '--json')['url']}")
     say("\ntry next:")
     here = os.path.relpath(HERE)
     for command in (
