@@ -167,7 +167,11 @@ class ProjectSettings(Settings):
     @property
     def digest(self) -> str:
         """Names the settings that results depend on. A queued job notices by it that they changed."""
-        return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks"}))
+        return digest_of(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """The settings that results depend on, as JSON values."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks"})
 
     @property
     def server(self) -> VllmSettings | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.fabricate import OPERATOR, OWNER
 from tests.server.conftest import Served, engine, made, scene, served, versions
@@ -22,6 +22,8 @@ Login = Callable[..., Page]
 WIDTHS = {"phone": 360, "laptop": 1280, "wall": 2560}
 # The rules of WCAG 2.2 AA and what axe recommends beside them.
 _RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
+
+expect.set_options(timeout=60_000)  # milliseconds: a machine that is not idle is the normal case
 
 
 def chromium() -> str:

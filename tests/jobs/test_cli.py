@@ -85,3 +85,25 @@ def test_wrong_usage(folder: Path) -> None:
     document(folder, "run", "--queue")
     assert told(folder, "jobs", "log", "1", "--follow", "--json").startswith("2: --follow")
     assert told(folder, "jobs", "resume", "1").startswith("3: it is queued, not paused")
+
+
+def test_settings_of_one_run_and_two_runs_compared(folder: Path) -> None:
+    document(folder, "run", "--queue")
+    queued = document(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", "tuned.learning_rate=0.01")
+    assert queued["changes"] == {"tuned": {"epochs": 2, "learning_rate": 0.01}}
+    assert "tuned.epochs=2" in told(folder, "jobs", "show", "2")
+    found = {each["name"]: (each["a"], each["b"]) for each in document(folder, "jobs", "compare", "1", "2")["settings"]}
+    assert found["candidates.tuned.train.epochs"] == (1, 2)
+    assert set(found) == {"candidates.tuned.train.epochs", "candidates.tuned.train.learning_rate"}
+    assert "candidates.tuned.train.epochs" in told(folder, "jobs", "compare", "1", "2")
+    assert document(folder, "forecast", "--queue")["kind"] == "forecast"
+    assert told(folder, "forecast", "--queue", "--days", "3").startswith("2: a queued forecast takes the defaults")
+    for wrong, said in (
+        ("tuned.epochs", "changes no setting"),
+        ("plain.epochs=2", "no candidate 'plain' is trained"),
+        ("tuned.keep=last", "cannot be changed for one run"),
+        ("tuned.epochs=many", "epochs: "),
+        ("tuned.budget=20m", "set either budget or epochs"),
+    ):
+        assert said in told(folder, "run", "--queue", "--set", wrong)
+    assert len(document(folder, "jobs", "list")["jobs"]) == 3

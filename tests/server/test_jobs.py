@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.fabricate import OWNER
-from tests.server.conftest import Served
+from tests.fabricate import OWNER, Scene
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.tiny_project import write_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
+from tunesmith.jobs.curves import Curves
+from tunesmith.project import Project
 from tunesmith.services import jobs
 from tunesmith.store.identities import add_user
 from tunesmith.store.tokens import issue_token
@@ -66,3 +72,41 @@ def test_without_a_token(served: Served, path: str) -> None:
     with served.http() as http:
         http.headers.pop("authorization")
         assert http.get(path).status_code == 401
+
+
+def test_a_run_and_a_forecast_are_queued_over_http_and_their_curves_read(scene: Scene, tmp_path: Path) -> None:
+    project = Project.load(write_project(tmp_path / "p"))
+    project.store = scene.store
+    add_user(scene.store, "eve", ["engineer"], actor=OWNER)
+    add_user(scene.store, "amy", ["engineer"], actor=OWNER, scope=Scope("acme"))
+    with running(scene, FakeEngine(scene.base), project=project) as served:
+        with served.http(issue_token(scene.store, "eve", actor=OWNER)) as http:
+            changes = {"tuned": {"epochs": 2, "learning_rate": 0.01}}
+            asked = {"changes": changes, "priority": 3, "key": "nightly"}
+            first = http.post("/api/jobs", json=asked).json()
+            assert (first["kind"], first["changes"], first["priority"]) == ("run", changes, 3)
+            assert http.post("/api/jobs", json=asked).json()["job"] == first["job"]
+            assert http.post("/api/jobs", json={"kind": "forecast"}).json()["kind"] == "forecast"
+            for wrong in (
+                {"changes": {"tuned": {"epochs": 0}}},
+                {"changes": {"plain": {"epochs": 1}}},
+                {"changes": {"tuned": {"keep": "last"}}},
+                {"kind": "forecast", "candidate": "plain"},
+                {"candidate": "tuned"},
+                {"priority": 5000},
+            ):
+                assert http.post("/api/jobs", json=wrong).status_code == 400, wrong
+            lease = leases.claim(scene.store, "w", ["run"], project="tiny")
+            assert lease is not None
+            curves = Curves()
+            curves.add("tuned", {"expected_seconds": 9.0})
+            curves.add("tuned", {"step": 1, "loss": 2.5, "validation_loss": 2.0, "memory_bytes": 5.0})
+            leases.renew(scene.store, lease, curves=curves.changed())
+            (found,) = http.get(f"/api/jobs/{lease.job}/curves").json()["trainings"]
+            assert (found["expected_seconds"], found["memory_bytes"]) == (9.0, 5.0)
+            assert found["points"] == [{"step": 1, "loss": 2.5, "validation_loss": 2.0, "score": None}]
+        with served.http(issue_token(scene.store, "amy", actor=OWNER)) as http:
+            assert http.post("/api/jobs", json={}).status_code == 403
+            assert http.get(f"/api/jobs/{lease.job}/curves").status_code == 404
+        with served.http() as http:
+            assert http.post("/api/jobs", json={}).status_code == 403

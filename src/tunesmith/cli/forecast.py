@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Here, Terminal, add_commands, draw_table
+from tunesmith.cli.terminal import Acting, Terminal, add_commands, draw_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tunesmith.services.forecast import Forecast
 
 EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
+_DAYS = 30.0
 _COLOURS = {"train": "green", "don't": "red", "undecided": "yellow", None: "yellow"}
 
 
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def forecast(
-    here: Here,
+    here: Acting,
     candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
     budget: Annotated[
         str | None,
@@ -38,17 +39,31 @@ def forecast(
     ] = None,
     days: Annotated[
         float, typer.Option(min=1.0, max=3650.0, help="Days in which lower running costs have to repay the training.")
-    ] = 30.0,
+    ] = _DAYS,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write it as an HTML page with the plot.")
     ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Leave it to `tunesmith worker`, with the defaults, and return at once.")
+    ] = False,
 ) -> None:
     """Forecast before a training whether it will pay. Exits with 0 for train, 3 for don't, 4 for undecided."""
+    if queue:
+        from tunesmith.cli.jobs import draw_job
+        from tunesmith.core.errors import UsageError
+        from tunesmith.services import jobs
+
+        if (budget, goal, days, output) != (None, None, _DAYS, None):
+            raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
+        here.emit(jobs.queue_forecast(here.project, candidate, actor=here.actor), draw_job)
+        return
     from tunesmith.core.settings import duration_of
     from tunesmith.services import forecast as services
 
     seconds = None if budget is None else duration_of(budget, "--budget")
-    found = services.forecast(here.project, candidate, budget=seconds, goal=goal, days=days, progress=Terminal())
+    found = services.forecast(
+        here.project, candidate, budget=seconds, goal=goal, days=days, progress=Terminal(), actor=here.actor
+    )
     if output is not None:
         services.forecast_page(found, output)
     here.emit(found, _draw)

@@ -1,4 +1,4 @@
-"""`worker`, `retrain` and `jobs list|show|log|cancel|pause|resume`: add, perform, show and change jobs."""
+"""`worker`, `retrain` and `jobs list|show|log|compare|cancel|pause|resume`: add, perform, show and change jobs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tunesmith.services.jobs import JobList, JobLog, JobView
     from tunesmith.services.retraining import Retraining
+    from tunesmith.services.run_curves import Comparison
 
 Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
 
@@ -24,7 +25,7 @@ Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's numbe
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Show runs that are queued, performed or done, and change them.")
-    add_commands(group, show, log, cancel, pause, resume, list=list_jobs)
+    add_commands(group, show, log, cancel, pause, resume, compare, list=list_jobs)
     app.add_typer(group, name="jobs")
     add_commands(app, worker, retrain)
 
@@ -164,6 +165,27 @@ def resume(here: Acting, job: Number) -> None:
     here.emit(jobs.resume(here.store, job, actor=here.actor), draw_job)
 
 
+def compare(
+    here: Here, job: Number, other: Annotated[int, typer.Argument(metavar="OTHER", min=1, help="Another job's number.")]
+) -> None:
+    """Show two jobs side by side: their results, and the settings that differ."""
+    from tunesmith.services import run_curves
+
+    here.emit(run_curves.compare(here.store, job, other), _draw_comparison)
+
+
+def _draw_comparison(console: Console, found: Comparison) -> None:
+    for title, rows in (("settings that differ", found.settings), ("results", found.results)):
+        drawn = [(each.name, _value(each.a), _value(each.b)) for each in rows]
+        draw_table(console, drawn, "", f"job {found.a.job}", f"job {found.b.job}", title=title)
+
+
+def _value(found: Any) -> str:
+    if isinstance(found, dict) and "mean" in found:
+        return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return "-" if found is None else f"{found:.4g}" if isinstance(found, float) else str(found)
+
+
 def draw_job(console: Console, job: JobView) -> None:
     """Draw a job as a table."""
     error: Mapping[str, Any] = job.error
@@ -171,10 +193,12 @@ def draw_job(console: Console, job: JobView) -> None:
         ("state", _state(job)),
         ("created", f"{_time(job.created)} by {job.created_by}"),
         *([("cause", job.cause)] if job.cause else []),
+        *(("changed", f"{name}.{key}={value}") for name, each in job.changes.items() for key, value in each.items()),
         ("attempts", f"{job.attempts} of {job.most_attempts}"),
         *([("worker", job.worker)] if job.worker else []),
         *([("step", step)] if (step := _step(job)) else []),
         *([("took", f"{job.ended - job.started:.0f} s")] if job.started and job.ended else []),
+        *([("forecast", job.result["headline"])] if "headline" in job.result else []),
         *([("version", job.result["register"]["version"])] if "register" in job.result else []),
         *((name, str(error[key])) for name, key in (("error", "what"), ("where", "where"), ("fix", "fix"))
           if error.get(key)),

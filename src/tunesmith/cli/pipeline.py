@@ -30,6 +30,15 @@ def run(
     key: Annotated[
         str | None, typer.Option("--key", help="With --queue: the same key again gives the same job, not another one.")
     ] = None,
+    changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME.KEY=VALUE",
+            help="A training setting of candidate NAME for this run only: epochs, budget, learning_rate, rank, batch "
+            "or seed.",
+        ),
+    ] = None,
 ) -> None:
     """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
 
@@ -38,15 +47,18 @@ def run(
     from tunesmith.cli.evaluation import EXITS
     from tunesmith.core.errors import UsageError
     from tunesmith.services import jobs
+    from tunesmith.services.run_settings import parse_changes
 
+    changes = parse_changes(changed or ())
     if queue:
         from tunesmith.cli.jobs import draw_job
 
-        here.emit(jobs.queue_run(here.project, priority=priority, key=key, actor=here.actor), draw_job)
+        queued = jobs.queue_run(here.project, changes=changes, priority=priority, key=key, actor=here.actor)
+        here.emit(queued, draw_job)
         return
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
-    done = jobs.run_here(here.project, progress=Terminal(), actor=here.actor)
+    done = jobs.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
     raise typer.Exit(EXITS[done.gate.verdict])
 

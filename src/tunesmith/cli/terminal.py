@@ -157,6 +157,9 @@ class Terminal:
         """Print a line for a person."""
         say(text)
 
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
+        """Nothing: the bar's note has the loss."""
+
     @contextlib.contextmanager
     def task(self, title: str, total: float) -> Iterator[Task]:
         """Open a step of total units."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -33,6 +34,12 @@ class Progress(Protocol):
     def say(self, text: str) -> None:
         """One line for a person."""
 
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
+        """Report numbers of the training with this name, for its curves.
+
+        values: what is predicted, under names that begin with `expected_`; or what was measured after its step `step`.
+        """
+
 
 class _SilentTask:
     def __enter__(self) -> _SilentTask:
@@ -55,6 +62,9 @@ class Silent:
         return _SilentTask()
 
     def say(self, text: str) -> None:
+        return None
+
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
         return None
 
 

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from tunesmith.core.errors import UsageError
 
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 
 
+Part = TypeVar("Part", bound="Settings")
+
+
 class Settings(BaseModel):
     """A part of the project file. Unknown keys are errors; NaN and infinities are errors; values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def changed(part: Part, changes: Mapping[str, Any], where: str) -> Part:
+    """Settings with other values, checked. Raises UsageError, where: as given."""
+    given = {name: getattr(part, name) for name in part.model_fields_set}
+    try:
+        return type(part).model_validate({**given, **changes})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(each) for each in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{place}: {said}" if place else said, where=where) from error
 
 
 def _seconds(given: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import func, select
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.text.names import CONTROLLER
+from tunesmith.jobs.curves import note
 from tunesmith.jobs.queue import new_row
 from tunesmith.jobs.state import Clock, State, add_event, database_time
 from tunesmith.store import audit, database
@@ -127,17 +129,23 @@ def _mine(session: Session, lease: Lease) -> JobRow:
 
 
 def renew(
-    store: Store, lease: Lease, progress: Mapping[str, Any] | None = None, *, clock: Clock = database_time
+    store: Store,
+    lease: Lease,
+    progress: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    *,
+    clock: Clock = database_time,
 ) -> str:
     """Renew a lease and record the progress. Returns the state that a person asked for, "" where nobody did.
 
-    progress: None leaves it as it is. Raises LeaseLost where the job was taken back.
+    progress: None leaves it as it is. curves: those that changed. Raises LeaseLost where the job was taken back.
     """
     with database.writing(store.engine) as session:
         row = _mine(session, lease)
         row.until = clock(session) + lease.seconds
         if progress is not None:
             row.progress = dict(progress)
+        note(session, lease.job, curves)
         return row.wanted
 
 

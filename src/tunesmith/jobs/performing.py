@@ -14,6 +14,7 @@ from tunesmith.core import telemetry
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.jobs import leases
+from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.store import Store
@@ -45,11 +46,16 @@ class JobProgress:
         self.stopping = threading.Event()
         self._store, self._lease, self._shown = store, lease, shown
         self._tasks: list[_JobTask] = []
+        self.curves = Curves()
 
     def say(self, text: str) -> None:
         """Add a line to the job's log."""
         self._shown.say(text)
         leases.log(self._store, self._lease, text)
+
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
+        """Add a point to the job's curves."""
+        self.curves.add(name, values)
 
     @contextlib.contextmanager
     def task(self, title: str, total: float) -> Iterator[Task]:
@@ -135,7 +141,7 @@ def _beating(store: Store, lease: Lease, progress: JobProgress) -> Iterator[None
     def beat() -> None:
         while not ended.wait(min(_BEAT, lease.seconds / 4)):
             try:
-                if leases.renew(store, lease, progress.document()):
+                if leases.renew(store, lease, progress.document(), progress.curves.changed()):
                     progress.stopping.set()
             except LeaseLost:
                 progress.stopping.set()
@@ -150,6 +156,8 @@ def _beating(store: Store, lease: Lease, progress: JobProgress) -> Iterator[None
     finally:
         ended.set()
         thread.join()
+        with contextlib.suppress(TunesmithError):  # the newest points; the job's end says what matters more
+            leases.renew(store, lease, curves=progress.curves.changed())
 
 
 def _record(store: Store, lease: Lease, error: BaseException) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
@@ -122,11 +122,13 @@ def list_jobs(
     *,
     states: Collection[State] = (),
     kinds: Collection[str] = (),
+    by: str | None = None,
     before: int | None = None,
     most: int = 100,
     scope: Scope = Scope(),
 ) -> list[Job]:
-    """Jobs, newest first. states, kinds: only these; all where empty. before: only older ones than this number.
+    """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created. before:
+    only older ones than this number.
 
     scope: only jobs that it covers.
     """
@@ -135,6 +137,8 @@ def list_jobs(
         found = found.where(JobRow.state.in_(states))
     if kinds:
         found = found.where(JobRow.kind.in_(kinds))
+    if by is not None:
+        found = found.where(JobRow.created_by == by)
     if before is not None:
         found = found.where(JobRow.id < before)
     for column, own in ((JobRow.tenant, scope.tenant), (JobRow.region, scope.region)):
@@ -154,10 +158,19 @@ def is_waiting(store: Store, project: str) -> bool:
 def events(store: Store, number: int, after: int = 0) -> list[Event]:
     """The lines of a job's log, oldest first. after: only those with a higher number."""
     found = select(JobEventRow).where(JobEventRow.job == number, JobEventRow.number > after)
+    return _events(store, number, found.order_by(JobEventRow.number))
+
+
+def newest_events(store: Store, number: int, *, before: int | None = None, most: int = 100) -> list[Event]:
+    """The newest lines of a job's log, newest first. before: only those with a lower number."""
+    found = select(JobEventRow).where(JobEventRow.job == number).order_by(JobEventRow.number.desc()).limit(most)
+    return _events(store, number, found if before is None else found.where(JobEventRow.number < before))
+
+
+def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[Event]:
     with database.reading(store.engine) as session:
         _row(session, number)
-        rows = session.scalars(found.order_by(JobEventRow.number))
-        return [Event(row.number, row.at, row.message) for row in rows]
+        return [Event(row.number, row.at, row.message) for row in session.scalars(found)]
 
 
 def time_now(store: Store, clock: Clock = database_time) -> float:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
-from tunesmith.server.openapi import BEARER, errors
+from tunesmith.server.intake.body import read_body
+from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.services import jobs as service
+from tunesmith.services import run_curves, run_settings
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 
@@ -71,6 +75,79 @@ async def log(request: Request, number: str, after: str | None = None) -> Respon
         return service.log(serving.store, _seen(serving.store, user, number).job, known)
 
     return JSONResponse((await serving.listing.run(user.name, read)).document())
+
+
+@routes.get(
+    "/api/jobs/{number}/curves",
+    dependencies=[needs("read", "jobs")],
+    response_model=run_curves.JobCurves,
+    responses=errors(401, 403, 404, 429),
+    openapi_extra=BEARER,
+)
+async def curves(request: Request, number: str) -> Response:
+    """The losses and scores of a job's trainings, also while it runs, with the time and memory that were predicted."""
+    user, serving = caller(request)
+
+    def read() -> run_curves.JobCurves:
+        return run_curves.curves(serving.store, _seen(serving.store, user, number).job)
+
+    return JSONResponse((await serving.listing.run(user.name, read)).document())
+
+
+class JobRequest(BaseModel):
+    """A job for a worker: a run of the project's pipeline, or a forecast of the training of a candidate.
+
+    candidate: that is forecast, by default the only one that is trained. changes: training settings by candidate, for
+    this job only. priority: jobs with a higher one are taken first. key: the same key again gives the same run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["run", "forecast"] = "run"
+    candidate: Annotated[str, Field(max_length=200)] | None = None
+    changes: dict[str, dict[str, int | float | str]] = {}
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> JobRequest:
+        if (self.candidate if self.kind == "run" else self.key) is not None:
+            raise ValueError("candidate is for forecasts, and key for runs")
+        return self
+
+
+@routes.post(
+    "/api/jobs",
+    dependencies=[needs("jobs")],
+    response_model=service.JobView,
+    responses=errors(400, 401, 403, 404, 408, 409, 413, 429, 503, 507),
+    openapi_extra=body(JobRequest),
+)
+async def add(request: Request) -> Response:
+    """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
+    user, serving = caller(request)
+    if not user.may("job.add") or not user.scope.covers(Scope()):
+        raise forbidden(f"{user.name} may not start runs for all tenants and regions.")
+    with serving.arrives(user) as count:
+        given = await read_body(request, JobRequest, serving.settings, count)
+
+    def run() -> View:
+        if serving.project is None:
+            raise ApiError(404, "This server has no project.", code="no_project")
+        try:
+            project = run_settings.read_again(serving.project)
+            more: dict[str, Any] = {"changes": given.changes, "priority": given.priority, "actor": user.name}
+            if given.kind == "run":
+                return service.queue_run(project, key=given.key, **more)
+            return service.queue_forecast(project, given.candidate, **more)
+        except UsageError as error:
+            raise bad_request(f"{error.what}.") from error
+        except Refused as error:
+            raise ApiError(409, f"{error.what}.", code="job_state") from error
+        except TunesmithError as error:
+            raise not_stored(error) from error
+
+    return JSONResponse((await serving.files.run(user.name, run)).document())
 
 
 _CHANGE: dict[str, Any] = {

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.view import View
 from tunesmith.evaluation.forecasting.wording import headline, reasons
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import forecast as run_forecast
+from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
 from tunesmith.services.training import only_tuned
 from tunesmith.store.store import Store
 
 SHARE = 0.1  # of the training's budget, for its forecast
+_LOOKED_AT = 50  # newest forecasts that are looked through for a project's
 _WITHOUT_BUDGET = 120.0  # seconds, for the forecast of a training that has epochs
 
 
@@ -127,13 +130,14 @@ def forecast(
     goal: float | None = None,
     days: float = 30.0,
     progress: Progress = SILENT,
+    actor: str | None = None,
 ) -> Forecast:
     """Forecast a candidate's training, by default that of the only one that is trained.
 
     budget: seconds; by default a tenth of the training's budget. goal: the lift from which tuning pays, by default the
     lift gate's bound. days: in which lower running costs have to repay the training.
     """
-    context, name = PipelineContext(project, progress), name or only_tuned(project)
+    context, name = PipelineContext(project, progress, actor), name or only_tuned(project)
     train = context.settings_of(name).train
     if budget is None:
         budget = SHARE * train.budget if train is not None and train.budget is not None else _WITHOUT_BUDGET
@@ -144,6 +148,29 @@ def forecast_view(store: Store, digest: str) -> Forecast:
     """A recorded forecast."""
     body: dict[str, Any] = dict(store.record(digest, kind="forecast").body)
     return Forecast(forecast=digest, **body, headline=headline(body), reasons=tuple(reasons(body)))
+
+
+class KeptForecast(View):
+    """A forecast that was made before. at: when, ISO 8601."""
+
+    at: str
+    forecast: Forecast
+
+
+def newest_forecast(project: Project) -> KeptForecast | None:
+    """The newest forecast of a candidate that this project trains; None where there is none.
+
+    A store may be shared with other projects: a forecast with rivals that this one does not have is another's.
+    """
+    known, trained = set(project.settings.candidates), set(tuned_names(project))
+    for digest, at in project.store.dated_records("forecast", most=_LOOKED_AT):
+        try:
+            found = forecast_view(project.store, digest)
+        except (Refused, UsageError):
+            continue
+        if found.name in trained and known >= set(found.rivals):
+            return KeptForecast(at=at, forecast=found)
+    return None
 
 
 def forecast_page(found: Forecast, path: Path) -> None:

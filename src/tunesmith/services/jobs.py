@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tunesmith.core import telemetry
@@ -21,12 +22,15 @@ from tunesmith.jobs.leases import LEASE_SECONDS, Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.state import STATES, Job, State
 from tunesmith.jobs.worker import ALSO_SECONDS, Worker, has_ended, worker_name
+from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project, open_project, open_store
 from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
 from tunesmith.services.fine_tuning.arguments import KIND
 from tunesmith.services.fine_tuning.perform import perform_fine_tuning
+from tunesmith.services.forecast import forecast
 from tunesmith.services.job_places import make_places
+from tunesmith.services.run_settings import Changes, project_of, run_arguments, with_changes
 from tunesmith.services.training import RunSummary
 from tunesmith.store.identities import acting
 from tunesmith.store.store import Store
@@ -38,14 +42,16 @@ class JobView(View):
     state: queued, running, paused, succeeded, failed or cancelled; wanted: the state that a person asked a running job
     to go to, "" where nobody did. worker: who performs it, or did last. silent: it runs, but its worker gave no sign of
     life until its lease ended, or was a process of this machine and has ended. progress: the step that it is at, with
-    `done` of `total` and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints,
-    without paths; {} where there is none. error: code, what, where and fix; {} where there is none. cause: why it was
-    queued, "" where a person did it.
+    `done` of `total` and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` or
+    `tunesmith forecast --json` prints, without paths; {} where there is none. error: code, what, where and fix; {}
+    where there is none. cause: why it was queued, "" where a person did it. changes: training settings, by candidate,
+    that differ from the project file.
     """
 
     job: int
     kind: str
     cause: str
+    changes: dict[str, dict[str, Any]]
     state: State
     wanted: str
     priority: int
@@ -94,17 +100,24 @@ class JobLog(View):
 
 
 def queue_run(
-    project: Project, *, priority: int = 0, key: str | None = None, cause: str = "", actor: str | None = None
+    project: Project,
+    *,
+    changes: Changes = MappingProxyType({}),
+    priority: int = 0,
+    key: str | None = None,
+    cause: str = "",
+    actor: str | None = None,
 ) -> JobView:
     """Queue a run of the whole pipeline for a worker.
 
-    key: an idempotency key: given again by the same person with the same settings, it gives the same job. cause: why
-    the run is queued, where no person did it.
+    changes: training settings of this run that differ from the project file. key: an idempotency key: given again by
+    the same person with the same settings, it gives the same job. cause: why the run is queued, where no person did it.
+    Raises UsageError for changes that are not valid.
     """
     job = queue.add(
         project.store,
         "run",
-        _run_arguments(project) | ({"cause": cause} if cause else {}),
+        run_arguments(project, changes) | ({"cause": cause} if cause else {}),
         project=project.settings.name,
         actor=project.actor(actor),
         priority=priority,
@@ -113,8 +126,42 @@ def queue_run(
     return view_of(project.store, job)
 
 
-def run_here(project: Project, *, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
-    """Run the whole pipeline in this process, as a job that others see in the list of jobs.
+def queue_forecast(
+    project: Project,
+    name: str | None = None,
+    *,
+    changes: Changes = MappingProxyType({}),
+    priority: int = 0,
+    actor: str | None = None,
+) -> JobView:
+    """Queue a forecast of a candidate's training, by default that of the only one that is trained.
+
+    changes: as in `queue_run`. Raises UsageError where no candidate of this name is trained.
+    """
+    named = name or training.only_tuned(project)
+    if named not in tuned_names(project):
+        raise UsageError(
+            f"no candidate {named[:80]!r} is trained", fix=f"name one of {', '.join(tuned_names(project))}"
+        )
+    job = queue.add(
+        project.store,
+        "forecast",
+        run_arguments(project, changes) | {"candidate": named},
+        project=project.settings.name,
+        actor=project.actor(actor),
+        priority=priority,
+    )
+    return view_of(project.store, job)
+
+
+def run_here(
+    project: Project,
+    *,
+    changes: Changes = MappingProxyType({}),
+    progress: Progress = SILENT,
+    actor: str | None = None,
+) -> RunSummary:
+    """Run the whole pipeline in this process, as a job that others see in the list of jobs. changes: as in `queue_run`.
 
     Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
     """
@@ -124,11 +171,11 @@ def run_here(project: Project, *, progress: Progress = SILENT, actor: str | None
         project.store,
         worker_name(),
         "run",
-        _run_arguments(project),
+        run_arguments(project, changes),
         project=project.settings.name,
         actor=by,
     )
-    done: list[RunSummary] = []
+    project, done = with_changes(project, changes), list[RunSummary]()
 
     def work(progress: JobProgress) -> Outcome:
         with telemetry.span(names.JOB_SPAN, _traced(lease.job, "run", project.settings.name)):
@@ -164,21 +211,6 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
     return Outcome(result, error)
 
 
-def _run_arguments(project: Project) -> dict[str, Any]:
-    return {"settings": project.settings.digest}
-
-
-def _require_unchanged(project: Project, job: Job) -> None:
-    """Raise UsageError where the project's settings changed since a job was queued."""
-    if project.settings.digest != job.arguments["settings"]:
-        raise UsageError(
-            "the project's settings changed since this job was queued, or their defaults with tunesmith's version",
-            where=str(project.root / "tunesmith.yaml"),
-            fix="queue it again: `tunesmith run --queue`. For a fine-tuning job, restart `tunesmith serve` and create "
-            "another one",
-        )
-
-
 def cause_of(job: Job) -> str:
     """Why a run was queued, where no person did it; "" where one did."""
     return str(job.arguments.get("cause", ""))
@@ -204,10 +236,20 @@ def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
     return Outcome(outcome.result, error)
 
 
+def _perform_forecast(project: Project, job: Job, progress: JobProgress) -> Outcome:
+    """Perform a queued forecast."""
+    found = forecast(project, job.arguments["candidate"], progress=progress, actor=job.created_by)
+    progress.say(found.headline)
+    return Outcome(found.document())
+
+
 _KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {
     "run": _perform_run,
+    "forecast": _perform_forecast,
     KIND: perform_fine_tuning,
 }
+
+KINDS = tuple(_KINDS)
 
 
 # The worker
@@ -254,9 +296,9 @@ def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
     def work(progress: JobProgress) -> Outcome:
         project = open_project(root)
         project.store = store
-        _require_unchanged(project, job)
+        made = project_of(project, job)
         with telemetry.span(names.JOB_SPAN, _traced(job.id, job.kind, job.project)):
-            return _KINDS[job.kind](project, job, progress)
+            return _KINDS[job.kind](made, job, progress)
 
     with contextlib.suppress(Exception), telemetry.sending():  # it is recorded
         perform(store, lease, work, stopping=stopping)
@@ -274,16 +316,19 @@ def list_jobs(
     store: Store,
     *,
     states: Collection[State] = (),
+    kinds: Collection[str] = (),
+    by: str | None = None,
     before: int | None = None,
     most: int = 100,
     scope: Scope = Scope(),
 ) -> JobList:
-    """Jobs, newest first. states: only these; all where empty. before: only those before this number.
+    """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created. before:
+    only those before this number.
 
     scope: only jobs that it covers.
     """
     now = queue.time_now(store)
-    found = queue.list_jobs(store, states=states, before=before, most=most, scope=scope)
+    found = queue.list_jobs(store, states=states, kinds=kinds, by=by, before=before, most=most, scope=scope)
     return JobList(jobs=tuple(_view(job, now) for job in found))
 
 
@@ -294,15 +339,25 @@ def states_named(names: Collection[str]) -> list[State]:
     return [state for state in STATES if state in names]
 
 
-def show(store: Store, number: int) -> JobView:
-    """A job as it is now. Raises UsageError where there is none."""
-    return view_of(store, queue.get(store, number))
+def show(store: Store, number: int, *, scope: Scope = Scope()) -> JobView:
+    """A job as it is now. Raises UsageError where there is none that the scope covers."""
+    job = queue.get(store, number)
+    if not scope.covers(job.scope):
+        raise UsageError(f"there is no job {number}", fix="`tunesmith jobs list` shows them")
+    return view_of(store, job)
 
 
 def log(store: Store, number: int, after: int = 0) -> JobLog:
     """The log of a job. after: only lines with a higher number."""
     state = queue.get(store, number).state  # before the lines, so that an ended job's log is whole
     lines = queue.events(store, number, after)
+    return JobLog(job=number, state=state, lines=tuple(LogLine(**vars(line)) for line in lines))
+
+
+def newest_lines(store: Store, number: int, *, before: int | None = None, most: int = 100) -> JobLog:
+    """The newest lines of a job's log, newest first. before: only lines with a lower number."""
+    state = queue.get(store, number).state
+    lines = queue.newest_events(store, number, before=before, most=most)
     return JobLog(job=number, state=state, lines=tuple(LogLine(**vars(line)) for line in lines))
 
 
@@ -329,4 +384,4 @@ def view_of(store: Store, job: Job) -> JobView:
 def _view(job: Job, now: float) -> JobView:
     stated = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)}
     silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
-    return JobView(job=job.id, silent=silent, cause=cause_of(job), **stated)
+    return JobView(job=job.id, silent=silent, cause=cause_of(job), changes=job.arguments.get("changes", {}), **stated)

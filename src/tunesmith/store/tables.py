@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0007"
+HEAD_REVISION = "0008"
 
 
 class Table(DeclarativeBase):
@@ -299,6 +299,15 @@ class JobEventRow(Table):
     number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     at: Mapped[float] = mapped_column(Float)
     message: Mapped[str] = mapped_column(Text)
+
+
+class JobCurveRow(Table):
+    """The curve of one of a job's trainings (jobs/curves.py). training: its name."""
+
+    __tablename__ = "job_curves"
+    job: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    training: Mapped[str] = mapped_column(String(256), primary_key=True)
+    curve: Mapped[dict[str, Any]] = mapped_column()
 
 
 class FileRow(Table):

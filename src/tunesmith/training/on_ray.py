@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
@@ -89,14 +89,40 @@ def _rank(lead: Lead, resources: Mapping[str, float], work: str, given: Mapping[
 
 
 class _Written(Silent):
-    """A Progress whose lines are appended to a file, which the command that started the training shows."""
+    """A Progress whose lines and numbers are appended to a file, which the command that started the training shows."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def say(self, text: str) -> None:
+        self._write({"say": text})
+
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
+        self._write({"measured": name, "values": dict(values)})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
         with self._file.open("a") as lines:
-            lines.write(text + "\n")
+            lines.write(json.dumps(line) + "\n")
+
+
+def _whole(lines: TextIO) -> Iterator[str]:
+    """The lines that were written since the last look. One whose end is not written yet waits."""
+    while True:
+        at = lines.tell()
+        line = lines.readline()
+        if not line.endswith("\n"):
+            lines.seek(at)
+            return
+        yield line
+
+
+def _show(line: str, progress: Progress) -> None:
+    """Show a line that `_Written` wrote."""
+    found = json.loads(line)
+    if "say" in found:
+        progress.say(found["say"])
+    else:
+        progress.measured(found["measured"], found["values"])
 
 
 def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
@@ -114,8 +140,8 @@ def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
         threading.Thread(target=fit, daemon=True).start()
         while True:
             ended = bool(wait([fitted], timeout=_SHOWN).done)
-            for line in lines:
-                progress.say(line.rstrip("\n"))
+            for line in _whole(lines):
+                _show(line, progress)
             if (work / _FAILED).exists():
                 said = json.loads((work / _FAILED).read_bytes())
                 raise _KINDS[said["exit"]](said["what"], where=said["where"], fix=said["fix"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -82,6 +82,25 @@ class Follower:
             yield
         except (TunesmithError, OSError) as error:
             self._progress.say(f"metrics were not written ({error}); the training and its record continue")
+
+
+class Reporter:
+    """Reports a training's losses, scores and memory to its progress. name: the training's. peak: bytes in use at
+    most."""
+
+    def __init__(self, name: str, peak: Callable[[], int], progress: Progress) -> None:
+        self._name, self._peak, self._progress = name, peak, progress
+        self._reported = 0
+
+    def report(self, state: TrainerState) -> None:
+        """Report the steps of a state that were not reported yet."""
+        memory, validated = self._peak(), {each["step"]: each for each in state.validation}
+        for each in state.curve[self._reported :]:
+            values = {"step": each["step"], "loss": each["loss"], "memory_bytes": memory}
+            found = validated.get(each["step"], {})
+            values |= {f"validation_{key}": found[key] for key in ("loss", "score") if key in found}
+            self._progress.measured(self._name, values)
+        self._reported = len(state.curve)
 
 
 def points(state: TrainerState) -> list[Point]:

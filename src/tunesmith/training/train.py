@@ -48,7 +48,7 @@ from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings
-from tunesmith.training.sinks import follower
+from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
 from tunesmith.training.trainer import Trainer
 
@@ -132,6 +132,9 @@ def run_training(
     DeviceMemory(trained.device).reset_peak()
     validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
     schedule = _schedule(spec, plan, expected, validation, progress)
+    progress.measured(
+        spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
+    )
     curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
     trainer = Trainer(
         trained,
@@ -142,6 +145,7 @@ def run_training(
         objective=objective,
         validate=validation.measure if batches else None,
         on_checkpoint=curves.follow,
+        on_step=Reporter(spec.name, DeviceMemory(trained.device).peak, progress).report,
         progress=progress,
         clock=now,
         ranks=ranks,

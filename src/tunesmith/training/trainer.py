@@ -43,6 +43,7 @@ class Trainer:
         objective: Objective | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
         on_checkpoint: Callable[[TrainerState], None] = _ignore,
+        on_step: Callable[[TrainerState], None] = _ignore,
         progress: Progress = SILENT,
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ALONE,
@@ -51,15 +52,17 @@ class Trainer:
 
         schedule: the planned one of settings where it is None. objective: cross-entropy where it is None. validate:
         returns finite numbers for the model as it is now: a `loss`, of which lower is better, and where answers are
-        scored a `score`, of which higher is better; called when the schedule says so. on_checkpoint: called with the
-        state after each checkpoint, and once at the start of a resumed training. clock: seconds since some moment, the
-        same on all ranks. ranks: compute each step together; each has its own part of the plan's steps.
+        scored a `score`, of which higher is better; called when the schedule says so. on_checkpoint, on_step: called
+        with the state after each checkpoint or step, and once at the start of a resumed training. clock: seconds since
+        some moment, the same on all ranks. ranks: compute each step together; each has its own part of the plan's
+        steps.
         Raises Refused where the checkpoints belong to another training.
         """
         self.model, self.plan, self.settings, self.progress = model, plan, settings, progress
         self._schedule = Planned(len(plan), settings) if schedule is None else schedule
         self._objective = CrossEntropy() if objective is None else objective
         self._validate, self._checkpoints, self._on_checkpoint = validate, checkpoints, on_checkpoint
+        self._on_step = on_step
         self._clock, self._ranks = clock, ranks
         self._parameters = parameters(model)
         self._optimizer = make_optimizer(model, settings)
@@ -69,6 +72,7 @@ class Trainer:
         self._saved_step = self.state.step
         if self.state.step:
             on_checkpoint(self.state)  # the training may have been killed between a checkpoint and this call
+            on_step(self.state)
         self._saved = clock()
 
     @property
@@ -141,6 +145,7 @@ class Trainer:
         if (decided := self._schedule.decide(state)) is not None:
             self.progress.say(decided)
         task.note(self._note(state.curve[-1], step))
+        self._on_step(state)
         if self.finished or self._clock() - self._saved > self.settings.checkpoint_seconds:
             self._save()
             self._saved = self._clock()

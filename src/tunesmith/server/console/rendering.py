@@ -29,7 +29,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 # The pages that the navigation names.
-PAGES = (("/", "Home"), ("/console/evidence", "Evidence"), ("/console/rollouts", "Rollouts"))
+PAGES = (("/", "Home"), ("/console/runs", "Runs"), ("/console/evidence", "Evidence"), ("/console/rollouts", "Rollouts"))
 _PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 
@@ -65,6 +65,13 @@ def percent(share: float | None) -> str:
     return "–" if share is None or math.isnan(share) else f"{share:.1%}"
 
 
+def size(count: float | None) -> str:
+    """Bytes in one unit: 12 MB, 1.7 GB; a dash for None."""
+    if count is None:
+        return "–"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
 def short(digest: str) -> str:
     """The first twelve digits of a digest."""
     return digest.removeprefix("sha256:")[:12]
@@ -80,7 +87,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    found.filters.update(moment=moment, ago=ago, percent=percent, short=short)
+    found.filters.update(moment=moment, ago=ago, percent=percent, short=short, size=size)
     found.globals.update(asset=asset, pages=PAGES)
     return found
 

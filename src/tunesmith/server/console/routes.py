@@ -11,6 +11,7 @@ from tunesmith.server.access import PUBLIC
 from tunesmith.server.console import changes, evidence, home, login, playground, rollouts
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
+from tunesmith.server.console.runs import pages, start
 from tunesmith.server.errors import ApiError
 
 _FILES = {file.name: file for file in STATIC.iterdir() if file.is_file()}
@@ -52,6 +53,8 @@ for part in (
     login.routes,
     changes.routes,
     home.routes,
+    start.routes,
+    pages.routes,
     evidence.routes,
     playground.routes,
     rollouts.routes,

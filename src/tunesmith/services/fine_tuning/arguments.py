@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final, TypeVar
-
-from pydantic import ValidationError
+from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.settings import Settings
+from tunesmith.core.settings import changed
 from tunesmith.core.view import View
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
@@ -17,7 +15,6 @@ from tunesmith.training.settings import TrainSettings
 
 KIND: Final = "fine_tuning"
 _LONGEST_NAME = 63
-Part = TypeVar("Part", bound=Settings)
 
 
 class Hyperparameters(View):
@@ -86,17 +83,17 @@ def derived(project: Project, arguments: Arguments, training: str, validation: s
         )
         for path, split in files
     )
-    data = _changed(settings.data, "validation_file", {"sources": sources, "split": given.split or settings.data.split})
+    data = changed(settings.data, {"sources": sources, "split": given.split or settings.data.split}, "validation_file")
     candidate = settings.candidates[name]
     assert candidate.train is not None
     train = _train(candidate.train, arguments)
-    changed = {
+    others = {
         "name": series(settings.name, arguments.suffix),
         "data": data,
         "candidates": {**settings.candidates, name: candidate.model_copy(update={"train": train})},
         "release": name,
     }
-    found = Project(project.root, settings.model_copy(update=changed))
+    found = Project(project.root, settings.model_copy(update=others))
     found.store = project.store
     return found
 
@@ -117,16 +114,4 @@ def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
         changes["learning_rate"] = train.learning_rate * asked.learning_rate_multiplier
     if arguments.seed is not None:
         changes["seed"] = arguments.seed
-    return _changed(train, "hyperparameters", changes)
-
-
-def _changed(part: Part, field: str, changes: dict[str, Any]) -> Part:
-    """Settings with other values, checked. field: the client's, for the error."""
-    given = {name: getattr(part, name) for name in part.model_fields_set}
-    try:
-        return type(part).model_validate({**given, **changes})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(each) for each in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{place}: {said}" if place else said, where=field) from error
+    return changed(train, changes, "hyperparameters")

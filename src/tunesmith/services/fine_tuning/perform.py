@@ -63,6 +63,10 @@ class _WithLosses:
         """Add a line to the job's log."""
         self._shown.say(text)
 
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
+        """Add a point to the job's curves."""
+        self._shown.measured(name, values)
+
     @contextlib.contextmanager
     def task(self, title: str, total: float) -> Iterator[Task]:
         """Open a step of total units."""

@@ -1,0 +1,92 @@
+"""The curves of a job's trainings, as its worker notes them in the database while they grow. Their size is bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.store import database
+from tunesmith.store.store import Store
+from tunesmith.store.tables import JobCurveRow
+
+MOST_POINTS = 400  # of a training that are kept; validated steps are kept besides
+_MOST_TRAININGS = 50  # of a job
+_LONGEST_NAME = 256
+Point = dict[str, float]
+
+
+@dataclass
+class Curve:
+    """A training's numbers. expected: its estimates. memory_bytes: the most memory used. points: step and loss, and of
+    validated steps validation_loss and validation_score. Once there are too many points, every second step is kept."""
+
+    expected: dict[str, float] = field(default_factory=dict)
+    memory_bytes: float = 0.0
+    points: list[Point] = field(default_factory=list)
+    every: int = 1
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add what a training reported (core.progress)."""
+        if "step" not in values:
+            self.expected |= values
+            return
+        point = dict(values)
+        self.memory_bytes = max(self.memory_bytes, point.pop("memory_bytes", 0.0))
+        if self.points and self.points[-1]["step"] % self.every and not _validated(self.points[-1]):
+            self.points.pop()  # it was the newest, which is always shown
+        self.points.append(point)
+        if sum(not _validated(each) for each in self.points) > MOST_POINTS:
+            self.every *= 2
+            last = self.points[-1]
+            self.points = [
+                each for each in self.points if each is last or _validated(each) or each["step"] % self.every == 0
+            ]
+
+    def document(self) -> dict[str, Any]:
+        """The curve as JSON."""
+        return {"expected": self.expected, "memory_bytes": self.memory_bytes, "points": list(self.points)}
+
+
+def _validated(point: Point) -> bool:
+    return "validation_loss" in point
+
+
+class Curves:
+    """The curves of a job's trainings, by the training's name. One thread may add while another one reads."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, Curve] = {}
+        self._changed: set[str] = set()
+        self._using = threading.Lock()
+
+    def add(self, name: str, values: Mapping[str, float]) -> None:
+        """Add what a training reported. Trainings beyond the most that a job may have are left out."""
+        name = name[:_LONGEST_NAME]
+        with self._using:
+            if name in self._curves or len(self._curves) < _MOST_TRAININGS:
+                self._curves.setdefault(name, Curve()).add(values)
+                self._changed.add(name)
+
+    def changed(self) -> dict[str, dict[str, Any]]:
+        """The curves that changed since the last call."""
+        with self._using:
+            names, self._changed = self._changed, set()
+            return {name: self._curves[name].document() for name in sorted(names)}
+
+
+def note(session: Session, job: int, curves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep a job's curves, inside a write transaction."""
+    for name, curve in curves.items():
+        session.merge(JobCurveRow(job=job, training=name, curve=dict(curve)))
+
+
+def read(store: Store, job: int) -> dict[str, dict[str, Any]]:
+    """A job's curves by the names of its trainings."""
+    found = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
+    with database.reading(store.engine) as session:
+        return {row.training: row.curve for row in session.scalars(found)}

@@ -1,0 +1,153 @@
+"""The list of jobs, one job, and two jobs compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from tunesmith.core.errors import UsageError
+from tunesmith.jobs.state import ENDED, STATES
+from tunesmith.server.console.rendering import HEADERS
+from tunesmith.server.console.routing import gone_to, router
+from tunesmith.server.console.runs import charts
+from tunesmith.server.console.session import Changing, Looking, Viewer
+from tunesmith.server.errors import ApiError, forbidden
+from tunesmith.services import jobs, run_curves
+from tunesmith.services.jobs import JobView
+
+routes = router()
+_PAGE = 50  # jobs on a page
+_LINES = 100  # of a log on a page
+_OTHERS = 30  # jobs that the form for a comparison names
+_PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
+Number = Annotated[int, Path(ge=1, le=999_999_999)]
+Asked = Annotated[int, Query(ge=1, le=999_999_999)]
+
+
+@routes.get("/console/runs")
+async def runs(viewer: Looking, state: str = "", kind: str = "", by: str = "", before: Asked | None = None) -> Response:
+    """The jobs of this person's tenant and region, newest first."""
+    filters = {"state": state, "kind": kind, "by": by}
+    given = {name: value for name, value in filters.items() if value}
+    listed = partial(
+        jobs.list_jobs,
+        viewer.store,
+        states=jobs.states_named([state] if state else ()),
+        kinds=[kind] if kind else (),
+        by=by or None,
+        before=before,
+        most=_PAGE + 1,
+        scope=viewer.user.scope,
+    )
+    found = (await viewer.run(listed)).jobs
+    shown = found[:_PAGE]
+    older = None
+    if len(found) > _PAGE:
+        older = "/console/runs?" + urlencode({**given, "before": shown[-1].job})
+    return viewer.page(
+        "runs.html.jinja",
+        jobs=shown,
+        filters=filters,
+        given=given,
+        here="/console/runs?" + urlencode(given | ({"before": before} if before else {})),
+        newest="/console/runs?" + urlencode(given) if before else None,
+        older=older,
+        states=STATES,
+        kinds=jobs.KINDS,
+        reason=no_start(viewer),
+    )
+
+
+@routes.get("/console/runs/compare")
+async def compare(viewer: Looking, a: Asked, b: Asked) -> Response:
+    """Two jobs side by side."""
+    found = await viewer.run(partial(_compared, viewer, a, b))
+    return viewer.page("runs_compare.html.jinja", found=found, numbers=charts.numbers)
+
+
+@routes.get("/console/runs/compare/curves")
+async def compared_curves(viewer: Looking, a: Asked, b: Asked) -> Response:
+    """The curves of two jobs, in the same charts."""
+    found = (await viewer.run(partial(_compared, viewer, a, b))).curves
+    labels = [f"{each.job}" if a != b else f"{each.job} {side}" for each, side in zip(found, "ab", strict=True)]
+    drawn = charts.charts({f"run {label}": each for label, each in zip(labels, found, strict=True)})
+    return JSONResponse({"charts": drawn}, headers=_PRIVATE)
+
+
+@routes.get("/console/runs/{number}")
+async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
+    """One job. lines: the log's lines before this one instead of the newest."""
+
+    def read() -> dict[str, Any]:
+        job = _seen(viewer, number)
+        others = jobs.list_jobs(viewer.store, kinds=[job.kind], most=_OTHERS + 1, scope=viewer.user.scope)
+        return {
+            "job": job,
+            "ended": job.state in ENDED,
+            "curves": run_curves.curves(viewer.store, number),
+            "log": jobs.newest_lines(viewer.store, number, before=lines, most=_LINES).lines,
+            "others": [each for each in others.jobs if each.job != number][:_OTHERS],
+        }
+
+    found = await viewer.run(read)
+    may = viewer.user.may("job.change")
+    return viewer.page("runs_job.html.jinja", **found, may=may, paged=lines is not None, numbers=charts.numbers)
+
+
+@routes.get("/console/runs/{number}/curves")
+async def curves(viewer: Looking, number: Number) -> Response:
+    """The curves of one job, for its charts."""
+
+    def read() -> list[dict[str, Any]]:
+        _seen(viewer, number)
+        return charts.charts({"": run_curves.curves(viewer.store, number)})
+
+    return JSONResponse({"charts": await viewer.run(read)}, headers=_PRIVATE)
+
+
+_CHANGES: Mapping[str, Callable[..., JobView]] = {"cancel": jobs.cancel, "pause": jobs.pause, "resume": jobs.resume}
+
+
+@routes.post("/console/runs/{number}/{change}")
+async def change(request: Request, viewer: Changing, number: Number, change: str) -> Response:
+    """Cancel, pause or resume a job."""
+    if change not in _CHANGES:
+        raise ApiError(404, "There is no such page.", code="not_found")
+    if not viewer.user.may("job.change"):
+        raise forbidden(f"{viewer.user.name} may not change jobs.")
+
+    def changed() -> None:
+        _seen(viewer, number)
+        _CHANGES[change](viewer.store, number, actor=viewer.user.name)
+
+    await viewer.run(changed)
+    return gone_to(request, f"/console/runs/{number}")
+
+
+def _seen(viewer: Viewer, number: int) -> JobView:
+    """A job of this person's tenant and region. Raises ApiError 404 for any other number."""
+    try:
+        return jobs.show(viewer.store, number, scope=viewer.user.scope)
+    except UsageError as error:
+        raise ApiError(404, f"There is no run {number}.", code="job_not_found") from error
+
+
+def _compared(viewer: Viewer, a: int, b: int) -> run_curves.Comparison:
+    for number in (a, b):
+        _seen(viewer, number)
+    return run_curves.compare(viewer.store, a, b, scope=viewer.user.scope)
+
+
+def no_start(viewer: Viewer) -> str:
+    """Why this person may start no run; "" where they may."""
+    user = viewer.user
+    if not user.may("job.add"):
+        return "Starting a run needs the role engineer."
+    if user.tenant or user.region:
+        return "A run is for all tenants and regions, and you act for one."
+    return "" if viewer.serving.project else "This server has no project."

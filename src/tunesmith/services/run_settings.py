@@ -1,0 +1,156 @@
+"""The settings of one run: the project file's, or with some training settings changed for that run only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.settings import changed
+from tunesmith.core.view import View
+from tunesmith.jobs.state import Job
+from tunesmith.project import Project
+from tunesmith.store.store import Store
+
+# What a run may change, by candidate: values of keys of `train:`.
+Changes = Mapping[str, Mapping[str, Any]]
+# The keys, with what people call them.
+CHANGEABLE: Mapping[str, str] = {
+    "epochs": "Epochs",
+    "budget": "Training time",
+    "learning_rate": "Learning rate",
+    "rank": "Rank of the adapter",
+    "batch": "Rows per step",
+    "seed": "Seed",
+}
+
+
+class Setting(View):
+    """A training setting that a run may change. value: the project file's, None where a default applies; help: what it
+    means."""
+
+    key: str
+    label: str
+    value: Any
+    help: str
+
+
+class TrainedCandidate(View):
+    """A candidate that is trained, and what a run may change of that."""
+
+    name: str
+    settings: tuple[Setting, ...]
+
+
+def read_again(project: Project) -> Project:
+    """The project as its file says now. Raises UsageError where that is not valid."""
+    made = Project.load(project.root)
+    made.store = project.store
+    return made
+
+
+def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
+    """The trained candidates of a project, with what a run may change. A training with a budget has no epochs."""
+    found = []
+    for name, candidate in project.settings.candidates.items():
+        if (train := candidate.train) is None:
+            continue
+        left_out = {"epochs" if train.budget is not None else "budget", *(() if train.method == "lora" else ("rank",))}
+        fields, given = type(train).model_fields, train.model_fields_set
+        settings = tuple(
+            Setting(
+                key=key,
+                label=label,
+                value=getattr(train, key) if key in given else None,
+                help=fields[key].description or "",
+            )
+            for key, label in CHANGEABLE.items()
+            if key not in left_out
+        )
+        found.append(TrainedCandidate(name=name, settings=settings))
+    return tuple(found)
+
+
+def parse_changes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Changes from texts such as `tuned.epochs=2`. Raises UsageError for another form."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        place, is_there, value = text.partition("=")
+        name, _, key = place.rpartition(".")
+        if not (is_there and name and key):
+            raise UsageError(f"{text[:80]!r} changes no setting", where="--set", fix="write NAME.KEY=VALUE")
+        found.setdefault(name, {})[key] = value_of(value)
+    return found
+
+
+def value_of(text: str) -> Any:
+    """The number that a text states, else the text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def with_changes(project: Project, changes: Changes) -> Project:
+    """The project of one run. Raises UsageError for what may not be changed, and for values that are not valid."""
+    if not changes:
+        return project
+    candidates = dict(project.settings.candidates)
+    for name, values in changes.items():
+        if name not in candidates or (train := candidates[name].train) is None:
+            trained = [each for each, candidate in candidates.items() if candidate.train]
+            raise UsageError(
+                f"no candidate {name[:80]!r} is trained", where="changes", fix=f"name one of {', '.join(trained)}"
+            )
+        if unknown := sorted(set(values) - set(CHANGEABLE)):
+            raise UsageError(
+                f"{unknown[0][:80]!r} cannot be changed for one run",
+                where=f"candidates.{name}.train",
+                fix=f"change one of {', '.join(CHANGEABLE)}; the project file has the other settings",
+            )
+        update = {"train": changed(train, values, f"candidates.{name}.train")}
+        candidates[name] = candidates[name].model_copy(update=update)
+    made = Project(project.root, project.settings.model_copy(update={"candidates": candidates}))
+    made.store = project.store
+    return made
+
+
+def run_arguments(project: Project, changes: Changes) -> dict[str, Any]:
+    """The arguments of a job that takes a project's settings. The settings themselves are kept as a blob."""
+    found: dict[str, Any] = {"settings": _keep(project)}
+    if changes:
+        found["changes"] = {name: dict(values) for name, values in changes.items()}
+        found["changed_settings"] = _keep(with_changes(project, changes))
+    return found
+
+
+def _keep(project: Project) -> str:
+    return project.store.put_bytes(canonical(project.settings.document()))
+
+
+def project_of(project: Project, job: Job) -> Project:
+    """The project of a job, after its changes. Raises UsageError where its settings are not those that it was queued
+    with."""
+    if project.settings.digest == job.arguments["settings"]:
+        made = with_changes(project, job.arguments.get("changes", {}))
+        if made.settings.digest == job.arguments.get("changed_settings", made.settings.digest):
+            return made
+    raise UsageError(
+        "the project's settings changed since this job was queued, or their defaults with tunesmith's version",
+        where=str(project.root / "tunesmith.yaml"),
+        fix="queue it again: `tunesmith run --queue`. For a fine-tuning job, restart `tunesmith serve` and create "
+        "another one",
+    )
+
+
+def settings_of(store: Store, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings that a job's arguments name; None where the store has not kept them."""
+    digest = arguments.get("changed_settings", arguments.get("settings"))
+    with contextlib.suppress(Refused, UsageError):
+        if isinstance(digest, str):
+            found: dict[str, Any] = json.loads(store.read_blob(digest))
+            return found
+    return None

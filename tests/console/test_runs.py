@@ -1,0 +1,242 @@
+"""Runs in the console: the list, one job, two compared, and what another tenant's browser sees of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.fabricate import OWNER, Scene, put_training
+from tests.server.conftest import Served
+from tunesmith.core.scope import Scope
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.curves import Curves
+from tunesmith.jobs.leases import Lease
+from tunesmith.store.identities import add_user
+from tunesmith.store.store import Store
+
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202e{{7*7}} javascript:alert(3) ' + "x" * 10_000
+
+
+def added(store: Store, kind: str = "run", scope: Scope = Scope(), **arguments: Any) -> int:
+    return queue.add(store, kind, arguments, project="p", actor=OWNER, scope=scope).id
+
+
+def claimed(store: Store) -> Lease:
+    lease = leases.claim(store, "host:1", ["run", "forecast", "fine_tuning"], project="p", seconds=600)
+    assert lease is not None
+    return lease
+
+
+def curve(steps: int, slope: float = 28.0) -> dict[str, Any]:
+    """A training of so many steps, validated and scored at every tenth."""
+    curves = Curves()
+    curves.add("tuned", {"expected_seconds": 95.0, "expected_memory_bytes": 1.6e9})
+    for step in range(1, steps + 1):
+        loss = 0.08 + 2.0 * 2.718 ** (-step / slope)
+        values = {"step": step, "loss": loss * (1 + 0.05 * (step % 3)), "memory_bytes": 1.7e9}
+        if step % 10 == 0:
+            values |= {"validation_loss": loss * 1.1, "validation_score": 1 - 0.9 * 2.718 ** (-step / slope)}
+        curves.add("tuned", values)
+    return curves.changed()
+
+
+def progress(done: float = 30.0) -> dict[str, Any]:
+    note = "loss 0.412, 1.7 GB, 880 tokens/s, 61% of peak"
+    return {"step": "training", "done": done, "total": 120.0, "note": note, "seconds": 20.0, "seconds_left": 60.0}
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.04, "high": mean + 0.04}
+
+
+def result(scene: Scene, *, seed: int, mean: float, verdict: str = "pass") -> dict[str, Any]:
+    """A run's result, with a training that the store has."""
+    digest = put_training(scene.store, scene.base, scene.dataset, seed=seed)
+    body = scene.store.record(digest).body
+    gate = {"name": "better", "outcome": verdict, "reason": "0.12 over plain, at least 0.05", "bound": 0.05}
+    return {
+        "train": {"tuned": {**body, "training": digest, "score": {"metric": "exact_match", "rows": 60}}},
+        "evaluate": {
+            "n": 400,
+            "primary": "exact_match",
+            "candidates": {"plain": {"exact_match": interval(0.61)}, "tuned": {"exact_match": interval(mean)}},
+        },
+        "gate": {"verdict": verdict, "candidate": "tuned", "gates": [gate], "reason": None},
+        **({"register": {"version": f"home@v{seed}", "digest": "sha256:0"}} if verdict == "pass" else {}),
+    }
+
+
+def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> None:
+    store = served.scene.store
+    for _ in range(52):
+        added(store, "forecast")
+    lease = claimed(store)
+    for text in ("data: 2.1 s", "training 4200 rows in 262 steps: about 95 s, 1.6 GB of memory", *(["more"] * 110)):
+        leases.log(store, lease, text)
+    leases.renew(store, lease, progress(), curve(30))
+    page = login(path="/console/runs")
+    expect(page.get_by_role("row")).to_have_count(51)
+    page.get_by_role("link", name="Older").click()
+    row = page.get_by_role("row").filter(has_text="running")
+    expect(row).to_contain_text("training 25%")
+    expect(row).to_contain_text("60 s")
+    page.get_by_label("State").select_option("running")
+    page.get_by_role("button", name="Filter").click()
+    expect(page.get_by_role("row")).to_have_count(2)
+    check_accessible(page)
+    page.get_by_role("link", name=str(lease.job), exact=True).click()
+    expect(page.get_by_text("60 s, for this stage")).to_be_visible()
+    expect(page.get_by_text("tuned: exact_match")).to_have_count(0)
+    expect(page.get_by_text("tuned: score on validation rows")).to_be_visible()
+    expect(page.locator(".charts canvas")).to_have_count(2)
+    expect(page.locator(".charts")).to_contain_text("at step 30.")
+    expect(page.locator(".log li").first).to_contain_text("more")
+    leases.log(store, lease, "half of it is done")
+    leases.renew(store, lease, progress(61.0), curve(60))
+    expect(page.locator(".log li").first).to_contain_text("half of it is done")
+    expect(page.locator(".charts")).to_contain_text("at step 60.")
+    expect(page.get_by_text("training 51%")).to_be_visible()
+    page.get_by_text("The numbers").click()
+    expect(page.get_by_role("row").filter(has_text="60")).to_have_count(1)
+    check_accessible(page)
+    take_pictures(page, "run-live")
+    assert fits(page)
+    page.get_by_role("link", name="Older lines").click()
+    expect(page.locator(".log li").last).to_contain_text("started by host:1")
+
+
+def test_a_person_cancels_pauses_and_resumes(served: Served, login: Login) -> None:
+    store = served.scene.store
+    first, second = added(store), added(store)
+    lease = claimed(store)
+    page = login(path=f"/console/runs/{second}")
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("queued")
+    page.goto(f"{served.url}/console/runs/{first}")
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name="Cancel").click()
+    assert queue.get(store, first).wanted == ""
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text("to be cancelled", exact=True)).to_be_visible()
+    leases.stop(store, lease, "asked")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+    add_user(store, "avi", ["approver"], actor=OWNER)
+    looking = login("avi", f"/console/runs/{second}")
+    expect(looking.get_by_role("heading", level=1)).to_contain_text("queued")
+    expect(looking.get_by_role("button", name="Cancel")).to_have_count(0)
+    sent = looking.request.post(f"{served.url}/console/runs/{second}/cancel", headers={"X-CSRF": csrf(looking)})
+    assert sent.status == 403
+    assert queue.get(store, second).state == "queued"
+
+
+def csrf(page: Page) -> str:
+    found = page.locator("input[name=csrf]").first.get_attribute("value")
+    assert found
+    return found
+
+
+def test_two_runs_laid_over_each_other(served: Served, login: Login) -> None:
+    scene, store = served.scene, served.scene.store
+    numbers = []
+    for seed, mean, slope in ((1, 0.73, 28.0), (2, 0.68, 60.0)):
+        numbers.append(added(store, changes={"tuned": {"epochs": seed}}))
+        lease = claimed(store)
+        leases.renew(store, lease, progress(), curve(240, slope))
+        leases.finish(store, lease, result(scene, seed=seed, mean=mean, verdict="pass" if seed == 1 else "fail"))
+    page = login(path=f"/console/runs/{numbers[0]}")
+    expect(page.get_by_text("home@v1")).to_be_visible()
+    expect(page.get_by_text("0.12 over plain, at least 0.05")).to_be_visible()
+    expect(page.get_by_text("tuned: exact_match on validation rows")).to_be_visible()
+    check_accessible(page)
+    take_pictures(page, "run-ended")
+    assert fits(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator(".charts canvas")).to_have_count(2)
+    expect(page.locator(".charts")).to_contain_text(f"run {numbers[1]}: validation loss")
+    expect(page.get_by_role("row").filter(has_text="tuned: exact_match")).to_contain_text("0.730")
+    expect(page.get_by_role("row").filter(has_text="verdict")).to_contain_text("fail")
+    check_accessible(page)
+    take_pictures(page, "runs-compare")
+    assert fits(page)
+
+
+@pytest.mark.attack("console", "markup, hidden characters and templates in every field of a job")
+def test_hostile_texts(served: Served, login: Login) -> None:
+    scene, store = served.scene, served.scene.store
+    number = added(store, cause=HOSTILE, changes={HOSTILE: {HOSTILE: HOSTILE}})
+    lease = claimed(store)
+    leases.log(store, lease, HOSTILE)
+    curves = {HOSTILE[:256]: curve(30)["tuned"]}
+    leases.renew(store, lease, {**progress(), "step": HOSTILE, "note": HOSTILE}, curves)
+    page = login(path="/console/runs")
+    expect(page.get_by_role("row").filter(has_text="running")).to_have_count(1)
+    assert fits(page)
+    page.goto(f"{served.url}/console/runs/{number}")
+    expect(page.locator(".charts canvas")).to_have_count(2)
+    assert fits(page)
+    found = result(scene, seed=1, mean=0.7)
+    found["gate"]["gates"][0] |= {"name": HOSTILE, "reason": HOSTILE}
+    found["gate"]["candidate"] = HOSTILE
+    found["evaluate"]["candidates"][HOSTILE] = {"exact_match": interval(0.5)}
+    found["evaluate"]["primary"] = "exact_match"
+    found["register"]["version"] = HOSTILE
+    leases.finish(store, lease, found, {"code": "x", "what": HOSTILE, "where": HOSTILE, "fix": HOSTILE})
+    expect(page.get_by_role("heading", level=1)).to_contain_text("failed")
+    assert fits(page)
+    page.goto(f"{served.url}/console/runs/compare?a={number}&b={number}")
+    expect(page.locator(".charts canvas")).to_have_count(3)
+    assert fits(page)
+    assert page.locator("main script, main img").count() == 0
+    assert "\u202e" not in page.content()
+    assert "{{7*7}}" in page.locator(".pair").last.inner_text()
+
+
+@pytest.mark.attack("console", "another tenant's runs by their addresses")
+def test_another_tenant_sees_nothing(served: Served, login: Login) -> None:
+    store = served.scene.store
+    others, everybodys, own = added(store, scope=Scope("globex")), added(store), added(store, scope=Scope("acme"))
+    add_user(store, "amy", ["engineer", "operator"], actor=OWNER, scope=Scope("acme"))
+    page = login("amy", "/console/runs")
+    expect(page.get_by_role("row")).to_have_count(2)
+    expect(page.get_by_text("you act for one")).to_be_visible()
+    page.goto(f"{served.url}/console/runs/{own}")
+    mark = csrf(page)
+    for number in (others, everybodys, 999_999):
+        for path in (
+            f"{number}",
+            f"{number}/curves",
+            f"compare?a={own}&b={number}",
+            f"compare/curves?a={number}&b={own}",
+        ):
+            assert page.request.get(f"{served.url}/console/runs/{path}").status == 404
+        sent = page.request.post(f"{served.url}/console/runs/{number}/cancel", headers={"X-CSRF": mark})
+        assert sent.status == 404
+    for path in ("start", "forecast"):
+        assert page.request.post(f"{served.url}/console/runs/{path}", headers={"X-CSRF": mark}).status == 403
+    assert page.request.get(f"{served.url}/console/runs/99999999999999999999").status == 400
+    assert page.request.get(f"{served.url}/console/runs?state=gone").status == 409
+    assert {queue.get(store, number).state for number in (others, everybodys, own)} == {"queued"}
+
+
+def test_curves_are_bounded_and_keep_what_was_validated() -> None:
+    curves = Curves()
+    for step in range(1, 50_001):
+        values = {"step": step, "loss": 1 / step} | ({"validation_loss": 0.5} if step % 999 == 0 else {})
+        curves.add("tuned", values)
+    points = curves.changed()["tuned"]["points"]
+    assert len(points) <= 400 + 50
+    assert points[-1]["step"] == 50_000
+    assert [point["step"] for point in points] == sorted({point["step"] for point in points})
+    assert sum("validation_loss" in point for point in points) == 50
+    assert curves.changed() == {}
+    for number in range(200):
+        curves.add(f"{number}", {"step": 1, "loss": 1.0})
+    assert len(curves.changed()) == 49
