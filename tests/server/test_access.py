@@ -182,7 +182,7 @@ def test_a_scope_permits_nothing_that_the_roles_do_not(every: Served, happened: 
         ("POST", "/api/decisions"): {},
         ("GET", "/v1/files"): {},
         ("POST", "/v1/fine_tuning/jobs"): {},
-        ("POST", "/api/tokens"): {"user": "every"},
+        ("POST", "/api/tokens"): {"user": "every", "name": "mine"},
         ("DELETE", "/api/tokens/every/expired"): {},
     }
     with every.http(token) as http:

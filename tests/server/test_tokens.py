@@ -65,7 +65,7 @@ def test_an_admin_sees_and_changes_everybodys_tokens_and_others_only_their_own(s
     with served.http() as http:
         assert http.get("/api/tokens", params={"user": OWNER}).status_code == 403
         assert http.delete(f"/api/tokens/{OWNER}/first").status_code == 403
-    assert made(served, admin, user="nobody").status_code == 400
+    assert made(served, admin, name="ci", user="nobody").status_code == 400
     issued = made(served, admin, user=OPERATOR, name="given", scopes=["read"]).json()
     assert (issued["user"], issued["scopes"]) == (OPERATOR, ["read"])
     with served.http(admin) as http:
@@ -109,8 +109,9 @@ def test_a_token_gives_no_more_than_it_has(served: Served, happened: Happened) -
     ],
 )
 def test_bad_requests_for_a_token_are_refused(shared: Served, body: dict[str, Any]) -> None:
-    answer = made(shared, shared.token, **body)
+    answer = made(shared, shared.token, **{"name": "ci", **body})
     assert answer.status_code == 400, answer.text
+    assert made(shared, shared.token, scopes=["chat"]).json()["error"]["param"] == "name"
     assert [name for _, name, _ in listed(shared, shared.token)] == ["first"]
 
 

@@ -18,21 +18,20 @@ from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.services import users as service
 from tunesmith.store.roles import TokenScope
-from tunesmith.store.tokens import FIRST
 
 routes = APIRouter(prefix="/api/tokens")
 Short = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class TokenRequest(BaseModel):
-    """A token to be made. user: the caller by default. scopes: by default those of the calling token.
+    """A token to be made. name: a token `first` replaces the one before, another name must be free.
 
-    expires: days, as `90d`, or `never`.
+    user: by default the caller. scopes: by default those of the calling token. expires: days, as `90d`, or `never`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Short = FIRST
+    name: Short
     user: Short | None = None
     scopes: Annotated[tuple[TokenScope, ...], Field(min_length=1, max_length=20)] | None = None
     expires: Annotated[str, Field(pattern="^([1-9][0-9]{0,4}d|never)$")] | None = None
