@@ -112,6 +112,7 @@ def make(folder: Path) -> Made:
         waiting = scene.version(None, name="fresh")
         unapproved = scene.version(None, name="new", approved=False)
         keys.create_key(store, "ivy", actor="ivy")
+        users.issue_token(store, APPROVER)
         steps = [Step(setWeight=10), Step(setWeight=100)]
         for name, version in (("home", first), ("other", scene.version(4, name="other"))):
             controller.start(store, name=name, version=version, steps=steps, actor=OWNER)
