@@ -199,7 +199,7 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
 
 
 def _version_of(store: Store, row: VersionRow) -> Version:
-    version, _ = read_version(store.record(row.digest, kind="version"), store.record_where(row.digest))
+    version, _ = read_version(store.record(row.digest, kind="version"), store.record_where(row.digest), row.digest)
     stated = (version.name, version.number, version.tenant, version.region)
     if stated != (row.name, row.number, row.tenant, row.region):
         raise Refused(

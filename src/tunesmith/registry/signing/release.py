@@ -152,8 +152,11 @@ def has_weights(record: Record) -> bool:
     return record.blobs.keys() >= ADAPTER_FILES or record.blobs.keys() >= _WHOLE_FILES
 
 
-def read_version(record: Record, where: str) -> tuple[Version, Statement]:
-    """The version and the statement in a record. Raises Refused if the record is not a valid version."""
+def read_version(record: Record, where: str, digest: str | None = None) -> tuple[Version, Statement]:
+    """The version and the statement in a record. Raises Refused if the record is not a valid version.
+
+    digest: the record's, where it was just read by it; else it is computed, which takes as long as all the rest.
+    """
     try:
         statement = Statement.model_validate(dict(record.body))
     except ValidationError as error:
@@ -167,7 +170,7 @@ def read_version(record: Record, where: str) -> tuple[Version, Statement]:
     if (NOTICE in record.blobs) != (statement.duties is not None):
         raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=_FIX)
     stated = statement.model_dump(include=set(Version.model_fields))
-    version = Version.model_validate({**stated, **record.parents, "digest": record.digest})
+    version = Version.model_validate({**stated, **record.parents, "digest": digest or record.digest})
     return version, statement
 
 
