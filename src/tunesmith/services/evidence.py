@@ -41,7 +41,7 @@ from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
 LISTED = 25  # evaluations on a page
 READ_PERMISSION = "evidence.read"
 REFERENCE = "reference"  # what an answer may be compared with, beside candidates
-_SHOWN_REQUEST, _SHOWN_ANSWER = 160, 80  # characters of a text in the matrix
+_SHOWN_REQUEST, _SHOWN_ANSWER = 120, 60  # characters of a text in the matrix
 
 
 class RegisteredFrom(View):

@@ -17,7 +17,7 @@ from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
 _AT: Final = "/console/evidence"
-_PIECE: Final = 50  # rows of the matrix that a page fetches at once
+_PIECE: Final = 20  # rows of the matrix that a page fetches at once
 _FILTER: Final = ("focus", "rival", "metric", "show", "group", "label", "search")
 SHOWN: Final = {
     "all": "all requests",

@@ -7,20 +7,17 @@ const WAIT = 30; // ms: a piece that is passed sooner is not fetched
 
 function showMatrix(table) {
   const rows = Number(table.dataset.rows), size = Number(table.dataset.piece);
-  const scroller = table.closest(".matrix"), columns = table.tHead.rows[0].cells.length;
+  const scroller = table.closest(".matrix");
   const pieces = [{ body: table.tBodies[0], filled: true }];
   let height = table.tBodies[0].rows[0].getBoundingClientRect().height;
 
   const count = (number) => Math.min(size, rows - number * size);
 
   function empty(piece, number) {
-    const row = document.createElement("tr"), cell = document.createElement("td");
-    row.setAttribute("aria-hidden", "true");
-    cell.colSpan = columns;
-    cell.style.height = `${height * count(number)}px`;
-    row.append(cell);
-    piece.body.replaceChildren(row);
+    piece.body.replaceChildren();
     piece.body.className = "empty";
+    piece.body.setAttribute("aria-hidden", "true");
+    piece.body.style.height = `${height * count(number)}px`;
     piece.filled = false;
   }
 
@@ -40,6 +37,8 @@ function showMatrix(table) {
     body.innerHTML = `<table><tbody>${await answer.text()}</tbody></table>`;
     piece.body.replaceChildren(...body.content.querySelectorAll("tr"));
     piece.body.className = "";
+    piece.body.removeAttribute("aria-hidden");
+    piece.body.style.height = "";
     piece.filled = true;
   }
 
@@ -63,6 +62,7 @@ function showMatrix(table) {
 
   for (let number = 1; number * size < rows; number++) {
     const piece = { body: document.createElement("tbody"), filled: false };
+    piece.body.setAttribute("role", "rowgroup");
     empty(piece, number);
     pieces.push(piece);
   }
