@@ -282,13 +282,14 @@ def show_audit(
     here: Here,
     subject: Annotated[str | None, typer.Argument(help="Only entries about this name or digest.")] = None,
     action: Annotated[str | None, typer.Option("--action", help="Only this action, such as version.approve.")] = None,
+    search: Annotated[str, typer.Option("--search", help="Only entries with this text, the detail included.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="Newest entries to show; 0 shows all.")] = 50,
 ) -> None:
     """Show who did what, and when."""
     from tunesmith.services import audit
 
-    store = here.store
-    here.emit(audit.show_audit(store, subject=subject, action=action, limit=limit), _draw_audit)
+    found = audit.show_audit(here.store, subject=subject, action=action, containing=search, limit=limit)
+    here.emit(found, _draw_audit)
 
 
 def _draw_registered(console: Console, version: RegisteredVersion) -> None:

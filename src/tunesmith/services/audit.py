@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Text, cast, func, or_, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now, stamp
@@ -163,17 +163,33 @@ def verify_audit(
     )
 
 
-def show_audit(store: Store, *, subject: str | None = None, action: str | None = None, limit: int = 0) -> AuditLog:
-    """The newest entries, oldest first. limit: how many; 0 for all."""
+def show_audit(
+    store: Store,
+    *,
+    subject: str | None = None,
+    action: str | None = None,
+    containing: str = "",
+    before: int | None = None,
+    limit: int = 0,
+) -> AuditLog:
+    """The newest entries, oldest first. limit: how many; 0 for all.
+
+    containing: only entries with this text in the name, the action, the subject or the detail. before: only entries
+    with a smaller number; `total` counts the others too.
+    """
+    wanted = [column == value for column, value in ((AuditRow.subject, subject), (AuditRow.action, action)) if value]
+    if containing:
+        columns = (AuditRow.actor, AuditRow.action, AuditRow.subject, cast(AuditRow.detail, Text))
+        wanted.append(or_(*(column.icontains(containing, autoescape=True) for column in columns)))
+    query = select(AuditRow).where(*wanted).order_by(AuditRow.seq.desc())
+    if before is not None:
+        query = query.where(AuditRow.seq < before)
     with database.reading(store.engine) as session:
-        found = [
-            AuditEntry(
-                seq=row.seq, at=row.at, actor=row.actor, action=row.action, subject=row.subject, detail=dict(row.detail)
-            )
-            for row in audit.entries(session)
-            if subject in (None, row.subject) and action in (None, row.action)
-        ]
-    return AuditLog(entries=tuple(found[-limit:] if limit else found), total=len(found))
+        rows = session.scalars(query.limit(limit) if limit else query).all()
+        total = session.scalar(select(func.count()).select_from(AuditRow).where(*wanted)) or 0
+    stated = AuditEntry.model_fields
+    entries = (AuditEntry(**{key: getattr(row, key) for key in stated}) for row in reversed(rows))
+    return AuditLog(entries=tuple(entries), total=total)
 
 
 def _head(text: str) -> Head:

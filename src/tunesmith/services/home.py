@@ -34,6 +34,7 @@ from tunesmith.webhooks import deliveries
 
 _VERSIONS = 12  # the newest ones, of which some may wait for an approval
 _CHAMPIONS = 50
+_COUNTED_SECONDS = 5.0  # requests are counted this seldom, however many look
 _DUE_SECONDS = 300.0  # drift is measured this seldom
 _TAKEN_SECONDS = 60.0  # a worker takes a job that is due sooner than this
 _ROLLOUTS, _OPERATIONS = "/console/rollouts", "/console/operations"
@@ -107,16 +108,18 @@ class _Kept(NamedTuple):
     pending: list[PendingRetrain]
 
 
+_Requests = Mapping[tuple[str, Scope], tuple[int, int]]
 _KEPT: WeakKeyDictionary[Store, UntilChanged[_Kept]] = WeakKeyDictionary()
 _DUE: WeakKeyDictionary[Store, tuple[float, tuple[tuple[str, str], ...]]] = WeakKeyDictionary()
+_REQUESTS: WeakKeyDictionary[Store, tuple[float, _Requests]] = WeakKeyDictionary()
 
 
 def home(store: Store, viewer: str, project: Project | None = None) -> Home:
     """The first page for a user, without what takes long to find out (`due`). project: whose webhooks count."""
     user = get_user(store, viewer)
     kept = _KEPT.setdefault(store, UntilChanged(store)).get("home", lambda session: _read(session, store), _holds)
+    requests = _requests(store, kept.champions)
     with database.reading(store.engine) as session:
-        requests = _requests(session, user.scope)
         moving = live_lines(session, user.scope)
     waiting = [
         *_for_approval(user, kept.unapproved),
@@ -209,13 +212,21 @@ def _loaded(session: Session, store: Store, digest: str) -> Version | None:
         return None
 
 
-def _requests(session: Session, scope: Scope) -> Mapping[tuple[str, Scope], tuple[int, int]]:
-    """(requests, failed) of the last hour by version and the caller's scope."""
+def _requests(store: Store, champions: list[_Champion]) -> _Requests:
+    """(requests, failed) of the last hour by version and the caller's scope, counted again every few seconds."""
+    at, found = _REQUESTS.get(store, (-_COUNTED_SECONDS, {}))
+    if time.monotonic() - at < _COUNTED_SECONDS:
+        return found
     since = (now() - timedelta(hours=1)).isoformat(timespec="microseconds")
     place = (RequestRow.version, RequestRow.tenant, RequestRow.region)
     counts = (func.count(), func.sum(case((RequestRow.ok, 0), else_=1)))
-    query = select(*place, *counts).where(RequestRow.at >= since, *within(RequestRow, scope)).group_by(*place)
-    return {(version, Scope(tenant, region)): (n, bad) for version, tenant, region, n, bad in session.execute(query)}
+    mine = RequestRow.version.in_({one.digest for one in champions})
+    query = select(*place, *counts).where(mine, RequestRow.at >= since).group_by(*place)
+    with database.reading(store.engine) as session:
+        rows = session.execute(query).all()
+    found = {(version, Scope(tenant, region)): (n, failed) for version, tenant, region, n, failed in rows}
+    _REQUESTS[store] = time.monotonic(), found
+    return found
 
 
 def _serves(champion: Scope, viewer: Scope) -> bool:
@@ -223,8 +234,12 @@ def _serves(champion: Scope, viewer: Scope) -> bool:
     return champion.covers(viewer) or viewer.covers(champion)
 
 
-def _serving(one: _Champion, viewer: Scope, requests: Mapping[tuple[str, Scope], tuple[int, int]]) -> ServingNow:
-    counted = [each for (digest, scope), each in requests.items() if digest == one.digest and one.scope.covers(scope)]
+def _serving(one: _Champion, viewer: Scope, requests: _Requests) -> ServingNow:
+    counted = [
+        each
+        for (digest, scope), each in requests.items()
+        if digest == one.digest and one.scope.covers(scope) and viewer.covers(scope)
+    ]
     return ServingNow(
         name=one.name,
         **one.scope.fields(),
@@ -233,7 +248,7 @@ def _serving(one: _Champion, viewer: Scope, requests: Mapping[tuple[str, Scope],
         since=one.since,
         refused=one.refused,
         requests=sum(n for n, _ in counted),
-        failed=sum(bad for _, bad in counted),
+        failed=sum(failed for _, failed in counted),
     )
 
 

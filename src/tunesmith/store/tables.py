@@ -231,7 +231,7 @@ class RequestRow(Table):
     region: Mapped[str] = mapped_column(String(64), default="")
     caller: Mapped[str] = mapped_column(String(128), default="")
     end_user: Mapped[str] = mapped_column(String(16), default="")
-    version: Mapped[str] = mapped_column(String(71), index=True)
+    version: Mapped[str] = mapped_column(String(71))
     rollout: Mapped[int | None] = mapped_column(Integer, index=True, default=None)
     arm: Mapped[str] = mapped_column(String(8))
     ok: Mapped[bool] = mapped_column(Boolean)
@@ -358,3 +358,4 @@ class DeliveryRow(Table):
 
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)
 Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)
+Index("requests_by_version", RequestRow.version, RequestRow.at, RequestRow.tenant, RequestRow.region, RequestRow.ok)

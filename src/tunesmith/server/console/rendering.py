@@ -29,7 +29,13 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 # The pages that the navigation names.
-PAGES = (("/", "Home"), ("/console/runs", "Runs"), ("/console/evidence", "Evidence"), ("/console/rollouts", "Rollouts"))
+PAGES = (
+    ("/", "Home"),
+    ("/console/runs", "Runs"),
+    ("/console/evidence", "Evidence"),
+    ("/console/rollouts", "Rollouts"),
+    ("/console/operations", "Operations"),
+)
 _PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import changes, evidence, home, login, playground, rollouts
+from tunesmith.server.console import changes, evidence, home, login, operations, playground, rollouts
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.runs import pages, start
@@ -58,6 +58,7 @@ for part in (
     evidence.routes,
     playground.routes,
     rollouts.routes,
+    operations.routes,
     last,
 ):
     routes.include_router(part)

@@ -1,0 +1,157 @@
+"""Operations: drift, due retraining, recalls, webhooks, the audit log, and people with their keys and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+from fastapi import Query, Request, Response
+
+from tunesmith.core.scope import Scope
+from tunesmith.server.console.routing import gone_to, router
+from tunesmith.server.console.session import Changing, Looking, Viewer, form
+from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.services import audit, monitoring, operations, retraining, users, webhooks
+from tunesmith.store.roles import ROLES
+
+routes = router()
+_ROOT = "/console/operations"
+_ENTRIES = 50
+
+
+@routes.get(_ROOT)
+async def overview(request: Request, viewer: Looking) -> Response:
+    """Recalls, retraining and webhooks at once; drift by a part of its own, since it takes long."""
+    if viewer.user.scope != Scope():
+        return gone_to(request, f"{_ROOT}/people")
+    project, store = viewer.serving.project, viewer.store
+    recalls = await viewer.run(partial(operations.list_recalls, store))
+    pending = await viewer.run(partial(monitoring.list_pending_retrains, store))
+    hooks = await viewer.run(partial(webhooks.list_webhooks, project)) if project else None
+    return viewer.page("operations.html.jinja", recalls=recalls.recalls, pending=pending.pending_retrains, hooks=hooks)
+
+
+@routes.get(_ROOT + "/drift")
+async def drift(viewer: Looking) -> Response:
+    """Whether requests drifted, and what retraining is due for."""
+    _whole(viewer)
+    project = viewer.serving.project
+    if project is None:
+        raise ApiError(409, "This server runs without a project file, which says what drift is.", code="no_project")
+    found = await viewer.run(partial(operations.drift, project))
+    due = None
+    if project.settings.retraining is not None:
+        due = await viewer.run(partial(retraining.look, project))
+    return viewer.page("operations_drift.html.jinja", found=found, due=due)
+
+
+@routes.get(_ROOT + "/recall")
+async def recall_status(viewer: Looking, cause: Annotated[str, Query(max_length=300)]) -> Response:
+    """Whether something that was recalled is gone."""
+    _whole(viewer)
+    kind, _, value = cause.partition(" ")
+
+    named = await viewer.run(partial(monitoring.cause_of, viewer.store, {kind: value}))
+    found = await viewer.run(partial(monitoring.recall_status_of, viewer.store, named))
+    return viewer.page("operations_recall.html.jinja", found=found)
+
+
+@routes.get(_ROOT + "/impact")
+async def impact(viewer: Looking, base: Annotated[str, Query(max_length=300)]) -> Response:
+    """What depends on a base."""
+    _whole(viewer)
+    found = await viewer.run(partial(monitoring.impact, viewer.store, base.strip()))
+    return viewer.page("operations_impact.html.jinja", found=found)
+
+
+@routes.post(_ROOT + "/webhooks/{name}/retry")
+async def retry(request: Request, viewer: Changing, name: str) -> Response:
+    """Try a webhook's failed deliveries again."""
+    _whole(viewer)
+    project = viewer.serving.project
+    if project is None or name not in project.settings.webhooks:
+        raise ApiError(404, "There is no such webhook.", code="not_found")
+    await viewer.run(partial(webhooks.retry, project, name, actor=viewer.user.name))
+    return gone_to(request, _ROOT)
+
+
+@routes.get(_ROOT + "/audit")
+async def audit_log(
+    viewer: Looking,
+    search: Annotated[str, Query(max_length=200)] = "",
+    before: Annotated[int | None, Query(ge=0, lt=1 << 62)] = None,
+) -> Response:
+    """Who did what, the newest first."""
+    _whole(viewer)
+    look = partial(audit.show_audit, viewer.store, containing=search.strip(), before=before, limit=_ENTRIES)
+    found = await viewer.run(look)
+    entries = tuple(reversed(found.entries))
+    older = entries[-1].seq if len(entries) == _ENTRIES else None
+    return viewer.page(
+        "audit.html.jinja", entries=entries, total=found.total, search=search.strip(), older=older, before=before
+    )
+
+
+@routes.post(_ROOT + "/audit/verification")
+async def verify(viewer: Changing) -> Response:
+    """Verify the log now: its own digests, signed records and the state that it describes."""
+    _whole(viewer)
+    found = await viewer.run(partial(audit.verify_audit, viewer.store))
+    return viewer.page("audit_verification.html.jinja", found=found)
+
+
+@routes.get(_ROOT + "/people")
+async def people(viewer: Looking) -> Response:
+    """An admin sees everybody with their keys and tokens; others see themselves."""
+    store, admin = viewer.store, _is_admin(viewer)
+    known = (await viewer.run(partial(users.list_users, store))).users
+    keys = (await viewer.run(partial(users.list_keys, store))).keys
+    tokens = (await viewer.run(partial(users.visible_tokens, store, viewer.user))).tokens
+    return viewer.page(
+        "people.html.jinja",
+        people=[one for one in known if admin or one.user == viewer.user.name],
+        keys=keys,
+        tokens=tokens,
+        roles=ROLES,
+        admin=admin,
+    )
+
+
+@routes.post(_ROOT + "/people")
+async def add_person(request: Request, viewer: Changing) -> Response:
+    """Add a user."""
+    said = await form(request)
+    name, tenant, region = (said.get(key, [""])[0].strip() for key in ("name", "tenant", "region"))
+    scope = Scope(tenant, region)
+    add = partial(users.add_user, viewer.store, name, said.get("role", []), actor=viewer.user.name, scope=scope)
+    await viewer.run(add)
+    return gone_to(request, f"{_ROOT}/people")
+
+
+@routes.post(_ROOT + "/people/{name}/{action}")
+async def change_person(request: Request, viewer: Changing, name: str, action: str) -> Response:
+    """Give a user other roles, deactivate them, or end a token of theirs."""
+    said = await form(request)
+    store, by = viewer.store, viewer.user.name
+    calls: dict[str, Callable[[], object]] = {
+        "roles": partial(users.set_roles, store, name, said.get("role", []), actor=by),
+        "deactivation": partial(users.deactivate, store, name, actor=by),
+        "revocation": partial(users.revoke_token, store, name, said.get("token", [""])[0], actor=by),
+    }
+    if action not in calls:
+        raise ApiError(404, "There is no such page.", code="not_found")
+    if not _is_admin(viewer) and name != by:
+        raise bad_request("Only an admin of all tenants and regions changes others.", code="not_permitted")
+    await viewer.run(calls[action])
+    return gone_to(request, f"{_ROOT}/people")
+
+
+def _is_admin(viewer: Viewer) -> bool:
+    return viewer.user.may("user.change") and viewer.user.scope == Scope()
+
+
+def _whole(viewer: Viewer) -> None:
+    """Raise ApiError 404 for a user of one tenant or region: these pages are about all of them."""
+    if viewer.user.scope != Scope():
+        raise ApiError(404, "This page is for users of all tenants and regions.", code="not_found")

@@ -1,0 +1,208 @@
+"""An admin searches and verifies the audit log and looks after people; an operator sees what moved and what waits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from playwright.sync_api import Page, expect
+from sqlalchemy import text
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.tiny_project import settings
+from tunesmith.core.clock import now
+from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
+from tunesmith.monitoring.cases import Case, put_case
+from tunesmith.project import Project, parse_settings
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.controller import abort
+from tunesmith.services import audit, home, monitoring, operations, users, webhooks
+from tunesmith.store import database
+from tunesmith.store.identities import add_user, get_user
+from tunesmith.store.tables import DeliveryRow, RequestRow
+from tunesmith.store.tokens import issue_token
+
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 10_000
+HOOK = {"url": "https://hooks.example.org/x", "secret": "HOOK_SECRET", "events": ["rollout.started"]}
+
+
+@pytest.fixture
+def project(scene: Any, tmp_path: Path) -> Project:
+    """A project file for the scene's versions; its folder holds nothing."""
+    stated = {**settings(), "name": NAME, "monitoring": {"min_requests": 50}, "webhooks": {"chat": HOOK}}
+    found = Project(tmp_path, parse_settings(yaml.safe_dump(stated), "tunesmith.yaml"))
+    found.store = scene.store
+    return found
+
+
+@pytest.fixture
+def served(scene: Any, versions: dict[int, Version], engine: FakeEngine, project: Project) -> Iterator[Served]:
+    with running(scene, engine, project=project) as server:
+        server.begin(versions[1])
+        yield server
+
+
+def harmless(page: Page) -> None:
+    """Nothing that strangers wrote became an element, and the page fits a phone."""
+    assert page.locator("main script, main img").count() == 0
+    check_accessible(page)
+    assert fits(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_an_admin_searches_and_verifies_the_audit_log(
+    served: Served, versions: dict[int, Version], login: Login
+) -> None:
+    store = served.scene.store
+    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
+    abort(store, rollout.id, actor=OPERATOR, reason=HOSTILE)
+    for place in range(60):
+        add_user(store, f"person-{place}", ["steward"], actor=OWNER)
+    page = login(OWNER, "/console/operations/audit")
+    rows = page.get_by_role("region", name="Entries").locator("tbody tr")
+    expect(rows).to_have_count(50)
+    expect(rows.nth(2)).to_contain_text("person-59")
+    page.get_by_role("link", name="Older").click()
+    expect(page.get_by_role("link", name="Newest")).to_be_visible()
+    page.get_by_label("Search names").fill("Onerror")
+    page.get_by_role("button", name="Search").click()
+    expect(rows).to_have_count(1)
+    expect(rows.first).to_contain_text("rollout.abort")
+    rows.first.locator("summary").click()
+    expect(rows.first).to_contain_text(OPERATOR)
+    harmless(page)
+    take_pictures(page, "audit")
+    assert audit.show_audit(store, containing="100%").total == 0, "% is a character, not a wildcard"
+    assert audit.show_audit(store, containing="person-5", limit=3).total == 11
+
+    page.get_by_role("button", name="Verify the log now").click()
+    expect(page.get_by_text("The log is unchanged.")).to_be_visible(timeout=60_000)
+    with database.writing(store.engine) as session:
+        session.execute(text("update audit set actor = 'nobody' where action = 'rollout.abort'"))
+    page.get_by_role("button", name="Verify the log now").click()
+    expect(page.get_by_text("The log is not as it was written.")).to_be_visible(timeout=60_000)
+    expect(page.locator("#verified")).to_contain_text("was changed after it was written")
+
+
+def test_an_admin_adds_a_person_changes_roles_ends_a_token_and_deactivates(served: Served, login: Login) -> None:
+    store = served.scene.store
+    page = login(OWNER, "/console/operations/people")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_text("Add a person").click()
+    page.get_by_label("Name").fill("zoe")
+    page.get_by_label("approver").first.check()
+    page.get_by_label("Tenant").fill("acme")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.get_by_role("heading", name="zoe")).to_be_visible(timeout=60_000)
+    zoe = get_user(store, "zoe")
+    assert (zoe.roles, zoe.tenant) == (("approver",), "acme")
+    issue_token(store, "zoe", actor="zoe", name="laptop")
+    page.reload()
+    harmless(page)
+    take_pictures(page, "people")
+    page.get_by_role("button", name="Revoke laptop of zoe").click()
+    expect(page.get_by_role("button", name="Revoke laptop of zoe")).to_have_count(0, timeout=60_000)
+    assert [token.status for token in users.list_tokens(store, "zoe").tokens] == ["revoked"]
+    page.locator("summary", has_text="Roles of zoe").click()
+    card = page.locator("section", has=page.get_by_role("heading", name="zoe"))
+    card.get_by_label("operator").check()
+    page.get_by_role("button", name="Set the roles of zoe").click()
+    expect(card).to_contain_text("approver, operator", timeout=60_000)
+    page.get_by_role("button", name="Deactivate zoe").click()
+    expect(card).to_contain_text("deactivated", timeout=60_000)
+    # The last admin cannot go; the page says why.
+    page.get_by_role("button", name=f"Deactivate {OWNER}").click()
+    expect(page.get_by_role("alert")).to_contain_text("without an admin")
+
+
+def test_others_see_themselves_only_and_change_nobody(served: Served, login: Login) -> None:
+    store = served.scene.store
+    add_user(store, "eve", ["admin", "operator"], actor=OWNER, scope=Scope("beta"))
+    for name in ("eve", STEWARD):
+        page = login(name, "/console/operations/people")
+        assert page.locator("main section h2").all_inner_texts() == [name]
+        csrf = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['X-CSRF']")
+        people = f"{served.url}/console/operations/people"
+        for path, form in (
+            ("/bob/deactivation", {}),
+            ("/bob/roles", {"role": "admin"}),
+            ("", {"name": "x", "role": "admin"}),
+        ):
+            answer = page.request.post(people + path, form={"csrf": csrf, **form})
+            assert answer.status in (400, 409), path
+        assert page.request.post(f"{people}/{name}/roles", form={"csrf": csrf, "role": "admin"}).status == 409
+    assert get_user(store, "bob").active
+    assert get_user(store, STEWARD).roles == ("steward",)
+    # What concerns all tenants is no page for a user of one.
+    eve = login("eve")
+    eve.get_by_role("link", name="Operations").click()
+    eve.wait_for_url("**/console/operations/people")
+    for path in ("audit", "audit?search=home", "drift", "recall?cause=version+home@v1", "impact?base=tiny"):
+        assert eve.request.get(f"{served.url}/console/operations/{path}").status == 404
+
+
+def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
+    served: Served, versions: dict[int, Version], project: Project, login: Login
+) -> None:
+    store = served.scene.store
+    at, until = now() - timedelta(minutes=30), now() + timedelta(days=1)
+    kept = hashlib.md5(b"kept", usedforsecurity=False).hexdigest()
+    with database.writing(store.engine) as session:
+        for place in range(200):
+            session.add(
+                RequestRow(
+                    id=kept if place == 0 else f"r{place}", at=at.isoformat(timespec="microseconds"), name=NAME,
+                    version=versions[1].digest, arm="stable", ok=True, seconds=0.1, scores={"json_valid": 1.0},
+                    features={"characters": 9000.0 if place == 0 else 700.0 + place},
+                )
+            )  # fmt: skip
+        about = {"project": NAME, "webhook": "chat", "type": "rollout.started", "body": "{}", "due": 0.0}
+        session.add(DeliveryRow(**about, event="evt_1", seq=1, attempts=8, given_up=True, error="HTTP 500"))
+    asked = (Message(role="user", content=HOSTILE),)
+    stated: dict[str, Any] = {
+        "expected": None,
+        "answer": HOSTILE,
+        "scores": {},
+        "by": OPERATOR,
+        "tenant": "",
+        "region": "",
+    }
+    times = {"at": at.isoformat(), "until": until.isoformat()}
+    put_case(store, Case(request=kept, messages=asked, version=versions[1].digest, **stated, **times))
+    cause = monitoring.cause_of(store, {"version": f"{NAME}@v3"})
+    monitoring.recall(store, cause, reason=HOSTILE, actor=OWNER)
+
+    found = operations.drift(project)
+    assert found.report is not None
+    assert found.report.verdict == "drift"
+    assert [(one.feature, one.request) for one in found.examples] == [("characters", kept)]
+    page = login(OPERATOR, "/console/operations")
+    drift = page.locator("#drift")
+    expect(drift).to_contain_text("characters moved by", timeout=60_000)
+    expect(drift.locator("figure")).to_contain_text("<script>alert(1)</script>")
+    page.get_by_role("button", name="Is it gone?").click()
+    expect(page.get_by_text("gone", exact=True)).to_be_visible(timeout=60_000)
+    page.get_by_label("Base, as the project file").fill("tiny")
+    page.get_by_role("button", name="Look").click()
+    expect(page.get_by_role("region", name="Versions on this base")).to_contain_text(f"{NAME}@v1", timeout=60_000)
+    page.get_by_label("Base, as the project file").fill("nothing of that name")
+    page.get_by_role("button", name="Look").click()
+    expect(page.get_by_role("alert")).not_to_be_empty(timeout=60_000)
+    harmless(page)
+    take_pictures(page, "operations")
+
+    status = home.status(project, OPERATOR)
+    assert any("drifted" in one.says for one in status.waiting)
+    assert any("1 delivery of the webhook chat" in one.says and one.mine for one in status.waiting)
+    page.get_by_role("button", name="Try chat again").click()
+    expect(page.get_by_role("button", name="Try chat again")).to_have_count(0, timeout=60_000)
+    assert [hook.given_up for hook in webhooks.list_webhooks(project).webhooks] == [0]
