@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -111,6 +112,7 @@ class _Kept(NamedTuple):
 _Requests = Mapping[tuple[str, Scope], tuple[int, int]]
 _KEPT: WeakKeyDictionary[Store, UntilChanged[_Kept]] = WeakKeyDictionary()
 _DUE: WeakKeyDictionary[Store, tuple[float, tuple[tuple[str, str], ...]]] = WeakKeyDictionary()
+_DUE_LOCK = threading.Lock()
 _REQUESTS: WeakKeyDictionary[Store, tuple[float, _Requests]] = WeakKeyDictionary()
 
 
@@ -151,10 +153,11 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
     user = get_user(project.store, viewer)
     if user.scope != Scope():
         return ()
-    at, found = _DUE.get(project.store, (-_DUE_SECONDS, ()))
-    if time.monotonic() - at >= _DUE_SECONDS:
-        found = tuple(_due(project))
-        _DUE[project.store] = time.monotonic(), found
+    with _DUE_LOCK:  # it may take seconds: once for all who look
+        at, found = _DUE.get(project.store, (-_DUE_SECONDS, ()))
+        if time.monotonic() - at >= _DUE_SECONDS:
+            found = tuple(_due(project))
+            _DUE[project.store] = time.monotonic(), found
     return tuple(_waiting(user, says, "job.add", _OPERATIONS, command) for says, command in found)
 
 
