@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0008"
+HEAD_REVISION = "0009"
 
 
 class Table(DeclarativeBase):
