@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
+
+# The system chooses the port: one that was free a moment ago may be another process's now.
+_SERVE = """
+import logging, threading
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+threading.Event().wait()
+"""
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """The URL of a server that runs inside the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+    with subprocess.Popen([sys.executable, "-c", _SERVE], stdout=subprocess.PIPE, text=True) as running:
         try:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert running.poll() is None, "the S3 server did not start"
-                time.sleep(0.1)
+            assert running.stdout is not None
+            port = running.stdout.readline().strip()
+            assert port, "the S3 server did not start"
             yield f"http://127.0.0.1:{port}"
         finally:
             running.terminate()

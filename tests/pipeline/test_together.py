@@ -167,7 +167,7 @@ def test_two_processes_of_torchrun(tmp_path: Path, alone: _Released) -> None:
         [sys.executable, *torchrun, "-m", "tunesmith", "-C", str(folder), "train", "tuned", "--json"],
         cwd=tmp_path,
         env={**os.environ, "TUNESMITH_THREADS": "1"},
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *stopped, found = map(json.loads, done.stdout.splitlines())  # rank 0 may have said why it was restarted

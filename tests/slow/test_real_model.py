@@ -62,7 +62,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "TUNESMITH_THREADS": "1"}
     environment.pop("TUNESMITH_USER", None)
-    done = run_whole_group(["bash", "-c", "\n".join(script)], cwd=folder, env=environment, timeout=1000)
+    done = run_whole_group(["bash", "-c", "\n".join(script)], cwd=folder, env=environment, timeout=1150)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return folder / "tickets"
 
