@@ -20,7 +20,6 @@ from typing import Any
 
 import openai
 import pytest
-from typer.testing import CliRunner
 
 from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import (
@@ -34,7 +33,6 @@ from tests.server.fine_tuning_project import (
 )
 from tests.tiny import write_model
 from tests.waiting import until
-from tunesmith.cli.main import app
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
@@ -121,15 +119,10 @@ def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
     asked = {"model": done.fine_tuned_model, "messages": QUESTION}
     with pytest.raises(openai.NotFoundError, match="tiny-lamp@v1 is not approved"):
         client.chat.completions.create(**asked)  # type: ignore[call-overload]
-    approved(service.folder, "tiny-lamp@v1")
+    assert started(service.folder, "approve", "tiny-lamp@v1", "--as", "ada", "--tenant", "acme").wait(300) == 0
     answer = client.chat.completions.create(**asked)  # type: ignore[call-overload]
     assert (answer.model, answer.choices[0].message.role) == ("tiny-lamp@v1", "assistant")
     _require_the_same_weights(service, made.id, file)
-
-
-def approved(folder: Path, version: str) -> None:
-    done = CliRunner().invoke(app, ["approve", version, "--as", "ada", "--tenant", "acme", "-C", str(folder)])
-    assert done.exit_code == 0, done.output
 
 
 def _trains(job: Job) -> bool:
@@ -161,7 +154,7 @@ def test_a_model_on_another_base_is_served_by_a_server_of_that_base(service: Ser
     assert name == f"ft:{OTHER_MODEL}:tiny:nano:{made.id[6:]}"
     said = [event.message for event in client.fine_tuning.jobs.list_events(made.id)]
     assert f"a server of its base answers: `tunesmith serve --base-of {OTHER_MODEL}`" in said
-    approved(service.folder, "tiny-nano@v1")
+    assert started(service.folder, "approve", "tiny-nano@v1", "--as", "ada", "--tenant", "acme").wait(300) == 0
     with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 was made from another base than this server's"):
         client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
     with serving(service.folder, "--no-worker", "--base-of", OTHER_MODEL) as (url, _):
