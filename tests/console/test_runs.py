@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.console.conftest import Login, check_accessible, fits, take_pictures
 from tests.fabricate import OWNER, Scene, put_training
-from tests.server.conftest import Served
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.tiny_project import write_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.leases import Lease
+from tunesmith.project import Project
 from tunesmith.store.identities import add_user
+from tunesmith.store.records import Record
+from tunesmith.store.sessions import make_link
 from tunesmith.store.store import Store
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202e{{7*7}} javascript:alert(3) ' + "x" * 10_000
@@ -166,6 +172,38 @@ def test_two_runs_laid_over_each_other(served: Served, login: Login) -> None:
     check_accessible(page)
     take_pictures(page, "runs-compare")
     assert fits(page)
+
+
+def interval_of(median: float) -> dict[str, float]:
+    return {"median": median, "low": median - 0.05, "high": median + 0.05}
+
+
+def test_the_newest_forecast_stands_before_the_button(scene: Scene, tmp_path: Path, browser: Browser) -> None:
+    training = {"seconds": 95.0, "epochs": 3.0, "money": None}
+    body: dict[str, Any] = {
+        "name": "tuned", "metric": "exact_match", "rows": 1200, "held": {"validation": 80, "train": 0, "test": 0},
+        "test": 300, "budget": 60.0, "seconds": 55.0, "confidence": 0.9, "decision": "train", "likely": 0.97,
+        "goal": 0.05, "rival": "plain", "rivals": {"plain": 0.6}, "score": interval_of(0.8), "lift": interval_of(0.2),
+        "subsets": [{"rows": 100, "epochs": 3.0, "mean": 0.7}], "curve": [{"rows": 1200, **interval_of(0.8)}],
+        "needed": {"low": {"rows": 200, **training}, "median": {"rows": 300, **training}, "high": None, "never": 0.02},
+        "training": training, "pays": None,
+    }  # fmt: skip
+    for changes in ({}, {"name": "elsewhere"}, {"rivals": {"unknown": 0.6}, "rival": "unknown"}):
+        scene.store.put_record(Record(kind="forecast", body={**body, **changes}))
+    project = Project.load(write_project(tmp_path / "p"))
+    project.store = scene.store
+    with running(scene, FakeEngine(scene.base), project=project) as served:
+        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.goto(f"{served.url}/console/login/{make_link(scene.store, OWNER, actor=OWNER)}?next=/console/runs/start")
+        page.get_by_role("button", name="Log in").click()
+        expect(page.get_by_text("Train tuned: it is likely to pay.")).to_be_visible()
+        expect(page.get_by_text("1200 training rows")).to_be_visible()
+        check_accessible(page)
+        take_pictures(page, "run-forecast")
+        assert fits(page)
+        page.get_by_role("button", name="Forecast it first").click()
+        expect(page.get_by_role("heading", level=1)).to_contain_text("Forecast 1 queued")
+        page.context.close()
 
 
 @pytest.mark.attack("console", "markup, hidden characters and templates in every field of a job")
