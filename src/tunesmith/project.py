@@ -23,6 +23,7 @@ from tunesmith.engines.settings import AnyEngineSettings, EngineSettings, VllmSe
 from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
+from tunesmith.holding.settings import HoldSettings
 from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings, RetrainingSettings
 from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
@@ -141,6 +142,10 @@ class ProjectSettings(Settings):
         RiskSettings | None,
         Field(description="the risk class, which says how many approvers a version takes; without it one approves"),
     ] = None
+    hold: Annotated[
+        HoldSettings | None,
+        Field(description="which answers of the server wait for a reviewer before they leave; without it none does"),
+    ] = None
     fine_tuning: Annotated[
         FineTuningSettings | None,
         Field(description="accept fine-tuning jobs of OpenAI's clients; without it they are refused"),
@@ -171,7 +176,7 @@ class ProjectSettings(Settings):
 
     def document(self) -> dict[str, Any]:
         """The settings that results depend on, as JSON values."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks"})
+        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold"})
 
     @property
     def server(self) -> VllmSettings | None:
@@ -190,6 +195,7 @@ class ProjectSettings(Settings):
             _check_candidate(name, candidate, self)
         _check_fine_tuning(self)
         _check_jobs(self)
+        _check_hold(self)
         if ALL in self.policy:
             raise ValueError(f"policy.{ALL}: {ALL} stands for every check: choose another name")
         try:
@@ -235,6 +241,24 @@ def _check_fine_tuning(project: ProjectSettings) -> None:
             f"fine_tuning.models.{others[0]}: the vLLM servers of engine.{'url' if project.server.url else 'urls'} run "
             "this project's base only: leave its base out, or let engine.start start servers"
         )
+
+
+def _check_hold(project: ProjectSettings) -> None:
+    """Raise ValueError for a rule that the server could not apply."""
+    for place, rule in enumerate(project.hold.rules if project.hold else ()):
+        where = f"hold.rules.{place}"
+        if rule.confidence_below is not None and project.server is not None:
+            raise ValueError(f"{where}.confidence_below: a vLLM server reports no probabilities: leave the rule out")
+        if rule.field is not None and project.task.schema_path is None:
+            raise ValueError(f"{where}.field: answers have keys where the task has a schema: set task.schema")
+        if rule.policy is None:
+            continue
+        check = project.policy.get(rule.policy)
+        if check is None:
+            known = f"they are {', '.join(project.policy)}" if project.policy else "there are none"
+            raise ValueError(f"{where}.policy: {rule.policy!r} is not a check of policy; {known}")
+        if check.rubric is not None:
+            raise ValueError(f"{where}.policy: {rule.policy} asks a judge, which the server does not: name another one")
 
 
 def _check_jobs(project: ProjectSettings) -> None:

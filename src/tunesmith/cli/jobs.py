@@ -50,16 +50,18 @@ def worker(
     """Perform the project's queued jobs, each in a separate process, until ctrl-C or SIGTERM.
 
     With `retraining:` in the project file it also looks every five minutes whether a new version is due, and queues a
-    run. With `webhooks:` it sends events to other systems. It deletes kept requests whose time is over. When it ends,
-    jobs that are performed stop between two steps and go back into the queue; a second signal ends them at once.
+    run. With `webhooks:` it sends events to other systems. It deletes kept requests whose time is over,
+    and decides on held answers at their deadline. When it ends, jobs that are performed stop between two steps and go
+    back into the queue; a second signal ends them at once.
     """
     import signal
 
-    from tunesmith.services import cases, jobs, retraining, webhooks
+    from tunesmith.services import cases, held, jobs, retraining, webhooks
 
     def also() -> None:
         retraining.look_again(here.project.root, say)
         cases.delete_expired(here.store)
+        held.tidy(here.store)
 
     working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
 

@@ -18,6 +18,7 @@ from tunesmith.cli import (
     evaluation,
     forecast,
     gpu_check,
+    held,
     jobs,
     monitoring,
     pipeline,
@@ -59,6 +60,7 @@ _GROUPS = (
         copies,
     ),
     gpu_check,
+    held,
     webhooks,
 )
 for commands in _GROUPS:

@@ -83,6 +83,7 @@ def serve(
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.cases import case_keeper
+    from tunesmith.services.held import answer_holder
     from tunesmith.services.own_worker import OwnWorker
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
@@ -113,6 +114,7 @@ def serve(
         scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
         project=project,
         keeper=case_keeper(project),
+        holder=answer_holder(project),
     )
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address

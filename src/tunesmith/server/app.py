@@ -18,13 +18,14 @@ from starlette.exceptions import HTTPException
 from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engines.protocol import Engine
+from tunesmith.holding.rules import Holder
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.server import control, decisions, jobs, openapi, tokens
+from tunesmith.server import control, decisions, held, jobs, openapi, tokens
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.console import routes as console
 from tunesmith.server.errors import ApiError, passes, unavailable
@@ -39,6 +40,7 @@ from tunesmith.server.routing import ReadyVersions, Router
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Prompts, Worker
+from tunesmith.services.held import tidy, waiting
 from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store.store import Store
 from tunesmith.store.tokens import note_use
@@ -58,12 +60,14 @@ def create_app(
     scorers: ServedScorers = ServedScorers(),
     project: Project | None = None,
     keeper: CaseKeeper | None = None,
+    holder: Holder | None = None,
 ) -> FastAPI:
     """A server over a store and an engine.
 
     prompts: the base's Renderer.
     scorers: the task's, as `served_scorers` sorts them. project: takes fine-tuning jobs; None: the server takes none.
-    keeper: keeps requests for a review where callers ask for it; None: no text is kept.
+    keeper: keeps requests for a review where callers ask for it; None: no text is kept. holder: says which answers wait
+    for a reviewer; None: none does.
     """
     settings = settings or ServerSettings()
     metrics = Metrics()
@@ -77,11 +81,12 @@ def create_app(
     )
     versions = ReadyVersions(store, engine)
     router = Router(store, settings.region, versions)
-    worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), prompts)
+    worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), prompts, holder)
     metrics.watch_queue(worker.waiting)
     serving = Serving(
         store, settings, metrics, versions, router, recorder, worker, Arriving(settings), Rates(settings), project
     )
+    serving.holding = None if holder is None else holder.settings
 
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -116,6 +121,8 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(jobs.routes)
     app.include_router(decisions.routes)
     app.include_router(tokens.routes)
+    app.include_router(held.routes)
+    app.include_router(held.deciding)
     app.include_router(files.routes)
     app.include_router(fine_tuning.routes)
     app.include_router(console.routes)
@@ -147,7 +154,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _control(serving: Serving) -> None:
     """Advance every live rollout, and tell of champions that may not serve, every check_seconds.
 
-    Deletes kept requests whose time is over, and writes when tokens were used, less often.
+    Decides on held answers whose deadline is over. Deletes kept requests whose time is over, and writes when tokens were
+    used, less often.
     """
     watch, cleaned_at, noted_at = ChampionWatch(serving.store), -math.inf, time.monotonic()
     while True:
@@ -158,6 +166,10 @@ async def _control(serving: Serving) -> None:
                     LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
             refused = await asyncio.to_thread(watch.refused)
             serving.metrics.champions_refused.set(len(refused))
+            for _ in await asyncio.to_thread(tidy, serving.store):
+                serving.metrics.held.labels("expired").inc()
+            serving.metrics.held_waiting.set(await asyncio.to_thread(waiting, serving.store))
+            await serving.decisions.look(serving.store)
             if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
                 cleaned_at = time.monotonic()
                 await asyncio.to_thread(delete_expired, serving.store)

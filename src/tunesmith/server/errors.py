@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import is_disk_full
+from tunesmith.core.view import Omitted
 from tunesmith.server.intake import limits
 
 INVALID_SCHEMA = "invalid_json_schema"  # the code, as OpenAI's, of a schema that cannot be held
 
 
+class HeldNotice(BaseModel):
+    """Where the caller fetches an answer that waits for a reviewer. url: a path of this server."""
+
+    id: str
+    url: str
+    deadline: str
+
+
 class ErrorDetail(BaseModel):
-    """What is wrong. param: the field of the request that is at fault; code: for programs to read."""
+    """What is wrong. param: the field of the request that is at fault; code: for programs to read.
+
+    held: of an answer that waits for a reviewer (answer_held), or that one refused (answer_refused).
+    """
 
     message: str
     type: str
     param: str | None
     code: str | None
+    held: Omitted[HeldNotice] = None
 
 
 class ErrorDocument(BaseModel):
@@ -40,8 +54,10 @@ class ApiError(Exception):
         code: str | None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        held: HeldNotice | None = None,
     ) -> None:
         super().__init__(message)
+        self.held = held
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
@@ -52,7 +68,8 @@ class ApiError(Exception):
             kind = "server_error"
         elif self.status == 429:
             kind = "rate_limit_error"
-        return ErrorDocument(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
+        about: dict[str, Any] = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return ErrorDocument(error=ErrorDetail(**about, held=self.held))
 
     def response(self) -> JSONResponse:
         """The answer."""
@@ -159,3 +176,27 @@ def timed_out() -> ApiError:
 def stopping() -> ApiError:
     """The server shuts down while requests wait."""
     return ApiError(503, "The server is shutting down.", code="stopping", headers={"Retry-After": "5"})
+
+
+def answer_held(notice: HeldNotice) -> ApiError:
+    """An answer waits for a reviewer. 403, because OpenAI's clients would send a 409 or 503 again."""
+    message = f"The answer waits for a reviewer. Fetch it at {notice.url} once it is decided, by {notice.deadline}."
+    return _withheld(message, "answer_held", notice)
+
+
+def answer_refused(notice: HeldNotice, reason: str) -> ApiError:
+    """A reviewer, or the deadline, refused an answer."""
+    return _withheld(f"The answer was not released: {reason}", "answer_refused", notice)
+
+
+def _withheld(message: str, code: str, notice: HeldNotice) -> ApiError:
+    headers = {"Location": notice.url, "x-should-retry": "false"}
+    return ApiError(403, message, code=code, headers=headers, held=notice)
+
+
+def too_many_held(most: int) -> ApiError:
+    """The queue of held answers is full."""
+    message = (
+        f"The answer needs a reviewer, and {most} answers wait for one already. It is gone: send the request again."
+    )
+    return ApiError(503, message, code="held_queue_full", headers={"Retry-After": "60"})

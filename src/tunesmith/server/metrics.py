@@ -51,6 +51,16 @@ class Metrics:
             ("outcome",),
             registry=self._registry,
         )
+        self.held = Counter(
+            "tunesmith_held_answers",
+            "Answers that needed a reviewer: held, full (the queue was), released, replaced or refused over this "
+            "server, expired (decided at the deadline).",
+            ("outcome",),
+            registry=self._registry,
+        )
+        self.held_waiting = Gauge(
+            "tunesmith_held_waiting", "Answers in the database that wait for a reviewer.", registry=self._registry
+        )
         self.controller_failures = Counter(
             "tunesmith_controller_failures", "Rollout checks that failed.", registry=self._registry
         )

@@ -16,18 +16,20 @@ BEARER: dict[str, Any] = {"security": [{"bearer": []}]}
 _MEANINGS = {
     400: "The request is not valid.",
     401: "No valid token.",
-    403: "The user lacks the permission, or the token the scope.",
-    404: "There is no such model, request, rollout, job, file or token for this user (model_not_found, "
-    "request_not_found, rollout_not_found, job_not_found, fine_tune_not_found, file_not_found, token_not_found), or no "
-    "version of the model may serve now (model_not_available).",
+    403: "The user lacks the permission, or the token the scope; or the answer waits for a reviewer (answer_held) or was "
+    "refused (answer_refused).",
+    404: "There is no such model, request, rollout, job, file, token or held answer for this user (model_not_found, "
+    "request_not_found, rollout_not_found, job_not_found, fine_tune_not_found, file_not_found, token_not_found, "
+    "held_not_found), or no version of the model may serve now (model_not_available).",
     408: "The body arrived too slowly.",
     409: "The request was scored before, or its answer is no longer in memory; or the job's or version's state "
-    "does not allow it.",
+    "does not allow it; or the held answer is decided (already_decided).",
     413: "The body is too large.",
     429: "The queue is full, the user has too many requests at once, or the token or tenant sent too many within a "
     "minute.",
     500: "The engine failed.",
-    503: "The server is shutting down, or its database cannot be used (storage_failed).",
+    503: "The server is shutting down, or its database cannot be used (storage_failed), or its queue "
+    "of held answers is full (held_queue_full).",
     504: "No answer in time.",
     507: "The server's disk or database is full.",
 }

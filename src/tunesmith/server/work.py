@@ -23,6 +23,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
+from tunesmith.holding.rules import Holder
 from tunesmith.models.call_format import CallFormat
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat.request import ChatRequest, own_fault
@@ -44,7 +45,18 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.turns import Turns
 from tunesmith.store.identities import User
 
-Event = Streamed | ApiError
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An answer that must wait for a reviewer. schemas, grammar: what an edited one must fit."""
+
+    completion: Completion
+    reasons: tuple[str, ...]
+    schemas: tuple[str, ...]
+    grammar: str | None
+
+
+Event = Streamed | Held | ApiError
 _CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens that it fits the context
 
 
@@ -66,7 +78,7 @@ class Job:
     """One request while it waits or is answered. route may change from canary to stable, but only before an event.
 
     token: the caller's, with which user is read again when the request's turn comes.
-    events: what the client receives, in order: pieces of text (if it streams), then a Completion or an ApiError.
+    events: what the client receives, in order: pieces of text (if it streams), then a Completion, Held or an ApiError.
     most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
     the prompt contains. began, ended: monotonic times at which a thread started to answer it, and at which it was
     recorded with its completion. shaped: its own format or tools rule the answer. answer:
@@ -143,7 +155,8 @@ class Worker:
     """Answers up to settings.together jobs at once.
 
     router: checks a job's caller and chooses its version once more when its turn comes, since both may have changed.
-    give_up: called with (rollout, reason) if a canary cannot be loaded. prompts: the base's Renderer.
+    give_up: called with (rollout, reason) if a canary cannot be loaded. prompts: the base's Renderer. holder: says
+    which answers wait for a reviewer; None: none does.
     """
 
     def __init__(
@@ -154,8 +167,9 @@ class Worker:
         settings: ServerSettings,
         give_up: Callable[[int, str], object],
         prompts: Prompts,
+        holder: Holder | None = None,
     ) -> None:
-        self._prompts = prompts
+        self._prompts, self._holder = prompts, holder
         self._versions, self._router, self._recorder = versions, router, recorder
         self._settings, self._give_up = settings, give_up
         self._turns: Turns[Job] = Turns(settings.together)
@@ -257,7 +271,7 @@ class Worker:
             self._look_again(job)
             answerer = self._ready(job)
             generation = self._generation(job, answerer)
-            if job.request.stream:
+            if job.request.stream and self._holder is None:
                 self._stream(job, answerer, generation)
             else:
                 self._generate(job, answerer, generation)
@@ -308,6 +322,9 @@ class Worker:
         letters = sum(len(text) for message in messages for text in message.texts())
         if answerer.asks_base and letters > _CHARACTERS_A_TOKEN * room:
             self._require_room(messages, room)  # before anything else reads so much text
+        scored = request.scored
+        if scored is None and answerer.asks_base and self._holder is not None and self._holder.needs_scores:
+            scored = 0
         generation = answerer.generation(
             messages,
             caller,
@@ -316,7 +333,7 @@ class Worker:
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed or 0,
             stop=request.stops,
-            top_logprobs=request.scored,
+            top_logprobs=scored,
             schema=request.answer_schema,
         )
         job.shaped = generation.constrained_by == "response_format.json_schema"
@@ -367,10 +384,25 @@ class Worker:
     def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         # Streamed, so that decoding stops at the next token when the client leaves.
         for event in answerer.responder.stream(generation, answerer.adapter):
-            if isinstance(event, Completion) and job.claim():
-                self._end(job, job.served(event), event)
+            if isinstance(event, Completion):
+                last = self._held(job, generation, event) or event
+                if job.claim():
+                    if job.request.stream and isinstance(last, Completion) and event.text:
+                        scored = job.request.scored is not None and event.scores
+                        job.send(Scored(event.text, event.scores) if scored else event.text)
+                    self._end(job, job.served(event), last)
             if job.left:
                 return
+
+    def _held(self, job: Job, generation: Generation, answer: Completion) -> Held | None:
+        """The answer as one that waits for a reviewer; None if it may leave."""
+        if self._holder is None or not (reasons := self._holder.reasons(answer)):
+            return None
+        if job.request.offered:  # the grammar is of calls, and an edited answer is text
+            return Held(answer, reasons, (), None)
+        own = None if job.shaped else self._holder.schema
+        schemas = dict.fromkeys(schema for schema in (generation.schema, own) if schema is not None)
+        return Held(answer, reasons, tuple(schemas), generation.grammar)
 
     def _stream(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         pieces: list[str] = []

@@ -30,7 +30,7 @@ from tunesmith.core.scratch import SCRATCH, scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
 from tunesmith.store.store import PREFIXES, RELEASE, Store
-from tunesmith.store.tables import HEAD_REVISION, LockRow, LoginLinkRow, SessionRow
+from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow, SessionRow
 from tunesmith.store.tables import Table as Tables
 
 _ROWS, _MANIFEST, _OBJECTS = "database.jsonl", "manifest.json", "objects/"
@@ -64,7 +64,10 @@ def keys_of(blobs: BlobStore) -> list[str]:
 
 
 def export_rows(store: Store, path: Path) -> int:
-    """Write the rows of one snapshot as JSON lines, [table, row]; returns how many. Locks and sessions are left out."""
+    """Write the rows of one snapshot as JSON lines, [table, row]; returns how many.
+
+    Locks, sessions and held answers are left out: a copy must not keep their texts for longer than their time.
+    """
     count = 0
     with database.snapshot(store.engine) as connection, room_for(path), path.open("w", encoding="utf-8") as stream:
         for table in _tables():
@@ -214,7 +217,7 @@ class Archive:
         return Refused(f"this backup cannot be used: {what}", where=self._where, fix="take another backup")
 
 
-_LEFT_OUT = {row.__tablename__ for row in (LockRow, LoginLinkRow, SessionRow)}
+_LEFT_OUT = {row.__tablename__ for row in (HeldRow, LockRow, LoginLinkRow, SessionRow)}
 
 
 def _tables() -> list[Table]:

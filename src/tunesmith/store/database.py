@@ -34,6 +34,8 @@ _WRITER = {
 _CONNECTIONS = 15
 # Bytes: less than SQLite's log and shared memory need.
 _LITTLE = 1 << 20
+# secure_delete: deleted texts are overwritten in the file.
+_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=20000", "secure_delete=ON")
 
 
 def connect(url: str) -> Engine:
@@ -164,7 +166,7 @@ def _sqlite_transactions(engine: Engine) -> None:
 
     def on_connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy begins and commits, so the driver must not.
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=20000"):
+        for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
 
     def on_begin(connection: Any) -> None:

@@ -24,6 +24,7 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "version.register": frozenset(("engineer",)),
         "version.override": frozenset(("admin",)),
         "version.approve": frozenset(("approver",)),
+        "answer.review": frozenset(("approver", "steward")),
         "version.export": frozenset(("operator", "engineer", "admin")),
         "rollout.start": frozenset(("operator", "engineer", "admin")),
         "rollout.change": frozenset(("operator", "engineer", "admin")),

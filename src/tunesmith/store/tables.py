@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0009"
+HEAD_REVISION = "0010"
 
 
 class Table(DeclarativeBase):
@@ -356,6 +356,36 @@ class DeliveryRow(Table):
     error: Mapped[str] = mapped_column(String(256), default="")
 
 
+class HeldRow(Table):
+    """An answer that waits for a reviewer, or that one decided on, until `until` (seconds since 1970, as all times).
+
+    id: the request's. caller: the user whose token it came with. reasons: the rules that hold it. digest, given: of the
+    answer's text, and of the text that left or "". texts: the conversation, the answer, what an edited one must fit,
+    and the response. at_deadline: refuse or release. state: waiting, released, replaced or refused.
+    """
+
+    __tablename__ = "held_answers"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    version: Mapped[str] = mapped_column(String(71))
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
+    caller: Mapped[str] = mapped_column(String(128))
+    reasons: Mapped[list[str]] = mapped_column()
+    digest: Mapped[str] = mapped_column(String(71))
+    given: Mapped[str] = mapped_column(String(71), default="")
+    texts: Mapped[dict[str, Any]] = mapped_column()
+    at: Mapped[float] = mapped_column(Float)
+    deadline: Mapped[float] = mapped_column(Float)
+    until: Mapped[float] = mapped_column(Float, index=True)
+    at_deadline: Mapped[str] = mapped_column(String(8))
+    state: Mapped[str] = mapped_column(String(16))
+    decided_by: Mapped[str] = mapped_column(String(128), default="")
+    reason: Mapped[str] = mapped_column(Text, default="")
+    decided: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+Index("held_by_state", HeldRow.state, HeldRow.deadline)
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)
 Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)
 Index("requests_by_version", RequestRow.version, RequestRow.at, RequestRow.tenant, RequestRow.region, RequestRow.ok)

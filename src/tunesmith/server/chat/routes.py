@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -16,7 +18,9 @@ from fastapi.responses import Response, StreamingResponse
 from tunesmith.core.clock import now
 from tunesmith.core.digests import short
 from tunesmith.core.messages import ToolCall
+from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion, Scored, TokenScore
+from tunesmith.holding.queue import HeldAnswer
 from tunesmith.registry.versions import Version
 from tunesmith.server.access import bearer, caller, needs
 from tunesmith.server.chat.answer import (
@@ -39,10 +43,11 @@ from tunesmith.server.chat.answer import (
 )
 from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
+from tunesmith.server.held import decision_on
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import CHAT_JOB, Serving
-from tunesmith.server.work import Event, Job
+from tunesmith.server.work import Event, Held, Job
 
 ID_PREFIX = "chatcmpl-"
 _CHUNK: Final = "chat.completion.chunk"
@@ -100,11 +105,47 @@ async def chat_completions(request: Request) -> Response:
         job.leave()
         raise
     build = _ResponseBuilder(job)
+    headers = build.headers()
+    if isinstance(first, Held):
+        first, state = await _reviewed(job, build, first, request, serving)
+        headers["x-tunesmith-review"] = state
     if isinstance(first, Completion) and not given.stream:
-        return _answer(build.whole(first), build.headers())
-    return StreamingResponse(
-        _chunks(job, build, first, serving), media_type="text/event-stream", headers=build.headers()
+        return _answer(build.whole(first), headers)
+    return StreamingResponse(_chunks(job, build, first, serving), media_type="text/event-stream", headers=headers)
+
+
+async def _reviewed(
+    job: Job, build: _ResponseBuilder, held: Held, request: Request, serving: Serving
+) -> tuple[Event, str]:
+    """The first event of an answer that a reviewer let leave, and the decision. Raises ApiError for other answers."""
+    entry = HeldAnswer(
+        id=job.id,
+        name=job.route.name,
+        version=job.route.version.digest,
+        scope=Scope(job.user.tenant, serving.settings.region),
+        caller=job.user.name,
+        reasons=held.reasons,
+        messages=job.request.conversation,
+        text=held.completion.text,
+        response=json.loads(build.whole(held.completion).json_text()),
+        schemas=held.schemas,
+        grammar=held.grammar,
     )
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        answer, state = await decision_on(entry, serving, gone)
+    finally:
+        gone.cancel()
+    completion = held.completion
+    if state == "replaced":
+        completion = replace(completion, text=answer, finish="stop", scores=())
+        job.answer = None  # an edited answer calls no function
+        build.scored = False
+    if not job.request.stream:
+        return completion, state
+    job.events.put_nowait(completion)
+    scores = completion.scores if job.request.logprobs else ()
+    return (Scored(completion.text, scores) if scores else completion.text), state
 
 
 async def _first_event(job: Job, request: Request, serving: Serving) -> Event:
@@ -157,6 +198,7 @@ async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serv
                 yield "data: [DONE]\n\n"
                 return
             else:
+                assert isinstance(event, ApiError)
                 yield _event(event.document().model_dump_json())
                 return
             try:
@@ -170,10 +212,11 @@ async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serv
 
 
 class _ResponseBuilder:
-    """Builds the response objects of one job."""
+    """Builds the response objects of one job. scored: with the log-probabilities of the answer's tokens."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._version = job, job.route.version
+        self.scored = bool(job.request.logprobs)
         self._common: dict[str, Any] = {
             "id": ID_PREFIX + job.id,
             "created": int(now().timestamp()),
@@ -195,7 +238,7 @@ class _ResponseBuilder:
 
     def whole(self, completion: Completion) -> ChatCompletion:
         """The answer as one object."""
-        scores = completion.scores if self._job.request.logprobs else None
+        scores = completion.scores if self.scored else None
         text, calls, finish = self._said(completion)
         more: dict[str, Any] = {"tool_calls": [AnswerCall(**_call(call)) for call in calls]} if calls else {}
         content = None if calls and not text else text

@@ -1,0 +1,279 @@
+"""The queue of held answers: rows of the database, each decided once, by a reviewer or at its deadline.
+
+A row and its texts are deleted `fetch` after the deadline. The audit log keeps who decided what, when and why, and the
+digests of the texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, delete, func, select, update
+from sqlalchemy.orm import Session
+
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_grammar import matches
+from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import CONTROLLER
+from tunesmith.holding.settings import HoldSettings
+from tunesmith.rollout.standing import standing_of
+from tunesmith.store import database
+from tunesmith.store.identities import require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import HeldRow
+
+Decision = Literal["release", "replace", "refuse"]
+State = Literal["waiting", "released", "replaced", "refused"]
+_STATES: dict[Decision, State] = {"release": "released", "replace": "replaced", "refuse": "refused"}
+WAITING: State = "waiting"
+
+
+class QueueFull(Refused):
+    """As many answers wait as the project allows."""
+
+
+class UnknownAnswer(UsageError):
+    """There is no such held answer, or its time is over."""
+
+
+class AlreadyDecided(Refused):
+    """Somebody else, or the deadline, decided first."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAnswer:
+    """An answer that must wait. id: its request's. name, version: what answered, the version by digest.
+
+    messages: the conversation. response: the chat.completion object that would have been sent. schemas, grammar: what
+    an edited answer must fit: JSON Schemas as text, a Lark grammar or None.
+    """
+
+    id: str
+    name: str
+    version: str
+    scope: Scope
+    caller: str
+    reasons: tuple[str, ...]
+    messages: tuple[Message, ...]
+    text: str
+    response: dict[str, Any]
+    schemas: tuple[str, ...] = ()
+    grammar: str | None = None
+
+
+def put(store: Store, answer: HeldAnswer, settings: HoldSettings) -> float:
+    """Add an answer to the queue; returns its deadline. Raises QueueFull where `at_most` wait already."""
+    at = time.time()
+    texts = {
+        "messages": [message.model_dump(mode="json") for message in answer.messages],
+        "answer": answer.text,
+        "response": answer.response,
+        "schemas": list(answer.schemas),
+        "grammar": answer.grammar,
+    }
+    with database.writing(store.engine) as session:
+        if count_waiting(session) >= settings.at_most:
+            raise QueueFull(f"{settings.at_most} answers wait for a reviewer already", fix="decide on some of them")
+        session.add(
+            HeldRow(
+                id=answer.id,
+                name=answer.name,
+                version=answer.version,
+                **answer.scope.fields(),
+                caller=answer.caller,
+                reasons=list(answer.reasons),
+                digest=digest_bytes(answer.text.encode(errors="surrogatepass")),
+                texts=texts,
+                at=at,
+                deadline=at + settings.deadline,
+                until=at + settings.deadline + settings.fetch,
+                at_deadline=settings.at_deadline,
+                state=WAITING,
+            )
+        )
+    return at + settings.deadline
+
+
+def count_waiting(session: Session) -> int:
+    """How many answers wait."""
+    return session.scalar(select(func.count()).select_from(HeldRow).where(HeldRow.state == WAITING)) or 0
+
+
+def get(session: Session, identifier: str) -> HeldRow:
+    """A held answer. Raises UnknownAnswer."""
+    row = session.get(HeldRow, identifier)
+    if row is None or row.until <= time.time():
+        raise UnknownAnswer(f"there is no held answer {identifier[:80]!r}", fix="`tunesmith held list` lists them")
+    return row
+
+
+def listed(session: Session, *conditions: ColumnElement[bool], most: int) -> Sequence[HeldRow]:
+    """Held answers that fulfil conditions: those that wait first, by deadline, then the decided ones, newest first."""
+    query = select(HeldRow).where(HeldRow.until > time.time(), *conditions)
+    waits = HeldRow.state == WAITING
+    ordered = query.order_by(waits.desc(), HeldRow.decided.desc(), HeldRow.deadline, HeldRow.id).limit(most)
+    return session.scalars(ordered).all()
+
+
+def decided_among(store: Store, identifiers: Sequence[str]) -> list[str]:
+    """Which of these answers are decided, or gone."""
+    with database.reading(store.engine) as session:
+        query = select(HeldRow.id).where(HeldRow.id.in_(identifiers), HeldRow.state == WAITING)
+        waiting = set(session.scalars(query))
+    return [one for one in identifiers if one not in waiting]
+
+
+def decide(
+    store: Store, identifier: str, decision: Decision, *, actor: str, reason: str, answer: str | None = None
+) -> None:
+    """Release an answer, replace it by an edited one, or refuse it. The same decision again changes nothing.
+
+    answer: the edited one. Raises UsageError for an answer that does not fit the version's schema, UnknownAnswer,
+    AlreadyDecided, and Refused where actor may not review, asked the question, or the version may not serve any more.
+    """
+    if not reason.strip() or "\0" in reason:
+        raise UsageError("a decision on an answer needs a reason", fix='--reason "why"')
+    if (answer is not None) != (decision == "replace"):
+        raise UsageError("an edited answer is given with replace, and only then", where="answer")
+    detail: dict[str, Any] = {}
+    with (
+        contextlib.suppress(_Repeated),
+        store.change(actor, f"answer.{decision}", identifier, detail) as session,
+    ):
+        row = get(session, identifier)
+        scope = Scope(row.tenant, row.region)
+        require(session, actor, "answer.review", scope=scope)
+        if row.caller == actor:
+            raise Refused(
+                f"{actor} made this request and cannot decide on its answer", fix="have another reviewer do it"
+            )
+        said = row.texts["answer"] if decision == "release" else answer
+        if answer is not None:
+            _check_fits(row, answer)
+        given = "" if said is None else digest_bytes(said.encode(errors="surrogatepass"))
+        if row.state != WAITING:
+            if (row.state, row.decided_by, row.given) == (_STATES[decision], actor, given):
+                raise _Repeated
+            raise AlreadyDecided(f"{row.decided_by} decided already: {row.state}", where=identifier)
+        if row.deadline <= time.time():
+            raise AlreadyDecided(f"its deadline is over: {row.at_deadline}", where=identifier)
+        if decision == "release":
+            _require_standing(session, store, row)
+        _settle(session, row, _STATES[decision], actor, reason.strip(), answer)
+        detail |= _about(row)
+
+
+def expire_due(store: Store) -> list[State]:
+    """Decide on every answer whose deadline is over; returns the outcomes. Several processes may call it at once."""
+    with database.reading(store.engine) as session:
+        query = select(HeldRow.id).where(HeldRow.state == WAITING, HeldRow.deadline <= time.time())
+        due = list(session.scalars(query))
+    done: list[State] = []
+    for identifier in due:
+        detail: dict[str, Any] = {}
+        with (
+            contextlib.suppress(_Repeated, UnknownAnswer),
+            store.change(CONTROLLER, "answer.expire", identifier, detail) as session,
+        ):
+            row = session.get(HeldRow, identifier)
+            if row is None or row.state != WAITING:  # another process was first
+                raise _Repeated
+            state, reason = _STATES["refuse"], "nobody decided before the deadline"
+            if row.at_deadline == "release":
+                try:
+                    _require_standing(session, store, row)
+                    state = _STATES["release"]
+                except TunesmithError as error:
+                    reason = error.what
+            _settle(session, row, state, CONTROLLER, reason, None)
+            detail |= _about(row)
+            done.append(state)
+    return done
+
+
+def delete_over(store: Store) -> None:
+    """Delete the held answers whose time is over, with their texts."""
+    over = HeldRow.until <= time.time()
+    with database.reading(store.engine) as session:
+        found = session.scalars(select(HeldRow.id).where(over, HeldRow.state != WAITING).limit(1)).first()
+    if found is not None:
+        with database.writing(store.engine) as session:
+            session.execute(delete(HeldRow).where(over, HeldRow.state != WAITING))
+
+
+def response_of(row: HeldRow) -> dict[str, Any] | None:
+    """The chat.completion object that left, or may leave; None for an answer that waits or was refused."""
+    response: dict[str, Any] = row.texts["response"]
+    if row.state == "released":
+        return response
+    if row.state != "replaced":
+        return None
+    choice: dict[str, Any] = response["choices"][0]
+    message = {"role": "assistant", "content": row.texts["edited"], "refusal": None}
+    return {**response, "choices": [{**choice, "message": message, "logprobs": None, "finish_reason": "stop"}]}
+
+
+class _Repeated(Exception):
+    """Nothing is left to do."""
+
+
+def _settle(session: Session, row: HeldRow, state: State, by: str, reason: str, answer: str | None) -> None:
+    """Write a decision. Raises AlreadyDecided where another one came first."""
+    left = {"released": row.texts["answer"], "replaced": answer}.get(state)
+    texts = row.texts if answer is None else {**row.texts, "edited": answer}
+    changed = session.execute(
+        update(HeldRow)
+        .where(HeldRow.id == row.id, HeldRow.state == WAITING)
+        .values(
+            state=state,
+            decided_by=by,
+            reason=reason,
+            decided=time.time(),
+            texts=texts,
+            given="" if left is None else digest_bytes(left.encode(errors="surrogatepass")),
+        )
+    )
+    if changed.rowcount != 1:  # type: ignore[attr-defined]
+        raise AlreadyDecided("somebody else decided already", where=row.id)
+    session.refresh(row)
+
+
+def _about(row: HeldRow) -> dict[str, Any]:
+    """What the audit log keeps of a decision."""
+    stated = {key: getattr(row, key) for key in ("name", "version", "tenant", "region", "caller", "state", "reason")}
+    return {**stated, "rules": row.reasons, "answer": row.digest, "given": row.given}
+
+
+def _require_standing(session: Session, store: Store, row: HeldRow) -> None:
+    """Raise Refused where the version that answered may not serve any more: its answers may not leave either."""
+    standing_of(session, store, row.version, Scope(row.tenant, row.region)).require(row.name)
+
+
+def _check_fits(row: HeldRow, answer: str) -> None:
+    """Raise UsageError for an edited answer that the version could not have given."""
+    try:
+        answer.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the edited answer holds half a character", where="answer") from None
+    if not answer.strip():
+        raise UsageError("the edited answer is empty", where="answer", fix="refuse it instead")
+    fix = "edit it to fit; `tunesmith held show ID` shows the answer that waits"
+    for text in row.texts["schemas"]:
+        try:
+            fits = satisfies(parse_json(answer), json.loads(text))
+        except NotJson as error:
+            raise UsageError(f"the edited answer is not JSON: {error}", where="answer", fix=fix) from None
+        if not fits:
+            raise UsageError("the edited answer does not fit the schema of this answer", where="answer", fix=fix)
+    grammar = row.texts["grammar"]
+    if grammar is not None and not matches(grammar, answer):
+        raise UsageError("the edited answer does not fit the grammar of this answer", where="answer", fix=fix)
