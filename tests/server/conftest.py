@@ -110,9 +110,12 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     """A server with these settings."""
     schema, root = settings.pop("answer_schema", SCHEMA), settings.pop("root", Path())
     project, keeper = settings.pop("project", None), settings.pop("keeper", None)
+    holder = settings.pop("holder", None)
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
     bounds = ServerSettings.model_validate({"check_seconds": 0.05, "grace_seconds": 2, **settings})
-    app = create_app(scene.store, engine, engine, bounds, scorers=scorers, project=project, keeper=keeper)
+    app = create_app(
+        scene.store, engine, engine, bounds, scorers=scorers, project=project, keeper=keeper, holder=holder
+    )
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = DrainingServer(app)

@@ -154,8 +154,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _control(serving: Serving) -> None:
     """Advance every live rollout, and tell of champions that may not serve, every check_seconds.
 
-    Decides on held answers whose deadline is over. Deletes kept requests whose time is over, and writes when tokens were
-    used, less often.
+    Decides on held answers whose deadline is over. Deletes kept requests whose time is over, and writes when tokens
+    were used, less often.
     """
     watch, cleaned_at, noted_at = ChampionWatch(serving.store), -math.inf, time.monotonic()
     while True:

@@ -98,7 +98,10 @@ def list_held(
 
 
 def show(store: Store, user: User, identifier: str, *, reviews: bool = True) -> HeldAnswerView:
-    """A held answer. reviews: False shows what its caller sees. Raises UnknownAnswer, also for one that the user may not see."""
+    """A held answer. reviews: False shows what its caller sees.
+
+    Raises UnknownAnswer, also for one that the user may not see.
+    """
     tidy(store)
     with database.reading(store.engine) as session:
         row = queue.get(session, identifier)

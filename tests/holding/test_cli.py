@@ -1,0 +1,94 @@
+"""`tunesmith held`: list, show, release and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
+from tests.rollout.conftest import made, scene, versions
+from tunesmith.cli import held as commands
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.holding import queue
+from tunesmith.holding.settings import HoldSettings
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.controller import start
+from tunesmith.rollout.settings import RolloutSettings
+
+__all__ = ["made", "scene", "versions"]
+
+SETTINGS = HoldSettings.model_validate({"rules": [{"values": ["pay"]}]})
+SCHEMA = '{"type": "object", "required": ["intent"]}'
+app = typer.Typer()
+commands.register(app)
+
+
+@pytest.fixture
+def waiting(scene: Scene, versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """A scene with two answers that wait."""
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
+    start(scene.store, name=NAME, version=versions[1], steps=plan, actor=OPERATOR)
+    for identifier in ("a" * 32, "b" * 32):
+        answer = queue.HeldAnswer(
+            id=identifier, name=NAME, version=versions[1].digest, scope=versions[1].scope, caller=OPERATOR,
+            reasons=('intent is "pay"',), messages=(Message(role="user", content="\x1b[2Jpay [bold]eve[/]"),),
+            text='{"intent": "pay"}', response={"choices": [{"message": {"content": '{"intent": "pay"}'}}]},
+            schemas=(SCHEMA,),
+        )  # fmt: skip
+        queue.put(scene.store, answer, SETTINGS)
+    return scene
+
+
+def run(scene: Scene, *words: str) -> str:
+    root: Path = scene.store.root
+    result = CliRunner().invoke(app, ["held", *words, "-C", str(root)], env={"COLUMNS": "250"})
+    if isinstance(result.exception, TunesmithError):
+        raise result.exception
+    assert result.exception is None, result.exception
+    return result.stdout
+
+
+def document(scene: Scene, *words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(scene, *words, "--json"))
+    return found
+
+
+def test_a_reviewer_lists_shows_and_decides(waiting: Scene) -> None:
+    assert "no answer waits" in run(waiting, "list", "--as", OWNER)  # an admin reviews nothing
+    assert [one["id"][0] for one in document(waiting, "list", "--as", STEWARD)["held"]] == ["a", "b"]
+    shown = run(waiting, "show", "a" * 32, "--as", STEWARD)
+    assert 'held because: intent is "pay"' in shown
+    assert "[bold]eve[/]" in shown  # a stranger's text: shown, not obeyed
+    assert "\x1b" not in shown
+    assert 'answer: {"intent": "pay"}' in shown
+    assert "answer:" not in run(waiting, "show", "a" * 32, "--as", OPERATOR)
+    with pytest.raises(UsageError, match="needs a reason"):
+        run(waiting, "release", "a" * 32, "--as", STEWARD)
+    with pytest.raises(UsageError, match="does not fit the schema"):
+        run(waiting, "release", "a" * 32, "--answer", "{}", "--reason", "x", "--as", STEWARD)
+    edited = ("release", "a" * 32, "--answer", '{"intent": "ask"}', "--reason", "too much", "--as", STEWARD)
+    assert document(waiting, *edited)["state"] == "replaced"
+    assert document(waiting, *edited)["decided_by"] == STEWARD  # again: nothing new
+    with pytest.raises(queue.AlreadyDecided, match=f"{STEWARD} decided already: replaced"):
+        run(waiting, "refuse", "a" * 32, "--reason", "no", "--as", APPROVER)
+    assert f"is refused by {APPROVER}" in run(waiting, "refuse", "b" * 32, "--reason", "no", "--as", APPROVER)
+    assert document(waiting, "list", "--as", STEWARD)["held"] == []
+    assert len(document(waiting, "list", "--all", "--as", STEWARD)["held"]) == 2
+    asked = document(waiting, "show", "a" * 32, "--as", OPERATOR)["completion"]["choices"][0]
+    assert (asked["message"]["content"], asked["finish_reason"]) == ('{"intent": "ask"}', "stop")
+
+
+def test_who_may_not_is_told_why(waiting: Scene) -> None:
+    with pytest.raises(queue.UnknownAnswer):
+        run(waiting, "show", "c" * 32, "--as", STEWARD)
+    with pytest.raises(queue.UnknownAnswer):
+        run(waiting, "release", "a" * 32, "--reason", "x", "--as", OWNER)
+    with pytest.raises(Refused, match="it takes"):
+        run(waiting, "release", "a" * 32, "--reason", "x", "--as", OPERATOR)

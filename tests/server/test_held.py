@@ -1,0 +1,374 @@
+"""Answers that wait for a reviewer, over a real server: rules, decisions, deadlines, and who may see what."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
+from tests.server.conftest import HELLO, SCHEMA, Served, running
+from tests.server.fake_engine import FakeEngine
+from tunesmith.core.scope import Scope
+from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.holding.rules import Holder
+from tunesmith.holding.settings import HoldSettings
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.versions import Version
+from tunesmith.services.versions import refuse
+from tunesmith.store import database
+from tunesmith.store.identities import add_user
+from tunesmith.store.tables import AuditRow, HeldRow
+from tunesmith.store.tokens import issue_token
+
+MONEY = '{"intent": "transfer_money"}'
+RULE: dict[str, Any] = {"field": "intent", "values": ["transfer_money"]}
+
+
+def holder(*rules: dict[str, Any], policy: dict[str, Any] | None = None, **settings: Any) -> Holder:
+    checks = {name: PolicyCheck.model_validate({"requests": ["x"], **each}) for name, each in (policy or {}).items()}
+    given = {"wait": 0, "deadline": 3600, **settings, "rules": list(rules) or [RULE]}
+    return Holder(HoldSettings.model_validate(given), checks, SCHEMA)
+
+
+@pytest.fixture
+def hold(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Callable[..., Served]]:
+    """Starts servers whose champion gives an answer that is held."""
+    engine.answer = lambda _request, _adapter: MONEY
+    opened = []
+
+    def start(*rules: dict[str, Any], **settings: Any) -> Served:
+        context = running(scene, engine, holder=holder(*rules, **settings))
+        served = context.__enter__()
+        opened.append(context)
+        if len(opened) == 1:
+            served.begin(versions[1])
+        return served
+
+    yield start
+    for context in reversed(opened):
+        context.__exit__(None, None, None)
+
+
+def reviewer(served: Served, name: str = STEWARD) -> httpx.Client:
+    return served.http(issue_token(served.scene.store, name, actor=OWNER))
+
+
+def held(served: Served, **more: Any) -> dict[str, Any]:
+    """Where the answer to a request waits."""
+    answer = served.post(**more)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "answer_held"), answer.text
+    found: dict[str, Any] = answer.json()["error"]["held"]
+    assert answer.headers["location"] == found["url"] == f"/api/held/{found['id']}"
+    return found
+
+
+def decide(http: httpx.Client, notice: dict[str, Any], decision: str, **more: Any) -> httpx.Response:
+    return http.post(f"{notice['url']}/decide", json={"decision": decision, "reason": "looked at it", **more})
+
+
+def row_of(served: Served, notice: dict[str, Any]) -> HeldRow | None:
+    with database.reading(served.scene.store.engine) as session:
+        return session.get(HeldRow, notice["id"])
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def audited(served: Served, notice: dict[str, Any]) -> list[AuditRow]:
+    with database.reading(served.scene.store.engine) as session:
+        return list(session.query(AuditRow).where(AuditRow.subject == notice["id"]))
+
+
+def test_a_held_answer_leaves_once_a_reviewer_released_it(hold: Callable[..., Served]) -> None:
+    served = hold()
+    notice = held(served)
+    assert served.rows()[0].ok  # the version answered
+    with served.http() as caller, reviewer(served) as steward:
+        waiting = caller.get(notice["url"]).json()
+        assert (waiting["state"], waiting["reasons"]) == ("waiting", ['intent is "transfer_money"'])
+        assert not {"completion", "answer", "messages"} & waiting.keys()
+        assert not waiting["may_decide"]
+        listed = steward.get("/api/held").json()["held"]
+        assert [(one["id"], one["may_decide"]) for one in listed] == [(notice["id"], True)]
+        seen = steward.get(notice["url"]).json()
+        assert (seen["answer"], seen["messages"][-1]["content"]) == (MONEY, HELLO[0]["content"])
+        decided = decide(steward, notice, "release")
+        assert (decided.status_code, decided.json()["state"], decided.json()["decided_by"]) == (
+            200,
+            "released",
+            STEWARD,
+        )
+        assert decide(steward, notice, "release").json() == decided.json()  # sent again: the same
+        fetched = caller.get(f"/api/held/chatcmpl-{notice['id']}").json()["completion"]
+        assert fetched["choices"][0]["message"]["content"] == MONEY
+        assert (fetched["id"], fetched["model"]) == (f"chatcmpl-{notice['id']}", f"{NAME}@v1")
+        assert steward.get("/api/held").json()["held"] == []
+        assert len(caller.get("/api/held", params={"everything": "true"}).json()["held"]) == 1
+    (entry,) = audited(served, notice)
+    assert (entry.actor, entry.action) == (STEWARD, "answer.release")
+    assert (entry.detail["reason"], entry.detail["rules"]) == ("looked at it", waiting["reasons"])
+    assert entry.detail["answer"] == entry.detail["given"] == waiting["digest"]
+    assert "transfer_money" not in json.dumps({key: entry.detail[key] for key in entry.detail if key != "rules"})
+    assert verify_log(served.scene.store) == []
+
+
+def test_other_answers_leave_at_once_and_stream(hold: Callable[..., Served], engine: FakeEngine) -> None:
+    served = hold()
+    engine.answer = lambda _request, _adapter: '{"intent": "switch on"}'
+    assert served.ask().choices[0].message.content == '{"intent": "switch on"}'
+    chunks = list(served.ask(stream=True, logprobs=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == '{"intent": "switch on"}'
+    assert sum(len(chunk.choices[0].logprobs.content) for chunk in chunks if chunk.choices[0].logprobs) == 3
+    assert [row.ok for row in served.rows()] == [True, True]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("decision", "more", "said"),
+    [("release", {}, MONEY), ("replace", {"answer": '{"intent": "ask"}'}, '{"intent": "ask"}'), ("refuse", {}, None)],
+)
+def test_a_request_that_waits_is_answered_as_decided(
+    hold: Callable[..., Served], stream: bool, decision: str, more: dict[str, Any], said: str | None
+) -> None:
+    served = hold(wait=120)
+    with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
+        asked = threads.submit(lambda: served.ask(stream=stream, logprobs=True))
+        until(lambda: steward.get("/api/held").json()["held"])
+        assert not asked.done()  # no token left before the decision
+        (one,) = steward.get("/api/held").json()["held"]
+        assert decide(steward, {"url": f"/api/held/{one['id']}"}, decision, **more).status_code == 200
+        if said is None:
+            with pytest.raises(openai.PermissionDeniedError, match="looked at it") as refused:
+                asked.result(60)
+            assert refused.value.code == "answer_refused"
+        elif stream:
+            chunks = list(asked.result(60))
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+            assert chunks[-1].choices[0].finish_reason == "stop"
+        else:
+            choice = asked.result(60).choices[0]
+            assert (choice.message.content, choice.finish_reason) == (said, "stop")
+            assert (choice.logprobs is None) == (decision == "replace")
+
+
+def test_openai_clients_do_not_send_a_held_request_again(hold: Callable[..., Served], engine: FakeEngine) -> None:
+    served = hold()
+    for stream in (False, True):
+        before = engine.calls
+        with pytest.raises(openai.PermissionDeniedError) as error:
+            served.client(retries=3).chat.completions.create(model=NAME, messages=HELLO, stream=stream)
+        assert error.value.code == "answer_held"
+        assert isinstance(error.value.body, dict)
+        assert error.value.body["held"]["url"].startswith("/api/held/")
+        assert engine.calls == before + 1
+
+
+@pytest.mark.attack("people", "an edited answer breaks the version's schema")
+def test_an_edited_answer_fits_the_schema(hold: Callable[..., Served], happened: Happened) -> None:
+    served = hold()
+    notice = held(served)
+    with reviewer(served) as steward:
+        for edited in ("ask", "{}", '{"intent": 1, "intent": 2}', "", '["intent"]'):
+            refused = decide(steward, notice, "replace", answer=edited)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "answer"), edited
+            happened("refused")
+        for decision, more in (("replace", {}), ("release", {"answer": "{}"}), ("refuse", {"answer": "{}"})):
+            assert decide(steward, notice, decision, **more).status_code == 400
+        assert decide(steward, notice, "release", reason=" ").status_code == 400
+        assert decide(steward, notice, "replace", answer='{"intent": "ask"}').json()["state"] == "replaced"
+    with served.http() as caller:
+        choice = caller.get(notice["url"]).json()["completion"]["choices"][0]
+    assert choice["message"]["content"] == '{"intent": "ask"}'
+
+
+@pytest.mark.attack("people", "a held answer is read or decided on by somebody else")
+def test_only_the_caller_and_reviewers_of_the_tenant_see_it(
+    hold: Callable[..., Served], engine: FakeEngine, happened: Happened
+) -> None:
+    served = hold()
+    store = served.scene.store
+    for name, role, scope in (
+        ("amy", "operator", Scope("acme")),
+        ("bea", "operator", Scope("acme")),
+        ("sam", "steward", Scope("acme")),
+        ("oz", "steward", Scope("other")),
+        ("eu", "steward", Scope("acme", "eu")),
+    ):
+        add_user(store, name, [role], actor=OWNER, scope=scope)
+    with reviewer(served, "amy") as amy:
+        asked = amy.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+        notice = asked.json()["error"]["held"]
+        assert amy.get(notice["url"]).status_code == 200
+        assert decide(amy, notice, "release").status_code == 403  # no reviewer
+        for name in ("bea", "oz", "eu", OPERATOR):  # a colleague, another tenant, another region, of no tenant
+            with reviewer(served, name) as other:
+                unknown = other.get(f"/api/held/{'0' * 32}").json()["error"]["message"]
+                for answer in (other.get(notice["url"]), decide(other, notice, "release")):
+                    assert answer.status_code == 404
+                    assert answer.json()["error"]["message"] == unknown.replace("0" * 32, notice["id"])
+                assert other.get("/api/held", params={"everything": "true"}).json()["held"] == []
+                happened("as if it did not exist")
+        for name in ("sam", STEWARD):
+            with reviewer(served, name) as review:
+                assert review.get(notice["url"]).json()["answer"] == MONEY
+        chat_only = issue_token(store, "sam", actor=OWNER, name="chat-only", scopes=["chat"])
+        with served.http(chat_only) as chat:
+            assert chat.get(notice["url"]).status_code == 404
+            assert decide(chat, notice, "release").status_code == 403
+        for odd in ("x", "0" * 31, "%00", "..%2f..%2fapi", "Ⅷ" * 32):
+            assert amy.get(f"/api/held/{odd}").status_code in (404, 400)
+
+
+@pytest.mark.attack("people", "a caller decides on the answer to their own request")
+def test_nobody_decides_on_their_own_answer(hold: Callable[..., Served], happened: Happened) -> None:
+    served = hold()
+    with reviewer(served) as steward, reviewer(served, APPROVER) as approver:
+        asked = steward.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+        notice = asked.json()["error"]["held"]
+        for decision, more in (("release", {}), ("refuse", {}), ("replace", {"answer": '{"intent": "x"}'})):
+            refused = decide(steward, notice, decision, **more)
+            assert refused.status_code == 403, refused.text
+            happened("refused")
+        assert not steward.get(notice["url"]).json()["may_decide"]
+        assert decide(approver, notice, "release").status_code == 200
+
+
+@pytest.mark.attack("race", "two reviewers decide at once")
+def test_of_two_reviewers_one_decides(hold: Callable[..., Served], happened: Happened) -> None:
+    served = hold()
+    for _ in range(6):
+        notice, barrier = held(served), threading.Barrier(2)
+
+        def at_once(http: httpx.Client, decision: str) -> httpx.Response:
+            barrier.wait(60)  # noqa: B023
+            return decide(http, notice, decision)  # noqa: B023
+
+        with ThreadPoolExecutor(2) as threads, reviewer(served) as one, reviewer(served, APPROVER) as two:
+            answers = list(threads.map(at_once, (one, two), ("release", "refuse")))
+        codes = sorted(answer.status_code for answer in answers)
+        assert codes == [200, 409]
+        lost = next(answer for answer in answers if answer.status_code == 409)
+        assert lost.json()["error"]["code"] == "already_decided"
+        assert len(audited(served, notice)) == 1
+        happened("one decision")
+
+
+@pytest.mark.parametrize(("at_deadline", "state"), [("refuse", "refused"), ("release", "released")])
+def test_at_the_deadline_the_server_decides(hold: Callable[..., Served], at_deadline: str, state: str) -> None:
+    served = hold(deadline=0.3, at_deadline=at_deadline)
+    notice = held(served)
+    with served.http() as caller, reviewer(served) as steward:
+        until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
+        found = caller.get(notice["url"]).json()
+        assert (found["state"], "completion" in found) == (state, state == "released")
+        assert decide(steward, notice, "release").status_code == 409
+    assert [entry.action for entry in audited(served, notice)] == ["answer.expire"]
+
+
+def test_at_the_deadline_a_refused_version_releases_nothing(hold: Callable[..., Served]) -> None:
+    served = hold(deadline=3600, at_deadline="release")
+    notice = held(served)
+    refuse(served.scene.store, f"{NAME}@v1", reason="it leaks", actor=APPROVER)
+    with reviewer(served) as steward:
+        refused = decide(steward, notice, "release")
+        assert refused.status_code == 403
+        assert "it leaks" in refused.json()["error"]["message"]
+    with database.writing(served.scene.store.engine) as session:
+        session.get_one(HeldRow, notice["id"]).deadline = time.time() - 1
+    with served.http() as caller:
+        until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
+        assert caller.get(notice["url"]).json()["state"] == "refused"
+
+
+@pytest.mark.attack("privacy", "the texts of held answers after their time")
+def test_texts_are_deleted_and_never_logged(
+    hold: Callable[..., Served], caplog: pytest.LogCaptureFixture, happened: Happened
+) -> None:
+    served = hold()
+    notice = held(served, messages=[{"role": "user", "content": "quagga zebra"}])
+    with reviewer(served) as steward:
+        assert decide(steward, notice, "refuse").status_code == 200
+    store = served.scene.store
+    with database.writing(store.engine) as session:
+        row = session.get_one(HeldRow, notice["id"])
+        assert "quagga" in json.dumps(row.texts)
+        assert row.until == row.deadline + 3600
+        row.until = time.time() - 1
+    until(lambda: row_of(served, notice) is None)
+    with served.http() as caller:
+        assert caller.get(notice["url"]).status_code == 404
+    assert [entry.action for entry in audited(served, notice)] == ["answer.refuse"]
+    served.stop()
+    store.engine.dispose()
+    left = [path for path in store.root.rglob("*") if path.is_file() and b"quagga" in path.read_bytes()]
+    assert left == []
+    assert "quagga" not in caplog.text
+    assert "transfer_money" not in caplog.text
+    happened("nothing left, nothing logged")
+
+
+def test_a_full_queue_refuses_answers(hold: Callable[..., Served]) -> None:
+    served = hold(at_most=2)
+    first, _ = held(served), held(served)
+    full = served.post()
+    assert (full.status_code, full.json()["error"]["code"]) == (503, "held_queue_full")
+    with served.http() as http:
+        until(lambda: "tunesmith_held_waiting 2.0" in http.get("/metrics").text)
+        assert 'tunesmith_held_answers_total{outcome="held"} 2.0' in http.get("/metrics").text
+    with reviewer(served) as steward:
+        decide(steward, first, "refuse")
+    held(served)
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer", "reason"),
+    [
+        ({"confidence_below": 0.7}, "sure", "its least likely token has probability 0.607, below 0.7"),
+        ({"confidence_below": 0.6}, "sure", None),
+        ({"values": ["refund"]}, "ＲＥＦＵＮＤ ", 'the answer is "refund"'),
+        ({"values": ["refund"]}, '"refund"', 'the answer is "refund"'),
+        ({"values": ["refund"]}, "no refund", None),
+        (RULE, "transfer_money", "the answer is not a JSON object"),
+        (RULE, '{"intent": ["x", "Transfer_Money"]}', 'intent is "transfer_money"'),
+        (RULE, '{"other": "transfer_money"}', None),
+        ({"field": "amount", "values": [1000]}, '{"amount": 1e3}', "amount is 1000"),
+        ({"field": "urgent", "values": [True]}, '{"urgent": true}', "urgent is true"),
+        ({"field": "urgent", "values": [True]}, '{"urgent": 1}', None),
+        ({"policy": "quiet"}, "call me at home", "policy quiet: it contains 'home'"),
+        ({"policy": "quiet"}, "fine", None),
+    ],
+)
+def test_which_answers_wait(
+    hold: Callable[..., Served], engine: FakeEngine, rule: dict[str, Any], answer: str, reason: str | None
+) -> None:
+    served = hold(rule, policy={"quiet": {"lacks": ["home"]}})
+    engine.answer = lambda _request, _adapter: answer
+    if reason is None:
+        found = served.ask()
+        assert found.choices[0].message.content == answer
+        assert found.choices[0].logprobs is None
+    else:
+        with served.http() as caller:
+            assert caller.get(held(served)["url"]).json()["reasons"] == [reason]
+
+
+def test_a_stopping_server_keeps_no_request_open(hold: Callable[..., Served]) -> None:
+    served = hold(wait=300)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(served.post)
+        until(lambda: served.serving.decisions._waiting)
+        served.stop()
+        assert asked.result(60).json()["error"]["code"] == "answer_held"
