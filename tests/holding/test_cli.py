@@ -42,7 +42,7 @@ def waiting(scene: Scene, versions: dict[int, Version], monkeypatch: pytest.Monk
             text='{"intent": "pay"}', response={"choices": [{"message": {"content": '{"intent": "pay"}'}}]},
             schemas=(SCHEMA,),
         )  # fmt: skip
-        queue.put(scene.store, answer, SETTINGS)
+        queue.put(scene.store, answer, SETTINGS, 10)
     return scene
 
 

@@ -333,6 +333,22 @@ def test_a_full_queue_refuses_answers(hold: Callable[..., Served]) -> None:
     held(served)
 
 
+@pytest.mark.attack("serving", "one caller fills the queue of held answers")
+def test_one_caller_does_not_fill_the_queue(
+    scene: Scene, versions: dict[int, Version], engine: FakeEngine, happened: Happened
+) -> None:
+    engine.answer = lambda _request, _adapter: MONEY
+    with running(scene, engine, holder=holder(), per_user=2) as served:
+        served.begin(versions[1])
+        held(served), held(served)
+        full = served.post()
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        with reviewer(served, APPROVER) as other:
+            again = other.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+        assert again.json()["error"]["code"] == "answer_held"
+    happened("429, and others go on")
+
+
 @pytest.mark.parametrize(
     ("rule", "answer", "reason"),
     [
@@ -365,10 +381,48 @@ def test_which_answers_wait(
             assert caller.get(held(served)["url"]).json()["reasons"] == [reason]
 
 
+CALL = '<call>{"name": "pay", "arguments": {"sum": 5}}</call>'
+TOOLS = [{"type": "function", "function": {"name": "pay", "parameters": {"type": "object"}}}]
+
+
+def test_calls_of_functions_wait_too(hold: Callable[..., Served], engine: FakeEngine) -> None:
+    served = hold()
+    engine.answer = lambda _request, _adapter: CALL
+    released, edited = held(served, tools=TOOLS), held(served, tools=TOOLS)
+    with reviewer(served) as steward, served.http() as caller:
+        assert decide(steward, released, "release").status_code == 200
+        choice = caller.get(released["url"]).json()["completion"]["choices"][0]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "pay"
+        assert decide(steward, edited, "replace", answer="ask a person").status_code == 200
+        choice = caller.get(edited["url"]).json()["completion"]["choices"][0]
+        assert (choice["finish_reason"], choice["message"]) == (
+            "stop", {"role": "assistant", "content": "ask a person", "refusal": None},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("decision", "more"), [("release", {}), ("replace", {"answer": "ask a person"})])
+def test_streamed_calls_leave_as_decided(
+    hold: Callable[..., Served], engine: FakeEngine, decision: str, more: dict[str, Any]
+) -> None:
+    served = hold(wait=120)
+    engine.answer = lambda _request, _adapter: CALL
+    with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
+        asked = threads.submit(lambda: list(served.ask(stream=True, tools=TOOLS)))
+        until(lambda: steward.get("/api/held").json()["held"])
+        (one,) = steward.get("/api/held").json()["held"]
+        assert decide(steward, {"url": f"/api/held/{one['id']}"}, decision, **more).status_code == 200
+        choices = [chunk.choices[0] for chunk in asked.result(60)]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    called = [call.function.name for choice in choices for call in choice.delta.tool_calls or ()]
+    expected = ("", ["pay"], "tool_calls") if decision == "release" else ("ask a person", [], "stop")
+    assert (text, called, choices[-1].finish_reason) == expected
+
+
 def test_a_stopping_server_keeps_no_request_open(hold: Callable[..., Served]) -> None:
     served = hold(wait=300)
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(served.post)
-        until(lambda: served.serving.decisions._waiting)
+        until(lambda: served.serving.awaited._waiting)
         served.stop()
         assert asked.result(60).json()["error"]["code"] == "answer_held"

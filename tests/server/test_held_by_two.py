@@ -143,9 +143,9 @@ def test_each_answer_is_decided_once_whoever_is_first(shared: Scene) -> None:
     """Two reviewers and the deadline, in threads, on each kind of database."""
     settings = holder(at_most=10).settings
     for number in range(10):
-        queue.put(shared.store, held_answer(shared, number), settings)
+        queue.put(shared.store, held_answer(shared, number), settings, 100)
     with pytest.raises(queue.QueueFull):
-        queue.put(shared.store, held_answer(shared, 10), settings)
+        queue.put(shared.store, held_answer(shared, 10), settings, 100)
     with database.writing(shared.store.engine) as session:
         for row in session.query(HeldRow):
             row.deadline = time.time() + 0.3

@@ -41,6 +41,10 @@ class QueueFull(Refused):
     """As many answers wait as the project allows."""
 
 
+class TooManyOfCaller(Refused):
+    """As many answers of this caller wait as one may have."""
+
+
 class UnknownAnswer(UsageError):
     """There is no such held answer, or its time is over."""
 
@@ -70,8 +74,12 @@ class HeldAnswer:
     grammar: str | None = None
 
 
-def put(store: Store, answer: HeldAnswer, settings: HoldSettings) -> float:
-    """Add an answer to the queue; returns its deadline. Raises QueueFull where `at_most` wait already."""
+def put(store: Store, answer: HeldAnswer, settings: HoldSettings, of_caller: int) -> float:
+    """Add an answer to the queue; returns its deadline.
+
+    of_caller: how many answers of one caller may wait, so that nobody fills the queue for all. Raises QueueFull where
+    `at_most` wait already, TooManyOfCaller.
+    """
     at = time.time()
     texts = {
         "messages": [message.model_dump(mode="json") for message in answer.messages],
@@ -83,6 +91,9 @@ def put(store: Store, answer: HeldAnswer, settings: HoldSettings) -> float:
     with database.writing(store.engine) as session:
         if count_waiting(session) >= settings.at_most:
             raise QueueFull(f"{settings.at_most} answers wait for a reviewer already", fix="decide on some of them")
+        mine = select(func.count()).where(HeldRow.caller == answer.caller, HeldRow.state == WAITING)
+        if (session.scalar(mine) or 0) >= of_caller:
+            raise TooManyOfCaller(f"{of_caller} answers of {answer.caller} wait for a reviewer already")
         session.add(
             HeldRow(
                 id=answer.id,

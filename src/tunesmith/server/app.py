@@ -169,7 +169,7 @@ async def _control(serving: Serving) -> None:
             for _ in await asyncio.to_thread(tidy, serving.store):
                 serving.metrics.held.labels("expired").inc()
             serving.metrics.held_waiting.set(await asyncio.to_thread(waiting, serving.store))
-            await serving.decisions.look(serving.store)
+            await serving.awaited.look(serving.store)
             if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
                 cleaned_at = time.monotonic()
                 await asyncio.to_thread(delete_expired, serving.store)

@@ -15,7 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.holding.queue import AlreadyDecided, HeldAnswer, QueueFull, UnknownAnswer, get, put, response_of
+from tunesmith.holding.queue import (
+    AlreadyDecided,
+    HeldAnswer,
+    QueueFull,
+    TooManyOfCaller,
+    UnknownAnswer,
+    get,
+    put,
+    response_of,
+)
 from tunesmith.server.access import caller, needs, token_of
 from tunesmith.server.errors import (
     ApiError,
@@ -23,6 +32,7 @@ from tunesmith.server.errors import (
     answer_held,
     answer_refused,
     bad_request,
+    busy_for_user,
     forbidden,
     not_stored,
     too_many_held,
@@ -95,7 +105,7 @@ async def decide(request: Request, identifier: str) -> Response:
     run = partial(service.decide, serving.store, user, one, given.decision, reason=given.reason, answer=given.answer)
     found = await serving.noting.run(user.name, lambda: _told(run, identifier))
     serving.metrics.held.labels(found.state).inc()
-    serving.decisions.tell(one)
+    serving.awaited.tell(one)
     return JSONResponse(found.document())
 
 
@@ -108,17 +118,20 @@ async def decision_on(answer: HeldAnswer, serving: Serving, gone: asyncio.Future
     holding = serving.holding
     assert holding is not None
     try:
-        deadline = await asyncio.to_thread(put, serving.store, answer, holding)
+        deadline = await asyncio.to_thread(put, serving.store, answer, holding, serving.settings.per_user)
     except QueueFull as error:
         serving.metrics.held.labels("full").inc()
         raise too_many_held(holding.at_most) from error
+    except TooManyOfCaller as error:
+        serving.metrics.held.labels("full").inc()
+        raise busy_for_user(serving.settings.per_user, "held answers") from error
     except (TunesmithError, SQLAlchemyError, OSError) as error:
         LOG.error("the answer to request %s could not be held: %s", answer.id, type(error).__name__)  # not its text
         raise not_stored(error) from error
     serving.metrics.held.labels("held").inc()
     until = datetime.fromtimestamp(deadline, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     notice = HeldNotice(id=answer.id, url=f"/api/held/{answer.id}", deadline=until)
-    if serving.drain.begun or not await serving.decisions.wait(answer.id, holding.wait, gone):
+    if serving.drain.begun or not await serving.awaited.wait(answer.id, holding.wait, gone):
         raise answer_held(notice)
 
     def read() -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.project import Project
-from tunesmith.server.deciding import Decisions
+from tunesmith.server.awaiting import AwaitedDecisions
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import Drain
@@ -38,7 +38,7 @@ class Serving:
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
     versions: those that the engine holds. trying: the one thread for questions of the playground.
     project: takes fine-tuning jobs; None: the server takes none. holding: how long answers wait for a reviewer; None:
-    none does. decisions: the requests that wait for one. uploads: the uploads under way, by user. files:
+    none does. awaited: the requests that wait for a decision. uploads: the uploads under way, by user. files:
     threads that write uploads and delete files. used: when tokens, by their digests, were used since this was last
     written to the database, in seconds since 1970.
     """
@@ -54,7 +54,7 @@ class Serving:
     rates: Rates
     project: Project | None = None
     holding: HoldSettings | None = None
-    decisions: Decisions = field(default_factory=Decisions)
+    awaited: AwaitedDecisions = field(default_factory=AwaitedDecisions)
     drain: Drain = field(default_factory=Drain)
     checked_at: float = 0.0
     scoring: SharedThreads = field(default_factory=lambda: SharedThreads("scoring", 1, limits.FEEDBACK, _FEEDBACK))

@@ -41,7 +41,9 @@ _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_tim
 def connect(url: str) -> Engine:
     """Open the database at url and migrate it if needed. Raises TunesmithError if that fails."""
     # All are kept open: a server's threads would else open and close those beyond the fifth for each request.
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"), pool_size=_CONNECTIONS, max_overflow=0)
+    ping = not url.startswith("sqlite")
+    # hide_parameters: an error's text must not repeat the texts that a row holds.
+    engine = create_engine(url, pool_pre_ping=ping, pool_size=_CONNECTIONS, max_overflow=0, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         _sqlite_transactions(engine)
     with _usable(engine):

@@ -136,7 +136,7 @@ async def drain(serving: Serving) -> None:
     last_words = min(1.0, grace / 10)
     end = time.monotonic() + grace
     serving.drain.begun = True
-    serving.decisions.end()
+    serving.awaited.end()
     if under_way := len(serving.drain.under_way):
         LOG.info("stopping: %d requests may take up to %g s; a second signal ends at once", under_way, grace)
     await asyncio.to_thread(serving.worker.stop, grace - last_words)

@@ -9,7 +9,7 @@ from tunesmith.holding.queue import decided_among
 from tunesmith.store.store import Store
 
 
-class Decisions:
+class AwaitedDecisions:
     """The open requests of one server whose answers wait for a reviewer. Used from one event loop."""
 
     def __init__(self) -> None:
