@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import socket
 import ssl
@@ -132,7 +133,8 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
         thread.join(SECONDS)
         assert not thread.is_alive(), "the server did not stop"
 
-    token = issue_token(scene.store, OPERATOR, actor=OPERATOR)
+    # A name of its own: a test that makes tokens over HTTP must not replace the one that other tests use.
+    token = issue_token(scene.store, OPERATOR, actor=OPERATOR, name=f"tests-{secrets.token_hex(4)}")
     try:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         yield Served(url, token, scene, engine, app.state.serving.worker, app.state.serving, app, stop)
