@@ -30,6 +30,7 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "/v1/fine_tuning/jobs/{job}/checkpoints",
         "/metrics", "/api/decisions", "/api/decisions/prepare", "/v1/files", "/v1/files/{file}",
         "/v1/files/{file}/content", "/api/tokens", "/api/tokens/{user}/{name}",
+        "/api/held", "/api/held/{identifier}", "/api/held/{identifier}/decide",
     }  # fmt: skip
     posts = [route["post"] for route in document["paths"].values() if "post" in route]
     bodies = [post["requestBody"]["content"] for post in posts if "requestBody" in post]
@@ -41,6 +42,7 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "DecisionRequest",
         "SignedDecision",
         "TokenRequest",
+        "HeldDecision",
         "FineTuningRequest",
     ]
 
