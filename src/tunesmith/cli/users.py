@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
     add_commands(users, add, roles, groups, deactivate, token, tokens, revoke_token, list=list_users)
     app.add_typer(users, name="users")
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
-    add_commands(keys, create, enrol, retire, revoke, list=list_keys)
+    add_commands(keys, create, enrol, confirm, reject, retire, revoke, list=list_keys)
     app.add_typer(keys, name="keys")
     add_commands(app, login_link)
 
@@ -149,7 +149,7 @@ def revoke_token(
 
 
 def list_keys(here: Here) -> None:
-    """List every key, retired and revoked ones included, and whether its private half is on this machine."""
+    """List every key, retired, revoked and proposed ones included, and whether its private half is on this machine."""
     from tunesmith.services import users
 
     here.emit(users.list_keys(here.store), _draw_keys)
@@ -181,6 +181,30 @@ def enrol(
     from tunesmith.services import users
 
     here.emit(users.enrol_key(here.store, name, file, label=label, actor=here.actor), _print_enrolled)
+
+
+Fingerprint = Annotated[
+    str, typer.Argument(metavar="FINGERPRINT", help="As its user told it to you; its first 20 digits are enough.")
+]
+
+
+def confirm(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
+    """Let a key count that a user proposed in the web console. Only an admin may, and not for a key of their own.
+
+    The fingerprint must come from the user by another way than this server: in person, by telephone or by a chat.
+    """
+    from tunesmith.services import proposed_keys
+
+    done = proposed_keys.confirm(here.store, name, fingerprint, actor=here.actor)
+    here.emit(done, printed(f"{done.user} signs with {done.label}: {done.fingerprint}"))
+
+
+def reject(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
+    """End the proposal of a key that a user made in the web console."""
+    from tunesmith.services import proposed_keys
+
+    ended = proposed_keys.reject(here.store, name, fingerprint, actor=here.actor)
+    here.emit(ended, printed(f"the proposed key {ended.fingerprint} of {ended.user} is rejected"))
 
 
 def retire(here: Acting, name: Name, label: Given) -> None:
@@ -271,5 +295,8 @@ def _minute(at: str | None) -> str:
 
 
 def _draw_keys(console: Console, found: KeyList) -> None:
-    rows = ((key.user, key.label, key.fingerprint, key.status, key.until or "", key.private) for key in found.keys)
+    rows: list[tuple[object, ...]] = [
+        (key.user, key.label, key.fingerprint, key.status, key.until or "", key.private) for key in found.keys
+    ]
+    rows += [(key.user, "", key.fingerprint, "proposed", "", False) for key in found.proposed]
     draw_table(console, rows, "user", "label", "fingerprint", "status", "until entry", "private")

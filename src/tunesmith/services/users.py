@@ -20,6 +20,7 @@ from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions
+from tunesmith.services.proposed_keys import ProposedKeyView, waiting
 from tunesmith.store import identities, sessions, tokens, user_keys
 from tunesmith.store.identities import User, acting
 from tunesmith.store.store import Store
@@ -70,9 +71,10 @@ class KeyView(View):
 
 
 class KeyList(View):
-    """Every enrolled key."""
+    """Every enrolled key, and those that users proposed and no admin has confirmed yet."""
 
     keys: tuple[KeyView, ...]
+    proposed: tuple[ProposedKeyView, ...]
 
 
 class EnrolledKey(View):
@@ -239,7 +241,7 @@ def revoke_token(store: Store, user: str, name: str, *, actor: str | None = None
 
 
 def list_keys(store: Store) -> KeyList:
-    """Every enrolled key, retired and revoked ones included."""
+    """Every enrolled key, retired and revoked ones included, and the proposed ones."""
     return KeyList(
         keys=tuple(
             KeyView(
@@ -255,7 +257,8 @@ def list_keys(store: Store) -> KeyList:
             )
             for user in identities.list_users(store)
             for key in user.keys
-        )
+        ),
+        proposed=waiting(store),
     )
 
 

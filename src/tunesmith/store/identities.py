@@ -229,13 +229,18 @@ def deactivate(store: Store, name: str, *, actor: str) -> User:
     return get_user(store, name)
 
 
-def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_by: str = "") -> None:
-    """Give a user a key, inside the caller's change. Raises Refused if it was enrolled before, by anybody."""
-    fingerprint = digest_bytes(public_key.encode())
+def check_new_key(session: Session, name: str, fingerprint: str) -> None:
+    """Raise Refused if a key was enrolled before, by anybody. name: who wants it now."""
     known = session.get(KeyRow, fingerprint)
     if known is not None:
         whose = f"this key is {known.user}'s" + ("" if known.status == "active" else f" and was {known.status}")
-        raise Refused(whose, where=row.name, fix="make another one: tunesmith keys create")
+        raise Refused(whose, where=name, fix="make another one: tunesmith keys create")
+
+
+def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_by: str = "") -> None:
+    """Give a user a key, inside the caller's change. Raises Refused if it was enrolled before, by anybody."""
+    fingerprint = digest_bytes(public_key.encode())
+    check_new_key(session, row.name, fingerprint)
     enrolled = audit.newest(session).seq + 1
     row.keys.append(
         KeyRow(

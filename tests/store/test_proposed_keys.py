@@ -1,0 +1,94 @@
+"""Proposed keys: what waits, who confirms it, and that it signs nothing before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.fabricate import APPROVER, NAME, OWNER, Scene
+from tests.rollout.conftest import made, scene, versions
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.registry.signing.signatures import Untrusted
+from tunesmith.registry.versions import Version
+from tunesmith.services import proposed_keys
+from tunesmith.store.identities import add_user, deactivate, get_user, list_users
+from tunesmith.store.store import Store
+
+__all__ = ["made", "scene", "versions"]
+
+
+def proposal(store: Store, user: str = APPROVER) -> tuple[ec.EllipticCurvePrivateKey, str]:
+    """A new private key, and the fingerprint under which its public half waits."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key, proposed_keys.propose(store, public_pem(key.public_key()), actor=user).fingerprint
+
+
+def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, versions: dict[int, Version]) -> None:
+    store = scene.store
+    key, fingerprint = proposal(store)
+    request = prepare_approval(store, versions[4], APPROVER)
+    with pytest.raises(Untrusted, match="not trusted here"):
+        submit_approval(store, sign(request, key))
+    before = (store.root / "trust" / "keys.json").read_bytes()
+    add_user(store, "amy", ["admin"], actor=OWNER, scope=Scope("acme"))  # an admin of one tenant only
+    for actor, whose, told, why in (
+        (APPROVER, APPROVER, fingerprint, "have another admin confirm"),
+        ("olga", APPROVER, fingerprint, "it takes admin"),
+        ("amy", APPROVER, fingerprint, "may act only within"),
+        (OWNER, "olga", fingerprint, "no key of olga waits"),
+        (OWNER, APPROVER, fingerprint[:26], "first 20 digits"),
+        (OWNER, APPROVER, "", "first 20 digits"),
+        (OWNER, APPROVER, fingerprint + "0", "first 20 digits"),
+        (OWNER, APPROVER, "sha256:" + "0" * 64, "no key of bob waits"),
+        (OWNER, "nobody", fingerprint, "no key of nobody waits"),
+    ):
+        with pytest.raises((Refused, UsageError), match=why) as caught:
+            proposed_keys.confirm(store, whose, told, actor=actor)
+        assert caught.value.fix or "digits" in why
+    assert (store.root / "trust" / "keys.json").read_bytes() == before
+    spoken = " ".join(fingerprint[7:31][i : i + 4] for i in range(0, 24, 4)).upper()
+    done = proposed_keys.confirm(store, APPROVER, spoken, actor=OWNER)
+    assert (done.fingerprint, get_user(store, APPROVER).fingerprint) == (fingerprint, fingerprint)
+    assert not proposed_keys.waiting(store)
+    assert submit_approval(store, sign(request, key)).approval.approver == APPROVER
+    assert verify_log(store) == []
+    with pytest.raises(Refused, match="this key is bob's"):
+        proposed_keys.propose(store, get_user(store, APPROVER).keys[-1].public_key, actor="olga")
+
+
+def test_proposals_end_and_are_few(scene: Scene) -> None:
+    store = scene.store
+    _, first = proposal(store)
+    prints = [first, *(proposal(store)[1] for _ in range(4))]
+    assert [key.fingerprint for key in proposed_keys.waiting(store, APPROVER)] == prints
+    with pytest.raises(UsageError, match="5 keys of bob wait"):
+        proposal(store)
+    with pytest.raises(Refused, match="it takes admin"):
+        proposed_keys.reject(store, APPROVER, first, actor="olga")
+    proposed_keys.reject(store, APPROVER, first, actor=APPROVER)  # its own user
+    proposed_keys.reject(store, APPROVER, prints[1], actor=OWNER)
+    with pytest.raises(UsageError, match="no key of bob waits"):
+        proposed_keys.confirm(store, APPROVER, first, actor=OWNER)
+    _, of_olga = proposal(store, "olga")
+    deactivate(store, APPROVER, actor=OWNER)
+    assert [key.fingerprint for key in proposed_keys.waiting(store)] == [of_olga]
+    assert {user.name for user in list_users(store) if user.keys} == {OWNER, APPROVER}
+    assert verify_log(store) == []
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP256K1()])
+def test_only_p256_keys_are_taken(scene: Scene, curve: ec.EllipticCurve, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization as form
+
+    public = ec.generate_private_key(curve).public_key()
+    pem = public.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
+    for wrong in (pem, "", "-----BEGIN PUBLIC KEY-----", f"{NAME}\N{RIGHT-TO-LEFT OVERRIDE}"):
+        with pytest.raises(UsageError):
+            proposed_keys.propose(scene.store, wrong, actor=APPROVER)
+    assert not proposed_keys.waiting(scene.store)
