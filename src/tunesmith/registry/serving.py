@@ -6,7 +6,7 @@ Files are checked when a version is opened: `versions.open_release` checks its s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from tunesmith.registry.signing.release import Version, check_expiry, check_sign
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
 from tunesmith.store.identities import require, trusted_keys
 from tunesmith.store.recalls import recalled
-from tunesmith.store.tables import AuditRow, VersionRow
+from tunesmith.store.tables import AuditRow, RecallRow, VersionRow
 from tunesmith.store.trust import TrustedKey, find_key
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]
@@ -92,13 +92,43 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
             f"is for {made_for}, not for {scope}",
             "register it for that tenant and region",
         )
-    reason = recalled(session, version.digest)
-    if reason is not None:
-        return Permission("recalled", f"was recalled: {reason}", "use another version")
+    return _usable(version, recalled(session, version.digest), trusted_keys(session), row.key)
+
+
+def permissions(session: Session, versions: Sequence[Version]) -> dict[str, Permission]:
+    """Whether each version may begin to serve the tenant and region that it is for: digest -> what may_serve says.
+
+    For lists: takes five queries for any number of versions. They must be registered.
+    """
+    keys, digests = trusted_keys(session), [version.digest for version in versions]
+    rows = select(VersionRow.digest, VersionRow.key).where(VersionRow.digest.in_(digests))
+    signed_with = {row.digest: row.key for row in session.execute(rows)}
+    recalls = select(RecallRow.digest, RecallRow.reason).where(RecallRow.digest.in_(digests))
+    reasons: dict[str, str] = {}
+    for digest, reason in session.execute(recalls.order_by(RecallRow.at, RecallRow.cause)):
+        reasons.setdefault(digest, reason)
+    entries: dict[str, list[AuditRow]] = {}
+    decided = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject.in_(digests))
+    for entry in session.scalars(decided.order_by(AuditRow.seq.desc())):
+        entries.setdefault(entry.subject, []).append(entry)
+    found = {}
+    for version in versions:
+        key = signed_with[version.digest]
+        permission = _usable(version, reasons.get(version.digest), keys, key)
+        if permission.granted:
+            permission = unmet(version, *_judged(version, keys, key, entries.get(version.digest, ())))
+        found[version.digest] = permission
+    return found
+
+
+def _usable(version: Version, recall: str | None, keys: Sequence[TrustedKey], signed_with: str) -> Permission:
+    """Whether a version is neither recalled nor expired, and signed by somebody who may sign it today."""
+    if recall is not None:
+        return Permission("recalled", f"was recalled: {recall}", "use another version")
     if not (unexpired := still_valid(version)).granted:
         return unexpired
     try:
-        check_signer(version, _key(trusted_keys(session), row.key, version.signer))
+        check_signer(version, _key(keys, signed_with, version.signer))
     except Refused as error:
         return Permission("signer", f"has no trusted signature: {error.what}", error.fix)
     return GRANTED
@@ -147,14 +177,21 @@ def _approved(session: Session, version: Version) -> Permission:
 
 def _decisions(session: Session, version: Version) -> tuple[Approvals, list[str]]:
     """Who decided on a version, and why each decision that does not count does not."""
-    keys = trusted_keys(session)
-    signed_with = select(VersionRow.key).where(VersionRow.digest == version.digest)
-    signer = _key(keys, session.scalars(signed_with).one(), version.signer)
+    signed_with = session.scalars(select(VersionRow.key).where(VersionRow.digest == version.digest)).one()
     entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action.in_(DECIDED))
+    newest_first = session.scalars(entries.order_by(AuditRow.seq.desc()))
+    return _judged(version, trusted_keys(session), signed_with, newest_first)
+
+
+def _judged(
+    version: Version, keys: Sequence[TrustedKey], signed_with: str, newest_first: Iterable[AuditRow]
+) -> tuple[Approvals, list[str]]:
+    """What the log's entries about a version, the newest first, come to."""
+    signer = _key(keys, signed_with, version.signer)
     problems: list[str] = []
     people: dict[str, Sequence[str]] = {}
     refusal: AuditRow | None = None
-    for entry in session.scalars(entries.order_by(AuditRow.seq.desc())):
+    for entry in newest_first:
         signature = entry.detail.get("signature", {})
         try:
             approver = _key(keys, signature.get("key", ""), entry.actor)

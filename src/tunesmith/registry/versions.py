@@ -63,6 +63,7 @@ __all__ = [
     "resolve",
     "verified_copy",
     "verify_version",
+    "version_of",
 ]
 
 
@@ -195,10 +196,11 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
         row = reading.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         raise Refused(f"{short(digest)} is not a registered version", fix="tunesmith register")
-    return _version_of(store, row)
+    return version_of(store, row)
 
 
-def _version_of(store: Store, row: VersionRow) -> Version:
+def version_of(store: Store, row: VersionRow) -> Version:
+    """The version of a row. Raises Refused if the row contradicts the version's record."""
     version, _ = read_version(store.record(row.digest, kind="version"), store.record_where(row.digest), row.digest)
     stated = (version.name, version.number, version.tenant, version.region)
     if stated != (row.name, row.number, row.tenant, row.region):
@@ -227,7 +229,7 @@ def list_versions(
         query = query.where(VersionRow.digest.in_(_digests(name, containing)))
     with database.reading(store.engine) as session:
         rows = list(session.scalars(query))
-    return [_version_of(store, row) for row in rows]
+    return [version_of(store, row) for row in rows]
 
 
 def count_versions(store: Store, *, containing: str = "") -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.view import View
@@ -25,7 +25,8 @@ from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, verdict
 from tunesmith.project import Project
-from tunesmith.registry.versions import resolve
+from tunesmith.registry.versions import Version, resolve
+from tunesmith.store.store import Store
 
 
 class ReportedCandidate(View):
@@ -150,11 +151,38 @@ def report(project: Project, version: str | None = None) -> EvidenceReport:
     return EvidenceReport.model_validate(data)
 
 
-def report_page(found: EvidenceReport, path: Path) -> None:
-    """Write a report as one HTML page."""
+def version_report(store: Store, version: Version, *, everything: bool) -> EvidenceReport:
+    """The evidence for a version. everything: its trail names the other versions of its name too, of all tenants.
+
+    Raises Refused for an evaluation that does not state what a report shows.
+    """
+    from tunesmith.evaluation.report.data import release_trail, report_data
+
+    trail = release_trail(store, version.name if everything else version.label, version.digest)
+    try:
+        data = report_data(store, version.evaluation, version.verdict, version.digest, trail)
+    except KeyError as error:
+        raise Refused(f"the evaluation of {version.label} states no {error}", where=version.label) from error
+    return EvidenceReport.model_validate(data)
+
+
+def report_html(found: EvidenceReport) -> str:
+    """A report as one HTML page, without scripts or files of its own."""
     from tunesmith.evaluation.report.html import render
 
-    write_atomic(path, render(found.document()).encode())
+    return render(found.document())
+
+
+def report_text(found: EvidenceReport) -> str:
+    """A report as Markdown, without charts and examples."""
+    from tunesmith.evaluation.report.markdown import report_markdown
+
+    return report_markdown(found.document())
+
+
+def report_page(found: EvidenceReport, path: Path) -> None:
+    """Write a report as one HTML page."""
+    write_atomic(path, report_html(found).encode())
 
 
 def latest_evaluation(project: Project) -> str:

@@ -1,4 +1,4 @@
-"""Keys that users propose for themselves, such as one made in a browser, and that count once an admin confirmed them."""
+"""Keys that users propose for themselves, such as one made in a browser, until an admin confirms them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def propose(store: Store, public_key: str, *, actor: str) -> ProposedKeyView:
 
 
 def confirm(store: Store, user: str, fingerprint: str, *, actor: str | None = None) -> ConfirmedKey:
-    """Let a proposed key count. fingerprint: its first 20 digits or more, as the user told them to the admin who acts."""
+    """Let a proposed key count. fingerprint: its first 20 digits or more, as the user told them."""
     return _newest(proposals.confirm_key(store, user, fingerprint, actor=acting(store, actor)))
 
 

@@ -120,7 +120,7 @@ def register(
         expires_at=expires_at,
         risk=None if risk is None else risk.requirement,
     )
-    return _view(version)
+    return registered(version)
 
 
 def approve(
@@ -212,7 +212,7 @@ def list_versions(store: Store, *, name: str = "", limit: int = LISTED) -> Versi
 
     name: only versions whose name contains this text. limit: only the last so many that were registered; 0: all.
     """
-    found = tuple(_view(one) for one in versions.list_versions(store, containing=name, newest=limit or None))
+    found = tuple(registered(one) for one in versions.list_versions(store, containing=name, newest=limit or None))
     listed = {version.digest for version in found}
     aliases = tuple(alias for alias in list_aliases(store) if alias.version in listed)
     return VersionList(versions=found, aliases=aliases, total=versions.count_versions(store, containing=name))
@@ -242,5 +242,6 @@ def _recorded(store: Store, version: Version, recorded: approvals.RecordedApprov
     )
 
 
-def _view(version: Version) -> RegisteredVersion:
+def registered(version: Version) -> RegisteredVersion:
+    """A version as lists and pages show it."""
     return RegisteredVersion(version=version.label, **version.model_dump())

@@ -33,6 +33,7 @@ PAGES = (
     ("/", "Home"),
     ("/console/runs", "Runs"),
     ("/console/evidence", "Evidence"),
+    ("/console/versions", "Versions"),
     ("/console/rollouts", "Rollouts"),
     ("/console/operations", "Operations"),
 )

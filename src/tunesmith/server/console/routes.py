@@ -8,7 +8,17 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import changes, evidence, home, login, operations, playground, rollouts
+from tunesmith.server.console import (
+    changes,
+    evidence,
+    home,
+    keys,
+    login,
+    operations,
+    playground,
+    rollouts,
+    versions,
+)
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.runs import pages, start
@@ -57,8 +67,10 @@ for part in (
     pages.routes,
     evidence.routes,
     playground.routes,
+    versions.routes,
     rollouts.routes,
     operations.routes,
+    keys.routes,
     last,
 ):
     routes.include_router(part)

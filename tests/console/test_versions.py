@@ -1,0 +1,349 @@
+"""The pages of versions and keys: what the list shows, decisions signed in the browser, lineage, verification."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from playwright.sync_api import Page, expect
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
+from sqlalchemy import event
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.test_login import cookie_of, plain
+from tests.fabricate import APPROVER, GATES, NAME, OPERATOR, OWNER, SCHEMA, Scene, fabricate
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tunesmith.core.scope import Scope
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.verdict import judge
+from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.signing import keys as signing_keys
+from tunesmith.registry.signing.attestations import ENVELOPE
+from tunesmith.registry.versions import Version, register
+from tunesmith.services import proposed_keys, version_pages
+from tunesmith.services import versions as service
+from tunesmith.store import database
+from tunesmith.store.identities import add_user, ensure_owner, get_user
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.store.tables import VersionRow
+
+Versions = dict[int, Version]
+HOSTILE = (
+    '<script>alert(1)</script>"><img src=x onerror=alert(1)> {{7*7}} javascript:alert(1) \N{RIGHT-TO-LEFT OVERRIDE}x'
+)
+
+
+def decide(page: Page, decision: str, reason: str) -> None:
+    """Prepare a decision on a version's page, look at what is signed, sign it and wait until it is listed."""
+    page.get_by_label("Approve:" if decision == "approve" else "Refuse:").check()
+    page.get_by_label("Reason").fill(reason)
+    page.get_by_role("button", name="Verify it and show what I sign").click()
+    expect(page.get_by_role("heading", name=f"You {decision} {NAME}@v1")).to_be_visible()
+    expect(page.locator("#statement dl")).to_contain_text(reason)
+    page.get_by_role("button", name="Sign and send").click()
+    said = "approved" if decision == "approve" else "refused"
+    expect(page.locator("#state tbody tr").filter(has_text=reason).filter(has_text=said)).to_be_visible()
+
+
+def test_a_key_of_a_browser_is_confirmed_and_refuses_and_approves(
+    served: Served, login: Login, versions: Versions
+) -> None:
+    store = served.scene.store
+    add_user(store, "ada", ["approver"], actor=OWNER)
+    ada = login("ada", "/console/keys")
+    expect(ada.get_by_text("Keys of others")).to_have_count(0)
+    ada.get_by_role("button", name="Make a key in this browser").click()
+    waiting = ada.locator("section", has=ada.get_by_role("heading", name="Waits for an admin"))
+    expect(waiting.get_by_text("in this browser")).to_be_visible()
+    told = re.sub(r"\s", "", waiting.locator(".fingerprint").inner_text())
+    (proposed,) = proposed_keys.waiting(store, "ada")
+    assert proposed.fingerprint == f"sha256:{told}"
+    check_accessible(ada)
+    take_pictures(ada, "keys-waiting")
+    assert fits(ada)
+    ada.set_viewport_size({"width": 1280, "height": 900})
+
+    # It does not count yet.
+    ada.goto(f"{served.url}/console/versions/{NAME}/1")
+    ada.get_by_label("Approve:").check()
+    ada.get_by_role("button", name="Verify it and show what I sign").click()
+    expect(ada.get_by_text("No key of this browser counts for you")).to_be_visible()
+    expect(ada.get_by_role("button", name="Sign and send")).to_be_disabled()
+
+    ann = login(OWNER, "/console/keys")
+    expect(ann.locator("body")).not_to_contain_text(told[:20])
+    expect(ann.get_by_text("in this browser", exact=True)).to_be_hidden()  # a key of hers, in a file
+    field = ann.get_by_label("Its fingerprint, as ada told it to you")
+    field.fill("0" * 64)
+    ann.get_by_role("button", name="Confirm").click()
+    expect(ann.locator("body")).to_contain_text("no key of ada waits under this fingerprint")
+    ann.goto(f"{served.url}/console/keys")
+    check_accessible(ann)
+    take_pictures(ann, "keys-admin")
+    ann.get_by_label("Its fingerprint, as ada told it to you").fill(told[:24])
+    ann.get_by_role("button", name="Confirm").click()
+    expect(ann.get_by_text("None.", exact=True)).to_be_visible()
+    assert get_user(store, "ada").fingerprint == proposed.fingerprint
+
+    assert served.post().status_code == 200
+    ada.goto(f"{served.url}/console/versions/{NAME}/1")
+    decide(ada, "refuse", "two answers name a customer")
+    assert served.post().status_code == 404
+    expect(ada.get_by_role("heading", level=1)).to_contain_text("refused")
+    decide(ada, "approve", "they were made up")
+    assert served.post().status_code == 200
+    expect(ada.get_by_role("heading", level=1)).to_contain_text("serving")
+    check_accessible(ada)
+    take_pictures(ada, "version")
+    assert fits(ada)
+
+    approval = require_approved(store, versions[1])
+    assert (approval.approver, approval.reason) == ("ada", "they were made up")
+    assert service.verify(store, f"{NAME}@v1").ok
+    assert verify_log(store) == []
+    public = load_pem_public_key(get_user(store, "ada").keys[0].public_key.encode())
+    key = SSlibKey.from_crypto(public, keyid=told)
+    records = [child for _, kind, child in store.children(versions[1].digest) if kind == "approval"]
+    bodies = {digest: store.record(digest) for digest in records}
+    own = [record for record in bodies.values() if record.body["approver"] == "ada"]
+    assert len(own) == 2
+    for record in own:
+        Envelope.from_dict(json.loads(store.read_blob(record.blobs[ENVELOPE]))).verify([key], threshold=1)
+    assert not list((store.root / "keys").glob("ada*"))
+
+
+def test_the_statement_is_shown_before_it_is_signed(served: Served, login: Login) -> None:
+    page = login(APPROVER, f"/console/versions/{NAME}/4")
+    page.get_by_label("Refuse:").check()
+    page.get_by_role("button", name="Verify it and show what I sign").click()
+    expect(page.get_by_role("alert")).to_contain_text("needs a reason")
+    page.get_by_label("Reason").fill(HOSTILE)
+    page.get_by_role("button", name="Verify it and show what I sign").click()
+    expect(page.locator("#statement")).to_contain_text("<script>alert(1)</script>")
+    expect(page.locator("#statement")).to_contain_text("⟨U+202E⟩")
+    check_accessible(page)
+    take_pictures(page, "statement")
+    assert fits(page)
+    # The command is there for a key in a file; the owner, who registered it, is told why they may not.
+    expect(page.locator("pre", has_text="--key FILE")).to_contain_text(
+        f"tunesmith refuse {NAME}@v4 --server {served.url}"
+    )
+    ann = login(OWNER, f"/console/versions/{NAME}/4")
+    expect(ann.get_by_role("heading", name="Approve or refuse")).to_have_count(0)
+
+
+def test_another_tenant_sees_nothing(served: Served, login: Login) -> None:
+    store = served.scene.store
+    version = served.scene.version(5, approved=False, name="acme-bot", scope=Scope("acme"))
+    for name, tenant in (("amy", "acme"), ("gus", "globex")):
+        add_user(store, name, ["approver", "engineer"], actor=OWNER, scope=Scope(tenant))
+    amy = login("amy", "/console/versions")
+    expect(amy.get_by_role("link", name="acme-bot@v1")).to_be_visible()
+    amy.get_by_role("link", name="acme-bot@v1").click()
+    expect(amy.get_by_role("heading", level=1)).to_contain_text("waits for approval")
+    expect(amy.locator("pre", has_text="tunesmith export")).to_contain_text("--tenant acme")
+    gus = login("gus", "/console/versions")
+    expect(gus.get_by_role("link", name=f"{NAME}@v1")).to_be_visible()  # it is for all
+    expect(gus.locator("main")).not_to_contain_text("acme")
+    expect(gus.locator("main")).to_contain_text("4 versions")
+    found = version_pages.page_of_versions(store, get_user(store, "gus"), text=version.digest)
+    assert (found.total, found.versions) == (0, ())
+    gus.goto(f"{served.url}/console/versions/acme-bot/1")
+    expect(gus.locator("body")).to_contain_text("There is no such version")
+    with plain(served, cookie_of(served, "gus")) as http:
+        at = "/console/versions/acme-bot/1"
+        missing = http.get("/console/versions/acme-bot/2")
+        for path in ("", "/report.html", "/report.md", "/datasheet.md", "/NOTICE.md", f"/records/{version.candidate}"):
+            answer = http.get(at + path)
+            assert (answer.status_code, answer.text) == (404, missing.text), path
+        # Nor through a version that both see: the records of acme's version are not in its lineage.
+        assert http.get(f"/console/versions/{NAME}/1/records/{version.digest}").status_code == 404
+        base = http.get(f"/console/versions/{NAME}/1/records/{served.scene.base}")
+        assert base.status_code == 200
+        assert version.candidate[7:19] not in base.text
+        csrf = re.search(r'name="csrf" value="([0-9a-f]+)"', base.text)
+        assert csrf
+        for path in ("verification", "statement", "decisions"):
+            posted = http.post(f"{at}/{path}", data={"csrf": csrf[1], "decision": "approve"})
+            assert posted.status_code == 404, path
+    with plain(served, cookie_of(served, OPERATOR)) as http:  # who acts for all tenants sees what else it is used for
+        base = http.get(f"/console/versions/{NAME}/1/records/{served.scene.base}")
+        assert version.candidate[7:19] in base.text
+
+
+def test_lineage_leads_to_a_row_and_its_licence(served: Served, login: Login, versions: Versions) -> None:
+    page = login(OPERATOR, f"/console/versions/{NAME}/1")
+    box = page.locator("svg.lineage a", has_text="dataset").first
+    assert box.get_attribute("href") == f"/console/versions/{NAME}/1/records/{served.scene.dataset}"
+    page.goto(served.url + str(box.get_attribute("href")))
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Dataset")
+    expect(page.locator("section", has=page.get_by_role("heading", name="Rows"))).to_contain_text("Apache-2.0")
+    expect(page.locator("main")).not_to_contain_text("switch")  # no row's text
+    check_accessible(page)
+    take_pictures(page, "dataset")
+    assert fits(page)
+    page.get_by_label("Split").select_option("test")
+    page.get_by_label("Search").fill("no such row")
+    page.get_by_role("button", name="Show").click()
+    expect(page.get_by_text("No row fits.")).to_be_visible()
+    page.goto(f"{served.url}/console/versions/{NAME}/1/records/{versions[1].candidate}")
+    expect(page.locator("main")).to_contain_text("Answer as tuned.")
+    used = page.locator("section", has=page.get_by_role("heading", name="Used for"))
+    used.get_by_role("link", name="version").first.click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Version")
+
+
+def test_verification_is_run_now(served: Served, login: Login, versions: Versions) -> None:
+    page = login(OPERATOR, f"/console/versions/{NAME}/2")
+    page.get_by_role("button", name="Verify now").click()
+    expect(page.locator("#verified")).to_contain_text(f"{NAME}@v2 verifies")
+    scores = served.scene.store.record(versions[2].evaluation).blobs["scores.jsonl"]
+    path = served.scene.store.blob_path(scores)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"\n")
+    page.get_by_role("button", name="Verify now").click()
+    expect(page.locator("#verified")).to_contain_text("does not verify")
+    expect(page.locator("#verified table")).to_contain_text(scores[9:])
+    check_accessible(page)
+
+
+def many(store: Store, version: Version, count: int) -> None:
+    """Versions of other names that repeat the record of one, so that the list is long."""
+    record = store.record(version.digest)
+    with database.writing(store.engine) as session:
+        for number in range(1, count + 1):
+            body = {**record.body, "name": "bulk", "number": number}
+            digest = store.put_record(
+                Record(kind="version", parents=record.parents, blobs=record.blobs, body=body), session
+            )
+            row = {"name": "bulk", "number": number, "digest": digest, "key": get_user(store, OWNER).fingerprint}
+            session.add(VersionRow(**row))
+
+
+def test_a_long_list_is_paged_and_searched(served: Served, login: Login, versions: Versions) -> None:
+    store, ann = served.scene.store, get_user(served.scene.store, OWNER)
+    few = statements(store, lambda: version_pages.page_of_versions(store, ann))
+    many(store, versions[4], 1000)
+    assert statements(store, lambda: version_pages.page_of_versions(store, ann)) == few
+    page = login(OPERATOR, "/console/versions")
+    expect(page.locator("main")).to_contain_text("1004 versions, page 1 of 21")
+    expect(page.locator("tbody tr")).to_have_count(50)
+    check_accessible(page)
+    take_pictures(page, "versions")
+    assert fits(page)
+    page.get_by_role("link", name="Older").click()
+    expect(page.locator("main")).to_contain_text("page 2 of 21")
+    page.get_by_label("Search").fill(f"{NAME}@v1")
+    page.get_by_role("button", name="Show").click()
+    expect(page.locator("tbody tr")).to_have_count(1)
+    expect(page.locator("tbody")).to_contain_text("serving")
+    found = {state: version_pages.page_of_versions(store, ann, state=state).total for state in version_pages.STATES}
+    assert found == {**dict.fromkeys(version_pages.STATES, 0), "serving": 1, "approved": 2, "waiting": 1001}
+    (one,) = version_pages.page_of_versions(store, ann, text=versions[2].digest[7:19]).versions
+    assert one.version == f"{NAME}@v2"
+    with plain(served, cookie_of(served)) as http:
+        for path, status in (
+            ("?state=%3Cscript%3E", 409),
+            ("?page=0", 400),
+            ("?page=1000000", 200),
+            ("?q=%00%25_'\"@v99999999999", 200),
+            (f"/{NAME}/99999999999999999999", 400),
+            (f"/{NAME}/0", 400),
+            ("/%00/1", 404),
+            (f"/{NAME}/1/records/sha256:{'0' * 64}", 404),
+            (f"/{NAME}/1/records/nonsense", 400),
+        ):
+            answer = http.get(f"/console/versions{path}")
+            assert answer.status_code == status, path
+            assert "<script>alert" not in answer.text
+
+
+def statements(store: Store, call: Callable[[], object]) -> int:
+    """How many statements a call sends to the database. The server, in another thread, uses the same one."""
+    sent: list[str] = []
+    own = threading.get_ident()
+
+    def note(*arguments: object) -> None:
+        if threading.get_ident() == own:
+            sent.append(str(arguments[2]))
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    call()
+    event.remove(store.engine, "before_cursor_execute", note)
+    return len(sent)
+
+
+def test_hostile_text_stays_text(served: Served, login: Login, versions: Versions) -> None:
+    store = served.scene.store
+    for reason in (HOSTILE, "x" * 10_000):
+        request = prepare_approval(store, versions[4], APPROVER, reason, "refuse" if reason == HOSTILE else "approve")
+        key = signing_keys.load_signing_key(store, get_user(store, APPROVER))
+        submit_approval(store, sign(request, key))
+    page = login(OPERATOR, f"/console/versions/{NAME}/4")
+    expect(page.locator("#state tbody").last).to_contain_text("<script>alert(1)</script>")
+    expect(page.locator("#state tbody").last).to_contain_text("{{7*7}}")
+    assert page.locator("main img").count() == 0
+    assert fits(page)
+
+
+def test_what_is_no_decision_is_refused(served: Served) -> None:
+    store = served.scene.store
+    with plain(served, cookie_of(served, APPROVER)) as http:
+        at = f"/console/versions/{NAME}/1"
+        csrf = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/").text)
+        assert csrf
+        for path, fields, status in (
+            ("decisions", {}, 400),
+            ("decisions", {"statement": "{", "signature": "AAAA", "key": "x"}, 400),
+            ("decisions", {"statement": "{}", "signature": "%", "key": "x"}, 400),
+            ("decisions", {"statement": "[]", "signature": "A" * 88, "key": "sha256:" + "0" * 64}, 409),
+            ("decisions", {"statement": '"\\ud800"', "signature": "A" * 88, "key": "\u202e"}, 400),
+            ("statement", {"decision": "maybe"}, 400),
+            ("statement", {"decision": "refuse", "reason": "x" * 2001}, 400),
+        ):
+            answer = http.post(f"{at}/{path}", data={"csrf": csrf[1], **fields})
+            assert answer.status_code == status, (path, fields, answer.text)
+            assert http.post(f"{at}/{path}", data=fields).status_code == 403
+        for fields in ({}, {"public_key": HOSTILE}, {"public_key": "x" * 10_000}):
+            assert http.post("/console/keys", data={"csrf": csrf[1], **fields}).status_code == 409
+        for path in ("confirm", "reject"):
+            fields = {"csrf": csrf[1], "user": HOSTILE, "fingerprint": HOSTILE}
+            answer = http.post(f"/console/keys/{path}", data=fields)
+            assert answer.status_code == 409
+            assert "<script>alert" not in answer.text
+    assert not proposed_keys.waiting(store)
+
+
+def test_documents_of_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    made = fabricate(tmp_path / "store", n=40)
+    arguments = {"answers": made.answers, "probes": made.probes, "task": TaskSettings(scorers=("json_valid",))}
+    measured = evaluate(made.store, dataset=made.dataset, answer_schema=SCHEMA, **arguments)
+    gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
+    verdict = judge(made.store, evaluation=measured, candidate="tuned", gates=gates)
+    ensure_owner(made.store)
+    add_user(made.store, OPERATOR, ["operator"], actor=OWNER)
+    register(made.store, name=NAME, verdict=verdict, actor=OWNER)
+    with (
+        running(Scene(made.store, made.base, made.dataset), FakeEngine(made.base)) as served,
+        plain(served, cookie_of(served)) as http,
+    ):
+        report = http.get(f"/console/versions/{NAME}/1/report.html")
+        assert report.status_code == 200
+        assert f"{NAME}@v1" in report.text
+        assert "sandbox" in report.headers["content-security-policy"]
+        for name, said in (("report.md", "Verdict"), ("datasheet.md", "#"), ("NOTICE.md", f"Notice for {NAME}")):
+            answer = http.get(f"/console/versions/{NAME}/1/{name}")
+            assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+            assert answer.headers["content-disposition"].startswith("attachment; filename=")
+            assert said in answer.text
