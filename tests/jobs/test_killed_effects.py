@@ -38,11 +38,11 @@ def attempt(folder: Path, lease: Lease) -> None:
     write, effects = database._write, 0
 
     @contextlib.contextmanager
-    def counted(engine: Engine) -> Iterator[Connection]:
+    def counted(engine: Engine, *given: bool) -> Iterator[Connection]:
         nonlocal effects
-        with write(engine) as connection:
+        with write(engine, *given) as connection:
             statements: list[str] = []
-            event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2]))
+            event.listen(connection, "before_cursor_execute", lambda *said: statements.append(said[2]))
             yield connection
         changes = [each for each in statements if each.startswith(("INSERT", "UPDATE", "DELETE"))]
         if any(not any(repeated in each for repeated in _REPEATED) for each in changes):
