@@ -98,6 +98,11 @@ def show(store: Store, dataset: str | None = None, *, split: str = "train", limi
     return ShownDataset(**dict(dataset_summary(store, digest)), split=split, examples=shown, total=len(rows))
 
 
+def summary(store: Store, dataset: str) -> DatasetSummary:
+    """The account of a dataset version. Raises Refused where its record is missing or damaged."""
+    return dataset_summary(store, dataset)
+
+
 def verify(store: Store, dataset: str | None = None) -> DatasetVerification:
     """Recompute the digests, counts and leakage of a dataset version, by default of the newest."""
     return verify_dataset(store, _find(store, dataset))

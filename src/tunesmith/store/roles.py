@@ -18,6 +18,8 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "data.build": frozenset(("engineer", "steward")),
         "data.sign": frozenset(("steward",)),
+        "row.review": frozenset(("engineer", "steward")),
+        "row.read": frozenset(("engineer", "steward")),
         "training.run": frozenset(("engineer",)),
         "evaluation.run": frozenset(("engineer",)),
         "evidence.read": frozenset(("engineer", "steward", "approver")),

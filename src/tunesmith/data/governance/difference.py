@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class Difference(View):
     """What changed from one dataset version to another. rows: how many are the same, moved, added, removed, changed.
 
     added, removed: ids. splits: split -> rows before and after. balance: attribute -> value -> rows before and after.
-    removed_reasons: reason -> rows left out before and after.
+    removed_reasons: reason -> rows left out before and after. settings: the path of each setting that differs -> its
+    value before and after; None where there is none.
     """
 
     before: str
@@ -51,6 +53,7 @@ class Difference(View):
     splits: dict[str, tuple[int, int]]
     balance: dict[str, dict[str, tuple[int, int]]]
     removed_reasons: dict[str, tuple[int, int]]
+    settings: dict[str, tuple[Any, Any]]
 
 
 def difference(store: Store, before: str, after: str) -> Difference:
@@ -89,7 +92,26 @@ def difference(store: Store, before: str, after: str) -> Difference:
         splits={name: (first.splits[name], second.splits[name]) for name in SPLITS},
         balance={name: _shift(old, new, name) for name in _BALANCED},
         removed_reasons=_both(_reasons(first), _reasons(second)),
+        settings=_other_settings(first, second),
     )
+
+
+def _other_settings(first: Dataset, second: Dataset) -> dict[str, tuple[Any, Any]]:
+    before, after = (dict(_flat(dataset.record.body.get("settings", {}))) for dataset in (first, second))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    }
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values inside a value, each with its dotted path."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from _flat(each, f"{path}.{key}" if path else str(key))
+    if not inner:
+        yield path, value
 
 
 def _placed(dataset: Dataset) -> dict[str, tuple[str, Example]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -46,10 +47,18 @@ def sign_offs(store: Store, digest: str) -> list[dict[str, Any]]:
 
     A sign-off is valid while the audit log has it, its record agrees, and the user who signed is still a steward.
     """
-    query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject == digest).order_by(AuditRow.seq)
+    return sign_offs_of(store, [digest])[digest]
+
+
+def sign_offs_of(store: Store, digests: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The valid sign-offs of several dataset versions, by digest, each as `sign_offs` gives them."""
+    found: dict[str, list[dict[str, Any]]] = {digest: [] for digest in digests}
+    query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject.in_(digests)).order_by(AuditRow.seq)
     with database.reading(store.engine) as session:
-        entries = session.scalars(query)
-        return [found for row in entries if (found := _valid_sign_off(store, session, digest, row))]
+        for row in session.scalars(query):
+            if (valid := _valid_sign_off(store, session, row.subject, row)) is not None:
+                found[row.subject].append(valid)
+    return found
 
 
 def require_signed(store: Store, digest: str) -> None:

@@ -35,6 +35,7 @@ PAGES = (
     ("/console/evidence", "Evidence"),
     ("/console/versions", "Versions"),
     ("/console/rollouts", "Rollouts"),
+    ("/console/rows", "Rows"),
     ("/console/operations", "Operations"),
 )
 _PRIVATE = {**HEADERS, "Cache-Control": "no-store"}

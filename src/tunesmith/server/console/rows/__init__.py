@@ -1,0 +1,1 @@
+"""Rows: dataset versions and the review queue."""
