@@ -52,7 +52,7 @@ def test_a_steward_reads_compares_and_signs(served: Served, login: Login, tmp_pa
     page.get_by_label("Text").fill("")
     page.get_by_label("Left out because").select_option("exact duplicate")
     page.get_by_role("button", name="Show").click()
-    expect(page.get_by_role("cell", name="rows.jsonl")).to_be_visible()
+    expect(page.get_by_role("cell", name="rows.jsonl", exact=True)).to_be_visible()
 
     page.get_by_label("What did you check?").fill(f"looked at 50 rows {HOSTILE}")
     page.get_by_role("button", name="Verify and sign off").click()

@@ -63,6 +63,8 @@ def draw_difference(console: Console, found: Difference) -> None:
         rows += [(f"{name}: {value or '(none)'}", *counts) for value, counts in values.items()]
     draw_table(console, rows, "", "before", "after", title="From one dataset version to the other")
     console.print(", ".join(f"{number} {what}" for what, number in found.rows.items()))
+    for path, (before, after) in found.settings.items():
+        console.print(f"setting {path}: {json_text(before)}, then {json_text(after)}")
 
 
 def draw_removed(console: Console, found: RemovedRows) -> None:
@@ -120,6 +122,9 @@ def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
     yield from _scan_rows(found.privacy_scan)
     for key, number in found.ignored_keys.items():
         yield f"key not read: {key}", f"in {number} rows"
+    if review := found.review:
+        applied = f"{review.accept} accepted, {review.edit} edited, {review.reject} rejected"
+        yield f"reviewed, {review.path}", applied
     if conflicts := found.conflicts.requests:
         yield "conflicts", f"{conflicts} requests with different answers, {found.conflicts.rows} rows"
 

@@ -267,6 +267,14 @@ class DataSettings(Settings):
             "apart from values, are removed"
         ),
     ] = ()
+    review: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="file of review decisions, which `tunesmith review export` writes: rejected rows are left out, "
+            "edited rows are read as reviewers wrote them; null: none",
+        ),
+    ] = None
     sign_off: Annotated[
         bool, Field(description="require a steward's sign-off of the dataset version before training")
     ] = False

@@ -21,6 +21,7 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.names import CONTROLLER
+from tunesmith.data.review.queue import forget_cases
 from tunesmith.data.settings import Split
 from tunesmith.store import audit, database
 from tunesmith.store.identities import require
@@ -81,6 +82,15 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
     return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
 
 
+def find_case(store: Store, request: str) -> Case | None:
+    """The case of a request; None where there is none, or its time is over."""
+    try:
+        case = _read(store, _key(request))
+    except FileNotFoundError:
+        return None
+    return None if case.over else case
+
+
 def count_cases(store: Store) -> int:
     """How many cases there are."""
     return sum(1 for _ in store.blobs.keys(_FOLDER))
@@ -98,6 +108,7 @@ def delete_expired(store: Store) -> int:
         left = [request for request in due if store.blobs.exists(_key(request))]  # another process may do the same
         if left:
             audit.append(session, actor=CONTROLLER, action="cases.expire", subject="cases", detail={"requests": left})
+            forget_cases(session, left)
             session.flush()
         for request in left:
             store.blobs.delete(_key(request))
@@ -105,7 +116,7 @@ def delete_expired(store: Store) -> int:
 
 
 def delete_case(store: Store, request: str) -> bool:
-    """Delete the case of a request; returns whether there was one. The caller records it."""
+    """Delete the case of a request; returns whether there was one. The caller records it, and forgets its review."""
     there = store.blobs.exists(_key(request))
     store.blobs.delete(_key(request))
     return there
@@ -142,11 +153,12 @@ def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str
             before += b"\n"
         there = _requests(before, target)
         detail: dict[str, Any] = {"source": target.name, "licence": licence}
-        with store.change(actor, "cases.add", target.name, detail):
+        with store.change(actor, "cases.add", target.name, detail) as session:
             # Those that are still there: a caller may have withdrawn one meanwhile.
             answered = [one for one in cases if one.expected is not None and store.blobs.exists(_key(one.request))]
             fresh = [case for case in answered if case.request not in there]
             detail["requests"] = [case.request for case in fresh]
+            forget_cases(session, [case.request for case in answered])
             write_atomic(target, before + b"".join(_row(case, licence, split) for case in fresh))
         for case in answered:
             delete_case(store, case.request)
@@ -157,6 +169,7 @@ def drop_cases(store: Store, requests: Sequence[str], *, actor: str) -> None:
     """Delete the cases of requests. Raises Refused if actor may not build data."""
     with store.change(actor, "cases.drop", "cases", {"requests": list(requests)}) as session:
         require(session, actor, "data.build")
+        forget_cases(session, requests)
         for request in requests:
             delete_case(store, request)
 

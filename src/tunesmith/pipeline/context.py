@@ -24,6 +24,7 @@ from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
+from tunesmith.data.review.decisions import read_reviewed
 from tunesmith.data.sources.files import find_files
 from tunesmith.engines.factory import (
     LocalEngine,
@@ -201,6 +202,7 @@ class PipelineContext:
             "references": references.as_json(),
             "rendering": self.base.fingerprint,
             "room": self._row_tokens,
+            **({"review": read_reviewed(data.review, project.root).digest} if data.review else {}),
         }
 
         def build(work: Path) -> str:

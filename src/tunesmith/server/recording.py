@@ -21,6 +21,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
 from tunesmith.core.view import Omitted, View
+from tunesmith.data.review.queue import forget_cases
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, delete_case, put_case
@@ -252,6 +253,7 @@ class Recorder:
                     raise unknown_request(request)
                 again = _WITHDRAWN in row.features
                 row.features = {**row.features, _WITHDRAWN: True}
+                forget_cases(session, [request])
                 deleted = delete_case(self._store, request)
                 if deleted or not again:
                     detail = {"deleted": deleted}

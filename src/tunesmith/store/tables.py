@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0010"
+HEAD_REVISION = "0011"
 
 
 class Table(DeclarativeBase):
@@ -386,6 +386,47 @@ class HeldRow(Table):
 
 
 Index("held_by_state", HeldRow.state, HeldRow.deadline)
+
+
+class ReviewItemRow(Table):
+    """A row or a kept request that people review (data/review/queue.py).
+
+    kind: `row` or `case`. subject: the row's id, or the request's. dataset, split: where the row was found; "" for a
+    case. why: what was found -> detail. messages: the row's turns at that time; empty for a case, whose text stays with
+    it. wanted: how many people decide. state: open, conflict, accept, edit or reject. revision: raised by a decision.
+    """
+
+    __tablename__ = "review_items"
+    __table_args__ = (UniqueConstraint("kind", "subject"),)
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    subject: Mapped[str] = mapped_column(String(128))
+    dataset: Mapped[str] = mapped_column(String(71), default="")
+    split: Mapped[str] = mapped_column(String(16), default="")
+    why: Mapped[dict[str, Any]] = mapped_column()
+    messages: Mapped[dict[str, Any]] = mapped_column()
+    wanted: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    revision: Mapped[int] = mapped_column(Integer, default=0)
+
+
+class ReviewDecisionRow(Table):
+    """What one person decided on an item. number: from 1. messages: the edited turns; empty unless it is an edit.
+
+    settles: it ended a conflict of the others.
+    """
+
+    __tablename__ = "review_decisions"
+    item: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    reviewer: Mapped[str] = mapped_column(String(128))
+    decision: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str] = mapped_column(Text)
+    messages: Mapped[dict[str, Any]] = mapped_column()
+    settles: Mapped[bool] = mapped_column(Boolean)
+    at: Mapped[str] = mapped_column(String(32))
+
+
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)
 Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)
 Index("requests_by_version", RequestRow.version, RequestRow.at, RequestRow.tenant, RequestRow.region, RequestRow.ok)

@@ -15,6 +15,7 @@ OFF_SCHEMA: Final = "answer not valid under the schema"
 WITHDRAWN: Final = "withdrawn by a recall"
 OUTSIDE_WORDING: Final = "same wording as a row of an outside test set"
 SPOILT: Final = "after pseudonymisation"  # follows the reason
+EDITED: Final = "in a row that was edited in a review"  # follows the reason
 SPOILT_CALL: Final = "tool call not valid JSON after pseudonymisation"
 
 
@@ -33,7 +34,7 @@ class Account:
     """Counts of some rows. read: kept and removed ones. ignored: key that no format reads -> rows that have it.
 
     privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
-    original. longest: the most tokens of a row.
+    original. longest: the most tokens of a row. reviewed: id of a reviewed row -> rows that its decision applied to.
     """
 
     read: int = 0
@@ -42,6 +43,7 @@ class Account:
     originals: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
+    reviewed: Counter[str] = field(default_factory=Counter)
 
     def merge(self, other: Account) -> None:
         """Add another account's counts; `longest` becomes the larger one."""
@@ -51,3 +53,4 @@ class Account:
         self.fields.update(other.fields)
         self.originals.update(other.originals)
         self.ignored.update(other.ignored)
+        self.reviewed.update(other.reviewed)

@@ -33,6 +33,7 @@ from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.evidence import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
 from tunesmith.data.privacy.scan import Scanner
+from tunesmith.data.review.decisions import Reviewed, read_reviewed
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified
 from tunesmith.data.splitting.groups import joined_groups
@@ -86,13 +87,14 @@ def build_dataset(
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
     outside = read_outside(settings, root, answer_schema)
+    reviewed = read_reviewed(settings.review, root)
     special = tuple(filter(None, special_tokens))
     folder = work or store.local("work", "build")
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
         limits = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
-        rules = RowRules(settings, *limits, formats_of(planned), unscorable)
+        rules = RowRules(settings, *limits, formats_of(planned), unscorable, reviewed)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))
@@ -122,6 +124,7 @@ def build_dataset(
             "conflicts": conflicts,
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
             "answer_schema": None if answer_schema is None else digest_of(answer_schema),
+            **_review(reviewed, account),
         } | ({"held_groups": held} if held else {})
         blobs = {f"{name}.jsonl": _sealed(store, folder, staging.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, staging.removed_lines())
@@ -181,6 +184,16 @@ def _nearness(
         "decontaminated": list(outside.files),
         "near_clusters": clusters(splits, near, _SHOWN_CONFLICTS),
     }
+
+
+def _review(reviewed: Reviewed, account: Account) -> dict[str, Any]:
+    """The file of review decisions, and how many of them this build applied; empty without one."""
+    if not reviewed.path:
+        return {}
+    applied = Counter(reviewed.rows[row].decision for row in account.reviewed)
+    counts = {decision: applied[decision] for decision in ("accept", "edit", "reject")}
+    unmatched = len(reviewed.rows.keys() - account.reviewed.keys())
+    return {"review": {"path": reviewed.path, "digest": reviewed.digest, **counts, "unmatched": unmatched}}
 
 
 def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> dict[str, Any]:

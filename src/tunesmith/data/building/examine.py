@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from tunesmith.core.messages import CountTokens, Message
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import (
+    EDITED,
     OFF_SCHEMA,
     OUTSIDE_WORDING,
     OVERLONG,
@@ -28,10 +29,11 @@ from tunesmith.data.building.staging import RemovedLine, removed_line
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.key_order import in_request_order
-from tunesmith.data.formats.turns import AFTER_THE_LAST, conversation, ends_unlearned, objection
+from tunesmith.data.formats.turns import AFTER_THE_LAST, Turn, conversation, ends_unlearned, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.scan import Scan, Scanner
+from tunesmith.data.review.decisions import Reviewed, ReviewedRow
 from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
 from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import time_of
@@ -46,7 +48,7 @@ class RowRules:
     count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
     text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
     test sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score
-    against it, or None.
+    against it, or None. reviewed: what reviewers decided.
     """
 
     settings: DataSettings
@@ -58,6 +60,7 @@ class RowRules:
     outside: Set[str] = frozenset()
     formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)
     unscorable: Callable[[str], str | None] | None = None
+    reviewed: Reviewed = field(default_factory=Reviewed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,8 @@ class Examiner:
             return _Removed(OVERLONG)
         return _Fitting(row, source, fields, licence, original, fitting)
 
-    def _after_scan(self, one: _Fitting, scan: Scan) -> Kept | _Removed:
+    def _after_scan(self, one: _Fitting, scan: Scan, applied: Set[str] = frozenset()) -> Kept | _Removed:
+        """applied: the reviewed rows whose decisions made this one."""
         row, fields, source, fitting = one.row, one.fields, one.source, one.fitting
         self.account.privacy.update(scan.found)
         self.account.fields.update(scan.fields)
@@ -175,9 +179,28 @@ class Examiner:
         )
         if self.rules.withdrawn.holds(example):
             return _Removed(WITHDRAWN, name)
+        # An edited row may have been reviewed again. A decision is applied once, in case two edits undo each other.
+        review = self.rules.reviewed.of(example) if not applied else self.rules.reviewed.rows.get(name)
+        if review is not None and review.row not in applied:
+            self.account.reviewed[review.row] += 1
+            if review.decision == "reject":
+                return _Removed(review.reason, name)
+            if review.decision == "edit":
+                return self._edited(one, review, applied | {review.row})
         if scan.originals and self.settings.privacy.originals is not None:
             self.account.originals[name] = dict(scan.originals)
         return Kept(example, row.number, messages != one.original)
+
+    def _edited(self, one: _Fitting, review: ReviewedRow, applied: Set[str]) -> Kept | _Removed:
+        """The row as reviewers wrote it, under the checks that every row passes."""
+        turns = [Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id) for turn in review.messages]
+        if (reason := objection(turns)) is not None:
+            return _Removed(f"{reason} {EDITED}", review.row)
+        self._refuse_control_tokens(review.messages, one.row)
+        fitting = self._fit(review.messages, one.row)
+        if fitting is None:
+            return _Removed(OVERLONG, review.row)
+        return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
 
     def _count_ignored(self, fields: Mapping[str, Any], source: Source, row_format: row_formats.RowFormat) -> None:
         labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}

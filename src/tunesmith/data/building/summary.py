@@ -50,6 +50,18 @@ class Conflicts(View):
     examples: tuple[tuple[str, ...], ...]
 
 
+class AppliedReview(View):
+    """A file of review decisions. accept, edit, reject: decisions that the build applied; unmatched: those that fit no
+    row of the sources."""
+
+    path: str
+    digest: str
+    accept: int
+    edit: int
+    reject: int
+    unmatched: int
+
+
 class TokenLengths(View):
     """The most tokens that a row may have, and the most that one has."""
 
@@ -81,6 +93,7 @@ class DatasetSummary(View):
     ignored_keys: dict[str, int]
     conflicts: Conflicts
     tokens: TokenLengths | None
+    review: Omitted[AppliedReview] = None
     sources: tuple[SourceSummary, ...]
     warnings: tuple[str, ...]
 
@@ -97,5 +110,7 @@ def dataset_summary(store: Store, digest: str) -> DatasetSummary:
         for source in sources
         if source.format == OPENAI and (warning := too_few(source.rows))
     ]
+    if unmatched := body.get("review", {}).get("unmatched"):
+        warnings.append(f"{body['review']['path']}: {unmatched} decisions fit no row of the sources")
     stated = {key: body[key] for key in DatasetSummary.model_fields if key in body and key != "sources"}
     return DatasetSummary(dataset=digest, **stated, sources=tuple(sources), warnings=tuple(warnings))

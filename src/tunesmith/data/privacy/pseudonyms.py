@@ -43,6 +43,20 @@ _SPELT_EXACTLY = ("SECRET", "CRYPTO")
 _CASELESS = ("EMAIL_ADDRESS", "URL", "MAC_ADDRESS")
 
 
+# Pseudonyms that can be told from real values. Numbers in the layout of the value cannot.
+_RECOGNISED = re.compile(
+    r"person\d+@example\.com|\b192\.0\.2\.\d{1,3}\b|\b00:00:5e:00:53:[0-9a-f]{2}\b|https://example\.com/\d+"
+    r"|\bExample Company \d+|\b\d+ Example Street\b|\b(?:secret|crypto|[a-z]+(?:_[a-z]+)+)_\d+\b"
+    rf"|\b(?:{'|'.join(_GIVEN)}) (?:{'|'.join(_FAMILY)})\b|\b(?:{'|'.join(_PLACES)})(?: \d+)?\b",
+    re.IGNORECASE,
+)
+
+
+def recognised(text: str) -> list[tuple[int, int]]:
+    """Where a text holds pseudonyms that can be told from real values: start and end of each."""
+    return [found.span() for found in _RECOGNISED.finditer(text)]
+
+
 class Pseudonyms:
     """The pseudonyms of one conversation. own: the project's own entities, whose numbers keep their layout."""
 

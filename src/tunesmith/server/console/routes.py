@@ -21,7 +21,7 @@ from tunesmith.server.console import (
 )
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
-from tunesmith.server.console.rows import datasets
+from tunesmith.server.console.rows import datasets, review
 from tunesmith.server.console.runs import pages, start
 from tunesmith.server.errors import ApiError
 
@@ -70,6 +70,7 @@ for part in (
     playground.routes,
     versions.routes,
     rollouts.routes,
+    review.routes,
     datasets.routes,
     operations.routes,
     keys.routes,

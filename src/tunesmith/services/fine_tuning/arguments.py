@@ -83,7 +83,8 @@ def derived(project: Project, arguments: Arguments, training: str, validation: s
         )
         for path, split in files
     )
-    data = changed(settings.data, {"sources": sources, "split": given.split or settings.data.split}, "validation_file")
+    changes = {"sources": sources, "split": given.split or settings.data.split, "review": None}
+    data = changed(settings.data, changes, "validation_file")
     candidate = settings.candidates[name]
     assert candidate.train is not None
     train = _train(candidate.train, arguments)

@@ -1,0 +1,100 @@
+"""The file of review decisions that a build reads: which rows are left out, and which are read as reviewers wrote them.
+
+A decision holds for the row that was reviewed and for every row with the same folded request and answer, so that no
+copy in another file takes the place of a rejected row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.data.dataset import Example
+from tunesmith.data.governance.withdrawn import content_key
+
+REJECTED: Final = "rejected in a review"
+Choice = Literal["accept", "edit", "reject"]
+
+
+class ReviewedRow(BaseModel):
+    """What reviewers decided on a row. row: its id; content: its `content_key`; why: what it was reviewed for.
+
+    messages: the turns as the reviewers wrote them, for an edit. by: who decided, the last of them in the end.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row: Annotated[str, Field(min_length=1, max_length=128)]
+    content: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+    decision: Choice
+    why: tuple[Annotated[str, Field(max_length=200)], ...] = ()
+    messages: tuple[Message, ...] = ()
+    by: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _edits_have_turns(self) -> ReviewedRow:
+        if (self.decision == "edit") != bool(self.messages):
+            raise ValueError("an edit has messages, and no other decision has")
+        return self
+
+    @property
+    def reason(self) -> str:
+        """Why a build leaves the row out."""
+        return f"{REJECTED}: {self.why[0]}" if self.why else REJECTED
+
+
+@dataclass(frozen=True, slots=True)
+class Reviewed:
+    """The decisions of a file, by the row's id and by its content. path, digest: of the file; "" without one."""
+
+    rows: Mapping[str, ReviewedRow] = field(default_factory=dict)
+    contents: Mapping[str, ReviewedRow] = field(default_factory=dict)
+    path: str = ""
+    digest: str = ""
+
+    def of(self, example: Example) -> ReviewedRow | None:
+        """The decision on a row; on a row with its content where there is none on the row itself."""
+        if not self.rows:
+            return None
+        return self.rows.get(example.id) or self.contents.get(content_key(example))
+
+
+def read_reviewed(path: str | None, root: Path) -> Reviewed:
+    """The decisions in a file of the project; none without a path. Raises UsageError for a file that is not one."""
+    if path is None:
+        return Reviewed()
+    file = root / path
+    if not file.is_file():
+        raise UsageError(
+            "there is no such file of review decisions", where=f"data.review: {path}", fix="tunesmith review export"
+        )
+    data = file.read_bytes()
+    rows: dict[str, ReviewedRow] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            one = ReviewedRow.model_validate(parse_json(line))
+        except (ValidationError, ValueError) as error:
+            fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UsageError(f"not a review decision: {fault}", where=where, fix="tunesmith review export") from None
+        if one.row in rows:
+            raise UsageError(f"a second decision on row {one.row}", where=where, fix="tunesmith review export")
+        rows[one.row] = one
+    contents = {one.content: one for one in rows.values()}
+    return Reviewed(rows, contents, path, digest_bytes(data))
+
+
+def encode_reviewed(rows: Iterable[ReviewedRow]) -> bytes:
+    """The file's bytes: one decision a line, sorted by row, so that the same decisions give the same bytes."""
+    ordered = sorted(rows, key=lambda one: one.row)
+    lines = (json.dumps(one.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False) for one in ordered)
+    return "".join(f"{line}\n" for line in lines).encode()

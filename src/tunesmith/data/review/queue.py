@@ -1,0 +1,212 @@
+"""The review queue: items that wait for people's decisions, kept in the database.
+
+An item is a row of a dataset version, with its text at that time, or a kept request, whose text stays with its case.
+One or two people decide on it. If two disagree, it is a conflict, which a third person or a steward settles. Each
+decision names the item's revision that it was made on, so that two people at once lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.review.decisions import Choice
+from tunesmith.store import database
+from tunesmith.store.identities import require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import ReviewDecisionRow, ReviewItemRow
+
+ACTION = "row.review"
+WAITING = ("open", "conflict")
+STATES = (*WAITING, "accept", "edit", "reject")
+
+
+@dataclass(frozen=True, slots=True)
+class NewItem:
+    """Something to review. why: what was found -> detail; messages: a row's turns, empty for a case."""
+
+    kind: str
+    subject: str
+    why: Mapping[str, str]
+    dataset: str = ""
+    split: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one person decides. messages: all turns as they should be, for an edit."""
+
+    choice: Choice
+    reason: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str) -> int:
+    """Add items that are not in the queue, whatever was decided on those that are; returns how many were added."""
+    detail: dict[str, Any] = {}
+    with store.change(actor, "review.fill", "review", detail) as session:
+        require(session, actor, ACTION)
+        there = {
+            (kind, subject) for kind, subject in session.execute(select(ReviewItemRow.kind, ReviewItemRow.subject))
+        }
+        fresh = [one for one in items if (one.kind, one.subject) not in there]
+        session.add_all(
+            ReviewItemRow(
+                kind=one.kind,
+                subject=one.subject,
+                dataset=one.dataset,
+                split=one.split,
+                why=dict(one.why),
+                messages=_coded(one.messages),
+                wanted=wanted,
+                state="open",
+                revision=0,
+            )
+            for one in fresh
+        )
+        detail |= {"added": len(fresh), "reviewers": wanted}
+    return len(fresh)
+
+
+def get_item(session: Session, number: int) -> tuple[ReviewItemRow, list[ReviewDecisionRow]]:
+    """An item and its decisions, oldest first. Raises UsageError where there is none."""
+    row = session.get(ReviewItemRow, number)
+    if row is None:
+        raise UsageError(f"there is no review item {number}", fix="`tunesmith review list` names them")
+    query = select(ReviewDecisionRow).where(ReviewDecisionRow.item == number).order_by(ReviewDecisionRow.number)
+    return row, list(session.scalars(query))
+
+
+def list_items(store: Store, states: Sequence[str], skip: int, most: int) -> tuple[list[ReviewItemRow], int]:
+    """Items in some states, oldest first, and how many there are."""
+    chosen = ReviewItemRow.state.in_(states)
+    with database.reading(store.engine) as session:
+        total = session.scalar(select(func.count()).select_from(ReviewItemRow).where(chosen)) or 0
+        found = session.scalars(select(ReviewItemRow).where(chosen).order_by(ReviewItemRow.id).offset(skip).limit(most))
+        return list(found), total
+
+
+def waiting_for(session: Session, reviewer: str, steward: bool) -> list[int]:
+    """The numbers of the items that a person may decide on now, oldest first."""
+    own = select(ReviewDecisionRow.item).where(ReviewDecisionRow.reviewer == reviewer)
+    new = ReviewItemRow.state.in_(WAITING) & ReviewItemRow.id.not_in(own)
+    query = select(ReviewItemRow.id).where(new | (ReviewItemRow.state == "conflict") if steward else new)
+    return list(session.scalars(query.order_by(ReviewItemRow.id)))
+
+
+def counts(session: Session) -> dict[str, int]:
+    """State -> items."""
+    query = select(ReviewItemRow.state, func.count()).group_by(ReviewItemRow.state)
+    found = dict.fromkeys(STATES, 0)
+    for state, number in session.execute(query):
+        found[state] = number
+    return found
+
+
+def first_decisions(session: Session) -> dict[int, dict[str, str]]:
+    """Item -> reviewer -> decision, for the items that two people decided on; without what settled conflicts."""
+    query = (
+        select(ReviewDecisionRow.item, ReviewDecisionRow.reviewer, ReviewDecisionRow.decision)
+        .join(ReviewItemRow, ReviewItemRow.id == ReviewDecisionRow.item)
+        .where(ReviewItemRow.wanted > 1, ReviewDecisionRow.settles.is_(False))
+    )
+    found: dict[int, dict[str, str]] = {}
+    for item, reviewer, decision in session.execute(query):
+        found.setdefault(item, {})[reviewer] = decision
+    return {item: by for item, by in found.items() if len(by) > 1}
+
+
+def decide(store: Store, number: int, decision: Decision, *, revision: int, actor: str) -> ReviewItemRow:
+    """Record a person's decision; returns the item with its new state.
+
+    revision: that of the item which they saw. Raises Refused if the item changed since, if they decided before, or may
+    not review; UsageError for an unknown item, a rejection without a reason, and an edit that adds or drops turns.
+    """
+    if decision.choice == "reject" and not decision.reason.strip():
+        raise UsageError("a rejection needs a reason", fix="say why the row must not be learned")
+    detail: dict[str, Any] = {"item": number, "decision": decision.choice}
+    row = _subject(store, number)
+    with store.change(actor, "review.decide", f"{row.kind} {row.subject}", detail) as session:
+        user = require(session, actor, ACTION)
+        row, before = get_item(session, number)
+        settles = row.state == "conflict"
+        _check_may(row, before, actor, revision, steward="steward" in user.roles)
+        session.add(
+            ReviewDecisionRow(
+                item=number,
+                number=len(before) + 1,
+                reviewer=actor,
+                decision=decision.choice,
+                reason=decision.reason.strip(),
+                messages=_coded(decision.messages),
+                settles=settles,
+                at=stamp(),
+            )
+        )
+        state = _state(row, before, decision, settles)
+        changed = session.execute(
+            update(ReviewItemRow)
+            .where(ReviewItemRow.id == number, ReviewItemRow.revision == revision)
+            .values(state=state, revision=revision + 1)
+        )
+        if changed.rowcount != 1:  # type: ignore[attr-defined]
+            raise _moved_on(number)
+        session.refresh(row)
+        detail["state"] = state
+    return row
+
+
+def forget_cases(session: Session, requests: Iterable[str]) -> None:
+    """Delete the items of requests whose cases are deleted, with what reviewers wrote."""
+    those = (ReviewItemRow.kind == "case") & ReviewItemRow.subject.in_(list(requests))
+    session.execute(delete(ReviewDecisionRow).where(ReviewDecisionRow.item.in_(select(ReviewItemRow.id).where(those))))
+    session.execute(delete(ReviewItemRow).where(those))
+
+
+def messages_of(coded: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns that a column holds."""
+    return tuple(Message.model_validate(turn) for turn in coded.get("turns", ()))
+
+
+def _coded(messages: Sequence[Message]) -> dict[str, Any]:
+    return {"turns": [turn.model_dump(mode="json") for turn in messages]} if messages else {}
+
+
+def _subject(store: Store, number: int) -> ReviewItemRow:
+    with database.reading(store.engine) as session:
+        return get_item(session, number)[0]
+
+
+def _check_may(
+    row: ReviewItemRow, before: Sequence[ReviewDecisionRow], actor: str, revision: int, *, steward: bool
+) -> None:
+    if row.state not in WAITING:
+        raise Refused(f"item {row.id} is decided: {row.state}", fix="go on with the next one")
+    if row.revision != revision:
+        raise _moved_on(row.id)
+    if any(one.reviewer == actor for one in before) and not (row.state == "conflict" and steward):
+        raise Refused(
+            f"{actor} has decided on item {row.id} already", fix="leave it to another reviewer, or to a steward"
+        )
+
+
+def _state(row: ReviewItemRow, before: Sequence[ReviewDecisionRow], decision: Decision, settles: bool) -> str:
+    """The item's state after a decision: equal ones decide, unequal ones are a conflict."""
+    if settles or row.wanted == 1:
+        return decision.choice
+    if len(before) + 1 < row.wanted:
+        return "open"
+    equal = all(one.decision == decision.choice and messages_of(one.messages) == decision.messages for one in before)
+    return decision.choice if equal else "conflict"
+
+
+def _moved_on(number: int) -> Refused:
+    return Refused(f"somebody decided on item {number} meanwhile", fix="look at it again")

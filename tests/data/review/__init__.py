@@ -1,0 +1,1 @@
+"""Tests of the review queue and of builds that read its decisions."""

@@ -1,0 +1,352 @@
+"""Rows are flagged and reviewed by one or two people, and the next build does what they decided."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from tests.data.rows import NO_SCAN, many_rows, row, settings, write_jsonl
+from tests.data.rows import build as build_rows
+from tests.monitoring.test_cases import case
+from tests.postgresql_server import empty_database, postgresql
+from tunesmith.cli import review as commands
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.data.building.build import build_dataset
+from tunesmith.data.building.summary import dataset_summary
+from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.governance.difference import difference
+from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.quality.flags import examine_quality
+from tunesmith.data.review.agreement import agreements, cohen_kappa
+from tunesmith.data.review.decisions import read_reviewed
+from tunesmith.data.settings import DataSettings
+from tunesmith.monitoring.cases import delete_expired, find_case, put_case
+from tunesmith.project import Project
+from tunesmith.services import review
+from tunesmith.store import audit, database
+from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.store import Store
+from tunesmith.store.tables import ReviewDecisionRow
+
+__all__ = ["postgresql"]
+
+REFUSAL = "I'm sorry, I cannot help with {}."
+
+
+@dataclass
+class Desk:
+    """A project with six rows that quality flags, its store, and its reviewers."""
+
+    project: Project
+    store: Store
+    first: Dataset
+
+    def build(self, **more: Any) -> Dataset:
+        """The next version, with the decisions."""
+        chosen = settings(review="review.jsonl")
+        return load_dataset(self.store, build_dataset(self.store, chosen, self.project.root, **more))
+
+
+def rows(dataset: Dataset) -> dict[str, Example]:
+    return {one.id: one for split in SPLITS for one in dataset.examples(split)}
+
+
+def project_in(root: Path, **data: Any) -> Project:
+    source = {"path": "rows.jsonl", "licence": "MIT"}
+    chosen = {
+        "name": "desk",
+        "base": "model",
+        "data": {"sources": [source], "privacy": NO_SCAN, "review": "review.jsonl", **data},
+        "task": {"scorers": ["exact_match"]},
+        "candidates": {"plain": {"prompt": "prompt.txt"}},
+        "gates": {"valid": {"metric": "exact_match", "at_least": 0.0}},
+    }
+    (root / "prompt.txt").write_text("Answer.\n")
+    (root / "tunesmith.yaml").write_text(yaml.safe_dump(chosen))
+    return Project.load(root)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return made_desk(tmp_path, Store(tmp_path / "store"), monkeypatch)
+
+
+def made_desk(root: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setenv("TUNESMITH_USER", "ann")
+    flagged = [row(f"{word} question about {word}", REFUSAL.format(word)) for word in "abcdef"]
+    write_jsonl(root / "rows.jsonl", [*many_rows(60), *flagged])
+    project = project_in(root)
+    project.store = store
+    ensure_owner(store)
+    for name, roles in (("eve", ["engineer"]), ("stu", ["steward"]), ("bob", ["approver"])):
+        add_user(store, name, roles, actor="ann")
+    first = load_dataset(store, build_dataset(store, settings(), root))
+    examine_quality(store, first)
+    return Desk(project, store, first)
+
+
+def numbers(desk: Desk) -> list[int]:
+    return [one.item for one in review.list_items(desk.store, state="all").items]
+
+
+def edited(desk: Desk, number: int, answer: str) -> list[str]:
+    return [*(turn.content for turn in review.show(desk.store, number).messages[:-1]), answer]
+
+
+def test_the_next_build_does_what_was_decided(desk: Desk) -> None:
+    assert review.fill(desk.store).added == 6
+    again = review.fill(desk.store)
+    assert (again.added, again.waiting, again.found) == (0, 6, {"refusing answer": 6})
+    accepted, changed, rejected, *_ = numbers(desk)
+    review.decide(desk.store, accepted, "accept")
+    review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
+    review.decide(desk.store, rejected, "reject", reason="refuses")
+    items = {number: review.show(desk.store, number) for number in (accepted, changed, rejected)}
+    done = review.export(desk.project)
+    assert (done.accept, done.edit, done.reject, done.named) == (1, 1, 1, True)
+    second = desk.build()
+    assert verify_dataset(desk.store, second.digest).ok
+    found = difference(desk.store, desk.first.digest, second.digest)
+    assert found.rows["added"] == 0
+    assert found.removed == (items[rejected].subject,)
+    assert [(one.before, rows(second)[one.after].answer) for one in found.changed] == [
+        (items[changed].subject, "a real answer")
+    ]
+    assert found.removed_reasons == {"rejected in a review: refusing answer": (0, 1)}
+    summary = dataset_summary(desk.store, second.digest)
+    assert summary.review is not None
+    assert (summary.review.accept, summary.review.edit, summary.review.reject) == (1, 1, 1)
+    assert rows(second)[found.changed[0].after].licence == "MIT"
+    assert load_dataset(desk.store, desk.first.digest).record == desk.first.record, "the sealed version"
+    with database.reading(desk.store.engine) as session:
+        entries = [one for one in audit.entries(session) if one.action == "review.decide"]
+    assert [one.detail["decision"] for one in entries] == ["accept", "edit", "reject"]
+    assert "a real answer" not in str([one.detail for one in entries])
+
+
+def test_a_copy_does_not_take_the_place_of_a_rejected_row(desk: Desk) -> None:
+    review.fill(desk.store)
+    number = numbers(desk)[0]
+    review.decide(desk.store, number, "reject", reason="refuses")
+    review.export(desk.project)
+    turns = review.show(desk.store, number).messages
+    copy = row(turns[0].content.upper(), turns[1].content)
+    with (desk.project.root / "rows.jsonl").open("a") as stream:
+        stream.write(json.dumps(copy) + "\n")
+    assert all(one.answer != turns[1].content for one in rows(desk.build()).values())
+
+
+def test_an_edited_row_is_withdrawn_with_the_row_that_it_was(desk: Desk) -> None:
+    review.fill(desk.store)
+    number = numbers(desk)[0]
+    subject = review.show(desk.store, number).subject
+    review.decide(desk.store, number, "edit", contents=edited(desk, number, "a real answer"))
+    review.export(desk.project)
+    assert any(one.answer == "a real answer" for one in rows(desk.build()).values())
+    left = desk.build(withdrawn=Withdrawn({"row": frozenset([subject])}))
+    assert all(one.answer != "a real answer" for one in rows(left).values())
+
+
+def test_an_edited_row_passes_the_checks_that_every_row_passes(desk: Desk) -> None:
+    review.fill(desk.store)
+    number = numbers(desk)[0]
+    review.decide(desk.store, number, "edit", contents=edited(desk, number, "write to ann@company-mail.org"))
+    review.export(desk.project)
+    chosen = settings(review="review.jsonl", privacy={"entities": ["EMAIL_ADDRESS"]})
+    second = load_dataset(desk.store, build_dataset(desk.store, chosen, desk.project.root))
+    assert second.record.body["privacy"] == {"EMAIL_ADDRESS": 1}
+    assert any(one.answer == "write to person1@example.com" for one in rows(second).values())
+    review.fill(desk.store, pseudonyms=True)
+    marked = [piece for piece, pseudonym in review.marked("write to person1@example.com now") if pseudonym]
+    assert marked == ["person1@example.com"]
+
+
+def test_decisions_that_fit_no_row_are_told(desk: Desk) -> None:
+    review.fill(desk.store)
+    for number in numbers(desk):
+        review.decide(desk.store, number, "accept")
+    review.export(desk.project)
+    write_jsonl(desk.project.root / "rows.jsonl", many_rows(60))
+    assert dataset_summary(desk.store, desk.build().digest).warnings == (
+        "review.jsonl: 6 decisions fit no row of the sources",
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", '{"row": "x"}', '{"row": "x", "content": "sha256:' + "0" * 64 + '", "decision": "edit"}', "[1]"],
+)
+def test_a_damaged_file_of_decisions(tmp_path: Path, line: str) -> None:
+    (tmp_path / "review.jsonl").write_text(line + "\n")
+    with pytest.raises(UsageError, match="line 1"):
+        read_reviewed("review.jsonl", tmp_path)
+    with pytest.raises(UsageError, match="no such file"):
+        read_reviewed("other.jsonl", tmp_path)
+
+
+def test_two_reviewers_who_disagree(desk: Desk) -> None:
+    review.fill(desk.store, reviewers=2)
+    first, second, third, *_ = numbers(desk)
+    review.decide(desk.store, first, "accept", actor="ann")
+    shown = review.show(desk.store, first, actor="eve")
+    assert (shown.decisions, shown.may, shown.state) == ((), True, "open"), "the other's decision is not shown yet"
+    with pytest.raises(Refused, match="already"):
+        review.decide(desk.store, first, "accept", actor="ann")
+    assert review.decide(desk.store, first, "accept", actor="eve").state == "accept"
+    review.decide(desk.store, second, "accept", actor="ann")
+    assert review.decide(desk.store, second, "reject", reason="no", actor="eve").state == "conflict"
+    assert review.next_item(desk.store, actor="ann") != second
+    assert review.show(desk.store, second, actor="stu").may
+    assert review.decide(desk.store, second, "reject", reason="no", actor="stu").state == "reject"
+    review.decide(desk.store, third, "edit", contents=edited(desk, third, "one way"), actor="stu")
+    text = edited(desk, third, "another way")
+    assert review.decide(desk.store, third, "edit", contents=text, actor="eve").state == "conflict"
+    assert review.decide(desk.store, third, "edit", contents=text, actor="stu").state == "edit", "a steward settles it"
+    found = {one.reviewers: (one.items, one.same, one.kappa) for one in review.list_items(desk.store).agreements}
+    assert found == {("ann", "eve"): (2, 1, None), ("eve", "stu"): (1, 1, None)}
+
+
+def test_kappa() -> None:
+    both = [("accept", "accept")] * 20 + [("accept", "reject")] * 5 + [("reject", "accept")] * 10
+    both += [("reject", "reject")] * 15
+    assert cohen_kappa(both) == pytest.approx(0.4)  # the example of Cohen's kappa in its Wikipedia article
+    (found,) = agreements({item: {"ann": one, "eve": other} for item, (one, other) in enumerate(both)})
+    assert found.kappa is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.1 < found.low < found.kappa < found.high < 0.7
+    assert cohen_kappa([("accept", "accept")] * 12) is None
+
+
+def test_who_may_review_and_what_is_refused(desk: Desk) -> None:
+    review.fill(desk.store)
+    number = numbers(desk)[0]
+    for call in (review.list_items, review.fill):
+        with pytest.raises(Refused, match="may not"):
+            call(desk.store, actor="bob")
+    with pytest.raises(UsageError, match="reason"):
+        review.decide(desk.store, number, "reject")
+    with pytest.raises(UsageError, match="changes nothing"):
+        review.decide(
+            desk.store, number, "edit", contents=[t.content for t in review.show(desk.store, number).messages]
+        )
+    with pytest.raises(UsageError, match="empty"):
+        review.decide(desk.store, number, "edit", contents=edited(desk, number, " "))
+    with pytest.raises(UsageError, match="all 2 turns"):
+        review.decide(desk.store, number, "edit", contents=["x"])
+    with pytest.raises(UsageError, match="no review item"):
+        review.show(desk.store, 999)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    url = None
+    if request.param == "postgresql":
+        url = str(request.getfixturevalue("postgresql"))
+        empty_database(url)
+    found = Store(tmp_path / "store", url=url)
+    yield found
+    found.engine.dispose()
+
+
+def test_two_people_at_once_lose_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = made_desk(tmp_path, store, monkeypatch)
+    review.fill(store)
+    number = numbers(desk)[0]
+    said: list[str] = []
+    both = threading.Barrier(2)
+
+    def decide(name: str, choice: Any) -> None:
+        both.wait(60)
+        try:
+            review.decide(store, number, choice, reason="so", revision=0, actor=name)
+            said.append(choice)
+        except TunesmithError as error:
+            said.append(error.what)
+
+    threads = [threading.Thread(target=decide, args=pair) for pair in (("eve", "accept"), ("stu", "reject"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shown = review.show(store, number)
+    assert len(shown.decisions) == 1
+    assert shown.decisions[0].decision == shown.state
+    assert shown.state in said
+    assert any("decided" in one for one in said)
+
+
+def test_kept_requests(desk: Desk) -> None:
+    for one in (case(1), case(2).model_copy(update={"expected": None}), case(3), case(4, until="2020-01-01T00:00:00Z")):
+        put_case(desk.store, one)
+    review.fill(desk.store)
+    found = [one for one in review.list_items(desk.store).items if one.kind == "case"]
+    assert len(found) == 3, "the fourth one's time was over"
+    first, second, third = (one.item for one in found)
+    with pytest.raises(UsageError, match="nobody said"):
+        review.decide(desk.store, second, "accept")
+    texts = edited(desk, second, '{"odd": 2}')
+    with pytest.raises(UsageError, match="only the answer"):
+        review.decide(desk.store, second, "edit", contents=["another question", *texts[1:]])
+    review.decide(desk.store, first, "accept")
+    review.decide(desk.store, second, "edit", contents=texts)
+    review.decide(desk.store, third, "reject", reason="sent on purpose")
+    done = review.export(desk.project)
+    assert (done.cases, done.dropped) == (2, 1)
+    kept = find_case(desk.store, case(2).request)
+    assert kept is not None
+    assert kept.expected == '{"odd": 2}'
+    assert find_case(desk.store, case(3).request) is None
+    assert third not in numbers(desk)
+
+
+def test_a_request_whose_time_is_over_leaves_the_queue(desk: Desk) -> None:
+    put_case(desk.store, case(1))
+    review.fill(desk.store, reviewers=2)
+    (number,) = [one.item for one in review.list_items(desk.store).items if one.kind == "case"]
+    review.decide(desk.store, number, "edit", contents=edited(desk, number, "what a reviewer wrote"))
+    put_case(desk.store, case(1, until="2020-01-01T00:00:00Z"))
+    with pytest.raises(Refused, match="no longer kept"):
+        review.show(desk.store, number)
+    delete_expired(desk.store)
+    with pytest.raises(UsageError, match="no review item"):
+        review.show(desk.store, number)
+    with database.reading(desk.store.engine) as session:
+        assert session.query(ReviewDecisionRow).count() == 0, "what the reviewer wrote"
+
+
+def test_the_command_line(desk: Desk, tmp_path: Path) -> None:
+    app = typer.Typer()
+    commands.register(app)
+    (tmp_path / ".tunesmith").symlink_to(tmp_path / "store")
+
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, ["review", *arguments, "-C", str(tmp_path), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output)
+
+    assert run("fill")["added"] == 6
+    number = run("list")["items"][0]["item"]
+    assert run("show", str(number))["state"] == "open"
+    assert run("decide", str(number), "edit", "--answer", "a real answer")["state"] == "edit"
+    assert run("export")["edit"] == 1
+    line = json.loads((tmp_path / "review.jsonl").read_text())
+    assert line["messages"][-1]["content"] == "a real answer"
+    for command in (["list"], ["show", str(number)], ["fill"], ["export"]):
+        assert CliRunner().invoke(app, ["review", *command, "-C", str(tmp_path)]).exit_code == 0
+
+
+def test_a_project_builds_without_a_review(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(40))
+    assert "review" not in build_rows(tmp_path).record.body
+    assert DataSettings.model_validate({"sources": [{"path": "x"}]}).review is None
