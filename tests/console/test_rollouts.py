@@ -31,7 +31,7 @@ def answers_yes(page: Page) -> None:
 
 
 def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
-    served: Served, versions: dict[int, Version], login: Login
+    served: Served, versions: dict[int, Version], login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = served.scene.store
     rollout = served.begin(versions[2], *STEPS)
@@ -53,7 +53,11 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert sum(span.stable.requests + span.canary.requests for span in asked) == 24
     assert all(span.canary.score in (1.0, None) for span in asked)
     (evidence,) = found.evidence
-    assert evidence.points[-1].requests == 24
+    assert (evidence.points[-1].requests, evidence.whole) == (24, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout_course, "_DRAWN", 10)
+        (first,) = rollout_course.course(store, rollout.id).evidence
+    assert (first.points[-1].requests, first.whole) == (10, False)
     decides = look(store, get_rollout(store, rollout.id))
     assert decides is not None
     assert (evidence.points[-1].not_worse, evidence.points[-1].worse) == (decides.not_worse, decides.worse)

@@ -77,8 +77,8 @@ def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Seque
     return arms_of(rows, metric, main_of(rows, main_callers))
 
 
-def requests_of_step(store: Store, rollout: int, step: int) -> Sequence[Row]:
-    """The requests that were routed during one step of a rollout, oldest first.
+def requests_of_step(store: Store, rollout: int, step: int, most: int | None = None) -> Sequence[Row]:
+    """The requests that were routed during one step of a rollout, oldest first. most: only the first so many.
 
     Each request names its step, so that a clock that is set back does not mix the requests of two steps.
     """
@@ -93,7 +93,7 @@ def requests_of_step(store: Store, rollout: int, step: int) -> Sequence[Row]:
         RequestRow.end_user,
     ).where(RequestRow.rollout == rollout, under_step)
     with database.reading(store.engine) as session:
-        return session.execute(query.order_by(RequestRow.at)).all()
+        return session.execute(query.order_by(RequestRow.at).limit(most)).all()
 
 
 def main_of(rows: Sequence[Row], main_callers: Sequence[str] | None) -> frozenset[str]:

@@ -32,6 +32,7 @@ _BUCKETS = 300
 _LENGTHS = {16: 1, 15: 10, 13: 60, 10: 1440}
 _FULL = "0000-00-00T00:00:00+00:00"
 _POINTS = 16
+_DRAWN = 5000  # requests of a step: judging more takes seconds for each point
 _CHANGES = 200
 _STARTABLE = 20
 # Judgements of a step's first requests, which do not change. Data -> judgement.
@@ -109,7 +110,10 @@ class EvidencePoint(View):
 
 
 class Evidence(View):
-    """How the evidence of an analysis step grew. step: from 1. needed: the e-value that decides."""
+    """How the evidence of an analysis step grew. step: from 1. needed: the e-value that decides.
+
+    outcome, reason: after the requests of the points. whole: False if there are more, which the controller counts too.
+    """
 
     step: int
     metric: str
@@ -117,6 +121,7 @@ class Evidence(View):
     outcome: str
     reason: str
     points: tuple[EvidencePoint, ...]
+    whole: bool
 
 
 class Change(View):
@@ -295,7 +300,8 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
     analysis = rollout.steps[step].analysis if 0 <= step < len(rollout.steps) else None
     if analysis is None:
         raise UsageError(f"step {step + 1} of rollout {rollout.id} is not an analysis", fix="tunesmith rollout status")
-    rows = traffic.requests_of_step(store, rollout.id, step)
+    rows = traffic.requests_of_step(store, rollout.id, step, _DRAWN + 1)
+    whole, rows = len(rows) <= _DRAWN, rows[:_DRAWN]
     main = traffic.main_of(rows, rollout.main_callers)
     # Powers of two, so that a point stays where it is while requests arrive.
     width = 1 << max(0, -(-len(rows) // _POINTS) - 1).bit_length()
@@ -312,6 +318,7 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
         outcome=last.outcome,
         reason=last.reason,
         points=tuple(points),
+        whole=whole,
     )
 
 
