@@ -271,7 +271,7 @@ def _for_approval(user: User, unapproved: list[_Unapproved]) -> list[Waiting]:
             user,
             f"{version.label} waits for {' and '.join(missing)}",
             "version.approve",
-            "",
+            f"/console/versions/{version.name}/{version.number}#decide",
             f"tunesmith approve {version.label}",
             not_for=(version.signer, *approvers),
         )
