@@ -80,7 +80,7 @@ class Running:
     """`tunesmith worker` on a project, as a process."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "10", *options]
+        command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "20", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def jobs(self) -> list[int]:
