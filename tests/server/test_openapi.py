@@ -24,6 +24,7 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/api/feedback", "/api/rollouts",
         "/api/feedback/{request_id}",
         "/api/rollouts/{number}", "/api/jobs", "/api/jobs/{number}", "/api/jobs/{number}/log",
+        "/api/jobs/{number}/curves",
         "/api/jobs/{number}/cancel", "/api/jobs/{number}/pause", "/api/jobs/{number}/resume", "/healthz", "/readyz",
         "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job}", "/v1/fine_tuning/jobs/{job}/cancel",
         "/v1/fine_tuning/jobs/{job}/pause", "/v1/fine_tuning/jobs/{job}/resume", "/v1/fine_tuning/jobs/{job}/events",
@@ -39,6 +40,7 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
     assert names == [
         "ChatRequest",
         "Feedback",
+        "JobRequest",
         "DecisionRequest",
         "SignedDecision",
         "TokenRequest",
