@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import expect
 from sqlalchemy import insert
 
@@ -13,11 +15,13 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, approve
 from tests.server.conftest import Served
 from tunesmith.core.clock import now
 from tunesmith.core.scope import Scope
+from tunesmith.registry.signing.keys import read_public_key
 from tunesmith.registry.versions import Version
 from tunesmith.services import home
 from tunesmith.services.home import Home
 from tunesmith.store import database
 from tunesmith.store.identities import add_user
+from tunesmith.store.proposed_keys import propose_key
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow, RequestRow
 
@@ -85,6 +89,10 @@ def test_each_item_names_who_may_do_it(served: Served, versions: dict[int, Versi
     assert says(steward, mine=True) == []
     assert sorted(says(approver)) == sorted(says(operator)) == sorted(says(steward))
     assert "paused" in says(operator)[0], "what waits for the viewer comes first"
+    pem = ec.generate_private_key(ec.SECP256R1()).public_key()
+    text = pem.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    propose_key(store, OPERATOR, read_public_key(text), actor=OPERATOR)
+    assert f"a key of {OPERATOR} waits to be confirmed" in says(home.home(store, OWNER), mine=True)
     # Who registered a version may not approve it, whatever their roles.
     add_user(store, "max", ["approver"], actor=OWNER)
     assert says(home.home(store, "max"), mine=True)

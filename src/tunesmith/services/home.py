@@ -27,6 +27,7 @@ from tunesmith.services import monitoring, retraining
 from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines, within
 from tunesmith.store import database
 from tunesmith.store.identities import User, get_user
+from tunesmith.store.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.roles import ACTIONS
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, JobRow, RecordRow, RequestRow, VersionRow
@@ -107,6 +108,7 @@ class _Kept(NamedTuple):
     champions: list[_Champion]
     unapproved: list[_Unapproved]
     pending: list[PendingRetrain]
+    proposed: list[ProposedKey]
 
 
 _Requests = Mapping[tuple[str, Scope], tuple[int, int]]
@@ -125,6 +127,7 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
         moving = live_lines(session, user.scope)
     waiting = [
         *_for_approval(user, kept.unapproved),
+        *_for_keys(user, kept.proposed),
         *_for_rollouts(user, moving),
         *_for_champions(user, kept.champions),
         *_for_retrains(user, kept.pending),
@@ -186,7 +189,10 @@ def _read(session: Session, store: Store) -> _Kept:
             )
         )
     return _Kept(
-        champions, _unapproved(session, store, {one.digest for one in champions}), list_pending_retrains(store)
+        champions,
+        _unapproved(session, store, {one.digest for one in champions}),
+        list_pending_retrains(store),
+        waiting_keys(store),
     )
 
 
@@ -277,6 +283,22 @@ def _for_approval(user: User, unapproved: list[_Unapproved]) -> list[Waiting]:
         )
         for version, missing, approvers in unapproved
         if user.scope.covers(version.scope)
+    ]
+
+
+def _for_keys(user: User, proposed: list[ProposedKey]) -> list[Waiting]:
+    if user.scope != Scope():
+        return []
+    return [
+        _waiting(
+            user,
+            f"a key of {key.user} waits to be confirmed",
+            "user.change",
+            "/console/keys",
+            f"tunesmith keys confirm {key.user} FINGERPRINT",
+            not_for=(key.user,),
+        )
+        for key in proposed
     ]
 
 
