@@ -29,7 +29,8 @@ def yaml_blocks() -> list[Any]:
 @pytest.mark.parametrize("block", yaml_blocks())
 def test_settings_shown_are_valid(block: str) -> None:
     shown: dict[str, Any] = yaml.safe_load(block)
-    known: dict[str, Any] = {**settings(), "gates": {}, "policy": {"known": {"requests": ["x"], "lacks": "y"}}}
+    known: dict[str, Any] = {**settings(), "gates": {}}
+    known["policy"] = {name: {"requests": ["x"], "lacks": "y"} for name in ("known", "no-promises")}
     known["task"]["scorers"].append({"name": "intent", "label": "intent"})
     others = ("zero-shot", "few-shot", "nearest", "rag")  # rivals that gates on the pages name
     known["candidates"] = {**known["candidates"], **{name: {"prompt": "prompt.txt"} for name in others}}
