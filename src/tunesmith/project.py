@@ -27,6 +27,7 @@ from tunesmith.holding.settings import HoldSettings
 from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings, RetrainingSettings
 from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.store.login_settings import LoginSettings
 from tunesmith.training.settings import MetricsSettings
 from tunesmith.webhooks.settings import WebhookSettings
 
@@ -146,6 +147,10 @@ class ProjectSettings(Settings):
         HoldSettings | None,
         Field(description="which answers of the server wait for a reviewer before they leave; without it none does"),
     ] = None
+    login: Annotated[
+        LoginSettings | None,
+        Field(description="an identity provider for the console; without it people log in by one-time links"),
+    ] = None
     fine_tuning: Annotated[
         FineTuningSettings | None,
         Field(description="accept fine-tuning jobs of OpenAI's clients; without it they are refused"),
@@ -176,7 +181,7 @@ class ProjectSettings(Settings):
 
     def document(self) -> dict[str, Any]:
         """The settings that results depend on, as JSON values."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold"})
+        return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold", "login"})
 
     @property
     def server(self) -> VllmSettings | None:

@@ -80,6 +80,7 @@ def serve(
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
+    from tunesmith.server.console.oidc import client_secret
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.cases import case_keeper
@@ -92,6 +93,8 @@ def serve(
     project = here.project
     if worker:
         check_secrets(project)
+    if project.settings.login is not None:
+        client_secret(project.settings.login)
     listening = _listen(host, port)
     telemetry = contextlib.ExitStack()
     telemetry.enter_context(sending())

@@ -204,7 +204,8 @@ def expire_due(store: Store) -> list[State]:
                     _require_standing(session, store, row)
                     state = _STATES["release"]
                 except TunesmithError as error:
-                    reason = error.what
+                    reason = "nobody decided before the deadline, and its version may not serve any more"
+                    detail["why"] = error.what
             _settle(session, row, state, CONTROLLER, reason, None)
             detail |= _about(row)
             done.append(state)

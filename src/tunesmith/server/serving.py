@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -38,7 +39,8 @@ class Serving:
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
     versions: those that the engine holds. trying: the one thread for questions of the playground.
     project: takes fine-tuning jobs; None: the server takes none. holding: how long answers wait for a reviewer; None:
-    none does. awaited: the requests that wait for a decision. uploads: the uploads under way, by user. files:
+    none does. awaited: the requests that wait for a decision. oidc: authlib's client of the
+    project's identity provider, once somebody logs in by it. uploads: the uploads under way, by user. files:
     threads that write uploads and delete files. used: when tokens, by their digests, were used since this was last
     written to the database, in seconds since 1970.
     """
@@ -64,6 +66,7 @@ class Serving:
     files: SharedThreads = field(
         default_factory=lambda: SharedThreads("files", limits.UPLOADS, limits.LISTS, "calls for files")
     )
+    oidc: Any = None
     uploads: Counter[str] = field(default_factory=Counter)
     used: dict[str, float] = field(default_factory=dict)
 

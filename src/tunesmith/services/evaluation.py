@@ -26,6 +26,8 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, verdict
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version, resolve
+from tunesmith.store import database
+from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
 
 
@@ -151,8 +153,9 @@ def report(project: Project, version: str | None = None) -> EvidenceReport:
     return EvidenceReport.model_validate(data)
 
 
-def version_report(store: Store, version: Version, *, everything: bool) -> EvidenceReport:
-    """The evidence for a version. everything: its trail names the other versions of its name too, of all tenants.
+def version_report(store: Store, version: Version, *, everything: bool, texts: bool) -> EvidenceReport:
+    """The evidence for a version. everything: it names groups of rows, and its trail the other versions of its name
+    too, of all tenants. texts: it shows requests and answers, unless the evaluation was recalled.
 
     Raises Refused for an evaluation that does not state what a report shows.
     """
@@ -163,7 +166,10 @@ def version_report(store: Store, version: Version, *, everything: bool) -> Evide
         data = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     except KeyError as error:
         raise Refused(f"the evaluation of {version.label} states no {error}", where=version.label) from error
-    return EvidenceReport.model_validate(data)
+    with database.reading(store.engine) as session:
+        texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
+    hidden = ([] if texts else ["examples"]) + ([] if everything else ["by_group"])
+    return EvidenceReport.model_validate({**data, **dict.fromkeys(hidden)})
 
 
 def report_html(found: EvidenceReport) -> str:

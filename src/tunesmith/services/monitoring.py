@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import get_args
 
+from pydantic import ValidationError
+
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
@@ -152,7 +154,10 @@ def cause_of(store: Store, named: Mapping[str, str]) -> Cause:
         value = labels.get(value, value)
     if kind in ("version", "base"):
         value = store.find_record(value)
-    return Cause.model_validate({"kind": kind, "value": value})
+    try:
+        return Cause.model_validate({"kind": kind, "value": value})
+    except ValidationError:
+        raise UsageError(f"{kind[:40]!r} {value[:80]!r} is nothing that can be recalled") from None
 
 
 def recall(store: Store, cause: Cause, *, reason: str, actor: str | None = None, dry_run: bool = False) -> Recalled:

@@ -66,11 +66,11 @@ class RecallList(View):
     recalls: tuple[RecalledCause, ...]
 
 
-def drift(project: Project) -> Drift:
-    """Whether the requests to the project's champion drifted, with examples of what moved."""
+def drift(project: Project, *, texts: bool) -> Drift:
+    """Whether the requests to the project's champion drifted. texts: with kept requests as examples of what moved."""
     try:
         report, label = monitor(project)
-        examples = _examples(project.store, report) if report.verdict == "drift" else []
+        examples = _examples(project.store, report) if texts and report.verdict == "drift" else []
     except TunesmithError as error:
         return Drift(version="", report=None, problem=error.what, examples=())
     return Drift(version=label, report=report, problem="", examples=tuple(examples))

@@ -37,17 +37,17 @@ class Choice(View):
 def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:
     """The candidates of an evaluation. region, base: the server's. Expects that the user may see the evaluation."""
     stated: Mapping[str, Mapping[str, str]] = store.record(evaluation, kind="evaluation").body["candidates"]
-    return tuple(
-        _choice(store, Scope(user.tenant, region), base, name, one["candidate"]) for name, one in stated.items()
-    )
+    return tuple(_choice(store, user, region, base, name, one["candidate"]) for name, one in stated.items())
 
 
-def _choice(store: Store, scope: Scope, base: str, name: str, digest: str) -> Choice:
+def _choice(store: Store, user: User, region: str, base: str, name: str, digest: str) -> Choice:
     candidate = load_candidate(store, digest)
     version, why = None, _why_not(candidate, base)
     if why is None:
-        version, why = _loadable(store, scope, digest)
-        if version is None and not candidate.tuned and why is None:
+        version, why = _loadable(store, Scope(user.tenant, region), digest)
+        if version is None and why is None and user.scope != Scope():
+            why = "no version of it is registered for you: it may answer with rows of other tenants"
+        elif version is None and not candidate.tuned and why is None:
             why = _recalled(store, digest)
         elif version is None:
             why = why or "its weights are not registered as a version"

@@ -44,7 +44,7 @@ def make_link(store: Store, name: str, *, actor: str, now: float | None = None) 
         if not user_row(session, name).active:
             raise Refused(f"{name} is deactivated", fix="add a new user")
         session.execute(delete(LoginLinkRow).where(LoginLinkRow.until < at))
-        session.add(LoginLinkRow(digest=_digest(secret), user=name, until=at + LINK_SECONDS))
+        session.add(LoginLinkRow(digest=_digest(secret), user=name, made_by=actor, until=at + LINK_SECONDS))
     return secret
 
 
@@ -70,17 +70,15 @@ def open_session(
     """Open a session for a user who has shown who they are. how: for the audit log. link: used up by it; None is
     returned where another request was first."""
     secret, at, number = secrets.token_urlsafe(_BYTES), _time(now), secrets.token_hex(16)
-    detail = {"session": _shown(number), "how": how}
+    detail: dict[str, str | None] = {"session": _shown(number), "how": how}
     try:
         with store.change(name, "session.open", name, detail) as session:
             user = get_user(session, name)
-            if (
-                link is not None
-                and not session.execute(
-                    delete(LoginLinkRow).where(LoginLinkRow.digest == _digest(link)).returning(LoginLinkRow.digest)
-                ).all()
-            ):
-                raise _AlreadyUsed
+            if link is not None:
+                used = delete(LoginLinkRow).where(LoginLinkRow.digest == _digest(link)).returning(LoginLinkRow.made_by)
+                detail["by"] = session.scalars(used).first()
+                if detail["by"] is None:
+                    raise _AlreadyUsed
             if not user.active:
                 raise Refused(f"{name} is deactivated", fix="ask an admin")
             session.execute(delete(SessionRow).where(or_(SessionRow.until < at, SessionRow.used < at - IDLE_SECONDS)))
@@ -123,6 +121,15 @@ def continue_session(store: Store, secret: str, *, now: float | None = None) -> 
         following = secrets.token_urlsafe(_BYTES)
         row.digest, row.before, row.changed = _digest(following), digest, at
     return OpenSession(found.id, user, following)
+
+
+def is_open(store: Store, number: str, *, now: float | None = None) -> bool:
+    """Whether a session may still go on."""
+    with database.reading(store.engine) as session:
+        row = session.get(SessionRow, number)
+        if row is None or not _may_go_on(row, row.digest, _time(now)):
+            return False
+        return get_user(session, row.user).active
 
 
 def end_session(store: Store, number: str, *, actor: str) -> None:

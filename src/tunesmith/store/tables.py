@@ -126,6 +126,7 @@ class LoginLinkRow(Table):
     __tablename__ = "login_links"
     digest: Mapped[str] = mapped_column(String(71), primary_key=True)
     user: Mapped[str] = mapped_column(String(128))
+    made_by: Mapped[str] = mapped_column(String(128))
     until: Mapped[float] = mapped_column(Float)
 
 

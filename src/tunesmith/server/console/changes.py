@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -17,13 +18,15 @@ from sqlalchemy import func, select
 
 from tunesmith.server.console.rendering import HEADERS
 from tunesmith.server.console.routing import router
-from tunesmith.server.console.session import Looking
+from tunesmith.server.console.session import Looking, Viewer
+from tunesmith.server.errors import ApiError
 from tunesmith.server.serving import Serving
-from tunesmith.store import audit, database
+from tunesmith.store import audit, database, sessions
 from tunesmith.store.tables import JobEventRow, JobRow, RequestRow
 
 routes = router()
 SECONDS = 1.0
+_STREAMS = 100  # open pages of one user
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
 Seen = tuple[object, ...]
 TOPICS = ("state", "jobs", "traffic")
@@ -31,11 +34,15 @@ TOPICS = ("state", "jobs", "traffic")
 
 @dataclass(eq=False)
 class Changes:
-    """What was seen last of each topic, for those who wait. numbers: raised with each change of a topic."""
+    """What was seen last of each topic, for those who wait. numbers: raised with each change of a topic.
+
+    streams: how many each user has open.
+    """
 
     serving: Serving
     numbers: list[int] = field(default_factory=lambda: [0] * len(TOPICS))
     waiting: int = 0
+    streams: Counter[str] = field(default_factory=Counter)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _task: asyncio.Task[None] | None = None
 
@@ -78,15 +85,29 @@ async def changes(request: Request, viewer: Looking) -> StreamingResponse:
     app = request.app
     if not hasattr(app.state, "changes"):
         app.state.changes = Changes(viewer.serving)
+    found: Changes = app.state.changes
+    if found.streams[viewer.user.name] >= _STREAMS:
+        raise ApiError(429, f"You have {_STREAMS} pages open: close some.", code="too_many_pages")
     headers = {**HEADERS, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(app.state.changes), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(_events(found, viewer), headers=headers, media_type="text/event-stream")
 
 
-async def _events(found: Changes) -> AsyncIterator[str]:
+async def _events(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
+    found.streams[viewer.user.name] += 1
+    try:
+        async for event in _told(found, viewer):
+            yield event
+    finally:
+        found.streams[viewer.user.name] -= 1
+
+
+async def _told(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
     known = list(found.numbers)
     yield ": open\n\n"
     while not found.serving.drain.begun:
         now = await found.after(known)
+        if not await asyncio.to_thread(sessions.is_open, viewer.store, viewer.session):
+            return
         changed = [topic for topic, a, b in zip(TOPICS, known, now, strict=True) if a != b]
         known = now
         yield "".join(f"event: {topic}\ndata: changed\n\n" for topic in changed) or ": alive\n\n"

@@ -39,7 +39,7 @@ async def drift(viewer: Looking) -> Response:
     project = viewer.serving.project
     if project is None:
         raise ApiError(409, "This server runs without a project file, which says what drift is.", code="no_project")
-    found = await viewer.run(partial(operations.drift, project))
+    found = await viewer.run(partial(operations.drift, project, texts=viewer.user.may("row.review")))
     due = None
     if project.settings.retraining is not None:
         due = await viewer.run(partial(retraining.look, project))

@@ -14,6 +14,7 @@ from tunesmith.server.console import (
     home,
     keys,
     login,
+    oidc,
     operations,
     playground,
     rollouts,
@@ -62,6 +63,7 @@ routes = APIRouter()
 for part in (
     own,
     login.routes,
+    oidc.routes,
     changes.routes,
     home.routes,
     start.routes,

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -30,21 +31,25 @@ class ConsoleRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             try:
+                if "\0" in request.url.path or "%00" in request.url.query:
+                    raise ApiError(400, "This address is not valid.", code="invalid_address")
                 response = await inner(request)
             except NotLoggedIn:
                 response = _to_login(request)
-            except RequestValidationError:
+            except (RequestValidationError, OverflowError, DataError):  # numbers that no column holds
                 response = problem(request, 400, "This address is not valid.", "")
             except ApiError as error:
                 response = problem(request, error.status, error.message, "")
             except HTTPException as error:
                 response = problem(request, error.status_code, str(error.detail), "")
             except (Refused, UsageError) as error:
-                response = problem(request, 409, error.what, error.fix or "")
+                response = problem(request, 409, error.what, _fix(error))
             except TunesmithError as error:
-                LOG.error("%s %s raised", request.method, request.url.path, exc_info=error)
+                LOG.error(
+                    "%s %s raised", request.method, self.path, exc_info=error
+                )  # the path may hold a link's secret
                 what = "The database cannot be used now." if passes(error) else error.what
-                response = problem(request, 503, what, error.fix or "")
+                response = problem(request, 503, what, _fix(error))
             if (secret := getattr(request.state, "new_cookie", None)) is not None:
                 set_cookie(request, response, secret)
             return response
@@ -69,6 +74,12 @@ def gone_to(request: Request, where: str) -> Response:
     return RedirectResponse(where, 303, headers={"Cache-Control": "no-store"})
 
 
+def local_page(where: str) -> str:
+    """A page of this console to go to after the login; the first one for any other address."""
+    inside = where.startswith("/") and not where.startswith(("//", "/\\")) and "\n" not in where
+    return where if inside else "/"
+
+
 def problem(request: Request, status: int, what: str, fix: str) -> Response:
     """What went wrong, and what to do next."""
     template = "notice.html.jinja" if is_part(request) else "problem.html.jinja"
@@ -80,3 +91,9 @@ def _to_login(request: Request) -> Response:
         return Response(status_code=401, headers={"HX-Redirect": LOGIN, "Cache-Control": "no-store"})
     where = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return RedirectResponse(f"{LOGIN}?next={quote(where)}", 303, headers={"Cache-Control": "no-store"})
+
+
+def _fix(error: TunesmithError) -> str:
+    """What to do next, unless it names an option of the command line."""
+    fix = error.fix or ""
+    return "" if "--" in fix else fix

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tunesmith.store.store import Store
 
 COOKIE = "tunesmith-session"
+# Where people reach the server by https. Browsers send it by https only, and let no other host set it.
+SECURE_COOKIE = f"__Host-{COOKIE}"
 _MOST_FIELDS = 1000
 Result = TypeVar("Result")
 
@@ -76,10 +78,16 @@ class Viewer:
 async def viewer(request: Request) -> Viewer:
     """Who looks. Raises NotLoggedIn without a session."""
     serving = serving_of(request)
-    sent = request.cookies.get(COOKIE, "")
+    sent = request.cookies.get(SECURE_COOKIE) or request.cookies.get(COOKIE, "")
     found = await asyncio.to_thread(sessions.continue_session, serving.store, sent) if sent else None
     if found is None:
         raise NotLoggedIn
+    region = serving.settings.region
+    if found.user.region not in ("", region):
+        where = f"the region {region}" if region else "no region"
+        raise ApiError(
+            403, f"You may act for the region {found.user.region}, this server is for {where}.", code="region"
+        )
     request.state.new_cookie = found.secret
     return Viewer(found.user, found.id, serving, request.url.path)
 
@@ -101,6 +109,8 @@ async def form(request: Request) -> dict[str, list[str]]:
         serving = serving_of(request)
         data = await read_bytes(request, serving.settings, lambda _size: None)
         try:
+            if b"%00" in data or b"\0" in data:
+                raise ValueError("a character that no database keeps")
             request.state.form = parse_qs(data.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
         except ValueError as error:
             raise bad_request("The form cannot be read.", code="invalid_form") from error
@@ -123,7 +133,17 @@ def check_origin(request: Request) -> None:
 
 
 def set_cookie(request: Request, response: Response, secret: str) -> None:
-    """Give the browser the session's secret: out of reach of scripts, and of requests that other sites send."""
-    response.set_cookie(
-        COOKIE, secret, httponly=True, samesite="strict", secure=request.url.scheme == "https", path="/"
-    )
+    """Give the browser the session's secret: out of reach of scripts, and of requests that other sites send.
+
+    It goes over https only where this request came so, as the browser says when it sends a form, or had such a cookie.
+    """
+    origin = request.headers.get("origin", "")
+    secure = request.url.scheme == "https" or origin.startswith("https://") or SECURE_COOKIE in request.cookies
+    name = SECURE_COOKIE if secure else COOKIE
+    response.set_cookie(name, secret, httponly=True, samesite="strict", secure=secure, path="/")
+
+
+def drop_cookie(response: Response) -> None:
+    """Let the browser forget the session's secret."""
+    response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+    response.delete_cookie(SECURE_COOKIE, path="/", httponly=True, samesite="strict", secure=True)

@@ -19,7 +19,7 @@ from tunesmith.server.console.rendering import HEADERS
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.services import evaluation, lineage_pages, version_pages
+from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
 from tunesmith.services import versions as service
 
 routes = router()
@@ -167,7 +167,9 @@ async def _version(viewer: Viewer, name: str, number: int) -> service.Registered
 async def _written(viewer: Viewer, name: str, number: int, write: Callable[[evaluation.EvidenceReport], str]) -> str:
     version = await _version(viewer, name, number)
     everything = viewer.user.scope == Scope()
-    return await viewer.run(lambda: write(evaluation.version_report(viewer.store, version, everything=everything)))
+    texts = everything and viewer.user.may(evidence.READ_PERMISSION)
+    report = partial(evaluation.version_report, viewer.store, version, everything=everything, texts=texts)
+    return await viewer.run(lambda: write(report()))
 
 
 async def _slow(viewer: Viewer, call: Callable[[], Result]) -> Result:

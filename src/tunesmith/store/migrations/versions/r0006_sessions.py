@@ -12,6 +12,7 @@ def upgrade() -> None:
         "login_links",
         sa.Column("digest", sa.String(length=71), nullable=False),
         sa.Column("user", sa.String(length=128), nullable=False),
+        sa.Column("made_by", sa.String(length=128), nullable=False),
         sa.Column("until", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("digest"),
     )
