@@ -342,6 +342,9 @@ def test_documents_of_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert report.status_code == 200
         assert f"{NAME}@v1" in report.text
         assert "sandbox" in report.headers["content-security-policy"]
+        assert 'id="examples"' not in report.text, "an operator may not read rows"
+        with plain(served, cookie_of(served, OWNER)) as reader:
+            assert 'id="examples"' in reader.get(f"/console/versions/{NAME}/1/report.html").text
         for name, said in (("report.md", "Verdict"), ("datasheet.md", "#"), ("NOTICE.md", f"Notice for {NAME}")):
             answer = http.get(f"/console/versions/{NAME}/1/{name}")
             assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
