@@ -129,9 +129,9 @@ def test_one_rollout_is_read_alone(
     abort(served.scene.store, second.id, actor="olga", reason="enough")
     seen, view_of = [], service.view_of
 
-    def viewing(store: object, rollout: object, *more: object) -> object:
+    def viewing(store: object, rollout: object, *more: object, **named: object) -> object:
         seen.append(rollout.id)  # type: ignore[attr-defined]
-        return view_of(store, rollout, *more)  # type: ignore[arg-type]
+        return view_of(store, rollout, *more, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(service, "view_of", viewing)
     with served.http() as http:

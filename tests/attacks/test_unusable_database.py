@@ -113,6 +113,7 @@ def test_a_request_without_a_database_is_told_to_try_again(
 
         with monkeypatch.context() as patch:
             patch.setattr(Router, "caller", until)
+            patch.setattr(Router, "known_caller", lambda *_: None)
             answer = served.post()
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
         assert answer.headers["retry-after"] == "5"

@@ -33,7 +33,8 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture(scope="session")
+# Of one module: while Playwright runs, no test of this process can start an event loop of its own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class Told:
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+    def measured(self, name: str, values: Mapping[str, float]) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")

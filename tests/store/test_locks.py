@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 import pytest
 from sqlalchemy import update
@@ -102,3 +103,17 @@ def test_a_lease_is_renewed_while_its_owner_works(store: Store, monkeypatch: pyt
         while (now := row(store)) is not None and now.until <= first.until:
             assert time.time() < deadline
             time.sleep(0.05)
+
+
+def test_a_lock_that_could_not_be_given_back_keeps_its_own_process_from_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TunesmithError, match="full"), store.lock("a", "first"):
+        monkeypatch.setattr(database, "writing", _full)
+    monkeypatch.undo()
+    with store.lock("a", "second"), pytest.raises(locks.LockHeld), store.lock("a", "third"):
+        pass
+
+
+def _full(*_: object, **__: object) -> NoReturn:
+    raise TunesmithError("the disk is full")

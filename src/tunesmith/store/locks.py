@@ -23,6 +23,8 @@ from tunesmith.store import database
 from tunesmith.store.tables import LockRow
 
 LEASE_SECONDS = 60.0
+# Owners of this process that have ended but could not say so, since the database was away or its disk full.
+_ENDED: set[str] = set()
 
 
 class LockHeld(TunesmithError):
@@ -45,8 +47,10 @@ def lock(engine: Engine, name: str, purpose: str) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
+        _ENDED.add(owner)
         with database.writing(engine) as session:
             session.execute(delete(LockRow).where(LockRow.name == name, LockRow.owner == owner))
+        _ENDED.discard(owner)
 
 
 def abandoned(engine: Engine, prefix: str) -> list[str]:
@@ -73,6 +77,8 @@ def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:
 
 def _alive(held: LockRow) -> bool:
     """Whether a lock's owner still works."""
+    if held.owner in _ENDED:
+        return False
     if held.host != socket.gethostname():
         return held.until > time.time()
     try:

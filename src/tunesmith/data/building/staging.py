@@ -76,7 +76,11 @@ class StagingDatabase:
         self._path.unlink(missing_ok=True)
         self._database = sqlite3.connect(self._path, isolation_level=None)
         self._database.create_function("label", 2, lambda labels, key: parse_json(labels)[key], deterministic=True)
-        self._database.executescript(_TABLES + "BEGIN;")
+        try:
+            self._database.executescript(_TABLES + "BEGIN;")
+        except sqlite3.OperationalError as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
