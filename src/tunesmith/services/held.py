@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, or_
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
@@ -13,7 +13,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted, View
 from tunesmith.holding import queue
-from tunesmith.holding.queue import Decision, State
+from tunesmith.holding.queue import Decision, State, UnknownAnswer
 from tunesmith.holding.rules import Holder
 from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
@@ -107,7 +107,7 @@ def show(store: Store, user: User, identifier: str, *, reviews: bool = True) -> 
         row = queue.get(session, identifier)
         reviews = reviews and _reviews(row, user)
         if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
-            raise queue.UnknownAnswer(f"there is no held answer {identifier[:80]!r}", fix="tunesmith held list")
+            raise UnknownAnswer(f"there is no held answer {identifier[:80]!r}", fix="tunesmith held list")
         texts: dict[str, Any] = {"completion": queue.response_of(row)}
         if reviews:
             texts |= {key: row.texts.get(key) for key in ("messages", "answer", "edited")}
@@ -128,6 +128,17 @@ def tidy(store: Store) -> list[State]:
     outcomes = queue.expire_due(store)
     queue.delete_over(store)
     return outcomes
+
+
+def waiting_for(store: Store, user: User) -> int:
+    """How many answers wait for a decision of this user, if they may review."""
+    if not user.may("answer.review"):
+        return 0
+    wanted = [HeldRow.state == queue.WAITING, HeldRow.caller != user.name]
+    wanted += [HeldRow.tenant == user.tenant] if user.tenant else []
+    wanted += [HeldRow.region == user.region] if user.region else []
+    with database.reading(store.engine) as session:
+        return session.scalar(select(func.count()).select_from(HeldRow).where(*wanted)) or 0
 
 
 def waiting(store: Store) -> int:

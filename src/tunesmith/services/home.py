@@ -24,6 +24,7 @@ from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.standing import standing_of
 from tunesmith.services import monitoring, retraining
+from tunesmith.services.held import waiting_for
 from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines, within
 from tunesmith.store import database
 from tunesmith.store.identities import User, get_user
@@ -127,6 +128,7 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
         moving = live_lines(session, user.scope)
     waiting = [
         *_for_approval(user, kept.unapproved),
+        *_for_held(user, waiting_for(store, user)),
         *_for_keys(user, kept.proposed),
         *_for_rollouts(user, moving),
         *_for_champions(user, kept.champions),
@@ -342,6 +344,12 @@ def _for_retrains(user: User, pending: list[PendingRetrain]) -> list[Waiting]:
         for one in pending
         if user.scope.covers(Scope(one.tenant, one.region))
     ]
+
+
+def _for_held(user: User, count: int) -> list[Waiting]:
+    says = f"{count} held answer{' waits' if count == 1 else 's wait'} for a reviewer"
+    page = "/console/operations/held"
+    return [_waiting(user, says, "answer.review", page, "tunesmith held list")] if count else []
 
 
 def _for_webhooks(user: User, project: Project) -> list[Waiting]:

@@ -11,6 +11,7 @@ from tunesmith.server.access import PUBLIC
 from tunesmith.server.console import (
     changes,
     evidence,
+    held,
     home,
     keys,
     login,
@@ -75,6 +76,7 @@ for part in (
     review.routes,
     datasets.routes,
     operations.routes,
+    held.routes,
     keys.routes,
     last,
 ):

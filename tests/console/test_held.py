@@ -1,0 +1,80 @@
+"""Reviewers decide on held answers in the browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.test_login import cookie_of, plain
+from tests.fabricate import OPERATOR, OWNER
+from tests.server.conftest import Served
+from tests.server.test_held import STEWARD, held, hold
+from tunesmith.core.scope import Scope
+from tunesmith.store.identities import add_user
+
+__all__ = ["hold"]
+PAGE = "/console/operations/held"
+HOSTILE = '<script>document.title = "taken"</script>"><img src=x onerror=alert(1)> {{7*7}} \u202etxt'
+
+
+@pytest.fixture
+def served(hold: Callable[..., Served]) -> Served:
+    return hold()
+
+
+def messages(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: Login) -> None:
+    first = held(served, messages=messages(HOSTILE))
+    second = held(served)
+    page = login(STEWARD)
+    page.get_by_role("link", name="2 held answers wait for a reviewer").click()
+    page.wait_for_url(f"**{PAGE}")
+    check_accessible(page)
+    take_pictures(page, "held")
+    assert fits(page)
+    page.goto(f"{served.url}{PAGE}/{first['id']}")
+    expect(page.locator("pre").first).to_contain_text('<script>document.title = "taken"</script>')
+    check_accessible(page)
+    take_pictures(page, "held-one")
+    assert fits(page)
+    page.get_by_label("Reason").fill("the payee is unclear")
+    page.get_by_label("Edited answer").fill("no JSON")
+    page.get_by_role("button", name="Send the edited answer").click()
+    expect(page.get_by_role("alert")).not_to_be_empty()
+    page.get_by_label("Edited answer").fill('{"intent": "ask_back"}')
+    page.get_by_role("button", name="Send the edited answer").click()
+    page.wait_for_url(f"**{PAGE}")
+    page.goto(f"{served.url}{PAGE}/{second['id']}")
+    page.get_by_label("Reason").fill("no such account")
+    page.get_by_role("button", name="Refuse").click()
+    page.wait_for_url(f"**{PAGE}")
+    expect(page.get_by_text("replaced", exact=True)).to_be_visible()
+    expect(page.get_by_text("refused", exact=True)).to_be_visible()
+    with served.http() as http:
+        left = http.get(first["url"]).json()["completion"]["choices"][0]["message"]["content"]
+        assert left == '{"intent": "ask_back"}'
+        assert "completion" not in http.get(second["url"]).json()
+
+
+@pytest.mark.attack("people", "held answers in the browser, by people who may not review them")
+def test_who_may_not_review_sees_nothing(served: Served) -> None:
+    notice = held(served)
+    add_user(served.scene.store, "tess", ["steward"], actor=OWNER, scope=Scope("acme", ""))
+    with plain(served, cookie_of(served, OPERATOR)) as http:
+        assert http.get(PAGE).status_code == 403
+        assert http.get(f"{PAGE}/{notice['id']}").status_code == 403
+        assert "held answer" not in http.get("/").text
+    with plain(served, cookie_of(served, "tess")) as http:
+        assert notice["id"] not in http.get(PAGE).text
+        assert http.get(f"{PAGE}/{notice['id']}").status_code == 404
+        assert "held answer" not in http.get("/").text
+    with plain(served, cookie_of(served, STEWARD)) as http:
+        assert http.get(f"{PAGE}/{'0' * 32}").status_code == 404
+        assert http.post(f"{PAGE}/{notice['id']}", data={"decision": "release"}).status_code == 403
