@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.test_login import cookie_of, plain
 from tests.fabricate import NAME, OPERATOR, OWNER
 from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
@@ -170,3 +172,25 @@ def test_traffic_has_some_hundred_spans_however_long_it_lasts(
     assert sum(span.canary.requests for span in found.spans) == 25
     assert sum(span.stable.failed + span.canary.failed for span in found.spans) == 10
     assert {span.canary.score for span in found.spans} == {None, 0.5}
+
+
+@pytest.mark.attack("rollout", "resuming a pause that somebody else has resumed, with the next one reached")
+def test_a_button_resumes_the_pause_that_its_page_showed(served: Served, versions: dict[int, Version]) -> None:
+    pauses = ({"setWeight": 10}, {"pause": {}}, {"setWeight": 20}, {"pause": {}}, {"setWeight": 100})
+    rollout = served.begin(versions[2], *pauses)
+    served.until(rollout, lambda now: now.step == 1)
+    cookie = cookie_of(served)
+    with plain(served, cookie) as http:
+        page = http.get(f"/console/rollouts/{rollout.id}").text
+        mark = re.search(r'"X-CSRF": "([0-9a-f]+)"', page)
+        assert mark is not None
+        assert '<input type="hidden" name="step" value="1">' in page
+
+        def press() -> int:
+            sent = {"csrf": mark[1], "step": "1"}
+            return http.post(f"/console/rollouts/{rollout.id}/resume", data=sent).status_code
+
+        assert press() == 303
+        served.until(rollout, lambda now: now.step == 3)
+        assert press() == 409
+        assert get_rollout(served.scene.store, rollout.id).step == 3

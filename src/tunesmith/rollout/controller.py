@@ -112,11 +112,20 @@ def start(
         return from_row(row)
 
 
-def resume(store: Store, rollout: int, *, actor: str, reason: str = "", clock: Clock = now) -> Rollout:
-    """End the pause of a rollout. reason: for the audit log. Raises Refused if it is not at a pause."""
+def resume(
+    store: Store, rollout: int, *, actor: str, reason: str = "", step: int | None = None, clock: Clock = now
+) -> Rollout:
+    """End the pause of a rollout. reason: for the audit log. Raises Refused if it is not at a pause.
+
+    step: the index of the pause that the actor looked at. Raises Refused if the rollout is at another one by now.
+    """
 
     def decide(session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
+        if step is not None and current.step != step:
+            raise Refused(
+                f"rollout {rollout} went on meanwhile: it is at step {current.step + 1}", where=_place(current)
+            )
         if current.current is None or current.current.pause is None:
             raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
         return Transition("rollout.resume", {"status": "running", "step": current.step + 1}, _because(reason))

@@ -141,9 +141,13 @@ def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True
     return view_of(store, found, judged=judged) if user.scope.covers(found.scope) else None
 
 
-def resume(store: Store, which: str, *, actor: str | None = None, reason: str = "") -> RolloutView:
-    """End the pause of a rollout. which: its number, or a name with one live rollout."""
-    return view_of(store, controller.resume(store, _number(store, which), actor=acting(store, actor), reason=reason))
+def resume(
+    store: Store, which: str, *, actor: str | None = None, reason: str = "", step: int | None = None
+) -> RolloutView:
+    """End the pause of a rollout. which: its number, or a name with one live rollout. step: the pause's index, where
+    only that one is meant."""
+    number, by = _number(store, which), acting(store, actor)
+    return view_of(store, controller.resume(store, number, actor=by, reason=reason, step=step))
 
 
 def promote(

@@ -78,11 +78,12 @@ async def change(request: Request, viewer: Changing, number: int, action: str) -
     """Resume, promote, abort or roll back."""
     found, said = await _find(viewer, number), await form(request)
     reason, override = _field(said, "reason"), _field(said, "override") or None
+    step = int(_field(said, "step")) if _field(said, "step").isdecimal() else None
     store, by = viewer.store, viewer.user.name
     which = str(number)
     scope = Scope(found.tenant, found.region)
     calls: dict[str, Callable[[], RolloutView]] = {
-        "resume": partial(rollouts.resume, store, which, actor=by, reason=reason),
+        "resume": partial(rollouts.resume, store, which, actor=by, reason=reason, step=step),
         "promote": partial(rollouts.promote, store, which, actor=by, reason=reason, override=override),
         "abort": partial(rollouts.abort, store, which, actor=by, reason=reason),
         "rollback": partial(
