@@ -178,7 +178,7 @@ def test_traffic_has_some_hundred_spans_however_long_it_lasts(
 def test_a_button_resumes_the_pause_that_its_page_showed(served: Served, versions: dict[int, Version]) -> None:
     pauses = ({"setWeight": 10}, {"pause": {}}, {"setWeight": 20}, {"pause": {}}, {"setWeight": 100})
     rollout = served.begin(versions[2], *pauses)
-    served.until(rollout, lambda now: now.step == 1)
+    served.until(rollout, lambda now: (now.step, now.status) == (1, "paused"))
     cookie = cookie_of(served)
     with plain(served, cookie) as http:
         page = http.get(f"/console/rollouts/{rollout.id}").text
