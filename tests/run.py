@@ -2,8 +2,8 @@
 
     python -m tests.run --numprocesses 3
 
-A test that fails beside others and passes alone does not fail the run. It is named at the very end, so that somebody
-mends it (docs/decisions/0043-a-second-chance-aloud.md).
+A test that fails in parallel and passes alone does not fail the run. It is named at the very end, so that somebody
+mends it (docs/decisions/0043-few-failed-tests-run-again-alone.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import pytest
 
-MOST = 5  # tests that may fail beside others; more have one cause, and it is not the others
+MOST = 5  # tests that may fail in parallel; more have a common cause
 
 
 class Recorder:
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         return code
     again = [test for test in recorder.failed if recorder.alone(test) != 0]
     if again:
-        print("\nfailed beside others, and alone too:", *again, sep="\n  ")
+        print("\nfailed in parallel, and alone too:", *again, sep="\n  ")
         return code
-    print("\nfailed beside others, passed alone:", *recorder.failed, sep="\n  ", flush=True)
+    print("\nfailed in parallel, passed alone:", *recorder.failed, sep="\n  ", flush=True)
     return 0
 
 

@@ -52,7 +52,7 @@ def run(folder: Path, which: list[str], condition: str, *options: str) -> tuple[
 def test_few_that_pass_alone_are_named_at_the_end(tmp_path: Path) -> None:
     code, said = run(tmp_path, ["a [b]::c", "d"], "True", "--numprocesses", "2")
     assert code == 0, said
-    named = said.partition("failed beside others, passed alone:\n")[2].split("\n")
+    named = said.partition("failed in parallel, passed alone:\n")[2].split("\n")
     places = ["test_at_first[a [b]::c]", "test_at_first[d]", "test_fixture", "test_process"]
     assert sorted(named) == ["", *(f"  test_few.py::{place}" for place in places)]
 
@@ -61,7 +61,7 @@ def test_few_that_pass_alone_are_named_at_the_end(tmp_path: Path) -> None:
 def test_one_that_fails_alone_too_fails_the_run(tmp_path: Path) -> None:
     code, said = run(tmp_path, ["a"], "False", "--numprocesses", "2")
     assert code == 1
-    assert said.endswith("failed beside others, and alone too:\n  test_few.py::test_always\n")
+    assert said.endswith("failed in parallel, and alone too:\n  test_few.py::test_always\n")
 
 
 @pytest.mark.slow

@@ -19,9 +19,14 @@ from tunesmith.registry.versions import Version
 from tunesmith.server.errors import ApiError
 from tunesmith.server.routing import Router
 from tunesmith.store.identities import add_user
-from tunesmith.store.tokens import authenticate, get_token, issue_token, list_tokens
+from tunesmith.store.store import Store
+from tunesmith.store.tokens import Token, authenticate, issue_token, list_tokens
 
 DAY = 86_400
+
+
+def get_token(store: Store, user: str, name: str) -> Token:
+    return next(token for token in list_tokens(store, user) if token.name == name)
 
 
 def made(served: Served, token: str, **body: Any) -> httpx.Response:

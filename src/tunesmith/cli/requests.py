@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, add_commands
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.evidence import OpenedRequest, RequestMatrix
+    from tunesmith.services.held_out_requests import OpenedRequest, RequestMatrix
     from tunesmith.store.identities import User
 
 Found = TypeVar("Found")
@@ -39,12 +39,12 @@ def requests(
     most: Annotated[int, typer.Option(min=1, max=1000, help="Requests to show.")] = 20,
 ) -> None:
     """Show held-out requests by candidates: where a candidate got worse first, then where it got better."""
-    from tunesmith.services import evidence
+    from tunesmith.services import held_out_requests
 
     given = {"focus": focus, "rival": rival, "metric": metric, "show": show}
     given |= {"group": group, "label": label, "search": search}
     user, digest = _which(here, evaluation)
-    found = evidence.show_requests(here.store, user, user.region, digest, given, first, most)
+    found = held_out_requests.show_requests(here.store, user, user.region, digest, given, first, most)
     here.emit(_present(found, "evaluation"), _draw_requests)
 
 
@@ -57,10 +57,10 @@ def request(
     ] = "reference",
 ) -> None:
     """Show one held-out request with every candidate's answer, and how it differs from the reference."""
-    from tunesmith.services import evidence
+    from tunesmith.services import held_out_requests
 
     user, digest = _which(here, evaluation)
-    found = evidence.show_request(here.store, user, user.region, digest, row, {}, compared)
+    found = held_out_requests.show_request(here.store, user, user.region, digest, row, {}, compared)
     here.emit(_present(found, f"request {row[:80]!r}"), _draw_request)
 
 

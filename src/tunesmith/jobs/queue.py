@@ -17,6 +17,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.jobs.state import ENDED, Clock, Event, Job, State, add_event, database_time, job_of
 from tunesmith.store import database
 from tunesmith.store.identities import require
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobEventRow, JobRow
 
@@ -141,9 +142,7 @@ def list_jobs(
         found = found.where(JobRow.created_by == by)
     if before is not None:
         found = found.where(JobRow.id < before)
-    for column, own in ((JobRow.tenant, scope.tenant), (JobRow.region, scope.region)):
-        if own:
-            found = found.where(column == own)
+    found = found.where(*within(JobRow, scope))
     with database.reading(store.engine) as session:
         return [job_of(row) for row in session.scalars(found)]
 

@@ -19,6 +19,7 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
 from tunesmith.store import database
 from tunesmith.store.identities import User, acting, get_user
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import HeldRow
 
@@ -88,9 +89,7 @@ def list_held(
     mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
     wanted = mine
     if reviews and user.may("answer.review"):
-        tenants = [HeldRow.tenant == user.tenant] if user.tenant else []
-        regions = [HeldRow.region == user.region] if user.region else []
-        wanted = or_(mine, and_(True, *tenants, *regions))
+        wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
     state = [] if everything else [HeldRow.state == queue.WAITING]
     with database.reading(store.engine) as session:
         rows = queue.listed(session, wanted, *state, most=most)
@@ -134,9 +133,7 @@ def waiting_for(store: Store, user: User) -> int:
     """How many answers wait for a decision of this user, if they may review."""
     if not user.may("answer.review"):
         return 0
-    wanted = [HeldRow.state == queue.WAITING, HeldRow.caller != user.name]
-    wanted += [HeldRow.tenant == user.tenant] if user.tenant else []
-    wanted += [HeldRow.region == user.region] if user.region else []
+    wanted = (HeldRow.state == queue.WAITING, HeldRow.caller != user.name, *within(HeldRow, user.scope))
     with database.reading(store.engine) as session:
         return session.scalar(select(func.count()).select_from(HeldRow).where(*wanted)) or 0
 

@@ -25,11 +25,12 @@ from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.standing import standing_of
 from tunesmith.services import monitoring, retraining
 from tunesmith.services.held import waiting_for
-from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines, within
+from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines
 from tunesmith.store import database
 from tunesmith.store.identities import User, get_user
 from tunesmith.store.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.roles import ACTIONS
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, JobRow, RecordRow, RequestRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, case, func, select
+from sqlalchemy import Select, case, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
@@ -23,8 +23,9 @@ from tunesmith.rollout.standing import standing
 from tunesmith.rollout.state import LIVE, Rollout, Status, from_row, get_rollout
 from tunesmith.store import database
 from tunesmith.store.identities import User
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, JobRow, RequestRow, RolloutRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, RequestRow, RolloutRow, VersionRow
 
 LISTED = 20  # rollouts on a page
 _BUCKETS = 300
@@ -156,12 +157,6 @@ class StartableVersion(View):
     tenant: str
     region: str
     waits: str
-
-
-def within(table: type[RolloutRow | RequestRow | JobRow | VersionRow], scope: Scope) -> list[ColumnElement[bool]]:
-    """The conditions of a query for what belongs to a scope."""
-    pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
-    return [column == value for column, value in pairs if value]
 
 
 def list_page(store: Store, user: User, page: int = 1) -> RolloutPage:

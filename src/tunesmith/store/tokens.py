@@ -155,12 +155,6 @@ def authenticate(where: Store | Session, secret: str, *, now: float | None = Non
     return Caller(user, token, digest)
 
 
-def get_token(where: Store | Session, user: str, name: str) -> Token:
-    """A user's token by its name. Raises UsageError where there is none."""
-    with identities.session_of(where) as session:
-        return _token(_row(session, user, name))
-
-
 def list_tokens(where: Store | Session, user: str | None = None) -> list[Token]:
     """The tokens of a user or of all users, ended ones included, oldest first for each user."""
     query = select(TokenRow).order_by(TokenRow.user, TokenRow.created, TokenRow.name)

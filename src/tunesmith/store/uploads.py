@@ -24,6 +24,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.locks import LockHeld, abandoned
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import FileRow
 
@@ -134,9 +135,7 @@ def list_files(
 ) -> list[StoredFile]:
     """The files that a scope covers. after: only those behind this one in the same order. Raises FileGone for an
     `after` that is no file of the scope."""
-    found = select(FileRow)
-    for column, own in ((FileRow.tenant, scope.tenant), (FileRow.region, scope.region)):
-        found = found.where(column == own) if own else found
+    found = select(FileRow).where(*within(FileRow, scope))
     if purpose is not None:
         found = found.where(FileRow.purpose == purpose)
     with database.reading(store.engine) as session:

@@ -12,7 +12,7 @@ from fastapi import Query, Request, Response
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.session import Looking, Viewer
 from tunesmith.server.errors import ApiError
-from tunesmith.services import evidence
+from tunesmith.services import evidence, held_out_requests
 from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
@@ -111,13 +111,13 @@ async def rows(request: Request, viewer: Looking, digest: Digest, first: Place =
 
 @routes.get(_AT + "/{digest}/requests/{row}")
 async def opened(
-    request: Request, viewer: Looking, digest: Digest, row: str, compared: str = evidence.REFERENCE
+    request: Request, viewer: Looking, digest: Digest, row: str, compared: str = held_out_requests.REFERENCE
 ) -> Response:
     """One request: answers side by side, their differences, and what was retrieved."""
     chosen = _chosen(request)
     region = viewer.serving.settings.region
     found = await viewer.run(
-        partial(evidence.show_request, viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
+        partial(held_out_requests.show_request, viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
     )
     if found is None:
         raise _none("request")
@@ -137,10 +137,10 @@ async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPag
 
 async def _rows(
     viewer: Viewer, digest: str, chosen: Mapping[str, str], first: int, most: int
-) -> evidence.RequestMatrix:
+) -> held_out_requests.RequestMatrix:
     region = viewer.serving.settings.region
     found = await viewer.run(
-        partial(evidence.show_requests, viewer.store, viewer.user, region, _full(digest), chosen, first, most)
+        partial(held_out_requests.show_requests, viewer.store, viewer.user, region, _full(digest), chosen, first, most)
     )
     if found is None:
         raise _none("evaluation")

@@ -69,7 +69,7 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
             tried = await viewer.serving.trying.run(viewer.user.name, call)
     except TimeoutError:
         raise timed_out() from None
-    return viewer.page("evidence_tried.html.jinja", question=question, tried=tried, tokens=_MOST_TOKENS)
+    return viewer.page("evidence_tried.html.jinja", question=question, tried=tried)
 
 
 async def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:

@@ -45,9 +45,8 @@ class ConsoleRoute(APIRoute):
             except (Refused, UsageError) as error:
                 response = problem(request, 409, error.what, _fix(error))
             except TunesmithError as error:
-                LOG.error(
-                    "%s %s raised", request.method, self.path, exc_info=error
-                )  # the path may hold a link's secret
+                # Not the request's own path: it may hold a link's secret.
+                LOG.error("%s %s raised", request.method, self.path, exc_info=error)
                 what = "The database cannot be used now." if passes(error) else error.what
                 response = problem(request, 503, what, _fix(error))
             if (secret := getattr(request.state, "new_cookie", None)) is not None:
