@@ -8,6 +8,7 @@ Fused: reciprocal rank fusion with k = 60 (Cormack, Clarke and Buettcher 2009).
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.data.documents import Passage
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs each index that it makes, as DEBUG, in a server too
 
 _WORD = re.compile(r"\w+")
 _FUSION = 60
