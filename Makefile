@@ -17,7 +17,7 @@ demo: $(DEMO)            ## the whole chain on real input, from raw rows to a si
 
 console: $(DEMO)         ## the demo's project in a browser, with a link for its owner and one for its approver
 	@echo "the owner:     $$($(BIN)/tunesmith login-link -C examples/home_intents)"
-	@echo "the approver:  $$($(BIN)/tunesmith login-link ada -C examples/home_intents)"
+	@echo "the approver:  $$($(BIN)/tunesmith login-link ada --as ada -C examples/home_intents)"
 	$(BIN)/tunesmith serve -C examples/home_intents
 
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model

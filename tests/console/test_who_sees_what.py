@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+import getpass
+import re
+from typing import Any
 
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.attack_table import Happened
 from tests.console.test_login import cookie_of, plain
-from tests.fabricate import OPERATOR, OWNER
+from tests.fabricate import APPROVER, OPERATOR, OWNER
 from tests.server.conftest import Served
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.scope import Scope
+from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console.session import SECURE_COOKIE
+from tunesmith.server.errors import passes
+from tunesmith.services import proposed_keys, users, version_pages
 from tunesmith.store import audit, database, sessions
 from tunesmith.store.identities import add_user
 
@@ -82,3 +94,73 @@ def test_a_link_says_in_the_audit_log_who_made_it(served: Served) -> None:
     with database.reading(store.engine) as session:
         newest = audit.entries(session)[-1]
     assert (newest.action, newest.actor, newest.detail["by"]) == ("session.open", OPERATOR, OWNER)
+
+
+def test_evidence_that_does_not_decide_is_no_trouble_of_the_database(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*_: Any, **__: Any) -> None:
+        raise Inconclusive("too few requests to say", fix="wait for more")
+
+    monkeypatch.setattr(version_pages, "page_of_versions", undecided)
+    with plain(served, cookie_of(served, OPERATOR)) as http:
+        page = http.get("/console/versions")
+    assert (page.status_code, "too few requests to say" in page.text) == (409, True)
+    assert not passes(Inconclusive("too few requests to say"))
+
+
+@pytest.mark.attack("people", "an admin proposes a key as an approver, by a link of their own making, and confirms it")
+def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served, happened: Happened) -> None:
+    store = served.scene.store
+    add_user(store, "amy", ["admin"], actor=OWNER)
+
+    def begun(name: str, by: str) -> str:
+        """A session of a user, by a link that another one made."""
+        opened = sessions.follow_link(store, sessions.make_link(store, name, actor=by))
+        assert opened is not None
+        assert opened.secret is not None
+        return opened.secret
+
+    def proposed(cookie: str) -> str:
+        pem = public_pem(ec.generate_private_key(ec.SECP256R1()).public_key())
+        with plain(served, cookie) as http:
+            assert http.post("/console/keys", data={"csrf": csrf(http), "public_key": pem}).status_code == 303
+        return digest_bytes(pem.encode())
+
+    def confirmed(cookie: str, fingerprint: str) -> bool:
+        with plain(served, cookie) as http:
+            fields = {"csrf": csrf(http), "user": APPROVER, "fingerprint": fingerprint}
+            answer = http.post("/console/keys/confirm", data=fields)
+        assert answer.status_code == 303 or "the two take different people" in answer.text
+        return answer.status_code == 303
+
+    mine = proposed(begun(APPROVER, OWNER))
+    assert not confirmed(begun(OWNER, OWNER), mine)
+    with plain(served, cookie_of(served, OWNER)) as http:
+        page = http.get("/console/keys").text
+        assert f"a link of {OWNER} opened" in page
+        assert "another admin confirms this key" in page
+    with pytest.raises(Refused, match=f"{OWNER} made the link"):
+        proposed_keys.confirm(store, APPROVER, mine, actor=OWNER)  # on the command line
+    assert not confirmed(begun("amy", OWNER), mine)  # one person, by links for two
+    happened("refused", 3)
+    assert confirmed(begun("amy", "amy"), mine)
+    assert confirmed(begun(OWNER, "amy"), proposed(begun(APPROVER, APPROVER)))
+    with database.reading(store.engine) as session:
+        proposals = [row.detail for row in audit.entries(session) if row.action == "user.key.propose"]
+    assert [detail["link_by"] for detail in proposals] == [OWNER, APPROVER]
+
+
+def test_a_link_of_the_command_line_says_on_which_account_it_was_made(served: Served) -> None:
+    store = served.scene.store
+    users.login_link(store, OPERATOR, url="http://127.0.0.1", actor=OPERATOR)
+    with database.reading(store.engine) as session:
+        newest = audit.entries(session)[-1]
+    assert (newest.action, newest.actor, newest.detail["account"]) == ("session.link", OPERATOR, getpass.getuser())
+
+
+def csrf(http: httpx.Client) -> str:
+    """What the forms of a session carry."""
+    found = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/console/keys").text)
+    assert found
+    return found[1]

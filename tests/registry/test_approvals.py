@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -49,7 +50,7 @@ def put_approval(store: Store, version: Version, approval: Approval, envelope: b
 def approval_by(store: Store, user: str, **changes: object) -> Approval:
     with database.reading(store.engine) as session:
         stated = {"approver": user, "role": "approver", "decision": "approve", "reason": "", "override": None}
-        times = {"at": stamp(), "until": stamp(LASTS)}
+        times = {"at": stamp(), "until": stamp(LASTS), "nonce": secrets.token_hex(16)}
         return Approval.model_validate({**stated, **times, "audit": audit.newest(session), **changes})
 
 
@@ -90,12 +91,45 @@ def test_a_signature_made_elsewhere_is_accepted(store: Store, version: Version) 
     assert require_approved(store, version) == recorded.approval
 
 
-def test_submitting_twice_keeps_the_first_approval(store: Store, version: Version) -> None:
+def test_approving_twice_keeps_the_first_approval(store: Store, version: Version) -> None:
     key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
     envelopes = [sign(prepare_approval(store, version, "ann", reason), key) for reason in ("one", "two")]
     first = submit_approval(store, envelopes[0])
-    assert [submit_approval(store, envelope) for envelope in envelopes] == [first, first]
+    assert submit_approval(store, envelopes[1]) == first
     assert approval_count(store) == 1
+
+
+@pytest.mark.attack("people", "a signed approval sent again, or signed without a nonce")
+def test_a_signed_statement_is_recorded_once(store: Store, version: Version) -> None:
+    key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
+    requests = [prepare_approval(store, version, "ann", "why", "refuse") for _ in range(2)]
+    nonces = {request.statement["predicate"]["nonce"] for request in requests}
+    assert len(nonces) == 2
+    signed = [sign(request, key) for request in requests]
+    submit_approval(store, signed[0])
+    approve(store, version, approver="ann")  # the refusal no longer stands
+    for _ in range(2):
+        with pytest.raises(Refused, match="was recorded before, on "):
+            submit_approval(store, signed[0])
+    with pytest.raises(Refused, match="approved the version after this was prepared"):
+        submit_approval(store, signed[1])  # unused, but older than what it would overturn
+    newest = require_approved(store, version)
+    assert newest.nonce not in (None, *nonces)
+    for nonce in (None, "", "A" * 32, "0" * 31, "0" * 33):
+        statement = statement_of(version, approval_by(store, "ann", nonce=nonce))
+        with pytest.raises(Refused, match="has no nonce"):
+            submit_approval(store, seal(statement, key))
+    assert approval_count(store) == 1
+    assert verify_log(store) == []
+
+
+def test_an_approval_of_before_there_were_nonces_still_counts(store: Store, version: Version) -> None:
+    old = approval_by(store, "ann", nonce=None)
+    statement = statement_of(version, old)
+    assert "nonce" not in statement["predicate"]
+    put_approval(store, version, old, sealed(store, "ann", statement))
+    assert require_approved(store, version) == old
+    assert not verify_version(store, version.label, keys=identities.trusted_keys(store)).problems
 
 
 def test_submit_checks_role_and_recall_again(store: Store, version: Version) -> None:

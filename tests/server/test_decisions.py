@@ -78,7 +78,9 @@ def test_refused_and_approved_again_with_a_key_that_never_came(served: Served, a
         assert (answer.status_code, answer.json()["decision"], answer.json()["approver"]) == (200, decision, "ada")
         assert answer.json()["missing"] == ([] if decision == "approve" else ["1 more approver"])
         assert served.post().status_code == status
-        assert ada.submit(ada.signed(prepared.json())).json() == answer.json()  # sent again: the same record
+        again = ada.submit(ada.signed(prepared.json()))
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "decision_refused")
+        assert "was recorded before" in again.json()["error"]["message"]
     assert not list((served.scene.store.root / "keys").glob("ada*"))
 
 

@@ -7,13 +7,14 @@ A refusal blocks the version until as many people who read it approve it again a
 than the newest refusal count for nothing. So a decision must have been prepared after the one that it overturns, and an
 old approval cannot be submitted again.
 
-What is signed ends an hour after it was prepared, so that a signature that was never sent cannot be used next month.
-It holds no nonce: a decision that was recorded before is answered with its record, and one that was overturned since
-is older than what overturned it, so sending a signature a second time never changes anything.
+What is signed ends an hour after it was prepared, so that a signature that was never sent cannot be used next month. It
+holds a random nonce, which the audit log keeps with the decision: the same signed statement is recorded once.
 """
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -52,6 +53,8 @@ from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
 from tunesmith.store.trust import TrustedKey, signature_entry
 
 LASTS = timedelta(hours=1)  # from preparing a decision to submitting it
+_NONCE_BYTES = 16
+_NONCE = re.compile(f"[0-9a-f]{{{2 * _NONCE_BYTES}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def prepare_approval(
         at=clock.stamp(),
         audit=head,
         until=clock.stamp(LASTS),
+        nonce=secrets.token_hex(_NONCE_BYTES),
     )
     statement = statement_of(version, approval)
     return ApprovalRequest(statement, signed_bytes(statement))
@@ -108,12 +112,13 @@ def sign(request: ApprovalRequest, key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> RecordedApproval:
-    """Check a signed approval or refusal and record it. Submitted twice by one approver, the first one stays.
+    """Check a signed approval or refusal and record it. Where one of the approver stands already, that one stays.
 
     The actor is the user whose key signed it; by: who this must be, by default anybody. It repeats every check of
     prepare_approval. It also checks the signature, that this store's audit log holds the entry that the statement names
-    as the newest one, that what the decision overturns was recorded before that entry, and that its time is not over.
-    Raises as prepare_approval does, and Refused for an envelope that is not a decision by a trusted key.
+    as the newest one, that what the decision overturns was recorded before that entry, that its nonce was not used and
+    that its time is not over. Raises as prepare_approval does, and Refused for an envelope that is not a decision by a
+    trusted key.
     """
     statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
     _, digest, approval = read_statement(statement)
@@ -128,8 +133,10 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
         body=approval.model_dump(mode="json"),
     )
     read_approval(record, envelope, version, signer, identities.trusted_keys(store))
-    detail: dict[str, Any] = {"version": version.label, "reason": approval.reason, "override": version.override}
+    stated = {"version": version.label, "reason": approval.reason, "nonce": approval.nonce}
+    detail: dict[str, Any] = {**stated, "override": version.override}
     with database.reading(store.engine) as reading:
+        _check_unused(reading, version, approval)
         counting, _ = _counting(store, reading, version, signer)
     for recorded in _standing(counting):
         if (recorded.approval.approver, recorded.approval.decision) == (approval.approver, approval.decision):
@@ -141,6 +148,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
         trusted = identities.trusted_keys(session)
         read_approval(record, envelope, version, signer, trusted)
         _check_known(session, approval.audit)
+        _check_unused(session, version, approval)
         counting, _ = _counting(store, session, version, signer)
         _check_newer(approval, counting)
         store.put_record(record, session)
@@ -220,6 +228,23 @@ def _check_time(approval: Approval) -> None:
         raise Refused(f"the time of the signed statement ended at {approval.until}", fix=fix)
     if left > 2 * LASTS:
         raise Refused(f"the time of the signed statement ends too late, at {approval.until}", fix=fix)
+
+
+def _check_unused(session: Session, version: Version, approval: Approval) -> None:
+    """Raise Refused if the nonce of a decision is missing, or a decision on this version was recorded with it before.
+
+    A statement names its version, so the nonces of other versions do not matter.
+    """
+    if not _NONCE.fullmatch(approval.nonce or ""):
+        raise Refused("the signed statement has no nonce", fix="prepare and sign it again")
+    entries = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject == version.digest)
+    for row in session.scalars(entries):
+        if row.detail.get("nonce") == approval.nonce:
+            raise Refused(
+                f"this signed statement was recorded before, on {row.at[:10]}: its nonce is used",
+                where=f"audit entry {row.seq}",
+                fix="nothing is left to do; to decide again, prepare and sign another one",
+            )
 
 
 def _check_known(session: Session, head: Head) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.files import is_disk_full
 from tunesmith.core.view import Omitted
 from tunesmith.server.intake import limits
@@ -159,8 +159,8 @@ def unavailable() -> ApiError:
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error may pass by itself: something outside was away, and nothing was refused."""
-    return isinstance(error, TunesmithError) and not isinstance(error, Refused | UsageError)
+    """Whether an error may pass by itself: something outside was away, and nothing was decided or left undecided."""
+    return isinstance(error, TunesmithError) and not isinstance(error, Refused | UsageError | Inconclusive)
 
 
 def failed() -> ApiError:

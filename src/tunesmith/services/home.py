@@ -299,7 +299,7 @@ def _for_keys(user: User, proposed: list[ProposedKey]) -> list[Waiting]:
             "user.change",
             "/console/keys",
             f"tunesmith keys confirm {key.user} FINGERPRINT",
-            not_for=(key.user,),
+            not_for=tuple(filter(None, (key.user, key.link_by))),
         )
         for key in proposed
     ]

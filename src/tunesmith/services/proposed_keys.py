@@ -13,11 +13,13 @@ from tunesmith.store.store import Store
 
 
 class ProposedKeyView(View):
-    """A key that waits for an admin. at: when it was proposed."""
+    """A key that waits for an admin. at: when it was proposed. link_by: who made the link to the session in which it
+    was, and so may not confirm it; None for no link."""
 
     user: str
     fingerprint: str
     at: str
+    link_by: str | None
 
 
 class ConfirmedKey(View):
@@ -33,14 +35,17 @@ def waiting(store: Store, user: str | None = None) -> tuple[ProposedKeyView, ...
     return tuple(_view(key) for key in proposals.waiting_keys(store, user))
 
 
-def propose(store: Store, public_key: str, *, actor: str) -> ProposedKeyView:
-    """Propose a public key (PEM, P-256) of the actor's own."""
-    return _view(proposals.propose_key(store, actor, keys.read_public_key(public_key.encode()), actor=actor))
+def propose(store: Store, public_key: str, *, actor: str, session: str | None = None) -> ProposedKeyView:
+    """Propose a public key (PEM, P-256) of the actor's own. session: the console's, in which they do so."""
+    pem = keys.read_public_key(public_key.encode())
+    return _view(proposals.propose_key(store, actor, pem, actor=actor, session=session))
 
 
-def confirm(store: Store, user: str, fingerprint: str, *, actor: str | None = None) -> ConfirmedKey:
-    """Let a proposed key count. fingerprint: its first 20 digits or more, as the user told them."""
-    return _newest(proposals.confirm_key(store, user, fingerprint, actor=acting(store, actor)))
+def confirm(
+    store: Store, user: str, fingerprint: str, *, actor: str | None = None, session: str | None = None
+) -> ConfirmedKey:
+    """Let a proposed key count. fingerprint: its first 20 digits or more, as the user told them. session: as above."""
+    return _newest(proposals.confirm_key(store, user, fingerprint, actor=acting(store, actor), session=session))
 
 
 def reject(store: Store, user: str, fingerprint: str, *, actor: str | None = None) -> ProposedKeyView:

@@ -147,7 +147,8 @@ def login_link(store: Store, name: str | None = None, *, url: str, actor: str | 
     """A link to the console of the server at a URL, for the actor or, if they are an admin, for anybody."""
     by = acting(store, actor)
     who = name or by
-    return LoginLink(user=who, url=f"{url.rstrip('/')}/console/login/{sessions.make_link(store, who, actor=by)}")
+    secret = sessions.make_link(store, who, actor=by, account=identities.account())
+    return LoginLink(user=who, url=f"{url.rstrip('/')}/console/login/{secret}")
 
 
 def list_users(store: Store) -> UserList:

@@ -406,14 +406,19 @@ def first_user(session: Session) -> str | None:
     return session.scalars(first).first()
 
 
+def account() -> str:
+    """The name of the machine's account that this process runs on; "" where it has none, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
 def _own_name() -> str:
     given = os.environ.get("TUNESMITH_USER")
     if given:
         return check_new_name(check_name(given, "user name"), ())
-    try:
-        login = getpass.getuser()
-    except (OSError, KeyError):  # a container whose user id has no name
-        login = ""
+    login = account()
     # A login such as `DOMAIN\First Last` is rewritten by our rule for names. The name is no credential.
     plain = re.sub(r"[^a-z0-9_-]+", "-", login.lower()).strip("-_")[:63]
     try:

@@ -2,6 +2,9 @@
 
 A proposal is an entry of the audit log and nothing else. It waits until its key is enrolled, or until its user or an
 admin ends it.
+
+A key must not be proposed and confirmed by one person. A session is in the hands of its user and of whoever made the
+link that opened it, so no one of those who proposed may be one of those who confirm.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.store import database
 from tunesmith.store.identities import User, changing, check_new_key
+from tunesmith.store.sessions import link_maker
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 from tunesmith.store.user_keys import enrol_key
@@ -26,39 +30,59 @@ _LEAST_DIGITS = 20  # 80 bits: nobody finds a second key whose fingerprint begin
 
 @dataclass(frozen=True, slots=True)
 class ProposedKey:
-    """A key that waits. public_key: PEM; fingerprint: of that text; at: when it was proposed."""
+    """A key that waits. public_key: PEM; fingerprint: of that text; at: when it was proposed.
+
+    link_by: who made the link that opened the session in which it was proposed, None for no link.
+    """
 
     user: str
     fingerprint: str
     public_key: str
     at: str
+    link_by: str | None
 
 
-def propose_key(store: Store, name: str, public_key: str, *, actor: str) -> ProposedKey:
+def propose_key(store: Store, name: str, public_key: str, *, actor: str, session: str | None = None) -> ProposedKey:
     """Keep a public key (PEM, as `public_pem` spells it) that a user wants to sign with. Proposed twice, it stays once.
 
-    Raises Refused if anybody has or had this key, UsageError if too many keys of the user wait.
+    session: the console's session in which actor does so. Raises Refused if anybody has or had this key, UsageError if
+    too many keys of the user wait.
     """
     fingerprint = digest_bytes(public_key.encode())
     for known in waiting_keys(store, name):
         if known.fingerprint == fingerprint:
             return known
-    with changing(store, actor, _PROPOSED, name, own=True) as (session, detail):
-        check_new_key(session, name, fingerprint)
-        if len(_waiting(session, name)) >= _MOST:
+    with changing(store, actor, _PROPOSED, name, own=True) as (change, detail):
+        check_new_key(change, name, fingerprint)
+        if len(_waiting(change, name)) >= _MOST:
             raise UsageError(f"{_MOST} keys of {name} wait for an admin", where=name, fix="withdraw one of them")
         detail |= {"key": fingerprint, "public_key": public_key}
+        if session is not None and (maker := link_maker(change, session, actor)) is not None:
+            detail["link_by"] = maker
     return next(key for key in waiting_keys(store, name) if key.fingerprint == fingerprint)
 
 
-def confirm_key(store: Store, name: str, fingerprint: str, *, actor: str) -> User:
+def confirm_key(store: Store, name: str, fingerprint: str, *, actor: str, session: str | None = None) -> User:
     """Enrol a proposed key. fingerprint: its first 20 hex digits or more, as the user told them to the admin.
 
-    Raises UsageError if no key of that user waits under it, Refused unless actor is an admin, and another person.
+    session: the console's session in which actor does so. Raises UsageError if no key of that user waits under it,
+    Refused unless actor is an admin, and nobody had a hand in both sessions.
     """
     found = _find(store, name, fingerprint)
+    fix = "have another admin confirm it"
     if actor == name:
-        raise Refused(f"{name} proposed this key", where=name, fix="have another admin confirm it")
+        raise Refused(f"{name} proposed this key", where=name, fix=fix)
+    hands = {actor}
+    if session is not None:
+        with database.reading(store.engine) as reading:
+            hands.add(link_maker(reading, session, actor) or actor)
+    if both := hands & {name, found.link_by}:
+        raise Refused(
+            f"{both.pop()} made the link of a session in which this key was proposed or is confirmed: the two take "
+            "different people",
+            where=name,
+            fix=f"{fix}, who made neither link; or {name} proposes it again after a login by the identity provider",
+        )
     return enrol_key(store, name, found.public_key, actor=actor)
 
 
@@ -82,7 +106,7 @@ def _waiting(session: Session, name: str | None) -> list[ProposedKey]:
     for row in session.scalars(entries if name is None else entries.where(AuditRow.subject == name)):
         key = (row.subject, str(row.detail["key"]))
         if row.action == _PROPOSED:
-            found[key] = ProposedKey(*key, str(row.detail["public_key"]), row.at)
+            found[key] = ProposedKey(*key, str(row.detail["public_key"]), row.at, row.detail.get("link_by"))
         else:
             found.pop(key, None)
     keys, users = {key for _, key in found}, {user for user, _ in found}

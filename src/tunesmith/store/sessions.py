@@ -19,13 +19,14 @@ from tunesmith.core.errors import Refused
 from tunesmith.store import database
 from tunesmith.store.identities import User, changing, get_user, user_row
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LoginLinkRow, SessionRow
+from tunesmith.store.tables import AuditRow, LoginLinkRow, SessionRow
 
 LINK_SECONDS = 600.0
 SESSION_SECONDS, IDLE_SECONDS = 12 * 3600.0, 2 * 3600.0
 REPLACE_SECONDS, BEFORE_SECONDS = 900.0, 60.0
 _USED_SECONDS = 60.0  # `used` is written this seldom
 _BYTES = 32
+_OPENED = "session.open"
 
 
 class OpenSession(NamedTuple):
@@ -36,11 +37,15 @@ class OpenSession(NamedTuple):
     secret: str | None
 
 
-def make_link(store: Store, name: str, *, actor: str, now: float | None = None) -> str:
+def make_link(store: Store, name: str, *, actor: str, account: str = "", now: float | None = None) -> str:
     """The secret of a link that logs a user in once, within ten minutes. Every user may make their own, an admin
-    anybody's. Raises Refused for anybody else, or where the user is deactivated."""
+    anybody's. account: on whose account of the machine the command ran, for the audit log.
+
+    Raises Refused for anybody else, or where the user is deactivated.
+    """
     secret, at = secrets.token_urlsafe(_BYTES), _time(now)
-    with changing(store, actor, "session.link", name, own=True) as (session, _detail):
+    with changing(store, actor, "session.link", name, own=True) as (session, detail):
+        detail |= {"account": account} if account else {}
         if not user_row(session, name).active:
             raise Refused(f"{name} is deactivated", fix="add a new user")
         session.execute(delete(LoginLinkRow).where(LoginLinkRow.until < at))
@@ -72,7 +77,7 @@ def open_session(
     secret, at, number = secrets.token_urlsafe(_BYTES), _time(now), secrets.token_hex(16)
     detail: dict[str, str | None] = {"session": _shown(number), "how": how}
     try:
-        with store.change(name, "session.open", name, detail) as session:
+        with store.change(name, _OPENED, name, detail) as session:
             user = get_user(session, name)
             if link is not None:
                 used = delete(LoginLinkRow).where(LoginLinkRow.digest == _digest(link)).returning(LoginLinkRow.made_by)
@@ -136,6 +141,16 @@ def end_session(store: Store, number: str, *, actor: str) -> None:
     """End a session at once. Does nothing where it has ended."""
     with store.change(actor, "session.end", actor, {"session": _shown(number)}) as session:
         session.execute(delete(SessionRow).where(SessionRow.id == number))
+
+
+def link_maker(session: Session, number: str, user: str) -> str | None:
+    """Who made the link that opened a session of a user. None where the identity provider said who they are."""
+    opened = select(AuditRow).where(AuditRow.action == _OPENED, AuditRow.subject == user).order_by(AuditRow.seq.desc())
+    for row in session.scalars(opened):
+        if row.detail.get("session") == _shown(number):
+            by = row.detail.get("by")
+            return None if by is None else str(by)
+    raise Refused(f"the audit log does not say how this session of {user} was opened", fix="log in again")
 
 
 class _AlreadyUsed(Exception):

@@ -38,8 +38,8 @@ class Approval(BaseModel):
     """The body of an approval's or a refusal's record, and the predicate that its envelope signs.
 
     override: why the version was registered although its gates did not pass, so that the approver knows of it.
-    audit: the newest entry of the audit log when it was signed. until: when it may be submitted last; None in records
-    that are older than this field.
+    audit: the newest entry of the audit log when it was signed. until: when it may be submitted last; nonce: random, so
+    that it is recorded once. Both are None in records that are older than these fields.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -52,6 +52,7 @@ class Approval(BaseModel):
     at: str
     audit: Head
     until: Omitted[str] = None
+    nonce: Omitted[str] = None
 
 
 def statement_of(version: Version, approval: Approval) -> dict[str, Any]:

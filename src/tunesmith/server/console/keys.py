@@ -7,7 +7,7 @@ from functools import partial
 from fastapi import Request, Response
 
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, form
+from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.services import proposed_keys
 
 routes = router()
@@ -27,7 +27,7 @@ async def keys(viewer: Looking) -> Response:
 async def propose(request: Request, viewer: Changing) -> Response:
     """Propose a public key whose private half is in the person's browser."""
     public_key = (await form(request)).get("public_key", [""])[0]
-    await viewer.run(partial(proposed_keys.propose, viewer.store, public_key, actor=viewer.user.name))
+    await viewer.run(partial(proposed_keys.propose, viewer.store, public_key, **_by(viewer)))
     return gone_to(request, _PAGE)
 
 
@@ -35,7 +35,7 @@ async def propose(request: Request, viewer: Changing) -> Response:
 async def confirm(request: Request, viewer: Changing) -> Response:
     """Let another person's key count, by the fingerprint that they told."""
     user, fingerprint = await _named(request)
-    await viewer.run(partial(proposed_keys.confirm, viewer.store, user, fingerprint, actor=viewer.user.name))
+    await viewer.run(partial(proposed_keys.confirm, viewer.store, user, fingerprint, **_by(viewer)))
     return gone_to(request, _PAGE)
 
 
@@ -50,6 +50,11 @@ async def reject(request: Request, viewer: Changing) -> Response:
 async def _named(request: Request) -> tuple[str, str]:
     fields = await form(request)
     return fields.get("user", [""])[0], fields.get("fingerprint", [""])[0]
+
+
+def _by(viewer: Viewer) -> dict[str, str]:
+    """Who acts, and in which session: its link's maker has a hand in it."""
+    return {"actor": viewer.user.name, "session": viewer.session}
 
 
 def _confirms(viewer: Looking) -> bool:

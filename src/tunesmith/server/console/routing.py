@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.server.console.rendering import html
 from tunesmith.server.console.session import NotLoggedIn, set_cookie
 from tunesmith.server.errors import ApiError, passes
@@ -42,7 +42,7 @@ class ConsoleRoute(APIRoute):
                 response = problem(request, error.status, error.message, "")
             except HTTPException as error:
                 response = problem(request, error.status_code, str(error.detail), "")
-            except (Refused, UsageError) as error:
+            except (Refused, UsageError, Inconclusive) as error:
                 response = problem(request, 409, error.what, _fix(error))
             except TunesmithError as error:
                 # Not the request's own path: it may hold a link's secret.
