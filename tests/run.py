@@ -1,9 +1,10 @@
-"""Runs pytest; where few tests fail, runs each of them once more, alone. Arguments: pytest's.
+"""Runs pytest; where few test functions fail, runs each of them once more, alone. Arguments: pytest's.
 
     python -m tests.run --numprocesses 3
 
 A test that fails in parallel and passes alone does not fail the run. It is named at the very end, so that somebody
-mends it (docs/decisions/0043-few-failed-tests-run-again-alone.md).
+mends it (docs/decisions/0043-few-failed-tests-run-again-alone.md). All parameters of a test function count as one,
+and those that failed run again in one process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import pytest
 
-MOST = 5  # tests that may fail in parallel; more have a common cause
+MOST = 5  # test functions that may fail in parallel; more have a common cause
 
 
 class Recorder:
@@ -37,11 +38,18 @@ class Recorder:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.collected = self.collected and not report.failed
 
-    def alone(self, test: str) -> int:
-        """The exit code of a run of one test in a process of its own, with the same options."""
+    def functions(self) -> dict[str, list[str]]:
+        """The node ids that failed, by test function."""
+        found: dict[str, list[str]] = {}
+        for test in self.failed:
+            found.setdefault(test.partition("[")[0], []).append(test)
+        return found
+
+    def alone(self, tests: Sequence[str]) -> bool:
+        """Whether these tests pass in a process of their own, with the same options."""
         options = [each for each in self._config.invocation_params.args if each not in self._config.option.file_or_dir]
-        command = [sys.executable, "-m", "pytest", *map(str, options), "--numprocesses", "0", "--dist", "no", test]
-        return subprocess.run(command, cwd=self.folder, check=False).returncode
+        command = [sys.executable, "-m", "pytest", *map(str, options), "--numprocesses", "0", "--dist", "no", *tests]
+        return subprocess.run(command, cwd=self.folder, check=False).returncode == 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,10 +58,11 @@ def main(arguments: Sequence[str]) -> int:
     code = int(pytest.main([*arguments], plugins=[recorder]))
     if code != pytest.ExitCode.TESTS_FAILED or not recorder.collected or not recorder.failed:
         return code
-    if len(recorder.failed) > MOST:
-        print(f"\n{len(recorder.failed)} tests failed. None runs again: that is for {MOST} at most.")
+    functions = recorder.functions()
+    if len(functions) > MOST:
+        print(f"\n{len(functions)} test functions failed. None runs again: that is for {MOST} at most.")
         return code
-    again = [test for test in recorder.failed if recorder.alone(test) != 0]
+    again = [function for function, tests in functions.items() if not recorder.alone(tests)]
     if again:
         print("\nfailed in parallel, and alone too:", *again, sep="\n  ")
         return code

@@ -33,13 +33,16 @@ def test_process():
 
 def test_always(): assert CONDITION
 def test_never(): pass
+
+for number in range(MORE):
+    exec(f"def test_more_{number}(): assert not first('more-{number}')")
 """
 
 
-def run(folder: Path, which: list[str], condition: str, *options: str) -> tuple[int, str]:
-    """(exit code, what was printed) of the tests with so many parameters."""
+def run(folder: Path, which: list[str], condition: str, *options: str, more: int = 0) -> tuple[int, str]:
+    """(exit code, what was printed) of the tests with these parameters, and of so many more."""
     (folder / "pytest.ini").write_text("[pytest]\n")
-    text = FIRST_TIME.replace("WHICH", repr(which)).replace("CONDITION", condition)
+    text = FIRST_TIME.replace("WHICH", repr(which)).replace("CONDITION", condition).replace("MORE", str(more))
     (folder / "test_few.py").write_text(text)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
@@ -50,10 +53,18 @@ def run(folder: Path, which: list[str], condition: str, *options: str) -> tuple[
 
 @pytest.mark.slow
 def test_few_that_pass_alone_are_named_at_the_end(tmp_path: Path) -> None:
-    code, said = run(tmp_path, ["a [b]::c", "d"], "True", "--numprocesses", "2")
+    which = ["a [b]::c", *"defghi"]
+    code, said = run(tmp_path, which, "True", "--numprocesses", "2", more=2)
     assert code == 0, said
+    assert "= 7 passed" in said  # parameters of one function run together
     named = said.partition("failed in parallel, passed alone:\n")[2].split("\n")
-    places = ["test_at_first[a [b]::c]", "test_at_first[d]", "test_fixture", "test_process"]
+    places = [
+        *(f"test_at_first[{each}]" for each in which),
+        "test_fixture",
+        "test_more_0",
+        "test_more_1",
+        "test_process",
+    ]
     assert sorted(named) == ["", *(f"  test_few.py::{place}" for place in places)]
 
 
@@ -66,9 +77,9 @@ def test_one_that_fails_alone_too_fails_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_that_fail_do_not_run_again(tmp_path: Path) -> None:
-    code, said = run(tmp_path, list("abcde"), "True", "--numprocesses", "2", "-k", "not process")
+    code, said = run(tmp_path, ["a"], "True", "--numprocesses", "2", "-k", "not process", more=4)
     assert code == 1
-    assert said.endswith("6 tests failed. None runs again: that is for 5 at most.\n")
+    assert said.endswith("6 test functions failed. None runs again: that is for 5 at most.\n")
 
 
 def test_what_cannot_be_collected_fails_the_run(tmp_path: Path) -> None:
