@@ -19,7 +19,7 @@ from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console.session import SECURE_COOKIE
-from tunesmith.server.errors import passes
+from tunesmith.server.errors import not_stored, passes
 from tunesmith.services import proposed_keys, users, version_pages
 from tunesmith.store import audit, database, sessions
 from tunesmith.store.identities import add_user
@@ -107,6 +107,7 @@ def test_evidence_that_does_not_decide_is_no_trouble_of_the_database(
         page = http.get("/console/versions")
     assert (page.status_code, "too few requests to say" in page.text) == (409, True)
     assert not passes(Inconclusive("too few requests to say"))
+    assert not_stored(Inconclusive("too few requests to say")).status == 409
 
 
 @pytest.mark.attack("people", "an admin proposes a key as an approver, by a link of their own making, and confirms it")

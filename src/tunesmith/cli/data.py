@@ -23,7 +23,9 @@ _Output = Annotated[Path | None, typer.Option(help="Write it to this file instea
 def register(app: typer.Typer) -> None:
     """Add the `data` commands."""
     data = typer.Typer(help="Build and inspect dataset versions.", no_args_is_help=True)
-    add_commands(data, build, show, verify, originals, diff, removed, datasheet, croissant, sign, quality)
+    add_commands(
+        data, build, show, verify, originals, diff, removed, datasheet, croissant, sign, quality, list=list_datasets
+    )
     app.add_typer(data, name="data")
 
 
@@ -43,6 +45,13 @@ def build(
         shards = RayRunner()
     built = data.build(here.project, progress=Terminal(), shards=shards)
     here.emit(built, data_tables.draw_summary)
+
+
+def list_datasets(here: Here, page: Annotated[int, typer.Option(min=1, help="25 versions each.")] = 1) -> None:
+    """List dataset versions, newest first, with the stewards who signed them off."""
+    from tunesmith.services import dataset_rows
+
+    here.emit(dataset_rows.list_datasets(here.store, page), data_tables.draw_list)
 
 
 def show(

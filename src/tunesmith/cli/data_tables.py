@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tunesmith.data.building.verify import DatasetVerification
     from tunesmith.data.governance.difference import Difference
     from tunesmith.services.data import Originals, QualityReport, RemovedRows, ShownDataset
+    from tunesmith.services.dataset_rows import DatasetPage
 
 
 def draw_summary(console: Console, found: DatasetSummary) -> None:
@@ -22,6 +23,16 @@ def draw_summary(console: Console, found: DatasetSummary) -> None:
     from tunesmith.core.digests import short
 
     draw_table(console, _summary_rows(found), title=f"Dataset version {short(found.dataset)}")
+
+
+def draw_list(console: Console, found: DatasetPage) -> None:
+    """A line for each dataset version."""
+    rows = [
+        (one.dataset[7:19], one.at[:16], one.read, one.kept, one.removed, ", ".join(one.signed))
+        for one in found.datasets
+    ]
+    title = f"{len(rows)} of {found.total} dataset versions"
+    draw_table(console, rows, "dataset", "at", "read", "kept", "left out", "signed off by", title=title)
 
 
 def draw_rows(console: Console, found: ShownDataset) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tunesmith.services.jobs import JobList, JobLog, JobView
     from tunesmith.services.retraining import Retraining
-    from tunesmith.services.run_curves import Comparison
+    from tunesmith.services.run_curves import JobComparison
 
 Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
 
@@ -176,7 +176,7 @@ def compare(
     here.emit(run_curves.compare(here.store, job, other), _draw_comparison)
 
 
-def _draw_comparison(console: Console, found: Comparison) -> None:
+def _draw_comparison(console: Console, found: JobComparison) -> None:
     for title, rows in (("settings that differ", found.settings), ("results", found.results)):
         drawn = [(each.name, _value(each.a), _value(each.b)) for each in rows]
         draw_table(console, drawn, "", f"job {found.a.job}", f"job {found.b.job}", title=title)

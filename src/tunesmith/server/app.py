@@ -26,6 +26,7 @@ from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import control, decisions, held, jobs, openapi, tokens
+from tunesmith.server.api import datasets, evaluations, monitoring, people, review, rollouts, versions
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.console import routes as console
 from tunesmith.server.errors import ApiError, passes, unavailable
@@ -118,6 +119,8 @@ def openapi_document() -> dict[str, Any]:
 def _add_routes(app: FastAPI) -> None:
     app.include_router(chat.routes)
     app.include_router(control.routes)
+    for resource in (evaluations, versions, rollouts, datasets, review, monitoring, people):
+        app.include_router(resource.routes)
     app.include_router(jobs.routes)
     app.include_router(decisions.routes)
     app.include_router(tokens.routes)

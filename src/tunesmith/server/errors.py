@@ -142,7 +142,12 @@ def rate_limited(what: str, most: int, seconds: int) -> ApiError:
 
 
 def not_stored(error: Exception) -> ApiError:
-    """The database took nothing: it is full, or locked, unreachable or read-only. error: why."""
+    """The database took nothing: it is full, or locked, unreachable or read-only. error: why.
+
+    409 for evidence that does not decide, which is no trouble of the database.
+    """
+    if isinstance(error, Inconclusive):
+        return ApiError(409, f"{error.what[:1].upper()}{error.what[1:]}.", code="inconclusive")
     again = "Nothing was stored, so the same request can be sent again."
     if is_disk_full(error):
         return ApiError(

@@ -94,6 +94,24 @@ async def curves(request: Request, number: str) -> Response:
     return JSONResponse((await serving.listing.run(user.name, read)).document())
 
 
+@routes.get(
+    "/api/jobs/{number}/compare/{other}",
+    dependencies=[needs("read", "jobs")],
+    response_model=run_curves.JobComparison,
+    responses=errors(401, 403, 404, 429),
+    openapi_extra=BEARER,
+)
+async def compare(request: Request, number: str, other: str) -> Response:
+    """Two jobs: their curves, the settings that differ, and their results side by side."""
+    user, serving = caller(request)
+
+    def read() -> run_curves.JobComparison:
+        a, b = (_seen(serving.store, user, each).job for each in (number, other))
+        return run_curves.compare(serving.store, a, b, scope=user.scope)
+
+    return JSONResponse((await serving.listing.run(user.name, read)).document())
+
+
 class JobRequest(BaseModel):
     """A job for a worker: a run of the project's pipeline, or a forecast of the training of a candidate.
 

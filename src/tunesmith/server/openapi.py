@@ -20,10 +20,12 @@ _MEANINGS = {
     "was refused (answer_refused).",
     404: "There is no such model, request, rollout, job, file, token or held answer for this user (model_not_found, "
     "request_not_found, rollout_not_found, job_not_found, fine_tune_not_found, file_not_found, token_not_found, "
-    "held_not_found), or no version of the model may serve now (model_not_available).",
+    "held_not_found), no such version, record or the like (not_found), or no version of the model may serve now "
+    "(model_not_available); or the server has no project (no_project).",
     408: "The body arrived too slowly.",
     409: "The request was scored before, or its answer is no longer in memory; or the job's or version's state "
-    "does not allow it; or the held answer is decided (already_decided).",
+    "does not allow it; or the held answer is decided (already_decided); or a service says no (refused), or the "
+    "evidence does not decide (inconclusive).",
     413: "The body is too large.",
     429: "The queue is full, the user has too many requests at once, or the token or tenant sent too many within a "
     "minute.",

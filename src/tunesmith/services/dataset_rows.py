@@ -103,6 +103,13 @@ def list_datasets(store: Store, page: int = 1) -> DatasetPage:
     return DatasetPage(datasets=tuple(lines), total=total, page=page, pages=pages)
 
 
+def is_dataset(store: Store, digest: str) -> bool:
+    """Whether a digest is a dataset version's."""
+    with database.reading(store.engine) as session:
+        row = session.get(RecordRow, digest)
+        return row is not None and row.kind == "dataset"
+
+
 def list_sign_offs(store: Store, dataset: str) -> tuple[SignOff, ...]:
     """The sign-offs of a dataset version that count, oldest first."""
     return tuple(SignOff(**one) for one in sign_offs(store, dataset))

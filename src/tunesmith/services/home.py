@@ -71,7 +71,7 @@ class Waiting(View):
     command: str
 
 
-class Health(View):
+class PartHealth(View):
     """Whether a part is well."""
 
     part: str
@@ -85,7 +85,7 @@ class Home(View):
     serving: tuple[ServingNow, ...]
     moving: tuple[RolloutLine, ...]
     waiting: tuple[Waiting, ...]
-    health: tuple[Health, ...]
+    health: tuple[PartHealth, ...]
 
 
 class _Champion(NamedTuple):
@@ -140,7 +140,7 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
         serving=tuple(_serving(one, user.scope, requests) for one in kept.champions if _serves(one.scope, user.scope)),
         moving=tuple(moving),
         waiting=tuple(sorted(waiting, key=lambda one: not one.mine)),
-        health=(Health(part="database", ok=True, says="answers"), _queue(store, user.scope)),
+        health=(PartHealth(part="database", ok=True, says="answers"), _queue(store, user.scope)),
     )
 
 
@@ -393,7 +393,7 @@ def _where(scope: Scope) -> str:
 # Health
 
 
-def _queue(store: Store, scope: Scope) -> Health:
+def _queue(store: Store, scope: Scope) -> PartHealth:
     at = queue.time_now(store)
     running = case((JobRow.state == "running", 1), else_=0)
     late = case(((JobRow.state == "queued") & (JobRow.due < at - _TAKEN_SECONDS), 1), else_=0)
@@ -403,7 +403,9 @@ def _queue(store: Store, scope: Scope) -> Health:
     with database.reading(store.engine) as session:
         total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
     if silent:
-        return Health(part="worker", ok=False, says=f"{silent} running jobs were not heard of: is a worker running?")
+        return PartHealth(
+            part="worker", ok=False, says=f"{silent} running jobs were not heard of: is a worker running?"
+        )
     if waits and not runs:
-        return Health(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
-    return Health(part="worker", ok=True, says=f"{runs} jobs run, {total - runs} wait" if total else "no job waits")
+        return PartHealth(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
+    return PartHealth(part="worker", ok=True, says=f"{runs} jobs run, {total - runs} wait" if total else "no job waits")

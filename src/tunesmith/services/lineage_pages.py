@@ -77,7 +77,7 @@ class DatasetRow(View):
     group: str
 
 
-class RowPage(View):
+class OriginPage(View):
     """A page of a dataset's rows."""
 
     rows: tuple[DatasetRow, ...]
@@ -144,7 +144,7 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
 
 def dataset_rows(
     store: Store, user: User, version: Version, digest: str, *, split: str = "train", text: str = "", page: int = 1
-) -> RowPage | None:
+) -> OriginPage | None:
     """A page of the rows of a dataset in a version's lineage; None for one that the user may not see.
 
     text: a part of the id, source, licence or group. Rows of another tenant or region are left out.
@@ -160,7 +160,7 @@ def dataset_rows(
     if text:
         rows = [row for row in rows if any(text in part for part in (row.id, row.source, row.licence, row.group))]
     shown = rows[(page - 1) * ROWS : page * ROWS]
-    return RowPage(rows=tuple(shown), total=len(rows), page=page, pages=max(1, -(-len(rows) // ROWS)))
+    return OriginPage(rows=tuple(shown), total=len(rows), page=page, pages=max(1, -(-len(rows) // ROWS)))
 
 
 def _own(store: Store, version: Version) -> set[str]:

@@ -125,7 +125,7 @@ class Evidence(View):
     whole: bool
 
 
-class Change(View):
+class RolloutChange(View):
     """Who did what to a rollout. reason: theirs, "" where they gave none."""
 
     seq: int
@@ -140,7 +140,7 @@ class Progress(View):
 
     rollout: int
     steps: tuple[StepView, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[RolloutChange, ...]
 
 
 class RolloutCourse(Progress):
@@ -317,7 +317,7 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
     )
 
 
-def changes_of(store: Store, rollout: Rollout) -> tuple[Change, ...]:
+def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
     """The audit log's entries about a rollout, newest first."""
     query = select(AuditRow).where(
         AuditRow.subject == rollout.name,
@@ -327,7 +327,8 @@ def changes_of(store: Store, rollout: Rollout) -> tuple[Change, ...]:
     with database.reading(store.engine) as session:
         rows = session.scalars(query.order_by(AuditRow.seq.desc()).limit(_CHANGES)).all()
     return tuple(
-        Change(seq=row.seq, at=row.at, actor=row.actor, action=row.action, reason=_reason(row.detail)) for row in rows
+        RolloutChange(seq=row.seq, at=row.at, actor=row.actor, action=row.action, reason=_reason(row.detail))
+        for row in rows
     )
 
 

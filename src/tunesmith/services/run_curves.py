@@ -53,7 +53,7 @@ class JobCurves(View):
     trainings: tuple[TrainingCurve, ...]
 
 
-class Difference(View):
+class JobDifference(View):
     """A value of two jobs. None where a job has none. A mean with its interval has the keys mean, low and high."""
 
     name: str
@@ -61,14 +61,14 @@ class Difference(View):
     b: Any
 
 
-class Comparison(View):
+class JobComparison(View):
     """Two jobs. settings: those that differ; results: all that either has."""
 
     a: JobView
     b: JobView
     curves: tuple[JobCurves, JobCurves]
-    settings: tuple[Difference, ...]
-    results: tuple[Difference, ...]
+    settings: tuple[JobDifference, ...]
+    results: tuple[JobDifference, ...]
 
 
 def curves(store: Store, number: int) -> JobCurves:
@@ -124,7 +124,7 @@ def _recorded(store: Store, summary: Mapping[str, Any]) -> dict[str, Any] | None
     return found.document()
 
 
-def compare(store: Store, a: int, b: int, *, scope: Scope = Scope()) -> Comparison:
+def compare(store: Store, a: int, b: int, *, scope: Scope = Scope()) -> JobComparison:
     """Two jobs side by side. Raises UsageError where one of them does not exist, or is not in the scope."""
     shown = show(store, a, scope=scope), show(store, b, scope=scope)
     jobs = queue.get(store, a), queue.get(store, b)
@@ -135,7 +135,7 @@ def compare(store: Store, a: int, b: int, *, scope: Scope = Scope()) -> Comparis
         dict(_flat({**(whole or {}), **_trained_with(store, job)})) for whole, job in zip(known, jobs, strict=True)
     ]
     results = [_results(job) for job in jobs]
-    return Comparison(
+    return JobComparison(
         a=shown[0],
         b=shown[1],
         curves=(curves(store, a), curves(store, b)),
@@ -144,9 +144,9 @@ def compare(store: Store, a: int, b: int, *, scope: Scope = Scope()) -> Comparis
     )
 
 
-def _paired(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
+def _paired(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[JobDifference]:
     for name in {**a, **b}:
-        yield Difference(name=name, a=a.get(name), b=b.get(name))
+        yield JobDifference(name=name, a=a.get(name), b=b.get(name))
 
 
 def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:

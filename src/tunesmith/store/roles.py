@@ -9,7 +9,7 @@ from typing import Literal, get_args
 Role = Literal["engineer", "steward", "approver", "operator", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 # What a token lets its holder call, within what the user's roles permit. all: everything.
-TokenScope = Literal["chat", "feedback", "jobs", "decisions", "read", "tokens", "all"]
+TokenScope = Literal["chat", "feedback", "jobs", "decisions", "read", "rows", "operate", "tokens", "all"]
 TOKEN_SCOPES: tuple[TokenScope, ...] = get_args(TokenScope)
 
 # Action -> the roles that permit it. An action that is not listed is permitted to nobody. An admin may not approve: an

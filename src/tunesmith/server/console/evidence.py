@@ -61,13 +61,10 @@ async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Respon
         partial(evidence.show_findings, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
     )
     assert found is not None  # the page was
-    # A group's name may say whose rows it holds.
-    groups = viewer.user.may(evidence.READ_PERMISSION) and not (viewer.user.tenant or viewer.user.region)
     return viewer.page(
         "evidence_findings.html.jinja",
         found=found,
         digest=digest,
-        groups=groups,
         compared=urlencode(_compared(page)),
     )
 

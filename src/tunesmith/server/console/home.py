@@ -11,7 +11,7 @@ from tunesmith.server.console.session import Looking
 from tunesmith.server.control import parts_that_answer
 from tunesmith.services import home as service
 from tunesmith.services import jobs
-from tunesmith.services.home import Health
+from tunesmith.services.home import PartHealth
 
 routes = router()
 _JOBS = 5
@@ -25,7 +25,7 @@ async def home(viewer: Looking) -> Response:
     newest = await viewer.run(partial(jobs.list_jobs, viewer.store, most=_JOBS, scope=viewer.user.scope))
     said = {True: "answers", False: "does not answer"}
     parts = parts_that_answer(viewer.serving)
-    health = [*(Health(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
+    health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
     return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, health=health)
 
 

@@ -9,6 +9,7 @@ from fastapi import Request, Response
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.services import proposed_keys
+from tunesmith.services.people import is_admin
 
 routes = router()
 _PAGE = "/console/keys"
@@ -19,7 +20,7 @@ async def keys(viewer: Looking) -> Response:
     """The person's keys, and for admins those of others that wait."""
     waiting = await viewer.run(partial(proposed_keys.waiting, viewer.store))
     own = [key for key in waiting if key.user == viewer.user.name]
-    others = [key for key in waiting if key.user != viewer.user.name] if _confirms(viewer) else None
+    others = [key for key in waiting if key.user != viewer.user.name] if is_admin(viewer.user) else None
     return viewer.page("keys.html.jinja", own=own, others=others)
 
 
@@ -55,9 +56,3 @@ async def _named(request: Request) -> tuple[str, str]:
 def _by(viewer: Viewer) -> dict[str, str]:
     """Who acts, and in which session: its link's maker has a hand in it."""
     return {"actor": viewer.user.name, "session": viewer.session}
-
-
-def _confirms(viewer: Looking) -> bool:
-    """Whether the person may confirm keys: an admin of all tenants and regions."""
-    user = viewer.user
-    return user.may("user.change") and not (user.tenant or user.region)

@@ -13,6 +13,7 @@ from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services import audit, monitoring, operations, retraining, users, webhooks
+from tunesmith.services.people import is_admin, visible_keys, visible_users
 from tunesmith.store.roles import ROLES
 
 routes = router()
@@ -104,13 +105,13 @@ async def verify(viewer: Changing) -> Response:
 @routes.get(_ROOT + "/people")
 async def people(viewer: Looking) -> Response:
     """An admin sees everybody with their keys and tokens; others see themselves."""
-    store, admin = viewer.store, _is_admin(viewer)
-    known = (await viewer.run(partial(users.list_users, store))).users
-    keys = (await viewer.run(partial(users.list_keys, store))).keys
+    store, admin = viewer.store, is_admin(viewer.user)
+    known = (await viewer.run(partial(visible_users, store, viewer.user))).users
+    keys = (await viewer.run(partial(visible_keys, store, viewer.user))).keys
     tokens = (await viewer.run(partial(users.visible_tokens, store, viewer.user))).tokens
     return viewer.page(
         "people.html.jinja",
-        people=[one for one in known if admin or one.user == viewer.user.name],
+        people=known,
         keys=keys,
         tokens=tokens,
         roles=ROLES,
@@ -141,14 +142,10 @@ async def change_person(request: Request, viewer: Changing, name: str, action: s
     }
     if action not in calls:
         raise ApiError(404, "There is no such page.", code="not_found")
-    if not _is_admin(viewer) and name != by:
+    if not is_admin(viewer.user) and name != by:
         raise bad_request("Only an admin of all tenants and regions changes others.", code="not_permitted")
     await viewer.run(calls[action])
     return gone_to(request, f"{_ROOT}/people")
-
-
-def _is_admin(viewer: Viewer) -> bool:
-    return viewer.user.may("user.change") and viewer.user.scope == Scope()
 
 
 def _whole(viewer: Viewer) -> None:

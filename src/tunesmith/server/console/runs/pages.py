@@ -137,7 +137,7 @@ def _seen(viewer: Viewer, number: int) -> JobView:
         raise ApiError(404, f"There is no run {number}.", code="job_not_found") from error
 
 
-def _compared(viewer: Viewer, a: int, b: int) -> run_curves.Comparison:
+def _compared(viewer: Viewer, a: int, b: int) -> run_curves.JobComparison:
     for number in (a, b):
         _seen(viewer, number)
     return run_curves.compare(viewer.store, a, b, scope=viewer.user.scope)
@@ -149,5 +149,8 @@ def no_start(viewer: Viewer) -> str:
     if not user.may("job.add"):
         return "Starting a run needs the role engineer."
     if user.tenant or user.region:
-        return "A run is for all tenants and regions, and you act for one."
+        return (
+            "A run trains on the rows of all tenants and regions, and you act for one. With files of your own you "
+            "train for it alone, by /v1/fine_tuning/jobs."
+        )
     return "" if viewer.serving.project else "This server has no project."

@@ -1,0 +1,108 @@
+"""/api/datasets: dataset versions, the account of their rows, their rows, differences and sign-offs.
+
+A dataset version may hold rows of every tenant, so these routes are for users of all tenants and regions.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+from fastapi import Request, Response
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.core.view import View
+from tunesmith.data.building.summary import DatasetSummary
+from tunesmith.data.governance.difference import Difference
+from tunesmith.server.access import needs
+from tunesmith.server.api.routing import Call, Digest, Page, Reason, Text, call_of, changes, missing, router, shows
+from tunesmith.services import data, dataset_rows
+
+routes = router()
+_AT = "/datasets/{digest}"
+
+
+class SignOffRequest(BaseModel):
+    """A steward's sign-off. reason: what they checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: Reason
+
+
+class SignOffList(View):
+    """The sign-offs that count, oldest first."""
+
+    sign_offs: tuple[dataset_rows.SignOff, ...]
+
+
+@routes.get("/datasets", dependencies=[needs("read")], **shows(dataset_rows.DatasetPage))
+async def datasets(request: Request, page: Page = 1) -> Response:
+    """Dataset versions, newest first, 25 a page."""
+    call = _whole(request)
+    return await call.answer(partial(dataset_rows.list_datasets, call.store, page))
+
+
+@routes.get(_AT, dependencies=[needs("read")], **shows(DatasetSummary))
+async def dataset(request: Request, digest: Digest) -> Response:
+    """The account of a dataset version: what happened to every row, splits, leakage, licences and privacy."""
+    call = await _of(request, digest)
+    return await call.answer(partial(data.summary, call.store, digest))
+
+
+@routes.get(_AT + "/difference/{other}", dependencies=[needs("read")], **shows(Difference))
+async def difference(request: Request, digest: Digest, other: Digest) -> Response:
+    """What changed from this dataset version to the other one: ids of rows, splits, licences, settings."""
+    call = await _of(request, digest, other)
+    return await call.answer(partial(data.difference, call.store, digest, other))
+
+
+@routes.get(_AT + "/rows", dependencies=[needs("rows")], **shows(dataset_rows.RowPage))
+async def rows(
+    request: Request,
+    digest: Digest,
+    split: Literal["train", "validation", "test", "removed"] = "train",
+    reason: Text = "",
+    search: Text = "",
+    page: Page = 1,
+) -> Response:
+    """Rows of a split with their texts, or where rows that were left out came from, 25 a page.
+
+    reason: only rows left out for it. search: only rows with this text.
+    """
+    call = await _of(request, digest)
+    call.require("row.read")
+    choice = {"split": split, "reason": reason, "search": search, **call.by}
+    return await call.answer(partial(dataset_rows.list_rows, call.store, digest, page=page, **choice))
+
+
+@routes.get(_AT + "/sign-offs", dependencies=[needs("read")], **shows(SignOffList))
+async def sign_offs(request: Request, digest: Digest) -> Response:
+    """The stewards' sign-offs of a dataset version."""
+    call = await _of(request, digest)
+    return await call.answer(lambda: SignOffList(sign_offs=dataset_rows.list_sign_offs(call.store, digest)))
+
+
+@routes.post(_AT + "/sign-offs", dependencies=[needs("rows")], **changes(data.SignedDataset, SignOffRequest))
+async def sign(request: Request, digest: Digest) -> Response:
+    """Verify a dataset version and sign it off as its steward."""
+    call = await _of(request, digest)
+    call.require("data.sign")
+    given = await call.read(SignOffRequest)
+    signed = partial(data.sign, call.store, digest, reason=given.reason, **call.by)
+    return await call.answer(signed, threads=call.serving.files)
+
+
+def _whole(request: Request) -> Call:
+    call = call_of(request)
+    call.require_whole()
+    return call
+
+
+async def _of(request: Request, *digests: str) -> Call:
+    """The call. Raises ApiError 404 where one of the digests is no dataset version's."""
+    call = _whole(request)
+    for digest in digests:
+        if not await call.run(partial(dataset_rows.is_dataset, call.store, digest)):
+            raise missing("dataset version")
+    return call

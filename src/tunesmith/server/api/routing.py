@@ -1,0 +1,157 @@
+"""What these routes share: who calls, answers as JSON, and errors as the OpenAPI document states them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field
+from sqlalchemy.exc import DataError
+
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.project import Project
+from tunesmith.server.access import caller, token_of
+from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
+from tunesmith.server.intake.body import read_body
+from tunesmith.server.openapi import BEARER, body, errors
+from tunesmith.server.serving import Serving
+from tunesmith.server.shared_threads import SharedThreads
+from tunesmith.store.identities import User
+from tunesmith.store.roles import TokenScope
+from tunesmith.store.store import Store
+
+Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
+Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
+Name = Annotated[str, Path(min_length=1, max_length=200)]
+Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
+Page = Annotated[int, Query(ge=1, le=1_000_000)]
+Text = Annotated[str, Query(max_length=300)]
+Reason = Annotated[str, Field(max_length=2000)]
+Short = Annotated[str, Field(max_length=200)]
+READ = (400, 401, 403, 404, 409, 429, 503)
+CHANGE = (400, 401, 403, 404, 408, 409, 413, 429, 503, 507)
+
+
+class ApiRoute(APIRoute):
+    """A route whose services raise: what they say becomes an answer."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler."""
+        inner = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                if "\0" in request.url.path or "%00" in request.url.query:
+                    raise bad_request("The address holds a character that nothing has.")
+                return await inner(request)
+            except RequestValidationError as error:
+                first = error.errors()[0]
+                name = str(first["loc"][-1])
+                raise bad_request(f"Invalid {name!r}: {first['msg']}", param=name) from error
+            except (OverflowError, DataError) as error:  # a number or text that no column holds
+                raise bad_request("The address is not valid.") from error
+            except UsageError as error:
+                raise bad_request(_sentence(error)) from error
+            except (Refused, Inconclusive) as error:
+                raise ApiError(409, _sentence(error), code="refused") from error
+            except TunesmithError as error:
+                raise not_stored(error) from error
+
+        return handler
+
+
+def router() -> APIRouter:
+    """A router for these routes."""
+    return APIRouter(prefix="/api", route_class=ApiRoute)
+
+
+def shows(model: type[BaseModel]) -> dict[str, Any]:
+    """How a route that only reads describes itself."""
+    return {"response_model": model, "responses": errors(*READ), "openapi_extra": BEARER}
+
+
+def changes(model: type[BaseModel], given: type[BaseModel] | None = None) -> dict[str, Any]:
+    """How a route that changes something describes itself. given: its body."""
+    extra = BEARER if given is None else body(given)
+    return {"response_model": model, "responses": errors(*CHANGE), "openapi_extra": extra}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Who calls, and the server."""
+
+    request: Request
+    user: User
+    serving: Serving
+
+    @property
+    def store(self) -> Store:
+        """The server's store."""
+        return self.serving.store
+
+    @property
+    def project(self) -> Project:
+        """The server's project. Raises ApiError 404 where it has none."""
+        if self.serving.project is None:
+            raise ApiError(404, "This server has no project.", code="no_project")
+        return self.serving.project
+
+    @property
+    def by(self) -> dict[str, str]:
+        """Who acts, as services take it."""
+        return {"actor": self.user.name}
+
+    def permits(self, scope: TokenScope, action: str) -> bool:
+        """Whether both the token and the user's roles permit an action."""
+        return token_of(self.request).permits(scope) and self.user.may(action)
+
+    def require(self, action: str) -> None:
+        """Raise ApiError 403 unless the user's roles permit an action."""
+        if not self.user.may(action):
+            raise forbidden(f"{self.user.name} may not do this: none of their roles permits {action}.")
+
+    def require_whole(self) -> None:
+        """Raise ApiError 403 for a user of one tenant or region: the same answer, whatever there is."""
+        if self.user.scope != Scope():
+            raise forbidden("This is for users of all tenants and regions.")
+
+    async def answer(
+        self, act: Callable[[], BaseModel | None], *, none: str = "", threads: SharedThreads | None = None
+    ) -> JSONResponse:
+        """What a service returns, as JSON. none: what there is not where it returns None, which is answered by 404."""
+        found = await self.run(act, threads)
+        if found is None:
+            raise missing(none)
+        return JSONResponse(found.model_dump(mode="json", by_alias=True), headers={"cache-control": "no-store"})
+
+    async def run(self, act: Callable[[], Result], threads: SharedThreads | None = None) -> Result:
+        """What a call returns, on the threads that users share: those for lists, unless others are given."""
+        return await (threads or self.serving.listing).run(self.user.name, act)
+
+    async def read(self, model: type[Body]) -> Body:
+        """The request's body."""
+        with self.serving.arrives(self.user) as count:
+            return await read_body(self.request, model, self.serving.settings, count)
+
+
+def call_of(request: Request) -> Call:
+    """Who calls, on a route that declares `needs`."""
+    user, serving = caller(request)
+    return Call(request, user, serving)
+
+
+def missing(what: str) -> ApiError:
+    """The same answer for what does not exist and what is another tenant's."""
+    return ApiError(404, f"There is no such {what}.", code="not_found")
+
+
+def _sentence(error: TunesmithError) -> str:
+    fix = "" if not error.fix or "--" in error.fix else f" Then: {error.fix}."
+    return f"{error.what[:1].upper()}{error.what[1:]}.{fix}"

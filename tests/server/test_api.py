@@ -1,0 +1,289 @@
+"""What the pages show and change, over HTTP: answers as documented, changes that count, and nothing for others."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.attack_table import Happened
+from tests.console.evidence_rows import SECRET, Evaluated, put_evaluation
+from tests.console.test_login import cookie_of, plain
+from tests.data.review.test_review import project_in
+from tests.fabricate import NAME, OWNER, STEWARD, Scene
+from tests.rollout.conftest import copied
+from tests.server.conftest import Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.server.test_access import decisions
+from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
+from tunesmith.data.review.queue import NewItem, add_items
+from tunesmith.registry.versions import Version
+from tunesmith.server.app import openapi_document
+from tunesmith.store.identities import add_user, get_user
+from tunesmith.store.roles import ROLES
+from tunesmith.store.tokens import issue_token
+
+ACME = "acme-lamps"  # a name of the tenant acme
+NOWHERE = "sha256:" + "0" * 64
+REVIEWED = "a row that only reviewers of everybody's rows read"
+
+
+@dataclass
+class World:
+    """A server whose store has an evaluation, a version of acme with a rollout, and an item to review."""
+
+    served: Served
+    evaluated: Evaluated
+    version: Version
+    rollout: int
+
+    @property
+    def there(self) -> dict[str, str]:
+        """A value for each part of an address, of things that there are."""
+        dataset, digest = self.served.scene.dataset, self.evaluated.evaluation
+        rollout = str(self.rollout)
+        return {"digest": digest, "other": dataset, "row": self.evaluated.rows[0].id, "name": ACME, "number": rollout}
+
+    @property
+    def nowhere(self) -> dict[str, str]:
+        """The same of things that there are not."""
+        return {"digest": NOWHERE, "other": NOWHERE, "row": "no-row", "name": "nobodys", "number": "4096"}
+
+    def token(self, user: str) -> str:
+        """A token of a user for everything."""
+        return issue_token(self.served.scene.store, user, actor=OWNER, name=f"api-{secrets.token_hex(4)}")
+
+
+@pytest.fixture(scope="module")
+def world(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("api")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_USER", OWNER)
+        copy = copied(made, root / "store")
+        evaluated = put_evaluation(copy)
+        version = copy.version(9, name=ACME, scope=Scope("acme"))
+        (root / "rows.jsonl").write_text("")
+        project = project_in(root)
+        project.store = copy.store
+        for name, scope in (("every", Scope()), ("amy", Scope("acme")), ("eve", Scope("other"))):
+            add_user(copy.store, name, ROLES, actor=OWNER, scope=scope)
+        turns = (Message(role="user", content=REVIEWED), Message(role="assistant", content="yes"))
+        items = [NewItem("row", f"row-{n}", {"flagged": "yes"}, copy.dataset, "train", turns) for n in range(2)]
+        add_items(copy.store, items, wanted=1, actor=OWNER)
+        with running(copy, FakeEngine(copy.base), project=project) as served:
+            served.begin(served.scene.version(8), {"setWeight": 100})
+            yield World(served, evaluated, version, served.begin(version, scope=Scope("acme")).id)
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return openapi_document()
+
+
+def check(document: Mapping[str, Any], path: str, method: str, answer: httpx.Response) -> None:
+    """An answer is one that the OpenAPI document describes."""
+    stated = document["paths"][path][method]["responses"][str(answer.status_code)]["content"]
+    if "application/json" in answer.headers["content-type"]:
+        schema = {**stated["application/json"]["schema"], "components": document["components"]}
+        Draft202012Validator(schema).validate(answer.json())
+    else:
+        assert answer.headers["content-type"].partition(";")[0] in stated
+
+
+def test_what_pages_show_is_answered_as_documented(world: World, document: dict[str, Any]) -> None:
+    evaluation, dataset = world.evaluated.evaluation, world.served.scene.dataset
+    version = f"/api/versions/{ACME}/1"
+    asked = {
+        "/api/evaluations": "/api/evaluations?page=1",
+        "/api/evaluations/{digest}": f"/api/evaluations/{evaluation}?verdict={world.evaluated.verdict}",
+        "/api/evaluations/{digest}/findings": f"/api/evaluations/{evaluation}/findings",
+        "/api/evaluations/{digest}/requests": f"/api/evaluations/{evaluation}/requests?show=flips&most=3",
+        "/api/evaluations/{digest}/requests/{row}": f"/api/evaluations/{evaluation}/requests/{world.there['row']}",
+        "/api/versions": "/api/versions?search=acme&state=serving",
+        "/api/versions/{name}/{number}": version,
+        "/api/versions/{name}/{number}/lineage": f"{version}/lineage",
+        "/api/versions/{name}/{number}/records/{digest}": f"{version}/records/{world.version.candidate}",
+        "/api/versions/{name}/{number}/records/{digest}/rows": f"{version}/records/{dataset}/rows?split=test",
+        "/api/versions/{name}/{number}/documents/{document}": f"{version}/documents/datasheet.md",
+        "/api/rollouts/{number}/course": f"/api/rollouts/{world.rollout}/course",
+        "/api/datasets": "/api/datasets",
+        "/api/datasets/{digest}/sign-offs": f"/api/datasets/{dataset}/sign-offs",
+        "/api/datasets/{digest}/rows": f"/api/datasets/{dataset}/rows?split=test&search=lamp",
+        "/api/review": "/api/review?state=all",
+        "/api/review/next": "/api/review/next?after=1",
+        "/api/review/{number}": "/api/review/1",
+        "/api/recalls": "/api/recalls",
+        "/api/recalls/pending": "/api/recalls/pending",
+        "/api/impact": "/api/impact?base=tiny",
+        "/api/drift": "/api/drift",
+        "/api/webhooks": "/api/webhooks",
+        "/api/status": "/api/status",
+        "/api/audit": "/api/audit?search=version&most=5",
+        "/api/users": "/api/users",
+        "/api/keys": "/api/keys",
+    }
+    with world.served.http(world.token("every")) as http:
+        for path, url in asked.items():
+            answer = http.get(url)
+            assert answer.status_code == 200, (url, answer.text)
+            assert answer.headers["cache-control"] == "no-store"
+            check(document, path, "get", answer)
+        assert http.get("/api/review/1").json()["messages"][0]["content"] == REVIEWED
+        assert len(http.get("/api/audit?most=5").json()["entries"]) == 5
+        for path in (f"{version}/verification", "/api/audit/verification"):
+            answer = http.post(path)
+            assert (answer.status_code, answer.json()["ok"], answer.json()["problems"]) == (200, True, [])
+        for wrong in (
+            "/api/evaluations/zzz",
+            "/api/evaluations?page=0",
+            f"/api/evaluations/{evaluation}/requests?metric=none",
+            "/api/versions?state=none",
+            "/api/versions?search=%00",
+            "/api/versions/x/99999999999999999999",
+            "/api/recalls/status?kind=none&value=x",
+            "/api/recalls/status?kind=row&value=never-recalled",
+            "/api/audit?before=-1",
+            "/api/retraining",  # the project does not say when
+        ):
+            answer = http.get(wrong)
+            assert answer.status_code == 400, (wrong, answer.text)
+
+
+def test_changes_count_and_roles_decide(world: World) -> None:
+    store = world.served.scene.store
+    add_user(store, "olaf", ["operator"], actor=OWNER)
+    with world.served.http(world.token("olaf")) as http:
+        for path, body in {
+            "/api/review/1/decide": {"decision": "accept", "revision": 0},
+            f"/api/datasets/{world.served.scene.dataset}/sign-offs": {"reason": "read it"},
+            "/api/recalls": {"kind": "row", "value": "x", "reason": "why"},
+            "/api/users": {"name": "mallory", "roles": ["admin"]},
+            "/api/users/olaf/roles": {"roles": ["admin"]},
+        }.items():
+            answer = http.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied"), path
+        assert [user["user"] for user in http.get("/api/users").json()["users"]] == ["olaf"]
+        assert http.get("/api/keys").json() == {"keys": [], "proposed": []}
+    with world.served.http(world.token(STEWARD)) as http:
+        done = http.post("/api/review/2/decide", json={"decision": "reject", "reason": "no", "revision": 0})
+        assert (done.status_code, done.json()["state"]) == (200, "reject")
+        again = http.post("/api/review/2/decide", json={"decision": "accept", "revision": 0})
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "refused")
+        dataset = f"/api/datasets/{world.served.scene.dataset}"
+        reach = http.post(
+            "/api/recalls", json={"kind": "version", "value": f"{NAME}@v2", "reason": "w", "dry_run": True}
+        )
+        assert (reach.status_code, reach.json()["done"]) == (200, False), reach.text
+        assert http.get("/api/recalls").json() == {"recalls": []}
+        gone = http.post("/api/recalls", json={"kind": "version", "value": f"{NAME}@v2", "reason": "withdrawn"})
+        assert (gone.status_code, gone.json()["done"]) == (200, True), gone.text
+        assert http.get("/api/recalls").json()["recalls"][0]["reason"] == "withdrawn"
+        assert http.get(f"/api/recalls/status?kind=version&value={NAME}@v2").status_code == 200
+        assert http.post(f"{dataset}/sign-offs", json={"reason": "read it"}).status_code in (200, 409)
+    with world.served.http(world.token("every")) as http:
+        new = http.post("/api/users", json={"name": "nina", "roles": ["steward"], "tenant": "acme"})
+        assert (new.status_code, new.json()["tenant"]) == (200, "acme")
+        assert http.post("/api/users/nina/roles", json={"roles": ["operator"]}).json()["roles"] == ["operator"]
+        assert http.post("/api/users/nina/deactivate").json()["active"] is False
+        assert not get_user(store, "nina").active
+        assert http.post(f"/api/rollouts/{world.rollout}/abort", json={}).status_code == 400  # no reason
+        ended = http.post(f"/api/rollouts/{world.rollout}/abort", json={"reason": "why"})
+        assert ended.status_code == 409, "it has ended"
+        assert http.post("/api/rollouts", json={"version": f"{NAME}@v99"}).status_code == 400
+
+
+def api_routes(served: Served) -> list[tuple[str, str]]:
+    """(method, path) of every route that takes a token."""
+    found = []
+    for path, methods, made in decisions(served.app.routes):
+        if not set(made) & {"public", "session"}:
+            found += [(method, path) for method in methods.split()]
+    assert len(found) > 60
+    return found
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/api/rollouts": {"version": f"{ACME}@v1"},
+    "/api/rollouts/{number}/abort": {"reason": "why"},
+    "/api/rollouts/{number}/rollback": {"reason": "why"},
+    "/api/datasets/{digest}/sign-offs": {"reason": "why"},
+    "/api/review/{number}/decide": {"decision": "accept", "revision": 0},
+    "/api/recalls": {"kind": "version", "value": f"{ACME}@v1", "reason": "why"},
+    "/api/users": {"name": "mallory", "roles": ["admin"]},
+    "/api/users/{name}/roles": {"roles": ["admin"]},
+    "/api/decisions/prepare": {"version": f"{ACME}@v1", "decision": "refuse", "reason": "why"},
+}
+
+
+@pytest.mark.attack("people", "another tenant's token on every route, with ids of things that there are")
+def test_another_tenant_learns_and_changes_nothing(world: World, happened: Happened) -> None:
+    token = world.token("eve")
+    before = world.served.http(world.token("every")).get("/api/audit?most=1").json()["entries"][0]["seq"]
+    with world.served.http(token) as http:
+        for method, path in api_routes(world.served):
+            answers = []
+            for values in (world.there, world.nowhere):
+                ids = {key: values.get(key, "x") for key in re.findall(r"\{(\w+)", path)}
+                if "versions" in path:
+                    ids["number"] = "1"
+                if "{document}" in path:
+                    ids["document"] = "report.md"
+                if "/datasets/" in path:
+                    ids["digest"] = values["other"]
+                url = re.sub(r"\{(\w+)(:path)?\}", lambda found: ids[found[1]], path)  # noqa: B023
+                query = {"base": "tiny", "kind": "row", "value": "x"}
+                answer = http.request(method, url, params=query, json=BODIES.get(path, {}))
+                said = answer.text
+                for text in (ACME, SECRET, REVIEWED):
+                    assert text not in said.replace(url, "") or text in str(BODIES.get(path)), (method, url, said)
+                for known in ids.values():
+                    said = said.replace(known, "ID")
+                answers.append((answer.status_code, said))
+            assert answers[0] == answers[1], f"{method} {path}: other answers for what there is"
+            assert answers[0][0] < 500, (method, path, answers)
+            happened("the same as for nothing")
+    entries = world.served.http(world.token("every")).get("/api/audit?most=1000").json()["entries"]
+    assert {one["action"] for one in entries if one["seq"] > before and one["actor"] == "eve"} <= {"user.token"}
+    with world.served.http(world.token("amy")) as http:
+        listed = [one["name"] for one in http.get("/api/versions").json()["versions"]]
+        assert ACME in listed
+        assert http.get(f"/api/versions/{ACME}/1").status_code == 200
+        assert http.get("/api/datasets").status_code == 403
+
+
+@pytest.mark.attack("people", "a browser's cookie in place of a token, and forms without the mark of their session")
+def test_cookies_open_no_route_and_forms_need_their_mark(world: World, happened: Happened) -> None:
+    cookie = cookie_of(world.served, "every")
+    with plain(world.served, cookie) as http:
+        for method, path in api_routes(world.served):
+            url = re.sub(r"\{(\w+)(:path)?\}", "1", path)
+            answer = http.request(method, url, json={})
+            assert answer.status_code == 401, (method, path)
+            happened("refused, 401")
+        forms = [
+            path
+            for path, methods, made in decisions(world.served.app.routes)
+            if methods == "POST" and made == ["session"]
+        ]
+        assert len(forms) > 20
+        csrf = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/console/keys").text)
+        assert csrf
+        for path in forms:
+            url = re.sub(r"\{(\w+)(:path)?\}", "1", path)
+            for fields, headers in (
+                ({}, {}),
+                ({"csrf": "0" * 64}, {}),
+                ({"csrf": csrf[1]}, {"Sec-Fetch-Site": "cross-site"}),
+                ({"csrf": csrf[1]}, {"Sec-Fetch-Site": "same-site"}),
+                ({"csrf": csrf[1]}, {"Origin": "https://elsewhere.example"}),
+            ):
+                answer = http.post(url, data=fields, headers=headers)
+                assert answer.status_code == 403, (path, headers, answer.status_code)
+                happened("refused, 403")
