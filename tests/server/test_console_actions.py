@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from tests.console.evidence_rows import put_evaluation
+from tests.fabricate import NAME, OWNER, Scene
 from tests.server.conftest import Served
 from tests.server.test_access import decisions
 from tunesmith.cli.main import app
+from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.registry.versions import list_versions
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "console-actions.md"
 # Logging in and out, files that ship with the pages, and the stream that tells open pages to look again.
@@ -69,3 +76,24 @@ def test_each_action_has_a_command_and_a_route(served_routes: dict[str, set[str]
             assert served_routes[route] & {"any token", *re.findall("[a-z]+", scopes)}, (
                 f"{what}: {route} takes {served_routes[route]}"
             )
+
+
+def test_the_commands_that_list(scene: Scene) -> None:
+    def run(*words: str) -> Any:
+        """A command's JSON. It is drawn as well."""
+        drawn = CliRunner().invoke(app, [*words, "-C", str(scene.store.root)], catch_exceptions=False)
+        assert drawn.exit_code == 0, drawn.output
+        assert drawn.stdout
+        result = CliRunner().invoke(app, [*words, "--json", "-C", str(scene.store.root)], catch_exceptions=False)
+        return json.loads(result.stdout)
+
+    measured = put_evaluation(scene, n=20).evaluation
+    found = run("evaluations")
+    assert (found["total"], found["evaluations"][0]["evaluation"]) == (5, measured)
+    assert run("evaluations", measured[7:19])["summary"]["evaluation"] == measured
+    assert scene.dataset in [one["dataset"] for one in run("data", "list")["datasets"]]
+    assert run("recalls") == {"recalls": []}
+    withdrawn = list_versions(scene.store)[0]
+    recall(scene.store, Cause(kind="version", value=withdrawn.digest), reason="why", actor=OWNER)
+    assert [one["reason"] for one in run("recalls")["recalls"]] == ["why"]
+    assert "licence" in run("notice", f"{NAME}@v1")["notice"]

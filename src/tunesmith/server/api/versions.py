@@ -23,7 +23,7 @@ _NONE = "version, or no such record of it"
 _REPORT = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
 Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
 _WRITTEN: dict[str, Any] = {
-    "response_class": PlainTextResponse,
+    "response_class": Response,
     "responses": {
         **errors(*READ),
         200: {"content": {"text/markdown": {}, "text/html": {}}, "description": "Its text."},
