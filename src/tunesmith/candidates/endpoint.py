@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
@@ -21,6 +19,9 @@ from tunesmith.core.http_clients import HttpClients
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion, Generation
+
+if TYPE_CHECKING:
+    import httpx
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0  # seconds between two tries, also where the endpoint asks for more
@@ -45,6 +46,8 @@ class Endpoint:
     context_length = _UNBOUNDED
 
     def __init__(self, settings: EndpointSettings) -> None:
+        import httpx
+
         self._settings = settings
         self._key = _key(settings)
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
@@ -90,6 +93,8 @@ class Endpoint:
 
     def _posted(self, body: dict[str, Any]) -> Any:
         """The endpoint's response. Retries where it is busy or the connection breaks."""
+        import httpx
+
         reason = ""
         for turn in range(self._settings.retries + 1):
             wait = min(2.0**turn * 0.25, _LONGEST_WAIT)

@@ -12,8 +12,8 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,8 +22,6 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.data.documents import Passage
-
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs each index that it makes, as DEBUG, in a server too
 
 _WORD = re.compile(r"\w+")
 _FUSION = 60
@@ -44,8 +42,7 @@ class Index:
         self._words = [words(text) for text in texts]
         self._sets = [set(each) for each in self._words]
         self._known = set().union(*self._sets)
-        self._index = bm25s.BM25()
-        self._index.index(self._words, show_progress=False)
+        self._index = _index_by_words(self._words)
         self._vectors = vectors if vectors is not None or embed is None or by == "bm25" else embed(texts)
 
     def nearest(self, text: str, k: int, skip: frozenset[int] = frozenset()) -> list[int]:
@@ -146,6 +143,16 @@ def last_request(messages: Sequence[Message]) -> str:
 def words(text: str) -> list[str]:
     """The words of a text in lower case; one empty word where there is none."""
     return _WORD.findall(text.lower()) or [""]
+
+
+def _index_by_words(texts: Sequence[Sequence[str]]) -> Any:
+    """The BM25 index of texts. Imported here: bm25s loads SciPy, and most commands have no index."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs each index as DEBUG, in a server too
+    index = bm25s.BM25()
+    index.index(texts, show_progress=False)
+    return index
 
 
 def _best(scores: NDArray[np.floating], k: int) -> list[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import httpx
+if TYPE_CHECKING:
+    import httpx
 
 
 class HttpClients:
@@ -20,7 +22,8 @@ class HttpClients:
 
     def __init__(self, make: Callable[[], httpx.Client], most: int) -> None:
         """make: called for each new client."""
-        self._make, self._free = make, list[httpx.Client]()
+        self._make = make
+        self._free: list[httpx.Client] = []
         self._places = threading.BoundedSemaphore(most)
 
     @contextlib.contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.messages import Message
@@ -14,6 +14,9 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.data.splitting.duplicates import near_text, request_text
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.store.store import Store
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 _TOGETHER = 2_000  # rows that are compared at the same time
 NEAR = 0.8  # Jaccard similarity of trigrams, as for near duplicates of rows
@@ -73,6 +76,8 @@ def _trigrams(text: str) -> frozenset[str]:
 
 
 def _matrix(sets: Sequence[frozenset[str]], numbers: dict[str, int]) -> csr_array:
+    from scipy.sparse import csr_array
+
     columns = [sorted(numbers[gram] for gram in grams if gram in numbers) for grams in sets]
     ends = np.cumsum([0, *map(len, columns)])
     flat = np.array([place for each in columns for place in each], dtype=np.int64)

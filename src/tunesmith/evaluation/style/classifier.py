@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from tunesmith.core.digests import digest_of
 from tunesmith.evaluation.stats.statistics import Floats
@@ -43,6 +41,8 @@ class _Model:
     columns: slice
 
     def probability(self, answers: Sequence[Answer]) -> Floats:
+        from scipy.special import expit
+
         found = (features(answers, self.vocabulary) - self.mean) / self.scale
         return np.asarray(expit(found[:, self.columns] @ self.weights + self.intercept), dtype=np.float64)
 
@@ -92,6 +92,9 @@ def _folds(groups: Sequence[str], folds: int) -> np.ndarray:
 
 def _fitted(seen: Floats, labels: Floats, vocabulary: Vocabulary, columns: slice) -> _Model:
     """The model of least penalised loss. Columns have unit variance, so that the penalty treats them alike."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     mean, scale = seen.mean(axis=0), seen.std(axis=0)
     scale = np.where(scale > 1e-9, scale, 1.0)
     rows = ((seen - mean) / scale)[:, columns]
