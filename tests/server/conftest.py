@@ -34,6 +34,7 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import served_scorers
 from tunesmith.store import database
+from tunesmith.store.audit import newest
 from tunesmith.store.tables import RequestRow
 from tunesmith.store.tokens import issue_token
 
@@ -156,10 +157,24 @@ def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> It
         yield server
 
 
-@pytest.fixture(scope="session")
-def shared(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The same for tests that only ask and are refused: one server for all of them."""
-    copy = copied(made, tmp_path_factory.mktemp("shared") / "store")
+@contextlib.contextmanager
+def running_copy(made: Scene, folder: Path) -> Iterator[Served]:
+    """The same over a copy of a scene in a folder, for several tests."""
+    copy = copied(made, folder / "store")
     with running(copy, FakeEngine(copy.base)) as server:
         server.begin(list_versions(copy.store)[0])
         yield server
+
+
+@pytest.fixture(scope="session")
+def _unchanged(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with running_copy(made, tmp_path_factory.mktemp("shared")) as server:
+        yield server
+
+
+@pytest.fixture
+def shared(_unchanged: Served) -> Iterator[Served]:
+    """One server for all tests that only ask and are refused. Fails the test that changes its state."""
+    before = newest(_unchanged.scene.store.engine)
+    yield _unchanged
+    assert newest(_unchanged.scene.store.engine) == before, "take `served`: other tests use this server too"

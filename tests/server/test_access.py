@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
 from tests.attack_table import Happened
-from tests.fabricate import OWNER
-from tests.server.conftest import Served
+from tests.fabricate import OWNER, Scene
+from tests.server.conftest import Served, running_copy
 from tunesmith.server.access import PUBLIC, decides, needs
 from tunesmith.store.identities import add_user, deactivate
 from tunesmith.store.roles import ROLES, TOKEN_SCOPES
@@ -122,9 +122,11 @@ def token_for(served: Served, name: str, scopes: Iterable[str], **more: Any) -> 
 
 
 @pytest.fixture(scope="module")
-def every(shared: Served) -> Served:
-    add_user(shared.scene.store, "every", ROLES, actor=OWNER)
-    return shared
+def every(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of these tests' own, which add users and tokens."""
+    with running_copy(made, tmp_path_factory.mktemp("access")) as server:
+        add_user(server.scene.store, "every", ROLES, actor=OWNER)
+        yield server
 
 
 @pytest.mark.attack("people", "a route without a token, or with one that does not hold")

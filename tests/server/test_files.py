@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import threading
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import openai
 import pytest
 
 from tests.fabricate import OPERATOR, OWNER, Scene
-from tests.server.conftest import Served, running
+from tests.server.conftest import Served, running, running_copy
 from tests.server.fake_engine import FakeEngine
 from tests.store.test_uploads import left
 from tests.waiting import SECONDS, until
@@ -34,6 +35,14 @@ ROWS = b'{"messages": []}\n'
 
 def owner(served: Served) -> str:
     return issue_token(served.scene.store, OWNER, actor=OWNER)
+
+
+@pytest.fixture(scope="module")
+def owned(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server for tests whose requests are refused, with the owner's token."""
+    with running_copy(made, tmp_path_factory.mktemp("owned")) as server:
+        server.token = owner(server)
+        yield server
 
 
 def sent(served: Served, token: str, data: bytes = ROWS, name: str = "rows.jsonl", **fields: str) -> httpx.Response:
@@ -106,14 +115,14 @@ def test_who_may(served: Served) -> None:
         (ROWS, "rows.jsonl", {"purpose": "x" * 2000}, "too long"),
     ],
 )
-def test_what_is_refused(shared: Served, data: bytes, name: str, fields: dict[str, str], said: str) -> None:
-    answer = sent(shared, owner(shared), data, name, **fields)
+def test_what_is_refused(owned: Served, data: bytes, name: str, fields: dict[str, str], said: str) -> None:
+    answer = sent(owned, owned.token, data, name, **fields)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 
 
-def test_bodies_that_are_no_form(shared: Served) -> None:
-    with shared.http(owner(shared)) as http:
+def test_bodies_that_are_no_form(owned: Served) -> None:
+    with owned.http() as http:
         whole = {"content-type": "multipart/form-data; boundary=b"}
         for headers, body, said in (
             ({}, b"{}", "must be multipart/form-data"),
@@ -133,7 +142,7 @@ def test_bodies_that_are_no_form(shared: Served) -> None:
             assert (answer.status_code, said in answer.text) == (400, True), answer.text
         for query in ({"limit": "0"}, {"limit": "10001"}, {"order": "up"}):
             assert http.get("/v1/files", params=query).status_code == 400
-    left = [each for each in (shared.scene.store.root / "work").iterdir() if each.name.startswith(".scratch")]
+    left = [each for each in (owned.scene.store.root / "work").iterdir() if each.name.startswith(".scratch")]
     assert left == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.attack_table import Happened
-from tests.fabricate import NAME
-from tests.server.conftest import Served
+from tests.fabricate import NAME, Scene
+from tests.server.conftest import Served, running_copy
 from tunesmith.server.app import openapi_document
 
 OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(openapi_document()).get_all_operations()]
@@ -36,14 +37,21 @@ CHECKS = [
 UNCHECKED = list(HealthCheck)
 
 
+@pytest.fixture(scope="module")
+def served(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of this file's own: what is made of the document makes tokens, files and jobs, and ends rollouts."""
+    with running_copy(made, tmp_path_factory.mktemp("schemathesis")) as server:
+        yield server
+
+
 @pytest.mark.slow
 @pytest.mark.attack("input", "what schemathesis makes of the OpenAPI document")
 @pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_every_route_answers_as_documented(
-    shared: Served, operation: Any, mode: GenerationMode, happened: Happened
+    served: Served, operation: Any, mode: GenerationMode, happened: Happened
 ) -> None:
-    tokens = [f"Bearer {shared.token}"] * 6 + ["Bearer tsk_nobody", "Basic x", "Bearer", ""]
+    tokens = [f"Bearer {served.token}"] * 6 + ["Bearer tsk_nobody", "Basic x", "Bearer", ""]
     sent: Counter[int] = Counter()
 
     @settings(
@@ -54,7 +62,7 @@ def test_every_route_answers_as_documented(
         case.headers = {key: value for key, value in case.headers.items() if key.lower() != "authorization"}
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body = {**case.body, "model": NAME}
-        response = case.call_and_validate(base_url=shared.url, headers={"Authorization": token}, checks=CHECKS)
+        response = case.call_and_validate(base_url=served.url, headers={"Authorization": token}, checks=CHECKS)
         sent[response.status_code] += 1
 
     with contextlib.suppress(Unsatisfiable):  # nothing that is not allowed can be sent to some routes
