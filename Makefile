@@ -9,6 +9,9 @@ DEMO   := $(VENV)/.ready-demo
 # vLLM for CPUs, with its own version of torch.
 VLLM   := .venv-vllm
 
+# Tests start hundreds of processes. Each would compile every module again where Python may not keep what it compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo console test test-vllm check unit attack docs bench soak clean
 .DEFAULT_GOAL := test
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from tunesmith.core.memory import available_memory
 
-pytest_plugins = ["tests.attack_table"]
+pytest_plugins = ["tests.attack_table", "tests.postgresql_server"]
 
 # Tiny models gain nothing from a second thread, and spinning threads of several test processes would fight for cores.
 os.environ.setdefault("TUNESMITH_THREADS", "1")
@@ -69,8 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: many tests wait for servers, leases and killed processes."""
-    return (os.cpu_count() or 1) + 1
+    """Two processes more than there are cores: many tests wait for servers, leases and killed processes."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
