@@ -12,7 +12,7 @@ VLLM   := .venv-vllm
 # Tests start hundreds of processes. Each would compile every module again where Python may not keep what it compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo console test test-vllm check unit attack docs bench soak clean
+.PHONY: demo console test test-vllm check lint types unit attack docs bench soak clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -26,12 +26,16 @@ console: $(DEMO)         ## the demo's project in a browser, with a link for its
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
 	$(BIN)/python -m tests.run --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-check: $(READY)          ## lint, types, import contracts and the documentation
+check: $(READY)          ## lint, types, import contracts and the documentation, two at a time
+	$(MAKE) --jobs 2 types docs lint
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+
+types: $(READY)
+	$(BIN)/mypy
 
 unit: $(READY)           ## the fast tests, without the real model
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -69,8 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two processes more than there are cores: many tests wait for servers, leases and killed processes."""
-    return (os.cpu_count() or 1) + 2
+    """More than there are cores, as memory allows: many tests wait for servers, leases and killed processes."""
+    return (os.cpu_count() or 1) + (2 if available_memory() > 18e9 else 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
