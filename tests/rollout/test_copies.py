@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.fabricate import APPROVER, OWNER, Scene
-from tests.postgresql_server import empty_database, postgresql_server
+from tests.postgresql_server import empty_database
 from tests.s3_server import create_bucket, s3_environment, s3_server
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
@@ -162,13 +162,14 @@ def test_a_damaged_object_is_not_backed_up(scene: Scene, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def team(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+def team(postgresql: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The environment that names an empty PostgreSQL database and an empty bucket."""
-    with s3_server() as s3, postgresql_server(tmp_path_factory.mktemp("sql")) as database:
+    empty_database(postgresql)
+    with s3_server() as s3:
         create_bucket(s3, "team")
         for name, value in s3_environment(s3).items():
             monkeypatch.setenv(name, value)
-        yield {"TUNESMITH_DATABASE_URL": database, "TUNESMITH_BLOBS_URL": "s3://team/home"}
+        yield {"TUNESMITH_DATABASE_URL": postgresql, "TUNESMITH_BLOBS_URL": "s3://team/home"}
 
 
 def test_a_store_moves_to_postgresql_and_a_bucket_and_back(

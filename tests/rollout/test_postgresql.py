@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fabricate import OWNER, Scene
-from tests.postgresql_server import moved_to_postgresql, postgresql
+from tests.postgresql_server import moved_to_postgresql
 from tests.rollout import test_state_machine
 from tests.rollout.conftest import copied
 from tests.rollout.test_controller import (  # noqa: F401
@@ -28,8 +28,6 @@ from tests.rollout.test_controller import (  # noqa: F401
     test_rollback_goes_back_one_promotion_at_a_time,
     test_two_promoters_at_once_promote_once,
 )
-
-__all__ = ["postgresql"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.forked import forkserver
-from tests.postgresql_server import moved_to_postgresql, postgresql
+from tests.postgresql_server import moved_to_postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import CERTIFICATES, HELLO, running
 from tests.server.fake_engine import FakeEngine
@@ -35,7 +35,6 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
 from tunesmith.store.tokens import issue_token
 
-__all__ = ["postgresql"]
 pytestmark = pytest.mark.slow
 
 
@@ -153,14 +152,14 @@ def test_each_answer_is_decided_once_whoever_is_first(shared: Scene) -> None:
 
     def review(name: str, decision: queue.Decision) -> None:
         user = get_user(shared.store, name)
-        barrier.wait(60)
+        barrier.wait(300)
         for number in range(10):
             with contextlib.suppress(Refused):
                 held.decide(shared.store, user, f"{number:032x}", decision, reason="why")
 
     def tidy() -> None:
-        barrier.wait(60)
-        end = time.monotonic() + 60
+        barrier.wait(300)
+        end = time.monotonic() + 300
         while held.waiting(shared.store):
             assert time.monotonic() < end
             held.tidy(shared.store)

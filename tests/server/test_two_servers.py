@@ -20,7 +20,7 @@ import pytest
 
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.forked import forkserver
-from tests.postgresql_server import moved_to_postgresql, postgresql
+from tests.postgresql_server import moved_to_postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import CERTIFICATES, HELLO, running
 from tests.server.fake_engine import FakeEngine
@@ -35,7 +35,6 @@ from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 from tunesmith.store.tokens import issue_token
 
-__all__ = ["postgresql"]
 pytestmark = pytest.mark.slow
 
 STEPS: list[dict[str, Any]] = [
@@ -65,7 +64,7 @@ class Servers:
 
     def http(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.token}"}
-        return httpx.Client(headers=headers, timeout=60, verify=CERTIFICATES)
+        return httpx.Client(headers=headers, timeout=300, verify=CERTIFICATES)
 
 
 def serve(root: Path, url: str, base: str, killed_at: int, said: Connection) -> None:

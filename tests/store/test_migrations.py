@@ -15,11 +15,9 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import JSON, Column, Connection, create_engine, inspect, select
 
-from tests.postgresql_server import empty_database, postgresql
+from tests.postgresql_server import empty_database
 from tunesmith.store import database
 from tunesmith.store.tables import HEAD_REVISION, Table
-
-__all__ = ["postgresql"]
 
 DATABASES = ["sqlite", "postgresql"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import forkserver
-from tests.postgresql_server import empty_database, postgresql
+from tests.postgresql_server import empty_database
 from tests.store.test_audit import (  # noqa: F401
     test_a_change_that_fails_leaves_no_entry,
     test_a_cut_tail_shows,
@@ -58,8 +58,6 @@ from tests.store.test_uploads import (  # noqa: F401
 from tunesmith.core.errors import TunesmithError
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
-
-__all__ = ["postgresql"]
 
 
 @pytest.fixture

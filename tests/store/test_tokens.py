@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, select, text
 
 from tests.attack_table import Happened
-from tests.postgresql_server import empty_database, postgresql
+from tests.postgresql_server import empty_database
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
@@ -23,8 +23,6 @@ from tunesmith.store.roles import TOKEN_SCOPES
 from tunesmith.store.store import Store
 from tunesmith.store.tables import TokenRow
 from tunesmith.store.tokens import Token, authenticate, issue_token, list_tokens, note_use, revoke_token
-
-__all__ = ["postgresql"]
 
 NOW = 2_000_000_000.0
 DAY = 86_400.0

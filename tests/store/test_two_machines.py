@@ -14,7 +14,6 @@ import openai
 import pytest
 
 from tests.own_cache import own_cache
-from tests.postgresql_server import postgresql_server
 from tests.s3_server import create_bucket, s3_environment
 from tests.tiny_project import settings, write_project
 
@@ -77,34 +76,33 @@ class Machine:
 
 
 def test_one_builds_and_registers_and_the_other_verifies_approves_and_serves(
-    s3: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    s3: str, postgresql: str, tmp_path: Path
 ) -> None:
     create_bucket(s3, "team")
-    with postgresql_server(tmp_path_factory.mktemp("sql")) as database:
-        shared = {
-            **s3_environment(s3),
-            "TUNESMITH_DATABASE_URL": database,
-            "TUNESMITH_BLOBS_URL": "s3://team/tiny",
-        }
-        few = {name: settings()["candidates"][name] for name in ("plain", "tuned")}  # type: ignore[index]
-        write_project(tmp_path / "builder", candidates=few)
-        shutil.copytree(tmp_path / "builder", tmp_path / "server")  # as from version control
-        builder, server = Machine(tmp_path / "builder", shared), Machine(tmp_path / "server", shared)
-        (run, *_, token) = builder(
-            "run", "users add bea --role approver", "users add app --role operator", "users token app"
-        )
-        assert run["register"]["version"] == "tiny@v1"
-        # Nothing of the builder's machine is needed from here on.
-        (tmp_path / "builder").rename(tmp_path / "switched off")
-        doctor, verified, *_ = server(
-            "doctor",
-            "verify tiny@v1",
-            "approve tiny@v1 --as bea --reason fine",
-            "rollout start tiny@v1",
-            "audit verify",
-        )
-        assert doctor["ok"], doctor
-        assert verified["ok"], verified["problems"]
-        assert server.served(token["token"], "tiny") == "tiny@v1"
-        kept = {path.name for path in (tmp_path / "server" / ".tunesmith").iterdir()}
-        assert kept <= {"bases", "cache", "keys", "work"}  # no records and no database
+    shared = {
+        **s3_environment(s3),
+        "TUNESMITH_DATABASE_URL": postgresql,
+        "TUNESMITH_BLOBS_URL": "s3://team/tiny",
+    }
+    few = {name: settings()["candidates"][name] for name in ("plain", "tuned")}  # type: ignore[index]
+    write_project(tmp_path / "builder", candidates=few)
+    shutil.copytree(tmp_path / "builder", tmp_path / "server")  # as from version control
+    builder, server = Machine(tmp_path / "builder", shared), Machine(tmp_path / "server", shared)
+    (run, *_, token) = builder(
+        "run", "users add bea --role approver", "users add app --role operator", "users token app"
+    )
+    assert run["register"]["version"] == "tiny@v1"
+    # Nothing of the builder's machine is needed from here on.
+    (tmp_path / "builder").rename(tmp_path / "switched off")
+    doctor, verified, *_ = server(
+        "doctor",
+        "verify tiny@v1",
+        "approve tiny@v1 --as bea --reason fine",
+        "rollout start tiny@v1",
+        "audit verify",
+    )
+    assert doctor["ok"], doctor
+    assert verified["ok"], verified["problems"]
+    assert server.served(token["token"], "tiny") == "tiny@v1"
+    kept = {path.name for path in (tmp_path / "server" / ".tunesmith").iterdir()}
+    assert kept <= {"bases", "cache", "keys", "work"}  # no records and no database

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.data.rows import NO_SCAN, many_rows, row, settings, write_jsonl
 from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
-from tests.postgresql_server import empty_database, postgresql
+from tests.postgresql_server import empty_database
 from tunesmith.cli import review as commands
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.data.building.build import build_dataset
@@ -37,8 +37,6 @@ from tunesmith.store import audit, database
 from tunesmith.store.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import ReviewDecisionRow
-
-__all__ = ["postgresql"]
 
 REFUSAL = "I'm sorry, I cannot help with {}."
 
@@ -267,7 +265,7 @@ def test_two_people_at_once_lose_nothing(store: Store, tmp_path: Path, monkeypat
     both = threading.Barrier(2)
 
     def decide(name: str, choice: Any) -> None:
-        both.wait(60)
+        both.wait(300)
         try:
             review.decide(store, number, choice, reason="so", revision=0, actor=name)
             said.append(choice)
