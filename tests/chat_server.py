@@ -66,4 +66,4 @@ def chat_server() -> Iterator[ChatServer]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(60)
+        thread.join(300)

@@ -49,8 +49,8 @@ def test_who_is_shut_out_while_waiting_is_not_answered(
         until(lambda: served.worker.waiting() == 1)
         shut_out(scene.store)
         engine.gate.set()
-        assert first.result(60).status_code == 200
-        assert second.result(60).status_code == status
+        assert first.result(300).status_code == 200
+        assert second.result(300).status_code == status
         assert engine.calls == 2
     assert {row.caller for row in served.rows()} == {OPERATOR}
     happened(f"refused, {status}, and not recorded")

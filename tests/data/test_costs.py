@@ -73,6 +73,6 @@ def test_huge_values_are_refused_with_their_place(tmp_path: Path, value: str, ha
 def test_huge_paragraphs_are_cut_in_linear_time(text: str, happened: Happened) -> None:
     began = time.monotonic()
     passages = list(cut([("Title", text)], 160, 24))
-    assert time.monotonic() - began < 30  # copying the rest for every passage takes an hour
+    assert time.monotonic() - began < 240  # copying the rest for every passage takes an hour
     assert max(len(passage) for _, passage in passages) <= 160 * 1001
     happened("cut into passages")

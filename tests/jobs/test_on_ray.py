@@ -175,7 +175,7 @@ def test_a_process_on_a_node_is_told_to_stop(performer: _Performer) -> None:
         ended = pool.submit(performer.perform, {"CPU": 2.0}, nothing, wait, Lease(1, 1, 60.0), "")
         until(lambda: performer._process is not None and _handles_sigterm(performer._process.pid))
         performer.stop()
-        assert ended.result(60).what == "its process ended with exit code 0"
+        assert ended.result(300).what == "its process ended with exit code 0"
     assert (os.environ["TUNESMITH_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("2", "")
 
 

@@ -256,7 +256,7 @@ def authorities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     yield f"http://127.0.0.1:{server.server_address[1]}", good, other
     server.shutdown()
     server.server_close()
-    thread.join(60)
+    thread.join(300)
 
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

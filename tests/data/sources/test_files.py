@@ -172,7 +172,7 @@ def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> N
         done.set()
 
     threading.Thread(target=attempt, daemon=True).start()
-    assert done.wait(60), "opening a FIFO waited for a writer"
+    assert done.wait(300), "opening a FIFO waited for a writer"
 
 
 def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
