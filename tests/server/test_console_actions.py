@@ -47,7 +47,7 @@ def commands() -> set[str]:
     return under(get_command(app), ())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served_routes(shared: Served) -> dict[str, set[str]]:
     """Method and path of every route -> the scopes that may call it."""
     return {
