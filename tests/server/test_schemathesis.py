@@ -54,8 +54,13 @@ def test_every_route_answers_as_documented(
     tokens = [f"Bearer {served.token}"] * 6 + ["Bearer tsk_nobody", "Basic x", "Bearer", ""]
     sent: Counter[int] = Counter()
 
+    # Most of what can go wrong is in bodies.
     @settings(
-        max_examples=30, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=UNCHECKED
+        max_examples=30 if operation.method == "post" else 8,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=UNCHECKED,
     )
     @given(case=operation.as_strategy(generation_mode=mode), token=st.sampled_from(tokens))
     def answers(case: Any, token: str) -> None:
