@@ -46,6 +46,7 @@ Parts = Sequence[Array]  # scores by group of callers
 # The stakes: midpoint rule of the arcsine law on (0, 1). The means: ends of the intervals of m.
 _STAKES = np.sin(np.pi * (np.arange(24) + 0.5) / 48) ** 2
 _MEANS = np.linspace(0.0, 1.0, 501)
+_AT_ONCE = 32  # values whose gains are held in memory together
 _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 
 
@@ -197,12 +198,16 @@ def _smallest(canary: Array, stable: Array) -> Array:
 
 def _log_above(parts: Parts, means: Array, keep: Array | None = None) -> Array:
     """log K+ for each of means (all > 0), against "the mean is at most m"; falls with m. Shape (rows, means)."""
-    gains = np.zeros((len(parts), len(means), len(_STAKES)))
-    for part, gain in zip(parts, gains, strict=True):
-        values, counts = np.unique(part, return_counts=True)
-        for value, count in zip(values, counts, strict=True):
-            gain += count * np.log1p(_STAKES[None, :] * (value / means[:, None] - 1))
-    total = np.tensordot(np.ones((1, len(parts))) if keep is None else keep, gains, axes=1)
+    # Scores repeat, most are 0 or 1: each value's gain is computed once, and counted for each row.
+    values, place = np.unique(np.concatenate([*parts]), return_inverse=True)
+    part = np.repeat(np.arange(len(parts)), [len(each) for each in parts])
+    counts = np.bincount(part * len(values) + place, minlength=len(parts) * len(values)).reshape(len(parts), -1)
+    times = np.asarray((np.ones((1, len(parts))) if keep is None else keep) @ counts)
+    total = np.zeros((len(times), len(means), len(_STAKES)))
+    for first in range(0, len(values), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        gains = np.log1p(_STAKES * (values[some, None, None] / means[:, None] - 1))
+        total += np.tensordot(times[:, some], gains, axes=1)
     largest = total.max(axis=2, keepdims=True)
     return np.asarray(largest[:, :, 0] + np.log(np.exp(total - largest).mean(axis=2)))
 

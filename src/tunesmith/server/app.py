@@ -24,7 +24,7 @@ from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
-from tunesmith.rollout.state import list_rollouts
+from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server import control, decisions, held, jobs, openapi, tokens
 from tunesmith.server.api import datasets, evaluations, monitoring, people, review, rollouts, versions
 from tunesmith.server.chat import routes as chat
@@ -49,6 +49,7 @@ from tunesmith.store.uploads import remove_leftovers
 
 _LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops
 _USED_SECONDS = 60.0  # between two notes of when tokens were used last
+_REST = 10.0  # times as long as a rollout's check took: one with very many requests is checked less often
 _CLEAN_SECONDS = 300.0  # between two looks for kept requests whose time is over
 
 
@@ -147,7 +148,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await controller
         if not serving.drain.begun:
             await drain(serving)
-        for threads in (serving.scoring, serving.noting, serving.listing, serving.trying, serving.files):
+        listing = (serving.listing, serving.pages)
+        for threads in (serving.scoring, serving.noting, *listing, serving.trying, serving.files):
             threads.stop()
         await asyncio.to_thread(serving.recorder.stop, _LAST_SECONDS)
         with contextlib.suppress(TunesmithError, OSError):  # a database that is away must not keep the process
@@ -161,10 +163,14 @@ async def _control(serving: Serving) -> None:
     were used, less often.
     """
     watch, cleaned_at, noted_at = ChampionWatch(serving.store), -math.inf, time.monotonic()
+    due: dict[int, float] = {}  # rollout -> when it is checked again
     while True:
         try:
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
-                moved = await asyncio.to_thread(advance, serving.store, rollout.id)
+                if time.monotonic() < due.get(rollout.id, -math.inf):
+                    continue
+                moved, seconds = await asyncio.to_thread(_advance, serving.store, rollout.id)
+                due[rollout.id] = time.monotonic() + _REST * seconds
                 if moved.revision != rollout.revision:
                     LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
             refused = await asyncio.to_thread(watch.refused)
@@ -184,6 +190,12 @@ async def _control(serving: Serving) -> None:
             serving.metrics.controller_failures.inc()
             LOG.exception("checking the rollouts failed")
         await asyncio.sleep(serving.settings.check_seconds)
+
+
+def _advance(store: Store, rollout: int) -> tuple[Rollout, float]:
+    """(the rollout as it is now, seconds of processor time that the check took)."""
+    began = time.thread_time()
+    return advance(store, rollout), time.thread_time() - began
 
 
 async def _note_use(serving: Serving) -> None:

@@ -44,4 +44,7 @@ class ServerSettings(Settings):
         int,
         Field(ge=0, description="newest answers kept in memory, to be scored by feedback"),
     ] = 10_000
-    check_seconds: Annotated[float, Field(gt=0, description="time between two checks of the live rollouts")] = 1.0
+    check_seconds: Annotated[
+        float,
+        Field(gt=0, description="least time between two checks of a rollout; one that takes long comes less often"),
+    ] = 1.0

@@ -295,14 +295,14 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
     analysis = rollout.steps[step].analysis if 0 <= step < len(rollout.steps) else None
     if analysis is None:
         raise UsageError(f"step {step + 1} of rollout {rollout.id} is not an analysis", fix="tunesmith rollout status")
-    rows = traffic.requests_of_step(store, rollout.id, step, _DRAWN + 1)
+    rows = traffic.first_of_step(store, rollout.id, step, analysis.metric, _DRAWN + 1)
     whole, rows = len(rows) <= _DRAWN, rows[:_DRAWN]
     main = traffic.main_of(rows, rollout.main_callers)
     # Powers of two, so that a point stays where it is while requests arrive.
     width = 1 << max(0, -(-len(rows) // _POINTS) - 1).bit_length()
     points, seen, last = [], 0, _judged(analysis, (), main, 0)
     for place, row in enumerate(rows, start=1):
-        seen = hash((seen, row.id, row.ok, row.cut, row.scores.get(analysis.metric), main))
+        seen = hash((seen, row, main))
         if place % width == 0 or place == len(rows):
             last = _judged(analysis, rows[:place], main, seen)
             points.append(_point(place, last))
@@ -332,13 +332,13 @@ def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
     )
 
 
-def _judged(analysis: Analysis, rows: Sequence[Any], main: frozenset[str], data: int) -> Judgement:
+def _judged(analysis: Analysis, rows: Sequence[traffic.Counted], main: frozenset[str], data: int) -> Judgement:
     """The judgement of requests, computed once for the same data."""
     key = analysis, data
     if key not in _KNOWN:
         if len(_KNOWN) > 2000:
             _KNOWN.clear()
-        _KNOWN[key] = judge(analysis, *traffic.arms_of(rows, analysis.metric, main))
+        _KNOWN[key] = judge(analysis, *traffic.arms_of(rows, main))
     return _KNOWN[key]
 
 

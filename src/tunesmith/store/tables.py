@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0011"
+HEAD_REVISION = "0012"
 
 
 class Table(DeclarativeBase):
@@ -233,7 +233,7 @@ class RequestRow(Table):
     caller: Mapped[str] = mapped_column(String(128), default="")
     end_user: Mapped[str] = mapped_column(String(16), default="")
     version: Mapped[str] = mapped_column(String(71))
-    rollout: Mapped[int | None] = mapped_column(Integer, index=True, default=None)
+    rollout: Mapped[int | None] = mapped_column(Integer, default=None)
     arm: Mapped[str] = mapped_column(String(8))
     ok: Mapped[bool] = mapped_column(Boolean)
     cut: Mapped[bool] = mapped_column(Boolean, default=False)
@@ -429,5 +429,5 @@ class ReviewDecisionRow(Table):
 
 
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority, JobRow.id)
-Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)
+Index("requests_by_rollout", RequestRow.rollout, RequestRow.at)
 Index("requests_by_version", RequestRow.version, RequestRow.at, RequestRow.tenant, RequestRow.region, RequestRow.ok)
