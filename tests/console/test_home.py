@@ -8,10 +8,10 @@ from datetime import timedelta
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import expect
-from sqlalchemy import insert
+from sqlalchemy import event, insert
 
 from tests.console.conftest import Login, check_accessible, fits, take_pictures
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, approve
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve
 from tests.server.conftest import Served
 from tunesmith.core.clock import now
 from tunesmith.core.scope import Scope
@@ -23,7 +23,7 @@ from tunesmith.store import database
 from tunesmith.store.identities import add_user
 from tunesmith.store.proposed_keys import propose_key
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow, RequestRow
+from tunesmith.store.tables import AliasRow, JobRow, RequestRow
 
 
 def says(found: Home, *, mine: bool | None = None) -> list[str]:
@@ -123,3 +123,21 @@ def test_a_queue_that_nobody_works_on_is_not_well(served: Served) -> None:
         session.add(JobRow(**row, due=time.time() - 600, created=time.time() - 600))
     (worker,) = (each for each in home.home(store, OPERATOR).health if each.part == "worker")
     assert (worker.ok, "tunesmith worker" in worker.says) == (False, True)
+
+
+def test_more_champions_take_no_more_queries(scene: Scene, versions: dict[int, Version]) -> None:
+    store, said = scene.store, list[str]()
+    event.listen(store.engine, "before_cursor_execute", lambda *told: said.append(told[2]))
+    counted = []
+    for count in (2, 20):
+        with store.change(OWNER, "test.aliases", NAME, {}) as session:
+            for number in range(count):
+                row = {"name": NAME, "alias": "champion", "tenant": f"t{count}-{number}", "region": "", "revision": 1}
+                session.add(AliasRow(**row, version=versions[1].digest))
+        said.clear()
+        found = home.home(store, OWNER).serving
+        counted.append((len(found), len(said)))
+        assert all(one.refused == "" for one in found)
+    (few, before), (many, after) = counted
+    assert many == few + 20
+    assert after <= before

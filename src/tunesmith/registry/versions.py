@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -210,6 +210,18 @@ def version_of(store: Store, row: VersionRow) -> Version:
             fix="run `tunesmith audit verify`",
         )
     return version
+
+
+def readable_versions(store: Store, digests: Collection[str], session: Session) -> dict[str, Version]:
+    """Registered versions by digest, without those whose records cannot be read. One query for all.
+
+    `tunesmith audit verify` says what is wrong with the others.
+    """
+    found = {}
+    for row in session.scalars(select(VersionRow).where(VersionRow.digest.in_(digests))).all():
+        with contextlib.suppress(TunesmithError):
+            found[row.digest] = version_of(store, row)
+    return found
 
 
 def list_versions(

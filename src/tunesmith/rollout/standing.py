@@ -15,9 +15,9 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.view import View
 from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.serving import Permission, may_serve
+from tunesmith.registry.serving import Permission, may_serve, permissions
 from tunesmith.registry.signing.release import is_over
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Version, load_version, readable_versions
 from tunesmith.rollout.state import live_rollout
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -139,8 +139,30 @@ def list_champions(session: Session, store: Store, name: str | None = None) -> l
     query = select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != "")
     rows = session.scalars(query.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region)).all()
     wanted = [row for row in rows if name in (None, row.name)]
-    found = [champion_of(session, store, row.name, Scope(row.tenant, row.region)) for row in wanted]
+    versions = readable_versions(store, {row.version for row in wanted}, session)
+    allowed = permissions(session, list(versions.values()))
+    found: list[Champion | None] = []
+    for row in wanted:
+        version, scope = versions.get(row.version), Scope(row.tenant, row.region)
+        if version is not None and allowed[version.digest].granted and version.scope.covers(scope):
+            found.append(_serving(row, version))
+        else:  # by an override, or why not
+            found.append(champion_of(session, store, row.name, scope))
     return [champion for champion in found if champion is not None]
+
+
+def _serving(row: AliasRow, version: Version) -> Champion:
+    """A champion that may serve."""
+    return Champion(
+        name=row.name,
+        tenant=row.tenant,
+        region=row.region,
+        version=version.label,
+        digest=row.version,
+        expires_at=version.expires_at,
+        refused=None,
+        could_serve=(),
+    )
 
 
 # What the controller writes down

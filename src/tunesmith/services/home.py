@@ -16,23 +16,22 @@ from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
-from tunesmith.jobs import queue
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.project import Project
-from tunesmith.registry.serving import approvals_of, may_load
+from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.signing.release import is_over
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.standing import standing_of
 from tunesmith.services import monitoring, retraining
+from tunesmith.services.health import PartHealth, queue_health
 from tunesmith.services.held import waiting_for
 from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines
 from tunesmith.store import database
 from tunesmith.store.identities import User, get_user
 from tunesmith.store.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.roles import ACTIONS
-from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, JobRow, RecordRow, RequestRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, RecordRow, RequestRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
 from tunesmith.webhooks import deliveries
 
@@ -40,7 +39,6 @@ _VERSIONS = 12  # the newest ones, of which some may wait for an approval
 _CHAMPIONS = 50
 _COUNTED_SECONDS = 5.0  # requests are counted this seldom, however many look
 _DUE_SECONDS = 300.0  # drift is measured this seldom
-_TAKEN_SECONDS = 60.0  # a worker takes a job that is due sooner than this
 _ROLLOUTS, _OPERATIONS = "/console/rollouts", "/console/operations"
 
 
@@ -69,14 +67,6 @@ class Waiting(View):
     mine: bool
     page: str
     command: str
-
-
-class PartHealth(View):
-    """Whether a part is well."""
-
-    part: str
-    ok: bool
-    says: str
 
 
 class Home(View):
@@ -140,7 +130,7 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
         serving=tuple(_serving(one, user.scope, requests) for one in kept.champions if _serves(one.scope, user.scope)),
         moving=tuple(moving),
         waiting=tuple(sorted(waiting, key=lambda one: not one.mine)),
-        health=(PartHealth(part="database", ok=True, says="answers"), _queue(store, user.scope)),
+        health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, user.scope)),
     )
 
 
@@ -168,18 +158,22 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
 
 
 def _read(session: Session, store: Store) -> _Kept:
-    aliases = session.scalars(select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != ""))
-    rows = aliases.all()[:_CHAMPIONS]
-    labels = labels_of(session, {row.version for row in rows})
+    aliases = select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != "")
+    rows = session.scalars(aliases.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region).limit(_CHAMPIONS)).all()
+    serving, newest = {row.version for row in rows}, _newest(session)
+    versions = readable_versions(store, serving | set(newest), session)
+    allowed = permissions(session, list(versions.values()))
+    labels = labels_of(session, serving)
     subjects = {f"{row.name}@champion" for row in rows}
     place = (AuditRow.subject, AuditRow.detail["tenant"].as_string(), AuditRow.detail["region"].as_string())
     set_at = select(*place, func.max(AuditRow.at)).where(AuditRow.action == "alias.set", AuditRow.subject.in_(subjects))
     since = {tuple(key): at for *key, at in session.execute(set_at.group_by(*place))}
     champions = []
     for row in rows:
-        scope = Scope(row.tenant, row.region)
-        permission = standing_of(session, store, row.version, scope)
-        version = _loaded(session, store, row.version)
+        scope, version = Scope(row.tenant, row.region), versions.get(row.version)
+        permission = allowed.get(row.version)
+        if version is None or permission is None or not (permission.granted and version.scope.covers(scope)):
+            permission = standing_of(session, store, row.version, scope)  # by an override, or why not
         champions.append(
             _Champion(
                 name=row.name,
@@ -191,9 +185,10 @@ def _read(session: Session, store: Store) -> _Kept:
                 refused="" if permission.granted else permission.message,
             )
         )
+    unapproved = [versions[each] for each in newest if each in versions and each not in serving]
     return _Kept(
         champions,
-        _unapproved(session, store, {one.digest for one in champions}),
+        _unapproved(session, [one for one in unapproved if allowed[one.digest].reason == "not_approved"]),
         list_pending_retrains(store),
         waiting_keys(store),
     )
@@ -203,25 +198,16 @@ def _holds(kept: _Kept) -> bool:
     return not any(one.refused == "" and is_over(one.expires_at) for one in kept.champions)
 
 
-def _unapproved(session: Session, store: Store, champions: set[str]) -> list[_Unapproved]:
-    newest = select(VersionRow.digest).join(RecordRow, RecordRow.digest == VersionRow.digest)
-    newest = newest.order_by(RecordRow.created_at.desc(), VersionRow.number.desc()).limit(_VERSIONS)
-    found = []
-    for digest in session.scalars(newest).all():
-        version = None if digest in champions else _loaded(session, store, digest)
-        if version is None or not may_load(session, version, version.scope).granted:
-            continue
-        approvals = approvals_of(session, version)
-        if approvals.missing and approvals.refused_by is None:
-            found.append(_Unapproved(version, approvals.missing, approvals.approvers))
-    return found
+def _newest(session: Session) -> list[str]:
+    """Digests of the versions that were registered last."""
+    query = select(VersionRow.digest).join(RecordRow, RecordRow.digest == VersionRow.digest)
+    ordered = query.order_by(RecordRow.created_at.desc(), VersionRow.number.desc())
+    return list(session.scalars(ordered.limit(_VERSIONS)))
 
 
-def _loaded(session: Session, store: Store, digest: str) -> Version | None:
-    try:
-        return load_version(store, digest, session)
-    except TunesmithError:  # `tunesmith audit verify` says what is wrong with it
-        return None
+def _unapproved(session: Session, versions: list[Version]) -> list[_Unapproved]:
+    decided = ((version, approvals_of(session, version)) for version in versions)
+    return [_Unapproved(version, found.missing, found.approvers) for version, found in decided]
 
 
 def _requests(store: Store, champions: list[_Champion]) -> _Requests:
@@ -388,24 +374,3 @@ def _due(project: Project) -> list[tuple[str, str]]:
 
 def _where(scope: Scope) -> str:
     return "".join(f", {kind} {name}" for kind, name in scope.fields().items() if name)
-
-
-# Health
-
-
-def _queue(store: Store, scope: Scope) -> PartHealth:
-    at = queue.time_now(store)
-    running = case((JobRow.state == "running", 1), else_=0)
-    late = case(((JobRow.state == "queued") & (JobRow.due < at - _TAKEN_SECONDS), 1), else_=0)
-    lost = case(((JobRow.state == "running") & (JobRow.until < at), 1), else_=0)
-    query = select(func.count(), func.sum(running), func.sum(late), func.sum(lost))
-    query = query.where(JobRow.state.in_(("queued", "running")), *within(JobRow, scope))
-    with database.reading(store.engine) as session:
-        total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
-    if silent:
-        return PartHealth(
-            part="worker", ok=False, says=f"{silent} running jobs were not heard of: is a worker running?"
-        )
-    if waits and not runs:
-        return PartHealth(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
-    return PartHealth(part="worker", ok=True, says=f"{runs} jobs run, {total - runs} wait" if total else "no job waits")

@@ -11,7 +11,7 @@ from tunesmith.server.console.session import Looking
 from tunesmith.server.control import parts_that_answer
 from tunesmith.services import home as service
 from tunesmith.services import jobs
-from tunesmith.services.home import PartHealth
+from tunesmith.services.health import PartHealth
 
 routes = router()
 _JOBS = 5
