@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 from tunesmith.core.digests import canonical
@@ -95,6 +96,50 @@ def read_answer_lines(
             f"{len(foreign)} answers are to {what} that were not asked, such as {foreign[0]!r}", where=where
         )
     return lines
+
+
+class AnswerLines(Sequence[Mapping[str, Any]]):
+    """The lines of an answers record in the order of its rows, each read when it is looked at first.
+
+    ids: of the rows. Raises Inconclusive as read_answer_lines does, for a line that does not fit when it is looked at.
+    """
+
+    def __init__(self, store: Store, record: Record, ids: Sequence[str], where: str) -> None:
+        self._read_all = partial(read_answer_lines, store, record, frozenset(ids), where)
+        self._ids, self._lines = ids, list[Mapping[str, Any] | None]([None] * len(ids))
+        self._raw = store.read_blob(record.blobs[_ANSWERS.name]).splitlines() if _ANSWERS.name in record.blobs else []
+        if len(self._raw) != len(ids):
+            self._read_in_order()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, place: Any) -> Any:
+        line = self._lines[place]
+        if line is None:
+            line = self._lines[place] = self._read(place)
+        return line
+
+    def mention(self, key: str) -> bool:
+        """Whether some line may have a key: False only if none has."""
+        written = f'"{key}"'.encode()
+        return any(written in raw for raw in self._raw)
+
+    def _read(self, place: int) -> Mapping[str, Any]:
+        try:
+            line = parse_json(self._raw[place])
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and line.get("id") == self._ids[place]:
+            return line
+        self._read_in_order()  # written in another order, or not valid
+        found = self._lines[place]
+        assert found is not None
+        return found
+
+    def _read_in_order(self) -> None:
+        by_id = self._read_all()
+        self._lines = [by_id[each] for each in self._ids]
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -6,6 +6,7 @@ A line is {"candidate", "id", "group", "metric", "value"}. Verdicts are computed
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,9 +29,18 @@ _FILE = LineFile(
     values=("value",),
 )
 SCORES = _FILE.name
+# A line as encode_scores writes it, whose texts hold nothing that JSON escapes.
+_TEXT = r'"([^"\\\x00-\x1f]+)"'
+_PLAIN = re.compile(
+    rf'^\{{"candidate":{_TEXT},"group":{_TEXT},"id":{_TEXT},"metric":{_TEXT},"value":(\d(?:\.\d+)?(?:e-\d+)?)\}}$',
+    re.MULTILINE,
+)
 # The metric of the general suite: the right choice's probability.
 GENERAL = "general"
 _DECIMALS = 9
+
+
+_Rows = dict[tuple[str, str], dict[str, tuple[str, float]]]  # (candidate, metric) -> id -> (group, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,31 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
     """
     if SCORES not in evaluation.blobs:
         raise Inconclusive("the evaluation has no scores")
-    rows: dict[tuple[str, str], dict[str, tuple[str, float]]] = defaultdict(dict)
+    rows = _plain_rows(store.read_blob(evaluation.blobs[SCORES])) or _any_rows(store, evaluation)
+    columns = {key: column(*key, cell) for key, cell in rows.items()}
+    _check_pairing(columns)
+    _check_summary(columns, evaluation.body)
+    return columns
+
+
+def _plain_rows(data: bytes) -> _Rows | None:
+    """The scores of a file whose every line is plain and valid, in a tenth of the time; None of any other file."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    found: list[tuple[str, str, str, str, str]] = _PLAIN.findall(text)
+    rows: _Rows = defaultdict(dict)
+    for candidate, group, name, metric, value in found:
+        rows[candidate, metric][name] = (group, float(value))
+    whole = text.endswith("\n") and len(found) == text.count("\n") == sum(map(len, rows.values()))
+    valid = all(value <= 1.0 for cell in rows.values() for _, value in cell.values())
+    return rows if whole and valid else None
+
+
+def _any_rows(store: Store, evaluation: Record) -> _Rows:
+    """The scores, line by line. Raises Inconclusive for the first that is not valid."""
+    rows: _Rows = defaultdict(dict)
     for place, line in _FILE.read(store, evaluation):
         value = line["value"]
         if not is_number(value):
@@ -104,10 +138,7 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
         if not 0.0 <= value <= 1.0:
             raise Inconclusive(f"the value {value!r} is outside 0 to 1", where=place)
         rows[line["candidate"], line["metric"]][line["id"]] = (line["group"], float(value))
-    columns = {key: column(*key, cell) for key, cell in rows.items()}
-    _check_pairing(columns)
-    _check_summary(columns, evaluation.body)
-    return columns
+    return rows
 
 
 def difference(left: Column, right: Column, *, confidence: float, seed: int) -> Difference:

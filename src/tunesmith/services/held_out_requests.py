@@ -6,7 +6,8 @@ Requests and answers are texts of rows: they take the permission `evidence.read`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from tunesmith.core.access import Caller
@@ -119,6 +120,15 @@ class OpenedRequest(View):
     next: str | None
 
 
+@contextlib.contextmanager
+def _refused_if_not_consistent() -> Iterator[None]:
+    try:
+        yield
+    except Inconclusive as error:
+        raise Refused(error.what, where=error.where, fix=error.fix) from error
+
+
+@_refused_if_not_consistent()
 def show_requests(
     store: Store, user: User, region: str, digest: str, chosen: Mapping[str, str], first: int = 0, most: int = 0
 ) -> RequestMatrix | None:
@@ -161,6 +171,7 @@ def show_requests(
     )
 
 
+@_refused_if_not_consistent()
 def show_request(
     store: Store, user: User, region: str, digest: str, row: str, chosen: Mapping[str, str], compared: str = REFERENCE
 ) -> OpenedRequest | None:
@@ -219,10 +230,7 @@ def _readable(store: Store, user: User, digest: str) -> Matrix | None:
         )
     if reason is not None:
         raise Refused(f"this evaluation was recalled, so its texts are not shown: {reason}", fix="evaluate again")
-    try:
-        return _matrix(store, digest)
-    except Inconclusive as error:
-        raise Refused(error.what, where=error.where, fix=error.fix) from error
+    return _matrix(store, digest)
 
 
 def _reader(user: User, region: str) -> Reader:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, get_args
+from functools import cached_property, lru_cache
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.evaluation.lines import read_answer_lines
+from tunesmith.evaluation.lines import AnswerLines
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import VALID
@@ -108,9 +108,9 @@ class Matrix:
     """An evaluation's rows, scores and answers in memory. Records never change, so it can be kept.
 
     rows: held-out rows by id. scores: (candidate, metric) -> a value for each row. lines: candidate -> a line of its
-    answers record for each row.
+    answers record for each row, read when it is looked at: most are never shown.
 
-    Raises Inconclusive for scores or answers that do not fit the rows.
+    Raises Inconclusive for scores that do not fit the rows, and for answers that do not when they are looked at.
     """
 
     def __init__(self, store: Store, evaluation: str) -> None:
@@ -128,13 +128,11 @@ class Matrix:
         self.scores: dict[tuple[str, str], Floats] = {
             (name, metric): columns[name, metric].values for name in self.candidates for metric in self.metrics
         }
-        self.lines: dict[str, list[Mapping[str, Any]]] = {}
+        self.lines: dict[str, AnswerLines] = {}
         for name in self.candidates:
             answers = store.record(record.parents[f"answers:{name}"], kind="answers")
-            by_id = read_answer_lines(store, answers, self.place.keys(), f"answers of {name!r}")
-            self.lines[name] = [by_id[row.id] for row in self.rows]
+            self.lines[name] = AnswerLines(store, answers, list(self.place), f"answers of {name!r}")
         self.labelled = read_labels(store, record, columns)
-        self._long = _long([len(_asked(row)) for row in self.rows])
         self.found = {name: self._retrieved(name, candidate) for name, candidate in self.candidates.items()}
         self.sight = lru_cache(_SELECTIONS)(self._sight)
         self.select = lru_cache(_SELECTIONS)(self._select)
@@ -165,6 +163,11 @@ class Matrix:
         found = [f"{key}={value}" for key, value in sorted(self.rows[place].labels.items())]
         wanted = {metric: labels.wanted[place] for (_, metric), labels in self.labelled.items()}
         return found + [f"{metric}={value}" for metric, value in sorted(wanted.items())]
+
+    @cached_property
+    def _long(self) -> NDArray[np.bool_]:
+        lengths = np.array([len(_asked(row)) for row in self.rows], dtype=np.float64)
+        return lengths > np.quantile(lengths, _LONG_SHARE) if len(lengths) else np.zeros(0, dtype=np.bool_)
 
     @property
     def _validity(self) -> str | None:
@@ -204,19 +207,26 @@ class Matrix:
         return Selected(ordered, dict(zip(CHANGES, counts, strict=True)))
 
     def _fits(self, place: int, change: int, chosen: Filter, sight: Sight) -> bool:
-        wanted = {
-            "all": True,
-            "flips": change < 2,
-            "losses": change == 0,
-            "wins": change == 1,
-            "invalid": self.valid(chosen.focus, place) is False,
-            "long": self._long[place] or self.cut(chosen.focus, place),
-        }[chosen.show]
-        if not wanted or not self.rows[place].group.startswith(chosen.group):
+        if not self._shows(place, change, chosen) or not self.rows[place].group.startswith(chosen.group):
             return False
         if chosen.label and chosen.label not in self.labels_of(place):
             return False
         return not chosen.search or self._holds(place, chosen.search.casefold(), sight)
+
+    def _shows(self, place: int, change: int, chosen: Filter) -> bool:
+        match chosen.show:
+            case "all":
+                return True
+            case "flips":
+                return change < 2
+            case "losses":
+                return change == 0
+            case "wins":
+                return change == 1
+            case "invalid":
+                return self.valid(chosen.focus, place) is False
+            case "long":
+                return bool(self._long[place]) or self.cut(chosen.focus, place)
 
     def _holds(self, place: int, text: str, sight: Sight) -> bool:
         """Whether a row, or an answer to it that the reader may see, contains a text in any case."""
@@ -231,6 +241,8 @@ class Matrix:
 
     def _retrieved(self, name: str, candidate: Candidate) -> dict[str, Found]:
         """Id -> what a candidate retrieved for some row."""
+        if not self.lines[name].mention("retrieved"):
+            return {}
         asked = {identifier for line in self.lines[name] for identifier in line.get("retrieved", ())}
         if not asked:
             return {}
@@ -252,8 +264,3 @@ def _concerns(owner: tuple[str, str], reader: Scope) -> bool:
 
 def _asked(row: Example) -> str:
     return "\n".join(turn.text for turn in row.request)
-
-
-def _long(lengths: Sequence[int]) -> NDArray[np.bool_]:
-    found = np.array(lengths, dtype=np.float64)
-    return found > np.quantile(found, _LONG_SHARE) if len(found) else np.zeros(0, dtype=np.bool_)

@@ -17,7 +17,7 @@ from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
 _AT: Final = "/console/evidence"
-_PIECE: Final = 20  # rows of the matrix that a page fetches at once
+_PIECE: Final = 20  # rows of the matrix that stand in the page or are taken out of it together
 _FILTER: Final = ("focus", "rival", "metric", "show", "group", "label", "search")
 SHOWN: Final = {
     "all": "all requests",
@@ -31,6 +31,7 @@ CHANGES: Final = {"loss": "loss", "win": "win", "differs": "others differ", "sam
 
 Digest = str
 Place = Annotated[int, Query(ge=0, le=10**9)]
+Most = Annotated[int, Query(ge=1, le=200)]
 
 
 @routes.get(_AT)
@@ -99,9 +100,9 @@ async def matrix(request: Request, viewer: Looking, digest: Digest, at: Place = 
 
 
 @routes.get(_AT + "/{digest}/rows")
-async def rows(request: Request, viewer: Looking, digest: Digest, first: Place = 0) -> Response:
-    """A piece of the matrix from a place on: rows of a table."""
-    found = await _rows(viewer, digest, _chosen(request), first, _PIECE)
+async def rows(request: Request, viewer: Looking, digest: Digest, first: Place = 0, most: Most = _PIECE) -> Response:
+    """Rows of the matrix from a place on."""
+    found = await _rows(viewer, digest, _chosen(request), first, most)
     query = urlencode({key: value for key, value in found.filter.items() if value})
     return viewer.page("evidence_rows.html.jinja", found=found, digest=digest, query=query, changes=CHANGES)
 
