@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sqlalchemy import delete, or_, select
@@ -19,7 +20,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.store import database
 from tunesmith.store.identities import User, changing, get_user, user_row
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, LoginLinkRow, SessionRow
+from tunesmith.store.tables import AuditRow, LoginLinkRow, SessionRow, UserRow
 
 LINK_SECONDS = 600.0
 SESSION_SECONDS, IDLE_SECONDS = 12 * 3600.0, 2 * 3600.0
@@ -135,6 +136,14 @@ def is_open(store: Store, number: str, *, now: float | None = None) -> bool:
         if row is None or not _may_go_on(row, row.digest, _time(now)):
             return False
         return get_user(session, row.user).active
+
+
+def open_among(store: Store, numbers: Sequence[str], *, now: float | None = None) -> frozenset[str]:
+    """Those of some sessions that may still go on."""
+    query = select(SessionRow).join(UserRow, UserRow.name == SessionRow.user)
+    with database.reading(store.engine) as session:
+        rows = session.scalars(query.where(SessionRow.id.in_(numbers), UserRow.active))
+        return frozenset(row.id for row in rows if _may_go_on(row, row.digest, _time(now)))
 
 
 def end_session(store: Store, number: str, *, actor: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -20,13 +21,14 @@ from tunesmith.server.console.rendering import HEADERS
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.session import Looking, Viewer
 from tunesmith.server.errors import ApiError
+from tunesmith.server.intake import limits
 from tunesmith.server.serving import Serving
 from tunesmith.store import audit, database, sessions
 from tunesmith.store.tables import JobEventRow, JobRow, RequestRow
 
 routes = router()
 SECONDS = 1.0
-_STREAMS = 100  # open pages of one user
+_APART = 0.01  # seconds for each open page, over which a change is told
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
 Seen = tuple[object, ...]
 TOPICS = ("state", "jobs", "traffic")
@@ -36,13 +38,15 @@ TOPICS = ("state", "jobs", "traffic")
 class Changes:
     """What was seen last of each topic, for those who wait. numbers: raised with each change of a topic.
 
-    streams: how many each user has open.
+    streams: how many each user has open. sessions: and each session. open: those that were when a change was told.
     """
 
     serving: Serving
     numbers: list[int] = field(default_factory=lambda: [0] * len(TOPICS))
     waiting: int = 0
     streams: Counter[str] = field(default_factory=Counter)
+    sessions: Counter[str] = field(default_factory=Counter)
+    open: frozenset[str] = frozenset()
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _task: asyncio.Task[None] | None = None
 
@@ -67,6 +71,8 @@ class Changes:
             idle = 0 if self.waiting else idle + 1
             now = await asyncio.to_thread(_look, self.serving)
             if seen is not None and now != seen:
+                # One query for all viewers, and not one for each.
+                self.open = await asyncio.to_thread(sessions.open_among, self.serving.store, tuple(+self.sessions))
                 async with self._changed:
                     self.numbers = [n + (a != b) for n, a, b in zip(self.numbers, seen, now, strict=True)]
                     self._changed.notify_all()
@@ -82,23 +88,31 @@ class Changes:
 @routes.get("/console/changes")
 async def changes(request: Request, viewer: Looking) -> StreamingResponse:
     """A stream of events: `state`, `jobs` or `traffic`, whenever that has changed."""
-    app = request.app
-    if not hasattr(app.state, "changes"):
-        app.state.changes = Changes(viewer.serving)
-    found: Changes = app.state.changes
-    if found.streams[viewer.user.name] >= _STREAMS:
-        raise ApiError(429, f"You have {_STREAMS} pages open: close some.", code="too_many_pages")
+    found = changes_of(request, viewer)
+    if found.streams[viewer.user.name] >= limits.PAGES:
+        raise ApiError(429, f"You have {limits.PAGES} pages open: close some.", code="too_many_pages")
     headers = {**HEADERS, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(found, viewer), headers=headers, media_type="text/event-stream")
 
 
+def changes_of(request: Request, viewer: Viewer) -> Changes:
+    """What the server of a request has seen change."""
+    state = request.app.state
+    if not hasattr(state, "changes"):
+        state.changes = Changes(viewer.serving)
+    found: Changes = state.changes
+    return found
+
+
 async def _events(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
     found.streams[viewer.user.name] += 1
+    found.sessions[viewer.session] += 1
     try:
         async for event in _told(found, viewer):
             yield event
     finally:
         found.streams[viewer.user.name] -= 1
+        found.sessions[viewer.session] -= 1
 
 
 async def _told(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
@@ -106,7 +120,10 @@ async def _told(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
     yield ": open\n\n"
     while not found.serving.drain.begun:
         now = await found.after(known)
-        if not await asyncio.to_thread(sessions.is_open, viewer.store, viewer.session):
+        if now != known:  # viewers fetch their pages again when they hear of it: not all at the same moment
+            await asyncio.sleep(random.random() * _APART * found.streams.total())
+        told = now != known and viewer.session in found.open
+        if not told and not await asyncio.to_thread(sessions.is_open, viewer.store, viewer.session):
             return
         changed = [topic for topic, a, b in zip(TOPICS, known, now, strict=True) if a != b]
         known = now

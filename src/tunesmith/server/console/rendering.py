@@ -42,8 +42,18 @@ _PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 
 def html(template: str, data: Mapping[str, Any], status: int = 200) -> HTMLResponse:
-    """A page, or a part of one. Text in data is escaped, and hidden characters in it become code points."""
-    return HTMLResponse(_environment().get_template(template).render(**data), status, _PRIVATE)
+    """A page, or a part of one."""
+    return private(rendered(template, data), status)
+
+
+def private(page: str, status: int = 200) -> HTMLResponse:
+    """An answer that no cache keeps."""
+    return HTMLResponse(page, status, _PRIVATE)
+
+
+def rendered(template: str, data: Mapping[str, Any]) -> str:
+    """A page's text. Text in data is escaped, and hidden characters in it become code points."""
+    return _environment().get_template(template).render(**data)
 
 
 @cache

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
+from weakref import WeakKeyDictionary
 
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 
 from tunesmith.core.scope import Scope
+from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.charts import Chart, Points, chart
-from tunesmith.server.console.rendering import moment
+from tunesmith.server.console.rendering import moment, private, rendered
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.shared import Shared
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services import rollout_course as courses
 from tunesmith.services import rollouts
@@ -21,7 +24,9 @@ from tunesmith.services.rollouts import RolloutView
 
 routes = router()
 _ROOT = "/console/rollouts"
+_COURSE_SECONDS = 3.0
 ARMS = ("stable", "canary")
+_COURSES: WeakKeyDictionary[FastAPI, Shared[str]] = WeakKeyDictionary()
 
 
 @routes.get(_ROOT)
@@ -64,13 +69,19 @@ async def one_rollout(viewer: Looking, number: int) -> Response:
 
 
 @routes.get(_ROOT + "/{number}/course")
-async def course(viewer: Looking, number: int) -> Response:
-    """The part of a rollout's page that changes with traffic."""
+async def course(request: Request, viewer: Looking, number: int) -> Response:
+    """The part of a rollout's page that changes with traffic: made once for everybody who looks at it."""
     await _find(viewer, number)
-    found = await viewer.run(partial(courses.course, viewer.store, number))
-    shown = [(each, evidence_charts(each)) for each in reversed(found.evidence)]
-    charts = traffic_charts(found.traffic)
-    return viewer.page("rollout_course.html.jinja", traffic=found.traffic, charts=charts, evidence=shown)
+
+    async def made() -> str:
+        found = await viewer.run(partial(courses.course, viewer.store, number))
+        shown = [(each, evidence_charts(each)) for each in reversed(found.evidence)]
+        charts = traffic_charts(found.traffic)
+        return rendered("rollout_course.html.jinja", {"traffic": found.traffic, "charts": charts, "evidence": shown})
+
+    seen = tuple(changes_of(request, viewer).numbers)
+    shared = _COURSES.setdefault(request.app, Shared(_COURSE_SECONDS))
+    return private(await shared.get((number, seen), made))
 
 
 @routes.post(_ROOT + "/{number}/{action}")

@@ -59,7 +59,7 @@ class Viewer:
 
     async def run(self, call: Callable[[], Result]) -> Result:
         """What a call returns that may take a while, on the threads that users share."""
-        return await self.serving.listing.run(self.user.name, call)
+        return await self.serving.pages.run(self.user.name, call)
 
     def page(self, template: str, status: int = 200, **data: Any) -> HTMLResponse:
         """A page for this person."""

@@ -21,6 +21,7 @@ CALLS, CALL_ID = 128, 128  # calls in one turn, characters of a call's id
 DESCRIPTION = 1_024  # characters that describe a schema, as OpenAI's
 FEEDBACK = 8  # calls of /api/feedback of one user at once, with `expected` and without
 LISTS = 4  # calls of /v1/models and /api/rollouts of one user at once
+PAGES = 100  # pages of the console that one user has open: each may ask for its parts at the same moment
 BODIES, BODIES_OF_USER = 64, 16  # times ServerSettings.body_bytes: bytes of all bodies, and of one user's, being read
 REQUEST_ID = 80
 SCORES = 16
