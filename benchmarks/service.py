@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_parts.report import Line, markdown, table
 from service_parts import kept
 
+RESULTS = "service"
 # Part -> its module, whose `measure` gives what was found. In the order of the table.
 PARTS = {
     "registry": "large_registry",
@@ -48,9 +49,9 @@ def main() -> None:
         began = time.perf_counter()
         module = importlib.import_module(f"service_parts.{PARTS[part]}")
         found = module.measure(given.minutes) if part == "soak" else module.measure()
-        kept.keep(part, found, time.perf_counter() - began)
+        kept.keep(RESULTS, part, found, time.perf_counter() - began)
         print(table(found.lines), f"  [{part}: {time.perf_counter() - began:.0f} s]", sep="\n", flush=True)
-    entries = kept.read()
+    entries = kept.read(RESULTS)
     lines: list[Line] = []
     for part in PARTS:
         lines += kept.lines_of(entries[part]) if part in entries else [Line(part, lacks=f"--only {part}")]

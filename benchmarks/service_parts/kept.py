@@ -1,4 +1,4 @@
-"""What a part found, and the file of results: one entry a part, so that parts can be measured one by one."""
+"""What a part found, and files of results: one entry a part, so that parts can be measured one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from engine_parts.report import Line
 
-RESULTS = Path(__file__).parents[1] / "results" / "service.json"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Found(NamedTuple):
@@ -30,13 +30,14 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}, Python {platform.python_version()}"
 
 
-def read() -> dict[str, Any]:
-    """Part -> its entry."""
-    entries: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+def read(name: str) -> dict[str, Any]:
+    """Part -> its entry, of the benchmark of this name."""
+    file = RESULTS / f"{name}.json"
+    entries: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return entries
 
 
-def keep(part: str, found: Found, seconds: float) -> None:
+def keep(name: str, part: str, found: Found, seconds: float) -> None:
     """Keep what a part found in place of what it found before. load: other work on the machine when it ended."""
     entry = {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -46,9 +47,9 @@ def keep(part: str, found: Found, seconds: float) -> None:
         "lines": [line._asdict() for line in found.lines],
         "figures": found.figures,
     }
-    written = RESULTS.with_suffix(".partial")
-    written.write_text(json.dumps({**read(), part: entry}, indent=1) + "\n")
-    written.replace(RESULTS)
+    written = RESULTS / f"{name}.partial"
+    written.write_text(json.dumps({**read(name), part: entry}, indent=1) + "\n")
+    written.replace(RESULTS / f"{name}.json")
 
 
 def lines_of(entry: dict[str, Any]) -> list[Line]:

@@ -1,0 +1,18 @@
+"""The size of the files that ship with the console."""
+
+from __future__ import annotations
+
+from console_parts.asking import Console
+from engine_parts.report import Line
+from service_parts.kept import Found
+from tunesmith.server.console.rendering import STATIC
+
+_MOST = 300_000
+
+
+def measure(_where: Console) -> Found:
+    """One line. Needs no server."""
+    sizes = {file.name: file.stat().st_size for file in sorted(STATIC.iterdir()) if file.is_file()}
+    total = sum(sizes.values())
+    line = Line("shipped files", f"{total / 1000:.0f} KB", shown="-", wanted="< 300 KB", reached=total < _MOST)
+    return Found([line], sizes)
