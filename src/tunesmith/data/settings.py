@@ -272,7 +272,7 @@ class DataSettings(Settings):
         Field(
             min_length=1,
             description="file of review decisions, which `tunesmith review export` writes: rejected rows are left out, "
-            "edited rows are read as reviewers wrote them; null: none",
+            "edited rows are read as reviewers wrote them. The file may be missing until then; null: none",
         ),
     ] = None
     sign_off: Annotated[

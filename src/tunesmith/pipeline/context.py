@@ -24,7 +24,7 @@ from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
-from tunesmith.data.review.decisions import read_reviewed
+from tunesmith.data.review.decisions import applied_settings, read_reviewed
 from tunesmith.data.sources.files import find_files
 from tunesmith.engines.factory import (
     LocalEngine,
@@ -194,15 +194,16 @@ class PipelineContext:
         schema = project.schema
         references = References.of(project.settings.task.scorers)
         withdrawn = load_withdrawn(project.store)
+        reviewed = read_reviewed(data.review, project.root)
         inputs = {
             "withdrawn": withdrawn.as_json(),
-            "settings": data.model_dump(mode="json", exclude={"sign_off"}),
+            "settings": applied_settings(data, reviewed).model_dump(mode="json", exclude={"sign_off"}),
             "files": {file.name: file.digest() for file in sources},
             "schema": schema,
             "references": references.as_json(),
             "rendering": self.base.fingerprint,
             "room": self._row_tokens,
-            **({"review": read_reviewed(data.review, project.root).digest} if data.review else {}),
+            **({"review": reviewed.digest} if reviewed.rows else {}),
         }
 
         def build(work: Path) -> str:

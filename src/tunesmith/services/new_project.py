@@ -220,6 +220,7 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
             "sources": [source.model_dump(mode="json", exclude_defaults=True)],
             **({"key_order": "request"} if looked.reordered else {}),
             "split": split,
+            "review": "review.jsonl",
         },
         "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
         "candidates": {

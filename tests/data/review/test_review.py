@@ -20,6 +20,7 @@ from tests.monitoring.test_cases import case
 from tests.postgresql_server import empty_database
 from tunesmith.cli import review as commands
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.progress import Silent
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
@@ -188,8 +189,21 @@ def test_a_damaged_file_of_decisions(tmp_path: Path, line: str) -> None:
     (tmp_path / "review.jsonl").write_text(line + "\n")
     with pytest.raises(UsageError, match="line 1"):
         read_reviewed("review.jsonl", tmp_path)
-    with pytest.raises(UsageError, match="no such file"):
-        read_reviewed("other.jsonl", tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("folder", "link"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_reviewed(name, tmp_path)
+
+
+def test_a_file_without_decisions_changes_no_dataset_version(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
+    assert desk.build().digest == desk.first.digest
+    assert "review.jsonl: no review decision yet" in said
+    assert review.export(desk.project).named
+    assert (desk.project.root / "review.jsonl").read_bytes() == b""
+    assert desk.build().digest == desk.first.digest
 
 
 def test_two_reviewers_who_disagree(desk: Desk) -> None:

@@ -33,7 +33,7 @@ from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.evidence import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
 from tunesmith.data.privacy.scan import Scanner
-from tunesmith.data.review.decisions import Reviewed, read_reviewed
+from tunesmith.data.review.decisions import Reviewed, applied_settings, read_reviewed
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified
 from tunesmith.data.splitting.groups import joined_groups
@@ -88,6 +88,9 @@ def build_dataset(
     checked = count_tokens is not None and max_tokens is not None
     outside = read_outside(settings, root, answer_schema)
     reviewed = read_reviewed(settings.review, root)
+    if settings.review is not None and not reviewed.rows:
+        progress.say(f"{settings.review}: no review decision yet")
+    settings = applied_settings(settings, reviewed)
     special = tuple(filter(None, special_tokens))
     folder = work or store.local("work", "build")
     with contextlib.ExitStack() as undo:
@@ -187,8 +190,8 @@ def _nearness(
 
 
 def _review(reviewed: Reviewed, account: Account) -> dict[str, Any]:
-    """The file of review decisions, and how many of them this build applied; empty without one."""
-    if not reviewed.path:
+    """The file of review decisions, and how many of them this build applied; empty without a decision."""
+    if not reviewed.rows:
         return {}
     applied = Counter(reviewed.rows[row].decision for row in account.reviewed)
     counts = {decision: applied[decision] for decision in ("accept", "edit", "reject")}

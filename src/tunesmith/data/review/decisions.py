@@ -7,6 +7,7 @@ copy in another file takes the place of a rejected row.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
+from tunesmith.data.settings import DataSettings
 
 REJECTED: Final = "rejected in a review"
 Choice = Literal["accept", "edit", "reject"]
@@ -69,15 +71,17 @@ class Reviewed:
 
 
 def read_reviewed(path: str | None, root: Path) -> Reviewed:
-    """The decisions in a file of the project; none without a path. Raises UsageError for a file that is not one."""
-    if path is None:
+    """The decisions in a file of the project; none without a path, or where the file is not there yet.
+
+    Raises UsageError for a file that is not one of decisions.
+    """
+    if path is None or not os.path.lexists(root / path):
         return Reviewed()
-    file = root / path
-    if not file.is_file():
-        raise UsageError(
-            "there is no such file of review decisions", where=f"data.review: {path}", fix="tunesmith review export"
-        )
-    data = file.read_bytes()
+    try:
+        data = (root / path).read_bytes()
+    except OSError as error:
+        where = f"data.review: {path}"
+        raise UsageError(f"the file of review decisions cannot be read: {error.strerror}", where=where) from error
     rows: dict[str, ReviewedRow] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}, line {number}"
@@ -91,6 +95,12 @@ def read_reviewed(path: str | None, root: Path) -> Reviewed:
         rows[one.row] = one
     contents = {one.content: one for one in rows.values()}
     return Reviewed(rows, contents, path, digest_bytes(data))
+
+
+def applied_settings(settings: DataSettings, reviewed: Reviewed) -> DataSettings:
+    """The settings that a build follows: without `review` where the file holds no decision, so that to name it changes
+    no dataset version."""
+    return settings if reviewed.rows else settings.model_copy(update={"review": None})
 
 
 def encode_reviewed(rows: Iterable[ReviewedRow]) -> bytes:
