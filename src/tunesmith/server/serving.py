@@ -38,7 +38,7 @@ class Serving:
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
     pages: those for the console's pages.
-    versions: those that the engine holds. trying: the one thread for questions of the playground.
+    versions: those that the engine holds. trying: the few threads for questions of the playground.
     project: takes fine-tuning jobs; None: the server takes none. holding: how long answers wait for a reviewer; None:
     none does. awaited: the requests that wait for a decision. oidc: authlib's client of the
     project's identity provider, once somebody logs in by it. uploads: the uploads under way, by user. files:
@@ -64,7 +64,7 @@ class Serving:
     noting: SharedThreads = field(default_factory=lambda: SharedThreads("noting", 2, limits.FEEDBACK, _FEEDBACK))
     listing: SharedThreads = field(default_factory=lambda: SharedThreads("listing", 2, limits.LISTS, "lists"))
     pages: SharedThreads = field(default_factory=lambda: SharedThreads("pages", 2, limits.PAGES, "pages"))
-    trying: SharedThreads = field(default_factory=lambda: SharedThreads("trying", 1, 1, "questions of the playground"))
+    trying: SharedThreads = field(default_factory=lambda: SharedThreads("trying", 4, 1, "questions of the playground"))
     files: SharedThreads = field(
         default_factory=lambda: SharedThreads("files", limits.UPLOADS, limits.LISTS, "calls for files")
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.access import Caller
 from tunesmith.core.digests import is_digest
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.progress import SILENT, Progress, Stopped
 from tunesmith.core.view import View
-from tunesmith.engines.protocol import Completion
+from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
@@ -48,11 +48,25 @@ def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterat
         yield Answerer(project.store, engine, loaded.candidate)
 
 
-def ask(to: Answerer, message: str, *, caller: Caller | None = None, max_tokens: int | None = None) -> ChatAnswer:
-    """The answer to one message. caller: who asks, by default whom evaluations stand for. max_tokens: a lower bound."""
+def ask(
+    to: Answerer,
+    message: str,
+    *,
+    caller: Caller | None = None,
+    max_tokens: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> ChatAnswer:
+    """The answer to one message. caller: who asks, by default whom evaluations stand for. max_tokens: a lower bound.
+
+    stopped: asked after each piece of the answer; once it is true, the engine stops and Stopped is raised.
+    """
     turn = [Message(role="user", content=message)]
     who = to.composer.asked_as if caller is None else caller
-    *_, found = to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.adapter)
+    found: Streamed | Completion | None = None
+    for piece in to.responder.stream(to.generation(turn, who, max_tokens=max_tokens), to.adapter):
+        found = piece
+        if stopped():
+            raise Stopped("the question was stopped")
     assert isinstance(found, Completion)  # the last item of a stream
     sources = tuple(to.composer.retrieved(turn, who).sources)
     return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.name, sources=sources)
