@@ -18,10 +18,8 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
 	$(BIN)/python examples/home_intents/demo.py
 
-console: $(DEMO)         ## the demo's project in a browser, with a link for its owner and one for its approver
-	@echo "the owner:     $$($(BIN)/tunesmith login-link -C examples/home_intents)"
-	@echo "the approver:  $$($(BIN)/tunesmith login-link ada --as ada -C examples/home_intents)"
-	$(BIN)/tunesmith serve -C examples/home_intents
+console: $(DEMO)         ## the demo's project in a browser, with a link for its owner and one for its approver, and traffic
+	$(BIN)/python examples/home_intents/console.py
 
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
 	$(BIN)/python -m tests.run --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -67,7 +65,7 @@ soak: $(READY)           ## an hour of kills of workers, servers, PostgreSQL and
 
 clean:                   ## remove everything that was made here, except the cache of base models
 	rm -rf $(VENV) $(VLLM) dist docs/_build docs/reference/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf examples/home_intents/.tunesmith examples/home_intents/data examples/home_intents/report.html
+	rm -rf examples/home_intents/.tunesmith examples/home_intents/data examples/home_intents/report.html examples/home_intents/review.jsonl
 
 docs: $(READY)           ## the documentation, strictly: a broken link or a setting without description fails
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html

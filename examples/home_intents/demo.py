@@ -187,7 +187,7 @@ class Server:
             clients = [pool.submit(client) for _ in range(CLIENTS)]
             try:
                 told = 0.0
-                while not decided(self._newest()) and not all(one.done() for one in clients):
+                while not decided(self.newest()) and not all(one.done() for one in clients):
                     if time.monotonic() - told > 10:
                         told = time.monotonic()
                         self._tell()
@@ -213,7 +213,8 @@ class Server:
             counted[0] += 1
             counted[1] += right
 
-    def _newest(self) -> dict[str, Any]:
+    def newest(self) -> dict[str, Any]:
+        """The newest rollout."""
         headers = {"Authorization": f"Bearer {self._token}"}
         found = httpx.get(self._url.removesuffix("/v1") + "/api/rollouts", headers=headers, timeout=60)
         found.raise_for_status()
@@ -227,11 +228,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def served() -> Iterator[Server]:
-    """`tunesmith serve` for as long as it is needed."""
+def served(port: int = 0) -> Iterator[Server]:
+    """`tunesmith serve` for as long as it is needed. port: 0 takes a free one."""
     token = asked("users", "token", "home", "--json")["token"]
-    command = [sys.executable, "-m", "tunesmith", "serve", "--port", "0", "--json", "-C", str(HERE)]
-    say("$ tunesmith serve --port 0 &")
+    command = [sys.executable, "-m", "tunesmith", "serve", "--port", str(port), "--json", "-C", str(HERE)]
+    say(f"$ tunesmith serve --port {port} &")
     log = (HERE / ".tunesmith" / "serve.log").open("a")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=_die_with_parent)
     try:
@@ -289,8 +290,9 @@ def conclude(evaluation: dict[str, Any], rival: str, tuned: str, seconds: float)
     say(f"{tuned} serves. {metric}: {rival} {before['mean']:.1%} -> tuned {after['mean']:.1%};")
     say(f"lift {lift['value']:+.1%}, 95% interval {lift['low']:+.1%} to {lift['high']:+.1%}.")
     say(f"report: {HERE / 'report.html'}")
-    say("\nsee it in a browser: `make console`, then open, once and within ten minutes (it prints a new link too):")
+    say("\nthe second half needs no terminal: `make console`, then open, once and within ten minutes,")
     say(f"  {asked('login-link', '--json')['url']}")
+    say("  README.md in examples/home_intents says what to do there; `make console` prints new links, too")
     say("\ntry next:")
     here = os.path.relpath(HERE)
     for command in (

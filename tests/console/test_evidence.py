@@ -15,15 +15,19 @@ from typer.testing import CliRunner
 from tests.console.conftest import Login, check_accessible, fits, take_pictures
 from tests.console.evidence_rows import HOSTILE, SECRET, Evaluated, put_evaluation
 from tests.console.test_login import cookie_of, plain
+from tests.data.review.test_review import project_in
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served
+from tests.waiting import until
 from tunesmith.cli.main import app
 from tunesmith.core.scope import Scope
-from tunesmith.registry.versions import register
+from tunesmith.engines.protocol import Completion
+from tunesmith.registry.versions import list_versions, register
 from tunesmith.store import database
 from tunesmith.store.identities import add_user
 from tunesmith.store.tables import RecallRow
+from tunesmith.store.tokens import issue_token
 
 
 @pytest.fixture(scope="session")
@@ -211,6 +215,36 @@ def test_the_playground_asks_side_by_side_and_keeps_nothing(served: Served, eval
     assert served.rows() == []
 
 
+def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
+    served: Served, evaluated: Evaluated, login: Login, tmp_path: Path
+) -> None:
+    store = served.scene.store
+    project = project_in(tmp_path)
+    project.store, served.serving.project = store, project
+    add_user(store, "amy", ["engineer"], actor=OWNER)
+    add_user(store, "mia", ["engineer"], actor=OWNER, scope=Scope("umbrella"))
+    page = login("amy", evaluated.path)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Register tuned as a version").click()
+    page.wait_for_url("**/console/versions/desk/1")
+    expect(page.get_by_text("by amy, who signed it")).to_be_visible()
+    page.get_by_role("link", name="The evaluation", exact=True).click()
+    expect(page.get_by_role("link", name="desk@v1")).to_be_visible()
+    expect(page.get_by_role("button", name="Register tuned as a version")).to_have_count(0)
+    sent = {"verdict": evaluated.verdict}
+    with served.http(issue_token(store, "amy", actor="amy")) as http:
+        found = http.post("/api/versions", json=sent).json()
+        assert (found["version"], found["digest"]) == ("desk@v1", list_versions(store, "desk")[0].digest)
+        assert http.post("/api/versions", json={"verdict": evaluated.evaluation}).status_code == 404
+        checked = http.post("/api/versions/desk/1/verification").json()
+        assert (checked["ok"], checked["digest"]) == (True, found["digest"])
+        assert http.post("/api/versions/desk/2/verification").status_code == 404
+    with served.http(issue_token(store, "mia", actor="mia")) as http:
+        assert http.post("/api/versions", json=sent).json()["error"]["code"] == "not_found"
+    with served.http() as http:
+        assert http.post("/api/versions", json=sent).status_code == 403
+
+
 @pytest.mark.attack("people", "questions of the playground beyond its bounds, without the form's mark, and at once")
 def test_the_playground_is_bounded(served: Served, evaluated: Evaluated, login: Login) -> None:
     page = login(OWNER, evaluated.path + "/playground")
@@ -236,6 +270,27 @@ def test_the_playground_is_bounded(served: Served, evaluated: Evaluated, login: 
         assert ask("hello", "prompt").status_code == 429
         served.engine.gate.set()
         expect(page.locator("#answers section").first).to_be_visible()
+
+
+@pytest.mark.attack("serving", "candidates that hang in the playground")
+def test_a_hanging_candidate_is_stopped_and_blocks_nobody(served: Served, evaluated: Evaluated, login: Login) -> None:
+    served.change(answer_seconds=2)
+    served.engine.answer = lambda *_: "word " * 1000
+    served.engine.gate.clear()
+    page = login(OWNER, evaluated.path + "/playground")
+    page.get_by_label("Question").fill("wait")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#answers .notice.bad").first).to_contain_text("no answer within 2 s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.engine, "stream", lambda *_: iter([Completion("well", "stop", 1, 1)]))
+        other = login(APPROVER, evaluated.path + "/playground")
+        other.get_by_label("Question").fill("and now?")
+        other.get_by_role("button", name="Ask").click()
+        expect(other.locator("#answers pre", has_text="well").first).to_be_visible()
+    assert served.engine.pieces == 0
+    served.engine.gate.set()
+    until(lambda: served.serving.trying._turns.held_by(OWNER) == 0)
+    assert served.engine.pieces < 10, "the engine went on with a question that was stopped"
 
 
 def test_the_command_line_prints_the_same(scene: Scene, evaluated: Evaluated) -> None:

@@ -16,7 +16,7 @@ from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import abort, look
+from tunesmith.rollout.controller import abort, look, promote
 from tunesmith.rollout.state import get_rollout
 from tunesmith.services import rollout_course
 from tunesmith.store import database
@@ -174,23 +174,39 @@ def test_traffic_has_some_hundred_spans_however_long_it_lasts(
     assert {span.canary.score for span in found.spans} == {None, 0.5}
 
 
-@pytest.mark.attack("rollout", "resuming a pause that somebody else has resumed, with the next one reached")
-def test_a_button_resumes_the_pause_that_its_page_showed(served: Served, versions: dict[int, Version]) -> None:
+@pytest.mark.attack("rollout", "a button of a page that shows an older step or another champion")
+def test_a_button_changes_only_what_its_page_showed(served: Served, versions: dict[int, Version]) -> None:
     pauses = ({"setWeight": 10}, {"pause": {}}, {"setWeight": 20}, {"pause": {}}, {"setWeight": 100})
-    rollout = served.begin(versions[2], *pauses)
+    rollout, store = served.begin(versions[2], *pauses), served.scene.store
     served.until(rollout, lambda now: (now.step, now.status) == (1, "paused"))
-    cookie = cookie_of(served)
-    with plain(served, cookie) as http:
-        page = http.get(f"/console/rollouts/{rollout.id}").text
+    with plain(served, cookie_of(served)) as http:
+        here = f"/console/rollouts/{rollout.id}"
+        page = http.get(here).text
         mark = re.search(r'"X-CSRF": "([0-9a-f]+)"', page)
         assert mark is not None
-        assert '<input type="hidden" name="step" value="1">' in page
+        fields = dict(re.findall(r'<input type="hidden" name="(step|champion)" value="([^"]*)">', page))
+        assert fields == {"step": "1", "champion": versions[1].digest}
 
-        def press() -> int:
-            sent = {"csrf": mark[1], "step": "1"}
-            return http.post(f"/console/rollouts/{rollout.id}/resume", data=sent).status_code
+        def press(action: str) -> tuple[int, str]:
+            sent = {"csrf": mark[1], "reason": "seen", **fields}
+            answer = http.post(f"{here}/{action}", data=sent)
+            return answer.status_code, answer.text
 
-        assert press() == 303
+        assert press("resume")[0] == 303
         served.until(rollout, lambda now: now.step == 3)
-        assert press() == 409
-        assert get_rollout(served.scene.store, rollout.id).step == 3
+        for action in ("resume", "promote", "abort", "rollback"):
+            status, text = press(action)
+            assert (status, "went on meanwhile" in text) == (409, True), action
+        assert get_rollout(store, rollout.id).step == 3
+        promote(store, rollout.id, actor=OPERATOR)
+        fields["champion"] = versions[2].digest
+        fields["step"] = "5"
+        served.begin(versions[3], {"setWeight": 100})
+        served.until(
+            rollout,
+            lambda _now: (
+                (found := get_alias(store, NAME, "champion")) is not None and found.version == versions[3].digest
+            ),
+        )
+        assert "Roll back" not in http.get(here).text
+        assert press("rollback")[0] == 409

@@ -54,6 +54,7 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "ChatRequest",
         "Feedback",
         "RolloutRequest",
+        "RegisterRequest",
         "ResumeRequest",
         "PromoteRequest",
         "AbortRequest",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.attack_table import Happened
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
@@ -262,6 +263,43 @@ def test_rollouts_are_shown_with_the_analysis_so_far(served: Served, versions: V
         for number in ("999", "x", "-1"):
             assert http.get(f"/api/rollouts/{number}").status_code == 404
         assert http.get("/api/rollouts", headers={"Authorization": ""}).status_code == 401
+
+
+PAUSES = ({"setWeight": 10}, {"pause": {}}, {"setWeight": 20}, {"pause": {}}, {"setWeight": 100})
+
+
+@pytest.mark.attack("rollout", "a change over HTTP by somebody who saw an older step or champion")
+def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Versions, happened: Happened) -> None:
+    store = served.scene.store
+    rollout = served.begin(versions[2], *PAUSES)
+    served.until(rollout, lambda now: (now.step, now.status) == (1, "paused"))
+
+    def sent(action: str, **body: Any) -> tuple[int, str]:
+        with served.http() as http:
+            answer = http.post(f"/api/rollouts/{rollout.id}/{action}", json=body)
+        return answer.status_code, answer.json().get("error", {}).get("message", "")
+
+    before, seen = get_rollout(store, rollout.id), {"step": 1, "champion": versions[1].digest}
+    stale = ({"step": 0}, "went on meanwhile"), ({"champion": versions[2].digest}, "champion changed")
+    for action in ("resume", "promote", "abort", "rollback"):
+        for changed, says in stale:
+            status, message = sent(action, **{**seen, "reason": "stale", **changed})
+            assert (status, says in message) == (409, True), (action, message)
+            happened("refused, 409")
+        assert sent(action, step="1")[0] == 400
+    assert get_rollout(store, rollout.id) == before
+    assert sent("abort", **seen)[0] == sent("rollback", reason="")[0] == 400
+    assert sent("resume", **seen)[0] == 200
+    served.until(rollout, lambda now: (now.step, now.status) == (3, "paused"))
+    assert sent("promote", **{**seen, "step": 3})[0] == 200
+    other = served.begin(versions[3], *PAUSES)
+    status, message = sent("rollback", reason="not this one")
+    assert (status, f"rollout {other.id}, not {rollout.id}" in message) == (409, True)
+    abort(store, other.id, actor=OPERATOR, reason="enough")
+    assert sent("rollback", reason="it errs", champion=versions[2].digest)[0] == 200
+    champion = get_alias(store, NAME, "champion")
+    assert champion is not None
+    assert champion.version == versions[1].digest
 
 
 def test_another_tenants_rollout_is_404(served: Served) -> None:

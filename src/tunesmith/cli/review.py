@@ -30,11 +30,14 @@ def fill(
     ] = None,
     reviewers: Annotated[int, typer.Option(min=1, max=2, help="How many people decide on each item.")] = 1,
     pseudonyms: Annotated[bool, typer.Option(help="Also rows that hold a pseudonym.")] = False,
+    search: Annotated[str, typer.Option(metavar="TEXT", help="Also training and validation rows with this text.")] = "",
 ) -> None:
     """Add rows that `data quality` flagged, conflicts, near duplicates and failed requests to the review queue."""
     from tunesmith.services import review
 
-    found = review.fill(here.store, dataset, reviewers=reviewers, pseudonyms=pseudonyms, actor=here.actor)
+    found = review.fill(
+        here.store, dataset, reviewers=reviewers, pseudonyms=pseudonyms, search=search, actor=here.actor
+    )
     here.emit(found, _draw_filled)
 
 

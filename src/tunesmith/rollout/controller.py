@@ -41,6 +41,7 @@ from tunesmith.rollout.preconditions import (
     point_champion,
     promotions_to_undo,
 )
+from tunesmith.rollout.seen import NOT_SAID, Seen
 from tunesmith.rollout.settings import Analysis, Pause, Step
 from tunesmith.rollout.standing import champion_of, standing_of
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
@@ -113,24 +114,20 @@ def start(
 
 
 def resume(
-    store: Store, rollout: int, *, actor: str, reason: str = "", step: int | None = None, clock: Clock = now
+    store: Store, rollout: int, *, actor: str, reason: str = "", seen: Seen = NOT_SAID, clock: Clock = now
 ) -> Rollout:
     """End the pause of a rollout. reason: for the audit log. Raises Refused if it is not at a pause.
 
-    step: the index of the pause that the actor looked at. Raises Refused if the rollout is at another one by now.
+    seen: what the actor looked at, here and below. Raises Refused where that has changed.
     """
 
     def decide(session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
-        if step is not None and current.step != step:
-            raise Refused(
-                f"rollout {rollout} went on meanwhile: it is at step {current.step + 1}", where=_place(current)
-            )
         if current.current is None or current.current.pause is None:
             raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
         return Transition("rollout.resume", {"status": "running", "step": current.step + 1}, _because(reason))
 
-    return _command(store, rollout, actor, "rollout.resume", decide, clock)
+    return _command(store, rollout, actor, "rollout.resume", decide, clock, seen)
 
 
 def promote(
@@ -140,6 +137,7 @@ def promote(
     actor: str,
     override: str | None = None,
     reason: str = "",
+    seen: Seen = NOT_SAID,
     clock: Clock = now,
 ) -> Rollout:
     """Make the canary champion now, and skip the remaining steps. reason: for the audit log.
@@ -169,17 +167,17 @@ def promote(
         detail = {"skipped": skipped, "override": override, **_because(reason)}
         return _promotion(current, detail, None if approved else actor)
 
-    return _command(store, rollout, actor, "rollout.promote", decide, clock)
+    return _command(store, rollout, actor, "rollout.promote", decide, clock, seen)
 
 
-def abort(store: Store, rollout: int, *, actor: str, reason: str, clock: Clock = now) -> Rollout:
+def abort(store: Store, rollout: int, *, actor: str, reason: str, seen: Seen = NOT_SAID, clock: Clock = now) -> Rollout:
     """Send all traffic back to stable, which serves if it may. Raises Refused if the rollout has ended already."""
 
     def decide(_session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
         return _abortion(reason)
 
-    return _command(store, rollout, actor, "rollout.abort", decide, clock)
+    return _command(store, rollout, actor, "rollout.abort", decide, clock, seen)
 
 
 def rollback(
@@ -190,6 +188,7 @@ def rollback(
     reason: str,
     override: str | None = None,
     scope: Scope = Scope(),
+    seen: Seen = NOT_SAID,
     clock: Clock = now,
 ) -> Rollout:
     """Give a name's traffic back to the version that served before; returns the rollout that was undone.
@@ -210,10 +209,12 @@ def rollback(
         if by is not None:
             require(session, by, "rollout.override", scope=scope)
         if running is not None:
+            seen.check(session, running)
             if override is not None:
                 _let_champion_serve(session, store, running, actor, override)
             return apply(session, running, _with_champion(session, store, running, undo), at, detail)
         promotions, target, override_by = promotions_to_undo(session, store, name, scope, by)
+        seen.check(session, promotions[0])
         point_champion(session, store, promotions[0], target, actor, override_by)
         if override is not None:
             _note_override(session, actor, override, promotions[0], target)
@@ -393,12 +394,14 @@ def _command(
     action: str,
     decide: Callable[[Session, Rollout], Transition],
     clock: Clock,
+    seen: Seen,
 ) -> Rollout:
     """A transition that a person asks for, decided inside the transaction, so that it never has to be repeated."""
     current = get_rollout(store, rollout)
 
     def permitted(session: Session, found: Rollout) -> Transition:
         require(session, actor, "rollout.change", scope=found.scope)
+        seen.check(session, found)
         return _with_champion(session, store, found, decide(session, found))
 
     return make_transition(store, current, actor, action, permitted, clock())

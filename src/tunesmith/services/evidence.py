@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
@@ -27,6 +27,7 @@ from tunesmith.evaluation.summary import (
     evaluation_summary,
     verdict_summary,
 )
+from tunesmith.registry.versions import load_version
 from tunesmith.services.evaluation import EvidenceReport
 from tunesmith.store import database
 from tunesmith.store.identities import User
@@ -90,6 +91,19 @@ class EvaluationPage(View):
     verdict: VerdictSummary | None
     versions: tuple[RegisteredFrom, ...]
     recalled: str | None
+
+
+class Comparison(View):
+    """Two candidates that one evaluation measured. focus, rival: their names; against: the rival's version, or "".
+
+    evaluation, verdict: digests.
+    """
+
+    evaluation: str
+    verdict: str
+    focus: str
+    rival: str
+    against: str
 
 
 def list_evaluations(store: Store, user: User, *, first: int = 0, most: int = LISTED) -> EvaluationList:
@@ -156,6 +170,43 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
         verdict=None if chosen is None else verdict_summary(store, chosen),
         versions=tuple(versions),
         recalled=reason,
+    )
+
+
+def may_see_verdict(store: Store, user: User, digest: str) -> bool:
+    """Whether there is a verdict with this digest, on an evaluation that the user may see."""
+    if digest not in store.records_of("verdict"):
+        return False
+    return show_evaluation(store, user, store.record(digest, kind="verdict").parents["evaluation"], digest) is not None
+
+
+def compare_versions(store: Store, user: User, version: str, before: str = "") -> Comparison | None:
+    """A version's candidate, and the one to compare it with in its evaluation; None where the user sees no such.
+
+    version, before: digests of versions. The candidate of before where the same evaluation measured it, else the one
+    that a gate compared with, else the best untuned one.
+    """
+    try:
+        with database.reading(store.engine) as session:
+            found = load_version(store, version, session)
+            other = load_version(store, before, session) if before else None
+        page = show_evaluation(store, user, found.evaluation, found.verdict)
+    except TunesmithError:  # a record that cannot be read
+        return None
+    if page is None or page.verdict is None:
+        return None
+    focus, stated = page.verdict.candidate, store.record(found.evaluation).body["candidates"]
+    names = [name for name, one in stated.items() if name != focus]
+    same = [name for name in names if other is not None and stated[name]["candidate"] == other.candidate]
+    gated = [over for gate in page.verdict.gates if (over := getattr(gate, "over", None)) in names]
+    means = {name: one[page.summary.primary].mean for name, one in page.summary.candidates.items()}
+    rivals = [*same, *gated, *sorted(names, key=lambda name: (page.summary.tuned[name], -means[name], name))]
+    return Comparison(
+        evaluation=found.evaluation,
+        verdict=found.verdict,
+        focus=focus,
+        rival=rivals[0] if rivals else "",
+        against=other.label if same and other is not None else "",
     )
 
 

@@ -201,7 +201,10 @@ def show_request(
         candidates=tuple(matrix.candidates),
         primary=matrix.primary,
         compared=compared,
-        answers=tuple(_opened(matrix, sight, name, place, start) for name in matrix.candidates),
+        answers=tuple(
+            _opened(matrix, sight, name, place, start)
+            for name in dict.fromkeys((use.focus, use.rival, *matrix.candidates))
+        ),
         place=at,
         chosen=len(matrix.select(use, reader).places),
         previous=before,

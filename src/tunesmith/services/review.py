@@ -11,29 +11,24 @@ from sqlalchemy import select
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted, View
-from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.privacy.pseudonyms import recognised
-from tunesmith.data.quality.flags import FLAGS
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import Agreement, agreements
 from tunesmith.data.review.decisions import Choice, ReviewedRow, encode_reviewed
-from tunesmith.data.review.queue import Decision, NewItem
+from tunesmith.data.review.queue import Decision
 from tunesmith.monitoring import cases
 from tunesmith.monitoring.cases import Case
 from tunesmith.project import Project
+from tunesmith.services.review_sources import cases_to_review, rows_to_review
 from tunesmith.store import database
 from tunesmith.store.identities import acting, require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import ReviewDecisionRow, ReviewItemRow
 
-CONFLICT = "equal request with another answer"
-NEAR = "similar request with another answer"
-PSEUDONYM = "holds a pseudonym"
-FAILED = "failed in service"
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 EACH_PAGE = 25
 _FILE = "review.jsonl"
@@ -132,20 +127,23 @@ def fill(
     *,
     reviewers: int = 1,
     pseudonyms: bool = False,
+    search: str = "",
     actor: str | None = None,
 ) -> FilledQueue:
     """Add what should be reviewed to the queue: rows of a dataset version that `data quality` flagged, rows with equal
     or similar requests and other answers, and requests that failed in service.
 
     dataset: by default the newest. reviewers: how many people decide on each item, 1 or 2. pseudonyms: also rows that
-    hold a pseudonym. What is in the queue already stays as it is.
+    hold a pseudonym. search: also training and validation rows with this text, at most MOST_FOUND. What is in the queue
+    already stays as it is.
     """
     who = _reviewer(store, actor)
     if reviewers not in (1, 2):
         raise UsageError(f"{reviewers} people cannot review an item", fix="1 or 2")
     known = store.records_of("dataset")
     digest = store.find_record(dataset) if dataset else known[-1] if known else None
-    items = [*_rows_to_review(store, digest, pseudonyms), *_cases_to_review(store)]
+    rows = rows_to_review(store, digest, pseudonyms=pseudonyms, search=search.strip(), by=who)
+    items = [*rows, *cases_to_review(store)]
     added = queue.add_items(store, items, wanted=reviewers, actor=who)
     found: defaultdict[str, int] = defaultdict(int)
     for item in items:
@@ -293,48 +291,6 @@ def _reviewer(store: Store, actor: str | None) -> str:
 
 def _is_steward(store: Store, who: str) -> bool:
     return "steward" in require(store, who, queue.ACTION).roles
-
-
-def _rows_to_review(store: Store, digest: str | None, pseudonyms: bool) -> list[NewItem]:
-    if digest is None:
-        return []
-    loaded = load_dataset(store, digest)
-    why: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for _, kind, child in store.children(digest):
-        if kind == "quality":
-            for line in store.read_blob(store.record(child).blobs[FLAGS]).splitlines():
-                flag = parse_json(line)
-                why[flag["id"]][flag["flag"]] = flag["detail"]
-    body = loaded.record.body
-    for clusters, reason in ((body["conflicts"]["examples"], CONFLICT), (body["near_clusters"]["examples"], NEAR)):
-        for ids in clusters:
-            for name in ids:
-                why[name][reason] = f"{len(ids)} rows: {', '.join(ids)}"
-    return [
-        NewItem("row", example.id, found, digest, split, example.messages)
-        for split, example in _examples(loaded)
-        if (found := why.get(example.id, {}) | _pseudonyms(example, pseudonyms))
-    ]
-
-
-def _examples(dataset: Dataset) -> list[tuple[str, Example]]:
-    return [(split, example) for split in SPLITS for example in dataset.examples(split)]
-
-
-def _pseudonyms(example: Example, wanted: bool) -> dict[str, str]:
-    if not wanted:
-        return {}
-    texts = [turn.text for turn in example.messages]
-    found = [text[start:end] for text in texts for start, end in recognised(text)]
-    return {PSEUDONYM: ", ".join(dict.fromkeys(found))} if found else {}
-
-
-def _cases_to_review(store: Store) -> list[NewItem]:
-    cases.delete_expired(store)
-    return [
-        NewItem("case", case.request, {FAILED: ", ".join(f"{name} {value:.2f}" for name, value in case.scores.items())})
-        for case in cases.list_cases(store)
-    ]
 
 
 def _line(row: ReviewItemRow) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import controller
 from tunesmith.rollout.analysis import Outcome
+from tunesmith.rollout.seen import NOT_SAID
+from tunesmith.rollout.seen import Seen as Seen
 from tunesmith.rollout.standing import Champion, list_champions
 from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
 from tunesmith.services.served_scorers import check_analyses
@@ -142,25 +144,34 @@ def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True
 
 
 def resume(
-    store: Store, which: str, *, actor: str | None = None, reason: str = "", step: int | None = None
+    store: Store, which: str, *, actor: str | None = None, reason: str = "", seen: Seen = NOT_SAID
 ) -> RolloutView:
-    """End the pause of a rollout. which: its number, or a name with one live rollout. step: the pause's index, where
-    only that one is meant."""
+    """End the pause of a rollout. which: its number, or a name with one live rollout.
+
+    seen: what the actor looked at, here and below: where that has changed, nothing is done.
+    """
     number, by = _number(store, which), acting(store, actor)
-    return view_of(store, controller.resume(store, number, actor=by, reason=reason, step=step))
+    return view_of(store, controller.resume(store, number, actor=by, reason=reason, seen=seen))
 
 
 def promote(
-    store: Store, which: str, *, actor: str | None = None, override: str | None = None, reason: str = ""
+    store: Store,
+    which: str,
+    *,
+    actor: str | None = None,
+    override: str | None = None,
+    reason: str = "",
+    seen: Seen = NOT_SAID,
 ) -> RolloutView:
     """Give the canary all traffic now. override: a reason to skip an analysis that has not passed yet."""
     number, by = _number(store, which), acting(store, actor)
-    return view_of(store, controller.promote(store, number, actor=by, override=override, reason=reason))
+    return view_of(store, controller.promote(store, number, actor=by, override=override, reason=reason, seen=seen))
 
 
-def abort(store: Store, which: str, *, reason: str, actor: str | None = None) -> RolloutView:
+def abort(store: Store, which: str, *, reason: str, actor: str | None = None, seen: Seen = NOT_SAID) -> RolloutView:
     """Give all traffic back to the champion and end the rollout."""
-    return view_of(store, controller.abort(store, _number(store, which), actor=acting(store, actor), reason=reason))
+    number, by = _number(store, which), acting(store, actor)
+    return view_of(store, controller.abort(store, number, actor=by, reason=reason, seen=seen))
 
 
 def rollback(
@@ -171,12 +182,12 @@ def rollback(
     override: str | None = None,
     actor: str | None = None,
     scope: Scope = Scope(),
+    seen: Seen = NOT_SAID,
 ) -> RolloutView:
     """Give a name's traffic back to the version that served before. override: a reason to do so unapproved."""
     by = acting(store, actor)
-    return view_of(
-        store, controller.rollback(store, name=name, actor=by, reason=reason, override=override, scope=scope)
-    )
+    undone = controller.rollback(store, name=name, actor=by, reason=reason, override=override, scope=scope, seen=seen)
+    return view_of(store, undone)
 
 
 def view_of(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.core.view import View
 from tunesmith.data.review.decisions import Choice
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Number, Page, Reason, call_of, changes, router, shows
+from tunesmith.server.api.routing import Call, Number, Page, Reason, Short, call_of, changes, router, shows
 from tunesmith.services import review
 
 routes = router()
@@ -22,6 +22,7 @@ class FillRequest(BaseModel):
     """What to add to the queue. dataset: a dataset version's digest or its start, by default the newest.
 
     reviewers: how many people decide on each item. pseudonyms: also rows that hold a pseudonym.
+    search: also training and validation rows with this text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +30,7 @@ class FillRequest(BaseModel):
     dataset: Annotated[str, Field(min_length=1, max_length=71)] | None = None
     reviewers: Annotated[int, Field(ge=1, le=2)] = 1
     pseudonyms: bool = False
+    search: Short = ""
 
 
 class ReviewDecision(BaseModel):
@@ -74,7 +76,7 @@ async def fill(request: Request) -> Response:
     """Add flagged rows, conflicts, near duplicates and requests that failed in service to the queue."""
     call = _reviewer(request)
     given = await call.read(FillRequest)
-    options = {"reviewers": given.reviewers, "pseudonyms": given.pseudonyms}
+    options = {"reviewers": given.reviewers, "pseudonyms": given.pseudonyms, "search": given.search}
     act = partial(review.fill, call.store, given.dataset, **options, **call.by)  # type: ignore[arg-type]
     return await call.answer(act, threads=call.serving.files)
 

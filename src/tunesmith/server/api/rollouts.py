@@ -13,7 +13,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, missing, router, shows
 from tunesmith.services import rollout_course, rollouts
-from tunesmith.services.rollouts import RolloutView
+from tunesmith.services.rollouts import RolloutView, Seen
 
 routes = router()
 _AT = "/rollouts/{number}"
@@ -34,33 +34,43 @@ class RolloutRequest(BaseModel):
 
 
 class ResumeRequest(BaseModel):
-    """The end of a pause. step: the pause's index, where only that one is meant."""
+    """The end of a pause.
+
+    step, champion: what the caller saw, the index of the rollout's step and the digest of what serves its name. Where
+    one of them has changed meanwhile, nothing is done.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reason: Reason = ""
-    step: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    step: Annotated[int, Field(strict=True, ge=0, le=10_000)] | None = None
+    champion: Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64})?$")] | None = None
+
+    def seen(self, rollout: int) -> Seen:
+        """What the caller saw of a rollout."""
+        return Seen(rollout, self.step, self.champion)
 
 
-class PromoteRequest(BaseModel):
-    """All traffic for the new version. override: an admin's reason to skip an analysis that has not passed yet."""
+class PromoteRequest(ResumeRequest):
+    """All traffic for the new version. override: an admin's reason to skip an analysis that has not passed yet.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    step, champion: as for resume.
+    """
 
-    reason: Reason = ""
     override: Reason | None = None
 
 
-class AbortRequest(BaseModel):
-    """All traffic back to the version that serves. reason: for the audit log."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class AbortRequest(ResumeRequest):
+    """All traffic back to the version that serves. reason: for the audit log. step, champion: as for resume."""
 
     reason: Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class RollbackRequest(AbortRequest):
-    """Back to the version that served before. override: an admin's reason to do so without an approval of that one."""
+    """Back to the version that served before. override: an admin's reason to do so without an approval of that one.
+
+    step, champion: as for resume.
+    """
 
     override: Reason | None = None
 
@@ -92,7 +102,7 @@ async def resume(request: Request, number: Number) -> Response:
     """End a rollout's pause."""
     call, found = await _changed(request, number)
     given = await call.read(ResumeRequest)
-    return await _done(call, partial(rollouts.resume, call.store, found, reason=given.reason, step=given.step))
+    return await _done(call, partial(rollouts.resume, call.store, found, reason=given.reason, seen=given.seen(number)))
 
 
 @routes.post(_AT + "/promote", dependencies=[needs("operate")], **changes(RolloutView, PromoteRequest))
@@ -101,7 +111,7 @@ async def promote(request: Request, number: Number) -> Response:
     call, found = await _changed(request, number)
     given = await call.read(PromoteRequest)
     act = partial(rollouts.promote, call.store, found, reason=given.reason, override=given.override)
-    return await _done(call, act)
+    return await _done(call, partial(act, seen=given.seen(number)))
 
 
 @routes.post(_AT + "/abort", dependencies=[needs("operate")], **changes(RolloutView, AbortRequest))
@@ -109,7 +119,8 @@ async def abort(request: Request, number: Number) -> Response:
     """Give all traffic back and end the rollout."""
     call, found = await _changed(request, number)
     given = await call.read(AbortRequest)
-    return await _done(call, partial(rollouts.abort, call.store, found, reason=given.reason))
+    end = partial(rollouts.abort, call.store, found, reason=given.reason, seen=given.seen(number))
+    return await _done(call, end)
 
 
 @routes.post(_AT + "/rollback", dependencies=[needs("operate")], **changes(RolloutView, RollbackRequest))
@@ -120,7 +131,7 @@ async def rollback(request: Request, number: Number) -> Response:
     given = await call.read(RollbackRequest)
     scope = Scope(one.tenant, one.region)
     back = partial(rollouts.rollback, call.store, one.name, reason=given.reason, override=given.override, scope=scope)
-    return await _done(call, back)
+    return await _done(call, partial(back, seen=given.seen(number)))
 
 
 async def _changed(request: Request, number: int) -> tuple[Call, str]:

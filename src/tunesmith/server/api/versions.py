@@ -1,17 +1,31 @@
-"""/api/versions: the list, one version, its lineage and its records, its verification and its documents."""
+"""/api/versions: the list, one more, one version, its lineage and its records, its verification and its documents."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
 from tunesmith.registry.verification import Verification
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import READ, Call, Digest, Name, Number, Page, Text, call_of, missing, router, shows
+from tunesmith.server.api.routing import (
+    READ,
+    Call,
+    Digest,
+    Name,
+    Number,
+    Page,
+    Text,
+    call_of,
+    changes,
+    missing,
+    router,
+    shows,
+)
 from tunesmith.server.openapi import BEARER, errors
 from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
 from tunesmith.services import versions as service
@@ -41,6 +55,31 @@ async def versions(request: Request, search: Text = "", state: Text = "", page: 
     call = call_of(request)
     look = partial(version_pages.page_of_versions, call.store, call.user, text=search, state=state, page=page)
     return await call.answer(look)
+
+
+class RegisterRequest(BaseModel):
+    """A judged candidate that becomes the next version of the project's name, for the caller's tenant and region.
+
+    verdict: the digest of its verdict. override: an admin's reason to register one that did not pass.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verdict: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+    override: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
+
+
+@routes.post("/versions", dependencies=[needs("jobs")], **changes(service.RegisteredVersion, RegisterRequest))
+async def register(request: Request) -> Response:
+    """Sign a judged candidate and keep it as the next version of the project's name, as a run does."""
+    call = call_of(request)
+    call.require("version.register")
+    project, given = call.project, await call.read(RegisterRequest)
+    if not await call.run(partial(evidence.may_see_verdict, call.store, call.user, given.verdict)):
+        raise missing("verdict")
+    make = partial(service.register, call.store, given.verdict, name=project.settings.name, risk=project.settings.risk)
+    made = partial(make, override=given.override, scope=call.user.scope, **call.by)
+    return await call.answer(made, threads=call.serving.files)
 
 
 @routes.get(_AT, dependencies=[needs("read")], **shows(version_pages.VersionDetails))

@@ -9,10 +9,10 @@ from urllib.parse import urlencode
 
 from fastapi import Query, Request, Response
 
-from tunesmith.server.console.routing import router
-from tunesmith.server.console.session import Looking, Viewer
+from tunesmith.server.console.routing import gone_to, router
+from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError
-from tunesmith.services import evidence, held_out_requests
+from tunesmith.services import evidence, held_out_requests, versions
 from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
@@ -52,6 +52,30 @@ async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
     return viewer.page(
         "evidence_evaluation.html.jinja", found=found, names=names, digest=digest, compared=urlencode(_compared(found))
     )
+
+
+@routes.post(_AT + "/{digest}/versions")
+async def register(request: Request, viewer: Changing, digest: Digest) -> Response:
+    """Register the candidate of a verdict as the next version of the project's name."""
+    project, fields = viewer.serving.project, await form(request)
+    verdict = fields.get("verdict", [""])[0]
+    if project is None:
+        raise ApiError(409, "This server runs without a project file, which states the name.", code="no_project")
+    page = await shown(viewer, digest, verdict.removeprefix("sha256:"))
+    if page.verdict is None:
+        raise _none("verdict")
+    made = partial(
+        versions.register,
+        viewer.store,
+        page.verdict.digest,
+        name=project.settings.name,
+        risk=project.settings.risk,
+        actor=viewer.user.name,
+        override=fields.get("override", [""])[0].strip() or None,
+        scope=viewer.user.scope,
+    )
+    version = await viewer.serving.files.run(viewer.user.name, made)
+    return gone_to(request, f"/console/versions/{version.name}/{version.number}")
 
 
 @routes.get(_AT + "/{digest}/findings")
@@ -121,6 +145,25 @@ async def opened(
         raise _none("request")
     query = urlencode(chosen)
     return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen)
+
+
+async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | None:
+    """The address of the requests that a version lost, what it says, and the address of its evaluation.
+
+    version, before: digests. None where this person may not read them.
+    """
+    if not viewer.user.may(evidence.READ_PERMISSION):
+        return None
+    found = await viewer.run(partial(evidence.compare_versions, viewer.store, viewer.user, version, before))
+    if found is None or not found.rival:
+        return None
+    chosen = urlencode({"focus": found.focus, "rival": found.rival, "show": "losses"})
+    here = f"{_AT}/{found.evaluation[7:]}"
+    return {
+        "requests": f"{here}/requests?{chosen}",
+        "against": f"{found.against} ({found.rival})" if found.against else found.rival,
+        "evaluation": f"{here}?verdict={found.verdict[7:]}",
+    }
 
 
 async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:

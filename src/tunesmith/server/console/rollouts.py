@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, Request, Response
@@ -12,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from tunesmith.core.scope import Scope
 from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.charts import Chart, Points, chart
+from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import moment, private, rendered
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
@@ -20,7 +22,7 @@ from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services import rollout_course as courses
 from tunesmith.services import rollouts
 from tunesmith.services.rollout_course import Evidence, StartableVersion, StepView, Traffic
-from tunesmith.services.rollouts import RolloutView
+from tunesmith.services.rollouts import RolloutView, Seen
 
 routes = router()
 _ROOT = "/console/rollouts"
@@ -30,15 +32,15 @@ _COURSES: WeakKeyDictionary[FastAPI, Shared[str]] = WeakKeyDictionary()
 
 
 @routes.get(_ROOT)
-async def all_rollouts(viewer: Looking, page: int = 1) -> Response:
-    """The rollouts of this person's tenant and region, newest first."""
+async def all_rollouts(viewer: Looking, page: int = 1, version: str = "") -> Response:
+    """The rollouts of this person's tenant and region, newest first. version: label of one to start with."""
     found = await viewer.run(partial(courses.list_page, viewer.store, viewer.user, page))
     project = viewer.serving.project
     startable, steps = tuple[StartableVersion, ...](), tuple[StepView, ...]()
     if project is not None and viewer.user.may("rollout.start"):
         startable = await viewer.run(partial(courses.startable, project, viewer.user))
         steps = courses.steps_of(project.settings.rollout.steps)
-    return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps)
+    return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps, chosen=version)
 
 
 @routes.post(_ROOT)
@@ -65,7 +67,9 @@ async def one_rollout(viewer: Looking, number: int) -> Response:
     """One rollout: where it stands, its steps, what may be done, and who did what."""
     found = await _find(viewer, number)
     progress = await viewer.run(partial(courses.progress, viewer.store, number))
-    return viewer.page("rollout.html.jinja", one=found, progress=progress)
+    before = found.stable.digest if found.stable else ""
+    losses = await lost(viewer, found.canary.digest, before) if found.canary else None
+    return viewer.page("rollout.html.jinja", one=found, progress=progress, losses=losses)
 
 
 @routes.get(_ROOT + "/{number}/course")
@@ -89,17 +93,17 @@ async def change(request: Request, viewer: Changing, number: int, action: str) -
     """Resume, promote, abort or roll back."""
     found, said = await _find(viewer, number), await form(request)
     reason, override = _field(said, "reason"), _field(said, "override") or None
-    step = int(_field(said, "step")) if _field(said, "step").isdecimal() else None
-    store, by = viewer.store, viewer.user.name
-    which = str(number)
+    step = _field(said, "step")
+    if step and not (step.isascii() and step.isdecimal() and len(step) < 9):
+        raise bad_request("The form cannot be read.", code="invalid_form")
+    seen = Seen(number, int(step) if step else None, said["champion"][0] if "champion" in said else None)
     scope = Scope(found.tenant, found.region)
+    one: dict[str, Any] = {"actor": viewer.user.name, "reason": reason, "seen": seen}
     calls: dict[str, Callable[[], RolloutView]] = {
-        "resume": partial(rollouts.resume, store, which, actor=by, reason=reason, step=step),
-        "promote": partial(rollouts.promote, store, which, actor=by, reason=reason, override=override),
-        "abort": partial(rollouts.abort, store, which, actor=by, reason=reason),
-        "rollback": partial(
-            rollouts.rollback, store, found.name, actor=by, reason=reason, override=override, scope=scope
-        ),
+        "resume": partial(rollouts.resume, viewer.store, str(number), **one),
+        "promote": partial(rollouts.promote, viewer.store, str(number), override=override, **one),
+        "abort": partial(rollouts.abort, viewer.store, str(number), **one),
+        "rollback": partial(rollouts.rollback, viewer.store, found.name, override=override, scope=scope, **one),
     }
     if action not in calls:
         raise ApiError(404, "There is no such page.", code="not_found")

@@ -15,6 +15,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import json_text
+from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import HEADERS
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
@@ -57,6 +58,7 @@ async def one(request: Request, viewer: Looking, name: Name, number: Number) -> 
 
     server = f"{request.url.scheme}://{request.url.netloc}"
     shown = {**await viewer.run(look), "server": server, "options": version.scope.options()}
+    shown["losses"] = await lost(viewer, version.digest)
     return viewer.page("version.html.jinja", **shown, at=_at(name, number), box=_BOX)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated
 
-from fastapi import Request, Response
+from fastapi import Query, Request, Response
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.server.console.routing import gone_to, router
+from tunesmith.server.console.runs.pages import no_start
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services import review
@@ -18,14 +20,16 @@ _STATES = ("waiting", "conflict", "accept", "edit", "reject", "all")
 
 
 @routes.get("/console/rows/review")
-async def review_queue(viewer: Looking, state: str = "waiting", page: int = 1) -> Response:
+async def review_queue(
+    viewer: Looking, state: str = "waiting", page: int = 1, added: Annotated[int | None, Query(ge=0)] = None
+) -> Response:
     """The items, how many wait, and how far reviewers agree."""
     _check(viewer)
     chosen = state if state in _STATES else "waiting"
     read = partial(review.list_items, viewer.store, state=chosen, page=page, actor=viewer.user.name)
     first = await viewer.run(partial(review.next_item, viewer.store, actor=viewer.user.name))
     found = await viewer.run(read)
-    return viewer.page("review.html.jinja", found=found, state=chosen, states=_STATES, first=first)
+    return viewer.page("review.html.jinja", found=found, state=chosen, states=_STATES, first=first, added=added)
 
 
 @routes.post("/console/rows/review")
@@ -34,9 +38,10 @@ async def fill(request: Request, viewer: Changing) -> Response:
     _check(viewer)
     fields = await form(request)
     reviewers = 2 if fields.get("reviewers") == ["2"] else 1
-    call = partial(review.fill, viewer.store, reviewers=reviewers, pseudonyms="pseudonyms" in fields)
-    await viewer.run(partial(call, actor=viewer.user.name))
-    return gone_to(request, "/console/rows/review")
+    search = fields.get("search", [""])[0][:200]
+    call = partial(review.fill, viewer.store, reviewers=reviewers, pseudonyms="pseudonyms" in fields, search=search)
+    done = await viewer.run(partial(call, actor=viewer.user.name))
+    return gone_to(request, f"/console/rows/review?added={done.added}")
 
 
 @routes.post("/console/rows/review/export")
@@ -47,7 +52,7 @@ async def export(request: Request, viewer: Changing) -> Response:
     if project is None:
         raise UsageError("this server has no project folder", fix="run `tunesmith review export` in the project's")
     done = await viewer.run(partial(review.export, project, actor=viewer.user.name))
-    return viewer.page("review_exported.html.jinja", done=done)
+    return viewer.page("review_exported.html.jinja", done=done, may_start=not no_start(viewer))
 
 
 @routes.get("/console/rows/review/{number}")
