@@ -32,9 +32,9 @@ def _pages(made: Made) -> dict[str, str]:
     evaluation, rollout = f"/console/evidence/{made.evaluation}", f"/console/rollouts/{made.rollout}"
     return {
         "first page": "/",
-        "runs": "/console/runs",
-        "start a run": "/console/runs/start",
-        "one run": f"/console/runs/{made.job}",
+        "jobs": "/console/jobs",
+        "start a run": "/console/jobs/start",
+        "one job": f"/console/jobs/{made.job}",
         "evidence": "/console/evidence",
         "one evaluation": evaluation,
         "its findings, kept": f"{evaluation}/findings",

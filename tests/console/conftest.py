@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def login(browser: Browser, served: Served) -> Iterator[Login]:
-    """Opens a browser of its own for a person and logs them in: `login("ada", "/console/runs")`.
+    """Opens a browser of its own for a person and logs them in: `login("ada", "/console/jobs")`.
 
     After the test no page may have logged an error, such as a file that the page's own policy refuses.
     """

@@ -44,7 +44,7 @@ def put_requests(store: Store, version: Version, count: int, failed: int, tenant
         session.execute(insert(RequestRow), rows)
 
 
-def test_the_first_page_says_what_serves_moves_and_waits(
+def test_the_first_page_says_what_serves_what_is_rolled_out_and_what_needs_action(
     served: Served, versions: dict[int, Version], login: Login
 ) -> None:
     store = served.scene.store

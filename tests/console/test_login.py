@@ -52,7 +52,7 @@ def test_a_person_logs_in_looks_and_logs_out(served: Served, login: Login) -> No
 
 def test_the_page_shows_a_rollout_that_begins_meanwhile(served: Served, login: Login) -> None:
     page = login()
-    expect(page.get_by_text("No rollout is under way.")).to_be_visible()
+    expect(page.get_by_text("None. All rollouts")).to_be_visible()
     served.begin(list_versions(served.scene.store)[1], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
     expect(page.get_by_text("gets 10% of home's requests")).to_be_visible(timeout=60_000)
 

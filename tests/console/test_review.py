@@ -70,7 +70,7 @@ def test_ten_rows_by_keys_and_the_build_that_follows(served: Served, login: Logi
     page = login(STEWARD, QUEUE)
     expect(page.get_by_text("Nothing waits for you.")).to_be_visible()
     page.get_by_label("Two people decide").check()
-    page.get_by_role("button", name="Fill").click()
+    page.get_by_role("button", name="Fill the queue").click()
     page.get_by_role("link", name="Begin to review").click()
     expect(page.get_by_text("refusing answer", exact=False).first).to_be_visible()
     expect(page.locator("mark")).to_have_text("person1@example.com")

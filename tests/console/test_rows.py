@@ -41,7 +41,7 @@ def test_a_steward_reads_compares_and_signs(served: Served, login: Login, tmp_pa
     page.get_by_label("Text").fill("HOSTILE")
     page.get_by_role("combobox", name="Split").select_option(split_with(first, "hostile"))
     page.get_by_role("button", name="Show").click()
-    expect(page.get_by_role("status")).to_have_text("1 row")
+    expect(page.locator("#rows .pager")).to_have_text("1 row")
     expect(page.get_by_text("⟨U+202E⟩ {{7*7}}").first).to_be_visible()
     assert "owned" not in page.title()
     check_accessible(page)

@@ -1,4 +1,4 @@
-"""Runs in the console: the list, one job, two compared, and what another tenant's browser sees of them."""
+"""Jobs in the console: the list, one job, two compared, and what another tenant's browser sees of them."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> N
     for text in ("data: 2.1 s", "training 4200 rows in 262 steps: about 95 s, 1.6 GB of memory", *(["more"] * 110)):
         leases.log(store, lease, text)
     leases.renew(store, lease, progress(), curve(30))
-    page = login(path="/console/runs")
+    page = login(path="/console/jobs")
     expect(page.get_by_role("row")).to_have_count(51)
-    page.get_by_role("link", name="Older").click()
+    page.get_by_role("link", name="Next").click()
     row = page.get_by_role("row").filter(has_text="running")
     expect(row).to_contain_text("training 25%")
     expect(row).to_contain_text("60 s")
@@ -118,26 +118,26 @@ def test_a_person_cancels_pauses_and_resumes(served: Served, login: Login) -> No
     store = served.scene.store
     first, second = added(store), added(store)
     lease = claimed(store)
-    page = login(path=f"/console/runs/{second}")
+    page = login(path=f"/console/jobs/{second}")
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("paused")
     page.get_by_role("button", name="Resume").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("queued")
-    page.goto(f"{served.url}/console/runs/{first}")
+    page.goto(f"{served.url}/console/jobs/{first}")
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.get_by_role("button", name="Cancel").click()
     assert queue.get(store, first).wanted == ""
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_text("to be cancelled", exact=True)).to_be_visible()
+    expect(page.get_by_text("will be cancelled", exact=True)).to_be_visible()
     leases.stop(store, lease, "asked")
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     add_user(store, "avi", ["approver"], actor=OWNER)
-    looking = login("avi", f"/console/runs/{second}")
+    looking = login("avi", f"/console/jobs/{second}")
     expect(looking.get_by_role("heading", level=1)).to_contain_text("queued")
     expect(looking.get_by_role("button", name="Cancel")).to_have_count(0)
-    sent = looking.request.post(f"{served.url}/console/runs/{second}/cancel", headers={"X-CSRF": csrf(looking)})
+    sent = looking.request.post(f"{served.url}/console/jobs/{second}/cancel", headers={"X-CSRF": csrf(looking)})
     assert sent.status == 403
     assert queue.get(store, second).state == "queued"
 
@@ -156,7 +156,7 @@ def test_two_runs_laid_over_each_other(served: Served, login: Login) -> None:
         lease = claimed(store)
         leases.renew(store, lease, progress(), curve(240, slope))
         leases.finish(store, lease, result(scene, seed=seed, mean=mean, verdict="pass" if seed == 1 else "fail"))
-    page = login(path=f"/console/runs/{numbers[0]}")
+    page = login(path=f"/console/jobs/{numbers[0]}")
     expect(page.get_by_text("home@v1")).to_be_visible()
     expect(page.get_by_text("0.12 over plain, at least 0.05")).to_be_visible()
     expect(page.get_by_text("tuned: exact_match on validation rows")).to_be_visible()
@@ -166,7 +166,7 @@ def test_two_runs_laid_over_each_other(served: Served, login: Login) -> None:
     page.set_viewport_size({"width": 1280, "height": 900})
     page.get_by_role("button", name="Compare").click()
     expect(page.locator(".charts canvas")).to_have_count(2)
-    expect(page.locator(".charts")).to_contain_text(f"run {numbers[1]}: validation loss")
+    expect(page.locator(".charts")).to_contain_text(f"job {numbers[1]}: validation loss")
     expect(page.get_by_role("row").filter(has_text="tuned: exact_match")).to_contain_text("0.730")
     expect(page.get_by_role("row").filter(has_text="verdict")).to_contain_text("fail")
     check_accessible(page)
@@ -194,15 +194,15 @@ def test_the_newest_forecast_stands_before_the_button(scene: Scene, tmp_path: Pa
     project.store = scene.store
     with running(scene, FakeEngine(scene.base), project=project) as served:
         page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-        page.goto(f"{served.url}/console/login/{make_link(scene.store, OWNER, actor=OWNER)}?next=/console/runs/start")
+        page.goto(f"{served.url}/console/login/{make_link(scene.store, OWNER, actor=OWNER)}?next=/console/jobs/start")
         page.get_by_role("button", name="Log in").click()
         expect(page.get_by_text("Train tuned: it is likely to pay.")).to_be_visible()
-        expect(page.get_by_text("1200 training rows")).to_be_visible()
+        expect(page.get_by_text("for tuned, 1,200 training rows")).to_be_visible()
         check_accessible(page)
         take_pictures(page, "run-forecast")
         assert fits(page)
         page.get_by_role("button", name="Forecast it first").click()
-        expect(page.get_by_role("heading", level=1)).to_contain_text("Forecast 1 queued")
+        expect(page.get_by_role("heading", level=1)).to_contain_text("Job 1: forecast queued")
         page.context.close()
 
 
@@ -214,10 +214,10 @@ def test_hostile_texts(served: Served, login: Login) -> None:
     leases.log(store, lease, HOSTILE)
     curves = {HOSTILE[:256]: curve(30)["tuned"]}
     leases.renew(store, lease, {**progress(), "step": HOSTILE, "note": HOSTILE}, curves)
-    page = login(path="/console/runs")
+    page = login(path="/console/jobs")
     expect(page.get_by_role("row").filter(has_text="running")).to_have_count(1)
     assert fits(page)
-    page.goto(f"{served.url}/console/runs/{number}")
+    page.goto(f"{served.url}/console/jobs/{number}")
     expect(page.locator(".charts canvas")).to_have_count(2)
     assert fits(page)
     found = result(scene, seed=1, mean=0.7)
@@ -229,7 +229,7 @@ def test_hostile_texts(served: Served, login: Login) -> None:
     leases.finish(store, lease, found, {"code": "x", "what": HOSTILE, "where": HOSTILE, "fix": HOSTILE})
     expect(page.get_by_role("heading", level=1)).to_contain_text("failed")
     assert fits(page)
-    page.goto(f"{served.url}/console/runs/compare?a={number}&b={number}")
+    page.goto(f"{served.url}/console/jobs/compare?a={number}&b={number}")
     expect(page.locator(".charts canvas")).to_have_count(3)
     assert fits(page)
     assert page.locator("main script, main img").count() == 0
@@ -242,25 +242,20 @@ def test_another_tenant_sees_nothing(served: Served, login: Login) -> None:
     store = served.scene.store
     others, everybodys, own = added(store, scope=Scope("globex")), added(store), added(store, scope=Scope("acme"))
     add_user(store, "amy", ["engineer", "operator"], actor=OWNER, scope=Scope("acme"))
-    page = login("amy", "/console/runs")
+    page = login("amy", "/console/jobs")
     expect(page.get_by_role("row")).to_have_count(2)
     expect(page.get_by_text("you act for one")).to_be_visible()
-    page.goto(f"{served.url}/console/runs/{own}")
+    page.goto(f"{served.url}/console/jobs/{own}")
     mark = csrf(page)
     for number in (others, everybodys, 999_999):
-        for path in (
-            f"{number}",
-            f"{number}/curves",
-            f"compare?a={own}&b={number}",
-            f"compare/curves?a={number}&b={own}",
-        ):
-            assert page.request.get(f"{served.url}/console/runs/{path}").status == 404
-        sent = page.request.post(f"{served.url}/console/runs/{number}/cancel", headers={"X-CSRF": mark})
+        for path in (f"{number}", f"compare?a={own}&b={number}"):
+            assert page.request.get(f"{served.url}/console/jobs/{path}").status == 404
+        sent = page.request.post(f"{served.url}/console/jobs/{number}/cancel", headers={"X-CSRF": mark})
         assert sent.status == 404
     for path in ("start", "forecast"):
-        assert page.request.post(f"{served.url}/console/runs/{path}", headers={"X-CSRF": mark}).status == 403
-    assert page.request.get(f"{served.url}/console/runs/99999999999999999999").status == 400
-    assert page.request.get(f"{served.url}/console/runs?state=gone").status == 409
+        assert page.request.post(f"{served.url}/console/jobs/{path}", headers={"X-CSRF": mark}).status == 403
+    assert page.request.get(f"{served.url}/console/jobs/99999999999999999999").status == 400
+    assert page.request.get(f"{served.url}/console/jobs?state=gone").status == 409
     assert {queue.get(store, number).state for number in (others, everybodys, own)} == {"queued"}
 
 

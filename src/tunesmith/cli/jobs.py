@@ -24,7 +24,7 @@ Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's numbe
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(no_args_is_help=True, help="Show runs that are queued, performed or done, and change them.")
+    group = typer.Typer(no_args_is_help=True, help="Show jobs that are queued, running or ended, and change them.")
     add_commands(group, show, log, cancel, pause, resume, compare, list=list_jobs)
     app.add_typer(group, name="jobs")
     add_commands(app, worker, retrain)

@@ -57,7 +57,7 @@ def init(
 
 
 def status(here: Acting) -> None:
-    """Show what serves now, what moves, what waits for whom, and whether the queue is well."""
+    """Show what serves now, rollouts in progress, what needs action by whom, and whether the queue is healthy."""
     from tunesmith.services import home
 
     here.emit(home.status(here.project, here.project.actor(here.actor)), _draw_status)
@@ -140,12 +140,12 @@ def _draw_status(console: Console, found: Home) -> None:
         console.print(f"serves: {one.version or one.name}{where}{since}; {asked}{refused}", soft_wrap=True)
     for rollout in found.moving:
         moved = f"{rollout.canary} gets {rollout.weight}% of {rollout.name}'s requests ({rollout.status})"
-        console.print(f"moves: rollout {rollout.rollout}: {moved}", soft_wrap=True)
+        console.print(f"rollout {rollout.rollout}: {moved}", soft_wrap=True)
     for each in found.waiting:
         who = "you" if each.mine else " or ".join(each.roles)
         console.print(f"waits for {who}: {each.says}: {each.command}", soft_wrap=True)
     for part in found.health:
-        console.print(f"{'well' if part.ok else 'not well'}: {part.part}: {part.says}", soft_wrap=True)
+        console.print(f"{'healthy' if part.ok else 'unhealthy'}: {part.part}: {part.says}", soft_wrap=True)
 
 
 def _draw_memory(console: Console, found: MemoryPlan) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
@@ -125,26 +125,45 @@ def list_jobs(
     kinds: Collection[str] = (),
     by: str | None = None,
     before: int | None = None,
+    first: int = 0,
     most: int = 100,
     scope: Scope = Scope(),
 ) -> list[Job]:
     """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created. before:
-    only older ones than this number.
+    only older ones than this number. first: leave out as many of the newest.
 
     scope: only jobs that it covers.
     """
-    found = select(JobRow).order_by(JobRow.id.desc()).limit(most)
-    if states:
-        found = found.where(JobRow.state.in_(states))
-    if kinds:
-        found = found.where(JobRow.kind.in_(kinds))
-    if by is not None:
-        found = found.where(JobRow.created_by == by)
+    found = (
+        select(JobRow).where(*_chosen(states, kinds, by, scope)).order_by(JobRow.id.desc()).offset(first).limit(most)
+    )
     if before is not None:
         found = found.where(JobRow.id < before)
-    found = found.where(*within(JobRow, scope))
     with database.reading(store.engine) as session:
         return [job_of(row) for row in session.scalars(found)]
+
+
+def count_jobs(
+    store: Store,
+    *,
+    states: Collection[State] = (),
+    kinds: Collection[str] = (),
+    by: str | None = None,
+    scope: Scope = Scope(),
+) -> int:
+    """How many jobs `list_jobs` would list without an end."""
+    query = select(func.count()).select_from(JobRow).where(*_chosen(states, kinds, by, scope))
+    with database.reading(store.engine) as session:
+        return session.scalar(query) or 0
+
+
+def _chosen(
+    states: Collection[State], kinds: Collection[str], by: str | None, scope: Scope
+) -> list[ColumnElement[bool]]:
+    """The conditions of a query for jobs."""
+    found = within(JobRow, scope)
+    found += [column.in_(values) for column, values in ((JobRow.state, states), (JobRow.kind, kinds)) if values]
+    return found if by is None else [*found, JobRow.created_by == by]
 
 
 def is_waiting(store: Store, project: str) -> bool:

@@ -210,6 +210,13 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     )
 
 
+def judged_candidate(store: Store, user: User, digest: str) -> str:
+    """The candidate of the newest verdict on an evaluation that a user may see; "" where there is none."""
+    with database.reading(store.engine) as session:
+        verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
+    return verdicts[-1].candidate if verdicts else ""
+
+
 def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport | None:
     """What the report computes of an evaluation, without rows, versions and audit log; None as `show_evaluation`.
 

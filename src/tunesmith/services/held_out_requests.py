@@ -15,9 +15,10 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.differences import Change, differences
 from tunesmith.core.view import View
+from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
-from tunesmith.services.evidence import READ_PERMISSION, when_made
+from tunesmith.services.evidence import READ_PERMISSION, judged_candidate, when_made
 from tunesmith.store import database
 from tunesmith.store.identities import User
 from tunesmith.store.recalls import recalled
@@ -99,8 +100,9 @@ class OpenedAnswer(View):
 class OpenedRequest(View):
     """A held-out request with all answers. turns: (role, text) before the answer; reference: the right answer.
 
-    compared: what the answers' changes start from, REFERENCE or a candidate. place: from 0 among the chosen requests,
-    None if the filter leaves it out; previous, next: ids of its neighbours there.
+    candidates, answers: the two compared first. compared: what the answers' changes start from, REFERENCE or a
+    candidate. place: from 0 among the chosen requests, None if the filter leaves it out; previous, next: ids of its
+    neighbours there.
     """
 
     evaluation: str
@@ -142,7 +144,7 @@ def show_requests(
     if matrix is None:
         return None
     reader = _reader(user, region)
-    use = _filter(store, digest, matrix, chosen)
+    use = _filter(store, user, digest, matrix, chosen)
     found, sight = matrix.select(use, reader), matrix.sight(reader)
     changes = matrix.changes(use.focus, use.rival, use.metric)
     names = tuple(dict.fromkeys((use.focus, use.rival, *matrix.candidates)))
@@ -185,11 +187,12 @@ def show_request(
     if matrix is None or place is None or place not in matrix.sight(reader).rows:
         return None
     sight, example = matrix.sight(reader), matrix.rows[place]
-    use = _filter(store, digest, matrix, chosen)
+    use = _filter(store, user, digest, matrix, chosen)
     if compared not in (REFERENCE, *matrix.candidates):
         raise UsageError(f"there is no candidate {compared[:80]!r} to compare with", fix="name one of the evaluation")
     start = example.answer if compared == REFERENCE else _text(matrix, sight, compared, place)
     at, before, after = _neighbours(matrix, matrix.select(use, reader), place)
+    names = tuple(dict.fromkeys((use.focus, use.rival, *matrix.candidates)))
     return OpenedRequest(
         evaluation=digest,
         id=example.id,
@@ -198,13 +201,10 @@ def show_request(
         labels=tuple(matrix.labels_of(place)),
         turns=tuple((turn.role, turn.text) for turn in example.request),
         reference=example.answer,
-        candidates=tuple(matrix.candidates),
+        candidates=names,
         primary=matrix.primary,
         compared=compared,
-        answers=tuple(
-            _opened(matrix, sight, name, place, start)
-            for name in dict.fromkeys((use.focus, use.rival, *matrix.candidates))
-        ),
+        answers=tuple(_opened(matrix, sight, name, place, start) for name in names),
         place=at,
         chosen=len(matrix.select(use, reader).places),
         previous=before,
@@ -240,12 +240,19 @@ def _reader(user: User, region: str) -> Reader:
     return Reader(user.scope, Caller(Scope(user.tenant, region), frozenset(user.groups)))
 
 
-def _filter(store: Store, digest: str, matrix: Matrix, chosen: Mapping[str, str]) -> Filter:
-    """The filter; candidates that are not named are the ones that a verdict or the scores put in front."""
+def _filter(store: Store, user: User, digest: str, matrix: Matrix, chosen: Mapping[str, str]) -> Filter:
+    """The filter. Candidates that are not named: the one that the newest verdict judges against the best untuned one.
+
+    Without a verdict, the best tuned candidate that is not a control.
+    """
     means = {name: float(matrix.scores[name, matrix.primary].mean()) for name in matrix.candidates}
-    ranked = sorted(means, key=lambda name: (matrix.candidates[name].tuned, means[name]), reverse=True)
-    focus = chosen.get("focus") or ranked[0]
-    others = [name for name in ranked if name != focus] or [focus]
+
+    def rank(name: str) -> tuple[bool, bool, float]:
+        candidate = matrix.candidates[name]
+        return approach_of(store, candidate) != CONTROL, candidate.tuned, means[name]
+
+    focus = chosen.get("focus") or judged_candidate(store, user, digest) or max(sorted(means), key=rank)
+    others = [name for name in sorted(means) if name != focus] or [focus]
     rival = chosen.get("rival") or max(others, key=lambda name: (not matrix.candidates[name].tuned, means[name]))
     given = {key: chosen[key] for key in ("show", "group", "label", "search") if chosen.get(key)}
     return Filter(focus, rival, chosen.get("metric") or matrix.primary, **given)  # type: ignore[arg-type]

@@ -83,6 +83,12 @@ class JobList(View):
     jobs: tuple[JobView, ...]
 
 
+class JobPage(JobList):
+    """A page of jobs. total: how many there are on all pages."""
+
+    total: int
+
+
 class LogLine(View):
     """A line of a job's log. number: from 1. at: seconds since 1970."""
 
@@ -330,6 +336,23 @@ def list_jobs(
     now = queue.time_now(store)
     found = queue.list_jobs(store, states=states, kinds=kinds, by=by, before=before, most=most, scope=scope)
     return JobList(jobs=tuple(_view(job, now) for job in found))
+
+
+def page_of_jobs(
+    store: Store,
+    *,
+    states: Collection[State] = (),
+    kinds: Collection[str] = (),
+    by: str | None = None,
+    first: int = 0,
+    most: int = 100,
+    scope: Scope = Scope(),
+) -> JobPage:
+    """Jobs from a place on, newest first, and how many there are. Arguments as in `list_jobs`."""
+    now = queue.time_now(store)
+    found = queue.list_jobs(store, states=states, kinds=kinds, by=by, first=first, most=most, scope=scope)
+    total = queue.count_jobs(store, states=states, kinds=kinds, by=by, scope=scope)
+    return JobPage(jobs=tuple(_view(job, now) for job in found), total=total)
 
 
 def states_named(names: Collection[str]) -> list[State]:

@@ -27,6 +27,7 @@ from tunesmith.services.data import datasheet
 from tunesmith.services.versions import RegisteredVersion, approvals_for, registered
 from tunesmith.store import database
 from tunesmith.store.identities import User
+from tunesmith.store.scoping import visible
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, RecordRow, VersionRow
 
@@ -238,11 +239,8 @@ def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[
 def _visible(scope: Scope, text: str) -> Select[VersionRow]:
     """The versions that a scope may see and that fit a text, the newest first."""
     query = select(VersionRow).join(RecordRow, RecordRow.digest == VersionRow.digest)
+    query = query.where(*visible(VersionRow, scope))
     query = query.order_by(RecordRow.created_at.desc(), VersionRow.name, VersionRow.number.desc())
-    if scope.tenant:
-        query = query.where(VersionRow.tenant.in_(("", scope.tenant)))
-    if scope.region:
-        query = query.where(VersionRow.region.in_(("", scope.region)))
     return query.where(_fits(text.strip())) if text.strip() else query
 
 

@@ -269,7 +269,8 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
         found.append(f"{uses} candidates have used these test rows, so the gates' intervals are wider.")
     for row in data["candidates"]:
         if row["cut"] and row["role"]:
-            found.append(f"{row['cut']} answers of {row['name']} were cut off at max_tokens.")
+            said = "answer" if row["cut"] == 1 else "answers"
+            found.append(f"{row['cut']} {said} of {row['name']} reached max_tokens and ended there.")
     if data["version"] and data["version"]["override"]:
         found.append(f"{data['version']['label']} was registered by an override: {data['version']['override']}.")
     for metric, by_name in data["judges"].items():

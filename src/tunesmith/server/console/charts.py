@@ -1,80 +1,66 @@
-"""Line charts as geometry in percent of the drawing, for `charts.html.jinja`, which draws them as SVG."""
+"""Line charts as documents, which `charts.html.jinja` puts into a page and `charts.js` draws by uPlot."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
 
-Points = Sequence[tuple[float, float | None]]
+from tunesmith.core.text.display import printable
+
+Points = Mapping[float, float | None]  # x -> y, None for a gap
+# share: from 0 to 1, shown as a percentage. log: logarithmic, values above 0.
+Scale = Literal["linear", "share", "log", "count"]
+# The colours by what is drawn, the same in every chart: the new version and what was tuned have the first.
+CANARY, STABLE, GOOD, BAD = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line. number: 1 to 4, its colour and dashes.
-
-    paths: points of SVG polylines; a gap begins a new one. dots: points with a gap on either side.
-    """
+    """One line. colour: from 1 to 4, of the style sheet's --chart-1 to --chart-4; 0 for a grey one."""
 
     label: str
-    number: int
-    paths: tuple[str, ...]
-    dots: tuple[str, ...]
+    points: Points
+    colour: int
+    dashed: bool = False
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart. ticks: (label, height in percent from the top), the highest first. ends: labels of the x axis.
-
-    bounds: (label, height) of horizontal lines that the lines are compared with.
-    """
-
-    title: str
-    lines: tuple[Line, ...]
-    ticks: tuple[tuple[str, float], ...]
-    ends: tuple[str, str]
-    bounds: tuple[tuple[str, float], ...] = ()
-
-
-def chart(
-    title: str,
-    lines: Sequence[tuple[str, Points]],
-    *,
-    ends: tuple[str, str],
-    low: float = 0.0,
-    high: float | None = None,
-    bounds: Sequence[tuple[str, float]] = (),
-    log: bool = False,
-) -> Chart:
+def chart(title: str, lines: Sequence[Line], *, x: str, y: str, scale: Scale = "linear") -> dict[str, Any]:
     """A chart of lines over the same span of x.
 
-    low, high: of the y axis, by default from 0 to the largest value. log: a logarithmic y axis; low is above 0 then.
+    x, y: what the axes show, with its unit. An x named "time" is in seconds since 1970.
     """
-    points = [point for _, each in lines for point in each]
-    known = [y for _, y in points if y is not None]
-    high = max([*known, *(bound for _, bound in bounds), low + 1e-9]) if high is None else high
-    first, last = min((x for x, _ in points), default=0.0), max((x for x, _ in points), default=1.0)
+    at = sorted({place for line in lines for place in line.points})
+    return {
+        "title": printable(title),
+        "x": x,
+        "y": printable(y),
+        "scale": scale,
+        "says": " ".join(_said(line, x, scale) for line in lines),
+        "at": at,
+        "lines": [
+            {
+                "label": printable(line.label),
+                "colour": line.colour,
+                "dashed": line.dashed,
+                "values": [line.points.get(place) for place in at],
+            }
+            for line in lines
+        ],
+    }
 
-    def height(y: float) -> float:
-        y, bottom, top = (math.log10(v) for v in (max(y, low), low, high)) if log else (y, low, high)
-        return 100 - 100 * min(1.0, max(0.0, (y - bottom) / ((top - bottom) or 1)))
 
-    def place(x: float) -> float:
-        return 100 * (x - first) / ((last - first) or 1)
+def _said(line: Line, x: str, scale: Scale) -> str:
+    """A line in words: where it begins and ends."""
+    known = [(place, value) for place, value in sorted(line.points.items()) if value is not None]
+    if not known:
+        return printable(f"{line.label}: no value.")
 
-    def line(label: str, number: int, each: Points) -> Line:
-        found: list[list[str]] = [[]]
-        for x, y in each:
-            if y is None:
-                found.append([])
-            else:
-                found[-1].append(f"{place(x):.2f},{height(y):.2f}")
-        # A line from a point to itself with round ends is a dot.
-        dots = tuple(f"{path[0]} {path[0]}" for path in found if len(path) == 1)
-        return Line(label, number, tuple(" ".join(path) for path in found if len(path) > 1), dots)
+    def said(place: float, value: float) -> str:
+        shown = f"{value:.1%}" if scale == "share" else f"{value:.4g}"
+        where = f"{datetime.fromtimestamp(place, UTC):%Y-%m-%d %H:%M} UTC" if x == "time" else f"{x} {place:g}"
+        return f"{shown} at {where}"
 
-    drawn = (line(label, number, each) for number, (label, each) in enumerate(lines, start=1))
-    middle = math.sqrt(low * high) if log else (low + high) / 2
-    ticks = tuple((f"{value:.3g}", height(value)) for value in (high, middle, low))
-    marked = tuple((label, height(bound)) for label, bound in bounds)
-    return Chart(title, tuple(drawn), ticks, ends, marked)
+    ends = dict.fromkeys((said(*known[0]), said(*known[-1])))
+    return printable(f"{line.label}: {', '.join(ends)}.")

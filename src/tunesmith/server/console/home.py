@@ -1,4 +1,4 @@
-"""The first page: what serves now, what moves, what waits for whom, and whether all parts are well."""
+"""The first page: what serves now, rollouts in progress, what needs action by whom, and whether all parts work."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ async def home(viewer: Looking) -> Response:
     """What serves, moves and waits, for this person's tenant and region."""
     project = viewer.serving.project
     found = await viewer.run(partial(service.home, viewer.store, viewer.user.name, project))
-    newest = await viewer.run(partial(jobs.list_jobs, viewer.store, most=_JOBS, scope=viewer.user.scope))
+    newest = await viewer.run(partial(jobs.page_of_jobs, viewer.store, most=_JOBS, scope=viewer.user.scope))
     said = {True: "answers", False: "does not answer"}
     parts = parts_that_answer(viewer.serving)
     health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
-    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, health=health)
+    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, job_total=newest.total, health=health)
 
 
 @routes.get("/console/due")

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.display import json_text
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
@@ -81,16 +82,21 @@ async def retry(request: Request, viewer: Changing, name: str) -> Response:
 async def audit_log(
     viewer: Looking,
     search: Annotated[str, Query(max_length=200)] = "",
-    before: Annotated[int | None, Query(ge=0, lt=1 << 62)] = None,
+    page: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
 ) -> Response:
     """Who did what, the newest first."""
     _whole(viewer)
-    look = partial(audit.show_audit, viewer.store, containing=search.strip(), before=before, limit=_ENTRIES)
+    skip = (page - 1) * _ENTRIES
+    look = partial(audit.show_audit, viewer.store, containing=search.strip(), skip=skip, limit=_ENTRIES)
     found = await viewer.run(look)
-    entries = tuple(reversed(found.entries))
-    older = entries[-1].seq if len(entries) == _ENTRIES else None
     return viewer.page(
-        "audit.html.jinja", entries=entries, total=found.total, search=search.strip(), older=older, before=before
+        "audit.html.jinja",
+        entries=found.entries[::-1],
+        total=found.total,
+        search=search.strip(),
+        page=page,
+        last=max(1, -(-found.total // _ENTRIES)),
+        readable=partial(json_text, indent=2),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.text.display import printable
@@ -31,7 +32,7 @@ HEADERS = {
 # The pages that the navigation names.
 PAGES = (
     ("/", "Home"),
-    ("/console/runs", "Runs"),
+    ("/console/jobs", "Jobs"),
     ("/console/evidence", "Evidence"),
     ("/console/versions", "Versions"),
     ("/console/rollouts", "Rollouts"),
@@ -63,19 +64,47 @@ def asset(name: str) -> str:
 
 
 def moment(at: float | str | None) -> str:
-    """A time in UTC to the minute. at: seconds since 1970, or ISO 8601; None gives a dash."""
+    """A time to the minute: 2026-01-31 10:45 UTC. at: seconds since 1970, or ISO 8601; None gives a dash."""
+    return "–" if at is None else _time(at).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def when(at: float | str | None) -> Markup | str:
+    """A time as an element, whose text `console.js` makes "12 min ago" where it is near."""
     if at is None:
         return "–"
+    found = _time(at)
+    full = found.strftime("%Y-%m-%d %H:%M:%S UTC")
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(found.isoformat(), full, moment(at))
+
+
+def _time(at: float | str) -> datetime:
     found = datetime.fromtimestamp(at, UTC) if isinstance(at, float | int) else datetime.fromisoformat(at)
-    return found.strftime("%Y-%m-%d %H:%M")
+    return found.astimezone(UTC)
 
 
-def ago(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A span of time in one unit: 40 s, 12 min, 3 h, 5 days."""
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def count(number: float) -> str:
+    """A whole number with its thousands apart: 12,345."""
+    return f"{number:,.0f}"
+
+
+def many(number: int, noun: str) -> str:
+    """A number of things: 1 entry, 1,200 entries."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count(number)} {noun if number == 1 else plural}"
+
+
+def scope(of: Any) -> str:
+    """Whom a thing with a tenant and a region is for: all tenants and regions; tenant acme, region eu."""
+    named = [f"{kind} {name}" for kind in ("tenant", "region") if (name := getattr(of, kind))]
+    return ", ".join(named) or "all tenants and regions"
 
 
 def percent(share: float | None) -> str:
@@ -105,7 +134,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    found.filters.update(moment=moment, ago=ago, percent=percent, short=short, size=size)
+    found.filters.update(
+        {each.__name__: each for each in (count, duration, many, moment, percent, scope, short, size, when)}
+    )
     found.globals.update(asset=asset, pages=PAGES)
     return found
 

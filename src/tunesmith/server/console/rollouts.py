@@ -12,9 +12,9 @@ from fastapi import FastAPI, Request, Response
 
 from tunesmith.core.scope import Scope
 from tunesmith.server.console.changes import changes_of
-from tunesmith.server.console.charts import Chart, Points, chart
+from tunesmith.server.console.charts import BAD, CANARY, GOOD, STABLE, Line, chart
 from tunesmith.server.console.evidence import lost
-from tunesmith.server.console.rendering import moment, private, rendered
+from tunesmith.server.console.rendering import private, rendered
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.shared import Shared
@@ -27,8 +27,9 @@ from tunesmith.services.rollouts import RolloutView, Seen
 routes = router()
 _ROOT = "/console/rollouts"
 _COURSE_SECONDS = 3.0
-ARMS = ("stable", "canary")
 _COURSES: WeakKeyDictionary[FastAPI, Shared[str]] = WeakKeyDictionary()
+_LEAST = 1e-6  # that a logarithmic axis shows
+ARMS = (("stable", STABLE), ("canary", CANARY))
 
 
 @routes.get(_ROOT)
@@ -81,7 +82,8 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
         found = await viewer.run(partial(courses.course, viewer.store, number))
         shown = [(each, evidence_charts(each)) for each in reversed(found.evidence)]
         charts = traffic_charts(found.traffic)
-        return rendered("rollout_course.html.jinja", {"traffic": found.traffic, "charts": charts, "evidence": shown})
+        shares = {"traffic": found.traffic, "charts": charts, "evidence": shown, "number": number}
+        return rendered("rollout_course.html.jinja", shares)
 
     seen = tuple(changes_of(request, viewer).numbers)
     shared = _COURSES.setdefault(request.app, Shared(_COURSE_SECONDS))
@@ -113,51 +115,47 @@ async def change(request: Request, viewer: Changing, number: int, action: str) -
     return gone_to(request, f"{_ROOT}/{number}")
 
 
-def traffic_charts(found: Traffic) -> list[Chart]:
+def traffic_charts(found: Traffic) -> list[dict[str, Any]]:
     """Requests, failures and scores of both arms over time; [] without requests."""
     if not found.spans:
         return []
     times = [datetime.fromisoformat(span.at).timestamp() for span in found.spans]
-    ends = moment(times[0]), moment(times[-1])
     per = "minute" if found.minutes == 1 else f"{found.minutes} minutes"
 
-    def lines(field: str) -> list[tuple[str, Points]]:
+    def lines(field: str) -> list[Line]:
         spans = list(zip(times, found.spans, strict=True))
-        return [(arm, [(at, getattr(getattr(span, arm), field)) for at, span in spans]) for arm in ARMS]
+        return [
+            Line(arm, {at: getattr(getattr(span, arm), field) for at, span in spans}, colour, dashed=arm == "stable")
+            for arm, colour in ARMS
+        ]
 
-    scored = any(y is not None for _, points in lines("score") for _, y in points)
     shown = [
-        chart(
-            title, lines(field), ends=ends, high=max(1.0, *(y or 0.0 for _, points in lines(field) for _, y in points))
-        )
-        for title, field in ((f"Requests a {per}", "requests"), (f"Failed requests a {per}", "failed"))
+        chart(f"{title} per {per}", lines(field), x="time", y=title.lower(), scale="count")
+        for title, field in (("Requests", "requests"), ("Failed requests", "failed"))
     ]
-    return [*shown, chart(f"Mean {found.metric}", lines("score"), high=1.0, ends=ends)] if scored else shown
+    score = lines("score")
+    scored = any(y is not None for line in score for y in line.points.values())
+    return [*shown, chart(f"Mean {found.metric}", score, x="time", y=found.metric, scale="share")] if scored else shown
 
 
-def evidence_charts(found: Evidence) -> list[Chart]:
+def evidence_charts(found: Evidence) -> list[dict[str, Any]]:
     """The e-values against the one that decides, and both means, as the step's requests came; [] without requests."""
     points = found.points
     if not points:
         return []
-    ends = f"request {points[0].requests}", f"request {points[-1].requests}"
-    high = max(10 * found.needed, *(2 * max(point.not_worse, point.worse) for point in points))
-    evidence = chart(
-        "Evidence (e-values, logarithmic)",
-        [
-            ("not worse", [(point.requests, point.not_worse) for point in points]),
-            ("worse", [(point.requests, point.worse) for point in points]),
-        ],
-        low=1 / high,
-        high=high,
-        bounds=[(f"{found.needed:.3g} decides", found.needed)],
-        log=True,
-        ends=ends,
-    )
-    means: list[tuple[str, Points]] = [
-        (arm, [(point.requests, getattr(point, arm)) for point in points]) for arm in ARMS
+    evidence = [
+        Line("not worse", {point.requests: max(point.not_worse, _LEAST) for point in points}, GOOD),
+        Line("worse", {point.requests: max(point.worse, _LEAST) for point in points}, BAD, dashed=True),
+        Line(f"{found.needed:.3g} decides", {point.requests: found.needed for point in points}, 0, dashed=True),
     ]
-    return [evidence, chart(f"Mean {found.metric} so far", means, high=1.0, ends=ends)]
+    means = [
+        Line(arm, {point.requests: getattr(point, arm) for point in points}, colour, dashed=arm == "stable")
+        for arm, colour in ARMS
+    ]
+    return [
+        chart("Evidence (e-values, logarithmic)", evidence, x="request", y="e-value", scale="log"),
+        chart(f"Mean {found.metric} so far", means, x="request", y=found.metric, scale="share"),
+    ]
 
 
 async def _find(viewer: Viewer, number: int) -> RolloutView:

@@ -21,10 +21,10 @@ from tunesmith.server.console import (
     rollouts,
     versions,
 )
+from tunesmith.server.console.jobs import pages, start
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.rows import datasets, review
-from tunesmith.server.console.runs import pages, start
 from tunesmith.server.errors import ApiError
 
 _FILES = {file.name: file for file in STATIC.iterdir() if file.is_file()}

@@ -9,8 +9,8 @@ from fastapi import Query, Request, Response
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.server.console.jobs.pages import no_start
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.runs.pages import no_start
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services import review

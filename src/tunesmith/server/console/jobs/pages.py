@@ -8,13 +8,11 @@ from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import Path, Query, Request, Response
-from fastapi.responses import JSONResponse
 
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs.state import ENDED, STATES
-from tunesmith.server.console.rendering import HEADERS
+from tunesmith.server.console.jobs.curves import charts, numbers
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.runs import charts
 from tunesmith.server.console.session import Changing, Looking, Viewer
 from tunesmith.server.errors import ApiError, forbidden
 from tunesmith.services import jobs, run_curves
@@ -24,62 +22,52 @@ routes = router()
 _PAGE = 50  # jobs on a page
 _LINES = 100  # of a log on a page
 _OTHERS = 30  # jobs that the form for a comparison names
-_PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
 Asked = Annotated[int, Query(ge=1, le=999_999_999)]
+Page = Annotated[int, Query(ge=1, le=1_000_000)]
 
 
-@routes.get("/console/runs")
-async def runs(viewer: Looking, state: str = "", kind: str = "", by: str = "", before: Asked | None = None) -> Response:
+@routes.get("/console/jobs")
+async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page: Page = 1) -> Response:
     """The jobs of this person's tenant and region, newest first."""
     filters = {"state": state, "kind": kind, "by": by}
     given = {name: value for name, value in filters.items() if value}
-    listed = partial(
-        jobs.list_jobs,
+    read = partial(
+        jobs.page_of_jobs,
         viewer.store,
         states=jobs.states_named([state] if state else ()),
         kinds=[kind] if kind else (),
         by=by or None,
-        before=before,
-        most=_PAGE + 1,
+        first=(page - 1) * _PAGE,
+        most=_PAGE,
         scope=viewer.user.scope,
     )
-    found = (await viewer.run(listed)).jobs
-    shown = found[:_PAGE]
-    older = None
-    if len(found) > _PAGE:
-        older = "/console/runs?" + urlencode({**given, "before": shown[-1].job})
+    found = await viewer.run(read)
     return viewer.page(
-        "runs.html.jinja",
-        jobs=shown,
+        "jobs.html.jinja",
+        jobs=found.jobs,
+        total=found.total,
+        page=page,
+        last=max(1, -(-found.total // _PAGE)),
         filters=filters,
         given=given,
-        here="/console/runs?" + urlencode(given | ({"before": before} if before else {})),
-        newest="/console/runs?" + urlencode(given) if before else None,
-        older=older,
+        here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
         states=STATES,
         kinds=jobs.KINDS,
         reason=no_start(viewer),
     )
 
 
-@routes.get("/console/runs/compare")
+@routes.get("/console/jobs/compare")
 async def compare(viewer: Looking, a: Asked, b: Asked) -> Response:
     """Two jobs side by side."""
     found = await viewer.run(partial(_compared, viewer, a, b))
-    return viewer.page("runs_compare.html.jinja", found=found, numbers=charts.numbers)
+    labels = [f"{each}" if a != b else f"{each} {side}" for each, side in zip((a, b), "ab", strict=True)]
+    drawn = charts({f"job {label}": each for label, each in zip(labels, found.curves, strict=True)})
+    return viewer.page("jobs_compare.html.jinja", found=found, charts=drawn, numbers=numbers)
 
 
-@routes.get("/console/runs/compare/curves")
-async def compared_curves(viewer: Looking, a: Asked, b: Asked) -> Response:
-    """The curves of two jobs, in the same charts."""
-    found = (await viewer.run(partial(_compared, viewer, a, b))).curves
-    labels = [f"{each.job}" if a != b else f"{each.job} {side}" for each, side in zip(found, "ab", strict=True)]
-    drawn = charts.charts({f"run {label}": each for label, each in zip(labels, found, strict=True)})
-    return JSONResponse({"charts": drawn}, headers=_PRIVATE)
-
-
-@routes.get("/console/runs/{number}")
+@routes.get("/console/jobs/{number}")
 async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
     """One job. lines: the log's lines before this one instead of the newest."""
 
@@ -96,24 +84,14 @@ async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Re
 
     found = await viewer.run(read)
     may = viewer.user.may("job.change")
-    return viewer.page("runs_job.html.jinja", **found, may=may, paged=lines is not None, numbers=charts.numbers)
-
-
-@routes.get("/console/runs/{number}/curves")
-async def curves(viewer: Looking, number: Number) -> Response:
-    """The curves of one job, for its charts."""
-
-    def read() -> list[dict[str, Any]]:
-        _seen(viewer, number)
-        return charts.charts({"": run_curves.curves(viewer.store, number)})
-
-    return JSONResponse({"charts": await viewer.run(read)}, headers=_PRIVATE)
+    drawn = charts({"": found["curves"]})
+    return viewer.page("jobs_one.html.jinja", **found, charts=drawn, may=may, paged=lines is not None, numbers=numbers)
 
 
 _CHANGES: Mapping[str, Callable[..., JobView]] = {"cancel": jobs.cancel, "pause": jobs.pause, "resume": jobs.resume}
 
 
-@routes.post("/console/runs/{number}/{change}")
+@routes.post("/console/jobs/{number}/{change}")
 async def change(request: Request, viewer: Changing, number: Number, change: str) -> Response:
     """Cancel, pause or resume a job."""
     if change not in _CHANGES:
@@ -126,7 +104,7 @@ async def change(request: Request, viewer: Changing, number: Number, change: str
         _CHANGES[change](viewer.store, number, actor=viewer.user.name)
 
     await viewer.run(changed)
-    return gone_to(request, f"/console/runs/{number}")
+    return gone_to(request, f"/console/jobs/{number}")
 
 
 def _seen(viewer: Viewer, number: int) -> JobView:
@@ -134,7 +112,7 @@ def _seen(viewer: Viewer, number: int) -> JobView:
     try:
         return jobs.show(viewer.store, number, scope=viewer.user.scope)
     except UsageError as error:
-        raise ApiError(404, f"There is no run {number}.", code="job_not_found") from error
+        raise ApiError(404, f"There is no job {number}.", code="job_not_found") from error
 
 
 def _compared(viewer: Viewer, a: int, b: int) -> run_curves.JobComparison:

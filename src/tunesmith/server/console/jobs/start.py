@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import Request, Response
 
 from tunesmith.project import Project
+from tunesmith.server.console.jobs.pages import no_start
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.runs.pages import no_start
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import bad_request, forbidden
 from tunesmith.services import jobs, run_settings
@@ -22,7 +22,7 @@ routes = router()
 Form = Mapping[str, Sequence[str]]
 
 
-@routes.get("/console/runs/start")
+@routes.get("/console/jobs/start")
 async def start(viewer: Looking) -> Response:
     """The form, with the project file's settings, and the newest forecast."""
 
@@ -33,18 +33,18 @@ async def start(viewer: Looking) -> Response:
         return {"reason": "", "candidates": run_settings.changeable(project), "forecast": newest_forecast(project)}
 
     key = secrets.token_hex(16)  # the same form sent twice starts one run
-    return viewer.page("runs_start.html.jinja", **await viewer.run(read), shown=_shown, key=key)
+    return viewer.page("jobs_start.html.jinja", **await viewer.run(read), shown=_shown, key=key)
 
 
-@routes.post("/console/runs/start")
+@routes.post("/console/jobs/start")
 async def begin(request: Request, viewer: Changing) -> Response:
     """Queue a run."""
     given = await form(request)
     job = await viewer.run(partial(_queued, viewer, given))
-    return gone_to(request, f"/console/runs/{job}")
+    return gone_to(request, f"/console/jobs/{job}")
 
 
-@routes.post("/console/runs/forecast")
+@routes.post("/console/jobs/forecast")
 async def forecast(request: Request, viewer: Changing) -> Response:
     """Queue a forecast of a candidate's training with the form's settings."""
     given = await form(request)
@@ -57,7 +57,7 @@ async def forecast(request: Request, viewer: Changing) -> Response:
             project, name, changes=changes, priority=_priority(given), actor=viewer.user.name
         ).job
 
-    return gone_to(request, f"/console/runs/{await viewer.run(queued)}")
+    return gone_to(request, f"/console/jobs/{await viewer.run(queued)}")
 
 
 def _queued(viewer: Viewer, given: Form) -> int:
