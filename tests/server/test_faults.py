@@ -340,7 +340,7 @@ def test_an_answer_is_not_withheld_when_it_cannot_be_recorded(served: Served, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(database, "writing", full)
+        patch.setattr(database, "append", full)
         assert served.ask().choices[0].message.content == VALID
     assert len(served.rows()) == 1
     with served.http() as http:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from sqlalchemy.orm import Session
 
 from tests.server.conftest import Served
-from tests.waiting import SECONDS
-from tunesmith.server import recording
+from tests.waiting import until
 from tunesmith.server.intake.connections import BoundedConnection
 from tunesmith.store import database
 
@@ -51,20 +47,19 @@ def test_a_request_wakes_one_thread(served: Served, monkeypatch: pytest.MonkeyPa
     assert 3 <= looked < served.serving.settings.together
 
 
-def test_requests_that_end_together_share_a_transaction(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_end_together_share_transactions(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is written, the others' rows gather, and their threads take the next requests."""
     served.ask()
-    many, begun, recorder = 8, 0, served.serving.recorder
+    many, begun, rows, append = 8, 0, served.serving.recorder._rows, database.append
 
-    def waiting_for_the_others(engine: Any, **options: Any) -> AbstractContextManager[Session]:
+    def waiting_for_the_others(*given: Any) -> None:
         nonlocal begun
         begun += 1
-        until = time.monotonic() + SECONDS
-        while begun == 1 and len(recorder._unwritten) < many - 1:
-            assert time.monotonic() < until
-            time.sleep(0.005)
-        return database.writing(engine, **options)
+        if begun == 1:
+            until(lambda: rows.waiting() == many - 1 and served.worker.answering() == 1)
+        append(*given)
 
-    monkeypatch.setattr(recording, "database", _Database(waiting_for_the_others))
+    monkeypatch.setattr(database, "append", waiting_for_the_others)
     with ThreadPoolExecutor(many) as pool:
         assert [answer.status_code for answer in pool.map(lambda _: served.post(), range(many))] == [200] * many
     assert begun == 2
@@ -75,16 +70,6 @@ def test_requests_that_end_together_share_a_transaction(served: Served, monkeypa
 def test_a_row_that_does_not_fit_costs_no_other(served: Served) -> None:
     served.ask()
     (row,) = ({column.name: getattr(one, column.name) for column in one.__table__.columns} for one in served.rows())
-    recorder = served.serving.recorder
-    assert recorder._store_rows([{**row, "id": "a"}, row, {**row, "id": "b"}]) == 1
+    rows = served.serving.recorder._rows
+    assert rows.store([{**row, "id": "a"}, row, {**row, "id": "b"}]) == 1
     assert sorted(one.id for one in served.rows()) == sorted([row["id"], "a", "b"])
-
-
-class _Database:
-    """The module store.database with another `writing`."""
-
-    def __init__(self, writing: Any) -> None:
-        self.writing = writing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(database, name)

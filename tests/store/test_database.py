@@ -1,18 +1,68 @@
-"""Transactions that wait for the disk, and those that need not."""
+"""Rows that are appended past SQLAlchemy's sessions: the same values, errors and fences."""
 
 from __future__ import annotations
 
-from sqlalchemy import text
+import sqlite3
+from typing import Any
 
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.store import database
 from tunesmith.store.store import Store
+from tunesmith.store.tables import MemoRow, RequestRow
 
-FULL, NORMAL = 2, 1
+FULL = 2
 
 
-def test_only_a_transaction_that_says_so_leaves_the_disk_to_the_system(store: Store) -> None:
-    def synchronous(forced: bool) -> int:
-        with database.writing(store.engine, forced=forced) as session:
-            return int(session.execute(text("PRAGMA synchronous")).scalar_one())
+def row(number: str, **changes: Any) -> dict[str, Any]:
+    """The columns of a request."""
+    found = {"id": number, "at": stamp(), "name": "home", "tenant": "", "region": "", "caller": "olive", "end_user": ""}
+    found |= {"version": "sha256:0", "rollout": None, "arm": "stable", "ok": True, "cut": False, "seconds": 0.25}
+    found |= {"prompt_tokens": 3, "completion_tokens": 2, "scores": {"é": 1.0}, "features": {"characters": 4.0}}
+    return {**found, **changes}
 
-    assert [synchronous(forced) for forced in (True, False, False, True)] == [FULL, NORMAL, NORMAL, FULL]
+
+def test_appended_rows_are_read_as_they_were_given(store: Store) -> None:
+    rows = [row("a"), row("b", rollout=7, ok=False, scores={})]
+    database.append(store.engine, RequestRow, rows)
+    with database.writing(store.engine) as session:
+        assert session.execute(text("PRAGMA synchronous")).scalar_one() == FULL, (
+            "what must not be lost waits for the disk"
+        )
+        read = session.scalars(select(RequestRow).order_by(RequestRow.id))
+        assert [{key: getattr(one, key) for key in rows[0]} for one in read] == rows
+    database.checkpoint(store.engine)
+    with sqlite3.connect(f"file:{store.engine.url.database}?immutable=1", uri=True) as without_log:
+        assert without_log.execute("select count(*) from requests").fetchone() == (2,)
+
+
+def test_a_row_that_does_not_fit_appends_nothing(store: Store) -> None:
+    database.append(store.engine, RequestRow, [row("a")])
+    with pytest.raises(IntegrityError) as raised:
+        database.append(store.engine, RequestRow, [row("b"), row("a", name="secret-name")])
+    assert "secret-name" not in str(raised.value)
+    database.append(store.engine, RequestRow, [row("c")])
+    with database.reading(store.engine) as session:
+        assert sorted(session.scalars(select(RequestRow.id))) == ["a", "c"]
+
+
+def test_a_full_database_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_DIRECT_PRAGMAS", ("max_page_count=1",))  # no more than it has now
+    store.engine.dispose()
+    with pytest.raises(TunesmithError, match="disk is full"):
+        database.append(store.engine, RequestRow, [row(str(number)) for number in range(500)])
+
+
+def test_a_fence_holds_for_appended_rows(store: Store) -> None:
+    def fence(_session: Session) -> None:
+        raise Refused("the job is another worker's now")
+
+    with pytest.raises(Refused):
+        database.append(database.fenced(store.engine, fence), MemoRow, [{"key": "k", "digest": "d"}])
+    with database.reading(store.engine) as session:
+        assert session.scalars(select(MemoRow)).all() == []

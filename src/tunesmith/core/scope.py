@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tunesmith.core.text.names import check_name
 
@@ -19,7 +19,7 @@ class Scope:
     region: str = ""
 
     def __post_init__(self) -> None:
-        for kind, name in self.fields().items():
+        for kind, name in (("tenant", self.tenant), ("region", self.region)):
             if name:
                 check_name(name, kind)
 
@@ -35,7 +35,7 @@ class Scope:
 
     def fields(self) -> dict[str, str]:
         """The tenant and the region by name, for a table's two columns, a record or an audit entry."""
-        return asdict(self)
+        return {"tenant": self.tenant, "region": self.region}
 
     def options(self) -> str:
         """The command-line options that name this scope, each with a space before it."""

@@ -43,6 +43,7 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Prompts, Worker
 from tunesmith.services.held import tidy, waiting
 from tunesmith.services.served_scorers import ServedScorers
+from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tokens import note_use
 from tunesmith.store.uploads import remove_leftovers
@@ -118,6 +119,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _add_routes(app: FastAPI) -> None:
+    app.include_router(chat.answering)  # the first, since routes are tried in turn
     app.include_router(chat.routes)
     app.include_router(control.routes)
     for resource in (evaluations, versions, rollouts, datasets, review, monitoring, people):
@@ -178,6 +180,7 @@ async def _control(serving: Serving) -> None:
             for _ in await asyncio.to_thread(tidy, serving.store):
                 serving.metrics.held.labels("expired").inc()
             serving.metrics.held_waiting.set(await asyncio.to_thread(waiting, serving.store))
+            await asyncio.to_thread(database.checkpoint, serving.store.engine)
             await serving.awaited.look(serving.store)
             if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
                 cleaned_at = time.monotonic()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.clock import stamp
@@ -30,6 +30,7 @@ from tunesmith.rollout.traffic import STEP, end_user
 from tunesmith.server.errors import ApiError, bad_request, forbidden, keeps_nothing, not_stored, unknown_request
 from tunesmith.server.intake import limits
 from tunesmith.server.metrics import Metrics
+from tunesmith.server.request_rows import RequestRows
 from tunesmith.server.routing import Route
 from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store import audit, database
@@ -80,15 +81,6 @@ class _Kept(NamedTuple):
 _CUT = "max_tokens, stop text, format or tools of the request shaped the answer, so it says nothing about the version"
 
 
-@dataclass(slots=True)
-class _Unwritten:
-    """The row of a request whose thread waits until it is written. leads: that thread writes all that waits."""
-
-    row: dict[str, Any]
-    leads: bool = False
-    woken: threading.Event = field(default_factory=threading.Event)
-
-
 class FeedbackResult(View):
     """The scores that feedback added. kept: whether the request was stored as a case, where its caller asked for that.
 
@@ -135,63 +127,33 @@ class Recorder:
         self._scorers = scorers
         self._answers: OrderedDict[str, _Kept] = OrderedDict()
         self._most, self._lock = kept_answers, threading.Lock()
-        self._unwritten: list[_Unwritten] = []
-        self._led = False  # a thread writes what waits
+        self._rows = RequestRows(store, metrics.unrecorded.inc)
 
-    def write(self, served: Served) -> None:
-        """Record a request. If that fails, its answer is still sent, and a metric counts the loss.
+    def write(self, served: Served, then: Callable[[], object] | None = None) -> None:
+        """Record a request, then call `then`, in any thread; without it, return once it is recorded.
 
-        Requests that are recorded at the same time share a transaction: each would wait for the disk otherwise.
+        If recording fails, `then` is called all the same, and a metric counts the loss.
         """
+        if then is None:
+            done = threading.Event()
+            self.write(served, done.set)
+            done.wait()
+            return
         outcome = "failed" if served.completion is None else _answered(served)
         models = (served.model, served.route.version.label)
         self._metrics.request(served.route.arm, outcome, served.seconds, served.completion, models)
         if served.completion is not None and served.whole:
             user, text = served.user, served.completion.text
             self._keep(served.id, _Kept(user.tenant, user.name, served.messages, text, served.cut, served.store))
-        mine = _Unwritten(self._row(served))
-        with self._lock:
-            self._unwritten.append(mine)
-            mine.leads, self._led = not self._led, True
-        if not mine.leads:
-            mine.woken.wait()
-        if mine.leads:
-            self._write_waiting()
-        if served.store and _failed(mine.row):
-            self._keep_later(served)
-
-    def _write_waiting(self) -> None:
-        """Write what waits, wake the threads whose rows these are, and let the first of those that came since go on."""
-        with self._lock:
-            written, self._unwritten = self._unwritten, []
-        try:
-            self._metrics.unrecorded.inc(self._store_rows([one.row for one in written]))
-        finally:
-            with self._lock:
-                woken = [*written, *self._unwritten[:1]]
-                for one in self._unwritten[:1]:
-                    one.leads = True
-                self._led = bool(self._unwritten)
-            for one in woken:
-                one.woken.set()
-
-    def _store_rows(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Write rows of requests in one transaction, or one by one where that fails; returns how many were lost.
-
-        Answers wait for it, so SQLite's commit does not wait for the disk.
-        """
-        try:
-            with database.writing(self._store.engine, forced=False) as session:
-                session.connection().execute(insert(RequestRow), list(rows))  # past the ORM, which takes longer
-        except (TunesmithError, SQLAlchemyError, OSError) as error:
-            if isinstance(error, SQLAlchemyError) and len(rows) > 1:  # one of them has a value that does not fit
-                return sum(self._store_rows([row]) for row in rows)
-            LOG.exception("%d requests could not be recorded", len(rows))
-            return len(rows)
-        return 0
+        row = self._row(served)
+        if served.store and _failed(row):
+            self._rows.write(row, then, partial(self._keep_later, served))
+        else:
+            self._rows.write(row, then)
 
     def stop(self, seconds: float) -> None:
-        """Keep what waits to be kept, for at most this many seconds."""
+        """Write what waits to be written, and keep what waits to be kept, for at most this many seconds."""
+        self._rows.stop(seconds)
         wait([self._keeping.submit(int)], seconds)  # done when everything before it is
         self._keeping.shutdown(wait=False, cancel_futures=True)
 

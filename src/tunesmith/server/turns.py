@@ -54,6 +54,8 @@ class Turns(Generic[Job]):
 
     def drop(self, unwanted: Callable[[Job], bool]) -> None:
         """Forget the waiting jobs for which unwanted is true."""
+        if not any(unwanted(job) for jobs in self._waiting.values() for job in jobs):
+            return
         kept = {user: deque(job for job in jobs if not unwanted(job)) for user, jobs in self._waiting.items()}
         self._waiting = {user: jobs for user, jobs in kept.items() if jobs}
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from tunesmith.candidates.answering import Answerer, OtherBase
@@ -103,17 +104,12 @@ class Job:
     completion: Completion | None = None
     shaped: bool = False
     answer: ToolAnswer | None = None
-    _left: threading.Event = field(default_factory=threading.Event)
+    left: bool = False  # the client no longer waits
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
     def leave(self) -> None:
         """Note that the client no longer waits, so that the engine can stop."""
-        self._left.set()
-
-    @property
-    def left(self) -> bool:
-        """Whether the client no longer waits."""
-        return self._left.is_set()
+        self.left = True
 
     def claim(self) -> bool:
         """True for the first caller only, which must then record the request."""
@@ -215,14 +211,18 @@ class Worker:
         with self._change:
             if self._stopping:
                 raise stopping()
-            # Before the queue's bound: who left no longer waits, whichever bound was reached.
-            self._turns.drop(lambda waiting: waiting.left)
-            if self._turns.held_by(job.user.name) >= self._settings.per_user:
-                raise busy_for_user(self._settings.per_user)
-            if len(self._turns) >= self._settings.waiting:
-                raise busy()
+            if self._full(job.user.name) is not None:
+                self._turns.drop(lambda waiting: waiting.left)  # who left no longer waits
+            if (full := self._full(job.user.name)) is not None:
+                raise full
             self._turns.add(job.user.name, job)
             self._change.notify()  # one thread: to wake all of them for each request took most of the server's time
+
+    def _full(self, user: str) -> ApiError | None:
+        """The error for one more request of a user; None where there is room."""
+        if self._turns.held_by(user) >= self._settings.per_user:
+            return busy_for_user(self._settings.per_user)
+        return busy() if len(self._turns) >= self._settings.waiting else None
 
     def held_by(self, user: str) -> int:
         """How many of the user's requests wait or are answered."""
@@ -428,11 +428,12 @@ class Worker:
             self._end(job, job.served(None), error)
 
     def _end(self, job: Job, served: Served, event: Event) -> None:
-        """Record a claimed request and send its last event, which an error of the record must not withhold."""
+        """Record a claimed request, then send its last event, which an error of the record must not withhold."""
         try:
-            self._recorder.write(served)
-        finally:
+            self._recorder.write(served, partial(job.send, event))
+        except BaseException:
             job.send(event)
+            raise
 
     def _refuse(self, job: Job, error: ApiError) -> None:
         """Send an error that is not the arm's failure, so the request is not recorded."""

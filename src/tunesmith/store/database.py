@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Executable, create_engine, event, func, inspect, select, text
+from sqlalchemy import Connection, Engine, Executable, create_engine, event, func, insert, inspect, select, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import Pool
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import disk_full, is_disk_full
-from tunesmith.store.tables import HEAD_REVISION
+from tunesmith.store.tables import HEAD_REVISION, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
@@ -36,6 +39,9 @@ _CONNECTIONS = 15
 _LITTLE = 1 << 20
 # secure_delete: deleted texts are overwritten in the file.
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=20000", "secure_delete=ON")
+# Of a direct connection, whose commits do not wait for the disk. Pages of 4 KiB that may lie in SQLite's log before
+# its commit copies them into the database, which waits for the disk too; a server copies them earlier (`checkpoint`).
+_DIRECT_PRAGMAS = ("synchronous=NORMAL", "wal_autocheckpoint=8192")
 
 
 def connect(url: str) -> Engine:
@@ -75,22 +81,43 @@ def migrate(engine: Engine) -> None:
 
 
 @contextlib.contextmanager
-def writing(engine: Engine, *, forced: bool = True) -> Iterator[Session]:
+def writing(engine: Engine) -> Iterator[Session]:
     """One write transaction; writers take turns. Commits at the end, rolls back on any exception.
 
-    forced: the disk has the commit when it returns. Without it, SQLite leaves that to the operating system: a killed
-    process still loses nothing, a power cut may lose the newest commits, never their order. PostgreSQL always waits.
-    Raises what the engine's fence raises, if it has one.
+    The disk has the commit when it returns. Raises what the engine's fence raises, if it has one.
     """
-    with (
-        _usable(engine),
-        _write(engine, forced) as connection,
-        Session(bind=connection, expire_on_commit=False) as session,
-    ):
+    with _usable(engine), _write(engine) as connection, Session(bind=connection, expire_on_commit=False) as session:
         if (fence := connection.get_execution_options().get("fence")) is not None:
             fence(session)
         yield session
         session.flush()
+
+
+def append(engine: Engine, table: type[Table], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows with equal keys in one transaction.
+
+    SQLite leaves it to the operating system when the disk has them: a killed process still loses nothing, a power cut
+    may lose the newest transactions, never their order. PostgreSQL waits for the disk. Raises as `writing` does.
+    """
+    if engine.dialect.name != "sqlite" or "fence" in engine.get_execution_options():
+        with writing(engine) as session:
+            session.connection().execute(insert(table), list(rows))
+        return
+    # Without SQLAlchemy's session and connection, which take several times as long as SQLite.
+    statement, written_as = _insertion(table, tuple(rows[0]))
+    values = [{key: as_stored(row[key]) for key, as_stored in written_as} for row in rows]
+    with _direct(engine, statement) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(statement, values)
+        connection.execute("COMMIT")
+
+
+def checkpoint(engine: Engine) -> None:
+    """Copy what lies in SQLite's log into the database, so that no `append` has to wait for that. Nobody waits for this
+    meanwhile. Does nothing on PostgreSQL."""
+    if engine.dialect.name == "sqlite":
+        with _direct(engine, statement := "PRAGMA wal_checkpoint(PASSIVE)") as connection:
+            connection.execute(statement).fetchone()
 
 
 def fenced(engine: Engine, fence: Callable[[Session], None]) -> Engine:
@@ -108,16 +135,59 @@ def reading(engine: Engine) -> Iterator[Session]:
 def first_row(engine: Engine, query: Executable) -> Sequence[Any] | None:
     """The first row of a query without parameters, without what a session costs."""
     if engine.dialect.name == "sqlite":
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(engine.raw_connection()) as connection:
-            row: Sequence[Any] | None = connection.execute(_sql(query)).fetchone()
+        with _direct(engine, statement := _sql(query)) as connection:
+            row: Sequence[Any] | None = connection.execute(statement).fetchone()
             return row
-    with _usable(engine), engine.connect() as connection:
-        return connection.execute(query).first()
+    with _usable(engine), engine.connect() as connected:
+        return connected.execute(query).first()
 
 
 @cache
 def _sql(query: Executable) -> str:
     return str(query.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[attr-defined]
+
+
+@cache
+def _insertion(table: type[Table], keys: tuple[str, ...]) -> tuple[str, list[tuple[str, Callable[[Any], Any]]]]:
+    """The statement that inserts a row with these keys on SQLite, and what each value is stored as."""
+    dialect = sqlite.dialect(paramstyle="named")
+    types = {key: table.__table__.columns[key].type.dialect_impl(dialect) for key in keys}
+    stored = [(key, each.bind_processor(dialect) or (lambda value: value)) for key, each in types.items()]
+    return str(insert(table).compile(dialect=dialect, column_keys=list(keys))), stored
+
+
+# The direct connections that nobody uses now. A pool lives until its engine is disposed of, and they end with it.
+_unused: WeakKeyDictionary[Pool, deque[sqlite3.Connection]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _direct(engine: Engine, statement: str) -> Iterator[sqlite3.Connection]:
+    """A connection to SQLite past SQLAlchemy's pool and transactions. Raises what they would raise."""
+    unused = _unused.setdefault(engine.pool, deque())
+    try:
+        connection = unused.pop()
+    except IndexError:
+        connection = _open_direct(engine)
+    try:
+        yield connection
+    except BaseException as error:
+        connection.close()  # which rolls back
+        if isinstance(error, sqlite3.Error):
+            with _usable(engine):
+                raise DBAPIError.instance(statement, None, error, sqlite3.Error, hide_parameters=True) from error
+        raise
+    unused.append(connection)
+
+
+def _open_direct(engine: Engine) -> sqlite3.Connection:
+    with _usable(engine):
+        pooled = engine.raw_connection()
+        connection = pooled.driver_connection
+        pooled.detach()
+        assert isinstance(connection, sqlite3.Connection)
+        for pragma in _DIRECT_PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
 
 
 @contextlib.contextmanager
@@ -154,9 +224,9 @@ def _found_no_room(error: DBAPIError, file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _write(engine: Engine, forced: bool = True) -> Iterator[Connection]:
+def _write(engine: Engine) -> Iterator[Connection]:
     """A transaction that waits for its turn."""
-    with engine.execution_options(writes=True, forced=forced).begin() as connection:
+    with engine.execution_options(writes=True).begin() as connection:
         if connection.dialect.name == "postgresql":
             limits = (func.set_config(name, value, True) for name, value in _WRITER.items())
             connection.execute(select(*limits, func.pg_advisory_xact_lock(_WRITERS_LOCK)))
@@ -172,11 +242,7 @@ def _sqlite_transactions(engine: Engine) -> None:
             connection.execute(f"PRAGMA {pragma}")
 
     def on_begin(connection: Any) -> None:
-        options = connection.get_execution_options()
-        writes, forced = options.get("writes"), options.get("forced", True)
-        if writes and connection.info.get("forced", True) != forced:
-            connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if forced else 'NORMAL'}")
-            connection.info["forced"] = forced
+        writes = connection.get_execution_options().get("writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     event.listen(engine, "connect", on_connect)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy.orm import Session
 
 from tunesmith.store import audit, database
-from tunesmith.store.audit import Head
 from tunesmith.store.store import Store
 
 Value = TypeVar("Value")
@@ -24,7 +23,7 @@ class UntilChanged(Generic[Value]):
 
     def __init__(self, store: Store, most: int = 4096) -> None:
         self._store, self._most = store, most
-        self._kept: dict[Hashable, tuple[Head, Value]] = {}
+        self._kept: dict[Hashable, tuple[Sequence[Any] | None, Value]] = {}
 
     def get(
         self, key: Hashable, compute: Callable[[Session], Value], holds: Callable[[Value], bool] = lambda _value: True
@@ -34,15 +33,15 @@ class UntilChanged(Generic[Value]):
         compute: reads what it needs through the session that it is given. holds: for what changes without an entry,
         such as the time. What compute raises is raised, and not kept.
         """
-        # Before the value is computed: a change in between gives the next call another head.
-        head = audit.newest(self._store.engine)
-        if (known := self._known(key, head, holds)) is not None:
+        # Before the value is computed: a change in between gives the next call another revision.
+        revision = audit.revision(self._store.engine)
+        if (known := self._known(key, revision, holds)) is not None:
             return known
         with database.reading(self._store.engine) as session:
             value = compute(session)
         if len(self._kept) >= self._most:
             self._kept = {}
-        self._kept[key] = head, value
+        self._kept[key] = revision, value
         return value
 
     def known(self, key: Hashable, holds: Callable[[Value], bool] = lambda _value: True) -> Value | None:
@@ -50,8 +49,8 @@ class UntilChanged(Generic[Value]):
         the database is behind a network and may keep the caller waiting."""
         if self._store.engine.dialect.name != "sqlite" or key not in self._kept:
             return None
-        return self._known(key, audit.newest(self._store.engine), holds)
+        return self._known(key, audit.revision(self._store.engine), holds)
 
-    def _known(self, key: Hashable, head: Head, holds: Callable[[Value], bool]) -> Value | None:
+    def _known(self, key: Hashable, revision: Sequence[Any] | None, holds: Callable[[Value], bool]) -> Value | None:
         kept = self._kept.get(key)
-        return kept[1] if kept is not None and kept[0] == head and holds(kept[1]) else None
+        return kept[1] if kept is not None and kept[0] == revision and holds(kept[1]) else None

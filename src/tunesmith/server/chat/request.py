@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
@@ -217,7 +218,7 @@ class ChatRequest(BaseModel):
         if self.offered and self.logprobs:
             raise ValueError("logprobs and tools together are not supported")
 
-    @property
+    @cached_property
     def conversation(self) -> tuple[Message, ...]:
         """The messages, with their parts joined and the offered tools."""
         messages = tuple(message.plain() for message in self.messages)

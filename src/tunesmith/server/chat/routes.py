@@ -22,7 +22,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.holding.queue import HeldAnswer
 from tunesmith.registry.versions import Version
-from tunesmith.server.access import bearer, caller, needs
+from tunesmith.server.access import PlainRoute, bearer, caller, needs
 from tunesmith.server.chat.answer import (
     Alternative,
     AnswerCall,
@@ -53,6 +53,7 @@ ID_PREFIX = "chatcmpl-"
 _CHUNK: Final = "chat.completion.chunk"
 
 routes = APIRouter(prefix="/v1", dependencies=[needs("chat")])
+answering = APIRouter(prefix="/v1", dependencies=[needs("chat")], route_class=PlainRoute)
 
 
 @routes.get("/models", response_model=ModelList, responses=errors(401, 403, 429), openapi_extra=BEARER)
@@ -73,7 +74,7 @@ async def model(request: Request, model: str) -> Response:
     raise no_such_model(model)
 
 
-@routes.post(
+@answering.post(
     "/chat/completions",
     response_model=ChatCompletion,
     responses={
@@ -150,21 +151,20 @@ async def _reviewed(
 
 async def _first_event(job: Job, request: Request, serving: Serving) -> Event:
     """The job's first event, or an ApiError if the client left or the time is over."""
-    gone = asyncio.ensure_future(_gone(request))
-    arrived = asyncio.ensure_future(job.events.get())
+    leaving = asyncio.ensure_future(_leaving(job, request))
     try:
-        await asyncio.wait(
-            {gone, arrived}, timeout=serving.settings.answer_seconds, return_when=asyncio.FIRST_COMPLETED
-        )
-        if arrived.done():
-            return arrived.result()
-        if gone.done():
-            job.leave()
-            return ApiError(499, "The client left.", code="client_left")
+        async with asyncio.timeout(serving.settings.answer_seconds):
+            return await job.events.get()
+    except TimeoutError:
         return await _give_up_waiting(job, serving)
     finally:
-        gone.cancel()
-        arrived.cancel()
+        leaving.cancel()
+
+
+async def _leaving(job: Job, request: Request) -> None:
+    await _gone(request)
+    job.leave()
+    job.events.put_nowait(ApiError(499, "The client left.", code="client_left"))
 
 
 async def _gone(request: Request) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,6 +118,14 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=1,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen. From now on, garbage is looked for only among what requests make: a search through all that
+        was loaded until now keeps every request waiting."""
+        await super().startup(sockets)
+        if threading.current_thread() is threading.main_thread():  # the process is this server's
+            gc.collect()
+            gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no new requests from now on. The work that is left is waited for in `shutdown`."""
