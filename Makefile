@@ -12,7 +12,7 @@ VLLM   := .venv-vllm
 # Tests start hundreds of processes. Each would compile every module again where Python may not keep what it compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo console test test-vllm check lint types unit attack docs bench soak clean
+.PHONY: demo console hosted test test-vllm check lint types unit attack docs bench soak clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -20,6 +20,9 @@ demo: $(DEMO)            ## the whole chain on real input, from raw rows to a si
 
 console: $(DEMO)         ## the demo's project in a browser, with a link for its owner and one for its approver, and traffic
 	$(BIN)/python examples/home_intents/console.py
+
+hosted: $(READY)         ## OpenAI's clients, PostgreSQL and S3: an upload, a killed worker, an approval, a drift
+	$(BIN)/python examples/hosted/walk.py
 
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
 	$(BIN)/python -m tests.run --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -231,9 +231,15 @@ def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSe
 
 
 def _check_fine_tuning(project: ProjectSettings) -> None:
-    """Raise ValueError where it is not clear which candidate a fine-tuning job trains."""
+    """Raise ValueError where it is not clear which candidate a fine-tuning job trains, and on which rows."""
     if project.fine_tuning is None:
         return
+    split = project.data.split
+    if project.fine_tuning.split is None and (needed := [*split.keys, *filter(None, [split.time])]):
+        raise ValueError(
+            f"fine_tuning: data.split needs the key {needed[0]!r}, which rows of OpenAI's clients lack: "
+            "add fine_tuning.split, such as {test: 0.2, validation: 0.1}"
+        )
     named = project.fine_tuning.candidate
     trained = [name for name, each in project.candidates.items() if each.train and not each.train.permute_answers]
     if named is not None and named not in trained:

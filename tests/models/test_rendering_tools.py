@@ -39,6 +39,13 @@ HERMES = (
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The same with short marks and keys, for answers of few tokens: a tiny tokenizer writes letters.
+SHORT_CALLS = (
+    HERMES.replace("<tool_call>", "!")
+    .replace("</tool_call>", "!")
+    .replace('"name"', '"n"')
+    .replace('"arguments"', '"a"')
+)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from openai.types.fine_tuning import FineTuningJobEvent
 
 from tests.fabricate import OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
@@ -20,11 +22,12 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project, parse_settings
+from tunesmith.server.fine_tuning import event_stream
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, derived, series
 from tunesmith.services.fine_tuning.create import find
 from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
 from tunesmith.store.identities import add_user, get_user
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.tokens import issue_token, revoke_token
 
 
 def opened(root: Path, **changes: object) -> Project:
@@ -48,6 +51,13 @@ def tuner(scene: Scene, engine: FakeEngine, project: Project) -> Iterator[Served
 @pytest.fixture
 def client(tuner: Served) -> openai.OpenAI:
     return tuner.client(issue_token(tuner.scene.store, OWNER, actor=OWNER))
+
+
+def streamed(client: openai.OpenAI, job: str, **options: Any) -> openai.Stream[FineTuningJobEvent]:
+    """A job's events as they come."""
+    options = {"params": {"stream": True}, **options}
+    kinds: Any = {"cast_to": FineTuningJobEvent, "stream_cls": openai.Stream[FineTuningJobEvent]}
+    return client.get(f"/fine_tuning/jobs/{job}/events", stream=True, options=options, **kinds)
 
 
 def uploaded(client: openai.OpenAI, data: bytes = b"{}\n") -> str:
@@ -107,6 +117,55 @@ def test_jobs_are_created_listed_and_changed_as_openais(client: openai.OpenAI, t
     assert jobs.cancel(made.id).status == "running"  # it ends between two of its steps
     leases.stop(tuner.scene.store, lease, "told to")
     assert jobs.retrieve(made.id).status == "cancelled"
+
+
+def test_events_come_as_a_stream_that_openai_does_not_have(
+    client: openai.OpenAI, tuner: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "SECONDS", 0.05)
+    store = tuner.scene.store
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client)).id
+    lease = claimed(tuner)
+    with streamed(client, job) as events:
+        first = next(events)
+        assert first.message == "started by w"
+        leases.log(store, lease, "one")
+        assert next(events).message == "one"
+        leases.finish(store, lease, {})
+        assert [event.message for event in events] == ["succeeded"]
+    listed = client.fine_tuning.jobs.list_events(job).data[::-1]
+    with streamed(client, job) as again, streamed(client, job, headers={"Last-Event-ID": first.id}) as rest:
+        assert [each.to_dict() for each in again] == [each.to_dict() for each in listed]
+        assert [each.id for each in rest] == [each.id for each in listed[1:]]
+    for options, said in (
+        ({"params": {"stream": "yes"}}, "true or false"),
+        ({"params": {"stream": True, "limit": 3}}, "takes no after and no limit"),
+        ({"headers": {"Last-Event-ID": "ftevent-1-99"}}, "There is no event"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            streamed(client, job, **options)
+
+
+def test_a_stream_of_events_ends_with_its_token_and_its_server(
+    client: openai.OpenAI, tuner: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "SECONDS", 0.05)
+    monkeypatch.setattr(event_stream, "_STREAMS", 2)
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client)).id
+    claimed(tuner)
+    other = tuner.client(issue_token(tuner.scene.store, OWNER, actor=OWNER, name="other"))
+    with streamed(client, job) as kept, streamed(other, job) as ending:
+        assert next(kept).message == next(ending).message == "started by w"
+        with pytest.raises(openai.RateLimitError, match="2 streams of events open"):
+            streamed(client, job)
+        revoke_token(tuner.scene.store, OWNER, "other", actor=OWNER)
+        with pytest.raises(openai.APIError, match="revoked"):
+            next(ending)
+        stopped = threading.Thread(target=tuner.stop)
+        stopped.start()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            next(kept)
+        stopped.join()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +320,7 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
 
 def test_a_name_means_a_base(tmp_path: Path) -> None:
     names = {MODEL: None, "gpt-4.1-nano": "pypi:other==1"}
-    tuning = {"models": names, "licence": "CC0-1.0"}
+    tuning = {"models": names, "licence": "CC0-1.0", "split": {"test": 0.4}}
     project = opened(tmp_path, fine_tuning=tuning)
     bases = [
         derived(project, Arguments(settings="", model=name, training_file="f"), "/a.jsonl").settings.base
@@ -279,3 +338,10 @@ def test_a_name_means_a_base(tmp_path: Path) -> None:
         opened(tmp_path, fine_tuning=tuning, engine=running_servers)
     opened(tmp_path, fine_tuning={**tuning, "models": {MODEL: None}}, engine=running_servers)
     opened(tmp_path, fine_tuning=tuning, engine={"kind": "vllm", "start": True})
+
+
+def test_a_split_by_a_key_is_not_for_uploaded_rows(tmp_path: Path) -> None:
+    tuning = {"models": {MODEL: None}, "licence": "CC0-1.0"}
+    with pytest.raises(UsageError, match=r"'template', which rows of OpenAI's clients lack: add fine_tuning\.split"):
+        opened(tmp_path, fine_tuning=tuning)
+    opened(tmp_path, fine_tuning={**tuning, "split": {"group_by": "template"}})

@@ -21,6 +21,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.models.test_rendering_tools import SHORT_CALLS
 from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import (
     MODEL,
@@ -38,14 +39,25 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived
+from tunesmith.services.fine_tuning.arguments import KIND
 from tunesmith.services.fine_tuning.perform import perform_fine_tuning
-from tunesmith.services.training import run
 
 pytestmark = pytest.mark.slow
 OTHER_MODEL = "gpt-4.1-nano"
 QUESTION = [{"role": "user", "content": "turn on hall fan"}]
 _WAIT = 400.0
+SWITCH: Any = {
+    "type": "function",
+    "function": {
+        "name": "switch",
+        "parameters": {
+            "type": "object",
+            "properties": {"on": {"type": "boolean"}},
+            "required": ["on"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 @dataclass
@@ -82,84 +94,57 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         patch.setenv("TUNESMITH_CACHE", own_cache(folder.parent / "cache"))
         tuning: Any = fine_tuning_settings()["fine_tuning"]
         models = {MODEL: None, OTHER_MODEL: "other"}
-        write_fine_tuning_project(folder, fine_tuning={**tuning, "models": models})
-        write_model(folder / "other", seed=5)
+        candidates: Any = fine_tuning_settings()["candidates"]
+        candidates["tuned"]["max_tokens"] = 32  # room for a call
+        write_fine_tuning_project(folder, fine_tuning={**tuning, "models": models}, candidates=candidates)
+        write_model(folder / "other", seed=5, template=SHORT_CALLS)
         token = token_of_engineer(folder, Scope("acme"))
         with serving(folder, "--no-worker") as (url, _):
             yield Service(folder, url, token, Project.load(folder))
 
 
-@pytest.mark.attack("crash", "kill -9 of a worker that fine-tunes")
-def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
-    client, jobs = service.client, service.client.fine_tuning.jobs
-    file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
-    made = jobs.create(model=MODEL, training_file=file, suffix="lamp", hyperparameters={"n_epochs": 10})
-    with service.worker() as killed:
-        until(lambda: service.job(made.id).progress.get("done", 0) > 10 and _trains(service.job(made.id)))
-        assert jobs.retrieve(made.id).status == "running"
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-    with service.worker():
-        until(lambda: service.job(made.id).has_ended)
-    done = jobs.retrieve(made.id)
-    assert (done.status, done.error) == ("succeeded", None)
-    assert service.job(made.id).attempts >= 2
-    assert done.fine_tuned_model == f"ft:{MODEL}:tiny:lamp:{made.id[6:]}"
-    messages = [event.message for event in jobs.list_events(made.id, limit=3)]  # in pages
-    assert messages[0] == "succeeded"
-    assert "Files validated" in messages
-    assert 10 < sum("done: loss" in message for message in messages) < 50
-    assert any("`tunesmith approve tiny-lamp@v1 --tenant acme`" in message for message in messages)
-    assert any("gave no sign of life" in message for message in messages)
-    rows = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
-    assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
-    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
-    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    assert [each.fine_tuned_model_checkpoint for each in jobs.checkpoints.list(made.id)] == [done.fine_tuned_model]
-    asked = {"model": done.fine_tuned_model, "messages": QUESTION}
-    with pytest.raises(openai.NotFoundError, match="tiny-lamp@v1 is not approved"):
-        client.chat.completions.create(**asked)  # type: ignore[call-overload]
-    assert started(service.folder, "approve", "tiny-lamp@v1", "--as", "ada", "--tenant", "acme").wait(300) == 0
-    answer = client.chat.completions.create(**asked)  # type: ignore[call-overload]
-    assert (answer.model, answer.choices[0].message.role) == ("tiny-lamp@v1", "assistant")
-    _require_the_same_weights(service, made.id, file)
+def examples_with_calls() -> bytes:
+    """Rows whose answers call the function."""
+    found = []
+    for row in map(json.loads, examples().splitlines()):
+        request, answer = row["messages"]
+        function = {"name": "switch", "arguments": answer["content"]}
+        calls = [{"id": "a", "type": "function", "function": function}]
+        found.append({"messages": [request, {"role": "assistant", "tool_calls": calls}], "tools": [SWITCH]})
+    return b"".join(json.dumps(row).encode() + b"\n" for row in found)
 
 
-def _trains(job: Job) -> bool:
-    return "step" in job.progress and "train" in str(job.progress["step"])
-
-
-def _require_the_same_weights(service: Service, identifier: str, file: str) -> None:
-    """The killed job's weights are those of a training that nobody disturbed."""
-    folder = service.folder.parent / "undisturbed"
-    write_fine_tuning_project(folder)
-    (folder / ".tunesmith" / "files").mkdir(parents=True)
-    path = shutil.copy(service.folder / ".tunesmith" / "files" / f"{file}.jsonl", folder / ".tunesmith" / "files")
-    arguments = Arguments.model_validate(service.job(identifier).arguments)
-    undisturbed = Project.load(folder)
-    trained = run(derived(undisturbed, arguments, path)).train["tuned"].training
-    result = service.job(identifier).result["train"]["tuned"]["training"]
-    assert undisturbed.store.record(trained).blobs == service.project.store.record(result).blobs
-
-
-def test_a_model_on_another_base_is_served_by_a_server_of_that_base(service: Service) -> None:
+def test_a_model_on_another_base_that_knows_tools_is_served_by_a_server_of_that_base(service: Service) -> None:
     client, store = service.client, service.project.store
-    file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
+    file = client.files.create(file=("rows.jsonl", examples_with_calls()), purpose="fine-tune").id
     asked: Any = {"training_file": file, "suffix": "nano", "hyperparameters": {"n_epochs": 1}}
     made = client.fine_tuning.jobs.create(model=OTHER_MODEL, **asked)
     lease = leases.claim(store, "w", [KIND], project="tiny")
     assert lease is not None
     perform(store, lease, lambda progress: perform_fine_tuning(service.project, service.job(made.id), progress))
-    name = client.fine_tuning.jobs.retrieve(made.id).fine_tuned_model
-    assert name == f"ft:{OTHER_MODEL}:tiny:nano:{made.id[6:]}"
-    said = [event.message for event in client.fine_tuning.jobs.list_events(made.id)]
+    done = client.fine_tuning.jobs.retrieve(made.id)
+    name = done.fine_tuned_model
+    assert (done.status, done.error, name) == ("succeeded", None, f"ft:{OTHER_MODEL}:tiny:nano:{made.id[6:]}")
+    said = [event.message for event in client.fine_tuning.jobs.list_events(made.id, limit=3)]  # in pages
+    assert said[0] == "succeeded"
+    assert any("`tunesmith approve tiny-nano@v1 --tenant acme`" in message for message in said)
     assert f"a server of its base answers: `tunesmith serve --base-of {OTHER_MODEL}`" in said
+    rows = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
+    assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    kept = client.fine_tuning.jobs.checkpoints.list(made.id)
+    assert [each.fine_tuned_model_checkpoint for each in kept] == [name]
+    with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 is not approved"):
+        client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
     assert started(service.folder, "approve", "tiny-nano@v1", "--as", "ada", "--tenant", "acme").wait(300) == 0
     with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 was made from another base than this server's"):
         client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
     with serving(service.folder, "--no-worker", "--base-of", OTHER_MODEL) as (url, _):
         other = openai.OpenAI(base_url=url, api_key=service.token, max_retries=0, timeout=120)
         assert other.chat.completions.create(model=name, messages=QUESTION).model == "tiny-nano@v1"  # type: ignore[arg-type]
+        held: Any = {"tools": [SWITCH], "tool_choice": "required", "parallel_tool_calls": False}
+        (call,) = other.chat.completions.create(model=name, messages=QUESTION, **held).choices[0].message.tool_calls  # type: ignore[arg-type]
+        assert (call.function.name, type(json.loads(call.function.arguments)["on"])) == ("switch", bool)
 
 
 SCRIPT = """

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.fabricate import NAME, Scene
-from tests.models.test_rendering_tools import HERMES
+from tests.models.test_rendering_tools import SHORT_CALLS
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import TinyEngine
@@ -232,10 +232,7 @@ def test_both_clients_make_a_real_engine_call(scene: Scene, versions: Versions, 
     tool = {"type": "function", "function": {"name": "f", "parameters": numbers}}
     asked: Any = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 32}
     asked |= {"messages": [{"role": "user", "content": "x"}], "model": NAME}
-    # Short marks and keys: versions of the scene answer with at most 32 tokens, and a tiny tokenizer writes letters.
-    template = HERMES.replace("<tool_call>", "!").replace("</tool_call>", "!")
-    template = template.replace('"name"', '"n"').replace('"arguments"', '"a"')
-    with real(scene, tmp_path, template) as server:
+    with real(scene, tmp_path, SHORT_CALLS) as server:  # versions of the scene answer with at most 32 tokens
         server.begin(versions[1])
         choice = server.ask(**asked).choices[0]
         assert choice.finish_reason == "tool_calls", choice

@@ -16,8 +16,10 @@ import yaml
 
 from tests.docs.test_pages import ROOT, executed_blocks
 from tests.own_group import run_whole_group
+from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Renderer
 from tunesmith.registry.verification import verify_version
 from tunesmith.store.store import Store
 
@@ -77,6 +79,11 @@ def test_the_gguf_became_a_plain_base(base: Base) -> None:
     assert "quantization_config" not in json.loads((base.folder / "config.json").read_text())
     assert base.family == "llama"
     assert base.context_length == 8192
+
+
+def test_its_template_knows_no_tools(base: Base) -> None:
+    with pytest.raises(Refused, match="does not render tools"):
+        _ = Renderer(base.folder).call_format
 
 
 def test_logits_are_those_of_transformers(base: Base) -> None:

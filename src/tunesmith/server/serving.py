@@ -41,7 +41,8 @@ class Serving:
     versions: those that the engine holds. trying: the few threads for questions of the playground.
     project: takes fine-tuning jobs; None: the server takes none. holding: how long answers wait for a reviewer; None:
     none does. awaited: the requests that wait for a decision. oidc: authlib's client of the
-    project's identity provider, once somebody logs in by it. uploads: the uploads under way, by user. files:
+    project's identity provider, once somebody logs in by it. uploads: the uploads under way, by user. streams:
+    the streams of jobs' events that are open, by user. files:
     threads that write uploads and delete files. used: when tokens, by their digests, were used since this was last
     written to the database, in seconds since 1970.
     """
@@ -70,6 +71,7 @@ class Serving:
     )
     oidc: Any = None
     uploads: Counter[str] = field(default_factory=Counter)
+    streams: Counter[str] = field(default_factory=Counter)
     used: dict[str, float] = field(default_factory=dict)
 
     def arrives(self, user: User) -> AbstractContextManager[Callable[[int], None]]:

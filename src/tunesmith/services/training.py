@@ -38,7 +38,7 @@ class ExpectedCost(View):
 
 
 class TrainingSummary(View):
-    """A finished training. training: its record's digest; adapter: path of its weights.
+    """A finished training. training: its record's digest; adapter: path of its weights; weights: their digest.
 
     epochs: done, a fraction where the last one was not. tokens: of the rows; tokens_computed: with padding; labels:
     tokens that the loss counts; parameters: trained numbers. validation: step and loss of each validation, and the
@@ -50,6 +50,7 @@ class TrainingSummary(View):
 
     training: str
     adapter: str
+    weights: str
     examples_per_second: float
     tokens_per_second: float
     seconds: float
@@ -205,7 +206,11 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
     (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
     stated = {key: value for key, value in record.body.items() if key in TrainingSummary.model_fields}
     return TrainingSummary(
-        training=digest, adapter=str(store.blob_path(weights)), more_time=more_time(record.body), **stated
+        training=digest,
+        adapter=str(store.blob_path(weights)),
+        weights=weights,
+        more_time=more_time(record.body),
+        **stated,
     )
 
 

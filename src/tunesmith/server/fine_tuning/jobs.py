@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from tunesmith.jobs import queue
 from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
+from tunesmith.server.fine_tuning import event_stream
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
 from tunesmith.server.intake import limits
@@ -228,17 +230,29 @@ async def resume(request: Request, job: str) -> Response:
 @routes.get(
     "/{job}/events", response_model=FineTuningEventList, responses=errors(400, 401, 403, 404, 429), openapi_extra=BEARER
 )
-async def events(request: Request, job: str, after: str | None = None, limit: str | None = None) -> Response:
-    """The events of a job, newest first. after: only those before this one."""
+async def events(
+    request: Request, job: str, after: str | None = None, limit: str | None = None, stream: str | None = None
+) -> Response:
+    """The events of a job, newest first. after: only those before this one.
+
+    stream=true is an extension of OpenAI's API: server-sent events, oldest first and while they come, until the job has
+    ended. The header Last-Event-ID continues a stream after that event.
+    """
     user, serving = caller(request)
     most = page_limit(limit, _PAGE["events"], _MOST)
     found = await _found(user, serving, job)
+    if stream not in (None, "false", "true"):
+        raise bad_request("stream must be true or false.", "stream")
     lines = await serving.listing.run(user.name, partial(queue.events, serving.store, found.id))
+    if stream == "true":
+        if after is not None or limit is not None:
+            raise bad_request("stream=true takes no after and no limit: these are for pages.", "stream")
+        known = request.headers.get("last-event-id")
+        last = 0 if known is None else _number_of(found, lines, known, "Last-Event-ID")
+        return event_stream.stream(request, found, last, partial(_sent, found))
     if after is not None:
-        known = [line for line in lines if _event_id(found, line) == after]
-        if not known:
-            raise bad_request(f"There is no event {after[: limits.SHOWN]!r} of this job.", "after")
-        lines = [line for line in lines if line.number < known[0].number]
+        before = _number_of(found, lines, after, "after")
+        lines = [line for line in lines if line.number < before]
     data = tuple(_event(found, line) for line in lines[::-1][:most])
     return JSONResponse(FineTuningEventList(object="list", data=data, has_more=len(lines) > most).document())
 
@@ -333,6 +347,19 @@ def _error(error: Mapping[str, Any]) -> JobError:
 
 def _event_id(job: Job, line: Event) -> str:
     return f"{_EVENT}{job.id}-{line.number}"
+
+
+def _number_of(job: Job, lines: Sequence[Event], event: str, field: str) -> int:
+    """The number of the line with this id. Raises ApiError 400 where the job has none."""
+    for line in lines:
+        if _event_id(job, line) == event:
+            return line.number
+    raise bad_request(f"There is no event {event[: limits.SHOWN]!r} of this job.", field)
+
+
+def _sent(job: Job, line: Event) -> str:
+    """An event as a server-sent one."""
+    return f"id: {_event_id(job, line)}\ndata: {json.dumps(_event(job, line).document())}\n\n"
 
 
 def _event(job: Job, line: Event) -> FineTuningEvent:
