@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import bearer, caller
-from tunesmith.server.errors import ApiError, stopping
+from tunesmith.server.errors import ApiError, stopping, unavailable
 from tunesmith.server.serving import Serving
 from tunesmith.services.fine_tuning import create as service
 from tunesmith.store.identities import User
@@ -40,8 +41,9 @@ def stream(request: Request, job: Job, after: int, shown: Callable[[Event], str]
         try:
             async for text in _told(request, serving, job.id, after, shown):
                 yield text
-        except ApiError as error:
-            yield f"data: {error.document().model_dump_json()}\n\n"
+        except (ApiError, TunesmithError) as error:
+            said = error if isinstance(error, ApiError) else unavailable()
+            yield f"data: {said.document().model_dump_json()}\n\n"
         finally:
             serving.streams[user.name] -= 1
 
