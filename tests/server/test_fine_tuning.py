@@ -23,7 +23,7 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project, parse_settings
 from tunesmith.server.fine_tuning import event_stream
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, derived, series
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, Uploaded, derived, series
 from tunesmith.services.fine_tuning.create import find
 from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
 from tunesmith.store.identities import add_user, get_user
@@ -302,16 +302,17 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
     project = opened(tmp_path, candidates=candidates)
     asked = Hyperparameters(n_epochs=2, batch_size=3, learning_rate_multiplier=0.5)
     arguments = Arguments(settings="", model=MODEL, training_file="f", hyperparameters=asked, seed=9, suffix="My Bot")
-    found = derived(project, arguments, "/a.jsonl", "/b.jsonl").settings
+    found = derived(project, arguments, Uploaded("/a.jsonl", "a"), Uploaded("/b.jsonl", "b")).settings
     train = found.candidates["tuned"].train
     assert train is not None
     assert (train.epochs, train.batch, train.learning_rate, train.seed, train.budget) == (2, 3, 0.001, 9, None)
-    assert [(each.path, each.format, each.split) for each in found.data.sources] == [
-        ("/a.jsonl", "openai", None),
-        ("/b.jsonl", "openai", "test"),
+    assert [(each.path, each.name, each.format, each.split) for each in found.data.sources] == [
+        ("/a.jsonl", "a", "openai", None),
+        ("/b.jsonl", "b", "openai", "test"),
     ]
     assert (found.name, found.release, found.data.sources[0].licence) == ("tiny-my-bot", "tuned", "CC0-1.0")
-    untouched = derived(project, Arguments(settings="", model=MODEL, training_file="f"), "/a.jsonl").settings
+    plain = Arguments(settings="", model=MODEL, training_file="f")
+    untouched = derived(project, plain, Uploaded("/a.jsonl", "a")).settings
     assert untouched.candidates == project.settings.candidates
     assert len(series("x" * 63, "y" * 64)) == 63
     with pytest.raises(UsageError, match="name one with"):
@@ -323,7 +324,7 @@ def test_a_name_means_a_base(tmp_path: Path) -> None:
     tuning = {"models": names, "licence": "CC0-1.0", "split": {"test": 0.4}}
     project = opened(tmp_path, fine_tuning=tuning)
     bases = [
-        derived(project, Arguments(settings="", model=name, training_file="f"), "/a.jsonl").settings.base
+        derived(project, Arguments(settings="", model=name, training_file="f"), Uploaded("/a.jsonl", "a")).settings.base
         for name in names
     ]
     assert bases == [project.settings.base, "pypi:other==1"]

@@ -63,6 +63,14 @@ class Rows(Settings):
 class Source(Rows):
     """Files of rows under one licence."""
 
+    name: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=200,
+            description="what records call the file, where its path is another one each time; by default its path",
+        ),
+    ] = None
     licence: Annotated[str | None, Field(description="SPDX licence expression; a row may state its own instead")] = None
     attribution: Annotated[str | None, Field(description="the credit line that the rights holder asks for")] = None
     licence_key: Annotated[str, Field(description="the row's key for its licence")] = "licence"
@@ -76,6 +84,12 @@ class Source(Rows):
             "share split.test of the other rows; null: the group decides"
         ),
     ] = None
+
+    @model_validator(mode="after")
+    def _a_url_is_its_name(self) -> Source:
+        if self.name is not None and "://" in self.path:
+            raise ValueError("name: records call a file by its URL: leave name out")
+        return self
 
 
 class Licences(Settings):

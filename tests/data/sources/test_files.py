@@ -45,6 +45,20 @@ def test_jsonl_rows_have_line_numbers(tmp_path: Path) -> None:
     assert [(one.source, one.number) for one in read(tmp_path, "a.jsonl")] == [("a.jsonl", 1), ("a.jsonl", 4)]
 
 
+def test_a_source_names_its_file_for_records(tmp_path: Path) -> None:
+    """Wherever it lies, so that its rows keep their ids."""
+    (tmp_path / "a.jsonl").write_text(f"{GOOD}\n")
+    (tmp_path / "b.jsonl").write_text(f"{GOOD}\n")
+    found = [find_files([Source(path=path, name="c.jsonl")], tmp_path)[0] for path in ("a.jsonl", "b.jsonl")]
+    assert [file.name for file in found] == ["c.jsonl"] * 2
+    with open_source(found[1]) as opened:
+        assert [one.source for one in opened.rows()] == ["c.jsonl"]
+    with pytest.raises(UsageError, match="two sources name the same file"):
+        find_files([Source(path="*.jsonl", name="c.jsonl")], tmp_path)
+    with pytest.raises(ValueError, match="by its URL"):
+        Source(path="s3://bucket/a.jsonl", name="c.jsonl")
+
+
 def test_broken_json_on_line_7(tmp_path: Path) -> None:
     error = failure(tmp_path, "a.jsonl", (f"{GOOD}\n" * 6 + '{"messages": [}\n' + f"{GOOD}\n").encode())
     assert error.where == "a.jsonl, line 7, column 15"

@@ -30,7 +30,8 @@ _LOCAL = ("file", "local")
 class SourceFile:
     """A file and the source settings that name it.
 
-    name: its path relative to the project, or its URL, as records keep it. path: its local path; None for a URL.
+    name: what records call it: its path relative to the project, its URL, or the source's name. path: its local path;
+    None for a URL.
     """
 
     name: str
@@ -73,7 +74,7 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
         _require_readable(pattern, root, source.path)
         raise UsageError("no file matches this source", where=source.path, fix=f"paths start at {root.absolute()}")
     for match in matches:
-        name = Path(os.path.relpath(root / match, root)).as_posix()
+        name = source.name or Path(os.path.relpath(root / match, root)).as_posix()
         mode = os.lstat(root / match).st_mode
         inside = dataset_files(root / match, name) if stat.S_ISDIR(mode) else None
         if inside is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import changed
@@ -62,8 +62,15 @@ def seed_of(settings: ProjectSettings, arguments: Arguments) -> int:
     return train.seed if arguments.seed is None else arguments.seed
 
 
-def derived(project: Project, arguments: Arguments, training: str, validation: str | None = None) -> Project:
-    """The project whose data are uploaded files, on the base that the job's model means. training, validation: paths.
+class Uploaded(NamedTuple):
+    """An uploaded file. name: in records; that of its bytes, so that the same rows, uploaded again, are the same."""
+
+    path: str
+    name: str
+
+
+def derived(project: Project, arguments: Arguments, training: Uploaded, validation: Uploaded | None = None) -> Project:
+    """The project whose data are uploaded files, on the base that the job's model means.
 
     The rows of the validation file are test rows: the gates judge by them, besides the share that the split holds out.
     Raises UsageError for values that the settings do not allow, where: the client's field.
@@ -74,14 +81,15 @@ def derived(project: Project, arguments: Arguments, training: str, validation: s
     sources = tuple(
         Source.model_validate(
             {
-                "path": path,
+                "path": file.path,
+                "name": file.name,
                 "format": OPENAI,
                 "licence": given.licence,
                 "attribution": given.attribution,
                 "split": split,
             }
         )
-        for path, split in files
+        for file, split in files
     )
     changes = {"sources": sources, "split": given.split or settings.data.split, "review": None}
     data = changed(settings.data, changes, "validation_file")

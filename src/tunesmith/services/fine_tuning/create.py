@@ -8,7 +8,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Uploaded, derived
 from tunesmith.store import uploads
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
@@ -37,7 +37,8 @@ def create(project: Project, arguments: Arguments, *, user: User, key: str | Non
         if validation.scope != training.scope or validation.file == training.file:
             what = "the validation file must be another file of the same tenant and region"
             raise UsageError(what, where="validation_file")
-    derived(project, arguments, "training.jsonl", None if arguments.validation_file is None else "validation.jsonl")
+    others = [] if arguments.validation_file is None else [Uploaded("validation.jsonl", "validation.jsonl")]
+    derived(project, arguments, Uploaded("training.jsonl", "training.jsonl"), *others)
     return queue.add(
         project.store,
         KIND,

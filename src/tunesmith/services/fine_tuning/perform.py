@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import digest_of
@@ -17,12 +18,12 @@ from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
 from tunesmith.services import training
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived, stated, trained_name
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Uploaded, derived, stated, trained_name
 from tunesmith.services.fine_tuning.create import RESULTS
 from tunesmith.services.fine_tuning.models import model_name
 from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
-from tunesmith.store.uploads import FileGone
+from tunesmith.store.uploads import FileGone, StoredFile
 
 VALIDATING = "validating files"
 # The columns of OpenAI's result files. Token accuracies are not measured, so these stay empty.
@@ -46,7 +47,7 @@ def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Ou
         return Outcome({}, {"code": _CODES["inconclusive"], **_stated(error)})
     except (UsageError, FileNotFoundError):
         try:  # a file that was deleted meanwhile explains it
-            _paths(project, job, arguments)
+            _files(project, job, arguments)
         except FileGone as gone:
             return _file_gone(gone)
         raise
@@ -92,10 +93,9 @@ class _NotedTask:
 
 def _checked(project: Project, job: Job, arguments: Arguments, progress: JobProgress) -> Project:
     """The job's project, after its files were checked."""
-    paths = _paths(project, job, arguments)
-    for field, path in paths.items():
-        stored = uploads.find(project.store, getattr(arguments, field), job.scope)
-        lines = 1 + (stored.size if stored else 0) // 200  # a guess, for the progress only
+    files = _files(project, job, arguments)
+    for field, (stored, path) in files.items():
+        lines = 1 + stored.size // 200  # a guess, for the progress only
         progress.say(f"Validating {field.replace('_', ' ')}: {getattr(arguments, field)}")
         with progress.task(VALIDATING, lines) as task:
             try:
@@ -106,7 +106,10 @@ def _checked(project: Project, job: Job, arguments: Arguments, progress: JobProg
                 raise
         progress.say(f"{count} examples")
     progress.say("Files validated")
-    found = {field: str(path) for field, path in paths.items()}
+    found = {
+        field: Uploaded(str(path), f"upload-{stored.digest.removeprefix('sha256:')[:24]}{path.suffix}")
+        for field, (stored, path) in files.items()
+    }
     return derived(project, arguments, found["training_file"], found.get("validation_file"))
 
 
@@ -123,8 +126,8 @@ def _every(task: Task) -> Any:
     return on_line
 
 
-def _paths(project: Project, job: Job, arguments: Arguments) -> dict[str, Any]:
-    """The local files of a job, by the client's field. Raises FileGone."""
+def _files(project: Project, job: Job, arguments: Arguments) -> dict[str, tuple[StoredFile, Path]]:
+    """The files of a job and where they are here, by the client's field. Raises FileGone."""
     found = {}
     for field in ("training_file", "validation_file"):
         identifier = getattr(arguments, field)
@@ -134,7 +137,7 @@ def _paths(project: Project, job: Job, arguments: Arguments) -> dict[str, Any]:
         if stored is None:
             raise FileGone("the file was deleted", where=field, fix="upload it again and create another job")
         try:
-            found[field] = uploads.local_path(project.store, stored)
+            found[field] = stored, uploads.local_path(project.store, stored)
         except FileGone as error:
             error.where = field
             raise
