@@ -76,8 +76,10 @@ async def _told(
 async def _still_caller(request: Request, serving: Serving) -> User:
     """The user as they are now. Raises ApiError 401 or 403 where the token has ended or the user may not call."""
     token = bearer(request)
-    known = serving.router.known_caller(token)
-    return (known or await asyncio.to_thread(serving.router.caller, token)).user
+    found = serving.router.known_caller(token)
+    if found is None:
+        found = await asyncio.to_thread(serving.router.caller, token)
+    return found.user
 
 
 def _look(serving: Serving, number: int, user: User, after: int) -> tuple[Job, list[Event]]:
