@@ -150,7 +150,7 @@ def asked(service: Service, model: str, question: str, node: Path | None) -> str
     try:
         answer = service.client.chat.completions.create(model=model, messages=[{"role": "user", "content": question}])
     except openai.APIStatusError as error:
-        return f"{error.status_code} {error.message}"
+        return error.message  # it names the status
     return str(answer.choices[0].message.content)
 
 
