@@ -1,4 +1,4 @@
-"""The service's benchmark: its load generator counts what fails, and its results outlive the run."""
+"""The service's benchmark: each part at toy size, what it counts as a fault, and its results outlive the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -65,3 +67,51 @@ def test_a_parts_result_is_kept_until_it_is_measured_again(tmp_path: Path, monke
         "| a | 1 | peer | 2 | 0.50x | >= 0.6x | NO |",
         "| b | 3 | - | - | - | 0 | yes |",
     ]
+
+
+def test_the_soaks_clients_count_wrong_answers() -> None:
+    from service_parts import run_bare, run_clients
+
+    said = json.dumps({"intent": "client 0 request 1", "weights": "those of v1"})
+    body = json.dumps({"model": "home@v1", "choices": [{"message": {"content": said}}]}).encode()
+
+    class OneAnswer(run_bare.Instant):
+        def data_received(self, data: bytes) -> None:
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    async def asked(weights: str) -> dict[str, Any]:
+        server = await asyncio.get_running_loop().create_server(OneAnswer, "127.0.0.1", 0)
+        told = {"ports": [server.sockets[0].getsockname()[1]], "token": "t", "seconds": 0.3}
+        async with server:
+            return await run_clients.main({**told, "weights": {"home@v1": weights}})
+
+    found = asyncio.run(asked("those of v1"))
+    assert found["wrong"] == found["answers"]["200"] - 1 >= 7, found  # one answer is that to its request
+    found = asyncio.run(asked("those of v2"))
+    assert found["wrong"] == found["answers"]["200"] >= 8, found
+
+
+def test_windows_that_are_not_compared_in_whole_have_not_drifted() -> None:
+    from service_parts import drifting
+    from tunesmith.monitoring.drift import _distance
+
+    draw = np.random.default_rng(1)
+
+    def rows(count: int, similar: float) -> list[dict[str, float]]:
+        nearest = draw.normal(similar, 0.1, count).round(2)
+        return [{"characters": float(draw.integers(10, 60)), "nearest": float(one)} for one in nearest]
+
+    measured = rows(400, 0.8)
+    requests = drifting.requests_of(measured, measured, rows(300, 0.3))
+    shares = np.linspace(0.0, 0.1, 12)
+    windows = np.stack([drifting._drawn(requests, draw, np.full(drifting.WINDOW, share)) for share in shares])
+    distances = drifting._distances(windows[:, :, 1], requests.measured[:, 1])
+    assert distances == pytest.approx([_distance(one[:, 1], requests.measured[:, 1]) for one in windows])
+    drifted = [bool(drifting._drifted(requests, window)) for window in windows]
+    may = drifting._may_drift(requests, windows)
+    assert drifted[-1]
+    assert not may[0]
+    assert all(may[place] for place, found in enumerate(drifted) if found)
+    noticed = drifting._noticed(requests, draw)
+    assert noticed["after_20_percent"] in range(drifting.EVERY, 2 * drifting.WINDOW, drifting.EVERY)
+    assert drifting._false_alarms(requests, draw, 3) == {"windows": 3, "computed_in_whole": 3, "alarms": 0}

@@ -1,4 +1,4 @@
-"""A registry of many versions: listing, searching, lineage and /v1/models, on SQLite and PostgreSQL.
+"""A registry of many versions: listing, searching and lineage, on SQLite and PostgreSQL.
 
 The versions are fabricated from one that was registered and approved in the ordinary way: own candidate, evaluation,
 verdict, version, approval, audit entries and rows, but none is signed by itself, since 10,000 signatures take an hour.

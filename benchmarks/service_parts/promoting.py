@@ -8,9 +8,9 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.fabricate import NAME, OPERATOR, Scene, build_scene
 from tests.postgresql_server import moved_to_postgresql, postgresql_server
@@ -41,13 +41,13 @@ def measure() -> Found:
             changes = _change_until(loads.ended, scene, second, told)
             found = loads.found()
     requests, failed = sum(one["requests"] for one in found), sum(one["failed"] for one in found)
-    slowest = max(changes)
-    figures = {"loads": found, "seconds_until_visible": changes}
+    slowest, answers, late = max(changes.seconds), changes.answers, changes.late
+    figures = {"loads": found, "seconds_until_visible": changes.seconds, "answers_after": answers, "late": late}
     for one in found:
         print(f"  {one['requests']} requests, {one['failed']} failed {one['first_failures']}", flush=True)
     lines = [
         Line(
-            f"requests failed while {len(changes)} times a version was promoted or rolled back, two servers",
+            f"requests failed while {len(changes.seconds)} times a version was promoted or rolled back, two servers",
             f"{failed} of {requests:,}",
             shown="-",
             wanted="0",
@@ -59,6 +59,13 @@ def measure() -> Found:
             shown="-",
             wanted=f"< {MOST_SECONDS:g} s",
             reached=slowest < MOST_SECONDS,
+        ),
+        Line(
+            "answers by the version before, after that",
+            f"{late} of {answers:,}",
+            shown="-",
+            wanted="0",
+            reached=late == 0,
         ),
     ]
     return Found(lines, figures)
@@ -99,31 +106,47 @@ class _Loads:
         return self._found
 
 
-def _change_until(ended: Any, scene: Scene, second: Version, told: list[dict[str, Any]]) -> list[float]:
-    """Promote version 2 and roll back, over and over; the seconds until both servers answer by each change."""
+class _Changes(NamedTuple):
+    """seconds: until both servers answered by each change. answers: of the half seconds after that; late: those of them
+    that are not by the change."""
+
+    seconds: list[float]
+    answers: int
+    late: int
+
+
+def _change_until(ended: Callable[[], bool], scene: Scene, second: Version, told: list[dict[str, Any]]) -> _Changes:
+    """Promote version 2 and roll back, over and over."""
     steps = RolloutSettings.model_validate({"steps": [{"setWeight": 50}, {"pause": {}}, {"setWeight": 100}]}).steps
-    seconds = []
-    while True:
+    seen: list[tuple[float, list[bool]]] = []
+    while not seen or not ended():
         begun = start(scene.store, name=NAME, version=second, steps=steps, actor=OPERATOR)
         promote(scene.store, begun.id, actor=OPERATOR)
-        seconds.append(asyncio.run(_visible(told, f'"{NAME}@v2"')))
-        time.sleep(0.5)
+        seen.append(asyncio.run(_seen(told, f'"{NAME}@v2"')))
         rollback(scene.store, name=NAME, actor=OPERATOR, reason="measured")
-        seconds.append(asyncio.run(_visible(told, f'"{NAME}@v1"')))
-        time.sleep(0.5)
-        if ended():
-            return seconds
+        seen.append(asyncio.run(_seen(told, f'"{NAME}@v1"')))
+    after = [right for _, answers in seen for right in answers]
+    return _Changes([seconds for seconds, _ in seen], len(after), after.count(False))
 
 
-async def _visible(told: list[dict[str, Any]], label: str) -> float:
-    """Seconds until each server answers with a label."""
+async def _seen(told: list[dict[str, Any]], label: str) -> tuple[float, list[bool]]:
+    """Seconds until each server answers with a label, and whether each answer of the half second after that does."""
     began = time.perf_counter()
+    connections = [Connection(server) for server in told]
 
-    async def one(server: dict[str, Any]) -> None:
-        connection = Connection(server)
-        while label.encode() not in (await connection.ask())[1]:
-            await asyncio.sleep(0.01)
-        connection.close()
+    async def right(connection: Connection) -> bool:
+        await asyncio.sleep(0.01)
+        return label.encode() in (await connection.ask())[1]
 
-    await asyncio.gather(*(one(server) for server in told))
-    return time.perf_counter() - began
+    async def becomes_right(connection: Connection) -> None:
+        while not await right(connection):
+            pass
+
+    await asyncio.gather(*(becomes_right(one) for one in connections))
+    seconds = time.perf_counter() - began
+    answers: list[bool] = []
+    while time.perf_counter() < began + seconds + 0.5:
+        answers += await asyncio.gather(*(right(one) for one in connections))
+    for one in connections:
+        one.close()
+    return seconds, answers
