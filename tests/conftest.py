@@ -31,8 +31,9 @@ def _in_memory(folder: Path) -> bool:
 if "PYTEST_DEBUG_TEMPROOT" not in os.environ and _in_memory(Path("/dev/shm")):
     os.environ["PYTEST_DEBUG_TEMPROOT"] = "/dev/shm"
 
-# How long an example takes says more of the machine than of the code. Every run draws others.
-settings.register_profile("default", deadline=None, max_examples=50)
+# How long an example takes says more of the machine than of the code. Every run draws others, but those of CI: what
+# fails there has to fail again where it is mended.
+settings.register_profile("default", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("default")
 
 # Files that take minutes run first, so that no worker is left with one of them at the end.
