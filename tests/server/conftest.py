@@ -34,7 +34,7 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import served_scorers
 from tunesmith.store import database
-from tunesmith.store.audit import newest
+from tunesmith.store.audit import revision
 from tunesmith.store.tables import RequestRow
 from tunesmith.store.tokens import issue_token
 
@@ -175,6 +175,6 @@ def _unchanged(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture
 def shared(_unchanged: Served) -> Iterator[Served]:
     """One server for all tests that only ask and are refused. Fails the test that changes its state."""
-    before = newest(_unchanged.scene.store.engine)
+    before = revision(_unchanged.scene.store.engine)
     yield _unchanged
-    assert newest(_unchanged.scene.store.engine) == before, "take `served`: other tests use this server too"
+    assert revision(_unchanged.scene.store.engine) == before, "take `served`: other tests use this server too"
