@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -56,12 +57,12 @@ def test_a_parts_result_is_kept_until_it_is_measured_again(tmp_path: Path, monke
     from engine_parts.report import Line, markdown
     from service_parts import kept
 
-    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "service.json")
     first, second = Line("a", "1", "peer", "2", 0.5, 0.6), Line("b", "3", shown="-", wanted="0", reached=True)
-    kept.keep("service", "one", kept.Found([first], {"per_second": 1}), 2.0)
-    kept.keep("service", "two", kept.Found([first], {}), 2.0)
-    kept.keep("service", "two", kept.Found([second], {}), 3.0)
-    assert [kept.lines_of(entry) for entry in kept.read("service").values()] == [[first], [second]]
+    kept.keep("one", kept.Found([first], {"per_second": 1}), 2.0)
+    kept.keep("two", kept.Found([first], {}), 2.0)
+    kept.keep("two", kept.Found([second], {}), 3.0)
+    assert [kept.lines_of(entry) for entry in kept.read().values()] == [[first], [second]]
     assert json.loads((tmp_path / "service.json").read_text())["two"]["seconds"] == 3
     assert markdown([first, second]).splitlines()[2:] == [
         "| a | 1 | peer | 2 | 0.50x | >= 0.6x | NO |",
@@ -115,3 +116,38 @@ def test_windows_that_are_not_compared_in_whole_have_not_drifted() -> None:
     noticed = drifting._noticed(requests, draw)
     assert noticed["after_20_percent"] in range(drifting.EVERY, 2 * drifting.WINDOW, drifting.EVERY)
     assert drifting._false_alarms(requests, draw, 3) == {"windows": 3, "computed_in_whole": 3, "alarms": 0}
+
+
+_TOY: dict[str, tuple[dict[str, float], tuple[float, ...]]] = {  # part -> the module's settings, what measure is given
+    "large_registry": ({"TIMES": 2, "MOST_MS": 60_000}, (120,)),
+    "promoting": ({"REQUESTS": 60, "MOST_SECONDS": 600}, ()),
+    "uploading": ({"SHARE": 0.0, "ROUNDS": 1}, (1 << 20,)),
+    "soak": ({"KILL_EVERY": 3.0}, (0.4,)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", _TOY)
+def test_a_part_reaches_its_goals_at_toy_size(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, (settings, given) = importlib.import_module(f"service_parts.{part}"), _TOY[part]
+    monkeypatch.setenv("TUNESMITH_USER", "ann")
+    for name, value in settings.items():
+        monkeypatch.setattr(module, name, value)
+    found = module.measure(*given)
+    assert [line.what for line in found.lines if line.verdict() != "yes"] == [], found
+    if part == "soak":
+        assert len(found.figures["kills"]) >= 5, found.figures
+        assert found.figures["clients"]["answers"]["200"] > 0
+        assert found.figures["jobs"]["added"] > 0
+
+
+@pytest.mark.slow
+def test_jobs_are_done_once_while_workers_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service_parts import queued_jobs
+    from tests.postgresql_server import postgresql_server
+
+    monkeypatch.setenv("TUNESMITH_USER", "ann")
+    monkeypatch.setattr(queued_jobs, "KILL_EVERY", 2.0)
+    with postgresql_server(tmp_path / "sql") as url:
+        found = queued_jobs._ours(tmp_path, url, 300)
+    assert (found["unfinished"], found["lost"], found["twice"]) == (0, 0, 0), found

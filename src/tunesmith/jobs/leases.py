@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import BindParameter, and_, bindparam, func, or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.text.names import CONTROLLER
@@ -28,6 +28,23 @@ LEASE_SECONDS = 60.0
 _FIRST_DELAY, _LONGEST_DELAY = 10.0, 600.0
 # Seconds until a job is tried again whose stage another process is working on. Does not count as an attempt.
 _BUSY_DELAY = 5.0
+
+_NOW: BindParameter[float] = bindparam("now")
+_IN_PROJECT = JobRow.project == bindparam("in_project")
+_LOST = _IN_PROJECT, JobRow.state == "running", JobRow.until < _NOW
+_READY = (
+    _IN_PROJECT,
+    JobRow.state == "queued",
+    JobRow.due <= _NOW,
+    JobRow.kind.in_(bindparam("of_kinds", expanding=True)),
+)
+# In two steps, each of which reads a few rows of the index jobs_by_state however long the queue is. With the order of
+# that index: with "==" and ordered by the number alone, PostgreSQL reads every job that ended before the next one.
+_HIGHEST = select(func.max(JobRow.priority)).where(*_READY).scalar_subquery()
+_OLDEST = select(JobRow.id).where(*_READY, JobRow.priority >= _HIGHEST).order_by(JobRow.priority, JobRow.id)
+_NEXT = _OLDEST.limit(1).scalar_subquery()
+# The job to take next, and the jobs whose lease ran out. One statement, since writers wait for each other.
+_NEXT_AND_LOST = select(JobRow).where(or_(JobRow.id == _NEXT, and_(*_LOST)))
 
 
 class LeaseLost(TunesmithError):
@@ -62,13 +79,12 @@ def claim(
     """
     with database.writing(store.engine) as session:
         now = clock(session)
-        _take_back(session, project, now)
-        ready = JobRow.project == project, JobRow.state == "queued", JobRow.due <= now, JobRow.kind.in_(kinds)
-        # In two steps, each of which reads a few rows of the index jobs_by_state however long the queue is.
-        highest = select(func.max(JobRow.priority)).where(*ready).scalar_subquery()
-        waiting = select(JobRow).where(*ready, JobRow.priority == highest).order_by(JobRow.id)
-        row = session.scalars(waiting.limit(1)).first()
-        return None if row is None else _start(session, row, worker, now, seconds, own=False)
+        given = {"in_project": project, "of_kinds": list(kinds), "now": now}
+        rows = session.scalars(_NEXT_AND_LOST, given).all()
+        if any(row.state == "running" for row in rows):
+            _take_back(session, project, now)
+            rows = session.scalars(_NEXT_AND_LOST, given).all()  # one that was taken back may be the next
+        return _start(session, rows[0], worker, now, seconds, own=False) if rows else None
 
 
 def begin(
@@ -104,8 +120,8 @@ def _start(session: Session, row: JobRow, worker: str, now: float, seconds: floa
 
 def _take_back(session: Session, project: str, now: float) -> None:
     """Take the jobs of a project back whose lease ran out."""
-    running = select(JobRow).where(JobRow.project == project, JobRow.state == "running", JobRow.until < now)
-    for row in session.scalars(running.order_by(JobRow.id)).all():
+    lost = select(JobRow).where(*_LOST).order_by(JobRow.id)
+    for row in session.scalars(lost, {"in_project": project, "now": now}).all():
         row.fence += 1
         what = f"its worker {row.worker} gave no sign of life until its lease ended"
         _try_again(session, row, {"code": "worker_lost", "what": what}, now, delay=0.0)
@@ -113,11 +129,16 @@ def _take_back(session: Session, project: str, now: float) -> None:
 
 def check(session: Session, lease: Lease) -> None:
     """Raise LeaseLost where the job was taken back. For `Store.fenced`."""
-    _mine(session, lease)
+    _mine(session, lease, JobRow.id)
 
 
-def _mine(session: Session, lease: Lease) -> JobRow:
-    held = select(JobRow).where(JobRow.id == lease.job, JobRow.fence == lease.fence, JobRow.state == "running")
+@overload
+def _mine(session: Session, lease: Lease) -> JobRow: ...
+@overload
+def _mine(session: Session, lease: Lease, what: InstrumentedAttribute[int]) -> int: ...
+def _mine(session: Session, lease: Lease, what: Any = JobRow) -> Any:
+    """The job's row, or one column of it. Raises LeaseLost."""
+    held = select(what).where(JobRow.id == lease.job, JobRow.fence == lease.fence, JobRow.state == "running")
     row = session.scalars(held).first()
     if row is None:
         raise LeaseLost(
@@ -152,7 +173,7 @@ def renew(
 def log(store: Store, lease: Lease, message: str, *, clock: Clock = database_time) -> None:
     """Add a line to the job's log."""
     with database.writing(store.engine) as session:
-        add_event(session, _mine(session, lease).id, clock(session), message)
+        add_event(session, _mine(session, lease, JobRow.id), clock(session), message)
 
 
 # What came of it

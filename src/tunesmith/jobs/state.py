@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, insert, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.scope import Scope
@@ -18,6 +18,11 @@ STATES: tuple[State, ...] = get_args(State)
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 # Seconds since 1970, read inside a transaction.
 Clock: TypeAlias = Callable[[Session], float]
+
+_NEXT_NUMBER = select(func.coalesce(func.max(JobEventRow.number), 0) + 1).where(JobEventRow.job == bindparam("of"))
+_ADD_EVENT = insert(JobEventRow.metadata.tables[JobEventRow.__tablename__]).values(
+    job=bindparam("of"), number=_NEXT_NUMBER.scalar_subquery(), at=bindparam("time"), message=bindparam("line")
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,11 @@ def job_of(row: JobRow) -> Job:
 def database_time(session: Session) -> float:
     """The time by the database's clock, so that workers whose clocks differ agree on when a lease ends.
 
-    SQLite has no clock of its own: there it is this machine's, which all workers share.
+    In a write transaction it is when that got its turn. SQLite has no clock of its own: there it is this machine's,
+    which all workers share.
     """
+    if (began := session.info.get("began")) is not None:
+        return float(began)
     if session.get_bind().dialect.name == "postgresql":
         return float(session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
     return time.time()
@@ -85,6 +93,4 @@ def database_time(session: Session) -> float:
 
 def add_event(session: Session, job: int, at: float, message: str) -> None:
     """Add a line to a job's log, inside a write transaction."""
-    last = session.scalar(select(func.max(JobEventRow.number)).where(JobEventRow.job == job)) or 0
-    session.add(JobEventRow(job=job, number=last + 1, at=at, message=message))
-    session.flush()
+    session.execute(_ADD_EVENT, {"of": job, "time": at, "line": message})

@@ -143,9 +143,9 @@ class Worker:
                 self._say(f"job {lease.job}: started")
                 return True
         except TunesmithError:
+            place.leave()  # first, since the database may be away or the lease lost
             if lease is not None:
                 leases.stop(self._store, lease, "its process could not be started", busy=True)
-            place.leave()
             raise
         place.leave()
         return False

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Engine, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
@@ -23,6 +23,14 @@ from tunesmith.store.tables import AuditHeadRow, AuditRow
 
 GENESIS = digest_of("tunesmith audit log")
 _ONLY_ROW = 1
+# Statements on the tables themselves, made once: every write transaction that changes something executes them.
+_LOG, _HEAD = (AuditRow.metadata.tables[row.__tablename__] for row in (AuditRow, AuditHeadRow))
+_ADD = insert(_LOG)
+_MOVE = (
+    update(_HEAD)
+    .where(_HEAD.c.seq == bindparam("from_seq"), _HEAD.c.digest == bindparam("from_digest"))
+    .values(seq=bindparam("to_seq"), digest=bindparam("to_digest"))
+)
 _NEWEST = select(AuditRow.seq, AuditRow.digest).order_by(AuditRow.seq.desc()).limit(1)
 
 
@@ -46,20 +54,19 @@ class Pin(BaseModel):
 def append(session: Session, *, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> Head:
     """Add an entry inside the caller's transaction. Raises UsageError for detail that is not JSON."""
     previous = newest(session)
-    row = AuditRow(
-        seq=previous.seq + 1,
-        at=stamp(),
-        actor=actor,
-        action=action,
-        subject=subject,
-        detail=dict(detail),
-        previous=previous.digest,
-    )
-    row.digest = _digest(row)
-    session.add(row)
-    session.flush()
-    _move_head(session, previous, Head(seq=row.seq, digest=row.digest))
-    return Head(seq=row.seq, digest=row.digest)
+    entry = {
+        "seq": previous.seq + 1,
+        "at": stamp(),
+        "actor": actor,
+        "action": action,
+        "subject": subject,
+        "detail": dict(detail),
+        "previous": previous.digest,
+    }
+    head = Head(seq=previous.seq + 1, digest=digest_of(entry))
+    session.execute(_ADD, {**entry, "digest": head.digest})
+    _move_head(session, previous, head)
+    return head
 
 
 def _move_head(session: Session, before: Head, after: Head) -> None:
@@ -71,8 +78,8 @@ def _move_head(session: Session, before: Head, after: Head) -> None:
         session.add(AuditHeadRow(id=_ONLY_ROW, **after.model_dump()))
         session.flush()
         return
-    here = AuditHeadRow.seq == before.seq, AuditHeadRow.digest == before.digest
-    session.execute(update(AuditHeadRow).where(*here).values(**after.model_dump()))
+    moved = {"from_seq": before.seq, "from_digest": before.digest, "to_seq": after.seq, "to_digest": after.digest}
+    session.execute(_MOVE, moved)
 
 
 def newest(session: Session) -> Head:

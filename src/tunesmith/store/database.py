@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Executable, create_engine, event, func, insert, inspect, select, text
+from sqlalchemy import Connection, Engine, Executable, create_engine, event, insert, inspect, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
@@ -33,6 +33,12 @@ _WRITER = {
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
 }
+# What each of them begins with: it sets these, waits for its turn, and tells the time. One text, so that it is neither
+# built nor planned anew each time.
+_LIMITS = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in _WRITER.items())
+_BEGIN_WRITE = (
+    f"select {_LIMITS}, pg_advisory_xact_lock({_WRITERS_LOCK}), extract(epoch from clock_timestamp())::float8"  # noqa: S608 - of constants
+)
 # Of one process, at most.
 _CONNECTIONS = 15
 # Bytes: less than SQLite's log and shared memory need.
@@ -84,9 +90,14 @@ def migrate(engine: Engine) -> None:
 def writing(engine: Engine) -> Iterator[Session]:
     """One write transaction; writers take turns. Commits at the end, rolls back on any exception.
 
-    The disk has the commit when it returns. Raises what the engine's fence raises, if it has one.
+    session.info["began"]: when it got its turn, by PostgreSQL's clock in seconds since 1970; None on SQLite. The disk
+    has the commit when it returns. Raises what the engine's fence raises, if it has one.
     """
-    with _usable(engine), _write(engine) as connection, Session(bind=connection, expire_on_commit=False) as session:
+    with (
+        _usable(engine),
+        _write(engine) as connection,
+        Session(bind=connection, expire_on_commit=False, info={"began": connection.info.get("began")}) as session,
+    ):
         if (fence := connection.get_execution_options().get("fence")) is not None:
             fence(session)
         yield session
@@ -228,8 +239,7 @@ def _write(engine: Engine) -> Iterator[Connection]:
     """A transaction that waits for its turn."""
     with engine.execution_options(writes=True).begin() as connection:
         if connection.dialect.name == "postgresql":
-            limits = (func.set_config(name, value, True) for name, value in _WRITER.items())
-            connection.execute(select(*limits, func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+            *_, connection.info["began"] = connection.exec_driver_sql(_BEGIN_WRITE).one()
         yield connection
 
 
