@@ -141,3 +141,14 @@ def test_more_champions_take_no_more_queries(scene: Scene, versions: dict[int, V
     (few, before), (many, after) = counted
     assert many == few + 20
     assert after <= before
+
+
+def test_a_list_that_is_cut_says_so(scene: Scene, versions: dict[int, Version]) -> None:
+    assert home.home(scene.store, OWNER).champions is None
+    with scene.store.change(OWNER, "test.aliases", NAME, {}) as session:
+        for number in range(51):
+            row = {"name": NAME, "alias": "champion", "tenant": f"t{number}", "region": "", "revision": 1}
+            session.add(AliasRow(**row, version=versions[1].digest))
+    found = home.home(scene.store, OWNER)
+    assert (found.champions, len(found.serving)) == (50, 50)
+    assert found.versions is None

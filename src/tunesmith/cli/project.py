@@ -144,6 +144,13 @@ def _draw_status(console: Console, found: Home) -> None:
     for each in found.waiting:
         who = "you" if each.mine else " or ".join(each.roles)
         console.print(f"waits for {who}: {each.says}: {each.command}", soft_wrap=True)
+    if found.versions:
+        newest = f"of versions that wait for an approval, only those of the newest {found.versions} are listed"
+        console.print(f"{newest}: tunesmith show", soft_wrap=True)
+    if found.champions:
+        console.print(f"the first {found.champions} that serve, by name: tunesmith show", soft_wrap=True)
+    if found.rollouts:
+        console.print(f"the newest {found.rollouts} rollouts in progress: tunesmith rollout status", soft_wrap=True)
     for part in found.health:
         console.print(f"{'healthy' if part.ok else 'unhealthy'}: {part.part}: {part.says}", soft_wrap=True)
 

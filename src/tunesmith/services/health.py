@@ -39,4 +39,6 @@ def queue_health(store: Store, scope: Scope) -> PartHealth:
         )
     if waits and not runs:
         return PartHealth(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
-    return PartHealth(part="worker", ok=True, says=f"{runs} jobs run, {total - runs} wait" if total else "no job waits")
+    return PartHealth(
+        part="worker", ok=True, says=f"jobs: {runs} running, {total - runs} waiting" if total else "no job waits"
+    )

@@ -25,7 +25,7 @@ from tunesmith.rollout.standing import standing_of
 from tunesmith.services import monitoring, retraining
 from tunesmith.services.health import PartHealth, queue_health
 from tunesmith.services.held import waiting_for
-from tunesmith.services.rollout_course import RolloutLine, labels_of, live_lines
+from tunesmith.services.rollout_course import LISTED, RolloutLine, labels_of, live_lines
 from tunesmith.store import database
 from tunesmith.store.identities import User, get_user
 from tunesmith.store.proposed_keys import ProposedKey, waiting_keys
@@ -70,12 +70,18 @@ class Waiting(View):
 
 
 class Home(View):
-    """Everything of the viewer's tenant and region. waiting: those that wait for the viewer first."""
+    """What concerns the viewer's tenant and region. waiting: those that wait for the viewer first.
+
+    versions, champions, rollouts: how many are looked at, where there are more; else None.
+    """
 
     serving: tuple[ServingNow, ...]
     moving: tuple[RolloutLine, ...]
     waiting: tuple[Waiting, ...]
     health: tuple[PartHealth, ...]
+    versions: int | None
+    champions: int | None
+    rollouts: int | None
 
 
 class _Champion(NamedTuple):
@@ -95,12 +101,15 @@ class _Unapproved(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What only changes with the audit log, for every tenant and region."""
+    """What only changes with the audit log, for every tenant and region. more_versions, more_champions: whether there
+    are some that were not looked at."""
 
     champions: list[_Champion]
     unapproved: list[_Unapproved]
     pending: list[PendingRetrain]
     proposed: list[ProposedKey]
+    more_versions: bool
+    more_champions: bool
 
 
 _Requests = Mapping[tuple[str, Scope], tuple[int, int]]
@@ -131,6 +140,9 @@ def home(store: Store, viewer: str, project: Project | None = None) -> Home:
         moving=tuple(moving),
         waiting=tuple(sorted(waiting, key=lambda one: not one.mine)),
         health=(PartHealth(part="database", ok=True, says="answers"), queue_health(store, user.scope)),
+        versions=_VERSIONS if kept.more_versions else None,
+        champions=_CHAMPIONS if kept.more_champions else None,
+        rollouts=len(moving) if len(moving) == LISTED else None,
     )
 
 
@@ -159,8 +171,13 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
 
 def _read(session: Session, store: Store) -> _Kept:
     aliases = select(AliasRow).where(AliasRow.alias == "champion", AliasRow.version != "")
-    rows = session.scalars(aliases.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region).limit(_CHAMPIONS)).all()
-    serving, newest = {row.version for row in rows}, _newest(session)
+    rows = session.scalars(
+        aliases.order_by(AliasRow.name, AliasRow.tenant, AliasRow.region).limit(_CHAMPIONS + 1)
+    ).all()
+    newest = _newest(session)
+    more_champions, more_versions = len(rows) > _CHAMPIONS, len(newest) > _VERSIONS
+    rows, newest = rows[:_CHAMPIONS], newest[:_VERSIONS]
+    serving = {row.version for row in rows}
     versions = readable_versions(store, serving | set(newest), session)
     allowed = permissions(session, list(versions.values()))
     labels = labels_of(session, serving)
@@ -191,6 +208,8 @@ def _read(session: Session, store: Store) -> _Kept:
         _unapproved(session, [one for one in unapproved if allowed[one.digest].reason == "not_approved"]),
         list_pending_retrains(store),
         waiting_keys(store),
+        more_versions,
+        more_champions,
     )
 
 
@@ -199,10 +218,10 @@ def _holds(kept: _Kept) -> bool:
 
 
 def _newest(session: Session) -> list[str]:
-    """Digests of the versions that were registered last."""
+    """Digests of the versions that were registered last, and one more where there are more."""
     query = select(VersionRow.digest).join(RecordRow, RecordRow.digest == VersionRow.digest)
     ordered = query.order_by(RecordRow.created_at.desc(), VersionRow.number.desc())
-    return list(session.scalars(ordered.limit(_VERSIONS)))
+    return list(session.scalars(ordered.limit(_VERSIONS + 1)))
 
 
 def _unapproved(session: Session, versions: list[Version]) -> list[_Unapproved]:
