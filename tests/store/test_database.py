@@ -58,6 +58,16 @@ def test_a_full_database_is_named(store: Store, monkeypatch: pytest.MonkeyPatch)
         database.append(store.engine, RequestRow, [row(str(number)) for number in range(500)])
 
 
+def test_an_engine_that_is_disposed_of_leaves_no_log(store: Store) -> None:
+    """The log may hold texts that were deleted from the tables."""
+    log = store.root / "tunesmith.db-wal"
+    database.append(store.engine, RequestRow, [row("a")])
+    assert log.exists()
+    store.engine.dispose()
+    assert not log.exists()
+    database.append(store.engine, RequestRow, [row("b")])
+
+
 def test_a_fence_holds_for_appended_rows(store: Store) -> None:
     def fence(_session: Session) -> None:
         raise Refused("the job is another worker's now")

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Executable, create_engine, event, insert, inspect, text
+from sqlalchemy import Connection, Dialect, Engine, Executable, create_engine, event, insert, inspect, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import Pool
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import disk_full, is_disk_full
@@ -167,14 +166,14 @@ def _insertion(table: type[Table], keys: tuple[str, ...]) -> tuple[str, list[tup
     return str(insert(table).compile(dialect=dialect, column_keys=list(keys))), stored
 
 
-# The direct connections that nobody uses now. A pool lives until its engine is disposed of, and they end with it.
-_unused: WeakKeyDictionary[Pool, deque[sqlite3.Connection]] = WeakKeyDictionary()
+# The direct connections that nobody uses now, by what an engine shares with its fenced ones.
+_unused: WeakKeyDictionary[Dialect, deque[sqlite3.Connection]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def _direct(engine: Engine, statement: str) -> Iterator[sqlite3.Connection]:
     """A connection to SQLite past SQLAlchemy's pool and transactions. Raises what they would raise."""
-    unused = _unused.setdefault(engine.pool, deque())
+    unused = _unused.setdefault(engine.dialect, deque())
     try:
         connection = unused.pop()
     except IndexError:
@@ -187,7 +186,16 @@ def _direct(engine: Engine, statement: str) -> Iterator[sqlite3.Connection]:
             with _usable(engine):
                 raise DBAPIError.instance(statement, None, error, sqlite3.Error, hide_parameters=True) from error
         raise
-    unused.append(connection)
+    if _unused.get(engine.dialect) is unused:
+        unused.append(connection)
+    else:  # the engine was disposed of
+        connection.close()
+
+
+def _close_direct(engine: Engine) -> None:
+    """Close an engine's direct connections. SQLite's log, which may hold deleted texts, ends with the last one."""
+    for connection in _unused.pop(engine.dialect, ()):
+        connection.close()
 
 
 def _open_direct(engine: Engine) -> sqlite3.Connection:
@@ -257,3 +265,4 @@ def _sqlite_transactions(engine: Engine) -> None:
 
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", on_begin)
+    event.listen(engine, "engine_disposed", _close_direct)
