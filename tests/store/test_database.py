@@ -6,7 +6,7 @@ import sqlite3
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import delete, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -66,6 +66,19 @@ def test_an_engine_that_is_disposed_of_leaves_no_log(store: Store) -> None:
     store.engine.dispose()
     assert not log.exists()
     database.append(store.engine, RequestRow, [row("b")])
+
+
+def test_the_log_is_emptied_while_connections_are_open_and_waits_for_nobody(store: Store) -> None:
+    log = store.root / "tunesmith.db-wal"
+    database.append(store.engine, RequestRow, [row("secret-of-anna")])
+    assert b"secret-of-anna" in log.read_bytes()
+    with database.writing(store.engine) as session:
+        session.execute(delete(RequestRow))
+    with database.writing(store.engine):  # a writer keeps the log, and is not waited for
+        database.empty_log(store.engine)
+    database.empty_log(store.engine)
+    assert log.read_bytes() == b""
+    assert b"secret-of-anna" not in (store.root / "tunesmith.db").read_bytes()
 
 
 def test_a_fence_holds_for_appended_rows(store: Store) -> None:

@@ -185,6 +185,7 @@ async def _control(serving: Serving) -> None:
             if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
                 cleaned_at = time.monotonic()
                 await asyncio.to_thread(delete_expired, serving.store)
+                await asyncio.to_thread(database.empty_log, serving.store.engine)
             if time.monotonic() - noted_at >= _USED_SECONDS:
                 noted_at = time.monotonic()
                 await _note_use(serving)

@@ -130,6 +130,17 @@ def checkpoint(engine: Engine) -> None:
             connection.execute(statement).fetchone()
 
 
+def empty_log(engine: Engine) -> None:
+    """Empty SQLite's log, which may hold deleted texts, where nobody reads or writes at this moment. Does nothing on
+    PostgreSQL."""
+    if engine.dialect.name == "sqlite":
+        with _direct(engine, statement := "PRAGMA wal_checkpoint(TRUNCATE)") as connection:
+            (waits,) = connection.execute("PRAGMA busy_timeout").fetchone()
+            connection.execute("PRAGMA busy_timeout=0")  # others are not kept waiting
+            connection.execute(statement).fetchone()
+            connection.execute(f"PRAGMA busy_timeout={waits}")
+
+
 def fenced(engine: Engine, fence: Callable[[Session], None]) -> Engine:
     """The same database, whose every write transaction calls fence first; what it raises ends the transaction."""
     return engine.execution_options(fence=fence)
