@@ -86,8 +86,11 @@ def test_an_older_approval_cannot_be_brought_back(store: Store, version: Version
     used, kept = envelope(store, version, "ann", "approve"), envelope(store, version, "cat", "approve")
     submit_approval(store, used)
     decide(store, version, "ann", "refuse")
-    for old in (used, kept):
-        with pytest.raises(Refused, match="ann refused the version after this was prepared: why"):
+    for old, problem in (
+        (used, "this signed statement was recorded before"),
+        (kept, "ann refused the version after this was prepared: why"),
+    ):
+        with pytest.raises(Refused, match=problem):
             submit_approval(store, old)
     assert reason_of(store, version) == "refused"
     assert approval_count(store) == 1
@@ -135,11 +138,12 @@ def test_a_refusal_that_was_slipped_into_the_files_does_not_count(store: Store, 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_decisions_ends_with_the_newest(store: Store, version: Version, seed: int) -> None:
-    """Two approvers decide, now and from drawers, in any order: held against a rule of three lines."""
+    """Two approvers decide, now and from drawers, in any order: held against a rule of four lines."""
     identities.add_user(store, "cat", ["approver"], actor="olive")
     draw = random.Random(seed)
     drawer: list[tuple[bytes, str, Decision, int]] = []
     log: list[tuple[str, Decision, int]] = []
+    recorded: set[bytes] = set()
     for turn in range(14):
         if draw.random() < 0.6 or not drawer:
             user, decision = draw.choice(("ann", "cat")), draw.choice(("approve", "refuse"))
@@ -147,7 +151,10 @@ def test_any_order_of_decisions_ends_with_the_newest(store: Store, version: Vers
         signed, user, decision, prepared = draw.choice(drawer[-3:])
         since = [entry for entry in log if entry[1] != decision]
         standing = log[log.index(since[-1]) + 1 :] if since else log
-        if user in {who for who, _, _ in standing}:
+        if signed in recorded:
+            with pytest.raises(Refused, match="was recorded before"):
+                submit_approval(store, signed)
+        elif user in {who for who, _, _ in standing}:
             submit_approval(store, signed)  # nothing new
         elif since and since[-1][2] >= prepared:
             with pytest.raises(Refused, match="after this was prepared"):
@@ -155,6 +162,7 @@ def test_any_order_of_decisions_ends_with_the_newest(store: Store, version: Vers
         else:
             submit_approval(store, signed)
             log.append((user, decision, turn))
+            recorded.add(signed)
         expected = {"approve": None, "refuse": "refused"}[log[-1][1]] if log else "not_approved"
         assert reason_of(store, version) == expected
     assert len({decision for _, decision, _ in log}) == 2

@@ -169,19 +169,22 @@ def show_audit(
     subject: str | None = None,
     action: str | None = None,
     containing: str = "",
+    before: int | None = None,
     skip: int = 0,
     limit: int = 0,
 ) -> AuditLog:
     """The newest entries, oldest first. limit: how many; 0 for all.
 
-    containing: only entries with this text in the name, the action, the subject or the detail. skip: leave out as many
-    of the newest; `total` counts them too.
+    containing: only entries with this text in the name, the action, the subject or the detail. before: only entries
+    with a smaller number. skip: leave out as many of the newest. `total` counts those that these two leave out, too.
     """
     wanted = [column == value for column, value in ((AuditRow.subject, subject), (AuditRow.action, action)) if value]
     if containing:
         columns = (AuditRow.actor, AuditRow.action, AuditRow.subject, cast(AuditRow.detail, Text))
         wanted.append(or_(*(column.icontains(containing, autoescape=True) for column in columns)))
     query = select(AuditRow).where(*wanted).order_by(AuditRow.seq.desc())
+    if before is not None:
+        query = query.where(AuditRow.seq < before)
     with database.reading(store.engine) as session:
         rows = session.scalars(query.offset(skip).limit(limit) if limit else query).all()
         total = session.scalar(select(func.count()).select_from(AuditRow).where(*wanted)) or 0
