@@ -57,12 +57,12 @@ def test_a_parts_result_is_kept_until_it_is_measured_again(tmp_path: Path, monke
     from engine_parts.report import Line, markdown
     from service_parts import kept
 
-    monkeypatch.setattr(kept, "RESULTS", tmp_path / "service.json")
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
     first, second = Line("a", "1", "peer", "2", 0.5, 0.6), Line("b", "3", shown="-", wanted="0", reached=True)
-    kept.keep("one", kept.Found([first], {"per_second": 1}), 2.0)
-    kept.keep("two", kept.Found([first], {}), 2.0)
-    kept.keep("two", kept.Found([second], {}), 3.0)
-    assert [kept.lines_of(entry) for entry in kept.read().values()] == [[first], [second]]
+    kept.keep("service", "one", kept.Found([first], {"per_second": 1}), 2.0)
+    kept.keep("service", "two", kept.Found([first], {}), 2.0)
+    kept.keep("service", "two", kept.Found([second], {}), 3.0)
+    assert [kept.lines_of(entry) for entry in kept.read("service").values()] == [[first], [second]]
     assert json.loads((tmp_path / "service.json").read_text())["two"]["seconds"] == 3
     assert markdown([first, second]).splitlines()[2:] == [
         "| a | 1 | peer | 2 | 0.50x | >= 0.6x | NO |",

@@ -79,7 +79,7 @@ def change(store: Store, action: str) -> None:
 
 def hang(root: Path, url: str, said: Connection) -> None:
     """Stop, as a machine that is suspended, inside a write transaction; afterwards say what comes of it."""
-    database._WRITER["idle_in_transaction_session_timeout"] = "1s"
+    database._BEGIN_WRITE = database._BEGIN_WRITE.replace("'30min'", "'1s'")
     store = Store(root, url)
     try:
         with store.change("olive", "test.hang", "x", {}):
