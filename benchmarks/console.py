@@ -15,8 +15,8 @@ import dataclasses
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,7 +26,6 @@ from tests.postgresql_server import moved_to_postgresql, postgresql_server
 from console_parts import assets, matrix, pages, viewers
 from console_parts.asking import Console, console
 from console_parts.many import Made, Size, make
-from engine_parts.report import Line, markdown, table
 from service_parts import kept
 from tunesmith.store.store import Store
 
@@ -65,17 +64,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             made = make(Path(folder), Size())
             for part in given.only or PARTS:
-                print(f"{part} ...", flush=True)
-                began = time.perf_counter()
                 with served(part, made, Path(folder) / part) as where:
-                    found = PARTS[part](where)
-                kept.keep(RESULTS, part, found, time.perf_counter() - began)
-                print(table(found.lines), f"  [{part}: {time.perf_counter() - began:.0f} s]", sep="\n", flush=True)
-    entries = kept.read(RESULTS)
-    lines: list[Line] = []
-    for part in PARTS:
-        lines += kept.lines_of(entries[part]) if part in entries else [Line(part, lacks=f"--only {part}")]
-    print(f"\n{table(lines)}\n\nThe same for benchmarks/README.md:\n\n{markdown(lines)}")
+                    kept.measured(RESULTS, part, partial(PARTS[part], where))
+    kept.print_table(RESULTS, PARTS)
 
 
 if __name__ == "__main__":

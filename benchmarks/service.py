@@ -14,12 +14,11 @@ import argparse
 import importlib
 import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine_parts.report import Line, markdown, table
 from service_parts import kept
 
 RESULTS = "service"
@@ -45,17 +44,9 @@ def main() -> None:
     os.environ["TUNESMITH_USER"] = "ann"  # the owner of the stores that are made here
     print(kept.machine(), flush=True)
     for part in [] if given.table else given.only or [part for part in PARTS if part != "soak"]:
-        print(f"{part} ...", flush=True)
-        began = time.perf_counter()
         module = importlib.import_module(f"service_parts.{PARTS[part]}")
-        found = module.measure(given.minutes) if part == "soak" else module.measure()
-        kept.keep(RESULTS, part, found, time.perf_counter() - began)
-        print(table(found.lines), f"  [{part}: {time.perf_counter() - began:.0f} s]", sep="\n", flush=True)
-    entries = kept.read(RESULTS)
-    lines: list[Line] = []
-    for part in PARTS:
-        lines += kept.lines_of(entries[part]) if part in entries else [Line(part, lacks=f"--only {part}")]
-    print(f"\n{table(lines)}\n\nThe same for benchmarks/README.md:\n\n{markdown(lines)}")
+        kept.measured(RESULTS, part, partial(module.measure, *([given.minutes] if part == "soak" else [])))
+    kept.print_table(RESULTS, PARTS)
 
 
 if __name__ == "__main__":

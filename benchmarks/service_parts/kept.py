@@ -6,11 +6,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine_parts.report import Line
+from engine_parts.report import Line, markdown, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -55,3 +55,22 @@ def keep(name: str, part: str, found: Found, seconds: float) -> None:
 def lines_of(entry: dict[str, Any]) -> list[Line]:
     """The lines of an entry."""
     return [Line(**line) for line in entry["lines"]]
+
+
+def measured(name: str, part: str, measure: Callable[[], Found]) -> None:
+    """Measure a part, keep what was found, and print it."""
+    print(f"{part} ...", flush=True)
+    began = time.perf_counter()
+    found = measure()
+    seconds = time.perf_counter() - began
+    keep(name, part, found, seconds)
+    print(table(found.lines), f"  [{part}: {seconds:.0f} s]", sep="\n", flush=True)
+
+
+def print_table(name: str, parts: Iterable[str]) -> None:
+    """Print what is kept of these parts, and the same as Markdown."""
+    entries = read(name)
+    lines: list[Line] = []
+    for part in parts:
+        lines += lines_of(entries[part]) if part in entries else [Line(part, lacks=f"--only {part}")]
+    print(f"\n{table(lines)}\n\nThe same for benchmarks/README.md:\n\n{markdown(lines)}")

@@ -19,7 +19,7 @@ _JOBS = 5
 
 @routes.get("/")
 async def home(viewer: Looking) -> Response:
-    """What serves, moves and waits, for this person's tenant and region."""
+    """What serves, rollouts in progress and what needs action, for this person's tenant and region."""
     project = viewer.serving.project
     found = await viewer.run(partial(service.home, viewer.store, viewer.user.name, project))
     newest = await viewer.run(partial(jobs.page_of_jobs, viewer.store, most=_JOBS, scope=viewer.user.scope))
