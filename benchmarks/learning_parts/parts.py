@@ -15,7 +15,7 @@ from learning_parts.memory import memory
 from learning_parts.ours import Bench, defaults, project, short_tasks, trained
 from learning_parts.peers import RECIPES, peer
 from learning_parts.shown import NOT_YET, mean_of
-from tasks import Task
+from tasks import Task, snips_as_published
 
 QUALITY_ROWS = 300
 BUDGETS = (15, 30, 60, 120, 240, 480, 960)  # seconds: ours is trained with each until it reaches the peers' scores
@@ -58,16 +58,22 @@ def init(bench: Bench) -> list[Line]:
 
 
 def snips(bench: Bench) -> list[Line]:
-    """Whole frames of SNIPS' 700 requests; what is chosen is chosen on held-out training rows."""
+    """Whole frames of SNIPS' 700 requests; what is chosen is chosen on held-out training rows.
+
+    All published rows are trained on, as encoders are; the second line has the requests whose template no row has.
+    """
     what, wanted = f"SNIPS, whole frames of 700, {SNIPS_BUDGET}", ">= 92%"
     if "snips" not in bench.tasks:
         return [Line(what, lacks="the corpus is missing")]
-    task = bench.tasks["snips"]
+    task, unseen = snips_as_published(bench.folder)
     found = trained(bench, "snips frames", task, task.split(len(task.rows)), defaults(SNIPS_BUDGET))
     if found is None:
         return [Line(what, against="encoders", peer="93.0 to 93.6%", wanted=wanted, lacks=NOT_YET)]
-    reached = found["score"] >= 0.92
-    return [Line(what, mean_of(found["scores"]), "encoders", "93.0 to 93.6%", wanted=wanted, reached=reached)]
+    new = [each for each, one in zip(found["scores"], unseen, strict=True) if one]
+    return [
+        Line(what, mean_of(found["scores"]), "encoders", "93.0 to 93.6%", wanted=wanted, reached=found["score"] >= 0.92),
+        Line(f"the {len(new)} of them whose template was not trained on", mean_of(new)),
+    ]
 
 
 def quality(bench: Bench) -> list[Line]:
