@@ -71,7 +71,9 @@ def snips(bench: Bench) -> list[Line]:
         return [Line(what, against="encoders", peer="93.0 to 93.6%", wanted=wanted, lacks=NOT_YET)]
     new = [each for each, one in zip(found["scores"], unseen, strict=True) if one]
     return [
-        Line(what, mean_of(found["scores"]), "encoders", "93.0 to 93.6%", wanted=wanted, reached=found["score"] >= 0.92),
+        Line(
+            what, mean_of(found["scores"]), "encoders", "93.0 to 93.6%", wanted=wanted, reached=found["score"] >= 0.92
+        ),
         Line(f"the {len(new)} of them whose template was not trained on", mean_of(new)),
     ]
 
