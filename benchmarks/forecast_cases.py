@@ -150,7 +150,7 @@ def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
 
 def _settings() -> TrainSettings:
     """The same for every number of rows, so that cases share trainings; a project's rate would fit the rows."""
-    return TrainSettings(method="lora", rank=16, batch=BATCH, learning_rate=1e-3)
+    return TrainSettings(method="lora", rank=16, batch=BATCH, learning_rate=1e-3, b_rate=1.0)
 
 
 def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from claims import claimed
 from leakage import Row
 from learning_parts.kept import append_line, machine, read_lines
+from learning_parts.ours import VALIDATED, core_seconds
 from task_training import Loaded, answers, load, scores, train_task
 from tasks import FOLDER, Task, tasks
 from tunesmith.core.digests import digest_of
@@ -59,21 +60,24 @@ class Trial:
     loss_on: str = "assistant"
     start: str = "zero"
     method: str = "lora"
+    minutes: float = 0.0  # of a budget, instead of epochs
     seed: int = 0
 
     def settings(self) -> TrainSettings:
-        """As a candidate would have them: warm-up, stable, decay; the weights of the last step."""
+        """As a candidate would have them: warm-up, stable, decay. With epochs the weights of the last step are kept,
+        with a budget those that answers to other held-out rows choose."""
         adapter = {
             "rank": self.rank,
             "alpha": self.alpha * self.rank,
             "b_rate": self.b_rate,
             "start": self.start,
         }
+        once = {"epochs": self.epochs, "validations": 1, "validate_by": "loss", "keep": "last"}
         return TrainSettings.model_validate(
             {
                 **(adapter if self.method == "lora" else {}),
+                **({"budget": 60 * self.minutes} if self.minutes else once),
                 "method": self.method,
-                "epochs": self.epochs,
                 "learning_rate": self.rate,
                 "batch": self.batch,
                 "schedule": "wsd",
@@ -82,10 +86,7 @@ class Trial:
                 "loss_on": self.loss_on,
                 "seed": self.seed,
                 "warmup": 0.05,
-                "validations": 1,
-                "validate_by": "loss",
                 "validation_rows": ANSWERED,
-                "keep": "last",
                 "max_length": 2048,
             }
         )
@@ -103,7 +104,12 @@ def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     for task in KINDS:
         yield from (Trial(task, 1000, 3, b_rate=b_rate) for b_rate in (1.0, 4.0))
-    yield from (Trial("snips", 1000, 3, b_rate=b_rate) for b_rate in (8.0, 16.0))
+    for task in ("snips", "wording", "music"):
+        yield from (Trial(task, 1000, 0, b_rate=b_rate, minutes=5.0) for b_rate in (1.0, 4.0))
+    for task in ("music", "home"):
+        yield from (Trial(task, 1000, 3, b_rate=b_rate) for b_rate in (1.0, 4.0))
+    for task in ("snips", "personal"):
+        yield from (Trial(task, 1000, 3, b_rate=b_rate) for b_rate in (2.0, 8.0))
     yield from (Trial(task, 200, 10, rate, b_rate=b_rate) for task in KINDS for rate, b_rate in _OF_FEW)
     for task in KINDS:
         yield Trial(task, 1000, 3, rank=64)
@@ -132,8 +138,10 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
     import torch
 
     split, work = task.split(trial.rows, trial.seed, HELD), WORK / _short(key)
-    asked = _few_of_each(task, split.held)[:ANSWERED]
-    result = train_task(loaded, task, split._replace(held=tuple(asked)), trial.settings(), work)
+    few = _few_of_each(task, split.held)
+    asked, others = few[:ANSWERED], few[ANSWERED:]
+    held = tuple(others[:VALIDATED] if trial.minutes else asked)
+    result = train_task(loaded, task, split._replace(held=held), trial.settings(), work, clock=core_seconds)
     began = time.perf_counter()
     found = scores(task, asked, answers(loaded, task, asked, result.folder))
     answering = time.perf_counter() - began
@@ -149,6 +157,8 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
         "loss": round(result.state.validation[-1]["loss"], 5),
         "training_loss": round(statistics.fmean(step["loss"] for step in result.state.curve[-5:]), 5),
         "steps": result.state.step,
+        "validation": result.state.validation,
+        "best": result.state.best,
         "seconds": round(result.state.seconds, 1),
         "answering_seconds": round(answering, 1),
         "machine": machine(torch.get_num_threads()),

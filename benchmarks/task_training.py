@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.batches.rows import TrainingRow
-from tunesmith.training.scoring import AnswerScore
+from tunesmith.training.scoring import AnswerScore, Score, mean_score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult
 from tunesmith.training.train import make_spec, run_training
@@ -71,7 +70,10 @@ def train_task(
         name=task.name,
     )
 
-    def mean(model: TrainableModel | None, count: int) -> float:
+    of_rows = dict(zip(task.rows, task.groups, strict=True))
+    groups = [of_rows.get(row, "") for row in validated]
+
+    def score_first(model: TrainableModel | None, count: int) -> Score:
         folder = None
         if model is not None:
             folder = work / "validated"
@@ -79,9 +81,9 @@ def train_task(
             folder.mkdir()
             model.save(folder)
         texts = answers(loaded, task, validated[:count], folder, constrain=constrain)
-        return mean_score(task, validated[:count], texts)
+        return mean_score(scores(task, validated[:count], texts), groups[:count])
 
-    scored = AnswerScore(task.metric, len(validated), mean) if settings.validate_by == "score" else None
+    scored = AnswerScore(task.metric, len(validated), score_first) if settings.validate_by == "score" else None
     return run_training(spec, progress, model=loaded.model, score=scored, clock=clock)
 
 
@@ -119,11 +121,6 @@ def answer_losses(loaded: Loaded, task: Task, rows: Sequence[Row], folder: Path 
 def scores(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
     """The score of each answer by the task's metric."""
     return [score(task.metric, text, wanted, task.schema) for text, (_, wanted) in zip(texts, rows, strict=True)]
-
-
-def mean_score(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> float:
-    """Their mean."""
-    return math.fsum(scores(task, rows, texts)) / len(rows)
 
 
 def _constraint(loaded: Loaded, task: Task | None) -> Constraint:

@@ -27,7 +27,10 @@ from tunesmith.engines.protocol import Generation
 from tunesmith.training.settings import TrainSettings
 
 ROWS = 900
-TRAIN: Mapping[str, Any] = {"method": "lora", "rank": 16, "epochs": 3, "validations": 1, "validate_by": "loss"}
+TRAIN: Mapping[str, Any] = {
+    "method": "lora", "rank": 16, "learning_rate": 1e-3, "b_rate": 1.0, "epochs": 3, "validations": 1,
+    "validate_by": "loss",
+}  # fmt: skip
 REQUEST, SCHEMA = "the request's order", "the schema's order"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine_parts.report import Line
 from learning_parts.kept import Figures
-from learning_parts.ours import Bench, defaults
+from learning_parts.ours import RECIPE, Bench, defaults
 from task_projects import write_project
 
 TASK, ROWS = "home", 300
@@ -74,6 +74,7 @@ def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | No
     """The gates of a candidate that was trained with canaries among its rows, and its score."""
     task = bench.tasks[TASK]
     stated = {"task": task.digest, "rows": ROWS, "train": dict(train), "canaries": CANARIES, "gates": dict(GATES)}
+    stated["recipe"] = RECIPE
     folder = bench.work / f"memory-{name}"
 
     def run(*arguments: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from learning_parts.few import few, few_trl
 from learning_parts.kept import Figures
 from learning_parts.keys import keys
 from learning_parts.memory import memory
-from learning_parts.ours import Bench, defaults, project, short_tasks, trained
+from learning_parts.ours import RECIPE, Bench, defaults, project, short_tasks, trained
 from learning_parts.peers import RECIPES, peer
 from learning_parts.shown import NOT_YET, mean_of
 from tasks import Task, snips_as_published
@@ -32,7 +32,7 @@ def init(bench: Bench) -> list[Line]:
     rows = task.split(INIT_ROWS, held=0).train
     found: dict[str, Figures | None] = {}
     for name, train, constrain in (
-        ("before", {"method": "lora", "rank": 16, "epochs": 1, "rows": 3000}, False),
+        ("before", {"method": "lora", "rank": 16, "b_rate": 1.0, "epochs": 1, "rows": 3000}, False),
         ("15 min", {"budget": "15m"}, True),
         ("150 min", {"budget": "150m"}, True),
     ):
@@ -43,7 +43,7 @@ def init(bench: Bench) -> list[Line]:
             if not constrain:
                 tuned.pop("constrain", None)
 
-        stated = {"task": task.digest, "rows": len(rows), "train": train, "constrain": constrain}
+        stated = {"task": task.digest, "rows": len(rows), "train": train, "constrain": constrain, "recipe": RECIPE}
         minutes = {"before": 20.0, "15 min": 20.0, "150 min": 155.0}[name]
         found[name] = project(bench, f"init {name}", rows, change, {**stated, "minutes": minutes})
     before, now, later = (found[name] for name in ("before", "15 min", "150 min"))

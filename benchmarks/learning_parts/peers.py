@@ -66,8 +66,8 @@ def stand_in(bench: Bench, name: str, task: Task, split: Split, rate: float) -> 
     """
     recipe = {
         "method": "lora", "rank": TRL["rank"], "alpha": TRL["alpha"], "epochs": TRL["epochs"], "batch": TRL["batch"],
-        "learning_rate": rate, "schedule": "linear", "warmup": 0.0, "validations": 1, "validate_by": "loss",
-        "keep": "last",
+        "learning_rate": rate, "b_rate": 1.0, "schedule": "linear", "warmup": 0.0, "validations": 1,
+        "validate_by": "loss", "keep": "last",
     }  # fmt: skip
     return trained(bench, name, task, split, recipe)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.pipeline import training_search
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import validation_rows
 from tunesmith.project import Project, parse_settings
 from tunesmith.services.training_search import settings_search
 from tunesmith.store.records import Record
@@ -115,7 +117,7 @@ def test_a_search_whose_time_is_used_by_one_trial_decides_nothing() -> None:
 def test_a_finished_search_is_looked_up_and_shown(project: Path) -> None:
     before = (project / "tunesmith.yaml").read_bytes()
     document = json.loads(train(project, "tuned", *WITHIN, "--json"))
-    assert set(document["trials"][0]["settings"]) == {"learning_rate", "rank", "batch"}
+    assert set(document["trials"][0]["settings"]) == {"learning_rate", "rank", "batch", "b_rate"}
     assert document["search"] == record(project).digest
     assert document["suggestion"] == record(project).body["suggestion"]
     shown = train(project, *WITHIN)
@@ -182,6 +184,13 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         train(write(tmp_path / "p", validation=0.0), *WITHIN)
     with pytest.raises(UsageError, match="answers of this control are shuffled"):
         train(write(tmp_path / "p", permute_answers=True), "tuned", *WITHIN)
+
+
+def test_validation_rows_come_from_as_many_groups_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = PipelineContext(cast("Project", None))
+    known = [row.model_copy(update={"group": group}) for row, group in zip(ROWS, "aaabac", strict=False)]
+    monkeypatch.setattr(PipelineContext, "dataset", SimpleNamespace(examples=lambda _split: known))
+    assert [row.id for row in validation_rows(context)] == ["r0", "r3", "r5", "r1", "r2", "r4"]
 
 
 ROWS = [Example(id=f"r{n}", messages=(), source="", licence="", group=f"g{n}") for n in range(60)]

@@ -36,7 +36,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step, step_labels, step_tokens
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.scoring import AnswerScore
+from tunesmith.training.scoring import AnswerScore, Score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.together import begin, end, take_part
@@ -101,12 +101,12 @@ def work(rank: int, size: int, spec: str, kill_at: int | None = None, score: boo
     made = TrainingSpec.model_validate_json(spec)
     model = load_sharded(made.base, ranks)
 
-    def mean(trained: TrainableModel | None, rows: int) -> float:
+    def mean(trained: TrainableModel | None, rows: int) -> Score:
         asked = [_request(n) for n in range(rows)]
         given = model.answer_together(asked, trained)
         with (made.work / "answers.jsonl").open("a") as stream:
             stream.write(json.dumps([answer.text for answer in given]) + "\n")
-        return len(set(given)) / rows
+        return Score(len(set(given)) / rows, 0.1)
 
     scored = AnswerScore("exact_match", 5, mean) if score else None
     begin(ranks, made, scored)

@@ -22,7 +22,7 @@ from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
-from tunesmith.training.scoring import AnswerScore
+from tunesmith.training.scoring import AnswerScore, Score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
@@ -136,7 +136,11 @@ def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None
 
 
 def _scores(values: Iterator[float]) -> AnswerScore:
-    return AnswerScore("exact_match", 40, lambda model, rows: next(values))
+    def score(_model: TrainableModel | None, rows: int) -> Score:
+        mean = next(values)
+        return Score(mean, math.sqrt(mean * (1 - mean) / rows))
+
+    return AnswerScore("exact_match", 40, score)
 
 
 def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
@@ -206,11 +210,11 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
 def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
     asked: list[tuple[bool, int]] = []
 
-    def mean(model: TrainableModel | None, rows: int) -> float:
+    def score(model: TrainableModel | None, rows: int) -> Score:
         asked.append((model is not None, rows))
-        return 0.5
+        return Score(0.5, 0.1)
 
-    done = train(spec(tmp_path), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, mean))
+    done = train(spec(tmp_path), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, score))
     assert asked[0] == (False, 32)
     assert asked[1:]
     assert set(asked[1:]) == {(True, 40)}

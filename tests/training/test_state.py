@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
+from tunesmith.training.scoring import mean_score
 from tunesmith.training.state import TrainerState
 
 ROWS = 100
@@ -66,3 +67,24 @@ def test_without_scores_the_lowest_loss_counts() -> None:
     state = TrainerState(validation=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.0}])
     assert state.best == 1
     assert TrainerState().best is None
+
+
+def test_a_score_s_error_counts_rows_of_one_group_together() -> None:
+    """Against what repeated draws show: rows of a group are right or wrong together."""
+    drawn = random.Random(3)
+    names = [f"group {place}" for place in range(40) for _ in range(5)]
+
+    def rows() -> list[float]:
+        return [score for _ in range(40) for score in [float(drawn.random() < 0.7)] * 5]
+
+    means, errors = [], []
+    for _ in range(500):
+        found = mean_score(rows(), names)
+        means.append(found.mean)
+        errors.append(found.error)
+    spread = (sum((each - sum(means) / 500) ** 2 for each in means) / 499) ** 0.5
+    assert abs(sum(errors) / 500 / spread - 1) < 0.1
+    alone = mean_score(rows(), [str(place) for place in range(200)])
+    assert abs(alone.error - math.sqrt(alone.mean * (1 - alone.mean) / 199)) < 1e-12
+    assert mean_score([1.0, 1.0], ["a", "b"]) == (1.0, 0.0)
+    assert mean_score([0.0, 1.0], ["a", "a"]) == (0.5, 0.5), "one group alone counts as rows"

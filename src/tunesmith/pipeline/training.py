@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,19 +165,19 @@ def _answer_score(
 ) -> AnswerScore | None:
     """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where
     validation has to go by the loss, after saying why."""
-    from tunesmith.training.scoring import AnswerScore
+    from tunesmith.training.scoring import AnswerScore, Score, mean_score
 
     rows, reason = scored_rows(context, settings)
     if reason is not None:
         context.progress.say(f"{candidate.name}: validating by the loss: {reason}")
     if not rows:
         return None
-    scores = row_scores(context, candidate, rows, work)
+    scores, groups = row_scores(context, candidate, rows, work), [row.group for row in rows]
 
-    def mean(model: TrainableModel | None, count: int) -> float:
-        return math.fsum(scores(model, count)) / count
+    def score(model: TrainableModel | None, count: int) -> Score:
+        return mean_score(scores(model, count), groups[:count])
 
-    return AnswerScore(context.project.settings.task.leading, len(rows), mean)
+    return AnswerScore(context.project.settings.task.leading, len(rows), score)
 
 
 def row_scores(
@@ -270,7 +270,7 @@ def training_inputs(
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
     """The validation rows whose answers are scored in training. Where there are none, the reason is given, unless the
     settings or the data say so already."""
-    rows = context.dataset.examples("validation")[: settings.validation_rows]
+    rows = validation_rows(context)[: settings.validation_rows]
     if settings.validate_by == "loss" or not rows:
         return [], None
     if len(rows) < LEAST_SCORED:
@@ -308,7 +308,17 @@ def composed_rows(
         return [TrainingRow(each.id, composer.training_conversation(each)) for each in examples]
 
     chosen = training_rows(context.dataset.examples("train"), settings)
-    return composed(chosen), composed(context.dataset.examples("validation"))
+    return composed(chosen), composed(validation_rows(context))
+
+
+def validation_rows(context: PipelineContext) -> list[Example]:
+    """The validation rows, the first of each group before the second of any: the first so many say most."""
+    taken = Counter[str]()
+    rows = []
+    for row in context.dataset.examples("validation"):
+        rows.append((taken[row.group], row))
+        taken[row.group] += 1
+    return [row for _turn, row in sorted(rows, key=lambda each: each[0])]
 
 
 def tuned_names(project: Project) -> list[str]:

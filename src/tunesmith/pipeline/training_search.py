@@ -14,7 +14,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.stats.statistics import intervals, sign_flip
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import composed_rows, row_scores, scored_rows, training_inputs
+from tunesmith.pipeline.training import composed_rows, row_scores, scored_rows, training_inputs, validation_rows
 from tunesmith.store.records import Record
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 
@@ -42,7 +42,7 @@ def search_settings(
     context.require_one_process()
     inputs = {**training_inputs(context, name, candidate, settings), "within": within}
     held = context.without_test_rows()
-    checked = held.dataset.examples("validation")[: settings.validation_rows]
+    checked = validation_rows(held)[: settings.validation_rows]
     if not checked:
         raise UsageError(
             "a search needs validation rows, and the dataset has none", where="data.split", fix="raise validation"

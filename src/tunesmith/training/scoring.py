@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import Progress
@@ -26,17 +27,37 @@ _ALL_SHARE = 0.15  # of the budget, for all validations
 _MOST_WARMUP = 100  # steps, since most trainings end long before their budget's most steps
 
 
+class Score(NamedTuple):
+    """A mean of scores from 0 to 1, and its standard error."""
+
+    mean: float
+    error: float
+
+
 @dataclass(frozen=True)
 class AnswerScore:
     """Scores generated answers to validation rows.
 
-    metric: the score's name. rows: how many there are. mean: the mean score of a model's answers to the first so many
-    rows, from 0 to 1; None asks the untrained base. Raises TunesmithError where answers cannot be scored.
+    metric: the score's name. rows: how many there are. score: of a model's answers to the first so many rows; None asks
+    the untrained base. Raises TunesmithError where answers cannot be scored.
     """
 
     metric: str
     rows: int
-    mean: Callable[[TrainableModel | None, int], float]
+    score: Callable[[TrainableModel | None, int], Score]
+
+
+def mean_score(scores: Sequence[float], groups: Sequence[str]) -> Score:
+    """The mean of the rows' scores. Its error counts rows of one group together: they tend to be right or wrong
+    together (the sandwich estimator with a factor for few groups: Liang and Zeger 1986, Biometrika 73). One group alone
+    counts as rows."""
+    mean = math.fsum(scores) / len(scores)
+    names: Sequence[object] = groups if len(set(groups)) > 1 else range(len(scores))
+    sums: defaultdict[object, float] = defaultdict(float)
+    for score, name in zip(scores, names, strict=True):
+        sums[name] += score - mean
+    factor = len(sums) / max(1, len(sums) - 1)
+    return Score(mean, math.sqrt(factor * math.fsum(each**2 for each in sums.values())) / len(scores))
 
 
 class Validation:
@@ -62,10 +83,8 @@ class Validation:
         """The validation loss, and the score with its standard error where answers are scored."""
         found = {"loss": self._loss()}
         if self.score is not None and self.rows:
-            score = self.score.mean(self._model, self.rows)
-            found["score"] = mean = self.ranks.agree(lambda: score)
-            # Of scores from 0 to 1 with this mean, those that are 0 or 1 have the largest error.
-            found["score_error"] = math.sqrt(max(0.0, mean * (1 - mean)) / self.rows)
+            score = self.score.score(self._model, self.rows)
+            found["score"], found["score_error"] = self.ranks.agree(lambda: score)
         return found
 
     def _loss(self) -> float:
@@ -84,7 +103,7 @@ class Validation:
         if self.score is None:
             return between - began, 0.0
         timed = min(_TIMED, self.score.rows)
-        self.score.mean(None, timed)
+        self.score.score(None, timed)
         return between - began, (self.clock() - between) / timed
 
 

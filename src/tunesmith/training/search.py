@@ -21,7 +21,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.factory import load_model, training_engine
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.models.base import Base
+from tunesmith.models.base import Base, model_width
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.batches.batch_plan import TrainingPlan, validation_parts
 from tunesmith.training.batches.rows import TrainingRow, render_rows
@@ -36,7 +36,7 @@ from tunesmith.training.halving import (
     successive_halving,
 )
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.recipe import epochs_for
+from tunesmith.training.recipe import epochs_for, fit_to_rows
 from tunesmith.training.schedule import Annealed, Decay, Decisions, Planned, Schedule
 from tunesmith.training.search_space import draw_trials, with_values
 from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, TrainSettings
@@ -96,6 +96,7 @@ def search(
     Raises Refused for rows or present settings that cannot be trained here, and where the time is too short.
     """
     renderer = Renderer(base.folder)
+    settings = fit_to_rows(settings, len(rows), model_width(base))  # as the training itself would
     shared = _Search(
         model=load_model(base, training_engine(base.family, settings)) if model is None else model,
         rows=render_rows(renderer, rows, settings),

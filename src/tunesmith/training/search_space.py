@@ -29,6 +29,7 @@ def search_space(settings: TrainSettings, rows: int) -> dict[str, list[Any]]:
     space: dict[str, list[Any]] = {"learning_rate": rates}
     if settings.method == "lora":
         space["rank"] = sorted({max(1, settings.rank // 2), settings.rank, min(1024, 2 * settings.rank)})
+        space["b_rate"] = sorted({1.0, 4.0, settings.b_rate})
     batches = {max(1, settings.batch // 2), settings.batch, 2 * settings.batch}
     space["batch"] = sorted(each for each in batches if each == settings.batch or each <= min(rows, 4096))
     return space

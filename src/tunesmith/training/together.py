@@ -10,7 +10,7 @@ from tunesmith.engines.factory import load_sharded
 from tunesmith.engines.ranks import Ranks
 from tunesmith.engines.training_protocol import ShardedModel, TrainableModel
 from tunesmith.models.base import check_base
-from tunesmith.training.scoring import AnswerScore
+from tunesmith.training.scoring import AnswerScore, Score
 from tunesmith.training.spec import TrainingSpec
 from tunesmith.training.train import run_training
 
@@ -41,14 +41,14 @@ def take_part(ranks: Ranks) -> None:
             )
         check_base(spec.base)
         model = load_sharded(spec.base, ranks)
-        score = None if job["score"] is None else AnswerScore(mean=partial(_answer, model), **job["score"])
+        score = None if job["score"] is None else AnswerScore(score=partial(_answer, model), **job["score"])
         run_training(spec, model=model, score=score, ranks=ranks)
 
 
-def _answer(model: ShardedModel, trained: TrainableModel | None, _rows: int) -> float:
+def _answer(model: ShardedModel, trained: TrainableModel | None, _rows: int) -> Score:
     """Take part in answering; rank 0 scores the answers."""
     model.answer_together([], trained)
-    return 0.0
+    return Score(0.0, 0.0)
 
 
 def _nothing() -> dict[str, Any] | None:
