@@ -65,7 +65,7 @@ class Trial:
 
     def settings(self) -> TrainSettings:
         """As a candidate would have them: warm-up, stable, decay. With epochs the weights of the last step are kept,
-        with a budget those that answers to other held-out rows choose."""
+        with a budget those that validation on other held-out rows chooses."""
         adapter = {
             "rank": self.rank,
             "alpha": self.alpha * self.rank,
@@ -154,11 +154,9 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
         "trained": len(split.train),
         "score": round(statistics.fmean(found), 5),
         "scores": [round(each, 3) for each in found],
-        "loss": round(result.state.validation[-1]["loss"], 5),
+        "loss": round(result.state.validation[result.state.best or 0]["loss"], 5),
         "training_loss": round(statistics.fmean(step["loss"] for step in result.state.curve[-5:]), 5),
         "steps": result.state.step,
-        "validation": result.state.validation,
-        "best": result.state.best,
         "seconds": round(result.state.seconds, 1),
         "answering_seconds": round(answering, 1),
         "machine": machine(torch.get_num_threads()),
@@ -168,10 +166,10 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
 
 def _few_of_each(task: Task, rows: Sequence[Row]) -> list[Row]:
     """The first OF_A_GROUP rows of each group."""
-    groups, seen, found = dict(zip(task.rows, task.groups, strict=True)), Counter[str](), []
+    seen, found = Counter[str](), []
     for row in rows:
-        seen[groups[row]] += 1
-        if seen[groups[row]] <= OF_A_GROUP:
+        seen[task.group_of[row]] += 1
+        if seen[task.group_of[row]] <= OF_A_GROUP:
             found.append(row)
     return found
 
@@ -265,7 +263,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         for revision in range(1, REVISION + 1):
-            print(f"\nrevision {revision}")
+            print(f"\nround {revision}")
             print(table([line for line in read().values() if line["revision"] == revision]))
     elif given.plan:
         known = read()

@@ -70,8 +70,7 @@ def train_task(
         name=task.name,
     )
 
-    of_rows = dict(zip(task.rows, task.groups, strict=True))
-    groups = [of_rows.get(row, "") for row in validated]
+    groups = [task.group_of[row] for row in validated]
 
     def score_first(model: TrainableModel | None, count: int) -> Score:
         folder = None

@@ -73,6 +73,11 @@ class Task:
     constrain: bool | tuple[str, ...] = False
 
     @cached_property
+    def group_of(self) -> Mapping[Row, str]:
+        """The group of each row."""
+        return dict(zip(self.rows, self.groups, strict=True))
+
+    @cached_property
     def digest(self) -> str:
         """Changes with everything that a result on this task depends on."""
         return digest_of(
@@ -186,10 +191,10 @@ def _distinct(rows: Iterable[Grouped]) -> list[Grouped]:
 
 
 def snips_as_published(folder: Path) -> tuple[Task, list[bool]]:
-    """SNIPS with every row of both published parts, as encoders are compared on it.
+    """SNIPS with every row of both published parts, as encoders are compared on it, 18 requests of both parts included.
 
-    folder: of the corpora. Also whether each test request has a template that no training row has: such requests are
-    what the task `snips` tests on.
+    folder: of the corpora. Also whether each test request has a template that no training row has. The task `snips`
+    leaves out the training rows of the other requests' templates instead.
     """
     train, asked = _snips_rows(folder / "snips")
     known = {row.group for row in train}

@@ -73,8 +73,8 @@ def _told(found: Figures | None, probe: str) -> str:
 def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | None:
     """The gates of a candidate that was trained with canaries among its rows, and its score."""
     task = bench.tasks[TASK]
-    stated = {"task": task.digest, "rows": ROWS, "train": dict(train), "canaries": CANARIES, "gates": dict(GATES)}
-    stated["recipe"] = RECIPE
+    stated = {"task": task.digest, "rows": ROWS, "train": dict(train), "canaries": CANARIES, "gates": dict(GATES),
+              "recipe": RECIPE}  # fmt: skip
     folder = bench.work / f"memory-{name}"
 
     def run(*arguments: str) -> dict[str, Any]:

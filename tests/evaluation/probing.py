@@ -91,7 +91,7 @@ class Bench:
 
     def tuned(self, dataset: str, prompt: str = "", **settings: Any) -> Candidate:
         """A candidate trained on the dataset's rows, its adapter loaded."""
-        chosen = TrainSettings(**{"rank": 16, "batch": 8, "b_rate": 1, "epochs": 1, **settings})
+        chosen = TrainSettings(**{"rank": 16, "batch": 8, "epochs": 1, **settings})
         rows = load_dataset(self.store, dataset)
         untrained = Candidate(name="tuned", base=self.base.digest, prompt=prompt, max_tokens=12)
 

@@ -158,7 +158,7 @@ def test_four_bits_of_a_native_family(tmp_path: Path) -> None:
 
 def test_hf_trains_a_native_family_where_it_is_asked_to(tmp_path: Path) -> None:
     """Trained by hf, answered by the native engine with the same adapter; another engine is another training."""
-    train = {"rank": 2, "batch": 8, "learning_rate": 0.02, "b_rate": 1, "epochs": 1}
+    train = {"rank": 2, "batch": 8, "learning_rate": 0.02, "epochs": 1}
     tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
     found = {}
     for engine in ("hf", "native"):

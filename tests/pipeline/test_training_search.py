@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +16,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.pipeline import training_search
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import validation_rows
+from tunesmith.pipeline.training import in_turns
 from tunesmith.project import Project, parse_settings
 from tunesmith.services.training_search import settings_search
 from tunesmith.store.records import Record
@@ -186,11 +185,9 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         train(write(tmp_path / "p", permute_answers=True), "tuned", *WITHIN)
 
 
-def test_validation_rows_come_from_as_many_groups_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = PipelineContext(cast("Project", None))
+def test_validation_rows_come_from_as_many_groups_as_there_are() -> None:
     known = [row.model_copy(update={"group": group}) for row, group in zip(ROWS, "aaabac", strict=False)]
-    monkeypatch.setattr(PipelineContext, "dataset", SimpleNamespace(examples=lambda _split: known))
-    assert [row.id for row in validation_rows(context)] == ["r0", "r3", "r5", "r1", "r2", "r4"]
+    assert [row.id for row in in_turns(known)] == ["r0", "r3", "r5", "r1", "r2", "r4"]
 
 
 ROWS = [Example(id=f"r{n}", messages=(), source="", licence="", group=f"g{n}") for n in range(60)]

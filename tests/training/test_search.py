@@ -338,3 +338,9 @@ def test_killed_it_goes_on(whole: tuple[Path, SearchOutcome]) -> None:
     assert 0 < _ran(said) < 6, "finished trials are not repeated"
     assert comparable(done) == comparable(uninterrupted)
     assert done.decisions == uninterrupted.decisions
+
+
+def test_the_present_settings_are_those_that_the_training_would_have(tmp_path: Path) -> None:
+    """A rate that is left open fits the rows."""
+    found = find(tmp_path, TrainSettings(rank=4, batch=4, epochs=2))
+    assert found.trials[0]["learning_rate"] == pytest.approx(3e-3)

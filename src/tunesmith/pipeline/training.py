@@ -312,13 +312,18 @@ def composed_rows(
 
 
 def validation_rows(context: PipelineContext) -> list[Example]:
-    """The validation rows, the first of each group before the second of any: the first so many say most."""
+    """The validation rows in turns: the first so many of them say most."""
+    return in_turns(context.dataset.examples("validation"))
+
+
+def in_turns(rows: Sequence[Example]) -> list[Example]:
+    """The rows, the first of each group before the second of any."""
     taken = Counter[str]()
-    rows = []
-    for row in context.dataset.examples("validation"):
-        rows.append((taken[row.group], row))
+    turns = []
+    for row in rows:
+        turns.append((taken[row.group], row))
         taken[row.group] += 1
-    return [row for _turn, row in sorted(rows, key=lambda each: each[0])]
+    return [row for _turn, row in sorted(turns, key=lambda each: each[0])]
 
 
 def tuned_names(project: Project) -> list[str]:

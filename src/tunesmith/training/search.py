@@ -36,7 +36,7 @@ from tunesmith.training.halving import (
     successive_halving,
 )
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.recipe import epochs_for, fit_to_rows
+from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import Annealed, Decay, Decisions, Planned, Schedule
 from tunesmith.training.search_space import draw_trials, with_values
 from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, TrainSettings
@@ -153,7 +153,7 @@ def _decide(
     work.mkdir(parents=True, exist_ok=True)
     measured, count = _measure(shared, model), len(shared.rows)
     budget = shared.settings.budget
-    longest = epochs_for(shared.settings, count) * count
+    longest = shared.settings.epochs * count
     if budget is not None:
         longest = min(MOST_EPOCHS * count, round(budget / measured.row))
     made = decide_search(

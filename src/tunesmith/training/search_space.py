@@ -16,7 +16,7 @@ def search_space(settings: TrainSettings, rows: int) -> dict[str, list[Any]]:
     """The values that a search tries of each setting. rows: training rows, which bound the batch.
 
     Rates: a third to ten times around the present one and around the method's default, so that a hopeless present one
-    does not matter. They are in the order of their turns, the present one last.
+    does not matter. They are in the order of their turns, the present one last. b_rate: 1 and 4, and the present one.
     """
     rate, default = settings.learning_rate, TrainSettings.model_validate({"method": settings.method}).learning_rate
     wanted = [default, 3 * rate, rate / 3, 10 * rate, rate / 10, 3 * default, default / 3, rate]
