@@ -26,6 +26,15 @@ def test_a_stated_rate_full_training_and_wide_bases_are_left_alone() -> None:
     assert _rate(50, width=4096) == _rate(50, width=None) == 1e-3
 
 
+def test_b_gets_four_times_the_rate_of_small_bases_unless_stated() -> None:
+    def b_rate(width: int | None = 576, **given: object) -> float:
+        return fit_to_rows(TrainSettings.model_validate(given), 5000, width).b_rate
+
+    assert b_rate() == b_rate(learning_rate=2e-3) == 4.0
+    assert b_rate(b_rate=1.0) == b_rate(width=4096) == b_rate(width=None) == b_rate(start="pissa") == 1.0
+    assert b_rate(method="full") == 1.0
+
+
 def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
     assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50, 576).learning_rate == pytest.approx(3e-3)

@@ -214,7 +214,12 @@ class WeightSettings(Settings):
     ] = False
     b_rate: Annotated[
         float,
-        Field(ge=1, le=64, description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16)"),
+        Field(
+            ge=1,
+            le=64,
+            description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16). "
+            "Default: 4 for bases with hidden states of up to 1,024 numbers, otherwise 1",
+        ),
     ] = 1.0
 
     def adapter_alpha(self) -> float:

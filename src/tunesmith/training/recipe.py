@@ -12,6 +12,8 @@ _MANY, _FEW = 1000, 200  # rows from which, and up to which, the multiple does n
 _MOST = 3.0
 _WIDEST = 1024  # wider bases want lower rates, and were not measured
 # The same table: one epoch leaves most of 200 rows unlearned, and ten learn them. On 1,000 rows three do.
+# Its second round: four times the rate for B, which starts at zero (LoRA+), give 7 points more on 1,000 rows of slots.
+_B_RATE = 4.0
 _READ = 3000  # rows to read in all
 _LEAST_EPOCHS, _MOST_EPOCHS = 3, 10
 
@@ -22,12 +24,15 @@ def fit_to_rows(settings: TrainSettings, rows: int, width: int | None) -> TrainS
 
     Without a budget, rows are read three times, and fewer than 1,000 more often, up to ten times. An adapter's default
     rate holds from 1,000 rows on. It is three times as much for up to 200 rows, and in between falls with a power of
-    the rows. width: of the base's hidden states, None where it is not known; wide bases and full training keep their
-    rate.
+    the rows; that of B is four times as much. width: of the base's hidden states, None where it is not known; wide
+    bases and full training keep their rates.
     """
     settings = settings.model_copy(update={"epochs": epochs_for(settings, rows)})
-    stated = "learning_rate" in settings.model_fields_set
-    if stated or settings.method != "lora" or width is None or width > _WIDEST:
+    if settings.method != "lora" or width is None or width > _WIDEST:
+        return settings
+    if settings.start == "zero" and "b_rate" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"b_rate": _B_RATE})
+    if "learning_rate" in settings.model_fields_set:
         return settings
     share = math.log(_MANY / min(_MANY, max(_FEW, rows))) / math.log(_MANY / _FEW)
     rate = float(f"{settings.learning_rate * _MOST**share:.3g}")
