@@ -104,8 +104,11 @@ def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     for task in KINDS:
         yield from (Trial(task, 1000, 3, b_rate=b_rate) for b_rate in (1.0, 4.0))
-    for task in ("snips", "wording", "music"):
+    for task in ("snips", "wording"):
         yield from (Trial(task, 1000, 0, b_rate=b_rate, minutes=5.0) for b_rate in (1.0, 4.0))
+    for rate, b_rate in _OF_FEW[:2]:
+        yield from (Trial(task, 200, 10, rate, b_rate=b_rate) for task in KINDS)
+    yield from (Trial("music", 1000, 0, b_rate=b_rate, minutes=5.0) for b_rate in (1.0, 4.0))
     for task in ("music", "home"):
         yield from (Trial(task, 1000, 3, b_rate=b_rate) for b_rate in (1.0, 4.0))
     for task in ("snips", "personal"):

@@ -1,44 +1,30 @@
-"""The settings that fit a training's rows, where the project leaves them open."""
+"""The settings that fit a training's rows and base, where the project leaves them open."""
 
 from __future__ import annotations
-
-import pytest
 
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import subset_settings
 
 
-def _rate(rows: int, width: int | None = 576, **given: object) -> float:
-    return fit_to_rows(TrainSettings.model_validate(given), rows, width).learning_rate
+def _b_rate(width: int | None = 576, **given: object) -> float:
+    return fit_to_rows(TrainSettings.model_validate(given), 5000, width).b_rate
 
 
-def test_few_rows_get_a_higher_rate_and_many_the_default() -> None:
-    assert _rate(1) == _rate(200) == pytest.approx(3e-3)
-    assert _rate(1000) == _rate(100_000) == pytest.approx(1e-3)
-    rates = [_rate(rows) for rows in range(200, 1001, 50)]
-    assert rates == sorted(set(rates), reverse=True), "it falls evenly in between"
+def test_b_gets_four_times_the_default_rate_of_small_bases() -> None:
+    assert _b_rate() == _b_rate(width=1024) == _b_rate(method="lora", rank=8) == 4.0
+    assert _b_rate(width=4096) == _b_rate(width=None) == 1.0
 
 
-def test_a_stated_rate_full_training_and_wide_bases_are_left_alone() -> None:
-    assert _rate(50, learning_rate=1e-3) == 1e-3
-    assert _rate(50, method="full") == 1e-4
-    assert _rate(50, width=4096) == _rate(50, width=None) == 1e-3
-
-
-def test_b_gets_four_times_the_rate_of_small_bases_unless_stated() -> None:
-    def b_rate(width: int | None = 576, **given: object) -> float:
-        return fit_to_rows(TrainSettings.model_validate(given), 5000, width).b_rate
-
-    assert b_rate() == b_rate(learning_rate=2e-3) == 4.0
-    assert b_rate(b_rate=1.0) == b_rate(width=4096) == b_rate(width=None) == b_rate(start="pissa") == 1.0
-    assert b_rate(method="full") == 1.0
+def test_stated_rates_full_training_and_other_starts_are_left_alone() -> None:
+    assert _b_rate(b_rate=1.0) == _b_rate(learning_rate=1e-3) == _b_rate(method="full") == _b_rate(start="pissa") == 1.0
+    assert _b_rate(learning_rate=1e-3, b_rate=8.0) == 8.0
 
 
 def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
-    assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50, 576).learning_rate == pytest.approx(3e-3)
-    assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50, 576).learning_rate == 1e-3
+    assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50, 576).b_rate == 4.0
+    assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50, 576).b_rate == 1.0
 
 
 def test_few_rows_are_read_more_often() -> None:

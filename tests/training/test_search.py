@@ -341,6 +341,6 @@ def test_killed_it_goes_on(whole: tuple[Path, SearchOutcome]) -> None:
 
 
 def test_the_present_settings_are_those_that_the_training_would_have(tmp_path: Path) -> None:
-    """A rate that is left open fits the rows."""
+    """A rate of B that is left open fits the base."""
     found = find(tmp_path, TrainSettings(rank=4, batch=4, epochs=2))
-    assert found.trials[0]["learning_rate"] == pytest.approx(3e-3)
+    assert found.trials[0]["b_rate"] == 4.0
