@@ -27,31 +27,31 @@ def _never() -> Figures:
 
 def test_a_figure_is_measured_once_for_each_setting_and_machine(tmp_path: Path) -> None:
     path = tmp_path / "results" / "learning.jsonl"
-    assert Kept(path, 1, 2).figures("a", {"rows": 1}, 1, _measured) == {"score": 0.5}
-    again = Kept(path, 0, 2)
+    assert Kept(path, 1, "this").figures("a", {"rows": 1}, 1, _measured) == {"score": 0.5}
+    again = Kept(path, 0, "this")
     assert again.figures("a", {"rows": 1}, 1, _never) == {"score": 0.5}
     assert again.figures("a", {"rows": 2}, 1, _measured) is None, "the time is up"
-    assert Kept(path, 0, 1).figures("a", {"rows": 1}, 1, _measured) is None, "other threads, another machine"
+    assert Kept(path, 0, "another").figures("a", {"rows": 1}, 1, _measured) is None, "another machine"
     assert again.left == ["a: about 1 min"]
 
 
 def test_half_a_line_is_skipped_and_not_added_to(tmp_path: Path) -> None:
     path = tmp_path / "learning.jsonl"
-    Kept(path, 1, 2).figures("a", {}, 1, _measured)
+    Kept(path, 1, "this").figures("a", {}, 1, _measured)
     path.write_bytes(path.read_bytes() + b'{"key": "x", "fou')
-    Kept(path, 1, 2).figures("b", {}, 1, _measured)
-    known = Kept(path, 0, 2)
+    Kept(path, 1, "this").figures("b", {}, 1, _measured)
+    known = Kept(path, 0, "this")
     assert known.figures("a", {}, 1, _never) == known.figures("b", {}, 1, _never) == {"score": 0.5}
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "learning.jsonl", 1, 2)
+    kept = Kept(tmp_path / "learning.jsonl", 1, "this")
     assert kept.figures("peer", {}, 1, _measured, "it is not installed") is None
     assert kept.left == ["peer: it is not installed"]
 
 
 def test_the_time_to_a_score_is_that_of_the_first_budget_that_reaches_it(tmp_path: Path, monkeypatch: Any) -> None:
-    kept = Kept(tmp_path / "learning.jsonl", 1, 2)
+    kept = Kept(tmp_path / "learning.jsonl", 1, "this")
     bench = Bench(kept, {"t": _made()}, tmp_path, tmp_path, tmp_path)
     monkeypatch.setattr(parts, "peer", lambda *_: {"score": 0.6, "seconds": 600.0, "cpu_seconds": 500.0})
     asked = []
@@ -72,7 +72,7 @@ def test_the_time_to_a_score_is_that_of_the_first_budget_that_reaches_it(tmp_pat
 
 
 def test_the_stand_in_is_chosen_by_held_out_rows_and_named(tmp_path: Path, monkeypatch: Any) -> None:
-    kept = Kept(tmp_path / "learning.jsonl", 1, 2)
+    kept = Kept(tmp_path / "learning.jsonl", 1, "this")
     bench = Bench(kept, dict.fromkeys(few.SHORT_TASKS, _made()), tmp_path, tmp_path, tmp_path)
 
     def stand_in(_bench: Bench, _name: str, _task: Any, _split: Any, rate: float) -> Figures:

@@ -20,9 +20,9 @@ Figures = dict[str, Any]
 class Kept:
     """Figures by name and settings. New ones are measured while there is time."""
 
-    def __init__(self, path: Path, minutes: float, threads: int) -> None:
-        """path: of the file, which grows. minutes: no measurement begins after so many. threads: that compute."""
-        self._path, self._until, self.machine = path, time.monotonic() + 60 * minutes, machine(threads)
+    def __init__(self, path: Path, minutes: float, machine: str) -> None:
+        """path: of the file, which grows. minutes: no measurement begins after so many. machine: whose figures."""
+        self._path, self._until, self.machine = path, time.monotonic() + 60 * minutes, machine
         self._known: dict[tuple[str, str], Figures] = {
             (line["key"], line["machine"]): line["found"] for line in read_lines(path)
         }
