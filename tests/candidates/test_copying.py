@@ -143,6 +143,23 @@ def test_without_words_the_fields_are_left_out(request_text: str) -> None:
         CopyGrammars(json.dumps(needed), ["who"]).grammar([request_text])
 
 
+def test_an_object_of_copied_fields_alone_is_empty_without_words() -> None:
+    slots = {"type": "object", "properties": {"who": TEXT, "when": TEXT}, "additionalProperties": False}
+    schema = json.dumps({**SLOTS, "properties": {**SLOTS["properties"], "slots": slots}})
+    grammar = CopyGrammars(schema, ("slots.who", "slots.when")).grammar([" "])
+    assert fits(grammar, '{"intent": "meet", "slots": {}}')
+    assert not fits(grammar, '{"intent": "meet", "slots": {"who": "a"}}')
+
+
+def test_a_required_key_that_is_not_among_the_properties_is_copied_too() -> None:
+    schema = {"type": "object", "required": ["who"], "additionalProperties": {"type": "string"}}
+    grammar = CopyGrammars(json.dumps(schema), copied_fields(schema, ["*"], "copy")).grammar([MARIA])
+    assert fits(grammar, '{"who": "Maria", "when": "7pm"}')
+    assert not fits(grammar, '{"who": "Mario"}')
+    assert not fits(grammar, '{"who": "Maria", "who": "Novak"}')
+    assert not fits(grammar, '{"when": "7pm"}')
+
+
 def test_only_the_user_turns_of_the_request_count() -> None:
     candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(SLOTS), copied=FIELDS)
     own = [

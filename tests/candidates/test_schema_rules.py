@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.candidates.test_copying import fits
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint
+from tunesmith.candidates.copying import Constraint, copied_fields
 from tunesmith.candidates.schema_rules import SchemaRules, orders_keys
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import satisfies
@@ -136,3 +136,7 @@ def test_a_constrained_candidate_may_write_keys_in_any_order() -> None:
     assert fits(request.grammar, '{"y": "a", "x": 1}')
     assert request.constrained_by == "constrain"
     assert held({"type": "string"}).grammar is None
+    branches = {"type": "array", "items": {"$ref": "#"}}
+    tree: Schema = {"type": "object", "properties": {"name": {"type": "string"}, "branches": branches}}
+    assert copied_fields(tree, (), "constrain.copy") == ()
+    assert held(tree).grammar is None, "rules cannot follow it, so keys come in the schema's order"

@@ -22,11 +22,14 @@ from tunesmith.core.access import ANYONE
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import leading_inputs, training_inputs
 from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.versions import load_version, verified_copy, verify_version
 from tunesmith.server.routing import ReadyVersions
 from tunesmith.services import evaluation, versions
+from tunesmith.training.settings import TrainSettings
 
 KEY = "sk-never-to-be-kept"
 DOCUMENT = "# Rooms\n\nThe kitchen has a light and a heater.\n\n# Garage\n\nThe garage has a radio.\n"
@@ -128,6 +131,37 @@ def test_training_with_retrieval_hides_the_row_s_answer(project: Project) -> Non
         assert example.messages[-1] in shown
         assert example.request[-1] not in shown[:-2], "its own request among the retrieved"
     assert answerer.composer.retrieved_without_group(example, ANYONE).ids, "something is retrieved all the same"
+
+
+def test_a_stated_setting_is_another_training_than_a_default_that_fits_the_rows(project: Project) -> None:
+    context = PipelineContext(project)
+    settings = context.settings_of("tuned")
+    found = pipeline.candidates.untrained_candidate(context, "tuned", settings)
+
+    def inputs(**train: Any) -> dict[str, Any]:
+        return training_inputs(context, "tuned", found, TrainSettings.model_validate({"rank": 2, **train}))
+
+    left_open = inputs()
+    assert (left_open["settings"]["b_rate"], left_open["settings"]["epochs"]) == (4.0, 10)
+    assert inputs(b_rate=4, epochs=10) == left_open
+    for stated in ({"b_rate": 1}, {"learning_rate": left_open["settings"]["learning_rate"]}, {"epochs": 3}):
+        assert inputs(**stated) != left_open
+
+
+def test_another_scorer_or_function_is_another_metric(tmp_path: Path) -> None:
+    """What was chosen by scores is chosen again when the function or a scorer's settings change."""
+
+    def found(task: dict[str, Any]) -> dict[str, Any]:
+        return leading_inputs(PipelineContext(Project.load(write_project(tmp_path / "p", task=task, gates={}))))
+
+    own, file = {"scorers": [{"name": "own", "function": "scorer.py:score"}]}, tmp_path / "p" / "scorer.py"
+    file.parent.mkdir()
+    file.write_text("def score(answer, reference, request):\n    return 1.0\n")
+    before = found(own)
+    file.write_text("def score(answer, reference, request):\n    return 0.0\n")
+    assert found(own) != before
+    loose, strict = ({"scorers": [{"name": "near", "tolerance": each}]} for each in (0.5, 0.1))
+    assert found(loose) != found(strict)
 
 
 def test_borrowed_weights_are_the_others(project: Project) -> None:

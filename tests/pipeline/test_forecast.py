@@ -14,16 +14,19 @@ from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.engines.in_process import InProcessEngine
+from tunesmith.evaluation.forecasting.conclude import Wanted, conclude
 from tunesmith.evaluation.forecasting.plan import LEAST_ASKED
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.pipeline import forecast as pipeline_forecast
 from tunesmith.pipeline import held_out
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.forecast import curve
+from tunesmith.pipeline.forecast import curve, lift_gate
 from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.stages import REVISIONS
 from tunesmith.services.evaluation import report, report_page
 from tunesmith.services.forecast import Forecast, forecast, forecast_page, forecast_view
 from tunesmith.store.store import Store
+from tunesmith.training.recipe import usual_epochs
 
 BUDGET = 600.0  # ample: a tiny model takes seconds, on a machine that is busy too
 SCORER = """
@@ -77,6 +80,7 @@ def test_every_number_has_an_interval(found: Forecast) -> None:
     assert found.lift is not None
     assert found.lift.low < found.lift.high
     assert found.confidence == 0.9
+    assert not found.rival_named
     assert found.rival == "nearest", "a tiny random model answers nothing right, the nearest row does"
     assert found.decision == "don't", "and its losses fall too slowly to change that"
     assert found.likely is not None
@@ -95,6 +99,42 @@ def test_costs_follow_from_what_was_measured(found: Forecast) -> None:
     assert found.pays is not None
     assert found.pays.unit == "money"
     assert found.pays.requests_a_day is None, "the nearest row costs less than any model"
+
+
+def test_other_numbers_of_rows_are_read_as_often_as_they_would_be(project: Project, found: Forecast) -> None:
+    """Without epochs and budget, few rows are read up to ten times and many three times."""
+    store = project.store
+    curve_record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
+    body = curve_record.body
+    wanted = Wanted(goal=0.05, over=None, days=30, prices=None, tokens={})
+    for usual, epochs in ((False, 2.0), (True, float(usual_epochs(found.rows)))):
+        open_ = curve_record.model_copy(update={"body": {**body, "usual_epochs": usual}})
+        made = conclude(store, store.put_record(open_), [], wanted)
+        assert made["training"]["epochs"] == epochs
+        for each in (made["needed"][end] for end in ("low", "median", "high")):
+            assert each is None or each["epochs"] == (usual_epochs(each["rows"]) if usual else 2.0)
+
+
+def test_the_goal_is_that_of_a_gate_over_an_untuned_candidate() -> None:
+    told = {
+        "over-control": {"metric": "exact_match", "over": "control", "at_least": 0.5},
+        "over-rag": {"metric": "exact_match", "over": "rag", "at_least": 0.1},
+        "lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05},
+    }
+    gates = GATES.validate_python(told)
+    for names, untuned, least in ((list(told), ["rag"], 0.1), (list(told), ["plain"], 0.05)):
+        gate = lift_gate({name: gates[name] for name in names}, "exact_match", untuned)
+        assert gate is not None
+        assert gate.at_least == least
+    assert lift_gate({"over-control": gates["over-control"]}, "exact_match", ["rag"]) is None
+    assert lift_gate(gates, "json_match", ["rag"]) is None
+
+
+def test_a_rival_that_the_gate_names_is_not_called_the_best(tmp_path: Path) -> None:
+    named = {"lift": {"metric": "exact_match", "over": "plain", "at_least": 0.05}}
+    found = forecast(_write(tmp_path / "p", gates=named), budget=BUDGET)
+    assert (found.rival, found.rival_named, list(found.rivals)) == ("plain", True, ["plain"])
+    assert any("from plain, which the lift gate names" in sentence for sentence in found.reasons)
 
 
 def test_test_rows_are_counted_and_not_read(

@@ -23,7 +23,7 @@ from tunesmith.engines.native.adapters.trainable import NativeTrainable
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
-from tunesmith.training.batches.batch_plan import Step, lay_out_step
+from tunesmith.training.batches.batch_plan import Step, lay_out_step, step_tokens
 from tunesmith.training.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import drop_gradients
@@ -63,6 +63,19 @@ def test_too_large_step_is_refused_before_it_runs(folder: Path, monkeypatch: pyt
     assert not tried
     free(needed + 500, 500)
     assert tried
+
+
+def test_a_step_s_time_has_no_validation_in_it(folder: Path) -> None:
+    steps, now = [_step(folder), _step(folder, 40), _step(folder, 40)], 0.0
+
+    def trial(step: Step) -> None:
+        nonlocal now
+        now += step_tokens(step) / 1000  # a thousand tokens a second
+
+    found = estimate(steps, 3000, 16, trial, MemoryNeeds(CPU, lambda _: 0, 0, 0, "train.layers"), clock=lambda: now)
+    tokens = sum(map(step_tokens, steps))
+    assert found.step_seconds == pytest.approx(tokens / 3 / 1000)
+    assert found.seconds == pytest.approx((tokens + 16 * 3000 / 3) / 1000), "forward passes take a third"
 
 
 def _model(network: Network, settings: TrainSettings, folder: Path) -> NativeTrainable:

@@ -171,6 +171,15 @@ def test_equal_trials_leave_the_present_settings() -> None:
     assert ranking(final_results(results))[0] == PRESENT
 
 
+def test_time_for_answers_but_not_for_steps_besides_leaves_it_to_the_loss() -> None:
+    """Answers that could be scored are no reason to refuse a time that suffices without them."""
+    slow = Measured(row=0.12, loss=3.0, answer=0.6, total=24.0)
+    found = decide_search(600, slow, {}, available=60, batch=16, longest=5000, scorable=200)
+    assert (found.others, found.scored_rows) == (3, 0)
+    with pytest.raises(Refused, match="take about 392 s"):
+        decide_search(391, slow, {}, available=60, batch=16, longest=5000, scorable=200)
+
+
 def test_score_goes_before_loss() -> None:
     def result(trial: int, loss: float, *scores: float) -> TrialResult:
         return TrialResult(rung=0, trial=trial, rows=1, steps=1, seconds=1.0, loss=loss, scores=scores)
@@ -240,6 +249,7 @@ def test_every_trial_is_valid_and_different(
     assert with_values(settings, trials[0]) == settings
     assert len({json.dumps(each) for each in trials}) == len(trials) >= 4
     for each in trials:
+        assert ("alpha" in each) is (method == "lora"), "what is suggested says how strong its adapter is"
         made = with_values(settings, each)
         assert {key: getattr(made, key) for key in each} == each
         if method == "lora":

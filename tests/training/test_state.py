@@ -88,3 +88,18 @@ def test_a_score_s_error_counts_rows_of_one_group_together() -> None:
     assert abs(alone.error - math.sqrt(alone.mean * (1 - alone.mean) / 199)) < 1e-12
     assert mean_score([1.0, 1.0], ["a", "b"]) == (1.0, 0.0)
     assert mean_score([0.0, 1.0], ["a", "a"]) == (0.5, 0.5), "one group alone counts as rows"
+
+
+def test_patience_lasts_while_the_score_rises_within_its_error() -> None:
+    rising = [(0.50, 0.10), (0.51, 0.11), (0.52, 0.12), (0.53, 0.13), (0.54, 0.14)]
+    assert _state(rising).best == 0, "of 100 rows, four points are no more than chance"
+    assert _state(rising).exhausted(4) is None
+    later = [*rising, (0.54, 0.15), (0.53, 0.15), (0.52, 0.16)]
+    assert _state(later).exhausted(4) is None
+    assert _state([*later, (0.54, 0.17)]).exhausted(4) == "no better score in 4 validations"
+
+
+def test_patience_lasts_while_the_loss_falls_at_the_same_score() -> None:
+    falling = [(1.0, 0.5), (1.0, 0.4), (1.0, 0.3), (1.0, 0.2)]
+    assert _state(falling).exhausted(2) is None
+    assert _state([*falling, (1.0, 0.2), (1.0, 0.2)]).exhausted(2) == "no better score in 2 validations"

@@ -44,7 +44,8 @@ class Constraint:
         if self._schema is not None and candidate.copied:
             self._grammars = CopyGrammars(self._schema, candidate.copied)
         elif self._schema is not None and orders_keys(root := json.loads(self._schema)):
-            self._grammar = SchemaRules(root).write()
+            with suppress(UsageError):  # the rules cannot say it: keys come in the schema's order then
+                self._grammar = SchemaRules(root).write()
 
     def hold(
         self, request: Generation, own: Sequence[Message], requested: Mapping[str, Any] | None = None
@@ -127,6 +128,8 @@ def copied_fields(schema: Mapping[str, Any], patterns: Sequence[str], where: str
     UsageError for a pattern that names nothing, for a field that is not free text, and where the schema has something
     on the way to a field that is not supported.
     """
+    if not patterns:
+        return ()
     known = _known(schema)
     wanted: dict[str, None] = {}
     for pattern in patterns:

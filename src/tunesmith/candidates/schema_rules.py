@@ -118,16 +118,19 @@ class SchemaRules:
 
     def _object(self, schema: Mapping[str, Any], path: str) -> str | None:
         properties, required = schema.get("properties", {}), schema.get("required", ())
-        further = schema.get("additionalProperties", True)
+        further, inside = schema.get("additionalProperties", True), f"{path}." if path else ""
         members: list[tuple[str, bool]] = []
-        for key in dict.fromkeys([*properties, *required]):
-            value = self._value(properties.get(key, further), f"{path}.{key}" if path else key)
+        listed = list(dict.fromkeys([*properties, *required]))
+        for key in listed:
+            value = self._value(properties.get(key, further), inside + (key if key in properties else "*"))
             if value is None and key in required:
                 return None
             if value is not None:
                 members.append((f"{self._plain({'const': key}, path)} KEY {value}", key in required))
-        other = self._value(further, f"{path}.*" if path else "*")
-        pair = "" if other is None else f"{self._name(properties)} KEY {other}"
+        other = self._value(further, f"{inside}*")
+        pair = "" if other is None else f"{self._name(listed)} KEY {other}"
+        if not members and not pair:
+            return self._rule('"{" "}"')
         body = self._in_any_order if len(members) <= _MOST_KEYS else self._in_order
         return self._rule(f'"{{" {body(members, pair)} "}}"')
 
@@ -157,12 +160,12 @@ class SchemaRules:
             later = self._rule(f"ITEM {member} {later}" + ("" if needed else f" | {later}"))
         return first
 
-    def _name(self, properties: Mapping[str, Any]) -> str:
+    def _name(self, listed: Sequence[str]) -> str:
         """A terminal for the keys that the schema does not list."""
-        listed = [json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False) for key in properties]
         if not listed:
             return "NAME"
-        return self._names.setdefault(f"NAME & ~({' | '.join(listed)})", f"NAME_{len(self._names)}")
+        spelled = [json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False) for key in listed]
+        return self._names.setdefault(f"NAME & ~({' | '.join(spelled)})", f"NAME_{len(self._names)}")
 
     def _array(self, schema: Mapping[str, Any], path: str) -> str | None:
         least, most = int(schema.get("minItems", 0)), schema.get("maxItems")

@@ -24,6 +24,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import (
     RepeatedTraining,
     find_rate,
+    leading_inputs,
     leading_scoring,
     repeat_decided,
     train_candidate,
@@ -195,8 +196,7 @@ def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Ca
         "candidate": bare.model_dump(mode="json", by_alias=True, exclude={"name"}),
         "prompts": prompts,
         "settings": settings.model_dump(mode="json"),
-        "metric": metric,
-        "schema": context.project.schema,
+        "metric": leading_inputs(context),
         "engine": context.engine_of(bare),
     }
 

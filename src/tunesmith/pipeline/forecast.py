@@ -36,17 +36,16 @@ from tunesmith.evaluation.forecasting.plan import (
     too_short,
 )
 from tunesmith.evaluation.forecasting.rows import Reserved, reserve
-from tunesmith.evaluation.gates.settings import Gates, Lift
+from tunesmith.evaluation.gates.settings import BEST_UNTUNED, Gates, Lift
 from tunesmith.evaluation.scores import column, encode_scores, rounded
-from tunesmith.models.base import model_width
 from tunesmith.pipeline.candidates import answerer, candidate, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
-from tunesmith.pipeline.training import training_inputs
+from tunesmith.pipeline.training import fitted, leading_inputs, training_inputs
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
-from tunesmith.training.recipe import epochs_for, fit_to_rows
+from tunesmith.training.recipe import epochs_for
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import nested, subset_settings
 
@@ -88,8 +87,7 @@ def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable
     inputs = {
         "training": training_inputs(context, name, found, settings.train),
         "untuned": untuned,
-        "metric": project.task.leading,
-        "schema": context.project.schema,
+        "metric": leading_inputs(context),
         "budget": budget,
         "engine": context.engine_kind,
     }
@@ -126,11 +124,11 @@ def forecast(
     """Digest of a candidate's forecast. goal: None takes the lift gate's bound. Raises what `curve` raises."""
     measured = curve(context, name, budget, clock=clock)
     project = context.project.settings
-    gate = lift_gate(project.gates, project.task.leading)
+    gate = lift_gate(project.gates, project.task.leading, _rivals(project))
     endpoints = {each: other.endpoint for each, other in project.candidates.items() if other.endpoint}
     wanted = Wanted(
         goal=goal if goal is not None else gate.at_least if gate is not None else 0.0,
-        over=gate.over if gate is not None and gate.over in _rivals(project) else None,
+        over=gate.over if gate is not None and gate.over != BEST_UNTUNED else None,
         days=days,
         prices=project.prices,
         tokens={each: endpoint.price for each, endpoint in endpoints.items() if endpoint.price},
@@ -157,9 +155,10 @@ def _rivals(project: ProjectSettings) -> list[str]:
     return [name for name, each in project.candidates.items() if not (each.adapted or each.version)]
 
 
-def lift_gate(gates: Gates, metric: str) -> Lift | None:
-    """The first gate that asks for a lift of a metric."""
-    return next((gate for gate in gates.values() if isinstance(gate, Lift) and gate.metric == metric), None)
+def lift_gate(gates: Gates, metric: str, untuned: Sequence[str]) -> Lift | None:
+    """The first gate that asks for a lift of a metric over an untuned candidate."""
+    lifts = (gate for gate in gates.values() if isinstance(gate, Lift) and gate.metric == metric)
+    return next((gate for gate in lifts if gate.over in (BEST_UNTUNED, *untuned)), None)
 
 
 def _reserved(context: PipelineContext, settings: TrainSettings, candidates: Sequence[Candidate]) -> Reserved:
@@ -172,7 +171,8 @@ def _reserved(context: PipelineContext, settings: TrainSettings, candidates: Seq
 def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     """The record's body, and its scores."""
     # As the training of all rows will have them, which is how its record and this one are found to belong together.
-    settings = fit_to_rows(made.settings, made.rows.whole, model_width(made.context.base))
+    settings = fitted(made.context, made.settings)
+    usual_epochs = made.settings.budget is None and "epochs" not in made.settings.model_fields_set
     metric = made.context.project.settings.task.leading
     asking = _Asking(made)
     subsets = _train_subsets(made, asking)
@@ -187,6 +187,7 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "name": made.name,
         "metric": metric,
         "settings": settings.model_dump(mode="json"),
+        "usual_epochs": usual_epochs,
         "seed": settings.seed,
         "budget": made.budget,
         "seconds": rounded(sum(_spent(each) for each in everyone.values())),

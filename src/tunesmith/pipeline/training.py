@@ -18,10 +18,12 @@ from tunesmith.core.progress import Progress
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
 from tunesmith.evaluation.answers import seen_answers
-from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
+from tunesmith.evaluation.metrics.declared import Declared, Scoring, checked, function_digests, make_scoring, metric_of
+from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.batches.rows import TrainingRow, training_rows
+from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -220,9 +222,22 @@ def row_scores(
 
 def leading_scoring(context: PipelineContext) -> Scoring:
     """The scoring function of the primary metric. Raises UsageError where that is a judge."""
+    return make_scoring(_leading(context), context.project.schema, context.project.root)
+
+
+def leading_inputs(context: PipelineContext) -> dict[str, Any]:
+    """What scores by the primary metric depend on besides the answers: a changed function is another metric."""
+    scorer = _leading(context)
+    return {
+        "scorer": scorer if isinstance(scorer, str) else scorer.model_dump(mode="json"),
+        "functions": function_digests([scorer], context.project.root),
+        "schema": context.project.schema,
+    }
+
+
+def _leading(context: PipelineContext) -> Declared:
     task = context.project.settings.task
-    leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
-    return make_scoring(leading, context.project.schema, context.project.root)
+    return next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
 
 
 def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> RateSearch:
@@ -262,9 +277,15 @@ def training_inputs(
         "engine": context.project.settings.engine.train,
         "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "settings": fitted(context, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": _validated_by(context, candidate, settings),
     }
+
+
+def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
+    """The settings as the training will have them: what they leave open depends on the rows and on the base."""
+    rows = training_rows(context.dataset.examples("train"), settings)
+    return fit_to_rows(settings, len(rows), model_width(context.base))
 
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
@@ -286,11 +307,8 @@ def _validated_by(context: PipelineContext, candidate: Candidate, settings: Trai
     """What scores of validation rows depend on besides the training; None where they are not scored."""
     if not scored_rows(context, settings)[0]:
         return None
-    task = context.project.settings.task
-    scorer = next(each for each in task.scorers if metric_of(each) == task.leading)
     return {
-        "scorer": scorer if isinstance(scorer, str) else scorer.model_dump(mode="json"),
-        "schema": context.project.schema,
+        **leading_inputs(context),
         "max_tokens": candidate.max_tokens,
         "constrained": candidate.answer_schema is not None,
         "copied": list(candidate.copied),

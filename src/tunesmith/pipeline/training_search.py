@@ -14,7 +14,14 @@ from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.stats.statistics import intervals, sign_flip
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import composed_rows, row_scores, scored_rows, training_inputs, validation_rows
+from tunesmith.pipeline.training import (
+    composed_rows,
+    fitted,
+    row_scores,
+    scored_rows,
+    training_inputs,
+    validation_rows,
+)
 from tunesmith.store.records import Record
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 
@@ -69,7 +76,7 @@ def search_settings(
         )
         body = {
             "candidate": name,
-            "settings": settings.model_dump(mode="json"),
+            "settings": fitted(held, settings).model_dump(mode="json"),
             "within": within,
             "splits": list(held.dataset.readable),
             "rows": len(rows),

@@ -92,7 +92,8 @@ class Forecast(View):
 
     held: held-out rows that were asked, by the split that they are of. test: test rows; budget, seconds: that the
     forecast had and took. confidence: of every interval. goal: the lift from which tuning pays; likely: the probability
-    that it is reached. rival: the best untuned candidate on the held-out rows; rivals: means of all.
+    that it is reached. rival: the best untuned candidate on the held-out rows, or the one that the lift gate names
+    (rival_named); rivals: means of those that were compared.
     score, lift: as the test rows will measure them. curve: the expected score by rows. Without an
     untuned candidate, lift, decision, likely, needed and pays are None.
     """
@@ -110,6 +111,7 @@ class Forecast(View):
     likely: float | None
     goal: float
     rival: str | None
+    rival_named: bool
     rivals: dict[str, float]
     subsets: tuple[SubsetScore, ...]
     score: Expected

@@ -154,8 +154,13 @@ def estimate(
     for step in timed:
         trial(step)
     each = (clock() - began) / sum(step_tokens(step) for step in timed)
-    tokens = sum(step_tokens(step) for step in plan) + validations * validation_tokens / 3
-    return Estimate(seconds=each * tokens, peak_memory_bytes=peak, checkpoint_bytes=needs.checkpoint)
+    trained = each * sum(step_tokens(step) for step in plan)
+    return Estimate(
+        seconds=trained + each * validations * validation_tokens / 3,
+        step_seconds=trained / len(plan),
+        peak_memory_bytes=peak,
+        checkpoint_bytes=needs.checkpoint,
+    )
 
 
 def _batch_too_large(largest: Batch, free: int, needs: MemoryNeeds, fitting: int | None) -> Refused:

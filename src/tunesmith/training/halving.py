@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,16 @@ def decide_search(
     """What is decided before the first trial: the most other settings that the time allows.
 
     available: other settings that there are. batch: the present one. longest: see SearchDecisions. scorable: validation
-    rows that can be scored. Where the time allows no score that says enough, trials are compared by the loss. Raises
-    Refused where the time does not allow a first rung.
+    rows that can be scored. Where the time allows no score that says enough, however few settings are tried, trials are
+    compared by the loss. Raises Refused where the time does not allow a first rung.
     """
     least = min(LEAST_STEPS * batch, longest)
     counts = sorted({min(each, available) for each in _OTHERS}, reverse=True)
-    for others in counts:
+    for by_score, others in product((True, False), counts):
         sizes = rung_sizes(others)
         each = _PLANNED * (within - measured.total) / len(sizes) / sizes[0]
-        scored = min(scorable, int(_SCORED_SHARE * each / max(measured.answer, 1e-9)))
-        if scored < LEAST_SCORED:
-            scored = 0
-        if scorable and not scored and others != counts[-1]:
+        scored = min(scorable, int(_SCORED_SHARE * each / max(measured.answer, 1e-9))) if by_score else 0
+        if by_score and scored < LEAST_SCORED:
             continue
         if each - measured.loss - scored * measured.answer >= least * measured.row:
             return SearchDecisions(

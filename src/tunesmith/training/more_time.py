@@ -59,7 +59,9 @@ def _stopped(training: Mapping[str, Any]) -> str | None:
 
 def _by_loss(validation: Sequence[Mapping[str, float]]) -> str:
     losses = [each["loss"] for each in validation]
-    if len(losses) < 2 or min(losses[:-1]) <= losses[-1]:
+    if len(losses) == 1:
+        return "One validation is too few to say what more time would bring."
+    if min(losses[:-1]) <= losses[-1]:
         return "The validation loss no longer fell at the end, so more time is not expected to bring more."
     return (
         f"The validation loss still fell at the end, from {losses[-2]:.3f} to {losses[-1]:.3f}; how many points of the "

@@ -31,4 +31,9 @@ def epochs_for(settings: TrainSettings, rows: int) -> int:
     """How often a training with these settings reads so many rows, at most."""
     if settings.budget is not None or "epochs" in settings.model_fields_set:
         return settings.epochs
+    return usual_epochs(rows)
+
+
+def usual_epochs(rows: float) -> int:
+    """How often a training that states neither epochs nor a budget reads so many rows."""
     return min(_MOST_EPOCHS, max(_LEAST_EPOCHS, round(_READ / rows)))

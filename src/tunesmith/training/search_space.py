@@ -39,7 +39,7 @@ def draw_trials(settings: TrainSettings, rows: int) -> list[dict[str, Any]]:
     """The searched settings of every trial: the present ones, then all others, each once.
 
     The rates take turns, since they matter most; the other values are drawn by the training's seed (random search:
-    Bergstra and Bengio 2012, JMLR 13).
+    Bergstra and Bengio 2012, JMLR 13). An alpha that is set keeps its ratio to the rank, and is named with it.
     """
     space = search_space(settings, rows)
     present, rates = {key: getattr(settings, key) for key in space}, space.pop("learning_rate")
@@ -52,12 +52,12 @@ def draw_trials(settings: TrainSettings, rows: int) -> list[dict[str, Any]]:
         draw.shuffle(drawn)
         by_rate.append([each for each in drawn if each != present])
     turns = max(map(len, by_rate))
-    return [present, *(each[turn] for turn in range(turns) for each in by_rate if turn < len(each))]
+    trials = [present, *(each[turn] for turn in range(turns) for each in by_rate if turn < len(each))]
+    if settings.method == "lora" and settings.alpha is not None:
+        return [{**each, "alpha": settings.alpha * each["rank"] / settings.rank} for each in trials]
+    return trials
 
 
 def with_values(settings: TrainSettings, values: Mapping[str, Any]) -> TrainSettings:
-    """The settings with searched values. An alpha that is set keeps its ratio to the rank."""
-    given = {**settings.model_dump(), **values}
-    if settings.method == "lora" and settings.alpha is not None:
-        given["alpha"] = settings.alpha * given["rank"] / settings.rank
-    return TrainSettings(**given)
+    """The settings with a trial's values."""
+    return TrainSettings(**{**settings.model_dump(), **values})

@@ -92,10 +92,11 @@ class TrainingSpec(BaseModel):
 
 
 class Estimate(BaseModel):
-    """Seconds of the whole training and of a step, the most bytes of memory needed at once, bytes of a checkpoint."""
+    """Seconds of the whole training, and of a step without validation; the most bytes of memory needed at once; bytes
+    of a checkpoint."""
 
     seconds: float
-    step_seconds: float = 0.0
+    step_seconds: float
     peak_memory_bytes: int
     checkpoint_bytes: int
 

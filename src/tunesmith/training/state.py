@@ -44,8 +44,15 @@ class TrainerState:
         return best
 
     def exhausted(self, patience: int | None) -> str | None:
-        """Why validation says to stop: none of the last `patience` validations was better. None where it does not."""
-        if patience is None or self.best is None or len(self.validation) - 1 - self.best < patience:
+        """Why validation says to stop: the last `patience` validations brought no higher score, and no better weights.
+        None where it does not.
+
+        Better weights alone would stop a training whose score rises slowly, within its error, while its loss rises.
+        """
+        if patience is None or self.best is None:
+            return None
+        scores = [each.get("score", 0.0) for each in self.validation]
+        if len(self.validation) - 1 - max(self.best, scores.index(max(scores))) < patience:
             return None
         what = "better score" if "score" in self.validation[-1] else "lower validation loss"
         return f"no {what} in {patience} validations"

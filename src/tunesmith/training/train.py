@@ -72,7 +72,7 @@ def make_spec(
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
-    A learning rate that the settings leave open is made to fit the rows. engine: which trains, by default the one that
+    What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
     `engine: {train: auto}` takes for one process. restart: first delete what the work folder
     holds, so that the training does not resume. decisions: to repeat.
     Raises Refused or UsageError for rows that cannot be trained on.
@@ -284,9 +284,9 @@ def _estimate(
         return Estimate.model_validate(before)
     trial = trial_step(model, objective, ranks)
     made = estimate(steps, step_tokens(batches), settings.validations, trial, needs, ranks=ranks, clock=clock)
-    made = made.model_copy(update={"step_seconds": made.seconds / len(steps)})
     if settings.budget is not None:
-        made = made.model_copy(update={"seconds": min(settings.budget, made.seconds * settings.epochs)})
+        seconds = made.seconds + (len(plan) - len(steps)) * made.step_seconds
+        made = made.model_copy(update={"seconds": min(settings.budget, seconds)})
     if ranks.first:
         write_atomic(kept, made.model_dump_json().encode())
     return made

@@ -185,7 +185,10 @@ class Trainer:
         if not found or found[-1]["step"] != state.step or state.best != len(state.validation) - 2:
             return
         now = found[-1]
-        kept = "the weights of that step are kept" if self.settings.keep == "best" else "`keep: best` would keep those"
+        best = f"of step {state.validation[state.best]['step']:.0f}"
+        kept = (
+            f"the weights {best} are kept" if self.settings.keep == "best" else f"`keep: best` would keep those {best}"
+        )
         self.progress.say(
             f"overfitting at step {state.step}: the validation loss rose from {now['lowest_loss']:.3f} (step "
             f"{now['lowest_step']:.0f}) to {now['loss']:.3f} while the training loss fell from "

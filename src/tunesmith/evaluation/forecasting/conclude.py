@@ -21,6 +21,7 @@ from tunesmith.evaluation.stats.learning_curve import Subsets
 from tunesmith.evaluation.stats.statistics import Floats
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.training.recipe import usual_epochs
 
 LOSS = "loss of the expected answer"  # beside the metric's name in the scores; in nats
 _SCORES = LineFile(
@@ -46,6 +47,8 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
     body, settings = record.body, record.body["settings"]
 
     def epochs(rows: float) -> float:
+        if body["usual_epochs"]:  # other numbers of rows are read more or less often
+            return usual_epochs(rows)
         return epochs_of(rows, seconds=body["row_seconds"], budget=settings["budget"], epochs=settings["epochs"])
 
     measured = _subsets(store, record, wanted.over)
@@ -59,6 +62,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "confidence": CONFIDENCE,
         "goal": wanted.goal,
         "rival": rival,
+        "rival_named": wanted.over is not None,
         "rivals": rivals,
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
         **found,

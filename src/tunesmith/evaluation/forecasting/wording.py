@@ -28,9 +28,10 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["lift"] is not None:
         lift = found["lift"]
+        who = "which the lift gate names" if found["rival_named"] else "the best untuned candidate on the held-out rows"
         said.append(
             f"That is {points(lift['median'])} points ({level} interval {points(lift['low'])} to "
-            f"{points(lift['high'])}) from {found['rival']}, the best untuned candidate on the held-out rows "
+            f"{points(lift['high'])}) from {found['rival']}, {who} "
             f"({percent(found['rivals'][found['rival']])})."
         )
         said.append(f"A lift of at least {points(found['goal'])} points is {percent(found['likely'])} likely.")

@@ -61,7 +61,7 @@ def _band(curve: Sequence[Mapping[str, float]], at: Any) -> Markup:
 
 
 def _levels(found: Mapping[str, Any]) -> list[Markup]:
-    """The best untuned candidate's score and the goal, as lines across."""
+    """The rival's score and the goal, as lines across."""
     if found["rival"] is None:
         return []
     rival = found["rivals"][found["rival"]]
