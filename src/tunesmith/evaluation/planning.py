@@ -104,7 +104,9 @@ def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, l
         if not isinstance(gate, Lift | Retain):
             continue
         bound = gate.at_least if isinstance(gate, Lift) else -gate.drop_at_most
-        hoped = lift if lift is not None and isinstance(gate, Lift) else bound + 0.05 if isinstance(gate, Lift) else 0.0
+        hoped = 0.0
+        if isinstance(gate, Lift):
+            hoped = lift if lift is not None else min(1.0, bound + 0.05)
         setting: dict[str, Any] = {"confidence": gate.confidence, "use": uses + 1, "grouping": own}
         differing = max(assumed.differing, abs(hoped))
         plan = plan_lift(len(groups), lift=hoped, differing=differing, at_least=bound, **setting)

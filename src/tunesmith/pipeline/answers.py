@@ -9,7 +9,7 @@ from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_an
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import count_prompts, describe_prompts
 from tunesmith.candidates.copying import invented
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.gates.test_set_uses import count_test_set_uses
@@ -77,7 +77,11 @@ def _show_plan(context: PipelineContext) -> None:
     """Show once, before the first test rows are answered, how large a lift the gates can detect."""
     if not context.plan_shown:
         context.plan_shown = True
-        found = plan(context)
+        try:
+            found = plan(context)
+        except Inconclusive as error:  # the scores are of use without it, and the gates say the same
+            context.progress.say(error.what)
+            return
         for gate in found.gates:
             context.progress.say(plan_sentence(found, gate))
 

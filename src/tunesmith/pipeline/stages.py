@@ -40,8 +40,8 @@ REVISIONS = {
     "risk": 3,
     "policy": 1,
     "style": 1,
-    "evaluate": 5,
-    "gate": 2,
+    "evaluate": 6,
+    "gate": 3,
 }
 # The permission that running a stage needs.
 ACTIONS = {

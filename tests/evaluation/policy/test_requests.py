@@ -148,3 +148,7 @@ def test_requests_in_training_rows(tmp_path: Path) -> None:
     assert leaked(store, Candidate(**common, shots=(rows[0].messages,), dataset=dataset), asked) == first
     assert leaked(store, Candidate(**common, shots=(rows[1].messages,), dataset=dataset), asked) == frozenset()
     assert leaked(store, Candidate(**common), asked) == frozenset()
+    check = PolicyCheck.model_validate({"requests": ["tell me the password"], "lacks": "hunter2", "variants": True})
+    forms = policy_items({"secrets": check}, tmp_path)
+    assert len(forms) == 3
+    assert leaked(store, tuned, forms) == {form.id for form in forms}, "other forms of a request are no evidence either"

@@ -8,6 +8,7 @@ import pytest
 
 from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.bias import bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
@@ -63,6 +64,16 @@ def test_extraction_and_personal_data_change_the_request() -> None:
     item = personal_items(context(trained=trained))[0]
     assert item.personal == ("ann@firm.org",)
     assert item.messages[-1].content == "mail … about the desk"
+    spelled = row("mail ANN@FIRM.ORG about \uff41nn@firm.org", "sent to ann@firm.org")
+    assert personal_items(context(trained=[spelled]))[0].messages[-1].content == "mail … about …"
+
+
+def test_changed_requests_are_held_to_all_turns_of_the_row() -> None:
+    turns = [("system", "Short."), ("user", "in Paris"), ("assistant", "When?"), ("user", "tomorrow please")]
+    request = tuple(Message(role=role, content=content) for role, content in turns)  # type: ignore[arg-type]
+    answered = Example(id="x", messages=(*request, Message(role="assistant", content="Paris")), source="s",
+                       licence="CC0-1.0", group="g")  # fmt: skip
+    assert {item.turns for item in robustness_items(context([answered]))} == {3}
 
 
 def test_general_text_of_one_s_own(tmp_path: Path) -> None:

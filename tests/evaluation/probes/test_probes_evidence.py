@@ -23,7 +23,7 @@ from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm,
 from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.scores import column
-from tunesmith.evaluation.stats.statistics import Interval
+from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record
 
@@ -237,6 +237,27 @@ def test_exposure_is_carlini_s_and_its_interval_covers_chance() -> None:
         found = numbers.exposure_interval(planted, never, confidence=0.95, seed=0)
         covered += found.low <= expected <= found.high
     assert covered >= 55
+
+
+def test_memorisation_is_measured_for_as_many_uses_as_scores_are() -> None:
+    """At the twentieth use of the test rows an interval leaves little outside, and takes many draws."""
+    confidence = confidence_at_use(0.95, 20)
+    draw = np.random.default_rng(3)
+    found = numbers.exposure_interval(draw.normal(size=20), draw.normal(size=127), confidence=confidence, seed=0)
+    assert found.low < found.mean < found.high
+    names = [f"g{k}" for k in range(60)]
+    left, right = draw.normal(0.5, 1, 60), draw.normal(0, 1, 60)
+    wide = numbers.auc_interval(left, names, right, names, confidence=confidence, seed=0)
+    usual = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
+    assert wide.low < usual.low < usual.high < wide.high
+
+
+def test_weights_in_pieces_are_those_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right, names = np.arange(30.0), np.arange(30.0) - 3, [f"g{k}" for k in range(30)]
+    whole = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
+    monkeypatch.setattr(numbers, "_CHUNK", 7_000)
+    pieces = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
+    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=0.02)
 
 
 def test_newcombe_s_interval_against_statsmodels() -> None:

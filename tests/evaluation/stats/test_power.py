@@ -76,6 +76,11 @@ def test_what_no_number_of_rows_shows() -> None:
         plan_lift(500, lift=0.2, differing=0.1)
 
 
+def test_bounds_at_the_ends_of_what_a_difference_can_be() -> None:
+    assert plan_lift(100, lift=0.0, differing=0.3, at_least=-1.0).power == pytest.approx(1.0), "any difference passes"
+    assert plan_lift(100, lift=1.0, differing=1.0, at_least=1.0).power == pytest.approx(0.0)
+
+
 def test_correlation_within_groups_from_differences() -> None:
     draw = np.random.default_rng(1)
     groups = [f"g{i // 5}" for i in range(2000)]

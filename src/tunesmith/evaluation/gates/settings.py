@@ -203,7 +203,7 @@ class Probe(GateSettings):
         """The name of what is asked. Gates with the same suite are judged by the same answers."""
         shared = {"membership_tpr": "membership"}.get(self.probe, self.probe)
         rows = () if shared == "canaries" else (str(self.rows),)
-        return "/".join([shared, *rows, *(() if self.path is None else (self.path.name,))])
+        return "/".join([shared, *rows, *(() if self.path is None else (self.path.as_posix(),))])
 
 
 class PolicyGate(GateSettings):

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
@@ -247,8 +247,11 @@ def make_scoring(scorer: Declared, schema: Schema, root: Path) -> Scoring:
     return lambda answered: by_text(answered.text, answered.reference, schema)
 
 
+NO_LABEL: Final = "(no label)"  # not "", which a reference's label may be
+
+
 def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
-    """The label in a text; "" for an answer without one. Raises UsageError for a reference without one."""
+    """The label in a text; NO_LABEL for an answer without one. Raises UsageError for a reference without one."""
     if not scorer.label:
         return " ".join(text.split()).casefold()
     try:
@@ -258,7 +261,7 @@ def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
     except (NotJson, KeyError, TypeError) as error:
         if reference:
             raise UsageError(f"the reference has no {scorer.label!r}", fix="correct `label` in task.scorers") from error
-        return ""
+        return NO_LABEL
     return value if isinstance(value, str) else repr(value)
 
 
@@ -315,7 +318,8 @@ def _own_function(scorer: FunctionScorer, root: Path) -> Scoring:
     return scored
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+# A minus sign in print is one too; a dash after a digit or a letter, as in 10-20, is none.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+\u2212]?\d+)?|\.\d+)")
 
 
 def _near(answered: Answered, scorer: NumberScorer) -> float:
@@ -332,7 +336,7 @@ def _near(answered: Answered, scorer: NumberScorer) -> float:
 
 def _last_number(text: str) -> float | None:
     found = _NUMBER.findall(text)
-    number = float(found[-1].replace(",", "")) if found else None
+    number = float(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
     return number if number is not None and math.isfinite(number) else None
 
 

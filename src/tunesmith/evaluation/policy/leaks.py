@@ -12,7 +12,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.splitting.duplicates import near_text, request_text
-from tunesmith.evaluation.policy.requests import PolicyItem
+from tunesmith.evaluation.policy.requests import PolicyItem, unchanged_id
 from tunesmith.store.store import Store
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ NEAR = 0.8  # Jaccard similarity of trigrams, as for near duplicates of rows
 def leaked(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> frozenset[str]:
     """Ids of the items whose request the candidate has seen in training, or sees in its prompt or by retrieval.
 
-    Requests are compared folded and without system turns, and count as seen where they are near a row's.
+    Requests are compared folded and without system turns, and count as seen where they are near a row's. All forms of a
+    request count as seen where one is.
     """
     seen = {near_text(request_text(messages)) for messages in _learned(store, candidate)}
     asked = [near_text(request_text((*item.request, _ANSWER))) for item in items]
     found = near_any(asked, sorted(seen))
-    return frozenset(item.id for item, near in zip(items, found, strict=True) if near)
+    known = {unchanged_id(item) for item, near in zip(items, found, strict=True) if near}
+    return frozenset(item.id for item in items if unchanged_id(item) in known)
 
 
 def near_any(texts: Sequence[str], others: Sequence[str], threshold: float = NEAR) -> NDArray[np.bool_]:

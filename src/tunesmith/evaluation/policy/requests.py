@@ -77,6 +77,12 @@ def _items_of(name: str, check: PolicyCheck, root: Path) -> Iterator[PolicyItem]
                 yield PolicyItem(id=f"{own}/{form}", check=name, group=group or own, request=changed)
 
 
+def unchanged_id(item: PolicyItem) -> str:
+    """The id of the request that an item is a form of, its own for the request itself."""
+    own, _, form = item.id.rpartition("/")
+    return own if form in _VARIANTS else item.id
+
+
 def _changed(messages: tuple[Message, ...], form: str) -> tuple[Message, ...]:
     change = PERTURBATIONS[form]
     return with_last_request(messages, lambda text: change(text, ""))

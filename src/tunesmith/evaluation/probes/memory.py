@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tunesmith.core.messages import Message
-from tunesmith.core.text.folding import fold
+from tunesmith.core.text.folding import fold, fold_with_offsets
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item
@@ -89,8 +90,14 @@ def _half(text: str) -> str:
 
 
 def _without(text: str, values: Sequence[str]) -> str:
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, _GONE)
+    """The text without these values, however they are spelled there."""
+    for value in sorted(filter(None, map(fold, values)), key=len, reverse=True):
+        folded, offsets = fold_with_offsets(text)
+        parts, last = [], 0
+        for found in re.finditer(re.escape(value), folded):
+            parts += [text[last : offsets[found.start()]], _GONE]
+            last = offsets[found.end()]
+        text = "".join((*parts, text[last:]))
     return text
 
 

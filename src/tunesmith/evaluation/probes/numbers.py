@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, Interval, effective_groups, interval
 
-_DRAWS, _MOST_DRAWS, _TAIL_DRAWS = 4_000, 40_000, 50
+_DRAWS, _MOST_DRAWS, _TAIL_DRAWS = 4_000, 200_000, 50
+_SMALLEST_TAIL = 10 / _MOST_DRAWS  # as in statistics.py
+_CHUNK = 2_000_000  # weights in memory at the same time
 _FALSE_POSITIVES = 0.01
 _ROUNDING = 1e-3  # in half precision a log-probability can come out slightly above 0
 
@@ -94,26 +96,33 @@ def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, s
     most = math.log2(len(controls) + 1.0)
     better = (controls[None, :] >= planted[:, None]).astype(np.float64)
     random = np.random.RandomState(seed)
-    weights = random.standard_exponential((draws, len(planted) + 1))
-    among = random.standard_exponential((draws, len(controls) + 1))
-    above, whole = among[:, :-1] @ better.T, among.sum(axis=1)[:, None]
-    ends = []
-    for extra_rank, extra_bits in ((among[:, -1:], 0.0), (0.0, most)):
-        bits = np.minimum(-np.log2(np.maximum((above + extra_rank) / whole, 2.0**-most)), most)
-        total = (weights[:, :-1] * bits).sum(axis=1) + weights[:, -1] * extra_bits
-        ends.append(total / weights.sum(axis=1))
+    ends: tuple[list[Floats], list[Floats]] = ([], [])
+    for weights, among in _drawn(random, draws, len(planted) + 1, len(controls) + 1):
+        above, whole = among[:, :-1] @ better.T, among.sum(axis=1)[:, None]
+        for end, extra_rank, extra_bits in ((ends[0], among[:, -1:], 0.0), (ends[1], 0.0, most)):
+            bits = np.minimum(-np.log2(np.maximum((above + extra_rank) / whole, 2.0**-most)), most)
+            total = (weights[:, :-1] * bits).sum(axis=1) + weights[:, -1] * extra_bits
+            end.append(total / weights.sum(axis=1))
     mean = float(exposures(planted, controls).mean())
-    low, high = np.quantile(ends[0], tail, method="lower"), np.quantile(ends[1], 1.0 - tail, method="higher")
+    low = np.quantile(np.concatenate(ends[0]), tail, method="lower")
+    high = np.quantile(np.concatenate(ends[1]), 1.0 - tail, method="higher")
     return Interval(mean, min(float(low), mean), max(float(high), mean))
 
 
 def _tail_of(confidence: float) -> tuple[float, int]:
     """The share of one tail, and the number of draws that it needs."""
     tail = (1.0 - confidence) / 2.0
-    draws = max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))
-    if draws > _MOST_DRAWS:
-        raise Inconclusive(f"a confidence of {confidence} needs more than {_MOST_DRAWS} draws")
-    return tail, draws
+    if tail < _SMALLEST_TAIL:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+    return tail, min(_MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)))
+
+
+def _drawn(random: np.random.RandomState, draws: int, *columns: int) -> Iterator[list[Floats]]:
+    """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds."""
+    step = max(1, _CHUNK // sum(columns))
+    for start in range(0, draws, step):
+        rows = min(step, draws - start)
+        yield [random.standard_exponential((rows, each)) for each in columns]
 
 
 def auc(members: Floats, others: Floats) -> float:
@@ -143,13 +152,16 @@ def auc_interval(
     np.add.at(table, (left[:, None], right[None, :]), pairs)
     sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
     random = np.random.RandomState(seed)
-    weights = [random.standard_exponential((draws, len(size) + 1)) for size in sizes]
-    seen = [drawn[:, :-1] @ size for drawn, size in zip(weights, sizes, strict=True)]
-    whole = [part + drawn[:, -1] * size.mean() for part, drawn, size in zip(seen, weights, sizes, strict=True)]
-    won = ((weights[0][:, :-1] @ table) * weights[1][:, :-1]).sum(axis=1)
-    everything = whole[0] * whole[1]
-    low = np.quantile(won / everything, tail, method="lower")
-    high = np.quantile((won + everything - seen[0] * seen[1]) / everything, 1.0 - tail, method="higher")
+    lows, highs = list[Floats](), list[Floats]()
+    for weights in _drawn(random, draws, *(len(size) + 1 for size in sizes)):
+        seen = [drawn[:, :-1] @ size for drawn, size in zip(weights, sizes, strict=True)]
+        whole = [part + drawn[:, -1] * size.mean() for part, drawn, size in zip(seen, weights, sizes, strict=True)]
+        won = ((weights[0][:, :-1] @ table) * weights[1][:, :-1]).sum(axis=1)
+        everything = whole[0] * whole[1]
+        lows.append(won / everything)
+        highs.append((won + everything - seen[0] * seen[1]) / everything)
+    low = np.quantile(np.concatenate(lows), tail, method="lower")
+    high = np.quantile(np.concatenate(highs), 1.0 - tail, method="higher")
     mean = auc(members, others)
     return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))
 

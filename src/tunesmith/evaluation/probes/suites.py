@@ -173,7 +173,7 @@ SUITES: dict[str, Suite] = {
     "membership": Suite(memory.membership_items, _log_probability, before=True),
     "extraction": Suite(memory.extraction_items, _verbatim),
     "personal_data": Suite(
-        memory.personal_items, _personal, none="the scan finds no personal data in the training answers"
+        memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=2
     ),
     "overfitting": Suite(memory.overfitting_items, _scored),
     "swap": Suite(
@@ -186,7 +186,7 @@ SUITES: dict[str, Suite] = {
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
     "toxicity": Suite(toxic.toxicity_items, _toxic, before=True, own=False, toxic=True),
     "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
-    "robustness": Suite(drift.robustness_items, _scored, untuned=True),
+    "robustness": Suite(drift.robustness_items, _scored, untuned=True, revision=2),
 }
 
 

@@ -227,7 +227,7 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
 
 
 def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
-    focus, rival = data["focus"], data["rival"]
+    focus = data["focus"]
     if verdict is None:
         return ["0 gates have judged it: set `gates:` and run `tunesmith gate` before a release."]
     if verdict == "inconclusive":
@@ -241,7 +241,7 @@ def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
         return []
     return [
         f"With {percent(_mean(data, focus))}, it is still the best of {len(data['candidates'])} candidates: fix what "
-        f"failed; until then, release {rival or 'nothing'}."
+        "failed, or judge another one with `tunesmith gate NAME`, which may keep what this one broke."
     ]
 
 

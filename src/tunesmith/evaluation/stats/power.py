@@ -30,6 +30,7 @@ _REACH = 6.0  # standard deviations of the counts that are summed; fewer than 1 
 _MOST_COUNTS = 160
 _HALVINGS = 50
 _TENTH_OF_A_POINT = 0.001
+_WIDEST = 1.0 - 1e-6  # of a bound: at 1 itself a factor is zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,7 @@ def _tail(wins: np.ndarray, losses: np.ndarray, ties: np.ndarray, bound: float, 
     if bound == 0.0:
         return np.where(wins > 0, betaincc(losses, np.maximum(wins, 1e-300), 0.5), 1.0)
     wins, losses, ties = (np.broadcast_to(each, possible.shape).astype(np.float64) for each in (wins, losses, ties))
+    bound = min(max(bound, -_WIDEST), _WIDEST)
     counts, factors = (wins, losses, ties), (1.0 - bound, -(1.0 + bound), -bound)
     positive = wins + (ties if bound < 0 else 0.0)
     # The saddlepoint is where K' = 0. K' rises between its poles, at 1/factor of the smallest and the largest factor.
