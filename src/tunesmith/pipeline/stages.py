@@ -29,10 +29,10 @@ from tunesmith.store.recalls import recalled
 REVISIONS = {
     "data": 9,
     "documents": 3,
-    "train": 5,
+    "train": 6,
     "search": 2,
-    "training_search": 3,
-    "curve": 5,
+    "training_search": 4,
+    "curve": 6,
     "forecast": 4,
     "answer": 2,
     "judge": 1,
