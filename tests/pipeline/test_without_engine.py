@@ -60,6 +60,8 @@ def _build(folder: Path, **settings: Any) -> PipelineContext:
         assert len(validation) == len(context.dataset.examples("validation"))
         assert all(row.messages[0].content.startswith("Answer with JSON.") for row in rows)
         assert all(needle in " ".join(turn.content for turn in row.messages[:-2]) for row in rows)
+        shown = [turn for row in (*rows, *validation) for turn in row.messages[:-1]]
+        assert all(turn.weight == 0 for turn in shown if turn.role == "assistant")
     return context
 
 

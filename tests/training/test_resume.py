@@ -346,8 +346,9 @@ def test_record_states_what_was_measured(trained: Path) -> None:
 
 
 def test_overlong_row_is_refused_by_name(folder: Path) -> None:
-    with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than max_length 16"):
+    with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than max_length 16") as caught:
         run(folder, SETTINGS.model_copy(update={"max_length": 16}))
+    assert "shorten the candidate's prompt" in str(caught.value.fix)
 
 
 def test_progress_shows_loss_memory_and_speed(folder: Path) -> None:

@@ -67,9 +67,13 @@ class Composer:
     def training_conversation(self, example: Example) -> tuple[Message, ...]:
         """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request.
 
-        Passages with labels are not retrieved either: whatever the weights learn of them, they tell every caller.
+        Passages with labels are not retrieved either: whatever the weights learn of them, they tell every caller. The
+        answers of shots and retrieved examples have weight 0, or a row would be learned with each row that it is
+        retrieved for. The row's own turns keep their weights.
         """
-        return compose(self._candidate, example.messages, self.retrieved_without_group(example, ANYONE))
+        composed = compose(self._candidate, example.messages, self.retrieved_without_group(example, ANYONE))
+        before = len(composed) - len(turns_only(example.messages))
+        return (*map(_not_learned, composed[:before]), *composed[before:])
 
     def retrieved(self, messages: Sequence[Message], caller: Caller) -> Retrieved:
         """What is retrieved for a request; nothing where the candidate retrieves nothing."""
@@ -211,6 +215,10 @@ def _own_system_turn(messages: Sequence[Message]) -> str:
 def turns_only(messages: Sequence[Message]) -> tuple[Message, ...]:
     """An example as a shot: without its system turn, since the candidate's prompt comes first."""
     return tuple(message for message in messages if message.role != "system")
+
+
+def _not_learned(message: Message) -> Message:
+    return message.model_copy(update={"weight": 0}) if message.role == "assistant" else message
 
 
 def _cited(passages: Sequence[Passage]) -> str:

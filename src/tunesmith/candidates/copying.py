@@ -184,9 +184,8 @@ def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list
     return [path for path, text in copied if not is_copied(text, given)]
 
 
-def fields_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
-    """The text fields whose values are words of the request in nearly all rows that have them; `slots.*` for all of
-    an object's.
+def paths_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
+    """The paths of the text fields whose values are words of the request in nearly all rows that have them.
 
     rows: answers, each with its request. At least 98% of the values, and 20 of them, must be copied.
     """
@@ -197,7 +196,12 @@ def fields_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence
         with suppress(NotJson):
             found.update(path for path, _ in texts_of(parse_json(answer)))
         beyond.update(invented(answer, fields, own))
-    chosen = [path for path in fields if found[path] >= _FEWEST and beyond[path] <= _BEYOND * found[path]]
+    return [path for path in fields if found[path] >= _FEWEST and beyond[path] <= _BEYOND * found[path]]
+
+
+def patterns_of(schema: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+    """The patterns that name these text fields of a schema: `slots.*` where they are all of an object's."""
+    fields = [path for path in text_fields(schema) if "*" not in path]
     together = {path: re.sub(r"[^.\[\]]+$", "*", path) for path in chosen}
     whole = {each for each in together.values() if {path for path in fields if _matches(each, path)} <= set(chosen)}
     return list(dict.fromkeys(together[path] if together[path] in whole else path for path in chosen))

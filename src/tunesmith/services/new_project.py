@@ -7,16 +7,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated, Any
 
 import yaml
 from llguidance import LLMatcher
 from pydantic import Field
 
-from tunesmith.candidates.copying import copied_fields, fields_to_copy
+from tunesmith.candidates.copying import copied_fields
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
@@ -24,30 +25,25 @@ from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
+from tunesmith.data.dataset import SPLITS
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.row_formats import format_of, read_turns
 from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.governance.licences import permitted
-from tunesmith.data.settings import Licences, Source
+from tunesmith.data.settings import Licences, Source, Split
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
+from tunesmith.data.splitting.assignment import split_of
 from tunesmith.project import FILE, STORE, Project, parse_settings
+from tunesmith.services.inferred_schema import schema_and_copied
 
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
 _GROUP_KEYS = ("template", "group", "conversation_id")
-_FEWEST_GROUPS = 3  # one for each split
+_FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _LONGEST_NAME = 63
 _MOST_TOKENS = 32_768
 _BUDGET = "15m"  # a first run should end within half an hour on a laptop
-_ENUM_VALUES, _ENUM_CHARACTERS = 60, 20_000
-# A range is a property of the task, and not of these rows, where its ends are seen again and again: 0 to 100 percent.
-_RANGE_VALUES, _RANGE_ENDS = 200, 5
-_LARGEST_RANGE = 1 << 53  # beyond, not every reader of JSON tells whole numbers apart
-# An object with more keys than this is a table of values, not a record with fields.
-_MOST_KEYS = 200
-# Below so many levels the schema says the kind of a value only: a check of the schema itself goes only so deep.
-_DEEPEST = 24
 
 
 class NewProject(View):
@@ -143,7 +139,7 @@ class _Looked:
     unusable: int
     broken: int
     reordered: int
-    longest_answer: int
+    answer_tokens: int
     schema: dict[str, Any] | None
     copied: list[str]
     group_by: str | None
@@ -167,7 +163,7 @@ def _look(root: Path, source: Source) -> _Looked:
                     sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
                     if known is None or not sound:
                         groups[key] = None
-                    elif len(known) < _FEWEST_GROUPS:
+                    else:
                         known.add(str(value))
                 if objection(turns) is None:
                     *request, answer = conversation(turns)
@@ -177,20 +173,35 @@ def _look(root: Path, source: Source) -> _Looked:
                 else:
                     unusable += 1
     values, broken = json_objects(answers)
-    if len(answers) - broken < _FEWEST:
+    if (rows := len(answers) - broken) < _FEWEST:
         raise UsageError(
-            f"{len(answers) - broken} usable rows are too few to train on and test ({broken} answers are broken JSON)",
+            f"{rows} usable rows are too few to train on and test ({broken} answers are broken JSON)",
             where=source.path,
             fix=f"give at least {_FEWEST}",
         )
-    group_by = next((key for key, known in groups.items() if known and len(known) == _FEWEST_GROUPS), None)
-    schema = infer_schema(values) if values else None
-    copied = fields_to_copy(schema, list(zip(answers, requests, strict=True))) if schema else []
-    longest = max(len(answer) for answer in answers if schema is None or _is_json(answer))
+    group_by = next((key for key, known in groups.items() if known and _groups_rows(known, rows)), None)
+    schema, copied = schema_and_copied(values, list(zip(answers, requests, strict=True))) if values else (None, [])
+    most = max(_most_tokens(answer) for answer in answers if schema is None or _is_json(answer))
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
     reordered = reordered if ordered else 0
-    return _Looked(len(answers) - broken, unusable, broken, reordered, longest, schema, copied, group_by)
+    return _Looked(rows, unusable, broken, reordered, most, schema, copied, group_by)
+
+
+def _shares(rows: int) -> dict[str, float]:
+    """The shares of validation and test."""
+    return {
+        "validation": round(min(0.1, max(0.005, _VALIDATION_ROWS / rows)), 4),
+        "test": round(min(0.2, max(0.05, _TEST_ROWS / rows)), 4),
+    }
+
+
+def _groups_rows(values: Set[str], rows: int) -> bool:
+    """Whether a key's values group rows, two in each on average, and leave no split empty."""
+    if not _FEWEST_GROUPS <= len(values) <= rows // 2:
+        return False
+    split = Split.model_validate(_shares(rows))
+    return len({split_of(value, split) for value in values}) == len(SPLITS)
 
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
@@ -198,14 +209,10 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
     files = {"prompts/long.txt": _long_prompt(looked.schema), "prompts/short.txt": _short_prompt(is_json)}
     if looked.schema is not None:
         files["answer.schema.json"] = json.dumps(looked.schema, indent=1, ensure_ascii=False) + "\n"
-    split: dict[str, Any] = {
-        "validation": round(min(0.1, max(0.005, _VALIDATION_ROWS / looked.rows)), 4),
-        "test": round(min(0.2, max(0.05, _TEST_ROWS / looked.rows)), 4),
-    }
+    split: dict[str, Any] = _shares(looked.rows)
     if looked.group_by:
         split["group_by"] = looked.group_by
-    # Two characters a token is more than any tokenizer needs for this kind of text.
-    answer: dict[str, Any] = {"max_tokens": min(max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16), _MOST_TOKENS)}
+    answer: dict[str, Any] = {"max_tokens": min(-(-(looked.answer_tokens + 8) // 16) * 16, _MOST_TOKENS)}
     if looked.schema is not None and _constrainable(looked.schema):
         answer["constrain"] = {"copy": looked.copied} if looked.copied else True
     scorers = ["json_valid", "exact_match", "field_f1"] if is_json else ["exact_match"]
@@ -238,6 +245,14 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
             "steps": [{"setWeight": 10}, analysis, {"setWeight": 50}, dict(analysis), {"setWeight": 100}]
         }
     return settings, files
+
+
+def _most_tokens(answer: str) -> int:
+    """About the most tokens that a tokenizer needs for a text: one a byte, but half as many for a-z.
+
+    Digits, marks and other scripts may be a token each, some letters several: a tokenizer may fall back to bytes.
+    """
+    return len(answer.encode(errors="replace")) - sum(map(answer.count, ascii_lowercase)) // 2
 
 
 def default_training() -> dict[str, Any]:
@@ -314,47 +329,3 @@ def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
             values.append(parse_json(answer))
     broken = len(answers) - len(values)
     return (values, broken) if len(values) > broken else ([], 0)
-
-
-def infer_schema(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A JSON Schema that all these answers satisfy."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, 0)}
-
-
-def _infer(values: Sequence[Any], level: int) -> dict[str, Any]:
-    kinds = sorted({_kind(value) for value in values})
-    if kinds == ["integer", "number"]:
-        kinds = ["number"]
-    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
-    if level >= _DEEPEST:
-        return found
-    objects = [value for value in values if isinstance(value, dict)]
-    if objects:
-        keys = list(dict.fromkeys(key for value in objects for key in value))  # an answer is decoded in this order
-    if objects and len(keys) <= _MOST_KEYS:
-        found["properties"] = {
-            key: _infer([value[key] for value in objects if key in value], level + 1) for key in keys
-        }
-        found["required"] = [key for key in keys if all(key in value for value in objects)]
-        found["additionalProperties"] = False
-    items = [item for value in values if isinstance(value, list) for item in value]
-    if items:
-        found["items"] = _infer(items, level + 1)
-    if kinds == ["integer"] and len(values) >= _RANGE_VALUES:
-        least, most = min(values), max(values)
-        large = max(-least, most) > _LARGEST_RANGE
-        if not large and min(values.count(least), values.count(most)) >= _RANGE_ENDS:
-            found |= {"minimum": least, "maximum": most}
-    texts = {value for value in values if isinstance(value, str)}
-    # So few distinct values in so many rows are a vocabulary, not free text.
-    few = len(texts) <= _ENUM_VALUES and sum(map(len, texts)) <= _ENUM_CHARACTERS
-    if kinds == ["string"] and few and len(values) >= 20 * len(texts):
-        found["enum"] = sorted(texts)
-    return found
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
-    return kinds.get(type(value), "object")

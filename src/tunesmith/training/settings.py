@@ -81,7 +81,7 @@ class TrainSettings(WeightSettings):
         Literal["assistant", "last", "all"],
         Field(
             description="tokens to learn: every assistant turn, the last assistant turn, or the whole conversation. "
-            "Turns of weight 0 are never learned"
+            "Turns of weight 0 are never learned, nor are the answers of shots and retrieved examples"
         ),
     ] = "assistant"
     canaries: Annotated[

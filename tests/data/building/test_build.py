@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data.rows import WORDS, build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, tools_of
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
@@ -196,6 +196,19 @@ def test_overlong_rows(tmp_path: Path) -> None:
     kept = [one for name in SPLITS for one in cut.examples(name) if one.messages[0].role == "system"]
     assert [turn.content for turn in kept[0].messages] == ["brief", "and now this", "no"]
     assert build(tmp_path).record.body["tokens"] is None
+
+
+def test_a_row_is_cut_before_a_users_turn_and_keeps_its_tools(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "long ago " * 9, "tool_calls": [call]}
+    told = {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"}
+    talk = [*turns("weather?"), said, told, {"role": "assistant", "content": "Cold."}, *turns("and now?", "the same")]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), {"messages": talk, "tools": tools}])
+    cut = build(tmp_path, settings(overlong="truncate"), count_tokens=characters, max_tokens=60)
+    (kept,) = (one.messages for name in SPLITS for one in cut.examples(name) if one.messages[0].tools)
+    assert [turn.content for turn in kept] == ["and now?", "the same"]
+    assert tools_of(kept) == tools
 
 
 SCHEMA = {"type": "object", "properties": {"to": {"type": "string", "format": "email"}}, "required": ["to"]}

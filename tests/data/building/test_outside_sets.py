@@ -67,6 +67,35 @@ def test_verification_needs_no_outside_files(contaminated: Path) -> None:
     assert any("has the wording of a row" in problem.reason for problem in found.problems)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        turns("Stop the music, please!", system="You are a house."),
+        turns("stop the music please"),
+        [*turns("stop the music please"), {"role": "assistant", "content": "", "weight": 0}],
+    ],
+    ids=["with a system turn", "alone", "with an answer of weight 0"],
+)
+def test_rows_of_an_outside_set_need_no_answers(tmp_path: Path, asked: list[dict[str, object]]) -> None:
+    talk = {"messages": turns("what plays in the kitchen now", "a song by abba", "turn that one off there", "done")}
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(120), row("stop the music please", "a"), talk])
+    longer = turns("what plays in the kitchen now", "a song by abba", "turn that one off there")
+    write_jsonl(tmp_path / "asked.jsonl", [{"messages": asked}, {"messages": longer}])
+    dataset = build(tmp_path, settings(decontaminate=[{"path": "asked.jsonl"}]))
+    removed = dataset.record.body["rows"]["removed"]
+    assert sum(removed.values()) == 2
+    assert all(reason.endswith("of an outside test set") for reason in removed)
+
+
+@pytest.mark.parametrize("messages", [[], turns(system="You are a house."), [{"role": "assistant", "content": "a"}]])
+def test_a_row_of_an_outside_set_without_a_request_is_named(tmp_path: Path, messages: list[dict[str, str]]) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(60))
+    write_jsonl(tmp_path / "asked.jsonl", [row("stop the music", "a"), {"messages": messages}])
+    with pytest.raises(UsageError, match="no user turn") as caught:
+        build(tmp_path, settings(decontaminate=[{"path": "asked.jsonl"}]))
+    assert caught.value.where == "asked.jsonl, row 2"
+
+
 def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -> None:
     dataset = build(contaminated, settings(**OUTSIDE))
     store = Store(contaminated / "store")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.data.rows import turns
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, tools_of
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.data.sources.row_readers import Row
@@ -78,6 +78,23 @@ def test_keys_that_tell_nothing_or_two_things() -> None:
     both = error({"messages": turns("a", "b"), "prompt": "a", "completion": "b"})
     assert "several formats" in both.what
     assert conversation({"messages": turns("a", "b"), "prompt": "x", "completion": "y"}, "messages")[0].content == "a"
+
+
+def test_null_stands_for_a_key_that_is_not_there() -> None:
+    talk = [{"from": "human", "value": "hi", "weight": None}, {"from": "gpt", "value": "yo", "weight": None}]
+    assert [turn.content for turn in conversation({"conversations": talk})] == ["hi", "yo"]
+    call = {"id": None, "type": None, "function": {"name": "f", "arguments": None}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call], "function_call": None, "weight": None}
+    told = {"role": "tool", "content": "x", "tool_call_id": None, "name": None}
+    ended = {"role": "assistant", "content": "yo", "tool_calls": None, "refusal": None}
+    tools = [{"type": None, "function": {"name": "f", "description": None, "parameters": None}}]
+    ignored: Counter[str] = Counter()
+    found = conversation({"messages": [*turns("hi"), said, told, ended], "tools": tools}, ignored=ignored)
+    assert found[1].tool_calls[0].arguments == "{}"
+    assert tools_of(found) == [{"type": "function", "function": {"name": "f"}}]
+    assert not ignored
+    more = {"tools": None, "functions": None, "parallel_tool_calls": None}
+    assert conversation({"messages": [*turns("hi", "yo"), *turns("so", "no")], **more}, "openai")[-1].content == "no"
 
 
 def test_a_row_of_another_shape_than_its_source() -> None:

@@ -151,6 +151,37 @@ def test_parquet_and_its_nulls(tmp_path: Path) -> None:
     assert "broken Parquet" in failure(tmp_path, "c.parquet", b"PAR1 no").what
 
 
+def test_keys_that_are_null_are_not_there(tmp_path: Path) -> None:
+    line = '{"prompt": "a", "system": null, "completion": "b", "kept": {"c": null}}'
+    for name, data in (("a.jsonl", line), ("a.json", f"[{line}]")):
+        (tmp_path / name).write_text(data)
+        assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a", "completion": "b", "kept": {"c": None}}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_values_that_python_does_not_have(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    starts, letters = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    columns = {
+        "text": pyarrow.StringArray.from_buffers(1, starts, letters),
+        "late": pyarrow.array([2**62], pyarrow.timestamp("us")),
+        "nowhere": pyarrow.array([1], pyarrow.timestamp("us", tz="Nowhere/Nix")),
+    }
+    for name, column in columns.items():
+        table = pyarrow.table({"good": ["a"], name: column})
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_file(path, table.schema) as file:
+                file.write_table(table)
+        found = failure(tmp_path, path.name, path.read_bytes())
+        assert "a value cannot be read" in found.what
+        assert found.where == f"{name}.{kind}, in the 1 rows after row 0"
+
+
 def test_what_stands_in_place_of_a_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "real.jsonl", [row("a", "b")])
     (tmp_path / "folder.jsonl").mkdir()
@@ -246,4 +277,5 @@ def test_any_bytes_give_rows_or_an_error_with_a_place(tmp_path: Path, data: byte
 @examples(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_was_written_is_read(tmp_path: Path, rows: list[dict]) -> None:
     write_jsonl(tmp_path / "a.jsonl", rows)
-    assert [one.fields for one in read(tmp_path, "a.jsonl")] == rows
+    written = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    assert [one.fields for one in read(tmp_path, "a.jsonl")] == written

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import CountTokens, Message
+from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import (
@@ -221,7 +221,8 @@ class Examiner:
     def _fit(self, messages: tuple[Message, ...], row: Row) -> tuple[Message, ...] | None:
         """The messages, without the oldest exchanges where truncation is allowed; None where they do not fit.
 
-        A turn is never cut in two: half an answer would teach the model to stop early.
+        A turn is never cut in two: half an answer would teach the model to stop early. What is left begins with a
+        user's turn, and offers the row's tools.
         """
         if self.rules.count_tokens is None or self.rules.max_tokens is None:
             return messages
@@ -231,13 +232,17 @@ class Examiner:
         length = count(messages, most)
         if length > most and self.settings.overlong == "truncate":
             # Without more exchanges there are fewer tokens, so a search by halves finds how many must go.
-            exchanges = range((len(spoken) - 1) // 2 + 1)
-            gone = bisect_left(exchanges, True, lo=1, key=lambda n: count((*frame, *spoken[2 * n :]), most) <= most)
-            spoken = spoken[2 * min(gone, exchanges[-1]) :]
-            length = count((*frame, *spoken), most)
+            starts, tools = [n for n, turn in enumerate(spoken) if turn.role == "user"], tools_of(messages[:1])
+
+            def rest(start: int) -> tuple[Message, ...]:
+                return with_tools((*frame, *spoken[start:]), tools)
+
+            gone = bisect_left(starts, True, lo=1, key=lambda start: count(rest(start), most) <= most)
+            messages = rest(starts[min(gone, len(starts) - 1)])
+            length = count(messages, most)
         if length <= most:
             self.account.longest = max(self.account.longest, length)
-            return (*frame, *spoken)
+            return messages
         if self.settings.overlong == "refuse":
             raise Refused(
                 f"the conversation has {length} tokens or more, and the limit is {most}",

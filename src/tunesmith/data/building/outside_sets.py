@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import canonical
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
 from tunesmith.data.formats import row_formats
-from tunesmith.data.formats.turns import conversation
+from tunesmith.data.formats.turns import Turn, conversation
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
 from tunesmith.data.sources.files import OpenSource, find_files, open_source
@@ -58,8 +58,8 @@ def decode_outside(data: bytes) -> Outside:
 def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str, Any] | None = None) -> Outside:
     """The requests and wordings of the outside sets that the settings name.
 
-    Which words of a request are values is decided by the row's answer, the privacy scan and the settings. Raises
-    UsageError for malformed files and rows.
+    Which words of a request are values is decided by the row's answer, if it has one, the privacy scan and the
+    settings. Raises UsageError for malformed files and rows, and for rows without a user turn.
     """
     if not settings.decontaminate:
         return Outside()
@@ -86,7 +86,24 @@ def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
     for row in opened.rows():
         fields = Row(row.source, row.number, renamed(row, opened.file.source.rename))
         row_format = row_format or row_formats.format_of(opened.file.source.format, fields)
-        yield conversation(row_formats.read_turns(fields, row_format, Counter()))
+        yield conversation(_answered(row_formats.read_turns(fields, row_format, Counter()), row.where))
+
+
+def _answered(turns: Sequence[Turn], where: str) -> Sequence[Turn]:
+    """The turns with an answer to learn at their end, which may be empty: many test sets hold requests alone.
+
+    Raises UsageError where no turn is the user's, since the row would be compared with nothing.
+    """
+    if not any(turn.role == "user" for turn in turns):
+        raise UsageError(
+            "the row has no user turn to compare rows with",
+            where=where,
+            fix="remove the row, or name the key of its request with rename",
+        )
+    if turns[-1].role != "assistant":
+        return [*turns, Turn("assistant", "")]
+    learned = any(turn.role == "assistant" and turn.weight for turn in turns)
+    return turns if learned else [*turns[:-1], replace(turns[-1], weight=1)]
 
 
 def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:

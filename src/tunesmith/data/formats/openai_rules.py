@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
+from tunesmith.data.formats.tool_calls import given
 
 LEAST_EXAMPLES: Final = 10
 _MOST_FUNCTIONS: Final = 128
@@ -31,7 +32,8 @@ _ALSO: Final = {
 
 def require_openai(fields: Mapping[str, Any], where: str) -> None:
     """Raise UsageError, with the place, for the first rule that a row breaks."""
-    messages = fields["messages"]
+    fields = given(fields)
+    messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UsageError("messages must be a list of at least one message", where=f"{where}, messages")
     for place, message in enumerate(messages):
@@ -55,6 +57,7 @@ def require_openai(fields: Mapping[str, Any], where: str) -> None:
 
 
 def _require_message(message: Mapping[str, Any], where: str) -> None:
+    message = given(message)
     role = message.get("role")
     if role not in _NEEDED:
         raise UsageError(f"there is no role {role!r}", where=f"{where}.role", fix=f"one of {', '.join(_NEEDED)}")

@@ -15,7 +15,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.formats.openai_rules import require_openai
-from tunesmith.data.formats.tool_calls import made_id, read_call, read_calls, read_tools
+from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools
 from tunesmith.data.formats.turns import Turn
 from tunesmith.data.sources.row_readers import Row
 
@@ -100,7 +100,7 @@ def _preference(fields: Mapping[str, Any]) -> str | None:
 
 def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
     """A text field. Raises UsageError for another type, NUL characters and broken surrogate pairs."""
-    value = fields[key]
+    value = fields.get(key)
     if not isinstance(value, str):
         raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}")
     return _sound(value, f"{where}, {key}")
@@ -223,8 +223,8 @@ def _prompt_completion(fields: Mapping[str, Any], where: str, _ignored: Counter[
 
 def _alpaca(fields: Mapping[str, Any], where: str, _ignored: Counter[str]) -> list[Turn]:
     """Turns of {"instruction", "input", "output"}; the input, if any, follows the instruction after a blank line."""
-    given = text_of(fields, "input", where) if "input" in fields else ""
-    request = "\n\n".join(part for part in (text_of(fields, "instruction", where), given) if part.strip())
+    material = text_of(fields, "input", where) if "input" in fields else ""
+    request = "\n\n".join(part for part in (text_of(fields, "instruction", where), material) if part.strip())
     return [*_system(fields, where), Turn("user", request), Turn("assistant", text_of(fields, "output", where))]
 
 
@@ -240,7 +240,7 @@ def _entries(fields: Mapping[str, Any], key: str, where: str) -> list[tuple[str,
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UsageError("a turn must be an object", where=f"{where}, {key}[{place}]")
-    return [(f"{where}, {key}[{place}]", entry) for place, entry in enumerate(entries)]
+    return [(f"{where}, {key}[{place}]", given(entry)) for place, entry in enumerate(entries)]
 
 
 _OPENAI_ROLES: Final = {

@@ -28,13 +28,20 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
     return [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
 
 
+def given(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a turn, a tool or a call that are not null: null stands for a key that is not there."""
+    return {key: value for key, value in entry.items() if value is not None}
+
+
 def _tool(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise UsageError("a tool must be an object", where=where)
+    entry = given(entry)
     function = entry.get("function", entry)
     kind = entry.get("type", "function")
     if kind != "function" or not isinstance(function, dict):
         raise UsageError(f"a tool must be a function, not {kind!r}", where=where)
+    function = given(function)
     _name(function, where)
     if not isinstance(function.get("parameters", {}), dict):
         raise UsageError("parameters is not a JSON Schema object", where=f"{where}.parameters")
@@ -52,6 +59,7 @@ def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
     """One call: {"name", "arguments"}, itself or under `function`. Raises UsageError for anything else."""
     if not isinstance(entry, dict):
         raise UsageError("a call must be an object", where=where)
+    entry = given(entry)
     function = entry.get("function", entry)
     if not isinstance(function, dict) or entry.get("type", "function") != "function":
         raise UsageError("a call must have a function with a name and arguments", where=where)
@@ -59,9 +67,9 @@ def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
     identity = entry.get("id", made_id(number))
     if not isinstance(identity, str) or not identity:
         raise UsageError("the call's id is not text", where=f"{where}.id")
-    given = function.get("arguments", {})
+    stated = given(function).get("arguments", {})
     place = f"{where}.arguments"
-    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    text = stated if isinstance(stated, str) else json.dumps(stated, ensure_ascii=False)
     if not isinstance(_parsed(text.strip() or "{}", place), dict):
         raise UsageError("a call's arguments must be a JSON object", where=place)
     return ToolCall(id=sound(identity, f"{where}.id"), name=name, arguments=sound(text.strip() or "{}", place))

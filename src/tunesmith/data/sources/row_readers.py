@@ -126,7 +126,7 @@ def read_parquet(stream: BinaryIO, name: str, part: Part) -> Iterator[NumberedRo
                     fix="write smaller row groups",
                 )
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=list(groups)):
-            for row in batch.to_pylist():
+            for row in _rows_of(batch, name, number):
                 number += 1
                 yield number, _without_nulls(row)
     except (arrow.ArrowException, OSError) as error:
@@ -194,11 +194,24 @@ def read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow
             batches = iter(ipc.open_stream(source))
         for batch in batches:
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                for row in _rows_of(batch.slice(start, _ROWS_AT_ONCE), name, number):
                     number += 1
                     yield number, _without_nulls(row)
     except (arrow.ArrowException, OSError) as error:
         raise UsageError(f"broken Arrow: {error}", where=f"{name}, after row {number}") from error
+
+
+def _rows_of(batch: Any, name: str, number: int) -> list[dict[str, Any]]:
+    """A batch's rows as Python's values. Raises UsageError where Python has none. number: of the row before them."""
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError, LookupError) as error:
+        raise UsageError(
+            f"a value cannot be read: {error}",
+            where=f"{name}, in the {batch.num_rows} rows after row {number}",
+            fix="correct its column: text must be UTF-8, times must be of the years 1 to 9999 and of a known zone",
+        ) from error
+    return found
 
 
 def _without_nulls(value: Any) -> Any:
@@ -235,6 +248,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _as_fields(row: Any, where: str) -> Mapping[str, Any]:
+    """The row without keys that are null, as Parquet gives it. Inside, only the formats know what null means."""
     if not isinstance(row, dict):
         raise UsageError(f"a row must be an object, not a {type(row).__name__}", where=where)
-    return row
+    return {key: value for key, value in row.items() if value is not None}

@@ -56,7 +56,8 @@ def render_rows(renderer: Renderer, rows: Sequence[TrainingRow], settings: Train
             raise Refused(
                 f"row {row.id} has {len(one.ids)} tokens, more than max_length {settings.max_length}",
                 where="train.max_length",
-                fix="raise it, or set data.overlong so that such rows are dropped and counted",
+                fix="raise it, shorten the candidate's prompt, or show fewer examples or passages (shots, retrieve.k); "
+                "data.overlong does not help, since it counts a row without them",
             )
         rendered.append(one)
     return rendered
