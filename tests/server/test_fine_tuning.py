@@ -18,6 +18,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
@@ -179,6 +180,7 @@ def test_a_stream_of_events_ends_with_its_token_and_its_server(
         ({"method": {"type": "reinforcement"}}, 400, "method", "the method reinforcement is not supported"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "the integration wandb is not supported"),
         ({"suffix": "a:b"}, 400, "suffix", "Invalid 'suffix'"),
+        ({"suffix": "v1..2"}, 400, "suffix", "'tiny-v1..2' is not a version name"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "greater than or equal to 1"),
         ({"hyperparameters": {"colour": 1}}, 400, "hyperparameters.colour", "Unrecognized request argument"),
         ({"hyperparameters": {"learning_rate_multiplier": 1000}}, 400, "hyperparameters", "learning_rate"),
@@ -314,9 +316,19 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
     plain = Arguments(settings="", model=MODEL, training_file="f")
     untouched = derived(project, plain, Uploaded("/a.jsonl", "a")).settings
     assert untouched.candidates == project.settings.candidates
-    assert len(series("x" * 63, "y" * 64)) == 63
     with pytest.raises(UsageError, match="name one with"):
         opened(tmp_path, candidates={"a": {"train": {}}, "b": {"train": {}}})
+
+
+def test_each_suffix_has_a_series_of_its_own_with_a_name_that_can_be_registered() -> None:
+    long = "y" * 64
+    suffixes = ["y" * 58, *(long[:length] for length in range(59, 65)), long[:-1] + "z", None]
+    for project in ("tiny", "x" * 63):
+        names = [series(project, suffix) for suffix in suffixes]
+        assert len(set(names)) == len(suffixes)
+        assert [check_name(name, "version name") for name in names] == names
+    assert series("tiny", "y" * 58) == f"tiny-{'y' * 58}"
+    assert series("tiny", None) == "tiny-ft"
 
 
 def test_a_name_means_a_base(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import changed
+from tunesmith.core.text.names import check_name
 from tunesmith.core.view import View
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
@@ -108,9 +110,20 @@ def derived(project: Project, arguments: Arguments, training: Uploaded, validati
 
 
 def series(project: str, suffix: str | None) -> str:
-    """The name of the versions that jobs with this suffix register."""
+    """The name of the versions that jobs with this suffix register. A long one ends in a digest instead.
+
+    Raises UsageError, where: suffix, for one that makes no name.
+    """
     more = re.sub(r"[^a-z0-9._-]+", "-", (suffix or "ft").lower())
-    return f"{project[: _LONGEST_NAME - 1 - len(more)]}-{more}"[:_LONGEST_NAME]
+    name = f"{project}-{more}"
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: _LONGEST_NAME - 1 - len(digest)]}-{digest}"
+    try:
+        return check_name(name, "version name")
+    except UsageError as error:
+        error.where = "suffix"
+        raise
 
 
 def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
