@@ -279,6 +279,39 @@ def test_files_that_cannot_be_used_end_the_job(
     assert next(iter(client.fine_tuning.jobs.list_events(made.id))).level == "error"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("cannot open '/srv/our apps/w.bin'"), "RuntimeError: cannot open '...'"),
+        (
+            UsageError("the prompt /srv/p.txt is empty", where="/srv/p.txt", fix="see http://a/b"),
+            "the prompt ... is empty",
+        ),
+    ],
+)
+def test_clients_see_neither_tracebacks_nor_paths(
+    client: openai.OpenAI, tuner: Served, error: Exception, said: str
+) -> None:
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client)).id
+    store, lease = tuner.scene.store, claimed(tuner)
+
+    def work(_progress: JobProgress) -> Outcome:
+        raise error
+
+    with pytest.raises(type(error)):
+        perform(store, lease, work)
+    kept = [event.message for event in queue.events(store, lease.job)]
+    sent = [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)][::-1]
+    assert len(sent) == len(kept)
+    assert "/srv" in "".join(kept)
+    assert "/srv" not in "".join(sent)
+    assert sent[-1].endswith(said)
+    internal = [line for line in sent if line.startswith("an internal error")]
+    assert len(internal) == sum("Traceback" in line for line in kept) == isinstance(error, RuntimeError)
+    shown = client.fine_tuning.jobs.retrieve(job).error
+    assert shown is None or shown.message == f"{said}\nsee http://a/b"
+
+
 def test_a_training_tells_its_loss_some_times(scene: Scene) -> None:
     store = scene.store
     lease = leases.begin(store, "w", KIND, {}, project="p", actor=OWNER)
