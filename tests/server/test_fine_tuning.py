@@ -174,6 +174,8 @@ def test_a_stream_of_events_ends_with_its_token_and_its_server(
     [
         ({"model": "gpt-9"}, 404, "model", "The model 'gpt-9' does not exist or you do not have access to it."),
         ({"training_file": "file-none"}, 400, "training_file", "invalid training_file: file-none"),
+        ({"training_file": "\0"}, 400, None, "The body holds a NUL character."),
+        ({"metadata": {"a\0": "b"}}, 400, None, "The body holds a NUL character."),
         ({"validation_file": "file-none"}, 400, "validation_file", "invalid validation_file: file-none"),
         ({"validation_file": "FILE"}, 400, "validation_file", "must be another file"),
         ({"method": {"type": "dpo"}}, 400, "method", "the method dpo is not supported"),
