@@ -18,6 +18,7 @@ from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
 from tunesmith.server.fine_tuning import event_stream
+from tunesmith.server.fine_tuning.client_text import for_client
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
 from tunesmith.server.intake import limits
@@ -35,11 +36,6 @@ Status = Literal["validating_files", "queued", "running", "paused", "succeeded",
 _PAGE = {"jobs": 20, "events": 20, "checkpoints": 10}  # items of a page by default, as OpenAI's
 _MOST = 100
 _EVENT = "ftevent-"
-_TRACEBACK = "Traceback (most recent call last)"
-# An absolute path: between quotes, after file://, or as a word. Not the path of another URL.
-_PATH = re.compile(
-    r"""(?<=')/[^'\n]+(?=')|(?<=")/[^"\n]+(?=")|file://\S+|(?<![\w./:])/[^\s'"`,;:()]+|(?<=:)/(?!/)[^\s'"`,;:()]+"""
-)
 _FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
@@ -346,13 +342,8 @@ def _status(job: Job) -> Status:
 
 def _error(error: Mapping[str, Any]) -> JobError:
     said = [str(error[name]) for name in ("what", "where", "fix") if error.get(name)]
-    message = "\n".join(_for_client(each) for each in said if not each.startswith("/"))
+    message = "\n".join(for_client(each) for each in said if not each.startswith("/"))
     return JobError(code=str(error.get("code")), message=message, param=error.get("param"))
-
-
-def _for_client(text: str) -> str:
-    """A text without what is the operators' alone: tracebacks, and paths of this machine."""
-    return "an internal error; its traceback is in the operators' log" if _TRACEBACK in text else _PATH.sub("...", text)
 
 
 def _event_id(job: Job, line: Event) -> str:
@@ -380,7 +371,7 @@ def _event(job: Job, line: Event) -> FineTuningEvent:
         object="fine_tuning.job.event",
         created_at=int(line.at),
         level=level,  # type: ignore[arg-type]
-        message=_for_client(line.message),
+        message=for_client(line.message),
         type="message",
         data=None,
     )
