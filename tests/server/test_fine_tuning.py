@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from openai.types.fine_tuning import FineTuningJobEvent
 
-from tests.fabricate import OWNER, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
@@ -22,11 +23,17 @@ from tunesmith.core.text.names import check_name
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.pipeline.candidates import candidate
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project, parse_settings
+from tunesmith.registry.versions import Version, resolve
+from tunesmith.rollout.controller import start
+from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.server.fine_tuning import event_stream
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, Uploaded, derived, series
-from tunesmith.services.fine_tuning.create import find
+from tunesmith.services.fine_tuning.create import create, find
 from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
+from tunesmith.store import uploads
 from tunesmith.store.identities import add_user, get_user
 from tunesmith.store.tokens import issue_token, revoke_token
 
@@ -364,6 +371,37 @@ def test_each_suffix_has_a_series_of_its_own_with_a_name_that_can_be_registered(
         assert [check_name(name, "version name") for name in names] == names
     assert series("tiny", "y" * 58) == f"tiny-{'y' * 58}"
     assert series("tiny", None) == "tiny-ft"
+
+
+def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant(scene: Scene, tmp_path: Path) -> None:
+    tuned, acme = {"train": {"rank": 2}}, Scope("acme")
+    project = opened(tmp_path, name=NAME, candidates={"old": {"version": "champion"}, "tuned": tuned})
+    project.store = scene.store
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{}")
+    file = uploads.put(scene.store, path, name="r.jsonl", purpose="fine-tune", actor=OWNER, scope=acme).file
+    arguments, rows = Arguments(settings="", model=MODEL, training_file=file), Uploaded("/a.jsonl", "a")
+
+    def serve(version: Version, scope: Scope) -> None:
+        steps = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
+        start(scene.store, name=version.name, version=version, steps=steps, actor=OPERATOR, scope=scope)
+
+    def used(scope: Scope) -> str:
+        context = PipelineContext(derived(project, arguments, rows, scope=scope), scope=scope)
+        context.base = SimpleNamespace(digest=scene.base)  # type: ignore[assignment]
+        version = context.settings_of("old").version
+        assert version is not None
+        made = scene.store.record(candidate(context, "old"))
+        assert made.parents == scene.store.record(resolve(scene.store, version, scope=scope).candidate).parents
+        return version
+
+    with pytest.raises(UsageError, match="no champion of home-ft or home to compare with"):
+        create(project, arguments, user=get_user(scene.store, OWNER))
+    serve(resolve(scene.store, f"{NAME}@v1"), Scope())
+    assert used(acme) == "home@v1"
+    serve(scene.version(9, name="home-ft", scope=acme), acme)
+    assert [used(scope) for scope in (acme, Scope("globex"), Scope())] == ["home-ft@v1", "home@v1", "home@v1"]
+    assert create(project, arguments, user=get_user(scene.store, OWNER)).scope == acme
 
 
 def test_a_name_means_a_base(tmp_path: Path) -> None:
