@@ -19,8 +19,10 @@ from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.engines.native import export_check
 from tunesmith.models.export import merging
 from tunesmith.store import audit, database, identities
+from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -108,10 +110,7 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     assert provenance["system"] == "Answer with JSON."
     (shown,) = [child for child in version["children"] if child["digest"] == given["export"]]
     assert shown["says"].startswith(f"{given['form']} {given['dtype']}: pass, log-probabilities within ")
-    project = Project.load(approved)
-    with database.reading(project.store.engine) as session:
-        entries = [row for row in audit.entries(session) if row.action == "version.export"]
-    assert entries[-1].detail["record"] == given["export"]
+    assert exports(Project.load(approved).store)[-1] == given["export"]
     assert _run(approved, "export", "tiny@v1", str(tmp_path / "again"), *case.words)["export"] == given["export"]
     assert _run(approved, "verify", "tiny@v1")["ok"]
 
@@ -144,6 +143,48 @@ def test_what_nobody_approved_is_not_exported(released: Path, tmp_path: Path) ->
     with pytest.raises(Refused, match=r"version.export|may not|it takes"):
         _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("gone", ["ann", "eddy"])
+def test_an_export_is_decided_again_at_its_end(
+    gone: str, approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, out = tmp_path / "p", tmp_path / "out"
+    shutil.copytree(approved, copy)
+    store = Project.load(copy).store
+    owner = identities.acting(store)
+    identities.add_user(store, "eddy", ["engineer", "operator"], actor=owner)
+    before, real = exports(store), export_check.compare
+
+    def compare(*given: Any, **more: Any) -> Any:
+        identities.deactivate(store, gone, actor=owner)
+        return real(*given, **more)
+
+    monkeypatch.setattr(export_check, "compare", compare)
+    with pytest.raises(Refused, match=gone):
+        _run(copy, "export", "tiny@v1", str(out / "files"), "--as", "peft", "--by", "eddy")
+    assert list(out.iterdir()) == []
+    assert exports(store) == before
+
+
+def test_an_export_that_is_not_recorded_leaves_no_files(
+    approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Refused("the database is full")
+
+    monkeypatch.setattr(audit, "append", full)
+    before = exports(Project.load(approved).store)
+    with pytest.raises(Refused, match="full"):
+        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
+    assert list(tmp_path.iterdir()) == []
+    assert exports(Project.load(approved).store) == before
+
+
+def exports(store: Store) -> list[str]:
+    """The exports in the audit log."""
+    with database.reading(store.engine) as session:
+        return [row.detail["record"] for row in audit.entries(session) if row.action == "version.export"]
 
 
 def test_what_is_there_is_not_overwritten(approved: Path, tmp_path: Path) -> None:

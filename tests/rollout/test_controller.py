@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.forked import run_forked
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, set_alias
+from tunesmith.registry.signing.attestations import ENVELOPE
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import controller, transitions
 from tunesmith.rollout.analysis import Arm
@@ -338,6 +340,18 @@ def promoted(scene: Scene, version: Version) -> Rollout:
     return rollout
 
 
+def signature_file(scene: Scene, version: Version) -> Path:
+    return scene.store.root / "versions" / NAME / f"v{version.number}" / "model.sig"
+
+
+def approval_file(scene: Scene, version: Version) -> Path:
+    with database.reading(scene.store.engine) as session:
+        (entry,) = [
+            row for row in audit.entries(session) if row.action == "version.approve" and row.subject == version.digest
+        ]
+    return scene.store.blob_path(scene.store.record(entry.detail["signature"]["digest"]).blobs[ENVELOPE])
+
+
 def test_rollback_goes_back_one_promotion_at_a_time(first: Scene, versions: Versions) -> None:
     promoted(first, versions[2])
     promoted(first, versions[3])
@@ -365,6 +379,26 @@ def test_rollback_passes_over_a_version_that_was_recalled(first: Scene, versions
     rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
     assert champion(first) == versions[1].digest
     assert [one.status for one in list_rollouts(first.store)] == ["rolled_back", "rolled_back", "promoted"]
+
+
+@pytest.mark.parametrize("file", [signature_file, approval_file])
+def test_rollback_passes_over_a_version_whose_files_are_gone(
+    first: Scene, versions: Versions, file: Callable[[Scene, Version], Path]
+) -> None:
+    promoted(first, versions[2])
+    promoted(first, versions[3])
+    file(first, versions[2]).unlink()
+    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert champion(first) == versions[1].digest
+    assert [one.status for one in list_rollouts(first.store)] == ["rolled_back", "rolled_back", "promoted"]
+
+
+def test_rollback_is_refused_where_no_version_is_whole(first: Scene, versions: Versions) -> None:
+    promoted(first, versions[2])
+    signature_file(first, versions[1]).write_bytes(b"")
+    with pytest.raises(Refused, match="may not serve now"):
+        rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert champion(first) == versions[2].digest
 
 
 def test_rollback_skips_a_recalled_champion(first: Scene, versions: Versions) -> None:

@@ -89,6 +89,30 @@ def test_only_an_admin_copies_a_store(scene: Scene, file: Path, tmp_path: Path) 
     restore(target, file)
 
 
+def test_what_is_deleted_meanwhile_is_left_out(scene: Scene, tmp_path: Path) -> None:
+    class Goes(LocalBlobs):
+        gone: tuple[str, ...] = ("cases/one.json", "files/file-a.jsonl")
+
+        def pieces(self, key: str) -> Iterator[bytes]:
+            if key in self.gone:
+                self.delete(key)
+            return super().pieces(key)
+
+    blobs = Goes(scene.store.root)
+    store = Store(scene.store.root, url=scene.store.url, blobs=blobs)
+    for key in (*blobs.gone, "cases/two.json"):
+        blobs.put(key, b"{}", private=True)
+    count = backup(store, tmp_path / "backup.tar").objects
+    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+    assert restore(target, tmp_path / "backup.tar").objects == count
+    assert contents(target) == contents(scene.store)
+    assert "cases/two.json" in contents(target)
+    blobs.gone = (next(key for key in keys_of(blobs) if key.startswith("blobs/")),)
+    with pytest.raises(FileNotFoundError):
+        backup(store, tmp_path / "another.tar")
+    assert not (tmp_path / "another.tar").exists()
+
+
 def test_a_restore_that_was_stopped_goes_on(scene: Scene, file: Path, tmp_path: Path) -> None:
     class Stops(LocalBlobs):
         left = 7

@@ -258,6 +258,29 @@ def test_another_tenant_learns_and_changes_nothing(world: World, happened: Happe
         assert http.get("/api/datasets").status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("path", "more"), [("/api/rollouts", {}), ("/api/decisions/prepare", {"decision": "refuse", "reason": "why"})]
+)
+def test_a_stated_tenant_that_is_not_the_callers_tells_nothing(world: World, path: str, more: dict[str, str]) -> None:
+    with world.served.http(world.token("eve")) as http:
+        for tenant in ("acme", ""):
+            answers = [
+                http.post(path, json={"version": f"{ACME}@v{number}", "tenant": tenant, **more}) for number in (1, 99)
+            ]
+            assert [answer.status_code for answer in answers] == [403, 403]
+            assert answers[0].json() == answers[1].json()
+
+
+def test_a_form_with_a_tenant_that_is_not_the_persons_tells_nothing(world: World) -> None:
+    with plain(world.served, cookie_of(world.served, "eve")) as http:
+        csrf = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/console/keys").text)
+        assert csrf
+        fields = {"csrf": csrf[1], "tenant": "acme"}
+        answers = [http.post("/console/rollouts", data={**fields, "version": f"{ACME}@v{n}"}) for n in (1, 99)]
+        assert [answer.status_code for answer in answers] == [403, 403]
+        assert answers[0].text == answers[1].text
+
+
 @pytest.mark.attack("people", "a browser's cookie in place of a token, and forms without the mark of their session")
 def test_cookies_open_no_route_and_forms_need_their_mark(world: World, happened: Happened) -> None:
     cookie = cookie_of(world.served, "every")

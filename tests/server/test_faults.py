@@ -85,6 +85,23 @@ def test_what_is_not_one_plain_json_object_is_400(shared: Served, body: bytes) -
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
 
 
+@pytest.mark.parametrize(
+    ("method", "url", "body", "status", "said"),
+    [
+        ("GET", "/v1/files/%00", None, 404, "There is nothing at this address."),
+        ("GET", "/api/versions/home%00/1", None, 404, "There is nothing at this address."),
+        ("GET", "/v1/files?purpose=%00", None, 400, "The address holds a NUL character."),
+        ("POST", "/api/feedback", {"request_id": "\0", "score": {"a": 1}}, 400, "The body holds a NUL character."),
+    ],
+)
+def test_nul_never_reaches_the_database(
+    shared: Served, method: str, url: str, body: object, status: int, said: str
+) -> None:
+    with shared.http() as http:
+        answer = http.request(method, url, json=body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (status, said)
+
+
 KEYS = st.sampled_from(["model", "messages", "role", "content", "stop", "stream", "user", "x"])
 LEAVES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
 JSON = st.recursive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -12,20 +13,27 @@ import pytest
 import yaml
 from openai.types.fine_tuning import FineTuningJobEvent
 
-from tests.fabricate import OWNER, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.pipeline.candidates import candidate
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project, parse_settings
+from tunesmith.registry.versions import Version, resolve
+from tunesmith.rollout.controller import start
+from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.server.fine_tuning import event_stream
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, Uploaded, derived, series
-from tunesmith.services.fine_tuning.create import find
+from tunesmith.services.fine_tuning.create import create, find
 from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
+from tunesmith.store import uploads
 from tunesmith.store.identities import add_user, get_user
 from tunesmith.store.tokens import issue_token, revoke_token
 
@@ -173,12 +181,15 @@ def test_a_stream_of_events_ends_with_its_token_and_its_server(
     [
         ({"model": "gpt-9"}, 404, "model", "The model 'gpt-9' does not exist or you do not have access to it."),
         ({"training_file": "file-none"}, 400, "training_file", "invalid training_file: file-none"),
+        ({"training_file": "\0"}, 400, None, "The body holds a NUL character."),
+        ({"metadata": {"a\0": "b"}}, 400, None, "The body holds a NUL character."),
         ({"validation_file": "file-none"}, 400, "validation_file", "invalid validation_file: file-none"),
         ({"validation_file": "FILE"}, 400, "validation_file", "must be another file"),
         ({"method": {"type": "dpo"}}, 400, "method", "the method dpo is not supported"),
         ({"method": {"type": "reinforcement"}}, 400, "method", "the method reinforcement is not supported"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "the integration wandb is not supported"),
         ({"suffix": "a:b"}, 400, "suffix", "Invalid 'suffix'"),
+        ({"suffix": "v1..2"}, 400, "suffix", "'tiny-v1..2' is not a version name"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "greater than or equal to 1"),
         ({"hyperparameters": {"colour": 1}}, 400, "hyperparameters.colour", "Unrecognized request argument"),
         ({"hyperparameters": {"learning_rate_multiplier": 1000}}, 400, "hyperparameters", "learning_rate"),
@@ -277,6 +288,39 @@ def test_files_that_cannot_be_used_end_the_job(
     assert next(iter(client.fine_tuning.jobs.list_events(made.id))).level == "error"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("cannot open '/srv/our apps/w.bin'"), "RuntimeError: cannot open '...'"),
+        (
+            UsageError("the prompt /srv/p.txt is empty", where="/srv/p.txt", fix="see http://a/b"),
+            "the prompt ... is empty",
+        ),
+    ],
+)
+def test_clients_see_neither_tracebacks_nor_paths(
+    client: openai.OpenAI, tuner: Served, error: Exception, said: str
+) -> None:
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client)).id
+    store, lease = tuner.scene.store, claimed(tuner)
+
+    def work(_progress: JobProgress) -> Outcome:
+        raise error
+
+    with pytest.raises(type(error)):
+        perform(store, lease, work)
+    kept = [event.message for event in queue.events(store, lease.job)]
+    sent = [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)][::-1]
+    assert len(sent) == len(kept)
+    assert "/srv" in "".join(kept)
+    assert "/srv" not in "".join(sent)
+    assert sent[-1].endswith(said)
+    internal = [line for line in sent if line.startswith("an internal error")]
+    assert len(internal) == sum("Traceback" in line for line in kept) == isinstance(error, RuntimeError)
+    shown = client.fine_tuning.jobs.retrieve(job).error
+    assert shown is None or shown.message == f"{said}\nsee http://a/b"
+
+
 def test_a_training_tells_its_loss_some_times(scene: Scene) -> None:
     store = scene.store
     lease = leases.begin(store, "w", KIND, {}, project="p", actor=OWNER)
@@ -314,9 +358,50 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
     plain = Arguments(settings="", model=MODEL, training_file="f")
     untouched = derived(project, plain, Uploaded("/a.jsonl", "a")).settings
     assert untouched.candidates == project.settings.candidates
-    assert len(series("x" * 63, "y" * 64)) == 63
     with pytest.raises(UsageError, match="name one with"):
         opened(tmp_path, candidates={"a": {"train": {}}, "b": {"train": {}}})
+
+
+def test_each_suffix_has_a_series_of_its_own_with_a_name_that_can_be_registered() -> None:
+    long = "y" * 64
+    suffixes = ["y" * 58, *(long[:length] for length in range(59, 65)), long[:-1] + "z", None]
+    for project in ("tiny", "x" * 63):
+        names = [series(project, suffix) for suffix in suffixes]
+        assert len(set(names)) == len(suffixes)
+        assert [check_name(name, "version name") for name in names] == names
+    assert series("tiny", "y" * 58) == f"tiny-{'y' * 58}"
+    assert series("tiny", None) == "tiny-ft"
+
+
+def test_a_candidate_that_is_the_champion_is_the_one_that_serves_the_jobs_tenant(scene: Scene, tmp_path: Path) -> None:
+    tuned, acme = {"train": {"rank": 2}}, Scope("acme")
+    project = opened(tmp_path, name=NAME, candidates={"old": {"version": "champion"}, "tuned": tuned})
+    project.store = scene.store
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{}")
+    file = uploads.put(scene.store, path, name="r.jsonl", purpose="fine-tune", actor=OWNER, scope=acme).file
+    arguments, rows = Arguments(settings="", model=MODEL, training_file=file), Uploaded("/a.jsonl", "a")
+
+    def serve(version: Version, scope: Scope) -> None:
+        steps = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
+        start(scene.store, name=version.name, version=version, steps=steps, actor=OPERATOR, scope=scope)
+
+    def used(scope: Scope) -> str:
+        context = PipelineContext(derived(project, arguments, rows, scope=scope), scope=scope)
+        context.base = SimpleNamespace(digest=scene.base)  # type: ignore[assignment]
+        version = context.settings_of("old").version
+        assert version is not None
+        made = scene.store.record(candidate(context, "old"))
+        assert made.parents == scene.store.record(resolve(scene.store, version, scope=scope).candidate).parents
+        return version
+
+    with pytest.raises(UsageError, match="no champion of home-ft or home to compare with"):
+        create(project, arguments, user=get_user(scene.store, OWNER))
+    serve(resolve(scene.store, f"{NAME}@v1"), Scope())
+    assert used(acme) == "home@v1"
+    serve(scene.version(9, name="home-ft", scope=acme), acme)
+    assert [used(scope) for scope in (acme, Scope("globex"), Scope())] == ["home-ft@v1", "home@v1", "home@v1"]
+    assert create(project, arguments, user=get_user(scene.store, OWNER)).scope == acme
 
 
 def test_a_name_means_a_base(tmp_path: Path) -> None:

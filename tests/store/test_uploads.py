@@ -52,6 +52,18 @@ def test_files_are_kept_listed_and_deleted(store: Store) -> None:
     assert list(uploads.pieces(store, second)) == [b"{}\n"]
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a" * 250 + ".jsonl", "a." + "b" * 300, "a" * 300])
+def test_a_file_with_a_long_name_is_read_and_deleted(store: Store, name: str) -> None:
+    before = list(store.blobs.keys("files/"))
+    file = uploads.find(store, kept(store, name=name).file, ACME)
+    assert file is not None
+    assert len(file.name) <= 256
+    assert file.name.endswith(".jsonl") == name.endswith(".jsonl")
+    assert list(uploads.pieces(store, file)) == [b"{}\n"]
+    uploads.delete(store, file.file, actor=ensure_owner(store).name, scope=ACME)
+    assert list(store.blobs.keys("files/")) == before
+
+
 def test_who_may_not_leaves_nothing(store: Store) -> None:
     owner = ensure_owner(store).name
     add_user(store, "otto", ["operator"], actor=owner)

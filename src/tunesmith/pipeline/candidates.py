@@ -161,12 +161,13 @@ def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
     """
     store, where = context.store, f"candidates.{name}.version"
     try:
-        version = resolve(store, f"{context.project.settings.name}@{text}" if text in ALIASES else text)
+        named = f"{context.project.settings.name}@{text}" if text in ALIASES else text
+        version = resolve(store, named, scope=context.scope)
     except UsageError as error:
         fix = f"leave the candidate {name} out until there is one"
         raise UsageError(error.what, where=where, fix=fix) from error
     with database.reading(store.engine) as session:
-        may_load(session, version).require(version.label)
+        may_load(session, version, context.scope).require(version.label)
     found = load_candidate(store, version.candidate)
     if found.base != context.base.digest:
         raise Refused(

@@ -1,7 +1,8 @@
 """Export: a released version's weights as files for other programs, compared with what was measured.
 
 The files are written to a temporary folder and compared there with the adapter as trained and as served. Only files
-that agree get their final name. The figures are kept as a record of the kind `export`, also if they disagree.
+that agree get their final name, once the audit log has the export. The figures are kept as a record of the kind
+`export`, also if they disagree.
 """
 
 from __future__ import annotations
@@ -121,9 +122,11 @@ def export_version(
             path.chmod(folder.stat().st_mode & 0o666)
         sync_files(folder)
         detail = {"version": version.label, "form": form, "record": record.digest, "files": body["files"]}
-        with store.change(actor, "version.export", version.digest, detail) as session:
+        with store.change(actor, "version.export", version.digest, detail) as session:  # what changed since the start
+            identities.require(session, actor, "version.export", scope=version.scope)
+            require_approved(store, version, session)
             store.put_record(record, session)
-            os.rename(folder, target)
+        os.rename(folder, target)
         sync_folder(target.parent)
     return Exported(record.digest, target, body)
 

@@ -102,7 +102,8 @@ def promotions_to_undo(
         if promotion.stable == promotion.canary:  # the champion was started again, under an override
             continue
         # An explicit override counts only where the version has no standing of its own.
-        for by in dict.fromkeys((promotion.stable_override_by or None, override_by or promotion.stable_override_by)):
+        before_by = promotion.stable_override_by or None
+        for by in dict.fromkeys((before_by, override_by or before_by)):
             try:
                 before = load_version(store, promotion.stable, session)
                 check_may_serve(session, store, before, scope, override_by=by)

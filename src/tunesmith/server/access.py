@@ -14,7 +14,8 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from tunesmith.server.errors import ApiError, unauthorised
+from tunesmith.core.scope import Scope
+from tunesmith.server.errors import ApiError, bad_request, forbidden, unauthorised
 from tunesmith.server.serving import Serving, serving_of
 from tunesmith.store.identities import User
 from tunesmith.store.roles import TokenScope
@@ -36,12 +37,13 @@ def decides(decision: str) -> Callable[[Dependency], Dependency]:
 def needs(*scopes: TokenScope) -> Any:
     """A dependency: a valid token with one of these scopes; without scopes, any valid token.
 
-    Raises ApiError 401 without a valid token, 429 where the token or its tenant sends too many requests, 403 where the
-    token lacks the scope or the user may not use models.
+    Raises ApiError 404 or 400 for an address that nothing has, 401 without a valid token, 429 where the token or its
+    tenant sends too many requests, 403 where the token lacks the scope or the user may not use models.
     """
 
     @decides(" or ".join(scopes) or "any token")
     async def decide(request: Request) -> None:
+        _require_no_nul(request)
         serving = serving_of(request)
         found = serving.router.known_caller(bearer(request))
         if found is None:
@@ -53,6 +55,26 @@ def needs(*scopes: TokenScope) -> Any:
             require_scope(request, *scopes)
 
     return Depends(decide)
+
+
+def stated_scope(user: User, tenant: str | None, region: str | None) -> Scope:
+    """The scope that a request states; what it leaves out is the caller's.
+
+    Raises ApiError 403 unless the caller's covers it: before anything is looked up there, so that the answer is the
+    same whatever there is.
+    """
+    scope = Scope(user.tenant if tenant is None else tenant, user.region if region is None else region)
+    if not user.scope.covers(scope):
+        raise forbidden(f"{user.name} is for {user.scope}, which does not include {scope}.")
+    return scope
+
+
+def _require_no_nul(request: Request) -> None:
+    """Raise ApiError 404 or 400 for an address with a NUL character, which no database stores as text."""
+    if "\0" in request.scope["path"]:
+        raise ApiError(404, "There is nothing at this address.", code="not_found")
+    if b"%00" in request.scope["query_string"]:
+        raise bad_request("The address holds a NUL character.")
 
 
 class PlainRoute(APIRoute):

@@ -10,9 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
-from tunesmith.server.access import caller, needs
+from tunesmith.server.access import caller, needs, stated_scope
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import body, errors
@@ -64,9 +63,7 @@ async def prepare(request: Request) -> Response:
     """Verify a version, and state what its approver signs. Changes nothing."""
 
     def prepared(store: Store, user: User, given: DecisionRequest) -> View:
-        scope = Scope(
-            user.tenant if given.tenant is None else given.tenant, user.region if given.region is None else given.region
-        )
+        scope = stated_scope(user, given.tenant, given.region)
         return service.prepare(store, given.version, given.decision, given.reason, actor=user.name, scope=scope)
 
     return await _decided(request, DecisionRequest, prepared)

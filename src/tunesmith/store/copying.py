@@ -1,8 +1,9 @@
 """Copies a whole store: its database's rows and its objects, into another store or through one file.
 
 The rows are read in one snapshot, before the objects are listed: records and blobs are never removed, so what a row
-names is among the objects. A target gets its objects first and its rows in one transaction at the end. So a copy that
-was stopped has no rows, and the same command continues it.
+names is among the objects. Only kept requests and uploaded files are deleted: a backup leaves out those that go
+meanwhile. A target gets its objects first and its rows in one transaction at the end. So a copy that was stopped has no
+rows, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tunesmith.store.tables import HEAD_REVISION, HeldRow, LockRow, LoginLinkRow
 from tunesmith.store.tables import Table as Tables
 
 _ROWS, _MANIFEST, _OBJECTS = "database.jsonl", "manifest.json", "objects/"
+_DELETED = ("cases/", "files/")  # what may go while a store is copied: kept requests, uploaded files
 _FORMAT = 1
 _TOGETHER = 500
 
@@ -135,7 +137,10 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
 
 
 def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copied:
-    """Write a store into a new file, which only this user can read. Raises UsageError where the file exists."""
+    """Write a store into a new file, which only this user can read. Raises UsageError where the file exists.
+
+    A kept request or an uploaded file that is deleted meanwhile is left out.
+    """
     if path.exists():
         raise UsageError("this file exists", where=str(path), fix="name a new file")
     if not path.parent.is_dir():
@@ -147,9 +152,14 @@ def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copi
         with tarfile.open(fileobj=stream, mode="w") as archive, progress.task("backup", len(keys)) as task:
             archive.add(folder / _ROWS, _ROWS)
             for key in keys:
-                members[_OBJECTS + key], size = _spool(key, store.blobs.pieces(key), folder / "object")
-                archive.add(folder / "object", _OBJECTS + key)
-                total += size
+                try:
+                    members[_OBJECTS + key], size = _spool(key, store.blobs.pieces(key), folder / "object")
+                except FileNotFoundError:
+                    if not key.startswith(_DELETED):
+                        raise
+                else:
+                    archive.add(folder / "object", _OBJECTS + key)
+                    total += size
                 task.advance()
             facts = {"format": _FORMAT, "revision": HEAD_REVISION, "made_at": stamp(), "members": members}
             (folder / _MANIFEST).write_text(json.dumps(facts))
@@ -158,7 +168,7 @@ def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copi
         os.fsync(stream.fileno())
         os.replace(scratch, path)
     sync_folder(path.parent)
-    return Copied(objects=len(keys), bytes=total, rows=rows)
+    return Copied(objects=len(members) - 1, bytes=total, rows=rows)
 
 
 class Archive:

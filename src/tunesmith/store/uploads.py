@@ -29,7 +29,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import FileRow
 
 _FOLDER = "files/"
-_LONGEST_NAME = 256
+_LONGEST_NAME, _LONGEST_ENDING = 256, 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def put(
     the file that is there. Raises Refused where the actor may not do this.
     """
     require(store, actor, "file.change", scope=scope)
-    file = file or new_id()
+    file, name = file or new_id(), _cut(name)
     if (known := find(store, file, scope)) is not None:
         return known
     remove_leftovers(store)
@@ -95,7 +95,7 @@ def put(
             with store.change(actor, "file.add", file, detail) as session:
                 require(session, actor, "file.change", scope=scope)
                 row = FileRow(
-                    **found, **scope.fields(), created_by=actor, name=name[:_LONGEST_NAME], purpose=purpose,
+                    **found, **scope.fields(), created_by=actor, name=name, purpose=purpose,
                     created=time.time(),
                 )  # fmt: skip
                 session.add(row)
@@ -191,6 +191,13 @@ def _of(row: FileRow) -> StoredFile:
 
 def _gone(file: str) -> FileGone:
     return FileGone("there is no such file", where=file[:80], fix="upload it again")
+
+
+def _cut(name: str) -> str:
+    """A name that the database takes, with its ending: by it the bytes are found."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return name[: _LONGEST_NAME - _LONGEST_ENDING] + Path(name).suffix[:_LONGEST_ENDING]
 
 
 def _key(file: str, name: str) -> str:

@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
-from tunesmith.server.access import needs
+from tunesmith.server.access import needs, stated_scope
 from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, missing, router, shows
 from tunesmith.services import rollout_course, rollouts
 from tunesmith.services.rollouts import RolloutView, Seen
@@ -81,10 +81,7 @@ async def start(request: Request) -> Response:
     call = call_of(request)
     call.require("rollout.start")
     given = await call.read(RolloutRequest)
-    own = call.user.scope
-    scope = Scope(
-        own.tenant if given.tenant is None else given.tenant, own.region if given.region is None else given.region
-    )
+    scope = stated_scope(call.user, given.tenant, given.region)
     begin = partial(rollouts.start, call.project, given.version, override=given.override, scope=scope, **call.by)
     return await call.answer(begin, threads=call.serving.files)
 

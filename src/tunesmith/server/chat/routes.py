@@ -87,7 +87,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or, with `stream`, as server-sent events of chat.completion.chunk objects."""
     user, serving = caller(request)
     with serving.arrives(user) as count:
-        given = await read_body(request, ChatRequest, serving.settings, count)
+        given = await read_body(request, ChatRequest, serving.settings, count, nul=True)
         if given.store:
             serving.recorder.require_keeping("store")
         identifier = uuid.uuid4().hex

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from fastapi import FastAPI, Request, Response
 
 from tunesmith.core.scope import Scope
+from tunesmith.server.access import stated_scope
 from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.charts import BAD, CANARY, GOOD, STABLE, Line, chart
 from tunesmith.server.console.evidence import lost
@@ -50,14 +51,14 @@ async def start(request: Request, viewer: Changing) -> Response:
     project, said = viewer.serving.project, await form(request)
     if project is None:
         raise ApiError(409, "This server runs without a project file, which states the steps.", code="no_project")
-    tenant, region = (_field(said, key) or own for key, own in viewer.user.scope.fields().items())
+    tenant, region = (_field(said, key) or None for key in ("tenant", "region"))
     begin = partial(
         rollouts.start,
         project,
         _field(said, "version"),
         actor=viewer.user.name,
         override=_field(said, "override") or None,
-        scope=Scope(tenant, region),
+        scope=stated_scope(viewer.user, tenant, region),
     )
     started = await viewer.run(begin)
     return gone_to(request, f"{_ROOT}/{started.rollout}")

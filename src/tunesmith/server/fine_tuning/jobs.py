@@ -18,6 +18,7 @@ from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
 from tunesmith.server.fine_tuning import event_stream
+from tunesmith.server.fine_tuning.client_text import for_client
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
 from tunesmith.server.intake import limits
@@ -341,7 +342,7 @@ def _status(job: Job) -> Status:
 
 def _error(error: Mapping[str, Any]) -> JobError:
     said = [str(error[name]) for name in ("what", "where", "fix") if error.get(name)]
-    message = "\n".join(each for each in said if not each.startswith("/"))  # paths of this machine are not the client's
+    message = "\n".join(for_client(each) for each in said if not each.startswith("/"))
     return JobError(code=str(error.get("code")), message=message, param=error.get("param"))
 
 
@@ -370,7 +371,7 @@ def _event(job: Job, line: Event) -> FineTuningEvent:
         object="fine_tuning.job.event",
         created_at=int(line.at),
         level=level,  # type: ignore[arg-type]
-        message=line.message,
+        message=for_client(line.message),
         type="message",
         data=None,
     )

@@ -23,27 +23,30 @@ _TOLD_FIRST = {"extra_forbidden": 0, "too_long": 1, "string_too_long": 1}
 
 
 async def read_body(
-    request: Request, model: type[Body], settings: ServerSettings, count: Callable[[int], None]
+    request: Request, model: type[Body], settings: ServerSettings, count: Callable[[int], None], *, nul: bool = False
 ) -> Body:
     """The body as a model. Raises ApiError: 413 too large, 408 too slow, 400 not JSON, nested too deep or not valid.
 
+    nul: take texts with a NUL character, which not every database stores.
     count: called with the size of each piece (`Arriving.one`).
     JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
     data = await read_bytes(request, settings, count)
     if len(data) <= _SMALL:
-        return _parsed(data, model)
+        return _parsed(data, model, nul)
     # In a thread, so that a large body does not keep the server from other requests' bytes.
-    return await asyncio.to_thread(_parsed, data, model)
+    return await asyncio.to_thread(_parsed, data, model, nul)
 
 
-def _parsed(data: bytes, model: type[Body]) -> Body:
+def _parsed(data: bytes, model: type[Body], nul: bool) -> Body:
     try:
         value = parse_json(data)
     except NotJson as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
     if _more_values_than(limits.VALUES, value):
         raise bad_request(f"The body has more than {limits.VALUES} JSON values.", code="too_many_values")
+    if not nul and b"\\u0000" in data and _holds_nul(value):
+        raise bad_request("The body holds a NUL character.")
     if not isinstance(value, dict):
         raise bad_request("The body must be a JSON object.", code="invalid_json")
     try:
@@ -60,6 +63,13 @@ def _more_values_than(most: int, value: Any) -> bool:
         seen += len(inside)
         waiting += inside if seen <= most else ()
     return seen > most
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    inside = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_holds_nul(each) for each in inside)
 
 
 async def read_bytes(request: Request, settings: ServerSettings, count: Callable[[int], None]) -> bytes:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.core.settings import changed
+from tunesmith.core.text.names import check_name
 from tunesmith.core.view import View
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
+from tunesmith.registry.aliases import ALIASES
+from tunesmith.registry.versions import resolve
+from tunesmith.store.store import Store
 from tunesmith.training.settings import TrainSettings
 
 KIND: Final = "fine_tuning"
@@ -69,11 +77,18 @@ class Uploaded(NamedTuple):
     name: str
 
 
-def derived(project: Project, arguments: Arguments, training: Uploaded, validation: Uploaded | None = None) -> Project:
+def derived(
+    project: Project,
+    arguments: Arguments,
+    training: Uploaded,
+    validation: Uploaded | None = None,
+    scope: Scope = Scope(),
+) -> Project:
     """The project whose data are uploaded files, on the base that the job's model means.
 
     The rows of the validation file are test rows: the gates judge by them, besides the share that the split holds out.
-    Raises UsageError for values that the settings do not allow, where: the client's field.
+    scope: the job's; a candidate that is the champion is the one that serves it. Raises UsageError for values that the
+    settings do not allow, where: the client's field.
     """
     settings = project.on_base(arguments.model).settings
     given, name = stated(settings), trained_name(settings)
@@ -96,10 +111,17 @@ def derived(project: Project, arguments: Arguments, training: Uploaded, validati
     candidate = settings.candidates[name]
     assert candidate.train is not None
     train = _train(candidate.train, arguments)
+    names = (series(settings.name, arguments.suffix), settings.name)
+    candidates = {
+        other: each.model_copy(update={"version": _serving(project.store, names, each.version, scope, other)})
+        if each.version in ALIASES
+        else each
+        for other, each in settings.candidates.items()
+    }
     others = {
-        "name": series(settings.name, arguments.suffix),
+        "name": names[0],
         "data": data,
-        "candidates": {**settings.candidates, name: candidate.model_copy(update={"train": train})},
+        "candidates": {**candidates, name: candidate.model_copy(update={"train": train})},
         "release": name,
     }
     found = Project(project.root, settings.model_copy(update=others))
@@ -108,9 +130,33 @@ def derived(project: Project, arguments: Arguments, training: Uploaded, validati
 
 
 def series(project: str, suffix: str | None) -> str:
-    """The name of the versions that jobs with this suffix register."""
+    """The name of the versions that jobs with this suffix register. A long one ends in a digest instead.
+
+    Raises UsageError, where: suffix, for one that makes no name.
+    """
     more = re.sub(r"[^a-z0-9._-]+", "-", (suffix or "ft").lower())
-    return f"{project[: _LONGEST_NAME - 1 - len(more)]}-{more}"[:_LONGEST_NAME]
+    name = f"{project}-{more}"
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: _LONGEST_NAME - 1 - len(digest)]}-{digest}"
+    try:
+        return check_name(name, "version name")
+    except UsageError as error:
+        error.where = "suffix"
+        raise
+
+
+def _serving(store: Store, names: Sequence[str], alias: str, scope: Scope, candidate: str) -> str:
+    """The label of the champion (or challenger) of a scope: of the first name that has one, of the narrowest scope."""
+    for name in names:
+        for covering in scope.covering():
+            with contextlib.suppress(UsageError):
+                return resolve(store, f"{name}@{alias}", scope=covering).label
+    raise UsageError(
+        f"there is no {alias} of {' or '.join(names)} to compare with",
+        where=f"candidates.{candidate}.version",
+        fix=f"leave the candidate {candidate} out until there is one",
+    )
 
 
 def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:

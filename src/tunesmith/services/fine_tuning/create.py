@@ -37,8 +37,9 @@ def create(project: Project, arguments: Arguments, *, user: User, key: str | Non
         if validation.scope != training.scope or validation.file == training.file:
             what = "the validation file must be another file of the same tenant and region"
             raise UsageError(what, where="validation_file")
-    others = [] if arguments.validation_file is None else [Uploaded("validation.jsonl", "validation.jsonl")]
-    derived(project, arguments, Uploaded("training.jsonl", "training.jsonl"), *others)
+    uploaded = Uploaded("training.jsonl", "training.jsonl")
+    others = None if arguments.validation_file is None else Uploaded("validation.jsonl", "validation.jsonl")
+    derived(project, arguments, uploaded, others, training.scope)
     return queue.add(
         project.store,
         KIND,

@@ -110,7 +110,7 @@ def _checked(project: Project, job: Job, arguments: Arguments, progress: JobProg
         field: Uploaded(str(path), f"upload-{stored.digest.removeprefix('sha256:')[:24]}{path.suffix}")
         for field, (stored, path) in files.items()
     }
-    return derived(project, arguments, found["training_file"], found.get("validation_file"))
+    return derived(project, arguments, found["training_file"], found.get("validation_file"), job.scope)
 
 
 def _every(task: Task) -> Any:
