@@ -143,7 +143,7 @@ def test_a_stated_setting_is_another_training_than_a_default_that_fits_the_rows(
 
     left_open = inputs()
     assert (left_open["settings"]["b_rate"], left_open["settings"]["epochs"]) == (4.0, 10)
-    assert inputs(b_rate=4, epochs=10) == left_open
+    assert inputs(b_rate=4, learning_rate=left_open["settings"]["learning_rate"], epochs=10) == left_open
     for stated in ({"b_rate": 1}, {"learning_rate": left_open["settings"]["learning_rate"]}, {"epochs": 3}):
         assert inputs(**stated) != left_open
 
