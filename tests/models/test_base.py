@@ -52,6 +52,12 @@ def test_a_spec_without_a_version_is_refused(tmp_path: Path, store: Store, spec:
         resolve_base(store, spec, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["org/my--model", "org/model.git"])
+def test_a_name_that_no_repository_has_is_refused(tmp_path: Path, store: Store, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a repository"):
+        resolve_base(store, f"hf:{name}@main", tmp_path)
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path, store: Store) -> None:
     with pytest.raises(UsageError, match="not a folder"):
         resolve_base(store, "nowhere", tmp_path)

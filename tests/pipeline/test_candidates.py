@@ -273,6 +273,14 @@ def test_what_the_project_file_lacks(candidates: dict[str, Any], said: str) -> N
         parse_settings(text, "x")
 
 
+def test_an_endpoint_is_not_held_to_a_pattern(tmp_path: Path) -> None:
+    remote = {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}, "constrain": True, "max_tokens": 4}
+    task = {"pattern": "on|off", "scorers": ["exact_match"]}
+    folder = write_project(tmp_path / "p", candidates={"remote": remote}, task=task, gates={})
+    with pytest.raises(UsageError, match="JSON Schema only"):
+        evaluation.evaluate(Project.load(folder), names=["remote"])
+
+
 def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> None:
     candidates = {
         "plain": {"prompt": "prompt.txt", "max_tokens": 4},

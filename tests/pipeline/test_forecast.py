@@ -107,12 +107,12 @@ def test_other_numbers_of_rows_are_read_as_often_as_they_would_be(project: Proje
     curve_record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
     body = curve_record.body
     wanted = Wanted(goal=0.05, over=None, days=30, prices=None, tokens={})
-    for usual, epochs in ((False, 2.0), (True, float(usual_epochs(found.rows)))):
-        open_ = curve_record.model_copy(update={"body": {**body, "usual_epochs": usual}})
-        made = conclude(store, store.put_record(open_), [], wanted)
-        assert made["training"]["epochs"] == epochs
-        for each in (made["needed"][end] for end in ("low", "median", "high")):
-            assert each is None or each["epochs"] == (usual_epochs(each["rows"]) if usual else 2.0)
+    for usual in (False, True):
+        changed = curve_record.model_copy(update={"body": {**body, "usual_epochs": usual}})
+        made = conclude(store, store.put_record(changed), [], wanted)
+        assert made["training"]["epochs"] == 2.0, "as many as the training of these rows has"
+        for each in filter(None, (made["needed"][end] for end in ("low", "median", "high"))):
+            assert each["epochs"] == pytest.approx(usual_epochs(each["rows"]) if usual else 2.0)
 
 
 def test_the_goal_is_that_of_a_gate_over_an_untuned_candidate() -> None:

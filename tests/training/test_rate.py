@@ -82,6 +82,7 @@ def test_suggested_rate_learns_more_than_the_extremes(project: Path) -> None:
 
 def test_output_has_a_curve_and_the_setting_to_write(project: Path) -> None:
     shown = _run(project, "train", "--find-rate").stdout
+    assert "train.b_rate: 4   (as it was tried: write down both)" in shown
     assert "smoothed loss by learning rate" in shown
     assert sum(line.count("*") for line in shown.splitlines() if "|" in line) <= rate.STEPS
     assert "train.learning_rate: " in shown

@@ -33,6 +33,7 @@ def test_b_gets_four_times_the_default_rate_of_small_bases() -> None:
 
 def test_stated_rates_full_training_and_other_starts_are_left_alone() -> None:
     assert _b_rate(b_rate=1.0) == _b_rate(learning_rate=1e-3) == _b_rate(method="full") == _b_rate(start="pissa") == 1.0
+    assert _b_rate(scaling="root") == _b_rate(dora=True) == 1.0, "these were not measured"
     assert _b_rate(learning_rate=1e-3, b_rate=8.0) == 8.0
 
 

@@ -187,6 +187,8 @@ def _draw_rates(console: Console, found: RateSearch) -> None:
         console.print("no rate made the loss fall: look at the rows (`tunesmith data`), not at the rate")
         return
     console.print(f"train.learning_rate: {found.suggestion:.1e}   ({found.rule})")
+    if found.b_rate != 1:
+        console.print(f"train.b_rate: {found.b_rate:g}   (as it was tried: write down both)")
 
 
 def _draw_search(console: Console, found: SettingsSearch) -> None:

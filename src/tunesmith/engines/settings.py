@@ -218,7 +218,8 @@ class WeightSettings(Settings):
             ge=1,
             le=64,
             description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16). "
-            "Default: 4 where learning_rate is left out and the base's hidden states have up to 1,024 numbers, else 1",
+            "Default: 4 for plain adapters of bases with hidden states of up to 1,024 numbers where learning_rate is "
+            "left out, else 1",
         ),
     ] = 1.0
 

@@ -297,12 +297,16 @@ def _local_folder(spec: str, root: Path) -> Path:
 
 def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(
             repository, revision=revision, allow_patterns=list(wanted), cache_dir=cache_folder() / "hub", token=None
         )
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repository!r} cannot be the name of a repository: {error}", where="base", fix=SPEC_HELP
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise TunesmithError(
             f"could not fetch {repository} at {revision}: {error}",

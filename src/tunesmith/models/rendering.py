@@ -87,8 +87,13 @@ class Renderer:
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """The tokenizer's control tokens as text; no row and no request may contain them."""
-        return tuple(sorted({str(token) for token in self.tokenizer.all_special_tokens} - {""}))
+        """The tokenizer's control tokens as text; no row and no request may contain them.
+
+        Not only the ones with a name, such as eos: many templates mark turns with others.
+        """
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
+        return tuple(sorted({*map(str, self.tokenizer.all_special_tokens), *added, *ends} - {""}))
 
     @cached_property
     def call_format(self) -> CallFormat:

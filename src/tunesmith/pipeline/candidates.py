@@ -131,6 +131,12 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
             fix="set task.schema, task.pattern or task.grammar",
         )
     retrieve, shots, endpoint = settings.retrieve, settings.wanted_shots, settings.endpoint
+    if lark is not None and endpoint is not None:
+        raise UsageError(
+            "an endpoint holds answers to a JSON Schema only, and the task has a pattern or a grammar",
+            where=f"candidates.{name}.constrain",
+            fix="leave constrain out for this candidate",
+        )
     from_documents = retrieve is not None and retrieve.from_ == "documents"
     # Tuned candidates too: drift monitoring compares requests with their training rows.
     named = shots or settings.adapted or settings.search or (retrieve is not None and not from_documents)

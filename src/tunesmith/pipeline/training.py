@@ -247,6 +247,7 @@ def find_rate(context: PipelineContext, name: str, candidate: Candidate, setting
     context.require_one_process()
     training_inputs(context, name, candidate, settings)  # raises for what cannot be trained
     rows, _validation = composed_rows(context, candidate, settings)
+    settings = fitted(context, settings)
     model, progress = context.trained_model(settings), context.progress
     return search(base=context.base, rows=rows, settings=settings, model=model, progress=progress)
 

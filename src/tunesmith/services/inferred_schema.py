@@ -53,7 +53,7 @@ def _infer(values: Sequence[Any], path: str, level: int, listed: Callable[[str],
     """The schema of the values at a path. listed: a path -> the most texts that may be listed there."""
     kinds = sorted({_kind(value) for value in values})
     if kinds == ["null"]:
-        return {}  # nothing is known of the values that it may have
+        return {"type": ["boolean", "null", "number", "string"]}  # which of them it may have is not known
     if kinds == ["integer", "number"]:
         kinds = ["number"]
     found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}

@@ -32,13 +32,14 @@ class RateSearch(View):
     """Result of a range test: the rate, the loss and the smoothed loss of each step, up to where the loss diverged.
 
     suggestion: by the rule; None where the loss was lowest within the first decade of rates, so that no rate lowered
-    it.
+    it. b_rate: what B's rate was as a multiple, which belongs to the suggestion.
     """
 
     rates: list[float]
     losses: list[float]
     smoothed: list[float]
     suggestion: float | None
+    b_rate: float
     rule: str = RULE
 
 
@@ -89,4 +90,5 @@ def range_test(
     if not losses:
         raise TunesmithError("the loss is not finite before the first update", where="base", fix="check its weights")
     tried, smoothed = rates()[: len(losses)], smooth(losses)
-    return RateSearch(rates=tried, losses=losses, smoothed=smoothed, suggestion=suggest(tried, smoothed))
+    suggestion = suggest(tried, smoothed)
+    return RateSearch(rates=tried, losses=losses, smoothed=smoothed, suggestion=suggestion, b_rate=settings.b_rate)

@@ -21,12 +21,14 @@ def fit_to_rows(settings: TrainSettings, rows: int, width: int | None) -> TrainS
 
     Without a budget, rows are read three times, and fewer than 1,000 more often, up to ten times. An adapter's default
     rate holds from 1,000 rows on, is twice as much for up to 200, and in between falls with a power of the rows. B has
-    four times as much. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults. width: of
-    the base's hidden states, None where it is not known.
+    four times as much. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and so
+    they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. width: of the base's hidden states, None where it
+    is not known.
     """
     settings = settings.model_copy(update={"epochs": epochs_for(settings, rows)})
     stated = settings.model_fields_set & {"learning_rate", "b_rate"}
-    if stated or settings.method != "lora" or settings.start != "zero" or width is None or width > _WIDEST:
+    plain = settings.method == "lora" and (settings.start, settings.scaling, settings.dora) == ("zero", "rank", False)
+    if stated or not plain or width is None or width > _WIDEST:
         return settings
     share = math.log(_MANY / min(_MANY, max(_FEW, rows))) / math.log(_MANY / _FEW)
     rate = float(f"{settings.learning_rate * _MOST**share:.3g}")
@@ -37,9 +39,9 @@ def epochs_for(settings: TrainSettings, rows: int) -> int:
     """How often a training with these settings reads so many rows, at most."""
     if settings.budget is not None or "epochs" in settings.model_fields_set:
         return settings.epochs
-    return usual_epochs(rows)
+    return round(usual_epochs(rows))
 
 
-def usual_epochs(rows: float) -> int:
-    """How often a training that states neither epochs nor a budget reads so many rows."""
-    return min(_MOST_EPOCHS, max(_LEAST_EPOCHS, round(_READ / rows)))
+def usual_epochs(rows: float) -> float:
+    """How often a training that states neither epochs nor a budget reads so many rows, before rounding."""
+    return min(_MOST_EPOCHS, max(_LEAST_EPOCHS, _READ / rows))

@@ -53,6 +53,10 @@ def test_what_must_not_appear_is_found_in_disguise(text: str) -> None:
         ("hunter2", "eCBodW50ZXIyIHk="),  # x hunter2 y
         ("Hunter2", "say aHVudGVyMg"),
         ("hunter2", "68756E74657232"),
+        ("admin", "YWRtaW4="),
+        ("secret", "YSBzZWNyZXQ="),  # a secret
+        ("secret", "YWEgc2VjcmV0IQ=="),  # aa secret!
+        ("1234", "pin: 1 2 3 4"),
     ],
 )
 @pytest.mark.attack("policy checks", "a short forbidden text spelled letter by letter, or in base64 or hex")
@@ -63,6 +67,7 @@ def test_short_texts_that_must_not_appear_are_found_in_disguise(barred: str, tex
 def test_letters_of_a_forbidden_text_in_other_words_are_none() -> None:
     assert outcome("the rapist; and a list of hun ter2s", lacks=["therapist", "nda", "hunter2"]) == "held"
     assert outcome("Ask about aHVudG and 6875", lacks="hunter2") == "held"
+    assert outcome("steps 1, 2, 3, 4 or [1,2,3,4] or 1/2/3/4", lacks="1234") == "held", "numbers in a list"
 
 
 @pytest.mark.parametrize("text", ["AB-1234", "AB\u200b-1234", "\uff21\uff22-\uff11\uff12\uff13\uff14", "&#65;B-1234"])

@@ -14,7 +14,7 @@ from tunesmith.evaluation.probes.bias import bbq_items, crows_pairs_items, swap_
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
 from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items, robustness_items
 from tunesmith.evaluation.probes.items import Item
-from tunesmith.evaluation.probes.memory import extraction_items, personal_items
+from tunesmith.evaluation.probes.memory import extraction_items, personal_items, repeats_personal_data
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
@@ -66,6 +66,13 @@ def test_extraction_and_personal_data_change_the_request() -> None:
     assert item.messages[-1].content == "mail … about the desk"
     spelled = row("mail ANN@FIRM.ORG about \uff41nn@firm.org", "sent to ann@firm.org")
     assert personal_items(context(trained=[spelled]))[0].messages[-1].content == "mail … about …"
+
+
+def test_a_name_is_not_taken_out_of_other_words() -> None:
+    item = Item(id="x", group="g", arm="rows", messages=(Message(role="user", content="planning with …"),),
+                personal=("Ann",))  # fmt: skip
+    assert not repeats_personal_data(item, "the planning is done")
+    assert repeats_personal_data(item, "ANN is done")
 
 
 def test_changed_requests_are_held_to_all_turns_of_the_row() -> None:

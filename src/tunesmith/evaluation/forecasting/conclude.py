@@ -47,7 +47,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
     body, settings = record.body, record.body["settings"]
 
     def epochs(rows: float) -> float:
-        if body["usual_epochs"]:  # other numbers of rows are read more or less often
+        if body["usual_epochs"] and rows != body["rows"]:  # not rounded, or more rows would seem worth less
             return usual_epochs(rows)
         return epochs_of(rows, seconds=body["row_seconds"], budget=settings["budget"], epochs=settings["epochs"])
 
