@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from tests.evaluation.probing import row
+from tunesmith.training.batches.rows import row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import subset_settings
@@ -46,6 +50,12 @@ def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
 def test_few_rows_are_read_more_often() -> None:
     read = [fit_to_rows(TrainSettings(), rows, 576).epochs for rows in (1, 200, 300, 600, 1000, 13_000)]
     assert read == [10, 10, 10, 5, 3, 3]
+
+
+@pytest.mark.parametrize("given", [{}, {"rows": 7}, {"rows": 99}, {"permute_answers": True}, {"canaries": {"each": 2}}])
+def test_rows_are_counted_as_they_are_trained(given: dict[str, Any]) -> None:
+    settings, examples = TrainSettings.model_validate(given), [row(f"request {n}", "answer") for n in range(30)]
+    assert row_count(len(examples), settings) == len(training_rows(examples, settings))
 
 
 def test_stated_epochs_and_a_budget_are_left_alone() -> None:

@@ -193,9 +193,7 @@ def _duration(seconds: float | None) -> str:
 def _draw_project(console: Console, made: NewProject) -> None:
     kind = "JSON (their schema was inferred)" if made.json_answers else "text"
     place = "" if made.root == Path.cwd() else f" -C {made.root}"
-    schema = (
-        "next: read answer.schema.json: it allows the keys and values of these rows; add what other answers may have",
-    ) * made.json_answers
+    schema = "next: read answer.schema.json: it allows what these rows have; add what other answers may have"
     lines = [
         f"{made.rows} rows, with answers in {kind}; {made.unusable} rows hold no usable conversation",
         *([f"{made.broken} answers are broken JSON: `data build` will remove their rows"] if made.broken else []),
@@ -205,7 +203,7 @@ def _draw_project(console: Console, made: NewProject) -> None:
         ),
         *(f"wrote {made.root / name}" for name in made.files),
         "",
-        *schema,
+        *([schema] if made.json_answers else []),
         "next: read the prompts (tuning is compared with them, so make them good), then",
         f"  tunesmith run{place}",
     ]

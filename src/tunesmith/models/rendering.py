@@ -91,9 +91,9 @@ class Renderer:
 
         Not only the ones with a name, such as eos: many templates mark turns with others.
         """
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
-        return tuple(sorted({*map(str, self.tokenizer.all_special_tokens), *added, *ends} - {""}))
+        added = self.tokenizer.added_tokens_decoder.items()
+        unnamed = {token.content for number, token in added if token.special or number in self.stop_ids}
+        return tuple(sorted({*map(str, self.tokenizer.all_special_tokens), *unnamed} - {""}))
 
     @cached_property
     def call_format(self) -> CallFormat:

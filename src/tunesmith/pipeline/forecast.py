@@ -45,7 +45,7 @@ from tunesmith.pipeline.training import fitted, leading_inputs, training_inputs
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
-from tunesmith.training.recipe import epochs_for
+from tunesmith.training.recipe import epochs_for, leaves_epochs_open
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import nested, subset_settings
 
@@ -172,7 +172,6 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     """The record's body, and its scores."""
     # As the training of all rows will have them, which is how its record and this one are found to belong together.
     settings = fitted(made.context, made.settings)
-    usual_epochs = made.settings.budget is None and "epochs" not in made.settings.model_fields_set
     metric = made.context.project.settings.task.leading
     asking = _Asking(made)
     subsets = _train_subsets(made, asking)
@@ -187,7 +186,7 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "name": made.name,
         "metric": metric,
         "settings": settings.model_dump(mode="json"),
-        "usual_epochs": usual_epochs,
+        "usual_epochs": leaves_epochs_open(made.settings),
         "seed": settings.seed,
         "budget": made.budget,
         "seconds": rounded(sum(_spent(each) for each in everyone.values())),

@@ -22,7 +22,7 @@ from tunesmith.evaluation.metrics.declared import Declared, Scoring, checked, fu
 from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.training.batches.rows import TrainingRow, training_rows
+from tunesmith.training.batches.rows import TrainingRow, row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
 
@@ -285,8 +285,8 @@ def training_inputs(
 
 def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
     """The settings as the training will have them: what they leave open depends on the rows and on the base."""
-    rows = training_rows(context.dataset.examples("train"), settings)
-    return fit_to_rows(settings, len(rows), model_width(context.base))
+    rows = row_count(context.dataset.splits["train"], settings)
+    return fit_to_rows(settings, rows, model_width(context.base))
 
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:

@@ -57,6 +57,7 @@ def test_what_must_not_appear_is_found_in_disguise(text: str) -> None:
         ("secret", "YSBzZWNyZXQ="),  # a secret
         ("secret", "YWEgc2VjcmV0IQ=="),  # aa secret!
         ("1234", "pin: 1 2 3 4"),
+        ("नमस्ते दुनिया", "न म स् ते - दु नि या"),
     ],
 )
 @pytest.mark.attack("policy checks", "a short forbidden text spelled letter by letter, or in base64 or hex")

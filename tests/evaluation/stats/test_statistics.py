@@ -78,7 +78,7 @@ def test_is_the_same_on_every_call_whatever_else_is_asked() -> None:
 def test_resampling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).random(40)
     whole = interval(values, alone(40), ends=SCORES, confidence=0.95, seed=0)
-    monkeypatch.setattr(statistics, "_CHUNK", 41 * 333)
+    monkeypatch.setattr(statistics, "CHUNK", 41 * 333)
     pieces = interval(values, alone(40), ends=SCORES, confidence=0.95, seed=0)
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
 

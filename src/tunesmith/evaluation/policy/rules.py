@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Final, Literal
 
+import regex
+
 from tunesmith.core.reading.patterns import search
 from tunesmith.core.text.folding import fold, visible
 from tunesmith.data.privacy.views import views_of
@@ -27,7 +29,7 @@ KEEPS, BREAKS = "KEEPS", "BREAKS"
 EMPTY: Final = "the answer is empty"
 CUT: Final = "the answer was cut off at max_tokens"
 _FEWEST, _FEWEST_CODED = 4, 6  # letters of a text, and of its base64 or hex, that are no chance in another text
-_LETTER = re.compile(r"[^\W_][\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff]*")  # with the marks that belong to it
+_LETTER = regex.compile(r"[\p{L}\p{N}]\p{M}*")  # with the marks that belong to it
 _BETWEEN = r"[\s!-/:-@\[-`{-~]+"
 
 

@@ -9,11 +9,18 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.lines import is_number
-from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, Interval, effective_groups, interval
+from tunesmith.evaluation.stats.statistics import (
+    CHUNK,
+    MINIMUM_GROUPS,
+    MOST_DRAWS,
+    SMALLEST_TAIL,
+    Floats,
+    Interval,
+    effective_groups,
+    interval,
+)
 
-_DRAWS, _MOST_DRAWS, _TAIL_DRAWS = 4_000, 200_000, 50
-_SMALLEST_TAIL = 10 / _MOST_DRAWS  # as in statistics.py
-_CHUNK = 2_000_000  # weights in memory at the same time
+_DRAWS, _TAIL_DRAWS = 4_000, 50
 _FALSE_POSITIVES = 0.01
 _ROUNDING = 1e-3  # in half precision a log-probability can come out slightly above 0
 
@@ -112,14 +119,14 @@ def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, s
 def _tail_of(confidence: float) -> tuple[float, int]:
     """The share of one tail, and the number of draws that it needs."""
     tail = (1.0 - confidence) / 2.0
-    if tail < _SMALLEST_TAIL:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
-    return tail, min(_MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)))
+    if tail < SMALLEST_TAIL:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {MOST_DRAWS} draws can show")
+    return tail, min(MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)))
 
 
 def _drawn(random: np.random.RandomState, draws: int, *columns: int) -> Iterator[list[Floats]]:
     """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds."""
-    step = max(1, _CHUNK // sum(columns))
+    step = max(1, CHUNK // sum(columns))
     for start in range(0, draws, step):
         rows = min(step, draws - start)
         yield [random.standard_exponential((rows, each)) for each in columns]

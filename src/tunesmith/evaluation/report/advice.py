@@ -241,7 +241,7 @@ def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
         return []
     return [
         f"With {percent(_mean(data, focus))}, it is still the best of {len(data['candidates'])} candidates: fix what "
-        "failed, or judge another one with `tunesmith gate NAME`, which may keep what this one broke."
+        "failed, or judge another one with `tunesmith gate NAME`."
     ]
 
 

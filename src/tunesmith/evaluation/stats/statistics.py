@@ -28,10 +28,10 @@ Floats = NDArray[np.float64]
 # Fewer independent groups than this do not represent future traffic, however clear their scores are.
 MINIMUM_GROUPS = 20
 _DRAWS = 20_000
-_MOST_DRAWS = 200_000
+MOST_DRAWS = 200_000
 _TAIL_DRAWS = 250  # draws beyond an interval's end; this many place the end within 6% of its tail
-_SMALLEST_TAIL = 10 / _MOST_DRAWS  # with fewer than ten draws beyond it, an end is noise
-_CHUNK = 2_000_000  # weights in memory at the same time
+SMALLEST_TAIL = 10 / MOST_DRAWS  # with fewer than ten draws beyond it, an end is noise
+CHUNK = 2_000_000  # weights in memory at the same time
 _PERMUTATIONS = 9_999
 _LARGEST_EXACT = 20_000  # of a sum of whole differences; takes about 0.01 s
 
@@ -122,7 +122,7 @@ def sign_flip(differences: Floats, groups: Sequence[str], seed: int) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=_PERMUTATIONS,
-        batch=max(1, _CHUNK // len(sums)),
+        batch=max(1, CHUNK // len(sums)),
         rng=np.random.default_rng(seed),
     )
     return float(result.pvalue)
@@ -166,7 +166,7 @@ def confidence_at_use(confidence: float, use: int) -> float:
     tail = (1.0 - confidence) / 2.0
     if use > 1:
         tail /= use * (use - 1)
-        if tail < _SMALLEST_TAIL:
+        if tail < SMALLEST_TAIL:
             raise Inconclusive(f"{use} candidates have been judged on these test rows: only fresh rows can decide now")
     return 1.0 - 2.0 * tail
 
@@ -177,12 +177,12 @@ def group_weights(groups: int, confidence: float, seed: int) -> Iterator[Floats]
     Raises Inconclusive where the confidence asks for more draws than are sensible.
     """
     tail = (1.0 - confidence) / 2.0
-    if tail < _SMALLEST_TAIL:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
-    draws = min(max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)), _MOST_DRAWS)
+    if tail < SMALLEST_TAIL:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {MOST_DRAWS} draws can show")
+    draws = min(max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)), MOST_DRAWS)
     # RandomState's streams are frozen for good (NEP 19), Generator's are not, and a verdict must replay years later.
     random = np.random.RandomState(seed)
-    step = max(1, _CHUNK // groups)
+    step = max(1, CHUNK // groups)
     for start in range(0, draws, step):
         yield random.standard_exponential((min(step, draws - start), groups))
 

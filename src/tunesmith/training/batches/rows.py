@@ -40,6 +40,12 @@ def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[
     return plant(chosen, settings.canaries) if settings.canaries else chosen
 
 
+def row_count(examples: int, settings: TrainSettings) -> int:
+    """How many rows `training_rows` gives of so many examples."""
+    chosen, canaries = min(examples, settings.rows or examples), settings.canaries
+    return chosen + (canaries.each * sum(canaries.repeats) if canaries else 0)
+
+
 def render_rows(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSettings) -> list[Rendered]:
     """Rows as token ids with the tokens to learn marked.
 
