@@ -266,11 +266,6 @@ def start_up(told: Told) -> list[Line]:
     return []
 
 
-def quality(_: Told) -> list[Line]:
-    """Too long to be a part: where it is."""
-    return [Line("SNIPS whole frames on the 700", lacks="benchmarks/learning.py --only snips", wanted=">= 94%")]
-
-
 PARTS: dict[str, Callable[[Told], list[Line]]] = {
     "shared": shared,
     "short": short,
@@ -280,7 +275,6 @@ PARTS: dict[str, Callable[[Told], list[Line]]] = {
     "running": running,
     "rounding": rounding,
     "start-up": start_up,
-    "quality": quality,
 }
 
 

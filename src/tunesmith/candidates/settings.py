@@ -138,7 +138,10 @@ class CandidateSettings(Settings):
     ] = None
     constrain: Annotated[
         bool | Constrain,
-        Field(description="decode only answers that are valid under task.schema: true, or the fields to copy as well"),
+        Field(
+            description="decode only answers that are valid under task.schema, task.pattern or task.grammar: true; or, "
+            "with a schema, the fields to copy as well"
+        ),
     ] = False
     max_tokens: Annotated[int, Field(ge=1, le=32768, description="the most tokens of an answer")] = 128
 

@@ -30,7 +30,8 @@ def forecast(
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="TIME", help="How long it may take, as 90s or 5m; by default a tenth of the training's budget."
+            metavar="TIME",
+            help="How long it may take, as 90s or 5m; by default a tenth of the training's budget, or 2m.",
         ),
     ] = None,
     goal: Annotated[

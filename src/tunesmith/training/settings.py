@@ -94,9 +94,9 @@ class TrainSettings(WeightSettings):
         Field(
             gt=0,
             le=LONGEST_BUDGET,
-            description="train for at most this long, such as 20m or 1h30m, instead of a number of epochs: until "
-            "validation no longer improves or the time is used, then the learning rate falls to zero. It counts steps "
-            "and validations, not loading",
+            description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
+            "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
+            "zero. It counts what is measured before the first step, steps and validations, not loading",
         ),
     ] = None
     epochs: Annotated[
@@ -140,7 +140,7 @@ class TrainSettings(WeightSettings):
     validate_by: Annotated[
         Literal["score", "loss"],
         Field(
-            description="what better means for keep and patience. score: the task's leading metric over generated "
+            description="what better means for keep and patience. score: the primary metric over generated "
             "answers to the validation rows, and the loss among scores within one standard error of the highest. loss: "
             "the validation loss alone, which is also used where the validation rows are too few or the metric is a "
             "judge's"
