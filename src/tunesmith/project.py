@@ -102,7 +102,8 @@ class ProjectSettings(Settings):
     name: Annotated[
         str,
         Field(
-            pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
+            max_length=63,
+            pattern=r"^[a-z0-9](\.?[a-z0-9_-])*\.?$",  # as check_name: without ".."
             description="the model's name; its versions are NAME@v1, NAME@v2, ...",
         ),
     ]

@@ -14,8 +14,9 @@ from tests.chat_server import ChatServer, chat_server, completion
 from tunesmith.candidates.endpoint import Endpoint, RemoteCompletion
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.engines.protocol import Generation
+from tunesmith.evaluation.metrics.scorers import exact_match
 
 KEY = "sk-test-0123456789"
 
@@ -106,6 +107,10 @@ def test_a_redirect_does_not_carry_the_key_away(server: ChatServer, monkeypatch:
         completion("x", usage={"prompt_tokens": "many", "completion_tokens": 1}),
         completion("x", usage={"prompt_tokens": -1, "completion_tokens": 1}),
         completion("\ud800"),
+        {**completion("x"), "choices": [{"message": {}}]},
+        {**completion("x"), "choices": [{"message": {"content": None, "tool_calls": [{"id": "a"}]}}]},
+        {**completion("x"), "choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}}]},
+        {**completion("x"), "choices": [{"message": {"content": None, "tool_calls": 7}}]},
         b"[" * 100_000,
     ],
 )
@@ -118,6 +123,60 @@ def test_what_is_no_completion_is_an_error(server: ChatServer, body: Any) -> Non
 def test_an_answer_without_text_is_an_empty_one(server: ChatServer) -> None:
     server.reply = lambda _: (200, {}, completion(None))
     assert _endpoint(server).generate([_asked()])[0].text == ""
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def _called(*calls: tuple[str, str], content: Any = None) -> dict[str, Any]:
+    """An answer that calls functions: (name, arguments)."""
+    document = completion(content, finish="tool_calls")
+    document["choices"][0]["message"]["tool_calls"] = [
+        {"id": f"c{place}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for place, (name, arguments) in enumerate(calls)
+    ]
+    return document
+
+
+def test_tools_and_their_turns_are_sent(server: ChatServer) -> None:
+    call = ToolCall(id="call1", name="weather", arguments='{"city": "Rome"}')
+    turns = (
+        Message(role="user", content="rain in Rome?"),
+        Message(role="assistant", content="", tool_calls=(call,)),
+        Message(role="tool", content="dry", tool_call_id="call1"),
+    )
+    _endpoint(server).generate([Generation(messages=with_tools(turns, TOOLS)), _asked()])
+    with_them = next(body for body in server.asked if "tools" in body)
+    without = next(body for body in server.asked if "tools" not in body)
+    assert with_them["tools"] == TOOLS
+    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    assert with_them["messages"] == [
+        {"role": "user", "content": "rain in Rome?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "content": "dry", "tool_call_id": "call1"},
+    ]
+    assert without["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "calls", [[("weather", '{"city":"Rome"}')], [("weather", '{"city":"Rome"}'), ("weather", "")]], ids=["one", "two"]
+)
+def test_calls_are_scored_as_those_of_a_row(server: ChatServer, calls: list[tuple[str, str]]) -> None:
+    made = tuple(ToolCall(id=f"call{n}", name=name, arguments=text or "{}") for n, (name, text) in enumerate(calls))
+    reference = Message(role="assistant", content="", tool_calls=made).text.replace('":"', '": "')
+    server.reply = lambda _: (200, {}, _called(*calls))
+    (given,) = _endpoint(server).generate([_asked()])
+    assert exact_match(given.text, reference, None) == 1.0
+    server.reply = lambda _: (200, {}, _called(("weather", '{"city":"Oslo"}')))
+    (other,) = _endpoint(server).generate([_asked()])
+    assert exact_match(other.text, reference, None) == 0.0
+    server.reply = lambda _: (200, {}, _called(*calls, content="I look."))
+    (said,) = _endpoint(server).generate([_asked()])
+    assert said.text == f"I look.\n{given.text}"
 
 
 def test_how_sure_an_answer_is(server: ChatServer) -> None:

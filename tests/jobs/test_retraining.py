@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ CAUSES = ["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
 HELD = {"prompt": "prompt.txt", "max_tokens": 40, "constrain": True}
 CHAMPION = {"version": "champion"}
 NOT_WORSE = {"kept": {"metric": "json_valid", "not_below": "champion", "drop_at_most": 0.2}}
+ONE_HOUR = timedelta(hours=1)
 AT_ONCE = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
 
 
@@ -175,6 +178,68 @@ def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch
     add_rows(folder, "stairs")
     assert look(folder, 3).causes[0].waits == "2 were queued in the last 30 days (runs_in_30_days)"
     assert look(folder, 40).causes[0].job == 3
+
+
+@pytest.fixture
+def file_server(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A real HTTP server of one file: url, data, headers; downloads: how many there were."""
+    state: dict[str, Any] = {"data": b"", "headers": {}, "downloads": 0}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in {"content-length": str(len(state["data"])), **state["headers"]}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            state["downloads"] += 1
+            self.do_HEAD()
+            self.wfile.write(state["data"])
+
+        def log_message(self, *_: Any) -> None:
+            """Tests are quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state["url"] = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield state
+    server.shutdown()
+    server.server_close()
+    thread.join(300)
+
+
+def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(
+    folder: Path, file_server: dict[str, Any]
+) -> None:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    file_server["data"], file_server["headers"] = (folder / "rows.jsonl").read_bytes(), {"ETag": '"one"'}
+    data = yaml.safe_load((folder / "tunesmith.yaml").read_text())["data"]
+    source = {**data["sources"][0], "path": file_server["url"]}
+    change(folder, data={**data, "sources": [source]}, retraining={"causes": ["rows"]})
+
+    def looked(hour: int) -> tuple[str, int]:
+        project = Project.load(folder)
+        try:
+            (found,) = retraining.look(project, clock=lambda: datetime(2031, 5, 1, tzinfo=UTC) + hour * ONE_HOUR).causes
+        finally:
+            project.store.engine.dispose()
+        return found.about, file_server["downloads"]
+
+    first = looked(0)
+    assert first[1] >= 1
+    assert looked(100) == first, "the server says that it is the same"
+    file_server["data"], file_server["headers"] = file_server["data"] + b"\n", {"ETag": '"two"'}
+    second = looked(101)
+    assert second[0] != first[0]
+    assert second[1] > first[1]
+    file_server["headers"] = {}
+    third = looked(120)
+    assert third[0] == second[0]
+    assert third[1] > second[1]
+    assert looked(143) == third, "a server that says nothing is asked once a day"
+    assert looked(144)[1] > third[1]
 
 
 def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli import monitoring
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import load_dataset
@@ -195,6 +195,27 @@ def test_cases_are_held_out_and_the_dataset_verifies(store: Store, tmp_path: Pat
     earlier = {row.id for row in load_dataset(store, before).examples("train")}
     assert {row.id for row in dataset.examples("train")} == earlier, "no earlier row moved"
     assert verify_dataset(store, digest).ok, verify_dataset(store, digest).problems
+
+
+def test_a_case_with_tools_becomes_a_row_with_them(store: Store, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    calls = tuple(ToolCall(id=f"call{n}", name="find", arguments=f'{{"day": {n}}}') for n in (1, 2))
+    turns = (
+        Message(role="user", content="what is on"),
+        Message(role="assistant", content="", tool_calls=calls),
+        Message(role="tool", content="a concert", tool_call_id="call2"),
+        Message(role="tool", content="nothing", tool_call_id="call1"),
+    )
+    put_case(store, case(1).model_copy(update={"messages": with_tools(turns, [tool])}))
+    _added(store, tmp_path / "cases.jsonl")
+    _rows(tmp_path / "rows.jsonl", 30)
+    sources = [{"path": "rows.jsonl", "licence": "CC0-1.0"}, {"path": "cases.jsonl", "split": "test"}]
+    stated = {"sources": sources, "duplicates": {"near": None}, "split": {"test": 0.2, "group_by": "template"}}
+    dataset = load_dataset(store, build_dataset(store, DataSettings.model_validate(stated), tmp_path))
+    (row,) = (each for each in dataset.examples("test") if each.source == "cases.jsonl")
+    assert row.request == with_tools(turns, [tool])
+    assert row.answer == case(1).expected
+    assert dataset.record.body["ignored_keys"] == {"case": 1}, "no tool is ignored"
 
 
 def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path) -> None:

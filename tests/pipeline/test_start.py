@@ -275,6 +275,12 @@ def test_rows_are_grouped_by_a_key_that_groups_them(
     assert Project.load(tmp_path / "p").settings.data.split.group_by == found
 
 
+def test_the_folder_gives_the_name(tmp_path: Path) -> None:
+    data = _asked(tmp_path / "rows.jsonl", [{"n": n} for n in range(60)])
+    make_project(tmp_path / "..My...Rows..", data=data, licence="MIT", base="model")
+    assert Project.load(tmp_path / "..My...Rows..").settings.name == "my.rows"
+
+
 @pytest.mark.parametrize("name", ["Not a name", "n" * 64, ""])
 def test_a_refused_project_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
     data = _asked(tmp_path / "rows.jsonl", [{"n": n} for n in range(60)])

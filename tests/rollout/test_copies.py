@@ -18,11 +18,12 @@ from tests.postgresql_server import empty_database
 from tests.s3_server import create_bucket, s3_environment, s3_server
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions, register
 from tunesmith.services.copies import backup, migrate, restore
-from tunesmith.store import copying, database
+from tunesmith.store import copying, database, uploads
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import keys_of
 from tunesmith.store.store import Store
@@ -111,6 +112,55 @@ def test_what_is_deleted_meanwhile_is_left_out(scene: Scene, tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError):
         backup(store, tmp_path / "another.tar")
     assert not (tmp_path / "another.tar").exists()
+
+
+def test_uploads_that_go_while_objects_are_copied_are_left_out(scene: Scene, tmp_path: Path) -> None:
+    blobs = LocalBlobs(scene.store.root)
+    for name in ("a", "b"):
+        blobs.put(f"files/file-{name}.jsonl", b"{}", private=True)
+    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+    target.blobs.put("files/file-a.jsonl", b"{}", private=True)  # by a copy that was stopped
+
+    def pieces(key: str) -> Iterator[bytes]:
+        blobs.delete("files/file-a.jsonl")
+        return blobs.pieces(key)
+
+    keys = keys_of(blobs)
+    count, size = copying.put_objects(target, copying.Contents(keys, pieces, None))
+    found = contents(target)
+    assert found == contents(scene.store)
+    assert set(keys) - found.keys() == {"files/file-a.jsonl"}
+    assert (count, size) == (len(found), sum(map(len, found.values())))
+    blobs.delete(next(blobs.keys("blobs/")))
+    with pytest.raises(FileNotFoundError):
+        copying.put_objects(target, copying.Contents(keys, blobs.pieces, None))
+
+
+def test_a_migration_names_the_uploads_whose_bytes_are_gone(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = scene.store
+    kept: list[uploads.StoredFile] = []
+    for data in (b"{}\n", b"[]\n"):
+        with store.scratch() as folder:
+            (folder / "x").write_bytes(data)
+            given = {"name": "rows.jsonl", "purpose": "fine-tune", "actor": OWNER, "scope": Scope("acme")}
+            kept.append(uploads.put(store, folder / "x", **given))  # type: ignore[arg-type]
+    (store.root / "files" / f"{kept[0].file}.jsonl").unlink()
+    monkeypatch.setenv("TUNESMITH_DATABASE_URL", f"sqlite:///{tmp_path / 'new.db'}")
+    found = migrate(store.root)
+    assert found.missing == (kept[0].file,)
+    there = Store(store.root)
+    assert there.url != store.url
+    with pytest.raises(uploads.FileGone, match="bytes are missing"):
+        list(uploads.pieces(there, kept[0]))
+    assert uploads.find(there, kept[1].file, Scope("acme")) == kept[1]
+    assert list(uploads.pieces(there, kept[1])) == [b"[]\n"]
+    with database.reading(there.engine) as session:
+        entry = session.scalars(select(AuditRow).order_by(AuditRow.seq.desc())).first()
+        assert entry is not None
+        assert (entry.action, entry.detail["missing"]) == ("store.migrate", [kept[0].file])
+    assert verify_log(there) == []
 
 
 def test_a_restore_that_was_stopped_goes_on(scene: Scene, file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.console.test_login import cookie_of, plain
 from tests.fabricate import OWNER, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
@@ -65,6 +66,43 @@ def test_jobs_of_other_tenants_and_roles(served: Served) -> None:
     with served.http("tsk_nobody") as http:
         assert http.get("/api/jobs").status_code == 401
     assert queue.get(store, others).state == "queued"
+
+
+@pytest.mark.attack("people", "tracebacks and paths in a tenant's own job")
+def test_tracebacks_and_paths_are_for_those_who_run_the_server(served: Served) -> None:
+    store = served.scene.store
+    for _ in range(2):
+        number = added(served, Scope("acme"))
+    add_user(store, "amy", ["engineer", "admin"], actor=OWNER, scope=Scope("acme"))
+    add_user(store, "avi", ["approver"], actor=OWNER)
+    lease = leases.claim(store, "w", ["run"], project="p")
+    assert lease is not None
+    secret = "/srv/our apps/w.bin"
+    leases.log(store, lease, f'Traceback (most recent call last):\n  File "{secret}", line 1')
+    error = {"code": "internal", "what": f"OSError: cannot open '{secret}'", "where": f"{secret}, base", "fix": "wait"}
+    leases.fail(store, lease, error, retry=False)
+    for name in ("amy", "avi"):
+        with served.http(issue_token(store, name, actor=OWNER)) as http:
+            lines = http.get(f"/api/jobs/{lease.job}/log").json()["lines"]
+            assert [line["message"] for line in lines[-2:]] == [
+                "an internal error; its traceback is in the operators' log",
+                "failed: OSError: cannot open '...'",
+            ]
+            shown = {"code": "internal", "what": "OSError: cannot open '...'", "fix": "wait"}
+            assert http.get(f"/api/jobs/{lease.job}").json()["error"] == shown
+            assert shown in [job["error"] for job in http.get("/api/jobs").json()["jobs"]]
+            assert http.get(f"/api/jobs/{number}/compare/{lease.job}").json()["b"]["error"] == shown
+        with plain(served, cookie_of(served, name)) as browser:
+            for path in ("", f"/{lease.job}", f"/compare?a={number}&b={lease.job}"):
+                page = browser.get(f"/console/jobs{path}")
+                assert page.status_code == 200
+                assert "our apps" not in page.text
+                assert "Traceback" not in page.text
+    with served.http() as http:  # an operator of all tenants
+        assert "Traceback" in http.get(f"/api/jobs/{lease.job}/log").json()["lines"][-2]["message"]
+        assert http.get(f"/api/jobs/{lease.job}").json()["error"] == error
+    with plain(served, cookie_of(served)) as browser:
+        assert "our apps" in browser.get(f"/console/jobs/{lease.job}").text
 
 
 @pytest.mark.parametrize("path", ["/api/jobs", "/api/jobs/1", "/api/jobs/1/log"])

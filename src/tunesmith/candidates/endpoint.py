@@ -16,6 +16,7 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.http_clients import HttpClients
+from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion, Generation
@@ -76,12 +77,14 @@ class Endpoint:
     def _ask(self, request: Generation) -> Completion:
         body: dict[str, Any] = {
             "model": self._settings.model,
-            "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
+            "messages": [turn.openai() for turn in request.messages],
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": request.seed,
         }
+        if tools := tools_of(request.messages):
+            body["tools"] = tools
         if request.stop:
             body["stop"] = list(request.stop)
         if self._settings.logprobs:
@@ -129,20 +132,20 @@ class Endpoint:
         try:
             document = parse_json(data)
             choice, usage = document["choices"][0], document["usage"]
-            text = choice["message"]["content"]
+            text = _said(choice["message"])
             tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
-            if not isinstance(text, str | None) or any(type(count) is not int or count < 0 for count in tokens):
-                raise TypeError("content is not a text or a token count is not a number")
+            if any(type(count) is not int or count < 0 for count in tokens):
+                raise TypeError("a token count is not a number")
             confidence = _probability(choice["logprobs"]["content"]) if self._settings.logprobs else None
             # A lone surrogate cannot be stored in a record.
-            (text or "").encode()
+            text.encode()
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise self._failed(
                 f"its answer is not a chat completion with usage ({type(error).__name__}: {error})",
                 "the endpoint must speak OpenAI's chat completions and report usage",
             ) from error
         return RemoteCompletion(
-            text=text or "",
+            text=text,
             finish="length" if choice.get("finish_reason") == "length" else "stop",
             prompt_tokens=tokens[0],
             completion_tokens=tokens[1],
@@ -160,6 +163,19 @@ class Endpoint:
     def _failed(self, reason: str, fix: str) -> TunesmithError:
         where = f"{self._settings.url}, model {self._settings.model}"
         return TunesmithError(f"the endpoint gave no answer: {reason}", where=where, fix=fix)
+
+
+def _said(message: Any) -> str:
+    """The text of an answer, its calls as a row's answer has them. Raises TypeError or KeyError for anything else."""
+    calls = message["tool_calls"] or [] if "tool_calls" in message else []
+    content = message.get("content") if calls else message["content"]  # some leave it out beside calls
+    if not isinstance(content, str | None):
+        raise TypeError("content is not a text")
+    functions = [call["function"] for call in calls]
+    if any(not isinstance(one[key], str) for one in functions for key in ("name", "arguments")):
+        raise TypeError("a call's name or arguments are not a text")
+    made = tuple(ToolCall(id="", name=one["name"], arguments=one["arguments"].strip() or "{}") for one in functions)
+    return Message(role="assistant", content=content or "", tool_calls=made).text
 
 
 def _probability(tokens: Any) -> float:

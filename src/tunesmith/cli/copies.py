@@ -46,4 +46,5 @@ def migrate(here: Acting) -> None:
 
 def _show(here: Acting, done: str, copy: StoreCopy) -> None:
     sizes = f"{copy.rows:,} rows and {copy.objects:,} objects ({copy.bytes / 1e6:,.1f} MB)"
-    here.emit(copy, printed(f"{done} {sizes}: {copy.place}"))
+    gone = f"\nuploaded files whose bytes were gone already: {', '.join(copy.missing)}" if copy.missing else ""
+    here.emit(copy, printed(f"{done} {sizes}: {copy.place}{gone}"))

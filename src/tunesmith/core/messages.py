@@ -64,6 +64,19 @@ class Message(BaseModel):
         if self.tools is not None:
             yield self.tools
 
+    def openai(self) -> dict[str, Any]:
+        """The turn in OpenAI's form. Its tools are not part of it: they go beside the messages (`tools_of`)."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["content"] = self.content or None
+            turn["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
 
 Conversation = Sequence[Message]
 # (messages, most) -> the number of tokens they render to; where there are more than `most`, some number above it.

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.data.review.queue import forget_cases
@@ -198,7 +198,9 @@ def _readable(store: Store) -> Iterator[Case]:
 
 def _row(case: Case, licence: str, split: Split) -> bytes:
     answer = {"role": "assistant", "content": case.expected}
-    row: dict[str, Any] = {"messages": [*(turn.model_dump() for turn in case.messages), answer], "licence": licence}
+    row: dict[str, Any] = {"messages": [*(turn.openai() for turn in case.messages), answer], "licence": licence}
+    if tools := tools_of(case.messages):
+        row["tools"] = tools
     row |= {key: value for key, value in (("tenant", case.tenant), ("region", case.region)) if value}
     row |= dict.fromkeys(split.keys, f"case-{case.request}") | ({split.time: case.at} if split.time else {})
     row["case"] = case.model_dump(mode="json", include={"request", "version", "scores", "by", "at"})

@@ -36,6 +36,7 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
         "engine": context.engine_of(asked),
         "choices": list(choices),
         "logprobs": endpoint is not None and endpoint.logprobs,
+        **({} if endpoint is None else {"tools": True}),  # answers of before lack the row's tools
     }
 
     def answer(work: Path) -> str:

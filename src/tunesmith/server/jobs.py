@@ -15,6 +15,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.server.access import caller, needs
+from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
@@ -42,7 +43,9 @@ async def jobs(request: Request, before: str | None = None, most: str | None = N
     earlier = None if before is None else _number(before, "before")
     count = _MOST if most is None else min(_MOST, _number(most, "most"))
     listed = partial(service.list_jobs, serving.store, before=earlier, most=count, scope=user.scope)
-    return JSONResponse((await serving.listing.run(user.name, listed)).document())
+    found = await serving.listing.run(user.name, listed)
+    shown = tuple(job_for(user, each) for each in found.jobs)
+    return JSONResponse(found.model_copy(update={"jobs": shown}).document())
 
 
 @routes.get(
@@ -67,12 +70,13 @@ async def job(request: Request, number: str) -> Response:
     openapi_extra=BEARER,
 )
 async def log(request: Request, number: str, after: str | None = None) -> Response:
-    """The lines of a job's log, oldest first. after: only those with a higher number."""
+    """The lines of a job's log, oldest first. after: only those with a higher number. Tracebacks and paths of the
+    server are shown to its engineers, operators and admins, and not to those of one tenant or region."""
     user, serving = caller(request)
     known = 0 if after is None else _number(after, "after")
 
     def read() -> service.JobLog:
-        return service.log(serving.store, _seen(serving.store, user, number).job, known)
+        return log_for(user, service.log(serving.store, _seen(serving.store, user, number).job, known))
 
     return JSONResponse((await serving.listing.run(user.name, read)).document())
 
@@ -107,7 +111,8 @@ async def compare(request: Request, number: str, other: str) -> Response:
 
     def read() -> run_curves.JobComparison:
         a, b = (_seen(serving.store, user, each).job for each in (number, other))
-        return run_curves.compare(serving.store, a, b, scope=user.scope)
+        found = run_curves.compare(serving.store, a, b, scope=user.scope)
+        return found.model_copy(update={"a": job_for(user, found.a), "b": job_for(user, found.b)})
 
     return JSONResponse((await serving.listing.run(user.name, read)).document())
 
@@ -193,7 +198,7 @@ async def resume(request: Request, number: str) -> Response:
     return await _changed(request, number, service.resume)
 
 
-async def _changed(request: Request, number: str, change: Callable[..., View]) -> Response:
+async def _changed(request: Request, number: str, change: Callable[..., service.JobView]) -> Response:
     user, serving = caller(request)
     if not user.may("job.change"):
         raise forbidden(f"{user.name} may not change jobs.")
@@ -201,7 +206,7 @@ async def _changed(request: Request, number: str, change: Callable[..., View]) -
     def run() -> View:
         found = _seen(serving.store, user, number)
         try:
-            return change(serving.store, found.job, actor=user.name)
+            return job_for(user, change(serving.store, found.job, actor=user.name))
         except Refused as error:
             raise ApiError(409, f"Job {found.job}: {error.what}.", code="job_state") from error
         except TunesmithError as error:
@@ -211,7 +216,7 @@ async def _changed(request: Request, number: str, change: Callable[..., View]) -
 
 
 def _seen(store: Store, user: User, number: str) -> service.JobView:
-    """A job of the user's tenant and region. Raises ApiError 404 for any other number."""
+    """A job of the user's tenant and region, as they may read it. Raises ApiError 404 for any other number."""
     found = None
     if _NUMBER.fullmatch(number):
         try:
@@ -220,7 +225,7 @@ def _seen(store: Store, user: User, number: str) -> service.JobView:
             found = None
     if found is None or not user.scope.covers(found.scope):
         raise ApiError(404, f"There is no job {number[:20]!r}.", code="job_not_found")
-    return found
+    return job_for(user, found)
 
 
 def _number(text: str, name: str) -> int:

@@ -23,17 +23,23 @@ from tunesmith.store.copying import (
 )
 from tunesmith.store.identities import acting, first_user, require
 from tunesmith.store.store import DATABASE, Store
+from tunesmith.store.uploads import without_bytes
 
 _ACTION = "store.copy"
 
 
 class StoreCopy(View):
-    """What was copied. bytes: of the objects (blobs, records, version files, trusted keys, cases)."""
+    """What was copied. bytes: of the objects (blobs, records, version files, trusted keys, cases, uploaded files).
+
+    missing: ids of uploaded files whose bytes were gone. They stay listed, and whoever reads one gets told to upload it
+    again. Empty for a backup, whose restore names them.
+    """
 
     place: str
     objects: int
     bytes: int
     rows: int
+    missing: tuple[str, ...] = ()
 
 
 def backup(store: Store, file: Path, *, actor: str | None = None, progress: Progress = SILENT) -> StoreCopy:
@@ -100,12 +106,14 @@ def _fill(
     if contents.rows is not None:
         with store.engine.connect() as connection:
             require_no_rows(connection)
-    total = put_objects(store, contents, progress) if objects else 0
+    count, total = put_objects(store, contents, progress) if objects else (0, 0)
+    kept = set(store.blobs.keys("files/"))
     with database.writing(store.engine) as session:
         rows = 0 if contents.rows is None else import_rows(session, contents.rows)
         user = actor or os.environ.get("TUNESMITH_USER") or first_user(session) or ""
         require(session, user, _ACTION)
-        detail = {"rows": rows, "objects": len(contents.keys)}
+        missing = without_bytes(session, kept)
+        detail = {"rows": rows, "objects": count, **({"missing": missing} if missing else {})}
         audit.append(session, actor=user, action=action, subject=subject, detail=detail)
     place = store.engine.url.render_as_string(hide_password=True)
-    return StoreCopy(place=place, objects=len(contents.keys), bytes=total, rows=rows)
+    return StoreCopy(place=place, objects=count, bytes=total, rows=rows, missing=tuple(missing))

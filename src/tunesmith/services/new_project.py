@@ -100,7 +100,8 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
     if not base.startswith(("pypi:", "hf:")):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
     if name is None:
-        name = re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._")[:_LONGEST_NAME] or "project"
+        plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
+        name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
     settings, files = _compose(name, base, source, looked)
     files[".gitignore"] = f"{STORE}/\n"  # the store holds private keys
     plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias

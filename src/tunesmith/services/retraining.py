@@ -16,6 +16,7 @@ from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
+from tunesmith.data.sources import remote
 from tunesmith.data.sources.files import SourceFile, find_files
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Job
@@ -160,7 +161,7 @@ def _drift(seen: _Seen) -> _Found | None:
 
 def _rows(seen: _Seen) -> _Found | None:
     files = find_files(seen.project.settings.data.sources, seen.project.root)
-    present = {file.name: _digest_of(file) for file in files}
+    present = {file.name: _digest_of(file, seen.at) for file in files}
     store = seen.project.store
     evaluation = store.record(seen.champion.evaluation, kind="evaluation")
     record = store.record(evaluation.parents["dataset"], kind="dataset")
@@ -226,9 +227,9 @@ _CAUSES: Mapping[RetrainCause, Callable[[_Seen], _Found | None]] = {
 }
 
 
-def _digest_of(file: SourceFile) -> str:
+def _digest_of(file: SourceFile, at: datetime) -> str:
     if file.path is None:
-        return file.digest()
+        return _remote_digest(file, at)
     try:
         found = file.path.stat()
     except OSError:
@@ -240,6 +241,20 @@ def _digest_of(file: SourceFile) -> str:
 def _read_digest(path: Path, _size: int, _changed: int, _number: int) -> str:
     """The digest of a file, which is read again only where its size, time or number is another."""
     return digest_file(path)
+
+
+# URL -> (state of the file, its digest)
+_FETCHED: dict[str, tuple[str, str]] = {}
+
+
+def _remote_digest(file: SourceFile, at: datetime) -> str:
+    """The digest of a file at a URL, which is downloaded again only where its server states another state. Where the
+    server states none, it is downloaded once a day."""
+    state = remote.state_of(file.name) or f"{at:%F}"
+    known = _FETCHED.get(file.name)
+    if known is None or known[0] != state:
+        known = _FETCHED[file.name] = (state, file.digest())
+    return known[1]
 
 
 def _time(stated: str) -> datetime:

@@ -1,7 +1,7 @@
 """Copies a whole store: its database's rows and its objects, into another store or through one file.
 
 The rows are read in one snapshot, before the objects are listed: records and blobs are never removed, so what a row
-names is among the objects. Only kept requests and uploaded files are deleted: a backup leaves out those that go
+names is among the objects. Only kept requests and uploaded files are deleted: a copy leaves out those that go
 meanwhile. A target gets its objects first and its rows in one transaction at the end. So a copy that was stopped has no
 rows, and the same command continues it.
 """
@@ -108,21 +108,29 @@ def require_no_rows(connection: Connection) -> None:
             )
 
 
-def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -> int:
-    """Write the objects into a store and read each one back; returns their bytes. Those that are there are kept.
+def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -> tuple[int, int]:
+    """Write the objects into a store and read each one back; returns their number and bytes. Those that are there are
+    kept. A kept request or an uploaded file that is deleted meanwhile is left out.
 
     Raises Refused, before the first write, where the store has an object that is not among them, and for an object
     whose bytes are not those that its key names.
     """
-    total = 0
+    count = total = 0
     if strange := sorted(set(keys_of(store.blobs)) - set(contents.keys)):
         where, fix = store.blobs.where(strange[0]), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
         raise Refused(f"the store holds {len(strange)} objects already", where=where, fix=fix)
     with store.scratch() as folder, progress.task("copying objects", len(contents.keys)) as task:
         for key in contents.keys:
             file = folder / "object"
-            digest, size = _spool(key, contents.pieces(key), file)
-            total += size
+            try:
+                digest, size = _spool(key, contents.pieces(key), file)
+            except FileNotFoundError:
+                if not key.startswith(_DELETED):
+                    raise
+                store.blobs.delete(key)  # a copy that was stopped may have written it
+                task.advance()
+                continue
+            count, total = count + 1, total + size
             if not store.blobs.exists(key) or _digest(store.blobs.pieces(key)) != digest:
                 if key.startswith("cases/"):
                     store.blobs.put(key, file.read_bytes(), private=True)
@@ -133,7 +141,7 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
                     raise Refused("the object was not copied whole", where=store.blobs.where(key), fix="delete it")
             file.unlink(missing_ok=True)
             task.advance()
-    return total
+    return count, total
 
 
 def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copied:

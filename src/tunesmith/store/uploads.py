@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,12 @@ def local_path(store: Store, stored: StoredFile) -> Path:
     for _ in pieces(store, stored):
         pass
     return store.blobs.path(_key(stored.file, stored.name))
+
+
+def without_bytes(session: Session, keys: Collection[str]) -> list[str]:
+    """The ids of files whose bytes are not under one of these keys."""
+    rows = session.execute(select(FileRow.file, FileRow.name).order_by(FileRow.number))
+    return [file for file, name in rows if _key(file, name) not in keys]
 
 
 def _row(session: Session, file: str, scope: Scope) -> FileRow | None:

@@ -16,6 +16,7 @@ from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
+from tunesmith.data.sources import remote
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
 
@@ -162,6 +163,17 @@ def test_urls_and_their_digests(tmp_path: Path, bucket: Any) -> None:
     assert sealed["rows"]["read"] == 120
     put(bucket, "/b/rows-1.jsonl", lines([row("a", "b")]) + b"{")
     assert failure(tmp_path, "memory://b/rows-1.jsonl").where.startswith("memory:///b/rows-1.jsonl, line 2")
+
+
+def test_a_state_of_a_file_is_told_without_its_bytes(bucket: Any) -> None:
+    put(bucket, "/b/rows.jsonl", b"one")
+    first = remote.state_of("memory://b/rows.jsonl")
+    assert first
+    assert remote.state_of("memory://b/rows.jsonl") == first
+    put(bucket, "/b/rows.jsonl", b"other")
+    assert remote.state_of("memory://b/rows.jsonl") != first
+    with pytest.raises(UsageError, match="does not exist"):
+        remote.state_of("memory://b/none.jsonl")
 
 
 def test_a_file_url_is_a_path_and_held_to_its_rules(tmp_path: Path) -> None:

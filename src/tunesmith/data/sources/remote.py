@@ -16,6 +16,8 @@ from tunesmith.core.errors import TunesmithError, UsageError
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)(?:::.*)?://", re.IGNORECASE)
 _SECRET = re.compile(r"://[^/]*@|[?&](?:sig|x-amz-signature|x-goog-signature|token|key)=", re.IGNORECASE)
 _PIECE = 1 << 20
+_STATES = ("ETag", "Content-MD5", "Digest", "Last-Modified")  # headers that name a state of a file
+_NO_STATES = ("name", "size", "type")  # what fsspec tells of every file
 
 
 def protocol_of(path: str) -> str | None:
@@ -70,6 +72,22 @@ def fetch(url: str, target: BinaryIO) -> None:
         raise _failed(url, error) from error
     if not same:
         raise TunesmithError("the file changed while it was fetched", where=url, fix="run again")
+
+
+def state_of(url: str) -> str:
+    """What tells one state of a file from another, asked for without its bytes; "" where its server states no such
+    thing. Raises UsageError where the file is missing, TunesmithError where its server cannot be asked."""
+    system, path = _system(url)
+    try:
+        system.invalidate_cache(path)
+        facts = system.info(path)
+    except FileNotFoundError as error:
+        raise UsageError("the file does not exist", where=url, fix="check the URL") from error
+    except Exception as error:
+        raise _failed(url, error) from error
+    of_http = protocol_of(url) in ("http", "https")
+    stated = {key: facts[key] for key in sorted(facts) if (key in _STATES if of_http else key not in _NO_STATES)}
+    return str({"size": facts.get("size"), **stated}) if stated else ""
 
 
 def _mark(system: Any, path: str) -> str:

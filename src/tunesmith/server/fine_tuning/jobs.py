@@ -16,9 +16,9 @@ from tunesmith.core.view import View
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import caller, needs
+from tunesmith.server.client_text import for_client
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
 from tunesmith.server.fine_tuning import event_stream
-from tunesmith.server.fine_tuning.client_text import for_client
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
 from tunesmith.server.intake import limits

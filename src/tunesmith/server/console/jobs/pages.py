@@ -11,6 +11,7 @@ from fastapi import Path, Query, Request, Response
 
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs.state import ENDED, STATES
+from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.console.jobs.curves import charts, numbers
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer
@@ -45,7 +46,7 @@ async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "",
     found = await viewer.run(read)
     return viewer.page(
         "jobs.html.jinja",
-        jobs=found.jobs,
+        jobs=[job_for(viewer.user, each) for each in found.jobs],
         total=found.total,
         page=page,
         last=max(1, -(-found.total // _PAGE)),
@@ -78,7 +79,7 @@ async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Re
             "job": job,
             "ended": job.state in ENDED,
             "curves": run_curves.curves(viewer.store, number),
-            "log": jobs.newest_lines(viewer.store, number, before=lines, most=_LINES).lines,
+            "log": log_for(viewer.user, jobs.newest_lines(viewer.store, number, before=lines, most=_LINES)).lines,
             "others": [each for each in others.jobs if each.job != number][:_OTHERS],
         }
 
@@ -108,9 +109,9 @@ async def change(request: Request, viewer: Changing, number: Number, change: str
 
 
 def _seen(viewer: Viewer, number: int) -> JobView:
-    """A job of this person's tenant and region. Raises ApiError 404 for any other number."""
+    """A job of this person's tenant and region, as they may read it. Raises ApiError 404 for any other number."""
     try:
-        return jobs.show(viewer.store, number, scope=viewer.user.scope)
+        return job_for(viewer.user, jobs.show(viewer.store, number, scope=viewer.user.scope))
     except UsageError as error:
         raise ApiError(404, f"There is no job {number}.", code="job_not_found") from error
 
