@@ -91,8 +91,7 @@ def answer_probes(
     asked = [Generation(probe.messages, max_tokens=max_tokens) for probe in probes]
     found = []
     for probe, given in zip(probes, engine.generate(asked, adapter, progress), strict=True):
-        prompt, answer = renderer.prompt(probe.messages), renderer.answer(given.text)
-        row = Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+        row = renderer.answered(probe.messages, given.text)
         found.append(Answered(probe, given.text, row, given.finish == "stop"))
     return found
 
@@ -150,8 +149,7 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
     if form == "merged":
         renderer = Renderer(exported)
         for one in answered:
-            prompt = renderer.prompt(one.probe.messages)
-            if [*prompt, *renderer.answer(one.text)] != list(one.row.ids):
+            if renderer.answered(one.probe.messages, one.text) != one.row:
                 raise Refused(
                     "the export's tokenizer encodes a request differently from the base's", where=str(exported)
                 )
