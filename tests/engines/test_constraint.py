@@ -1,4 +1,4 @@
-"""Where constrained answers may end: at every token on which decoding stops, once the answer is whole."""
+"""Where constrained answers may end, which is at every token on which decoding stops, and how they are laid out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import write_model
 from tunesmith.engines.constraint import Constraints, mask_disallowed_
+from tunesmith.engines.json_text import has_layout
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.rendering import Renderer
 
@@ -51,6 +52,27 @@ def test_an_answer_may_end_at_every_end_token_once_it_is_whole(renderer: Rendere
         assert token in allowed
         assert allowed.isdisjoint(renderer.stop_ids), "half an answer, as decoding would stop here"
         guide.follow(token)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"a": "x: y,  {z"}',
+        '{"a":"\\" : \\\\"}',
+        '{"a":  "x"}',
+        '{ "a": "x"}',
+        '{"a" : "x"}',
+        '{"a": "x" }',
+        '{\n  "a": "x"\n}',
+        json.dumps({"a": "x"}, indent=4),
+    ],
+)
+def test_which_layouts_constrained_answers_can_have(renderer: Renderer, answer: str) -> None:
+    guide = Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids).guide(
+        Generation((), schema=json.dumps(SCHEMA))
+    )
+    tokens = renderer.tokenizer.encode(answer, add_special_tokens=False)
+    assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is has_layout(answer)
 
 
 def test_an_answer_may_end_or_go_on(renderer: Renderer) -> None:

@@ -56,13 +56,19 @@ class Message(BaseModel):
         return f"{self.content}\n{said}" if self.content else said
 
     def texts(self) -> Iterator[str]:
-        """Every text of the turn that came out of a row, each by itself."""
+        """Every text of the turn that came out of a row, each by itself, without ids."""
         yield self.content
         for call in self.tool_calls:
             yield call.name
             yield call.arguments
         if self.tools is not None:
             yield self.tools
+
+    def ids(self) -> Iterator[str]:
+        """The ids of the turn's calls and of the call that it answers: free text too, which some templates show."""
+        yield from (call.id for call in self.tool_calls)
+        if self.tool_call_id is not None:
+            yield self.tool_call_id
 
 
 Conversation = Sequence[Message]
