@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 @pytest.mark.parametrize(
     "held", [{"schema": json.dumps(SCHEMA)}, {"grammar": 'start: "{\\"a\\": \\"" /[^"]*/ "\\"}"\n'}]
 )
-def test_an_answer_may_end_at_every_end_token_once_it_is_whole(renderer: Renderer, held: dict[str, str]) -> None:
+def test_an_answer_may_end_at_every_end_token_once_it_is_whole(renderer: Renderer, held: dict[str, Any]) -> None:
     vocabulary = len(renderer.tokenizer)
     guide = Constraints(renderer.tokenizer, vocabulary, renderer.stop_ids).guide(Generation((), **held))
     for token in [*renderer.tokenizer.encode(WHOLE, add_special_tokens=False), None]:
