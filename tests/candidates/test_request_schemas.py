@@ -229,8 +229,8 @@ def test_rules_that_cannot_be_held_together_are_refused(candidate: Schema, reque
 
 @pytest.fixture(scope="module")
 def constraints(tmp_path_factory: pytest.TempPathFactory) -> Constraints:
-    tokenizer = Renderer(write_model(tmp_path_factory.mktemp("m"))).tokenizer
-    return Constraints(tokenizer, len(tokenizer))
+    renderer = Renderer(write_model(tmp_path_factory.mktemp("m")))
+    return Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids)
 
 
 @pytest.mark.parametrize(

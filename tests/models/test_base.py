@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.tiny import write_model
+from tests.tiny import TEMPLATE, write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
-from tunesmith.models.base import open_base, resolve_base
+from tunesmith.models.base import open_base, resolve_base, weight_files
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
 
@@ -42,6 +43,42 @@ def test_the_template_changes_the_fingerprint(tmp_path: Path, store: Store) -> N
     first = resolve_base(store, "m", tmp_path)
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
     assert resolve_base(store, "m", tmp_path).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["tool_use", "default"])
+def test_templates_in_a_folder_of_their_own_change_the_fingerprint(tmp_path: Path, store: Store, name: str) -> None:
+    """transformers takes tool_use for conversations with tools, and default before chat_template.jinja."""
+    folder = write_model(tmp_path / "m")
+    first = resolve_base(store, "m", tmp_path)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / f"{name}.jinja").write_text(f"{TEMPLATE}{{# {name} #}}")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    tokenizer = Renderer(folder).tokenizer
+    assert name in tokenizer.get_chat_template(tools=tools), "rendering takes it"
+    changed = resolve_base(store, "m", tmp_path)
+    assert changed.digest != first.digest
+    assert changed.fingerprint != first.fingerprint
+    assert open_base(store, changed.digest) == changed
+
+
+def test_weights_that_are_stored_twice_are_read_once(tmp_path: Path, store: Store) -> None:
+    """Mistral's repositories hold them under other names as well."""
+    folder = write_model(tmp_path / "m")
+    first = resolve_base(store, "m", tmp_path)
+    save_file({"tok_embeddings.weight": torch.zeros(2, 2)}, folder / "consolidated.safetensors")
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    assert resolve_base(store, "m", tmp_path).digest == first.digest
+    load_network(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert len(weight_files(folder)) == 2, "no index and no usual name says which"
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}))
+    assert weight_files(folder) == [folder / "model-00001-of-00001.safetensors"]
+    load_network(folder)
+    for broken in ("[]", "{", '{"weight_map": ["a"]}'):
+        index.write_text(broken)
+        with pytest.raises(Refused, match=r"model\.safetensors\.index\.json does not list the weights"):
+            weight_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +179,6 @@ def test_code_in_a_base_folder_is_never_run(tmp_path: Path) -> None:
 
 
 def test_missing_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = write_model(tmp_path)
     path = folder / "model.safetensors"
     whole = load_file(path)

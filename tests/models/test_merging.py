@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tests.tiny import FAMILIES, write_model
@@ -123,10 +123,15 @@ def test_a_sharded_base_stays_sharded(tmp_path: Path) -> None:
     (base / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(shards) > 1
+    save_file({"tok_embeddings.weight": torch.zeros(2, 2)}, base / "consolidated.safetensors")
+    tool_use = base / "additional_chat_templates" / "tool_use.jinja"
+    tool_use.parent.mkdir()
+    tool_use.write_text("{{ tools }}")
     _bind(base, tmp_path / "a")  # these files are another base
     (tmp_path / "m").mkdir()
     write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
     assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors")) == shards
+    assert (tmp_path / "m" / "additional_chat_templates" / "tool_use.jinja").read_bytes() == tool_use.read_bytes()
     assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
 
 

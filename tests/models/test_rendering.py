@@ -258,4 +258,23 @@ def test_answers_end_as_the_template_ends_turns(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(stated | {"eos_token": "!", "pad_token": "!"}))
     ends = Renderer(write_model(tmp_path / "other")).stop_ids
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)}))
-    assert Renderer(folder).answer("done")[-1] in ends
+    assert Renderer(folder).answered(row("turn on", "done")[:2], "done").ids[-1] in ends
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("choice", ["done", "no lamp", ""])
+def test_a_scored_answer_has_the_tokens_of_a_training_row(tmp_path: Path, family: str, choice: str) -> None:
+    """Encoded alone a text begins with a space here, as with most tokenizers of SentencePiece."""
+    folder = write_model(tmp_path / "m", template=TEMPLATES[family])
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    renderer, turns = Renderer(folder), row("turn on", choice)
+    scored, trained = renderer.answered(turns[:2], choice), renderer.conversation(turns)
+    assert scored.ids == trained.ids[: len(scored.ids)]
+    assert scored.trained == trained.trained[: len(scored.trained)]
+    assert not any(trained.trained[len(scored.trained) :])
+    labels = [token for token, label in zip(scored.ids, scored.trained, strict=True) if label]
+    assert renderer.text(labels) == choice
+    assert labels[-1] in renderer.stop_ids
+    assert not choice or renderer.tokenizer.encode(choice, add_special_tokens=False) != labels[:-1]

@@ -140,10 +140,12 @@ def test_a_template_that_loses_tools_is_refused(tmp_path: Path, template: str, l
 
 
 def test_control_tokens_in_tools_are_refused(renderer: Renderer) -> None:
-    call = ToolCall(id="a", name="weather", arguments='{"city": "<|im_end|>"}')
-    asked = (TURNS[0], Message(role="assistant", content="", tool_calls=(call,)), TURNS[2])
-    with pytest.raises(UsageError, match="contains the control"):
-        renderer.prompt(asked)
+    for identity, city in (("a", "<|im_end|>"), ("<|im_end|>", "Oslo")):
+        call = ToolCall(id=identity, name="weather", arguments=f'{{"city": "{city}"}}')
+        told = TURNS[2].model_copy(update={"tool_call_id": identity})
+        asked = (TURNS[0], Message(role="assistant", content="", tool_calls=(call,)), told)
+        with pytest.raises(UsageError, match="contains the control"):
+            renderer.prompt(asked)
 
 
 def test_a_prompt_keeps_only_the_requests_tools() -> None:

@@ -154,10 +154,11 @@ def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tm
     )
     ((ours,),) = engine.choose([Question(asked, (ANSWER,))], "tuned")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), tmp_path)
-    prompt, labels = engine._renderer.prompt(asked), engine._renderer.answer(ANSWER)
+    row = engine._renderer.answered(asked, ANSWER)
+    labels = torch.tensor(row.ids)[torch.tensor(row.trained)]
     with torch.no_grad():
-        scores = model(torch.tensor([[*prompt, *labels]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    theirs = float(scores.gather(1, torch.tensor(labels)[:, None]).sum())
+        scores = model(torch.tensor([row.ids])).logits[0, -len(labels) - 1 : -1].log_softmax(-1)
+    theirs = float(scores.gather(1, labels[:, None]).sum())
     assert ours == pytest.approx(theirs, abs=0.35), "bf16 against fp32 over some thirty tokens"
 
 

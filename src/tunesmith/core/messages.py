@@ -56,7 +56,7 @@ class Message(BaseModel):
         return f"{self.content}\n{said}" if self.content else said
 
     def texts(self) -> Iterator[str]:
-        """Every text of the turn that came out of a row, each by itself."""
+        """Every text of the turn that came out of a row, each by itself, without ids."""
         yield self.content
         for call in self.tool_calls:
             yield call.name
@@ -76,6 +76,12 @@ class Message(BaseModel):
         if self.tool_call_id is not None:
             turn["tool_call_id"] = self.tool_call_id
         return turn
+
+    def ids(self) -> Iterator[str]:
+        """The ids of the turn's calls and of the call that it answers: free text too, which some templates show."""
+        yield from (call.id for call in self.tool_calls)
+        if self.tool_call_id is not None:
+            yield self.tool_call_id
 
 
 Conversation = Sequence[Message]

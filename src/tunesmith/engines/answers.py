@@ -28,13 +28,7 @@ def prompt_ids(renderer: Renderer, request: Generation, context_length: int) -> 
 
 def choice_rows(renderer: Renderer, questions: Sequence[Question]) -> list[Rendered]:
     """A row for each choice of each question, in order, whose labels are the choice's tokens."""
-    rows: list[Rendered] = []
-    for question in questions:
-        prompt = renderer.prompt(question.messages)
-        for choice in question.choices:
-            answer = renderer.answer(choice)
-            rows.append(Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer)))
-    return rows
+    return [renderer.answered(question.messages, choice) for question in questions for choice in question.choices]
 
 
 class Answer:

@@ -7,10 +7,11 @@ llguidance computes the allowed tokens. With a schema, keys come in its order; o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
@@ -35,10 +36,13 @@ _AT_FAULT: Mapping[ConstrainedBy, tuple[str, str]] = {
 
 
 class Constraints:
-    """Creates guides for one tokenizer. vocabulary: number of logits."""
+    """Creates guides for one tokenizer. vocabulary: number of logits. stop_ids: the tokens that end an answer."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
-        self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
+    def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Collection[int]) -> None:
+        ends = sorted(token for token in stop_ids if token < vocabulary)
+        self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=min(ends, default=None))
+        listed = np.isin(np.arange((vocabulary + 31) // 32 * 32), ends)
+        self._ends = np.packbits(listed, bitorder="little").view(np.int32)
         self._of_schema, self._of_grammar = cache(self._by_schema), lru_cache(_KEPT)(self._new_matcher)
         self._of_request = lru_cache(_KEPT)(self._by_schema)  # these would grow without end
 
@@ -49,10 +53,10 @@ class Constraints:
         """
         by = request.constrained_by
         if request.grammar is not None:
-            return Guide(self._of_grammar(request.grammar, by).deep_copy(), by)
+            return Guide(self._of_grammar(request.grammar, by).deep_copy(), self._ends, by)
         assert request.schema is not None
         compiled = self._of_schema if by == "constrain" else self._of_request
-        return Guide(compiled(request.schema, by).deep_copy(), by)
+        return Guide(compiled(request.schema, by).deep_copy(), self._ends, by)
 
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes. A character may be split over several tokens."""
@@ -72,10 +76,11 @@ class Constraints:
 
 
 class Guide:
-    """Restricts one answer to its schema or grammar. by: where that comes from."""
+    """Restricts one answer to its schema or grammar. ends: int32 [V / 32 rounded up], a bit for each token that ends an
+    answer, the lowest bit first. by: where the schema or grammar comes from."""
 
-    def __init__(self, matcher: LLMatcher, by: ConstrainedBy = "constrain") -> None:
-        self.matcher, self._by = matcher, by
+    def __init__(self, matcher: LLMatcher, ends: np.ndarray, by: ConstrainedBy = "constrain") -> None:
+        self.matcher, self._ends, self._by = matcher, ends, by
 
     def follow(self, token: int) -> None:
         """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
@@ -83,6 +88,16 @@ class Guide:
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
             self.check()
+
+    def limit_ends_(self, bits: np.ndarray) -> None:
+        """Allow all tokens that end an answer where it may end here, and none of them elsewhere, in place.
+
+        llguidance knows of one of them, and takes another for text if its name is not special. bits: as `ends`.
+        """
+        if self.matcher.is_accepting() or self.matcher.is_error():
+            bits |= self._ends
+        else:
+            bits &= ~self._ends
 
     def check(self) -> None:
         """Raise UsageError if the allowed tokens could not be computed: llguidance then allows the end token alone."""
@@ -92,11 +107,14 @@ class Guide:
 
 def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
     """Set the logits [N, vocabulary] of tokens that a row's guide does not allow to minus infinity, in place."""
-    guided = [(row, guide.matcher) for row, guide in enumerate(guides) if guide is not None]
+    guided = [(row, guide) for row, guide in enumerate(guides) if guide is not None]
     if not guided:
         return
     bits = allocate_token_bitmask(len(guided), scores.shape[1])
-    fill_next_token_bitmask_par(_threads(), [(matcher, number) for number, (_, matcher) in enumerate(guided)], bits)
+    wanted = [(guide.matcher, number) for number, (_, guide) in enumerate(guided)]
+    fill_next_token_bitmask_par(_threads(), wanted, bits)
+    for allowed, (_, guide) in zip(bits, guided, strict=True):
+        guide.limit_ends_(allowed)
     rows = torch.tensor([row for row, _ in guided])
     ops.forbid_(scores, rows, torch.from_numpy(bits))
 

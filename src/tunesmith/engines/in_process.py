@@ -139,7 +139,7 @@ class InProcessEngine(ABC, Generic[Loaded]):
 
     @cached_property
     def _constraints(self) -> Constraints:
-        return Constraints(self._renderer.tokenizer, self._vocabulary)
+        return Constraints(self._renderer.tokenizer, self._vocabulary, self._renderer.stop_ids)
 
     def _guide(self, request: Generation) -> Guide | None:
         """What holds a request's answer to its schema or grammar; None where any text may be given."""

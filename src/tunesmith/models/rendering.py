@@ -138,8 +138,13 @@ class Renderer:
         """A conversation that was laid out as text and encoded, as `conversation` returns it."""
         ids: list[int] = encoded.ids
         trained = [loss_on == "all" and place > 0 for place in range(len(ids))]
-        for place, learned in _turns(messages, loss_on).items():
-            self._mark(encoded, ids, trained, self._span(messages, place, text), learned)
+        for turn, learned in _turns(messages, loss_on).items():
+            span = self._span(messages, turn, text)
+            places = self._places(encoded, span)
+            if encoded.offsets[places[0]][0] != span[0]:
+                raise Refused("a token spans the assistant's opening and its answer", where="chat_template")
+            for place in places:
+                trained[place] = learned
         if not any(trained):
             raise Refused("no token of this conversation would be trained on", where="messages")
         bos = self.tokenizer.bos_token_id
@@ -170,16 +175,18 @@ class Renderer:
             self._labelled(messages, text, encoded, "assistant")
         return len(encoded.ids)
 
-    def answer(self, text: str) -> list[int]:
-        """Ids of an answer as the model would generate it, with the end token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self._end_of_turn]
+    def answered(self, messages: Sequence[Message], answer: str) -> Rendered:
+        """A request and an answer to it as a training row has them, up to the end token. The answer's tokens and its
+        end are labels.
 
-    @cached_property
-    def _end_of_turn(self) -> int:
-        """The token with which the template ends an answer; for Gemma it is not the tokenizer's end token."""
-        turns = (Message(role="user", content="a"), Message(role="assistant", content="b"))
-        one = self.conversation(turns)
-        return one.ids[len(one.ids) - 1 - one.trained[::-1].index(True)]
+        Encoded alone an answer can have other tokens: many tokenizers put a space before a text's first word.
+        """
+        turns = (*messages, Message(role="assistant", content=answer))
+        text = self._text(turns, opening=False)
+        encoded = self._encode(text)
+        places = self._places(encoded, self._span(turns, len(messages), text))
+        ids: list[int] = encoded.ids[: places[-1] + 1]
+        return Rendered(tuple(ids), tuple(place >= places[0] for place in range(len(ids))))
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without control tokens."""
@@ -207,18 +214,15 @@ class Renderer:
             )
         return len(before), len(through)
 
-    def _mark(
-        self, encoded: Any, ids: Sequence[int], trained: list[bool], span: tuple[int, int], learned: bool
-    ) -> None:
-        """Mark the tokens of a span of the text as labels or not, up to and including the first end token."""
+    def _places(self, encoded: Any, span: tuple[int, int]) -> list[int]:
+        """Where the tokens of an assistant's turn are, up to and including the first end token."""
         start, end = span
-        inside = [place for place, (first, last) in enumerate(encoded.offsets) if start <= first < end and last > first]
-        if inside and encoded.offsets[inside[0]][0] != start:
-            raise Refused("a token spans the assistant's opening and its answer", where="chat_template")
-        for place in inside:
-            trained[place] = learned
-            if ids[place] in self.stop_ids:
-                return
+        found: list[int] = []
+        for place, (first, last) in enumerate(encoded.offsets):
+            if first < end and last > max(start, first):
+                found.append(place)
+                if encoded.ids[place] in self.stop_ids:
+                    return found
         raise Refused(
             "the assistant's turn has no end token, so the model would never learn to stop",
             where="chat_template",

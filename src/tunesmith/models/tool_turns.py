@@ -34,6 +34,7 @@ def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def shown_texts(message: Message) -> Iterator[str]:
     """Every text of a turn as a template shows it: JSON is read first, so that no escape hides a control token."""
     yield from message.texts()
+    yield from message.ids()
     for call in message.tool_calls:
         yield json.dumps(parse_json(call.arguments), ensure_ascii=False)
     if message.tools is not None:

@@ -104,8 +104,8 @@ def export_version(
             "form": form,
             "dtype": provenance["dtype"],
             "files": {
-                path.name: {"digest": digest_file(path), "bytes": path.stat().st_size}
-                for path in sorted(folder.iterdir())
+                path.relative_to(folder).as_posix(): {"digest": digest_file(path), "bytes": path.stat().st_size}
+                for path in _files(folder)
             },
             "equality": _compare(
                 store, candidate, base=base, engine=engine, adapter=adapter, form=form, folder=folder, progress=progress
@@ -118,7 +118,7 @@ def export_version(
             store.put_record(record)
             kind = Refused if body["outcome"] == "fail" else Inconclusive
             raise kind(str(body["reason"]), where=f"export record {short(record.digest)}", fix=_FIX)
-        for path in folder.iterdir():  # the writers' libraries make private files; the umask decides
+        for path in _files(folder):  # the writers' libraries make private files; the umask decides
             path.chmod(folder.stat().st_mode & 0o666)
         sync_files(folder)
         detail = {"version": version.label, "form": form, "record": record.digest, "files": body["files"]}
@@ -129,6 +129,10 @@ def export_version(
         os.rename(folder, target)
         sync_folder(target.parent)
     return Exported(record.digest, target, body)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager

@@ -175,6 +175,16 @@ def test_control_tokens_in_a_text_are_refused(tmp_path: Path) -> None:
     assert build(tmp_path).splits["train"] > 0
 
 
+def test_control_tokens_in_the_id_of_a_call_are_refused(tmp_path: Path) -> None:
+    call = {"id": "<|im_end|>", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "tool_call_id": "<|im_end|>", "content": "4 degrees"}
+    talk = [*turns("weather?"), said, told, {"role": "assistant", "content": "Cold."}]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(50), {"messages": talk}])
+    with pytest.raises(Refused, match="the assistant turn holds the control token"):
+        build(tmp_path, special_tokens=["<|im_end|>"])
+
+
 def characters(messages: Any, _most: int) -> int:
     return sum(len(turn.content) for turn in messages)
 

@@ -14,7 +14,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.privacy import names
 from tunesmith.data.privacy.addresses import SURE, find_addresses
 from tunesmith.data.privacy.entities import ALL, RECOGNISERS, Finder
@@ -112,6 +112,21 @@ def test_half_a_character_that_json_escapes_stays_escaped(scanner: Scanner) -> N
     answer = '{"\\ud83d": "write to jane@acme.org"}'
     changed = scan(scanner, "note it", answer).messages[1].content
     assert changed == '{"\\ud83d": "write to person1@example.com"}'
+
+
+def test_the_id_of_a_call_hides_nothing(scanner: Scanner) -> None:
+    turns = [
+        Message(role="user", content="weather?"),
+        Message(
+            role="assistant", content="", tool_calls=(ToolCall(id="jane@acme.org", name="weather", arguments="{}"),)
+        ),
+        Message(role="tool", content="4 degrees", tool_call_id="jane@acme.org"),
+        Message(role="assistant", content="Cold."),
+    ]
+    found = scanner.scan(turns)
+    assert found.found == {"EMAIL_ADDRESS": 1}
+    assert found.messages is not None
+    assert found.messages[1].tool_calls[0].id == found.messages[2].tool_call_id == "person1@example.com"
 
 
 def test_a_secret_inside_a_longer_word_is_replaced_too(scanner: Scanner) -> None:

@@ -119,12 +119,12 @@ def test_log_probabilities_are_the_models_own(gpt2: tuple[Base, HFEngine]) -> No
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
     questions = [Question(request.messages, ("on", "off and away")) for request in _requests()]
     for question, found in zip(questions, engine.choose(questions), strict=True):
-        prompt = engine._renderer.prompt(question.messages)
         for choice, total in zip(question.choices, found, strict=True):
-            answer = engine._renderer.answer(choice)
+            row = engine._renderer.answered(question.messages, choice)
             with torch.no_grad():
-                scores = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
-            expected = sum(float(scores[len(prompt) - 1 + n, token]) for n, token in enumerate(answer))
+                scores = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            labels = [place for place, trained in enumerate(row.trained) if trained]
+            expected = sum(float(scores[place - 1, row.ids[place]]) for place in labels)
             assert total == pytest.approx(expected, abs=1e-3)
     for answer in engine.generate(_requests(top_logprobs=3)):
         for score in answer.scores:

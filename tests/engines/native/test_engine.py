@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Rendered
 from tunesmith.store.store import Store
 from tunesmith.training.settings import TrainSettings
 
@@ -114,17 +116,21 @@ def test_a_stop_text_ends_the_answer(engine: NativeEngine) -> None:
     assert "".join(pieces) == answer.text  # type: ignore[arg-type]
 
 
+def _of_labels(model: Any, row: Rendered) -> float:
+    """The summed log-probability of a row's labels, which are its last tokens, by transformers."""
+    labels = torch.tensor(row.ids)[torch.tensor(row.trained)]
+    with torch.no_grad():
+        scores = model(torch.tensor([row.ids])).logits[0, -len(labels) - 1 : -1].log_softmax(-1)
+    return float(scores.gather(1, labels[:, None]).sum())
+
+
 def test_choices_score_as_in_transformers(base: Base, engine: NativeEngine) -> None:
     questions = [Question((Message(role="user", content=text),), ("yes", "no", "the light")) for text in TEXTS[:2]]
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     for question, scores in zip(questions, engine.choose(questions), strict=True):
-        prompt = engine._renderer.prompt(question.messages)
         for choice, score in zip(question.choices, scores, strict=True):
-            answer = engine._renderer.answer(choice)
-            with torch.no_grad():
-                logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
-            assert score == pytest.approx(float(expected), abs=1e-3)
+            row = engine._renderer.answered(question.messages, choice)
+            assert score == pytest.approx(_of_labels(model, row), abs=1e-3)
 
 
 def test_choices_score_the_same_in_smaller_batches(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +208,9 @@ def test_every_kind_of_attention_decodes_as_in_transformers(tmp_path: Path, fami
         assert answer.completion_tokens == len(expected)
     (question,) = [Question((SYSTEM, Message(role="user", content=TEXTS[1])), ("yes", "the light"))]
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
-    prompt = engine._renderer.prompt(question.messages)
     for choice, score in zip(question.choices, engine.choose([question])[0], strict=True):
-        answer_ids = engine._renderer.answer(choice)
-        with torch.no_grad():
-            scores = model(torch.tensor([[*prompt, *answer_ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        assert score == pytest.approx(float(scores.gather(1, torch.tensor(answer_ids)[:, None]).sum()), abs=1e-3)
+        row = engine._renderer.answered(question.messages, choice)
+        assert score == pytest.approx(_of_labels(model, row), abs=1e-3)
 
 
 SCHEMA = {
@@ -253,9 +256,7 @@ def test_a_constrained_answer_fits_its_schema(engine: NativeEngine) -> None:
 def test_whitespace_of_constrained_answers(engine: NativeEngine, text: str, fits: bool) -> None:
     import json
 
-    tokens = engine._renderer.answer(text)
-    while tokens[-1] in engine._renderer.stop_ids or not engine._renderer.text(tokens).endswith("}"):
-        tokens = tokens[:-1]
+    tokens = engine._renderer.tokenizer.encode(text, add_special_tokens=False)
     guide = engine._constraints.guide(Generation((), schema=json.dumps(SCHEMA)))
     assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is fits
 
@@ -273,6 +274,7 @@ import atexit, threading, time
 # Called last, since it is registered first: the decoding thread must be gone by then.
 atexit.register(lambda: print([each.name for each in threading.enumerate() if "decoding" in each.name]))
 from pathlib import Path
+from typing import Any
 from tunesmith.core.messages import Message
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Generation

@@ -209,7 +209,7 @@ class Examiner:
 
     def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
         for turn in messages if self.rules.special_tokens else ():
-            texts = list(turn.texts())
+            texts = [*turn.texts(), *turn.ids()]
             for token in self.rules.special_tokens:
                 if any(token in text for text in texts):
                     raise Refused(

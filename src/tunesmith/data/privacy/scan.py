@@ -125,7 +125,7 @@ class _Value(NamedTuple):
 def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
     """(role, text) of all texts of a conversation; of JSON its strings and numbers, so that escapes hide nothing.
 
-    The role is the turn's, CALL for a call's name and arguments, and TOOLS for the declared functions.
+    The role is the turn's, CALL for a call's name, arguments and id, and TOOLS for the declared functions.
     """
     for message in messages:
         for role, text in _parts(message):
@@ -139,6 +139,8 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
     for call in message.tool_calls:
         yield CALL, call.name
         yield CALL, call.arguments
+    for identity in message.ids():
+        yield CALL, identity
     if message.tools is not None:
         yield TOOLS, message.tools
 
@@ -210,6 +212,8 @@ def _replaced(message: Message, replace: _Replacer) -> Message:
     changed: dict[str, Any] = {"content": _text_replaced(message.content, replace)}
     if message.tool_calls:
         changed["tool_calls"] = tuple(_call_replaced(call, replace) for call in message.tool_calls)
+    if message.tool_call_id is not None:
+        changed["tool_call_id"] = _text_replaced(message.tool_call_id, replace)
     if message.tools is not None:
         changed["tools"] = _text_replaced(message.tools, replace)
         parse_json(changed["tools"])
@@ -221,7 +225,8 @@ def _call_replaced(call: ToolCall, replace: _Replacer) -> ToolCall:
     arguments = _text_replaced(call.arguments, replace)
     if not isinstance(parse_json(arguments), dict):
         raise ValueError("arguments are not an object")
-    return call.model_copy(update={"name": _text_replaced(call.name, replace), "arguments": arguments})
+    changed = {"id": _text_replaced(call.id, replace), "name": _text_replaced(call.name, replace)}
+    return call.model_copy(update={**changed, "arguments": arguments})
 
 
 def _text_replaced(text: str, replace: _Replacer) -> str:

@@ -28,7 +28,7 @@ from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question
-from tunesmith.models.base import Base
+from tunesmith.models.base import Base, weight_files
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import Dtype, merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
@@ -91,8 +91,7 @@ def answer_probes(
     asked = [Generation(probe.messages, max_tokens=max_tokens) for probe in probes]
     found = []
     for probe, given in zip(probes, engine.generate(asked, adapter, progress), strict=True):
-        prompt, answer = renderer.prompt(probe.messages), renderer.answer(given.text)
-        row = Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+        row = renderer.answered(probe.messages, given.text)
         found.append(Answered(probe, given.text, row, given.finish == "stop"))
     return found
 
@@ -150,8 +149,7 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
     if form == "merged":
         renderer = Renderer(exported)
         for one in answered:
-            prompt = renderer.prompt(one.probe.messages)
-            if [*prompt, *renderer.answer(one.text)] != list(one.row.ids):
+            if renderer.answered(one.probe.messages, one.text) != one.row:
                 raise Refused(
                     "the export's tokenizer encodes a request differently from the base's", where=str(exported)
                 )
@@ -284,7 +282,7 @@ def _load(form: str, exported: Path, base: Base) -> Any:
 
 
 def _check_memory(base: Base, models: int) -> None:
-    weights = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in weight_files(base.folder))
     stored = json.loads((base.folder / "config.json").read_bytes()).get("dtype", "float32")
     wanted = int(models * weights * (1.2 if stored == "float32" else 2.4))
     free = memory.available_memory()

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.models.base import INDEX, Base, base_files
+from tunesmith.models.base import INDEX, Base, base_files, weight_files
 from tunesmith.models.weight_files import EMBEDDING, HEAD, MODEL_FILE, has_whole_model, read_adapter_file
 
 Dtype = Literal["bf16", "fp32"]
@@ -67,7 +67,7 @@ def merged_shards(base: Base, adapter: Path) -> Iterator[tuple[str, dict[str, Te
         yield from _replaced_shards(base.folder, adapter)
         return
     changes = _read_changes(base, adapter)
-    for path in sorted(base.folder.glob("*.safetensors")):
+    for path in weight_files(base.folder):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(path):
             change = changes.pop(name, None)
@@ -84,7 +84,7 @@ def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str,
     weights = dict(_tensors(trained / MODEL_FILE))
     if HEAD not in weights:  # tied: the base may store the embedding under both names
         weights[HEAD] = weights[EMBEDDING]
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(path):
             if name not in weights or weights[name].shape != tensor.shape:
@@ -105,7 +105,9 @@ def write_merged(base: Base, adapter: Path, target: Path, dtype: Dtype) -> None:
         save_file(rounded, target / shard, metadata={"format": "pt"})
     for path in base_files(base.folder):
         if path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
-            shutil.copyfile(path, target / path.name)
+            copy = target / path.relative_to(base.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     config = json.loads((base.folder / "config.json").read_bytes())
     for name in ("_name_or_path", "torch_dtype", "quantization_config"):
         config.pop(name, None)

@@ -109,11 +109,13 @@ def private_copy(folder: Path) -> Iterator[Path]:
 
 
 def sync_files(folder: Path) -> None:
-    """fsync every file in folder and the folder itself, before it is renamed into place."""
-    for path in folder.iterdir():
+    """fsync every file in folder, its folders and the folder itself, before it is renamed into place."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+            continue
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-    sync_folder(folder)
 
 
 def _copy_plain(folder: Path, target: Path) -> None:

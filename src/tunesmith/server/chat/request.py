@@ -115,8 +115,10 @@ class ResponseFormat(BaseModel):
 class ChatRequest(BaseModel):
     """A chat completion request. A field that is null has its default.
 
-    temperature is 0 by default, so that equal requests get equal answers. store: keep the texts of this request for a
-    review if it fails or feedback says that its answer is wrong, where the server's project allows that.
+    temperature is 0 by default: the likeliest token is taken. Equal requests then get equal answers, unless rounding
+    decides between two tokens, as sums can differ in the last bit with the requests that are computed together. store:
+    keep the texts of this request for a review if it fails or feedback says that its answer is wrong, where the
+    server's project allows that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

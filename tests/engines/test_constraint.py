@@ -1,0 +1,89 @@
+"""Where constrained answers may end, which is at every token on which decoding stops, and how they are laid out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import write_model
+from tunesmith.engines.constraint import Constraints, mask_disallowed_
+from tunesmith.engines.json_text import has_layout
+from tunesmith.engines.protocol import Generation
+from tunesmith.models.rendering import Renderer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+WHOLE = '{"a": "hi"}'
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    """A base with three end tokens: its tokenizer's, another control token, and a token that text may hold too."""
+    folder: Path = write_model(tmp_path_factory.mktemp("ends") / "m")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    ends = [vocabulary["<|im_start|>"], vocabulary["!"]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    found = Renderer(folder)
+    assert found.stop_ids == {*ends, vocabulary["<|im_end|>"]}
+    return found
+
+
+@pytest.mark.parametrize(
+    "held", [{"schema": json.dumps(SCHEMA)}, {"grammar": 'start: "{\\"a\\": \\"" /[^"]*/ "\\"}"\n'}]
+)
+def test_an_answer_may_end_at_every_end_token_once_it_is_whole(renderer: Renderer, held: dict[str, Any]) -> None:
+    vocabulary = len(renderer.tokenizer)
+    guide = Constraints(renderer.tokenizer, vocabulary, renderer.stop_ids).guide(Generation((), **held))
+    for token in [*renderer.tokenizer.encode(WHOLE, add_special_tokens=False), None]:
+        scores = torch.zeros(2, vocabulary)
+        mask_disallowed_(scores, [None, guide])
+        assert scores[0].isfinite().all(), "a row without a guide is left alone"
+        allowed = set(scores[1].isfinite().nonzero()[:, 0].tolist())
+        if token is None:
+            assert allowed == renderer.stop_ids
+            return
+        assert token in allowed
+        assert allowed.isdisjoint(renderer.stop_ids), "half an answer, as decoding would stop here"
+        guide.follow(token)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"a": "x: y,  {z"}',
+        '{"a":"\\" : \\\\"}',
+        '{"a":  "x"}',
+        '{ "a": "x"}',
+        '{"a" : "x"}',
+        '{"a": "x" }',
+        '{\n  "a": "x"\n}',
+        json.dumps({"a": "x"}, indent=4),
+    ],
+)
+def test_which_layouts_constrained_answers_can_have(renderer: Renderer, answer: str) -> None:
+    guide = Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids).guide(
+        Generation((), schema=json.dumps(SCHEMA))
+    )
+    tokens = renderer.tokenizer.encode(answer, add_special_tokens=False)
+    assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is has_layout(answer)
+
+
+def test_an_answer_may_end_or_go_on(renderer: Renderer) -> None:
+    vocabulary = len(renderer.tokenizer)
+    guide = Constraints(renderer.tokenizer, vocabulary, renderer.stop_ids).guide(
+        Generation((), grammar="start: /[a-z]+/\n")
+    )
+    guide.follow(renderer.tokenizer.convert_tokens_to_ids("a"))
+    scores = torch.zeros(1, vocabulary)
+    mask_disallowed_(scores, [guide])
+    allowed = set(scores[0].isfinite().nonzero()[:, 0].tolist())
+    assert renderer.stop_ids < allowed
+    assert renderer.tokenizer.convert_tokens_to_ids("b") in allowed
