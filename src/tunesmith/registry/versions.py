@@ -16,8 +16,9 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.files import copy_durably
+from tunesmith.core.files import copy_durably, room_for
 from tunesmith.core.scope import Scope
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
@@ -404,7 +405,9 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
 @contextlib.contextmanager
 def _blobs_aside(store: Store, plan: _Plan) -> Iterator[Path]:
     """A temporary folder with copies of the version's blobs."""
-    with store.scratch() as scratch:
+    work = store.local("work")
+    work.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(work) as scratch:
         folder = scratch / "blobs"
         folder.mkdir()
         for file, digest in plan.blobs.items():
@@ -436,9 +439,10 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
     folder = aside.rename(aside.with_name(f"v{number}"))
-    (folder / RELEASE).write_bytes(record.encoded)
-    sign_folder(folder, private_key)
-    sync_files(folder)
+    with room_for(folder):
+        (folder / RELEASE).write_bytes(record.encoded)
+        sign_folder(folder, private_key)
+        sync_files(folder)
     release = check_release(folder, identities.trusted_keys(session))  # one that does not verify is not registered
     # The record first: a complete folder implies its record.
     store.put_record(record, session)
