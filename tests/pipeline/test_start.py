@@ -284,8 +284,8 @@ def _chats(path: Path, turns: Callable[[int], list[dict[str, object]]], **more: 
 def test_calls_of_tools_have_no_schema_of_the_task(tmp_path: Path, texts: bool) -> None:
     def turns(n: int) -> list[dict[str, object]]:
         call = {"id": "a", "type": "function", "function": {"name": "lamp", "arguments": json.dumps({"n": n})}}
-        called = {"role": "assistant", "content": None, "tool_calls": [call]}
-        said = {"role": "assistant", "content": json.dumps({"n": n})}
+        called: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        said: dict[str, object] = {"role": "assistant", "content": json.dumps({"n": n})}
         return [{"role": "user", "content": f"lamp {n}"}, said if texts and n % 2 else called]
 
     tool = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object"}}}

@@ -244,7 +244,7 @@ def _groups_rows(values: Set[str], rows: int) -> bool:
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
     is_json = looked.schema is not None
-    files, long, short = dict[str, str](), dict[str, str](), dict[str, str]()
+    files, long, short = dict[str, str](), dict[str, Any](), dict[str, Any]()
     if looked.system is not None:  # a prompt replaces the rows' own system turns
         long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
         own = f"{looked.system}\n" if looked.system else ""
