@@ -281,6 +281,68 @@ def test_the_folder_gives_the_name(tmp_path: Path) -> None:
     assert Project.load(tmp_path / "..My...Rows..").settings.name == "my.rows"
 
 
+def _chats(path: Path, turns: Callable[[int], list[dict[str, object]]], **more: object) -> Path:
+    path.write_text("".join(json.dumps({"messages": turns(n), **more}) + "\n" for n in range(120)))
+    return path
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["calls alone", "calls and JSON texts"])
+def test_calls_of_tools_have_no_schema_of_the_task(tmp_path: Path, texts: bool) -> None:
+    def turns(n: int) -> list[dict[str, object]]:
+        call = {"id": "a", "type": "function", "function": {"name": "lamp", "arguments": json.dumps({"n": n})}}
+        called: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        said: dict[str, object] = {"role": "assistant", "content": json.dumps({"n": n})}
+        return [{"role": "user", "content": f"lamp {n}"}, said if texts and n % 2 else called]
+
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object"}}}
+    data = _chats(tmp_path / "mine.jsonl", turns, tools=[tool])
+    made = make_project(tmp_path / "p", data=data, licence="MIT", base="model")
+    assert (made.json_answers, made.broken, "answer.schema.json" in made.files) == (False, 0, False)
+    assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
+    assert any(note.startswith(f"{60 if texts else 120} rows end in calls of tools") for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("system", "prompt"),
+    [
+        (lambda n: "Be brief. ", "Be brief.\n"),
+        (lambda n: f"You help in shop {n % 3}.", None),
+        (lambda n: "Be brief." if n % 2 else "", None),
+    ],
+    ids=["the same", "others", "some"],
+)
+def test_system_turns_of_rows_are_not_replaced(
+    tmp_path: Path, system: Callable[[int], str], prompt: str | None
+) -> None:
+    def turns(n: int) -> list[dict[str, object]]:
+        said = {"user": f"question {n}", "assistant": f"answer {n}"}
+        own = {"system": system(n)} if system(n) else {}
+        return [{"role": role, "content": text} for role, text in {**own, **said}.items()]
+
+    made = make_project(tmp_path / "p", data=_chats(tmp_path / "mine.jsonl", turns), licence="MIT", base="model")
+    candidates = Project.load(tmp_path / "p").settings.candidates
+    if prompt is None:
+        assert {each.prompt for each in candidates.values()} == {None}
+        assert not [name for name in made.files if name.startswith("prompts/")]
+        assert "uses the row's own" in " ".join(made.notes)
+    else:
+        assert candidates["zero-shot"].prompt == "prompts/long.txt"
+        assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == prompt
+
+
+def test_init_says_which_key_has_too_few_values_and_when_rows_are_too_few_to_decide(tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}", "template": f"part {n % 5}"} for n in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = _cli("init", "--data", str(data), "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"))
+    assert done.returncode == 0, done.stderr
+    assert "`template` has 5 values, too few to hold out whole groups" in done.stdout
+    assert "about 12 rows will be held out to test" in done.stdout
+    assert "give at least 100 rows" in done.stdout
+    data.write_text("".join(json.dumps({**row, "template": row["prompt"]}) + "\n" for row in rows * 2))
+    assert make_project(tmp_path / "q", data=data, licence="MIT", base="model").notes == ()
+
+
 @pytest.mark.parametrize("name", ["Not a name", "n" * 64, ""])
 def test_a_refused_project_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
     data = _asked(tmp_path / "rows.jsonl", [{"n": n} for n in range(60)])
