@@ -228,9 +228,11 @@ class PipelineContext:
         return load_dataset(project.store, self.stages.run("data", "data", inputs, build))
 
     def without_test_rows(self) -> PipelineContext:
-        """This context, with a dataset whose test rows cannot be read."""
+        """This context, with a dataset whose test rows cannot be read. Both share the models."""
+        _ = self.sharded  # before the copy, so that it has the same one: several ranks train one model only
+        dataset = self.dataset.without_test_rows()
         made = copy(self)
-        made.dataset = self.dataset.without_test_rows()
+        made.dataset = dataset
         return made
 
     @property

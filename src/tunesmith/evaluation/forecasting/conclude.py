@@ -64,6 +64,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival": rival,
         "rival_named": wanted.over is not None,
         "rivals": rivals,
+        "within": settings["budget"],
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
         **found,
         "training": _training(body, body["rows"], epochs(body["rows"]), wanted.prices),
@@ -129,11 +130,12 @@ def _pays(body: Mapping[str, Any], rival: str, epochs: float, wanted: Wanted) ->
 
     {"unit": "money" or "seconds", "days", "training", "tuned_per_1000", "rival_per_1000", "requests_a_day"}. Seconds of
     this machine are compared where a price is missing; rival_per_1000 is None where they cannot be compared either, as
-    with an endpoint. requests_a_day is None where a request costs no less than the rival's.
+    with an endpoint or a server, which answer elsewhere. requests_a_day is None where a request costs no less than the
+    rival's.
     """
     own, other = body["subsets"][-1]["price"], body["untuned"][rival]["price"]
     training = _training(body, body["rows"], epochs, wanted.prices)
-    remote = rival in body["endpoints"]
+    remote = rival in (*body["endpoints"], *body["on_server"])
     mine = money_of(own, wanted.prices, None, remote=False)
     theirs = money_of(other, wanted.prices, wanted.tokens.get(rival), remote=remote)
     unit, spent = "money", training["money"]
