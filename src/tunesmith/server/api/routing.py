@@ -42,7 +42,7 @@ CHANGE = (400, 401, 403, 404, 408, 409, 413, 429, 503, 507)
 class ApiRoute(APIRoute):
     """A route whose services raise: what they say becomes an answer. refused: the status and code where they refuse."""
 
-    refused: ClassVar[tuple[int, str]] = (409, "refused")
+    refused: ClassVar[tuple[int, str]]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler."""
