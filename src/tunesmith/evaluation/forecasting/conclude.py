@@ -13,9 +13,9 @@ from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
 from tunesmith.evaluation.forecasting.plan import Answered, epochs_of
-from tunesmith.evaluation.lines import LineFile, is_number, is_share
+from tunesmith.evaluation.lines import is_number, is_share
 from tunesmith.evaluation.prices import money_of
-from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.scores import SCORE_LINES, rounded
 from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.evaluation.stats.learning_curve import Subsets
 from tunesmith.evaluation.stats.statistics import Floats
@@ -24,9 +24,6 @@ from tunesmith.store.store import Store
 from tunesmith.training.recipe import usual_epochs
 
 LOSS = "loss of the expected answer"  # beside the metric's name in the scores; in nats
-_SCORES = LineFile(
-    "scores.jsonl", "a score", "scored", unique=("candidate", "metric", "id"), texts=("group",), values=("value",)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
     body = record.body
     groups: dict[str, str] = {}
     rows: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for place, line in _SCORES.read(store, record):
+    for place, line in SCORE_LINES.read(store, record):
         value, loss = line["value"], line["metric"] == LOSS
         if not (is_number(value) and value >= 0.0 if loss else is_share(value)):
             raise Inconclusive(f"{value!r} is no {'loss' if loss else 'number from 0 to 1'}", where=place)
