@@ -40,8 +40,8 @@ REVISIONS = {
     "risk": 3,
     "policy": 1,
     "style": 1,
-    "evaluate": 6,
-    "gate": 3,
+    "evaluate": 7,
+    "gate": 4,
 }
 # The permission that running a stage needs.
 ACTIONS = {
