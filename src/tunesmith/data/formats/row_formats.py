@@ -92,6 +92,7 @@ def _likely_renames(fields: Mapping[str, Any]) -> str:
 
 # What rows of other formats often call the request and the answer.
 _REQUESTS: Final = ("instruction", "prompt", "question", "query", "text", "input", "sentence", "document", "source")
+_NOT_TEXT: Final[Mapping[type, str]] = {list: "write turns under messages", dict: "write it as text, such as JSON"}
 _ANSWERS: Final = ("completion", "output", "response", "answer", "label", "category", "summary", "target")
 
 
@@ -138,8 +139,9 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
     """A text field. Raises UsageError for another type, NUL characters and broken surrogate pairs."""
     value = fields.get(key)
     if not isinstance(value, str):
-        fix = {list: "write turns under messages", dict: "write it as text, such as JSON"}.get(type(value))
-        raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}", fix=fix)
+        raise UsageError(
+            f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}", fix=_NOT_TEXT.get(type(value))
+        )
     return _sound(value, f"{where}, {key}")
 
 
