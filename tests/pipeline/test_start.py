@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +111,27 @@ def test_the_build_orders_keys_where_rows_have_another_order(tmp_path: Path) -> 
     answers = [json.loads(example.answer) for split in splits for example in context.dataset.examples(split)]
     assert {tuple(answer) for answer in answers} == {("at", "who")}
     assert dataset_summary(project.store, context.dataset.digest).rows.changed == len(answers)
+
+
+def test_the_build_writes_answers_as_a_constraint_allows_them(tmp_path: Path) -> None:
+    """json.dumps writes the letters of a name as escapes, which decoding under a schema does not."""
+    write_model(tmp_path / "model")
+    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
+    openings = ("please", "later on", "do", "kindly", "today")
+    found = [
+        {"prompt": f"{opening} {verb} her {n}", "completion": json.dumps({"n": f"Ren\u00e9e {n}"}, indent=n % 2 or None)}
+        for n, (opening, verb) in enumerate(product(openings, verbs))
+    ]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    made = make_project(tmp_path / "p", data=data, licence="CC0-1.0", base=str(tmp_path / "model"))
+    assert made.respelled == 40
+    file = tmp_path / "p" / "tunesmith.yaml"
+    for held, example in ((True, '{"n": "Ren\u00e9e'), (False, "\\u00e9")):
+        dataset = PipelineContext(Project.load(tmp_path / "p")).dataset
+        assert all(example in row.answer for row in dataset.examples("train"))
+        assert dataset.record.body.get("respelled") == (40 if held else None)
+        file.write_text(re.sub(r"constrain: true", "constrain: false", file.read_text()))
 
 
 def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:

@@ -201,6 +201,10 @@ def _draw_project(console: Console, made: NewProject) -> None:
             [f"`data build` will put the keys of {made.reordered} answers in the order of the request"]
             * bool(made.reordered)
         ),
+        *(
+            [f"`data build` will write {made.respelled} answers on one line and without escapes, as constrained ones are"]
+            * bool(made.respelled)
+        ),
         *(f"wrote {made.root / name}" for name in made.files),
         "",
         *([schema] if made.json_answers else []),

@@ -22,6 +22,7 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import check_answer_schema
+from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
@@ -50,7 +51,8 @@ class NewProject(View):
     """A project that was just written. rows: that can be used; unusable: rows without a usable conversation.
 
     broken: rows whose answers are meant as JSON but are not: `data build` will remove them. reordered: rows in whose
-    answers `data build` will put the keys in the order of the request. project: path of the project file. json_answers:
+    answers `data build` will put the keys in the order of the request. respelled: rows whose answers it will write as
+    constrained decoding can write them. project: path of the project file. json_answers:
     whether the answers are JSON, so that a schema was inferred. files: what was written, from the project's folder.
     """
 
@@ -59,6 +61,7 @@ class NewProject(View):
     unusable: int
     broken: int
     reordered: int
+    respelled: int
     json_answers: bool
     files: tuple[str, ...]
     root: Annotated[Path, Field(exclude=True)]
@@ -121,6 +124,7 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         unusable=looked.unusable,
         broken=looked.broken,
         reordered=looked.reordered,
+        respelled=looked.respelled,
         json_answers=looked.schema is not None,
         files=tuple(files),
         root=root,
@@ -140,6 +144,7 @@ class _Looked:
     unusable: int
     broken: int
     reordered: int
+    respelled: int
     answer_tokens: int
     schema: dict[str, Any] | None
     copied: list[str]
@@ -186,7 +191,9 @@ def _look(root: Path, source: Source) -> _Looked:
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
     reordered = reordered if ordered else 0
-    return _Looked(rows, unusable, broken, reordered, most, schema, copied, group_by)
+    held = schema is not None and _constrainable(schema)
+    respelled = sum(as_decoded(answer) != answer for answer in answers) if held else 0
+    return _Looked(rows, unusable, broken, reordered, respelled, most, schema, copied, group_by)
 
 
 def _shares(rows: int) -> dict[str, float]:
