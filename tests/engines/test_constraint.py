@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.tiny import write_model
+from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.engines.constraint import Constraints, mask_disallowed_
 from tunesmith.engines.protocol import Generation
@@ -84,6 +85,12 @@ def test_answers_of_rows_are_spelled_as_constrained_answers_can_be(renderer: Ren
     assert possible(answer) is (as_decoded(answer) == answer), "only what decoding cannot write is changed"
     assert possible(as_decoded(answer))
     assert json.loads(as_decoded(answer)) == json.loads(answer)
+
+
+def test_the_error_names_every_setting_that_can_be_at_fault(renderer: Renderer) -> None:
+    guides = Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids)
+    with pytest.raises(UsageError, match=r"task\.schema, task\.pattern or task\.grammar"):
+        guides.guide(Generation((), grammar="start: nothing\n"))
 
 
 def test_an_answer_may_end_or_go_on(renderer: Renderer) -> None:

@@ -119,7 +119,10 @@ def test_the_build_writes_answers_as_a_constraint_allows_them(tmp_path: Path) ->
     verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
     openings = ("please", "later on", "do", "kindly", "today")
     found = [
-        {"prompt": f"{opening} {verb} her {n}", "completion": json.dumps({"n": f"Ren\u00e9e {n}"}, indent=n % 2 or None)}
+        {
+            "prompt": f"{opening} {verb} her {n}",
+            "completion": json.dumps({"n": f"Ren\u00e9e {n}"}, indent=n % 2 or None),
+        }
         for n, (opening, verb) in enumerate(product(openings, verbs))
     ]
     data = tmp_path / "mine.jsonl"

@@ -202,7 +202,7 @@ def _draw_project(console: Console, made: NewProject) -> None:
             * bool(made.reordered)
         ),
         *(
-            [f"`data build` will write {made.respelled} answers on one line and without escapes, as constrained ones are"]
+            [f"`data build` will write {made.respelled} answers as a schema allows: in one line, letters unescaped"]
             * bool(made.respelled)
         ),
         *(f"wrote {made.root / name}" for name in made.files),

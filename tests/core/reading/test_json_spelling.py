@@ -20,7 +20,12 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )
-STYLES: list[dict[str, Any]] = [{}, {"indent": 2}, {"separators": (",", ":")}, {"indent": 1, "separators": (" ,", " :")}]
+STYLES: list[dict[str, Any]] = [
+    {},
+    {"indent": 2},
+    {"separators": (",", ":")},
+    {"indent": 1, "separators": (" ,", " :")},
+]
 
 
 @given(VALUES, st.sampled_from(STYLES), st.booleans())
