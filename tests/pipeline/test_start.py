@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,30 +112,6 @@ def test_the_build_orders_keys_where_rows_have_another_order(tmp_path: Path) -> 
     assert dataset_summary(project.store, context.dataset.digest).rows.changed == len(answers)
 
 
-def test_the_build_writes_answers_as_a_constraint_allows_them(tmp_path: Path) -> None:
-    """json.dumps writes the letters of a name as escapes, which decoding under a schema does not."""
-    write_model(tmp_path / "model")
-    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
-    openings = ("please", "later on", "do", "kindly", "today")
-    found = [
-        {
-            "prompt": f"{opening} {verb} her {n}",
-            "completion": json.dumps({"n": f"Ren\u00e9e {n}"}, indent=n % 2 or None),
-        }
-        for n, (opening, verb) in enumerate(product(openings, verbs))
-    ]
-    data = tmp_path / "mine.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in found))
-    made = make_project(tmp_path / "p", data=data, licence="CC0-1.0", base=str(tmp_path / "model"))
-    assert made.respelled == 40
-    file = tmp_path / "p" / "tunesmith.yaml"
-    for held, example in ((True, '{"n": "Ren\u00e9e'), (False, "\\u00e9")):
-        dataset = PipelineContext(Project.load(tmp_path / "p")).dataset
-        assert all(example in row.answer for row in dataset.examples("train"))
-        assert dataset.record.body.get("respelled") == (40 if held else None)
-        file.write_text(re.sub(r"constrain: true", "constrain: false", file.read_text()))
-
-
 def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:
     data = tmp_path / "mine.csv"
     data.write_text("text,category\n" + "".join(f"question {n},answer {n % 3}\n" for n in range(30)))
@@ -244,13 +219,14 @@ def test_a_vocabulary_is_closed_only_where_its_values_are_seen_again() -> None:
     assert infer_schema(rare)["properties"]["label"] == {"type": "string"}
 
 
-def test_what_requests_say_is_copied_and_not_listed_but_for_labels(tmp_path: Path) -> None:
-    """Twelve towns in 360 rows would be listed, and the thirteenth could never be answered."""
+@pytest.mark.parametrize("count", [3, 12])
+def test_what_requests_say_is_copied_and_listed_where_they_list_it(tmp_path: Path, count: int) -> None:
+    """Few towns in 360 rows would be listed, and another one could never be answered."""
     towns = [f"{first}{last}" for first in ("Oster", "Nieder", "Wester") for last in ("burg", "heim", "au", "feld")]
     found = []
     for n in range(360):
-        town, urgency = towns[n % 12], ("high", "low")[n % 2]
-        asked = {"role": "user", "content": f"A train to {town}, with {urgency} priority, number {n}."}
+        town, urgency = towns[n % count], ("high", "low")[n % 2]
+        asked = {"role": "user", "content": f"A train to {town}, number {n}. Is it of high or low priority?"}
         answer = {"town": town, "urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]}
         found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
     data = tmp_path / "mine.jsonl"
