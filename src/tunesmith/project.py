@@ -343,11 +343,6 @@ class Project:
         return acting(self.store, name)
 
 
-def open_project(directory: Path) -> Project:
-    """The project in a folder."""
-    return Project.load(directory)
-
-
 def open_store(directory: Path) -> Store:
     """The store of a project's folder; also of a folder that is itself a store (a copy of `.tunesmith`)."""
     from tunesmith.store.blobs.local import LocalBlobs

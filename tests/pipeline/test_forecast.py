@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_project import rows, settings, write_project
+from tests.pipeline.large_project import write_large
 from tunesmith.api import Project
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.search import tried_rows
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.evaluation.forecasting.conclude import Wanted, conclude
+from tunesmith.evaluation.forecasting.outcome import find_forecast
 from tunesmith.evaluation.forecasting.plan import LEAST_ASKED
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.pipeline import forecast as pipeline_forecast
 from tunesmith.pipeline import held_out
+from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import curve, lift_gate
 from tunesmith.pipeline.forecast import forecast as run_forecast
@@ -26,47 +30,16 @@ from tunesmith.pipeline.stages import REVISIONS
 from tunesmith.services.evaluation import report, report_page
 from tunesmith.services.forecast import Forecast, forecast, forecast_page, forecast_view
 from tunesmith.store.store import Store
+from tunesmith.training import train as training_module
 from tunesmith.training.recipe import usual_epochs
+from tunesmith.training.spec import TrainingResult
 
 BUDGET = 600.0  # ample: a tiny model takes seconds, on a machine that is busy too
-SCORER = """
-def score(answer, reference, request):
-    return VALUE
-"""
-
-
-def _write(folder: Path, *, value: str | None = None, copies: int = 2, **changes: Any) -> Project:
-    """A project of a few hundred rows. value: what its scorer says of every answer."""
-    told = settings()
-    told["data"] = {**told["data"], "split": {"validation": 0.1, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
-    tuned = {"prompt": "prompt.txt", "train": {"rank": 2, "epochs": 2}, "max_tokens": 8}
-    told["candidates"] = {
-        "nearest": {"method": "nearest"},
-        "plain": {"prompt": "prompt.txt", "max_tokens": 8},
-        "tuned": tuned,
-    }
-    told["gates"] = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05}}
-    told["prices"] = {"machine_hour": 3.6}
-    if value is not None:
-        (folder / "scorer.py").parent.mkdir(parents=True, exist_ok=True)
-        (folder / "scorer.py").write_text(SCORER.replace("VALUE", value))
-        told["task"] = {"scorers": [{"name": "own", "function": "scorer.py:score"}]}
-        told["gates"] = {}
-    write_project(folder, **{**told, **changes})
-    more = [
-        {"messages": [{"role": "user", "content": f"{word} {row['messages'][0]['content']}"}, row["messages"][1]],
-         "template": f"{word} {row['template']}"}
-        for word in ("please", "now", "again")[:copies]
-        for row in rows()
-    ]  # fmt: skip
-    with (folder / "rows.jsonl").open("a") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in more)
-    return Project.load(folder)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return _write(tmp_path_factory.mktemp("forecast") / "p")
+    return write_large(tmp_path_factory.mktemp("forecast") / "p")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +88,33 @@ def test_other_numbers_of_rows_are_read_as_often_as_they_would_be(project: Proje
             assert each["epochs"] == pytest.approx(usual_epochs(each["rows"]) if usual else 2.0)
 
 
+def test_what_a_curve_says_of_budgets_and_servers_is_told(project: Project, found: Forecast) -> None:
+    store = project.store
+    curve_record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
+    wanted = Wanted(goal=0.05, over=None, days=30, prices=project.settings.prices, tokens={})
+    body = {**curve_record.body, "on_server": ["nearest"], "settings": {**curve_record.body["settings"], "budget": 900}}
+    made = conclude(store, store.put_record(curve_record.model_copy(update={"body": body})), [], wanted)
+    assert (found.within, made["within"]) == (None, 900)
+    assert found.pays is not None
+    assert found.pays.rival_per_1000 is not None
+    assert made["rival"] == "nearest"
+    assert made["pays"]["rival_per_1000"] is None, "seconds of a server and of this process"
+    assert made["pays"]["requests_a_day"] is None
+
+
+def test_answers_take_as_long_as_in_the_largest_part() -> None:
+    """Four answers may take half as long as thirty."""
+
+    def part(rows: int, seconds: float) -> dict[str, Any]:
+        largest = {"rows": rows, "seconds": seconds}
+        return {"scores": [1.0] * rows, "prompt_tokens": 0, "completion_tokens": 0, "seconds": seconds,
+                "largest": largest}  # fmt: skip
+
+    asked = held_out.together([held_out.together([part(4, 4.0), part(12, 6.0)]), part(48, 9.6), part(3, 3.0)])
+    assert asked["largest"] == {"rows": 48, "seconds": 9.6}
+    assert pipeline_forecast._stated(asked)["price"]["seconds_per_1000"] == 200.0
+
+
 def test_the_goal_is_that_of_a_gate_over_an_untuned_candidate() -> None:
     told = {
         "over-control": {"metric": "exact_match", "over": "control", "at_least": 0.5},
@@ -132,19 +132,38 @@ def test_the_goal_is_that_of_a_gate_over_an_untuned_candidate() -> None:
 
 def test_a_rival_that_the_gate_names_is_not_called_the_best(tmp_path: Path) -> None:
     named = {"lift": {"metric": "exact_match", "over": "plain", "at_least": 0.05}}
-    found = forecast(_write(tmp_path / "p", gates=named), budget=BUDGET)
+    project = write_large(tmp_path / "p", gates=named)
+    found = forecast(project, budget=BUDGET)
     assert (found.rival, found.rival_named, list(found.rivals)) == ("plain", True, ["plain"])
     assert any("from plain, which the lift gate names" in sentence for sentence in found.reasons)
+    (asked,) = project.store.record(project.store.record(found.forecast).parents["curve"]).body["untuned"].values()
+    assert asked["asked"] == sum(found.held.values()), "as many as the subsets' models, though nearest is better"
 
 
-def test_test_rows_are_counted_and_not_read(
-    project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_rows_that_chose_a_rival_s_prompt_are_not_asked(tmp_path: Path) -> None:
+    candidates = {
+        "plain": {"prompt": "prompt.txt", "search": {"rows": 10}, "max_tokens": 8},
+        "tuned": {"prompt": "prompt.txt", "train": {"rank": 2, "epochs": 2}, "max_tokens": 8},
+    }
+    context = PipelineContext(write_large(tmp_path / "p", candidates=candidates)).without_test_rows()
+    plain, tuned = (context.settings_of(name) for name in candidates)
+    assert plain.search is not None
+    assert tuned.train is not None
+    validation = context.dataset.examples("validation")
+    made = pipeline_forecast._reserved(context, tuned.train, [Candidate(name="plain", base="", max_tokens=8)])
+    chose = {row.group for row in tried_rows(validation, plain.search)}
+    assert chose
+    assert not chose & {row.group for row in made.held}
+    assert made.validation == sum(row.group not in chose for row in validation)
+
+
+def test_test_rows_are_counted_and_not_read(project: Project, found: Forecast) -> None:
     store = project.store
     record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
     dataset = PipelineContext(project).dataset
     asked = {json.loads(line)["id"] for line in store.read_blob(record.blobs["scores.jsonl"]).splitlines()}
     assert record.body["held"] == found.held
+    assert record.body["splits"] == ["train", "validation"]
     assert found.held["test"] == 0
     assert found.held["validation"] == dataset.splits["validation"]
     assert sum(found.held.values()) == len(asked)
@@ -162,6 +181,30 @@ def test_another_goal_trains_nothing(project: Project, found: Forecast, monkeypa
     assert again.goal == -0.99
     assert again.subsets == found.subsets
     assert forecast(project, budget=BUDGET) == found
+
+
+def test_other_rules_for_answers_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation by the loss: max_tokens changes nothing of the training, and all of the answers."""
+    monkeypatch.setattr(pipeline_forecast, "_measured", lambda made: ({"most": made.tuned.max_tokens}, b""))
+    made = []
+    for most in (8, 16, 8):
+        tuned = {"prompt": "prompt.txt", "train": {"rank": 2, "epochs": 2, "validate_by": "loss"}, "max_tokens": most}
+        plain = {"prompt": "prompt.txt", "max_tokens": 8}
+        project = write_large(tmp_path / "p", candidates={"plain": plain, "tuned": tuned})
+        made.append(project.store.record(curve(PipelineContext(project), "tuned", BUDGET)).body["most"])
+    assert made == [8, 16, 8]
+
+
+def test_a_forecast_of_another_prompt_base_or_rule_is_not_shown(project: Project, found: Forecast) -> None:
+    context, store = PipelineContext(project), project.store
+    settings = store.record(store.record(found.forecast).parents["curve"]).body["settings"]
+    tuned = untrained_candidate(context, "tuned", context.settings_of("tuned"))
+    trained = tuned.model_copy(update={"training": "sha256:0"})
+    shown = find_forecast(store, context.dataset.digest, trained, settings)
+    assert shown is not None
+    assert shown["name"] == "tuned"
+    for change in ({"prompt": "Another."}, {"base": "sha256:0"}, {"answer_schema": "{}"}, {"name": "other"}):
+        assert find_forecast(store, context.dataset.digest, trained.model_copy(update=change), settings) is None
 
 
 def test_another_rule_makes_the_forecast_again_of_the_same_curve(
@@ -183,7 +226,7 @@ def test_another_rule_makes_the_forecast_again_of_the_same_curve(
 
 
 def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project, stop_at = _write(tmp_path / "p"), 7
+    project, stop_at = write_large(tmp_path / "p"), 7
     asked: list[str] = []
     ask = held_out.ask_held_out
 
@@ -198,9 +241,22 @@ def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch
         forecast(project, budget=BUDGET)
     found = forecast(project, budget=BUDGET)
     broken = len(asked)
-    unbroken = forecast(_write(tmp_path / "q"), budget=BUDGET)
+    unbroken = forecast(write_large(tmp_path / "q"), budget=BUDGET)
     assert broken == len(asked) - broken + 1, "only the part that was stopped is asked again"
     assert (unbroken.score, unbroken.lift, unbroken.subsets) == (found.score, found.lift, found.subsets)
+
+
+def test_time_before_a_kill_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that goes on from its checkpoint states seconds in which this process did not run."""
+    run = training_module.run_training
+
+    def resumed(*given: Any, **more: Any) -> TrainingResult:
+        made = run(*given, **more)
+        made.state.seconds += 1000.0
+        return made
+
+    monkeypatch.setattr(training_module, "run_training", resumed)
+    assert forecast(write_large(tmp_path / "p"), budget=BUDGET).seconds >= 1000.0
 
 
 class Slow:
@@ -230,7 +286,7 @@ class Slow:
 def test_a_slow_machine_gives_a_forecast_with_an_interval_within_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: float
 ) -> None:
-    project, clock = _write(tmp_path / "p"), Slow(30.0)
+    project, clock = write_large(tmp_path / "p"), Slow(30.0)
     context = PipelineContext(project)
     clock.time_answers(monkeypatch)
     with pytest.raises(Refused, match="too short"):
@@ -254,6 +310,8 @@ def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found
     came = next(row for row in shown.candidates if row.name == "tuned").metrics["exact_match"].mean
     assert outcome["score_error"] == pytest.approx(came - found.score.median, abs=1e-6)
     assert outcome["seconds"] > 0
+    trained = project.store.record(project.store.records_of("training")[-1], kind="training")
+    assert trained.body["splits"] == ["train", "validation"], "test rows could not be read"
     report_page(shown, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert 'id="forecast"' in page
@@ -277,7 +335,7 @@ def test_exit_codes_say_the_decision(project: Project, found: Forecast) -> None:
 
 
 def test_too_few_rows_are_inconclusive(tmp_path: Path) -> None:
-    code, document = _command(_write(tmp_path / "p", copies=0).root)
+    code, document = _command(write_large(tmp_path / "p", copies=0).root)
     assert code == 4
     assert "too few" in document["error"]["what"]
 
@@ -289,14 +347,14 @@ def test_a_budget_that_is_too_short_is_refused_with_what_is_needed(project: Proj
 
 
 def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:
-    project = _write(tmp_path / "p", value="float('nan')")
+    project = write_large(tmp_path / "p", value="float('nan')")
     with pytest.raises(Inconclusive, match="nan"):
         forecast(project, budget=BUDGET)
     assert not project.store.records_of("forecast")
 
 
 def test_a_score_of_one_from_the_start_leaves_nothing_to_gain(tmp_path: Path) -> None:
-    found = forecast(_write(tmp_path / "p", value="1.0"), budget=BUDGET, goal=0.02)
+    found = forecast(write_large(tmp_path / "p", value="1.0"), budget=BUDGET, goal=0.02)
     assert found.rivals["plain"] == 1.0
     assert found.decision == "don't"
     assert found.needed is not None
@@ -305,9 +363,14 @@ def test_a_score_of_one_from_the_start_leaves_nothing_to_gain(tmp_path: Path) ->
 
 
 def test_a_flat_score_has_an_interval_and_is_not_expected_to_pay(tmp_path: Path) -> None:
-    found = forecast(_write(tmp_path / "p", value="0.5"), budget=BUDGET, goal=0.2)
+    found = forecast(write_large(tmp_path / "p", value="0.5"), budget=BUDGET, goal=0.2)
     assert found.score.low < 0.5 < found.score.high
     assert found.decision != "train"
+
+
+def test_a_goal_is_a_number(project: Project) -> None:
+    with pytest.raises(UsageError, match="from -1 to 1, not nan"):
+        forecast(project, budget=BUDGET, goal=float("nan"))
 
 
 def test_only_a_trained_candidate_is_forecast(project: Project) -> None:

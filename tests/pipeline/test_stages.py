@@ -6,13 +6,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.tiny_project import write_project
+from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stages
 from tunesmith.store import database
 from tunesmith.store.records import Record
@@ -87,3 +89,18 @@ def test_memo_recalled_while_waiting_is_refused(project: Project, monkeypatch: p
     _, (error,) = _run_two(project, monkeypatch, recall=True)
     assert isinstance(error, Refused)
     assert "was recalled: asked to" in str(error)
+
+
+def test_a_named_source_counts_by_its_bytes_and_not_by_its_path(tmp_path: Path) -> None:
+    """An upload has another path each time."""
+    found = []
+    data: Any = settings()["data"]
+    for place, more in (("first.jsonl", ""), ("second.jsonl", ""), ("third.jsonl", "\n")):
+        source = {"path": place, "name": "upload.jsonl", "licence": "CC0-1.0"}
+        folder = write_project(tmp_path / "p", data={**data, "sources": [source]})
+        (folder / place).write_text((folder / "rows.jsonl").read_text() + more)
+        context = PipelineContext(Project.load(folder))
+        digest = context.dataset.digest
+        found.append((digest, [stage.skipped for stage in context.stages.done if stage.name == "data"]))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert [skipped for _, skipped in found] == [[False], [True], [False]]

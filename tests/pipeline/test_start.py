@@ -193,55 +193,6 @@ def test_strange_rows_make_a_project_that_loads(
     happened("a project that loads")
 
 
-def test_whole_numbers_beyond_all_readers_get_no_range() -> None:
-    schema = infer_schema([{"n": n % 2 * 10**300 + n % 20} for n in range(250)])
-    assert schema["properties"]["n"] == {"type": "integer"}
-
-
-@pytest.mark.parametrize(
-    "value", [lambda n: 3, lambda n: 2015 + n % 10, lambda n: 1 + n % 10], ids=["constant", "years", "months"]
-)
-def test_a_sample_of_numbers_is_no_range(value: Callable[[int], int]) -> None:
-    schema = infer_schema([{"n": value(n)} for n in range(250)])
-    assert schema["properties"]["n"] == {"type": "integer"}
-
-
-def test_a_key_without_values_stays_open() -> None:
-    schema = infer_schema([{"note": None, "more": {}, "seen": [None], "n": n} for n in range(40)])
-    for answer in ({"note": "a", "more": {"b": 1}, "seen": ["c"], "n": 1}, {"note": 1, "more": {}, "seen": [], "n": 2}):
-        jsonschema.validate(answer, schema)
-
-
-def test_a_vocabulary_is_closed_only_where_its_values_are_seen_again() -> None:
-    often = [{"label": f"l{n % 20}"} for n in range(400)]
-    assert infer_schema(often)["properties"]["label"] == {"type": "string", "enum": sorted(f"l{n}" for n in range(20))}
-    rare = [{"label": f"rare{n}" if n < 10 else f"l{n % 10}"} for n in range(600)]
-    assert infer_schema(rare)["properties"]["label"] == {"type": "string"}
-
-
-@pytest.mark.parametrize("count", [3, 12])
-def test_what_requests_say_is_copied_and_listed_where_they_list_it(tmp_path: Path, count: int) -> None:
-    """Few towns in 360 rows would be listed, and another one could never be answered."""
-    towns = [f"{first}{last}" for first in ("Oster", "Nieder", "Wester") for last in ("burg", "heim", "au", "feld")]
-    found = []
-    for n in range(360):
-        town, urgency = towns[n % count], ("high", "low")[n % 2]
-        asked = {"role": "user", "content": f"A train to {town}, number {n}. Is it of high or low priority?"}
-        answer = {"town": town, "urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]}
-        found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
-    data = tmp_path / "mine.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in found))
-    make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
-    project = Project.load(tmp_path / "p")
-    assert project.schema is not None
-    assert project.schema["properties"] == {
-        "town": {"type": "string"},
-        "urgency": {"type": "string", "enum": ["high", "low"]},
-        "kind": {"type": "string", "enum": ["fast", "slow"]},
-    }
-    assert project.settings.candidates["tuned"].copied == ("*",)
-
-
 @pytest.mark.parametrize(
     ("text", "least"),
     [
@@ -280,6 +231,68 @@ def test_the_folder_gives_the_name(tmp_path: Path) -> None:
     data = _asked(tmp_path / "rows.jsonl", [{"n": n} for n in range(60)])
     make_project(tmp_path / "..My...Rows..", data=data, licence="MIT", base="model")
     assert Project.load(tmp_path / "..My...Rows..").settings.name == "my.rows"
+
+
+def _chats(path: Path, turns: Callable[[int], list[dict[str, object]]], **more: object) -> Path:
+    path.write_text("".join(json.dumps({"messages": turns(n), **more}) + "\n" for n in range(120)))
+    return path
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["calls alone", "calls and JSON texts"])
+def test_calls_of_tools_have_no_schema_of_the_task(tmp_path: Path, texts: bool) -> None:
+    def turns(n: int) -> list[dict[str, object]]:
+        call = {"id": "a", "type": "function", "function": {"name": "lamp", "arguments": json.dumps({"n": n})}}
+        called: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        said: dict[str, object] = {"role": "assistant", "content": json.dumps({"n": n})}
+        return [{"role": "user", "content": f"lamp {n}"}, said if texts and n % 2 else called]
+
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object"}}}
+    data = _chats(tmp_path / "mine.jsonl", turns, tools=[tool])
+    made = make_project(tmp_path / "p", data=data, licence="MIT", base="model")
+    assert (made.json_answers, made.broken, "answer.schema.json" in made.files) == (False, 0, False)
+    assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
+    assert any(note.startswith(f"{60 if texts else 120} rows end in calls of tools") for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("system", "prompt"),
+    [
+        (lambda n: "Be brief. ", "Be brief.\n"),
+        (lambda n: f"You help in shop {n % 3}.", None),
+        (lambda n: "Be brief." if n % 2 else "", None),
+    ],
+    ids=["the same", "others", "some"],
+)
+def test_system_turns_of_rows_are_not_replaced(
+    tmp_path: Path, system: Callable[[int], str], prompt: str | None
+) -> None:
+    def turns(n: int) -> list[dict[str, object]]:
+        said = {"user": f"question {n}", "assistant": f"answer {n}"}
+        own = {"system": system(n)} if system(n) else {}
+        return [{"role": role, "content": text} for role, text in {**own, **said}.items()]
+
+    made = make_project(tmp_path / "p", data=_chats(tmp_path / "mine.jsonl", turns), licence="MIT", base="model")
+    candidates = Project.load(tmp_path / "p").settings.candidates
+    if prompt is None:
+        assert {each.prompt for each in candidates.values()} == {None}
+        assert not [name for name in made.files if name.startswith("prompts/")]
+        assert "uses the row's own" in " ".join(made.notes)
+    else:
+        assert candidates["zero-shot"].prompt == "prompts/long.txt"
+        assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == prompt
+
+
+def test_init_says_which_key_has_too_few_values_and_when_rows_are_too_few_to_decide(tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}", "template": f"part {n % 5}"} for n in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = _cli("init", "--data", str(data), "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"))
+    assert done.returncode == 0, done.stderr
+    assert "`template` has 5 values, too few to hold out whole groups" in done.stdout
+    assert "about 12 rows will be held out to test" in done.stdout
+    assert "give at least 100 rows" in done.stdout
+    data.write_text("".join(json.dumps({**row, "template": row["prompt"]}) + "\n" for row in rows * 2))
+    assert make_project(tmp_path / "q", data=data, licence="MIT", base="model").notes == ()
 
 
 @pytest.mark.parametrize("name", ["Not a name", "n" * 64, ""])

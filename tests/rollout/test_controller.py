@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.forked import run_forked
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.registry import versions as registered
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.signing.attestations import ENVELOPE
 from tunesmith.registry.versions import Version
@@ -533,6 +535,53 @@ def test_a_killed_promotion_is_carried_on(first: Scene, versions: Versions, dies
         assert audit.verify(session) == []
 
 
+def test_other_writers_do_not_wait_for_copies_of_weights(
+    first: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, copied = registered.private_copy, list[str]()
+
+    @contextlib.contextmanager
+    def copying(folder: Path) -> Iterator[Path]:
+        copied.append(folder.name)
+        with contextlib.closing(sqlite3.connect(first.store.root / "tunesmith.db", timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")  # raises where somebody holds the lock of writers
+            other.rollback()
+        with whole(folder) as copy:
+            yield copy
+
+    monkeypatch.setattr(registered, "private_copy", copying)
+    promoted(first, versions[2])
+    assert copied == ["v2", "v2"], "once to start, once to promote"
+    promote(first.store, begin(first, versions[3], {"setWeight": 100}).id, actor=OPERATOR)
+    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert copied[2:] == ["v3", "v3", "v2"]
+    assert champion(first) == versions[2].digest
+
+
+@pytest.mark.parametrize("lost", ["signer", "evidence"])
+def test_what_changes_after_the_files_were_verified_counts(
+    first: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    whole, before = controller.check_may_serve, list[str]()
+
+    def checked(session: Any, store: Store, version: Version, *scope: Scope, **named: Any) -> None:
+        whole(session, store, version, *scope, **named)
+        if before:
+            return
+        before.append("files")
+        session.rollback()
+        if lost == "signer":
+            set_roles(Store(store.root), OWNER, ["admin"], actor=OWNER)
+        else:
+            recall(first, version, version.candidate)
+
+    monkeypatch.setattr(controller, "check_may_serve", checked)
+    with pytest.raises(Refused, match="may not sign versions" if lost == "signer" else "was recalled"):
+        begin(first, versions[2])
+    assert before == ["files"]
+    assert champion(first) == versions[1].digest
+
+
 def test_two_promoters_at_once_promote_once(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2], {"setWeight": 100})
     said = together(
@@ -569,9 +618,10 @@ def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: V
     assert (moved.status, moved.reason) == ("aborted", "first")
 
 
-def recall(scene: Scene, version: Version) -> None:
+def recall(scene: Scene, version: Version, digest: str | None = None) -> None:
+    row = {"digest": digest or version.digest, "cause": "licence X", "reason": "a licence was withdrawn", "at": "2026"}
     with database.writing(scene.store.engine) as session:
-        session.add(RecallRow(digest=version.digest, cause="licence X", reason="a licence was withdrawn", at="2026"))
+        session.add(RecallRow(**row))
 
 
 def point(scene: Scene, version: Version | None) -> None:

@@ -27,7 +27,7 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.controller import abort, advance, promote, resume, rollback, start
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.rollout.state import FINAL, Rollout, list_rollouts
+from tunesmith.rollout.state import LIVE, Rollout, list_rollouts
 from tunesmith.store import audit, database
 from tunesmith.store.tables import RecallRow
 
@@ -140,7 +140,7 @@ class Machine(RuleBasedStateMachine):
             assert one.weight == {"promoted": 100, "aborted": 0, "rolled_back": 0}.get(one.status, one.weight)
             assert one.status != "promoted" or one.override or one.canary != self.versions[4].digest
             was = self.before.get(one.id)
-            if was is not None and was.status in FINAL and one != was:
+            if was is not None and was.status not in LIVE and one != was:
                 assert (was.status, one.status) == ("promoted", "rolled_back")
             assert was is None or one == was or one.revision > was.revision
             if was is not None and was.status != "promoted" and one.status == "promoted":

@@ -53,8 +53,8 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
     assert names == [
         "ChatRequest",
         "Feedback",
-        "RolloutRequest",
         "RegisterRequest",
+        "RolloutRequest",
         "ResumeRequest",
         "PromoteRequest",
         "AbortRequest",

@@ -39,7 +39,8 @@ def test_files_are_kept_listed_and_deleted(store: Store) -> None:
     assert uploads.list_files(store, ACME, most=9, oldest_first=False) == [second, first]
     assert uploads.list_files(store, ACME, most=9, oldest_first=False, after=second.file) == [first]
     assert uploads.list_files(store, ACME, most=9, oldest_first=True, purpose="fine-tune-results") == [second]
-    assert uploads.local_path(store, first).suffix == ".jsonl"
+    with uploads.local_file(store, first) as path:
+        assert path.suffix == ".jsonl"
     assert kept(store, b"other", file=first.file) == first, "an id has one file"
     owner = ensure_owner(store).name
     with pytest.raises(FileGone):
@@ -77,8 +78,8 @@ def test_who_may_not_leaves_nothing(store: Store) -> None:
         uploads.delete(store, own.file, actor="gil", scope=ACME)
     store.blobs.delete(f"files/{own.file}.jsonl")
     store.blobs.put(f"files/{own.file}.jsonl", b"others")
-    with pytest.raises(FileGone, match="damaged"):
-        uploads.local_path(store, own)
+    with pytest.raises(FileGone, match="damaged"), uploads.local_file(store, own):
+        pass
 
 
 def left(store: Store, file: str, host: str, until: float) -> None:
@@ -118,7 +119,11 @@ def test_files_in_a_bucket(bucket: Callable[..., Any], store: Store, tmp_path: P
     shared = Store(store.root, blobs=bucket(tmp_path / "cache"))
     left(shared, "file-a", socket.gethostname(), 0.0)
     own, cached = kept(shared), tmp_path / "cache"
-    assert uploads.local_path(shared, own).read_bytes() == b"{}\n"
-    uploads.delete(shared, own.file, actor=ensure_owner(shared).name, scope=ACME)
+    with uploads.local_file(shared, own) as path:
+        assert (path.read_bytes(), path.suffix) == (b"{}\n", ".jsonl")
+        uploads.delete(shared, own.file, actor=ensure_owner(shared).name, scope=ACME)
+        assert path.read_bytes() == b"{}\n", "it stays for whoever reads it"
     assert list(shared.blobs.keys("files/")) == []
-    assert not [path for path in cached.rglob("*") if path.is_file()], "a deleted file stays in no cache"
+    assert not path.exists()
+    left_over = [each for folder in (cached, shared.local("work")) for each in folder.rglob("*") if each.is_file()]
+    assert not left_over, "a file that was read stays in no cache"

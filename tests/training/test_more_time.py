@@ -17,6 +17,7 @@ def _training(scores: list[float], *, reason: str = "the budget is used", second
     """A training that validated after every tenth step; its learning rate fell over the last two validations."""
     steps = 10 * len(scores)
     return {
+        "settings": {"schedule": "wsd"},
         "validation": [{"step": 10 * (n + 1), "loss": 1 / (n + 1), "score": s} for n, s in enumerate(scores)],
         "curve": [{"step": n + 1, "seconds": seconds} for n in range(steps)],
         "decisions": {"decays": [{"start": steps - 20, "stop": steps, "reason": reason}]},
@@ -100,6 +101,17 @@ def test_a_loss_says_no_points(losses: list[float], said: str) -> None:
     assert found is not None
     assert said in found["text"]
     assert found["gain"] is None
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_rate_that_fell_all_the_time_says_nothing(schedule: str) -> None:
+    """Without a decay of its own, every validation looks like one at a constant learning rate."""
+    changes = {"settings": {"schedule": schedule}, "decisions": None}
+    for training in (_training(_rising(0.05)), _training([0.5] * 12)):
+        found = more_time({**training, **changes})
+        assert found is not None
+        assert found["text"].startswith("The learning rate fell during the whole training")
+        assert found["gain"] is None
 
 
 def test_nothing_is_said_without_validation() -> None:

@@ -104,8 +104,9 @@ def work(rank: int, size: int, spec: str, kill_at: int | None = None, score: boo
     def mean(trained: TrainableModel | None, rows: int) -> Score:
         asked = [_request(n) for n in range(rows)]
         given = model.answer_together(asked, trained)
-        with (made.work / "answers.jsonl").open("a") as stream:
-            stream.write(json.dumps([answer.text for answer in given]) + "\n")
+        if trained is not None:  # the untrained base is asked to time its answers
+            with (made.work / "answers.jsonl").open("a") as stream:
+                stream.write(json.dumps([answer.text for answer in given]) + "\n")
         return Score(len(set(given)) / rows, 0.1)
 
     scored = AnswerScore("exact_match", 5, mean) if score else None

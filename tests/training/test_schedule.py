@@ -222,6 +222,20 @@ def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
     assert done.decisions.scored_rows == 40
 
 
+def test_answers_to_validation_rows_are_part_of_the_expected_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda _: (0.0, 100.0))
+    settings = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=2)
+    score = _scores(itertools.repeat(0.5))
+    scored = train(spec(tmp_path, settings, work="scored"), ticking(1.0), before=None, score=score)
+    assert scored.estimate.seconds >= 2 * 40 * 100.0
+    by_loss = train(spec(tmp_path, settings, work="by-loss"), ticking(1.0), before=None)
+    assert by_loss.estimate.seconds < 2 * 40 * 100.0
+    within = train(spec(tmp_path, work="within"), ticking(1.0), score=score)
+    assert within.estimate.seconds <= 100.0, "a budget counts them"
+
+
 def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
     made = spec(tmp_path)
     (made.work / "decisions.json").write_text("{")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.core.settings import Settings
 from tunesmith.store.records import Record
@@ -65,6 +66,11 @@ class Candidate(Settings):
     def tuned(self) -> bool:
         """Whether it has trained weights."""
         return self.training is not None
+
+    @property
+    def untrained_digest(self) -> str:
+        """Digest of all that it states but its training: two that differ in nothing else have the same."""
+        return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"training"}))
 
     @property
     def asks_base(self) -> bool:

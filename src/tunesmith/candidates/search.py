@@ -74,7 +74,7 @@ def search_prompts(
     The best mean score wins; among equals the fewest prompt tokens, then the first planned. The test rows are not read.
     Raises UsageError where there are no validation rows.
     """
-    rows = _some(dataset.examples("validation"), settings)
+    rows = tried_rows(dataset.examples("validation"), settings)
     if not rows:
         raise UsageError(
             "a search needs validation rows, and the dataset has none",
@@ -142,8 +142,8 @@ def _shots(train: Sequence[Example], one: Try, seed: int) -> list[Example]:
     return choose_shots(train, one.count, one.how)
 
 
-def _some(validation: Sequence[Example], settings: Search) -> list[Example]:
-    """settings.rows rows, chosen by hash, in the order of their ids."""
+def tried_rows(validation: Sequence[Example], settings: Search) -> list[Example]:
+    """The validation rows that a search asks: settings.rows of them, chosen by hash, in the order of their ids."""
     ordered = sorted(validation, key=lambda row: _mixed(settings.seed, row.id))
     return sorted(ordered[: settings.rows], key=lambda row: row.id)
 

@@ -205,10 +205,15 @@ def _draw_project(console: Console, made: NewProject) -> None:
             [f"`data build` will write {made.respelled} answers as a schema allows: in one line, letters unescaped"]
             * bool(made.respelled)
         ),
+        *made.notes,
         *(f"wrote {made.root / name}" for name in made.files),
         "",
         *([schema] if made.json_answers else []),
-        "next: read the prompts (tuning is compared with them, so make them good), then",
+        *(
+            ["next: read the prompts (tuning is compared with them, so make them good), then"]
+            if any(name.startswith("prompts/") for name in made.files)
+            else ["next: read tunesmith.yaml, then"]
+        ),
         f"  tunesmith run{place}",
     ]
     for line in lines:

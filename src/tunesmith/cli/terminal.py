@@ -65,9 +65,9 @@ class Here:
     @property
     def project(self) -> Project:
         """The project in the folder."""
-        from tunesmith.project import open_project
+        from tunesmith.project import Project
 
-        return open_project(self.directory)
+        return Project.load(self.directory)
 
     @property
     def store(self) -> Store:

@@ -20,7 +20,7 @@ from tunesmith.evaluation.stats.statistics import Floats, Interval, interval, mc
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-_FILE = LineFile(
+SCORE_LINES = LineFile(
     "scores.jsonl",
     "a score",
     "scored",
@@ -28,7 +28,7 @@ _FILE = LineFile(
     texts=("group",),
     values=("value",),
 )
-SCORES = _FILE.name
+SCORES = SCORE_LINES.name
 # A line as encode_scores writes it, whose texts hold nothing that JSON escapes.
 _TEXT = r'"([^"\\\x00-\x1f]+)"'
 _PLAIN = re.compile(
@@ -131,7 +131,7 @@ def _plain_rows(data: bytes) -> _Rows | None:
 def _any_rows(store: Store, evaluation: Record) -> _Rows:
     """The scores, line by line. Raises Inconclusive for the first that is not valid."""
     rows: _Rows = defaultdict(dict)
-    for place, line in _FILE.read(store, evaluation):
+    for place, line in SCORE_LINES.read(store, evaluation):
         value = line["value"]
         if not is_number(value):
             raise Inconclusive(f"the value {value!r} is not a finite number", where=place)

@@ -9,7 +9,7 @@ blobs stay in the store, so that the audit trail stays complete, but they are no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import func, select
@@ -27,7 +27,6 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
-KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
 _LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 with its kind
 

@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import CandidateSettings
@@ -25,6 +25,7 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.review.decisions import applied_settings, read_reviewed
+from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files
 from tunesmith.engines.factory import (
     LocalEngine,
@@ -199,7 +200,7 @@ class PipelineContext:
         respell = schema is not None and bool(held)
         inputs = {
             "withdrawn": withdrawn.as_json(),
-            "settings": applied_settings(data, reviewed).model_dump(mode="json", exclude={"sign_off"}),
+            "settings": _without_paths_of_named(applied_settings(data, reviewed)),
             "files": {file.name: file.digest() for file in sources},
             "schema": schema,
             "references": references.as_json(),
@@ -231,9 +232,11 @@ class PipelineContext:
         return load_dataset(project.store, self.stages.run("data", "data", inputs, build))
 
     def without_test_rows(self) -> PipelineContext:
-        """This context, with a dataset whose test rows cannot be read."""
+        """This context, with a dataset whose test rows cannot be read. Both share the models."""
+        _ = self.sharded  # before the copy, so that it has the same one: several ranks train one model only
+        dataset = self.dataset.without_test_rows()
         made = copy(self)
-        made.dataset = self.dataset.without_test_rows()
+        made.dataset = dataset
         return made
 
     @property
@@ -278,3 +281,15 @@ class PipelineContext:
                 f"there is no candidate {name!r}{hint}", where="candidates", fix=f"name one of {', '.join(known)}"
             )
         return known[name]
+
+
+def _without_paths_of_named(settings: DataSettings) -> dict[str, Any]:
+    """The settings as a dataset depends on them: of a source that has a name of its own, the path does not count.
+
+    An upload has another path each time and on each machine. Its name and its bytes are in the stage's key.
+    """
+    stated = settings.model_dump(mode="json", exclude={"sign_off"})
+    for source in stated["sources"]:
+        if source["name"] is not None:
+            del source["path"]
+    return stated

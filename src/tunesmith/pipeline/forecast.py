@@ -1,8 +1,9 @@
 """The stages `curve` and `forecast`: short trainings on subsets of the rows, and what they say about the whole one.
 
-Test rows are counted here and never read: the scores are of validation rows, and of training rows that were held out of
-all subsets. Time decides how many rows are asked and trained on. What was measured is written down before anything
-is decided by it, so that a forecast that was stopped goes on with what it has.
+The scores are of validation rows, and of training rows that were held out of all subsets. A curve is measured with a
+dataset whose test rows cannot be read. A forecast takes their groups alone, which say how much chance there is in what
+they will measure. Time decides how many rows are asked and trained on. What was measured is written down before
+anything is decided by it, so that a forecast that was stopped goes on with what it has.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import Composer
+from tunesmith.candidates.search import tried_rows
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.duplicates import request_text
@@ -82,10 +84,12 @@ def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable
             f"candidate {name!r} is not trained for use, so there is nothing to forecast", where=f"candidates.{name}"
         )
     context.require_one_process()
+    context = context.without_test_rows()
     found = untrained_candidate(context, name, settings)
     untuned = {each: candidate(context, each) for each in _rivals(project)}
     inputs = {
         "training": training_inputs(context, name, found, settings.train),
+        "tuned": found.untrained_digest,
         "untuned": untuned,
         "metric": leading_inputs(context),
         "budget": budget,
@@ -122,6 +126,8 @@ def forecast(
     clock: Callable[[], float] = time.perf_counter,
 ) -> str:
     """Digest of a candidate's forecast. goal: None takes the lift gate's bound. Raises what `curve` raises."""
+    if goal is not None and not -1.0 <= goal <= 1.0:
+        raise UsageError(f"a lift is from -1 to 1, not {goal}", where="--goal", fix="write 0.1 for ten points")
     measured = curve(context, name, budget, clock=clock)
     project = context.project.settings
     gate = lift_gate(project.gates, project.task.leading, _rivals(project))
@@ -151,8 +157,10 @@ def forecast(
 
 
 def _rivals(project: ProjectSettings) -> list[str]:
-    """Names of the candidates that a training has to beat."""
-    return [name for name, each in project.candidates.items() if not (each.adapted or each.version)]
+    """Names of the candidates that a training has to beat: the one that the lift gate names, or all untuned ones."""
+    untuned = [name for name, each in project.candidates.items() if not (each.adapted or each.version)]
+    gate = lift_gate(project.gates, project.task.leading, untuned)
+    return untuned if gate is None or gate.over == BEST_UNTUNED else [gate.over]
 
 
 def lift_gate(gates: Gates, metric: str, untuned: Sequence[str]) -> Lift | None:
@@ -164,8 +172,11 @@ def lift_gate(gates: Gates, metric: str, untuned: Sequence[str]) -> Lift | None:
 def _reserved(context: PipelineContext, settings: TrainSettings, candidates: Sequence[Candidate]) -> Reserved:
     shown = {request_text(shot) for each in candidates for shot in each.shots}
     rows = training_rows(context.dataset.examples("train"), settings)
-    by_time = context.project.settings.data.split.time is not None
-    return reserve(rows, context.dataset.examples("validation"), shown, seed=settings.seed, lend=not by_time)
+    project, validation = context.project.settings, context.dataset.examples("validation")
+    searches = [search for each in candidates if (search := project.candidates[each.name].search) is not None]
+    chose = {row.group for search in searches for row in tried_rows(validation, search)}
+    by_time = project.data.split.time is not None
+    return reserve(rows, validation, shown, seed=settings.seed, lend=not by_time, chose=chose)
 
 
 def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
@@ -182,8 +193,11 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
             pairs = zip(made.rows.held[: len(values)], values, strict=True)
             columns.append(column(who, what, {one.id: (one.group, value) for one, value in pairs}))
     own = min(asking.rows, made.rows.validation)
+    on_server = made.context.project.settings.server is not None
     body = {
         "name": made.name,
+        "tuned": made.tuned.untrained_digest,
+        "splits": list(made.context.dataset.readable),
         "metric": metric,
         "settings": settings.model_dump(mode="json"),
         "usual_epochs": leaves_epochs_open(made.settings),
@@ -195,6 +209,7 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "test": made.context.dataset.splits["test"],
         "row_seconds": rounded(subsets[-1]["row_seconds"]),
         "endpoints": sorted(name for name, each in made.untuned.items() if each.endpoint is not None),
+        "on_server": sorted(name for name, each in made.untuned.items() if on_server and each.asks_base),
         "untuned": {name: _stated(asking.given[name]) for name in made.untuned},
         "subsets": [{"rows": each["rows"], "epochs": rounded(each["epochs"]), **_stated(each)} for each in subsets],
     }
@@ -310,7 +325,8 @@ def _train(
             raise too_short(
                 made.budget, f"four steps on {len(rows)} rows take longer than a tenth of it", 3 * made.budget
             ) from error
-        spent = made.clock() - began
+        # A training that was killed goes on from its checkpoint: its own seconds count those before, too.
+        spent = max(made.clock() - began, trained.state.seconds)
         row = trained.state.seconds / (len(rows) * trained.epochs)
         return {"rows": len(rows), "epochs": trained.epochs, "spent": spent, "row_seconds": row}
 
@@ -346,8 +362,11 @@ def _spent(given: Mapping[str, Any]) -> float:
 
 
 def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of answers: their mean score, and what 1,000 of them take."""
-    per_1000 = 1000.0 / len(given["scores"])
+    """What a record says of answers: their mean score, and what 1,000 of them take.
+
+    Seconds are those of the largest part: in a small one, each answer takes longer.
+    """
+    per_1000, part = 1000.0 / len(given["scores"]), given["largest"]
     return {
         "mean": rounded(mean(given["scores"])),
         "asked": len(given["scores"]),
@@ -355,6 +374,6 @@ def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
         "price": {
             "prompt_tokens_per_1000": rounded(given["prompt_tokens"] * per_1000),
             "completion_tokens_per_1000": rounded(given["completion_tokens"] * per_1000),
-            "seconds_per_1000": rounded(given["seconds"] * per_1000),
+            "seconds_per_1000": rounded(1000.0 * part["seconds"] / part["rows"]),
         },
     }

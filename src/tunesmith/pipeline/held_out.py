@@ -32,10 +32,11 @@ def ask_held_out(
     adapter: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """{"scores": by the primary metric in the order of rows, "prompt_tokens", "completion_tokens", "seconds"}.
+    """{"scores", "prompt_tokens", "completion_tokens", "seconds", "largest"}.
 
-    A row that is a training row is asked as one that is not: no row of its group is retrieved or was learned. Raises
-    Inconclusive where the metric gives anything but a number from 0 to 1.
+    scores: by the primary metric, in the order of rows. largest: {"rows", "seconds"} of the most rows that were asked
+    at once. A row that is a training row is asked as one that is not: no row of its group is retrieved or was learned.
+    Raises Inconclusive where the metric gives anything but a number from 0 to 1.
     """
     asked_as = answerer.composer.asked_as
     # Builds the index, as loading does: once, and not timed.
@@ -58,6 +59,7 @@ def ask_held_out(
         "prompt_tokens": sum(answer.prompt_tokens for answer in given),
         "completion_tokens": sum(answer.completion_tokens for answer in given),
         "seconds": seconds,
+        "largest": {"rows": len(rows), "seconds": seconds},
     }
 
 
@@ -78,6 +80,7 @@ def ask_losses(
 def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Answers to some rows and to the rows after them, as if asked at once."""
     found: dict[str, Any] = {"scores": [score for part in parts for score in part["scores"]]}
+    found["largest"] = max((part["largest"] for part in parts), key=lambda largest: largest["rows"])
     return found | {key: sum(part[key] for part in parts) for key in ("prompt_tokens", "completion_tokens", "seconds")}
 
 

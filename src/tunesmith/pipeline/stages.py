@@ -32,16 +32,16 @@ REVISIONS = {
     "train": 6,
     "search": 2,
     "training_search": 4,
-    "curve": 6,
-    "forecast": 4,
+    "curve": 7,
+    "forecast": 5,
     "answer": 2,
     "judge": 1,
     "probe": 1,
     "risk": 3,
     "policy": 1,
     "style": 1,
-    "evaluate": 6,
-    "gate": 3,
+    "evaluate": 7,
+    "gate": 4,
 }
 # The permission that running a stage needs.
 ACTIONS = {

@@ -78,6 +78,7 @@ def _train(context: PipelineContext, name: str, candidate: Candidate, settings: 
     from tunesmith.training.together import begin
     from tunesmith.training.train import train
 
+    context = context.without_test_rows()
     spec = _spec(context, name, candidate, settings, work)
     score = _answer_score(context, candidate, settings, work)
     ranks = context.together or ALONE
@@ -123,6 +124,7 @@ def repeat_decided(
     from tunesmith.training.train import run_training
 
     context.require_one_process()
+    context = context.without_test_rows()
     decisions = recorded_decisions(context.store.record(digest, kind="training").body)
     work = context.store.local("work", f"repeat-{short(digest)}")
     with context.store.lock(work.name, f"repeating {name}"):
@@ -157,6 +159,7 @@ def _spec(
         work=work / _CHECKPOINTS,
         name=name,
         engine=context.training_engine(settings),
+        splits=context.dataset.readable,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
     )

@@ -44,7 +44,7 @@ from tunesmith.registry.signing.attestations import (
 )
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import load_version, open_release
+from tunesmith.registry.versions import Verified, load_version, open_release, still_usable
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head
 from tunesmith.store.records import Record
@@ -157,18 +157,27 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
     return RecordedApproval(record.digest, approval, seq)
 
 
-def require_approved(store: Store, version: Version, session: Session | None = None) -> Approval:
+def require_approved(
+    store: Store, version: Version, session: Session | None = None, verified: Verified | None = None
+) -> Approval:
     """The first of the approvals by which a version may be promoted, read from their files and verified again.
 
-    session: decide by what the caller's transaction sees. Raises Refused if fewer people approved the version than its
-    risk class takes, and says why: who is missing, that an approver may not approve any more, or who refused it since.
+    session: decide by what the caller's transaction sees. verified: the weights of a version in it are not read again;
+    another one is added. So a caller verifies them before its write transaction, for which all other writers wait.
+    Raises Refused if fewer people approved the version than its risk class takes, and says why: who is missing, that an
+    approver may not approve any more, or who refused it since.
     """
     if session is None:
         with database.reading(store.engine) as own:
-            return require_approved(store, version, own)
-    with open_release(store, version, session) as (_, release):
-        counting, reasons = _counting(store, session, version, release.signer)
-        roles = {key.user: key.roles for key in identities.trusted_keys(session)}
+            return require_approved(store, version, own, verified)
+    verified = {} if verified is None else verified
+    if (release := verified.get(version.digest)) is not None:
+        release = still_usable(store, version, release, session)
+    else:
+        with open_release(store, version, session) as (_, release):
+            verified[version.digest] = release
+    counting, reasons = _counting(store, session, version, release.signer)
+    roles = {key.user: key.roles for key in identities.trusted_keys(session)}
     refusals = [recorded for recorded in counting if recorded.approval.decision == "refuse"]
     since = refusals[-1].seq if refusals else 0
     approvals = [recorded.approval for recorded in counting if recorded.seq > since]

@@ -30,7 +30,7 @@ from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
-from tunesmith.registry.versions import verified_copy
+from tunesmith.registry.versions import Verified, verified_copy
 from tunesmith.store import identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -76,7 +76,8 @@ def export_version(
     tolerance; Inconclusive if the adapter changes less than the tolerance, so that a missing one would not be noticed.
     """
     identities.require(store, actor, "version.export", scope=version.scope)
-    require_approved(store, version)
+    verified: Verified = {}
+    require_approved(store, version, verified=verified)
     if not is_native(base.family):
         raise Refused(
             f"{version.label} has a base of family {base.family!r}, which the native engine does not compute: its "
@@ -124,7 +125,7 @@ def export_version(
         detail = {"version": version.label, "form": form, "record": record.digest, "files": body["files"]}
         with store.change(actor, "version.export", version.digest, detail) as session:  # what changed since the start
             identities.require(session, actor, "version.export", scope=version.scope)
-            require_approved(store, version, session)
+            require_approved(store, version, session, verified)
             store.put_record(record, session)
         os.rename(folder, target)
         sync_folder(target.parent)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.files import copy_durably, room_for
 from tunesmith.core.scope import Scope
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
@@ -33,6 +34,7 @@ from tunesmith.registry.signing.release import (
     check_evidence,
     check_release,
     check_replay,
+    check_signer,
     has_weights,
     marks_of,
     read_version,
@@ -46,14 +48,18 @@ from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecordRow, VersionRow
-from tunesmith.store.trust import signature_entry
+from tunesmith.store.trust import find_key, signature_entry
 
 _RESTORE = "restore the file from a backup"
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
+# Releases whose files were verified before a transaction began, by their version's digest.
+Verified = dict[str, Release]
+
 __all__ = [
     "LoadedVersion",
     "Verification",
+    "Verified",
     "Version",
     "count_versions",
     "list_versions",
@@ -61,6 +67,7 @@ __all__ = [
     "open_release",
     "register",
     "resolve",
+    "still_usable",
     "verified_copy",
     "verify_version",
     "version_of",
@@ -137,13 +144,17 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
     detail: dict[str, Any] = {}
     made: int | None = None
     try:
-        with store.change(signer.name, "version.register", plan.name, detail) as session:
+        # The weights are copied before the transaction, for which all other writers wait.
+        with (
+            _blobs_aside(store, plan) as aside,
+            store.change(signer.name, "version.register", plan.name, detail) as session,
+        ):
             if _rows(session, plan.name) != before:  # another process registered a version: search again
                 raise _Again
             identities.require(session, signer.name, "version.register", scope=plan.scope)
             release = _carry_on(store, session, plan, signer)
             if release is None:
-                release = _make(store, session, plan, signer, private_key)
+                release = _make(store, session, plan, signer, private_key, aside)
                 made = release.version.number
             version, key = release.version, release.signer.fingerprint
             row = {"name": plan.name, "number": version.number, **plan.scope.fields(), "digest": version.digest}
@@ -291,6 +302,22 @@ def open_release(store: Store, version: Version, session: Session | None = None)
         yield folder, release
 
 
+def still_usable(store: Store, version: Version, release: Release, session: Session) -> Release:
+    """A version's release whose files were verified before, decided anew by what the caller's transaction sees.
+
+    Reads no weights, so that a write transaction is short. Raises as open_release does.
+    """
+    if not version == release.version == load_version(store, version.digest, session):
+        raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
+    may_load(session, version, version.scope).require(version.label)
+    signer = find_key(identities.trusted_keys(session), release.signer.fingerprint)
+    if signer is None:
+        raise Untrusted("its key is not trusted here any more", where=version.label, fix="register it again")
+    check_signer(version, signer)
+    check_not_recalled(session, version, release.statement)
+    return replace(release, signer=signer)
+
+
 def _reading(store: Store, session: Session | None) -> contextlib.AbstractContextManager[Session]:
     return database.reading(store.engine) if session is None else contextlib.nullcontext(session)
 
@@ -375,8 +402,21 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
     )
 
 
-def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> Release:
-    """Build and sign the next version's folder in a work folder, then move its files into the store."""
+@contextlib.contextmanager
+def _blobs_aside(store: Store, plan: _Plan) -> Iterator[Path]:
+    """A temporary folder with copies of the version's blobs."""
+    work = store.local("work")
+    work.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(work) as scratch:
+        folder = scratch / "blobs"
+        folder.mkdir()
+        for file, digest in plan.blobs.items():
+            copy_durably(store.blob_path(digest), folder / file)
+        yield folder
+
+
+def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path, aside: Path) -> Release:
+    """Build and sign the next version's folder of the blobs in aside, then move its files into the store."""
     # Never the number of an existing folder: a restored older database must not overwrite a release.
     number = max({0, *_rows(session, plan.name), *_numbers(store, plan.name)}) + 1
     base = plan.records[plan.parents["candidate"]].parents["base"]
@@ -398,19 +438,15 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         risk=plan.risk,
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
-    with store.scratch() as aside:
-        folder = aside / f"v{number}"
-        folder.mkdir()
-        for file, digest in plan.blobs.items():
-            shutil.copyfile(store.blob_path(digest), folder / file)
+    folder = aside.rename(aside.with_name(f"v{number}"))
+    with room_for(folder):
         (folder / RELEASE).write_bytes(record.encoded)
         sign_folder(folder, private_key)
         sync_files(folder)
-        with private_copy(folder) as copy:  # a version that does not verify is not registered
-            release = check_release(copy, identities.trusted_keys(session))
-        # The record first: a complete folder implies its record.
-        store.put_record(record, session)
-        store.put_version(VersionRef(plan.name, number), folder)
+    release = check_release(folder, identities.trusted_keys(session))  # one that does not verify is not registered
+    # The record first: a complete folder implies its record.
+    store.put_record(record, session)
+    store.put_version(VersionRef(plan.name, number), folder)
     return release
 
 

@@ -6,8 +6,9 @@
     running, paused, promoted --rollback--> rolled_back    champion becomes the version that served before
 
 Each transition is one transaction: it compares the row's revision, changes the row and the alias, and writes the audit
-entry. A controller that is killed leaves the rollout as it was before the transition or after it. The next call of
-`advance` carries on, in any process; several controllers may run at once.
+entry. Weights are copied and verified before it, since all other writers wait for it; the rest is decided inside. A
+controller that is killed leaves the rollout as it was before the transition or after it. The next call of `advance`
+carries on, in any process; several controllers may run at once.
 
 If a name has no champion, or one that may not serve any more, there is nothing to compare with. Then `start` makes the
 version champion at once, still only if it is approved or overridden, and the rollout is promoted from the start.
@@ -19,6 +20,7 @@ nothing serves, and the transition's entry says so.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -32,7 +34,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.registry.aliases import Alias, get_alias
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Verified, Version, load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.preconditions import (
@@ -40,6 +42,7 @@ from tunesmith.rollout.preconditions import (
     check_may_serve,
     point_champion,
     promotions_to_undo,
+    verify_files,
 )
 from tunesmith.rollout.seen import NOT_SAID, Seen
 from tunesmith.rollout.settings import Analysis, Pause, Step
@@ -81,11 +84,15 @@ def start(
     _check_scope(version, name, scope)
     _check_reason(override)
     override_by = None if override is None else actor
+    verified: Verified = {}
+    with database.reading(store.engine) as before:
+        require(before, actor, "rollout.start", scope=scope)
+        check_may_serve(before, store, version, scope, override_by=override_by, verified=verified)
     detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
     with store.change(actor, "rollout.start", name, detail) as session:
         # Inside the transaction, so that a role or an approval that was just taken away counts.
         require(session, actor, "rollout.start", scope=scope)
-        check_may_serve(session, store, version, scope, override_by=override_by)
+        check_may_serve(session, store, version, scope, override_by=override_by, verified=verified)
         running = live_rollout(session, name, scope)
         if running is not None:
             raise Refused(
@@ -167,7 +174,7 @@ def promote(
         detail = {"skipped": skipped, "override": override, **_because(reason)}
         return _promotion(current, detail, None if approved else actor)
 
-    return _command(store, rollout, actor, "rollout.promote", decide, clock, seen)
+    return _command(store, rollout, actor, "rollout.promote", decide, clock, seen, promotes=True)
 
 
 def abort(store: Store, rollout: int, *, actor: str, reason: str, seen: Seen = NOT_SAID, clock: Clock = now) -> Rollout:
@@ -201,19 +208,21 @@ def rollback(
     _check_reason(override)
     detail: dict[str, Any] = {**scope.fields(), "reason": reason}
     at = clock()
+    by = None if override is None else actor
+    require(store, actor, "rollout.change", scope=scope)
+    verified = _verified_target(store, name, scope, by)
     with store.change(actor, "rollout.rollback", name, detail) as session:
         require(session, actor, "rollout.change", scope=scope)
         running = live_rollout(session, name, scope)
         undo = Transition("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
-        by = None if override is None else actor
         if by is not None:
             require(session, by, "rollout.override", scope=scope)
         if running is not None:
             seen.check(session, running)
             if override is not None:
-                _let_champion_serve(session, store, running, actor, override)
+                _let_champion_serve(session, store, running, actor, override, verified)
             return apply(session, running, _with_champion(session, store, running, undo), at, detail)
-        promotions, target, override_by = promotions_to_undo(session, store, name, scope, by)
+        promotions, target, override_by = promotions_to_undo(session, store, name, scope, by, verified)
         seen.check(session, promotions[0])
         point_champion(session, store, promotions[0], target, actor, override_by)
         if override is not None:
@@ -265,6 +274,9 @@ def look(store: Store, rollout: Rollout, measure: Measure = measured_arms) -> Ju
 
 def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: datetime) -> Rollout:
     """Make a transition that was chosen for current, unless the rollout has changed since then."""
+    verified: Verified = {}
+    if chosen.changes.get("status") == "promoted" and current.override is None:
+        verified = verify_files(store, current.canary, current.scope)
     try:
         return make_transition(
             store,
@@ -274,6 +286,7 @@ def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: d
             lambda session, found: _with_champion(session, store, found, chosen),
             at,
             expected=current.revision,
+            verified=verified,
         )
     except Overtaken:
         return get_rollout(store, current.id)
@@ -354,7 +367,20 @@ def _with_champion(session: Session, store: Store, rollout: Rollout, transition:
     return replace(transition, detail={**transition.detail, "nothing_serves": champion.warning})
 
 
-def _let_champion_serve(session: Session, store: Store, rollout: Rollout, actor: str, reason: str) -> None:
+def _verified_target(store: Store, name: str, scope: Scope, override_by: str | None) -> Verified:
+    """The verified files of the version to which a rollback would give the traffic."""
+    verified: Verified = {}
+    with contextlib.suppress(TunesmithError), database.reading(store.engine) as session:
+        if live_rollout(session, name, scope) is None:
+            promotions_to_undo(session, store, name, scope, override_by, verified)
+        elif override_by is not None and (champion := get_alias(session, name, "champion", scope)) is not None:
+            verified |= verify_files(store, champion.version, scope)
+    return verified
+
+
+def _let_champion_serve(
+    session: Session, store: Store, rollout: Rollout, actor: str, reason: str, verified: Verified
+) -> None:
     """Let the champion of a rollout's name serve by an override, where it has no standing of its own.
 
     Leaves alone a champion that no override lets serve, such as a recalled one: the rollout must end all the same.
@@ -366,7 +392,7 @@ def _let_champion_serve(session: Session, store: Store, rollout: Rollout, actor:
     by = champion.override_by or None if approved else actor
     try:
         version = load_version(store, champion.version, session)
-        check_may_serve(session, store, version, rollout.scope, override_by=by)
+        check_may_serve(session, store, version, rollout.scope, override_by=by, verified=verified)
     except TunesmithError:
         return
     point_champion(session, store, rollout, champion.version, actor, by)
@@ -395,16 +421,22 @@ def _command(
     decide: Callable[[Session, Rollout], Transition],
     clock: Clock,
     seen: Seen,
+    *,
+    promotes: bool = False,
 ) -> Rollout:
     """A transition that a person asks for, decided inside the transaction, so that it never has to be repeated."""
     current = get_rollout(store, rollout)
+    verified: Verified = {}
+    if promotes and current.live:
+        require(store, actor, "rollout.change", scope=current.scope)
+        verified = verify_files(store, current.canary, current.scope)
 
     def permitted(session: Session, found: Rollout) -> Transition:
         require(session, actor, "rollout.change", scope=found.scope)
         seen.check(session, found)
         return _with_champion(session, store, found, decide(session, found))
 
-    return make_transition(store, current, actor, action, permitted, clock())
+    return make_transition(store, current, actor, action, permitted, clock(), verified=verified)
 
 
 def _check_scope(version: Version, name: str, scope: Scope) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
@@ -10,9 +12,10 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, revision_of, set_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.serving import may_serve
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Verified, Version, load_version
 from tunesmith.rollout.standing import advice, could_serve, standing_of
 from tunesmith.rollout.state import Rollout, promoted_rollouts
+from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
@@ -34,29 +37,53 @@ def broken_precondition(session: Session, store: Store, rollout: Rollout, overri
     return None
 
 
-def promotion_problem(session: Session, store: Store, rollout: Rollout, override_by: str | None) -> str | None:
+def promotion_problem(
+    session: Session, store: Store, rollout: Rollout, override_by: str | None, verified: Verified | None = None
+) -> str | None:
     """Why the canary may not become champion now, None if it may.
 
     The user who started the rollout must still be allowed to, and the canary may serve: by an approval, or by an
-    override of the user override_by.
+    override of the user override_by. verified: as of check_may_serve.
     """
     try:
         require(session, rollout.started_by, "rollout.start", scope=rollout.scope)
         canary = load_version(store, rollout.canary, session)
-        check_may_serve(session, store, canary, rollout.scope, override_by=override_by)
+        check_may_serve(session, store, canary, rollout.scope, override_by=override_by, verified=verified)
     except TunesmithError as error:
         return error.what
     return None
 
 
-def check_may_serve(session: Session, store: Store, version: Version, scope: Scope, *, override_by: str | None) -> None:
+def check_may_serve(
+    session: Session,
+    store: Store,
+    version: Version,
+    scope: Scope,
+    *,
+    override_by: str | None,
+    verified: Verified | None = None,
+) -> None:
     """Raise Refused unless a version may serve a scope.
 
-    First what the database knows (serving.may_serve), then the files of its approval, unless an override replaces it.
+    First what the database knows (serving.may_serve), then the version's files and those of its approval, unless an
+    override replaces it. verified: versions whose files were read before (require_approved).
     """
     may_serve(session, version, scope=scope, override_by=override_by).require(version.label)
     if override_by is None:
-        require_approved(store, version, session)
+        require_approved(store, version, session, verified)
+
+
+def verify_files(store: Store, version: str, scope: Scope) -> Verified:
+    """Verify the files of a version (its digest) that may serve a scope, before a transaction that needs it.
+
+    Its weights are copied for that, and all other writers would wait. What may not serve is left for the transaction to
+    refuse.
+    """
+    verified: Verified = {}
+    with contextlib.suppress(TunesmithError), database.reading(store.engine) as session:
+        found = load_version(store, version, session)
+        check_may_serve(session, store, found, scope, override_by=None, verified=verified)
+    return verified
 
 
 def point_champion(
@@ -80,14 +107,19 @@ def point_champion(
 
 
 def promotions_to_undo(
-    session: Session, store: Store, name: str, scope: Scope, override_by: str | None = None
+    session: Session,
+    store: Store,
+    name: str,
+    scope: Scope,
+    override_by: str | None = None,
+    verified: Verified | None = None,
 ) -> tuple[list[Rollout], str, str | None]:
     """The promotions that a rollback undoes, newest first, the digest of the version that served before them, and the
     user by whose override it serves.
 
     There are several if the version that the newest one replaced may not serve any more. override_by: a user who lets
-    it serve without an approval. Raises Refused, with the versions that could serve now, if no version that served
-    before may serve, or if a person set the champion by hand.
+    it serve without an approval. verified: as of check_may_serve. Raises Refused, with the versions that could serve
+    now, if no version that served before may serve, or if a person set the champion by hand.
     """
     champion = get_alias(session, name, "champion", scope)
     current, undone = champion.version if champion else "", list[Rollout]()
@@ -106,7 +138,7 @@ def promotions_to_undo(
         for by in dict.fromkeys((before_by, override_by or before_by)):
             try:
                 before = load_version(store, promotion.stable, session)
-                check_may_serve(session, store, before, scope, override_by=by)
+                check_may_serve(session, store, before, scope, override_by=by, verified=verified)
                 return undone, promotion.stable, by
             except TunesmithError as error:
                 problem = problem or f"the version that served before may not serve now: {error.what}"

@@ -16,10 +16,9 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
 
 Live = Literal["running", "paused"]
-Final = Literal["promoted", "aborted", "rolled_back"]
+Final = Literal["promoted", "aborted", "rolled_back"]  # a rollback may still undo a promotion
 Status = Live | Final
 LIVE: tuple[Live, ...] = get_args(Live)  # these divide traffic
-FINAL: tuple[Final, ...] = get_args(Final)  # these never divide traffic again; a rollback may still undo a promotion
 
 _IN_STATE = frozenset(
     ("steps", "started_by", "main_callers", "override", "stable_override_by", "reason", "began_at", "history")

@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.scope import Scope
 from tunesmith.rollout.analysis import Arm
 from tunesmith.store import database
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
 
@@ -57,9 +58,7 @@ def usual_callers(session: Session, name: str, scope: Scope, at: datetime) -> tu
     day = func.substr(RequestRow.at, 1, 10)
     since = (at - timedelta(days=_MAIN_DAYS)).isoformat(timespec="microseconds")
     query = select(day, RequestRow.caller, func.count()).where(RequestRow.name == name, RequestRow.at >= since)
-    query = query.where(RequestRow.arm != "pinned")  # trials of one version, by its number
-    for column, value in ((RequestRow.tenant, scope.tenant), (RequestRow.region, scope.region)):
-        query = query.where(column == value) if value else query
+    query = query.where(*within(RequestRow, scope), RequestRow.arm != "pinned")  # pinned: trials of one version
     days: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for date, caller, count in session.execute(query.group_by(day, RequestRow.caller)):
         days[date][caller] = count

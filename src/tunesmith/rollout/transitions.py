@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Verified, Version
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.standing import advice, could_serve
@@ -47,12 +47,14 @@ def make_transition(
     decide: Callable[[Session, Rollout], Transition],
     at: datetime,
     expected: int | None = None,
+    verified: Verified | None = None,
 ) -> Rollout:
     """Make one transition, with its audit entry, and return the rollout after it.
 
     decide: (session, the rollout as the transaction finds it) -> the transition; if it raises, nothing changes.
-    expected: the revision that the transition was chosen for, if it was chosen before. Raises Overtaken if the rollout
-    is at another revision, Refused if the transition is a promotion and the canary may not be promoted now.
+    expected: the revision that the transition was chosen for, if it was chosen before. verified: of a promotion, the
+    canary's files if they were verified before. Raises Overtaken if the rollout is at another revision, Refused if the
+    transition is a promotion and the canary may not be promoted now.
     """
     detail: dict[str, Any] = {}
     with store.change(actor, action, current.name, detail) as session:
@@ -64,7 +66,7 @@ def make_transition(
         if transition.changes.get("status") == "promoted":
             override_by = transition.override_by or (found.started_by if found.override is not None else None)
             problem = broken_precondition(session, store, found, override_by)
-            problem = problem or promotion_problem(session, store, found, override_by)
+            problem = problem or promotion_problem(session, store, found, override_by, verified)
             if problem is not None:
                 can = advice(could_serve(session, store, found.name, found.scope), found.scope)
                 fix = f"tunesmith rollout abort {found.id}; {can}"

@@ -25,8 +25,21 @@ from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import Rollout, list_rollouts
-from tunesmith.server import control, decisions, held, jobs, openapi, tokens
-from tunesmith.server.api import datasets, evaluations, monitoring, people, review, rollouts, versions
+from tunesmith.server import control, openapi
+from tunesmith.server.api import (
+    datasets,
+    decisions,
+    evaluations,
+    feedback,
+    held,
+    jobs,
+    monitoring,
+    people,
+    review,
+    rollouts,
+    tokens,
+    versions,
+)
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.console import routes as console
 from tunesmith.server.errors import ApiError, passes, unavailable
@@ -122,13 +135,10 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(chat.answering)  # the first, since routes are tried in turn
     app.include_router(chat.routes)
     app.include_router(control.routes)
-    for resource in (evaluations, versions, rollouts, datasets, review, monitoring, people):
+    for resource in (feedback, evaluations, versions, rollouts, datasets, review, monitoring, people):
         app.include_router(resource.routes)
-    app.include_router(jobs.routes)
-    app.include_router(decisions.routes)
-    app.include_router(tokens.routes)
-    app.include_router(held.routes)
-    app.include_router(held.deciding)
+    for resource in (jobs, decisions, tokens, held):
+        app.include_router(resource.routes)
     app.include_router(files.routes)
     app.include_router(fine_tuning.routes)
     app.include_router(console.routes)

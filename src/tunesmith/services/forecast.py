@@ -64,7 +64,7 @@ class NeededRows(ExpectedTraining):
 class Needed(View):
     """The rows that the goal takes; None where no number up to a hundred times the rows reaches it.
 
-    never: the probability of that.
+    As many as the smallest subset has: at most so many. never: the probability that none reaches it.
     """
 
     low: NeededRows | None
@@ -76,7 +76,8 @@ class Needed(View):
 class Pays(View):
     """When lower running costs repay the training. unit: of the costs; days: in which they have to.
 
-    rival_per_1000: None where it is not known. requests_a_day: None where a request costs no less than the rival's.
+    rival_per_1000: None where the two cannot be compared. requests_a_day: None where a request costs no less than the
+    rival's.
     """
 
     unit: Literal["money", "seconds"]
@@ -93,7 +94,8 @@ class Forecast(View):
     held: held-out rows that were asked, by the split that they are of. test: test rows; budget, seconds: that the
     forecast had and took. confidence: of every interval. goal: the lift from which tuning pays; likely: the probability
     that it is reached. rival: the best untuned candidate on the held-out rows, or the one that the lift gate names
-    (rival_named); rivals: means of those that were compared.
+    (rival_named); rivals: means of those that were compared. within: seconds of the training's budget, None where it
+    has epochs.
     score, lift: as the test rows will measure them. curve: the expected score by rows. Without an
     untuned candidate, lift, decision, likely, needed and pays are None.
     """
@@ -113,6 +115,7 @@ class Forecast(View):
     rival: str | None
     rival_named: bool
     rivals: dict[str, float]
+    within: float | None = None
     subsets: tuple[SubsetScore, ...]
     score: Expected
     lift: Expected | None

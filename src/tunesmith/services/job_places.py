@@ -18,7 +18,7 @@ from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.places import LocalPlace, Place
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import worker_name
-from tunesmith.project import JobSettings, Project, open_project
+from tunesmith.project import JobSettings, Project
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
 
@@ -109,7 +109,7 @@ def check_node(root: Path, worker: str, host: str, files: str, lease: Lease, mar
     worker's; Refused where the database can be used on the worker's host only.
     """
     here = socket.gethostname()
-    store = open_project(root).store
+    store = Project.load(root).store
     if here != host:
         _require_shared_database(store, f"the job came to {here}, a node of the Ray cluster, from {host}")
     if _files(store) != files or (mark and not Path(mark).exists()):

@@ -23,7 +23,7 @@ from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.state import STATES, Job, State
 from tunesmith.jobs.worker import ALSO_SECONDS, Worker, has_ended, worker_name
 from tunesmith.pipeline.training import tuned_names
-from tunesmith.project import Project, open_project, open_store
+from tunesmith.project import Project, open_store
 from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
 from tunesmith.services.fine_tuning.arguments import KIND
@@ -300,7 +300,7 @@ def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
     job = queue.get(store, lease.job)
 
     def work(progress: JobProgress) -> Outcome:
-        project = open_project(root)
+        project = Project.load(root)
         project.store = store
         made = project_of(project, job)
         with telemetry.span(names.JOB_SPAN, _traced(job.id, job.kind, job.project)):
@@ -323,18 +323,16 @@ def list_jobs(
     *,
     states: Collection[State] = (),
     kinds: Collection[str] = (),
-    by: str | None = None,
     before: int | None = None,
     most: int = 100,
     scope: Scope = Scope(),
 ) -> JobList:
-    """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created. before:
-    only those before this number.
+    """Jobs, newest first. states, kinds: only these; all where empty. before: only those before this number.
 
     scope: only jobs that it covers.
     """
     now = queue.time_now(store)
-    found = queue.list_jobs(store, states=states, kinds=kinds, by=by, before=before, most=most, scope=scope)
+    found = queue.list_jobs(store, states=states, kinds=kinds, before=before, most=most, scope=scope)
     return JobList(jobs=tuple(_view(job, now) for job in found))
 
 
@@ -348,7 +346,10 @@ def page_of_jobs(
     most: int = 100,
     scope: Scope = Scope(),
 ) -> JobPage:
-    """Jobs from a place on, newest first, and how many there are. Arguments as in `list_jobs`."""
+    """Jobs from a place on, newest first, and how many there are.
+
+    by: only those that this user created. The other arguments are as in `list_jobs`.
+    """
     now = queue.time_now(store)
     found = queue.list_jobs(store, states=states, kinds=kinds, by=by, first=first, most=most, scope=scope)
     total = queue.count_jobs(store, states=states, kinds=kinds, by=by, scope=scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -54,6 +55,7 @@ class NewProject(View):
     answers `data build` will put the keys in the order of the request. respelled: rows whose answers it will write as
     constrained decoding can write them. project: path of the project file. json_answers:
     whether the answers are JSON, so that a schema was inferred. files: what was written, from the project's folder.
+    notes: what the rows lack, and what follows from them that a user may not expect.
     """
 
     project: str
@@ -64,6 +66,7 @@ class NewProject(View):
     respelled: int
     json_answers: bool
     files: tuple[str, ...]
+    notes: tuple[str, ...]
     root: Annotated[Path, Field(exclude=True)]
 
 
@@ -127,6 +130,7 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         respelled=looked.respelled,
         json_answers=looked.schema is not None,
         files=tuple(files),
+        notes=looked.notes,
         root=root,
     )
 
@@ -140,6 +144,8 @@ _HEADER = """\
 
 @dataclass(frozen=True)
 class _Looked:
+    """What was seen in the rows. system: the one system turn of them all, "" where none has one; None: they differ."""
+
     rows: int
     unusable: int
     broken: int
@@ -149,13 +155,14 @@ class _Looked:
     schema: dict[str, Any] | None
     copied: list[str]
     group_by: str | None
+    system: str | None
+    notes: tuple[str, ...]
 
 
 def _look(root: Path, source: Source) -> _Looked:
     answers: list[str] = []
     requests: list[tuple[Message, ...]] = []
-    reordered = 0
-    unusable = 0
+    reordered = unusable = calls = 0
     groups: dict[str, set[str] | None] = {key: set() for key in _GROUP_KEYS}  # None: not a group of every row
     for file in find_files([source], root):
         with open_source(file) as opened:
@@ -174,11 +181,13 @@ def _look(root: Path, source: Source) -> _Looked:
                 if objection(turns) is None:
                     *request, answer = conversation(turns)
                     answers.append(answer.text)
+                    calls += bool(answer.tool_calls)
                     reordered += in_request_order((*request, answer))[-1] != answer
                     requests.append(tuple(request))
                 else:
                     unusable += 1
-    values, broken = json_objects(answers)
+    # A call is an answer by its row's tools, not by a schema of the task.
+    values, broken = ([], 0) if calls else json_objects(answers)
     if (rows := len(answers) - broken) < _FEWEST:
         raise UsageError(
             f"{rows} usable rows are too few to train on and test ({broken} answers are broken JSON)",
@@ -191,9 +200,38 @@ def _look(root: Path, source: Source) -> _Looked:
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
     reordered = reordered if ordered else 0
+    systems = {request[0].content.strip() if request[0].role == "system" else "" for request in requests}
+    system = next(iter(systems)) if len(systems) == 1 else None
+    notes = _notes(rows, calls, system, {} if group_by else groups)
     held = schema is not None and _constrainable(schema)
     respelled = sum(as_decoded(answer) != answer for answer in answers) if held else 0
-    return _Looked(rows, unusable, broken, reordered, respelled, most, schema, copied, group_by)
+    return _Looked(rows, unusable, broken, reordered, respelled, most, schema, copied, group_by, system, notes)
+
+
+def _notes(rows: int, calls: int, system: str | None, groups: Mapping[str, Set[str] | None]) -> tuple[str, ...]:
+    """groups: keys that do not group the rows -> their values, None where not every row has one."""
+    notes = []
+    if (tested := round(rows * _shares(rows)["test"])) < _FEWEST_GROUPS:
+        enough = math.ceil(_FEWEST_GROUPS / _shares(rows)["test"])
+        notes.append(
+            f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {_FEWEST_GROUPS}: "
+            f"give at least {enough} rows, or raise data.split.test"
+        )
+    for key, values in groups.items():
+        if values and 1 < len(values) <= rows // 2:
+            notes.append(
+                f"`{key}` has {len(values)} values, too few to hold out whole groups ({_FEWEST_GROUPS} or more): "
+                "rows are grouped by their wording; data.split.group_by changes that"
+            )
+    if calls:
+        notes.append(f"{calls} rows end in calls of tools: no schema is inferred, and answers are compared as text")
+    if system:
+        notes.append("prompts/long.txt is the system turn of your rows")
+    elif system is None:
+        notes.append(
+            "the system turns of the rows differ: each candidate uses the row's own, and no prompt was written"
+        )
+    return tuple(notes)
 
 
 def _shares(rows: int) -> dict[str, float]:
@@ -214,7 +252,11 @@ def _groups_rows(values: Set[str], rows: int) -> bool:
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
     is_json = looked.schema is not None
-    files = {"prompts/long.txt": _long_prompt(looked.schema), "prompts/short.txt": _short_prompt(is_json)}
+    files, long, short = dict[str, str](), dict[str, Any](), dict[str, Any]()
+    if looked.system is not None:  # a prompt replaces the rows' own system turns
+        long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
+        own = f"{looked.system}\n" if looked.system else ""
+        files |= {long["prompt"]: own or _long_prompt(looked.schema), short["prompt"]: _short_prompt(is_json)}
     if looked.schema is not None:
         files["answer.schema.json"] = json.dumps(looked.schema, indent=1, ensure_ascii=False) + "\n"
     split: dict[str, Any] = _shares(looked.rows)
@@ -240,10 +282,10 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
         "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
         "candidates": {
             "nearest": {"method": "nearest"},
-            "zero-shot": {"prompt": "prompts/long.txt", **answer},
-            "few-shot": {"prompt": "prompts/long.txt", "shots": 6, **answer},
-            "rag": {"prompt": "prompts/long.txt", "retrieve": {"from": "train", "k": 4}, **answer},
-            "tuned": {"prompt": "prompts/short.txt", "train": default_training(), **answer},
+            "zero-shot": {**long, **answer},
+            "few-shot": {**long, "shots": 6, **answer},
+            "rag": {**long, "retrieve": {"from": "train", "k": 4}, **answer},
+            "tuned": {**short, "train": default_training(), **answer},
         },
         "gates": gates,
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.processes import end_with_parent
-from tunesmith.project import open_project
+from tunesmith.project import Project
 from tunesmith.services.jobs import make_worker
 from tunesmith.services.retraining import look_again
 from tunesmith.services.webhooks import check_secrets, delivering
@@ -67,7 +67,7 @@ def _work(root: Path, parent: int, say: Callable[[str], None]) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the server too, which stops this process in order
     try:
-        project = open_project(root)
+        project = Project.load(root)
         worker = make_worker(project, say=say, also=partial(look_again, root, say))
         check_secrets(project)
     except TunesmithError as error:  # a cluster that cannot be reached may come back

@@ -23,7 +23,7 @@ from tunesmith.jobs.state import Job
 from tunesmith.monitoring.pending_retrains import list_pending_retrains
 from tunesmith.monitoring.settings import RetrainCause, RetrainingSettings
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.project import Project, open_project
+from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import jobs, monitoring
@@ -103,7 +103,7 @@ def look(
 
 def look_again(root: Path, say: Callable[[str], None]) -> None:
     """Read the project file anew, and look and queue a run where one may be queued. For a worker."""
-    project = open_project(root)
+    project = Project.load(root)
     settings = project.settings.retraining
     if settings is None or _waits(settings, now(), before := _runs(project)):
         return  # causes cost time: drift is measured, and files are read

@@ -52,7 +52,7 @@ KINDS: Mapping[str, RecordKind] = {
         "training/train.py",
         ("base", "dataset"),
         _WEIGHTS,
-        "settings, curve, time and memory as estimated and as measured, environment",
+        "settings, the splits that could be read, curve, time and memory as estimated and as measured, environment",
     ),
     "search": RecordKind(
         "candidates/search.py",
@@ -84,8 +84,8 @@ KINDS: Mapping[str, RecordKind] = {
         "pipeline/forecast.py",
         ("base", "dataset", "candidate:NAME"),
         ("scores.jsonl",),
-        "trainings on nested subsets of the training rows, the held-out rows that were asked, each one's mean score, "
-        "tokens and seconds",
+        "trainings on nested subsets of the training rows, the splits that could be read, the held-out rows that were "
+        "asked, each one's mean score, tokens and seconds",
     ),
     "forecast": RecordKind(
         "pipeline/forecast.py",

@@ -8,7 +8,6 @@ before holds for another minute, for requests that were under way.
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from tunesmith.store import database
 from tunesmith.store.identities import User, changing, get_user, user_row
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, LoginLinkRow, SessionRow, UserRow
+from tunesmith.store.tokens import secret_digest, time_or_now
 
 LINK_SECONDS = 600.0
 SESSION_SECONDS, IDLE_SECONDS = 12 * 3600.0, 2 * 3600.0
@@ -44,21 +44,21 @@ def make_link(store: Store, name: str, *, actor: str, account: str = "", now: fl
 
     Raises Refused for anybody else, or where the user is deactivated.
     """
-    secret, at = secrets.token_urlsafe(_BYTES), _time(now)
+    secret, at = secrets.token_urlsafe(_BYTES), time_or_now(now)
     with changing(store, actor, "session.link", name, own=True) as (session, detail):
         detail |= {"account": account} if account else {}
         if not user_row(session, name).active:
             raise Refused(f"{name} is deactivated", fix="add a new user")
         session.execute(delete(LoginLinkRow).where(LoginLinkRow.until < at))
-        session.add(LoginLinkRow(digest=_digest(secret), user=name, made_by=actor, until=at + LINK_SECONDS))
+        session.add(LoginLinkRow(digest=secret_digest(secret), user=name, made_by=actor, until=at + LINK_SECONDS))
     return secret
 
 
 def link_user(store: Store, link: str, *, now: float | None = None) -> User | None:
     """Whom a link would log in now; None where it was used, has ended or never was."""
     with database.reading(store.engine) as session:
-        row = session.get(LoginLinkRow, _digest(link))
-        if row is None or row.until < _time(now):
+        row = session.get(LoginLinkRow, secret_digest(link))
+        if row is None or row.until < time_or_now(now):
             return None
         user = get_user(session, row.user)
     return user if user.active else None
@@ -75,14 +75,14 @@ def open_session(
 ) -> OpenSession | None:
     """Open a session for a user who has shown who they are. how: for the audit log. link: used up by it; None is
     returned where another request was first."""
-    secret, at, number = secrets.token_urlsafe(_BYTES), _time(now), secrets.token_hex(16)
+    secret, at, number = secrets.token_urlsafe(_BYTES), time_or_now(now), secrets.token_hex(16)
     detail: dict[str, str | None] = {"session": _shown(number), "how": how}
     try:
         with store.change(name, _OPENED, name, detail) as session:
             user = get_user(session, name)
             if link is not None:
-                used = delete(LoginLinkRow).where(LoginLinkRow.digest == _digest(link)).returning(LoginLinkRow.made_by)
-                detail["by"] = session.scalars(used).first()
+                used = delete(LoginLinkRow).where(LoginLinkRow.digest == secret_digest(link))
+                detail["by"] = session.scalars(used.returning(LoginLinkRow.made_by)).first()
                 if detail["by"] is None:
                     raise _AlreadyUsed
             if not user.active:
@@ -91,7 +91,7 @@ def open_session(
             session.add(
                 SessionRow(
                     id=number,
-                    digest=_digest(secret),
+                    digest=secret_digest(secret),
                     user=name,
                     opened=at,
                     changed=at,
@@ -106,7 +106,7 @@ def open_session(
 
 def continue_session(store: Store, secret: str, *, now: float | None = None) -> OpenSession | None:
     """The session of a cookie, with the cookie's next value where it is time for one. None where it may not go on."""
-    at, digest = _time(now), _digest(secret)
+    at, digest = time_or_now(now), secret_digest(secret)
     with database.reading(store.engine) as session:
         found = _row(session, digest)
         if found is None or not _may_go_on(found, digest, at):
@@ -125,7 +125,7 @@ def continue_session(store: Store, secret: str, *, now: float | None = None) -> 
         if not replaces or row.digest != digest:  # another request replaced it first
             return OpenSession(found.id, user, None)
         following = secrets.token_urlsafe(_BYTES)
-        row.digest, row.before, row.changed = _digest(following), digest, at
+        row.digest, row.before, row.changed = secret_digest(following), digest, at
     return OpenSession(found.id, user, following)
 
 
@@ -133,7 +133,7 @@ def is_open(store: Store, number: str, *, now: float | None = None) -> bool:
     """Whether a session may still go on."""
     with database.reading(store.engine) as session:
         row = session.get(SessionRow, number)
-        if row is None or not _may_go_on(row, row.digest, _time(now)):
+        if row is None or not _may_go_on(row, row.digest, time_or_now(now)):
             return False
         return get_user(session, row.user).active
 
@@ -143,7 +143,7 @@ def open_among(store: Store, numbers: Sequence[str], *, now: float | None = None
     query = select(SessionRow).join(UserRow, UserRow.name == SessionRow.user)
     with database.reading(store.engine) as session:
         rows = session.scalars(query.where(SessionRow.id.in_(numbers), UserRow.active))
-        return frozenset(row.id for row in rows if _may_go_on(row, row.digest, _time(now)))
+        return frozenset(row.id for row in rows if _may_go_on(row, row.digest, time_or_now(now)))
 
 
 def end_session(store: Store, number: str, *, actor: str) -> None:
@@ -179,11 +179,3 @@ def _may_go_on(row: SessionRow, digest: str, at: float) -> bool:
 def _shown(number: str) -> str:
     """A session's name in the audit log. Forms are protected by its number, so the log does not show that."""
     return digest_bytes(number.encode())[7:23]
-
-
-def _digest(secret: str) -> str:
-    return digest_bytes(secret.encode(errors="replace"))
-
-
-def _time(now: float | None) -> float:
-    return time.time() if now is None else now

@@ -96,7 +96,7 @@ def issue_token(
     deactivated or has too many tokens.
     """
     check_name(name, "token name")
-    given, at = check_scopes(scopes), _time(now)
+    given, at = check_scopes(scopes), time_or_now(now)
     if expires is not None and expires <= at:
         raise UsageError("the token would have expired already", fix="give a later end")
     secret = _PREFIX + secrets.token_urlsafe(_BYTES)
@@ -117,7 +117,7 @@ def issue_token(
                 session.delete(row)
         session.flush()
         row = TokenRow(
-            digest=_digest(secret), user=user, name=name, scopes=given, created=at, expires=expires, revoked=None
+            digest=secret_digest(secret), user=user, name=name, scopes=given, created=at, expires=expires, revoked=None
         )
         session.add(row)
         detail["tokens"] = [token_state(row)]
@@ -132,7 +132,7 @@ def revoke_token(store: Store, user: str, name: str, *, actor: str, now: float |
             raise UsageError(
                 f"the token {name} of {user} was revoked on {day(row.revoked)}", fix="nothing is left to do"
             )
-        row.revoked = _time(now)
+        row.revoked = time_or_now(now)
         detail["tokens"] = [token_state(row)]
         return _token(row)
 
@@ -143,14 +143,14 @@ def authenticate(where: Store | Session, secret: str, *, now: float | None = Non
     Raises Refused, with the reason, for a token that expired or was revoked. The look-up uses the token's SHA-256, so
     its duration does not show how close a guess was.
     """
-    digest = _digest(secret)
+    digest = secret_digest(secret)
     with identities.session_of(where) as session:
         row = session.get(TokenRow, digest)
         owner = session.get(UserRow, row.user) if row is not None else None
         if row is None or owner is None or not owner.active or not hmac.compare_digest(row.digest, digest):
             return None
         token, user = _token(row), get_user(session, owner.name)
-    if token.status(_time(now)) != "active":
+    if token.status(time_or_now(now)) != "active":
         raise Refused(token.ended, fix=f"tunesmith users token {token.user} makes another one")
     return Caller(user, token, digest)
 
@@ -195,9 +195,11 @@ def _token(row: TokenRow) -> Token:
     return Token.model_validate(row, from_attributes=True)
 
 
-def _digest(secret: str) -> str:
+def secret_digest(secret: str) -> str:
+    """What the store keeps of a secret."""
     return digest_bytes(secret.encode(errors="replace"))
 
 
-def _time(now: float | None) -> float:
+def time_or_now(now: float | None) -> float:
+    """Seconds since 1970: now, where a caller says when that is."""
     return time.time() if now is None else now

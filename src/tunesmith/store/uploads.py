@@ -22,6 +22,7 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.store import database
+from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.identities import require
 from tunesmith.store.locks import LockHeld, abandoned
 from tunesmith.store.scoping import within
@@ -173,11 +174,23 @@ def pieces(store: Store, stored: StoredFile) -> Iterator[bytes]:
         raise FileGone("the file's bytes are damaged", where=stored.file, fix="upload it again")
 
 
-def local_path(store: Store, stored: StoredFile) -> Path:
-    """A local file with a file's bytes, for reading. Raises FileGone where they are missing or not those that came."""
-    for _ in pieces(store, stored):
-        pass
-    return store.blobs.path(_key(stored.file, stored.name))
+@contextlib.contextmanager
+def local_file(store: Store, stored: StoredFile) -> Iterator[Path]:
+    """A local file with a file's bytes, for reading. Raises FileGone where they are missing or not those that came.
+
+    Of a bucket it is a temporary copy, which ends with the context: no other copy stays on this machine's disk.
+    """
+    key = _key(stored.file, stored.name)
+    if isinstance(store.blobs, LocalBlobs):
+        for _ in pieces(store, stored):
+            pass
+        yield store.blobs.path(key)
+        return
+    with store.scratch() as folder:
+        copy = folder / Path(key).name
+        with copy.open("wb") as stream:
+            stream.writelines(pieces(store, stored))
+        yield copy
 
 
 def without_bytes(session: Session, keys: Collection[str]) -> list[str]:

@@ -17,14 +17,19 @@ def more_time(training: Mapping[str, Any]) -> dict[str, Any] | None:
     """What twice the time would bring, from the body of a training's record; None where nothing was validated.
 
     Scores rise about in proportion to the logarithm of time, so the gain of doubling it is read from the slope of the
-    later validations before the learning rate fell. Returns {"text", "gain": {mean, low, high} in the score's unit with
-    a 90% interval, or None where there is none, "validations": number it was read from}.
+    later validations before the learning rate fell; where it falls all the time, no gain can be read. Returns {"text",
+    "gain": {mean, low, high} in the score's unit with a 90% interval, or None where there is none, "validations":
+    number it was read from}.
     """
     validation = training["validation"]
     if not validation:
         return None
     if (stopped := _stopped(training)) is not None:
         return _said(f"Validation stopped the training ({stopped}), so more time is not expected to bring more.")
+    if training["settings"].get("schedule") in ("cosine", "linear"):
+        return _said(
+            "The learning rate fell during the whole training, so its scores do not say what more time would bring."
+        )
     if "score" not in validation[-1]:
         return _said(_by_loss(validation))
     points = _later(training)

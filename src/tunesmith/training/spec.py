@@ -73,8 +73,8 @@ class TrainingSpec(BaseModel):
 
     name: the candidate's, for messages and curves. engine: which trains. base: the base model, with the folder of its
     files. dataset: digest of the dataset version that the rows come from. work: the training's own folder, for rows,
-    checkpoints and the result. metrics: where its curves are shown. decisions: those of an earlier training, which this
-    one repeats.
+    checkpoints and the result. splits: of the dataset version, that could be read. metrics: where its curves are shown.
+    decisions: those of an earlier training, which this one repeats.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -87,6 +87,7 @@ class TrainingSpec(BaseModel):
     validation: RowsFile
     settings: TrainSettings
     work: Path
+    splits: tuple[str, ...] = ()
     metrics: MetricsSettings | None = None
     decisions: Decisions | None = None
 

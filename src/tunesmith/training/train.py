@@ -67,6 +67,7 @@ def make_spec(
     name: str = "training",
     engine: LocalEngine | None = None,
     restart: bool = False,
+    splits: Sequence[str] = (),
     metrics: MetricsSettings | None = None,
     decisions: Decisions | None = None,
 ) -> TrainingSpec:
@@ -74,7 +75,8 @@ def make_spec(
 
     What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
     `engine: {train: auto}` takes for one process. restart: first delete what the work folder
-    holds, so that the training does not resume. decisions: to repeat.
+    holds, so that the training does not resume. splits: of the dataset version, that could be read. decisions: to
+    repeat.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
     if restart:
@@ -91,6 +93,7 @@ def make_spec(
         validation=write_rows(work / "validation.jsonl", [row.id for row in checked], rendered[1]),
         settings=settings,
         work=work.absolute(),
+        splits=tuple(splits),
         metrics=metrics,
         decisions=decisions,
     )
@@ -125,12 +128,12 @@ def run_training(
         raise TunesmithError("the training has no step", where="data", fix="give it more rows")
     batches = lay_out_validation(checked, settings, share=trained.shares_prefix, ranks=ranks)
     checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks), ranks)
-    expected = _estimate(plan, batches, trained, objective, spec, ranks, measured)
+    validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
+    expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
     _announce(spec, trained, len(rows), plan, expected, notice, progress, ranks)
     DeviceMemory(trained.device).reset_peak()
-    validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
     schedule = _schedule(spec, plan, expected, validation, progress)
     progress.measured(
         spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
@@ -270,11 +273,10 @@ def _estimate(
     model: TrainableModel,
     objective: Objective,
     spec: TrainingSpec,
-    ranks: Ranks,
-    clock: Callable[[], float],
+    validation: Validation,
 ) -> Estimate:
     """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
-    settings = spec.settings
+    settings, ranks, clock = spec.settings, validation.ranks, validation.clock
     needs, kept = memory_needs(model, settings, validates=bool(batches)), spec.work / "estimate.json"
     check_disk(spec.work, needs)
     # A budget usually ends before later epochs, whose steps are alike.
@@ -287,6 +289,10 @@ def _estimate(
     if settings.budget is not None:
         seconds = made.seconds + (len(plan) - len(steps)) * made.step_seconds
         made = made.model_copy(update={"seconds": min(settings.budget, seconds)})
+    elif validation.rows:
+        _loss, answer = validation.seconds()
+        answers = settings.validations * validation.rows * answer
+        made = made.model_copy(update={"seconds": made.seconds + answers})
     if ranks.first:
         write_atomic(kept, made.model_dump_json().encode())
     return made
@@ -342,6 +348,7 @@ def _body(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
     tail = state.curve[-max(1, len(state.curve) // 20) :]
     return {
         "settings": spec.settings.model_dump(mode="json"),
+        "splits": list(spec.splits),
         "rows": result.rows,
         "tokens": result.tokens,
         "tokens_computed": result.tokens_computed,

@@ -80,6 +80,38 @@ def test_keys_that_tell_nothing_or_two_things() -> None:
     assert conversation({"messages": turns("a", "b"), "prompt": "x", "completion": "y"}, "messages")[0].content == "a"
 
 
+@pytest.mark.parametrize(
+    ("fields", "renames"),
+    [
+        ({"question": "a", "answer": "b"}, "--rename question=prompt --rename answer=completion"),
+        ({"text": "a", "label": 1}, "--rename text=prompt --rename label=completion"),
+        ({"prompt": "a", "response": "b"}, "--rename response=completion"),
+        ({"instruction": "a", "input": "b", "response": "c"}, "--rename response=output"),
+        ({"id": "a", "chat": [{"role": "user", "content": "hi"}]}, "--rename chat=messages"),
+        ({"conversation": [{"from": "human", "value": "hi"}]}, "--rename conversation=conversations"),
+    ],
+)
+def test_an_unknown_format_names_the_renames_that_would_do(fields: dict[str, Any], renames: str) -> None:
+    assert f", here {renames} (" in str(error(fields).fix)
+
+
+def test_errors_of_common_shapes_say_what_to_do() -> None:
+    assert "null counts as absent" in str(error({"prompt": "a"}, "prompt-completion").fix)
+    assert "messages" in str(error({"prompt": turns("a"), "completion": turns("b")}).fix)
+    mixed = error({"conversations": [{"role": "user", "content": "hi"}]})
+    assert "--rename conversations=messages" in str(mixed.fix)
+    both = error({"prompt": "a", "completion": "b", "instruction": "c", "output": "d"})
+    assert "prompt-completion or alpaca" in both.what
+    assert "--rename instruction=unused" in str(both.fix)
+
+
+def test_a_whole_number_is_an_answer() -> None:
+    assert [turn.content for turn in conversation({"prompt": "a", "completion": 2})] == ["a", "2"]
+    assert [turn.content for turn in conversation({"instruction": "a", "output": 0})] == ["a", "0"]
+    for value in (True, 1.5, {"a": 1}):
+        assert "not text" in error({"prompt": "a", "completion": value}).what
+
+
 def test_null_stands_for_a_key_that_is_not_there() -> None:
     talk = [{"from": "human", "value": "hi", "weight": None}, {"from": "gpt", "value": "yo", "weight": None}]
     assert [turn.content for turn in conversation({"conversations": talk})] == ["hi", "yo"]

@@ -16,7 +16,7 @@ from tunesmith.data.sources.files import open_source
 
 
 def test_the_listed_types_and_formats() -> None:
-    assert sorted(ROW_FILES) == [".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".parquet"]
+    assert sorted(ROW_FILES) == [".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv"]
     assert sorted(DOCUMENT_FILES) == [".htm", ".html", ".markdown", ".md", ".pdf", ".txt"]
     assert sorted(COMPRESSIONS) == [".bz2", ".gz", ".xz", ".zst"]
     assert list(FORMATS) == ["messages", "openai", "prompt-completion", "alpaca", "sharegpt"]

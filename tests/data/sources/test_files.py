@@ -120,6 +120,12 @@ def test_json_array_names_the_row(tmp_path: Path) -> None:
     assert "not a list" in failure(tmp_path, "c.json", GOOD.encode()).what
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.csv", ",")])
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, name: str, mark: str) -> None:
+    (tmp_path / name).write_bytes(f'prompt{mark}completion\r\n"a, b; c\td"{mark}x\r\n'.encode())
+    assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a, b; c\td", "completion": "x"}]
+
+
 def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["prompt", "completion"], ['say "hi",\nplease', "hi"], ["b", ""]])

@@ -62,6 +62,13 @@ def test_rows_that_the_goal_takes() -> None:
     assert further is None or further > found["median"]
 
 
+def test_a_goal_that_the_smallest_subset_reaches_takes_no_more_rows() -> None:
+    """The largest subset is worth 200 rows: rows are looked for below it, and in rows, not in what they are worth."""
+    measured = _measured([0.6, 0.7, 0.8, 0.85], 0.3)
+    three_times = Whole(800, lambda _rows: 3.0, [str(place) for place in range(300)])
+    assert extrapolate(measured, three_times, 0.05)["needed"] == {"low": 12, "median": 12, "high": 12, "never": 0.0}
+
+
 def test_fewer_test_rows_or_groups_widen_the_interval() -> None:
     measured = _measured([0.3, 0.6, 0.7, 0.75], 0.5)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.forecasting.rows import LEAST_HELD, LEAST_TRAINED, MOST_HELD, reserve
 from tunesmith.training.subsets import nested
@@ -56,6 +56,26 @@ def test_few_validation_rows_are_joined_by_training_rows_unless_they_are_newer()
     assert len(reserve(train, own, (), seed=0, lend=True).held) == 240
     newer = reserve(train, own, (), seed=0, lend=False)
     assert (len(newer.held), len(newer.pool)) == (40, 400)
+
+
+def test_groups_by_which_a_prompt_was_searched_for_are_not_asked() -> None:
+    train, own = _rows([1] * 400, "train"), _rows([2] * 20, "validation")
+    chose = {own[0].group, own[-1].group}
+    found = reserve(train, own, (), seed=0, lend=True, chose=chose)
+    assert not chose & {row.group for row in found.held}
+    assert (found.validation, len(found.held)) == (36, 36 + 200), "training rows take their place"
+    with pytest.raises(Inconclusive, match="0 rows") as caught:
+        reserve(train, own, (), seed=0, lend=False, chose={row.group for row in own})
+    assert "search for prompts by fewer rows" in str(caught.value.fix)
+
+
+def test_calls_of_functions_are_not_forecast() -> None:
+    train, own = _rows([1] * 400, "train"), _rows([1] * 40, "validation")
+    call = ToolCall(id="call00000", name="light", arguments="{}")
+    answer = Message(role="assistant", content="", tool_calls=(call,))
+    own[7] = own[7].model_copy(update={"messages": (*own[7].request, answer)})
+    with pytest.raises(Inconclusive, match="calls of functions"):
+        reserve(train, own, (), seed=0, lend=True)
 
 
 @pytest.mark.parametrize(

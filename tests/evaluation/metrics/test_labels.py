@@ -26,6 +26,7 @@ from tunesmith.evaluation.metrics.classification import (
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, read_labels
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.stats.statistics import interval
 
 WORD = st.sampled_from("abc")
 
@@ -61,14 +62,23 @@ def test_five_rows_that_are_all_right_prove_little() -> None:
     assert calibration_error_interval(found, 0.95, 0).high > 0.3
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.997])
+def test_the_calibration_error_of_sure_answers_is_the_share_of_wrong_ones(confidence: float) -> None:
+    """With its interval, whose ends are resampled figures: one between two of them would be too narrow."""
+    found = labelled([("a", "a" if n % 5 else "b", 1.0) for n in range(40)])
+    error = calibration_error_interval(found, confidence, 0)
+    share = interval(1.0 - found.right, found.groups, ends=(0.0, 1.0), confidence=confidence, seed=0)
+    assert (error.mean, error.low, error.high) == pytest.approx((share.mean, share.low, share.high), abs=1e-9)
+
+
 def test_coverage_of_the_macro_f1_interval() -> None:
     random, held = np.random.RandomState(1), 0
     for _ in range(60):
         wanted = random.choice(["a", "b"], 80, p=[0.7, 0.3])
         given_ = [w if random.rand() < 0.8 else ("b" if w == "a" else "a") for w in wanted]
-        interval = macro_f1_interval(labelled([(w, g, 0.5) for w, g in zip(wanted, given_, strict=True)]), 0.9, 0)
+        found = macro_f1_interval(labelled([(w, g, 0.5) for w, g in zip(wanted, given_, strict=True)]), 0.9, 0)
         # F1 of a: 2*.56 / (.7 + .56 + .06); of b: 2*.24 / (.3 + .24 + .14)
-        held += interval.low <= (1.12 / 1.32 + 0.48 / 0.68) / 2 <= interval.high
+        held += found.low <= (1.12 / 1.32 + 0.48 / 0.68) / 2 <= found.high
     assert held >= 50
 
 

@@ -58,6 +58,19 @@ def test_what_must_not_appear_is_found_in_disguise(text: str) -> None:
         ("secret", "YWEgc2VjcmV0IQ=="),  # aa secret!
         ("1234", "pin: 1 2 3 4"),
         ("नमस्ते दुनिया", "न म स् ते - दु नि या"),
+        ("hunter2", "h·u·n·t·e·r·2"),
+        ("hunter2", "_h → u → n → t → e → r → 2_"),
+        ("hunter2", "SHVudGVyMg=="),  # Hunter2
+        ("red fox", "UmVkIEZveA=="),  # Red Fox
+        ("hunter2", "68 75 6e 74 65 72 32"),
+        ("hunter2", "68:75:6E:74:65:72:32"),
+        ("hunter2", "0x68, 0x75, 0x6e, 0x74, 0x65, 0x72, 0x32"),
+        ("hunter2", "0a68 756e 7465 7232"),
+        ("secret", "73 65 63 72 65 74"),
+        ("1234", "0x31 0x32 0x33 0x34"),
+        ("الرياض", "الرِّياض"),
+        ("الرِّياض", "الـريـاض"),
+        ("הַמֶּלֶךְ", "המלך"),
     ],
 )
 @pytest.mark.attack("policy checks", "a short forbidden text spelled letter by letter, or in base64 or hex")
@@ -69,6 +82,50 @@ def test_letters_of_a_forbidden_text_in_other_words_are_none() -> None:
     assert outcome("the rapist; and a list of hun ter2s", lacks=["therapist", "nda", "hunter2"]) == "held"
     assert outcome("Ask about aHVudG and 6875", lacks="hunter2") == "held"
     assert outcome("steps 1, 2, 3, 4 or [1,2,3,4] or 1/2/3/4", lacks="1234") == "held", "numbers in a list"
+
+
+def test_ordinary_texts_hold_no_text_that_must_not_appear() -> None:
+    english = (
+        "**Highs** of the week: 62, 61, 64 and 63 °F; see pages 31, 32, 33, 34 or 61, 62, 63. 25*100 = 2500, 2*3*4 = 24"
+        " and 2**10 = 1024. Call 67 61 73 or set `PATH`: a, b – c… I * am * fine; x→y→z."
+    )
+    german = "**Größe** 38/40 – bitte über die *Brücke* fahren. Es sind 97, 98, 99 und 100 Maße; Tel. 089/31 32 33 34."
+    turkish = "**Işık hızı** yüksektir; İstanbul’da hava ılık, kapıyı *açtı* ve ısıtıcıyı kapattı. Saat 10:20:30."
+    words = ["abc", "bad", "1234", "25100", "234", "gas", "therapist", "abcd", "secret", "hunter2", "visa"]
+    for text in (english, german, turkish):
+        assert outcome(text, lacks=words, lacks_pattern=r"\b\d{5}\b|\b234\b") == "held"
+    assert outcome("Großmutter und Brot", lacks=["Größenwahn", "Boot", "Masse"]) == "held"
+    assert outcome("açık kapı", lacks=["kapalı", "ack"]) == "held"
+    assert outcome("कमाल की किमुला", lacks="कमल") == "held", "other vowels make another word"
+    assert outcome("มานี", lacks="มน") == "held"
+    assert outcome("كتاب جديد", lacks="ّ") == "held", "a mark alone is found where it stands"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("We’re sorry, we can’t help.", "can't help"),
+        ("we can't help", "we can’t"),
+        ("Ask **Acme** Corp.", "Acme Corp"),
+        ("Ask ***Acme** Corp*.", "acme corp"),
+        ("Ask `Acme` __Corp__", "Acme Corp"),
+        ("~~Acme~~ _Corp_", "Acme Corp"),
+        ("un*believ*able", "unbelievable"),
+        ("call `__init__` first", "__init__"),
+        ("İSTANBUL", "istanbul"),
+        ("istanbul", "İstanbul"),
+        ("Işık söndü", "ışık"),
+    ],
+)
+def test_markdown_apostrophes_and_turkish_capitals_hide_no_text(text: str, wanted: str) -> None:
+    assert outcome(text, contains=wanted) == outcome(text, any_of=[wanted, "no such"]) == "held"
+    assert outcome(text, lacks=wanted) == "broke"
+
+
+def test_texts_that_must_not_appear_are_found_across_markdown() -> None:
+    assert outcome("it is hunter**2**", lacks="hunter2") == "broke"
+    assert outcome("Take **400** mg.", lacks_pattern=r"\d+ ?mg") == "broke"
+    assert outcome("f(a) * b and * c", contains="f(a)  b") == "broke", "a single star is a sign"
 
 
 @pytest.mark.parametrize("text", ["AB-1234", "AB\u200b-1234", "\uff21\uff22-\uff11\uff12\uff13\uff14", "&#65;B-1234"])

@@ -55,13 +55,44 @@ def format_of(name: str, row: Row) -> RowFormat:
     fitting = [one for one in detected if one.needs <= row.fields.keys()]
     if len(fitting) == 1:
         return fitting[0]
+    keys = f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'}"
+    if fitting:
+        names = " or ".join(one.name for one in fitting)
+        other = sorted(fitting[-1].needs)[0]
+        raise UsageError(
+            f"{keys} fits several formats: {names}",
+            where=row.where,
+            fix=f"set the source's format, or rename a key of the other, as with `init` --rename {other}=unused",
+        )
     known = "; ".join(f"{one.name}: {', '.join(sorted(one.needs))}" for one in detected)
-    what = "fits several formats" if fitting else "fits no known format"
+    likely = _likely_renames(row.fields)
     raise UsageError(
-        f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'} {what}",
+        f"{keys} fits no known format",
         where=row.where,
-        fix=f"set the source's format or rename, with `init` --rename KEY=NAME ({known})",
+        fix="set the source's format or rename, with `init` --rename KEY=NAME"
+        + (f", here {likely}" if likely else "")
+        + f" ({known}); a key that is null counts as absent",
     )
+
+
+def _likely_renames(fields: Mapping[str, Any]) -> str:
+    """The options of `init` that would make a row fit a format, by names that rows often have; "" for none."""
+    for key, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for turn, name in (("role", "messages"), ("from", "conversations")):
+                if turn in value[0]:
+                    return f"--rename {key}={name}"
+    asked = next((key for key in _REQUESTS if key in fields), None)
+    said = next((key for key in _ANSWERS if key in fields), None)
+    if asked is None or said is None:
+        return ""
+    names = ("instruction", "output") if asked == "instruction" else ("prompt", "completion")
+    return " ".join(f"--rename {key}={name}" for key, name in zip((asked, said), names, strict=True) if key != name)
+
+
+# What rows of other formats often call the request and the answer.
+_REQUESTS: Final = ("instruction", "prompt", "question", "query", "text", "input", "sentence", "document", "source")
+_ANSWERS: Final = ("completion", "output", "response", "answer", "label", "category", "summary", "target")
 
 
 def format_evidence(name: str, *, told: bool) -> str:
@@ -84,7 +115,12 @@ def read_turns(row: Row, row_format: RowFormat, ignored: Counter[str]) -> list[T
         raise UsageError(
             f"the row has no {', '.join(sorted(missing))}" + (f"; it looks like {other[0]}" if other else ""),
             where=row.where,
-            fix=f"all rows of a source have one format, here {row_format.name}: move the others into another source",
+            fix=f"all rows of a source have one format, here {row_format.name}: "
+            + (
+                "move the others into another source"
+                if other
+                else "fill it in, or remove the row (null counts as absent)"
+            ),
         )
     return row_format.read(row.fields, row.where, ignored)
 
@@ -102,8 +138,15 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
     """A text field. Raises UsageError for another type, NUL characters and broken surrogate pairs."""
     value = fields.get(key)
     if not isinstance(value, str):
-        raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}")
+        fix = {list: "write turns under messages", dict: "write it as text, such as JSON"}.get(type(value))
+        raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}", fix=fix)
     return _sound(value, f"{where}, {key}")
+
+
+def _answer_of(fields: Mapping[str, Any], key: str, where: str) -> str:
+    """The text of an answer, which may be a whole number: a label. Raises UsageError as text_of does."""
+    value = fields.get(key)
+    return str(value) if type(value) is int else text_of(fields, key, where)
 
 
 def _sound(text: str, where: str) -> str:
@@ -193,6 +236,9 @@ def _sharegpt(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> l
     turns = _system(fields, where)
     calls: list[ToolCall] = []
     for place, entry in _entries(fields, "conversations", where):
+        if "role" in entry and "from" not in entry:
+            fix = "they are messages under another name: with `init` --rename conversations=messages"
+            raise UsageError("the turn has a role, and no `from`", where=place, fix=fix)
         role = _role(entry.get("from"), _SHAREGPT_ROLES, f"{place}.from")
         ignored.update(f"conversations[].{key}" for key in entry.keys() - {"from", "value", "weight"})
         if "value" not in entry:
@@ -217,7 +263,7 @@ def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
 
 
 def _prompt_completion(fields: Mapping[str, Any], where: str, _ignored: Counter[str]) -> list[Turn]:
-    request, answer = text_of(fields, "prompt", where), text_of(fields, "completion", where)
+    request, answer = text_of(fields, "prompt", where), _answer_of(fields, "completion", where)
     return [*_system(fields, where), Turn("user", request), Turn("assistant", answer)]
 
 
@@ -225,7 +271,7 @@ def _alpaca(fields: Mapping[str, Any], where: str, _ignored: Counter[str]) -> li
     """Turns of {"instruction", "input", "output"}; the input, if any, follows the instruction after a blank line."""
     material = text_of(fields, "input", where) if "input" in fields else ""
     request = "\n\n".join(part for part in (text_of(fields, "instruction", where), material) if part.strip())
-    return [*_system(fields, where), Turn("user", request), Turn("assistant", text_of(fields, "output", where))]
+    return [*_system(fields, where), Turn("user", request), Turn("assistant", _answer_of(fields, "output", where))]
 
 
 def _system(fields: Mapping[str, Any], where: str) -> list[Turn]:

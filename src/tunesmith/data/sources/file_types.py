@@ -41,7 +41,7 @@ class DocumentFile(FileType):
 _ROWS: Final = (
     RowFile("JSONL", (".jsonl", ".ndjson"), read=row_readers.read_jsonl, split=row_readers.line_parts),
     RowFile("JSON", (".json",), read=row_readers.read_json),
-    RowFile("CSV", (".csv",), read=row_readers.read_csv),
+    RowFile("CSV", (".csv", ".tsv"), read=row_readers.read_csv),
     RowFile("Parquet", (".parquet",), (b"PAR1",), row_readers.read_parquet, row_readers.parquet_parts),
     RowFile("Arrow", (".arrow",), (b"ARROW1\0\0", b"\xff\xff\xff\xff"), row_readers.read_arrow),
 )

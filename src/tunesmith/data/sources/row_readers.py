@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO, Final
 
 from tunesmith.core.errors import UsageError
@@ -87,11 +88,12 @@ def read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]
 
 
 def read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
-    """Rows of CSV under the names of its header."""
+    """Rows of CSV under the names of its header. What separates these, a comma, tab or semicolon, separates all."""
     csv.field_size_limit(LONGEST_ROW)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        table = csv.DictReader(text, strict=True)
+        first = text.readline()
+        table = csv.DictReader(chain([first], text), delimiter=max(",\t;", key=first.count), strict=True)
         header = table.fieldnames or []
         if "" in header or len(set(header)) != len(header):
             raise UsageError(f"the header has empty or repeated names: {header}", where=name)

@@ -13,9 +13,9 @@ from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
 from tunesmith.evaluation.forecasting.plan import Answered, epochs_of
-from tunesmith.evaluation.lines import LineFile, is_number, is_share
+from tunesmith.evaluation.lines import is_number, is_share
 from tunesmith.evaluation.prices import money_of
-from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.scores import SCORE_LINES, rounded
 from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.evaluation.stats.learning_curve import Subsets
 from tunesmith.evaluation.stats.statistics import Floats
@@ -24,9 +24,6 @@ from tunesmith.store.store import Store
 from tunesmith.training.recipe import usual_epochs
 
 LOSS = "loss of the expected answer"  # beside the metric's name in the scores; in nats
-_SCORES = LineFile(
-    "scores.jsonl", "a score", "scored", unique=("candidate", "metric", "id"), texts=("group",), values=("value",)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +61,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival": rival,
         "rival_named": wanted.over is not None,
         "rivals": rivals,
+        "within": settings["budget"],
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
         **found,
         "training": _training(body, body["rows"], epochs(body["rows"]), wanted.prices),
@@ -86,7 +84,7 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
     body = record.body
     groups: dict[str, str] = {}
     rows: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for place, line in _SCORES.read(store, record):
+    for place, line in SCORE_LINES.read(store, record):
         value, loss = line["value"], line["metric"] == LOSS
         if not (is_number(value) and value >= 0.0 if loss else is_share(value)):
             raise Inconclusive(f"{value!r} is no {'loss' if loss else 'number from 0 to 1'}", where=place)
@@ -129,11 +127,12 @@ def _pays(body: Mapping[str, Any], rival: str, epochs: float, wanted: Wanted) ->
 
     {"unit": "money" or "seconds", "days", "training", "tuned_per_1000", "rival_per_1000", "requests_a_day"}. Seconds of
     this machine are compared where a price is missing; rival_per_1000 is None where they cannot be compared either, as
-    with an endpoint. requests_a_day is None where a request costs no less than the rival's.
+    with an endpoint or a server, which answer elsewhere. requests_a_day is None where a request costs no less than the
+    rival's.
     """
     own, other = body["subsets"][-1]["price"], body["untuned"][rival]["price"]
     training = _training(body, body["rows"], epochs, wanted.prices)
-    remote = rival in body["endpoints"]
+    remote = rival in (*body["endpoints"], *body["on_server"])
     mine = money_of(own, wanted.prices, None, remote=False)
     theirs = money_of(other, wanted.prices, wanted.tokens.get(rival), remote=remote)
     unit, spent = "money", training["money"]

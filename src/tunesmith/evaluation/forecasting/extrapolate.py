@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.evaluation.forecasting.plan import SMALLEST
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.learning_curve import DRAWS, SPREAD, Drawn, Spread, Subsets, draw_curves, untuned_means
 from tunesmith.evaluation.stats.power import grouping_of
@@ -22,7 +23,7 @@ LIKELY, UNLIKELY = 0.9, 0.1  # probabilities of reaching the goal from which, an
 # (the form of Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", equation 5).
 WORTH = 10.0
 _FARTHEST = 100.0  # times the rows: a goal beyond that is out of reach
-_STEPS = 60  # numbers of rows at which a curve is looked at
+_STEPS = 100  # numbers of rows at which a curve is looked at
 _DRAWN = 25  # of them in the plot, up to _SHOWN times the rows
 _SHOWN = 4.0
 
@@ -111,8 +112,11 @@ def _interval(values: Floats) -> dict[str, float]:
 
 
 def _needed(drawn: Drawn, whole: Whole, goal: float) -> dict[str, Any]:
-    """{"low", "median", "high": rows, None where out of reach; "never": share of curves that do not reach the goal}."""
-    grid = np.geomspace(min(whole.rows, drawn.largest), _FARTHEST * whole.rows, _STEPS)
+    """{"low", "median", "high": rows, None where out of reach; "never": share of curves that do not reach the goal}.
+
+    As few rows as the smallest subset has mean that no more are needed: with fewer, nothing was measured.
+    """
+    grid = np.geomspace(min(whole.rows, SMALLEST), _FARTHEST * whole.rows, _STEPS)
     reached = np.stack([drawn.lifts(whole.worth(rows)) >= goal for rows in grid], axis=1)
     first = np.where(reached.any(axis=1), reached.argmax(axis=1), _STEPS)
     rows = np.append(grid, np.inf)[first]

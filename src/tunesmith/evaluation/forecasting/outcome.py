@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.evaluation.forecasting.wording import headline, reasons
 from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import rounded
@@ -13,14 +14,20 @@ from tunesmith.store.store import Store
 _TIMING = "checkpoint_seconds"  # a setting that no result depends on
 
 
-def find_forecast(store: Store, dataset: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The newest forecast of a candidate on a dataset version with these training settings; None without one."""
+def find_forecast(
+    store: Store, dataset: str, candidate: Candidate, settings: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The newest forecast of a candidate on a dataset version with these training settings; None without one.
+
+    One with another base, prompt or rule for answers is another candidate's.
+    """
+    untrained = candidate.untrained_digest
     wanted = {key: value for key, value in settings.items() if key != _TIMING}
     for digest in reversed(store.records_of("forecast")):
         record = store.record(digest, kind="forecast")
         curve = store.record(record.parents["curve"], kind="curve")
         stated = {key: value for key, value in curve.body["settings"].items() if key != _TIMING}
-        if curve.parents["dataset"] == dataset and record.body["name"] == name and stated == wanted:
+        if curve.parents["dataset"] == dataset and curve.body.get("tuned") == untrained and stated == wanted:
             body = dict(record.body)
             return {"forecast": digest, **body, "headline": headline(body), "reasons": reasons(body)}
     return None

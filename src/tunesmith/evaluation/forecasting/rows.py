@@ -28,14 +28,21 @@ class Reserved(NamedTuple):
 
 
 def reserve(
-    train: Sequence[Example], validation: Sequence[Example], shown: Collection[str], *, seed: int, lend: bool
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    shown: Collection[str],
+    *,
+    seed: int,
+    lend: bool,
+    chose: Collection[str] = (),
 ) -> Reserved:
     """Divide a dataset's rows for a forecast.
 
     Where there are fewer than MOST_HELD validation rows, whole groups of training rows are held out of the subsets in
     addition, at most half of the rows. shown: wordings of rows that a candidate shows in its prompt, which cannot be
-    asked. lend: False keeps all training rows for the subsets, as where validation rows are newer. Raises Inconclusive
-    where too few rows or groups are left to forecast from.
+    asked. lend: False keeps all training rows for the subsets, as where validation rows are newer. chose: groups of
+    validation rows by which a candidate's prompt was searched for: on those, it scores higher than on others. Raises
+    Inconclusive where too few rows or groups are left to forecast from, and where an answer calls functions.
     """
     if len(train) < LEAST_TRAINED:
         raise Inconclusive(
@@ -44,7 +51,8 @@ def reserve(
             fix="collect more rows, or train: so few take a minute",
         )
     draw = random.Random(seed)
-    held = sorted((row for row in validation if row.wording not in shown), key=lambda row: row.id)
+    askable = [row for row in validation if row.wording not in shown and row.group not in chose]
+    held = sorted(askable, key=lambda row: row.id)
     draw.shuffle(held)
     held = held[:MOST_HELD]
     own, pool = len(held), list(train)
@@ -57,7 +65,14 @@ def reserve(
             f"{len(held)} rows in {groups:.0f} groups of equal weight can be held out, which is too few to forecast "
             f"from: it takes {LEAST_HELD} rows in {MINIMUM_GROUPS} groups",
             where="data.split.validation",
-            fix="raise it, or collect rows of more groups",
+            fix="raise it, or collect rows of more groups" + (", or search for prompts by fewer rows" if chose else ""),
+        )
+    if any(row.messages[-1].tool_calls for row in held):
+        # Losses are of an answer's text. A template writes calls in another form, which is what a training learns.
+        raise Inconclusive(
+            "some held-out rows are answered by calls of functions, whose losses a forecast cannot measure",
+            where="data",
+            fix="train without a forecast",
         )
     return Reserved(held, own, pool, len(train))
 

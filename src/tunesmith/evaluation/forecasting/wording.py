@@ -38,7 +38,7 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
         said.append(_needed(found))
     said.append(_training(found))
     if found["pays"] is not None:
-        said.append(_pays(found["pays"], found["rival"]))
+        said.append(_pays(found["pays"], found["name"], found["rival"]))
     if found["decision"] == "undecided":
         said.append(
             f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) trains larger subsets and "
@@ -49,15 +49,21 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
 
 def _needed(found: Mapping[str, Any]) -> str:
     needed, goal = found["needed"], f"A lift of {points(found['goal'])} points"
+    budget = found.get("within")
+    within = "" if budget is None else f" within a training of {duration(budget)}"
     low, middle, high = (needed[name] and needed[name]["rows"] for name in ("low", "median", "high"))
     if middle is None:
         most = f"; at best it takes {low:,}" if low else ""
-        return f"{goal} is out of reach of more rows of this kind with {percent(needed['never'])} probability{most}."
-    upper = f"{high:,}" if high is not None else f"no number of rows ({percent(needed['never'])} likely)"
+        never = f"with {percent(needed['never'])} probability"
+        return f"{goal} is out of reach of more rows of this kind{within} {never}{most}."
+    upper = f"{high:,}" if high is not None else f"no number of rows{within} ({percent(needed['never'])} likely)"
+    least = found["subsets"][0]["rows"]  # nothing was measured with fewer
+    about = "at most" if middle <= least else "about"
+    lower = f"at most {low:,}" if low <= least else f"{low:,}"
     more = max(0, middle - found["rows"])
     further = f", {more:,} more than there are" if more else ""
     return (
-        f"{goal} takes about {middle:,} rows ({found['confidence']:.0%} interval {low:,} to {upper}){further}. "
+        f"{goal} takes {about} {middle:,} rows ({found['confidence']:.0%} interval {lower} to {upper}){further}. "
         f"Training on {middle:,} rows takes {_cost(needed['median'])}."
     )
 
@@ -72,9 +78,12 @@ def _cost(training: Mapping[str, Any]) -> str:
     return f"{duration(training['seconds'])}{price}"
 
 
-def _pays(pays: Mapping[str, Any], rival: str) -> str:
+def _pays(pays: Mapping[str, Any], name: str, rival: str) -> str:
     if pays["rival_per_1000"] is None:
-        return f"What 1,000 requests cost with {rival} is not known, so nothing says when the training is repaid."
+        return (
+            f"What 1,000 requests cost with {name} and with {rival} cannot be compared, so nothing says when the "
+            "training is repaid."
+        )
     written = money if pays["unit"] == "money" else duration
     each = f"1,000 requests cost {written(pays['tuned_per_1000'])}, with {rival} {written(pays['rival_per_1000'])}"
     if pays["requests_a_day"] is None:

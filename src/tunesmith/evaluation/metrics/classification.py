@@ -170,7 +170,8 @@ def _ends(
     drawn = [of(weights[:, :groups], weights[:, groups:]) for weights in group_weights(groups + 1, confidence, seed)]
     below, above = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
     tail = (1.0 - confidence) / 2.0
-    low, high = float(np.quantile(below, tail)), float(np.quantile(above, 1.0 - tail))
+    low = float(np.quantile(below, tail, method="lower"))
+    high = float(np.quantile(above, 1.0 - tail, method="higher"))
     return Interval(mean, min(low, mean), max(high, mean))
 
 

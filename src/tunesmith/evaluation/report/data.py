@@ -202,7 +202,8 @@ def _forecast(store: Store, record: Record, data: Mapping[str, Any]) -> dict[str
     training, focus = data["training"], data["focus"]
     found = None
     if training is not None and "settings" in training:
-        found = find_forecast(store, record.parents["dataset"], focus, training["settings"])
+        candidate = load_candidate(store, record.body["candidates"][focus]["candidate"])
+        found = find_forecast(store, record.parents["dataset"], candidate, training["settings"])
     if found is None or found["metric"] != data["primary"]:
         return {"forecast": None, "forecast_outcome": None}
     score = record.body["candidates"][focus]["metrics"][data["primary"]]

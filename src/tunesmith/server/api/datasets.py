@@ -15,7 +15,18 @@ from tunesmith.core.view import View
 from tunesmith.data.building.summary import DatasetSummary
 from tunesmith.data.governance.difference import Difference
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Digest, Page, Reason, Text, call_of, changes, missing, router, shows
+from tunesmith.server.api.routing import (
+    Call,
+    Digest,
+    Page,
+    Reason,
+    Text,
+    changes,
+    missing,
+    router,
+    shows,
+    whole_call_of,
+)
 from tunesmith.services import data, dataset_rows
 
 routes = router()
@@ -39,7 +50,7 @@ class SignOffList(View):
 @routes.get("/datasets", dependencies=[needs("read")], **shows(dataset_rows.DatasetPage))
 async def datasets(request: Request, page: Page = 1) -> Response:
     """Dataset versions, newest first, 25 a page."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(dataset_rows.list_datasets, call.store, page))
 
 
@@ -93,15 +104,9 @@ async def sign(request: Request, digest: Digest) -> Response:
     return await call.answer(signed, threads=call.serving.files)
 
 
-def _whole(request: Request) -> Call:
-    call = call_of(request)
-    call.require_whole()
-    return call
-
-
 async def _of(request: Request, *digests: str) -> Call:
     """The call. Raises ApiError 404 where one of the digests is no dataset version's."""
-    call = _whole(request)
+    call = whole_call_of(request)
     for digest in digests:
         if not await call.run(partial(dataset_rows.is_dataset, call.store, digest)):
             raise missing("dataset version")

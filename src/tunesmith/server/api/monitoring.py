@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Name, Reason, call_of, changes, missing, router, shows
+from tunesmith.server.api.routing import Name, Reason, changes, missing, router, shows, whole_call_of
 from tunesmith.services import monitoring, operations, retraining, webhooks
 
 routes = router()
@@ -38,14 +38,14 @@ class RecallRequest(BaseModel):
 @routes.get("/recalls", dependencies=[needs("read")], **shows(operations.RecallList))
 async def recalls(request: Request) -> Response:
     """What was recalled and why, newest first."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(operations.list_recalls, call.store))
 
 
 @routes.post("/recalls", dependencies=[needs("operate")], **changes(monitoring.Recalled, RecallRequest))
 async def recall(request: Request) -> Response:
     """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
-    call = _whole(request)
+    call = whole_call_of(request)
     call.require("recall.start")
     given = await call.read(RecallRequest)
 
@@ -59,14 +59,14 @@ async def recall(request: Request) -> Response:
 @routes.get("/recalls/pending", dependencies=[needs("read")], **shows(monitoring.PendingRetrains))
 async def pending(request: Request) -> Response:
     """The names whose recalled version is not replaced yet."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(monitoring.list_pending_retrains, call.store))
 
 
 @routes.get("/recalls/status", dependencies=[needs("read")], **shows(RecallStatus))
 async def status(request: Request, kind: CauseKind, value: Value) -> Response:
     """Whether something that was recalled is gone."""
-    call = _whole(request)
+    call = whole_call_of(request)
 
     def look() -> RecallStatus:
         return monitoring.recall_status_of(call.store, monitoring.cause_of(call.store, {kind: value}))
@@ -77,7 +77,7 @@ async def status(request: Request, kind: CauseKind, value: Value) -> Response:
 @routes.get("/impact", dependencies=[needs("read")], **shows(monitoring.Impact))
 async def impact(request: Request, base: Value) -> Response:
     """What depends on a base. base: as a project file names it, or the start of its digest."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(monitoring.impact, call.store, base))
 
 
@@ -85,7 +85,7 @@ async def impact(request: Request, base: Value) -> Response:
 async def drift(request: Request) -> Response:
     """Whether requests to the project's champion drifted; with kept requests as examples for who may review rows, if
     the token has the scope rows."""
-    call = _whole(request)
+    call = whole_call_of(request)
     texts = call.permits("rows", "row.review")
     return await call.answer(partial(operations.drift, call.project, texts=texts), threads=call.serving.files)
 
@@ -93,28 +93,22 @@ async def drift(request: Request) -> Response:
 @routes.get("/retraining", dependencies=[needs("read")], **shows(retraining.Retraining))
 async def due(request: Request) -> Response:
     """Why a new version is due, and the runs that were queued for it."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(retraining.look, call.project), threads=call.serving.files)
 
 
 @routes.get("/webhooks", dependencies=[needs("read")], **shows(webhooks.WebhookList))
 async def hooks(request: Request) -> Response:
     """The project's webhooks, and deliveries that failed."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(webhooks.list_webhooks, call.project))
 
 
 @routes.post("/webhooks/{name}/retry", dependencies=[needs("operate")], **changes(webhooks.Retried))
 async def retry(request: Request, name: Name) -> Response:
     """Try a webhook's failed deliveries again."""
-    call = _whole(request)
+    call = whole_call_of(request)
     call.require("webhook.retry")
     if name not in call.project.settings.webhooks:
         raise missing("webhook")
     return await call.answer(partial(webhooks.retry, call.project, name, **call.by))
-
-
-def _whole(request: Request) -> Call:
-    call = call_of(request)
-    call.require_whole()
-    return call

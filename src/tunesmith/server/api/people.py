@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Name, Short, Text, call_of, changes, router, shows
+from tunesmith.server.api.routing import Call, Name, Short, Text, call_of, changes, router, shows, whole_call_of
 from tunesmith.services import audit, home, people, users
 from tunesmith.store.roles import Role
 
@@ -60,7 +60,7 @@ async def audit_log(
 
     before: only entries with a smaller number; total counts the others too.
     """
-    call = _whole(request)
+    call = whole_call_of(request)
     wanted = partial(audit.show_audit, call.store, subject=subject or None, action=action or None, containing=search)
     return await call.answer(partial(wanted, before=before, limit=most))
 
@@ -68,7 +68,7 @@ async def audit_log(
 @routes.post("/audit/verification", dependencies=[needs("read")], **shows(audit.AuditVerification))
 async def verification(request: Request) -> Response:
     """Verify the audit log now: its own digests, signed records and the state that it describes."""
-    call = _whole(request)
+    call = whole_call_of(request)
     return await call.answer(partial(audit.verify_audit, call.store), threads=call.serving.files)
 
 
@@ -114,13 +114,7 @@ async def deactivate(request: Request, name: Name) -> Response:
     return await call.answer(partial(users.deactivate, call.store, name, **call.by))
 
 
-def _whole(request: Request) -> Call:
-    call = call_of(request)
-    call.require_whole()
-    return call
-
-
 def _admin(request: Request) -> Call:
-    call = _whole(request)
+    call = whole_call_of(request)
     call.require("user.change")
     return call

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.core.view import View
 from tunesmith.data.review.decisions import Choice
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Number, Page, Reason, Short, call_of, changes, router, shows
+from tunesmith.server.api.routing import Call, Number, Page, Reason, Short, changes, router, shows, whole_call_of
 from tunesmith.services import review
 
 routes = router()
@@ -107,7 +107,6 @@ async def decide(request: Request, number: Number) -> Response:
 
 
 def _reviewer(request: Request) -> Call:
-    call = call_of(request)
+    call = whole_call_of(request)
     call.require("row.review")
-    call.require_whole()
     return call

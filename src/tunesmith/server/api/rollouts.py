@@ -1,7 +1,8 @@
-"""/api/rollouts: start one, change it, and its traffic and evidence over time. control.py lists them."""
+"""/api/rollouts: the list, one of them with its traffic and evidence over time, start one and change it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated
@@ -12,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs, stated_scope
 from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, missing, router, shows
-from tunesmith.services import rollout_course, rollouts
-from tunesmith.services.rollouts import RolloutView, Seen
+from tunesmith.server.errors import ApiError
+from tunesmith.services import rollout_course
+from tunesmith.services import rollouts as service
+from tunesmith.services.rollouts import RolloutList, RolloutView, Seen
 
 routes = router()
 _AT = "/rollouts/{number}"
@@ -75,6 +78,28 @@ class RollbackRequest(AbortRequest):
     override: Reason | None = None
 
 
+@routes.get("/rollouts", dependencies=[needs("read")], **shows(RolloutList))
+async def rollouts(request: Request) -> Response:
+    """The rollouts of the caller's tenant and region, newest first."""
+    call = call_of(request)
+    return await call.answer(partial(service.visible_to, call.store, call.user))
+
+
+@routes.get(_AT, dependencies=[needs("read")], **shows(RolloutView))
+async def rollout(request: Request, number: str) -> Response:
+    """One rollout. Another tenant's rollout is answered like one that does not exist."""
+    call = call_of(request)
+
+    def look() -> RolloutView:
+        known = re.fullmatch("[1-9][0-9]{0,17}", number)
+        found = service.one_visible_to(call.store, call.user, int(number)) if known else None
+        if found is None:
+            raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
+        return found
+
+    return await call.answer(look)
+
+
 @routes.post("/rollouts", dependencies=[needs("operate")], **changes(RolloutView, RolloutRequest))
 async def start(request: Request) -> Response:
     """Start a rollout of an approved version."""
@@ -82,7 +107,7 @@ async def start(request: Request) -> Response:
     call.require("rollout.start")
     given = await call.read(RolloutRequest)
     scope = stated_scope(call.user, given.tenant, given.region)
-    begin = partial(rollouts.start, call.project, given.version, override=given.override, scope=scope, **call.by)
+    begin = partial(service.start, call.project, given.version, override=given.override, scope=scope, **call.by)
     return await call.answer(begin, threads=call.serving.files)
 
 
@@ -99,7 +124,7 @@ async def resume(request: Request, number: Number) -> Response:
     """End a rollout's pause."""
     call, found = await _changed(request, number)
     given = await call.read(ResumeRequest)
-    return await _done(call, partial(rollouts.resume, call.store, found, reason=given.reason, seen=given.seen(number)))
+    return await _done(call, partial(service.resume, call.store, found, reason=given.reason, seen=given.seen(number)))
 
 
 @routes.post(_AT + "/promote", dependencies=[needs("operate")], **changes(RolloutView, PromoteRequest))
@@ -107,7 +132,7 @@ async def promote(request: Request, number: Number) -> Response:
     """Give the new version all traffic now."""
     call, found = await _changed(request, number)
     given = await call.read(PromoteRequest)
-    act = partial(rollouts.promote, call.store, found, reason=given.reason, override=given.override)
+    act = partial(service.promote, call.store, found, reason=given.reason, override=given.override)
     return await _done(call, partial(act, seen=given.seen(number)))
 
 
@@ -116,7 +141,7 @@ async def abort(request: Request, number: Number) -> Response:
     """Give all traffic back and end the rollout."""
     call, found = await _changed(request, number)
     given = await call.read(AbortRequest)
-    end = partial(rollouts.abort, call.store, found, reason=given.reason, seen=given.seen(number))
+    end = partial(service.abort, call.store, found, reason=given.reason, seen=given.seen(number))
     return await _done(call, end)
 
 
@@ -127,7 +152,7 @@ async def rollback(request: Request, number: Number) -> Response:
     one = await _found(call, number)
     given = await call.read(RollbackRequest)
     scope = Scope(one.tenant, one.region)
-    back = partial(rollouts.rollback, call.store, one.name, reason=given.reason, override=given.override, scope=scope)
+    back = partial(service.rollback, call.store, one.name, reason=given.reason, override=given.override, scope=scope)
     return await _done(call, partial(back, seen=given.seen(number)))
 
 
@@ -144,7 +169,7 @@ async def _done(call: Call, act: Callable[..., RolloutView]) -> Response:
 
 
 async def _found(call: Call, number: int) -> RolloutView:
-    found = await call.run(partial(rollouts.one_visible_to, call.store, call.user, number, judged=False))
+    found = await call.run(partial(service.one_visible_to, call.store, call.user, number, judged=False))
     if found is None:
         raise missing("rollout")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -40,11 +40,14 @@ CHANGE = (400, 401, 403, 404, 408, 409, 413, 429, 503, 507)
 
 
 class ApiRoute(APIRoute):
-    """A route whose services raise: what they say becomes an answer."""
+    """A route whose services raise: what they say becomes an answer. refused: the status and code where they refuse."""
+
+    refused: ClassVar[tuple[int, str]]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler."""
         inner = super().get_route_handler()
+        status, code = self.refused
 
         async def handler(request: Request) -> Response:
             try:
@@ -56,18 +59,24 @@ class ApiRoute(APIRoute):
             except (OverflowError, DataError) as error:  # a number or text that no column holds
                 raise bad_request("The address is not valid.") from error
             except UsageError as error:
-                raise bad_request(_sentence(error)) from error
+                raise bad_request(sentence(error)) from error
             except (Refused, Inconclusive) as error:
-                raise ApiError(409, _sentence(error), code="refused") from error
+                raise ApiError(status, sentence(error), code=code) from error
             except TunesmithError as error:
+                if request.method == "GET":  # nothing was to be stored: the application logs it and answers 503
+                    raise
                 raise not_stored(error) from error
 
         return handler
 
 
-def router() -> APIRouter:
-    """A router for these routes."""
-    return APIRouter(prefix="/api", route_class=ApiRoute)
+def router(status: int = 409, code: str = "refused") -> APIRouter:
+    """A router for these routes. status, code: of the answer where a service refuses."""
+
+    class Route(ApiRoute):
+        refused = (status, code)
+
+    return APIRouter(prefix="/api", route_class=Route)
 
 
 def shows(model: type[BaseModel]) -> dict[str, Any]:
@@ -145,11 +154,19 @@ def call_of(request: Request) -> Call:
     return Call(request, user, serving)
 
 
+def whole_call_of(request: Request) -> Call:
+    """The call of a user of all tenants and regions. Raises ApiError 403 for others."""
+    call = call_of(request)
+    call.require_whole()
+    return call
+
+
 def missing(what: str) -> ApiError:
     """The same answer for what does not exist and what is another tenant's."""
     return ApiError(404, f"There is no such {what}.", code="not_found")
 
 
-def _sentence(error: TunesmithError) -> str:
+def sentence(error: TunesmithError) -> str:
+    """What a caller reads of an error. What to do next is left out where it needs an option of a command."""
     fix = "" if not error.fix or "--" in error.fix else f" Then: {error.fix}."
     return f"{error.what[:1].upper()}{error.what[1:]}.{fix}"

@@ -36,22 +36,23 @@ _CODES = {"fail": "gate_failed", "inconclusive": "evidence_inconclusive"}
 def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Outcome:
     """Perform a job. A verdict other than pass, and a file that cannot be used, are errors with a code of their own."""
     arguments = Arguments.model_validate(job.arguments)
-    try:
-        made = _checked(project, job, arguments, progress)
-        summary = training.run(made, progress=_WithLosses(progress), actor=job.created_by, scope=job.scope)
-    except FileGone as error:
-        return _file_gone(error)
-    except InvalidExamples as error:
-        return Outcome({}, {"code": error.code, "what": error.what, "param": error.where})
-    except Inconclusive as error:
-        return Outcome({}, {"code": _CODES["inconclusive"], **_stated(error)})
-    except (UsageError, FileNotFoundError):
-        try:  # a file that was deleted meanwhile explains it
-            _files(project, job, arguments)
-        except FileGone as gone:
-            return _file_gone(gone)
-        raise
-    return _outcome(made, job, arguments, summary, progress)
+    with contextlib.ExitStack() as opened:
+        try:
+            made = _checked(project, job, arguments, progress, opened)
+            summary = training.run(made, progress=_WithLosses(progress), actor=job.created_by, scope=job.scope)
+        except FileGone as error:
+            return _file_gone(error)
+        except InvalidExamples as error:
+            return Outcome({}, {"code": error.code, "what": error.what, "param": error.where})
+        except Inconclusive as error:
+            return Outcome({}, {"code": _CODES["inconclusive"], **_stated(error)})
+        except (UsageError, FileNotFoundError):
+            try:  # a file that was deleted meanwhile explains it
+                _files(project, job, arguments, opened)
+            except FileGone as gone:
+                return _file_gone(gone)
+            raise
+        return _outcome(made, job, arguments, summary, progress)
 
 
 class _WithLosses:
@@ -91,9 +92,11 @@ class _NotedTask:
             self._said = self._done + self._total / _NOTES
 
 
-def _checked(project: Project, job: Job, arguments: Arguments, progress: JobProgress) -> Project:
-    """The job's project, after its files were checked."""
-    files = _files(project, job, arguments)
+def _checked(
+    project: Project, job: Job, arguments: Arguments, progress: JobProgress, opened: contextlib.ExitStack
+) -> Project:
+    """The job's project, after its files were checked. They are there until `opened` is closed."""
+    files = _files(project, job, arguments, opened)
     for field, (stored, path) in files.items():
         lines = 1 + stored.size // 200  # a guess, for the progress only
         progress.say(f"Validating {field.replace('_', ' ')}: {getattr(arguments, field)}")
@@ -126,8 +129,10 @@ def _every(task: Task) -> Any:
     return on_line
 
 
-def _files(project: Project, job: Job, arguments: Arguments) -> dict[str, tuple[StoredFile, Path]]:
-    """The files of a job and where they are here, by the client's field. Raises FileGone."""
+def _files(
+    project: Project, job: Job, arguments: Arguments, opened: contextlib.ExitStack
+) -> dict[str, tuple[StoredFile, Path]]:
+    """The files of a job and where they are here until `opened` is closed, by the client's field. Raises FileGone."""
     found = {}
     for field in ("training_file", "validation_file"):
         identifier = getattr(arguments, field)
@@ -137,7 +142,7 @@ def _files(project: Project, job: Job, arguments: Arguments) -> dict[str, tuple[
         if stored is None:
             raise FileGone("the file was deleted", where=field, fix="upload it again and create another job")
         try:
-            found[field] = stored, uploads.local_path(project.store, stored)
+            found[field] = stored, opened.enter_context(uploads.local_file(project.store, stored))
         except FileGone as error:
             error.where = field
             raise

@@ -127,6 +127,7 @@ class FileCache:
                 return
             self._written = 0
             copies = [*self.root.glob("blobs/*/*"), *self.root.glob("records/*/*"), *self.root.glob("folders/*")]
+            copies += self.root.glob("current/*/*")
             found = []
             for path in copies:
                 with contextlib.suppress(FileNotFoundError):

@@ -1,0 +1,45 @@
+"""What a forecast says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.evaluation.forecasting.wording import reasons
+
+
+def _found(needed: tuple[int | None, int | None, int | None], **changes: Any) -> dict[str, Any]:
+    """A forecast whose goal takes so many rows: low, median, high."""
+    training = {"seconds": 90.0, "epochs": 3.0, "money": None}
+    ends = {
+        name: rows and {"rows": rows, **training} for name, rows in zip(("low", "median", "high"), needed, strict=True)
+    }
+    interval = {"median": 0.5, "low": 0.4, "high": 0.6}
+    return {
+        "name": "tuned", "metric": "exact_match", "rows": 400, "score": interval, "lift": interval, "confidence": 0.9,
+        "rival": "plain", "rival_named": False, "rivals": {"plain": 0.1}, "goal": 0.05, "likely": 0.5,
+        "subsets": [{"rows": 12, "epochs": 3.0, "mean": 0.2}], "needed": {**ends, "never": 0.75}, "within": None,
+        "training": training, "pays": None, "decision": "train", **changes,
+    }  # fmt: skip
+
+
+def _said(*given: Any, **changes: Any) -> str:
+    return " ".join(reasons(_found(*given, **changes)))
+
+
+def test_as_few_rows_as_the_smallest_subset_has_are_an_upper_bound() -> None:
+    assert "takes about 90 rows (90% interval 30 to 700)." in _said((30, 90, 700))
+    assert "takes about 90 rows (90% interval at most 12 to 700)." in _said((12, 90, 700))
+    assert "takes at most 12 rows (90% interval at most 12 to 40)." in _said((12, 12, 40))
+
+
+def test_out_of_reach_is_said_of_the_training_s_length() -> None:
+    assert "is out of reach of more rows of this kind with 75.0% probability" in _said((None, None, None))
+    assert "of this kind within a training of 15 min 0 s with 75.0%" in _said((None, None, None), within=900.0)
+    assert "to no number of rows within a training of 15 min 0 s (" in _said((30, 90, None), within=900.0)
+
+
+def test_costs_that_cannot_be_compared() -> None:
+    pays = {"unit": "seconds", "days": 30.0, "training": 90.0, "tuned_per_1000": 5.0, "rival_per_1000": None,
+            "requests_a_day": None}  # fmt: skip
+    said = _said((30, 90, 700), pays=pays)
+    assert "What 1,000 requests cost with tuned and with plain cannot be compared" in said
