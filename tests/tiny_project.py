@@ -12,7 +12,7 @@ from tests.tiny import write_model
 
 ROOMS = ("kitchen", "hall", "attic", "cellar", "study", "porch", "garage", "office", "den", "loft")
 THINGS = ("light", "fan", "heater", "radio", "blind", "lamp")
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"on": {"type": "boolean"}, "room": {"enum": [*ROOMS]}, "thing": {"enum": [*THINGS]}},
     "required": ["on", "room", "thing"],

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tests.attack_table import Happened
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint, CopyGrammars, copied_fields, invented, texts_of
+from tunesmith.candidates.copying import Constraint, CopyGrammars, check_constraint, copied_fields, invented, texts_of
 from tunesmith.candidates.words import is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
@@ -250,6 +250,31 @@ def test_fields_that_cannot_be_copied_are_refused(pattern: str, said: str) -> No
 def test_schemas_that_cannot_be_followed_are_refused(schema: Schema, pattern: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         copied_fields(schema, [pattern], "copy")
+
+
+@pytest.mark.parametrize("copied", [("name",), ()], ids=["copied", "held"])
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "array", "uniqueItems": True}, r'Unimplemented keys: \["uniqueItems"\]\n'),
+        ({"not": {"type": "string"}}, r'Unimplemented keys: \["not"\]\n'),
+        ({"type": "string", "format": "shoe-size"}, "Unknown format: shoe-size\n"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead and look-behind, is not supported\n"),
+        ({"type": "integer", "minimum": 10**30}, "integer range"),
+        ({"type": "string", "pattern": "^a+$"}, ""),
+    ],
+)
+def test_parts_of_a_schema_that_decoding_cannot_follow_are_named(
+    part: Schema, said: str, copied: tuple[str, ...]
+) -> None:
+    schema = {"type": "object", "properties": {"name": TEXT, "tags": part}, "required": ["name"]}
+    made = Candidate(name="c", base="b", max_tokens=1, answer_schema=json.dumps(schema), copied=copied)
+    if not said:
+        check_constraint(made)
+        return
+    with pytest.raises(UsageError, match=said) as caught:
+        check_constraint(made)
+    assert caught.value.where == "task.schema"
 
 
 def test_a_wildcard_takes_the_free_texts_alone() -> None:

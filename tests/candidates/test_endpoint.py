@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +48,19 @@ def test_what_is_sent_and_read(server: ChatServer, monkeypatch: pytest.MonkeyPat
     assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
     assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
     assert KEY not in str(body)
+
+
+@pytest.mark.parametrize("required", [["a", "b"], ["a"]], ids=["all", "one-optional"])
+def test_strict_is_sent_where_openai_takes_it(server: ChatServer, required: list[str]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string"}, "b": {"type": "integer"}},
+        "required": required,
+        "additionalProperties": False,
+    }
+    _endpoint(server).generate([_asked(schema=json.dumps(schema))])
+    sent = server.asked[0]["response_format"]["json_schema"]
+    assert sent == {"name": "answer", "schema": schema, **({"strict": True} if len(required) == 2 else {})}
 
 
 def test_answers_come_in_the_order_of_requests(server: ChatServer) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.tiny import write_model
+from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.engines.constraint import Constraints, mask_disallowed_
-from tunesmith.engines.json_text import has_layout
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.rendering import Renderer
 
@@ -60,20 +61,36 @@ def test_an_answer_may_end_at_every_end_token_once_it_is_whole(renderer: Rendere
     [
         '{"a": "x: y,  {z"}',
         '{"a":"\\" : \\\\"}',
+        '{"a": "Ren\u00e9e \\u0001"}',
         '{"a":  "x"}',
         '{ "a": "x"}',
         '{"a" : "x"}',
         '{"a": "x" }',
         '{\n  "a": "x"\n}',
         json.dumps({"a": "x"}, indent=4),
+        json.dumps({"a": "Ren\u00e9e"}),
+        '{"a": "1\\/2"}',
+        '{"a": "\x7f"}',
     ],
 )
-def test_which_layouts_constrained_answers_can_have(renderer: Renderer, answer: str) -> None:
+def test_answers_of_rows_are_spelled_as_constrained_answers_can_be(renderer: Renderer, answer: str) -> None:
     guide = Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids).guide(
         Generation((), schema=json.dumps(SCHEMA))
     )
-    tokens = renderer.tokenizer.encode(answer, add_special_tokens=False)
-    assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is has_layout(answer)
+
+    def possible(text: str) -> bool:
+        tokens = renderer.tokenizer.encode(text, add_special_tokens=False)
+        return bool(guide.matcher.validate_tokens(tokens) == len(tokens))
+
+    assert possible(answer) is (as_decoded(answer) == answer), "only what decoding cannot write is changed"
+    assert possible(as_decoded(answer))
+    assert json.loads(as_decoded(answer)) == json.loads(answer)
+
+
+def test_the_error_names_every_setting_that_can_be_at_fault(renderer: Renderer) -> None:
+    guides = Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids)
+    with pytest.raises(UsageError, match=r"task\.schema, task\.pattern or task\.grammar"):
+        guides.guide(Generation((), grammar="start: nothing\n"))
 
 
 def test_an_answer_may_end_or_go_on(renderer: Renderer) -> None:

@@ -12,19 +12,23 @@ from typer.testing import CliRunner
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.rollout.conftest import made, scene, versions
+from tunesmith.candidates.copying import CopyGrammars
 from tunesmith.cli import held as commands
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
 from tunesmith.holding import queue
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.store import database
 
 __all__ = ["made", "scene", "versions"]
 
 SETTINGS = HoldSettings.model_validate({"rules": [{"values": ["pay"]}]})
 SCHEMA = '{"type": "object", "required": ["intent"]}'
+COPIED = '{"type": "object", "properties": {"who": {"type": "string"}, "n": {"type": "integer"}}, "required": ["who"]}'
 app = typer.Typer()
 commands.register(app)
 
@@ -92,3 +96,32 @@ def test_who_may_not_is_told_why(waiting: Scene) -> None:
         run(waiting, "release", "a" * 32, "--reason", "x", "--as", OWNER)
     with pytest.raises(Refused, match="it takes"):
         run(waiting, "release", "a" * 32, "--reason", "x", "--as", OPERATOR)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ('{\n  "who" : "Ren\\u00e9e",\n  "n": 2\n}', True),
+        ('{"who": "Ren\u00e9e"}', True),
+        ('{"who": "Mario"}', False),
+    ],
+)
+def test_an_edited_answer_may_be_spelled_in_any_way(waiting: Scene, answer: str, fits: bool) -> None:
+    """Of copied fields there is a grammar, which holds the spelling of what is decoded."""
+    with database.reading(waiting.store.engine) as session:
+        before = queue.get(session, "a" * 32)
+    held = queue.HeldAnswer(
+        id="c" * 32, name=NAME, version=before.version, scope=Scope(before.tenant, before.region), caller=OPERATOR,
+        reasons=(), messages=(Message(role="user", content="call Ren\u00e9e"),), text='{"who": "Ren\u00e9e"}',
+        response={"choices": [{"message": {"content": '{"who": "Ren\u00e9e"}'}}]},
+        schemas=(COPIED,), grammar=CopyGrammars(COPIED, ("who",)).grammar(["call Ren\u00e9e"]),
+    )  # fmt: skip
+    queue.put(waiting.store, held, SETTINGS, 10)
+    how = {"actor": STEWARD, "reason": "looked at it", "answer": answer}
+    if not fits:
+        with pytest.raises(UsageError, match="does not fit the grammar"):
+            queue.decide(waiting.store, held.id, "replace", **how)
+        return
+    queue.decide(waiting.store, held.id, "replace", **how)
+    with database.reading(waiting.store.engine) as session:
+        assert queue.get(session, held.id).texts["edited"] == answer

@@ -177,6 +177,19 @@ def test_constrain_needs_a_schema(tmp_path: Path) -> None:
         evaluation.evaluate(Project.load(folder), names=["held"])
 
 
+@pytest.mark.parametrize("constrain", [True, {"copy": ["room"]}], ids=["held", "copied"])
+def test_a_schema_that_decoding_cannot_follow_is_refused_before_the_training(tmp_path: Path, constrain: object) -> None:
+    tuned = {"prompt": "prompt.txt", "train": {"epochs": 1, "rank": 2}, "max_tokens": 8, "constrain": constrain}
+    folder = write_project(tmp_path, candidates={"tuned": tuned}, gates={})
+    properties = {**SCHEMA["properties"], "room": {"type": "string"}, "tags": {"type": "array", "uniqueItems": True}}
+    (folder / "schema.json").write_text(json.dumps({**SCHEMA, "properties": properties}))
+    project = Project.load(folder)
+    with pytest.raises(UsageError, match="uniqueItems") as caught:
+        training.train(project, name="tuned")
+    assert caught.value.where == "task.schema"
+    assert not project.store.records_of("training")
+
+
 @pytest.mark.parametrize("form", ["pattern", "grammar"])
 def test_answers_of_a_pattern_or_a_grammar(tmp_path: Path, form: str) -> None:
     """One file gives the scorer, the gate, the constraint and the check of the rows."""

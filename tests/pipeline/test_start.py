@@ -193,54 +193,6 @@ def test_strange_rows_make_a_project_that_loads(
     happened("a project that loads")
 
 
-def test_whole_numbers_beyond_all_readers_get_no_range() -> None:
-    schema = infer_schema([{"n": n % 2 * 10**300 + n % 20} for n in range(250)])
-    assert schema["properties"]["n"] == {"type": "integer"}
-
-
-@pytest.mark.parametrize(
-    "value", [lambda n: 3, lambda n: 2015 + n % 10, lambda n: 1 + n % 10], ids=["constant", "years", "months"]
-)
-def test_a_sample_of_numbers_is_no_range(value: Callable[[int], int]) -> None:
-    schema = infer_schema([{"n": value(n)} for n in range(250)])
-    assert schema["properties"]["n"] == {"type": "integer"}
-
-
-def test_a_key_without_values_stays_open() -> None:
-    schema = infer_schema([{"note": None, "more": {}, "seen": [None], "n": n} for n in range(40)])
-    for answer in ({"note": "a", "more": {"b": 1}, "seen": ["c"], "n": 1}, {"note": 1, "more": {}, "seen": [], "n": 2}):
-        jsonschema.validate(answer, schema)
-
-
-def test_a_vocabulary_is_closed_only_where_its_values_are_seen_again() -> None:
-    often = [{"label": f"l{n % 20}"} for n in range(400)]
-    assert infer_schema(often)["properties"]["label"] == {"type": "string", "enum": sorted(f"l{n}" for n in range(20))}
-    rare = [{"label": f"rare{n}" if n < 10 else f"l{n % 10}"} for n in range(600)]
-    assert infer_schema(rare)["properties"]["label"] == {"type": "string"}
-
-
-def test_what_requests_say_is_copied_and_not_listed_but_for_labels(tmp_path: Path) -> None:
-    """Twelve towns in 360 rows would be listed, and the thirteenth could never be answered."""
-    towns = [f"{first}{last}" for first in ("Oster", "Nieder", "Wester") for last in ("burg", "heim", "au", "feld")]
-    found = []
-    for n in range(360):
-        town, urgency = towns[n % 12], ("high", "low")[n % 2]
-        asked = {"role": "user", "content": f"A train to {town}, with {urgency} priority, number {n}."}
-        answer = {"town": town, "urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]}
-        found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
-    data = tmp_path / "mine.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in found))
-    make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
-    project = Project.load(tmp_path / "p")
-    assert project.schema is not None
-    assert project.schema["properties"] == {
-        "town": {"type": "string"},
-        "urgency": {"type": "string", "enum": ["high", "low"]},
-        "kind": {"type": "string", "enum": ["fast", "slow"]},
-    }
-    assert project.settings.candidates["tuned"].copied == ("*",)
-
-
 @pytest.mark.parametrize(
     ("text", "least"),
     [

@@ -10,9 +10,7 @@ import pytest
 
 from tests.tiny_project import write_project
 from tunesmith.api import Project
-from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.pipeline.answers import layout_notice
 from tunesmith.pipeline.candidates import answerer, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import composed_rows
@@ -97,13 +95,3 @@ def test_weights_added_later_leave_the_dataset_as_it_is(folder: Path) -> None:
 
 def _plain(context: PipelineContext) -> Any:
     return context.settings_of("shown").model_copy(update={"train": None})
-
-
-def test_rows_that_a_constrained_candidate_cannot_lay_out_are_told() -> None:
-    held = Candidate(name="held", base="b", prompt="", max_tokens=9, answer_schema="{}")
-    rows = ['{"a": 1}', '{\n  "a": 1\n}', '{"a":1}']
-    notice = layout_notice(held, rows)
-    assert notice is not None
-    assert notice.startswith("held: constrain: 1 of 3 reference answers are indented JSON")
-    assert layout_notice(held, [rows[0], rows[2]]) is None
-    assert layout_notice(held.model_copy(update={"answer_schema": None}), rows) is None

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.tiny_project import settings, write_project
+from tests.tiny_project import SCHEMA, settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.digests import digest_file
@@ -37,8 +37,11 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompt": "prompt.txt",
         "train": {"epochs": 1, "rank": 2, "batch": 8, "learning_rate": 0.02},
         "max_tokens": 8,
+        "constrain": {"copy": ["room"]},
     }
     write_project(folder, candidates={"plain": settings()["candidates"]["plain"], "tuned": tuned})  # type: ignore[index]
+    properties = {**SCHEMA["properties"], "room": {"type": "string"}}
+    (folder / "schema.json").write_text(json.dumps({**SCHEMA, "properties": properties}))
     project = Project.load(folder)
     assert project.run().document()["register"]["version"] == "tiny@v1"
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
@@ -108,6 +111,8 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     version = _run(approved, "show", "tiny@v1")
     assert (provenance["version"], provenance["digest"]) == ("tiny@v1", version["digest"])
     assert provenance["system"] == "Answer with JSON."
+    assert provenance["copied"] == ["room"]
+    assert [" schema: " in given["notes"][0], "copies room from the request" in given["notes"][1]] == [True, True]
     (shown,) = [child for child in version["children"] if child["digest"] == given["export"]]
     assert shown["says"].startswith(f"{given['form']} {given['dtype']}: pass, log-probabilities within ")
     assert exports(Project.load(approved).store)[-1] == given["export"]

@@ -24,6 +24,7 @@ from tunesmith.candidates.words import END, SPACE, is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.engines.json_text import restricted
 from tunesmith.engines.protocol import Generation
 
 _GRAMMARS_KEPT: Final = 64
@@ -84,6 +85,27 @@ class Constraint:
                 fix="leave response_format out: the version's own rule is held in any case",
             )
         return both(json.loads(self._schema), requested)
+
+
+def check_constraint(candidate: Candidate) -> None:
+    """Raise UsageError where answers cannot be held to a candidate's schema, so that nothing is trained before that."""
+    from llguidance import LLMatcher
+
+    if candidate.answer_schema is None:
+        return
+    held = Constraint(candidate).hold(Generation(()), [Message(role="user", content="a word")])
+    try:
+        schema = restricted(json.loads(candidate.answer_schema))
+        said = LLMatcher.validate_grammar(held.grammar or LLMatcher.grammar_from_json_schema(schema))
+    except ValueError as error:  # it holds a number that llguidance cannot
+        said = str(error)
+    if said:
+        why = re.split(r"\n *\d+ \| ", said)[0].rpartition("failed to compile JSON schema: ")[2]  # then lines of rules
+        raise UsageError(
+            f"answers cannot be held to this schema: {' '.join(why.split())[:300]}",
+            where="task.schema",
+            fix=f"simplify it, or set constrain: false for the candidate {candidate.name}",
+        )
 
 
 class CopyGrammars:

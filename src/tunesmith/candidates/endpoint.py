@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.candidates.request_schemas import check_schema
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -90,7 +91,8 @@ class Endpoint:
         if self._settings.logprobs:
             body["logprobs"] = True
         if request.schema is not None:
-            held = {"name": "answer", "schema": parse_json(request.schema), "strict": True}
+            schema = parse_json(request.schema)
+            held = {"name": "answer", "schema": schema, **({"strict": True} if _strict(schema) else {})}
             body["response_format"] = {"type": "json_schema", "json_schema": held}
         return self._read(self._posted(body))
 
@@ -163,6 +165,15 @@ class Endpoint:
     def _failed(self, reason: str, fix: str) -> TunesmithError:
         where = f"{self._settings.url}, model {self._settings.model}"
         return TunesmithError(f"the endpoint gave no answer: {reason}", where=where, fix=fix)
+
+
+def _strict(schema: Any) -> bool:
+    """Whether OpenAI takes a schema with `strict: true`. It refuses any other, such as one with an optional key."""
+    try:
+        check_schema(schema, strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _said(message: Any) -> str:

@@ -140,7 +140,8 @@ class CandidateSettings(Settings):
         bool | Constrain,
         Field(
             description="decode only answers that are valid under task.schema, task.pattern or task.grammar: true; or, "
-            "with a schema, the fields to copy as well"
+            "with a schema, the fields to copy as well. Keys that the schema does not list may repeat, and numbers "
+            "without bounds may be longer than JSON readers take: set additionalProperties: false, minimum and maximum"
         ),
     ] = False
     max_tokens: Annotated[int, Field(ge=1, le=32768, description="the most tokens of an answer")] = 128

@@ -201,6 +201,10 @@ def _draw_project(console: Console, made: NewProject) -> None:
             [f"`data build` will put the keys of {made.reordered} answers in the order of the request"]
             * bool(made.reordered)
         ),
+        *(
+            [f"`data build` will write {made.respelled} answers as a schema allows: in one line, letters unescaped"]
+            * bool(made.respelled)
+        ),
         *made.notes,
         *(f"wrote {made.root / name}" for name in made.files),
         "",

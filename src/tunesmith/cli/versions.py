@@ -394,6 +394,8 @@ def _draw_versions(console: Console, found: VersionList) -> None:
 def _draw_export(console: Console, done: ExportedVersion) -> None:
     console.print(f"{done.version} is exported to {done.folder}", soft_wrap=True)
     console.print(done.summary)
+    for note in done.notes:
+        console.print(note, soft_wrap=True)
     for name, facts in done.files.items():
         console.print(f"  {name}  {facts['bytes']:,} bytes", style="dim")
 

@@ -28,7 +28,10 @@ _REQUEST_STATES = 50_000  # of a request's grammar, 1 to 2 KB each; of others ll
 _LIMITS = LLParserLimits(max_lexer_states=_REQUEST_STATES, verbose_errors=False)
 # Where a schema or grammar comes from -> what it is, and what to do where it cannot be followed.
 _AT_FAULT: Mapping[ConstrainedBy, tuple[str, str]] = {
-    "constrain": ("this schema or grammar", "simplify task.schema or task.grammar, or set constrain: false"),
+    "constrain": (
+        "this schema or grammar",
+        "simplify task.schema, task.pattern or task.grammar, or set constrain: false",
+    ),
     "messages": ("the words of this request", "shorten the user turns, from which fields of the answer are copied"),
     "response_format.json_schema": ("this response_format", "simplify its schema"),
     "tools": ("calls of these tools", "simplify the tools' parameters, or send tool_choice: auto without strict"),

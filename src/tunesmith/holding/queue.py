@@ -21,6 +21,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
@@ -287,5 +288,6 @@ def _check_fits(row: HeldRow, answer: str) -> None:
         if not fits:
             raise UsageError("the edited answer does not fit the schema of this answer", where="answer", fix=fix)
     grammar = row.texts["grammar"]
-    if grammar is not None and not matches(grammar, answer):
+    spelled = as_decoded(answer) if row.texts["schemas"] else answer  # a schema says nothing of spaces and escapes
+    if grammar is not None and not matches(grammar, spelled):
         raise UsageError("the edited answer does not fit the grammar of this answer", where="answer", fix=fix)

@@ -11,7 +11,6 @@ from tunesmith.candidates.composing import count_prompts, describe_prompts
 from tunesmith.candidates.copying import invented
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.engines.json_text import has_layout
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.gates.test_set_uses import count_test_set_uses
 from tunesmith.evaluation.metrics.declared import JudgeScorer
@@ -109,27 +108,11 @@ def _ask(
             f"{name}: copied fields: {uncopied['uncopied']} of {len(rows)} reference answers hold a value that is not "
             "words of the request, which this candidate cannot give"
         )
-    if (notice := layout_notice(asked, [row.answer for row in rows])) is not None:
-        context.progress.say(notice)
     title = f"{name} answers {len(rows)} rows"
     likelihoods = _likelihoods(context, asked, choices) if choices else None
     found = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
     body = found.body(split) | {"engine": context.engine_of(asked)} | uncopied
     return keep_answers(context.store, parents, found.lines, body)
-
-
-def layout_notice(asked: Candidate, references: Sequence[str]) -> str | None:
-    """What to say where a candidate is held to a schema and cannot write the answers as the rows lay them out."""
-    if asked.answer_schema is None or not asked.asks_base:
-        return None
-    apart = sum(not has_layout(answer) for answer in references)
-    if not apart:
-        return None
-    return (
-        f"{asked.name}: constrain: {apart} of {len(references)} reference answers are indented JSON or have other "
-        "whitespace than constrained answers, which are one line with at most one space after a comma or colon. "
-        "Training on such rows teaches a layout that decoding forbids: write the rows' answers in one line"
-    )
 
 
 def _choices(context: PipelineContext) -> tuple[str, ...]:

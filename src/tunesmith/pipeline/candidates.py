@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
-from tunesmith.candidates.copying import copied_fields
+from tunesmith.candidates.copying import check_constraint, copied_fields
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
@@ -154,6 +154,8 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         embedder=context.embedder if retrieve is not None and retrieve.by != "bm25" else None,
         endpoint=None if endpoint is None else RemoteModel(url=endpoint.url, model=endpoint.model),
     )
+    if endpoint is None and context.project.settings.server is None:  # servers read schemas in their own ways
+        check_constraint(found)
     if settings.search is not None:
         return _searched(context, found, settings.search)
     chosen = choose_shots(context.dataset.examples("train"), shots.count, shots.choose) if shots else []

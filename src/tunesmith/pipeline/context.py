@@ -196,6 +196,8 @@ class PipelineContext:
         references = References.of(project.settings.task.scorers)
         withdrawn = load_withdrawn(project.store)
         reviewed = read_reviewed(data.review, project.root)
+        held = [each for each in project.settings.candidates.values() if each.constrain and each.endpoint is None]
+        respell = schema is not None and bool(held)
         inputs = {
             "withdrawn": withdrawn.as_json(),
             "settings": _without_paths_of_named(applied_settings(data, reviewed)),
@@ -205,6 +207,7 @@ class PipelineContext:
             "rendering": self.base.fingerprint,
             "room": self._row_tokens,
             **({"review": reviewed.digest} if reviewed.rows else {}),
+            **({"respell": True} if respell else {}),
         }
 
         def build(work: Path) -> str:
@@ -220,6 +223,7 @@ class PipelineContext:
                 unscorable=references,
                 special_tokens=self.renderer.special_tokens,
                 withdrawn=withdrawn,
+                respell=respell,
                 work=work,
                 runner=self.shards,
                 progress=self.progress,

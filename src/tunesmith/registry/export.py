@@ -189,6 +189,7 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
         # The evaluation measured the weights with this prompt.
         "system": candidate.prompt,
         "answer_grammar": candidate.answer_grammar,
+        "copied": list(candidate.copied),
         "answer_schema": None if candidate.answer_schema is None else parse_json(candidate.answer_schema),
     }
 

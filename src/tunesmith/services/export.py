@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
@@ -25,7 +25,7 @@ class ExportedVersion(View):
     """Exported weights and the comparison with those that were measured. export: the export record's digest.
 
     files: name -> digest and bytes. equality: differences of log-probabilities; tolerance: the largest ones allowed.
-    summary: the comparison in one line.
+    summary: the comparison in one line. notes: what other programs do not do as they answer.
     """
 
     export: str
@@ -38,6 +38,7 @@ class ExportedVersion(View):
     tolerance: dict[str, dict[str, float]]
     outcome: str
     reason: str
+    notes: tuple[str, ...] = ()
     summary: Annotated[str, Field(exclude=True)]
 
 
@@ -59,7 +60,8 @@ def export(
     """
     store, settings = project.store, project.settings.engine
     found = resolve(store, version, scope=scope)
-    base = open_base(store, load_candidate(store, found.candidate).base)
+    candidate = load_candidate(store, found.candidate)
+    base = open_base(store, candidate.base)
     if form == "gguf":
         check_supported(base.folder)  # before anything slow
     done = export_version(
@@ -78,6 +80,18 @@ def export(
         export=done.record,
         folder=str(done.folder),
         version=found.label,
+        notes=_notes(candidate),
         summary=summary_line(store.record(done.record)),
         **done.body,
     )
+
+
+def _notes(candidate: Candidate) -> tuple[str, ...]:
+    if candidate.answer_schema is None and candidate.answer_grammar is None:
+        return ()
+    rule = "grammar" if candidate.answer_schema is None else "schema"
+    said = f"the weights do not hold answers to the {rule}: give it, from tunesmith.json, to the program that answers"
+    if not candidate.copied:
+        return (said,)
+    fields = ", ".join(candidate.copied)
+    return (said, f"no other program copies {fields} from the request: such values can be invented there")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from tunesmith.candidates.copying import paths_to_copy, patterns_of, text_fields
+from tunesmith.candidates.copying import paths_to_copy, patterns_of, text_fields, texts_of
+from tunesmith.candidates.words import is_copied, pieces
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 
 _ENUM_VALUES, _ENUM_CHARACTERS = 60, 20_000
-_LABELS = 8  # so few values are labels even where requests say them, as a request says "high" for the priority high
+_ASKED = 200  # requests that are searched for all values of a field
 # A range is a property of the task, and not of these rows, where it counts from 0 or 1, has more values than a year
-# has months, and its ends are seen again and again: 0 to 100 percent.
-_RANGE_VALUES, _RANGE_DISTINCT, _RANGE_ENDS = 200, 13, 5
+# has months, and its ends are seen again and again: 0 to 100 percent. Where only its values are, it gets a margin.
+_RANGE_VALUES, _RANGE_DISTINCT, _RANGE_ENDS, _RANGE_TIMES = 200, 13, 5, 10
 _LARGEST_RANGE = 1 << 53  # beyond, not every reader of JSON tells whole numbers apart
 # An object with more keys than this is a table of values, not a record with fields.
 _MOST_KEYS = 200
@@ -26,9 +30,12 @@ def schema_and_copied(
 ) -> tuple[dict[str, Any], list[str]]:
     """The answers' schema and the patterns of the fields to copy.
 
-    A field that is copied from the request is not closed, even where few values were seen, but for labels.
+    A field that is copied from the request is not closed, even where few values were seen: the next request may say
+    another. But where most requests list all its values, as "positive or negative?" does, these are the choices.
     """
     found = paths_to_copy(infer_schema(values, closed=False), rows)
+    listed = _listed(found, rows)
+    found = [path for path in found if path not in listed]
     schema = infer_schema(values, copied=found)
     free = set(text_fields(schema))
     return schema, patterns_of(schema, [path for path in found if path in free])
@@ -39,13 +46,29 @@ def infer_schema(
 ) -> dict[str, Any]:
     """A JSON Schema that all these answers satisfy.
 
-    closed: list the values of texts that are a vocabulary. copied: paths of texts that requests say, of which only
-    labels are listed.
+    closed: list the values of texts that are a vocabulary. copied: paths of texts whose values are not listed.
     """
-    most = dict.fromkeys(copied, _LABELS)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_infer(values, "", 0, lambda path: most.get(path, _ENUM_VALUES) if closed else 0),
+        **_infer(values, "", 0, lambda path: _ENUM_VALUES if closed and path not in copied else 0),
+    }
+
+
+def _listed(paths: Collection[str], rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
+    """The paths whose values, two or more, all stand in most requests."""
+    known: dict[str, set[str]] = {path: set() for path in paths}
+    for answer, _ in rows:
+        with suppress(NotJson):
+            for path, text in texts_of(parse_json(answer)):
+                if path in known and len(known[path]) <= _ENUM_VALUES:
+                    known[path].add(text)
+    asked = [own for _, own in rows[:: -(-len(rows) // _ASKED)]]
+    given = [pieces([turn.content for turn in own if turn.role == "user"]) for own in asked]
+    return {
+        path
+        for path, texts in known.items()
+        if 1 < len(texts) <= _ENUM_VALUES
+        and 2 * sum(all(is_copied(text, said) for text in texts) for said in given) > len(given)
     }
 
 
@@ -73,18 +96,29 @@ def _infer(values: Sequence[Any], path: str, level: int, listed: Callable[[str],
     items = [item for value in values if isinstance(value, list) for item in value]
     if items:
         found["items"] = _infer(items, f"{path}[]", level + 1, listed)
-    if kinds == ["integer"] and _is_range(values):
-        found |= {"minimum": min(values), "maximum": max(values)}
+    if kinds in (["integer"], ["number"]) and (ends := _range(values)) is not None:
+        found |= {"minimum": ends[0], "maximum": ends[1]}
     if kinds == ["string"] and _is_vocabulary(values, listed(path)):
         found["enum"] = sorted(set(values))
     return found
 
 
-def _is_range(values: Sequence[int]) -> bool:
-    least, most = min(values), max(values)
-    if len(values) < _RANGE_VALUES or least not in (0, 1) or most > _LARGEST_RANGE:
-        return False
-    return len(set(values)) >= _RANGE_DISTINCT and min(values.count(least), values.count(most)) >= _RANGE_ENDS
+def _range(values: Sequence[int | float]) -> tuple[int, int] | None:
+    """The least and the largest number that answers should have; None where these values do not say.
+
+    Numbers that are seldom seen again, such as those of orders, go on beyond what was seen.
+    """
+    least, most, distinct = min(values), max(values), len(set(values))
+    if len(values) < _RANGE_VALUES or distinct < _RANGE_DISTINCT or max(-least, most) > _LARGEST_RANGE:
+        return None
+    whole = all(isinstance(value, int) for value in values)
+    if whole and least in (0, 1) and min(values.count(least), values.count(most)) >= _RANGE_ENDS:
+        return int(least), int(most)
+    # Within a range, decoding writes no exponent.
+    if len(values) < _RANGE_TIMES * distinct or any("e" in repr(value) for value in values):
+        return None
+    span = most - least
+    return math.floor(least - span) if least < 0 else 0, math.ceil(most + span)
 
 
 def _is_vocabulary(values: Sequence[str], most: int) -> bool:

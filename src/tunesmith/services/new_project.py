@@ -23,6 +23,7 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import check_answer_schema
+from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
@@ -51,7 +52,8 @@ class NewProject(View):
     """A project that was just written. rows: that can be used; unusable: rows without a usable conversation.
 
     broken: rows whose answers are meant as JSON but are not: `data build` will remove them. reordered: rows in whose
-    answers `data build` will put the keys in the order of the request. project: path of the project file. json_answers:
+    answers `data build` will put the keys in the order of the request. respelled: rows whose answers it will write as
+    constrained decoding can write them. project: path of the project file. json_answers:
     whether the answers are JSON, so that a schema was inferred. files: what was written, from the project's folder.
     notes: what the rows lack, and what follows from them that a user may not expect.
     """
@@ -61,6 +63,7 @@ class NewProject(View):
     unusable: int
     broken: int
     reordered: int
+    respelled: int
     json_answers: bool
     files: tuple[str, ...]
     notes: tuple[str, ...]
@@ -124,6 +127,7 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         unusable=looked.unusable,
         broken=looked.broken,
         reordered=looked.reordered,
+        respelled=looked.respelled,
         json_answers=looked.schema is not None,
         files=tuple(files),
         notes=looked.notes,
@@ -146,6 +150,7 @@ class _Looked:
     unusable: int
     broken: int
     reordered: int
+    respelled: int
     answer_tokens: int
     schema: dict[str, Any] | None
     copied: list[str]
@@ -198,7 +203,9 @@ def _look(root: Path, source: Source) -> _Looked:
     systems = {request[0].content.strip() if request[0].role == "system" else "" for request in requests}
     system = next(iter(systems)) if len(systems) == 1 else None
     notes = _notes(rows, calls, system, {} if group_by else groups)
-    return _Looked(rows, unusable, broken, reordered, most, schema, copied, group_by, system, notes)
+    held = schema is not None and _constrainable(schema)
+    respelled = sum(as_decoded(answer) != answer for answer in answers) if held else 0
+    return _Looked(rows, unusable, broken, reordered, respelled, most, schema, copied, group_by, system, notes)
 
 
 def _notes(rows: int, calls: int, system: str | None, groups: Mapping[str, Set[str] | None]) -> tuple[str, ...]:

@@ -55,6 +55,33 @@ def test_grammars_that_cannot_be_used_are_refused(grammar: str) -> None:
         check_answer_grammar(grammar, "answers.lark")
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: name\nname[max_tokens=3]: /[a-z]+/\n",
+        'start: name\nname[stop="x", max_tokens = 3]: /[a-z]+/\n',
+        'start: "a" <|end|>\n',
+        'start: "a" <[5]>\n',
+    ],
+)
+def test_grammars_of_tokens_are_refused(grammar: str) -> None:
+    """Decoding would count a model's tokens, and the scorer bytes."""
+    with pytest.raises(UsageError, match="model's tokens"):
+        check_answer_grammar(grammar, "answers.lark")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'start: "<|end|> max_tokens=3"\n',
+        'start: "\\"" /<\\/[|]a> max_tokens=3/ // max_tokens=3, "<|end|>\n',
+        'start: %json {"const": "<[5]> max_tokens=1"} # <|end|>\n',
+    ],
+)
+def test_texts_and_comments_may_speak_of_tokens(grammar: str) -> None:
+    check_answer_grammar(grammar, "answers.lark")
+
+
 def test_a_missing_grammar_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_answer_grammar(tmp_path / "none.lark")

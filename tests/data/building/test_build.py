@@ -453,3 +453,26 @@ def test_messages_are_what_was_read(tmp_path: Path) -> None:
     dataset = build(tmp_path)
     kept = [one.messages for name in SPLITS for one in dataset.examples(name) if one.messages[0].role == "system"]
     assert kept == [tuple(Message(**turn) for turn in talk["messages"])]
+
+
+def test_json_answers_are_written_as_constrained_answers_can_be(tmp_path: Path) -> None:
+    found = many_rows(40)
+    for n, one in enumerate(found):
+        one["messages"][-1]["content"] = json.dumps({"name": f"Renée {n}", "n": n}, indent=2 if n % 2 else None)
+    write_jsonl(tmp_path / "rows.jsonl", found)
+    built = build(tmp_path, respell=True)
+    answers = [each.answer for split in SPLITS for each in built.examples(split)]
+    assert len(answers) == 40
+    assert all(answer == json.dumps(json.loads(answer), ensure_ascii=False) for answer in answers)
+    assert dataset_summary(Store(tmp_path / "store"), built.digest).respelled == 40
+    assert built.record.body["rows"]["changed"] == 40
+
+
+def test_rows_that_decoding_can_write_give_the_same_dataset(tmp_path: Path) -> None:
+    found = many_rows(40)
+    for n, one in enumerate(found):
+        one["messages"][-1]["content"] = f'{{"name":"Renée {n}", "n": 1.50}}'
+    write_jsonl(tmp_path / "rows.jsonl", found)
+    built = build(tmp_path, respell=True)
+    assert "respelled" not in built.record.body
+    assert built.digest == build(tmp_path).digest

@@ -6,6 +6,7 @@ and an answer that it cannot check within its bounds is not valid.
 
 from __future__ import annotations
 
+import re
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _LARGEST: Final = 1 << 20
+# Texts, comments and regular expressions of a grammar, and, outside of these, what only a model's tokens can satisfy.
+_OF_TOKENS: Final = re.compile(
+    r'"(?:[^"\\\n]|\\.)*"|(?://|\#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(max_tokens\s*=|<(?:\||\[)[^>\n]*>)'
+)
 
 
 def load_answer_grammar(path: Path) -> str:
@@ -53,6 +58,12 @@ def check_answer_grammar(grammar: str, where: str) -> None:
             f"not a grammar of answers: {' '.join(said.split())[:300]}",
             where=where,
             fix="the syntax is llguidance's dialect of Lark, with the regular expressions of Rust's regex crate",
+        )
+    if found := next((each[1] for each in _OF_TOKENS.finditer(grammar) if each[1]), None):
+        raise UsageError(
+            f"not a grammar of answers: {found[:80]} counts or names a model's tokens, and answers are checked as text",
+            where=where,
+            fix="bound a text by its characters, as in /[a-z]{1,20}/, and leave control tokens out",
         )
 
 

@@ -35,6 +35,7 @@ class Account:
 
     privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
     original. longest: the most tokens of a row. reviewed: id of a reviewed row -> rows that its decision applied to.
+    respelled: rows whose JSON answers were written as constrained decoding writes them.
     """
 
     read: int = 0
@@ -44,10 +45,12 @@ class Account:
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     reviewed: Counter[str] = field(default_factory=Counter)
+    respelled: int = 0
 
     def merge(self, other: Account) -> None:
         """Add another account's counts; `longest` becomes the larger one."""
         self.read += other.read
+        self.respelled += other.respelled
         self.longest = max(self.longest, other.longest)
         self.privacy.update(other.privacy)
         self.fields.update(other.fields)

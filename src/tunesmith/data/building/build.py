@@ -66,6 +66,7 @@ def build_dataset(
     unscorable: Callable[[str], str | None] | None = None,
     special_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
+    respell: bool = False,
     work: Path | None = None,
     runner: ShardRunner = LocalRunner(),
     progress: Progress = SILENT,
@@ -76,8 +77,8 @@ def build_dataset(
     no length is checked, and the record says so. answer_schema: JSON Schema that every answer must satisfy.
     unscorable: answer -> why the task's scorers cannot score against it, or None; such rows are removed and counted.
     special_tokens: the base's control tokens; a row that contains one is refused. withdrawn: recalled rows, which are
-    left out. work: a folder for temporary files, by default `work/build` in the store. runner: runs the shard workers;
-    it does not change the result.
+    left out. respell: write JSON answers as constrained decoding can write them. work: a folder for temporary files, by
+    default `work/build` in the store. runner: runs the shard workers; it does not change the result.
 
     Raises UsageError for malformed input, Refused where a policy forbids a row.
     """
@@ -97,7 +98,7 @@ def build_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
         limits = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
-        rules = RowRules(settings, *limits, formats_of(planned), unscorable, reviewed)
+        rules = RowRules(settings, *limits, formats_of(planned), unscorable, reviewed, respell)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))
@@ -128,7 +129,7 @@ def build_dataset(
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
             "answer_schema": None if answer_schema is None else digest_of(answer_schema),
             **_review(reviewed, account),
-        } | ({"held_groups": held} if held else {})
+        } | {key: value for key, value in (("held_groups", held), ("respelled", account.respelled)) if value}
         blobs = {f"{name}.jsonl": _sealed(store, folder, staging.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, staging.removed_lines())
         if outside.files:

@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
 from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import (
     EDITED,
@@ -48,7 +49,8 @@ class RowRules:
     count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
     text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
     test sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score
-    against it, or None. reviewed: what reviewers decided.
+    against it, or None. reviewed: what reviewers decided. respell: whether JSON answers are written as constrained
+    decoding writes them.
     """
 
     settings: DataSettings
@@ -61,6 +63,7 @@ class RowRules:
     formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)
     unscorable: Callable[[str], str | None] | None = None
     reviewed: Reviewed = field(default_factory=Reviewed)
+    respell: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,9 @@ class Examiner:
         original = conversation(turns)
         self.account.ignored.update([AFTER_THE_LAST] if ends_unlearned(turns) else ())
         self._refuse_control_tokens(original, row)
-        fitting = self._fit(original, row)
+        spelled = self._spelled(original)
+        self.account.respelled += spelled != original
+        fitting = self._fit(spelled, row)
         if fitting is None:
             return _Removed(OVERLONG)
         return _Fitting(row, source, fields, licence, original, fitting)
@@ -197,7 +202,7 @@ class Examiner:
         if (reason := objection(turns)) is not None:
             return _Removed(f"{reason} {EDITED}", review.row)
         self._refuse_control_tokens(review.messages, one.row)
-        fitting = self._fit(review.messages, one.row)
+        fitting = self._fit(self._spelled(review.messages), one.row)
         if fitting is None:
             return _Removed(OVERLONG, review.row)
         return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
@@ -217,6 +222,14 @@ class Examiner:
                         where=row.where,
                         fix="remove or spell out the token: the model would read it as the start or end of a turn",
                     )
+
+    def _spelled(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if not self.rules.respell:
+            return messages
+        return tuple(
+            turn.model_copy(update={"content": as_decoded(turn.content)}) if turn.role == "assistant" else turn
+            for turn in messages
+        )
 
     def _fit(self, messages: tuple[Message, ...], row: Row) -> tuple[Message, ...] | None:
         """The messages, without the oldest exchanges where truncation is allowed; None where they do not fit.

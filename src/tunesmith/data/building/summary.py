@@ -73,12 +73,14 @@ class DatasetSummary(View):
     """A dataset version. privacy: entity -> values found; privacy_scan: the scan's measured recall.
 
     groups: rows of a group are always in one split. duties: what the rows' licences demand. ignored_keys: keys of rows
-    that no format reads -> rows. time, strata: how the rows were split, if not by a hash of their group. tokens: None
+    that no format reads -> rows. respelled: rows whose JSON answers were written as constrained decoding writes them,
+    None where there are none. time, strata: how the rows were split, if not by a hash of their group. tokens: None
     where no length was checked.
     """
 
     dataset: str
     rows: RowCounts
+    respelled: Omitted[int] = None
     splits: dict[str, int]
     groups: dict[str, int]
     leakage: Leakage

@@ -1,0 +1,111 @@
+"""What a new project's schema says of the rows, and how its data build spells their answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.tiny import write_model
+from tunesmith.api import Project
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.services.inferred_schema import infer_schema
+from tunesmith.services.new_project import make_project
+
+
+@pytest.mark.parametrize(
+    ("value", "ends"),
+    [
+        (lambda n: 15 + n % 16, (0, 45)),
+        (lambda n: -5 + n % 16, (-20, 25)),
+        (lambda n: 15.5 + n % 16 / 2, (0, 31)),
+        (lambda n: 1000 + n, None),
+        (lambda n: (15 + n % 16) * 1e-9, None),
+    ],
+    ids=["temperatures", "below-zero", "halves", "orders", "exponents"],
+)
+def test_a_range_that_is_seen_again_and_again_gets_a_margin(
+    value: Callable[[int], float], ends: tuple[int, int] | None
+) -> None:
+    values = [{"n": value(n)} for n in range(1000)]
+    found = infer_schema(values)["properties"]["n"]
+    assert (found.get("minimum"), found.get("maximum")) == (ends or (None, None))
+    jsonschema.validate(values[-1]["n"], found)
+
+
+def test_the_build_writes_answers_as_a_constraint_allows_them(tmp_path: Path) -> None:
+    """json.dumps writes the letters of a name as escapes, which decoding under a schema does not."""
+    write_model(tmp_path / "model")
+    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
+    openings = ("please", "later on", "do", "kindly", "today")
+    found = [
+        {
+            "prompt": f"{opening} {verb} her {n}",
+            "completion": json.dumps({"n": f"Ren\u00e9e {n}"}, indent=n % 2 or None),
+        }
+        for n, (opening, verb) in enumerate(product(openings, verbs))
+    ]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    made = make_project(tmp_path / "p", data=data, licence="CC0-1.0", base=str(tmp_path / "model"))
+    assert made.respelled == 40
+    file = tmp_path / "p" / "tunesmith.yaml"
+    for held, example in ((True, '{"n": "Ren\u00e9e'), (False, "\\u00e9")):
+        dataset = PipelineContext(Project.load(tmp_path / "p")).dataset
+        assert all(example in row.answer for row in dataset.examples("train"))
+        assert dataset.record.body.get("respelled") == (40 if held else None)
+        file.write_text(re.sub(r"constrain: true", "constrain: false", file.read_text()))
+
+
+def test_whole_numbers_beyond_all_readers_get_no_range() -> None:
+    schema = infer_schema([{"n": n % 2 * 10**300 + n % 20} for n in range(250)])
+    assert schema["properties"]["n"] == {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    "value", [lambda n: 3, lambda n: 2015 + n % 10, lambda n: 1 + n % 10], ids=["constant", "years", "months"]
+)
+def test_a_sample_of_numbers_is_no_range(value: Callable[[int], int]) -> None:
+    schema = infer_schema([{"n": value(n)} for n in range(250)])
+    assert schema["properties"]["n"] == {"type": "integer"}
+
+
+def test_a_key_without_values_stays_open() -> None:
+    schema = infer_schema([{"note": None, "more": {}, "seen": [None], "n": n} for n in range(40)])
+    for answer in ({"note": "a", "more": {"b": 1}, "seen": ["c"], "n": 1}, {"note": 1, "more": {}, "seen": [], "n": 2}):
+        jsonschema.validate(answer, schema)
+
+
+def test_a_vocabulary_is_closed_only_where_its_values_are_seen_again() -> None:
+    often = [{"label": f"l{n % 20}"} for n in range(400)]
+    assert infer_schema(often)["properties"]["label"] == {"type": "string", "enum": sorted(f"l{n}" for n in range(20))}
+    rare = [{"label": f"rare{n}" if n < 10 else f"l{n % 10}"} for n in range(600)]
+    assert infer_schema(rare)["properties"]["label"] == {"type": "string"}
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_what_requests_say_is_copied_and_listed_where_they_list_it(tmp_path: Path, count: int) -> None:
+    """Few towns in 360 rows would be listed, and another one could never be answered."""
+    towns = [f"{first}{last}" for first in ("Oster", "Nieder", "Wester") for last in ("burg", "heim", "au", "feld")]
+    found = []
+    for n in range(360):
+        town, urgency = towns[n % count], ("high", "low")[n % 2]
+        asked = {"role": "user", "content": f"A train to {town}, number {n}. Is it of high or low priority?"}
+        answer = {"town": town, "urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]}
+        found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert project.schema["properties"] == {
+        "town": {"type": "string"},
+        "urgency": {"type": "string", "enum": ["high", "low"]},
+        "kind": {"type": "string", "enum": ["fast", "slow"]},
+    }
+    assert project.settings.candidates["tuned"].copied == ("*",)
