@@ -88,7 +88,7 @@ def test_tracebacks_and_paths_are_for_those_who_run_the_server(served: Served) -
                 "an internal error; its traceback is in the operators' log",
                 "failed: OSError: cannot open '...'",
             ]
-            shown = {"code": "internal", "what": "OSError: cannot open '...'", "fix": "wait"}
+            shown = {"code": "internal", "what": "OSError: cannot open '...'", "where": None, "fix": "wait"}
             assert http.get(f"/api/jobs/{lease.job}").json()["error"] == shown
             assert shown in [job["error"] for job in http.get("/api/jobs").json()["jobs"]]
             assert http.get(f"/api/jobs/{number}/compare/{lease.job}").json()["b"]["error"] == shown

@@ -30,7 +30,7 @@ def job_for(user: User, job: JobView) -> JobView:
         return job
     error = {name: for_client(said) if isinstance(said, str) else said for name, said in job.error.items()}
     if str(job.error.get("where")).startswith("/"):
-        del error["where"]
+        error["where"] = None
     return job.model_copy(update={"error": error})
 
 
