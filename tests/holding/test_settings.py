@@ -77,6 +77,15 @@ def test_a_project_makes_a_holder(tmp_path: Path) -> None:
     assert answer_holder(Project.load(tmp_path)) is None
 
 
+def test_a_key_that_a_closed_schema_leaves_out_is_no_doubt() -> None:
+    rules = HoldSettings.model_validate({"rules": [{"field": "intent", "values": ["pay"]}]})
+    schema = {"type": "object", "properties": {"intent": {}, "room": {}}}
+    answer = Completion('{"room": "attic"}', "stop", 1, 1)
+    assert Holder(rules, {}, {**schema, "additionalProperties": False}).reasons(answer) == ()
+    assert Holder(rules, {}, schema).reasons(answer) == ("the answer has no intent",)
+    assert Holder(rules, {}).reasons(answer) == ("the answer has no intent",)
+
+
 @pytest.mark.parametrize("logprobs", [(), (math.nan,), (-0.01, math.nan), (math.nan, -0.01), (-5.0, -0.01)])
 def test_a_confidence_in_doubt_holds(logprobs: tuple[float, ...]) -> None:
     holder = Holder(HoldSettings.model_validate({"rules": [{"confidence_below": 0.5}]}), {})

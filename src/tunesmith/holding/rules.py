@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.folding import fold
 from tunesmith.engines.protocol import Completion
@@ -21,7 +23,7 @@ class Holder:
     def __init__(self, settings: HoldSettings, policy: Policy, schema: Mapping[str, Any] | None = None) -> None:
         self.settings = settings
         self.schema = None if schema is None else json.dumps(schema, ensure_ascii=False)
-        self._policy = policy
+        self._policy, self._schema = policy, schema
 
     @property
     def needs_scores(self) -> bool:
@@ -35,7 +37,10 @@ class Holder:
 
     def _reason(self, rule: HoldRule, answer: Completion) -> str | None:
         if rule.values is not None:
-            return _labelled(rule.field, tuple(rule.values), answer.text)
+            reason = _labelled(rule.field, tuple(rule.values), answer.text)
+            if reason is None and rule.field is not None:
+                return _misshapen(rule.field, self._schema, answer.text)
+            return reason
         if rule.confidence_below is not None:
             return _unsure(rule.confidence_below, answer)
         assert rule.policy is not None
@@ -56,6 +61,25 @@ def _labelled(field: str | None, values: tuple[Any, ...], text: str) -> str | No
         said.add(_plain(text))
     named = next((each for each in values if _plain(each) in said), None)
     return None if named is None else f"{field or 'the answer'} is {json.dumps(named, ensure_ascii=False)}"
+
+
+def _misshapen(field: str, schema: Mapping[str, Any] | None, text: str) -> str | None:
+    """Why an answer, a JSON object, may say in another shape what a rule on a field looks for; None if it does not.
+
+    Callers may ask for another shape, by a schema of theirs or in words.
+    """
+    value = parse_json(text)
+    try:
+        if schema is not None and not satisfies(value, schema):
+            return "the answer does not fit the task's schema"
+    except UsageError:
+        return "the task's schema cannot be followed"
+    if field not in value:
+        closed = schema is not None and schema.get("additionalProperties") is False
+        return None if closed else f"the answer has no {field}"
+    found = value[field]
+    nested = any(isinstance(each, dict | list) for each in (found if isinstance(found, list) else [found]))
+    return f"{field} is an object or a nested list" if nested else None
 
 
 def _plain(value: Any) -> str:
