@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sqlite3
@@ -393,6 +394,89 @@ def test_rollback_passes_over_a_version_whose_files_are_gone(
     rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
     assert champion(first) == versions[1].digest
     assert [one.status for one in list_rollouts(first.store)] == ["rolled_back", "rolled_back", "promoted"]
+
+
+def disk_full(patch: pytest.MonkeyPatch) -> None:
+    whole = registered.private_copy
+
+    @contextlib.contextmanager
+    def copying(folder: Path) -> Iterator[Path]:
+        if folder.name == "v2":
+            raise TunesmithError("the disk is full")
+        with whole(folder) as copy:
+            yield copy
+
+    patch.setattr(registered, "private_copy", copying)
+
+
+def too_many_files(patch: pytest.MonkeyPatch) -> None:
+    whole = os.open
+
+    def opening(path: Any, *arguments: Any, **named: Any) -> int:
+        if str(path).endswith("/v2"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return whole(path, *arguments, **named)
+
+    patch.setattr(os, "open", opening)
+
+
+def approvals_away(patch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> bytes:
+        raise TunesmithError("the bucket cannot be used")
+
+    patch.setattr(Store, "read_blob", away)
+
+
+@pytest.mark.parametrize("failing", [disk_full, too_many_files, approvals_away])
+def test_an_error_that_may_pass_is_no_decision(
+    first: Scene, versions: Versions, failing: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    rollout = begin(first, versions[2], {"setWeight": 100})
+    advance(first.store, rollout.id, clock=Time())
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch)
+        with pytest.raises(TunesmithError) as met:
+            advance(first.store, rollout.id, clock=Time())
+    assert not isinstance(met.value, Refused)
+    assert get_rollout(first.store, rollout.id).status == "running"
+    assert advance(first.store, rollout.id, clock=Time()).status == "promoted"
+    promoted(first, versions[3])
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch)
+        with pytest.raises(TunesmithError) as met:
+            rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert not isinstance(met.value, Refused)
+    assert champion(first) == versions[3].digest
+    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert champion(first) == versions[2].digest
+
+
+@contextlib.contextmanager
+def record_away(version: Version) -> Iterator[None]:
+    """The bucket cannot be reached when somebody reads this version's record."""
+    whole = Store.record
+
+    def reading(store: Store, digest: str, *kind: Any, **named: Any) -> Any:
+        if digest == version.digest:
+            raise TunesmithError("the bucket cannot be used")
+        return whole(store, digest, *kind, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "record", reading)
+        yield
+
+
+def test_a_record_that_cannot_be_read_now_decides_nothing(first: Scene, versions: Versions) -> None:
+    with record_away(versions[1]), pytest.raises(TunesmithError, match="bucket cannot be used"):
+        begin(first, versions[2])
+    assert champion(first) == versions[1].digest, "the canary has a rival"
+    rollout = begin(first, versions[2])
+    for version in (versions[1], versions[2]):
+        with record_away(version), pytest.raises(TunesmithError, match="bucket cannot be used"):
+            advance(first.store, rollout.id, clock=Time())
+    assert advance(first.store, rollout.id, clock=Time()).weight == 10
+    with record_away(versions[1]):
+        assert abort(first.store, rollout.id, actor=OPERATOR, reason="stop").status == "aborted"
 
 
 def test_rollback_is_refused_where_no_version_is_whole(first: Scene, versions: Versions) -> None:

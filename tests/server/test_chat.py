@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,10 +16,13 @@ from tests.fabricate import NAME, OWNER, STEWARD
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID
 from tunesmith.core.digests import short
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.registry import versions as registered
 from tunesmith.registry.versions import Version
 from tunesmith.store.identities import add_user, deactivate
+from tunesmith.store.store import Store
 from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
@@ -276,6 +283,40 @@ def test_a_version_whose_weights_were_changed_is_not_served(served: Served, vers
     response = served.post(model=f"{NAME}@v2")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_available")
     assert served.engine.adapters == {}
+
+
+def test_a_pinned_version_answers_again_once_the_bucket_does(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> bytes:
+        raise TunesmithError("the bucket cannot be used")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "read_blob", away)
+        response = served.post(model=f"{NAME}@v2")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert served.post(model=f"{NAME}@v2").status_code == 200
+
+
+def test_the_weights_of_a_pinned_version_are_verified_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, copied = registered.private_copy, list[str]()
+
+    @contextlib.contextmanager
+    def copying(folder: Path) -> Iterator[Path]:
+        copied.append(folder.name)
+        with whole(folder) as copy:
+            yield copy
+
+    def post(_number: int = 0) -> int:
+        return served.post(model=f"{NAME}@v2").status_code
+
+    monkeypatch.setattr(registered, "private_copy", copying)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(post, range(4))) == {200}
+    assert copied == ["v2", "v2"], "to route the first request, and to load the version"
+    with served.scene.store.change(OWNER, "test", "a", {}):  # an entry in the audit log
+        pass
+    assert post() == 200
+    assert len(list(served.client().models.list())) == 5
+    assert copied.count("v2") == 2
 
 
 def test_unknown_paths_and_methods_answer_in_the_same_shape(served: Served) -> None:

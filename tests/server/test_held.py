@@ -17,8 +17,10 @@ from tests.attack_table import Happened
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.server.conftest import HELLO, SCHEMA, Served, running
 from tests.server.fake_engine import FakeEngine
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.holding import queue
 from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.history import verify_log
@@ -291,6 +293,26 @@ def test_at_the_deadline_a_refused_version_releases_nothing(hold: Callable[..., 
     with served.http() as caller:
         until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
         assert caller.get(notice["url"]).json()["state"] == "refused"
+
+
+def test_at_the_deadline_an_answer_waits_while_its_versions_standing_cannot_be_read(
+    hold: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = hold(deadline=3600, at_deadline="release")
+    notice = held(served)
+
+    def away(*_: Any) -> Any:
+        raise TunesmithError("the bucket cannot be used")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "standing_of", away)
+        with database.writing(served.scene.store.engine) as session:
+            session.get_one(HeldRow, notice["id"]).deadline = time.time() - 1
+        with pytest.raises(TunesmithError, match="bucket cannot be used"):
+            queue.expire_due(served.scene.store)
+    with served.http() as caller:
+        until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
+        assert caller.get(notice["url"]).json()["state"] == "released"
 
 
 @pytest.mark.attack("privacy", "the texts of held answers after their time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from tests.attack_table import Happened
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import abort, resume, rollback
 from tunesmith.rollout.state import get_rollout
+from tunesmith.server import routing
 from tunesmith.store.identities import add_user
 from tunesmith.store.tokens import issue_token
 
@@ -124,6 +127,34 @@ def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) 
     assert (ended.status, ended.reason) == (
         "aborted", "the canary could not be loaded: the adapter does not fit this base",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [TunesmithError("the disk is full"), OSError(24, "Too many open files")])
+def test_a_canary_that_cannot_be_loaded_now_ends_no_rollout(
+    served: Served, versions: Versions, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(routing, "_REST", 600.0)
+    rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
+    whole, canary = served.engine.load_adapter, served.scene.store.record(versions[2].candidate).parents["training"]
+    tried: list[str] = []
+
+    def load(name: str, folder: Path) -> None:
+        tried.append(name)
+        if name == canary:
+            raise error
+        whole(name, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "load_adapter", load)
+        for _ in range(3):
+            answer = served.post()
+            assert (answer.status_code, answer.headers["x-tunesmith-arm"]) == (200, "stable")
+        assert served.post(model=f"{NAME}@v2").json()["error"]["code"] == "unavailable"
+    assert tried.count(canary) == 1, "the others did not wait for it"
+    assert get_rollout(served.scene.store, rollout.id).status == "paused"
+    served.serving.versions._resting[versions[2].digest] = 0.0
+    assert served.post().headers["x-tunesmith-arm"] == "canary"
 
 
 def test_an_abort_counts_from_the_next_request_on(served: Served, versions: Versions) -> None:

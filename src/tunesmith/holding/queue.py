@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
@@ -185,7 +185,10 @@ def decide(
 
 
 def expire_due(store: Store) -> list[State]:
-    """Decide on every answer whose deadline is over; returns the outcomes. Several processes may call it at once."""
+    """Decide on every answer whose deadline is over; returns the outcomes. Several processes may call it at once.
+
+    Raises TunesmithError where the standing of an answer's version cannot be read now; the answer goes on waiting.
+    """
     with database.reading(store.engine) as session:
         query = select(HeldRow.id).where(HeldRow.state == WAITING, HeldRow.deadline <= time.time())
         due = list(session.scalars(query))
@@ -204,7 +207,7 @@ def expire_due(store: Store) -> list[State]:
                 try:
                     _require_standing(session, store, row)
                     state = _STATES["release"]
-                except TunesmithError as error:
+                except (Refused, UsageError) as error:
                     reason = "nobody decided before the deadline, and its version may not serve any more"
                     detail["why"] = error.what
             _settle(session, row, state, CONTROLLER, reason, None)

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core import clock
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED, unmet
 from tunesmith.registry.signing.attestations import (
@@ -291,7 +291,10 @@ def _standing(counting: Sequence[RecordedApproval]) -> list[RecordedApproval]:
 def _counting(
     store: Store, session: Session, version: Version, signer: TrustedKey
 ) -> tuple[list[RecordedApproval], list[str]]:
-    """The approvals and refusals of a version that count, in the order of the log, and why each other does not."""
+    """The approvals and refusals of a version that count, in the order of the log, and why each other does not.
+
+    Raises TunesmithError where one cannot be read now.
+    """
     query = (
         select(EdgeRow.child)
         .join(RecordRow, RecordRow.digest == EdgeRow.child)
@@ -311,6 +314,6 @@ def _counting(
             envelope = store.read_blob(record.blobs.get(ENVELOPE, ""))
             approval = read_approval(record, envelope, version, signer, trusted)
             counting.append(RecordedApproval(digest, approval, logged[digest]))
-        except TunesmithError as error:
+        except (Refused, UsageError) as error:
             reasons.append(error.what)
     return sorted(counting, key=lambda recorded: recorded.seq), reasons

@@ -361,7 +361,10 @@ def _with_champion(session: Session, store: Store, rollout: Rollout, transition:
     """The transition. Its detail says so if it gives traffic back to a champion that may not serve."""
     if transition.changes.get("status") not in ("aborted", "rolled_back"):
         return transition
-    champion = champion_of(session, store, rollout.name, rollout.scope)
+    try:
+        champion = champion_of(session, store, rollout.name, rollout.scope)
+    except TunesmithError:  # its record cannot be read now, and traffic must leave the canary all the same
+        return transition
     if champion is None or champion.refused is None:
         return transition
     return replace(transition, detail={**transition.detail, "nothing_serves": champion.warning})
@@ -370,7 +373,7 @@ def _with_champion(session: Session, store: Store, rollout: Rollout, transition:
 def _verified_target(store: Store, name: str, scope: Scope, override_by: str | None) -> Verified:
     """The verified files of the version to which a rollback would give the traffic."""
     verified: Verified = {}
-    with contextlib.suppress(TunesmithError), database.reading(store.engine) as session:
+    with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
         if live_rollout(session, name, scope) is None:
             promotions_to_undo(session, store, name, scope, override_by, verified)
         elif override_by is not None and (champion := get_alias(session, name, "champion", scope)) is not None:
@@ -393,7 +396,7 @@ def _let_champion_serve(
     try:
         version = load_version(store, champion.version, session)
         check_may_serve(session, store, version, rollout.scope, override_by=by, verified=verified)
-    except TunesmithError:
+    except (Refused, UsageError):
         return
     point_champion(session, store, rollout, champion.version, actor, by)
     _note_override(session, actor, reason, rollout, champion.version)

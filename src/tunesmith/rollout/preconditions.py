@@ -7,7 +7,7 @@ import contextlib
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, revision_of, set_alias
 from tunesmith.registry.approvals import require_approved
@@ -43,13 +43,14 @@ def promotion_problem(
     """Why the canary may not become champion now, None if it may.
 
     The user who started the rollout must still be allowed to, and the canary may serve: by an approval, or by an
-    override of the user override_by. verified: as of check_may_serve.
+    override of the user override_by. verified: as of check_may_serve. Raises TunesmithError where that cannot be
+    decided now, since the disk is full or a bucket cannot be reached.
     """
     try:
         require(session, rollout.started_by, "rollout.start", scope=rollout.scope)
         canary = load_version(store, rollout.canary, session)
         check_may_serve(session, store, canary, rollout.scope, override_by=override_by, verified=verified)
-    except TunesmithError as error:
+    except (Refused, UsageError) as error:
         return error.what
     return None
 
@@ -77,10 +78,10 @@ def verify_files(store: Store, version: str, scope: Scope) -> Verified:
     """Verify the files of a version (its digest) that may serve a scope, before a transaction that needs it.
 
     Its weights are copied for that, and all other writers would wait. What may not serve is left for the transaction to
-    refuse.
+    refuse. Raises TunesmithError where the files cannot be read or copied now.
     """
     verified: Verified = {}
-    with contextlib.suppress(TunesmithError), database.reading(store.engine) as session:
+    with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
         found = load_version(store, version, session)
         check_may_serve(session, store, found, scope, override_by=None, verified=verified)
     return verified
@@ -119,7 +120,8 @@ def promotions_to_undo(
 
     There are several if the version that the newest one replaced may not serve any more. override_by: a user who lets
     it serve without an approval. verified: as of check_may_serve. Raises Refused, with the versions that could serve
-    now, if no version that served before may serve, or if a person set the champion by hand.
+    now, if no version that served before may serve, or if a person set the champion by hand; TunesmithError if that
+    cannot be decided now: a version that may serve must not be passed over.
     """
     champion = get_alias(session, name, "champion", scope)
     current, undone = champion.version if champion else "", list[Rollout]()
@@ -140,7 +142,7 @@ def promotions_to_undo(
                 before = load_version(store, promotion.stable, session)
                 check_may_serve(session, store, before, scope, override_by=by, verified=verified)
                 return undone, promotion.stable, by
-            except TunesmithError as error:
+            except (Refused, UsageError) as error:
                 problem = problem or f"the version that served before may not serve now: {error.what}"
     raise Refused(
         problem or f"no rollout promoted the champion of {name}, so it is not known what served before",

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.view import View
@@ -72,10 +72,13 @@ def standing(session: Session, version: Version, scope: Scope) -> Permission:
 def standing_of(
     session: Session, store: Store, digest: str, scope: Scope, *, override_by: str | None = None
 ) -> Permission:
-    """The standing of a version given by its digest. override_by: a user whose override counts, if none is in force."""
+    """The standing of a version given by its digest. override_by: a user whose override counts, if none is in force.
+
+    Raises TunesmithError where its record cannot be read now, as while a bucket cannot be reached.
+    """
     try:
         version = load_version(store, digest, session)
-    except TunesmithError:
+    except (Refused, UsageError):
         return Permission("unknown", "is not in the registry", "tunesmith audit verify")
     by = override_in_force(session, version, scope) or override_by
     return may_serve(session, version, scope=scope, override_by=by)
@@ -113,12 +116,12 @@ def advice(versions: tuple[str, ...], scope: Scope) -> str:
 
 
 def champion_of(session: Session, store: Store, name: str, scope: Scope) -> Champion | None:
-    """The champion of exactly this scope; None if there is none."""
+    """The champion of exactly this scope; None if there is none. Raises as standing_of does."""
     alias = get_alias(session, name, "champion", scope)
     if alias is None:
         return None
     label, expires_at = "", None
-    with contextlib.suppress(TunesmithError):
+    with contextlib.suppress(Refused, UsageError):
         version = load_version(store, alias.version, session)
         label, expires_at = version.label, version.expires_at
     permission = standing_of(session, store, alias.version, scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -24,11 +25,11 @@ from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.serving import Permission, still_valid
-from tunesmith.registry.versions import Version, load_version, resolve, verified_copy
+from tunesmith.registry.versions import Verified, Version, load_version, resolve, verified_copy
 from tunesmith.rollout.standing import override_in_force, standing
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
-from tunesmith.server.errors import ApiError, forbidden, no_such_model, not_available, unauthorised
+from tunesmith.server.errors import ApiError, forbidden, no_such_model, not_available, passes, unauthorised
 from tunesmith.services.fine_tuning.models import PREFIX, NotYet, version_behind
 from tunesmith.store import database
 from tunesmith.store.identities import User
@@ -38,6 +39,7 @@ from tunesmith.store.tokens import Caller, authenticate
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.server")
+_REST = 5.0  # seconds after a failed load in which no request waits for another one
 _UNREGISTERED = 8  # candidates without weights that stay ready for the playground
 # What a caller reads about a version that may not serve. Names of signers and approvers are for the operator only.
 _FOR_CALLERS = {
@@ -96,6 +98,9 @@ class Router:
         self._store, self._region, self._versions, self._clock = store, region, versions, clock
         self._choices = UntilChanged[_Choice](store)
         self._callers = UntilChanged[Caller](store)
+        # Of pinned versions. Their weights are read once, and again when they are loaded (ReadyVersions).
+        self._verified: Verified = {}
+        self._verifying: dict[str, threading.Lock] = {}
 
     def caller(self, token: str) -> Caller:
         """Who has this token now. Raises ApiError 401 for no valid token, 403 if they may not use models."""
@@ -221,11 +226,19 @@ class Router:
     def _pinned(self, session: Session, version: Version, scope: Scope) -> _Choice:
         permission = standing(session, version, scope)
         if permission.granted and override_in_force(session, version, scope) is None:
-            try:  # the files of the approval, which a rollout reads before it starts
-                require_approved(self._store, version, session)
-            except TunesmithError as error:
+            try:
+                self._require_approved(session, version)
+            except (Refused, UsageError) as error:
                 permission = Permission("not_approved", error.what, error.fix)
         return _Choice(version, permission, pinned=True)
+
+    def _require_approved(self, session: Session, version: Version) -> None:
+        """Read the files of a version's approvals, as a rollout does before it starts, and its weights only once."""
+        if version.digest in self._verified:
+            require_approved(self._store, version, session, self._verified)
+            return
+        with self._verifying.setdefault(version.digest, threading.Lock()):  # the threads that wait find it verified
+            require_approved(self._store, version, session, self._verified)
 
 
 def _not_serving(model: str, version: Version, permission: Permission) -> ApiError:
@@ -233,6 +246,11 @@ def _not_serving(model: str, version: Version, permission: Permission) -> ApiErr
         return no_such_model(model)
     why = _FOR_CALLERS.get(str(permission.reason), permission.message)
     return not_available(model, f"{version.label} {why}")
+
+
+def load_may_pass(error: BaseException) -> bool:
+    """Whether the error of a load says nothing about the version: the next load may succeed."""
+    return isinstance(error, OSError) or (isinstance(error, TunesmithError) and passes(error))
 
 
 class ReadyVersions:
@@ -246,23 +264,40 @@ class ReadyVersions:
         self._store, self._engine = store, engine
         self.failed: set[str] = set()
         self._ready: dict[str, Answerer] = {}
+        self._resting: dict[str, float] = {}  # digest -> until when no request waits for its load
         self._opening = threading.Lock()
         self.without_weights = lru_cache(_UNREGISTERED)(self._without_weights)  # with their indexes of texts
 
     def answerer(self, version: Version) -> Answerer:
-        """The version's answerer, after verifying and loading it. Raises TunesmithError if it does not verify."""
+        """The version's answerer, after verifying and loading it. Raises TunesmithError if it does not verify.
+
+        After an error that may pass, one request at a time tries again, and the others are refused at once: threads
+        that wait for a bucket that is away would leave none for other versions.
+        """
         ready = self._ready.get(version.digest)
         if ready is not None and self._held(ready):
             return ready
+        self._check_rest(version)
         with self._opening:
             if version.digest not in self._ready or not self._held(self._ready[version.digest]):
+                self._check_rest(version)
+                if version.digest in self._resting:
+                    self._resting[version.digest] = math.inf
                 try:
                     self._ready[version.digest] = self._open(version)
-                except BaseException:
+                except BaseException as error:
                     self.failed.add(version.digest)
+                    self._resting.pop(version.digest, None)
+                    if load_may_pass(error):
+                        self._resting[version.digest] = time.monotonic() + _REST
                     raise
                 self.failed.discard(version.digest)
+                self._resting.pop(version.digest, None)
             return self._ready[version.digest]
+
+    def _check_rest(self, version: Version) -> None:
+        if time.monotonic() < self._resting.get(version.digest, -math.inf):
+            raise TunesmithError(f"{version.label} could not be loaded a moment ago", fix="try again shortly")
 
     def _without_weights(self, candidate: str) -> Answerer:
         """A candidate that has no weights of its own, registered or not, by its record's digest."""

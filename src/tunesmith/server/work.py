@@ -41,7 +41,7 @@ from tunesmith.server.errors import (
     unavailable,
 )
 from tunesmith.server.recording import LOG, Recorder, Served
-from tunesmith.server.routing import ReadyVersions, Route, Router
+from tunesmith.server.routing import ReadyVersions, Route, Router, load_may_pass
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.turns import Turns
 from tunesmith.store.identities import User
@@ -151,7 +151,7 @@ class Worker:
     """Answers up to settings.together jobs at once.
 
     router: checks a job's caller and chooses its version once more when its turn comes, since both may have changed.
-    give_up: called with (rollout, reason) if a canary cannot be loaded. prompts: the base's Renderer. holder: says
+    give_up: called with (rollout, reason) if a canary can never be loaded. prompts: the base's Renderer. holder: says
     which answers wait for a reviewer; None: none does.
     """
 
@@ -296,20 +296,23 @@ class Worker:
             raise unavailable() from error  # no arm's failure
 
     def _ready(self, job: Job) -> Answerer:
-        """The answerer of the job's version. If a canary cannot be loaded, ends its rollout and returns stable's."""
+        """The answerer of the job's version; stable's if a canary cannot be loaded.
+
+        That ends the rollout, unless the error may pass by itself: then a later request tries the canary again.
+        """
         route = job.route
         try:
             return self._versions.answerer(route.version)
         except (TunesmithError, OSError) as error:
             LOG.exception("%s could not be loaded", route.version.label)
             if route.stable is None or route.rollout is None:
-                if passes(error):
+                if load_may_pass(error):
                     raise unavailable() from error
                 other = isinstance(error, OtherBase)
                 why = "was made from another base than this server's" if other else "could not be loaded"
                 raise not_available(job.request.model, f"{route.version.label} {why}") from error
-            what = error.what if isinstance(error, TunesmithError) else str(error)
-            self._give_up(route.rollout, f"the canary could not be loaded: {what}")
+            if isinstance(error, TunesmithError) and not load_may_pass(error):
+                self._give_up(route.rollout, f"the canary could not be loaded: {error.what}")
             job.route = replace(route, version=route.stable, arm="stable", stable=None)
             return self._ready(job)
 

@@ -36,6 +36,7 @@ _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _FIX = "restore the version's folder from where it was signed, or register it again"
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # they say nothing about the folder
 
 
 class Untrusted(Refused):
@@ -92,7 +93,8 @@ def check_in_time(key: TrustedKey, digest: str, where: str) -> None:
 def private_copy(folder: Path) -> Iterator[Path]:
     """A temporary copy of a version's folder that only this user can read. It keeps the folder's name.
 
-    Raises Refused unless the folder holds only allowed, regular files without hard links. Errors that are raised while
+    Raises Refused unless the folder holds only allowed, regular files without hard links; TunesmithError where it
+    cannot be copied now, since the disk is full or too many files are open. Errors that are raised while
     the copy is in use name the original's path.
     """
     with scratch_folder() as private:
@@ -122,6 +124,7 @@ def _copy_plain(folder: Path, target: Path) -> None:
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        _raise_passing(folder, error)
         what = "the version's folder is missing" if error.errno == errno.ENOENT else "not a folder, or a link to one"
         raise Refused(what, where=str(folder), fix=_FIX) from error
     try:
@@ -144,6 +147,7 @@ def _copy_file(folder: int, path: Path, target: Path) -> None:
     try:
         handle = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
+        _raise_passing(path, error)
         raise _refusal(
             path, "a link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
         ) from error
@@ -158,6 +162,11 @@ def _copy_file(folder: int, path: Path, target: Path) -> None:
             raise _refusal(path, f"{facts.st_size} bytes, at most {_MAX_BYTES[path.name]} are allowed")
         with open(handle, "rb", closefd=False) as source, target.open("xb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def _raise_passing(path: Path, error: OSError) -> None:
+    if error.errno in _PASSING:
+        raise TunesmithError(f"cannot be opened now: {error.strerror}", where=str(path), fix="try again") from error
 
 
 def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
