@@ -28,7 +28,7 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import jobs, monitoring, retraining, training, versions
+from tunesmith.services import cases, held, jobs, monitoring, retraining, training, versions
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.users import add_user, set_roles
 from tunesmith.services.webhooks import Deliverer
@@ -255,6 +255,43 @@ def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: P
     assert "job 1: queued because of drift" in said[0]
     with pytest.raises(Refused, match="approv"):
         start(project.store, name="tiny", version=list_versions(project.store, "tiny")[1], steps=AT_ONCE, actor="olive")
+
+
+def test_a_cause_that_cannot_be_looked_for_hides_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_seen: object) -> None:
+        raise UsageError("the server of the rows does not answer")
+
+    monkeypatch.setattr(retraining, "_CAUSES", {**retraining._CAUSES, "rows": failing})
+    change(folder, retraining={"causes": ["rows", "schedule"]})
+    with pytest.raises(UsageError, match="rows does not answer"):
+        look(folder)
+    change(folder, retraining={"causes": ["rows", "schedule"], "every_days": 0.5})
+    said: list[str] = []
+    project = Project.load(folder)
+    later = datetime.now(UTC) + timedelta(days=1)
+    found = retraining.look(project, add=True, clock=lambda: later, say=said.append)
+    project.store.engine.dispose()
+    assert [(each.cause, each.job) for each in found.causes] == [("schedule", 1)]
+    assert "the cause rows could not be looked for: the server of the rows" in said[0]
+
+
+def test_a_worker_deletes_texts_before_it_looks_for_causes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def failing(*_: object) -> None:
+        raise UsageError("the project file cannot be read")
+
+    def make(*_: object, also: Callable[[], None], **__: object) -> None:
+        with pytest.raises(UsageError, match="cannot be read"):
+            also()
+        raise SystemExit
+
+    monkeypatch.setattr(retraining, "look_again", failing)
+    monkeypatch.setattr(cases, "delete_expired", lambda _store: done.append("kept texts"))
+    monkeypatch.setattr(held, "tidy", lambda _store: done.append("held answers"))
+    monkeypatch.setattr(jobs, "make_worker", make)
+    CliRunner().invoke(app, ["worker", "-C", str(folder)])
+    assert done == ["kept texts", "held answers"]
 
 
 def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:

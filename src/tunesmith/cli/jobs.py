@@ -59,9 +59,9 @@ def worker(
     from tunesmith.services import cases, held, jobs, retraining, webhooks
 
     def also() -> None:
-        retraining.look_again(here.project.root, say)
-        cases.delete_expired(here.store)
+        cases.delete_expired(here.store)  # before what may fail by the project file or its sources
         held.tidy(here.store)
+        retraining.look_again(here.project.root, say)
 
     working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
 
@@ -88,7 +88,7 @@ def retrain(
     """
     from tunesmith.services import retraining
 
-    found = retraining.look(here.project, add=add, actor=here.actor)
+    found = retraining.look(here.project, add=add, actor=here.actor, say=say)
     here.emit(found, _draw_retraining)
     raise typer.Exit(3 if any(each.job is None for each in found.causes) else 0)
 

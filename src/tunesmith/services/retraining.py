@@ -6,6 +6,7 @@ comes of its run. Nothing here approves or serves a version.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, digest_of, short
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.view import View
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.files import SourceFile, find_files
@@ -28,6 +29,7 @@ from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import jobs, monitoring
 
+_LOG = logging.getLogger("tunesmith.retraining")
 _BUDGET = timedelta(days=30)
 _LISTED = 1000  # jobs that are looked through for those that a cause queued
 
@@ -69,10 +71,16 @@ class _Seen(NamedTuple):
 
 
 def look(
-    project: Project, *, add: bool = False, actor: str | None = None, clock: Callable[[], datetime] = now
+    project: Project,
+    *,
+    add: bool = False,
+    actor: str | None = None,
+    clock: Callable[[], datetime] = now,
+    say: Callable[[str], None] = _LOG.warning,
 ) -> Retraining:
     """The causes of `retraining.causes` that are given now. add: queue a run for the first that had none, if it may be.
 
+    say: hears of causes that could not be looked for. Where no other one is given, the first such error is raised.
     Raises UsageError where the project file has no `retraining:`.
     """
     settings = project.settings.retraining
@@ -86,9 +94,13 @@ def look(
     if champion is None:
         return Retraining(version="", causes=())
     seen, causes = _Seen(project, champion, settings, clock()), list[DueCause]()
-    runs = _runs(project)
+    runs, errors = _runs(project), dict[RetrainCause, TunesmithError]()
     for cause in settings.causes:
-        found = _CAUSES[cause](seen)
+        try:
+            found = _CAUSES[cause](seen)
+        except TunesmithError as error:  # it must not hide the others
+            errors[cause] = error
+            continue
         if found is None:
             continue
         key = _key(project, cause, found)
@@ -98,6 +110,10 @@ def look(
             job = jobs.queue_run(project, key=key, cause=f"{cause}: {found.about}", actor=actor).job
             runs = _runs(project)
         causes.append(DueCause(cause=cause, about=found.about, says=found.says, job=job, waits=waits))
+    for cause, error in errors.items():
+        if not causes:
+            raise error
+        say(f"the cause {cause} could not be looked for: {error}")
     return Retraining(version=champion.label, causes=tuple(causes))
 
 
@@ -108,7 +124,7 @@ def look_again(root: Path, say: Callable[[str], None]) -> None:
     if settings is None or _waits(settings, now(), before := _runs(project)):
         return  # causes cost time: drift is measured, and files are read
     known = {job.id for job in before}
-    for each in look(project, add=True).causes:
+    for each in look(project, add=True, say=say).causes:
         if each.job is not None and each.job not in known:
             say(f"job {each.job}: queued because of {each.cause}: {each.says}")
 
