@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import pytest
 from sqlalchemy import update
 
@@ -76,6 +78,21 @@ def test_a_process_number_used_again_is_not_the_owner(store: Store) -> None:
         change(store, started=1.0)
         with store.lock("stage", "mine"):
             pass
+
+
+def test_a_clock_that_is_corrected_gives_a_lock_to_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store.lock("stage", "the training"):
+        moved = psutil.Process().create_time() + 5
+        monkeypatch.setattr(psutil.Process, "create_time", lambda _process: moved)
+        with pytest.raises(locks.LockHeld), store.lock("stage", "mine"):
+            pass
+
+
+def test_another_boot_gives_another_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, before = Path.read_bytes, locks._started(os.getpid())
+    assert locks._started(os.getpid()) == before
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"another" if path.name == "boot_id" else whole(path))
+    assert locks._started(os.getpid()) != before
 
 
 def test_another_machines_lock_holds_until_its_lease_ends(store: Store) -> None:

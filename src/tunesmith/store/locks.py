@@ -7,12 +7,14 @@ soon as the owner's process has ended, from another machine when the lease has r
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 from sqlalchemy import Engine, delete, select, update
@@ -69,7 +71,7 @@ def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:
                 where=f"process {held.pid} on {held.host}",
                 fix="wait for it, or stop it",
             )
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        place = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
         session.merge(
             LockRow(name=name, owner=owner, purpose=purpose, until=time.time() + LEASE_SECONDS, **place),
         )
@@ -82,12 +84,27 @@ def _alive(held: LockRow) -> bool:
     if held.host != socket.gethostname():
         return held.until > time.time()
     try:
-        # A process number may be given to another process later; the time when it started tells them apart.
-        return bool(abs(psutil.Process(held.pid).create_time() - held.started) < 1.0)
+        # A process number may be given to another process later; when it started tells them apart.
+        return abs(_started(held.pid) - held.started) < 1.0
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return held.until > time.time()
+
+
+def _started(process: int) -> float:
+    """A number for when a process started, the same whatever happens to the clock. Raises as psutil.Process does.
+
+    The time since boot in clock ticks, below 2 ** 36, and 16 bits for the boot itself: a float holds both. The time
+    since 1970 that psutil computes moves with every correction of the clock; it is taken where there is no /proc.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return float(psutil.Process(process).create_time())
+    since_boot = int(fields[19])  # the 22nd of all, proc(5)
+    return float(int.from_bytes(hashlib.sha256(boot).digest()[:2]) << 36 | since_boot)
 
 
 def _renew(engine: Engine, name: str, owner: str, ended: threading.Event) -> None:

@@ -67,7 +67,10 @@ class AuditHeadRow(Table):
 
 
 class LockRow(Table):
-    """A lock between processes. until: when the lease runs out, in seconds since 1970; started: the process's start."""
+    """A lock between processes. until: when the lease runs out, in seconds since 1970.
+
+    started: a number for when the process started (locks.py).
+    """
 
     __tablename__ = "locks"
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
