@@ -89,6 +89,18 @@ def test_good_scores_do_not_pass_with_more_failures() -> None:
     assert failing.reason.startswith("5 of 65 canary requests failed")
 
 
+@pytest.mark.parametrize("metric", ["json_valid", "success_rate"])
+def test_a_canary_whose_clients_leave_does_not_pass(metric: str) -> None:
+    analysis = Analysis.model_validate({"metric": metric})
+    stable = Arm([1.0] * 200, requests=200)
+    assert judge(analysis, Arm([1.0] * 200, requests=200), stable).outcome == "pass"
+    slow = judge(analysis, Arm([1.0] * 200, requests=300, left=100), stable)
+    assert (slow.outcome, slow.canary["n"], slow.canary["left"]) == ("inconclusive", 200, 100)
+    assert slow.reason.startswith("the clients of 100 of 300 canary requests left before any text came")
+    also = Arm([1.0] * 200, requests=300, left=100)
+    assert judge(analysis, also, also).outcome == "pass", "as often as stable's"
+
+
 def test_the_error_rate_is_shown_as_an_error_rate() -> None:
     judgement = judge(Analysis(metric="error_rate"), Arm(requests=300, failed=3), Arm(requests=300, failed=1))
     assert judgement.canary["mean"] == pytest.approx(0.01)

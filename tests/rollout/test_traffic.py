@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fabricate import Scene
-from tunesmith.rollout.traffic import STEP, arms, goes_to_canary
+from tunesmith.rollout.traffic import LEFT, STEP, arms, goes_to_canary
 from tunesmith.store import database
 from tunesmith.store.tables import RequestRow
 
@@ -36,6 +36,17 @@ def test_only_the_requests_of_this_rollout_and_step_count(scene: Scene) -> None:
     canary, stable = arms(scene.store, 1, 2, "json_valid", None)
     assert (canary.scores, canary.requests, canary.failed) == ([1.0], 2, 1)
     assert (stable.scores, stable.requests, stable.failed) == ([0.0], 1, 0)
+
+
+def test_requests_that_were_left_are_counted_apart(scene: Scene) -> None:
+    served(scene, "a", "canary", step=0, json_valid=1.0)
+    for key in ("b", "c"):
+        served(scene, key, "canary", step=0)
+        with database.writing(scene.store.engine) as session:
+            row = session.get_one(RequestRow, key)
+            row.features = {**row.features, LEFT: True}
+    canary, _ = arms(scene.store, 1, 0, "json_valid", None)
+    assert (canary.requests, canary.failed, canary.left, canary.scores) == (3, 0, 2, [1.0])
 
 
 def test_nan_in_the_table_is_handed_on_and_not_dropped(scene: Scene) -> None:

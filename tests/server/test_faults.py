@@ -219,6 +219,22 @@ def test_client_leaving_frees_its_place_without_stream(served: Served) -> None:
     connection.close()
     until(lambda: not served.worker._busy_since)
     assert len(decoded) < 20_000
+    (row,) = served.rows()
+    assert (row.ok, row.scores, row.features["left"]) == (True, {}, True)
+    assert 0 < row.completion_tokens <= len(decoded)
+
+
+def test_a_client_that_leaves_before_the_first_token_was_not_answered(served: Served) -> None:
+    served.ask()
+    served.engine.gate.clear()
+    body = json.dumps({"model": NAME, "messages": HELLO, "stream": True}).encode()
+    connection = raw(served, head(served, len(body)) + body)
+    until(lambda: served.engine.calls == 2)
+    connection.close()
+    until(lambda: all(job.left for job in list(served.worker._busy_since)))
+    served.engine.gate.set()
+    until(lambda: len(served.rows()) == 2)
+    assert [row.features.get("left") for row in served.rows()] == [None, True]
 
 
 def test_no_request_waits_for_a_long_one(served: Served) -> None:

@@ -55,7 +55,8 @@ class Arm:
     """The requests of one version since the step began. scores: as recorded, unusable ones too.
 
     requests, failed: counts of all requests, scored or not. cut: answers that the request's own max_tokens, stop
-    text, format or tools shaped; they have no scores. groups: the same requests by group of callers; empty where
+    text, format or tools shaped; they have no scores. left: requests whose clients left before they saw any text; they
+    neither failed nor were answered. groups: the same requests by group of callers; empty where
     callers are unknown, and then none is left out. uncounted: requests of callers that are no evidence in this rollout.
     """
 
@@ -63,6 +64,7 @@ class Arm:
     requests: int = 0
     failed: int = 0
     cut: int = 0
+    left: int = 0
     groups: Mapping[str, Arm] = field(default_factory=dict)
     uncounted: int = 0
 
@@ -97,8 +99,9 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
 
     Pass: all of these hold. The canary is not worse than stable by more than worse_by_at_most, and above at_least if
     that is set, both at the given confidence. At least min_requests of its requests are scored. Its shares of failed
-    requests, and of answers that the requests' own parameters cut, are not larger than stable's by more than
-    worse_by_at_most: without the latter, a canary that never ends its answers would be judged by the few that it ends.
+    requests, of those whose clients left, and of answers that the requests' own parameters cut, are not larger than
+    stable's by more than worse_by_at_most: without the latter two, a canary that is too slow or never ends its answers
+    would be judged by the few that it ends.
     Fail: the canary is worse than stable, below at_least, or fails more often than stable, at the given confidence.
     Otherwise inconclusive. A score that is not a number in [0, 1] counts against a pass.
     """
@@ -128,7 +131,7 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     needed = 1 / (1 - analysis.confidence)
     scored = keep @ [len(part.scores) for part in ours]
     passing = (not_worse >= needed) & (scored >= analysis.min_requests)
-    passing &= ~_more_often("failed", ours, theirs, margin, keep)
+    passing &= ~_more_often("failed", ours, theirs, margin, keep) & ~_more_often("left", ours, theirs, margin, keep)
     if not _is_rate(analysis.metric):
         passing &= ~_more_often("cut", ours, theirs, margin, keep)
     outcome: Outcome = "inconclusive"
@@ -229,9 +232,9 @@ def _capital_at(parts: Parts, mean: float, keep: Array, *, above: bool) -> Array
 
 
 def _more_often(
-    what: Literal["failed", "cut"], canary: Sequence[_Part], stable: Sequence[_Part], margin: float, keep: Array
+    what: Literal["failed", "cut", "left"], canary: Sequence[_Part], stable: Sequence[_Part], margin: float, keep: Array
 ) -> NDArray[np.bool_]:
-    """Whether each row's canary has a larger share of failed or cut requests than allowed. They have no scores."""
+    """Whether each row's canary has a larger share of such requests than allowed. They have no scores."""
     ours, theirs = keep @ [part.requests for part in canary], keep @ [part.requests for part in stable]
     allowed = (keep @ [getattr(part, what) for part in stable]) / np.maximum(theirs, 1)
     return np.asarray(keep @ [getattr(part, what) for part in canary] > (allowed + margin) * ours)
@@ -250,17 +253,19 @@ class _Part:
     requests: int
     failed: int
     cut: int
+    left: int
 
 
 def _parts(metric: str, arm: Arm, groups: Sequence[str]) -> list[_Part]:
     """The arm's requests by group; all of them as one part where there are no groups."""
     arms = [arm.groups.get(group, Arm()) for group in groups] or [arm]
-    return [_Part(*_scores(metric, one), requests=one.requests, failed=one.failed, cut=one.cut) for one in arms]
+    counts = ("requests", "failed", "cut", "left")
+    return [_Part(*_scores(metric, one), **{count: getattr(one, count) for count in counts}) for one in arms]
 
 
 def _answered(arm: Arm | _Part) -> Array:
-    """1 for an answered request, 0 for a failed one. Shape (requests,)."""
-    return np.concatenate([np.zeros(arm.failed), np.ones(arm.requests - arm.failed)])
+    """1 for an answered request, 0 for a failed one. Shape (requests that nobody left,)."""
+    return np.concatenate([np.zeros(arm.failed), np.ones(arm.requests - arm.failed - arm.left)])
 
 
 def _scores(metric: str, arm: Arm) -> tuple[Array, int]:
@@ -293,6 +298,7 @@ def _summary(analysis: Analysis, arm: Arm) -> dict[str, float | int | None]:
         "requests": arm.requests,
         "failed": arm.failed,
         "cut": arm.cut,
+        "left": arm.left,
         "unusable": unusable,
         "uncounted": arm.uncounted,
     }
@@ -327,6 +333,11 @@ def _reason(
         why = "stable has no traffic to compare with, and at_least is not set"
     elif canary["failed"] and (canary["failed"] / canary["requests"]) > analysis.worse_by_at_most:
         why = f"{canary['failed']} of {canary['requests']} canary requests failed, too many for a pass"
+    elif (left := canary["left"] or 0) / canary["requests"] > analysis.worse_by_at_most + (
+        (stable["left"] or 0) / (stable["requests"] or 1)
+    ):
+        why = f"the clients of {left} of {canary['requests']} canary requests left before any text came, too many more "
+        why += "than of stable's for a pass"
     elif (cut := canary["cut"] or 0) / (canary["requests"] or 1) > analysis.worse_by_at_most + (
         (stable["cut"] or 0) / (stable["requests"] or 1)
     ):

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, Text, case, cast, func, select
+from sqlalchemy import Select, Text, case, cast, false, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.scope import Scope
@@ -31,6 +31,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
 
 STEP = "step"  # the key in a request's features that holds the step it was routed under
+LEFT = "left"  # true among a request's features: its client left before it saw any text
 END_USER_GROUPS = 20
 # A caller that makes this share of a name's traffic, day by day, is its main caller.
 _MAIN_SHARE, _MAIN_DAYS = 0.8, 7
@@ -85,13 +86,14 @@ def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Seque
 
 class Counted(NamedTuple):
     """Requests that count alike. who: the end user, or the request's id where it names none. score: as JSON, None
-    without one. n: how many."""
+    without one. left: its client left before it saw any text. n: how many."""
 
     arm: str
     caller: str
     who: str
     ok: bool
     cut: bool
+    left: bool
     score: str | None
     n: int = 1
 
@@ -110,8 +112,9 @@ def _of_step(rollout: int, step: int, metric: str) -> Select[Any]:
     """
     who = case((RequestRow.end_user == "", RequestRow.id), else_=RequestRow.end_user)
     score = cast(RequestRow.scores.op("->")(metric), Text)  # None, and not "null", where there is none
+    left = func.coalesce(RequestRow.features[LEFT].as_boolean(), false()).label("left")
     return select(
-        RequestRow.arm, RequestRow.caller, who.label("who"), RequestRow.ok, RequestRow.cut, score.label("score")
+        RequestRow.arm, RequestRow.caller, who.label("who"), RequestRow.ok, RequestRow.cut, left, score.label("score")
     ).where(RequestRow.rollout == rollout, RequestRow.features[STEP].as_integer() == step)
 
 
@@ -152,6 +155,7 @@ def _counts(requests: Sequence[Counted]) -> dict[str, Any]:
         "requests": sum(each.n for each in requests),
         "failed": sum(each.n for each in requests if not each.ok),
         "cut": sum(each.n for each in requests if each.cut),
+        "left": sum(each.n for each in requests if each.left),
     }
 
 

@@ -386,7 +386,10 @@ class Worker:
 
     def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         # Streamed, so that decoding stops at the next token when the client leaves.
-        for event in answerer.responder.stream(generation, answerer.adapter):
+        for tokens, event in enumerate(answerer.responder.stream(generation, answerer.adapter)):
+            if job.left:
+                self._note_left(job, "", tokens)
+                return
             if isinstance(event, Completion):
                 last = self._held(job, generation, event) or event
                 if job.claim():
@@ -394,8 +397,6 @@ class Worker:
                         scored = job.request.scored is not None and event.scores
                         job.send(Scored(event.text, event.scores) if scored else event.text)
                     self._end(job, job.served(event), last)
-            if job.left:
-                return
 
     def _held(self, job: Job, generation: Generation, answer: Completion) -> Held | None:
         """The answer as one that waits for a reviewer; None if it may leave."""
@@ -410,6 +411,8 @@ class Worker:
     def _stream(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         pieces: list[str] = []
         for event in answerer.responder.stream(generation, answerer.adapter):
+            if job.left and not pieces:
+                break
             if isinstance(event, Completion):
                 if job.claim():
                     self._end(job, job.served(event), event)
@@ -418,13 +421,16 @@ class Worker:
             job.send(event)
             if job.left:
                 break
-        if job.left and job.claim():
-            # Only the engine knows the number of tokens in a piece. It is at least one.
-            seen = Completion("".join(pieces), "stop", job.prompt_tokens, len(pieces))
-            self._recorder.write(job.served(seen, whole=False))
-        elif not job.left:
+        if job.left:
+            self._note_left(job, "".join(pieces), len(pieces))
+        else:
             LOG.error("the engine ended the stream of request %s without a completion", job.id)
             self._fail(job, failed())
+
+    def _note_left(self, job: Job, text: str, tokens: int) -> None:
+        """Record a request whose client left. text: what it may have seen; tokens: at least so many were decoded."""
+        if job.claim():  # only the engine knows the number of tokens in a piece
+            self._recorder.write(job.served(Completion(text, "stop", job.prompt_tokens, tokens), whole=False))
 
     def _fail(self, job: Job, error: ApiError) -> None:
         if job.claim():

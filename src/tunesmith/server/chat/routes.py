@@ -174,8 +174,9 @@ async def _gone(request: Request) -> None:
 
 async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
     """The error for a request without an answer in time. If it had begun, it is recorded as failed."""
+    first = job.claim()  # before the engine hears of it, whose thread would record that the client left
     job.leave()
-    if job.claim() and job.began is not None:
+    if first and job.began is not None:
         await asyncio.to_thread(serving.recorder.write, job.served(None))
     return timed_out()
 
