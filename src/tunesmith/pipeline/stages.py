@@ -35,13 +35,13 @@ REVISIONS = {
     "curve": 7,
     "forecast": 5,
     "answer": 2,
-    "judge": 1,
+    "judge": 2,
     "probe": 1,
-    "risk": 3,
+    "risk": 4,
     "policy": 1,
     "style": 1,
-    "evaluate": 7,
-    "gate": 4,
+    "evaluate": 8,
+    "gate": 5,
 }
 # The permission that running a stage needs.
 ACTIONS = {

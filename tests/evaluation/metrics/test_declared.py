@@ -22,7 +22,7 @@ from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
-from tunesmith.evaluation.metrics.judging import judge_answers, read_judged
+from tunesmith.evaluation.metrics.judging import judge_answers, last_word, read_judged
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
@@ -262,6 +262,30 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
     (tmp_path / "mine.py").write_text("def short(*_): return 1.0\n")
     with pytest.raises(Inconclusive, match="has no judgements of"):
         evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("It is shorter.\n\n**A**", "A"),
+        ("Final verdict: tie.", "TIE"),
+        ("**Verdict:** __B__", "B"),
+        ("This is a better answer overall.", None),
+        ("Verdict: not A", None),
+        ("A or B", None),
+        ("A\nThat is all.", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_stands_alone_on_the_last_line(reply: str, verdict: str | None) -> None:
+    assert last_word(reply, ("A", "B", "TIE")) == verdict
+
+
+def test_a_judge_that_was_cut_off_said_nothing(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    server.reply = lambda _: (200, {}, completion("What decides:\nA", finish="length"))
+    scores, stated, _ = _judged(made, server, tmp_path / "work")
+    assert (stated["undecided"], set(scores.values())) == (48, {0.5})
 
 
 @pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None"])
