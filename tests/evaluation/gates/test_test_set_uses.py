@@ -127,7 +127,8 @@ def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
     new = put_candidate(made.store, old.model_copy(update={"prompt": "y"}))
     lines = answer_lines(made.test, flawed(0.9, 1.0, 1))
     answers = {
-        name: put_answers(made.store, digest, made.dataset, lines) for name, digest in (("champion", champion), ("tuned", new))
+        name: put_answers(made.store, digest, made.dataset, lines)
+        for name, digest in (("champion", champion), ("tuned", new))
     }
     again = evaluate(made.store, dataset=made.dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
     record_evaluation(made.store, again, acting(made.store))

@@ -80,7 +80,9 @@ def test_only_wrong_confidences_have_a_calibration_error_that_is_surely_high(
     for _ in range(20):
         stated = random.uniform(0.3, 1.0, rows)
         right = random.rand(rows) < stated - off
-        found = [("a", "a" if each else "b", confidence) for each, confidence in zip(right, stated.tolist(), strict=True)]
+        found = [
+            ("a", "a" if each else "b", confidence) for each, confidence in zip(right, stated.tolist(), strict=True)
+        ]
         sure += calibration_error_interval(labelled(found), 0.95, 0).low > 0.03
     assert least <= sure <= most
 

@@ -43,7 +43,9 @@ def test_changed_requests_keep_their_tools_and_calls() -> None:
     """What is asked is otherwise the row's request: a model without its tools cannot call them."""
     call = ToolCall(id="c", name="find", arguments='{"who":"Anna"}')
     asked = Message(role="user", content="where is Anna Smith today", tools="[]")
-    one = row("x", "y").model_copy(update={"messages": (asked, Message(role="assistant", content="", tool_calls=(call,)))})
+    one = row("x", "y").model_copy(
+        update={"messages": (asked, Message(role="assistant", content="", tool_calls=(call,)))}
+    )
     for items in (swap_items(context([one])), robustness_items(context([one])), extraction_items(context([one]))):
         assert items
         assert {item.messages[0].tools for item in items} == {"[]"}

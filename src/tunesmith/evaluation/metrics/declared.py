@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Union
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from tunesmith.candidates.settings import EndpointSettings
-from tunesmith.core.digests import digest_file
+from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import check_answer_grammar, matches
@@ -280,6 +280,24 @@ def function_digests(scorers: Sequence[Declared], root: Path) -> dict[str, str]:
     """metric -> digest of the source file, for each function scorer."""
     own = [scorer for scorer in scorers if isinstance(scorer, FunctionScorer)]
     return {scorer.name: digest_file(function_file(scorer, root)) for scorer in own}
+
+
+def scorer_digests(scorers: Sequence[Declared], schema: Schema, root: Path) -> dict[str, str]:
+    """metric -> digest of what decides an answer's score: settings, a function's file, a judge's model, the schema.
+
+    Scores of different digests cannot be compared.
+    """
+    files, found = function_digests(scorers, root), {}
+    for scorer in scorers:
+        if isinstance(scorer, str):
+            stated: dict[str, Any] = {"scorer": scorer, "schema": schema if scorer == "json_valid" else None}
+        else:
+            stated = scorer.model_dump(mode="json", exclude={"name", "calibrate", "judge"})
+            stated["file"] = files.get(scorer.name)
+        if isinstance(scorer, JudgeScorer):
+            stated["judge"] = [scorer.judge.url, scorer.judge.model]
+        found[metric_of(scorer)] = digest_of(stated)
+    return found
 
 
 def checked(value: Any, metric: str, where: str) -> float:

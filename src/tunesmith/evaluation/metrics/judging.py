@@ -78,7 +78,8 @@ def ask_twice(
 ) -> tuple[list[dict[str, Any]], float]:
     """Ask a judge two questions about each answer: (a line {id, first, second, ...} for each, seconds).
 
-    A line's `cut` names the replies that reached the token limit. asked: an answer's id, and its questions. work: a folder for finished chunks. name: of the judge, for progress.
+    A line's `cut` names the replies that reached the token limit. asked: an answer's id, and its questions. work: a
+    folder for finished chunks. name: of the judge, for progress.
     """
     endpoint = Endpoint(judge)
     lines: list[dict[str, Any]] = []
@@ -125,7 +126,8 @@ def read_judged(
     """Row id -> score, and the evaluation record's account of the judge: {"agreement", "undecided", "model", ...}.
 
     agreement: share of rows where both orders gave the same verdict. undecided: replies that do not end with A, B or
-    TIE alone, or were cut off; they count as ties. Raises Inconclusive for judgements of other answers, and where a row has none.
+    TIE alone, or were cut off; they count as ties. Raises Inconclusive for judgements of other answers, and where a row
+    has none.
     """
     record = store.record(digest, kind="answers")
     if record.parents.get("answers") != answers or record.body.get("suite") != f"judge:{metric}":

@@ -168,9 +168,7 @@ def _swapped(turn: Message, change: Callable[[str, str], str]) -> Message:
         following = _WORD.match(match.string[match.end() :].lstrip(" "))
         return change(match[0], following[0] if following else "")
 
-    calls = [
-        call.model_copy(update={"arguments": _WORD.sub(replaced, call.arguments)}) for call in turn.tool_calls
-    ]
+    calls = [call.model_copy(update={"arguments": _WORD.sub(replaced, call.arguments)}) for call in turn.tool_calls]
     return turn.model_copy(update={"content": _WORD.sub(replaced, turn.content), "tool_calls": tuple(calls)})
 
 
