@@ -68,13 +68,19 @@ def test_over_two_evaluations_of_one_dataset(made: Fabricated, evaluation: str) 
 
 def test_scores_of_different_scorers_are_not_compared(made: Fabricated, tmp_path: Path) -> None:
     """The function's file changed between two evaluations: a metric of the same name, and another measure."""
-    task = TaskSettings.model_validate({"scorers": ["exact_match", {"name": "brief", "function": "mine.py:brief"}]})
-    task = task.model_copy(update={"primary": "brief"})
+    scorers = ["exact_match", {"name": "brief", "function": "mine.py:brief"}]
+    task = TaskSettings.model_validate({"scorers": scorers, "primary": "brief"})
     gates = GATES.validate_python({"right": {"metric": "exact_match", "at_least": 0.0}})
     found = []
     for most in (20, 60, 60):
         (tmp_path / "mine.py").write_text(f"def brief(answer, *_):\n    return float(len(answer) < {most})\n")
-        stated = {"probes": {}, "task": task, "answer_schema": SCHEMA, "root": tmp_path, "seed": len(found)}
+        stated: dict[str, Any] = {
+            "probes": {},
+            "task": task,
+            "answer_schema": SCHEMA,
+            "root": tmp_path,
+            "seed": len(found),
+        }
         found.append(evaluate(made.store, dataset=made.dataset, answers=made.answers, **stated))
         verdict = judge(made.store, evaluation=found[-1], candidate="tuned", gates=gates)
         register(made.store, name="home", verdict=verdict, actor=acting(made.store))

@@ -80,6 +80,19 @@ def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tu
     }
 
 
+def test_a_report_is_on_the_last_result_where_its_stages_were_skipped(
+    project: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    loaded = Project.load(project)
+    whole = evaluation.latest_evaluation(loaded)
+    evaluation.evaluate(loaded, ["plain"])
+    assert evaluation.report(loaded).evaluation != whole
+    assert _done(_again(project)) == set()
+    found = evaluation.report(Project.load(project))
+    assert (found.evaluation, found.verdict and found.verdict.verdict) == (whole, "pass")
+    evaluation.compare_candidates(loaded, "plain", "tuned")
+
+
 @pytest.mark.parametrize(
     ("change", "stale"),
     [

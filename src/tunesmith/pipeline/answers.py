@@ -37,6 +37,7 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
         "choices": list(choices),
         "logprobs": endpoint is not None and endpoint.logprobs,
         **({} if endpoint is None else {"tools": True}),  # answers of before lack the row's tools
+        **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
     }
 
     def answer(work: Path) -> str:

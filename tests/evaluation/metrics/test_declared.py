@@ -142,6 +142,22 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     assert {one["label"]: one["f1"] for one in found["by_label"]} == pytest.approx(each, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("null", '"None"', 0.0),
+        ("null", '"null"', 0.0),
+        ("true", '"True"', 0.0),
+        ("1", "1.0", 1.0),
+        ('{"a": 1, "b": [2.0]}', '{"b": [2], "a": 1.0}', 1.0),
+        ('"on"', '"on"', 1.0),
+    ],
+)
+def test_labels_are_compared_as_json_values(answer: str, reference: str, right: float) -> None:
+    scorer = {"name": "kind", "label": "kind"}
+    assert _score(scorer, f'{{"kind": {answer}}}', f'{{"kind": {reference}}}') == right
+
+
 def test_calibration_by_hand_and_by_scikit_learn() -> None:
     from sklearn.metrics import brier_score_loss
 
@@ -288,7 +304,7 @@ def test_a_judge_that_was_cut_off_said_nothing(tmp_path: Path, server: ChatServe
     assert (stated["undecided"], set(scores.values())) == (48, {0.5})
 
 
-@pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None"])
+@pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None", "10**400"])
 def test_a_function_s_unusable_score_is_inconclusive(tmp_path: Path, value: str) -> None:
     made = fabricate(tmp_path / "store", n=24)
     (tmp_path / "mine.py").write_text(f"def f(answer, reference, request):\n    return {value}\n")
