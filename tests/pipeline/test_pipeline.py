@@ -93,6 +93,23 @@ def test_a_report_is_on_the_last_result_where_its_stages_were_skipped(
     evaluation.compare_candidates(loaded, "plain", "tuned")
 
 
+def test_a_plan_counts_the_trainings_that_are_still_to_come(project: Path) -> None:
+    """The gates count all candidates that an evaluation scores first, and give them the number of the last."""
+
+    def use(**candidates: Any) -> int:
+        write_project(project, candidates={**settings()["candidates"], **candidates})  # type: ignore[dict-item]
+        planned = pipeline.plan(pipeline.PipelineContext(Project.load(project)))
+        assert planned.test_set_uses == 1
+        return planned.test_set_use
+
+    def trained(rank: int, **more: Any) -> dict[str, Any]:
+        return {"prompt": "prompt.txt", "train": {"rank": rank, "epochs": 1, **more}}
+
+    assert use() == 2, "tuned is counted already: the next try is the second"
+    control = trained(2, permute_answers=True)
+    assert use(one=trained(3), two=trained(5), again={"prompt": "prompt.txt", "weights": "one"}, control=control) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "stale"),
     [

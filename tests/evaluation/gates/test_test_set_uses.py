@@ -24,7 +24,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.gates.test_set_uses import ACTION, count_test_set_uses, record_evaluation, use_test_set
+from tunesmith.evaluation.gates.test_set_uses import ACTION, record_evaluation, use_test_set, used_candidates
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
@@ -102,9 +102,9 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     assert verdict_summary(made.store, verdict).test_set_use == 2
     renamed = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:60]]
     part = put_dataset(made.store, old.examples("train"), [], [*renamed, *commands(60, 78, 9500)])
-    assert count_test_set_uses(made.store, part) == 2, "some of its test requests were used, under other ids"
+    assert len(used_candidates(made.store, part)) == 2, "some of its test requests were used, under other ids"
     fresh = put_dataset(made.store, old.examples("train"), [], commands(60, 79, 9900))
-    assert count_test_set_uses(made.store, fresh) == 0
+    assert len(used_candidates(made.store, fresh)) == 0
 
 
 def test_neither_a_system_turn_nor_a_letter_s_case_makes_a_new_test_set(made: Fabricated, evaluation: str) -> None:
@@ -115,7 +115,7 @@ def test_neither_a_system_turn_nor_a_letter_s_case_makes_a_new_test_set(made: Fa
         asked = row.messages[-2].model_copy(update={"content": row.messages[-2].content.capitalize() + "!"})
         system = Message(role="system", content="Another prompt.")
         turned.append(row.model_copy(update={"id": row.id[::-1], "messages": (system, asked, row.messages[-1])}))
-    assert count_test_set_uses(made.store, put_dataset(made.store, train, [], turned)) == 1
+    assert len(used_candidates(made.store, put_dataset(made.store, train, [], turned))) == 1
 
 
 def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
@@ -132,7 +132,7 @@ def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
     }
     again = evaluate(made.store, dataset=made.dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
     record_evaluation(made.store, again, acting(made.store))
-    assert count_test_set_uses(made.store, made.dataset) == 2
+    assert len(used_candidates(made.store, made.dataset)) == 2
     assert use_test_set(made.store, again, champion, acting(made.store)) == 1, "it keeps its number"
     assert use_test_set(made.store, again, new, acting(made.store)) == 2
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sqlalchemy import select
 
-from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.data.dataset import Example, load_dataset
@@ -57,13 +57,18 @@ def use_test_set(store: Store, evaluation: str, candidate: str, actor: str) -> i
     raise Refused("the audit log lacks the use of the test set just recorded", fix="run `tunesmith audit verify`")
 
 
-def count_test_set_uses(store: Store, dataset: str) -> int:
-    """How many candidates have used this dataset's test rows."""
-    return len({each for used in _uses(store, dataset) for each in used})
+def used_candidates(store: Store, dataset: str) -> set[str]:
+    """The candidates that have used this dataset's test rows, each as `nameless` gives it."""
+    return {each for used in _uses(store, dataset) for each in used}
+
+
+def nameless(candidate: Candidate) -> str:
+    """Digest of all that a candidate states but its name."""
+    return digest_of(candidate.model_dump(mode="json", by_alias=True, exclude={"name"}))
 
 
 def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[str], actor: str) -> None:
-    known = {each for used in _uses(store, dataset) for each in used}
+    known = used_candidates(store, dataset)
     new = [candidate for candidate in candidates if _nameless(store, candidate) not in known]
     if not new:
         return
@@ -87,9 +92,9 @@ def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
 
 
 def _nameless(store: Store, candidate: str) -> str:
-    """Digest of all that a candidate states but its name; its own digest where its record is gone."""
+    """As `nameless`, of a candidate's record; the record's digest where it is gone."""
     try:
-        return digest_of(load_candidate(store, candidate).model_dump(mode="json", by_alias=True, exclude={"name"}))
+        return nameless(load_candidate(store, candidate))
     except Refused:
         return candidate
 
