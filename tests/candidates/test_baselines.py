@@ -61,6 +61,11 @@ def test_the_same_rows_give_the_same_answers() -> None:
         assert [_ask(method, text) for text in texts] == [_ask(method, text) for text in texts]
 
 
+def test_requests_without_words_are_nothing_to_classify() -> None:
+    with pytest.raises(UsageError, match="have no words"):
+        make_baseline("classifier", [example("\U0001f600" * (n + 1), "ab"[n % 2], n) for n in range(6)])
+
+
 def test_answers_that_are_all_different_are_no_classification() -> None:
     with pytest.raises(UsageError, match="not a classification task"):
         make_baseline("classifier", [example(f"q {n}", f"a {n}", n) for n in range(6)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tests.evaluation.conftest import TASK
@@ -10,7 +13,14 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.compare import compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.evaluation.gates.verdict import judge
+from tunesmith.evaluation.metrics.declared import scorer_digests
 from tunesmith.evaluation.scores import read_scores
+from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.registry.leaderboard import leaderboard
+from tunesmith.registry.versions import register
+from tunesmith.store.identities import acting
 
 
 def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -> None:
@@ -54,6 +64,65 @@ def test_over_two_evaluations_of_one_dataset(made: Fabricated, evaluation: str) 
     assert list(document["metrics"]) == ["exact_match"]
     assert document["first"]["label"] == "home@v1"
     assert document["metrics"]["exact_match"]["difference"]["high"] < 0
+
+
+def test_scores_of_different_scorers_are_not_compared(made: Fabricated, tmp_path: Path) -> None:
+    """The function's file changed between two evaluations: a metric of the same name, and another measure."""
+    scorers = ["exact_match", {"name": "brief", "function": "mine.py:brief"}]
+    task = TaskSettings.model_validate({"scorers": scorers, "primary": "brief"})
+    gates = GATES.validate_python({"right": {"metric": "exact_match", "at_least": 0.0}})
+    found = []
+    for most in (20, 60, 60):
+        (tmp_path / "mine.py").write_text(f"def brief(answer, *_):\n    return float(len(answer) < {most})\n")
+        stated: dict[str, Any] = {
+            "probes": {},
+            "task": task,
+            "answer_schema": SCHEMA,
+            "root": tmp_path,
+            "seed": len(found),
+        }
+        found.append(evaluate(made.store, dataset=made.dataset, answers=made.answers, **stated))
+        verdict = judge(made.store, evaluation=found[-1], candidate="tuned", gates=gates)
+        register(made.store, name="home", verdict=verdict, actor=acting(made.store))
+    sides = [side_of_candidate(made.store, digest, "tuned") for digest in found]
+    assert list(compare(made.store, *sides[:2]).metrics) == ["exact_match"]
+    assert list(compare(made.store, *sides[1:]).metrics) == ["exact_match", "brief"]
+    boards = {tuple(sorted(row.version for row in board.versions)): board for board in leaderboard(made.store).boards}
+    assert set(boards) == {("home@v1",), ("home@v2", "home@v3")}
+    assert boards["home@v1",].evaluation == found[0]
+    old = made.store.record(found[0])
+    older = old.model_copy(update={"body": {key: old.body[key] for key in old.body if key != "scorers"}})
+    side = side_of_candidate(made.store, made.store.put_record(older), "tuned")
+    assert list(compare(made.store, side, sides[0]).metrics) == ["exact_match", "brief"]
+    assert list(compare(made.store, side, sides[1]).metrics) == ["exact_match"], "as its functions' digests say"
+
+
+@pytest.mark.parametrize(
+    ("changed", "alike"),
+    [
+        ({"calibrate": True}, True),
+        ({"label": "intent"}, False),
+    ],
+)
+def test_a_scorer_s_digest_covers_what_decides_a_score(changed: dict[str, Any], alike: bool) -> None:
+    def digest(**settings: Any) -> str:
+        task = TaskSettings.model_validate({"scorers": [{"name": "kind", "label": "", **settings}]})
+        return scorer_digests(task.scorers, SCHEMA, Path())["kind"]
+
+    assert (digest() == digest(**changed)) is alike
+
+
+def test_a_changed_schema_or_judge_is_another_scorer() -> None:
+    def digests(schema: Any, model: str, **settings: Any) -> dict[str, str]:
+        judge = {"url": "http://127.0.0.1:1/v1", "model": model, **settings}
+        task = TaskSettings.model_validate({"scorers": ["json_valid", "exact_match", {"name": "j", "judge": judge}]})
+        return scorer_digests(task.scorers, schema, Path())
+
+    first = digests(SCHEMA, "m")
+    assert digests(SCHEMA, "m", retries=1) == first
+    assert digests(None, "m") == {**first, "json_valid": digests(None, "m")["json_valid"]}
+    assert digests(None, "m")["json_valid"] != first["json_valid"]
+    assert digests(SCHEMA, "n")["j"] != first["j"]
 
 
 def test_over_two_datasets_nothing_is_said(made: Fabricated, evaluation: str) -> None:

@@ -80,6 +80,36 @@ def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tu
     }
 
 
+def test_a_report_is_on_the_last_result_where_its_stages_were_skipped(
+    project: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    loaded = Project.load(project)
+    whole = evaluation.latest_evaluation(loaded)
+    evaluation.evaluate(loaded, ["plain"])
+    assert evaluation.report(loaded).evaluation != whole
+    assert _done(_again(project)) == set()
+    found = evaluation.report(Project.load(project))
+    assert (found.evaluation, found.verdict and found.verdict.verdict) == (whole, "pass")
+    evaluation.compare_candidates(loaded, "plain", "tuned")
+
+
+def test_a_plan_counts_the_trainings_that_are_still_to_come(project: Path) -> None:
+    """The gates count all candidates that an evaluation scores first, and give them the number of the last."""
+
+    def use(**candidates: Any) -> int:
+        write_project(project, candidates={**settings()["candidates"], **candidates})  # type: ignore[dict-item]
+        planned = pipeline.plan(pipeline.PipelineContext(Project.load(project)))
+        assert planned.test_set_uses == 1
+        return planned.test_set_use
+
+    def trained(rank: int, **more: Any) -> dict[str, Any]:
+        return {"prompt": "prompt.txt", "train": {"rank": rank, "epochs": 1, **more}}
+
+    assert use() == 2, "tuned is counted already: the next try is the second"
+    control = trained(2, permute_answers=True)
+    assert use(one=trained(3), two=trained(5), again={"prompt": "prompt.txt", "weights": "one"}, control=control) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "stale"),
     [

@@ -18,6 +18,7 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.text.labels import bare_label
 from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -136,11 +137,14 @@ def _line(answerer: Answerer, example: Request, completion: Completion) -> dict[
 
 
 def _confidence(text: str, sums: Mapping[str, float]) -> float:
-    """The answer's share of all labels' probability; 0 for an answer that is not a label."""
-    if text not in sums:
-        return 0.0
-    largest = max(sums.values())
-    return round(math.exp(sums[text] - largest) / math.fsum(math.exp(each - largest) for each in sums.values()), 6)
+    """The answer's share of all labels' probability; 0 for an answer that is not a label.
+
+    Labels that differ only in case and spaces are one, as in the label's score.
+    """
+    given, largest = bare_label(text), max(sums.values())
+    shares = {label: math.exp(each - largest) for label, each in sums.items()}
+    own = math.fsum(share for label, share in shares.items() if bare_label(label) == given)
+    return round(own / math.fsum(shares.values()), 6)
 
 
 def _chunks(examples: Sequence[Request]) -> Iterator[Sequence[Request]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -86,9 +87,14 @@ class Classifier(Baseline):
             ) from error
         vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_TOKENS)
         self._model: Any = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000))
-        self._model.fit(
-            [last_request(example.messages) for example in examples], [example.answer for example in examples]
-        )
+        asked = [last_request(example.messages) for example in examples]
+        if not any(re.search(_TOKENS, text) for text in asked):
+            raise UsageError(
+                "the training rows' requests have no words, which the classifier compares",
+                where="method: classifier",
+                fix="use method: nearest",
+            )
+        self._model.fit(asked, [example.answer for example in examples])
 
     def _answers(self, texts: Sequence[str]) -> list[Completion]:
         given: list[Completion] = []

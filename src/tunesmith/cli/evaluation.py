@@ -217,7 +217,7 @@ def _draw_plan(console: Console, found: Plan) -> None:
     basis = "measured on the validation rows" if found.measured else "assumed: --between measures it"
     console.print(
         f"how the two differ is {basis}; rows of one group correlate by {found.correlation:.2f}; "
-        f"{found.test_set_uses} candidates have been judged on these test rows",
+        f"{found.test_set_uses} candidates have used these test rows so far",
         style="dim",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
@@ -71,7 +72,7 @@ class ComparedSide(View):
 
 
 class Comparison(View):
-    """How the second candidate differs from the first, by each metric that was measured for both."""
+    """How the second candidate differs from the first, by each metric that was measured for both in the same way."""
 
     first: ComparedSide
     second: ComparedSide
@@ -85,7 +86,7 @@ class Comparison(View):
 def compare(store: Store, first: Side, second: Side) -> Comparison:
     """The differences between two candidates, row by row.
 
-    Raises Inconclusive where they were not measured on the same rows or share no metric.
+    Raises Inconclusive where they were not measured on the same rows or share no metric of the same scorer.
     """
     records = [store.record(side.evaluation, kind="evaluation") for side in (first, second)]
     datasets = [record.parents["dataset"] for record in records]
@@ -95,9 +96,15 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
             fix="evaluate both on one dataset version",
         )
     left, right = read_scores(store, records[0]), read_scores(store, records[1])
-    shared = [metric for metric in records[0].body["metrics"] if metric in records[1].body["metrics"]]
-    if not shared:
+    named = [metric for metric in records[0].body["metrics"] if metric in records[1].body["metrics"]]
+    if not named:
         raise Inconclusive(f"no metric was measured for both {first.label} and {second.label}")
+    shared = [metric for metric in named if scored_alike(*records, metric)]
+    if not shared:
+        raise Inconclusive(
+            f"{first.label} and {second.label} were scored in different ways: the scorer {named[0]!r} has changed",
+            fix="evaluate both again in one project",
+        )
     seed, primary = records[1].body["seed"], records[1].body["primary"]
     metrics = {}
     for metric in shared:
@@ -119,6 +126,23 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
         confidence=CONFIDENCE,
         metrics=metrics,
     )
+
+
+def scored_alike(first: Record, second: Record, metric: str) -> bool:
+    """Whether two evaluations scored answers by a metric in the same way.
+
+    Older records do not state their scorers: of those, only the function's file and the judge are compared.
+    """
+    stated = [record.body.get("scorers") for record in (first, second)]
+    if None not in stated:
+        return bool(stated[0][metric] == stated[1][metric])
+    return _function_or_judge(first, metric) == _function_or_judge(second, metric)
+
+
+def _function_or_judge(record: Record, metric: str) -> list[Any]:
+    judges = record.body.get("judges", {}).get(metric, {}).values()
+    facts = [[judge.get(key) for key in ("url", "model", "question")] for judge in judges]
+    return [record.body.get("functions", {}).get(metric), *facts[:1]]
 
 
 def _side(side: Side, record: Record) -> ComparedSide:

@@ -27,6 +27,7 @@ from tunesmith.evaluation.metrics.declared import (
     function_digests,
     make_scoring,
     metric_of,
+    scorer_digests,
 )
 from tunesmith.evaluation.metrics.judging import read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
@@ -109,6 +110,7 @@ def evaluate(
         "candidates": stated,
         "probes": stated_probes,
         "functions": function_digests(task.scorers, root),
+        "scorers": scorer_digests(task.scorers, answer_schema, root),
         "judges": judges,
         "prices": costs.prices.model_dump(mode="json") if costs.prices else None,
         "risks": stated_risks,

@@ -144,7 +144,10 @@ class AnswerLines(Sequence[Mapping[str, Any]]):
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number, not a boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def is_share(value: object) -> TypeGuard[int | float]:

@@ -75,7 +75,8 @@ class Plan(View):
     """What the test rows can show, for each gate that compares two candidates.
 
     correlation: within groups; measured: whether it and the differing share come from validation rows, or are assumed.
-    test_set_uses: how many candidates the test rows have judged so far.
+    test_set_uses: how many candidates have used the test rows so far; test_set_use: the number that the gates will go
+    by, with the trained candidates that the next evaluation adds.
     """
 
     rows: int
@@ -84,14 +85,18 @@ class Plan(View):
     correlation: float
     measured: bool
     test_set_uses: int
+    test_set_use: int
     wanted_power: float
     gates: tuple[GatePlan, ...]
 
 
-def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, lift: float | None = None) -> Plan:
+def plan_gates(
+    dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, new: int = 1, lift: float | None = None
+) -> Plan:
     """What the test rows can show to each gate that compares two candidates.
 
-    uses: how many candidates the test rows have judged so far. lift: the true difference hoped for, by default five
+    uses: how many candidates have used the test rows so far. new: how many the next evaluation adds, which all get the
+    number of the last. lift: the true difference hoped for, by default five
     points above the gate's bound. A gate for what must not drop is planned for candidates that are equal.
     """
     groups = [row.group for row in dataset.examples("test")]
@@ -107,7 +112,7 @@ def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, l
         hoped = 0.0
         if isinstance(gate, Lift):
             hoped = lift if lift is not None else min(1.0, bound + 0.05)
-        setting: dict[str, Any] = {"confidence": gate.confidence, "use": uses + 1, "grouping": own}
+        setting: dict[str, Any] = {"confidence": gate.confidence, "use": uses + new, "grouping": own}
         differing = max(assumed.differing, abs(hoped))
         plan = plan_lift(len(groups), lift=hoped, differing=differing, at_least=bound, **setting)
         sees = smallest_lift(len(groups), differing=differing, at_least=bound, **setting)
@@ -130,6 +135,7 @@ def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, l
         correlation=rounded(own.correlation),
         measured=assumed.differences is not None,
         test_set_uses=uses,
+        test_set_use=uses + new,
         wanted_power=POWER,
         gates=tuple(found),
     )
@@ -139,6 +145,8 @@ def plan_sentence(plan: Plan, gate: GatePlan) -> str:
     """One gate's plan in words, for a progress line."""
     rows = f"{plan.rows} test rows in {plan.groups} groups"
     basis = f"if the two candidates differ on {gate.differing:.0%} of rows"
+    if plan.test_set_use > 1:
+        basis += f"; {plan.test_set_use} candidates will have used these rows, which widens the intervals"
     if gate.sees is None:
         return f"gate {gate.name}: {rows} are too few to pass it with {POWER:.0%} power, {basis}"
     return (

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import count_prompts, describe_prompts
 from tunesmith.candidates.copying import invented
-from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
-from tunesmith.evaluation.gates.test_set_uses import count_test_set_uses
+from tunesmith.evaluation.gates.test_set_uses import nameless, used_candidates
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
-from tunesmith.pipeline.candidates import answerer, candidate
+from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import leading_scoring
+from tunesmith.pipeline.training import leading_scoring, tuned_names
 
 _MOST_LABELS = 64
 
@@ -37,6 +37,7 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
         "choices": list(choices),
         "logprobs": endpoint is not None and endpoint.logprobs,
         **({} if endpoint is None else {"tools": True}),  # answers of before lack the row's tools
+        **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
     }
 
     def answer(work: Path) -> str:
@@ -70,8 +71,24 @@ def plan(
     if between:
         given = [answers(context, name, "validation") for name in between]
         assumed = measured_on_validation(context.store, given, context.dataset, leading_scoring(context))
-    uses = count_test_set_uses(context.store, context.dataset.digest)
-    return plan_gates(context.dataset, context.project.settings.gates, uses=uses, assumed=assumed, lift=lift)
+    used, gates = used_candidates(context.store, context.dataset.digest), context.project.settings.gates
+    new = _new_uses(context, used)
+    return plan_gates(context.dataset, gates, uses=len(used), new=new, assumed=assumed, lift=lift)
+
+
+def _new_uses(context: PipelineContext, used: Collection[str]) -> int:
+    """How many candidates the next evaluation will count as new uses of the test rows; 1 at least, for another try."""
+    project, new = context.project, 0
+    for name, settings in project.settings.candidates.items():
+        trains = settings.weights or name
+        if not settings.adapted or trains not in tuned_names(project):
+            continue
+        try:
+            found = trained_candidate(context, name)
+        except TunesmithError:  # such as rows that nobody has signed off yet
+            found = None
+        new += found is None or nameless(found) not in used
+    return max(1, new)
 
 
 def _show_plan(context: PipelineContext) -> None:

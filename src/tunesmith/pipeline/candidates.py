@@ -28,6 +28,7 @@ from tunesmith.pipeline.training import (
     leading_scoring,
     repeat_decided,
     train_candidate,
+    training_inputs,
 )
 from tunesmith.pipeline.training_search import search_settings
 from tunesmith.registry.aliases import ALIASES
@@ -51,6 +52,22 @@ def candidate(context: PipelineContext, name: str, restart: bool = False) -> str
     elif settings.weights is not None:
         found = found.model_copy(update={"training": training(context, settings.weights)})
     return put_candidate(context.store, found)
+
+
+def trained_candidate(context: PipelineContext, name: str) -> Candidate | None:
+    """A candidate with trained weights as it will be, if nothing has to run for it any more; else None.
+
+    For one that searches its prompt or retrieves, this is not known before its stages run.
+    """
+    settings = context.settings_of(name)
+    of = settings.weights or name
+    own = context.settings_of(of)
+    if own.train is None or any(each.search or each.retrieve for each in (settings, own)):
+        return None
+    inputs = training_inputs(context, of, untrained_candidate(context, of, own), own.train)
+    trained = context.stages.known("train", inputs)
+    found = untrained_candidate(context, name, settings)
+    return None if trained is None else found.model_copy(update={"training": trained})
 
 
 def training(context: PipelineContext, name: str, restart: bool = False) -> str:

@@ -35,13 +35,13 @@ REVISIONS = {
     "curve": 7,
     "forecast": 5,
     "answer": 2,
-    "judge": 1,
+    "judge": 2,
     "probe": 1,
-    "risk": 3,
+    "risk": 4,
     "policy": 1,
     "style": 1,
-    "evaluate": 7,
-    "gate": 4,
+    "evaluate": 8,
+    "gate": 5,
 }
 # The permission that running a stage needs.
 ACTIONS = {
@@ -95,7 +95,7 @@ class Stages:
         again: ignore the memo. Raises Refused where the record was recalled, or where the person may not run the stage.
         """
         store = self.project.store
-        key = digest_of({"stage": kind, "revision": REVISIONS[kind], **inputs})
+        key = _key(kind, inputs)
         if (known := None if again else self._memo(name, key)) is not None:
             return known
         work = store.local("work", f"{kind}-{key.removeprefix('sha256:')[:24]}")
@@ -113,6 +113,10 @@ class Stages:
             shutil.rmtree(work, ignore_errors=True)
         self._report(name, time.perf_counter() - began, skipped=False)
         return digest
+
+    def known(self, kind: str, inputs: Mapping[str, Any]) -> str | None:
+        """The record that a stage made of the same inputs before, recalled or not; None where it has to run."""
+        return self.project.store.recall_memo(_key(kind, inputs))
 
     def _memo(self, name: str, key: str) -> str | None:
         """The record that the stage made of the same inputs before. Raises Refused where it was recalled."""
@@ -137,3 +141,7 @@ class Stages:
             return
         self.done.append(Stage(name, seconds, skipped))
         self.progress.say(f"{name}: unchanged, skipped" if skipped else f"{name}: {seconds:.1f} s")
+
+
+def _key(kind: str, inputs: Mapping[str, Any]) -> str:
+    return digest_of({"stage": kind, "revision": REVISIONS[kind], **inputs})

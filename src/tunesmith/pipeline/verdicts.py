@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.evaluate import evaluate as score_answers
@@ -22,6 +23,7 @@ from tunesmith.pipeline.policy import policy, read_requests
 from tunesmith.pipeline.probes import check_probes, general, risks
 from tunesmith.pipeline.style import style
 from tunesmith.pipeline.training import tuned_names
+from tunesmith.project import Project
 
 
 def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> str:
@@ -72,7 +74,7 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
 
     found = context.stages.run("evaluate", "evaluate", inputs, score)
     record_evaluation(context.store, found, context.stages.acting)
-    return found
+    return _keep_latest(context, "evaluation", found)
 
 
 def verdict(context: PipelineContext, name: str | None = None) -> str:
@@ -90,7 +92,25 @@ def verdict(context: PipelineContext, name: str | None = None) -> str:
     def decide(_work: Path) -> str:
         return judge(context.store, evaluation=measured, candidate=of, gates=gates, actor=context.stages.acting)
 
-    return context.stages.run(f"gate {of}", "gate", inputs, decide)
+    return _keep_latest(context, "verdict", context.stages.run(f"gate {of}", "gate", inputs, decide))
+
+
+def latest(project: Project, kind: Literal["evaluation", "verdict"]) -> str | None:
+    """Digest of the record that the project's last `evaluate` or `gate` gave, made then or before; None for none."""
+    found = project.store.recall_memo(_latest_key(project, kind))
+    return found or next(reversed(project.store.records_of(kind)), None)
+
+
+def _keep_latest(context: PipelineContext, kind: str, digest: str) -> str:
+    """A stage whose inputs did not change makes no record, so the newest record need not be the last result."""
+    key = _latest_key(context.project, kind)
+    if context.store.recall_memo(key) != digest:
+        context.store.keep_memo(key, digest)
+    return digest
+
+
+def _latest_key(project: Project, kind: str) -> str:
+    return digest_of({"latest": kind, "project": project.settings.name})
 
 
 def subject(context: PipelineContext, measured: str) -> str:

@@ -1,4 +1,4 @@
-"""The leaderboard: versions ranked among those that were measured on the same held-out rows."""
+"""The leaderboard: versions ranked among those that were measured on the same held-out rows by the same scorer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
-from tunesmith.evaluation.compare import compare, side_of_digest
+from tunesmith.evaluation.compare import compare, scored_alike, side_of_digest
 from tunesmith.evaluation.report.approach_ladder import approach_of
 from tunesmith.evaluation.summary import AnswerPrice, MetricInterval
 from tunesmith.registry.aliases import list_aliases
@@ -34,46 +34,63 @@ class BoardRow(MetricInterval):
 
 
 class Board(View):
-    """Versions of one name, measured by one metric on the same rows; the best first. dataset: its digest."""
+    """Versions of one name, measured by one metric on the same rows; the best first. dataset: its digest.
+
+    evaluation: that of the best, where another board differs from this one in the metric's scorer alone.
+    """
 
     name: str
     dataset: str
     metric: str
     n: int
+    evaluation: str | None = None
     versions: tuple[BoardRow, ...]
 
     @property
     def title(self) -> str:
         """A board's title, one line."""
-        return f"{self.name}: {self.metric} on {self.n} held-out requests of dataset {short(self.dataset)}"
+        told = f"{self.name}: {self.metric} on {self.n} held-out requests of dataset {short(self.dataset)}"
+        return told if self.evaluation is None else f"{told}, scored as in evaluation {short(self.evaluation)}"
 
 
 class Leaderboard(View):
-    """One board for each name, dataset version and leading metric. The board with the newest version comes first."""
+    """One board for each name, dataset version, leading metric and scorer. The board with the newest version comes
+    first."""
 
     boards: tuple[Board, ...]
 
 
 def leaderboard(store: Store, name: str | None = None) -> Leaderboard:
     """Rank the versions of a name, or of every name."""
-    entries: defaultdict[tuple[str, str, str], list[tuple[Version, BoardRow]]] = defaultdict(list)
+    entries: defaultdict[tuple[str, str, str], list[list[tuple[Version, BoardRow]]]] = defaultdict(list)
     serving = {alias.version: alias.alias for alias in list_aliases(store)}
     for version in list_versions(store, name):
         record = store.record(version.evaluation, kind="evaluation")
         metric = record.body["primary"]
         row = _row(store, version, metric, serving.get(version.digest))
-        entries[version.name, record.parents["dataset"], metric].append((version, row))
-    boards = []
-    for (owner, dataset, metric), rows in entries.items():
-        rows.sort(key=lambda row: (-row[1].mean, row[0].number))
-        best = rows[0][0]
-        ranked = [rows[0][1]]
-        for version, row in rows[1:]:
-            ranked.append(row.model_copy(update={"behind": _behind(store, version, best, metric)}))
-        n = store.record(best.evaluation).body["n"]
-        boards.append(Board(name=owner, dataset=dataset, metric=metric, n=n, versions=tuple(ranked)))
+        boards_of = entries[version.name, record.parents["dataset"], metric]
+        alike = (rows for rows in boards_of if scored_alike(store.record(rows[0][0].evaluation), record, metric))
+        if (rows := next(alike, None)) is not None:
+            rows.append((version, row))
+        else:
+            boards_of.append([(version, row)])
+    boards = [
+        _board(store, key, rows, alone=len(boards_of) == 1) for key, boards_of in entries.items() for rows in boards_of
+    ]
     newest = sorted(boards, key=lambda board: max(row.created_at for row in board.versions), reverse=True)
     return Leaderboard(boards=tuple(newest))
+
+
+def _board(store: Store, key: tuple[str, str, str], rows: list[tuple[Version, BoardRow]], *, alone: bool) -> Board:
+    """alone: whether no other board has the same name, dataset and metric (key)."""
+    owner, dataset, metric = key
+    rows = sorted(rows, key=lambda row: (-row[1].mean, row[0].number))
+    best, ranked = rows[0][0], [rows[0][1]]
+    for version, row in rows[1:]:
+        ranked.append(row.model_copy(update={"behind": _behind(store, version, best, metric)}))
+    n = store.record(best.evaluation).body["n"]
+    shown = None if alone else best.evaluation
+    return Board(name=owner, dataset=dataset, metric=metric, n=n, evaluation=shown, versions=tuple(ranked))
 
 
 def _row(store: Store, version: Version, metric: str, alias: str | None) -> BoardRow:

@@ -23,7 +23,7 @@ from tunesmith.evaluation.summary import (
 )
 from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.verdicts import evaluation, verdict
+from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.store import database
@@ -144,7 +144,7 @@ def compare_candidates(project: Project, first: str, second: str) -> Comparison:
 
 
 def report(project: Project, version: str | None = None) -> EvidenceReport:
-    """The evidence for a version, by default for the newest evaluation: what the report page shows."""
+    """The evidence for a version, by default for the last evaluation: what the report page shows."""
     from tunesmith.evaluation.report.data import release_trail, report_data
 
     measured, judged, digest = _reported(project, version)
@@ -192,11 +192,11 @@ def report_page(found: EvidenceReport, path: Path) -> None:
 
 
 def latest_evaluation(project: Project) -> str:
-    """Digest of the newest evaluation in the project's store. Raises UsageError where there is none."""
-    found = project.store.records_of("evaluation")
-    if not found:
+    """Digest of the project's last evaluation. Raises UsageError where there is none."""
+    found = latest(project, "evaluation")
+    if found is None:
         raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
-    return found[-1]
+    return found
 
 
 def _reported(project: Project, version: str | None) -> tuple[str, str | None, str | None]:
@@ -206,12 +206,12 @@ def _reported(project: Project, version: str | None) -> tuple[str, str | None, s
         found = resolve(store, version)
         return found.evaluation, found.verdict, found.digest
     measured = latest_evaluation(project)
-    verdicts = store.records_of("verdict")
-    if not verdicts or store.record(verdicts[-1]).parents["evaluation"] != measured:
+    judged = latest(project, "verdict")
+    if judged is None or store.record(judged).parents["evaluation"] != measured:
         return measured, None, None
-    versions = [child for _, kind, child in store.children(verdicts[-1]) if kind == "version"]
+    versions = [child for _, kind, child in store.children(judged) if kind == "version"]
     newest = max(versions, key=lambda digest: store.record(digest).body["number"], default=None)
-    return measured, verdicts[-1], newest
+    return measured, judged, newest
 
 
 def _side(project: Project, text: str) -> Side:

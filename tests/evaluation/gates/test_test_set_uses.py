@@ -19,11 +19,12 @@ from tests.fabricate import (
     put_dataset,
     put_training,
 )
-from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.gates.test_set_uses import ACTION, count_test_set_uses, record_evaluation, use_test_set
+from tunesmith.evaluation.gates.test_set_uses import ACTION, record_evaluation, use_test_set, used_candidates
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
@@ -101,9 +102,39 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     assert verdict_summary(made.store, verdict).test_set_use == 2
     renamed = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:60]]
     part = put_dataset(made.store, old.examples("train"), [], [*renamed, *commands(60, 78, 9500)])
-    assert count_test_set_uses(made.store, part) == 2, "some of its test requests were used, under other ids"
+    assert len(used_candidates(made.store, part)) == 2, "some of its test requests were used, under other ids"
     fresh = put_dataset(made.store, old.examples("train"), [], commands(60, 79, 9900))
-    assert count_test_set_uses(made.store, fresh) == 0
+    assert len(used_candidates(made.store, fresh)) == 0
+
+
+def test_neither_a_system_turn_nor_a_letter_s_case_makes_a_new_test_set(made: Fabricated, evaluation: str) -> None:
+    judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    train = load_dataset(made.store, made.dataset).examples("train")
+    turned = []
+    for row in made.test:
+        asked = row.messages[-2].model_copy(update={"content": row.messages[-2].content.capitalize() + "!"})
+        system = Message(role="system", content="Another prompt.")
+        turned.append(row.model_copy(update={"id": row.id[::-1], "messages": (system, asked, row.messages[-1])}))
+    assert len(used_candidates(made.store, put_dataset(made.store, train, [], turned))) == 1
+
+
+def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
+    """As the champion is, which a project evaluates again beside its next candidate."""
+    first = scored(made, made.dataset, {"tuned": "x"})
+    record_evaluation(made.store, first, acting(made.store))
+    old = load_candidate(made.store, made.store.record(first).body["candidates"]["tuned"]["candidate"])
+    champion = put_candidate(made.store, old.model_copy(update={"name": "champion"}))
+    new = put_candidate(made.store, old.model_copy(update={"prompt": "y"}))
+    lines = answer_lines(made.test, flawed(0.9, 1.0, 1))
+    answers = {
+        name: put_answers(made.store, digest, made.dataset, lines)
+        for name, digest in (("champion", champion), ("tuned", new))
+    }
+    again = evaluate(made.store, dataset=made.dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    record_evaluation(made.store, again, acting(made.store))
+    assert len(used_candidates(made.store, made.dataset)) == 2
+    assert use_test_set(made.store, again, champion, acting(made.store)) == 1, "it keeps its number"
+    assert use_test_set(made.store, again, new, acting(made.store)) == 2
 
 
 def test_deleting_a_verdict_does_not_reset_the_count(made: Fabricated, evaluation: str) -> None:

@@ -22,7 +22,7 @@ from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
-from tunesmith.evaluation.metrics.judging import judge_answers, read_judged
+from tunesmith.evaluation.metrics.judging import judge_answers, last_word, read_judged
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
@@ -140,6 +140,22 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     assert 0.0 <= measured["low"] <= measured["mean"] <= measured["high"] <= 1.0
     each = dict(zip(known, f1_score(held, said, labels=known, average=None, zero_division=0), strict=True))
     assert {one["label"]: one["f1"] for one in found["by_label"]} == pytest.approx(each, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("null", '"None"', 0.0),
+        ("null", '"null"', 0.0),
+        ("true", '"True"', 0.0),
+        ("1", "1.0", 1.0),
+        ('{"a": 1, "b": [2.0]}', '{"b": [2], "a": 1.0}', 1.0),
+        ('"on"', '"on"', 1.0),
+    ],
+)
+def test_labels_are_compared_as_json_values(answer: str, reference: str, right: float) -> None:
+    scorer = {"name": "kind", "label": "kind"}
+    assert _score(scorer, f'{{"kind": {answer}}}', f'{{"kind": {reference}}}') == right
 
 
 def test_calibration_by_hand_and_by_scikit_learn() -> None:
@@ -264,7 +280,31 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
         evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
 
 
-@pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None"])
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("It is shorter.\n\n**A**", "A"),
+        ("Final verdict: tie.", "TIE"),
+        ("**Verdict:** __B__", "B"),
+        ("This is a better answer overall.", None),
+        ("Verdict: not A", None),
+        ("A or B", None),
+        ("A\nThat is all.", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_stands_alone_on_the_last_line(reply: str, verdict: str | None) -> None:
+    assert last_word(reply, ("A", "B", "TIE")) == verdict
+
+
+def test_a_judge_that_was_cut_off_said_nothing(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    server.reply = lambda _: (200, {}, completion("What decides:\nA", finish="length"))
+    scores, stated, _ = _judged(made, server, tmp_path / "work")
+    assert (stated["undecided"], set(scores.values())) == (48, {0.5})
+
+
+@pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None", "10**400"])
 def test_a_function_s_unusable_score_is_inconclusive(tmp_path: Path, value: str) -> None:
     made = fabricate(tmp_path / "store", n=24)
     (tmp_path / "mine.py").write_text(f"def f(answer, reference, request):\n    return {value}\n")

@@ -71,6 +71,22 @@ def test_the_calibration_error_of_sure_answers_is_the_share_of_wrong_ones(confid
     assert (error.mean, error.low, error.high) == pytest.approx((share.mean, share.low, share.high), abs=1e-9)
 
 
+@pytest.mark.parametrize(("rows", "off", "least", "most"), [(100, 0.0, 0, 2), (200, 0.0, 0, 2), (200, 0.15, 12, 20)])
+def test_only_wrong_confidences_have_a_calibration_error_that_is_surely_high(
+    rows: int, off: float, least: int, most: int
+) -> None:
+    """Of twenty candidates. off: by how much their confidences are too high."""
+    random, sure = np.random.RandomState(1), 0
+    for _ in range(20):
+        stated = random.uniform(0.3, 1.0, rows)
+        right = random.rand(rows) < stated - off
+        found = [
+            ("a", "a" if each else "b", confidence) for each, confidence in zip(right, stated.tolist(), strict=True)
+        ]
+        sure += calibration_error_interval(labelled(found), 0.95, 0).low > 0.03
+    assert least <= sure <= most
+
+
 def test_coverage_of_the_macro_f1_interval() -> None:
     random, held = np.random.RandomState(1), 0
     for _ in range(60):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.bias import bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
@@ -37,6 +37,23 @@ def test_genders_are_swapped_in_request_and_answer_alike() -> None:
     assert found["gender/b"] == ("Anna lost her card and she saw her", '{"who":"Anna"}')
     assert found["names/a"] == ("Anna lost her card and he saw her", '{"who":"Anna"}')
     assert found["names/b"] == ("Priya lost her card and he saw her", '{"who":"Priya"}')
+
+
+def test_changed_requests_keep_their_tools_and_calls() -> None:
+    """What is asked is otherwise the row's request: a model without its tools cannot call them."""
+    call = ToolCall(id="c", name="find", arguments='{"who":"Anna"}')
+    asked = Message(role="user", content="where is Anna Smith today", tools="[]")
+    one = row("x", "y").model_copy(
+        update={"messages": (asked, Message(role="assistant", content="", tool_calls=(call,)))}
+    )
+    for items in (swap_items(context([one])), robustness_items(context([one])), extraction_items(context([one]))):
+        assert items
+        assert {item.messages[0].tools for item in items} == {"[]"}
+    swapped = {item.id[-1]: item.choices for item in swap_items(context([one])) if item.arm == "gender"}
+    assert swapped == {
+        "a": ('{"name": "find", "arguments": {"who":"William"}}',),
+        "b": ('{"name": "find", "arguments": {"who":"Anna"}}',),
+    }
 
 
 def test_what_names_nobody_is_not_asked() -> None:

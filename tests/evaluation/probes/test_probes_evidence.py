@@ -153,6 +153,11 @@ def test_rows_of_another_dataset_version(made: Fabricated) -> None:
         *(kept(made, asked, lines(asked), each, suite, dataset=made.dataset) for each in (made.training, None))
     )
     assert judged(made, fresh, suite, probe="membership", at_most=0.9)["outcome"] == "pass"
+    grouped = [item.model_copy(update={"group": "h"}) if item.arm == "held out" else item for item in asked]
+    one = Risk(
+        *(kept(made, grouped, lines(grouped), each, suite, dataset=made.dataset) for each in (made.training, None))
+    )
+    assert "held out" in judged(made, one, suite, probe="membership_tpr", at_most=0.9)["reason"]
     few = judged(made, fresh, suite, probe="membership_tpr", at_most=0.9)
     assert "needs at least 100" in few["reason"]
 

@@ -142,6 +142,15 @@ def test_headlines(made: Fabricated, evaluation: str) -> None:
     assert advice(None)["headline"] == "tuned was measured, but no gates have judged it."
 
 
+def test_an_equal_candidate_did_not_score_higher(made: Fabricated) -> None:
+    lines = answer_lines(made.test, lambda row: row.answer)
+    answers = {name: put_answers(made.store, made.candidates[name], made.dataset, lines) for name in ("rag", "tuned")}
+    equal = evaluate(made.store, dataset=made.dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    for name in answers:
+        verdict = verdict_of(made, equal, name, {"any": {"metric": "exact_match", "at_least": 0.1}})
+        assert report_data(made.store, equal, verdict)["advice"]["headline"] == f"Release {name}."
+
+
 def test_one_candidate_alone_and_no_probes(made: Fabricated) -> None:
     alone = evaluate(made.store, dataset=made.dataset, answers={"zero-shot": made.answers["zero-shot"]}, probes={},
                      task=TASK, answer_schema=SCHEMA)  # fmt: skip

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tests.fabricate import fabricate
 from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.evaluation.planning import Assumed, plan_gates, plan_sentence
 from tunesmith.evaluation.stats.power import Grouping, _tail, grouping_of, lift_power, plan_lift, smallest_lift
 from tunesmith.evaluation.stats.statistics import interval, intervals
 
@@ -93,3 +99,13 @@ def test_correlation_within_groups_from_differences() -> None:
     assert half.effect == pytest.approx(3.0, abs=0.4)
     assert grouping_of(groups).effect == pytest.approx(5.0), "rows of a group count as one until it is known better"
     assert grouping_of([]).effect == 1.0
+
+
+def test_a_plan_is_for_the_last_of_the_candidates_that_an_evaluation_adds(tmp_path: Path) -> None:
+    made = fabricate(tmp_path / "store", n=60)
+    gates = GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}})
+    dataset = load_dataset(made.store, made.dataset)
+    one, ten = (plan_gates(dataset, gates, uses=1, new=new, assumed=Assumed()) for new in (1, 10))
+    assert (one.test_set_use, ten.test_set_use) == (2, 11)
+    assert ten.gates[0].power < one.gates[0].power
+    assert "11 candidates will have used these rows" in plan_sentence(ten, ten.gates[0])

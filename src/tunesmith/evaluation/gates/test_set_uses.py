@@ -2,10 +2,12 @@
 
 A trained candidate uses the test rows at its first scoring: choosing the best of ten candidates by their test scores
 is ten uses, whichever of them is judged. An untrained candidate uses them at its first verdict. Control candidates,
-which are trained on shuffled answers, do not count, since nobody chooses among them.
+which are trained on shuffled answers, do not count, since nobody chooses among them. A candidate that is evaluated
+again under another name, as a registered version is, does not count again.
 
-Two dataset versions share a test set where they share any test request. A version with one more training row therefore
-does not start a new count; a version with other test rows does. `confidence_at_use` in stats/statistics.py says how
+Two dataset versions share a test set where they share any test request, folded and without system turns. A version with
+one more training row or another system prompt therefore does not start a new count; a version with other test rows
+does. `confidence_at_use` in stats/statistics.py says how
 each use widens the intervals: alpha is spent over the uses (alpha spending: Lan and DeMets 1983, Biometrika 70; alpha
 investing: Foster and Stine 2008, JRSS B 70). This bounds the error from choosing candidates by test scores. It does not
 cover candidates that were fitted to single test rows; those need fresh rows (Dwork et al. 2015, Science 349; Blum and
@@ -18,10 +20,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sqlalchemy import select
 
+from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, Refused
-from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.data.dataset import load_dataset
+from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
@@ -47,21 +49,27 @@ def use_test_set(store: Store, evaluation: str, candidate: str, actor: str) -> i
     dataset = store.record(evaluation, kind="evaluation").parents["dataset"]
     _record(store, dataset, evaluation, [candidate], actor)
     seen: set[str] = set()
-    for names in _uses(store, dataset):
-        seen.update(names)
-        if candidate in seen:
+    own = _nameless(store, candidate)
+    for used in _uses(store, dataset):
+        seen.update(used)
+        if own in seen:
             return len(seen)
     raise Refused("the audit log lacks the use of the test set just recorded", fix="run `tunesmith audit verify`")
 
 
-def count_test_set_uses(store: Store, dataset: str) -> int:
-    """How many candidates have used this dataset's test rows."""
-    return len({name for names in _uses(store, dataset) for name in names})
+def used_candidates(store: Store, dataset: str) -> set[str]:
+    """The candidates that have used this dataset's test rows, each as `nameless` gives it."""
+    return {each for used in _uses(store, dataset) for each in used}
+
+
+def nameless(candidate: Candidate) -> str:
+    """Digest of all that a candidate states but its name."""
+    return digest_of(candidate.model_dump(mode="json", by_alias=True, exclude={"name"}))
 
 
 def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[str], actor: str) -> None:
-    known = {name for names in _uses(store, dataset) for name in names}
-    new = [candidate for candidate in candidates if candidate not in known]
+    known = used_candidates(store, dataset)
+    new = [candidate for candidate in candidates if _nameless(store, candidate) not in known]
     if not new:
         return
     rows = _requests(store, dataset)
@@ -71,7 +79,7 @@ def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[st
 
 
 def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
-    """The candidates of each audit entry on these test rows, oldest first."""
+    """The candidates of each audit entry on these test rows, without their names, oldest first."""
     with database.reading(store.engine) as session:
         query = select(AuditRow.subject, AuditRow.detail).where(AuditRow.action == ACTION).order_by(AuditRow.seq)
         entries = [(str(subject), detail) for subject, detail in session.execute(query)]
@@ -80,7 +88,15 @@ def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
         if subject not in shared:
             shared[subject] = bool(_requests(store, dataset) & _texts(store.read_blob(subject).splitlines()))
         if shared[subject]:
-            yield list(detail["candidates"])
+            yield [_nameless(store, candidate) for candidate in detail["candidates"]]
+
+
+def _nameless(store: Store, candidate: str) -> str:
+    """As `nameless`, of a candidate's record; the record's digest where it is gone."""
+    try:
+        return nameless(load_candidate(store, candidate))
+    except Refused:
+        return candidate
 
 
 def _requests(store: Store, dataset: str) -> frozenset[str]:
@@ -90,12 +106,8 @@ def _requests(store: Store, dataset: str) -> frozenset[str]:
 
 
 def _texts(lines: Iterable[bytes]) -> frozenset[str]:
-    """A digest of each request; the row's id and answer do not count."""
-    found = set()
-    for line in lines:
-        turns = parse_json(line)["messages"][:-1]
-        found.add(digest_of([[turn["role"], " ".join(turn["content"].split())] for turn in turns]))
-    return frozenset(found)
+    """Each request's normalised text, without system turns; the row's id and answer do not count."""
+    return frozenset(Example.model_validate_json(line).wording for line in lines)
 
 
 def _control(store: Store, candidate: str) -> bool:

@@ -8,6 +8,7 @@ retrieved texts.
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Union
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from tunesmith.candidates.settings import EndpointSettings
-from tunesmith.core.digests import digest_file
+from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import check_answer_grammar, matches
 from tunesmith.core.reading.patterns import check_pattern, search
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.settings import Settings
+from tunesmith.core.text.labels import bare_label
 from tunesmith.evaluation.lines import is_share
 from tunesmith.evaluation.metrics.scorers import SCORERS, Schema, nearest
 
@@ -253,7 +255,7 @@ NO_LABEL: Final = "(no label)"  # not "", which a reference's label may be
 def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
     """The label in a text; NO_LABEL for an answer without one. Raises UsageError for a reference without one."""
     if not scorer.label:
-        return " ".join(text.split()).casefold()
+        return bare_label(text)
     try:
         value = parse_json(text)
         for key in scorer.label.split("."):
@@ -262,7 +264,29 @@ def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
         if reference:
             raise UsageError(f"the reference has no {scorer.label!r}", fix="correct `label` in task.scorers") from error
         return NO_LABEL
-    return value if isinstance(value, str) else repr(value)
+    return _json_label(value)
+
+
+def _json_label(value: Any) -> str:
+    """The label that a JSON value is: text as it stands, other values as JSON, in which 1.0 is 1 and keys are sorted.
+
+    Text that could be another value's JSON is in quotes, so that "null" and null are two labels.
+    """
+    if isinstance(value, str):
+        try:
+            parse_json(value)
+        except NotJson:
+            return value
+    return json.dumps(_whole(value), sort_keys=True, ensure_ascii=False)
+
+
+def _whole(value: Any) -> Any:
+    """The JSON value with whole numbers as such."""
+    if isinstance(value, dict):
+        return {key: _whole(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def function_file(scorer: FunctionScorer, root: Path) -> Path:
@@ -280,6 +304,24 @@ def function_digests(scorers: Sequence[Declared], root: Path) -> dict[str, str]:
     """metric -> digest of the source file, for each function scorer."""
     own = [scorer for scorer in scorers if isinstance(scorer, FunctionScorer)]
     return {scorer.name: digest_file(function_file(scorer, root)) for scorer in own}
+
+
+def scorer_digests(scorers: Sequence[Declared], schema: Schema, root: Path) -> dict[str, str]:
+    """metric -> digest of what decides an answer's score: settings, a function's file, a judge's model, the schema.
+
+    Scores of different digests cannot be compared.
+    """
+    files, found = function_digests(scorers, root), {}
+    for scorer in scorers:
+        if isinstance(scorer, str):
+            stated: dict[str, Any] = {"scorer": scorer, "schema": schema if scorer == "json_valid" else None}
+        else:
+            stated = scorer.model_dump(mode="json", exclude={"name", "calibrate", "judge"})
+            stated["file"] = files.get(scorer.name)
+        if isinstance(scorer, JudgeScorer):
+            stated["judge"] = [scorer.judge.url, scorer.judge.model]
+        found[metric_of(scorer)] = digest_of(stated)
+    return found
 
 
 def checked(value: Any, metric: str, where: str) -> float:

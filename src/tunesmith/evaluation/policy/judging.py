@@ -13,13 +13,13 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.lines import read_answer_lines
-from tunesmith.evaluation.metrics.judging import ask_twice, last_word
+from tunesmith.evaluation.metrics.judging import ask_twice, verdicts_of
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.store.store import Store
 
-# A judge's two verdicts on an answer; None where a reply names none, or both.
+# A judge's two verdicts on an answer; None where a reply does not end with one.
 Said = tuple[str | None, str | None]
 _LONGEST: Final = 512
 _SYSTEM: Final = (
@@ -81,10 +81,7 @@ def read_said(
     if stated.get("question") != rubric:
         raise Inconclusive(f"the judge of {check!r} judged by another rubric", fix="evaluate again")
     lines = read_answer_lines(store, record, [item.id for item in items], f"judgements by {check}", "requests")
-    return {
-        name: (last_word(line["first"], (KEEPS, BREAKS)), last_word(line["second"], (KEEPS, BREAKS)))
-        for name, line in lines.items()
-    }
+    return {name: verdicts_of(line, (KEEPS, BREAKS)) for name, line in lines.items()}
 
 
 def _question(rubric: str, item: PolicyItem, answer: str, *, turned: bool = False) -> Generation:

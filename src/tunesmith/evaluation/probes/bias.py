@@ -84,7 +84,7 @@ def swap_items(context: ProbeContext) -> list[Item]:
                         group=row.group,
                         arm=arm,
                         messages=context.put(row, version[:-1]),
-                        choices=(version[-1].content,),
+                        choices=(version[-1].text,),
                     )
                 )
     return found
@@ -162,13 +162,14 @@ _LOWER_NAMES = frozenset(name.lower() for names in FIRST_NAMES for name in names
 
 
 def _swapped(turn: Message, change: Callable[[str, str], str]) -> Message:
-    text = turn.content
+    """The turn with the words of its content and of its calls' arguments changed. Its tools stay as they are."""
 
     def replaced(match: re.Match[str]) -> str:
-        following = _WORD.match(text[match.end() :].lstrip(" "))
+        following = _WORD.match(match.string[match.end() :].lstrip(" "))
         return change(match[0], following[0] if following else "")
 
-    return Message(role=turn.role, content=_WORD.sub(replaced, text))
+    calls = [call.model_copy(update={"arguments": _WORD.sub(replaced, call.arguments)}) for call in turn.tool_calls]
+    return turn.model_copy(update={"content": _WORD.sub(replaced, turn.content), "tool_calls": tuple(calls)})
 
 
 def _cased(word: str, like: str) -> str:

@@ -101,4 +101,4 @@ def with_last_request(messages: Sequence[Message], change: Callable[[str], str])
     """The messages with their last user turn changed."""
     place = max(place for place, turn in enumerate(messages) if turn.role == "user")
     turn = messages[place]
-    return (*messages[:place], Message(role="user", content=change(turn.content)), *messages[place + 1 :])
+    return (*messages[:place], turn.model_copy(update={"content": change(turn.content)}), *messages[place + 1 :])

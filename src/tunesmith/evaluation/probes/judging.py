@@ -114,8 +114,7 @@ def _membership(case: Case) -> Shown:
 
 
 def _membership_tpr(case: Case) -> Shown:
-    members, others = case.arm(memory.TRAINED), case.arm(memory.HELD_OUT)
-    numbers.check_groups(f"rows {memory.TRAINED}", members.groups)
+    members, others = _both_sides(case)
     shown = case.mean(numbers.found_at_1_percent(members.after, others.after), members, _SHARES)
     return Shown(
         shown, f"{_shared(shown)} of the training rows are recognised where 1% of held-out rows are mistaken for them"

@@ -25,6 +25,8 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     verdict = data["verdict"]["verdict"] if data["verdict"] else None
     focus, best = data["focus"], data["candidates"][0]["name"]
+    if _mean(data, best) == _mean(data, focus):
+        best = focus
     headlines = {
         "pass": f"Release {focus}." if best == focus else f"{focus} may be released, but {best} scored higher.",
         "fail": f"Do not release {focus}.",
