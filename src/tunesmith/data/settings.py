@@ -103,7 +103,7 @@ class Licences(Settings):
         False
     )
     allow: Annotated[tuple[str, ...], Field(description="SPDX ids (also LicenseRef-...) that are always accepted")] = ()
-    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids that are never accepted")] = ()
+    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids (also LicenseRef-...) that are never accepted")] = ()
 
 
 class Recogniser(Settings):
@@ -221,8 +221,8 @@ class Split(Settings):
         str | None,
         Field(
             min_length=1,
-            description="the row's key for its time (ISO 8601, or seconds since 1970): the newest rows are the test "
-            "split, the next newest the validation split; shares then count rows",
+            description="the row's key for its time (ISO 8601, eight digits as 20240501, or seconds since 1970): the "
+            "newest rows are the test split, the next newest the validation split; shares then count rows",
         ),
     ] = None
     stratify: Annotated[

@@ -142,9 +142,7 @@ def test_licences_come_from_source_or_row(tmp_path: Path) -> None:
     assert dataset.record.body["ignored_keys"] == {}
 
 
-@pytest.mark.parametrize(
-    "last", [{"license": "CC-BY-NC-4.0"}, {"licence": "CC-BY-SA-4.0"}, {"license": "?"}, {"licence": ""}]
-)
+@pytest.mark.parametrize("last", [{"license": "CC-BY-NC-4.0"}, {"licence": "CC-BY-SA-4.0"}, {"license": "?"}])
 def test_one_row_under_a_refused_licence_stops_the_build(tmp_path: Path, last: dict[str, str]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(50), row("last", "one", **last)])
     with pytest.raises(Refused) as caught:
@@ -333,6 +331,15 @@ def test_renamed_columns(tmp_path: Path) -> None:
     dataset = build(tmp_path, settings("rows.csv", source=source))
     adds_up(dataset)
     assert dataset.record.body["sources"][0]["format"] == "prompt-completion"
+
+
+def test_an_empty_licence_is_none(tmp_path: Path) -> None:
+    said = [one["messages"][0]["content"] for one in many_rows(80)]
+    lines = [f"{text},ok {n},{'ISC' if n % 2 else ''}" for n, text in enumerate(said)]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion,licence", *lines]) + "\n")
+    assert build(tmp_path, settings("rows.csv")).record.body["licences"] == {"ISC": 40, "MIT": 40}
+    with pytest.raises(Refused, match="without a licence"):
+        build(tmp_path, settings("rows.csv", source={"licence": None}))
 
 
 def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:

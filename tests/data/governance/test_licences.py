@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.governance.licences import Credit, duties, permitted
 from tunesmith.data.settings import Licences
 
@@ -62,6 +62,50 @@ def test_the_policy_is_by_use_and_by_name() -> None:
         permitted("MIT", Licences(refuse=("MIT",)), "rows")
     with pytest.raises(Refused, match="non-commercial"):
         permitted("CC-BY-NC-SA-4.0", Licences(share_alike=True), "rows")
+
+
+@pytest.mark.parametrize(
+    ("named", "licence"),
+    [
+        ("mit", "MIT"),
+        ("cc-by-4.0", "CC-BY-4.0"),
+        ("GPL-3.0", "GPL-3.0-only"),
+        ("llvm-exception", "Apache-2.0 WITH LLVM-exception"),
+        ("LicenseRef-Own", "LicenseRef-Own"),
+    ],
+)
+def test_a_policy_may_spell_ids_in_its_way(named: str, licence: str) -> None:
+    assert permitted(licence, Licences(allow=(named,)), "rows") == licence
+    with pytest.raises(Refused):
+        permitted(licence, Licences(allow=(named,), refuse=(named,)), "rows")
+
+
+@pytest.mark.parametrize("key", ["allow", "refuse"])
+@pytest.mark.parametrize("name", ["MITT", "MIT OR ISC", ""])
+def test_a_policy_with_an_unknown_id_is_an_error(key: str, name: str) -> None:
+    with pytest.raises(UsageError, match="not an SPDX licence id") as caught:
+        permitted("ISC", Licences.model_validate({key: [name]}), "rows")
+    assert caught.value.where == f"data.licences.{key}"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "fit"),
+    [
+        ("GPL-3.0-only", "GPL-3.0-or-later", True),
+        ("GPL-2.0-or-later", "GPL-3.0-or-later", True),
+        ("GPL-2.0-or-later", "GPL-3.0-only", True),
+        ("GPL-2.0-only", "GPL-3.0-or-later", False),
+        ("GFDL-1.2-only", "GFDL-1.3-only", False),
+        ("GPL-2.0-only", "LGPL-2.1-only", False),
+    ],
+)
+def test_versions_of_one_licence_fit_unless_one_says_only(one: str, other: str, fit: bool) -> None:
+    rows = {Credit("a", one, None), Credit("b", other, None)}
+    if fit:
+        assert duties(rows, Licences(share_alike=True))["share_alike"] == sorted((one, other))
+    else:
+        with pytest.raises(Refused, match="different licences"):
+            duties(rows, Licences(share_alike=True))
 
 
 def test_duties_are_those_of_the_licences_that_are_relied_on() -> None:

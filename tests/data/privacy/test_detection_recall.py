@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -14,7 +16,7 @@ from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.detection_recall import Measured, measure, probably_remaining, recall_at_least
-from tunesmith.data.privacy.entities import Finder
+from tunesmith.data.privacy.entities import Finder, Finding
 from tunesmith.data.privacy.originals import KEY, read_originals
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
@@ -53,6 +55,40 @@ def test_what_cannot_be_found_is_measured_as_lost() -> None:
     assert measured.inserted == 30
     assert 5 < measured.found < 25  # of the two examples one does not fit the pattern
     assert measured.right == measured.new
+
+
+class _WithoutKeys(Scanner):
+    """Does not look at the keys of JSON."""
+
+    def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
+        return super().findings(texts)
+
+
+def login(n: int) -> dict[str, str]:
+    return {"action": "login", "password": f"aB{n:03d}xy&Zq"}
+
+
+def test_passwords_under_keys_of_json_are_inserted_too() -> None:
+    chosen = Privacy(entities=("SECRET",), synthetic_values=100)
+    talks = [
+        [
+            Message(role="user", content=f"log in as user {n} please"),
+            Message(role="assistant", content=json.dumps(login(n))),
+        ]
+        for n in range(20)
+    ]
+    assert measure(Scanner(chosen), chosen, talks)["SECRET"].found >= 95
+    missed = 100 - measure(_WithoutKeys(chosen), chosen, talks)["SECRET"].found
+    assert 30 < missed < 70  # half of the values are passwords, which are found by their keys only
+
+
+def test_no_password_of_a_json_answer_is_sealed(tmp_path: Path) -> None:
+    said = [one["messages"][0]["content"] for one in many_rows(60)]
+    write_jsonl(tmp_path / "rows.jsonl", [row(text, json.dumps(login(n))) for n, text in enumerate(said)])
+    dataset = build(tmp_path, settings(privacy={"entities": ["SECRET"], "left_at_most": 20}))
+    answers = [json.loads(one.answer) for split in ("train", "validation", "test") for one in dataset.examples(split)]
+    assert answers
+    assert {answer["password"] for answer in answers} == {"secret_1"}
 
 
 def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
@@ -161,7 +197,26 @@ def test_secrets_of_every_kind_in_sentences(kind: str) -> None:
         assert secret not in found.messages[0].content, value
 
 
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("Authorization: Basic dXNlcjpwYXNzd29yZDEyMw==", "dXNlcjpwYXNzd29yZDEyMw=="),
+        ("curl -H 'authorization: basic dXNlcjpwdw==' x.org", "dXNlcjpwdw=="),
+        ("get https://a.windows.net/c?sr=b&sig=Zm9v%2BFyYmF6cXV4Zm9vYmFyYmF6cXV4Zm9vYmE%3D&se=2", "Zm9v"),
+        ("the cache is at redis://:s3cr3tPw99@cache:6379/0", "s3cr3tPw99"),
+        ("the cache is at redis://:p%40ssW0@cache:6379/0", "ssW0"),
+    ],
+)
+def test_secrets_of_headers_and_addresses(text: str, secret: str) -> None:
+    scanner = Scanner(Privacy(entities=("SECRET",)))
+    found = scanner.scan([Message(role="user", content=text), Message(role="assistant", content="ok")])
+    assert found.found == {"SECRET": 1}
+    assert secret not in found.messages[0].content
+
+
 CLEAN = """\
+basic authentication, or Basic functionality for the AuthorizationHeader
+redis://:$REDIS_PASSWORD@cache:6379/0 or redis://:<password>@cache:6379/0
 how do i reset my password
 the password is wrong again
 what is the access token endpoint of the api

@@ -108,6 +108,65 @@ def test_escapes_and_numbers_in_json_hide_nothing(scanner: Scanner) -> None:
     assert "acme" not in changed
 
 
+@pytest.mark.parametrize(
+    ("answer", "entity", "value"),
+    [
+        ('{"password": "Tr0ub4dor&3x9"}', "SECRET", "Tr0ub4dor&3x9"),
+        ('{"password": "hunter22"}', "SECRET", "hunter22"),
+        ('{"login": {"dbPasswords": ["aB3,xY9(q!"]}}', "SECRET", "aB3,xY9(q!"),
+        ('{"password": "VHIwdWI0ZG9yJjN4OQ=="}', "SECRET", "VHIw"),
+        ('{"api_key": "9f8a7b6c5d4e3f2a1b0c9d8e"}', "SECRET", "9f8a7b"),
+        ('{"aws_secret_access_key": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"}', "SECRET", "wJalr"),
+        ('[{"client_secret": "Q3v9ZtL0pWm7x"}]', "SECRET", "Q3v9"),
+        ('{"ssn": "219099999"}', "US_SSN", "219099999"),
+        ('{"customerSsn": 219099999}', "US_SSN", "219099999"),
+        ('{"phone": "555 0123 45"}', "PHONE_NUMBER", "0123 45"),
+        ('{"home_phone": "555 0123 45"}', "PHONE_NUMBER", "0123 45"),
+    ],
+)
+def test_a_key_of_json_announces_its_value(scanner: Scanner, answer: str, entity: str, value: str) -> None:
+    found = scan(scanner, "hello", answer)
+    assert found.found == {entity: 1}
+    assert value not in found.messages[1].content
+    json.loads(found.messages[1].content)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"token": "re-elected", "tokens": ["U.S.", "COVID-19", "e-mail"]}',
+        '{"password": "required", "secret": "<your secret>", "api_key": "your-api-key-1"}',
+        '{"properties": {"password": {"type": "string", "description": "8-64 characters"}}, "required": ["password"]}',
+        '{"order_number": 12345678, "orderNumber": "123456789"}',
+        '{"keyboard": "qwerty-2000x", "passenger": "seat-12A", "max_tokens": 128000}',
+        '{"name": "kitchen lamp", "intent": "reset_password"}',
+    ],
+)
+def test_keys_of_json_that_announce_nothing(scanner: Scanner, answer: str) -> None:
+    assert not scan(scanner, "hello", answer).found
+
+
+def test_a_password_in_a_call_is_replaced_wherever_it_comes(scanner: Scanner) -> None:
+    call = ToolCall(id="c1", name="login", arguments='{"user":"bob","password":"Tr0ub4dor&3x9"}')
+    found = scanner.scan(
+        [
+            Message(role="user", content="log me in"),
+            Message(role="assistant", content="", tool_calls=(call,)),
+            Message(role="tool", content="Tr0ub4dor&3x9 is right", tool_call_id="c1"),
+            Message(role="assistant", content="Done."),
+        ]
+    )
+    assert found.fields == {("call", "SECRET"): 1}
+    assert found.messages is not None
+    assert found.messages[1].tool_calls[0].arguments == '{"user":"bob","password":"secret_1"}'
+    assert found.messages[2].content == "secret_1 is right"
+
+
+def test_what_is_replaced_in_place_is_replaced_under_its_key_only() -> None:
+    found = scan(Scanner(Privacy(entities=("ZIP_CODE",))), "hello", '{"zip": "12345", "year": "12345"}')
+    assert found.messages[1].content == '{"zip": "00001", "year": "12345"}'
+
+
 def test_half_a_character_that_json_escapes_stays_escaped(scanner: Scanner) -> None:
     answer = '{"\\ud83d": "write to jane@acme.org"}'
     changed = scan(scanner, "note it", answer).messages[1].content

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,9 @@ def test_times_of_every_kind_are_one_time() -> None:
     same = ["2024-05-01T12:00:00Z", "2024-05-01T14:00:00+02:00", 1714564800, "1714564800", 1714564800000, 1714564800.0]
     assert {time_of(value, "") for value in same} == {"2024-05-01T12:00:00.000000Z"}
     assert time_of("2024-05-01", "") < time_of("2024-05-01T00:00:01", "") < time_of(1714564800, "")
+    days = ["2024-05-01", "20240501", 20240501, 20240501.0, date(2024, 5, 1), datetime(2024, 5, 1)]
+    assert {time_of(value, "") for value in days} == {"2024-05-01T00:00:00.000000Z"}
+    assert time_of(86_400_000 * 10, "") == "1997-05-19T00:00:00.000000Z"
 
 
 @given(st.dictionaries(st.integers(0, 50).map(str), st.integers(1, 9), min_size=1), st.floats(0.05, 0.5))

@@ -323,8 +323,9 @@ def _licence_keys(source: Source) -> tuple[str, ...]:
 
 
 def _licence(row: Row, fields: Mapping[str, Any], source: Source) -> str | None:
-    """The row's own licence, else its source's."""
-    own = {_label(fields, key, row) for key in _licence_keys(source) if fields.get(key) is not None}
+    """The row's own licence, else its source's. An empty one is none: CSV gives each row all columns."""
+    stated = (_label(fields, key, row) for key in _licence_keys(source))
+    own = {licence for licence in stated if licence is not None and licence.strip()}
     if len(own) > 1:
         raise UsageError("the row states two licences", where=row.where, fix="join them: `A AND B`")
     return own.pop() if own else source.licence

@@ -9,11 +9,11 @@ the licences' texts, not legal advice; `data.licences` overrides it by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.settings import Licences
 
 Use = Literal["commercial", "non-commercial"]
@@ -106,7 +106,7 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
         if any(each.attribution for each in terms.values()):
             named.append(one._asdict())
     shared = sorted(name for name, terms in used.items() if terms.share_alike)
-    if len({name.rpartition("-")[0] for name in shared}) > 1:  # of one family's versions, the newest applies
+    if not _have_one_licence(shared):
         raise Refused(
             f"{' and '.join(shared)} require different licences for one model",
             where="data.sources",
@@ -121,6 +121,35 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     }
 
 
+def _have_one_licence(share_alike: Sequence[str]) -> bool:
+    """Whether one licence fits all these share-alike ids: of one family the newest version, unless an id says -only."""
+    parts = [name.removesuffix("-only").removesuffix("-or-later").rpartition("-") for name in share_alike]
+    newest = max((version for *_, version in parts), default="")
+    return len({family for family, *_ in parts}) <= 1 and all(
+        version == newest for name, (*_, version) in zip(share_alike, parts, strict=True) if name.endswith("-only")
+    )
+
+
+@functools.cache
+def _named(policy: Licences) -> tuple[frozenset[str], frozenset[str]]:
+    """The ids that a policy allows and refuses, in SPDX's spelling. Raises UsageError for one that SPDX lacks."""
+    allow = frozenset(_spelled(name, "data.licences.allow") for name in policy.allow)
+    refuse = frozenset(_spelled(name, "data.licences.refuse") for name in policy.refuse)
+    return allow, refuse
+
+
+def _spelled(name: str, where: str) -> str:
+    name = name.strip()
+    known = _spdx_ids().get(name.casefold())
+    if known is None and not name.startswith("LicenseRef-"):
+        raise UsageError(
+            f"{name!r} is not an SPDX licence id",
+            where=where,
+            fix="name one id, such as MIT or CC-BY-4.0, or LicenseRef-... for a licence that SPDX does not list",
+        )
+    return known or name
+
+
 @functools.lru_cache(maxsize=4096)
 def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[str, ...]]:
     """(SPDX's spelling, why the licence must not be used or None, the licences relied on)."""
@@ -130,15 +159,16 @@ def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[st
         parsed = _spdx().parse(expression, validate=False, strict=True)
     except (ExpressionError, ExpressionParseError) as error:
         return expression, f"not an SPDX expression ({error})", ()
-    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in policy.allow]
+    allow, refuse = _named(policy)
+    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in allow]
     if unknown:
         return expression, f"{', '.join(unknown)} is not an SPDX licence id", ()
 
     def objection(key: str) -> str | None:
         terms = _TERMS.get(key)
-        if key in policy.refuse:
+        if key in refuse:
             return f"{key} is refused by data.licences.refuse"
-        if key in policy.allow:
+        if key in allow:
             return None
         if terms is None:
             return f"the terms of {key} are not known"
@@ -184,3 +214,11 @@ def _spdx() -> Any:
     from license_expression import get_spdx_licensing
 
     return get_spdx_licensing()
+
+
+@functools.cache
+def _spdx_ids() -> Mapping[str, str]:
+    """Each id and former id of SPDX, in lower case -> its spelling."""
+    known = _spdx().known_symbols
+    former = {alias.casefold(): key for key, one in known.items() for alias in one.aliases}
+    return former | {key.casefold(): key for key in known}

@@ -7,6 +7,7 @@ before a value that does not look like a word.
 
 from __future__ import annotations
 
+import base64
 import functools
 import math
 import re
@@ -54,6 +55,8 @@ _FORMS = (
     r"/:_authToken=\s{0,8}(npm_\S{1,255}|[A-Fa-f0-9-]{36})",
     rf"(?i)(?<!\w)(?:cloudant|clou|cl)[_-]?(?:api)?(?:key|pwd|pw|password|pass|token){_JOIN}([0-9a-f]{{64}}|[a-z]{{24}})",
     rf"(?i)(?<!\w)(?:softlayer|sl)[_-]?(?:api)?[_-]?(?:key|pwd|password|pass|token){_JOIN}([a-z0-9]{{64}})",
+    r"://:([^\s:/?#@\[\]!$&'()*+,;=<>{}]{6,512})@",  # redis://:password@host
+    r"sig=([A-Za-z0-9%+/_-]{40,200}={0,2})",  # of a shared access signature of Azure
     r"https?://api\.softlayer\.com/soap/v3(?:\.1)?/([a-z0-9]{64})",
     rf"(?i)(?<!\w)(?:ibm[_-]?)?(?:cloud[_-]?)?(?:iam[_-]?)?(?:api[_-]?)?(?:key|pwd|password|pass|token){_JOIN}"
     r"([\w-]{44})(?![\w-])",
@@ -71,9 +74,23 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _AWS_SECRET = re.compile(r"(?i:aws|secret|access)[^\n]{0,40}?(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{40})(?![A-Za-z0-9+/=])")
+# The user and password of HTTP's basic authentication, as base64.
+_BASIC = re.compile(r"[Bb]asic {1,8}([A-Za-z0-9+/]{8,1024}={0,2})(?![A-Za-z0-9+/=])")
+# JSON keys that may announce a secret; and those whose value is judged like one in quotes.
+_ANNOUNCING = re.compile(
+    r"(?:pass(?:word|phrase|wd|code)?|pwd|secret|token|credential|key|bearer|pin code|recovery code|aws)s?"
+    r"(?-i:(?![a-z]))",  # not "keyboard"
+    re.IGNORECASE,
+)
+_NAMING = re.compile(
+    r"(?:pass(?:word|phrase|wd|code)|pwd|secret"
+    r"|(?:api|access|secret|private|auth|encryption|signing|client)[ _-]?(?:access[ _-]?)?(?:key|token))s?\Z",
+    re.IGNORECASE,
+)
 # A fast test: a text without any of these contains no secret that the patterns find.
 _MAY_HOLD = re.compile(
-    r"[A-Za-z0-9+/_=.-]{18}|://|pass|pwd|secret|token|credential|key|bearer|pin code|recovery", re.IGNORECASE
+    r"[A-Za-z0-9+/_=.-]{18}|://|pass|pwd|secret|token|credential|key|bearer|pin code|recovery|basic ",
+    re.IGNORECASE,
 )
 _SHORTEST = 6
 # Placeholders of documentation and scripts.
@@ -84,15 +101,27 @@ _PLACEHOLDER = re.compile(
 )
 
 
-def find_secrets(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of every secret in a text. Spans may overlap."""
-    if not _MAY_HOLD.search(text):
+def find_secrets(text: str, key: str = "") -> Iterator[tuple[int, int]]:
+    """(start, end) of every secret in a text. Spans may overlap. key: the text's JSON key, which may announce one."""
+    if _MAY_HOLD.search(text):
+        yield from _found(text)
+    if len(text) < _SHORTEST or text.isalpha() or not _ANNOUNCING.search(key):
         return
+    before = len(key) + 2
+    yield from ((start - before, end - before) for start, end in _found(f"{key}: {text}") if start >= before)
+    if _NAMING.search(key) and not re.search(r"\s", text) and _is_value(text, quoted=True):
+        yield 0, len(text)
+
+
+def _found(text: str) -> Iterator[tuple[int, int]]:
     for pattern in _patterns():
         for match in pattern.finditer(text):
             yield _span(match)
     for match in _AWS_SECRET.finditer(text):
         if _looks_random(match[1]):
+            yield match.span(1)
+    for match in _BASIC.finditer(text):
+        if _is_user_and_password(match[1]):
             yield match.span(1)
     for match in _NAMED.finditer(text):
         value = match["value"].rstrip(".!?:")
@@ -117,6 +146,15 @@ def _is_value(value: str, *, quoted: bool) -> bool:
     ):
         return False
     return digits >= 1 and (kinds >= 3 or (digits >= 2 and len(value) >= 8) or _looks_random(value))
+
+
+def _is_user_and_password(value: str) -> bool:
+    """Whether base64 digits stand for `user:password`."""
+    try:
+        plain = base64.b64decode(value.rstrip("=") + "=" * (-len(value.rstrip("=")) % 4)).decode()
+    except ValueError:
+        return False
+    return ":" in plain and plain.isprintable()
 
 
 def _kinds(value: str) -> int:

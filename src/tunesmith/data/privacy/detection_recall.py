@@ -18,7 +18,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.obfuscation import obfuscated
 from tunesmith.data.privacy.scan import Scanner, texts_of
-from tunesmith.data.privacy.synthetic_pii import MAKERS
+from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
 from tunesmith.data.settings import Privacy
 
 CONFIDENCE = 0.95
@@ -35,6 +35,8 @@ _CARRIERS: Mapping[str, tuple[str, ...]] = {
     "STREET_ADDRESS": ("my address is {}", "send it to {}"),
     "SECRET": ("use the token {}", "my key is {}"),
 }
+# Keys of JSON under which half of the secrets are inserted, as passwords, into conversations that hold JSON.
+_SECRET_KEYS = ("password", "db_password", "client_secret", "authToken", "api_key")
 _ANY_CARRIER = ("here it is: {}", "this one: {}")
 _CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # in lower case where the text is
 
@@ -65,6 +67,7 @@ class _Insertion:
     end: int
     cut: tuple[int, int]  # the span of `before` that the value replaced
     obfuscated: bool
+    keys: tuple[str, str]  # the JSON keys of `before` and of `text`, or ""
 
 
 def measure(scanner: Scanner, settings: Privacy, conversations: Sequence[Sequence[Message]]) -> dict[str, Measured]:
@@ -105,26 +108,30 @@ def _insert(
     *,
     obfuscate: bool,
 ) -> _Insertion:
-    texts = [text for _, text in texts_of(chance.choice(conversations))]
-    text = chance.choice([text for text in texts if " " in text.strip()] or texts)  # sentences, if there are any
-    value = make(chance)
+    texts = [(key, text) for _, key, text in texts_of(chance.choice(conversations))]
+    keyed = [one for one in texts if one[0]]
+    under = chance.choice(_SECRET_KEYS) if entity == "SECRET" and keyed and chance.random() < 0.5 else None
+    # Sentences, if there are any.
+    key, text = chance.choice(keyed if under else ([one for one in texts if " " in one[1].strip()] or texts))
+    value = SECRETS["password"](chance) if under else make(chance)
     if entity in _CASED and text.islower():
         value = value.lower()
     if obfuscate:
         value = obfuscated(chance, entity, value)
-    if " " not in text.strip():  # a key or value of JSON, or a single word: replace it
-        return _Insertion(text, value, 0, len(value), (0, len(text)), obfuscate)
+    if under or " " not in text.strip():  # a key or value of JSON, or a single word: replace it
+        return _Insertion(text, value, 0, len(value), (0, len(text)), obfuscate, (key, under or key))
     carrier = chance.choice(("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER))))
     place = chance.choice([0, *(at for at, letter in enumerate(text) if letter == " "), len(text)])
     before, after = text[:place], text[place:]
     lead = before + (" " if before and not before.endswith(" ") else "") + carrier[: carrier.index("{}")]
     tail = "" if not after or after.startswith(" ") else " "
-    return _Insertion(text, lead + value + tail + after, len(lead), len(lead) + len(value), (place, place), obfuscate)
+    whole, end = lead + value + tail + after, len(lead) + len(value)
+    return _Insertion(text, whole, len(lead), end, (place, place), obfuscate, (key, key))
 
 
 def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> Measured:
-    before = scanner.findings([one.before for one in insertions])
-    after = scanner.findings([one.text for one in insertions])
+    before = scanner.findings([one.before for one in insertions], [one.keys[0] for one in insertions])
+    after = scanner.findings([one.text for one in insertions], [one.keys[1] for one in insertions])
     whole = covered = new = right = disguised = 0
     for insertion, old, found in zip(insertions, before, after, strict=True):
         known = {place for one in old for place in range(one.start, one.end)}

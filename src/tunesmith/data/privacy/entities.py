@@ -83,6 +83,7 @@ _MAY_IDENTIFY = re.compile(r"[\d@.:]|\w{20}")
 # phonenumbers is slow: it tries eight countries at every digit. A telephone number has at least seven digits.
 _MAY_BE = {"PHONE_NUMBER": re.compile(r"(?:\d[^\w\n]{0,4}){6}\d"), "EMAIL_ADDRESS": re.compile("@")}
 _NEAR = 60  # characters before a finding that are searched for context words
+_BETWEEN_WORDS = re.compile(r"[\W_]+|(?<=[a-z\d])(?=[A-Z])")  # of a JSON key
 _BOOST = 0.35  # the same as presidio's
 _LEAST_IN_CONTEXT = 0.4
 _SHORTEST_REST = 2
@@ -131,10 +132,11 @@ class Finder:
         ours = {f"{name} ": one for name, one in _OWN.items() if name in self.entities}
         self._own = tuple((name.strip(), _compiled(name, one), one) for name, one in (ours | dict(own)).items())
 
-    def find(self, texts: Sequence[str]) -> list[list[Finding]]:
+    def find(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
         """For each text its findings, in order and without overlaps.
 
         The forms are searched in the text and in its views: in what obfuscated values look like in plain spelling.
+        keys: the JSON key of each text, or "", which counts as words before the text.
         """
         pieces = [
             (number, start, text[start : start + _WINDOW])
@@ -142,7 +144,10 @@ class Finder:
             for start in _starts(text)
         ]
         views = [(number, start, view) for number, start, piece in pieces for view in views_of(piece)]
-        searched = self._searched([piece for *_, piece in pieces] + [view.text for *_, view in views])
+        searched = self._searched(
+            [piece for *_, piece in pieces] + [view.text for *_, view in views],
+            [keys[number][-_NEAR:] if keys and not start else "" for number, start, _ in (*pieces, *views)],
+        )
         found: list[set[Finding]] = [set() for _ in texts]
         for (number, offset, _), spans in zip(pieces, searched, strict=False):
             found[number].update(_shifted(one, offset) for one in spans)
@@ -160,23 +165,23 @@ class Finder:
             found[number] = _united(found[number], hidden)
         return [_reconciled(spans, len(text)) for text, spans in zip(texts, found, strict=True)]
 
-    def _searched(self, texts: Sequence[str]) -> list[list[Finding]]:
+    def _searched(self, texts: Sequence[str], keys: Sequence[str]) -> list[list[Finding]]:
         """For each text the findings of all recognisers, which may overlap."""
         named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in texts]
         if self.names is not None:
             named = self.names.find(texts)
         return [
             [Finding(*span) for span in names if span[2] in self.entities]
-            + [span for span in self._forms(text) if span.score >= self._minimum]
-            for text, names in zip(texts, named, strict=True)
+            + [span for span in self._forms(text, key) if span.score >= self._minimum]
+            for text, key, names in zip(texts, keys, named, strict=True)
         ]
 
-    def _forms(self, text: str) -> Iterator[Finding]:
+    def _forms(self, text: str, key: str) -> Iterator[Finding]:
         if SECRET in self.entities:
-            yield from (Finding(start, end, SECRET, 1.0) for start, end in find_secrets(text))
+            yield from (Finding(start, end, SECRET, 1.0) for start, end in find_secrets(text, key))
         for name, pattern, recogniser in self._own:
             for start, end in _matches(pattern, text, name):
-                score = _in_context(text, start, recogniser.score, recogniser.context)
+                score = _in_context(text, start, recogniser.score, recogniser.context, key)
                 yield Finding(start, end, name, score)
         if STREET_ADDRESS in self.entities:
             yield from (Finding(start, end, STREET_ADDRESS, score) for start, end, score in find_addresses(text))
@@ -191,7 +196,7 @@ class Finder:
             for result in recogniser.analyze(text, [name], None):
                 if name == "IP_ADDRESS" and not _address_not_code(text, result.start, result.end):
                     continue
-                score = _in_context(text, result.start, result.score, recogniser.context or ())
+                score = _in_context(text, result.start, result.score, recogniser.context or (), key)
                 yield Finding(result.start, result.end, name, score)
 
 
@@ -257,14 +262,21 @@ def _rank(one: Finding) -> int:
     return _RANKS.get(one.entity, _OTHER_RANK)
 
 
-def _in_context(text: str, start: int, score: float, words: Sequence[str]) -> float:
+def _in_context(text: str, start: int, score: float, words: Sequence[str], key: str) -> float:
     if not words:
         return score
     near = text[max(0, start - _NEAR) : start].casefold()
+    if key and start < _NEAR:
+        near = f"{_words_of(key)} {near}"
     # Only at the start of a word: "tel" must not match "hotel".
     if any(re.search(rf"\b{re.escape(word)}", near) for word in words if word in near):
         return min(1.0, max(score + _BOOST, _LEAST_IN_CONTEXT))
     return score
+
+
+def _words_of(key: str) -> str:
+    """The words of a JSON key. Not "number" after others: an `order_number` is no telephone number."""
+    return _BETWEEN_WORDS.sub(" ", key).casefold().removesuffix(" number")
 
 
 def _starts(text: str) -> range:

@@ -22,6 +22,7 @@ from tunesmith.data.privacy.pseudonyms import Pseudonyms
 from tunesmith.data.settings import Privacy
 
 CALL, TOOLS = "call", "tools"  # roles of texts outside a turn's content
+_Findings = Mapping[tuple[str, str], Sequence[Finding]]  # (JSON key, text) -> findings
 # Replaced only where they were found: elsewhere the same number may mean something else.
 _IN_PLACE = frozenset(("AGE", "DATE_TIME", "TITLE", "ZIP_CODE"))
 # Replaced as whole words only; identifiers are replaced within longer words too.
@@ -63,24 +64,24 @@ class Scanner:
         found = self._found(conversations)
         return [self._scan(messages, found) for messages in conversations]
 
-    def _found(self, conversations: Sequence[Sequence[Message]]) -> dict[str, list[Finding]]:
-        """Text -> its findings, for all texts of the conversations."""
-        texts = sorted({text for messages in conversations for _, text in texts_of(messages)})
-        return dict(zip(texts, self.findings(texts), strict=True))
+    def _found(self, conversations: Sequence[Sequence[Message]]) -> _Findings:
+        places = sorted({(key, text) for messages in conversations for _, key, text in texts_of(messages)})
+        found = self.findings([text for _, text in places], [key for key, _ in places])
+        return dict(zip(places, found, strict=True))
 
-    def findings(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """The findings of each text, without the values to keep."""
+    def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
+        """The findings of each text, without the values to keep. keys: the JSON key of each text, or ""."""
         return [
             [
                 one
                 for one in found
                 if self._keep.isdisjoint((text[one.start : one.end].casefold(), one.plain.casefold()))
             ]
-            for text, found in zip(texts, self.finder.find(texts), strict=True)
+            for text, found in zip(texts, self.finder.find(texts, keys), strict=True)
         ]
 
-    def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> Scan:
-        fields = Counter((role, one.entity) for role, text in texts_of(messages) for one in findings[text])
+    def _scan(self, messages: Sequence[Message], findings: _Findings) -> Scan:
+        fields = Counter((role, one.entity) for role, key, text in texts_of(messages) for one in findings[key, text])
         if not fields:
             return Scan(tuple(messages))
         names = Pseudonyms(self._own)
@@ -106,11 +107,11 @@ class Scanner:
         return list(dict.fromkeys(value for one in found for value in (one.spelled, one.plain)))
 
     @staticmethod
-    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> list[_Value]:
+    def _values(messages: Sequence[Message], findings: _Findings) -> list[_Value]:
         return [
             _Value(one.entity, text[one.start : one.end], one.plain or text[one.start : one.end])
-            for _, text in texts_of(messages)
-            for one in findings[text]
+            for _, key, text in texts_of(messages)
+            for one in findings[key, text]
         ]
 
 
@@ -122,16 +123,17 @@ class _Value(NamedTuple):
     plain: str
 
 
-def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-    """(role, text) of all texts of a conversation; of JSON its strings and numbers, so that escapes hide nothing.
+def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str, str]]:
+    """(role, key, text) of all texts of a conversation; of JSON its strings and numbers, so that escapes hide nothing.
 
-    The role is the turn's, CALL for a call's name, arguments and id, and TOOLS for the declared functions.
+    The role is the turn's, CALL for a call's name, arguments and id, and TOOLS for the declared functions. The key is
+    the nearest one around the text in JSON, which may announce a value; "" elsewhere.
     """
     for message in messages:
         for role, text in _parts(message):
             value = _json_in(text)
-            for leaf in (text,) if value is None else _leaves(value):
-                yield role, leaf
+            for key, leaf in (("", text),) if value is None else _leaves(value):
+                yield role, key, leaf
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:
@@ -145,18 +147,18 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
         yield TOOLS, message.tools
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _leaves(value: Any, around: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
+            yield "", key
+            yield from _leaves(inner, key)
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaves(inner)
+            yield from _leaves(inner, around)
     elif isinstance(value, str):
-        yield value
+        yield around, value
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield str(value)
+        yield around, str(value)
 
 
 def _json_in(text: str) -> Any:
@@ -173,7 +175,7 @@ def _json_in(text: str) -> Any:
 class _Replacer:
     """Puts pseudonyms into a conversation's texts."""
 
-    def __init__(self, names: Pseudonyms, values: Sequence[_Value], findings: Mapping[str, Sequence[Finding]]) -> None:
+    def __init__(self, names: Pseudonyms, values: Sequence[_Value], findings: _Findings) -> None:
         self._names, self._findings = names, findings
         self._spellings: dict[str, str] = {}
         self._whole: dict[str, _Value] = {}  # for texts that consist of a name only, in any case
@@ -189,12 +191,12 @@ class _Replacer:
         ordered = sorted(patterns, key=lambda value: (-len(value), value))
         self._pattern = re.compile("|".join(patterns[value] for value in ordered)) if ordered else None
 
-    def __call__(self, text: str) -> str:
+    def __call__(self, text: str, key: str = "") -> str:
         known = self._whole.get(text.casefold())
         if known is not None:
             return self._names.of(known.entity, text if known.plain == known.spelled else known.plain)
         pieces, done = [], 0
-        for one in self._findings.get(text, ()):
+        for one in self._findings.get((key, text), ()):
             if one.entity in _IN_PLACE:
                 value = one.plain or text[one.start : one.end]
                 pieces += [self._swept(text[done : one.start]), self._names.of(one.entity, value)]
@@ -245,15 +247,15 @@ def _text_replaced(text: str, replace: _Replacer) -> str:
     return json.dumps(changed, ensure_ascii=False, separators=separators)
 
 
-def _replace_leaves(value: Any, replace: _Replacer) -> Any:
+def _replace_leaves(value: Any, replace: _Replacer, around: str = "") -> Any:
     if isinstance(value, dict):
-        return unique_keys([(replace(key), _replace_leaves(inner, replace)) for key, inner in value.items()])
+        return unique_keys([(replace(key), _replace_leaves(inner, replace, key)) for key, inner in value.items()])
     if isinstance(value, list):
-        return [_replace_leaves(inner, replace) for inner in value]
+        return [_replace_leaves(inner, replace, around) for inner in value]
     if isinstance(value, str):
-        return replace(value)
+        return replace(value, around)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        text = replace(str(value))
+        text = replace(str(value), around)
         if text == str(value):
             return value
         digits = re.sub(r"\D", "", text)  # a number stays a number

@@ -69,7 +69,7 @@ def balance_of_names(conversations: Sequence[Sequence[Message]]) -> dict[str, di
     names: Counter[str] = Counter()
     genders = Counter({HE: 0, SHE: 0})
     for messages in conversations:
-        held = {name for _, text in texts_of(messages) for name in listed_names(text)}
+        held = {name for *_, text in texts_of(messages) for name in listed_names(text)}
         names.update(held)
         genders.update({_SUGGESTS[name] for name in held})
     return {"listed first names": dict(sorted(names.items())), "listed first names, by gender": dict(genders)}
@@ -83,7 +83,7 @@ def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
     Raises UsageError where the extra `privacy` is not installed.
     """
     finder = Finder(Privacy(entities=(_PERSON,), model=RECOMMENDED))
-    texts = [(place, text) for place, messages in enumerate(conversations) for _, text in texts_of(messages)]
+    texts = [(place, text) for place, messages in enumerate(conversations) for *_, text in texts_of(messages)]
     rows: set[int] = set()
     seen: Counter[str] = Counter()
     genders = Counter({HE: 0, SHE: 0, UNTOLD: 0})

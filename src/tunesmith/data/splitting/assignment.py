@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
@@ -34,7 +34,8 @@ def time_of(value: Any, where: str) -> str:
     """A row's time in UTC, as text that sorts by time: 2024-05-01T12:00:00.000000Z.
 
     value: ISO 8601 (UTC where it names no zone), seconds or milliseconds since 1970 as a number or text, or a datetime
-    as Parquet holds it. Raises UsageError for anything else.
+    or date as Parquet holds it. Eight digits are a date, as text or number: 20240501. Raises UsageError for anything
+    else.
     """
     try:
         found = _time(value)
@@ -52,6 +53,8 @@ def time_of(value: Any, where: str) -> str:
 def _time(value: Any) -> datetime | None:
     if isinstance(value, bool):
         return None
+    if isinstance(value, int | float) and 10**7 <= value < 10**8 and value == int(value):
+        value = str(int(value))
     if isinstance(value, str):
         text = value.strip()
         if not text.replace(".", "", 1).lstrip("-").isdecimal() or len(text) == 8:  # 20240501 is a date
@@ -62,7 +65,7 @@ def _time(value: Any) -> datetime | None:
         value = datetime.fromtimestamp(value / 1000 if abs(value) >= _MILLISECONDS else value, UTC)
     if isinstance(value, datetime):
         return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
-    return None
+    return datetime(value.year, value.month, value.day, tzinfo=UTC) if isinstance(value, date) else None
 
 
 def cuts(times: Mapping[str, int], split: Split) -> tuple[dict[str, str], int]:
