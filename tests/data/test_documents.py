@@ -16,6 +16,7 @@ from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.data.documents import PASSAGES, Documents, DocumentSettings, build_documents, cut
+from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.settings import Privacy
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -88,6 +89,26 @@ def test_the_same_documents_give_the_same_record(folder: Path) -> None:
     assert _built(folder).digest == _built(folder).digest
     (folder / "docs" / "c.txt").write_text("Other.\n")
     assert _built(folder).record.body["files"][2]["digest"]
+
+
+def test_recalled_documents_are_left_out(folder: Path) -> None:
+    first = _built(folder, licence="cc-by-4.0")
+    assert first.record.body["settings"]["licence"] == "CC-BY-4.0"
+    store = Store(folder / "store")
+    settings = DocumentSettings.model_validate({"paths": ["docs/*"], "licence": "cc-by-4.0"})
+
+    def again(withdrawn: Withdrawn) -> Documents:
+        return Documents(store, build_documents(store, settings, folder, PRIVACY, withdrawn=withdrawn))
+
+    assert again(Withdrawn()).digest == first.digest
+    left = again(Withdrawn({"source": frozenset(["docs/a.md", "rows.jsonl"])}))
+    assert {passage.source for passage in first.passages} - {passage.source for passage in left.passages} == {
+        "docs/a.md"
+    }
+    assert "docs/a.md" not in [file["path"] for file in left.record.body["files"]]
+    assert left.record.body["withdrawn"] == ["docs/a.md"]
+    with pytest.raises(Refused, match=r"CC-BY-4\.0, which was recalled"):
+        again(Withdrawn({"licence": frozenset(["CC-BY-4.0"])}))
 
 
 words = st.lists(st.text("abc", min_size=1, max_size=3), max_size=60).map(" ".join)

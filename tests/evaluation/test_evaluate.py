@@ -27,6 +27,7 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.evaluation.answers import check_held_out
@@ -165,6 +166,24 @@ def test_a_held_out_row_in_training(made: Fabricated) -> None:
     with pytest.raises(Refused, match="learned from the training row") as caught:
         run(made, probes={})
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("place", ["rows", "shots"])
+def test_a_held_out_row_at_the_beginning_of_what_a_candidate_saw(made: Fabricated, place: str) -> None:
+    row = made.test[0]
+    more = (Message(role="user", content="and the window"), Message(role="assistant", content="done"))
+    longer = row.model_copy(update={"id": "other", "group": "other", "messages": (*row.messages, *more)})
+    candidate = Candidate(name="rag", base=made.base, max_tokens=9)
+    if place == "rows":
+        candidate = candidate.model_copy(update={"dataset": put_dataset(made.store, [longer])})
+    else:
+        candidate = candidate.model_copy(update={"shots": (longer.messages,)})
+    with pytest.raises(Refused, match="test row"):
+        check_held_out(made.store, load_dataset(made.store, made.dataset), made.test, "rag", candidate)
+    unlearned = [turn.model_copy(update={"weight": 0}) if turn == row.messages[-1] else turn for turn in row.messages]
+    shown = put_dataset(made.store, [longer.model_copy(update={"messages": (*unlearned, *more)})])
+    candidate = Candidate(name="rag", base=made.base, max_tokens=9, dataset=shown)
+    check_held_out(made.store, load_dataset(made.store, made.dataset), made.test, "rag", candidate)
 
 
 def test_a_held_out_group_in_what_is_retrieved(made: Fabricated) -> None:

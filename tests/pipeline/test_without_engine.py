@@ -11,6 +11,9 @@ import pytest
 from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.data.documents import Documents
+from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.pipeline.candidates import answerer, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import composed_rows
@@ -29,7 +32,7 @@ CANDIDATES: dict[str, Any] = {
         "max_tokens": 4,
     },
 }
-DOCUMENTS = {"paths": ["*.md"], "licence": "CC0-1.0"}
+DOCUMENTS = {"paths": ["*.md"], "licence": "cc0-1.0"}
 
 
 @pytest.fixture
@@ -91,6 +94,29 @@ def test_weights_added_later_leave_the_dataset_as_it_is(folder: Path) -> None:
     assert before.base.digest != after.base.digest
     assert (before.dataset.digest, before.documents) == (after.dataset.digest, after.documents)
     assert all(stage.skipped for stage in after.stages.done if stage.name in ("data", "documents"))
+
+
+def test_a_recalled_document_does_not_come_back(folder: Path) -> None:
+    (folder / "halls.md").write_text("# Hall\n\nThe hall has a lamp.\n")
+    write_project(folder, candidates=CANDIDATES, documents=DOCUMENTS)
+    first = PipelineContext(Project.load(folder))
+    store, actor = first.store, first.stages.acting
+    assert _sources(first) == {"halls.md", "rooms.md"}
+    licence = recall(store, Cause(kind="licence", value="CC0-1.0"), reason="asked to", actor=actor, dry_run=True)
+    assert "documents" in {one.kind for one in licence.reached}
+    cause = Cause(kind="source", value="halls.md")
+    recall(store, cause, reason="asked to", actor=actor)
+    (folder / "rooms.md").write_text("# Garage\n\nThe garage has two radios.\n")
+    second = PipelineContext(Project.load(folder))
+    assert _sources(second) == {"rooms.md"}
+    assert recall_status(store, cause).gone
+    again = PipelineContext(Project.load(folder))
+    assert again.documents == second.documents
+    assert all(stage.skipped for stage in again.stages.done if stage.name == "documents")
+
+
+def _sources(context: PipelineContext) -> set[str]:
+    return {passage.source for passage in Documents(context.store, context.documents).passages}
 
 
 def _plain(context: PipelineContext) -> Any:

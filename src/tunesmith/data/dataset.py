@@ -18,6 +18,8 @@ from tunesmith.store.store import Store
 
 SPLITS = ("train", "validation", "test")
 REMOVED = "removed.jsonl"
+SUBJECTS = "subjects.jsonl"  # further subjects of kept rows, whose copies stated them; a blob if there are any
+EDITS = "edits"  # in the record's body, if there are any: an edited row's id -> content keys, before and after
 _ID_LENGTH = 20
 
 
@@ -48,6 +50,12 @@ class Example(BaseModel):
     def wording(self) -> str:
         """The request as one normalised text, for comparisons."""
         return request_text(self.messages)
+
+    @property
+    def earlier(self) -> tuple[int, ...]:
+        """For each answer before the last one that training learns: how many turns of the wording come before it."""
+        spoken = [turn for turn in self.messages if turn.role != "system"]
+        return tuple(n for n, turn in enumerate(spoken[:-1]) if turn.role == "assistant" and turn.weight)
 
     @property
     def answer(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Settings
+from tunesmith.data.governance.licences import spelled
+from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import Privacy, Source
 from tunesmith.data.sources.file_types import DOCUMENT_FILES
@@ -159,21 +161,31 @@ def document_files(settings: DocumentSettings, root: Path) -> list[SourceFile]:
 
 
 def build_documents(
-    store: Store, settings: DocumentSettings, root: Path, privacy: Privacy, special_tokens: Sequence[str] = ()
+    store: Store,
+    settings: DocumentSettings,
+    root: Path,
+    privacy: Privacy,
+    special_tokens: Sequence[str] = (),
+    withdrawn: Withdrawn = Withdrawn(),
 ) -> str:
     """Read, scan and cut the documents; returns the digest of their record. The same input gives the same digest.
 
     Personal data is treated as in rows (data.privacy); under `remove` the passage is left out and counted.
-    special_tokens: the base's control tokens, with which a document could start another speaker's turn. Raises
-    UsageError for documents that cannot be read or hold no text; Refused for control tokens, and for personal data
-    under `refuse`.
+    special_tokens: the base's control tokens, with which a document could start another speaker's turn. withdrawn:
+    recalled documents are left out. Raises UsageError for documents that cannot be read or hold no text; Refused for
+    control tokens, for a recalled licence, and for personal data under `refuse`.
     """
+    settings = _with_standing_licence(settings, withdrawn)
     scanner, labels_of = Scanner(privacy), settings.labels
     found: Counter[str] = Counter()
     passages: dict[str, Passage] = {}
     described = []
+    left_out = []
     removed = 0
     for file in document_files(settings, root):
+        if file.name in withdrawn.values.get("source", ()):
+            left_out.append(file.name)
+            continue
         with open_source(file) as opened:
             blocks = list(_read(opened))
             digest, size = opened.digest, opened.bytes
@@ -183,11 +195,7 @@ def build_documents(
             scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=text)])
             found.update(scan.found)
             if scan.found and privacy.action == "refuse":
-                raise Refused(
-                    f"a document holds {', '.join(sorted(scan.found))}",
-                    where=file.name,
-                    fix="clean it, or set data.privacy.action to pseudonymise or remove",
-                )
+                raise _private(file.name, scan.found)
             if (scan.found and privacy.action == "remove") or scan.messages is None:
                 removed += 1
                 continue
@@ -200,23 +208,51 @@ def build_documents(
             raise UsageError("the document holds no text", where=file.name, fix="remove it, or add its text as .txt")
         described.append({"path": file.name, "digest": digest, "bytes": size, "passages": kept})
     if not passages:
-        raise UsageError("no passage is left to retrieve from", where="documents", fix="check data.privacy.action")
-    asked_as = (settings.asked_as or AskedAs()).caller
-    if not any(passage.labels.visible_to(asked_as) for passage in passages.values()):
-        raise UsageError(
-            "the caller of evaluations sees none of the documents, so retrieval would not be measured",
-            where="documents.asked_as",
-            fix="give it the tenant, region or groups of some documents",
-        )
+        fix = "add documents that were not recalled" if left_out else "check data.privacy.action"
+        raise UsageError("no passage is left to retrieve from", where="documents", fix=fix)
+    _require_visible(passages.values(), settings)
     body = {
         "settings": settings.model_dump(mode="json"),
         "files": described,
         "passages": len(passages),
         "removed": removed,
         "privacy": {"action": privacy.action, "found": dict(sorted(found.items()))},
+        **({"withdrawn": left_out} if left_out else {}),
     }
     data = b"".join(canonical(passage.model_dump(mode="json")) + b"\n" for passage in passages.values())
     return store.put_record(Record(kind="documents", blobs={PASSAGES: store.put_bytes(data)}, body=body))
+
+
+def _with_standing_licence(settings: DocumentSettings, withdrawn: Withdrawn) -> DocumentSettings:
+    """The settings with the licence in SPDX's spelling, by which it is recalled. Raises Refused where it was."""
+    if settings.licence is None:
+        return settings
+    licence = spelled(settings.licence)
+    if licence in withdrawn.values.get("licence", ()):
+        raise Refused(
+            f"all documents have the licence {licence}, which was recalled",
+            where="documents.licence",
+            fix="remove these documents, or state the licence that they have",
+        )
+    return settings.model_copy(update={"licence": licence})
+
+
+def _require_visible(passages: Iterable[Passage], settings: DocumentSettings) -> None:
+    asked_as = (settings.asked_as or AskedAs()).caller
+    if not any(passage.labels.visible_to(asked_as) for passage in passages):
+        raise UsageError(
+            "the caller of evaluations sees none of the documents, so retrieval would not be measured",
+            where="documents.asked_as",
+            fix="give it the tenant, region or groups of some documents",
+        )
+
+
+def _private(name: str, found: Iterable[str]) -> Refused:
+    return Refused(
+        f"a document holds {', '.join(sorted(found))}",
+        where=name,
+        fix="clean it, or set data.privacy.action to pseudonymise or remove",
+    )
 
 
 def _refuse_control_tokens(name: str, blocks: Sequence[tuple[str, str]], special_tokens: Sequence[str]) -> None:

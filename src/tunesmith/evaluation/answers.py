@@ -13,7 +13,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.data.splitting.duplicates import answer_key, request_text
+from tunesmith.data.splitting.duplicates import answer_key, learned_parts, request_text
 from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.general import GeneralQuestion, right_share
@@ -116,11 +116,12 @@ def seen_answers(
 def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
     """Raise Refused for a candidate that was trained on a test row or its group, or shows one in its prompt.
 
-    Texts are compared folded and without system turns.
+    Texts are compared folded and without system turns, each answer that training learns with the turns before it.
     """
     held_texts = {_folded(example.messages) for example in test}
     held_ids, held_groups = {example.id for example in test}, {example.group for example in test}
-    if any(_folded(shot) in held_texts for shot in candidate.shots):
+    shown = (shot[: n + 1] for shot in candidate.shots for n, turn in enumerate(shot) if turn.role == "assistant")
+    if any(_folded(part) in held_texts for part in shown):
         raise Refused(f"{name!r} shows a test row in its prompt", fix="choose shots among the training rows")
     if candidate.documents is not None:
         _check_documents(store, test, name, candidate.documents)
@@ -130,7 +131,8 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
     for digest in sorted(str(each) for each in learned):
         source = rows if digest == rows.digest else load_dataset(store, digest)
         for example in source.examples("train"):
-            if example.id in held_ids or example.group in held_groups or _folded(example.messages) in held_texts:
+            learned_texts = map(_folded, learned_parts(example.messages))
+            if example.id in held_ids or example.group in held_groups or not held_texts.isdisjoint(learned_texts):
                 raise Refused(
                     f"{name!r} learned from the training row {example.id!r}, which is a test row or shares its group",
                     where=f"dataset {short(digest)}",

@@ -2,13 +2,14 @@
 
 A recall reaches every record with a recalled one among its ancestors. A dataset version that holds one recalled row is
 recalled as a whole, with the trainings, candidates, answers, evaluations, verdicts and versions made from it. That
-holds even if the row is in a split that the training did not learn from, because the evidence uses it. Records and
-blobs stay in the store, so that the audit trail stays complete, but they are no longer served or built on.
+holds even if the row is in a split that the training did not learn from, because the evidence uses it. A row and a
+subject's rows are followed to their copies in all versions, and to what reviewers made of them. Records and blobs stay
+in the store, so that the audit trail stays complete, but they are no longer served or built on. The review queue
+forgets the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -18,7 +19,9 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
-from tunesmith.data.dataset import SPLITS, Example, load_dataset
+from tunesmith.data.governance.licences import spelled
+from tunesmith.data.governance.withdrawn import TracedRows
+from tunesmith.data.review.queue import forget_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
@@ -120,12 +123,13 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     require(store, actor, "recall.start")
     if dry_run:
         with database.reading(store.engine) as session:
-            return find_reached(store, session, cause, reason, done=False)
+            return find_reached(store, session, cause, reason, done=False)[0]
     detail: dict[str, Any] = {"reason": reason}
     with store.change(actor, "recall.start", cause.label, detail) as session:
         # Inside the transaction, so that no record which is being made from it now is missed.
         require(session, actor, "recall.start")
-        found = find_reached(store, session, cause, reason, done=True)
+        found, rows = find_reached(store, session, cause, reason, done=True)
+        forget_rows(session, rows)
         at = stamp()
         for one in found.reached:
             if session.get(RecallRow, (one.digest, cause.label)) is None:
@@ -134,9 +138,14 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
         return found
 
 
-def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> Recall:
-    """Every record made from a cause, as the graph is now. Changes nothing. done: whether the caller marks them."""
-    reached = list(_roots(store, cause))
+def find_reached(
+    store: Store, session: Session, cause: Cause, reason: str, *, done: bool
+) -> tuple[Recall, frozenset[str]]:
+    """(every record made from a cause as the graph is now, the ids of its rows). Changes nothing.
+
+    done: whether the caller marks the records.
+    """
+    reached, rows = _roots(store, cause)
     digests = {root.digest for root in reached}
     waiting = [] if cause.kind == "version" else [root.digest for root in reached]
     while waiting:
@@ -156,7 +165,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
     versions = [store.record(one.digest) for one in reached if one.kind == "version"]
     trained = [store.record(one.digest) for one in reached if one.kind == "training"]
     tenants = {str(one.body.get("tenant", "")) for one in versions}
-    return Recall(
+    recalled = Recall(
         cause=cause.label,
         reason=reason,
         done=done,
@@ -167,6 +176,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
         served=served,
         tenants=tuple(sorted(tenants | {one.tenant for one in aliases} | {one.tenant for one in served})),
     )
+    return recalled, rows
 
 
 def _served(session: Session, digests: set[str]) -> tuple[AnsweredRequests, ...]:
@@ -180,23 +190,24 @@ def _served(session: Session, digests: set[str]) -> tuple[AnsweredRequests, ...]
     )
 
 
-def _roots(store: Store, cause: Cause) -> list[Reached]:
-    """The records that the cause names, or the dataset versions and documents that hold its rows."""
+def _roots(store: Store, cause: Cause) -> tuple[list[Reached], frozenset[str]]:
+    """(the records that the cause names, or the dataset versions and documents that hold its rows; the rows' ids)."""
     if cause.kind == "version":
-        return _version_and_its_weights(store, cause.value)
+        return _version_and_its_weights(store, cause.value), frozenset()
     if cause.kind == "base":
         record = store.record(cause.value, kind="base")
-        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))]
-    holds = _MATCHES[cause.kind]
+        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset()
+    traced = TracedRows(store, store.records_of("dataset"), [cause.kind])
+    ids = traced.trace(cause.kind, cause.value).ids
     found = []
-    for digest in store.records_of("dataset"):
-        dataset = load_dataset(store, digest)
-        rows = {split: _count(dataset.examples(split), holds, cause.value) for split in SPLITS}
+    for digest, splits in traced.rows.items():
+        rows = {split: sum(name in ids for name in names) for split, names in splits.items()}
         if any(rows.values()):
             found.append(Reached(kind="dataset", digest=digest, label=short(digest), rows=rows))
     for digest in store.records_of("documents") if cause.kind in ("source", "licence") else ():
         body = store.record(digest).body
-        named = [file["path"] for file in body["files"]] if cause.kind == "source" else [body["settings"]["licence"]]
+        licence = body["settings"]["licence"]
+        named = [file["path"] for file in body["files"]] if cause.kind == "source" else [licence and spelled(licence)]
         if cause.value in named:
             found.append(Reached(kind="documents", digest=digest, label=short(digest)))
     if not found:
@@ -204,7 +215,7 @@ def _roots(store: Store, cause: Cause) -> list[Reached]:
             f"no dataset version in this store holds a row of {cause.label}",
             fix="tunesmith data show lists sources and licences",
         )
-    return found
+    return found, ids
 
 
 def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
@@ -230,18 +241,6 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
         for _, kind, child in store.children(digest):
             reached[child] = Reached(kind=kind, digest=child, label=short(child))
     return list(reached.values())
-
-
-_MATCHES: dict[str, Callable[[Example], str | None]] = {
-    "row": lambda example: example.id,
-    "source": lambda example: example.source,
-    "licence": lambda example: example.licence,
-    "subject": lambda example: example.subject,
-}
-
-
-def _count(examples: Iterable[Example], of: Callable[[Example], str | None], value: str) -> int:
-    return sum(of(example) == value for example in examples)
 
 
 def _label(store: Store, session: Session, kind: str, digest: str) -> str:

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.governance.withdrawn import load_withdrawn
+from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn
+from tunesmith.data.review.queue import items_of_rows
 from tunesmith.monitoring.recall import Cause, find_reached
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import check_not_recalled
@@ -40,7 +41,8 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
     """The status of a recall, from the graph of records as it is now.
 
     Gone: every record made from the cause is marked as recalled, no alias points at one, no live rollout has one as an
-    arm, and the next build leaves the cause's rows out. Raises UsageError if the cause was never recalled.
+    arm, the review queue does not hold its rows, and the next build leaves them out. Raises UsageError if the cause was
+    never recalled.
     """
     with database.reading(store.engine) as session:
         marked = set(causes(session).get(cause.label, ()))
@@ -49,14 +51,16 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
                 f"{cause.label} was never recalled in this store",
                 fix=f"tunesmith recall --{cause.kind} {cause.value} --reason ...",
             )
-        found = find_reached(store, session, cause, reason="", done=False)
+        found, rows = find_reached(store, session, cause, reason="", done=False)
         since = [one for one in found.reached if one.digest not in marked]
         left = [f"{one.kind} {one.label} was made from it since: recall it again" for one in since]
         left += [f"{one.name}@{one.alias}{_scope(one.tenant, one.region)} still points at it" for one in found.aliases]
         left += [f"rollout {number} still has an arm of it" for number in found.rollouts]
+        if items := items_of_rows(session, rows):
+            left.append(f"the review queue holds its text (items: {len(items)}): recall it again")
         names = {str(store.record(one.digest).body["name"]) for one in found.reached if one.kind == "version"}
         newest = _replacements(store, session, names)
-    if cause.kind in ("row", "source", "licence", "subject"):
+    if cause.kind in ROW_CAUSES:
         withdrawn = load_withdrawn(store)
         if cause.value not in withdrawn.values.get(cause.kind, ()):
             left.append("the next build would include its rows again")

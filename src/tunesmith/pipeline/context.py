@@ -23,7 +23,7 @@ from tunesmith.data.building.outside_sets import outside_sources
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
-from tunesmith.data.governance.withdrawn import load_withdrawn
+from tunesmith.data.governance.withdrawn import Withdrawn, load_withdrawn
 from tunesmith.data.review.decisions import applied_settings, read_reviewed
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files
@@ -194,7 +194,7 @@ class PipelineContext:
         ]
         schema = project.schema
         references = References.of(project.settings.task.scorers)
-        withdrawn = load_withdrawn(project.store)
+        withdrawn = self._withdrawn
         reviewed = read_reviewed(data.review, project.root)
         held = [each for each in project.settings.candidates.values() if each.constrain and each.endpoint is None]
         respell = schema is not None and bool(held)
@@ -231,6 +231,11 @@ class PipelineContext:
 
         return load_dataset(project.store, self.stages.run("data", "data", inputs, build))
 
+    @cached_property
+    def _withdrawn(self) -> Withdrawn:
+        """What was recalled when it was first needed."""
+        return load_withdrawn(self.store)
+
     def without_test_rows(self) -> PipelineContext:
         """This context, with a dataset whose test rows cannot be read. Both share the models."""
         _ = self.sharded  # before the copy, so that it has the same one: several ranks train one model only
@@ -252,15 +257,18 @@ class PipelineContext:
         if settings is None:
             raise UsageError("the project has no documents to retrieve from", where="documents", fix="add documents:")
         privacy, tokens = project.settings.data.privacy, self.renderer.special_tokens
+        withdrawn = self._withdrawn
+        recalled = {kind: sorted(withdrawn.values.get(kind, ())) for kind in ("source", "licence")}
         inputs = {
             "settings": settings.model_dump(mode="json"),
             "files": {file.name: file.digest() for file in document_files(settings, project.root)},
             "privacy": privacy.model_dump(mode="json"),
             "tokens": list(tokens),
+            **({"withdrawn": recalled} if any(recalled.values()) else {}),
         }
 
         def build(_work: Path) -> str:
-            return build_documents(project.store, settings, project.root, privacy, tokens)
+            return build_documents(project.store, settings, project.root, privacy, tokens, withdrawn)
 
         return self.stages.run("documents", "documents", inputs, build)
 

@@ -38,7 +38,7 @@ REVISIONS = {
     "judge": 2,
     "probe": 2,
     "risk": 4,
-    "policy": 1,
+    "policy": 2,
     "style": 1,
     "evaluate": 8,
     "gate": 5,

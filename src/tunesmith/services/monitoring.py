@@ -116,7 +116,7 @@ def impact(store: Store, base: str) -> Impact:
     if digest not in specs:
         raise UsageError("it is not a base", where=base, fix=f"name one of {', '.join(sorted(set(specs.values())))}")
     with database.reading(store.engine) as session:
-        found = recalls.find_reached(store, session, Cause(kind="base", value=digest), "", done=False)
+        found, _ = recalls.find_reached(store, session, Cause(kind="base", value=digest), "", done=False)
     reached = {one.digest for one in found.reached if one.kind == "version"}
     return Impact(
         base=digest,

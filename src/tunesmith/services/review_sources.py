@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.privacy.pseudonyms import recognised
 from tunesmith.data.quality.flags import FLAGS
 from tunesmith.data.review.queue import NewItem
@@ -26,7 +27,7 @@ def rows_to_review(
     """Rows of a dataset version that were flagged, and those that somebody chose; none without a version.
 
     pseudonyms: also rows that hold one. search: also training and validation rows with this text. Test rows are not
-    chosen so: who corrects them where a candidate lost makes that candidate look better.
+    chosen so: who corrects them where a candidate lost makes that candidate look better. Recalled rows are not added.
     """
     if digest is None:
         return []
@@ -44,10 +45,12 @@ def rows_to_review(
                 why[name][reason] = f"{len(ids)} rows: {', '.join(ids)}"
     for name in _with_text(loaded, search):
         why[name][CHOSEN] = f"{by}: {search[:80]}"
+    withdrawn = load_withdrawn(store)
     return [
         NewItem("row", example.id, found, digest, split, example.messages)
         for split, example in _examples(loaded)
-        if (found := why.get(example.id, {}) | (_pseudonyms(example) if pseudonyms else {}))
+        if not withdrawn.holds(example)
+        and (found := why.get(example.id, {}) | (_pseudonyms(example) if pseudonyms else {}))
     ]
 
 

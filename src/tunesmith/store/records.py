@@ -39,7 +39,7 @@ KINDS: Mapping[str, RecordKind] = {
     "dataset": RecordKind(
         "data/building/build.py",
         (),
-        ("train.jsonl", "validation.jsonl", "test.jsonl", "removed.jsonl", "outside.jsonl"),
+        ("train.jsonl", "validation.jsonl", "test.jsonl", "removed.jsonl", "outside.jsonl", "subjects.jsonl"),
         "settings, digests of the sources, what happened to every row, splits, proof that nothing leaks, duties of the "
         "licences, the privacy scan with its measured detection recall",
     ),

@@ -14,7 +14,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from tests.data.rows import NO_SCAN, many_rows, row, settings, write_jsonl
+from tests.data.rows import NO_SCAN, many_rows, row, settings, turns, write_jsonl
 from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
 from tests.postgresql_server import empty_database
@@ -26,12 +26,15 @@ from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.governance.difference import difference
-from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.governance.withdrawn import Withdrawn, load_withdrawn
 from tunesmith.data.quality.flags import examine_quality
+from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import agreements, cohen_kappa
 from tunesmith.data.review.decisions import read_reviewed
 from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.cases import delete_expired, find_case, put_case
+from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.project import Project
 from tunesmith.services import review
 from tunesmith.store import audit, database
@@ -154,6 +157,65 @@ def test_an_edited_row_is_withdrawn_with_the_row_that_it_was(desk: Desk) -> None
     assert any(one.answer == "a real answer" for one in rows(desk.build()).values())
     left = desk.build(withdrawn=Withdrawn({"row": frozenset([subject])}))
     assert all(one.answer != "a real answer" for one in rows(left).values())
+
+
+@pytest.mark.parametrize("named", ["before", "after"])
+def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, named: str) -> None:
+    review.fill(desk.store)
+    number, other = numbers(desk)[:2]
+    subject = review.show(desk.store, number).subject
+    review.decide(desk.store, number, "edit", contents=edited(desk, number, "a real answer"))
+    review.decide(desk.store, other, "accept")
+    review.export(desk.project)
+    second = desk.build()
+    assert verify_dataset(desk.store, second.digest).ok
+    (after,) = [one.id for one in rows(second).values() if one.answer == "a real answer"]
+    cause = Cause(kind="row", value=subject if named == "before" else after)
+    found = recall(desk.store, cause, reason="asked to", actor="ann")
+    assert {one.digest for one in found.reached if one.kind == "dataset"} == {desk.first.digest, second.digest}
+    with pytest.raises(UsageError, match="no review item"):
+        review.show(desk.store, number)
+    with database.reading(desk.store.engine) as session:
+        assert session.query(ReviewDecisionRow).count() == 1, "of the other row"
+    assert review.export(desk.project).edit == 0
+    assert "a real answer" not in (desk.project.root / "review.jsonl").read_text()
+    review.fill(desk.store, desk.first.digest)
+    assert subject not in [one.subject for one in review.list_items(desk.store, state="all").items]
+    assert recall_status(desk.store, cause).gone
+    queue.add_items(desk.store, [queue.NewItem("row", after, {})], wanted=1, actor="ann")
+    assert recall_status(desk.store, cause).left == ("the review queue holds its text (items: 1): recall it again",)
+    third = desk.build(withdrawn=load_withdrawn(desk.store))
+    assert not {subject, after} & rows(third).keys()
+    assert len(rows(third)) == len(rows(second)) - 1
+
+
+def test_a_copy_under_another_system_turn_keeps_it_when_it_is_edited(tmp_path: Path, desk: Desk) -> None:
+    review.fill(desk.store)
+    changed, rejected = numbers(desk)[:2]
+    texts = {number: [turn.content for turn in review.show(desk.store, number).messages] for number in numbers(desk)}
+    copies = [{"messages": turns(*texts[number], system="Be brief.")} for number in (changed, rejected)]
+    with (tmp_path / "rows.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(one) + "\n" for one in copies)
+    review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
+    review.decide(desk.store, rejected, "reject", reason="refuses")
+    review.export(desk.project)
+    chosen = settings(review="review.jsonl", duplicates={"near": None})
+    dataset = load_dataset(desk.store, build_dataset(desk.store, chosen, tmp_path))
+    answers = [(len(one.messages), one.answer) for one in rows(dataset).values()]
+    assert sorted(said for said in answers if said[1] == "a real answer") == [
+        (2, "a real answer"),
+        (3, "a real answer"),
+    ]
+    assert not [said for said in answers if said[1] in (texts[changed][-1], texts[rejected][-1])]
+
+
+def test_a_rejection_wins_for_copies_of_two_reviewed_rows(tmp_path: Path) -> None:
+    said = [
+        {"row": row, "content": "sha256:" + "0" * 64, "decision": what}
+        for row, what in (("a", "reject"), ("b", "accept"))
+    ]
+    write_jsonl(tmp_path / "review.jsonl", said)
+    assert [one.row for one in read_reviewed("review.jsonl", tmp_path).contents.values()] == ["a"]
 
 
 def test_an_edited_row_passes_the_checks_that_every_row_passes(desk: Desk) -> None:

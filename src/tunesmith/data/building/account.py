@@ -35,7 +35,8 @@ class Account:
 
     privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
     original. longest: the most tokens of a row. reviewed: id of a reviewed row -> rows that its decision applied to.
-    respelled: rows whose JSON answers were written as constrained decoding writes them.
+    withdrawn: content keys of recalled rows whose copies are recalled too. edits: id of an edited row -> content keys
+    before and after. respelled: rows whose JSON answers were written as constrained decoding writes them.
     """
 
     read: int = 0
@@ -45,6 +46,8 @@ class Account:
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     reviewed: Counter[str] = field(default_factory=Counter)
+    withdrawn: set[str] = field(default_factory=set)
+    edits: dict[str, set[str]] = field(default_factory=dict)
     respelled: int = 0
 
     def merge(self, other: Account) -> None:
@@ -57,3 +60,6 @@ class Account:
         self.originals.update(other.originals)
         self.ignored.update(other.ignored)
         self.reviewed.update(other.reviewed)
+        self.withdrawn |= other.withdrawn
+        for row, contents in other.edits.items():
+            self.edits.setdefault(row, set()).update(contents)

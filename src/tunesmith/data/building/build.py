@@ -26,7 +26,7 @@ from tunesmith.data.building.shards import (
     plan,
 )
 from tunesmith.data.building.staging import StagingDatabase
-from tunesmith.data.dataset import REMOVED, SPLITS, Example
+from tunesmith.data.dataset import EDITS, REMOVED, SPLITS, SUBJECTS, Example
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import Credit, duties
 from tunesmith.data.governance.withdrawn import Withdrawn
@@ -102,6 +102,7 @@ def build_dataset(
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))
+        staging.drop_copies(account.withdrawn - withdrawn.contents)
         staging.drop_repeats(held_out)
         conflicts = staging.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
@@ -109,7 +110,7 @@ def build_dataset(
         divided, held = _divide(staging, settings, held_out)
         splits = _split(staging, settings, account, outside)
         counted = staging.counts()
-        body = {
+        body: dict[str, Any] = {
             "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
             "sources": [_described(one, rules.formats[one.file.source.path], rows[one.file.name]) for one in planned],
             "rows": {
@@ -129,9 +130,14 @@ def build_dataset(
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
             "answer_schema": None if answer_schema is None else digest_of(answer_schema),
             **_review(reviewed, account),
-        } | {key: value for key, value in (("held_groups", held), ("respelled", account.respelled)) if value}
+        }
+        edits = {row: sorted(contents) for row, contents in sorted(account.edits.items())}
+        more: dict[str, Any] = {"held_groups": held, "respelled": account.respelled, EDITS: edits}
+        body |= {key: value for key, value in more.items() if value}
         blobs = {f"{name}.jsonl": _sealed(store, folder, staging.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, staging.removed_lines())
+        if subjects := b"".join(staging.subject_lines()):
+            blobs[SUBJECTS] = store.put_bytes(subjects)
         if outside.files:
             blobs[OUTSIDE] = store.put_bytes(outside.encode())
         keep_originals(settings.privacy, root, account.originals, staging.ids())

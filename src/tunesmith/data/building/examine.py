@@ -32,13 +32,13 @@ from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.turns import AFTER_THE_LAST, Turn, conversation, ends_unlearned, objection
 from tunesmith.data.governance.licences import permitted
-from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.governance.withdrawn import Withdrawn, content_key
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.review.decisions import Reviewed, ReviewedRow
 from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
 from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import time_of
-from tunesmith.data.splitting.duplicates import answer_key, request_text
+from tunesmith.data.splitting.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.splitting.groups import wording_group
 
 
@@ -168,7 +168,9 @@ class Examiner:
         if (reason := self.answer_objection(messages[-1].text)) is not None:
             return _Removed(reason if self.answer_objection(fitting[-1].text) else f"{reason} {SPOILT}", name)
         templates = self._templates(messages, scan)
-        if not self.rules.outside.isdisjoint(templates):
+        earlier = learned_parts(messages)[:-1] if self.rules.outside else []
+        compared = (templates, *(self._templates(part, scan) for part in earlier))
+        if not all(map(self.rules.outside.isdisjoint, compared)):
             return _Removed(OUTSIDE_WORDING, name)
         labels = self._labels(fields, row, messages, templates[0])
         example = Example(
@@ -183,6 +185,8 @@ class Examiner:
             labels={key: value for key, value in labels.items() if key in self._kept_labels},
         )
         if self.rules.withdrawn.holds(example):
+            if self.rules.withdrawn.reaches_copies(example):
+                self.account.withdrawn.add(content_key(example))
             return _Removed(WITHDRAWN, name)
         # An edited row may have been reviewed again. A decision is applied once, in case two edits undo each other.
         review = self.rules.reviewed.of(example) if not applied else self.rules.reviewed.rows.get(name)
@@ -191,18 +195,23 @@ class Examiner:
             if review.decision == "reject":
                 return _Removed(review.reason, name)
             if review.decision == "edit":
-                return self._edited(one, review, applied | {review.row})
+                return self._edited(one, review, example, applied | {review.row})
+        for edited in applied:
+            contents = {self.rules.reviewed.rows[edited].content, content_key(example)}
+            self.account.edits.setdefault(edited, set()).update(contents)
         if scan.originals and self.settings.privacy.originals is not None:
             self.account.originals[name] = dict(scan.originals)
         return Kept(example, row.number, messages != one.original)
 
-    def _edited(self, one: _Fitting, review: ReviewedRow, applied: Set[str]) -> Kept | _Removed:
-        """The row as reviewers wrote it, under the checks that every row passes."""
-        turns = [Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id) for turn in review.messages]
+    def _edited(self, one: _Fitting, review: ReviewedRow, example: Example, applied: Set[str]) -> Kept | _Removed:
+        """The row as reviewers wrote it, under the checks that every row passes. A copy of the reviewed row keeps its
+        own system turn and tools."""
+        edited = review.messages if example.id == review.row else _in_frame(review.messages, example.messages)
+        turns = [Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id) for turn in edited]
         if (reason := objection(turns)) is not None:
             return _Removed(f"{reason} {EDITED}", review.row)
-        self._refuse_control_tokens(review.messages, one.row)
-        fitting = self._fit(self._spelled(review.messages), one.row)
+        self._refuse_control_tokens(edited, one.row)
+        fitting = self._fit(self._spelled(edited), one.row)
         if fitting is None:
             return _Removed(OVERLONG, review.row)
         return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
@@ -315,6 +324,12 @@ def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
     if len(fields) != len(row.fields):
         raise UsageError("two keys of the row have the same name after renaming", where=row.where)
     return fields
+
+
+def _in_frame(messages: Sequence[Message], own: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with the system turn and the tools of another conversation."""
+    frame = [turn for turn in own if turn.role == "system"]
+    return with_tools((*frame, *(turn for turn in messages if turn.role != "system")), tools_of(own[:1]))
 
 
 def _licence_keys(source: Source) -> tuple[str, ...]:

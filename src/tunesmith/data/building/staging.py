@@ -18,22 +18,26 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.data.building.account import EXACT, Kept
+from tunesmith.data.building.account import EXACT, WITHDRAWN, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples
+from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.data.splitting.leakage import ComparedRow
 
-StagedRow = tuple[str, str, int, int, str, bytes, bytes, str, bytes, str, str, str, str, bytes]
+StagedRow = tuple[str, str, int, int, str, str | None, bytes, bytes, str, str, bytes, str, str, str, str, bytes]
 RemovedLine = tuple[bytes, str]
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
-_COLUMNS = "id, tie, row, changed, source, key, request, wording, answer, grp, split, licence, labels, line"
-_INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+_COLUMNS = (
+    "id, tie, row, changed, source, subject, key, request, wording, earlier, answer, grp, split, licence, labels, line"
+)
+_INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 _TABLES = f"""
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
     CREATE TABLE rows ({_COLUMNS}, gone);
     CREATE TABLE removed (line, reason);
+    CREATE TABLE subjects (id, subject);
 """
 
 
@@ -41,12 +45,14 @@ def staged_row(one: Kept, split: Split) -> StagedRow:
     """A kept row as the database stores it.
 
     tie: orders rows of one id. key: equal for exact duplicates. request: equal for rows with the same request.
+    earlier: as JSON, "" where only the last answer is learned.
     """
     example = one.example
     asked, answer = _digest(request_key(example.request)), _digest(answer_key(example.answer))
     tie = example.model_dump_json(include={"licence", "group", "subject", "tenant", "region", "labels"})
     return (
-        example.id, tie, one.row, one.changed, example.source, asked + answer, asked, example.wording, answer,
+        example.id, tie, one.row, one.changed, example.source, example.subject, asked + answer, asked,
+        example.wording, json.dumps(example.earlier) if example.earlier else "", answer,
         example.group, split_of(example.group, split), example.licence,
         json.dumps(example.labels) if example.labels else "", encode_examples([example]),
     )  # fmt: skip
@@ -98,20 +104,45 @@ class StagingDatabase:
         self._database.executemany(_INSERT, kept)
         self._database.executemany("INSERT INTO removed VALUES (?, ?)", removed)
 
+    def drop_copies(self, contents: Collection[str]) -> None:
+        """Remove the rows with the content keys of recalled ones, whatever they state about themselves."""
+        if not contents:
+            return
+        found = self._database.execute("SELECT rowid, source, row, id, line FROM rows")
+        copies = [
+            (place, source, row, name, WITHDRAWN)
+            for place, source, row, name, line in found
+            if content_key(Example.model_validate_json(line)) in contents
+        ]
+        self._drop(copies)
+
     def drop_repeats(self, held_out: Collection[str]) -> None:
         """Keep one of the rows with equal request and answer; the order in which rows were added does not matter.
 
         held_out: sources whose rows are kept rather than their copies in other sources, so that none is trained on.
+        After that, a row that states a subject is kept rather than one that states none, and the other subjects of its
+        copies are noted, so that a recall of any of them finds the row.
         """
         marks = ", ".join("?" * len(held_out))
-        order = f"key, source NOT IN ({marks}), id, tie, row"
-        query = f"SELECT rowid, key, source, row, id FROM rows ORDER BY {order}"  # noqa: S608
+        order = f"key, source NOT IN ({marks}), subject IS NULL, id, tie, row"
+        query = f"SELECT rowid, key, source, row, id, subject FROM rows WHERE gone IS NULL ORDER BY {order}"  # noqa: S608
         found = self._database.execute(query, sorted(held_out))
-        self._drop(
-            (place, source, row, name, EXACT)
-            for _, same in itertools.groupby(found, key=lambda one: one[1])
-            for place, _, source, row, name in itertools.islice(same, 1, None)
-        )
+        subjects: set[tuple[str, str]] = set()
+
+        def repeats() -> Iterator[tuple[int, str, int, str, str]]:
+            last: bytes | None = None
+            kept: str = ""
+            stated: str | None = None
+            for place, key, source, row, name, subject in found:
+                if key != last:
+                    last, kept, stated = key, name, subject
+                    continue
+                if subject not in (None, stated):
+                    subjects.add((kept, subject))
+                yield place, source, row, name, EXACT
+
+        self._drop(repeats())
+        self._database.executemany("INSERT INTO subjects VALUES (?, ?)", subjects)
         self._database.execute("CREATE INDEX by_id ON rows (id)")
 
     def hold_out(self, sources: Collection[str]) -> list[str]:
@@ -156,10 +187,11 @@ class StagingDatabase:
     def compared_rows(self) -> dict[str, list[ComparedRow]]:
         """The remaining rows as comparisons need them: split -> rows, sorted by id."""
         splits: dict[str, list[ComparedRow]] = {name: [] for name in SPLITS}
-        query = "SELECT split, id, grp, wording, answer, labels FROM rows WHERE gone IS NULL ORDER BY id"
-        for split, name, group, wording, answer, labels in self._database.execute(query):
+        query = "SELECT split, id, grp, wording, answer, labels, earlier FROM rows WHERE gone IS NULL ORDER BY id"
+        for split, name, group, wording, answer, labels, earlier in self._database.execute(query):
             said = parse_json(labels) if labels else _NO_LABELS
-            splits[split].append(ComparedRow(name, group, wording, answer.hex(), said))
+            begun = tuple(parse_json(earlier)) if earlier else ()
+            splits[split].append(ComparedRow(name, group, wording, answer.hex(), said, begun))
         return splits
 
     def regroup(self, groups: Iterable[tuple[str, str]], split: Split) -> None:
@@ -249,6 +281,13 @@ class StagingDatabase:
     def licences(self) -> list[tuple[str, str]]:
         """The distinct (source, licence) pairs of the remaining rows."""
         return list(self._database.execute("SELECT DISTINCT source, licence FROM rows WHERE gone IS NULL"))
+
+    def subject_lines(self) -> Iterator[bytes]:
+        """Further subjects of the remaining rows, which their copies stated, as sorted JSON lines."""
+        query = (
+            "SELECT id, subject FROM subjects WHERE id IN (SELECT id FROM rows WHERE gone IS NULL) ORDER BY id, subject"
+        )
+        return (canonical({"id": name, "subject": said}) + b"\n" for name, said in self._database.execute(query))
 
     def removed_lines(self) -> Iterator[bytes]:
         """The lines of removed rows, sorted."""

@@ -14,7 +14,7 @@ from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outsid
 from tunesmith.data.dataset import REMOVED, SPLITS, Dataset, Example, example_id, load_dataset
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.splitting.assignment import split_of
-from tunesmith.data.splitting.duplicates import request_text
+from tunesmith.data.splitting.duplicates import learned_parts, request_text
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.data.splitting.leakage import Nearness, leakage
 from tunesmith.store.store import Store
@@ -103,6 +103,7 @@ def _row_problems(
                 yield Problem(path=path, reason="the id occurs twice")
             if by_hash and split_of(example.group, settings.split, held) != name:
                 yield Problem(path=path, reason="the row's group belongs to another split")
-            if outside.wordings and wording_group(request_text(example.messages), example.answer) in outside.wordings:
+            parts = learned_parts(example.messages) if outside.wordings else []
+            if any(wording_group(request_text(part), part[-1].text) in outside.wordings for part in parts):
                 yield Problem(path=path, reason="has the wording of a row of an outside test set")
             seen.add(example.id)

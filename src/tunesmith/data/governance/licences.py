@@ -90,6 +90,11 @@ def permitted(expression: str | None, policy: Licences, where: str) -> str:
     return normal
 
 
+def spelled(expression: str) -> str:
+    """The licence expression in SPDX's spelling; as it is where it is none."""
+    return _judge(expression, Licences())[0]
+
+
 def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     """What the licences of a dataset's rows require of those who distribute a model trained on them.
 

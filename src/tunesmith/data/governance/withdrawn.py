@@ -1,23 +1,28 @@
 """Recalled rows, which a build leaves out even where the sources still have them.
 
-A row is recognised by its folded content and not by its place, so that no copy in another file takes its place, nor one
-with hidden characters, accents or look-alike letters.
+A row, and a row of a recalled subject, is recognised by its folded content and not by its place, so that no copy in
+another file takes its place, nor one with another system turn, hidden characters, accents or look-alike letters.
+Sources and licences are recognised by their names.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from tunesmith.core.digests import digest_of
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.folding import fold
-from tunesmith.data.dataset import SPLITS, Example, load_dataset
+from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
 from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.store import database
 from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
+
+ROW_CAUSES: Final = ("row", "source", "licence", "subject")
+_BY_CONTENT = ("row", "subject")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,14 @@ class Withdrawn:
 
     def holds(self, example: Example) -> bool:
         """Whether an example was recalled."""
-        of = {"row": example.id, "source": example.source, "licence": example.licence, "subject": example.subject}
-        if any(of[kind] in values for kind, values in self.values.items()):
+        if any(_value(example, kind) in values for kind, values in self.values.items()):
+            return True
+        return bool(self.contents) and content_key(example) in self.contents
+
+    def reaches_copies(self, example: Example) -> bool:
+        """Whether rows with the content of a recalled example are recalled with it: not where its source or licence is
+        what was recalled."""
+        if any(_value(example, kind) in self.values.get(kind, ()) for kind in _BY_CONTENT):
             return True
         return bool(self.contents) and content_key(example) in self.contents
 
@@ -39,33 +50,87 @@ class Withdrawn:
         return {kind: sorted(values) for kind, values in self.values.items()} | {"contents": sorted(self.contents)}
 
 
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Rows that a cause reaches: their ids, and where copies are reached too, the content keys."""
+
+    ids: frozenset[str]
+    contents: frozenset[str]
+
+
+class TracedRows:
+    """The rows of dataset versions, by which a cause is followed to its rows' copies and edits.
+
+    kinds: of the causes that are followed. rows: dataset version -> split -> ids.
+    """
+
+    def __init__(self, store: Store, digests: Iterable[str], kinds: Collection[str]) -> None:
+        self.rows: dict[str, dict[str, list[str]]] = {}
+        self._by_content = any(kind in _BY_CONTENT for kind in kinds)
+        self._named: dict[str, defaultdict[str, set[str]]] = {kind: defaultdict(set) for kind in kinds}
+        self._contents: dict[str, str] = {}  # a row's id -> its content key
+        self._holders: defaultdict[str, list[str]] = defaultdict(list)  # a content key -> its rows' ids
+        self._edits: defaultdict[str, set[str]] = defaultdict(set)  # a reviewed row's id -> what it said and says
+        for digest in digests:
+            dataset = load_dataset(store, digest)
+            self.rows[digest] = {split: self._add(dataset.examples(split)) for split in SPLITS}
+            for row, contents in dataset.record.body.get(EDITS, {}).items():
+                self._edits[row].update(contents)
+            if SUBJECTS in dataset.record.blobs and "subject" in self._named:
+                for line in store.read_blob(dataset.record.blobs[SUBJECTS]).splitlines():
+                    copy = parse_json(line)
+                    self._named["subject"][copy["subject"]].add(copy["id"])
+
+    def _add(self, examples: Sequence[Example]) -> list[str]:
+        for example in examples:
+            if self._by_content and example.id not in self._contents:
+                content = self._contents[example.id] = content_key(example)
+                self._holders[content].append(example.id)
+            for kind, by_value in self._named.items():
+                if (value := _value(example, kind)) is not None:
+                    by_value[value].add(example.id)
+        return [example.id for example in examples]
+
+    def trace(self, kind: str, value: str) -> Traced:
+        """The rows of a cause; of a row or a subject also every copy, and the rows before and after an edit."""
+        ids = set(self._named[kind].get(value, ()))
+        if kind not in _BY_CONTENT:
+            return Traced(frozenset(ids), frozenset())
+        if kind == "row":
+            ids.add(value)  # no version holds a row that was edited before the first build
+        while True:
+            contents = {self._contents[name] for name in ids if name in self._contents}
+            contents.update(*(self._edits[name] for name in ids & self._edits.keys()))
+            found = {name for content in contents for name in self._holders.get(content, ())}
+            found |= {name for name, edited in self._edits.items() if not edited.isdisjoint(contents)}
+            if found <= ids:
+                return Traced(frozenset(ids), frozenset(contents))
+            ids |= found
+
+
 def content_key(example: Example) -> str:
-    """A key that is equal for two rows with the same folded request and answer."""
-    return digest_of([request_key(example.request, fold), fold(answer_key(example.answer))])
+    """A key that equal folded requests with equal answers share, whatever their system turns and tools."""
+    spoken = [turn.model_copy(update={"tools": None}) for turn in example.request if turn.role != "system"]
+    return digest_of([request_key(spoken, fold), fold(answer_key(example.answer))])
 
 
 def load_withdrawn(store: Store) -> Withdrawn:
-    """Everything that was recalled from a store's rows so far."""
+    """Everything that was recalled from a store's rows and documents so far."""
     with database.reading(store.engine) as session:
         recalled = causes(session)
     values: defaultdict[str, set[str]] = defaultdict(set)
-    contents: set[str] = set()
+    datasets: dict[str, None] = {}
     for cause, digests in recalled.items():
         kind, _, value = cause.partition(" ")
-        if kind in ("row", "source", "licence", "subject"):
+        if kind in ROW_CAUSES:
             values[kind].add(value)
-        if kind == "row":
-            contents.update(_contents(store, digests, value))
-    return Withdrawn({kind: frozenset(some) for kind, some in sorted(values.items())}, frozenset(contents))
+        if kind in _BY_CONTENT:
+            datasets |= {digest: None for digest in digests if store.record(digest).kind == "dataset"}
+    rows = TracedRows(store, datasets, _BY_CONTENT)
+    contents = {each for kind in _BY_CONTENT for value in values[kind] for each in rows.trace(kind, value).contents}
+    return Withdrawn({kind: frozenset(some) for kind, some in sorted(values.items()) if some}, frozenset(contents))
 
 
-def _contents(store: Store, digests: list[str], row: str) -> set[str]:
-    """The content keys of a row in the recalled dataset versions that contain it."""
-    datasets = [digest for digest in digests if store.record(digest).kind == "dataset"]
-    return {
-        content_key(example)
-        for digest in datasets
-        for split in SPLITS
-        for example in load_dataset(store, digest).examples(split)
-        if example.id == row
-    }
+def _value(example: Example, kind: str) -> str | None:
+    value: str | None = getattr(example, "id" if kind == "row" else kind)
+    return value

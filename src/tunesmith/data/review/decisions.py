@@ -93,7 +93,7 @@ def read_reviewed(path: str | None, root: Path) -> Reviewed:
         if one.row in rows:
             raise UsageError(f"a second decision on row {one.row}", where=where, fix="tunesmith review export")
         rows[one.row] = one
-    contents = {one.content: one for one in rows.values()}
+    contents = {one.content: one for one in sorted(rows.values(), key=lambda one: one.decision == "reject")}
     return Reviewed(rows, contents, path, digest_bytes(data))
 
 

@@ -7,11 +7,11 @@ decision names the item's revision that it was made on, so that two people at on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
@@ -167,6 +167,22 @@ def decide(store: Store, number: int, decision: Decision, *, revision: int, acto
 def forget_cases(session: Session, requests: Iterable[str]) -> None:
     """Delete the items of requests whose cases are deleted, with what reviewers wrote."""
     those = (ReviewItemRow.kind == "case") & ReviewItemRow.subject.in_(list(requests))
+    _forget(session, those)
+
+
+def items_of_rows(session: Session, rows: Collection[str]) -> list[int]:
+    """The numbers of the items on rows with these ids, which may be many more than the queue has items."""
+    query = select(ReviewItemRow.id, ReviewItemRow.subject).where(ReviewItemRow.kind == "row")
+    return [number for number, subject in session.execute(query.order_by(ReviewItemRow.id)) if subject in rows]
+
+
+def forget_rows(session: Session, rows: Collection[str]) -> None:
+    """Delete the items on recalled rows, with what reviewers wrote. rows: ids."""
+    for number in items_of_rows(session, rows):
+        _forget(session, ReviewItemRow.id == number)
+
+
+def _forget(session: Session, those: ColumnElement[bool]) -> None:
     session.execute(delete(ReviewDecisionRow).where(ReviewDecisionRow.item.in_(select(ReviewItemRow.id).where(those))))
     session.execute(delete(ReviewItemRow).where(those))
 

@@ -43,6 +43,11 @@ def request_text(messages: Sequence[Message], form: Callable[[str], str] = fold)
     return "\n".join(normalise(turn.text, form) for turn in messages[:-1] if turn.role != "system")
 
 
+def learned_parts(messages: Sequence[Message]) -> list[Sequence[Message]]:
+    """The conversation up to each answer that training learns; for a row of a dataset version the whole one is last."""
+    return [messages[: n + 1] for n, turn in enumerate(messages) if turn.role == "assistant" and turn.weight]
+
+
 def request_key(messages: Sequence[Message], form: Callable[[str], str] = visible) -> str:
     """A key that equal requests share: roles, normalised texts and offered tools, turn by turn."""
     return json.dumps([[turn.role, normalise(turn.text, form), turn.tools or ""] for turn in messages])

@@ -27,7 +27,8 @@ class Leakage(View):
     near_pairs: pairs of requests at least as similar as threshold. near_outside: rows near a row of an outside test
     set. shared: for each thing that groups are made by, the number of values in two splits; None where only one thing
     makes groups. not_older: rows of train and validation that are not older than every row of the splits after them;
-    None where time does not assign rows.
+    None where time does not assign rows. beginnings: rows that learn an answer to the request of a row in a later split
+    before their last answer; None where there are none.
     """
 
     shared_groups: int
@@ -37,24 +38,26 @@ class Leakage(View):
     method: str = METHOD
     shared: Omitted[dict[str, int]] = None
     not_older: Omitted[int] = None
+    beginnings: Omitted[int] = None
 
     def faults(self) -> dict[str, int]:
         """The counts that are not 0, by their name in the record."""
         found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
         found |= {f"shared.{name}": number for name, number in (self.shared or {}).items()}
-        found["not_older"] = self.not_older or 0
+        found |= {"not_older": self.not_older or 0, "beginnings": self.beginnings or 0}
         return {name: number for name, number in found.items() if number}
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
-    """The parts of an example that comparisons need. answer: the digest of its `answer_key`."""
+    """The parts of an example that comparisons need. answer: the digest of its `answer_key`. earlier: as in Example."""
 
     id: str
     group: str
     wording: str
     answer: str
     labels: Mapping[str, str]
+    earlier: tuple[int, ...] = ()
 
 
 Comparable = Example | ComparedRow
@@ -68,7 +71,8 @@ def rows_to_remove(
     outside: near_text of requests that no split may hold; rows near one are removed from any split. Of two near rows in
     different splits, the test row is kept, otherwise the validation row. Of two near rows in one split with the same
     answer, the one with the smaller id is kept; with different answers both are kept, since training should learn the
-    difference. Rows near a held-out row are removed even where that row is itself removed as a near duplicate.
+    difference. Rows near a held-out row are removed even where that row is itself removed as a near duplicate. So are
+    conversations that learn an earlier answer to a held-out or outside request: these requests must be equal, not near.
     """
     rank = {name: place for place, name in enumerate(reversed(SPLITS))}  # test 0, validation 1, train 2
     near = Nearness(splits, threshold, outside)
@@ -77,15 +81,15 @@ def rows_to_remove(
     gone: dict[str, str] = {}
     for name in sorted(splits, key=rank.__getitem__):
         for example in sorted(splits[name], key=lambda one: one.id):
-            text, own = near.text(example), rank[name]
-            if near.alone(text):
+            text, own, begun = near.text(example), rank[name], near.begun(example)
+            if near.alone(text) and not begun:
                 continue
             around = near.texts_around(text)
             mine = (own, answer_key(example.answer))
-            if not near.outside.isdisjoint(around):
+            if not near.outside.isdisjoint(around | begun):
                 gone[example.id] = NEAR_OUTSIDE
                 continue
-            if any(given.get(other, own) < own for other in around):
+            if any(given.get(other, own) < own for other in around | begun):
                 gone[example.id] = NEAR_HELD_OUT
                 continue
             given.setdefault(text, own)
@@ -106,7 +110,8 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
     left, right = near.pairs.T
     across = (everywhere[left] * everywhere[right] - (counts[left] * counts[right]).sum(axis=1)).sum()
     across += (everywhere**2 - (counts**2).sum(axis=1)).sum() // 2  # a text is near itself
-    touching = everywhere[near.touching()].sum()
+    outside = near.touching()
+    touching = everywhere[outside].sum() + near.outside_beginnings(splits, outside)
     rows = [(place, examples) for place, examples in enumerate(splits.values())]
     shared = _in_several((place, one.group) for place, examples in rows for one in examples)
     labels = {
@@ -121,6 +126,7 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
         threshold=near.threshold,
         shared=labels or None,
         not_older=_not_older(splits, split.time),
+        beginnings=near.beginnings(splits) or None,
     )
 
 
@@ -183,6 +189,12 @@ class Nearness:
             self._of.update(zip((example.id for example in examples), those, strict=True))
             numbers.append(those)
         self.outside = frozenset(places.setdefault(text, len(places)) for text in outside)
+        self._begun = {
+            example.id: _beginnings(example, places)
+            for examples in splits.values()
+            for example in examples
+            if example.earlier
+        }
         self.counts = np.stack(
             [np.bincount(np.array(those, dtype=np.int64), minlength=len(places)) for those in numbers], axis=1
         )
@@ -192,7 +204,7 @@ class Nearness:
         self._others = np.ascontiguousarray(ends[:, 1])
         self._start = np.searchsorted(ends[:, 0], np.arange(len(places) + 1))
         self._alone = (np.diff(self._start) == 0) & (self.counts.sum(axis=1) < 2)
-        self._alone[list(self.outside)] = False
+        self._alone[list(self.outside.union(*self._begun.values()))] = False
 
     def text(self, example: Comparable) -> int:
         """The number of the example's request among the distinct texts."""
@@ -206,6 +218,30 @@ class Nearness:
         """Whether no other text is near, only one row has the text, and it is not an outside one."""
         return bool(self._alone[text])
 
+    def begun(self, example: Comparable) -> frozenset[int]:
+        """The texts to which the example learns an answer before its last one."""
+        return self._begun.get(example.id, frozenset())
+
+    def beginnings(self, splits: Mapping[str, Sequence[Comparable]]) -> int:
+        """How many rows learn an earlier answer to the request of a row in a later split. splits: as compared here."""
+        found = 0
+        for name, examples in splits.items():
+            later = [place for place, other in enumerate(splits) if SPLITS.index(other) > SPLITS.index(name)]
+            found += sum(bool(self.counts[list(self.begun(one))][:, later].any()) for one in examples if one.earlier)
+        return found
+
+    def outside_beginnings(self, splits: Mapping[str, Sequence[Comparable]], touching: NDArray[np.int64]) -> int:
+        """How many rows learn an earlier answer to an outside request. touching: the texts whose rows count already."""
+        rows = (one for examples in splits.values() for one in examples if one.earlier)
+        known = set(touching.tolist())
+        return sum(not self.outside.isdisjoint(self.begun(one)) and self.text(one) not in known for one in rows)
+
     def touching(self) -> NDArray[np.int64]:
         """The texts that are outside ones or near one, sorted."""
         return np.array(sorted(set().union(*map(self.texts_around, self.outside))), dtype=np.int64)
+
+
+def _beginnings(example: Comparable, places: Mapping[str, int]) -> frozenset[int]:
+    turns = near_text(example.wording).split("\n")
+    texts = ("\n".join(turns[:count]) for count in example.earlier)
+    return frozenset(places[text] for text in texts if text in places)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
-from tunesmith.data.splitting.duplicates import near_text, request_text
+from tunesmith.data.splitting.duplicates import learned_parts, near_text, request_text
 from tunesmith.evaluation.policy.requests import PolicyItem, unchanged_id
 from tunesmith.store.store import Store
 
@@ -28,7 +28,8 @@ def leaked(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> f
     Requests are compared folded and without system turns, and count as seen where they are near a row's. All forms of a
     request count as seen where one is.
     """
-    seen = {near_text(request_text(messages)) for messages in _learned(store, candidate)}
+    learned = [part for messages in _learned(store, candidate) for part in (messages, *learned_parts(messages))]
+    seen = {near_text(request_text(part)) for part in learned}
     asked = [near_text(request_text((*item.request, _ANSWER))) for item in items]
     found = near_any(asked, sorted(seen))
     known = {unchanged_id(item) for item, near in zip(items, found, strict=True) if near}

@@ -1,0 +1,144 @@
+"""A recall of a row or a person reaches every copy, and the next build leaves all of them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.rows import NO_SCAN, build, many_rows, row, settings, turns, write_jsonl
+from tunesmith.data.building.account import WITHDRAWN
+from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, Example
+from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
+from tunesmith.data.settings import DataSettings
+from tunesmith.monitoring.recall import Cause, Recall, recall
+from tunesmith.monitoring.recall_status import recall_status
+from tunesmith.store.identities import ensure_owner
+from tunesmith.store.store import Store
+
+PLAIN = many_rows(100)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return made_store(tmp_path, monkeypatch)
+
+
+def made_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("TUNESMITH_USER", "ann")
+    store = Store(tmp_path / "store")
+    ensure_owner(store)
+    return store
+
+
+def rows(dataset: Dataset) -> list[Example]:
+    return [one for split in SPLITS for one in dataset.examples(split)]
+
+
+def withdraw(store: Store, kind: str, value: str) -> Recall:
+    cause = Cause.model_validate({"kind": kind, "value": value})
+    return recall(store, cause, reason="asked to", actor="ann")
+
+
+def gone(store: Store, kind: str, value: str) -> bool:
+    return recall_status(store, Cause.model_validate({"kind": kind, "value": value})).gone
+
+
+def chosen(*names: str, **more: Any) -> DataSettings:
+    sources = [{"path": name, "licence": "MIT"} for name in names]
+    return DataSettings.model_validate({"sources": sources, "privacy": NO_SCAN, **more})
+
+
+def people(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**one, "subject": f"p{n % 10}"} for n, one in enumerate(given)]
+
+
+def test_a_persons_rows_are_recalled_with_copies_that_name_nobody(tmp_path: Path, store: Store) -> None:
+    write_jsonl(tmp_path / "old.jsonl", PLAIN)
+    write_jsonl(tmp_path / "new.jsonl", people(PLAIN))
+    both = chosen("old.jsonl", "new.jsonl")
+    first = build(tmp_path, both)
+    texts = {one.wording for one in rows(first) if one.subject == "p3"}
+    found = withdraw(store, "subject", "p3")
+    assert sum(found.reached[0].rows.values()) == len(texts) == 10
+    second = build(tmp_path, both, withdrawn=load_withdrawn(store))
+    assert not texts & {one.wording for one in rows(second)}
+    assert second.record.body["rows"]["kept"] == 90
+    assert gone(store, "subject", "p3")
+    build(tmp_path, chosen("old.jsonl"))
+    assert not gone(store, "subject", "p3"), "this version holds the text again"
+
+
+def test_a_row_that_a_person_comes_to_later_takes_its_copies_with_it(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "old.jsonl", PLAIN)
+    write_jsonl(tmp_path / "new.jsonl", people(PLAIN))
+    known = Withdrawn({"subject": frozenset(["p3"])})
+    dataset = build(tmp_path, chosen("old.jsonl", "new.jsonl"), withdrawn=known)
+    assert {one.answer for one in rows(dataset)} == {f"answer {n}" for n in range(100) if n % 10 != 3}
+    assert dataset.record.body["rows"]["removed"][WITHDRAWN] == 20
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
+
+
+def test_a_recalled_source_leaves_the_copies_of_other_sources(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        write_jsonl(tmp_path / f"{name}.jsonl", PLAIN)
+    known = Withdrawn({"source": frozenset(["old.jsonl"])})
+    dataset = build(tmp_path, chosen("old.jsonl", "new.jsonl"), withdrawn=known)
+    assert {one.source for one in rows(dataset)} == {"new.jsonl"}
+    assert len(rows(dataset)) == 100
+
+
+def test_each_person_of_one_text_can_be_recalled(tmp_path: Path, store: Store) -> None:
+    shared = [row("what everybody asks for", "a word", subject=name) for name in ("zoe", "max", "ida")]
+    write_jsonl(tmp_path / "rows.jsonl", [*PLAIN, *shared, row("what everybody asks for", "a word")])
+    (kept,) = [one for one in rows(build(tmp_path)) if one.answer == "a word"]
+    assert kept.subject == "ida"
+    for name in ("ida", "max", "zoe"):
+        assert sum(withdraw(store, "subject", name).reached[0].rows.values()) == 1
+    left = build(tmp_path, withdrawn=load_withdrawn(store))
+    assert all(one.answer != "a word" for one in rows(left))
+
+
+def test_a_recalled_row_is_found_in_a_version_that_names_its_source_otherwise(tmp_path: Path, store: Store) -> None:
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", PLAIN)
+    first, second = (build(tmp_path, settings(f"{name}.jsonl")) for name in ("a", "b"))
+    found = withdraw(store, "row", rows(first)[0].id)
+    assert {one.digest for one in found.reached} == {first.digest, second.digest}
+    left = build(tmp_path, settings("b.jsonl"), withdrawn=load_withdrawn(store))
+    assert len(rows(left)) == 99
+    assert gone(store, "row", rows(first)[0].id)
+
+
+def test_a_twin_under_another_system_turn_does_not_take_a_recalled_rows_place(tmp_path: Path, store: Store) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    said = [turns("my number is in the book", "noted", system=system) for system in (None, "Be kind.", "Be brief.")]
+    twins = [{"messages": one} for one in said] + [{"messages": said[0], "tools": [tool]}]
+    write_jsonl(tmp_path / "rows.jsonl", [*PLAIN, *twins])
+    loose = settings(duplicates={"near": None})
+    first = build(tmp_path, loose)
+    same = [one for one in rows(first) if one.answer == "noted"]
+    assert len(same) == 4
+    assert len(set(map(content_key, same))) == 1
+    withdraw(store, "row", same[0].id)
+    left = build(tmp_path, loose, withdrawn=load_withdrawn(store))
+    assert all(one.answer != "noted" for one in rows(left))
+
+
+def test_the_roles_of_turns_make_other_contents() -> None:
+    one, other = (
+        Example.model_validate(
+            {
+                "id": "",
+                "source": "",
+                "licence": "",
+                "group": "",
+                "messages": [*said, {"role": "assistant", "content": "z"}],
+            }
+        )
+        for said in (turns("x", "y"), [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}])
+    )
+    assert content_key(one) != content_key(other)

@@ -1,0 +1,93 @@
+"""Training learns every answer of a conversation, so a held-out row must not be the beginning of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tunesmith.core.messages import Message
+from tunesmith.data.building.account import OUTSIDE_WORDING
+from tunesmith.data.building.verify import verify_dataset
+from tunesmith.data.dataset import Dataset, Example
+from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, NEAR_OUTSIDE, Leakage, Nearness, leakage, rows_to_remove
+from tunesmith.store.store import Store
+
+
+def longer(one: dict[str, Any], n: int) -> dict[str, Any]:
+    """The row with a second exchange, under a system turn."""
+    first = [turn["content"] for turn in one["messages"]]
+    return {"messages": turns(*first, f"and what follows after step {n}", f"later {n}", system="Be kind.")}
+
+
+def snapshots(count: int) -> list[dict[str, Any]]:
+    """Rows, and each of them as the beginning of a longer conversation."""
+    rows = many_rows(count)
+    return [*rows, *(longer(one, n) for n, one in enumerate(rows))]
+
+
+def learned(dataset: Dataset) -> set[tuple[str, str]]:
+    """(request, answer) of every pair of turns that training learns."""
+    talks = [[turn.content for turn in one.messages if turn.role != "system"] for one in dataset.examples("train")]
+    return {("\n".join(talk[:n]), talk[n]) for talk in talks for n in range(1, len(talk), 2)}
+
+
+def test_no_training_row_begins_with_a_held_out_row(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", snapshots(200))
+    dataset = build(tmp_path, settings(split={"test": 0.15, "validation": 0.1}))
+    known = learned(dataset)
+    held = [one for split in ("validation", "test") for one in dataset.examples(split)]
+    assert len(held) > 50
+    assert not [one.id for one in held if (request_of(one), one.answer) in known]
+    assert dataset.record.body["rows"]["removed"][NEAR_HELD_OUT] > 10
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
+
+
+def request_of(one: Example) -> str:
+    return "\n".join(turn.content for turn in one.request if turn.role != "system")
+
+
+def talk(name: str, *said: str, weights: dict[int, int] | None = None) -> Example:
+    spoken = [{**turn, "weight": (weights or {}).get(n, 1)} for n, turn in enumerate(turns(*said))]
+    messages = tuple(Message.model_validate(turn) for turn in spoken)
+    return Example(id=name, messages=messages, source="", licence="", group=name)
+
+
+def test_beginnings_are_counted_in_what_learns_them_and_removed_from_it() -> None:
+    splits = {
+        "train": [
+            talk("leaks", "Open the door!", "done", "and the window", "done too"),
+            talk("unlearned", "open the door", "done", "and the gate", "done too", weights={1: 0}),
+            talk("further", "open the door", "done", "now the lamp", "on", "now the fan", "on"),
+            talk("plain", "water the flowers", "done"),
+        ],
+        "validation": [talk("held", "open the door", "no"), talk("begins", "lock up", "yes", "everything", "yes")],
+        "test": [talk("second", "open the door", "done", "now the lamp", "off"), talk("first", "lock up", "no")],
+    }
+    near = Nearness(splits, 0.8)
+    assert near.beginnings(splits) == 3
+    found = leakage(splits, near)
+    assert found.faults() == {"beginnings": 3}
+    gone = rows_to_remove(splits, 0.8)
+    assert gone == {"leaks": NEAR_HELD_OUT, "further": NEAR_HELD_OUT, "begins": NEAR_HELD_OUT}
+    left = {split: [one for one in some if one.id not in gone] for split, some in splits.items()}
+    clean = leakage(left, Nearness(left, 0.8))
+    assert clean == Leakage(shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8)
+    assert "beginnings" not in clean.document()
+
+
+def test_beginnings_are_held_against_outside_requests() -> None:
+    splits = {"train": [talk("leaks", "open the door", "done", "and the window", "done too")]}
+    outside = [" open the door "]
+    assert leakage(splits, Nearness(splits, 0.8, outside)).near_outside == 1
+    assert rows_to_remove(splits, 0.8, outside) == {"leaks": NEAR_OUTSIDE}
+
+
+def test_a_conversation_that_begins_as_an_outside_row_is_left_out(tmp_path: Path) -> None:
+    rows = many_rows(60)
+    begun = [longer(row(f"tell me how far {n} miles are", "far"), n) for n in (7, 12)]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *begun])
+    write_jsonl(tmp_path / "bench.jsonl", [row("tell me how far 30 miles are", "far")])
+    dataset = build(tmp_path, settings(decontaminate=[{"path": "bench.jsonl"}]))
+    assert dataset.record.body["rows"]["removed"] == {OUTSIDE_WORDING: 2}
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
