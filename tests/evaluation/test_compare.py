@@ -85,7 +85,8 @@ def test_scores_of_different_scorers_are_not_compared(made: Fabricated, tmp_path
         verdict = judge(made.store, evaluation=found[-1], candidate="tuned", gates=gates)
         register(made.store, name="home", verdict=verdict, actor=acting(made.store))
     sides = [side_of_candidate(made.store, digest, "tuned") for digest in found]
-    assert list(compare(made.store, *sides[:2]).metrics) == ["exact_match"]
+    different = compare(made.store, *sides[:2])
+    assert (list(different.metrics), different.changed_scorers) == (["exact_match"], ("brief",))
     assert list(compare(made.store, *sides[1:]).metrics) == ["exact_match", "brief"]
     boards = {tuple(sorted(row.version for row in board.versions)): board for board in leaderboard(made.store).boards}
     assert set(boards) == {("home@v1",), ("home@v2", "home@v3")}

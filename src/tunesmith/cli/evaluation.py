@@ -242,6 +242,8 @@ def _draw_comparison(console: Console, found: Comparison) -> None:
             "< 0.0001" if metric.sign_flip < 0.0001 else f"{metric.sign_flip:.2g}",
         )
     console.print(table)
+    if found.changed_scorers:
+        console.print(f"not compared, since the scorer has changed: {', '.join(found.changed_scorers)}")
 
 
 def _draw_leaderboard(console: Console, found: Leaderboard) -> None:

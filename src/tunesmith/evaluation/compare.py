@@ -72,7 +72,10 @@ class ComparedSide(View):
 
 
 class Comparison(View):
-    """How the second candidate differs from the first, by each metric that was measured for both in the same way."""
+    """How the second candidate differs from the first, by each metric that was measured for both in the same way.
+
+    changed_scorers: metrics of both that are left out, since their scorer is not the same.
+    """
 
     first: ComparedSide
     second: ComparedSide
@@ -81,6 +84,7 @@ class Comparison(View):
     primary: str
     confidence: float
     metrics: dict[str, ComparedMetric]
+    changed_scorers: tuple[str, ...] = ()
 
 
 def compare(store: Store, first: Side, second: Side) -> Comparison:
@@ -99,7 +103,7 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
     named = [metric for metric in records[0].body["metrics"] if metric in records[1].body["metrics"]]
     if not named:
         raise Inconclusive(f"no metric was measured for both {first.label} and {second.label}")
-    shared = [metric for metric in named if scored_alike(*records, metric)]
+    shared = [metric for metric in named if scored_alike(records[0], records[1], metric)]
     if not shared:
         raise Inconclusive(
             f"{first.label} and {second.label} were scored in different ways: the scorer {named[0]!r} has changed",
@@ -125,6 +129,7 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
         primary=primary if primary in shared else shared[0],
         confidence=CONFIDENCE,
         metrics=metrics,
+        changed_scorers=tuple(metric for metric in named if metric not in shared),
     )
 
 
@@ -133,9 +138,9 @@ def scored_alike(first: Record, second: Record, metric: str) -> bool:
 
     Older records do not state their scorers: of those, only the function's file and the judge are compared.
     """
-    stated = [record.body.get("scorers") for record in (first, second)]
-    if None not in stated:
-        return bool(stated[0][metric] == stated[1][metric])
+    one, other = first.body.get("scorers"), second.body.get("scorers")
+    if one is not None and other is not None:
+        return bool(one[metric] == other[metric])
     return _function_or_judge(first, metric) == _function_or_judge(second, metric)
 
 

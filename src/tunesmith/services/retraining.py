@@ -110,10 +110,10 @@ def look(
             job = jobs.queue_run(project, key=key, cause=f"{cause}: {found.about}", actor=actor).job
             runs = _runs(project)
         causes.append(DueCause(cause=cause, about=found.about, says=found.says, job=job, waits=waits))
-    for cause, error in errors.items():
+    for cause, failure in errors.items():
         if not causes:
-            raise error
-        say(f"the cause {cause} could not be looked for: {error}")
+            raise failure
+        say(f"the cause {cause} could not be looked for: {failure}")
     return Retraining(version=champion.label, causes=tuple(causes))
 
 
