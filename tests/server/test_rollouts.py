@@ -276,7 +276,6 @@ def test_exact_match_through_feedback_decides_a_rollout(served: Served, versions
         if not get_rollout(served.scene.store, rollout.id).live:
             break
     assert served.until(rollout, lambda now: not now.live).status == "promoted"
-    assert len(served.rows()) < 100
 
 
 # Control

@@ -146,7 +146,6 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     ("answer", "reference", "right"),
     [
         ("null", '"None"', 0.0),
-        ("null", '"null"', 0.0),
         ("true", '"True"', 0.0),
         ("1", "1.0", 1.0),
         ('{"a": 1, "b": [2.0]}', '{"b": [2], "a": 1.0}', 1.0),

@@ -268,16 +268,8 @@ def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
 
 
 def _json_label(value: Any) -> str:
-    """The label that a JSON value is: text as it stands, other values as JSON, in which 1.0 is 1 and keys are sorted.
-
-    Text that could be another value's JSON is in quotes, so that "null" and null are two labels.
-    """
-    if isinstance(value, str):
-        try:
-            parse_json(value)
-        except NotJson:
-            return value
-    return json.dumps(_whole(value), sort_keys=True, ensure_ascii=False)
+    """The label that a JSON value is: text as it stands, other values as JSON. 1.0 is 1, and keys are sorted."""
+    return value if isinstance(value, str) else json.dumps(_whole(value), sort_keys=True, ensure_ascii=False)
 
 
 def _whole(value: Any) -> Any:
