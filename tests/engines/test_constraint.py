@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
@@ -38,11 +39,24 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 
 
 @pytest.mark.parametrize(
-    "held", [{"schema": json.dumps(SCHEMA)}, {"grammar": 'start: "{\\"a\\": \\"" /[^"]*/ "\\"}"\n'}]
+    ("held", "more"),
+    [
+        ({"schema": json.dumps(SCHEMA)}, 0),
+        ({"grammar": 'start: "{\\"a\\": \\"" /[^"]*/ "\\"}"\n'}, 0),
+        ({"schema": json.dumps(SCHEMA)}, 1),
+        ({"schema": json.dumps(SCHEMA)}, 40),
+    ],
 )
-def test_an_answer_may_end_at_every_end_token_once_it_is_whole(renderer: Renderer, held: dict[str, Any]) -> None:
+def test_an_answer_may_end_at_every_end_token_once_it_is_whole(
+    renderer: Renderer, held: dict[str, Any], more: int, tmp_path: Path
+) -> None:
+    """more: tokens that the tokenizer knows and the model cannot give, as with Gemma 3's text models."""
     vocabulary = len(renderer.tokenizer)
-    guide = Constraints(renderer.tokenizer, vocabulary, renderer.stop_ids).guide(Generation((), **held))
+    renderer.tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens([f"<image {number}>" for number in range(more)])
+    assert len(tokenizer) == vocabulary + more
+    guide = Constraints(tokenizer, vocabulary, renderer.stop_ids).guide(Generation((), **held))
     for token in [*renderer.tokenizer.encode(WHOLE, add_special_tokens=False), None]:
         scores = torch.zeros(2, vocabulary)
         mask_disallowed_(scores, [None, guide])

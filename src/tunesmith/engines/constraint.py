@@ -43,7 +43,9 @@ class Constraints:
 
     def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Collection[int]) -> None:
         ends = sorted(token for token in stop_ids if token < vocabulary)
-        self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=min(ends, default=None))
+        # A tokenizer may know a token that the model cannot give, as Gemma 3's text models' do.
+        size = max(vocabulary, len(tokenizer))
+        self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=min(ends, default=None))
         listed = np.isin(np.arange((vocabulary + 31) // 32 * 32), ends)
         self._ends = np.packbits(listed, bitorder="little").view(np.int32)
         self._of_schema, self._of_grammar = cache(self._by_schema), lru_cache(_KEPT)(self._new_matcher)
@@ -56,10 +58,10 @@ class Constraints:
         """
         by = request.constrained_by
         if request.grammar is not None:
-            return Guide(self._of_grammar(request.grammar, by).deep_copy(), self._ends, by)
+            return Guide(self._of_grammar(request.grammar, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
         assert request.schema is not None
         compiled = self._of_schema if by == "constrain" else self._of_request
-        return Guide(compiled(request.schema, by).deep_copy(), self._ends, by)
+        return Guide(compiled(request.schema, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
 
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes. A character may be split over several tokens."""
@@ -80,10 +82,11 @@ class Constraints:
 
 class Guide:
     """Restricts one answer to its schema or grammar. ends: int32 [V / 32 rounded up], a bit for each token that ends an
-    answer, the lowest bit first. by: where the schema or grammar comes from."""
+    answer, the lowest bit first. tokens: how many the matcher knows, V or more. by: where the schema or grammar comes
+    from."""
 
-    def __init__(self, matcher: LLMatcher, ends: np.ndarray, by: ConstrainedBy = "constrain") -> None:
-        self.matcher, self._ends, self._by = matcher, ends, by
+    def __init__(self, matcher: LLMatcher, ends: np.ndarray, tokens: int, by: ConstrainedBy = "constrain") -> None:
+        self.matcher, self._ends, self.tokens, self._by = matcher, ends, tokens, by
 
     def follow(self, token: int) -> None:
         """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
@@ -113,9 +116,10 @@ def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
     guided = [(row, guide) for row, guide in enumerate(guides) if guide is not None]
     if not guided:
         return
-    bits = allocate_token_bitmask(len(guided), scores.shape[1])
+    bits = allocate_token_bitmask(len(guided), guided[0][1].tokens)
     wanted = [(guide.matcher, number) for number, (_, guide) in enumerate(guided)]
     fill_next_token_bitmask_par(_threads(), wanted, bits)
+    bits = np.ascontiguousarray(bits[:, : (scores.shape[1] + 31) // 32])
     for allowed, (_, guide) in zip(bits, guided, strict=True):
         guide.limit_ends_(allowed)
     rows = torch.tensor([row for row, _ in guided])
