@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -187,10 +188,22 @@ def test_a_gguf_can_be_read_by_transformers(base: Path, family: str, dtype: str,
     assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
 
 
+def test_rotary_tables_of_old_checkpoints_are_left_out_of_a_gguf(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "b")
+    whole = load_file(base / "model.safetensors")
+    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
+    save_file({**whole, **tables}, base / "model.safetensors", metadata={"format": "pt"})
+    _adapter(base, tmp_path / "a")
+    (tmp_path / "g").mkdir()
+    write_gguf(base_of(base), tmp_path / "a", tmp_path / "g", "fp32", "n")
+    assert len(GGUFReader(tmp_path / "g" / FILE).tensors) == len(whole)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "match"),
     [
         ("config.json", {"model_type": "gemma2"}, "family 'gemma2'"),
+        ("config.json", {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "type 'yarn'"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, "splits text"),
         ("tokenizer.json", {"model": {"type": "Unigram", "vocab": []}}, "byte-level BPE"),
     ],

@@ -29,6 +29,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
 # Names of two tensors in MODEL_FILE. A model that uses its embedding as head as well stores only the embedding.
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# How the names of tensors end that old checkpoints store in each layer and no model reads: they follow from the
+# configuration.
+ROTARY_TABLE = "rotary_emb.inv_freq"
 
 _MAX_CONFIG_BYTES = 64 * 1024
 _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")

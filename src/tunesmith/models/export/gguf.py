@@ -17,6 +17,7 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.models.base import Base
 from tunesmith.models.export.merging import DTYPES, Dtype, merged_shards
+from tunesmith.models.weight_files import ROTARY_TABLE
 
 FILE = "model.gguf"
 # A family's architecture in GGUF. Mistral's is Llama's.
@@ -75,7 +76,8 @@ def check_supported(base: Path) -> str:
     family = config.get("model_type")
     if family not in _ARCHITECTURES:
         raise _refusal(base, f"models of family {family!r} are not written as GGUF")
-    positions = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    positions = scaling.get("rope_type", scaling.get("type", "default"))  # older configurations say type
     if positions != "default":
         raise _refusal(base, f"rotary positions of type {positions!r} are not written as GGUF")
     slides = family == "mistral" or config.get("use_sliding_window")
@@ -155,7 +157,7 @@ def _step(step: Mapping[str, Any]) -> str:
 
 
 def _tensors(base: Base, adapter: Path, config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """GGUF names and tensors. The head of a tied model is left out."""
+    """GGUF names and tensors. The head of a tied model and the rotary tables of old checkpoints are left out."""
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -164,7 +166,7 @@ def _tensors(base: Base, adapter: Path, config: Mapping[str, Any], architecture:
     groups = {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
     for _, tensors in merged_shards(base, adapter):
         for name, tensor in sorted(tensors.items()):
-            if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            if name.endswith(ROTARY_TABLE) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
                 continue
             key = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if key is None:

@@ -15,6 +15,7 @@ from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rot
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.whole_model import read_weights
 from tunesmith.models.families import GEMMAS, NATIVE_FAMILIES, is_native
+from tunesmith.models.weight_files import ROTARY_TABLE
 
 # Rotary variants whose angles do not depend on the text's length.
 _ROPES = ("default", "linear", "llama3", "yarn")
@@ -32,7 +33,8 @@ def load_network(
     """
     config = _configuration(folder)
     given = None if weights is None else {name: weight.to(dtype) for name, weight in weights.items()}
-    tensors = read_weights(folder, dtype) if given is None else given
+    found = read_weights(folder, dtype) if given is None else given
+    tensors = {name: tensor for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
     shape = _shape(config)
     rotations = _rotations(config)
     embedding = _copy(tensors, "model.embed_tokens.weight", folder)
