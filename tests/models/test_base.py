@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import TEMPLATE, write_model
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
-from tunesmith.models.base import open_base, resolve_base, weight_files
+from tunesmith.models.base import model_width, open_base, require_context_length, resolve_base, weight_files
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
 
@@ -43,6 +44,36 @@ def test_the_template_changes_the_fingerprint(tmp_path: Path, store: Store) -> N
     first = resolve_base(store, "m", tmp_path)
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
     assert resolve_base(store, "m", tmp_path).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("read", ["{{ strftime_now('%Y') }}", "{{ enable_thinking }}"])
+def test_what_rendering_fixes_is_part_of_the_fingerprint_where_a_template_reads_it(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    plain, reading = (resolve_base(store, str(write_model(tmp_path / name)), tmp_path) for name in ("a", "b"))
+    (reading.folder / "chat_template.jinja").write_text(TEMPLATE + read)
+    reading = resolve_base(store, str(reading.folder), tmp_path)
+    files = store.record(plain.digest).body["files"]
+    rendering = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    assert plain.fingerprint == digest_of({name: files[name]["digest"] for name in rendering if name in files})
+    monkeypatch.setattr("tunesmith.models.base.FIXED", {"strftime_now": "2030-01-01", "enable_thinking": True})
+    assert resolve_base(store, str(plain.folder), tmp_path).fingerprint == plain.fingerprint
+    assert resolve_base(store, str(reading.folder), tmp_path).fingerprint != reading.fingerprint
+
+
+def test_sizes_may_stand_in_the_configuration_of_the_text_model(tmp_path: Path, store: Store) -> None:
+    """As Mistral Small 3.1, which reads images too."""
+    folder = write_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {key: config.pop(key) for key in ("max_position_embeddings", "hidden_size")}
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": sizes}))
+    base = resolve_base(store, "m", tmp_path)
+    assert (base.context_length, model_width(base)) == (1024, 32)
+    (folder / "config.json").write_text(json.dumps(config))
+    base = resolve_base(store, "m", tmp_path)
+    assert (base.context_length, model_width(base)) == (0, None)
+    with pytest.raises(Refused, match="does not state its context length"):
+        require_context_length(base)
 
 
 @pytest.mark.parametrize("name", ["tool_use", "default"])
@@ -188,6 +219,8 @@ def test_missing_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
     save_file({**whole, "model.layers.0.extra": torch.zeros(1)}, path)
     with pytest.raises(Refused, match="has no place for"):
         load_network(folder)
+    save_file({**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, path)
+    load_network(folder)  # old checkpoints hold what follows from the configuration
 
 
 def test_settings_and_network_name_the_same_layers() -> None:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import TEMPLATE, row, write_model
+from tests.tiny import HYBRID, TEMPLATE, row, write_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.models.rendering import LossOn, Renderer
+from tunesmith.models.rendering import LossOn, Renderer, RowCounter
 
 # The shapes that model families ship: ChatML, Llama 3's headers, Mistral's instruction marks, Gemma's turns, in which
 # the system's text is the first user's and the assistant is called a model.
@@ -204,6 +204,75 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     template = "{{ messages | length }}" + TEMPLATE
     with pytest.raises(Refused, match="cannot be "):
         _renderer(tmp_path, template).conversation(row("a", "b"))
+
+
+def _learned(renderer: Renderer, turns: tuple[Message, ...], loss_on: LossOn = "assistant") -> str:
+    rendered = renderer.conversation(turns, loss_on)
+    return renderer.text([token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked])
+
+
+def test_an_empty_thought_is_part_of_the_opening(tmp_path: Path) -> None:
+    renderer, turns = _renderer(tmp_path, HYBRID), row("turn on", "done")
+    assert _learned(renderer, turns) == "done"
+    prompt, scored = renderer.prompt(turns[:2]), renderer.answered(turns[:2], "done")
+    assert renderer.text(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert list(scored.ids[: scored.trained.index(True)]) == prompt
+    thoughtful = HYBRID.replace("{{ m['content'] }}", "{{ m['content'].split('!')[-1] }}").replace(
+        "<think>\n\n</think>", "<think>\n{{ m['content'].split('!')[0] if '!' in m['content'] else '' }}\n</think>", 1
+    )
+    own = _renderer(tmp_path / "thoughts", thoughtful)
+    assert _learned(own, turns) == "done"
+    with pytest.raises(Refused, match=r"holds another thought than the answer(.|\n)*leave thoughts out"):
+        own.conversation(row("turn on", "so I turn it on!done"))
+
+
+def test_a_template_that_rewrites_earlier_answers_allows_the_last(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path, HYBRID)
+    with pytest.raises(Refused, match=r"once later turns follow(.|\n)*loss_on: last"):
+        renderer.conversation(TURNS)
+    assert _learned(renderer, TURNS, "last") == '{"b":2}'
+    with pytest.raises(Refused, match="once later turns follow"):
+        RowCounter(tmp_path, "")(TURNS)
+    assert RowCounter(tmp_path, "", "last")(TURNS) == len(renderer.conversation(TURNS, "last").ids)
+
+
+def test_a_system_turn_that_moves_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """As Mistral's second and third templates, which write the system's text into the last turn if it is the user's."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
+        "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n{% endif %}"
+        "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}"
+        "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    renderer, turns = _renderer(tmp_path, template), row("turn on", "done")
+    with pytest.raises(Refused, match=r"a system turn moves(.|\n)*write it into the user's turn"):
+        renderer.conversation(turns)
+    assert _learned(renderer, turns[1:]) == "done"
+
+
+@pytest.mark.parametrize(
+    ("today", "written"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ('{{ strftime_now( "%d %B %Y" ) }}', "26 July 2024"),
+        (
+            "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = "
+            "strftime_now('%Y-%m-%d') %}{% endif %}{% endif %}{{ date_string }}",
+            "2024-07-26",
+        ),
+    ],
+)
+def test_the_date_is_the_same_every_day(tmp_path: Path, today: str, written: str) -> None:
+    renderer = _renderer(tmp_path, f"{today}\n{TEMPLATE}")
+    assert renderer.text(renderer.prompt(row("a", "b")[:2])).startswith(f"{written}\n")
+    assert _learned(renderer, row("a", "b")) == "b"
+    assert today in renderer.tokenizer.chat_template, "an export is compared with it"
+
+
+def test_a_date_that_the_template_computes_is_refused(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path, "{% set form = '%Y' %}{{ strftime_now(form) }}" + TEMPLATE)
+    with pytest.raises(Refused, match=r"today's date(.|\n)*write a date into the template"):
+        renderer.prompt(row("a", "b")[:2])
 
 
 def test_a_double_bos_token_is_refused(tmp_path: Path) -> None:

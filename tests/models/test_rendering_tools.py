@@ -84,6 +84,15 @@ def test_rendering_equals_the_tokenizers_template(renderer: Renderer) -> None:
     assert list(renderer.conversation(TURNS).ids) == own["input_ids"]
 
 
+def test_a_template_of_its_own_for_tools_is_taken(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(HERMES)
+    renderer = Renderer(folder)
+    assert trained(renderer, TURNS) == f"{CALL}Cold."
+    assert trained(renderer, row("a", "b")) == "b"
+
+
 def test_training_rows_begin_with_the_prompt(renderer: Renderer) -> None:
     for answer in (1, 3):
         rendered = renderer.conversation(TURNS[: answer + 1])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_project import write_project
+from tests.tiny import HYBRID, write_model
+from tests.tiny_project import rows, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.data.documents import Documents
@@ -94,6 +96,33 @@ def test_weights_added_later_leave_the_dataset_as_it_is(folder: Path) -> None:
     assert before.base.digest != after.base.digest
     assert (before.dataset.digest, before.documents) == (after.dataset.digest, after.documents)
     assert all(stage.skipped for stage in after.stages.done if stage.name in ("data", "documents"))
+
+
+def test_a_base_without_a_context_length_is_refused_before_its_rows(folder: Path) -> None:
+    write_project(folder)
+    config = folder / "model" / "config.json"
+    sizes = json.loads(config.read_text())
+    del sizes["max_position_embeddings"]
+    config.write_text(json.dumps(sizes))
+    with pytest.raises(Refused, match="does not state its context length"):
+        _ = PipelineContext(Project.load(folder)).dataset
+
+
+def test_the_build_needs_to_find_only_the_answers_that_are_learned(folder: Path) -> None:
+    """A template for hybrid models writes an earlier answer without the thought that it had as the last one."""
+    write_model(folder / "model", template=HYBRID)
+    tuned = {"prompt": "prompt.txt", "train": {"rank": 2}}
+    write_project(folder, candidates={"tuned": tuned})
+    earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    talks = [{**one, "messages": [*earlier, *one["messages"]]} for one in rows()]
+    text = "".join(json.dumps(one) + "\n" for one in talks)
+    (folder / "rows.jsonl").write_text(text)
+    with pytest.raises(Refused, match=r"once later turns follow(.|\n)*loss_on: last"):
+        _ = PipelineContext(Project.load(folder)).dataset
+    write_project(folder, candidates={"tuned": {**tuned, "train": {"rank": 2, "loss_on": "last"}}})
+    (folder / "rows.jsonl").write_text(text)
+    dataset = PipelineContext(Project.load(folder)).dataset
+    assert sum(len(dataset.examples(split)) for split in ("train", "validation", "test")) == 120
 
 
 def test_a_recalled_document_does_not_come_back(folder: Path) -> None:

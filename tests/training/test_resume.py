@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -349,6 +350,14 @@ def test_overlong_row_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than max_length 16") as caught:
         run(folder, SETTINGS.model_copy(update={"max_length": 16}))
     assert "shorten the candidate's prompt" in str(caught.value.fix)
+
+
+def test_a_row_that_is_longer_than_the_context_is_refused(folder: Path) -> None:
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 16}))
+    with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than the base's context length 16") as caught:
+        run(folder)
+    assert (caught.value.where, str(caught.value.fix)[:7]) == ("base", "shorten")
 
 
 def test_progress_shows_loss_memory_and_speed(folder: Path) -> None:

@@ -219,7 +219,7 @@ def test_losses_in_batches_are_those_of_each_row_alone(tmp_path: Path) -> None:
     base = resolve_base(Store(tmp_path / "store"), str(tmp_path / "model"), tmp_path)
     settings = TrainSettings(epochs=1, rank=4, batch=8)
     model = search.load_model(base).trainable(settings, seed=0, state_bytes=0)
-    rows = search.render_rows(search.Renderer(base.folder), ROWS[:21], settings)
+    rows = search.render_rows(search.Renderer(base.folder), ROWS[:21], settings, base.context_length)
     whole, alone = (search._row_losses(model, some, settings) for some in (rows, rows[:1]))
     one_by_one = [search._row_losses(model, [row], settings)[0] for row in rows]
     assert whole == pytest.approx(one_by_one, rel=1e-2), "the rounding of bf16 depends on the batch"

@@ -13,16 +13,18 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scratch import scratch_folder
+from tunesmith.models.rendering import FIXED
 from tunesmith.models.weight_files import MODEL_FILE
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -61,9 +63,19 @@ class Base:
 
 def model_width(base: Base) -> int | None:
     """How many numbers a hidden state has, by the base's configuration; None where it does not say."""
-    config = json.loads((base.folder / "config.json").read_bytes())
-    found = next((config[key] for key in _WIDTH if config.get(key)), None)
+    found = _stated(json.loads((base.folder / "config.json").read_bytes()), _WIDTH)
     return None if found is None else int(found)
+
+
+def require_context_length(base: Base) -> int:
+    """The base's context length. Raises Refused where its configuration does not state one."""
+    if base.context_length <= 0:
+        raise Refused(
+            "the base's configuration does not state its context length",
+            where=str(base.folder / "config.json"),
+            fix="add max_position_embeddings to it",
+        )
+    return base.context_length
 
 
 def cache_folder() -> Path:
@@ -194,15 +206,29 @@ def base_record(folder: Path, spec: str) -> Record:
     except ValueError as error:
         what = f"config.json is no JSON object: {error}"
         raise Refused(what, where=str(folder), fix="use a complete model folder") from error
-    fingerprint = digest_of({name: files[name]["digest"] for name in _RENDERING if name in files})
+    rendering = {name: files[name]["digest"] for name in _RENDERING if name in files}
     body = {
         "spec": spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,
         "family": config.get("model_type", ""),
-        "context_length": next((config[key] for key in _CONTEXT if config.get(key)), 0),
-        "fingerprint": fingerprint,
+        "context_length": _stated(config, _CONTEXT) or 0,
+        "fingerprint": digest_of(rendering | _fixed(folder)),
         "files": files,
     }
     return Record(kind="base", body=body)
+
+
+def _stated(config: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """A configuration's value under the first of several names that it has; of a model for images too, its text
+    model's. None where it has none of them."""
+    parts = (config, config.get("text_config"))
+    return next((part[name] for part in parts if isinstance(part, dict) for name in names if part.get(name)), None)
+
+
+def _fixed(folder: Path) -> dict[str, Any]:
+    """What a base's templates read of that which rendering fixes."""
+    named = [folder / name for name in ("tokenizer_config.json", *_TEMPLATES)]
+    text = b"".join(path.read_bytes() for path in named if path.is_file())
+    return {name: value for name, value in FIXED.items() if name.encode() in text}
 
 
 def _record_base(store: Store, folder: Path, spec: str) -> Base:

@@ -7,8 +7,10 @@ located by rendering the conversation up to each of them, so the template needs 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,13 @@ from tunesmith.models.tool_turns import marked_tools, shown_texts, tool_turns
 
 LossOn = Literal["assistant", "last", "all"]
 
+# The day that templates write as today's, so that a conversation has the same tokens every day. Llama 3's templates
+# assume this one where they are given none.
+_TODAY = date(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# What a template may read besides the conversation -> what it gets here. Without thoughts the opening of a template for
+# hybrid models holds the empty thought, which would otherwise be learned and served as part of the answer.
+FIXED: Mapping[str, Any] = {"enable_thinking": False, "strftime_now": _TODAY.isoformat()}
 
 # Gemma 1 and 2 have templates without a system role.
 _WITHOUT_SYSTEM = "if the template has no system role, leave the prompt out or write it into the user's message"
@@ -42,10 +51,11 @@ class RowCounter:
 
     folder: Path
     fingerprint: str  # of the base's tokenizer and template: a changed template is loaded again
+    loss_on: LossOn = "assistant"  # the turns that must be found in a row
 
     def __call__(self, messages: Sequence[Message], most: int | None = None) -> int:
         """Tokens of a row, its answer included. most: as `Renderer.count_row` has it."""
-        return _renderer(self.folder, self.fingerprint).count_row(messages, most)
+        return _renderer(self.folder, self.fingerprint).count_row(messages, most, self.loss_on)
 
 
 @lru_cache(maxsize=2)
@@ -161,10 +171,10 @@ class Renderer:
         least = self.least_tokens(messages)
         return least if most is not None and least > most else len(self.prompt(messages))
 
-    def count_row(self, messages: Sequence[Message], most: int | None = None) -> int:
+    def count_row(self, messages: Sequence[Message], most: int | None = None, loss_on: LossOn = "assistant") -> int:
         """Tokens of a training row, with its answer. most: as in `count_prompt`.
 
-        Raises what `conversation` raises for a row of at most so many tokens.
+        Raises what `conversation` raises with this loss_on for a row of at most so many tokens.
         """
         least = self.least_tokens(messages)
         if most is not None and least > most:
@@ -172,7 +182,7 @@ class Renderer:
         text = self._text(messages, opening=False)
         encoded = self._encode(text)
         if most is None or len(encoded.ids) <= most:  # a row of many turns is laid out once for each of them
-            self._labelled(messages, text, encoded, "assistant")
+            self._labelled(messages, text, encoded, loss_on)
         return len(encoded.ids)
 
     def answered(self, messages: Sequence[Message], answer: str) -> Rendered:
@@ -204,13 +214,20 @@ class Renderer:
         """(start, end) of an assistant turn in the conversation's text, without its opening."""
         before = self._text(messages[:place], opening=True)
         through = self._text(messages[: place + 1], opening=False)
-        if not (through.startswith(before) and text.startswith(through)):
+        if not through.startswith(before):
             raise Refused(
-                "the chat template renders a turn differently once later turns follow, so the assistant's "
-                "tokens cannot "
-                "be located",
+                "the chat template renders a request differently once its answer follows (a system turn moves, or the "
+                "opening holds another thought than the answer), so the assistant's tokens cannot be located",
                 where="chat_template",
-                fix="use a template that only appends turns, or single-turn rows",
+                fix="leave the system prompt out or write it into the user's turn, leave thoughts out of the answers, "
+                "or use another template",
+            )
+        if not text.startswith(through):
+            raise Refused(
+                "the chat template renders a turn differently once later turns follow, so the assistant's tokens "
+                "cannot be located",
+                where="chat_template",
+                fix="set train.loss_on: last, or use single-turn rows, or a template that only appends turns",
             )
         return len(before), len(through)
 
@@ -265,10 +282,16 @@ class Renderer:
     def _laid_out(self, turns: Sequence[Any], tools: Sequence[Any], *, opening: bool) -> str:
         from jinja2 import TemplateError
 
+        offered = list(tools) or None
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=opening
+                    turns,
+                    tools=offered,
+                    chat_template=_dated(self.tokenizer.get_chat_template(tools=offered)),
+                    tokenize=False,
+                    add_generation_prompt=opening,
+                    enable_thinking=FIXED["enable_thinking"],
                 )
             )
         except (TemplateError, TypeError) as error:  # TypeError: the template joins text and an unexpected value
@@ -281,6 +304,22 @@ class Renderer:
     def _encode(self, text: str) -> Any:
         # The template has written all control tokens; the tokenizer must not add another beginning.
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]
+
+
+@lru_cache(maxsize=8)
+def _dated(template: str) -> str:
+    """A chat template with a fixed date in place of today's.
+
+    transformers' own function cannot be replaced by an argument: it passes templates plain data only.
+    """
+    dated = _NOW.sub(lambda found: f"{found[1]}{_TODAY.strftime(found[2])}{found[1]}", template)
+    if "strftime_now(" in dated:
+        raise Refused(
+            "the chat template computes how it writes today's date, so a prompt would have other tokens every day",
+            where="chat_template",
+            fix="write a date into the template in place of strftime_now(...)",
+        )
+    return dated
 
 
 def _turns(messages: Sequence[Message], loss_on: LossOn) -> dict[int, bool]:

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
     from tunesmith.models.base import Base
-    from tunesmith.models.rendering import Renderer
+    from tunesmith.models.rendering import LossOn, Renderer
+    from tunesmith.training.settings import TrainSettings
 
 
 @dataclass
@@ -213,11 +214,14 @@ class PipelineContext:
         def build(work: Path) -> str:
             from tunesmith.models.rendering import RowCounter
 
+            # Where every training learns the last answer alone, no other has to be found in the template's text.
+            learned = {train.loss_on for train in self._trainings}
+            loss_on: LossOn = "last" if learned == {"last"} else "assistant"
             return build_dataset(
                 project.store,
                 data,
                 project.root,
-                count_tokens=RowCounter(self.base.folder, self.base.fingerprint),
+                count_tokens=RowCounter(self.base.folder, self.base.fingerprint, loss_on),
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 unscorable=references,
@@ -247,8 +251,13 @@ class PipelineContext:
     @property
     def _row_tokens(self) -> int:
         """The most tokens of a row: the smallest max_length of all trainings, at most the base's context length."""
-        trained = [each.train.max_length for each in self.project.settings.candidates.values() if each.train]
-        return min([self.base.context_length, *trained])
+        from tunesmith.models.base import require_context_length
+
+        return min([require_context_length(self.base), *(train.max_length for train in self._trainings)])
+
+    @property
+    def _trainings(self) -> list[TrainSettings]:
+        return [each.train for each in self.project.settings.candidates.values() if each.train]
 
     @cached_property
     def documents(self) -> str:

@@ -21,7 +21,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.factory import load_model, training_engine
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
-from tunesmith.models.base import Base, model_width
+from tunesmith.models.base import Base, model_width, require_context_length
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.batches.batch_plan import TrainingPlan, validation_parts
 from tunesmith.training.batches.rows import TrainingRow, render_rows
@@ -95,12 +95,12 @@ def search(
     scorable: how many validation rows scores can score; without scores trials are compared by the validation loss.
     Raises Refused for rows or present settings that cannot be trained here, and where the time is too short.
     """
-    renderer = Renderer(base.folder)
+    renderer, context = Renderer(base.folder), require_context_length(base)
     settings = fit_to_rows(settings, len(rows), model_width(base))  # as the training itself would
     shared = _Search(
         model=load_model(base, training_engine(base.family, settings)) if model is None else model,
-        rows=render_rows(renderer, rows, settings),
-        validation=render_rows(renderer, validation, settings),
+        rows=render_rows(renderer, rows, settings, context),
+        validation=render_rows(renderer, validation, settings, context),
         settings=settings,
         trials=draw_trials(settings, len(rows)),
         scores=scores,

@@ -25,7 +25,7 @@ from tunesmith.engines.factory import LocalEngine, load_model, training_engine
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
-from tunesmith.models.base import Base, check_base, model_width
+from tunesmith.models.base import Base, check_base, model_width, require_context_length
 from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
@@ -81,8 +81,9 @@ def make_spec(
     """
     if restart:
         shutil.rmtree(work, ignore_errors=True)
-    renderer, checked = Renderer(base.folder), validation[: settings.validation_rows]
-    rendered = [render_rows(renderer, some, settings) for some in (rows, checked)]
+    renderer, context = Renderer(base.folder), require_context_length(base)
+    checked = validation[: settings.validation_rows]
+    rendered = [render_rows(renderer, some, settings, context) for some in (rows, checked)]
     settings = fit_to_rows(settings, len(rows), model_width(base))
     return TrainingSpec(
         name=name,
@@ -211,7 +212,7 @@ def find_rate(
 
     Raises Refused for rows that cannot be trained on.
     """
-    rendered = render_rows(Renderer(base.folder), rows, settings)
+    rendered = render_rows(Renderer(base.folder), rows, settings, require_context_length(base))
     loaded = load_model(base, training_engine(base.family, settings)) if model is None else model
     trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     every = (

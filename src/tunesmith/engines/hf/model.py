@@ -27,7 +27,7 @@ from tunesmith.engines.hf.sharding import recomputed, replaced, shard
 from tunesmith.engines.late_weights import to_meta
 from tunesmith.engines.packed import pack
 from tunesmith.engines.ranks import ALONE, Ranks, whole
-from tunesmith.models.base import Base
+from tunesmith.models.base import Base, require_context_length
 from tunesmith.models.families import match_layers
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import AdapterConfig, read_adapter_file
@@ -66,12 +66,7 @@ class HFModel:
         for incomplete weights, and for a model whose tokens see later ones."""
         self.base, self.settings, self.ranks, self.device = base, settings, ALONE, computing_device()
         self._rounding = 50.0 if settings.dtype == torch.bfloat16 else 1.0  # of logits, against fp32
-        if base.context_length <= 0:
-            raise Refused(
-                "the base's configuration does not state its context length",
-                where=str(base.folder / "config.json"),
-                fix="add max_position_embeddings to it",
-            )
+        require_context_length(base)
         self.module, self.late = load(base.folder, self.device, settings, late=late, weights=weights)
         self.stored, self.repeated = stored_names(self.module, base.folder)
         if settings.liger:

@@ -46,24 +46,29 @@ def row_count(examples: int, settings: TrainSettings) -> int:
     return chosen + (canaries.each * sum(canaries.repeats) if canaries else 0)
 
 
-def render_rows(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSettings) -> list[Rendered]:
-    """Rows as token ids with the tokens to learn marked.
+def render_rows(
+    renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSettings, context: int
+) -> list[Rendered]:
+    """Rows as token ids with the tokens to learn marked. context: the base's context length.
 
     Raises Refused or UsageError, naming the row, for one that the template cannot render or that is longer than
-    `max_length`.
+    `max_length` or the context.
     """
+    most, limit, first = settings.max_length, "max_length", "raise it, "
+    if context < most:
+        most, limit, first = context, "the base's context length", ""
     rendered: list[Rendered] = []
     for row in rows:
         try:
             one = renderer.conversation(row.messages, settings.loss_on)
         except (Refused, UsageError) as error:
             raise type(error)(error.what, where=f"row {row.id}, {error.where}", fix=error.fix) from error
-        if len(one.ids) > settings.max_length:
+        if len(one.ids) > most:
             raise Refused(
-                f"row {row.id} has {len(one.ids)} tokens, more than max_length {settings.max_length}",
-                where="train.max_length",
-                fix="raise it, shorten the candidate's prompt, or show fewer examples or passages (shots, retrieve.k); "
-                "data.overlong does not help, since it counts a row without them",
+                f"row {row.id} has {len(one.ids)} tokens, more than {limit} {most}",
+                where="train.max_length" if first else "base",
+                fix=f"{first}shorten the candidate's prompt, or show fewer examples or passages (shots, "
+                "retrieve.k); data.overlong does not help, since it counts a row without them",
             )
         rendered.append(one)
     return rendered
