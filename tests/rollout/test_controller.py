@@ -479,6 +479,59 @@ def test_a_record_that_cannot_be_read_now_decides_nothing(first: Scene, versions
         assert abort(first.store, rollout.id, actor=OPERATOR, reason="stop").status == "aborted"
 
 
+def test_a_rollback_under_an_override_ends_a_rollout_whose_champion_cannot_be_read_now(
+    first: Scene, versions: Versions
+) -> None:
+    promoted(first, versions[2])
+    more: dict[str, Any] = {"name": NAME, "actor": OWNER, "reason": "stop", "override": "a drill"}
+    rollout = begin(first, versions[3])
+    with pytest.MonkeyPatch.context() as patch:
+        disk_full(patch)
+        ended = rollback(first.store, **more)
+    assert (ended.id, ended.status) == (rollout.id, "rolled_back")
+    rollout = begin(first, versions[3])
+    with record_away(versions[2]):
+        ended = rollback(first.store, **more)
+    assert (ended.id, ended.status) == (rollout.id, "rolled_back")
+    assert champion(first) == versions[2].digest
+
+
+def test_a_damaged_folder_is_read_before_the_transaction_only(
+    first: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = begin(first, versions[2], {"setWeight": 100})
+    advance(first.store, rollout.id, clock=Time())
+    signature_file(first, versions[2]).write_bytes(b"")
+    whole, copied = registered.private_copy, list[str]()
+
+    def copying(folder: Path) -> Any:
+        copied.append(folder.name)
+        return whole(folder)
+
+    monkeypatch.setattr(registered, "private_copy", copying)
+    assert advance(first.store, rollout.id, clock=Time()).status == "aborted"
+    assert copied == ["v2"]
+
+
+def test_a_rollout_whose_canary_cannot_be_loaded_keeps_its_step(first: Scene, versions: Versions) -> None:
+    time = Time()
+    seen = []
+    rollout = begin(first, versions[2], {"setWeight": 10}, {"pause": {"seconds": 5}}, {"setWeight": 100}, clock=time)
+    for loads in (False, False, False, True, False):
+        time.pass_(9)
+        moved = advance(first.store, rollout.id, clock=time, loads=loads)
+        seen.append((moved.status, moved.step, moved.weight))
+    assert seen == [
+        ("running", 1, 10),  # so that somebody tries it
+        ("paused", 1, 10),
+        ("paused", 1, 10),
+        ("running", 2, 10),
+        ("running", 2, 10),
+    ]
+    recall(first, versions[2])
+    assert advance(first.store, rollout.id, clock=time, loads=False).status == "aborted"
+
+
 def test_rollback_is_refused_where_no_version_is_whole(first: Scene, versions: Versions) -> None:
     promoted(first, versions[2])
     signature_file(first, versions[1]).write_bytes(b"")

@@ -21,6 +21,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry import versions as registered
 from tunesmith.registry.versions import Version
+from tunesmith.server import routing
 from tunesmith.store.identities import add_user, deactivate
 from tunesmith.store.store import Store
 from tunesmith.store.tokens import issue_token
@@ -289,11 +290,32 @@ def test_a_pinned_version_answers_again_once_the_bucket_does(served: Served, mon
     def away(*_: Any) -> bytes:
         raise TunesmithError("the bucket cannot be used")
 
+    monkeypatch.setattr(routing, "_REST", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Store, "read_blob", away)
         response = served.post(model=f"{NAME}@v2")
         assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+        assert [model.id for model in served.client().models.list()] == [NAME, f"{NAME}@champion"]
     assert served.post(model=f"{NAME}@v2").status_code == 200
+
+
+def test_one_request_at_a_time_tries_a_pinned_version_that_cannot_be_read(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[str]()
+
+    def failing(folder: Path) -> Any:
+        tried.append(folder.name)
+        raise TunesmithError("the disk is full")
+
+    def post(_number: int) -> Any:
+        return served.post(model=f"{NAME}@v2").json()["error"]["code"]
+
+    monkeypatch.setattr(routing, "_REST", 600.0)
+    monkeypatch.setattr(registered, "private_copy", failing)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(post, range(4))) == {"unavailable"}
+    assert tried == ["v2"]
 
 
 def test_the_weights_of_a_pinned_version_are_verified_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

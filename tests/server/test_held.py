@@ -20,7 +20,6 @@ from tests.server.fake_engine import FakeEngine
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.evaluation.policy.settings import PolicyCheck
-from tunesmith.holding import queue
 from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.history import verify_log
@@ -28,6 +27,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.services.versions import refuse
 from tunesmith.store import database
 from tunesmith.store.identities import add_user
+from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
 from tunesmith.store.tokens import issue_token
 
@@ -295,24 +295,27 @@ def test_at_the_deadline_a_refused_version_releases_nothing(hold: Callable[..., 
         assert caller.get(notice["url"]).json()["state"] == "refused"
 
 
-def test_at_the_deadline_an_answer_waits_while_its_versions_standing_cannot_be_read(
-    hold: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+def test_at_the_deadline_an_answer_waits_while_its_versions_record_cannot_be_read(
+    hold: Callable[..., Served], versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = hold(deadline=3600, at_deadline="release")
-    notice = held(served)
+    unread, other = held(served, model=f"{NAME}@v2"), held(served)
+    whole = Store.record
 
-    def away(*_: Any) -> Any:
-        raise TunesmithError("the bucket cannot be used")
+    def reading(store: Store, digest: str, *kind: Any, **named: Any) -> Any:
+        if digest == versions[2].digest:
+            raise TunesmithError("the bucket cannot be used")
+        return whole(store, digest, *kind, **named)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(queue, "standing_of", away)
-        with database.writing(served.scene.store.engine) as session:
-            session.get_one(HeldRow, notice["id"]).deadline = time.time() - 1
-        with pytest.raises(TunesmithError, match="bucket cannot be used"):
-            queue.expire_due(served.scene.store)
     with served.http() as caller:
-        until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
-        assert caller.get(notice["url"]).json()["state"] == "released"
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "record", reading)
+            with database.writing(served.scene.store.engine) as session:
+                for notice in (unread, other):
+                    session.get_one(HeldRow, notice["id"]).deadline = time.time() - 1
+            until(lambda: caller.get(other["url"]).json()["state"] == "released")
+            assert caller.get(unread["url"]).json()["state"] == "waiting"
+        until(lambda: caller.get(unread["url"]).json()["state"] == "released")
 
 
 @pytest.mark.attack("privacy", "the texts of held answers after their time")

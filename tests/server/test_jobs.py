@@ -41,6 +41,7 @@ def test_http_shows_and_changes_what_the_command_line_does(served: Served) -> No
         assert http.post(f"/api/jobs/{numbers[2]}/cancel").json()["state"] == "cancelled"
         again = http.post(f"/api/jobs/{numbers[2]}/cancel")
         assert (again.status_code, again.json()["error"]["code"]) == (409, "job_state")
+        assert again.json()["error"]["message"] == f"Job {numbers[2]}: it has ended: cancelled."
         lines = http.get(f"/api/jobs/{numbers[2]}/log").json()["lines"]
         assert [line["message"] for line in lines] == ["cancelled, asked by olga"]
         assert http.get(f"/api/jobs/{numbers[2]}/log", params={"after": lines[-1]["number"]}).json()["lines"] == []

@@ -12,14 +12,17 @@ from tests.attack_table import Happened
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
+from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import abort, resume, rollback
-from tunesmith.rollout.state import get_rollout
+from tunesmith.rollout.state import Rollout, get_rollout
+from tunesmith.server import app as server_app
 from tunesmith.server import routing
 from tunesmith.store.identities import add_user
+from tunesmith.store.store import Store
 from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
@@ -40,6 +43,17 @@ def ask_until(served: Served, done: Any, most: int = 600) -> int:
                 return sent
             assert http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).status_code == 200
     return most
+
+
+def rounds(served: Served, number: int) -> None:
+    """Wait until the server's controller has begun and ended so many rounds."""
+    ends = set[float]()
+
+    def enough() -> bool:
+        ends.add(served.serving.checked_at)
+        return len(ends) > number + 1  # one ended before, and one may have begun before
+
+    until(enough)
 
 
 def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versions: Versions) -> None:
@@ -130,10 +144,15 @@ def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) 
 
 
 @pytest.mark.parametrize("error", [TunesmithError("the disk is full"), OSError(24, "Too many open files")])
-def test_a_canary_that_cannot_be_loaded_now_ends_no_rollout(
-    served: Served, versions: Versions, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_a_canary_that_cannot_be_loaded_now_keeps_its_step(
+    served: Served,
+    versions: Versions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     monkeypatch.setattr(routing, "_REST", 600.0)
+    monkeypatch.setattr(server_app, "_REST", 0.0)
     rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
     served.until(rollout, lambda now: now.status == "paused")
     whole, canary = served.engine.load_adapter, served.scene.store.record(versions[2].candidate).parents["training"]
@@ -151,10 +170,45 @@ def test_a_canary_that_cannot_be_loaded_now_ends_no_rollout(
             answer = served.post()
             assert (answer.status_code, answer.headers["x-tunesmith-arm"]) == (200, "stable")
         assert served.post(model=f"{NAME}@v2").json()["error"]["code"] == "unavailable"
+        assert get_rollout(served.scene.store, rollout.id).status == "paused"
+        resume(served.scene.store, rollout.id, actor=OPERATOR)
+        rounds(served, 3)
+        kept = get_rollout(served.scene.store, rollout.id)
+        assert (kept.status, kept.step) == ("running", 2), "stable answered for it, which is no reason to promote it"
     assert tried.count(canary) == 1, "the others did not wait for it"
-    assert get_rollout(served.scene.store, rollout.id).status == "paused"
-    served.serving.versions._resting[versions[2].digest] = 0.0
+    assert sum("could not be loaded" in record.getMessage() for record in caplog.records) == 1
+    served.serving.versions._retries._until.clear()
     assert served.post().headers["x-tunesmith-arm"] == "canary"
+    served.until(rollout, lambda now: now.status == "promoted")
+
+
+def test_a_rollout_that_cannot_be_checked_keeps_nothing_else_waiting(
+    served: Served, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, failed = server_app.advance, list[int]()
+
+    def advancing(store: Store, rollout: int, **more: Any) -> Rollout:
+        if get_rollout(store, rollout).name == "theirs":
+            failed.append(rollout)
+            raise TunesmithError("the disk is full")
+        return whole(store, rollout, **more)
+
+    def away(_store: Store) -> Any:
+        raise TunesmithError("the bucket cannot be used")
+
+    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
+    served.begin(served.scene.version(31, name="theirs"))
+    monkeypatch.setattr(server_app, "_FAILED_REST", 3600.0)
+    monkeypatch.setattr(server_app, "advance", advancing)
+    monkeypatch.setattr(server_app, "tidy", away)
+    # The newest is checked first.
+    served.begin(served.scene.version(32, name="theirs"), {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    until(lambda: failed)
+    resume(served.scene.store, rollout.id, actor=OPERATOR)
+    served.until(rollout, lambda now: now.status == "promoted")
+    rounds(served, 2)
+    assert len(failed) == 1, "its weights are not copied again each second"
 
 
 def test_an_abort_counts_from_the_next_request_on(served: Served, versions: Versions) -> None:

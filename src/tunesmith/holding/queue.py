@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
@@ -26,6 +27,7 @@ from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.holding.settings import HoldSettings
+from tunesmith.registry.versions import load_version
 from tunesmith.rollout.standing import standing_of
 from tunesmith.store import database
 from tunesmith.store.identities import require
@@ -36,6 +38,7 @@ Decision = Literal["release", "replace", "refuse"]
 State = Literal["waiting", "released", "replaced", "refused"]
 _STATES: dict[Decision, State] = {"release": "released", "replace": "replaced", "refuse": "refused"}
 WAITING: State = "waiting"
+_LOG = logging.getLogger("tunesmith.holding")
 
 
 class QueueFull(Refused):
@@ -187,13 +190,15 @@ def decide(
 def expire_due(store: Store) -> list[State]:
     """Decide on every answer whose deadline is over; returns the outcomes. Several processes may call it at once.
 
-    Raises TunesmithError where the standing of an answer's version cannot be read now; the answer goes on waiting.
+    An answer that would be released goes on waiting while its version's record cannot be read.
     """
     with database.reading(store.engine) as session:
-        query = select(HeldRow.id).where(HeldRow.state == WAITING, HeldRow.deadline <= time.time())
-        due = list(session.scalars(query))
+        query = select(HeldRow.id, HeldRow.version, HeldRow.at_deadline)
+        due = session.execute(query.where(HeldRow.state == WAITING, HeldRow.deadline <= time.time())).all()
     done: list[State] = []
-    for identifier in due:
+    for identifier, version, at_deadline in due:
+        if at_deadline == "release" and not _readable(store, version):
+            continue
         detail: dict[str, Any] = {}
         with (
             contextlib.suppress(_Repeated, UnknownAnswer),
@@ -214,6 +219,17 @@ def expire_due(store: Store) -> list[State]:
             detail |= _about(row)
             done.append(state)
     return done
+
+
+def _readable(store: Store, version: str) -> bool:
+    """Whether a version's record can be read now. A bucket's is read here, and not while other writers wait."""
+    try:
+        with contextlib.suppress(Refused, UsageError):  # which decide
+            load_version(store, version)
+    except TunesmithError as error:
+        _LOG.error("the version of a held answer cannot be read, and the answer waits: %s", error)
+        return False
+    return True
 
 
 def delete_over(store: Store) -> None:

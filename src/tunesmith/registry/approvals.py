@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core import clock
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED, unmet
 from tunesmith.registry.signing.attestations import (
@@ -163,7 +163,8 @@ def require_approved(
     """The first of the approvals by which a version may be promoted, read from their files and verified again.
 
     session: decide by what the caller's transaction sees. verified: the weights of a version in it are not read again;
-    another one is added. So a caller verifies them before its write transaction, for which all other writers wait.
+    another one is added, also with its error, which is raised again. So a caller verifies them before its write
+    transaction, for which all other writers wait.
     Raises Refused if fewer people approved the version than its risk class takes, and says why: who is missing, that an
     approver may not approve any more, or who refused it since.
     """
@@ -171,11 +172,18 @@ def require_approved(
         with database.reading(store.engine) as own:
             return require_approved(store, version, own, verified)
     verified = {} if verified is None else verified
-    if (release := verified.get(version.digest)) is not None:
-        release = still_usable(store, version, release, session)
+    known = verified.get(version.digest)
+    if isinstance(known, TunesmithError):
+        raise known
+    if known is not None:
+        release = still_usable(store, version, known, session)
     else:
-        with open_release(store, version, session) as (_, release):
-            verified[version.digest] = release
+        try:
+            with open_release(store, version, session) as (_, release):
+                verified[version.digest] = release
+        except TunesmithError as error:
+            verified[version.digest] = error
+            raise
     counting, reasons = _counting(store, session, version, release.signer)
     roles = {key.user: key.roles for key in identities.trusted_keys(session)}
     refusals = [recorded for recorded in counting if recorded.approval.decision == "refuse"]

@@ -53,8 +53,8 @@ from tunesmith.store.trust import find_key, signature_entry
 _RESTORE = "restore the file from a backup"
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
-# Releases whose files were verified before a transaction began, by their version's digest.
-Verified = dict[str, Release]
+# Releases whose files were verified before a transaction began, by their version's digest; or why they were not.
+Verified = dict[str, Release | TunesmithError]
 
 __all__ = [
     "LoadedVersion",

@@ -235,19 +235,23 @@ def rollback(
 # The controller
 
 
-def advance(store: Store, rollout: int, *, clock: Clock = now, measure: Measure | None = None) -> Rollout:
+def advance(
+    store: Store, rollout: int, *, clock: Clock = now, measure: Measure | None = None, loads: bool = True
+) -> Rollout:
     """Make at most one transition that is due, and return the rollout after it.
 
     Without new requests and without enough time it changes nothing, and it never changes a rollout that has ended.
     measure: (store, rollout, metric) -> (canary, stable), by default from the requests served here. If it raises, there
-    is no evidence, and the analysis does not decide.
+    is no evidence, and the analysis does not decide. loads: False where the canary could not be loaded when it was last
+    needed. Then a rollout that gives it traffic keeps its step, unless it ends: stable answers for the canary, which
+    says nothing of it.
     """
     current = get_rollout(store, rollout)
     if not current.live:
         return current
     at = clock()
     chosen = _next_transition(store, current, at, measure or measured_arms)
-    if chosen is None:
+    if chosen is None or (current.weight > 0 and not loads and "step" in chosen.changes):
         return current
     try:
         return _make_if_unchanged(store, current, chosen, at)
@@ -377,7 +381,8 @@ def _verified_target(store: Store, name: str, scope: Scope, override_by: str | N
         if live_rollout(session, name, scope) is None:
             promotions_to_undo(session, store, name, scope, override_by, verified)
         elif override_by is not None and (champion := get_alias(session, name, "champion", scope)) is not None:
-            verified |= verify_files(store, champion.version, scope)
+            with contextlib.suppress(TunesmithError):  # its files cannot be read now, and the rollout must end
+                verify_files(store, champion.version, scope, verified)
     return verified
 
 
@@ -386,17 +391,18 @@ def _let_champion_serve(
 ) -> None:
     """Let the champion of a rollout's name serve by an override, where it has no standing of its own.
 
-    Leaves alone a champion that no override lets serve, such as a recalled one: the rollout must end all the same.
+    Leaves alone a champion that no override lets serve, such as a recalled one, or whose files cannot be read now: the
+    rollout must end all the same.
     """
     champion = get_alias(session, rollout.name, "champion", rollout.scope)
     if champion is None:
         return
-    approved = standing_of(session, store, champion.version, rollout.scope).granted
-    by = champion.override_by or None if approved else actor
     try:
+        approved = standing_of(session, store, champion.version, rollout.scope).granted
+        by = champion.override_by or None if approved else actor
         version = load_version(store, champion.version, session)
         check_may_serve(session, store, version, rollout.scope, override_by=by, verified=verified)
-    except (Refused, UsageError):
+    except TunesmithError:
         return
     point_champion(session, store, rollout, champion.version, actor, by)
     _note_override(session, actor, reason, rollout, champion.version)

@@ -74,13 +74,13 @@ def check_may_serve(
         require_approved(store, version, session, verified)
 
 
-def verify_files(store: Store, version: str, scope: Scope) -> Verified:
+def verify_files(store: Store, version: str, scope: Scope, verified: Verified | None = None) -> Verified:
     """Verify the files of a version (its digest) that may serve a scope, before a transaction that needs it.
 
     Its weights are copied for that, and all other writers would wait. What may not serve is left for the transaction to
-    refuse. Raises TunesmithError where the files cannot be read or copied now.
+    refuse. verified: is added to. Raises TunesmithError where the files cannot be read or copied now.
     """
-    verified: Verified = {}
+    verified = {} if verified is None else verified
     with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
         found = load_version(store, version, session)
         check_may_serve(session, store, found, scope, override_by=None, verified=verified)

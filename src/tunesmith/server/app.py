@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -64,6 +64,7 @@ from tunesmith.store.uploads import remove_leftovers
 _LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops
 _USED_SECONDS = 60.0  # between two notes of when tokens were used last
 _REST = 10.0  # times as long as a rollout's check took: one with very many requests is checked less often
+_FAILED_REST = 30.0  # seconds from a rollout's failed check to its next one, which may copy its weights again
 _CLEAN_SECONDS = 300.0  # between two looks for kept requests whose time is over
 
 
@@ -172,44 +173,59 @@ async def _control(serving: Serving) -> None:
     """Advance every live rollout, and tell of champions that may not serve, every check_seconds.
 
     Decides on held answers whose deadline is over. Deletes kept requests whose time is over, and writes when tokens
-    were used, less often.
+    were used, less often. What fails keeps nothing else from its turn.
     """
     watch, cleaned_at, noted_at = ChampionWatch(serving.store), -math.inf, time.monotonic()
     due: dict[int, float] = {}  # rollout -> when it is checked again
     while True:
-        try:
+        with _go_on(serving, "looking for live rollouts"):
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
                 if time.monotonic() < due.get(rollout.id, -math.inf):
                     continue
-                moved, seconds = await asyncio.to_thread(_advance, serving.store, rollout.id)
-                due[rollout.id] = time.monotonic() + _REST * seconds
-                if moved.revision != rollout.revision:
-                    LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
+                due[rollout.id] = time.monotonic() + _FAILED_REST
+                with _go_on(serving, f"checking rollout {rollout.id}"):
+                    moved, seconds = await asyncio.to_thread(_advance, serving, rollout)
+                    due[rollout.id] = time.monotonic() + _REST * seconds
+                    if moved.revision != rollout.revision:
+                        LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
+        with _go_on(serving, "checking the champions"):
             refused = await asyncio.to_thread(watch.refused)
             serving.metrics.champions_refused.set(len(refused))
+        with _go_on(serving, "deciding on held answers at their deadline"):
             for _ in await asyncio.to_thread(tidy, serving.store):
                 serving.metrics.held.labels("expired").inc()
+        with _go_on(serving, "looking for decisions on held answers"):
             serving.metrics.held_waiting.set(await asyncio.to_thread(waiting, serving.store))
-            await asyncio.to_thread(database.checkpoint, serving.store.engine)
             await serving.awaited.look(serving.store)
+        with _go_on(serving, "tidying the database"):
+            await asyncio.to_thread(database.checkpoint, serving.store.engine)
             if time.monotonic() - cleaned_at >= _CLEAN_SECONDS:
                 cleaned_at = time.monotonic()
                 await asyncio.to_thread(delete_expired, serving.store)
                 await asyncio.to_thread(database.empty_log, serving.store.engine)
-            if time.monotonic() - noted_at >= _USED_SECONDS:
-                noted_at = time.monotonic()
+        if time.monotonic() - noted_at >= _USED_SECONDS:
+            noted_at = time.monotonic()
+            with _go_on(serving, "noting when tokens were used"):
                 await _note_use(serving)
-            serving.checked_at = time.monotonic()
-        except Exception:  # noqa: BLE001 - one failed check must not end the controller
-            serving.metrics.controller_failures.inc()
-            LOG.exception("checking the rollouts failed")
+        serving.checked_at = time.monotonic()
         await asyncio.sleep(serving.settings.check_seconds)
 
 
-def _advance(store: Store, rollout: int) -> tuple[Rollout, float]:
+@contextlib.contextmanager
+def _go_on(serving: Serving, what: str) -> Iterator[None]:
+    """Log and count an error of one part of the controller, which must not end it."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001
+        serving.metrics.controller_failures.inc()
+        LOG.exception("%s failed", what)
+
+
+def _advance(serving: Serving, rollout: Rollout) -> tuple[Rollout, float]:
     """(the rollout as it is now, seconds of processor time that the check took)."""
     began = time.thread_time()
-    return advance(store, rollout), time.thread_time() - began
+    loads = rollout.canary not in serving.versions.failed
+    return advance(serving.store, rollout.id, loads=loads), time.thread_time() - began
 
 
 async def _note_use(serving: Serving) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,7 +29,15 @@ from tunesmith.registry.versions import Verified, Version, load_version, resolve
 from tunesmith.rollout.standing import override_in_force, standing
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
-from tunesmith.server.errors import ApiError, forbidden, no_such_model, not_available, passes, unauthorised
+from tunesmith.server.errors import (
+    ApiError,
+    forbidden,
+    no_such_model,
+    not_available,
+    passes,
+    unauthorised,
+    unavailable,
+)
 from tunesmith.services.fine_tuning.models import PREFIX, NotYet, version_behind
 from tunesmith.store import database
 from tunesmith.store.identities import User
@@ -39,7 +47,7 @@ from tunesmith.store.tokens import Caller, authenticate
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.server")
-_REST = 5.0  # seconds after a failed load in which no request waits for another one
+_REST = 5.0  # seconds after an error that may pass in which nobody tries again
 _UNREGISTERED = 8  # candidates without weights that stay ready for the playground
 # What a caller reads about a version that may not serve. Names of signers and approvers are for the operator only.
 _FOR_CALLERS = {
@@ -101,6 +109,7 @@ class Router:
         # Of pinned versions. Their weights are read once, and again when they are loaded (ReadyVersions).
         self._verified: Verified = {}
         self._verifying: dict[str, threading.Lock] = {}
+        self._retries = Retries()
 
     def caller(self, token: str) -> Caller:
         """Who has this token now. Raises ApiError 401 for no valid token, 403 if they may not use models."""
@@ -158,7 +167,7 @@ class Router:
 
     def models(self, user: User) -> list[tuple[str, Version]]:
         """(model name, version) of every model that would answer the user now. A version that could not be loaded when
-        it was last needed is left out.
+        it was last needed is left out, and a pinned one whose files cannot be read now.
         """
         if user.region not in ("", self._region):
             return []
@@ -175,6 +184,11 @@ class Router:
             try:
                 choice = self._choice(user, model)
             except ApiError:
+                continue
+            except TunesmithError as error:
+                if model not in labels:
+                    raise
+                _LOG.error("the list of models leaves out %s: %s", model, error)
                 continue
             if choice.permission.granted and choice.version.digest not in self._versions.failed:
                 found.append((model, choice.version))
@@ -233,12 +247,22 @@ class Router:
         return _Choice(version, permission, pinned=True)
 
     def _require_approved(self, session: Session, version: Version) -> None:
-        """Read the files of a version's approvals, as a rollout does before it starts, and its weights only once."""
-        if version.digest in self._verified:
-            require_approved(self._store, version, session, self._verified)
-            return
-        with self._verifying.setdefault(version.digest, threading.Lock()):  # the threads that wait find it verified
-            require_approved(self._store, version, session, self._verified)
+        """Read the files of a version's approvals, as a rollout does before it starts, and its weights only once.
+
+        Raises ApiError 503 where another thread tried it a moment ago and met an error that may pass.
+        """
+        turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if version.digest not in self._verified:  # the threads that wait find it verified, or the error
+            turn = self._verifying.setdefault(version.digest, threading.Lock())
+        try:
+            self._retries.check(version)
+            with turn, self._retries.trying(version):
+                require_approved(self._store, version, session, self._verified)
+        except TriedLately as error:
+            raise unavailable() from error
+        finally:
+            if isinstance(self._verified.get(version.digest), TunesmithError):
+                self._verified.pop(version.digest, None)  # decided anew when somebody needs it
 
 
 def _not_serving(model: str, version: Version, permission: Permission) -> ApiError:
@@ -253,6 +277,40 @@ def load_may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) or (isinstance(error, TunesmithError) and passes(error))
 
 
+class TriedLately(TunesmithError):
+    """It was tried a moment ago and failed for a reason that may pass. The log has the error of that attempt."""
+
+
+class Retries:
+    """After an error that may pass, lets one thread at a time try again and refuses the others at once.
+
+    Threads that wait for a bucket that is away would leave none for other versions. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}  # digest of a version -> until when nobody tries
+
+    def check(self, version: Version) -> None:
+        """Raise TriedLately where it is too early to try again, or another thread does."""
+        if time.monotonic() < self._until.get(version.digest, -math.inf):
+            raise TriedLately(f"{version.label} could not be used a moment ago", fix="try again shortly")
+
+    @contextlib.contextmanager
+    def trying(self, version: Version) -> Iterator[None]:
+        """Try, and note how it ended. Raises as check does."""
+        self.check(version)
+        if version.digest in self._until:
+            self._until[version.digest] = math.inf
+        try:
+            yield
+        except BaseException as error:
+            self._until.pop(version.digest, None)
+            if load_may_pass(error):
+                self._until[version.digest] = time.monotonic() + _REST
+            raise
+        self._until.pop(version.digest, None)
+
+
 class ReadyVersions:
     """The versions that are verified and loaded into the engine. Thread-safe: loads one at a time.
 
@@ -264,40 +322,29 @@ class ReadyVersions:
         self._store, self._engine = store, engine
         self.failed: set[str] = set()
         self._ready: dict[str, Answerer] = {}
-        self._resting: dict[str, float] = {}  # digest -> until when no request waits for its load
+        self._retries = Retries()
         self._opening = threading.Lock()
         self.without_weights = lru_cache(_UNREGISTERED)(self._without_weights)  # with their indexes of texts
 
     def answerer(self, version: Version) -> Answerer:
-        """The version's answerer, after verifying and loading it. Raises TunesmithError if it does not verify.
+        """The version's answerer, after verifying and loading it.
 
-        After an error that may pass, one request at a time tries again, and the others are refused at once: threads
-        that wait for a bucket that is away would leave none for other versions.
+        Raises TunesmithError if it does not verify, TriedLately as Retries does.
         """
         ready = self._ready.get(version.digest)
         if ready is not None and self._held(ready):
             return ready
-        self._check_rest(version)
+        self._retries.check(version)
         with self._opening:
             if version.digest not in self._ready or not self._held(self._ready[version.digest]):
-                self._check_rest(version)
-                if version.digest in self._resting:
-                    self._resting[version.digest] = math.inf
                 try:
-                    self._ready[version.digest] = self._open(version)
-                except BaseException as error:
+                    with self._retries.trying(version):
+                        self._ready[version.digest] = self._open(version)
+                except BaseException:
                     self.failed.add(version.digest)
-                    self._resting.pop(version.digest, None)
-                    if load_may_pass(error):
-                        self._resting[version.digest] = time.monotonic() + _REST
                     raise
                 self.failed.discard(version.digest)
-                self._resting.pop(version.digest, None)
             return self._ready[version.digest]
-
-    def _check_rest(self, version: Version) -> None:
-        if time.monotonic() < self._resting.get(version.digest, -math.inf):
-            raise TunesmithError(f"{version.label} could not be loaded a moment ago", fix="try again shortly")
 
     def _without_weights(self, candidate: str) -> Answerer:
         """A candidate that has no weights of its own, registered or not, by its record's digest."""

@@ -33,7 +33,7 @@ CHAT_JOB = "tunesmith.job"
 
 @dataclass(slots=True)
 class Serving:
-    """One server's parts. checked_at: monotonic time of the controller's last complete check.
+    """One server's parts. checked_at: monotonic time at which the controller's last round ended.
 
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.

@@ -41,7 +41,7 @@ from tunesmith.server.errors import (
     unavailable,
 )
 from tunesmith.server.recording import LOG, Recorder, Served
-from tunesmith.server.routing import ReadyVersions, Route, Router, load_may_pass
+from tunesmith.server.routing import ReadyVersions, Route, Router, TriedLately, load_may_pass
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.turns import Turns
 from tunesmith.store.identities import User
@@ -304,7 +304,8 @@ class Worker:
         try:
             return self._versions.answerer(route.version)
         except (TunesmithError, OSError) as error:
-            LOG.exception("%s could not be loaded", route.version.label)
+            if not isinstance(error, TriedLately):  # the request that tried has logged the error
+                LOG.exception("%s could not be loaded", route.version.label)
             if route.stable is None or route.rollout is None:
                 if load_may_pass(error):
                     raise unavailable() from error

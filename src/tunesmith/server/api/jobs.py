@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Call, call_of, changes, router, shows
 from tunesmith.server.client_text import job_for, log_for
@@ -141,7 +141,11 @@ async def _changed(request: Request, number: str, change: Callable[..., service.
     call.require("job.change")
 
     def changed() -> service.JobView:
-        return job_for(call.user, change(call.store, _seen(call, number).job, **call.by))
+        found = _seen(call, number)
+        try:
+            return job_for(call.user, change(call.store, found.job, **call.by))
+        except Refused as error:
+            raise Refused(f"job {found.job}: {error.what}", fix=error.fix) from error
 
     return await call.answer(changed, threads=call.serving.noting)
 
