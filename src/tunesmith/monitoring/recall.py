@@ -138,9 +138,7 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
         return found
 
 
-def find_reached(
-    store: Store, session: Session, cause: Cause, reason: str, *, done: bool
-) -> tuple[Recall, list[int]]:
+def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> tuple[Recall, list[int]]:
     """(every record made from a cause as the graph is now, the review items on its rows). Changes nothing.
 
     done: whether the caller marks the records.
