@@ -30,7 +30,7 @@ REVISIONS = {
     "data": 11,
     "documents": 4,
     "train": 6,
-    "search": 2,
+    "search": 3,
     "training_search": 4,
     "curve": 7,
     "forecast": 5,
