@@ -40,8 +40,8 @@ REVISIONS = {
     "risk": 4,
     "policy": 2,
     "style": 1,
-    "evaluate": 8,
-    "gate": 5,
+    "evaluate": 9,
+    "gate": 6,
 }
 # The permission that running a stage needs.
 ACTIONS = {
