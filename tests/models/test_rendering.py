@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -299,7 +300,12 @@ def test_choices_have_the_tokens_of_single_answers(tmp_path: Path, family: str, 
 
 def test_choices_share_the_encoded_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = Renderer(write_model(tmp_path / "m"))
-    encode, encoded = renderer._encode, []
-    monkeypatch.setattr(renderer, "_encode", lambda text: encoded.append(len(text)) or encode(text))
+    encode, encoded = renderer._encode, list[int]()
+
+    def counted(text: str) -> Any:
+        encoded.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(renderer, "_encode", counted)
     renderer.answered_each(row("turn on the light " * 100, "")[:2], [f"label {n}" for n in range(64)])
     assert sum(encoded) < 5 * max(encoded)

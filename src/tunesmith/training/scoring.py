@@ -110,7 +110,8 @@ class Validation:
         """
         if self.score is None:
             return 0.0
-        timed, began = min(most, self.score.rows), self.clock() if began is None else began
+        timed = min(most, self.score.rows)
+        began = self.clock() if began is None else began
         self.score.score(None, timed)
         return (self.clock() - began) / timed
 

@@ -104,7 +104,8 @@ class TracedRows:
 
         A row whose licence was corrected keeps its id, so a licence reaches only versions that state it.
         """
-        ids, found = self.trace(kind, value).ids, dict[str, dict[str, int]]()
+        ids = self.trace(kind, value).ids
+        found: dict[str, dict[str, int]] = {}
         for digest, splits in self.rows.items():
             counts = {split: self._stated[digest, split][kind, value] for split in splits}
             if kind in _BY_CONTENT:

@@ -83,10 +83,11 @@ def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
     with database.reading(store.engine) as session:
         query = select(AuditRow.subject, AuditRow.detail).where(AuditRow.action == ACTION).order_by(AuditRow.seq)
         entries = [(str(subject), detail) for subject, detail in session.execute(query)]
-    shared, own = {store.record(dataset, kind="dataset").blobs.get(_TEST, ""): True}, None
+    shared = {store.record(dataset, kind="dataset").blobs.get(_TEST, ""): True}
+    own: frozenset[str] | None = None
     for subject, detail in entries:
         if subject not in shared:
-            own = own or _requests(store, dataset)
+            own = _requests(store, dataset) if own is None else own
             shared[subject] = _share(own, _texts(store.read_blob(subject).splitlines()))
         if shared[subject]:
             yield [_nameless(store, candidate) for candidate in detail["candidates"]]
