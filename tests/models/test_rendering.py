@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -347,3 +348,33 @@ def test_a_scored_answer_has_the_tokens_of_a_training_row(tmp_path: Path, family
     assert renderer.text(labels) == choice
     assert labels[-1] in renderer.stop_ids
     assert not choice or renderer.tokenizer.encode(choice, add_special_tokens=False) != labels[:-1]
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("pre_tokenizer", ["spaced", "plain", "sentencepiece"])
+def test_choices_have_the_tokens_of_single_answers(tmp_path: Path, family: str, pre_tokenizer: str) -> None:
+    folder = write_model(tmp_path / "m", template=TEMPLATES[family])
+    told = json.loads((folder / "tokenizer.json").read_text())
+    if pre_tokenizer == "sentencepiece":
+        told["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u0120", "prepend_scheme": "first", "split": True}
+    else:
+        told["pre_tokenizer"]["add_prefix_space"] = pre_tokenizer == "spaced"
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    renderer = Renderer(folder)
+    choices = ["done", "no lamp", "", "Done", " done", "done ", "7", "{}"]
+    for asked in (row("turn on", "")[:2], [*row("turn on", "done"), *row("and off", "")[1:2]]):
+        assert renderer.answered_each(asked, choices) == [renderer.answered(asked, choice) for choice in choices]
+    assert renderer.answered_each(row("turn on", "")[:2], []) == []
+
+
+def test_choices_share_the_encoded_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer(write_model(tmp_path / "m"))
+    encode, encoded = renderer._encode, list[int]()
+
+    def counted(text: str) -> Any:
+        encoded.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(renderer, "_encode", counted)
+    renderer.answered_each(row("turn on the light " * 100, "")[:2], [f"label {n}" for n in range(64)])
+    assert sum(encoded) < 5 * max(encoded)

@@ -24,6 +24,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
+from tunesmith.pipeline.answers import answers
+from tunesmith.pipeline.training import training_inputs
 from tunesmith.registry.versions import verify_version
 from tunesmith.services import data, evaluation, training
 from tunesmith.store import identities
@@ -218,6 +220,32 @@ def test_a_schema_that_decoding_cannot_follow_is_refused_before_the_training(tmp
         training.train(project, name="tuned")
     assert caught.value.where == "task.schema"
     assert not project.store.records_of("training")
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_constrained_answers_are_made_anew_where_a_base_has_several_stop_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    free = {"prompt": "prompt.txt", "max_tokens": 8}
+    candidates = {"free": free, "held": {**free, "constrain": True}}
+    data = {**settings()["data"], "split": {"validation": 0.5, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
+    folder = write_project(tmp_path, candidates=candidates, data=data, gates={})
+    if several:
+        (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    context = pipeline.PipelineContext(Project.load(folder))
+    candidate = load_candidate(context.store, pipeline.candidate(context, "held"))
+    seen: dict[str, Any] = {"validation": training_inputs(context, "held", candidate, TrainSettings())["validation"]}
+
+    def note(title: str, _kind: str, inputs: dict[str, Any], _make: object) -> str:
+        seen[title] = inputs
+        return ""
+
+    monkeypatch.setattr(context.stages, "run", note)
+    for name in ("free", "held"):
+        answers(context, name)
+    assert {title for title, inputs in seen.items() if inputs.get("ends") == "all"} == (
+        {"validation", "answer held"} if several else set()
+    )
 
 
 @pytest.mark.parametrize("form", ["pattern", "grammar"])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from tests.fabricate import Chain, put_chain
 from tunesmith.cli import users, versions
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.versions import Version
 from tunesmith.store import database, identities, tokens
@@ -65,6 +66,13 @@ def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain) -> No
     assert (verified["ok"], verified["problems"]) == (True, [])
     assert verified["checked"] > 15
     assert document(store, "verify", registered["digest"])["ok"]
+
+
+def test_the_last_verdict_is_registered_even_if_another_is_newer(store: Store, chain: Chain) -> None:
+    """A gate whose inputs did not change gives the record of before."""
+    put_chain(store, verdict="fail")
+    store.keep_memo(digest_of({"latest": "verdict", "project": "intents"}), chain.verdict)
+    assert document(store, "register", "--name", "intents")["verdict"] == chain.verdict
 
 
 def test_a_refusal_is_shown_and_names_what_serves_no_more(store: Store, version: Version) -> None:

@@ -225,7 +225,7 @@ def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
 def test_answers_to_validation_rows_are_part_of_the_expected_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda _: (0.0, 100.0))
+    monkeypatch.setattr("tunesmith.training.scoring.Validation.answer_seconds", lambda *_: 100.0)
     settings = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=2)
     score = _scores(itertools.repeat(0.5))
     scored = train(spec(tmp_path, settings, work="scored"), ticking(1.0), before=None, score=score)
@@ -234,6 +234,22 @@ def test_answers_to_validation_rows_are_part_of_the_expected_time(
     assert by_loss.estimate.seconds < 2 * 40 * 100.0
     within = train(spec(tmp_path, work="within"), ticking(1.0), score=score)
     assert within.estimate.seconds <= 100.0, "a budget counts them"
+
+
+def test_without_a_budget_a_few_answers_are_timed(tmp_path: Path) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def score(model: TrainableModel | None, rows: int) -> Score:
+        asked.append((model is not None, rows))
+        return Score(0.5, 0.1)
+
+    settings, said = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=2), Said()
+    train(
+        spec(tmp_path, settings), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, score), progress=said
+    )
+    assert asked[0] == (False, 4)
+    assert set(asked[1:]) == {(True, 40)}
+    assert any("at most about" in line for line in said.lines)
 
 
 def test_damaged_decisions_are_refused(tmp_path: Path) -> None:

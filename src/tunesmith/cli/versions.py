@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
 def register_version(
     here: Acting,
     verdict: Annotated[
-        str | None, typer.Argument(help="A verdict's digest or its start; by default the newest.")
+        str | None, typer.Argument(help="A verdict's digest or its start; by default the last one.")
     ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="The version's name; by default the project's name.")
@@ -66,11 +66,11 @@ def register_version(
     region: Region = "",
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.services import versions
+    from tunesmith.services import evaluation, versions
 
     version = versions.register(
         here.store,
-        verdict,
+        verdict or evaluation.latest_verdict(here.project),
         name=name or here.project.settings.name,
         risk=here.project.settings.risk,
         actor=here.actor,

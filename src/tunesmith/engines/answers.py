@@ -28,7 +28,7 @@ def prompt_ids(renderer: Renderer, request: Generation, context_length: int) -> 
 
 def choice_rows(renderer: Renderer, questions: Sequence[Question]) -> list[Rendered]:
     """A row for each choice of each question, in order, whose labels are the choice's tokens."""
-    return [renderer.answered(question.messages, choice) for question in questions for choice in question.choices]
+    return [row for question in questions for row in renderer.answered_each(question.messages, question.choices)]
 
 
 class Answer:

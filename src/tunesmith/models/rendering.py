@@ -193,8 +193,33 @@ class Renderer:
         """
         turns = (*messages, Message(role="assistant", content=answer))
         text = self._text(turns, opening=False)
-        encoded = self._encode(text)
-        places = self._places(encoded, self._span(turns, len(messages), text))
+        return self._up_to_end(self._encode(text), self._span(turns, len(messages), text))
+
+    def answered_each(self, messages: Sequence[Message], answers: Sequence[str]) -> list[Rendered]:
+        """As `answered`, for each of several answers to one request, whose beginning is encoded once.
+
+        What follows a control token is encoded without what comes before it, so only that has to be encoded again.
+        """
+        before = self._text(messages, opening=True)
+        request = self._encode(before)
+        control = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        last = max((place for place, token in enumerate(request.ids) if token in control), default=0)
+        cut, shared = request.offsets[last][0] if last else 0, tuple(request.ids[:last])
+
+        def render(answer: str) -> Rendered:
+            text = self._text((*messages, Message(role="assistant", content=answer)), opening=False)
+            if not text.startswith(before):
+                return self.answered(messages, answer)
+            end = self._up_to_end(self._encode(text[cut:]), (len(before) - cut, len(text) - cut))
+            return Rendered(shared + end.ids, (False,) * last + end.trained)
+
+        if answers and render(answers[0]) != self.answered(messages, answers[0]):
+            return [self.answered(messages, answer) for answer in answers]
+        return [render(answer) for answer in answers]
+
+    def _up_to_end(self, encoded: Any, span: tuple[int, int]) -> Rendered:
+        """The tokens up to the end of an assistant's turn, whose own tokens are labels."""
+        places = self._places(encoded, span)
         ids: list[int] = encoded.ids[: places[-1] + 1]
         return Rendered(tuple(ids), tuple(place >= places[0] for place in range(len(ids))))
 

@@ -21,7 +21,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
 from tunesmith.data.governance.licences import spelled
 from tunesmith.data.governance.withdrawn import TracedRows
-from tunesmith.data.review.queue import forget_rows
+from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
@@ -128,8 +128,8 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     with store.change(actor, "recall.start", cause.label, detail) as session:
         # Inside the transaction, so that no record which is being made from it now is missed.
         require(session, actor, "recall.start")
-        found, rows = find_reached(store, session, cause, reason, done=True)
-        forget_rows(session, rows)
+        found, items = find_reached(store, session, cause, reason, done=True)
+        forget_items(session, items)
         at = stamp()
         for one in found.reached:
             if session.get(RecallRow, (one.digest, cause.label)) is None:
@@ -138,15 +138,15 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
         return found
 
 
-def find_reached(
-    store: Store, session: Session, cause: Cause, reason: str, *, done: bool
-) -> tuple[Recall, frozenset[str]]:
-    """(every record made from a cause as the graph is now, the ids of its rows). Changes nothing.
+def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> tuple[Recall, list[int]]:
+    """(every record made from a cause as the graph is now, the review items on its rows). Changes nothing.
 
     done: whether the caller marks the records.
     """
     reached, rows = _roots(store, cause)
     digests = {root.digest for root in reached}
+    # A row has the same id before and after its licence is corrected, so the version counts from which it was queued.
+    items = items_of_rows(session, rows, digests if cause.kind in ("source", "licence") else None)
     waiting = [] if cause.kind == "version" else [root.digest for root in reached]
     while waiting:
         for _, kind, child in store.children(waiting.pop(0)):
@@ -176,7 +176,7 @@ def find_reached(
         served=served,
         tenants=tuple(sorted(tenants | {one.tenant for one in aliases} | {one.tenant for one in served})),
     )
-    return recalled, rows
+    return recalled, items
 
 
 def _served(session: Session, digests: set[str]) -> tuple[AnsweredRequests, ...]:
@@ -199,11 +199,10 @@ def _roots(store: Store, cause: Cause) -> tuple[list[Reached], frozenset[str]]:
         return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset()
     traced = TracedRows(store, store.records_of("dataset"), [cause.kind])
     ids = traced.trace(cause.kind, cause.value).ids
-    found = []
-    for digest, splits in traced.rows.items():
-        rows = {split: sum(name in ids for name in names) for split, names in splits.items()}
-        if any(rows.values()):
-            found.append(Reached(kind="dataset", digest=digest, label=short(digest), rows=rows))
+    found = [
+        Reached(kind="dataset", digest=digest, label=short(digest), rows=rows)
+        for digest, rows in traced.reached(cause.kind, cause.value).items()
+    ]
     for digest in store.records_of("documents") if cause.kind in ("source", "licence") else ():
         body = store.record(digest).body
         licence = body["settings"]["licence"]

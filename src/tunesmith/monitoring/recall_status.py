@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn
-from tunesmith.data.review.queue import items_of_rows
 from tunesmith.monitoring.recall import Cause, find_reached
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import check_not_recalled
@@ -51,12 +50,12 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
                 f"{cause.label} was never recalled in this store",
                 fix=f"tunesmith recall --{cause.kind} {cause.value} --reason ...",
             )
-        found, rows = find_reached(store, session, cause, reason="", done=False)
+        found, items = find_reached(store, session, cause, reason="", done=False)
         since = [one for one in found.reached if one.digest not in marked]
         left = [f"{one.kind} {one.label} was made from it since: recall it again" for one in since]
         left += [f"{one.name}@{one.alias}{_scope(one.tenant, one.region)} still points at it" for one in found.aliases]
         left += [f"rollout {number} still has an arm of it" for number in found.rollouts]
-        if items := items_of_rows(session, rows):
+        if items:
             left.append(f"the review queue holds its text (items: {len(items)}): recall it again")
         names = {str(store.record(one.digest).body["name"]) for one in found.reached if one.kind == "version"}
         newest = _replacements(store, session, names)

@@ -18,7 +18,7 @@ from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import leading_scoring, tuned_names
+from tunesmith.pipeline.training import allowed_ends, leading_scoring, tuned_names
 
 _MOST_LABELS = 64
 
@@ -37,6 +37,7 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
         "choices": list(choices),
         "logprobs": endpoint is not None and endpoint.logprobs,
         **({} if endpoint is None else {"tools": True}),  # answers of before lack the row's tools
+        **allowed_ends(context, asked),
         **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
     }
 

@@ -30,7 +30,7 @@ REVISIONS = {
     "data": 11,
     "documents": 4,
     "train": 6,
-    "search": 2,
+    "search": 3,
     "training_search": 4,
     "curve": 7,
     "forecast": 5,
@@ -40,8 +40,8 @@ REVISIONS = {
     "risk": 4,
     "policy": 2,
     "style": 1,
-    "evaluate": 8,
-    "gate": 5,
+    "evaluate": 9,
+    "gate": 6,
 }
 # The permission that running a stage needs.
 ACTIONS = {

@@ -317,7 +317,15 @@ def _validated_by(context: PipelineContext, candidate: Candidate, settings: Trai
         "constrained": candidate.answer_schema is not None,
         "copied": list(candidate.copied),
         "grammar": candidate.answer_grammar,
+        **allowed_ends(context, candidate),
     }
+
+
+def allowed_ends(context: PipelineContext, asked: Candidate) -> dict[str, str]:
+    """What a stage's key says of a constrained candidate of a base with several stop tokens: before, its answers could
+    end at one of them only."""
+    held = asked.endpoint is None and bool(asked.answer_schema or asked.answer_grammar)
+    return {"ends": "all"} if held and len(context.renderer.stop_ids) > 1 else {}
 
 
 def composed_rows(

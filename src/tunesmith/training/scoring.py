@@ -21,7 +21,8 @@ from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 from tunesmith.training.spec import Estimate
 from tunesmith.training.steps import validation_loss
 
-_TIMED = 32  # rows whose answers are timed before the first step
+_TIMED = 32  # rows whose answers are timed before the first step, where a budget is to be divided
+_FEW = 4  # rows whose answers are timed otherwise, for the estimate alone
 _ONE_SHARE = 0.025  # of the budget, for the answers of one validation
 _ALL_SHARE = 0.15  # of the budget, for all validations
 _MOST_WARMUP = 100  # steps, since most trainings end long before their budget's most steps
@@ -100,11 +101,19 @@ class Validation:
         if self._batches:
             self._loss()
         between = self.clock()
+        return between - began, self.answer_seconds(_TIMED, between)
+
+    def answer_seconds(self, most: int = _FEW, began: float | None = None) -> float:
+        """Measured seconds of a row's answer by the untrained base, over at most so many rows; 0 without a score.
+
+        Tuned models mostly answer shorter, and more rows at once take less time each, so it is rather too much.
+        """
         if self.score is None:
-            return between - began, 0.0
-        timed = min(_TIMED, self.score.rows)
+            return 0.0
+        timed = min(most, self.score.rows)
+        began = self.clock() if began is None else began
         self.score.score(None, timed)
-        return between - began, (self.clock() - between) / timed
+        return (self.clock() - began) / timed
 
 
 def decide_beforehand(

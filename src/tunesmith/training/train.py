@@ -133,7 +133,7 @@ def run_training(
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, trained, len(rows), plan, expected, notice, progress, ranks)
+    _announce(spec, trained, len(rows), plan, expected, notice, progress, validation)
     DeviceMemory(trained.device).reset_peak()
     schedule = _schedule(spec, plan, expected, validation, progress)
     progress.measured(
@@ -291,8 +291,7 @@ def _estimate(
         seconds = made.seconds + (len(plan) - len(steps)) * made.step_seconds
         made = made.model_copy(update={"seconds": min(settings.budget, seconds)})
     elif validation.rows:
-        _loss, answer = validation.seconds()
-        answers = settings.validations * validation.rows * answer
+        answers = settings.validations * validation.rows * validation.answer_seconds()
         made = made.model_copy(update={"seconds": made.seconds + answers})
     if ranks.first:
         write_atomic(kept, made.model_dump_json().encode())
@@ -314,8 +313,9 @@ def _announce(
     expected: Estimate,
     notice: str | None,
     progress: Progress,
-    ranks: Ranks,
+    validation: Validation,
 ) -> None:
+    ranks = validation.ranks
     if ranks.size > 1:
         progress.say(f"{ranks.size} ranks train together, by transformers' modules; each holds a part of every tensor")
     elif spec.engine == HF:
@@ -324,9 +324,10 @@ def _announce(
         progress.say(f"{spec.base.spec} ({spec.base.family}) is trained by transformers' modules on {on}{why}")
     budget = spec.settings.budget
     length = f"{len(plan)} steps" if budget is None else f"steps of {expected.step_seconds:.2g} s within its budget"
+    most = "at most " if budget is None and validation.rows else ""  # as the answers are timed
     room = "GB of memory" if ranks.size == 1 else "GB of memory on a rank"
     progress.say(
-        f"training {rows} rows in {length}: about {expected.seconds:.0f} s, "
+        f"training {rows} rows in {length}: {most}about {expected.seconds:.0f} s, "
         f"{expected.peak_memory_bytes / 1e9:.1f} {room} and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
     )
     if notice:

@@ -13,6 +13,7 @@ from tunesmith.data.building.account import WITHDRAWN
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
+from tunesmith.data.review import queue
 from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.recall import Cause, Recall, recall
 from tunesmith.monitoring.recall_status import recall_status
@@ -89,6 +90,38 @@ def test_a_recalled_source_leaves_the_copies_of_other_sources(tmp_path: Path) ->
     dataset = build(tmp_path, chosen("old.jsonl", "new.jsonl"), withdrawn=known)
     assert {one.source for one in rows(dataset)} == {"new.jsonl"}
     assert len(rows(dataset)) == 100
+
+
+def test_a_recalled_licence_leaves_versions_in_which_it_was_corrected(tmp_path: Path, store: Store) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", PLAIN)
+    wrong, right = build(tmp_path, settings(source={"licence": "Apache-2.0"})), build(tmp_path)
+    names = [one.id for one in rows(right)]
+    assert sorted(names) == sorted(one.id for one in rows(wrong))
+    for name, of in zip(names, (wrong, right), strict=False):
+        queue.add_items(store, [queue.NewItem("row", name, {}, of.digest)], wanted=1, actor="ann")
+    found = withdraw(store, "licence", "Apache-2.0")
+    assert [one.digest for one in found.reached] == [wrong.digest]
+    assert sum(found.reached[0].rows.values()) == 100
+    assert [one.subject for one in queue.list_items(store, ["open"], 0, 9)[0]] == [names[1]]
+    assert gone(store, "licence", "Apache-2.0")
+    assert len(rows(build(tmp_path, withdrawn=load_withdrawn(store)))) == 100
+
+
+def test_the_contents_of_recalled_rows_are_read_once(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", people(PLAIN))
+    build(tmp_path)
+    withdraw(store, "subject", "p3")
+    before = load_withdrawn(store)
+    assert len(before.contents) == 10
+    with monkeypatch.context() as blind:
+        blind.setattr(Dataset, "examples", None)
+        assert load_withdrawn(store) == before
+    withdraw(store, "subject", "p4")
+    assert len(load_withdrawn(store).contents) == 20
+    (tmp_path / "store" / "withdrawn.json").write_text("[]")
+    assert len(load_withdrawn(store).contents) == 20
 
 
 def test_each_person_of_one_text_can_be_recalled(tmp_path: Path, store: Store) -> None:

@@ -26,11 +26,11 @@ from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.governance.difference import difference
-from tunesmith.data.governance.withdrawn import Withdrawn, load_withdrawn
+from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.quality.flags import examine_quality
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import agreements, cohen_kappa
-from tunesmith.data.review.decisions import read_reviewed
+from tunesmith.data.review.decisions import ReviewedRow, encode_reviewed, read_reviewed
 from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.cases import delete_expired, find_case, put_case
 from tunesmith.monitoring.recall import Cause, recall
@@ -187,6 +187,18 @@ def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, na
     third = desk.build(withdrawn=load_withdrawn(desk.store))
     assert not {subject, after} & rows(third).keys()
     assert len(rows(third)) == len(rows(second)) - 1
+
+
+def test_an_edited_system_turn_stays_where_the_answer_is_spelled_otherwise(tmp_path: Path) -> None:
+    asked = {"messages": turns("what is her name", '{"name": "Ren\\u00e9e"}', system="Be brief.")}
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), asked])
+    (before,) = [one for one in rows(build_rows(tmp_path)).values() if one.messages[0].role == "system"]
+    kind = (before.messages[0].model_copy(update={"content": "Be kind."}), *before.messages[1:])
+    edit = ReviewedRow(row=before.id, content=content_key(before), decision="edit", messages=kind, by=("ann",))
+    (tmp_path / "review.jsonl").write_bytes(encode_reviewed([edit]))
+    after = build_rows(tmp_path, settings(review="review.jsonl"), respell=True)
+    (found,) = [one for one in rows(after).values() if one.messages[0].role == "system"]
+    assert (found.answer, found.messages[0].content) == ('{"name": "Renée"}', "Be kind.")
 
 
 def test_a_copy_under_another_system_turn_keeps_it_when_it_is_edited(tmp_path: Path, desk: Desk) -> None:

@@ -126,6 +126,21 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path, name: str, mark: str) -> N
     assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a, b; c\td", "completion": "x"}]
 
 
+@pytest.mark.parametrize(
+    ("header", "mark", "names"),
+    [
+        (b'"prompt; a\tb; ""c;"" d;",completion', b",", ['prompt; a\tb; "c;" d;', "completion"]),
+        (b'"a, b, c";completion', b";", ["a, b, c", "completion"]),
+        (b'5" screen;size;completion', b";", ['5" screen', "size", "completion"]),
+    ],
+)
+def test_names_in_quotes_do_not_say_what_separates_columns(
+    tmp_path: Path, header: bytes, mark: bytes, names: list[str]
+) -> None:
+    (tmp_path / "a.csv").write_bytes(header + b"\n" + mark.join([b"x"] * len(names)) + b"\n")
+    assert [one.fields for one in read(tmp_path, "a.csv")] == [dict.fromkeys(names, "x")]
+
+
 def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["prompt", "completion"], ['say "hi",\nplease', "hi"], ["b", ""]])

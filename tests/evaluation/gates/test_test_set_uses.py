@@ -24,7 +24,13 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.gates.test_set_uses import ACTION, record_evaluation, use_test_set, used_candidates
+from tunesmith.evaluation.gates.test_set_uses import (
+    ACTION,
+    _share,
+    record_evaluation,
+    use_test_set,
+    used_candidates,
+)
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
@@ -105,6 +111,21 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     assert len(used_candidates(made.store, part)) == 2, "some of its test requests were used, under other ids"
     fresh = put_dataset(made.store, old.examples("train"), [], commands(60, 79, 9900))
     assert len(used_candidates(made.store, fresh)) == 0
+
+
+@pytest.mark.parametrize(("common", "of", "uses"), [(1, 60, 0), (2, 60, 1), (1, 1, 1)])
+def test_a_request_that_many_people_make_does_not_join_two_test_sets(
+    made: Fabricated, evaluation: str, common: int, of: int, uses: int
+) -> None:
+    judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    used = [row.model_copy(update={"id": row.id[::-1]}) for row in made.test[:common]]
+    other = put_dataset(made.store, commands(3, 77, 9000), [], [*used, *commands(of - common, 78, 9500)])
+    assert len(used_candidates(made.store, other)) == uses
+
+
+def test_large_test_sets_are_one_where_they_share_a_hundredth() -> None:
+    assert not _share(range(400), range(397, 900))
+    assert _share(range(400), range(396, 900))
 
 
 def test_neither_a_system_turn_nor_a_letter_s_case_makes_a_new_test_set(made: Fabricated, evaluation: str) -> None:

@@ -16,6 +16,7 @@ from tests.chat_server import ChatServer, chat_server, completion
 from tests.fabricate import Fabricated, fabricate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress, Silent
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
@@ -190,12 +191,14 @@ def _verdict_by(prefer: Any) -> Any:
     return reply
 
 
-def _judged(made: Fabricated, server: ChatServer, work: Path) -> tuple[dict[str, float], dict[str, Any], str]:
+def _judged(
+    made: Fabricated, server: ChatServer, work: Path, progress: Progress = SILENT
+) -> tuple[dict[str, float], dict[str, Any], str]:
     task = TaskSettings.model_validate(
         {"scorers": ["exact_match", {"name": "better", "judge": {"url": server.url, "model": "j", "retries": 0}}]}
     )
     test = load_dataset(made.store, made.dataset).examples("test")
-    digest = judge_answers(made.store, task.judges[0], made.answers["rag"], made.dataset, test, work)
+    digest = judge_answers(made.store, task.judges[0], made.answers["rag"], made.dataset, test, work, progress)
     return *read_judged(made.store, digest, "better", made.answers["rag"], test), digest
 
 
@@ -218,10 +221,16 @@ def test_a_judge_that_prefers_a_place_is_found_out(tmp_path: Path, server: ChatS
     assert set(scores.values()) == {0.5}
 
 
-def test_a_judge_that_says_nothing_is_counted(tmp_path: Path, server: ChatServer) -> None:
+def test_a_judge_that_says_nothing_is_counted(
+    tmp_path: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = fabricate(tmp_path / "store", n=24)
     server.reply = lambda _: (200, {}, completion("I like both, A and B"))
-    scores, stated, _ = _judged(made, server, tmp_path / "work")
+    said: list[str] = []
+    progress = Silent()
+    monkeypatch.setattr(progress, "say", said.append)
+    scores, stated, _ = _judged(made, server, tmp_path / "work", progress)
+    assert any("48 of 48 replies decide nothing" in line for line in said)
     assert stated["undecided"] == 48
     assert stated["agreement"] == 0.0
     assert set(scores.values()) == {0.5}
@@ -286,6 +295,15 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
         ("Final verdict: tie.", "TIE"),
         ("**Verdict:** __B__", "B"),
         ("This is a better answer overall.", None),
+        ("My verdict: A", "A"),
+        ("Overall verdict: A", "A"),
+        ("The final verdict is **A**.", "A"),
+        ("Verdict - tie", "TIE"),
+        ("Winner: B", "B"),
+        ("$\\boxed{A}$", "A"),
+        ("The verdict is not A.", None),
+        ("The winner is B or A", None),
+        ("The answer is a better one", None),
         ("Verdict: not A", None),
         ("A or B", None),
         ("A\nThat is all.", None),
@@ -294,6 +312,12 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
 )
 def test_a_verdict_stands_alone_on_the_last_line(reply: str, verdict: str | None) -> None:
     assert last_word(reply, ("A", "B", "TIE")) == verdict
+
+
+def test_a_long_line_is_read_once() -> None:
+    """With three repetitions side by side this would take hours."""
+    assert last_word("verdict" + "-" * 100_000 + "x", ("A", "B", "TIE")) is None
+    assert last_word("-" * 100_000 + "x", ("A", "B", "TIE")) is None
 
 
 def test_a_judge_that_was_cut_off_said_nothing(tmp_path: Path, server: ChatServer) -> None:

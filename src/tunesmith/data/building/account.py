@@ -36,7 +36,7 @@ class Account:
     privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
     original. longest: the most tokens of a row. reviewed: id of a reviewed row -> rows that its decision applied to.
     withdrawn: content keys of recalled rows whose copies are recalled too. edits: id of an edited row -> content keys
-    before and after. respelled: rows whose JSON answers were written as constrained decoding writes them.
+    before and after. respelled: rows read whose JSON answers were written as constrained decoding writes them.
     """
 
     read: int = 0

@@ -205,8 +205,10 @@ class Examiner:
 
     def _edited(self, one: _Fitting, review: ReviewedRow, example: Example, applied: Set[str]) -> Kept | _Removed:
         """The row as reviewers wrote it, under the checks that every row passes. A copy of the reviewed row keeps its
-        own system turn and tools."""
-        edited = review.messages if example.id == review.row else _in_frame(review.messages, example.messages)
+        own system turn and tools; the row itself may have been reviewed before its JSON was spelled otherwise."""
+        read = in_request_order(one.original) if self.settings.key_order == "request" else one.original
+        itself = review.row in (example.id, example_id(read, one.row.source))
+        edited = review.messages if itself else _in_frame(review.messages, example.messages)
         turns = [Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id) for turn in edited]
         if (reason := objection(turns)) is not None:
             return _Removed(f"{reason} {EDITED}", review.row)

@@ -73,9 +73,9 @@ class DatasetSummary(View):
     """A dataset version. privacy: entity -> values found; privacy_scan: the scan's measured recall.
 
     groups: rows of a group are always in one split. duties: what the rows' licences demand. ignored_keys: keys of rows
-    that no format reads -> rows. respelled: rows whose JSON answers were written as constrained decoding writes them,
-    None where there are none. time, strata: how the rows were split, if not by a hash of their group. tokens: None
-    where no length was checked.
+    that no format reads -> rows. respelled: rows, of those read, whose JSON answers were written as constrained
+    decoding writes them, None where there are none. time, strata: how the rows were split, if not by a hash of their
+    group. tokens: None where no length was checked.
     """
 
     dataset: str

@@ -7,12 +7,15 @@ Sources and licences are recognised by their names.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import contextlib
+import json
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tunesmith.core.digests import digest_of
+from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
@@ -23,6 +26,7 @@ from tunesmith.store.store import Store
 
 ROW_CAUSES: Final = ("row", "source", "licence", "subject")
 _BY_CONTENT = ("row", "subject")
+_REVISION = 1  # raise it when the same versions give other contents of recalled rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,11 @@ class TracedRows:
         self._contents: dict[str, str] = {}  # a row's id -> its content key
         self._holders: defaultdict[str, list[str]] = defaultdict(list)  # a content key -> its rows' ids
         self._edits: defaultdict[str, set[str]] = defaultdict(set)  # a reviewed row's id -> what it said and says
+        # (version, split) -> (kind, value) -> rows, of sources and licences
+        self._stated: defaultdict[tuple[str, str], Counter[tuple[str, str]]] = defaultdict(Counter)
         for digest in digests:
             dataset = load_dataset(store, digest)
-            self.rows[digest] = {split: self._add(dataset.examples(split)) for split in SPLITS}
+            self.rows[digest] = {split: self._add(digest, split, dataset.examples(split)) for split in SPLITS}
             for row, contents in dataset.record.body.get(EDITS, {}).items():
                 self._edits[row].update(contents)
             if SUBJECTS in dataset.record.blobs and "subject" in self._named:
@@ -81,7 +87,7 @@ class TracedRows:
                     copy = parse_json(line)
                     self._named["subject"][copy["subject"]].add(copy["id"])
 
-    def _add(self, examples: Sequence[Example]) -> list[str]:
+    def _add(self, digest: str, split: str, examples: Sequence[Example]) -> list[str]:
         for example in examples:
             if self._by_content and example.id not in self._contents:
                 content = self._contents[example.id] = content_key(example)
@@ -89,7 +95,24 @@ class TracedRows:
             for kind, by_value in self._named.items():
                 if (value := _value(example, kind)) is not None:
                     by_value[value].add(example.id)
+                    if kind not in _BY_CONTENT:
+                        self._stated[digest, split][kind, value] += 1
         return [example.id for example in examples]
+
+    def reached(self, kind: str, value: str) -> dict[str, dict[str, int]]:
+        """Dataset version -> split -> how many rows a cause reaches, for the versions in which it reaches any.
+
+        A row whose licence was corrected keeps its id, so a licence reaches only versions that state it.
+        """
+        ids = self.trace(kind, value).ids
+        found: dict[str, dict[str, int]] = {}
+        for digest, splits in self.rows.items():
+            counts = {split: self._stated[digest, split][kind, value] for split in splits}
+            if kind in _BY_CONTENT:
+                counts = {split: sum(name in ids for name in names) for split, names in splits.items()}
+            if any(counts.values()):
+                found[digest] = counts
+        return found
 
     def trace(self, kind: str, value: str) -> Traced:
         """The rows of a cause; of a row or a subject also every copy, and the rows before and after an edit."""
@@ -126,9 +149,22 @@ def load_withdrawn(store: Store) -> Withdrawn:
             values[kind].add(value)
         if kind in _BY_CONTENT:
             datasets |= {digest: None for digest in digests if store.record(digest).kind == "dataset"}
+    named = {kind: sorted(values[kind]) for kind in _BY_CONTENT}
+    contents = _contents(store, named, sorted(datasets)) if datasets else frozenset()
+    return Withdrawn({kind: frozenset(some) for kind, some in sorted(values.items()) if some}, contents)
+
+
+def _contents(store: Store, named: Mapping[str, Sequence[str]], datasets: Sequence[str]) -> frozenset[str]:
+    """The content keys of recalled rows. They are kept in a file: to read all versions with them takes long."""
+    kept, key = store.local("withdrawn.json"), digest_of([_REVISION, named, datasets])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        before = parse_json(kept.read_bytes())
+        if before["key"] == key:
+            return frozenset(before["contents"])
     rows = TracedRows(store, datasets, _BY_CONTENT)
-    contents = {each for kind in _BY_CONTENT for value in values[kind] for each in rows.trace(kind, value).contents}
-    return Withdrawn({kind: frozenset(some) for kind, some in sorted(values.items()) if some}, frozenset(contents))
+    found = {each for kind, values in named.items() for value in values for each in rows.trace(kind, value).contents}
+    write_atomic(kept, json.dumps({"key": key, "contents": sorted(found)}).encode())
+    return frozenset(found)
 
 
 def _value(example: Example, kind: str) -> str | None:

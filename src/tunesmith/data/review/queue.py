@@ -170,15 +170,22 @@ def forget_cases(session: Session, requests: Iterable[str]) -> None:
     _forget(session, those)
 
 
-def items_of_rows(session: Session, rows: Collection[str]) -> list[int]:
-    """The numbers of the items on rows with these ids, which may be many more than the queue has items."""
-    query = select(ReviewItemRow.id, ReviewItemRow.subject).where(ReviewItemRow.kind == "row")
-    return [number for number, subject in session.execute(query.order_by(ReviewItemRow.id)) if subject in rows]
+def items_of_rows(session: Session, rows: Collection[str], versions: Collection[str] | None = None) -> list[int]:
+    """The numbers of the items on rows with these ids, which may be many more than the queue has items.
+
+    versions: only items on rows of these dataset versions.
+    """
+    query = select(ReviewItemRow.id, ReviewItemRow.subject, ReviewItemRow.dataset).where(ReviewItemRow.kind == "row")
+    return [
+        number
+        for number, subject, dataset in session.execute(query.order_by(ReviewItemRow.id))
+        if subject in rows and (versions is None or dataset in versions)
+    ]
 
 
-def forget_rows(session: Session, rows: Collection[str]) -> None:
-    """Delete the items on recalled rows, with what reviewers wrote. rows: ids."""
-    for number in items_of_rows(session, rows):
+def forget_items(session: Session, numbers: Iterable[int]) -> None:
+    """Delete items on recalled rows, with what reviewers wrote."""
+    for number in numbers:
         _forget(session, ReviewItemRow.id == number)
 
 

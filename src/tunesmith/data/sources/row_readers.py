@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +26,7 @@ _PIECE = 1 << 20
 _ROWS_AT_ONCE = 1024
 _ARROW_FILE = b"ARROW1"
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_QUOTED = re.compile(r'(?:^|(?<=[,\t;]))"(?:[^"]|"")*+"?')  # a name in quotes, in the header of CSV
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
         first = text.readline()
-        table = csv.DictReader(chain([first], text), delimiter=max(",\t;", key=first.count), strict=True)
+        mark = max(",\t;", key=_QUOTED.sub("", first).count)
+        table = csv.DictReader(chain([first], text), delimiter=mark, strict=True)
         header = table.fieldnames or []
         if "" in header or len(set(header)) != len(header):
             raise UsageError(f"the header has empty or repeated names: {header}", where=name)

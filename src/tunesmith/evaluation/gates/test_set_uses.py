@@ -5,18 +5,18 @@ is ten uses, whichever of them is judged. An untrained candidate uses them at it
 which are trained on shuffled answers, do not count, since nobody chooses among them. A candidate that is evaluated
 again under another name, as a registered version is, does not count again.
 
-Two dataset versions share a test set where they share any test request, folded and without system turns. A version with
-one more training row or another system prompt therefore does not start a new count; a version with other test rows
-does. `confidence_at_use` in stats/statistics.py says how
-each use widens the intervals: alpha is spent over the uses (alpha spending: Lan and DeMets 1983, Biometrika 70; alpha
-investing: Foster and Stine 2008, JRSS B 70). This bounds the error from choosing candidates by test scores. It does not
-cover candidates that were fitted to single test rows; those need fresh rows (Dwork et al. 2015, Science 349; Blum and
-Hardt 2015, ICML).
+Two dataset versions share a test set where one in a hundred test requests of the smaller one, and at least two, are in
+both, folded and without system turns. A version with one more training row or another system prompt therefore does not
+start a new count; a version with other test rows does, even if a greeting is in both. `confidence_at_use` in
+stats/statistics.py says how each use widens the intervals: alpha is spent over the uses (alpha spending: Lan and DeMets
+1983, Biometrika 70; alpha investing: Foster and Stine 2008, JRSS B 70). This bounds the error from choosing candidates
+by test scores. It does not cover candidates that were fitted to single test rows; those need fresh rows (Dwork et al.
+2015, Science 349; Blum and Hardt 2015, ICML).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from sqlalchemy import select
 
@@ -84,11 +84,19 @@ def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
         query = select(AuditRow.subject, AuditRow.detail).where(AuditRow.action == ACTION).order_by(AuditRow.seq)
         entries = [(str(subject), detail) for subject, detail in session.execute(query)]
     shared = {store.record(dataset, kind="dataset").blobs.get(_TEST, ""): True}
+    own: frozenset[str] | None = None
     for subject, detail in entries:
         if subject not in shared:
-            shared[subject] = bool(_requests(store, dataset) & _texts(store.read_blob(subject).splitlines()))
+            own = _requests(store, dataset) if own is None else own
+            shared[subject] = _share(own, _texts(store.read_blob(subject).splitlines()))
         if shared[subject]:
             yield [_nameless(store, candidate) for candidate in detail["candidates"]]
+
+
+def _share(one: Collection[object], other: Collection[object]) -> bool:
+    """Whether two test sets have so many requests in common that they count as one."""
+    smaller = min(len(one), len(other))
+    return len(set(one) & set(other)) >= max(1, min(smaller, max(2, smaller / 100)))
 
 
 def _nameless(store: Store, candidate: str) -> str:

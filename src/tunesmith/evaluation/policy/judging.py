@@ -58,7 +58,7 @@ def judge_policy(
         for item in items
         if item.check == name
     ]
-    found, seconds = ask_twice(check.judge, asked, work, f"the judge of {name}", progress)
+    found, seconds = ask_twice(check.judge, asked, (KEEPS, BREAKS), work, f"the judge of {name}", progress)
     body = {
         "suite": f"policy:{name}",
         "n": len(found),
