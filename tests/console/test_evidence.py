@@ -85,8 +85,7 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     page.get_by_label("Search").fill("7 * 7")
     expect(page.locator(".matrix tbody tr")).to_have_count(1)
     expect(page.get_by_role("status")).to_contain_text("1 of 60 requests")
-    page.locator(".matrix tbody a").focus()
-    page.keyboard.press("Enter")
+    page.locator(".matrix tbody a").press("Enter")
 
     expect(page.get_by_role("heading", name="Reference answer")).to_be_visible()
     expect(page.locator("pre").nth(1)).to_have_text("{{ 7 * 7 }} [click](javascript:alert(1))")
