@@ -133,9 +133,10 @@ def rows_of(ladder: Ladder) -> Rows:
 
 def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
     """What is to be trained and asked for a ladder, as the keys of result lines."""
-    # Only what is stated, so that a new setting's default makes no result anew.
+    # Only what is stated, so that a new setting's default makes no result anew; nor does another schema that `init`
+    # infers, which each line states (`limits`).
     settings = _settings().model_dump(mode="json", exclude_unset=True)
-    common = {"task": ladder.name, "digest": ladder.task.digest, "settings": settings,
+    common = {"task": ladder.name, "digest": ladder.task.asked_digest, "settings": settings,
               "top": ladder.top, "held": HELD, "revision": 3}  # fmt: skip
     yield {**common, "who": "start", "rows": 0, "epochs": 0}
     for size in ladder.sizes:
@@ -172,7 +173,8 @@ def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, A
             given = {split: answers(loaded, task, some, folder) if some else [] for split, some in asked.items()}
             losses = {"losses": [round(each, 4) for each in answer_losses(loaded, task, rows.held, folder)]}
     found = {split: scores(task, some, given[split]) for split, some in asked.items()}
-    line = {"key": digest_of(part), **part, "seconds": round(time.perf_counter() - began, 2), "passes": passes}
+    line = {"key": digest_of(part), **part, "limits": task.limits_digest, "passes": passes}
+    line["seconds"] = round(time.perf_counter() - began, 2)
     line |= {"training_seconds": round(trained, 2)} if passes else {}
     return {**line, **losses, "scores": {split: _packed(values) for split, values in found.items()}}
 

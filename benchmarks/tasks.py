@@ -79,18 +79,30 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """Changes with everything that a result on this task depends on."""
-        return digest_of(
-            {
-                "prompt": self.prompt,
-                "rows": [list(row) for row in self.rows],
-                "test": [list(row) for row in self.test],
-                "groups": list(self.groups),
-                "metric": self.metric,
-                "max_tokens": self.max_tokens,
-                "schema": self.schema,
-                "constrain": self.constrain if isinstance(self.constrain, bool) else list(self.constrain),
-            }
-        )
+        return digest_of(self._asked() | self._limits())
+
+    @cached_property
+    def asked_digest(self) -> str:
+        """Changes with what is asked and learned, and not with what limits the answers."""
+        return digest_of(self._asked())
+
+    @cached_property
+    def limits_digest(self) -> str:
+        """Changes with what limits the answers: their length, and what constrains them."""
+        return digest_of(self._limits())
+
+    def _asked(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "rows": [list(row) for row in self.rows],
+            "test": [list(row) for row in self.test],
+            "groups": list(self.groups),
+            "metric": self.metric,
+        }
+
+    def _limits(self) -> dict[str, Any]:
+        constrain = self.constrain if isinstance(self.constrain, bool) else list(self.constrain)
+        return {"max_tokens": self.max_tokens, "schema": self.schema, "constrain": constrain}
 
     def split(self, rows: int, seed: int = 0, held: int = HELD) -> Split:
         """So many training rows, and about `held` rows of other groups to choose by, fewer where the task is small.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ def test_published_test_requests_are_taken_out_of_the_rows() -> None:
 
 def test_a_digest_changes_with_the_rows_and_only_with_them() -> None:
     assert _made().digest == _made().digest != _made(1).digest
+    shorter = replace(_made(), max_tokens=3)
+    assert shorter.asked_digest == _made().asked_digest != _made(1).asked_digest
+    assert shorter.digest != _made().digest
 
 
 def test_a_project_holds_the_rows_and_keeps_test_requests_apart(tmp_path: Path) -> None:
