@@ -27,8 +27,9 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.versions import Version
 from tunesmith.store.identities import add_user, ensure_owner
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -31,8 +31,9 @@ from tunesmith.jobs import leases, queue
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
-from tunesmith.registry.versions import register, verify_version
+from tunesmith.registry.verification import verify_version
 from tunesmith.rollout import controller
 from tunesmith.rollout.settings import Step
 from tunesmith.services import users

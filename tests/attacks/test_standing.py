@@ -26,8 +26,9 @@ from tunesmith.core.clock import now
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.aliases import get_alias, set_alias
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
-from tunesmith.registry.versions import Version, load_version, register
+from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.services.versions import refuse
 from tunesmith.store import audit, database

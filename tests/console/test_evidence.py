@@ -23,7 +23,8 @@ from tests.waiting import until
 from tunesmith.cli.main import app
 from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion
-from tunesmith.registry.versions import list_versions, register
+from tunesmith.registry.registration import register
+from tunesmith.registry.versions import list_versions
 from tunesmith.store import database
 from tunesmith.store.identities import add_user
 from tunesmith.store.tables import RecallRow

@@ -26,9 +26,10 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys as signing_keys
 from tunesmith.registry.signing.attestations import ENVELOPE
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.versions import Version
 from tunesmith.services import proposed_keys, version_pages
 from tunesmith.services import versions as service
 from tunesmith.store import database

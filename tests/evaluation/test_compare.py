@@ -19,7 +19,7 @@ from tunesmith.evaluation.metrics.declared import scorer_digests
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.registry.leaderboard import leaderboard
-from tunesmith.registry.versions import register
+from tunesmith.registry.registration import register
 from tunesmith.store.identities import acting
 
 

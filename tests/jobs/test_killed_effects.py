@@ -20,7 +20,8 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import list_versions, verify_version
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import list_versions
 from tunesmith.services import jobs
 from tunesmith.services.fine_tuning import create
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters

@@ -9,7 +9,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
-from tunesmith.registry.versions import Version, verified_copy
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store import audit, database

@@ -26,7 +26,9 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import leading_inputs, training_inputs
 from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
-from tunesmith.registry.versions import load_version, verified_copy, verify_version
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import load_version
 from tunesmith.server.routing import ReadyVersions
 from tunesmith.services import evaluation, versions
 from tunesmith.training.settings import TrainSettings

@@ -15,7 +15,9 @@ from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused
 from tunesmith.data.dataset import load_dataset
-from tunesmith.registry.versions import load_version, open_release, verify_version
+from tunesmith.registry.opening import open_release
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import load_version
 from tunesmith.services.data import build
 from tunesmith.store.store import Store
 

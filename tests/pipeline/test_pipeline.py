@@ -26,7 +26,7 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
 from tunesmith.pipeline.answers import answers
 from tunesmith.pipeline.training import training_inputs
-from tunesmith.registry.versions import verify_version
+from tunesmith.registry.verification import verify_version
 from tunesmith.services import data, evaluation, training
 from tunesmith.store import identities
 from tunesmith.store.records import Record

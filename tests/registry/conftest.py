@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.fabricate import Chain, put_chain
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.registration import register
+from tunesmith.registry.versions import Version
 from tunesmith.store import identities
 from tunesmith.store.store import Store
 

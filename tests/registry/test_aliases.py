@@ -16,7 +16,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import ALIASES, Alias, get_alias, list_aliases, revision_of, set_alias
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.registration import register
+from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow

@@ -19,10 +19,11 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, seal, statement_of
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.versions import Version
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head
 from tunesmith.store.records import Record

@@ -10,7 +10,8 @@ from sqlalchemy import delete, select, update
 
 from tests.fabricate import Chain, approve
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.registration import register
+from tunesmith.registry.versions import Version
 from tunesmith.store import audit, database, identities, tokens
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditHeadRow, AuditRow, RecordRow, TokenRow, UserRow, VersionRow

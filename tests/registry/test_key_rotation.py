@@ -19,11 +19,14 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.registration import register
 from tunesmith.registry.serving import Permission, may_serve
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, key_statement, seal, statement_of
 from tunesmith.registry.signing.signatures import SIGNATURE, Untrusted, sign_folder
-from tunesmith.registry.versions import Version, register, verified_copy, verify_version
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version
 from tunesmith.services import users
 from tunesmith.store import audit, database, identities, user_keys
 from tunesmith.store.records import Record

@@ -15,12 +15,13 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.project import parse_settings
 from tunesmith.registry.approvals import require_approved, submit_approval
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
 from tunesmith.registry.risk import Requirement, RiskSettings, missing
 from tunesmith.registry.serving import may_serve
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import statement_of
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import Version, register
+from tunesmith.registry.versions import Version
 from tunesmith.services import versions as service
 from tunesmith.store import database, identities
 from tunesmith.store.roles import Role

@@ -11,10 +11,12 @@ from tests.fabricate import Chain, approve, put_chain
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.registration import register
 from tunesmith.registry.serving import GRANTED, Permission, may_load, may_serve
 from tunesmith.registry.signing import release
 from tunesmith.registry.signing.signatures import Expired, Untrusted
-from tunesmith.registry.versions import Version, register, verified_copy
+from tunesmith.registry.versions import Version
 from tunesmith.rollout.preconditions import check_may_serve
 from tunesmith.store import database, identities
 from tunesmith.store.store import Store

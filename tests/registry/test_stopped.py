@@ -14,11 +14,13 @@ import pytest
 
 from tests.fabricate import Chain, approve
 from tests.forked import run_forked
-from tunesmith.registry import versions
+from tunesmith.registry import registration
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
-from tunesmith.registry.versions import Version, list_versions, register, verify_version
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store import audit, identities
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
@@ -81,7 +83,7 @@ def check_whole(store: Store, chain: Chain) -> None:
 def test_a_killed_registration_is_carried_on(store: Store, chain: Chain, moment: str, times: int) -> None:
     keys.ensure_key(store, "olive")  # it has an audit entry, at which the child must not be killed
     prepare = {
-        "signed aside": lambda: die_after(versions, "sync_files"),
+        "signed aside": lambda: die_after(registration, "sync_files"),
         "partly in place": lambda: die_after(LocalBlobs, "put_file"),
         "in place": lambda: die_after(Store, "put_version"),
         "before commit": lambda: setattr(audit, "append", die),

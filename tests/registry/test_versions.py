@@ -33,21 +33,15 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
-from tunesmith.registry import versions
+from tunesmith.registry import registration
 from tunesmith.registry.aliases import set_alias
 from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.signing import signatures as signing
-from tunesmith.registry.versions import (
-    Version,
-    count_versions,
-    list_versions,
-    load_version,
-    register,
-    resolve,
-    verified_copy,
-    verify_version,
-)
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version, count_versions, list_versions, load_version, resolve
 from tunesmith.store import database, identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -259,7 +253,7 @@ def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.Monke
     assert verify_version(store, version.label).ok
     later = release.datetime.fromisoformat("2100-01-01T00:00:01Z")
     monkeypatch.setattr(release, "now", lambda: later)
-    monkeypatch.setattr(versions, "now", lambda: later)
+    monkeypatch.setattr(registration, "now", lambda: later)
     assert "expired" in verify_version(store, version.label).problems[0].reason
     with pytest.raises(Refused, match="expired"), verified_copy(store, version):
         pass
@@ -441,7 +435,7 @@ def test_registering_a_verdict_twice_at_once_gives_one_version(store: Store, cha
 
 
 def test_no_registration_without_its_audit_entry(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    versions.keys.ensure_key(store, "olive")
+    registration.keys.ensure_key(store, "olive")
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -458,7 +452,7 @@ def test_no_registration_without_its_audit_entry(store: Store, chain: Chain, mon
 def test_other_writers_do_not_wait_for_copies_of_weights(
     store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, copied = versions.copy_durably, set[str]()
+    whole, copied = registration.copy_durably, set[str]()
 
     def copying(source: Path, target: Path) -> None:
         copied.add(target.name)
@@ -468,8 +462,8 @@ def test_other_writers_do_not_wait_for_copies_of_weights(
         whole(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(versions, "copy_durably", copying)
-        patch.setattr(versions, "private_copy", None)  # what was copied once is not copied again to be verified
+        patch.setattr(registration, "copy_durably", copying)
+        patch.setattr(registration, "private_copy", None)  # what was copied once is not copied again to be verified
         version = register(store, name="intents", verdict=chain.verdict, actor="olive")
     assert copied >= {ADAPTER_FILE, CONFIG_FILE}
     assert verify_version(store, version.label).ok

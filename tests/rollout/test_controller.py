@@ -20,7 +20,7 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.forked import run_forked
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry import versions as registered
+from tunesmith.registry import opening
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.signing.attestations import ENVELOPE
 from tunesmith.registry.versions import Version
@@ -397,7 +397,7 @@ def test_rollback_passes_over_a_version_whose_files_are_gone(
 
 
 def disk_full(patch: pytest.MonkeyPatch) -> None:
-    whole = registered.private_copy
+    whole = opening.private_copy
 
     @contextlib.contextmanager
     def copying(folder: Path) -> Iterator[Path]:
@@ -406,7 +406,7 @@ def disk_full(patch: pytest.MonkeyPatch) -> None:
         with whole(folder) as copy:
             yield copy
 
-    patch.setattr(registered, "private_copy", copying)
+    patch.setattr(opening, "private_copy", copying)
 
 
 def too_many_files(patch: pytest.MonkeyPatch) -> None:
@@ -502,13 +502,13 @@ def test_a_damaged_folder_is_read_before_the_transaction_only(
     rollout = begin(first, versions[2], {"setWeight": 100})
     advance(first.store, rollout.id, clock=Time())
     signature_file(first, versions[2]).write_bytes(b"")
-    whole, copied = registered.private_copy, list[str]()
+    whole, copied = opening.private_copy, list[str]()
 
     def copying(folder: Path) -> Any:
         copied.append(folder.name)
         return whole(folder)
 
-    monkeypatch.setattr(registered, "private_copy", copying)
+    monkeypatch.setattr(opening, "private_copy", copying)
     assert advance(first.store, rollout.id, clock=Time()).status == "aborted"
     assert copied == ["v2"]
 
@@ -675,7 +675,7 @@ def test_a_killed_promotion_is_carried_on(first: Scene, versions: Versions, dies
 def test_other_writers_do_not_wait_for_copies_of_weights(
     first: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, copied = registered.private_copy, list[str]()
+    whole, copied = opening.private_copy, list[str]()
 
     @contextlib.contextmanager
     def copying(folder: Path) -> Iterator[Path]:
@@ -686,7 +686,7 @@ def test_other_writers_do_not_wait_for_copies_of_weights(
         with whole(folder) as copy:
             yield copy
 
-    monkeypatch.setattr(registered, "private_copy", copying)
+    monkeypatch.setattr(opening, "private_copy", copying)
     promoted(first, versions[2])
     assert copied == ["v2", "v2"], "once to start, once to promote"
     promote(first.store, begin(first, versions[3], {"setWeight": 100}).id, actor=OPERATOR)

@@ -20,8 +20,9 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import list_versions, register
+from tunesmith.registry.versions import list_versions
 from tunesmith.services.copies import backup, migrate, restore
 from tunesmith.store import copying, database, uploads
 from tunesmith.store.blobs.local import LocalBlobs

@@ -19,7 +19,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry import versions as registered
+from tunesmith.registry import opening
 from tunesmith.registry.versions import Version
 from tunesmith.server import routing
 from tunesmith.store.identities import add_user, deactivate
@@ -312,14 +312,14 @@ def test_one_request_at_a_time_tries_a_pinned_version_that_cannot_be_read(
         return served.post(model=f"{NAME}@v2").json()["error"]["code"]
 
     monkeypatch.setattr(routing, "_REST", 600.0)
-    monkeypatch.setattr(registered, "private_copy", failing)
+    monkeypatch.setattr(opening, "private_copy", failing)
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(post, range(4))) == {"unavailable"}
     assert tried == ["v2"]
 
 
 def test_the_weights_of_a_pinned_version_are_verified_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, copied = registered.private_copy, list[str]()
+    whole, copied = opening.private_copy, list[str]()
 
     @contextlib.contextmanager
     def copying(folder: Path) -> Iterator[Path]:
@@ -330,7 +330,7 @@ def test_the_weights_of_a_pinned_version_are_verified_once(served: Served, monke
     def post(_number: int = 0) -> int:
         return served.post(model=f"{NAME}@v2").status_code
 
-    monkeypatch.setattr(registered, "private_copy", copying)
+    monkeypatch.setattr(opening, "private_copy", copying)
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(post, range(4))) == {200}
     assert copied == ["v2", "v2"], "to route the first request, and to load the version"

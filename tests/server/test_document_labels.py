@@ -23,7 +23,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.documents import DocumentSettings, build_documents
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Generation
-from tunesmith.registry.versions import register
+from tunesmith.registry.registration import register
 from tunesmith.store import database
 from tunesmith.store.identities import add_user, set_groups
 from tunesmith.store.tables import Table

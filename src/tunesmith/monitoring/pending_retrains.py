@@ -18,8 +18,9 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.opening import check_not_recalled
 from tunesmith.registry.signing.release import read_version
-from tunesmith.registry.versions import Version, check_not_recalled
+from tunesmith.registry.versions import Version
 from tunesmith.rollout.state import live_rollout
 from tunesmith.store import database
 from tunesmith.store.recalls import causes

@@ -13,8 +13,8 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn
 from tunesmith.monitoring.recall import Cause, find_reached
+from tunesmith.registry.opening import check_not_recalled
 from tunesmith.registry.signing.release import read_version
-from tunesmith.registry.versions import check_not_recalled
 from tunesmith.store import database
 from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store

@@ -28,6 +28,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core import clock
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED, unmet
 from tunesmith.registry.signing.attestations import (
@@ -44,7 +45,7 @@ from tunesmith.registry.signing.attestations import (
 )
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import Verified, load_version, open_release, still_usable
+from tunesmith.registry.versions import load_version
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head
 from tunesmith.store.records import Record

@@ -28,9 +28,9 @@ from tunesmith.models.base import Base
 from tunesmith.models.families import is_native
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
-from tunesmith.registry.versions import Verified, verified_copy
 from tunesmith.store import identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -1,6 +1,6 @@
 """Whether a version may serve, decided from the database only: cheap enough for every request.
 
-Files are checked when a version is opened: `versions.open_release` checks its signature, weights and evidence, and
+Files are checked when a version is opened: `opening.open_release` checks its signature, weights and evidence, and
 `approvals.require_approved` the signatures of its approvals. Both call this module first.
 """
 

@@ -34,7 +34,8 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.registry.aliases import Alias, get_alias
-from tunesmith.registry.versions import Verified, Version, load_version
+from tunesmith.registry.opening import Verified
+from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.preconditions import (

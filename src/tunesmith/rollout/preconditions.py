@@ -11,8 +11,9 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, revision_of, set_alias
 from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.opening import Verified
 from tunesmith.registry.serving import may_serve
-from tunesmith.registry.versions import Verified, Version, load_version
+from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.standing import advice, could_serve, standing_of
 from tunesmith.rollout.state import Rollout, promoted_rollouts
 from tunesmith.store import database

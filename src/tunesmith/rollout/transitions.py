@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
-from tunesmith.registry.versions import Verified, Version
+from tunesmith.registry.opening import Verified
+from tunesmith.registry.versions import Version
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.standing import advice, could_serve

@@ -24,8 +24,9 @@ from tunesmith.core.version_ref import VersionRef
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.serving import Permission, still_valid
-from tunesmith.registry.versions import Verified, Version, load_version, resolve, verified_copy
+from tunesmith.registry.versions import Version, load_version, resolve
 from tunesmith.rollout.standing import override_in_force, standing
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary

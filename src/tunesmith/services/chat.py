@@ -16,7 +16,8 @@ from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.registry.versions import resolve, verified_copy
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.versions import resolve
 
 
 class ChatAnswer(View):

@@ -20,7 +20,7 @@ from tunesmith.pipeline.stages import Stage
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
-from tunesmith.registry.versions import register
+from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
 from tunesmith.training.more_time import more_time
 

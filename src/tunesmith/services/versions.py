@@ -11,7 +11,7 @@ from pydantic import Field
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
-from tunesmith.registry import approvals, versions
+from tunesmith.registry import approvals, registration, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
 from tunesmith.registry.risk import Approvals, Requirement, RiskSettings
@@ -19,7 +19,7 @@ from tunesmith.registry.serving import approvals_of
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import Decision, envelope_of, read_statement
 from tunesmith.registry.signing.release import Version
-from tunesmith.registry.verification import Verification
+from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import resolve
 from tunesmith.store import database
 from tunesmith.store.identities import acting, get_user
@@ -110,7 +110,7 @@ def register(
         digest = known[-1]
     else:
         digest = store.find_record(verdict)
-    version = versions.register(
+    version = registration.register(
         store,
         name=name,
         verdict=digest,
@@ -195,7 +195,7 @@ def verify(
     base: the base model's folder, verified too. lineage_only: do not verify the rest of the store.
     """
     label = version if "@v" in version else resolve(store, version, scope=scope).label
-    return versions.verify_version(store, label, trust=trust, base_folder=base, whole_store=not lineage_only)
+    return verify_version(store, label, trust=trust, base_folder=base, whole_store=not lineage_only)
 
 
 def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:

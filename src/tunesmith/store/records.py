@@ -118,7 +118,7 @@ KINDS: Mapping[str, RecordKind] = {
         "every gate with settings, numbers and reason; how often these test rows were used; the outcome",
     ),
     "version": RecordKind(
-        "registry/versions.py",
+        "registry/registration.py",
         ("candidate", "evaluation", "verdict"),
         (*_WEIGHTS, "NOTICE.md"),
         "name, number, tenant, region, signer, override, expiry, everything it was made from, duties of the licences, "
