@@ -33,7 +33,8 @@ from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.jobs import queue
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import advance, start
+from tunesmith.rollout.commands import start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.rollout.traffic import STEP

@@ -20,7 +20,8 @@ from engine_parts.environments import Peer, install
 from engine_parts.report import Line
 from service_parts.kept import Found
 from service_parts.processes import found_by, free_port, listening, script
-from tunesmith.rollout.controller import advance, start
+from tunesmith.rollout.commands import start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store.tokens import issue_token
 

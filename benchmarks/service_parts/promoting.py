@@ -21,7 +21,7 @@ from service_parts.kept import Found
 from service_parts.load import Connection
 from service_parts.processes import found_by, free_port, listening, script
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import promote, rollback, start
+from tunesmith.rollout.commands import promote, rollback, start
 from tunesmith.rollout.settings import RolloutSettings
 
 REQUESTS, CONNECTIONS, MOST_SECONDS = 10_000, 8, 1.0

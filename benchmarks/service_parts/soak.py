@@ -37,8 +37,8 @@ from service_parts.processes import found_by, free_port, script, start, wait_for
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import queue
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.rollout.controller import promote, rollback
-from tunesmith.rollout.controller import start as start_rollout
+from tunesmith.rollout.commands import promote, rollback
+from tunesmith.rollout.commands import start as start_rollout
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.services.copies import migrate

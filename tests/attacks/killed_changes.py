@@ -34,7 +34,7 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
 from tunesmith.registry.verification import verify_version
-from tunesmith.rollout import controller
+from tunesmith.rollout import commands
 from tunesmith.rollout.settings import Step
 from tunesmith.services import users
 from tunesmith.store import database, identities, uploads
@@ -116,10 +116,10 @@ def make(folder: Path) -> Made:
         users.issue_token(store, APPROVER)
         steps = [Step(setWeight=10), Step(setWeight=100)]
         for name, version in (("home", first), ("other", scene.version(4, name="other"))):
-            controller.start(store, name=name, version=version, steps=steps, actor=OWNER)
-        undo = controller.start(store, name="other", version=scene.version(5, name="other"), steps=steps, actor=OWNER)
-        controller.promote(store, undo.id, actor=OWNER)
-        live = controller.start(store, name="home", version=third, steps=steps, actor=OWNER)
+            commands.start(store, name=name, version=version, steps=steps, actor=OWNER)
+        undo = commands.start(store, name="other", version=scene.version(5, name="other"), steps=steps, actor=OWNER)
+        commands.promote(store, undo.id, actor=OWNER)
+        live = commands.start(store, name="home", version=third, steps=steps, actor=OWNER)
         verdict = put_chain(store, seed=7, base=scene.base, dataset=scene.dataset).verdict
         request = prepare_approval(store, unapproved, "ivy")
         envelope = sign(request, keys.load_signing_key(store, identities.get_user(store, "ivy")))
@@ -137,13 +137,11 @@ def make(folder: Path) -> Made:
     operations: dict[str, Operation] = {
         "register, with a first key": lambda s: register(s, name="home", verdict=verdict, actor="eve"),
         "approve": lambda s: submit_approval(s, envelope),
-        "start: champion at once": lambda s: controller.start(
-            s, name="fresh", version=waiting, steps=steps, actor=OWNER
-        ),
-        "promote": lambda s: controller.promote(s, live.id, actor=OWNER),
-        "abort": lambda s: controller.abort(s, live.id, actor=OWNER, reason="no"),
-        "roll back a live rollout": lambda s: controller.rollback(s, name="home", actor=OWNER, reason="no"),
-        "roll back a promotion": lambda s: controller.rollback(s, name="other", actor=OWNER, reason="no"),
+        "start: champion at once": lambda s: commands.start(s, name="fresh", version=waiting, steps=steps, actor=OWNER),
+        "promote": lambda s: commands.promote(s, live.id, actor=OWNER),
+        "abort": lambda s: commands.abort(s, live.id, actor=OWNER, reason="no"),
+        "roll back a live rollout": lambda s: commands.rollback(s, name="home", actor=OWNER, reason="no"),
+        "roll back a promotion": lambda s: commands.rollback(s, name="other", actor=OWNER, reason="no"),
         "recall": lambda s: recall(s, Cause(kind="version", value=third.digest), reason="no", actor=STEWARD),
         "users add, with a key": lambda s: users.add_user(s, "zoe", ["approver"], public_key=pem),
         "users roles": lambda s: users.set_roles(s, "ivy", ["steward"]),

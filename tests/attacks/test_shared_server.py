@@ -19,7 +19,7 @@ from tests.server.test_costs import neighbour
 from tests.server.test_faults import head, raw
 from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import abort
+from tunesmith.rollout.commands import abort
 from tunesmith.server.intake import limits
 from tunesmith.server.recording import Recorder
 from tunesmith.server.routing import Router

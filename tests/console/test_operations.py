@@ -24,7 +24,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import abort
+from tunesmith.rollout.commands import abort
 from tunesmith.services import audit, home, monitoring, operations, users, webhooks
 from tunesmith.store import database
 from tunesmith.store.identities import add_user, get_user

@@ -16,7 +16,8 @@ from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import abort, look, promote
+from tunesmith.rollout.commands import abort, promote
+from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
 from tunesmith.services import rollout_course
 from tunesmith.store import database

@@ -20,7 +20,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.holding import queue
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import start
+from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store import database
 

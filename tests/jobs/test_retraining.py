@@ -25,7 +25,8 @@ from tunesmith.jobs import leases
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.rollout.controller import advance, start
+from tunesmith.rollout.commands import start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
 from tunesmith.services import cases, held, jobs, monitoring, retraining, training, versions

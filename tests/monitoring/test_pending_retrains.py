@@ -8,7 +8,8 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import advance, rollback, start
+from tunesmith.rollout.commands import rollback, start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 
 AT_ONCE = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps

@@ -11,7 +11,8 @@ from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import advance, start
+from tunesmith.rollout.commands import start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store import audit, database
 from tunesmith.store.recalls import recalled

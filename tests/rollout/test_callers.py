@@ -13,7 +13,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.controller import look, start
+from tunesmith.rollout.commands import start
+from tunesmith.rollout.controller import look
 from tunesmith.rollout.settings import Analysis, RolloutSettings
 from tunesmith.rollout.traffic import END_USER_GROUPS, STEP, arms, end_user, usual_callers
 from tunesmith.store import audit, database

@@ -24,9 +24,10 @@ from tunesmith.registry import opening
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.signing.attestations import ENVELOPE
 from tunesmith.registry.versions import Version
-from tunesmith.rollout import controller, transitions
+from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.analysis import Arm
-from tunesmith.rollout.controller import abort, advance, give_up, look, promote, resume, rollback, start
+from tunesmith.rollout.commands import abort, promote, resume, rollback, start
+from tunesmith.rollout.controller import advance, give_up, look
 from tunesmith.rollout.settings import RolloutSettings, Step
 from tunesmith.rollout.state import Rollout, get_rollout, list_rollouts
 from tunesmith.store import audit, database
@@ -699,7 +700,7 @@ def test_other_writers_do_not_wait_for_copies_of_weights(
 def test_what_changes_after_the_files_were_verified_counts(
     first: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    whole, before = controller.check_may_serve, list[str]()
+    whole, before = commands.check_may_serve, list[str]()
 
     def checked(session: Any, store: Store, version: Version, *scope: Scope, **named: Any) -> None:
         whole(session, store, version, *scope, **named)
@@ -712,7 +713,7 @@ def test_what_changes_after_the_files_were_verified_counts(
         else:
             recall(first, version, version.candidate)
 
-    monkeypatch.setattr(controller, "check_may_serve", checked)
+    monkeypatch.setattr(commands, "check_may_serve", checked)
     with pytest.raises(Refused, match="may not sign versions" if lost == "signer" else "was recalled"):
         begin(first, versions[2])
     assert before == ["files"]
@@ -751,7 +752,7 @@ def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: V
         return arm(200, 200), arm(200, 200)
 
     advance(first.store, rollout.id, clock=Time())
-    moved = controller.advance(first.store, rollout.id, clock=Time(), measure=meanwhile_aborted)
+    moved = advance(first.store, rollout.id, clock=Time(), measure=meanwhile_aborted)
     assert (moved.status, moved.reason) == ("aborted", "first")
 
 

@@ -17,7 +17,8 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import controller, preconditions
-from tunesmith.rollout.controller import abort, advance, promote, rollback, start
+from tunesmith.rollout.commands import abort, promote, rollback, start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions
 from tunesmith.rollout.state import Rollout

@@ -25,7 +25,8 @@ from tunesmith.core.errors import Refused
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.analysis import Arm
-from tunesmith.rollout.controller import abort, advance, promote, resume, rollback, start
+from tunesmith.rollout.commands import abort, promote, resume, rollback, start
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import LIVE, Rollout, list_rollouts
 from tunesmith.store import audit, database

@@ -24,7 +24,7 @@ from tests.rollout.conftest import copied, made, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.rollout.controller import start
+from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.app import create_app

@@ -27,7 +27,7 @@ from tunesmith.pipeline.candidates import candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import Version, resolve
-from tunesmith.rollout.controller import start
+from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.server.fine_tuning import event_stream
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, Uploaded, derived, series

@@ -26,7 +26,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.holding import queue
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import list_versions
-from tunesmith.rollout import controller
+from tunesmith.rollout import commands
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.services import held
 from tunesmith.store import database
@@ -57,7 +57,7 @@ def shared(
     if request.param == "postgresql":
         scene.store = moved_to_postgresql(scene.store, str(request.getfixturevalue("postgresql")))
     plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-    controller.start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
+    commands.start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
     yield scene
     scene.store.engine.dispose()
 

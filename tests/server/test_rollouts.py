@@ -17,7 +17,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.controller import abort, resume, rollback
+from tunesmith.rollout.commands import abort, resume, rollback
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server import app as server_app
 from tunesmith.server import routing

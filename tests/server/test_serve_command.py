@@ -20,7 +20,7 @@ from tests.tiny import write_model
 from tunesmith.cli import serve as cli_serve
 from tunesmith.pipeline import PipelineContext
 from tunesmith.project import Project
-from tunesmith.rollout.controller import start
+from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import DEFAULT_STEPS
 from tunesmith.server.settings import ServerSettings
 from tunesmith.store.tokens import issue_token

@@ -28,7 +28,7 @@ from tests.waiting import until
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import list_versions
-from tunesmith.rollout import controller, transitions
+from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.store import audit, database
@@ -54,7 +54,7 @@ class Servers:
     def begin(self, number: int, *steps: dict[str, Any]) -> Rollout:
         version = list_versions(self.scene.store)[number - 1]
         plan = RolloutSettings.model_validate({"steps": list(steps)}).steps
-        return controller.start(self.scene.store, name=NAME, version=version, steps=plan, actor=OPERATOR)
+        return commands.start(self.scene.store, name=NAME, version=version, steps=plan, actor=OPERATOR)
 
     def ask(self, http: httpx.Client, url: str) -> str:
         """The version that answered one request."""
@@ -114,7 +114,7 @@ def shared(
     if request.param == "postgresql":
         scene.store = moved_to_postgresql(scene.store, str(request.getfixturevalue("postgresql")))
     plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-    controller.start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
+    commands.start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
     yield scene
     scene.store.engine.dispose()
 
@@ -184,9 +184,9 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
         try:
             for _ in range(2):
                 rollout = servers.begin(2, {"pause": {}}, {"setWeight": 100})
-                change(lambda: controller.promote(shared.store, rollout.id, actor=OPERATOR), f"{NAME}@v2")  # noqa: B023
+                change(lambda: commands.promote(shared.store, rollout.id, actor=OPERATOR), f"{NAME}@v2")  # noqa: B023
                 back = {"name": NAME, "actor": OPERATOR, "reason": "no"}
-                change(lambda: controller.rollback(shared.store, **back), f"{NAME}@v1")  # noqa: B023
+                change(lambda: commands.rollback(shared.store, **back), f"{NAME}@v1")  # noqa: B023
         finally:
             ended.set()
             for thread in threads:

@@ -1,239 +1,37 @@
-"""The state machine of a rollout.
-
-    running --setWeight, analysis passes--> running        running --pause--> paused --time, resume--> running
-    running --past the last step, promote--> promoted      champion becomes the canary
-    running, paused --analysis fails or does not decide in time, a precondition breaks, abort--> aborted
-    running, paused, promoted --rollback--> rolled_back    champion becomes the version that served before
-
-Each transition is one transaction: it compares the row's revision, changes the row and the alias, and writes the audit
-entry. Weights are copied and verified before it, since all other writers wait for it; the rest is decided inside. A
-controller that is killed leaves the rollout as it was before the transition or after it. The next call of `advance`
-carries on, in any process; several controllers may run at once.
-
-If a name has no champion, or one that may not serve any more, there is nothing to compare with. Then `start` makes the
-version champion at once, still only if it is approved or overridden, and the rollout is promoted from the start.
-
-Every version that gets traffic may serve at that moment (`registry/serving.py`), decided inside the transition's
-transaction. Aborting never needs that: traffic always leaves the canary. If the champion may not serve either, then
-nothing serves, and the transition's entry says so.
-"""
+"""The controller: makes the transitions of a rollout that are due, in any process."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.opening import Verified
-from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.preconditions import (
-    broken_precondition,
-    check_may_serve,
-    point_champion,
-    promotions_to_undo,
-    verify_files,
+from tunesmith.rollout.preconditions import broken_precondition, verify_files
+from tunesmith.rollout.settings import Analysis, Pause
+from tunesmith.rollout.state import Rollout, get_rollout
+from tunesmith.rollout.transitions import (
+    Clock,
+    Overtaken,
+    Transition,
+    make_transition,
+    to_aborted,
+    to_promoted,
+    with_warning,
 )
-from tunesmith.rollout.seen import NOT_SAID, Seen
-from tunesmith.rollout.settings import Analysis, Pause, Step
-from tunesmith.rollout.standing import champion_of, standing_of
-from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
-from tunesmith.rollout.transitions import Overtaken, Transition, apply, make_transition, new_row
-from tunesmith.store import audit, database
-from tunesmith.store.identities import get_user, require
+from tunesmith.store import database
 from tunesmith.store.store import Store
 
 # Seconds. A clock that is set back by less than this was only corrected.
 _CLOCK_CORRECTION = 5.0
 
-Clock = Callable[[], datetime]
 Measure = Callable[[Store, Rollout, str], tuple[Arm, Arm]]
-
-
-# Commands
-
-
-def start(
-    store: Store,
-    *,
-    name: str,
-    version: Version,
-    steps: Sequence[Step],
-    actor: str,
-    main_callers: Sequence[str] | None = None,
-    override: str | None = None,
-    scope: Scope = Scope(),
-    clock: Clock = now,
-) -> Rollout:
-    """Start to move a name's traffic to a version. If nothing serves yet, the version becomes champion at once.
-
-    steps, main_callers: of RolloutSettings. override: the reason to start without an approval; it needs the permission
-    rollout.override and has its own audit entry. Raises Refused if the version may not serve, serves already, or if a
-    rollout of that name is live; UsageError for a version of another name or an unknown caller.
-    """
-    _check_scope(version, name, scope)
-    _check_reason(override)
-    override_by = None if override is None else actor
-    verified: Verified = {}
-    with database.reading(store.engine) as before:
-        require(before, actor, "rollout.start", scope=scope)
-        check_may_serve(before, store, version, scope, override_by=override_by, verified=verified)
-    detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
-    with store.change(actor, "rollout.start", name, detail) as session:
-        # Inside the transaction, so that a role or an approval that was just taken away counts.
-        require(session, actor, "rollout.start", scope=scope)
-        check_may_serve(session, store, version, scope, override_by=override_by, verified=verified)
-        running = live_rollout(session, name, scope)
-        if running is not None:
-            raise Refused(
-                f"rollout {running.id} of {name} is still {running.status}",
-                fix=f"wait for it, or end it: tunesmith rollout abort {running.id}",
-            )
-        champion = get_alias(session, name, "champion", scope)
-        unopposed = _no_rival(session, store, champion, scope)
-        if champion is not None and champion.version == version.digest and unopposed is None:
-            raise Refused(f"{version.label} serves all of {name}'s traffic already")
-        at = clock()
-        if main_callers is None:
-            main_callers = traffic.usual_callers(session, name, scope, at)
-        else:
-            main_callers = [get_user(session, caller).name for caller in main_callers]
-        row = new_row(version, name, scope, champion, steps, actor, main_callers, override, at, unopposed)
-        session.add(row)
-        session.flush()
-        if unopposed is not None:
-            point_champion(session, store, from_row(row), version.digest, actor, override_by)
-        if override is not None:
-            _note_override(session, actor, override, from_row(row), version.digest)
-        callers = None if main_callers is None else list(main_callers)
-        detail.update(rollout=row.id, stable=row.stable, status=row.status, override=override, main_callers=callers)
-        return from_row(row)
-
-
-def resume(
-    store: Store, rollout: int, *, actor: str, reason: str = "", seen: Seen = NOT_SAID, clock: Clock = now
-) -> Rollout:
-    """End the pause of a rollout. reason: for the audit log. Raises Refused if it is not at a pause.
-
-    seen: what the actor looked at, here and below. Raises Refused where that has changed.
-    """
-
-    def decide(session: Session, current: Rollout) -> Transition:
-        _refuse_ended(current)
-        if current.current is None or current.current.pause is None:
-            raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
-        return Transition("rollout.resume", {"status": "running", "step": current.step + 1}, _because(reason))
-
-    return _command(store, rollout, actor, "rollout.resume", decide, clock, seen)
-
-
-def promote(
-    store: Store,
-    rollout: int,
-    *,
-    actor: str,
-    override: str | None = None,
-    reason: str = "",
-    seen: Seen = NOT_SAID,
-    clock: Clock = now,
-) -> Rollout:
-    """Make the canary champion now, and skip the remaining steps. reason: for the audit log.
-
-    override: the reason to promote without what is missing, an analysis or an approval; it needs the permission
-    rollout.override and has its own audit entry. Raises Refused if a remaining step is an analysis or the canary is not
-    approved, unless override gives a reason; if the canary may not be loaded; or if the champion changed since the
-    rollout started.
-    """
-    _check_reason(override)
-
-    def decide(session: Session, current: Rollout) -> Transition:
-        _refuse_ended(current)
-        skipped = [step.kind for step in current.steps[current.step :]]
-        if "analysis" in skipped and override is None:
-            raise Refused(
-                "this rollout has an analysis that has not passed yet",
-                where=_place(current),
-                fix='wait for it, or skip it: --override "why"',
-            )
-        if override is None:
-            return _promotion(current, {"skipped": skipped, "override": None, **_because(reason)})
-        require(session, actor, "rollout.override", scope=current.scope)
-        _note_override(session, actor, override, current, current.canary)
-        # The override replaces the approval only where there is none: an approved canary serves by its approval.
-        approved = standing_of(session, store, current.canary, current.scope).granted
-        detail = {"skipped": skipped, "override": override, **_because(reason)}
-        return _promotion(current, detail, None if approved else actor)
-
-    return _command(store, rollout, actor, "rollout.promote", decide, clock, seen, promotes=True)
-
-
-def abort(store: Store, rollout: int, *, actor: str, reason: str, seen: Seen = NOT_SAID, clock: Clock = now) -> Rollout:
-    """Send all traffic back to stable, which serves if it may. Raises Refused if the rollout has ended already."""
-
-    def decide(_session: Session, current: Rollout) -> Transition:
-        _refuse_ended(current)
-        return _abortion(reason)
-
-    return _command(store, rollout, actor, "rollout.abort", decide, clock, seen)
-
-
-def rollback(
-    store: Store,
-    *,
-    name: str,
-    actor: str,
-    reason: str,
-    override: str | None = None,
-    scope: Scope = Scope(),
-    seen: Seen = NOT_SAID,
-    clock: Clock = now,
-) -> Rollout:
-    """Give a name's traffic back to the version that served before; returns the rollout that was undone.
-
-    If a rollout is live, it ends and the champion stays. Otherwise the champion becomes the version that the newest
-    promotion replaced. If that one may not serve any more, it becomes the one before it. override: the reason to go
-    back to a version that is not approved; it needs the permission rollout.override and has its own audit entry.
-    Raises Refused, with the versions that could serve now, if none that served before may serve.
-    """
-    _check_reason(override)
-    detail: dict[str, Any] = {**scope.fields(), "reason": reason}
-    at = clock()
-    by = None if override is None else actor
-    require(store, actor, "rollout.change", scope=scope)
-    verified = _verified_target(store, name, scope, by)
-    with store.change(actor, "rollout.rollback", name, detail) as session:
-        require(session, actor, "rollout.change", scope=scope)
-        running = live_rollout(session, name, scope)
-        undo = Transition("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
-        if by is not None:
-            require(session, by, "rollout.override", scope=scope)
-        if running is not None:
-            seen.check(session, running)
-            if override is not None:
-                _let_champion_serve(session, store, running, actor, override, verified)
-            return apply(session, running, _with_champion(session, store, running, undo), at, detail)
-        promotions, target, override_by = promotions_to_undo(session, store, name, scope, by, verified)
-        seen.check(session, promotions[0])
-        point_champion(session, store, promotions[0], target, actor, override_by)
-        if override is not None:
-            _note_override(session, actor, override, promotions[0], target)
-        undone = [apply(session, promotion, undo, at, {}) for promotion in promotions]
-        detail |= {"rollout": undone[0].id, "undone": [one.id for one in undone], "champion": target}
-        return undone[0]
-
-
-# The controller
 
 
 def advance(
@@ -257,13 +55,13 @@ def advance(
     try:
         return _make_if_unchanged(store, current, chosen, at)
     except Refused as error:  # it may not be promoted any more: the approval, the champion or a role has changed
-        return _make_if_unchanged(store, current, _abortion(error.what), at)
+        return _make_if_unchanged(store, current, to_aborted(error.what), at)
 
 
 def give_up(store: Store, rollout: int, reason: str, *, clock: Clock = now) -> Rollout:
     """Abort a rollout whose canary cannot be served. The server calls this when it cannot load the canary."""
     current = get_rollout(store, rollout)
-    return _make_if_unchanged(store, current, _abortion(reason), clock()) if current.live else current
+    return _make_if_unchanged(store, current, to_aborted(reason), clock()) if current.live else current
 
 
 def measured_arms(store: Store, rollout: Rollout, metric: str) -> tuple[Arm, Arm]:
@@ -288,7 +86,7 @@ def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: d
             current,
             CONTROLLER,
             chosen.action,
-            lambda session, found: _with_champion(session, store, found, chosen),
+            lambda session, found: with_warning(session, store, found, chosen),
             at,
             expected=current.revision,
             verified=verified,
@@ -301,9 +99,9 @@ def _next_transition(store: Store, rollout: Rollout, at: datetime, measure: Meas
     with database.reading(store.engine) as session:
         problem = broken_precondition(session, store, rollout)
     if problem is not None:
-        return _abortion(problem)
+        return to_aborted(problem)
     if rollout.current is None:
-        return _promotion(rollout, {})
+        return to_promoted(rollout, {})
     waited = (at - datetime.fromisoformat(rollout.began_at)).total_seconds()
     if waited < -_CLOCK_CORRECTION:
         # The step's wait starts again: it may take too long, but never ends too early.
@@ -335,11 +133,11 @@ def _at_analysis(
     if judgement.outcome == "pass":
         return Transition("rollout.pass", {"step": rollout.step + 1}, evidence)
     if judgement.outcome == "fail":
-        return _abortion(judgement.reason, evidence)
+        return to_aborted(judgement.reason, evidence)
     if judgement.exhausted:
-        return _abortion(f"no decision within {analysis.max_requests} canary requests: {judgement.reason}", evidence)
+        return to_aborted(f"no decision within {analysis.max_requests} canary requests: {judgement.reason}", evidence)
     if waited >= analysis.timeout:
-        return _abortion(f"no decision within {analysis.timeout:g} s: {judgement.reason}", evidence)
+        return to_aborted(f"no decision within {analysis.timeout:g} s: {judgement.reason}", evidence)
     return None
 
 
@@ -350,128 +148,3 @@ def _judge(store: Store, rollout: Rollout, analysis: Analysis, measure: Measure)
         reason = f"the metrics could not be read: {type(error).__name__}: {error}"
         return Judgement("inconclusive", reason, analysis.metric, needed=1 / (1 - analysis.confidence))
     return judge(analysis, canary, stable)
-
-
-def _promotion(rollout: Rollout, detail: Mapping[str, Any], override_by: str | None = None) -> Transition:
-    changes = {"status": "promoted", "step": len(rollout.steps), "weight": 100, "reason": ""}
-    about = {"version": rollout.canary, "replaced": rollout.stable, **detail}
-    return Transition("rollout.promote", changes, about, override_by)
-
-
-def _abortion(reason: str, detail: Mapping[str, Any] | None = None) -> Transition:
-    return Transition("rollout.abort", {"status": "aborted", "weight": 0, "reason": reason}, detail or {})
-
-
-def _with_champion(session: Session, store: Store, rollout: Rollout, transition: Transition) -> Transition:
-    """The transition. Its detail says so if it gives traffic back to a champion that may not serve."""
-    if transition.changes.get("status") not in ("aborted", "rolled_back"):
-        return transition
-    try:
-        champion = champion_of(session, store, rollout.name, rollout.scope)
-    except TunesmithError:  # its record cannot be read now, and traffic must leave the canary all the same
-        return transition
-    if champion is None or champion.refused is None:
-        return transition
-    return replace(transition, detail={**transition.detail, "nothing_serves": champion.warning})
-
-
-def _verified_target(store: Store, name: str, scope: Scope, override_by: str | None) -> Verified:
-    """The verified files of the version to which a rollback would give the traffic."""
-    verified: Verified = {}
-    with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
-        if live_rollout(session, name, scope) is None:
-            promotions_to_undo(session, store, name, scope, override_by, verified)
-        elif override_by is not None and (champion := get_alias(session, name, "champion", scope)) is not None:
-            with contextlib.suppress(TunesmithError):  # its files cannot be read now, and the rollout must end
-                verify_files(store, champion.version, scope, verified)
-    return verified
-
-
-def _let_champion_serve(
-    session: Session, store: Store, rollout: Rollout, actor: str, reason: str, verified: Verified
-) -> None:
-    """Let the champion of a rollout's name serve by an override, where it has no standing of its own.
-
-    Leaves alone a champion that no override lets serve, such as a recalled one, or whose files cannot be read now: the
-    rollout must end all the same.
-    """
-    champion = get_alias(session, rollout.name, "champion", rollout.scope)
-    if champion is None:
-        return
-    try:
-        approved = standing_of(session, store, champion.version, rollout.scope).granted
-        by = champion.override_by or None if approved else actor
-        version = load_version(store, champion.version, session)
-        check_may_serve(session, store, version, rollout.scope, override_by=by, verified=verified)
-    except TunesmithError:
-        return
-    point_champion(session, store, rollout, champion.version, actor, by)
-    _note_override(session, actor, reason, rollout, champion.version)
-
-
-def _because(reason: str) -> dict[str, str]:
-    return {"reason": reason} if reason else {}
-
-
-def _note_override(session: Session, actor: str, reason: str, rollout: Rollout, version: str) -> None:
-    about = {"rollout": rollout.id, "version": version, "reason": reason}
-    audit.append(session, actor=actor, action="rollout.override", subject=rollout.name, detail=about)
-
-
-def _check_reason(override: str | None) -> None:
-    if override is not None and not override.strip():
-        raise UsageError("an override needs a reason", fix='--override "why it need not be approved"')
-
-
-def _command(
-    store: Store,
-    rollout: int,
-    actor: str,
-    action: str,
-    decide: Callable[[Session, Rollout], Transition],
-    clock: Clock,
-    seen: Seen,
-    *,
-    promotes: bool = False,
-) -> Rollout:
-    """A transition that a person asks for, decided inside the transaction, so that it never has to be repeated."""
-    current = get_rollout(store, rollout)
-    verified: Verified = {}
-    if promotes and current.live:
-        require(store, actor, "rollout.change", scope=current.scope)
-        verified = verify_files(store, current.canary, current.scope)
-
-    def permitted(session: Session, found: Rollout) -> Transition:
-        require(session, actor, "rollout.change", scope=found.scope)
-        seen.check(session, found)
-        return _with_champion(session, store, found, decide(session, found))
-
-    return make_transition(store, current, actor, action, permitted, clock(), verified=verified)
-
-
-def _check_scope(version: Version, name: str, scope: Scope) -> None:
-    if version.name != name:
-        raise UsageError(f"{version.label} is a version of {version.name}, not of {name}")
-    if not version.scope.covers(scope):
-        raise Refused(
-            f"{version.label} is for {version.scope}",
-            where=str(scope),
-            fix="register it for that tenant and region",
-        )
-
-
-def _no_rival(session: Session, store: Store, champion: Alias | None, scope: Scope) -> str | None:
-    """Why there is no champion to compare a canary with, None if there is one."""
-    if champion is None:
-        return "nothing served before"
-    permission = standing_of(session, store, champion.version, scope)
-    return None if permission.granted else f"the champion {permission.message}"
-
-
-def _refuse_ended(rollout: Rollout) -> None:
-    if not rollout.live:
-        raise Refused(f"rollout {rollout.id} of {rollout.name} is {rollout.status.replace('_', ' ')} already")
-
-
-def _place(rollout: Rollout) -> str:
-    return f"rollout {rollout.id} of {rollout.name}, step {rollout.step + 1} of {len(rollout.steps)}"

@@ -1,26 +1,47 @@
-"""One transition of a rollout: a transaction over its row, the champion and the audit log."""
+"""The state machine of a rollout.
+
+    running --setWeight, analysis passes--> running        running --pause--> paused --time, resume--> running
+    running --past the last step, promote--> promoted      champion becomes the canary
+    running, paused --analysis fails or does not decide in time, a precondition breaks, abort--> aborted
+    running, paused, promoted --rollback--> rolled_back    champion becomes the version that served before
+
+Each transition is one transaction: it compares the row's revision, changes the row and the alias, and writes the audit
+entry. Weights are copied and verified before it, since all other writers wait for it; the rest is decided inside. A
+controller that is killed leaves the rollout as it was before the transition or after it. The next call of `advance`
+carries on, in any process; several controllers may run at once (controller.py). Commands of people make transitions
+too (commands.py).
+
+If a name has no champion, or one that may not serve any more, there is nothing to compare with. Then `start` makes the
+version champion at once, still only if it is approved or overridden, and the rollout is promoted from the start.
+
+Every version that gets traffic may serve at that moment (`registry/serving.py`), decided inside the transition's
+transaction. Aborting never needs that: traffic always leaves the canary. If the champion may not serve either, then
+nothing serves, and the transition's entry says so.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
 from tunesmith.rollout.settings import Step
-from tunesmith.rollout.standing import advice, could_serve
+from tunesmith.rollout.standing import advice, champion_of, could_serve
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
+
+Clock = Callable[[], datetime]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +55,31 @@ class Transition:
     changes: Mapping[str, Any]
     detail: Mapping[str, Any] = field(default_factory=dict)
     override_by: str | None = None
+
+
+def to_promoted(rollout: Rollout, detail: Mapping[str, Any], override_by: str | None = None) -> Transition:
+    """The transition that makes a rollout's canary champion. override_by: as of Transition."""
+    changes = {"status": "promoted", "step": len(rollout.steps), "weight": 100, "reason": ""}
+    about = {"version": rollout.canary, "replaced": rollout.stable, **detail}
+    return Transition("rollout.promote", changes, about, override_by)
+
+
+def to_aborted(reason: str, detail: Mapping[str, Any] | None = None) -> Transition:
+    """The transition that ends a live rollout without a new champion. reason: why."""
+    return Transition("rollout.abort", {"status": "aborted", "weight": 0, "reason": reason}, detail or {})
+
+
+def with_warning(session: Session, store: Store, rollout: Rollout, transition: Transition) -> Transition:
+    """The transition, with a warning in its detail if it gives traffic back to a champion that may not serve."""
+    if transition.changes.get("status") not in ("aborted", "rolled_back"):
+        return transition
+    try:
+        champion = champion_of(session, store, rollout.name, rollout.scope)
+    except TunesmithError:  # its record cannot be read now, and traffic must leave the canary all the same
+        return transition
+    if champion is None or champion.refused is None:
+        return transition
+    return replace(transition, detail={**transition.detail, "nothing_serves": champion.warning})
 
 
 class Overtaken(Exception):

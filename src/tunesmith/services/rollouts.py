@@ -14,7 +14,7 @@ from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
-from tunesmith.rollout import controller
+from tunesmith.rollout import commands, controller
 from tunesmith.rollout.analysis import Outcome
 from tunesmith.rollout.seen import NOT_SAID
 from tunesmith.rollout.seen import Seen as Seen
@@ -100,7 +100,7 @@ def start(
     """
     check_analyses(project, project.settings.rollout.steps)
     found = resolve(project.store, version, scope=scope)
-    rollout = controller.start(
+    rollout = commands.start(
         project.store,
         name=found.name,
         version=found,
@@ -151,7 +151,7 @@ def resume(
     seen: what the actor looked at, here and below: where that has changed, nothing is done.
     """
     number, by = _number(store, which), acting(store, actor)
-    return view_of(store, controller.resume(store, number, actor=by, reason=reason, seen=seen))
+    return view_of(store, commands.resume(store, number, actor=by, reason=reason, seen=seen))
 
 
 def promote(
@@ -165,13 +165,13 @@ def promote(
 ) -> RolloutView:
     """Give the canary all traffic now. override: a reason to skip an analysis that has not passed yet."""
     number, by = _number(store, which), acting(store, actor)
-    return view_of(store, controller.promote(store, number, actor=by, override=override, reason=reason, seen=seen))
+    return view_of(store, commands.promote(store, number, actor=by, override=override, reason=reason, seen=seen))
 
 
 def abort(store: Store, which: str, *, reason: str, actor: str | None = None, seen: Seen = NOT_SAID) -> RolloutView:
     """Give all traffic back to the champion and end the rollout."""
     number, by = _number(store, which), acting(store, actor)
-    return view_of(store, controller.abort(store, number, actor=by, reason=reason, seen=seen))
+    return view_of(store, commands.abort(store, number, actor=by, reason=reason, seen=seen))
 
 
 def rollback(
@@ -186,7 +186,7 @@ def rollback(
 ) -> RolloutView:
     """Give a name's traffic back to the version that served before. override: a reason to do so unapproved."""
     by = acting(store, actor)
-    undone = controller.rollback(store, name=name, actor=by, reason=reason, override=override, scope=scope, seen=seen)
+    undone = commands.rollback(store, name=name, actor=by, reason=reason, override=override, scope=scope, seen=seen)
     return view_of(store, undone)
 
 
