@@ -111,7 +111,7 @@ def test_the_files_of_an_approval_are_read_when_a_rollout_asks(store: Store, ver
     store.blob_path(record.blobs["envelope.json"]).unlink()
     assert asked(store, version) == GRANTED  # the database alone
     with database.reading(store.engine) as session, pytest.raises(Refused, match="is not approved"):
-        check_may_serve(session, store, version, Scope(), override_by=None)
+        check_may_serve(session, store, version, Scope(), override_by=None, verified={})
 
 
 def test_a_failed_candidate_serves_once_approved(store: Store) -> None:

@@ -59,12 +59,12 @@ def start(
     verified: Verified = {}
     with database.reading(store.engine) as before:
         require(before, actor, "rollout.start", scope=scope)
-        check_may_serve(before, store, version, scope, override_by=override_by, verified=verified)
+        check_may_serve(before, store, version, scope, override_by, verified)
     detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
     with store.change(actor, "rollout.start", name, detail) as session:
         # Inside the transaction, so that a role or an approval that was just taken away counts.
         require(session, actor, "rollout.start", scope=scope)
-        check_may_serve(session, store, version, scope, override_by=override_by, verified=verified)
+        check_may_serve(session, store, version, scope, override_by, verified)
         running = live_rollout(session, name, scope)
         if running is not None:
             raise Refused(
@@ -212,7 +212,7 @@ def _verified_target(store: Store, name: str, scope: Scope, override_by: str | N
             promotions_to_undo(session, store, name, scope, override_by, verified)
         elif override_by is not None and (champion := get_alias(session, name, "champion", scope)) is not None:
             with contextlib.suppress(TunesmithError):  # its files cannot be read now, and the rollout must end
-                verify_files(store, champion.version, scope, verified)
+                return verify_files(store, champion.version, scope)
     return verified
 
 
@@ -231,7 +231,7 @@ def _let_champion_serve(
         approved = standing_of(session, store, champion.version, rollout.scope).granted
         by = champion.override_by or None if approved else actor
         version = load_version(store, champion.version, session)
-        check_may_serve(session, store, version, rollout.scope, override_by=by, verified=verified)
+        check_may_serve(session, store, version, rollout.scope, by, verified)
     except TunesmithError:
         return
     point_champion(session, store, rollout, champion.version, actor, by)
@@ -265,17 +265,14 @@ def _command(
 ) -> Rollout:
     """A transition that a person asks for, decided inside the transaction, so that it never has to be repeated."""
     current = get_rollout(store, rollout)
-    verified: Verified = {}
-    if promotes and current.live:
-        require(store, actor, "rollout.change", scope=current.scope)
-        verified = verify_files(store, current.canary, current.scope)
+    require(store, actor, "rollout.change", scope=current.scope)  # before anything is copied
 
     def permitted(session: Session, found: Rollout) -> Transition:
         require(session, actor, "rollout.change", scope=found.scope)
         seen.check(session, found)
-        return with_warning(session, store, found, decide(session, found))
+        return decide(session, found)
 
-    return make_transition(store, current, actor, action, permitted, clock(), verified=verified)
+    return make_transition(store, current, actor, action, permitted, clock(), promotes=promotes)
 
 
 def _check_scope(version: Version, name: str, scope: Scope) -> None:

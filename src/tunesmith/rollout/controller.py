@@ -10,10 +10,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.registry.opening import Verified
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.preconditions import broken_precondition, verify_files
+from tunesmith.rollout.preconditions import broken_precondition
 from tunesmith.rollout.settings import Analysis, Pause
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.rollout.transitions import (
@@ -23,7 +22,6 @@ from tunesmith.rollout.transitions import (
     make_transition,
     to_aborted,
     to_promoted,
-    with_warning,
 )
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -77,19 +75,17 @@ def look(store: Store, rollout: Rollout, measure: Measure = measured_arms) -> Ju
 
 def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: datetime) -> Rollout:
     """Make a transition that was chosen for current, unless the rollout has changed since then."""
-    verified: Verified = {}
-    if chosen.changes.get("status") == "promoted" and current.override is None:
-        verified = verify_files(store, current.canary, current.scope)
+    promotes = chosen.changes.get("status") == "promoted"
     try:
         return make_transition(
             store,
             current,
             CONTROLLER,
             chosen.action,
-            lambda session, found: with_warning(session, store, found, chosen),
+            lambda _session, _found: chosen,
             at,
             expected=current.revision,
-            verified=verified,
+            promotes=promotes,
         )
     except Overtaken:
         return get_rollout(store, current.id)

@@ -39,7 +39,7 @@ def broken_precondition(session: Session, store: Store, rollout: Rollout, overri
 
 
 def promotion_problem(
-    session: Session, store: Store, rollout: Rollout, override_by: str | None, verified: Verified | None = None
+    session: Session, store: Store, rollout: Rollout, override_by: str | None, verified: Verified
 ) -> str | None:
     """Why the canary may not become champion now, None if it may.
 
@@ -50,7 +50,7 @@ def promotion_problem(
     try:
         require(session, rollout.started_by, "rollout.start", scope=rollout.scope)
         canary = load_version(store, rollout.canary, session)
-        check_may_serve(session, store, canary, rollout.scope, override_by=override_by, verified=verified)
+        check_may_serve(session, store, canary, rollout.scope, override_by, verified)
     except (Refused, UsageError) as error:
         return error.what
     return None
@@ -61,9 +61,8 @@ def check_may_serve(
     store: Store,
     version: Version,
     scope: Scope,
-    *,
     override_by: str | None,
-    verified: Verified | None = None,
+    verified: Verified,
 ) -> None:
     """Raise Refused unless a version may serve a scope.
 
@@ -75,13 +74,13 @@ def check_may_serve(
         require_approved(store, version, session, verified)
 
 
-def verify_files(store: Store, version: str, scope: Scope, verified: Verified | None = None) -> Verified:
+def verify_files(store: Store, version: str, scope: Scope) -> Verified:
     """Verify the files of a version (its digest) that may serve a scope, before a transaction that needs it.
 
     Its weights are copied for that, and all other writers would wait. What may not serve is left for the transaction to
-    refuse. verified: is added to. Raises TunesmithError where the files cannot be read or copied now.
+    refuse. Raises TunesmithError where the files cannot be read or copied now.
     """
-    verified = {} if verified is None else verified
+    verified: Verified = {}
     with contextlib.suppress(Refused, UsageError), database.reading(store.engine) as session:
         found = load_version(store, version, session)
         check_may_serve(session, store, found, scope, override_by=None, verified=verified)
@@ -113,8 +112,8 @@ def promotions_to_undo(
     store: Store,
     name: str,
     scope: Scope,
-    override_by: str | None = None,
-    verified: Verified | None = None,
+    override_by: str | None,
+    verified: Verified,
 ) -> tuple[list[Rollout], str, str | None]:
     """The promotions that a rollback undoes, newest first, the digest of the version that served before them, and the
     user by whose override it serves.
@@ -141,7 +140,7 @@ def promotions_to_undo(
         for by in dict.fromkeys((before_by, override_by or before_by)):
             try:
                 before = load_version(store, promotion.stable, session)
-                check_may_serve(session, store, before, scope, override_by=by, verified=verified)
+                check_may_serve(session, store, before, scope, by, verified)
                 return undone, promotion.stable, by
             except (Refused, UsageError) as error:
                 problem = problem or f"the version that served before may not serve now: {error.what}"

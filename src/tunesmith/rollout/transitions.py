@@ -34,7 +34,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
 from tunesmith.registry.opening import Verified
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
+from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem, verify_files
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.standing import advice, champion_of, could_serve
 from tunesmith.rollout.state import Rollout, from_row, state_of
@@ -93,23 +93,27 @@ def make_transition(
     action: str,
     decide: Callable[[Session, Rollout], Transition],
     at: datetime,
+    *,
     expected: int | None = None,
-    verified: Verified | None = None,
+    promotes: bool = False,
 ) -> Rollout:
     """Make one transition, with its audit entry, and return the rollout after it.
 
     decide: (session, the rollout as the transaction finds it) -> the transition; if it raises, nothing changes.
-    expected: the revision that the transition was chosen for, if it was chosen before. verified: of a promotion, the
-    canary's files if they were verified before. Raises Overtaken if the rollout is at another revision, Refused if the
-    transition is a promotion and the canary may not be promoted now.
+    expected: the revision that the transition was chosen for, if it was chosen before. promotes: whether decide may
+    give a promotion: then the canary's files are verified before the transaction. Raises Overtaken if the rollout is at
+    another revision, Refused if the transition is a promotion and the canary may not be promoted now.
     """
+    verified: Verified = {}
+    if promotes and current.live and current.override is None:
+        verified = verify_files(store, current.canary, current.scope)
     detail: dict[str, Any] = {}
     with store.change(actor, action, current.name, detail) as session:
         row = session.get(RolloutRow, current.id)
         found = current if row is None else from_row(row)
         if row is None or expected not in (None, found.revision):
             raise Overtaken
-        transition = decide(session, found)
+        transition = with_warning(session, store, found, decide(session, found))
         if transition.changes.get("status") == "promoted":
             override_by = transition.override_by or (found.started_by if found.override is not None else None)
             problem = broken_precondition(session, store, found, override_by)
