@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -447,26 +445,6 @@ def test_no_registration_without_its_audit_entry(store: Store, chain: Chain, mon
     assert list_versions(store) == []
     assert not verify_version(store, "intents@v1").ok
     assert register(store, name="intents", verdict=chain.verdict, actor="olive").label == "intents@v1"
-
-
-def test_other_writers_do_not_wait_for_copies_of_weights(
-    store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, copied = registration.copy_durably, set[str]()
-
-    def copying(source: Path, target: Path) -> None:
-        copied.add(target.name)
-        with contextlib.closing(sqlite3.connect(store.root / "tunesmith.db", timeout=0)) as other:
-            other.execute("BEGIN IMMEDIATE")  # raises where somebody holds the lock of writers
-            other.rollback()
-        whole(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(registration, "copy_durably", copying)
-        patch.setattr(registration, "private_copy", None)  # what was copied once is not copied again to be verified
-        version = register(store, name="intents", verdict=chain.verdict, actor="olive")
-    assert copied >= {ADAPTER_FILE, CONFIG_FILE}
-    assert verify_version(store, version.label).ok
 
 
 def test_a_number_that_a_folder_bears_is_never_given_again(store: Store, version: Version) -> None:

@@ -19,7 +19,7 @@ from tunesmith.registry.versions import load_version, reading
 from tunesmith.store import identities
 from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
-from tunesmith.store.trust import find_key
+from tunesmith.store.trust import TrustedKey, find_key
 
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
@@ -76,12 +76,18 @@ def still_usable(store: Store, version: Version, release: Release, session: Sess
     if not version == release.version == load_version(store, version.digest, session):
         raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
     may_load(session, version, version.scope).require(version.label)
-    signer = find_key(identities.trusted_keys(session), release.signer.fingerprint)
+    signer = current_signer(session, version, release.signer.fingerprint)
+    check_not_recalled(session, version, release.statement)
+    return replace(release, signer=signer)
+
+
+def current_signer(session: Session, version: Version, fingerprint: str) -> TrustedKey:
+    """The key that signed a version, as it is trusted now. Raises Untrusted if its owner may not sign it any more."""
+    signer = find_key(identities.trusted_keys(session), fingerprint)
     if signer is None:
         raise Untrusted("its key is not trusted here any more", where=version.label, fix="register it again")
     check_signer(version, signer)
-    check_not_recalled(session, version, release.statement)
-    return replace(release, signer=signer)
+    return signer
 
 
 def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:

@@ -1,12 +1,28 @@
-"""Register a judged candidate as the next version of a name: check its evidence, sign it, and record it."""
+"""Register a judged candidate as the next version of a name: check its evidence, sign it, and record it.
+
+Weights are read, signed and uploaded before the write transaction, for which all other writers of the store wait. The
+transaction decides: it checks what may have changed meanwhile, and writes the version's row with its audit entry.
+
+The signature covers the version's number, and the files' keys contain it, so it must be known before the transaction. A
+lock of the name keeps it: one process at a time registers versions of a name, and the others wait.
+
+Without its row a version is not registered and cannot serve. So what a killed process leaves is harmless:
+
+- Killed before `release.json` is uploaded, the last file: the name's next registration replaces the incomplete folder.
+- Killed after that: the same registration by the same user takes the folder up; any other one takes the next number.
+- The record and the notice, small objects named by their content, may stay without a use. Nothing deletes them.
+
+A process that could not renew its lock for a minute loses it to a process on another machine. If it is still uploading,
+the files of the two may be mixed: such a version fails verification and does not serve.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
@@ -15,14 +31,13 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.files import copy_durably, room_for
+from tunesmith.core.files import copy_durably
 from tunesmith.core.scope import Scope
-from tunesmith.core.scratch import scratch_folder
 from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
-from tunesmith.registry.opening import open_release
+from tunesmith.registry.opening import current_signer, open_release
 from tunesmith.registry.risk import Requirement
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.release import (
@@ -39,17 +54,19 @@ from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, p
 from tunesmith.registry.versions import list_versions
 from tunesmith.store import audit, database, identities
 from tunesmith.store.identities import User
+from tunesmith.store.locks import LockHeld
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 from tunesmith.store.trust import signature_entry
 
 _RESTORE = "restore the file from a backup"
+_WAIT_SECONDS = 0.2  # until a registration that waits for another one looks again
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Everything that a version will state except its number, which the transaction chooses."""
+    """Everything that a version will state except its number, which the process that holds the lock chooses."""
 
     name: str
     scope: Scope
@@ -60,10 +77,6 @@ class _Plan:
     blobs: Mapping[str, str]  # the weights' files and the notice
     duties: Mapping[str, Any] | None
     risk: Requirement | None
-
-
-class _Again(Exception):
-    pass
 
 
 def register(
@@ -89,38 +102,39 @@ def register(
     plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at), risk)
     if plan.override is not None:
         identities.require(store, actor, "version.override", scope=scope)
-    signer: User | None = None
-    while True:
-        before = _rows(store, name)
+    with _alone(store, name):
         known = _find_registered(store, plan)
         if known is not None:
             return known
-        signer = signer or keys.ensure_key(store, actor)
-        with contextlib.suppress(_Again):
-            version = _register(store, plan, signer, before)
-            identities.publish_trust(store)
-            return version
+        version = _register(store, plan, keys.ensure_key(store, actor))
+    identities.publish_trust(store)
+    return version
 
 
-def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Version:
-    """Register in one transaction. before: the name's numbers when this verdict was found not to be registered."""
-    private_key = keys.signing_key(store, signer)
+@contextlib.contextmanager
+def _alone(store: Store, name: str) -> Iterator[None]:
+    """Wait until nobody else registers a version of a name, and keep the others waiting."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(store.lock(f"versions of {name}", f"registering a version of {name}"))
+                break
+            except LockHeld:
+                time.sleep(_WAIT_SECONDS)
+        yield
+
+
+def _register(store: Store, plan: _Plan, signer: User) -> Version:
+    """Sign the next version and put its files into the store; then record it, in one transaction."""
+    taken = _rows(store, plan.name)
+    carried_on = _carry_on(store, plan, signer, taken)
+    release = carried_on or _make(store, plan, signer, taken)
+    version, key = release.version, release.signer.fingerprint
     detail: dict[str, Any] = {}
-    made: int | None = None
     try:
-        # The weights are copied before the transaction, for which all other writers wait.
-        with (
-            _blobs_aside(store, plan) as aside,
-            store.change(signer.name, "version.register", plan.name, detail) as session,
-        ):
-            if _rows(session, plan.name) != before:  # another process registered a version: search again
-                raise _Again
-            identities.require(session, signer.name, "version.register", scope=plan.scope)
-            release = _carry_on(store, session, plan, signer)
-            if release is None:
-                release = _make(store, session, plan, signer, private_key, aside)
-                made = release.version.number
-            version, key = release.version, release.signer.fingerprint
+        with store.change(signer.name, "version.register", plan.name, detail) as session:
+            _check_unchanged(session, plan, release, taken)
+            store.index_record(release.record, session)
             row = {"name": plan.name, "number": version.number, **plan.scope.fields(), "digest": version.digest}
             row["key"] = key
             session.add(VersionRow(**row))
@@ -129,10 +143,25 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             detail["risk"] = None if version.risk is None else version.risk.model_dump(mode="json")
     except BaseException:
         # Without a row, the signed folder must not stay. After a commit the row exists.
-        if made is not None and made not in _rows(store, plan.name):
-            store.drop_version(VersionRef(plan.name, made))
+        if carried_on is None and version.number not in _rows(store, plan.name):
+            store.drop_version(version.ref)
         raise
     return version
+
+
+def _check_unchanged(session: Session, plan: _Plan, release: Release, taken: set[int]) -> None:
+    """Raise unless the signer may still register this version, and its number is still free."""
+    if _rows(session, plan.name) != taken:  # this process lost the lock: it could not renew it for a minute
+        raise TunesmithError(
+            f"another process registered a version of {plan.name} meanwhile",
+            where=release.version.label,
+            fix="run the same command again",
+        )
+    actor = release.statement.signer
+    identities.require(session, actor, "version.register", scope=plan.scope)
+    if plan.override is not None:
+        identities.require(session, actor, "version.override", scope=plan.scope)
+    current_signer(session, release.version, release.signer.fingerprint)
 
 
 def _plan(
@@ -179,17 +208,17 @@ def _find_registered(store: Store, plan: _Plan) -> Version | None:
     return None
 
 
-def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Release | None:
+def _carry_on(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release | None:
     """The release in a signed folder that has no database row because its process was killed."""
-    trusted = identities.trusted_keys(session)
-    for number in sorted(_numbers(store, plan.name) - _rows(session, plan.name)):
+    trusted = identities.trusted_keys(store)
+    for number in sorted(_numbers(store, plan.name) - taken):
         with (
             contextlib.suppress(TunesmithError),
             private_copy(store.version_folder(VersionRef(plan.name, number))) as folder,
         ):
             release = check_release(folder, trusted)
             if _states(release, plan, number, signer):
-                store.put_record(release.record, session)
+                store.write_record(release.record)
                 return release
     return None
 
@@ -205,24 +234,14 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _blobs_aside(store: Store, plan: _Plan) -> Iterator[Path]:
-    """A temporary folder with copies of the version's blobs."""
-    work = store.local("work")
-    work.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(work) as scratch:
-        folder = scratch / "blobs"
-        folder.mkdir()
-        for file, digest in plan.blobs.items():
-            copy_durably(store.blob_path(digest), folder / file)
-        yield folder
-
-
-def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path, aside: Path) -> Release:
-    """Build and sign the next version's folder of the blobs in aside, then move its files into the store."""
+def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
+    """Sign the next version in a temporary folder, and move its files into the store."""
+    private_key = keys.signing_key(store, signer)
     # Never the number of an existing folder: a restored older database must not overwrite a release.
-    number = max({0, *_rows(session, plan.name), *_numbers(store, plan.name)}) + 1
+    number = max({0, *taken, *_numbers(store, plan.name)}) + 1
     base = plan.records[plan.parents["candidate"]].parents["base"]
+    with database.reading(store.engine) as session:
+        head = audit.newest(session)
     statement = Statement(
         name=plan.name,
         number=number,
@@ -235,21 +254,24 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         expires_at=plan.expires_at,
         records=sorted(plan.records),
         blobs=sorted(blobs_of(plan.records.values())),
-        audit=audit.newest(session),
+        audit=head,
         duties=None if plan.duties is None else dict(plan.duties),
         marks=marks_of(plan.records, plan.parents["candidate"]),
         risk=plan.risk,
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
-    folder = aside.rename(aside.with_name(f"v{number}"))
-    with room_for(folder):
+    with store.scratch() as scratch:
+        folder = scratch / f"v{number}"
+        folder.mkdir()
+        for file, digest in plan.blobs.items():
+            copy_durably(store.blob_path(digest), folder / file)
         (folder / RELEASE).write_bytes(record.encoded)
         sign_folder(folder, private_key)
         sync_files(folder)
-    release = check_release(folder, identities.trusted_keys(session))  # one that does not verify is not registered
-    # The record first: a complete folder implies its record.
-    store.put_record(record, session)
-    store.put_version(VersionRef(plan.name, number), folder)
+        release = check_release(folder, identities.trusted_keys(store))  # one that does not verify is not registered
+        # The record first: a complete folder implies its record.
+        store.write_record(record)
+        store.put_version(VersionRef(plan.name, number), folder)
     return release
 
 

@@ -24,8 +24,8 @@ from tunesmith.store.tables import HEAD_REVISION, Table
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
 _WRITERS_LOCK = 7_283_019
-# PostgreSQL's settings of a write transaction, which all other writers wait for. The first ends one whose process hangs
-# (long enough to upload a version's files inside it), the others one whose machine is gone.
+# PostgreSQL's settings of a write transaction, which all other writers wait for. The first ends one whose process
+# hangs, the others one whose machine is gone.
 _WRITER = {
     "idle_in_transaction_session_timeout": "30min",
     "tcp_keepalives_idle": "20",

@@ -162,18 +162,30 @@ class Store:
 
         session: index it inside the caller's write transaction, with what else happens there.
         """
+        self.write_record(record)
+        if session is not None:
+            self.index_record(record, session)
+        else:
+            with database.writing(self.engine) as own:
+                self.index_record(record, own)
+        return record.digest
+
+    def write_record(self, record: Record) -> None:
+        """Keep a record's bytes, without its place in the index. Its parents and blobs must be in the store already."""
         for parent in record.parents.values():
             if not self.has_record(parent):
                 raise Refused(f"parent record {short(parent)} is not in the store", where=f"{record.kind} record")
         for blob in record.blobs.values():
             self._require_blob(blob)
         self.blobs.put(_record_key(record.digest), record.encoded)
-        if session is not None:
-            _index(session, record)
-        else:
-            with database.writing(self.engine) as own:
-                _index(own, record)
-        return record.digest
+
+    def index_record(self, record: Record, session: Session) -> None:
+        """Index a record whose bytes are kept, inside the caller's write transaction. Needs the database only."""
+        if session.get(RecordRow, record.digest) is not None:
+            return
+        session.add(RecordRow(digest=record.digest, kind=record.kind, created_at=stamp()))
+        edges = record.parents.items()
+        session.add_all(EdgeRow(child=record.digest, role=role, parent=parent) for role, parent in edges)
 
     def record(self, digest: str, kind: str | None = None, *, cached: bool = True) -> Record:
         """Read a record, compared with its digest and, where given, its kind.
@@ -289,7 +301,7 @@ class Store:
         keys = list(self.blobs.keys("records/"))
         with database.writing(self.engine) as session:
             for key in keys:
-                _index(session, decode(self.blobs.get(key), _digest_of_key(key), self.blobs.where(key)))
+                self.index_record(decode(self.blobs.get(key), _digest_of_key(key), self.blobs.where(key)), session)
         return len(keys)
 
 
@@ -304,13 +316,6 @@ def _blobs(root: Path) -> BlobStore:
     if not given.isdecimal() or int(given) == 0:
         raise UsageError(f"{given!r} is not a number of gigabytes", where="TUNESMITH_BLOBS_CACHE_GB", fix="write 20")
     return S3Blobs(url, root / "cache", int(given) * 10**9)
-
-
-def _index(session: Session, record: Record) -> None:
-    if session.get(RecordRow, record.digest) is not None:
-        return
-    session.add(RecordRow(digest=record.digest, kind=record.kind, created_at=stamp()))
-    session.add_all(EdgeRow(child=record.digest, role=role, parent=parent) for role, parent in record.parents.items())
 
 
 def _blob_key(digest: str) -> str:

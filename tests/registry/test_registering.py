@@ -1,0 +1,170 @@
+"""What a registration does before its transaction, and what counts that changes meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import delete
+
+from tests.fabricate import Chain, put_chain
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
+from tunesmith.registry import registration
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.registration import register
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import list_versions
+from tunesmith.store import database, identities
+from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.store import RELEASE, Store
+from tunesmith.store.tables import LockRow, VersionRow
+
+
+class Interrupted(LocalBlobs):
+    """Calls back when a file with a certain name was put into a version's folder, once."""
+
+    def __init__(self, root: Path, name: str, meanwhile: Callable[[], object]) -> None:
+        super().__init__(root)
+        self._name, self._meanwhile = name, meanwhile
+
+    def put_file(self, key: str, source: Path) -> None:
+        super().put_file(key, source)
+        if key.startswith("versions/") and key.endswith(f"/{self._name}"):
+            self._name = ""
+            self._meanwhile()
+
+
+class Watched(LocalBlobs):
+    """Another writer takes its turn whenever a blob, a record or a version's file is read or written."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.root, self.touched = root, list[str]()
+
+    def path(self, key: str) -> Path:
+        self._watch(key)
+        return super().path(key)
+
+    def folder(self, prefix: str) -> Path:
+        self._watch(prefix)
+        return super().folder(prefix)
+
+    def _watch(self, key: str) -> None:
+        if key.startswith(("blobs/", "records/", "versions/")):  # not the small list of trusted keys
+            self.touched.append(key.rsplit("/", 1)[-1])
+            take_turn(self.root)
+
+
+def take_turn(root: Path) -> None:
+    """Write as another process would. Raises where somebody holds the lock of writers."""
+    with contextlib.closing(sqlite3.connect(root / "tunesmith.db", timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.rollback()
+
+
+def test_other_writers_never_wait_for_weights(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def watch(name: str) -> None:
+        whole = getattr(registration, name)
+
+        def watched(*arguments: Any) -> Any:
+            take_turn(store.root)
+            used.append(name)
+            return whole(*arguments)
+
+        monkeypatch.setattr(registration, name, watched)
+
+    for name in ("check_replay", "check_release", "sign_folder"):
+        watch(name)
+    blobs = Watched(store.root)
+    own = Store(store.root, blobs=blobs)
+    with monkeypatch.context() as patch:
+        patch.setattr(registration, "private_copy", None)  # what was copied once is not copied again to be verified
+        version = register(own, name="intents", verdict=chain.verdict, actor="olive")
+    assert set(blobs.touched) >= {ADAPTER_FILE, CONFIG_FILE, RELEASE}
+    assert used == ["check_replay", "sign_folder", "check_release"]
+    with database.writing(store.engine) as session:  # as after a process that was killed before its transaction
+        session.execute(delete(VersionRow))
+    assert register(own, name="intents", verdict=chain.verdict, actor="olive") == version
+    assert used[3:] == ["check_replay", "check_release"]
+    assert verify_version(store, version.label).ok
+
+
+def test_registrations_of_one_name_take_turns(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = put_chain(store, seed=1).verdict
+    uploading, waiting = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        waiting.set()
+        time.sleep(seconds)
+
+    def until_the_other_waits() -> None:
+        uploading.set()
+        assert waiting.wait(60), "the other registration did not wait"
+
+    monkeypatch.setattr(registration, "time", SimpleNamespace(sleep=sleep))
+    slow = Store(store.root, blobs=Interrupted(store.root, ADAPTER_FILE, until_the_other_waits))
+    identities.acting(store)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(register, slow, name="intents", verdict=chain.verdict, actor="olive")
+        assert uploading.wait(60)
+        elsewhere = register(store, name="lamps", verdict=second, actor="olive")  # another name does not wait
+        assert (elsewhere.label, waiting.is_set()) == ("lamps@v1", False)
+        after = register(store, name="intents", verdict=second, actor="olive")
+        before = first.result()
+    assert (before.label, after.label) == ("intents@v1", "intents@v2")
+    for version, verdict in ((before, chain.verdict), (after, second)):
+        assert version.verdict == verdict
+        assert verify_version(store, version.label).ok
+
+
+@pytest.mark.parametrize(
+    ("roles", "outcome", "override", "left", "said"),
+    [
+        (["engineer"], "pass", None, ["steward"], "it takes engineer"),
+        (["engineer", "admin"], "fail", "a drill", ["engineer"], "it takes admin"),
+    ],
+)
+def test_a_role_that_is_lost_while_weights_are_uploaded_counts(
+    store: Store, roles: list[str], outcome: str, override: str | None, left: list[str], said: str
+) -> None:
+    identities.add_user(store, "eve", roles, actor="olive")
+    verdict = put_chain(store, verdict=outcome).verdict
+
+    def lose() -> None:
+        identities.set_roles(store, "eve", left, actor="olive")
+
+    own = Store(store.root, blobs=Interrupted(store.root, RELEASE, lose))
+    with pytest.raises(Refused, match=said):
+        register(own, name="intents", verdict=verdict, actor="eve", override=override)
+    assert store.version_folders("intents") == []
+    assert list_versions(store) == []
+    assert verify_log(store) == []
+
+
+def test_who_lost_the_lock_registers_nothing(store: Store, chain: Chain) -> None:
+    second = put_chain(store, seed=1).verdict
+
+    def overtake() -> None:
+        with database.writing(store.engine) as session:  # as if it could not be renewed in time
+            session.execute(delete(LockRow))
+        register(store, name="intents", verdict=second, actor="olive")
+
+    own = Store(store.root, blobs=Interrupted(store.root, RELEASE, overtake))
+    with pytest.raises(TunesmithError, match="another process registered a version of intents meanwhile"):
+        register(own, name="intents", verdict=chain.verdict, actor="olive")
+    assert [version.verdict for version in list_versions(store)] == [second]
+    assert [ref.number for ref in store.version_folders("intents")] == [2]
+    assert verify_version(store, "intents@v2").ok
+    assert verify_log(store) == []
+    assert register(store, name="intents", verdict=chain.verdict, actor="olive").label == "intents@v3"
