@@ -30,10 +30,11 @@ from tunesmith.rollout.commands import abort, promote, resume, rollback, start
 from tunesmith.rollout.controller import advance, give_up, look
 from tunesmith.rollout.settings import RolloutSettings, Step
 from tunesmith.rollout.state import Rollout, get_rollout, list_rollouts
+from tunesmith.rollout.traffic import STEP, UNLOADED
 from tunesmith.store import audit, database
 from tunesmith.store.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
-from tunesmith.store.tables import RecallRow, VersionRow
+from tunesmith.store.tables import RecallRow, RequestRow, VersionRow
 
 Versions = dict[int, Version]
 ANALYSIS = {"analysis": {"metric": "json_valid", "timeout": 100, "max_requests": 500}}
@@ -518,9 +519,10 @@ def test_a_rollout_whose_canary_cannot_be_loaded_keeps_its_step(first: Scene, ve
     time = Time()
     seen = []
     rollout = begin(first, versions[2], {"setWeight": 10}, {"pause": {"seconds": 5}}, {"setWeight": 100}, clock=time)
-    for loads in (False, False, False, True, False):
+    for number, loads in enumerate((False, False, False, True, False)):
         time.pass_(9)
-        moved = advance(first.store, rollout.id, clock=time, loads=loads)
+        needed(first, rollout, f"r{number}", loads=loads)
+        moved = advance(first.store, rollout.id, clock=time)
         seen.append((moved.status, moved.step, moved.weight))
     assert seen == [
         ("running", 1, 10),  # so that somebody tries it
@@ -530,7 +532,19 @@ def test_a_rollout_whose_canary_cannot_be_loaded_keeps_its_step(first: Scene, ve
         ("running", 2, 10),
     ]
     recall(first, versions[2])
-    assert advance(first.store, rollout.id, clock=time, loads=False).status == "aborted"
+    assert advance(first.store, rollout.id, clock=time).status == "aborted"
+
+
+def needed(scene: Scene, rollout: Rollout, key: str, *, loads: bool) -> None:
+    """A request that was to go to the canary, on some server."""
+    with database.writing(scene.store.engine) as session:
+        session.add(
+            RequestRow(
+                id=key, at=f"2026-01-01T00:00:0{key[1:]}Z", name=NAME, version=rollout.canary, rollout=rollout.id,
+                arm="canary" if loads else "stable", ok=True, seconds=0.1, scores={},
+                features={STEP: rollout.step} if loads else {STEP: rollout.step, UNLOADED: True},
+            )
+        )  # fmt: skip
 
 
 def test_rollback_is_refused_where_no_version_is_whole(first: Scene, versions: Versions) -> None:

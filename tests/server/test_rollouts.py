@@ -18,6 +18,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, resume, rollback
+from tunesmith.rollout.controller import advance
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server import app as server_app
 from tunesmith.server import routing
@@ -175,6 +176,8 @@ def test_a_canary_that_cannot_be_loaded_now_keeps_its_step(
         rounds(served, 3)
         kept = get_rollout(served.scene.store, rollout.id)
         assert (kept.status, kept.step) == ("running", 2), "stable answered for it, which is no reason to promote it"
+        moved = advance(served.scene.store, rollout.id)  # as another server, which never tried to load it
+        assert (moved.status, moved.step) == ("running", 2)
     assert tried.count(canary) == 1, "the others did not wait for it"
     assert sum("could not be loaded" in record.getMessage() for record in caplog.records) == 1
     served.serving.versions._retries._until.clear()

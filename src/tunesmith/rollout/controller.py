@@ -32,23 +32,23 @@ _CLOCK_CORRECTION = 5.0
 Measure = Callable[[Store, Rollout, str], tuple[Arm, Arm]]
 
 
-def advance(
-    store: Store, rollout: int, *, clock: Clock = now, measure: Measure | None = None, loads: bool = True
-) -> Rollout:
+def advance(store: Store, rollout: int, *, clock: Clock = now, measure: Measure | None = None) -> Rollout:
     """Make at most one transition that is due, and return the rollout after it.
 
-    Without new requests and without enough time it changes nothing, and it never changes a rollout that has ended.
-    measure: (store, rollout, metric) -> (canary, stable), by default from the requests served here. If it raises, there
-    is no evidence, and the analysis does not decide. loads: False where the canary could not be loaded when it was last
-    needed. Then a rollout that gives it traffic keeps its step, unless it ends: stable answers for the canary, which
-    says nothing of it.
+    Without new requests and without enough time it changes nothing, and it never changes a rollout that has ended. If
+    the newest request for the canary came to a server that could not load it, the rollout keeps its step, unless it
+    ends: stable answered for the canary, which says nothing of it. measure: (store, rollout, metric) -> (canary,
+    stable), by default from the requests served here. If it raises, there is no evidence, and the analysis does not
+    decide.
     """
     current = get_rollout(store, rollout)
     if not current.live:
         return current
     at = clock()
     chosen = _next_transition(store, current, at, measure or measured_arms)
-    if chosen is None or (current.weight > 0 and not loads and "step" in chosen.changes):
+    if chosen is None:
+        return current
+    if current.weight > 0 and "step" in chosen.changes and not traffic.canary_loads(store, current.id):
         return current
     try:
         return _make_if_unchanged(store, current, chosen, at)

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, Text, case, cast, false, func, select
+from sqlalchemy import Select, Text, case, cast, false, func, or_, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.scope import Scope
@@ -32,6 +32,7 @@ from tunesmith.store.tables import RequestRow
 
 STEP = "step"  # the key in a request's features that holds the step it was routed under
 LEFT = "left"  # true among a request's features: its client left before it saw any text
+UNLOADED = "unloaded"  # true among them: stable answered it, since the canary could not be loaded
 END_USER_GROUPS = 20
 # A caller that makes this share of a name's traffic, day by day, is its main caller.
 _MAIN_SHARE, _MAIN_DAYS = 0.8, 7
@@ -103,6 +104,14 @@ def first_of_step(store: Store, rollout: int, step: int, metric: str, most: int)
     with database.reading(store.engine) as session:
         rows = session.execute(_of_step(rollout, step, metric).order_by(RequestRow.at).limit(most)).all()
     return [Counted._make((*row, 1)) for row in rows]
+
+
+def canary_loads(store: Store, rollout: int) -> bool:
+    """Whether the canary could be loaded for the newest request that needed it, on any server. True without one."""
+    unloaded = func.coalesce(RequestRow.features[UNLOADED].as_boolean(), false())
+    needed = select(RequestRow.arm).where(RequestRow.rollout == rollout, or_(RequestRow.arm == "canary", unloaded))
+    with database.reading(store.engine) as session:
+        return session.scalar(needed.order_by(RequestRow.at.desc()).limit(1)) in (None, "canary")
 
 
 def _of_step(rollout: int, step: int, metric: str) -> Select[Any]:

@@ -224,8 +224,7 @@ def _go_on(serving: Serving, what: str) -> Iterator[None]:
 def _advance(serving: Serving, rollout: Rollout) -> tuple[Rollout, float]:
     """(the rollout as it is now, seconds of processor time that the check took)."""
     began = time.thread_time()
-    loads = rollout.canary not in serving.versions.failed
-    return advance(serving.store, rollout.id, loads=loads), time.thread_time() - began
+    return advance(serving.store, rollout.id), time.thread_time() - began
 
 
 async def _note_use(serving: Serving) -> None:

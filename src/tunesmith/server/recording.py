@@ -26,7 +26,7 @@ from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, delete_case, put_case
 from tunesmith.monitoring.keeping import CaseKeeper, CaseTexts, NotKept
-from tunesmith.rollout.traffic import LEFT, STEP, end_user
+from tunesmith.rollout.traffic import LEFT, STEP, UNLOADED, end_user
 from tunesmith.server.errors import ApiError, bad_request, forbidden, keeps_nothing, not_stored, unknown_request
 from tunesmith.server.intake import limits
 from tunesmith.server.metrics import Metrics
@@ -347,6 +347,8 @@ class Recorder:
         features: dict[str, Any] = dict(served.features)
         if served.route.step is not None:
             features[STEP] = served.route.step
+        if served.route.unloaded:
+            features[UNLOADED] = True
         if completion is not None and not served.whole and not completion.text:
             features[LEFT] = True
         return {

@@ -64,6 +64,7 @@ class Route:
     """The version that answers a request. arm: stable, canary or pinned.
 
     stable: the version that answers if the canary cannot be loaded; None unless arm is canary.
+    unloaded: it answers for that reason, and arm is stable now.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Route:
     rollout: int | None = None
     step: int | None = None
     stable: Version | None = None
+    unloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

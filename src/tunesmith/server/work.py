@@ -314,7 +314,7 @@ class Worker:
                 raise not_available(job.request.model, f"{route.version.label} {why}") from error
             if isinstance(error, TunesmithError) and not load_may_pass(error):
                 self._give_up(route.rollout, f"the canary could not be loaded: {error.what}")
-            job.route = replace(route, version=route.stable, arm="stable", stable=None)
+            job.route = replace(route, version=route.stable, arm="stable", stable=None, unloaded=True)
             return self._ready(job)
 
     def _generation(self, job: Job, answerer: Answerer) -> Generation:
