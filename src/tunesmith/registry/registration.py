@@ -62,6 +62,7 @@ from tunesmith.store.trust import signature_entry
 
 _RESTORE = "restore the file from a backup"
 _WAIT_SECONDS = 0.2  # until a registration that waits for another one looks again
+_MOST_SECONDS = 1800.0  # that it waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +114,17 @@ def register(
 
 @contextlib.contextmanager
 def _alone(store: Store, name: str) -> Iterator[None]:
-    """Wait until nobody else registers a version of a name, and keep the others waiting."""
+    """Wait until nobody else registers a version of a name, and keep the others waiting. Raises LockHeld after half an
+    hour: the process that holds it may have been paused."""
+    until = time.monotonic() + _MOST_SECONDS
     with contextlib.ExitStack() as held:
         while True:
             try:
                 held.enter_context(store.lock(f"versions of {name}", f"registering a version of {name}"))
                 break
             except LockHeld:
+                if time.monotonic() > until:
+                    raise
                 time.sleep(_WAIT_SECONDS)
         yield
 
