@@ -1,12 +1,46 @@
-"""How sure a base is of an answer that is a label."""
+"""How long answers take, and how sure a base is of an answer that is a label."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tunesmith.candidates.asking import _confidence
+from tests.fabricate import example, put_base, put_dataset
+from tunesmith.candidates import answering, asking
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.asking import _confidence, ask_rows
+from tunesmith.candidates.baselines import Baseline, make_baseline
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.data.dataset import Example
+from tunesmith.store.store import Store
+
+
+def test_building_a_baseline_is_no_time_of_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving builds it once: 20 requests would bear what is then shared by all."""
+    store, now = Store(tmp_path / "store"), [0.0]
+    rows = [example(f"light {number} on", {"on": True}, f"g{number}") for number in range(6)]
+    candidate = Candidate(
+        name="nearest", base=put_base(store), max_tokens=8, dataset=put_dataset(store, rows), method="nearest"
+    )
+
+    def slow(method: str, examples: Sequence[Example]) -> Baseline:
+        now[0] += 1000.0
+        return make_baseline(method, examples)
+
+    def tick() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(answering, "make_baseline", slow)
+    monkeypatch.setattr(asking, "time", SimpleNamespace(perf_counter=tick))
+    found = ask_rows(Answerer(store, None, candidate), rows, tmp_path / "work", "asked")
+    assert [line["text"] for line in found.lines] == [row.answer for row in rows]
+    assert now[0] > 1000.0
+    assert found.seconds == 1.0
 
 
 @pytest.mark.parametrize(

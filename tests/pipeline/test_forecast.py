@@ -246,6 +246,21 @@ def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch
     assert (unbroken.score, unbroken.lift, unbroken.subsets) == (found.score, found.lift, found.subsets)
 
 
+def test_building_a_baseline_is_spent_time_and_no_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving builds a baseline once, however many requests come."""
+    project, clock, make = write_large(tmp_path / "p"), Slow(1.0), held_out.make_baseline
+
+    def slow(*given: Any) -> Any:
+        clock.now += 100.0
+        return make(*given)
+
+    monkeypatch.setattr(held_out, "make_baseline", slow)
+    context = PipelineContext(project)
+    found = project.store.record(curve(context, "tuned", 100_000.0, clock=clock)).body["untuned"]["nearest"]
+    assert found["seconds"] > 100.0
+    assert found["price"]["seconds_per_1000"] < 500.0
+
+
 def test_time_before_a_kill_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that goes on from its checkpoint states seconds in which this process did not run."""
     run = training_module.run_training

@@ -98,6 +98,14 @@ class Answerer:
         assert self._engine is not None
         return self._engine
 
+    def prepare(self, messages: Sequence[Message], caller: Caller) -> None:
+        """Build what only the first answer waits for: the baseline, or the index of examples or passages.
+
+        A server builds it once, so evaluations call this before they time answers.
+        """
+        _ = self.responder
+        self.composer.retrieved(messages, caller)
+
     @cached_property
     def _constraint(self) -> Constraint:
         return Constraint(self._candidate)

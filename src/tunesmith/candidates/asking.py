@@ -44,7 +44,10 @@ class Request(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Answers to rows. lines: one per row (id, text, finish, tokens). expected: estimated seconds."""
+    """Answers to rows. lines: one per row (id, text, finish, tokens). expected: estimated seconds.
+
+    seconds: without building a baseline or an index, which serving builds once.
+    """
 
     lines: list[dict[str, Any]]
     seconds: float
@@ -86,6 +89,7 @@ def ask_rows(
         for number, chunk in enumerate(_chunks(examples)):
             kept = work / f"{number:05d}.json"
             if not kept.is_file():
+                answerer.prepare(chunk[0].request, answerer.composer.asked_as)
                 began = time.perf_counter()
                 asked = [answerer.generation(example.request, answerer.composer.asked_as) for example in chunk]
                 given = answerer.responder.generate(asked, answerer.adapter)
