@@ -277,10 +277,10 @@ def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Ver
         )
     for text in ("intents@v1", "intents@champion", version.digest, version.digest[7:15], version.digest[:15]):
         assert resolve(store, text) == version
-    for text in ("intents@v2", "others@v1", "intents@challenger", "f" * 64):
+    for text in ("intents@v2", "others@v1", "others@champion", "f" * 64):
         with pytest.raises(UsageError, match="there is no version"):
             resolve(store, text)
-    for text in ("intents", "intents@", "intents@v0", "intents@latest", "../x@v1", "%", "____", "abc", ""):
+    for text in ("intents", "intents@", "intents@v0", "intents@latest", "intents@challenger", "../x@v1", "%", "____", "abc", ""):
         with pytest.raises(UsageError, match="is not a"):
             resolve(store, text)
 
@@ -300,7 +300,7 @@ def test_a_version_of_another_scope_does_not_exist(store: Store, chain: Chain) -
         )
     nothing = {
         "intents@v1": "intents@v9",
-        "intents@champion": "intents@challenger",
+        "intents@champion": "others@champion",
         version.digest: "sha256:" + "0" * 64,
         version.digest[7:19]: "0" * 12,
     }
