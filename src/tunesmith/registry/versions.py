@@ -113,7 +113,9 @@ def register(
     expires_at: str | None = None,
     risk: Requirement | None = None,
 ) -> Version:
-    """Sign a judged candidate as the next version of a name. The same verdict, risk and end again give the same version.
+    """Sign a judged candidate as the next version of a name.
+
+    The same verdict and risk again give the same version, unless another end is stated.
 
     verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
     the version states it). expires_at: ISO 8601 with a time zone. risk: what it takes to serve; None takes one
