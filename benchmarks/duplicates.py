@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from leakage import FOLDER
 from tunesmith.data.splitting.duplicates import near_text, normalise
 from tunesmith.data.splitting.similarity_join import similar_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.data.trigrams import shingles
 
-FOLDER = Path(__file__).parents[2] / "shared" / "data" / "snips"
+SNIPS = FOLDER / "snips"
 Pairs = set[tuple[int, int]]
 
 
@@ -90,7 +91,7 @@ def _ordered(pairs: Iterable[tuple[int, int]]) -> Pairs:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("folder", type=Path, nargs="?", default=SNIPS)
     parser.add_argument("--threshold", type=float, default=0.8)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 from collections import defaultdict
@@ -25,7 +26,7 @@ from tunesmith.data.splitting.groups import wording_group
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.data.trigrams import jaccard, shingles
 
-FOLDER = Path(__file__).parents[2] / "shared" / "data"
+FOLDER = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 NEAR = 0.8
 Row = tuple[str, str]  # request, answer
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from leakage import FOLDER
 from tunesmith.data.dataset import load_dataset
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.judging import WIDEST_BITS
@@ -35,7 +36,6 @@ from tests.evaluation import scenes
 from tests.evaluation.faults import clean
 from tests.evaluation.probing import Bench
 
-FOLDER = Path(__file__).parents[2] / "shared" / "data"
 PARTS = ("canaries", "faults", "honest", "published")
 PLANTED = CanarySettings(each=20, repeats=(1, 4, 16), controls=128)
 

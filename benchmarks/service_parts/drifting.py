@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from engine_parts.environments import Peer, install
 from engine_parts.report import Line
+from leakage import FOLDER
 from service_parts.kept import Found
-from service_parts.processes import HERE, ROOT, found_by
+from service_parts.processes import HERE, found_by
 from tunesmith.candidates.retrieval import example_index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
@@ -26,7 +27,7 @@ from tunesmith.monitoring.features import request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 
 EVIDENTLY = Peer("evidently", "evidently==0.7.23", also=("pandas<3",))
-CORPUS = ROOT.parent / "shared" / "data" / "clinc150" / "data_data_full.json"
+CORPUS = FOLDER / "clinc150" / "data_data_full.json"
 WINDOW, EVERY, WHOLE, WINDOWS, STREAMS, THEIRS, AT_ONCE = 500, 50, 40, 10_000, 200, 60, 1_000
 SETTINGS = MonitoringSettings()
 

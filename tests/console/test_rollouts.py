@@ -19,7 +19,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
-from tunesmith.services import rollout_course
+from tunesmith.services import rollout_course, version_pages
 from tunesmith.store import database
 from tunesmith.store.identities import add_user, get_user
 from tunesmith.store.tables import RequestRow
@@ -39,6 +39,8 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     store = served.scene.store
     rollout = served.begin(versions[2], *STEPS)
     served.until(rollout, lambda now: now.step == 1)
+    (rolling,) = version_pages.page_of_versions(store, get_user(store, OWNER), state="rolling out").versions
+    assert rolling.digest == versions[2].digest
     page = login(OPERATOR, "/console/rollouts")
     answers_yes(page)
     check_accessible(page)

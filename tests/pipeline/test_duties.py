@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.tiny import write_model
 from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused
@@ -19,6 +20,7 @@ from tunesmith.registry.opening import open_release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
 from tunesmith.services.data import build
+from tunesmith.services.new_project import make_project
 from tunesmith.store.store import Store
 
 CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
@@ -88,6 +90,21 @@ def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Pa
         open_release(store, load_version(store, found.digest or store.records_of("version")[0])),
     ):
         pass
+
+
+def test_a_new_project_admits_the_custom_licence_that_it_is_given(tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    found = [row | {"template": row["template"].partition(" ")[2]} for row in rows()]  # on and off together
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    folder, base = tmp_path / "p", str(write_model(tmp_path / "model"))
+    make_project(folder, data=data, licence="LicenseRef-Acme", base=base)
+    assert yaml.safe_load((folder / "tunesmith.yaml").read_text())["data"]["licences"] == {"allow": ["LicenseRef-Acme"]}
+    project = Project.load(folder)
+    build(project)
+    (dataset,) = project.store.records_of("dataset")
+    assert project.store.record(dataset).body["duties"]["unknown"] == ["LicenseRef-Acme"]
+    with pytest.raises(Refused, match="non-commercial"):
+        make_project(tmp_path / "q", data=data, licence="LicenseRef-Acme AND CC-BY-NC-4.0", base=base)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from tests.postgresql_server import moved_to_postgresql
 from tests.registry.conftest import Template
 from tests.registry.test_aliases import (  # noqa: F401
-    test_a_champion_needs_an_approval_and_a_challenger_does_not,
+    test_a_champion_needs_an_approval,
     test_a_decision_on_an_older_state_is_refused,
     test_an_alias_changed_behind_the_logs_back_shows,
     test_an_alias_cleared_in_between_counts_as_changed,

@@ -84,6 +84,10 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
     elsewhere = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme"))
     assert [found.label for found in list_versions(store)] == ["intents@v1", "intents@v2", "intents@v3"]
     assert (second.number, elsewhere.number, elsewhere.tenant) == (2, 3, "acme")
+    end = "2999-01-31T00:00:00Z"
+    limited = register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=end)
+    assert (limited.number, limited.expires_at) == (4, end)
+    assert register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=end) == limited
 
 
 def test_a_list_reads_the_newest_versions_only(
@@ -269,10 +273,10 @@ def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Ver
         )
     for text in ("intents@v1", "intents@champion", version.digest, version.digest[7:15], version.digest[:15]):
         assert resolve(store, text) == version
-    for text in ("intents@v2", "others@v1", "intents@challenger", "f" * 64):
+    for text in ("intents@v2", "others@v1", "others@champion", "f" * 64):
         with pytest.raises(UsageError, match="there is no version"):
             resolve(store, text)
-    for text in ("intents", "intents@", "intents@v0", "intents@latest", "../x@v1", "%", "____", "abc", ""):
+    for text in ("intents", "intents@", "intents@v0", "intents@challenger", "../x@v1", "%", "____", "abc", ""):
         with pytest.raises(UsageError, match="is not a"):
             resolve(store, text)
 
@@ -292,7 +296,7 @@ def test_a_version_of_another_scope_does_not_exist(store: Store, chain: Chain) -
         )
     nothing = {
         "intents@v1": "intents@v9",
-        "intents@champion": "intents@challenger",
+        "intents@champion": "others@champion",
         version.digest: "sha256:" + "0" * 64,
         version.digest[7:19]: "0" * 12,
     }

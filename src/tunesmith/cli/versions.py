@@ -83,7 +83,7 @@ def register_version(
 
 def approve(
     here: Acting,
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@challenger, or the start of a version's digest.")],
+    version: Annotated[str, typer.Argument(help="NAME@v3, or the start of a version's digest.")],
     reason: Annotated[str, typer.Option("--reason", help="Why; required where the gates were overridden.")] = "",
     tenant: Tenant = "",
     region: Region = "",
@@ -109,7 +109,8 @@ def refuse(
     server: Server = None,
     key: Key = None,
 ) -> None:
-    """Refuse a version with your signature. It serves no request until an approver approves it after that."""
+    """Refuse a version with your signature. It serves no request until as many people approve it again as its risk
+    class takes."""
     from tunesmith.services import versions
     from tunesmith.services.rollouts import refused_champions
 

@@ -180,7 +180,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
 
 
 def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
-    """A registered version as a candidate of this name. text: champion, challenger, or as `resolve` takes it.
+    """A registered version as a candidate of this name. text: champion, or as `resolve` takes it.
 
     Raises UsageError where there is none, Refused for one that may not be loaded or was made from another base.
     """

@@ -1,4 +1,4 @@
-"""Aliases, champion and challenger: the version that a name means now, for a tenant and region.
+"""The alias champion: the version that a name means now, for a tenant and region.
 
 An alias changes by compare-and-set on its revision, inside the caller's transaction. Each change writes an audit entry,
 so the audit log is the alias's history.
@@ -15,13 +15,13 @@ from sqlalchemy.orm import Session
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name
-from tunesmith.registry.serving import may_load, may_serve
+from tunesmith.registry.serving import may_serve
 from tunesmith.registry.signing.release import Version
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow
 
-ALIASES = ("champion", "challenger")
+ALIASES = ("champion",)
 
 
 class Alias(BaseModel):
@@ -77,20 +77,16 @@ def set_alias(
     """Point an alias at a version, or nowhere (None), if its revision is still the expected one.
 
     session: a write transaction (Store.change). expected: revision_of when the caller decided. override_by: the user
-    who lets a champion serve without an approval. Raises Refused where another change came first, where the version is
-    another name's, or where it may not be loaded for this scope or, as champion, may not serve it (serving.py).
+    who lets the version serve without an approval. Raises Refused where another change came first, where the version
+    is another name's, or where it may not serve this scope (serving.py).
     """
     if alias not in ALIASES:
-        raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"aliases are {', '.join(ALIASES)}")
+        raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"the alias is {ALIASES[0]}")
     check_name(name, "version name")
     if version is not None:
         if version.name != name:
             raise Refused(f"{version.label} is not a version of {name}", fix="register it under that name")
-        if alias == "champion":
-            permission = may_serve(session, version, scope=scope, override_by=override_by)
-        else:  # what a challenger is compared for may be its approval
-            permission = may_load(session, version, scope)
-        permission.require(version.label)
+        may_serve(session, version, scope=scope, override_by=override_by).require(version.label)
     points: dict[str, Any] = {"version": version.digest if version else "", "override_by": override_by or ""}
     place: dict[str, Any] = {"name": name, "alias": alias, **scope.fields()}
     if expected == 0 and session.get(AliasRow, tuple(place.values())) is None:

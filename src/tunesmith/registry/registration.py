@@ -91,7 +91,9 @@ def register(
     expires_at: str | None = None,
     risk: Requirement | None = None,
 ) -> Version:
-    """Sign a judged candidate as the next version of a name. The same verdict and risk again give the same version.
+    """Sign a judged candidate as the next version of a name.
+
+    The same verdict and risk again give the same version, unless another end is stated.
 
     verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
     the version states it). expires_at: ISO 8601 with a time zone. risk: what it takes to serve; None takes one
@@ -204,9 +206,14 @@ def _plan(
 
 
 def _find_registered(store: Store, plan: _Plan) -> Version | None:
-    """The version already made from this verdict and risk class, unless it expired or its signer may not sign now."""
+    """The version already made from this verdict and risk class, unless it expired or its signer may not sign now.
+
+    Where the plan states an end, one with another end is a different version.
+    """
     for version in list_versions(store, plan.name):
         if (version.verdict, version.scope, version.risk) != (plan.parents["verdict"], plan.scope, plan.risk):
+            continue
+        if plan.expires_at not in (None, version.expires_at):
             continue
         with contextlib.suppress(Untrusted, Expired), open_release(store, version):
             return version

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session | None = None) -> Version:
-    """The version that text names: `name@v3`, `name@champion`, `name@challenger` or the start of a digest.
+    """The version that text names: `name@v3`, `name@champion` or the start of a digest.
 
     scope: the caller's. A version of another tenant or region is treated like one that does not exist. session: read
     through the caller's. Raises UsageError where there is none, or several.

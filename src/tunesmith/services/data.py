@@ -78,7 +78,7 @@ class QualityReport(View):
 
 
 def build(project: Project, *, progress: Progress = SILENT, shards: ShardRunner | None = None) -> DatasetSummary:
-    """Read, check, clean, split and seal the project's sources. shards: reads the files; this machine by default."""
+    """Read, check, clean, split and freeze the project's sources. shards: reads the files; this machine by default."""
     digest = PipelineContext(project, progress, shards=shards or LocalRunner()).dataset.digest
     return dataset_summary(project.store, digest)
 

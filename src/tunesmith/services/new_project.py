@@ -31,7 +31,7 @@ from tunesmith.data.dataset import SPLITS
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.row_formats import format_of, read_turns
 from tunesmith.data.formats.turns import conversation, objection
-from tunesmith.data.governance.licences import permitted
+from tunesmith.data.governance.licences import custom_ids, permitted
 from tunesmith.data.settings import Licences, Source, Split
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
@@ -81,14 +81,15 @@ def make_project(
 ) -> NewProject:
     """Write a project around a file of rows. Overwrites nothing, and leaves nothing behind where it is refused.
 
-    name: of the versions, by default the folder's. rename: a key of the rows -> the key that a format knows.
-    Raises UsageError where there is a project already or the rows cannot be read, Refused for a licence that the
+    licence: of the rows; the project admits each LicenseRef-... in it. name: of the versions, by default the folder's.
+    rename: a key of the rows -> the key that a format knows.
+    Raises UsageError where there is a project already or the rows cannot be read, Refused for another licence that the
     default policy does not allow.
     """
     root = directory.absolute()
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
-    permitted(licence, Licences(), "--licence")
+    permitted(licence, Licences(allow=custom_ids(licence)), "--licence")
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)  # the rows are found from there
     try:
@@ -270,11 +271,13 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
     if is_json:
         gates["valid"] = {"metric": "json_valid", "at_least": 0.99}
     gates["forgetting"] = {"suite": "general", "drop_at_most": 0.10}
+    custom = list(custom_ids(source.licence or ""))
     settings = {
         "name": name,
         "base": base,
         "data": {
             "sources": [source.model_dump(mode="json", exclude_defaults=True)],
+            **({"licences": {"allow": custom}} if custom else {}),
             **({"key_order": "request"} if looked.reordered else {}),
             "split": split,
             "review": "review.jsonl",

@@ -23,13 +23,14 @@ from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.signing.release import Version
+from tunesmith.rollout.state import LIVE
 from tunesmith.services.data import datasheet
 from tunesmith.services.versions import RegisteredVersion, approvals_for, registered
 from tunesmith.store import database
 from tunesmith.store.identities import User
 from tunesmith.store.scoping import visible
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, KeyRow, RecordRow, VersionRow
+from tunesmith.store.tables import AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 
 PAGE = 50
 State = Literal["serving", "rolling out", "approved", "waiting", "refused", "recalled", "expired", "untrusted"]
@@ -221,7 +222,7 @@ def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[
     permissions = serving.permissions(session, found)
     aliases = list_aliases(store)
     champions = {alias.version: alias for alias in aliases if alias.alias == "champion"}
-    challengers = {alias.version for alias in aliases if alias.alias == "challenger"}
+    canaries = set(session.scalars(select(RolloutRow.canary).where(RolloutRow.status.in_(LIVE))))
     listed = []
     for version in found:
         permission = permissions[version.digest]
@@ -229,7 +230,7 @@ def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[
         champion = champions.get(version.digest)
         if champion is not None and (state == "approved" or (state == "waiting" and champion.override_by)):
             state = "serving"
-        elif version.digest in challengers and state == "approved":
+        elif version.digest in canaries and state in ("approved", "waiting"):
             state = "rolling out"
         kept = version.model_dump(include=set(ListedVersion.model_fields))
         listed.append(ListedVersion(version=version.label, state=state, why=permission.message, **kept))

@@ -142,7 +142,9 @@ def approve(
 def refuse(
     store: Store, version: str, *, reason: str, actor: str | None = None, scope: Scope = Scope()
 ) -> RecordedDecision:
-    """Refuse a version with the actor's signature: it serves no request until an approver approves it after that."""
+    """Refuse a version with the actor's signature: it serves no request until as many people approve it again as its
+    risk class takes.
+    """
     found, recorded = _decide(store, version, "refuse", reason, actor, scope)
     return _recorded(store, found, recorded)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.governance.licences import Credit, duties, permitted
+from tunesmith.data.governance.licences import Credit, custom_ids, duties, permitted
 from tunesmith.data.settings import Licences
 
 
@@ -16,6 +16,7 @@ from tunesmith.data.settings import Licences
         ("MIT", "MIT"),
         ("mit or cc-by-nc-4.0", "MIT OR CC-BY-NC-4.0"),
         ("MIT AND (CC0-1.0 OR GPL-3.0-only)", "MIT AND (CC0-1.0 OR GPL-3.0-only)"),
+        ("mit or LicenseRef-Our-Own", "MIT OR LicenseRef-Our-Own"),
     ],
 )
 def test_allowed(given: str, spelling: str) -> None:
@@ -35,7 +36,9 @@ def test_allowed(given: str, spelling: str) -> None:
         ("CC-BY-ND-4.0", "forbids sharing derived"),
         ("SSPL-1.0", "are not known"),
         ("Apache-2.0 WITH LLVM-exception", "are not known"),
-        ("LicenseRef-Our-Own", "not an SPDX licence id"),
+        ("LicenseRef-Our-Own", r"data\.licences\.allow does not list LicenseRef-Our-Own"),
+        ("MIT AND LicenseRef-Our-Own", r"data\.licences\.allow does not list LicenseRef-Our-Own"),
+        ("licenseref-our-own", "not an SPDX licence id"),
         ("free for all", "no"),
         ("MIT AND", "not an SPDX expression"),
         ("MIT; rm -rf /", "not an SPDX expression"),
@@ -62,6 +65,22 @@ def test_the_policy_is_by_use_and_by_name() -> None:
         permitted("MIT", Licences(refuse=("MIT",)), "rows")
     with pytest.raises(Refused, match="non-commercial"):
         permitted("CC-BY-NC-SA-4.0", Licences(share_alike=True), "rows")
+
+
+@pytest.mark.parametrize(
+    ("given", "custom"),
+    [
+        ("LicenseRef-Own", ("LicenseRef-Own",)),
+        ("MIT AND LicenseRef-Own", ("LicenseRef-Own",)),
+        ("MIT OR LicenseRef-Own", ()),  # MIT is enough
+        ("MIT", ()),
+        ("", ()),
+        ("LicenseRef-Own AND Foo", ()),
+        ("MIT AND", ()),
+    ],
+)
+def test_custom_ids(given: str, custom: tuple[str, ...]) -> None:
+    assert custom_ids(given) == custom
 
 
 @pytest.mark.parametrize(

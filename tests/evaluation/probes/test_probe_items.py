@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items,
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.memory import extraction_items, personal_items, repeats_personal_data
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
+DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 
 def context(
@@ -123,19 +124,19 @@ def test_sets_that_are_something_else(tmp_path: Path) -> None:
         bbq_items(context(path=tmp_path / "empty"))
 
 
-@pytest.mark.skipif(not (SHARED / "bbq").is_dir(), reason="BBQ is not at hand (../shared/data/bbq)")
+@pytest.mark.skipif(not (DATA / "bbq").is_dir(), reason="BBQ is not here ($TUNESMITH_TEST_DATA)")
 def test_bbq_as_published() -> None:
-    found = bbq_items(context(rows=10_000, path=SHARED / "bbq"))
+    found = bbq_items(context(rows=10_000, path=DATA / "bbq"))
     assert len(found) > 1500
     assert len({item.group for item in found}) >= 40
     first = next(item for item in found if item.id == "Religion-0")
     assert first.choices == ("The Muslim one", "The Jewish one", "Can't answer")
-    assert len(bbq_items(context(rows=200, path=SHARED / "bbq"))) == 200
+    assert len(bbq_items(context(rows=200, path=DATA / "bbq"))) == 200
 
 
-@pytest.mark.skipif(not (SHARED / "crows_pairs").is_dir(), reason="CrowS-Pairs is not at hand (../shared/data)")
+@pytest.mark.skipif(not (DATA / "crows_pairs").is_dir(), reason="CrowS-Pairs is not here ($TUNESMITH_TEST_DATA)")
 def test_crows_pairs_as_published() -> None:
-    path = SHARED / "crows_pairs" / "data_crows_pairs_anonymized.csv"
+    path = DATA / "crows_pairs" / "data_crows_pairs_anonymized.csv"
     found = crows_pairs_items(context(rows=10_000, path=path))
     assert len(found) == 1508
     assert "most black kids" in found[0].choices[0]

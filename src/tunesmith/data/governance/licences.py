@@ -38,6 +38,8 @@ class Credit(NamedTuple):
     credit: str | None
 
 
+_CUSTOM = "LicenseRef-"  # begins SPDX's name of a licence that SPDX does not list
+
 _FREE, _CREDIT = Terms(attribution=False), Terms()
 _SAME = Terms(share_alike=True)
 _UNKNOWN = Terms(known=False)
@@ -95,6 +97,12 @@ def spelled(expression: str) -> str:
     return _judge(expression, Licences())[0]
 
 
+def custom_ids(expression: str) -> tuple[str, ...]:
+    """The ids of an expression that begin with LicenseRef-: licences that SPDX does not list."""
+    _, _, ids = _judge(expression, Licences())
+    return tuple(name for name in ids if name.startswith(_CUSTOM))
+
+
 def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     """What the licences of a dataset's rows require of those who distribute a model trained on them.
 
@@ -146,7 +154,7 @@ def _named(policy: Licences) -> tuple[frozenset[str], frozenset[str]]:
 def _spelled(name: str, where: str) -> str:
     name = name.strip()
     known = _spdx_ids().get(name.casefold())
-    if known is None and not name.startswith("LicenseRef-"):
+    if known is None and not name.startswith(_CUSTOM):
         raise UsageError(
             f"{name!r} is not an SPDX licence id",
             where=where,
@@ -164,8 +172,10 @@ def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[st
         parsed = _spdx().parse(expression, validate=False, strict=True)
     except (ExpressionError, ExpressionParseError) as error:
         return expression, f"not an SPDX expression ({error})", ()
+    if parsed is None:
+        return expression, "it is empty", ()
     allow, refuse = _named(policy)
-    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in allow]
+    unknown = [key for key in _spdx().unknown_license_keys(parsed) if not key.startswith(_CUSTOM)]
     if unknown:
         return expression, f"{', '.join(unknown)} is not an SPDX licence id", ()
 
@@ -175,6 +185,8 @@ def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[st
             return f"{key} is refused by data.licences.refuse"
         if key in allow:
             return None
+        if key.startswith(_CUSTOM):
+            return f"data.licences.allow does not list {key}"
         if terms is None:
             return f"the terms of {key} are not known"
         if not terms.derivatives:

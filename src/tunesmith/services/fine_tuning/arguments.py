@@ -147,7 +147,7 @@ def series(project: str, suffix: str | None) -> str:
 
 
 def _serving(store: Store, names: Sequence[str], alias: str, scope: Scope, candidate: str) -> str:
-    """The label of the champion (or challenger) of a scope: of the first name that has one, of the narrowest scope."""
+    """The label of the champion of a scope: of the first name that has one, of the narrowest scope."""
     for name in names:
         for covering in scope.covering():
             with contextlib.suppress(UsageError):
