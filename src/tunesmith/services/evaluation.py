@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
@@ -32,12 +33,13 @@ from tunesmith.store.store import Store
 
 
 class ReportedCandidate(View):
-    """One row of the report's table. how: how it answers, in words; role: focus, rival or empty; cut: answers cut off.
+    """One row of the report's table. kind: what answers; how: how it answers, in words; role: focus, rival or empty.
 
-    candidate: its record's digest. system_prompts: system prompt that was used -> rows.
+    candidate: its record's digest. system_prompts: system prompt that was used -> rows. cut: answers cut off.
     """
 
     name: str
+    kind: Kind
     how: str
     system_prompts: dict[str, int]
     role: str

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.chat_server import chat_server, completion
+from tests.evaluation.conftest import TASK
 from tests.evaluation.report.test_report import check_whole, verdict_of
-from tests.fabricate import SCHEMA, Fabricated, add, fabricate, flawed
+from tests.fabricate import SCHEMA, Fabricated, add, answer_lines, fabricate, flawed, put_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.data.dataset import load_dataset
@@ -153,6 +154,32 @@ def test_hostile_names_do_not_break_the_markdown(rich: tuple[Fabricated, str]) -
 
 def _gates() -> Any:
     return GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}})
+
+
+def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> None:
+    remote = RemoteModel(url="https://gpt.example/v1", model="big")
+    endpoint = Candidate(name="gpt", prompt="Answer.", base=made.base, max_tokens=9, endpoint=remote)
+    add(made, endpoint, lambda row: row.answer, 210, 30.0)
+    weaker = answer_lines(made.test, flawed(0.7, 1.0, 14))
+    made.answers["tuned"] = put_answers(made.store, made.candidates["tuned"], made.dataset, weaker)
+    arguments: dict[str, Any] = {"answers": made.answers, "probes": made.probes, "task": TASK, "answer_schema": SCHEMA}
+    digest = evaluate(made.store, dataset=made.dataset, **arguments)
+    lift = {"metric": "exact_match", "over": "rag", "at_least": 0.0}
+
+    def advice(name: str, **gates: Any) -> dict[str, Any]:
+        return dict(report_data(made.store, digest, verdict_of(made, digest, name, {"lift": lift, **gates}))["advice"])
+
+    passed = advice("gpt")
+    assert passed["headline"] == "gpt passed its gates, but an endpoint cannot be released."
+    assert passed["release"] is None
+    assert passed["summary"].startswith("gpt answers 100 of 100 requests exactly right. ")
+    unknown = advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
+    assert unknown["headline"] == "gpt was judged, but an endpoint cannot be released."
+    for found in (passed, unknown):
+        assert "tuned scored highest of 4 candidates that answer here" in found["reasons"][-1]
+    tuned = advice("tuned")
+    assert (tuned["headline"], tuned["release"]) == ("tuned may be released, but gpt scored higher.", "tuned")
+    assert "tunesmith gate" not in " ".join(tuned["reasons"])
 
 
 def test_without_prices_nothing_is_said_of_money(made: Fabricated, evaluation: str) -> None:

@@ -140,10 +140,12 @@ def _candidates(
     """One row for each candidate, the best by the primary metric first."""
     rows = []
     for name, stated in record.body["candidates"].items():
+        candidate = load_candidate(store, stated["candidate"])
         rows.append(
             {
                 "name": name,
-                "how": _how(store, load_candidate(store, stated["candidate"]), stated["system_prompts"]),
+                "kind": candidate.kind,
+                "how": _how(store, candidate, stated["system_prompts"]),
                 "system_prompts": stated["system_prompts"],
                 "role": "focus" if name == focus else "rival" if name == rival else "",
                 "tuned": stated["tuned"],
