@@ -72,9 +72,10 @@ class Advice(View):
 class EvidenceReport(View):
     """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
 
-    evaluation: its record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift
-    by group of rows; forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the
-    focus becomes cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
+    rival_gate: the gate that names the rival, None where it is the best untuned candidate. evaluation: its
+    record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift by group of rows;
+    forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the focus becomes
+    cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
     rows where the two differ; trail: entries of the audit log, the oldest first.
     """
 
@@ -89,6 +90,7 @@ class EvidenceReport(View):
     metrics: tuple[str, ...]
     focus: str
     rival: str | None
+    rival_gate: str | None
     candidates: tuple[ReportedCandidate, ...]
     lift: Comparison | None
     training: dict[str, Any] | None
