@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from tests.evaluation.report.test_report import check_whole, verdict_of
 from tests.fabricate import Fabricated
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
+from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.store import database
 from tunesmith.store.records import Record
+from tunesmith.store.tables import RecordRow
 
 
 def _interval(median: float) -> dict[str, float]:
@@ -65,6 +69,21 @@ def test_a_forecast_s_lift_is_compared_over_its_own_rival(
     check_whole(page)
     assert "is the one that the gate champion names." in page
     assert "best untuned candidate on these same requests" not in page
+
+
+def test_a_forecast_that_was_made_after_the_training_is_not_foresight(made: Fabricated, evaluation: str) -> None:
+    late = put_forecast(made, goal=0.5)
+    shown = report_data(made.store, evaluation)
+    assert (shown["forecast"]["forecast"], shown["forecast"]["before_training"]) == (late, False)
+    assert "Made after the training: Train tuned" in render(shown)
+    assert "Forecast made after the training: Train tuned" in report_markdown(shown)
+    early = put_forecast(made)
+    with database.writing(made.store.engine) as session:
+        session.execute(update(RecordRow).where(RecordRow.digest == early).values(created_at="2000-01-01T00:00:00Z"))
+    shown = report_data(made.store, evaluation)
+    assert (shown["forecast"]["forecast"], shown["forecast"]["before_training"]) == (early, True)
+    assert "Before the training: Train tuned" in render(shown)
+    assert "Forecast before the training: Train tuned" in report_markdown(shown)
 
 
 def test_the_best_untuned_candidate_is_called_that(made: Fabricated, evaluation: str) -> None:

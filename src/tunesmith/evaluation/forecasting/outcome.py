@@ -19,18 +19,24 @@ def find_forecast(
 ) -> dict[str, Any] | None:
     """The newest forecast of a candidate on a dataset version with these training settings; None without one.
 
-    One with another base, prompt or rule for answers is another candidate's.
+    That is the newest that was made before the candidate's training, and only where there is none, the newest of all
+    (before_training: false). One with another base, prompt or rule for answers is another candidate's.
     """
     untrained = candidate.untrained_digest
+    trained = None if candidate.training is None else store.made_at(candidate.training)
     wanted = {key: value for key, value in settings.items() if key != _TIMING}
-    for digest in reversed(store.records_of("forecast")):
+    late: dict[str, Any] | None = None
+    for digest, at in store.dated_records("forecast"):
         record = store.record(digest, kind="forecast")
         curve = store.record(record.parents["curve"], kind="curve")
         stated = {key: value for key, value in curve.body["settings"].items() if key != _TIMING}
         if curve.parents["dataset"] == dataset and curve.body.get("tuned") == untrained and stated == wanted:
             body = dict(record.body)
-            return {"forecast": digest, **body, "headline": headline(body), "reasons": reasons(body)}
-    return None
+            found = {"forecast": digest, **body, "headline": headline(body), "reasons": reasons(body)}
+            if trained is not None and at < trained:
+                return {**found, "before_training": True}
+            late = late or {**found, "before_training": False}
+    return late
 
 
 def outcome(
