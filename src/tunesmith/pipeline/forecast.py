@@ -43,7 +43,7 @@ from tunesmith.evaluation.scores import column, encode_scores, rounded
 from tunesmith.pipeline.candidates import answerer, candidate, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
-from tunesmith.pipeline.training import fitted, leading_inputs, training_inputs
+from tunesmith.pipeline.training import fitted, leading_inputs, scored_rows, training_inputs
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
@@ -208,6 +208,7 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "held": {"validation": own, "train": asking.rows - own, "test": 0},
         "test": made.context.dataset.splits["test"],
         "row_seconds": rounded(subsets[-1]["row_seconds"]),
+        "scored": len(scored_rows(made.context, settings)[0]),  # at each validation of the training
         "endpoints": sorted(name for name, each in made.untuned.items() if each.endpoint is not None),
         "on_server": sorted(name for name, each in made.untuned.items() if on_server and each.asks_base),
         "untuned": {name: _stated(asking.given[name]) for name in made.untuned},

@@ -38,6 +38,11 @@ def test_out_of_reach_is_said_of_the_training_s_length() -> None:
     assert "to no number of rows within a training of 15 min 0 s (" in _said((30, 90, None), within=900.0)
 
 
+def test_a_training_s_time_is_no_upper_bound() -> None:
+    assert "Training on all rows takes about 90 s: 3.0 epochs." in _said((30, 90, 700))
+    assert "Training on all rows takes about 90 s: about 3.0 epochs." in _said((30, 90, 700), within=90.0)
+
+
 def test_costs_that_cannot_be_compared() -> None:
     pays = {"unit": "seconds", "days": 30.0, "training": 90.0, "tuned_per_1000": 5.0, "rival_per_1000": None,
             "requests_a_day": None}  # fmt: skip

@@ -69,8 +69,8 @@ def _needed(found: Mapping[str, Any]) -> str:
 
 
 def _training(found: Mapping[str, Any]) -> str:
-    training = found["training"]
-    return f"Training on all rows takes at most {_cost(training)}: {training['epochs']:.1f} epochs."
+    training, about = found["training"], "" if found.get("within") is None else "about "
+    return f"Training on all rows takes about {_cost(training)}: {about}{training['epochs']:.1f} epochs."
 
 
 def _cost(training: Mapping[str, Any]) -> str:
