@@ -70,6 +70,7 @@ def test_every_number_has_an_interval(found: Forecast) -> None:
 def test_costs_follow_from_what_was_measured(found: Forecast) -> None:
     assert found.training.epochs == 2.0
     assert found.training.money == pytest.approx(found.training.seconds / 1000, rel=1e-6), "3.6 an hour"
+    assert found.currency == "USD"
     assert found.pays is not None
     assert found.pays.unit == "money"
     assert found.pays.requests_a_day is None, "the nearest row costs less than any model"

@@ -95,7 +95,7 @@ class Forecast(View):
     forecast had and took. confidence: of every interval. goal: the lift from which tuning pays; likely: the probability
     that it is reached. rival: the best untuned candidate on the held-out rows, or the one that the lift gate names
     (rival_named); rivals: means of those that were compared. within: seconds of the training's budget, None where it
-    has epochs.
+    has epochs. currency: of all money, None without prices.
     score, lift: as the test rows will measure them. curve: the expected score by rows. Without an
     untuned candidate, lift, decision, likely, needed and pays are None.
     """
@@ -116,6 +116,7 @@ class Forecast(View):
     rival_named: bool
     rivals: dict[str, float]
     within: float | None = None
+    currency: str | None = None
     subsets: tuple[SubsetScore, ...]
     score: Expected
     lift: Expected | None

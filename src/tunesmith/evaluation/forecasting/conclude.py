@@ -62,6 +62,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival_named": wanted.over is not None,
         "rivals": rivals,
         "within": settings["budget"],
+        "currency": None if wanted.prices is None else wanted.prices.currency,
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
         **found,
         "training": _training(body, body["rows"], epochs(body["rows"]), wanted.prices),
