@@ -19,9 +19,11 @@ from tunesmith.evaluation.evaluate import Costs, evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
+from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.wording import money
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 
 
@@ -73,6 +75,35 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str]) -> N
     found = report_data(made.store, digest, verdict_of(made, digest))["break_even"]
     own, rival = (body["candidates"][name]["price"]["money_per_1000"] for name in ("tuned", "rival"))
     assert found["saved_per_1000"] == pytest.approx(rival - own)
+
+
+def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(
+    rich: tuple[Fabricated, str],
+) -> None:
+    made, digest = rich
+    data = report_data(made.store, digest, verdict_of(made, digest, gates=_gates()))
+    assert data["rival"] == "rival"
+    assert "seconds of this machine" not in " ".join(data["advice"]["reasons"])
+
+    def without_money(*names: str) -> dict[str, Any]:
+        rows = [
+            {**row, "price": {key: each for key, each in row["price"].items() if key != "money_per_1000"}}
+            if row["name"] in names
+            else row
+            for row in data["candidates"]
+        ]
+        return {**data, "candidates": rows, "break_even": None}
+
+    own = next(row["price"]["money_per_1000"] for row in data["candidates"] if row["name"] == "tuned")
+    assert f"1,000 requests cost {money(own)} EUR with tuned." in advise(without_money("rival"))["summary"]
+    here = [row["name"] for row in data["candidates"] if row["name"] != "rival"]
+    only_the_rival_has = advise(without_money(*here))["summary"]
+    assert " seconds of this machine. " in only_the_rival_has
+    page = render({**without_money(*here, "rival"), "currency": None})
+    chart = re.search(r'aria-label="(exact_match against seconds of this machine[^"]*)"', page)
+    assert chart is not None
+    assert all(name in chart[1] for name in here)
+    assert "rival" not in chart[1]
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,13 @@ def _says(metric: str, mean: float) -> str:
     return f"scores {percent(mean)} on {metric}"
 
 
+def _row(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(row for row in data["candidates"] if row["name"] == name)
+    return found
+
+
 def _mean(data: Mapping[str, Any], name: str) -> float:
-    row = next(row for row in data["candidates"] if row["name"] == name)
-    return float(row["metrics"][data["primary"]]["mean"])
+    return float(_row(data, name)["metrics"][data["primary"]]["mean"])
 
 
 def _measured(data: Mapping[str, Any]) -> str:
@@ -124,11 +128,17 @@ def _sure(data: Mapping[str, Any]) -> list[str]:
 
 
 def _costs(data: Mapping[str, Any]) -> list[str]:
-    """The costs in money where the project states prices, else in time."""
+    """The costs in money where they are known, else in time."""
     if money_told := _money(data):
         return money_told
-    price = next(row["price"] for row in data["candidates"] if row["name"] == data["focus"])
-    return [f"1,000 requests take {price['seconds_per_1000']:,.0f} seconds of this machine (no prices are set)."]
+    focus, priced = _row(data, data["focus"]), any("money_per_1000" in row["price"] for row in data["candidates"])
+    if "money_per_1000" in focus["price"]:
+        cost = f"{money(focus['price']['money_per_1000'])} {data['currency'] or ''}".rstrip()
+        return [f"1,000 requests cost {cost} with {focus['name']}."]
+    unset = "" if priced else " (no prices are set)"
+    if focus["kind"] == "endpoint":
+        return [f"What 1,000 requests to the endpoint {focus['name']} cost is not stated{unset}."]
+    return [f"1,000 requests take {focus['price']['seconds_per_1000']:,.0f} seconds of this machine{unset}."]
 
 
 def _risked(data: Mapping[str, Any]) -> str:
@@ -218,10 +228,13 @@ def _gates(data: Mapping[str, Any]) -> list[str]:
 def _price(data: Mapping[str, Any]) -> list[str]:
     if data["rival"] is None:
         return []
-    prices = {row["name"]: row["price"] for row in data["candidates"]}
-    own, other = prices[data["focus"]], prices[data["rival"]]
+    rows = [_row(data, name) for name in (data["focus"], data["rival"])]
+    own, other = (row["price"] for row in rows)
+    compared = {"prompt_tokens_per_1000": "prompt tokens"}
+    if all(row["kind"] != "endpoint" for row in rows):  # whose seconds are time spent waiting for another machine
+        compared["seconds_per_1000"] = "seconds of this machine"
     mine, theirs = [], []
-    for key, what in (("prompt_tokens_per_1000", "prompt tokens"), ("seconds_per_1000", "seconds of this machine")):
+    for key, what in compared.items():
         if own[key] > 0:
             mine.append(f"{own[key]:,.0f} {what}")
             theirs.append(f"{other[key]:,.0f} ({other[key] / own[key]:.1f} times as many)")
