@@ -118,6 +118,17 @@ def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int 
     assert break_even(mine, {"price": {}}) is None
 
 
+def test_only_a_trained_candidate_has_a_training_to_repay(rich: tuple[Fabricated, str]) -> None:
+    made, digest = rich
+    for name, trained in (("tuned", True), ("rag", False)):
+        data = report_data(made.store, digest, verdict_of(made, digest, name, gates=_gates()))
+        assert data["break_even"] is not None
+        page = render(data)
+        check_whole(page)
+        assert "Saved per 1,000 requests" in page
+        assert ("Training of" in page, "Training repaid after" in page) == (trained, trained)
+
+
 def test_approach_ladder_climbs_only_where_intervals_say_so(rich: tuple[Fabricated, str]) -> None:
     made, digest = rich
     found = report_data(made.store, digest)["ladder"]
