@@ -320,5 +320,5 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
     found += policy_cautions(data)
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
-        found.append(f"{conflicts} requests in the data have different answers, so no candidate can score 100%.")
+        found.append(f"{conflicts} requests in the data have different answers: a candidate cannot give both.")
     return found
