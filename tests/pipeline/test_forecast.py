@@ -64,6 +64,8 @@ def test_every_number_has_an_interval(found: Forecast) -> None:
     assert next(each.rows for each in found.subsets) == 12
     assert 3 <= len(found.subsets) <= 4
     assert found.subsets[-1].rows <= found.rows // 2
+    assert found.complete, "there was ample time"
+    assert found.curve[0].rows < found.subsets[0].rows
     assert found.headline.startswith("Don't")
 
 
@@ -316,6 +318,7 @@ def test_a_slow_machine_gives_a_forecast_with_an_interval_within_the_budget(
     assert found.lift is not None
     assert sum(found.held.values()) == LEAST_ASKED
     assert len(found.subsets) == (1 if slowness == 3.0 else 4), "where time is short there are fewer"
+    assert not found.complete
 
 
 def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found: Forecast, tmp_path: Path) -> None:

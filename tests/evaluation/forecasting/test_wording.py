@@ -59,6 +59,13 @@ def test_money_has_a_currency_and_so_many_requests_repay_the_training(daily: flo
     assert said in found
 
 
+def test_a_larger_budget_is_advised_only_where_it_measures_more() -> None:
+    undecided = {"decision": "undecided", "seconds": 40.0}
+    assert "A larger budget (--budget) trains larger subsets and asks more rows" in _said((30, 90, 700), **undecided)
+    complete = _said((30, 90, 700), **undecided, complete=True)
+    assert "A larger budget (--budget) does not narrow it: train, or collect more rows." in complete
+
+
 def test_costs_that_cannot_be_compared() -> None:
     pays = {"unit": "seconds", "days": 30.0, "training": 90.0, "tuned_per_1000": 5.0, "rival_per_1000": None,
             "requests_a_day": None}  # fmt: skip

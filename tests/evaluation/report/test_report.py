@@ -159,6 +159,8 @@ def test_one_candidate_alone_and_no_probes(made: Fabricated) -> None:
                      task=TASK, answer_schema=SCHEMA)  # fmt: skip
     data = report_data(made.store, alone)
     assert (data["rival"], data["lift"], data["examples"], data["forgetting"], data["training"]) == (None,) * 5
+    assert "Besides zero-shot, 0 untuned candidates were measured" in " ".join(data["advice"]["reasons"])
+    assert "0 untuned candidates were measured, so the report" not in " ".join(data["advice"]["reasons"])
     check_whole(render(data))
 
 

@@ -61,6 +61,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival": rival,
         "rival_named": wanted.over is not None,
         "rivals": rivals,
+        "complete": body.get("complete", False),
         "within": settings["budget"],
         "currency": None if wanted.prices is None else wanted.prices.currency,
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],

@@ -41,10 +41,10 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
     if found["pays"] is not None:
         said.append(_pays(found["pays"], found))
     if found["decision"] == "undecided":
-        said.append(
-            f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) trains larger subsets and "
-            "asks more rows, which narrows it."
-        )
+        further = "trains larger subsets and asks more rows, which narrows it"
+        if found.get("complete"):
+            further = "does not narrow it: train, or collect more rows"
+        said.append(f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) {further}.")
     return said
 
 

@@ -93,6 +93,8 @@ def _measured(data: Mapping[str, Any]) -> str:
 
 def _difference(data: Mapping[str, Any]) -> list[str]:
     if data["lift"] is None:
+        if not _row(data, data["focus"])["tuned"]:
+            return [f"Besides {data['focus']}, 0 untuned candidates were measured, so it is compared with none."]
         return ["0 untuned candidates were measured, so the report cannot say what tuning adds."]
     found = data["lift"]["metrics"][data["primary"]]
     gap, confidence = found["difference"], f"{data['confidence']:.0%}"
