@@ -25,7 +25,7 @@ from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.data.dataset import Example
 from tunesmith.data.documents import PASSAGES, Passage
-from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.evaluate import Costs, evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import TaskSettings
@@ -56,7 +56,7 @@ class Evaluated:
         return f"/console/evidence/{self.evaluation[7:]}"
 
 
-def put_evaluation(scene: Scene, n: int = 60) -> Evaluated:
+def put_evaluation(scene: Scene, n: int = 60, costs: Costs | None = None) -> Evaluated:
     """n held-out rows: the first five hostile, five of the tenant acme; six candidates."""
     store = scene.store
     test = [
@@ -98,7 +98,8 @@ def put_evaluation(scene: Scene, n: int = 60) -> Evaluated:
         lines[0]["finish"] = "length"
         answers[candidate.name] = put_answers(store, put_candidate(store, candidate), dataset, lines)
     task = TaskSettings.model_validate({"scorers": ["exact_match", "json_valid"]})
-    found = evaluate(store, dataset=dataset, answers=answers, probes={}, task=task, answer_schema=SCHEMA)
+    arguments: dict[str, Any] = {"answers": answers, "probes": {}, "answer_schema": SCHEMA, "costs": costs}
+    found = evaluate(store, dataset=dataset, task=task, **arguments)
     gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
     return Evaluated(found, judge(store, evaluation=found, candidate="tuned", gates=gates), test)
 

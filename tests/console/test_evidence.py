@@ -20,9 +20,14 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served
 from tests.waiting import until
+from tunesmith.candidates.settings import TokenPrice
 from tunesmith.cli.main import app
 from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion
+from tunesmith.evaluation.evaluate import Costs
+from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.evaluation.gates.verdict import judge
+from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import list_versions
 from tunesmith.store import database
@@ -106,6 +111,23 @@ def test_hostile_texts_are_shown_as_text(evaluated: Evaluated, login: Login) -> 
             expect(page).to_have_title(f"Request {row.id} · Tunesmith")
             assert page.locator("main script, main img").count() == 0
             assert "\u202e" not in page.content()
+
+
+def test_prices_are_exact_and_only_a_training_is_repaid(served: Served) -> None:
+    costs = Costs(PriceSettings(machine_hour=0.0144, currency="EUR"), {"remote": TokenPrice(prompt=1.0, answer=10.0)})
+    found = put_evaluation(served.scene, costs=costs)
+    gates = GATES.validate_python({"some": {"metric": "exact_match", "at_least": 0.0}})
+    prompt = judge(served.scene.store, evaluation=found.evaluation, candidate="prompt", gates=gates)
+    with plain(served, cookie_of(served, APPROVER)) as http:
+        page = http.get(found.path).text
+        assert '<td class="number">0.004</td>' in page
+        assert '<td class="number">0.00</td>' not in page
+        trained, untrained = (
+            http.get(f"{found.path}/findings", params={"verdict": each[7:]}).text for each in (found.verdict, prompt)
+        )
+    assert "The training of tuned is repaid after" in trained
+    assert "Risks of tuning prompt" in untrained
+    assert "repaid" not in untrained
 
 
 @pytest.mark.attack("people", "an answer that repeats a document which the reader may not see")

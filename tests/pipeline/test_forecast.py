@@ -32,6 +32,7 @@ from tunesmith.services.forecast import Forecast, forecast, forecast_page, forec
 from tunesmith.store.store import Store
 from tunesmith.training import train as training_module
 from tunesmith.training.recipe import usual_epochs
+from tunesmith.training.settings import LEAST_SCORED
 from tunesmith.training.spec import TrainingResult
 
 BUDGET = 600.0  # ample: a tiny model takes seconds, on a machine that is busy too
@@ -63,12 +64,15 @@ def test_every_number_has_an_interval(found: Forecast) -> None:
     assert next(each.rows for each in found.subsets) == 12
     assert 3 <= len(found.subsets) <= 4
     assert found.subsets[-1].rows <= found.rows // 2
+    assert found.complete, "there was ample time"
+    assert found.curve[0].rows < found.subsets[0].rows
     assert found.headline.startswith("Don't")
 
 
 def test_costs_follow_from_what_was_measured(found: Forecast) -> None:
     assert found.training.epochs == 2.0
     assert found.training.money == pytest.approx(found.training.seconds / 1000, rel=1e-6), "3.6 an hour"
+    assert found.currency == "USD"
     assert found.pays is not None
     assert found.pays.unit == "money"
     assert found.pays.requests_a_day is None, "the nearest row costs less than any model"
@@ -100,6 +104,22 @@ def test_what_a_curve_says_of_budgets_and_servers_is_told(project: Project, foun
     assert made["rival"] == "nearest"
     assert made["pays"]["rival_per_1000"] is None, "seconds of a server and of this process"
     assert made["pays"]["requests_a_day"] is None
+
+
+def test_a_training_without_a_budget_takes_its_validations_too(project: Project, found: Forecast) -> None:
+    store = project.store
+    curve_record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
+    body, validation = curve_record.body, PipelineContext(project).dataset.splits["validation"]
+    assert body["scored"] == (validation if validation >= LEAST_SCORED else 0)
+    wanted = Wanted(goal=0.05, over=None, days=30, prices=None, tokens={})
+    slow = {**body["subsets"][-1], "price": {**body["subsets"][-1]["price"], "seconds_per_1000": 2000.0}}
+    seconds = []
+    for scored in (0, 50):
+        changed = {**body, "scored": scored, "subsets": [*body["subsets"][:-1], slow]}
+        made = store.put_record(curve_record.model_copy(update={"body": changed}))
+        seconds.append(conclude(store, made, [], wanted)["training"]["seconds"])
+    assert seconds[0] == pytest.approx(body["rows"] * 2 * body["row_seconds"], rel=1e-6)
+    assert seconds[1] == pytest.approx(seconds[0] + 4 * 50 * 2.0), "four validations of 50 rows, two seconds each"
 
 
 def test_answers_take_as_long_as_in_the_largest_part() -> None:
@@ -313,6 +333,7 @@ def test_a_slow_machine_gives_a_forecast_with_an_interval_within_the_budget(
     assert found.lift is not None
     assert sum(found.held.values()) == LEAST_ASKED
     assert len(found.subsets) == (1 if slowness == 3.0 else 4), "where time is short there are fewer"
+    assert not found.complete
 
 
 def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found: Forecast, tmp_path: Path) -> None:

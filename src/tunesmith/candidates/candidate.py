@@ -14,6 +14,7 @@ from tunesmith.store.store import Store
 
 Method = Literal["model", "nearest", "classifier"]
 PromptSource = Literal["candidate", "request", "none"]
+Kind = Literal["model", "baseline", "endpoint"]
 _PARENTS = ("base", "dataset", "training", "documents", "search")
 
 
@@ -73,9 +74,16 @@ class Candidate(Settings):
         return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"training"}))
 
     @property
+    def kind(self) -> Kind:
+        """What answers: the base model, with its adapter if there is one, a baseline or an endpoint."""
+        if self.endpoint is not None:
+            return "endpoint"
+        return "model" if self.method == "model" else "baseline"
+
+    @property
     def asks_base(self) -> bool:
         """Whether the base model answers, and not a baseline or an endpoint."""
-        return self.method == "model" and self.endpoint is None
+        return self.kind == "model"
 
     @property
     def prompt_source(self) -> PromptSource:

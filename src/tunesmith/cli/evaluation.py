@@ -212,14 +212,14 @@ def _draw_plan(console: Console, found: Plan) -> None:
             f"  a true difference of {points(gate.lift)} points passes with {gate.power:.0%}; "
             f"{needed} in groups of this size would pass it with {found.wanted_power:.0%}",
         )
+        assumed = "assumed, since a judge scores it" if found.measured else "assumed: --between measures it"
+        basis = "measured on the validation rows" if gate.measured else assumed
+        console.print(
+            f"  how the two differ is {basis}; rows of one group correlate by {gate.correlation:.2f}", style="dim"
+        )
     if not found.gates:
         console.print("no gate compares two candidates, so there is nothing to plan")
-    basis = "measured on the validation rows" if found.measured else "assumed: --between measures it"
-    console.print(
-        f"how the two differ is {basis}; rows of one group correlate by {found.correlation:.2f}; "
-        f"{found.test_set_uses} candidates have used these test rows so far",
-        style="dim",
-    )
+    console.print(f"{found.test_set_uses} candidates have used these test rows so far", style="dim")
 
 
 def _draw_comparison(console: Console, found: Comparison) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,28 +35,35 @@ class Assumed:
     groups: Sequence[str] = ()
 
 
-def measured_on_validation(store: Store, answers: Sequence[str], dataset: Dataset, scoring: Scoring) -> Assumed:
-    """The assumptions that two candidates' answers to the validation rows give. answers: digests. scoring: the primary
-    metric's. Raises Inconclusive where there are no validation rows.
+def measured_on_validation(
+    store: Store, answers: Sequence[str], dataset: Dataset, scorings: Mapping[str, Scoring]
+) -> dict[str, Assumed]:
+    """The assumptions that two candidates' answers to the validation rows give, for each metric. answers: digests.
+
+    Raises Inconclusive where there are no validation rows.
     """
     rows = dataset.examples("validation")
     if not rows:
         raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or give --differing")
-    scored = []
+    seen = []
     for digest in answers:
         lines = read_lines(store, digest, "validation", [row.id for row in rows])
         candidate = load_candidate(store, store.record(digest).parents["candidate"])
-        seen = seen_answers(store, dataset, candidate, lines, rows)
-        scored.append(np.array([checked(scoring(seen[row.id]), "the leading metric", row.id) for row in rows]))
-    differences = scored[1] - scored[0]
-    # One more differing row is added: if none of a few rows differ, some of many still may.
-    differing = (float((differences != 0).sum()) + 1.0) / (len(rows) + 1.0)
-    return Assumed(differing, differences, [row.group for row in rows])
+        seen.append(seen_answers(store, dataset, candidate, lines, rows))
+    found = {}
+    for metric, scoring in scorings.items():
+        first, second = (np.array([checked(scoring(one[row.id]), metric, row.id) for row in rows]) for one in seen)
+        differences = second - first
+        # One more differing row is added: if none of a few rows differ, some of many still may.
+        differing = (float((differences != 0).sum()) + 1.0) / (len(rows) + 1.0)
+        found[metric] = Assumed(differing, differences, [row.group for row in rows])
+    return found
 
 
 class GatePlan(View):
     """What the test rows can show to one gate. differing: share of rows on which the two candidates differ.
 
+    correlation: of their differences, within groups; measured: whether both come from validation rows, or are assumed.
     lift: the true difference hoped for; power: the probability that it passes; needed: rows that would pass it with
     the wanted power, None if no number would; sees: the smallest true difference that passes with that power, or None.
     """
@@ -65,6 +72,8 @@ class GatePlan(View):
     metric: str
     bound: float
     differing: float
+    correlation: float
+    measured: bool
     lift: float
     power: float
     needed: int | None
@@ -74,15 +83,14 @@ class GatePlan(View):
 class Plan(View):
     """What the test rows can show, for each gate that compares two candidates.
 
-    correlation: within groups; measured: whether it and the differing share come from validation rows, or are assumed.
-    test_set_uses: how many candidates have used the test rows so far; test_set_use: the number that the gates will go
-    by, with the trained candidates that the next evaluation adds.
+    measured: whether answers to validation rows were compared. test_set_uses: how many candidates have used the test
+    rows so far; test_set_use: the number that the gates will go by, with the trained candidates that the next
+    evaluation adds.
     """
 
     rows: int
     groups: int
     effective_groups: float
-    correlation: float
     measured: bool
     test_set_uses: int
     test_set_use: int
@@ -91,19 +99,22 @@ class Plan(View):
 
 
 def plan_gates(
-    dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, new: int = 1, lift: float | None = None
+    dataset: Dataset,
+    gates: Gates,
+    *,
+    uses: int,
+    assumed: Assumed,
+    measured: Mapping[str, Assumed] | None = None,
+    new: int = 1,
+    lift: float | None = None,
 ) -> Plan:
     """What the test rows can show to each gate that compares two candidates.
 
     uses: how many candidates have used the test rows so far. new: how many the next evaluation adds, which all get the
-    number of the last. lift: the true difference hoped for, by default five
-    points above the gate's bound. A gate for what must not drop is planned for candidates that are equal.
+    number of the last. measured: by metric, instead of what is assumed. lift: the true difference hoped for, by default
+    five points above the gate's bound. A gate for what must not drop is planned for candidates that are equal.
     """
     groups = [row.group for row in dataset.examples("test")]
-    own = grouping_of(groups)
-    if assumed.differences is not None:
-        correlation = grouping_of(assumed.groups, assumed.differences).correlation
-        own = Grouping(own.size, correlation)
     found = []
     for name, gate in gates.items():
         if not isinstance(gate, Lift | Retain):
@@ -112,8 +123,11 @@ def plan_gates(
         hoped = 0.0
         if isinstance(gate, Lift):
             hoped = lift if lift is not None else min(1.0, bound + 0.05)
+        known, own = (measured or {}).get(gate.metric, assumed), grouping_of(groups)
+        if known.differences is not None:
+            own = Grouping(own.size, grouping_of(known.groups, known.differences).correlation)
         setting: dict[str, Any] = {"confidence": gate.confidence, "use": uses + new, "grouping": own}
-        differing = max(assumed.differing, abs(hoped))
+        differing = max(known.differing, abs(hoped))
         plan = plan_lift(len(groups), lift=hoped, differing=differing, at_least=bound, **setting)
         sees = smallest_lift(len(groups), differing=differing, at_least=bound, **setting)
         found.append(
@@ -122,6 +136,8 @@ def plan_gates(
                 metric=gate.metric,
                 bound=bound,
                 differing=rounded(differing),
+                correlation=rounded(own.correlation),
+                measured=known.differences is not None,
                 lift=hoped,
                 power=rounded(plan.power),
                 needed=plan.needed,
@@ -132,8 +148,7 @@ def plan_gates(
         rows=len(groups),
         groups=len(set(groups)),
         effective_groups=rounded(effective_groups(groups)),
-        correlation=rounded(own.correlation),
-        measured=assumed.differences is not None,
+        measured=measured is not None,
         test_set_uses=uses,
         test_set_use=uses + new,
         wanted_power=POWER,

@@ -12,13 +12,14 @@ from tunesmith.candidates.copying import invented
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
+from tunesmith.evaluation.gates.settings import Lift, Retain
 from tunesmith.evaluation.gates.test_set_uses import nameless, used_candidates
-from tunesmith.evaluation.metrics.declared import JudgeScorer
+from tunesmith.evaluation.metrics.declared import JudgeScorer, make_scoring, metric_of
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import allowed_ends, leading_scoring, tuned_names
+from tunesmith.pipeline.training import allowed_ends, tuned_names
 
 _MOST_LABELS = 64
 
@@ -67,14 +68,23 @@ def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer)
 def plan(
     context: PipelineContext, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
 ) -> Plan:
-    """What the test rows can show. between: candidates whose answers to the validation rows show how they differ."""
+    """What the test rows can show. between: candidates whose answers to the validation rows show how they differ, by
+    the metric of each gate that no judge scores."""
     assumed = Assumed() if differing is None else Assumed(differing)
+    dataset, project, gates = context.dataset, context.project, context.project.settings.gates
+    measured = None
     if between:
+        compared = {gate.metric for gate in gates.values() if isinstance(gate, Lift | Retain)}
+        scorings = {
+            metric_of(scorer): make_scoring(scorer, project.schema, project.root)
+            for scorer in project.settings.task.scorers
+            if metric_of(scorer) in compared and not isinstance(scorer, JudgeScorer)
+        }
         given = [answers(context, name, "validation") for name in between]
-        assumed = measured_on_validation(context.store, given, context.dataset, leading_scoring(context))
-    used, gates = used_candidates(context.store, context.dataset.digest), context.project.settings.gates
+        measured = measured_on_validation(context.store, given, dataset, scorings)
+    used = used_candidates(context.store, dataset.digest)
     new = _new_uses(context, used)
-    return plan_gates(context.dataset, gates, uses=len(used), new=new, assumed=assumed, lift=lift)
+    return plan_gates(dataset, gates, uses=len(used), new=new, assumed=assumed, measured=measured, lift=lift)
 
 
 def _new_uses(context: PipelineContext, used: Collection[str]) -> int:

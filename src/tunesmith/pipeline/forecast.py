@@ -43,7 +43,7 @@ from tunesmith.evaluation.scores import column, encode_scores, rounded
 from tunesmith.pipeline.candidates import answerer, candidate, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
-from tunesmith.pipeline.training import fitted, leading_inputs, training_inputs
+from tunesmith.pipeline.training import fitted, leading_inputs, scored_rows, training_inputs
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
@@ -185,7 +185,7 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     settings = fitted(made.context, made.settings)
     metric = made.context.project.settings.task.leading
     asking = _Asking(made)
-    subsets = _train_subsets(made, asking)
+    subsets, largest = _train_subsets(made, asking)
     everyone = {**asking.given, **{f"{each['rows']} rows": each for each in subsets}}
     columns = []
     for who, each in everyone.items():
@@ -204,10 +204,12 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "seed": settings.seed,
         "budget": made.budget,
         "seconds": rounded(sum(_spent(each) for each in everyone.values())),
+        "complete": largest and asking.rows == len(made.rows.held) and not asking.alone,  # more time adds nothing
         "rows": made.rows.whole,
         "held": {"validation": own, "train": asking.rows - own, "test": 0},
         "test": made.context.dataset.splits["test"],
         "row_seconds": rounded(subsets[-1]["row_seconds"]),
+        "scored": len(scored_rows(made.context, settings)[0]),  # at each validation of the training
         "endpoints": sorted(name for name, each in made.untuned.items() if each.endpoint is not None),
         "on_server": sorted(name for name, each in made.untuned.items() if on_server and each.asks_base),
         "untuned": {name: _stated(asking.given[name]) for name in made.untuned},
@@ -220,10 +222,11 @@ class _Asking:
     """Asks the untuned candidates and the first subset's model held-out rows, in parts that are kept.
 
     given: answers by untuned candidate, of the first rows that it was asked. rows: that the subsets' models are asked.
+    alone: whether time sufficed for further rows of the best candidate only.
     """
 
     def __init__(self, made: _Forecast) -> None:
-        self._made, self.rows = made, 0
+        self._made, self.rows, self.alone = made, 0, False
         self.given: dict[str, dict[str, Any]] = {}
         self._answerers = {name: answerer(made.context, each) for name, each in made.untuned.items()}
         self._latest: dict[str, float] = {}
@@ -253,7 +256,9 @@ class _Asking:
         }
         spent = sum(each["seconds"] for each in (own, *self.given.values()))
         rates = {name: known[name].latest for name in contenders(known)}
-        return next_part(self.rows, len(made.rows.held), made.budget, spent, rates, latest)
+        part = next_part(self.rows, len(made.rows.held), made.budget, spent, rates, latest)
+        self.alone = self.alone or (part is not None and len(part[0]) < len(rates))
+        return part
 
     def _ask(self, name: str, rows: int) -> None:
         """Ask a candidate the rows up to this one that it was not asked yet."""
@@ -266,8 +271,11 @@ class _Asking:
         self.given[name] = part if before is None else together([before, part])
 
 
-def _train_subsets(made: _Forecast, asking: _Asking) -> list[dict[str, Any]]:
-    """Trainings on growing subsets. The first one is timed, and the budget that is left decides on the others."""
+def _train_subsets(made: _Forecast, asking: _Asking) -> tuple[list[dict[str, Any]], bool]:
+    """Trainings on growing subsets, and whether more time would have planned the same.
+
+    The first one is timed, and the budget that is left decides on the others.
+    """
     settings, whole, say = made.settings, made.rows.whole, made.context.progress.say
     most, pool = epochs_for(settings, whole), nested(made.rows.pool, settings.seed)
     trained, model = _train(made, pool[:SMALLEST], min(most, MOST_EPOCHS), FIRST * made.budget)
@@ -277,6 +285,7 @@ def _train_subsets(made: _Forecast, asking: _Asking) -> list[dict[str, Any]]:
     besides = first["spent"] - first["rows"] * first["epochs"] * row  # what a training takes before its first step
     answers = asking.rows * first["each"] + first["losses_seconds"] + besides
     epochs = max(1, min(MOST_EPOCHS, round(reads)))
+    ample = subset_plan(whole, len(pool), made.budget, 0.0, row=0.0, answers=0.0, epochs=epochs)  # as if none took time
     sizes, epochs = subset_plan(whole, len(pool), made.budget, spent, row=row, answers=answers, epochs=epochs)
     asked = f"{asking.rows} held-out rows asked of each model"
     if sizes:
@@ -289,7 +298,7 @@ def _train_subsets(made: _Forecast, asking: _Asking) -> list[dict[str, Any]]:
         trained, model = _train(made, pool[:size], epochs)
         given = _answers(made, model, 0, asking.rows)
         subsets.append({**trained, **given, **_losses(made, model, asking.rows)})
-    return subsets
+    return subsets, (sizes, epochs) == ample
 
 
 def _train(

@@ -41,7 +41,7 @@ REVISIONS = {
     "policy": 2,
     "style": 1,
     "evaluate": 9,
-    "gate": 6,
+    "gate": 7,
 }
 # The permission that running a stage needs.
 ACTIONS = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
@@ -32,12 +33,13 @@ from tunesmith.store.store import Store
 
 
 class ReportedCandidate(View):
-    """One row of the report's table. how: how it answers, in words; role: focus, rival or empty; cut: answers cut off.
+    """One row of the report's table. kind: what answers; how: how it answers, in words; role: focus, rival or empty.
 
-    candidate: its record's digest. system_prompts: system prompt that was used -> rows.
+    candidate: its record's digest. system_prompts: system prompt that was used -> rows. cut: answers cut off.
     """
 
     name: str
+    kind: Kind
     how: str
     system_prompts: dict[str, int]
     role: str
@@ -70,9 +72,10 @@ class Advice(View):
 class EvidenceReport(View):
     """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
 
-    evaluation: its record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift
-    by group of rows; forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the
-    focus becomes cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
+    rival_gate: the gate that names the rival, None where it is the best untuned candidate. evaluation: its
+    record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift by group of rows;
+    forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the focus becomes
+    cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
     rows where the two differ; trail: entries of the audit log, the oldest first.
     """
 
@@ -87,6 +90,7 @@ class EvidenceReport(View):
     metrics: tuple[str, ...]
     focus: str
     rival: str | None
+    rival_gate: str | None
     candidates: tuple[ReportedCandidate, ...]
     lift: Comparison | None
     training: dict[str, Any] | None

@@ -230,12 +230,17 @@ class Store:
             query = select(RecordRow.digest).where(RecordRow.kind == kind)
             return list(session.scalars(query.order_by(RecordRow.created_at, RecordRow.digest)))
 
-    def dated_records(self, kind: str, *, most: int) -> list[tuple[str, str]]:
+    def dated_records(self, kind: str, *, most: int | None = None) -> list[tuple[str, str]]:
         """Digests of the newest records of a kind, newest first, each with the time when it was made."""
         query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == kind)
         with database.reading(self.engine) as session:
             rows = session.execute(query.order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(most))
             return [(row.digest, row.created_at) for row in rows]
+
+    def made_at(self, digest: str) -> str | None:
+        """When a record was made, as ISO 8601; None where the index does not hold it."""
+        with database.reading(self.engine) as session:
+            return session.scalar(select(RecordRow.created_at).where(RecordRow.digest == digest))
 
     # Version folders
 

@@ -69,6 +69,14 @@ def test_a_goal_that_the_smallest_subset_reaches_takes_no_more_rows() -> None:
     assert extrapolate(measured, three_times, 0.05)["needed"] == {"low": 12, "median": 12, "high": 12, "never": 0.0}
 
 
+def test_the_curve_begins_before_the_smallest_subset() -> None:
+    """Whose twelve rows, read three times, are worth more than twice as many."""
+    measured = replace(_measured([0.3, 0.6, 0.7, 0.75], 0.5), sizes=tuple(worth(rows, 3.0) for rows in SIZES))
+    curve = extrapolate(measured, _whole(), 0.05)["curve"]
+    assert curve[0]["rows"] == SIZES[0] / 2
+    assert curve[-1]["rows"] == 3200
+
+
 def test_fewer_test_rows_or_groups_widen_the_interval() -> None:
     measured = _measured([0.3, 0.6, 0.7, 0.75], 0.5)
 

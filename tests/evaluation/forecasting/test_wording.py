@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tunesmith.evaluation.forecasting.wording import reasons
 
 
@@ -36,6 +38,32 @@ def test_out_of_reach_is_said_of_the_training_s_length() -> None:
     assert "is out of reach of more rows of this kind with 75.0% probability" in _said((None, None, None))
     assert "of this kind within a training of 15 min 0 s with 75.0%" in _said((None, None, None), within=900.0)
     assert "to no number of rows within a training of 15 min 0 s (" in _said((30, 90, None), within=900.0)
+
+
+def test_a_training_s_time_is_no_upper_bound() -> None:
+    assert "Training on all rows takes about 90 s: 3.0 epochs." in _said((30, 90, 700))
+    assert "Training on all rows takes about 90 s: about 3.0 epochs." in _said((30, 90, 700), within=90.0)
+
+
+@pytest.mark.parametrize(
+    ("daily", "said"),
+    [(121.24, "from 122 requests a day on."), (121.0000000001, "from 121 requests"), (0.4, "from 1 request a day on.")],
+)
+def test_money_has_a_currency_and_so_many_requests_repay_the_training(daily: float, said: str) -> None:
+    pays = {"unit": "money", "days": 30.0, "training": 0.053, "tuned_per_1000": 0.0061, "rival_per_1000": 0.021,
+            "requests_a_day": daily}  # fmt: skip
+    training = {"seconds": 90.0, "epochs": 3.0, "money": 0.053}
+    found = _said((30, 90, 700), pays=pays, training=training, currency="EUR")
+    assert "takes about 90 s and 0.053 EUR: " in found
+    assert "1,000 requests cost 0.0061 EUR, with plain 0.021 EUR: " in found
+    assert said in found
+
+
+def test_a_larger_budget_is_advised_only_where_it_measures_more() -> None:
+    undecided = {"decision": "undecided", "seconds": 40.0}
+    assert "A larger budget (--budget) trains larger subsets and asks more rows" in _said((30, 90, 700), **undecided)
+    complete = _said((30, 90, 700), **undecided, complete=True)
+    assert "A larger budget (--budget) does not narrow it: train, or collect more rows." in complete
 
 
 def test_costs_that_cannot_be_compared() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.evaluation.conftest import TASK
 from tests.fabricate import PROMPT, SCHEMA, Fabricated, add, fabricate, flawed, put_probe, put_training
-from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.evaluate import evaluate
@@ -144,6 +144,22 @@ def test_forgetting(made: Fabricated, evaluation: str) -> None:
     assert verdict == "inconclusive"
     assert gate["value"] is None
     assert outcome(made, unprobed, "rag", suite="general", drop_at_most=0.0)[0] == "pass", "the base's own weights"
+
+
+def test_risks_of_tuning_are_unknown_of_an_endpoint_and_absent_from_a_baseline(made: Fabricated) -> None:
+    common: dict[str, Any] = {"base": made.base, "max_tokens": 9}
+    remote = RemoteModel(url="https://gpt.example/v1", model="big")
+    add(made, Candidate(name="gpt", prompt=PROMPT, endpoint=remote, **common), flawed(0.97, 1.0, 15), 1, 1)
+    floor = Candidate(name="nearest", method="nearest", dataset=made.dataset, **common)
+    add(made, floor, flawed(0.2, 1.0, 16), 0, 1)
+    evaluation = again(made)
+    for gate in ({"suite": "general", "drop_at_most": 0.03}, {"probe": "canaries", "at_most": 3.5, "repeats": 16}):
+        verdict, found = outcome(made, evaluation, "gpt", **gate)
+        assert (verdict, found["value"]) == ("inconclusive", None)
+        assert "of whose weights nothing is known" in found["reason"]
+        verdict, found = outcome(made, evaluation, "nearest", **gate)
+        assert verdict == "pass"
+        assert "without a language model" in found["reason"]
 
 
 def test_what_must_not_drop(made: Fabricated, evaluation: str) -> None:

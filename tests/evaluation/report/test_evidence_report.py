@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.chat_server import chat_server, completion
+from tests.evaluation.conftest import TASK
 from tests.evaluation.report.test_report import check_whole, verdict_of
-from tests.fabricate import SCHEMA, Fabricated, add, fabricate, flawed
+from tests.fabricate import SCHEMA, Fabricated, add, answer_lines, fabricate, flawed, put_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.data.dataset import load_dataset
@@ -18,9 +19,11 @@ from tunesmith.evaluation.evaluate import Costs, evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
+from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.wording import money
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 
 
@@ -74,6 +77,35 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str]) -> N
     assert found["saved_per_1000"] == pytest.approx(rival - own)
 
 
+def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(
+    rich: tuple[Fabricated, str],
+) -> None:
+    made, digest = rich
+    data = report_data(made.store, digest, verdict_of(made, digest, gates=_gates()))
+    assert data["rival"] == "rival"
+    assert "seconds of this machine" not in " ".join(data["advice"]["reasons"])
+
+    def without_money(*names: str) -> dict[str, Any]:
+        rows = [
+            {**row, "price": {key: each for key, each in row["price"].items() if key != "money_per_1000"}}
+            if row["name"] in names
+            else row
+            for row in data["candidates"]
+        ]
+        return {**data, "candidates": rows, "break_even": None}
+
+    own = next(row["price"]["money_per_1000"] for row in data["candidates"] if row["name"] == "tuned")
+    assert f"1,000 requests cost {money(own)} EUR with tuned." in advise(without_money("rival"))["summary"]
+    here = [row["name"] for row in data["candidates"] if row["name"] != "rival"]
+    only_the_rival_has = advise(without_money(*here))["summary"]
+    assert " seconds of this machine. " in only_the_rival_has
+    page = render({**without_money(*here, "rival"), "currency": None})
+    chart = re.search(r'aria-label="(exact_match against seconds of this machine[^"]*)"', page)
+    assert chart is not None
+    assert all(name in chart[1] for name in here)
+    assert "rival" not in chart[1]
+
+
 @pytest.mark.parametrize(
     ("own", "rival", "spent", "expected"),
     [(0.1, 0.3, 10.0, 50_000), (0.3, 0.1, 10.0, None), (0.1, 0.1, 10.0, None), (0.1, 0.3, 0.0, 0)],
@@ -84,6 +116,17 @@ def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int 
     assert found is not None
     assert found["requests"] == expected
     assert break_even(mine, {"price": {}}) is None
+
+
+def test_only_a_trained_candidate_has_a_training_to_repay(rich: tuple[Fabricated, str]) -> None:
+    made, digest = rich
+    for name, trained in (("tuned", True), ("rag", False)):
+        data = report_data(made.store, digest, verdict_of(made, digest, name, gates=_gates()))
+        assert data["break_even"] is not None
+        page = render(data)
+        check_whole(page)
+        assert "Saved per 1,000 requests" in page
+        assert ("Training of" in page, "Training repaid after" in page) == (trained, trained)
 
 
 def test_approach_ladder_climbs_only_where_intervals_say_so(rich: tuple[Fabricated, str]) -> None:
@@ -153,6 +196,32 @@ def test_hostile_names_do_not_break_the_markdown(rich: tuple[Fabricated, str]) -
 
 def _gates() -> Any:
     return GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}})
+
+
+def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> None:
+    remote = RemoteModel(url="https://gpt.example/v1", model="big")
+    endpoint = Candidate(name="gpt", prompt="Answer.", base=made.base, max_tokens=9, endpoint=remote)
+    add(made, endpoint, lambda row: row.answer, 210, 30.0)
+    weaker = answer_lines(made.test, flawed(0.7, 1.0, 14))
+    made.answers["tuned"] = put_answers(made.store, made.candidates["tuned"], made.dataset, weaker)
+    arguments: dict[str, Any] = {"answers": made.answers, "probes": made.probes, "task": TASK, "answer_schema": SCHEMA}
+    digest = evaluate(made.store, dataset=made.dataset, **arguments)
+    lift = {"metric": "exact_match", "over": "rag", "at_least": 0.0}
+
+    def advice(name: str, **gates: Any) -> dict[str, Any]:
+        return dict(report_data(made.store, digest, verdict_of(made, digest, name, {"lift": lift, **gates}))["advice"])
+
+    passed = advice("gpt")
+    assert passed["headline"] == "gpt passed its gates, but an endpoint cannot be released."
+    assert passed["release"] is None
+    assert passed["summary"].startswith("gpt answers 100 of 100 requests exactly right. ")
+    unknown = advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
+    assert unknown["headline"] == "gpt was judged, but an endpoint cannot be released."
+    for found in (passed, unknown):
+        assert "tuned scored highest of 4 candidates that answer here" in found["reasons"][-1]
+    tuned = advice("tuned")
+    assert (tuned["headline"], tuned["release"]) == ("tuned may be released, but gpt scored higher.", "tuned")
+    assert "tunesmith gate" not in " ".join(tuned["reasons"])
 
 
 def test_without_prices_nothing_is_said_of_money(made: Fabricated, evaluation: str) -> None:

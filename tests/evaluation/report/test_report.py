@@ -148,7 +148,10 @@ def test_an_equal_candidate_did_not_score_higher(made: Fabricated) -> None:
     equal = evaluate(made.store, dataset=made.dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
     for name in answers:
         verdict = verdict_of(made, equal, name, {"any": {"metric": "exact_match", "at_least": 0.1}})
-        assert report_data(made.store, equal, verdict)["advice"]["headline"] == f"Release {name}."
+        advice = report_data(made.store, equal, verdict)["advice"]
+        assert advice["headline"] == f"Release {name}."
+        assert "2 requests in the data have different answers: a candidate cannot give both." in advice["cautions"]
+        assert "no candidate can score" not in " ".join(advice["cautions"]), "they are no test rows, and this one did"
 
 
 def test_one_candidate_alone_and_no_probes(made: Fabricated) -> None:
@@ -156,6 +159,8 @@ def test_one_candidate_alone_and_no_probes(made: Fabricated) -> None:
                      task=TASK, answer_schema=SCHEMA)  # fmt: skip
     data = report_data(made.store, alone)
     assert (data["rival"], data["lift"], data["examples"], data["forgetting"], data["training"]) == (None,) * 5
+    assert "Besides zero-shot, 0 untuned candidates were measured" in " ".join(data["advice"]["reasons"])
+    assert "0 untuned candidates were measured, so the report" not in " ".join(data["advice"]["reasons"])
     check_whole(render(data))
 
 

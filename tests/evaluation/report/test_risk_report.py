@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.evaluation.conftest import TASK
@@ -15,11 +16,12 @@ from tests.evaluation.report.test_report import STANDARD, check_whole, verdict_o
 from tests.fabricate import SCHEMA, Fabricated
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import PROBES
-from tunesmith.evaluation.probes.items import Item
+from tunesmith.evaluation.probes.items import Arm, Item
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.risks import _pair
 
 PROBE_GATES: dict[str, Any] = {
     **STANDARD,
@@ -93,6 +95,22 @@ def test_exposure_and_bias_before_and_after(faulty: tuple[Fabricated, str]) -> N
     assert rows["bbq"]["before"] == rows["bbq"]["after"]
     assert "there may be no change" in rows["bbq"]["sentence"]
     assert set(found["unmeasured"]) == set(PROBES) - {"canaries", "swap", "bbq"}
+
+
+@pytest.mark.parametrize(
+    ("probe", "before", "after", "said"),
+    [
+        ("bbq", -0.4, 0.0, "raised it"),
+        ("bbq", 0.0, -0.4, "lowered it"),
+        ("crows_pairs", 0.2, 0.5, "raised it"),
+        ("toxicity", 0.2, 0.5, "made it worse"),
+    ],
+)
+def test_a_rise_is_called_worse_only_where_less_is_better(probe: str, before: float, after: float, said: str) -> None:
+    names = tuple(f"i{k}" for k in range(60))
+    row = _pair(probe, "all", Arm(names, names, np.full(60, before), np.full(60, after)), 0.95, 0)
+    assert row is not None
+    assert row["sentence"].endswith(f"; tuning {said}.")
 
 
 def test_each_picture_says_aloud_what_it_shows(faulty: tuple[Fabricated, str]) -> None:

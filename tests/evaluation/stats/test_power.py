@@ -10,12 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests.fabricate import fabricate
+from tests.fabricate import answer_lines, fabricate, put_answers
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.planning import Assumed, plan_gates, plan_sentence
-from tunesmith.evaluation.stats.power import Grouping, _tail, grouping_of, lift_power, plan_lift, smallest_lift
+from tunesmith.evaluation.metrics.declared import make_scoring
+from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_gates, plan_sentence
+from tunesmith.evaluation.stats.power import (
+    ASSUMED_DIFFERING,
+    Grouping,
+    _tail,
+    grouping_of,
+    lift_power,
+    plan_lift,
+    smallest_lift,
+)
 from tunesmith.evaluation.stats.statistics import interval, intervals
 
 
@@ -109,3 +118,27 @@ def test_a_plan_is_for_the_last_of_the_candidates_that_an_evaluation_adds(tmp_pa
     assert (one.test_set_use, ten.test_set_use) == (2, 11)
     assert ten.gates[0].power < one.gates[0].power
     assert "11 candidates will have used these rows" in plan_sentence(ten, ten.gates[0])
+
+
+def test_each_gate_is_planned_by_how_its_own_metric_differs(tmp_path: Path) -> None:
+    """Two candidates give valid JSON always, and differ in exact_match on eight of ten validation rows."""
+    made = fabricate(tmp_path / "store", n=60)
+    dataset = load_dataset(made.store, made.dataset)
+    rows = dataset.examples("validation")
+    wrong = answer_lines(rows, lambda row: row.answer if row in rows[:2] else "{}")
+    right = answer_lines(rows, lambda row: row.answer)
+    answers = [
+        put_answers(made.store, made.candidates[name], made.dataset, lines, suite="validation")
+        for name, lines in (("rag", wrong), ("tuned", right))
+    ]
+    scorings = {metric: make_scoring(metric, None, tmp_path) for metric in ("exact_match", "json_valid")}
+    measured = measured_on_validation(made.store, answers, dataset, scorings)
+    told = {
+        "lift": {"metric": "exact_match", "over": "rag", "at_least": 0.0},
+        "kept": {"metric": "json_valid", "not_below": "rag", "drop_at_most": 0.02},
+        "better": {"metric": "judged", "over": "rag", "at_least": 0.0},
+    }
+    gates = GATES.validate_python(told)
+    plan = plan_gates(dataset, gates, uses=0, assumed=Assumed(), measured=measured)
+    assert [gate.differing for gate in plan.gates] == pytest.approx([9 / 11, 1 / 11, ASSUMED_DIFFERING], abs=1e-6)
+    assert [gate.measured for gate in plan.gates] == [True, True, False]

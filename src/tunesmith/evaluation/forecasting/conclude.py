@@ -61,7 +61,9 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival": rival,
         "rival_named": wanted.over is not None,
         "rivals": rivals,
+        "complete": body.get("complete", False),
         "within": settings["budget"],
+        "currency": None if wanted.prices is None else wanted.prices.currency,
         "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
         **found,
         "training": _training(body, body["rows"], epochs(body["rows"]), wanted.prices),
@@ -116,8 +118,14 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
 
 
 def _training(body: Mapping[str, Any], rows: float, epochs: float, prices: PriceSettings | None) -> dict[str, Any]:
-    """{"seconds", "epochs", "money"} of a training on so many rows; money is None without a price."""
-    seconds = rows * epochs * body["row_seconds"]
+    """{"seconds", "epochs", "money"} of a training on so many rows; money is None without a price.
+
+    A budget holds the validations too. Without one, their answers take as long as those of the last subset's model.
+    """
+    seconds, settings = rows * epochs * body["row_seconds"], body["settings"]
+    if settings["budget"] is None:
+        answers = settings["validations"] * body.get("scored", 0)
+        seconds += answers * body["subsets"][-1]["price"]["seconds_per_1000"] / 1000.0
     money = None if prices is None else rounded(seconds / 3600.0 * prices.machine_hour)
     return {"seconds": rounded(seconds), "epochs": rounded(epochs), "money": money}
 

@@ -65,7 +65,7 @@ def extrapolate(measured: Subsets, whole: Whole, goal: float, seed: int = 0, spr
     last = measured.scores[:, -1]
     found: dict[str, Any] = {
         "score": _interval(np.clip(scores + _noise(last, measured, whole, random, scores), 0.0, 1.0)),
-        "lift": None, "decision": None, "likely": None, "needed": None, "curve": _curve(drawn, whole, measured),
+        "lift": None, "decision": None, "likely": None, "needed": None, "curve": _curve(drawn, whole),
     }  # fmt: skip
     if measured.untuned.shape[1]:
         every = np.full((1, len(last)), 1.0 / len(last))
@@ -128,9 +128,9 @@ def _needed(drawn: Drawn, whole: Whole, goal: float) -> dict[str, Any]:
     return {**told, "never": rounded(float(np.isinf(rows).mean()))}
 
 
-def _curve(drawn: Drawn, whole: Whole, measured: Subsets) -> list[dict[str, float]]:
-    """The expected score at growing numbers of rows: {"rows", "median", "low", "high"}."""
-    first = max(1.0, min(measured.sizes) / 2)
+def _curve(drawn: Drawn, whole: Whole) -> list[dict[str, float]]:
+    """The expected score from half of the smallest subset's rows on: {"rows", "median", "low", "high"}."""
+    first = min(whole.rows, SMALLEST) / 2
     return [
         {"rows": round(float(rows)), **_interval(drawn.scores(whole.worth(float(rows))))}
         for rows in np.unique(np.round(np.geomspace(first, _SHOWN * whole.rows, _DRAWN)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,12 +39,12 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
         said.append(_needed(found))
     said.append(_training(found))
     if found["pays"] is not None:
-        said.append(_pays(found["pays"], found["name"], found["rival"]))
+        said.append(_pays(found["pays"], found))
     if found["decision"] == "undecided":
-        said.append(
-            f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) trains larger subsets and "
-            "asks more rows, which narrows it."
-        )
+        further = "trains larger subsets and asks more rows, which narrows it"
+        if found.get("complete"):
+            further = "does not narrow it: train, or collect more rows"
+        said.append(f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) {further}.")
     return said
 
 
@@ -64,31 +65,41 @@ def _needed(found: Mapping[str, Any]) -> str:
     further = f", {more:,} more than there are" if more else ""
     return (
         f"{goal} takes {about} {middle:,} rows ({found['confidence']:.0%} interval {lower} to {upper}){further}. "
-        f"Training on {middle:,} rows takes {_cost(needed['median'])}."
+        f"Training on {middle:,} rows takes {_cost(needed['median'], found)}."
     )
 
 
 def _training(found: Mapping[str, Any]) -> str:
-    training = found["training"]
-    return f"Training on all rows takes at most {_cost(training)}: {training['epochs']:.1f} epochs."
+    training, about = found["training"], "" if found.get("within") is None else "about "
+    return f"Training on all rows takes about {_cost(training, found)}: {about}{training['epochs']:.1f} epochs."
 
 
-def _cost(training: Mapping[str, Any]) -> str:
-    price = "" if training["money"] is None else f" and {money(training['money'])}"
+def _cost(training: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    price = "" if training["money"] is None else f" and {_amount(training['money'], found)}"
     return f"{duration(training['seconds'])}{price}"
 
 
-def _pays(pays: Mapping[str, Any], name: str, rival: str) -> str:
+def _amount(amount: float, found: Mapping[str, Any]) -> str:
+    """Money with its currency, which earlier forecasts do not state."""
+    return f"{money(amount)} {found.get('currency') or ''}".rstrip()
+
+
+def _pays(pays: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    name, rival = found["name"], found["rival"]
     if pays["rival_per_1000"] is None:
         return (
             f"What 1,000 requests cost with {name} and with {rival} cannot be compared, so nothing says when the "
             "training is repaid."
         )
-    written = money if pays["unit"] == "money" else duration
-    each = f"1,000 requests cost {written(pays['tuned_per_1000'])}, with {rival} {written(pays['rival_per_1000'])}"
+    own, other = (
+        _amount(pays[key], found) if pays["unit"] == "money" else duration(pays[key])
+        for key in ("tuned_per_1000", "rival_per_1000")
+    )
+    each = f"1,000 requests cost {own}, with {rival} {other}"
     if pays["requests_a_day"] is None:
         return f"{each}: lower running costs never repay the training."
+    least = max(1, math.ceil(round(pays["requests_a_day"], 6)))
     return (
         f"{each}: lower running costs repay the training within {pays['days']:g} days from "
-        f"{pays['requests_a_day']:,.0f} requests a day on."
+        f"{least:,} request{'s' if least > 1 else ''} a day on."
     )

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import (
@@ -62,10 +63,11 @@ class Evidence:
     """What gates judge: the scores of one evaluation, and which candidate is judged.
 
     columns: (candidate, metric) -> scores. tuned: candidate -> whether it has trained weights. candidate: the one that
-    is judged. test_set_use: how many candidates have used these test rows, with this one. measured, told: (suite,
-    candidate) -> a risk probe's measurements, and the evaluation record's account of them. primary: the primary
-    metric. labelled: (candidate, metric) -> labels. policy: (candidate, check) -> outcomes of a policy check; told
-    holds its account under the suite "policy". style: which answers are taken for references, or no_style: why not.
+    is judged; kind: what answers for it. test_set_use: how many candidates have used these test rows, with this one.
+    measured, told: (suite, candidate) -> a risk probe's measurements, and the evaluation record's account of them.
+    primary: the primary metric. labelled: (candidate, metric) -> labels. policy: (candidate, check) -> outcomes of a
+    policy check; told holds its account under the suite "policy". style: which answers are taken for references, or
+    no_style: why not.
     """
 
     columns: Mapping[tuple[str, str], Column]
@@ -80,6 +82,7 @@ class Evidence:
     policy: Mapping[tuple[str, str], Tally] = field(default_factory=dict)
     style: Classified | None = None
     no_style: str = ""
+    kind: Kind = "model"
 
     def confidence(self, wanted: float) -> float:
         """The confidence that an interval needs at this use of the test rows. Raises Inconclusive for too many uses."""
@@ -160,8 +163,9 @@ def _retain(gate: Retain, evidence: Evidence) -> Finding:
 
 def _probe(gate: Probe, evidence: Evidence) -> Finding:
     extra: dict[str, Any] = {"probe": gate.probe}
+    _check_weights(evidence)
     if not evidence.tuned[evidence.candidate] and not suite_of(gate.suite).untuned:
-        return _untouched(gate, extra)
+        return _untouched(gate, evidence, extra)
     key = gate.suite, evidence.candidate
     told = evidence.told.get(key, {})
     if "unusable" in told:
@@ -278,8 +282,9 @@ def _style(gate: Style, evidence: Evidence) -> Finding:
 
 def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     extra: dict[str, Any] = {"metric": GENERAL, "over": BASE}
+    _check_weights(evidence)
     if not evidence.tuned[evidence.candidate]:
-        return _untouched(gate, extra)
+        return _untouched(gate, evidence, extra)
     before, after = evidence.columns.get((BASE, GENERAL)), evidence.columns.get((evidence.candidate, GENERAL))
     if before is None or after is None:
         raise Inconclusive("general ability was not measured before and after tuning")
@@ -346,8 +351,17 @@ def _finding(
     return Finding(outcome, measured.mean, measured.low, measured.high, gate.bound, reason, extra)
 
 
-def _untouched(gate: Gate, extra: Mapping[str, Any]) -> Finding:
+def _check_weights(evidence: Evidence) -> None:
+    """Raise Inconclusive where an endpoint answers."""
+    if evidence.kind == "endpoint":
+        raise Inconclusive("an endpoint answers, of whose weights nothing is known and to which no probe is sent")
+
+
+def _untouched(gate: Gate, evidence: Evidence, extra: Mapping[str, Any]) -> Finding:
+    """The finding where nothing was trained that a probe could measure."""
     reason = "the candidate answers with the base model's own weights, which no tuning changed"
+    if evidence.kind == "baseline":
+        reason = "the candidate is a baseline, which answers without a language model"
     return Finding("pass", 0.0, 0.0, 0.0, gate.bound, reason, extra)
 
 

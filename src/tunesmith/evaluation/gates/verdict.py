@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates.judging import Evidence, Finding, Outcome, judge_gate, not_judged
@@ -103,6 +104,7 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: i
         policy=policy,
         style=style,
         no_style=str(stated_style.get("unusable", "")),
+        kind=load_candidate(store, _candidate_digest(record, candidate)).kind,
     )
     return _corrected(gates, {name: judge_gate(gate, evidence) for name, gate in gates.items()}, evidence)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.evaluation.gates.settings import PROBES
@@ -23,19 +23,11 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
 
     summary: one paragraph on the approach, its certainty, cost and risks. data: as report_data returns it.
     """
-    verdict = data["verdict"]["verdict"] if data["verdict"] else None
-    focus, best = data["focus"], data["candidates"][0]["name"]
-    if _mean(data, best) == _mean(data, focus):
-        best = focus
-    headlines = {
-        "pass": f"Release {focus}." if best == focus else f"{focus} may be released, but {best} scored higher.",
-        "fail": f"Do not release {focus}.",
-        "inconclusive": f"There is not enough evidence to release {focus}.",
-        None: f"{focus} was measured, but no gates have judged it.",
-    }
+    verdict, focus = data["verdict"]["verdict"] if data["verdict"] else None, data["focus"]
+    own = [row["name"] for row in data["candidates"] if row["kind"] != "endpoint"]
     return {
-        "headline": headlines[verdict],
-        "release": focus if verdict == "pass" else None,
+        "headline": _headline(data, verdict, focus in own),
+        "release": focus if verdict == "pass" and focus in own else None,
         "summary": " ".join([_approach(data), *_sure(data), *_costs(data), _risked(data)]),
         "reasons": [
             _measured(data),
@@ -47,10 +39,31 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
             *_forgotten(data),
             *policy_reasons(data),
             *style_reasons(data),
-            *_next(data, verdict, best),
+            *_next(data, verdict, own),
         ],
         "cautions": _cautions(data),
     }
+
+
+def _headline(data: Mapping[str, Any], verdict: str | None, ours: bool) -> str:
+    """ours: whether the candidate in focus answers here, so that it can be released."""
+    focus = data["focus"]
+    if verdict is None:
+        return f"{focus} was measured, but no gates have judged it."
+    if not ours:
+        passed = "passed its gates" if verdict == "pass" else "was judged"
+        return f"{focus} {passed}, but an endpoint cannot be released."
+    best = _best(data, [row["name"] for row in data["candidates"]])
+    return {
+        "pass": f"Release {focus}." if best == focus else f"{focus} may be released, but {best} scored higher.",
+        "fail": f"Do not release {focus}.",
+        "inconclusive": f"There is not enough evidence to release {focus}.",
+    }[verdict]
+
+
+def _best(data: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The candidate with the highest mean; among equals the one in focus."""
+    return max(names, key=lambda name: (_mean(data, name), name == data["focus"]))
 
 
 def _says(metric: str, mean: float) -> str:
@@ -62,9 +75,13 @@ def _says(metric: str, mean: float) -> str:
     return f"scores {percent(mean)} on {metric}"
 
 
+def _row(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(row for row in data["candidates"] if row["name"] == name)
+    return found
+
+
 def _mean(data: Mapping[str, Any], name: str) -> float:
-    row = next(row for row in data["candidates"] if row["name"] == name)
-    return float(row["metrics"][data["primary"]]["mean"])
+    return float(_row(data, name)["metrics"][data["primary"]]["mean"])
 
 
 def _measured(data: Mapping[str, Any]) -> str:
@@ -76,6 +93,8 @@ def _measured(data: Mapping[str, Any]) -> str:
 
 def _difference(data: Mapping[str, Any]) -> list[str]:
     if data["lift"] is None:
+        if not _row(data, data["focus"])["tuned"]:
+            return [f"Besides {data['focus']}, 0 untuned candidates were measured, so it is compared with none."]
         return ["0 untuned candidates were measured, so the report cannot say what tuning adds."]
     found = data["lift"]["metrics"][data["primary"]]
     gap, confidence = found["difference"], f"{data['confidence']:.0%}"
@@ -95,6 +114,8 @@ def _approach(data: Mapping[str, Any]) -> str:
     said = f"{focus} {_says(data['primary'], _mean(data, focus))}"
     if chosen is None or chosen["candidate"] == focus:
         return f"The best approach is {chosen['approach']}: {said}." if chosen else f"{said}."
+    if any(step["approach"] == ENDPOINT and step["difference"]["low"] > 0.0 for step in data["ladder"]["steps"]):
+        return f"{said}."  # the endpoint beat what was chosen, and is never chosen itself
     return f"{said}; no other approach was shown to beat {chosen['approach']} ({chosen['candidate']})."
 
 
@@ -109,11 +130,17 @@ def _sure(data: Mapping[str, Any]) -> list[str]:
 
 
 def _costs(data: Mapping[str, Any]) -> list[str]:
-    """The costs in money where the project states prices, else in time."""
+    """The costs in money where they are known, else in time."""
     if money_told := _money(data):
         return money_told
-    price = next(row["price"] for row in data["candidates"] if row["name"] == data["focus"])
-    return [f"1,000 requests take {price['seconds_per_1000']:,.0f} seconds of this machine (no prices are set)."]
+    focus, priced = _row(data, data["focus"]), any("money_per_1000" in row["price"] for row in data["candidates"])
+    if "money_per_1000" in focus["price"]:
+        cost = f"{money(focus['price']['money_per_1000'])} {data['currency'] or ''}".rstrip()
+        return [f"1,000 requests cost {cost} with {focus['name']}."]
+    unset = "" if priced else " (no prices are set)"
+    if focus["kind"] == "endpoint":
+        return [f"What 1,000 requests to the endpoint {focus['name']} cost is not stated{unset}."]
+    return [f"1,000 requests take {focus['price']['seconds_per_1000']:,.0f} seconds of this machine{unset}."]
 
 
 def _risked(data: Mapping[str, Any]) -> str:
@@ -203,10 +230,13 @@ def _gates(data: Mapping[str, Any]) -> list[str]:
 def _price(data: Mapping[str, Any]) -> list[str]:
     if data["rival"] is None:
         return []
-    prices = {row["name"]: row["price"] for row in data["candidates"]}
-    own, other = prices[data["focus"]], prices[data["rival"]]
+    rows = [_row(data, name) for name in (data["focus"], data["rival"])]
+    own, other = (row["price"] for row in rows)
+    compared = {"prompt_tokens_per_1000": "prompt tokens"}
+    if all(row["kind"] != "endpoint" for row in rows):  # whose seconds are time spent waiting for another machine
+        compared["seconds_per_1000"] = "seconds of this machine"
     mine, theirs = [], []
-    for key, what in (("prompt_tokens_per_1000", "prompt tokens"), ("seconds_per_1000", "seconds of this machine")):
+    for key, what in compared.items():
         if own[key] > 0:
             mine.append(f"{own[key]:,.0f} {what}")
             theirs.append(f"{other[key]:,.0f} ({other[key] / own[key]:.1f} times as many)")
@@ -228,22 +258,25 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
-    focus = data["focus"]
+def _next(data: Mapping[str, Any], verdict: str | None, own: Sequence[str]) -> list[str]:
+    """What to do now. own: all candidates but endpoints, which cannot be released."""
+    focus, here = data["focus"], "" if len(own) == len(data["candidates"]) else " that answer here"
     if verdict is None:
         return ["0 gates have judged it: set `gates:` and run `tunesmith gate` before a release."]
-    if verdict == "inconclusive":
+    if not own:
+        return []
+    if verdict == "inconclusive" and focus in own:
         return [_undecided(data)]
-    if best != focus:
+    if (best := _best(data, own)) != focus:
         return [
-            f"{best} scored highest on these requests ({percent(_mean(data, best))} {data['primary']}): judge it with "
-            f"`tunesmith gate {best}`."
+            f"{best} scored highest of {len(own)} candidates{here} ({percent(_mean(data, best))} {data['primary']}): "
+            f"judge it with `tunesmith gate {best}`."
         ]
     if verdict == "pass":
         return []
     return [
-        f"With {percent(_mean(data, focus))}, it is still the best of {len(data['candidates'])} candidates: fix what "
-        "failed, or judge another one with `tunesmith gate NAME`."
+        f"With {percent(_mean(data, focus))}, it is still the best of {len(own)} candidates{here}: fix what failed, or "
+        "judge another one with `tunesmith gate NAME`."
     ]
 
 
@@ -289,5 +322,5 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
     found += policy_cautions(data)
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
-        found.append(f"{conflicts} requests in the data have different answers, so no candidate can score 100%.")
+        found.append(f"{conflicts} requests in the data have different answers: a candidate cannot give both.")
     return found

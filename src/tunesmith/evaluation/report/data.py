@@ -14,13 +14,14 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
 from tunesmith.evaluation.forecasting.outcome import find_forecast, outcome
+from tunesmith.evaluation.gates.settings import BEST_UNTUNED
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
 from tunesmith.evaluation.report.behaviour import policy_report, style_report
 from tunesmith.evaluation.report.risks import risks
-from tunesmith.evaluation.scores import GENERAL, Column, read_scores
+from tunesmith.evaluation.scores import GENERAL, Column, as_body, difference, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
@@ -49,7 +50,7 @@ def report_data(
     measured = evaluation_summary(store, evaluation).document()
     judged = verdict_summary(store, verdict).document() if verdict is not None else None
     focus = judged["candidate"] if judged else _leader(measured)
-    rival = _rival(measured, judged, focus)
+    rival, rival_gate = _rival(measured, judged, focus)
     lift, primary = None, measured["primary"]
     if rival is not None:
         sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
@@ -67,6 +68,7 @@ def report_data(
         "metrics": list(record.body["metrics"]),
         "focus": focus,
         "rival": rival,
+        "rival_gate": rival_gate,
         "candidates": _candidates(store, record, measured, focus, rival),
         "lift": lift,
         "training": _training(store, candidate),
@@ -88,7 +90,7 @@ def report_data(
         "lineage": _lineage(store, record, evaluation, focus, verdict, version),
         "trail": [dict(entry) for entry in trail],
     }
-    return {**data, **_forecast(store, record, data), "advice": advise(data)}
+    return {**data, **_forecast(store, record, columns, data), "advice": advise(data)}
 
 
 def release_trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
@@ -108,13 +110,15 @@ def _leader(measured: Mapping[str, Any]) -> str:
     return max(names, key=lambda name: (measured["tuned"][name], measured["candidates"][name][primary]["mean"]))
 
 
-def _rival(measured: Mapping[str, Any], judged: Mapping[str, Any] | None, focus: str) -> str | None:
-    """The candidate that the report compares with: the lift gate's rival, else the best untuned candidate."""
+def _rival(measured: Mapping[str, Any], judged: Mapping[str, Any] | None, focus: str) -> tuple[str | None, str | None]:
+    """The candidate that the report compares with, and the gate that names it: the lift gate's rival, else the best
+    untuned candidate, which no gate names."""
     for gate in judged["gates"] if judged else ():
         if gate.get("over") in measured["candidates"] and gate["metric"] == measured["primary"]:
-            return str(gate["over"])
+            return str(gate["over"]), None if gate["settings"]["over"] == BEST_UNTUNED else str(gate["name"])
     untuned = [name for name in sorted(measured["candidates"]) if not measured["tuned"][name] and name != focus]
-    return max(untuned, key=lambda name: measured["candidates"][name][measured["primary"]]["mean"], default=None)
+    best = max(untuned, key=lambda name: measured["candidates"][name][measured["primary"]]["mean"], default=None)
+    return best, None
 
 
 def _version(store: Store, version: str | None) -> dict[str, Any] | None:
@@ -140,10 +144,12 @@ def _candidates(
     """One row for each candidate, the best by the primary metric first."""
     rows = []
     for name, stated in record.body["candidates"].items():
+        candidate = load_candidate(store, stated["candidate"])
         rows.append(
             {
                 "name": name,
-                "how": _how(store, load_candidate(store, stated["candidate"]), stated["system_prompts"]),
+                "kind": candidate.kind,
+                "how": _how(store, candidate, stated["system_prompts"]),
                 "system_prompts": stated["system_prompts"],
                 "role": "focus" if name == focus else "rival" if name == rival else "",
                 "tuned": stated["tuned"],
@@ -197,7 +203,9 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
     return told | {"more_time": more_time(body)}
 
 
-def _forecast(store: Store, record: Record, data: Mapping[str, Any]) -> dict[str, Any]:
+def _forecast(
+    store: Store, record: Record, columns: Mapping[tuple[str, str], Column], data: Mapping[str, Any]
+) -> dict[str, Any]:
     """The forecast of the training in focus and what came of it; both None where none was made."""
     training, focus = data["training"], data["focus"]
     found = None
@@ -206,9 +214,16 @@ def _forecast(store: Store, record: Record, data: Mapping[str, Any]) -> dict[str
         found = find_forecast(store, record.parents["dataset"], candidate, training["settings"])
     if found is None or found["metric"] != data["primary"]:
         return {"forecast": None, "forecast_outcome": None}
-    score = record.body["candidates"][focus]["metrics"][data["primary"]]
-    lift = None if data["lift"] is None else data["lift"]["metrics"][data["primary"]]["difference"]
-    return {"forecast": found, "forecast_outcome": outcome(found, score, lift, training["seconds"])}
+    primary, candidates = data["primary"], record.body["candidates"]
+    # The forecast's own rival, which need not be the report's: its named one, else the best on the test rows.
+    over, lift = None, None
+    if found["rival"] in candidates:
+        known = [name for name in sorted(found["rivals"]) if name in candidates]
+        over = max(known, key=lambda name: candidates[name]["metrics"][primary]["mean"])
+        sides = columns[focus, primary], columns[over, primary]
+        lift = as_body(difference(*sides, confidence=data["confidence"], seed=data["seed"]).interval)
+    score = candidates[focus]["metrics"][primary]
+    return {"forecast": found, "forecast_outcome": outcome(found, score, over, lift, training["seconds"])}
 
 
 def _forgetting(

@@ -33,7 +33,8 @@ def report_markdown(data: Mapping[str, Any]) -> str:
     lines += _behaviour(data)
     if data["forecast"]:
         said = " ".join(data["forecast_outcome"]["sentences"])
-        lines += ["", f"Forecast before the training: {_text(data['forecast']['headline'])} {_text(said)}"]
+        when = "before" if data["forecast"]["before_training"] else "made after"
+        lines += ["", f"Forecast {when} the training: {_text(data['forecast']['headline'])} {_text(said)}"]
     lines += ["", *_risks(data)]
     lines += ["", f"{data['n']} held-out requests in {data['groups']} groups; {data['confidence']:.0%} intervals. "]
     lines[-1] += f"Evaluation `{short(data['evaluation'])}`" + (

@@ -114,8 +114,8 @@ def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict
     change = as_body(interval(after - before, groups, ends=(-reach, reach), confidence=confidence, seed=seed))
     told = [_size(probe, side["mean"]) for side in sides]
     sentence = (
-        f"{told[0]} before tuning, {told[1]} after: a change of "
-        f"{points(change['mean'])} points ({points(change['low'])} to {points(change['high'])}); {_meaning(change)}."
+        f"{told[0]} before tuning, {told[1]} after: a change of {points(change['mean'])} points "
+        f"({points(change['low'])} to {points(change['high'])}); {_meaning(probe, change)}."
     )
     return {
         "probe": probe,
@@ -146,9 +146,8 @@ def _size(probe: str, mean: float) -> str:
     return f"{points(mean)} points" if probe == "bbq" else f"{mean * 100:.1f} points"
 
 
-def _meaning(change: Mapping[str, float]) -> str:
-    if change["low"] > 0.0:
-        return "tuning made it worse"
-    if change["high"] < 0.0:
-        return "tuning made it better"
-    return "there may be no change"
+def _meaning(probe: str, change: Mapping[str, float]) -> str:
+    raised, lowered = "tuning made it worse", "tuning made it better"
+    if probe in ("bbq", "crows_pairs"):  # whose neutral value lies between the ends, so that either may be better
+        raised, lowered = "tuning raised it", "tuning lowered it"
+    return raised if change["low"] > 0.0 else lowered if change["high"] < 0.0 else "there may be no change"

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.text.display import printable
+from tunesmith.evaluation.report.wording import money
 
 STATIC = Path(__file__).parent / "static"
 # No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.
@@ -135,7 +136,7 @@ def _environment() -> Environment:
         finalize=_shown,
     )
     found.filters.update(
-        {each.__name__: each for each in (count, duration, many, moment, percent, scope, short, size, when)}
+        {each.__name__: each for each in (count, duration, many, moment, money, percent, scope, short, size, when)}
     )
     found.globals.update(asset=asset, pages=PAGES)
     return found
