@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import field_serializer
 from sqlalchemy import select
 
-from tunesmith.core.clock import now
+from tunesmith.core.clock import iso, now
 from tunesmith.core.view import View
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.store import database
@@ -113,7 +113,7 @@ def watch(
     """
     until = clock()
     since = until - timedelta(hours=settings.window_hours)
-    rows = _served(store, name, version, _written(since), _written(until), tenant)
+    rows = _served(store, name, version, iso(since), iso(until), tenant)
     kept, capped = cap_tenants(rows, settings.tenant_share_at_most)
     findings: tuple[Finding, ...] = ()
     if len(kept) >= settings.min_requests:
@@ -126,8 +126,8 @@ def watch(
         reason=reason,
         name=name,
         version=version,
-        since=_written(since),
-        until=_written(until),
+        since=iso(since),
+        until=iso(until),
         requests=len(rows),
         capped=capped,
         findings=findings,
@@ -346,8 +346,3 @@ def _thinned(values: Array) -> Array:
     if len(values) <= _LARGEST:
         return values
     return np.asarray(np.sort(values)[np.linspace(0, len(values) - 1, _LARGEST).astype(int)])
-
-
-def _written(at: datetime) -> str:
-    """As RequestRow.at is written, so that texts compare as times do."""
-    return at.isoformat(timespec="microseconds").replace("+00:00", "Z")

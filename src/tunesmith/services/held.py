@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
+from tunesmith.core.clock import second
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
@@ -164,13 +164,9 @@ def _facts(session: Session, store: Store, row: HeldRow, user: User) -> dict[str
         **{key: getattr(row, key) for key in ("digest", "given", "decided_by", "reason")},
         "version": label,
         "reasons": tuple(row.reasons),
-        "at": _time(row.at),
-        "deadline": _time(row.deadline),
-        "until": _time(row.until),
-        "decided_at": None if row.decided is None else _time(row.decided),
+        "at": second(row.at),
+        "deadline": second(row.deadline),
+        "until": second(row.until),
+        "decided_at": None if row.decided is None else second(row.decided),
         "may_decide": waits and _reviews(row, user) and row.caller != user.name,
     }
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
