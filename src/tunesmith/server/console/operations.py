@@ -14,7 +14,7 @@ from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services import audit, monitoring, operations, retraining, users, webhooks
-from tunesmith.services.people import is_admin, visible_keys, visible_users
+from tunesmith.services.people import is_admin, visible_keys, visible_tokens, visible_users
 from tunesmith.store.roles import ROLES
 
 routes = router()
@@ -114,7 +114,7 @@ async def people(viewer: Looking) -> Response:
     store, admin = viewer.store, is_admin(viewer.user)
     known = (await viewer.run(partial(visible_users, store, viewer.user))).users
     keys = (await viewer.run(partial(visible_keys, store, viewer.user))).keys
-    tokens = (await viewer.run(partial(users.visible_tokens, store, viewer.user))).tokens
+    tokens = (await viewer.run(partial(visible_tokens, store, viewer.user))).tokens
     return viewer.page(
         "people.html.jinja",
         people=known,
