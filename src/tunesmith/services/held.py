@@ -78,21 +78,19 @@ def answer_holder(project: Project) -> Holder | None:
     return None if settings.hold is None else Holder(settings.hold, settings.policy, project.schema)
 
 
-def list_held(
-    store: Store, user: User, *, everything: bool = False, reviews: bool = True, most: int = LISTED
-) -> HeldList:
+def list_held(store: Store, user: User, *, everything: bool = False) -> HeldList:
     """The held answers that a user may see: their own, and those of their tenant and region if they may review.
 
-    everything: also those that are decided. reviews: False lists only their own.
+    everything: also those that are decided.
     """
     tidy(store)
     mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
     wanted = mine
-    if reviews and user.may("answer.review"):
+    if user.may("answer.review"):
         wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
     state = [] if everything else [HeldRow.state == queue.WAITING]
     with database.reading(store.engine) as session:
-        rows = queue.listed(session, wanted, *state, most=most)
+        rows = queue.listed(session, wanted, *state, most=LISTED)
         return HeldList(held=tuple(HeldView(**_facts(session, store, row, user)) for row in rows))
 
 

@@ -21,8 +21,7 @@ _FILTER = ("focus", "rival", "metric", "show", "group", "label", "search")
 async def evaluations(request: Request, page: Page = 1) -> Response:
     """The evaluations that the caller may see, newest first, 25 a page."""
     call = call_of(request)
-    first = (page - 1) * evidence.LISTED
-    return await call.answer(partial(evidence.list_evaluations, call.store, call.user, first=first))
+    return await call.answer(partial(evidence.list_evaluations, call.store, call.user, page))
 
 
 @routes.get("/evaluations/{digest}", dependencies=[needs("read")], **shows(evidence.EvaluationPage))

@@ -37,8 +37,7 @@ Most = Annotated[int, Query(ge=1, le=200)]
 @routes.get(_AT)
 async def listed(viewer: Looking, page: Annotated[int, Query(ge=1, le=10**6)] = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    first = (page - 1) * evidence.LISTED
-    found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, first=first))
+    found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, page))
     pages = max(1, -(-found.total // evidence.LISTED))
     return viewer.page("evidence.html.jinja", found=found, page=page, last=pages)
 
