@@ -13,10 +13,11 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from tests.said import Said
 from tests.tiny_project import settings, write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.progress import SILENT, Silent
+from tunesmith.core.progress import SILENT
 from tunesmith.store.store import Store
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.settings import MetricsSettings, TrainSettings
@@ -145,12 +146,6 @@ def test_a_wrong_destination_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             follower(MetricsSettings(**metrics), "tuned", "sha256:00", TrainSettings(), SILENT)
 
-    said: list[str] = []
-
-    class Heard(Silent):
-        def say(self, text: str) -> None:
-            said.append(text)
-
     class Broken:
         held: list[Point] = []  # noqa: RUF012
         works = False
@@ -166,14 +161,14 @@ def test_a_wrong_destination_is_refused(tmp_path: Path) -> None:
 
         def finish(self) -> None: ...
 
-    sink, state = Broken(), TrainerState()
-    shown = Follower(sink, Heard())
+    sink, state, said = Broken(), TrainerState(), Said()
+    shown = Follower(sink, said)
     for step in (1, 2, 3):
         state.curve.append({"step": step, "loss": 1.0 / step, "learning_rate": 0.1, "tokens": 8, "seconds": 1.0})
         sink.works = step == 3
         shown.follow(state)
-    assert len(said) == 2
-    assert "the server is gone" in said[0]
+    assert len(said.lines) == 2
+    assert "the server is gone" in said.lines[0]
     assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(state) if p.series == "train/loss"]
 
 

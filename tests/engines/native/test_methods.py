@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.said import Said
 from tests.tiny import row, write_model
 from tests.trained import base_of, fit, gradients, lora_model, saved, set_low_rank, validation_loss
 from tunesmith.core.errors import UsageError
-from tunesmith.core.progress import Silent
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.attention import shared_prefix_attention
@@ -155,16 +155,8 @@ def test_best_weights_are_kept(tmp_path: Path, folder: Path, rows: list[Rendered
     assert loss == pytest.approx(min(losses), rel=1e-6)
 
 
-class _Said(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def test_overfitting_is_reported_and_recorded(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
-    network, said = load_network(folder, torch.float32), _Said()
+    network, said = load_network(folder, torch.float32), Said()
     settings = TrainSettings(rank=8, epochs=1, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
     plan = [[lay_out(rows[:3])]] * 60
     course = fit(lora_model(network, settings), plan, [_contrary(folder)], settings, tmp_path / "w", said)
