@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.hf_models import write_hf_model
 from tests.process_group import run_ranks
 from tests.tiny import row, write_model
+from tests.trained import reference_loss
 from tests.training.test_ranks import alone, furthest, losses, make, together, work
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError
@@ -53,20 +54,6 @@ def _trainable(base: Base, **settings: Any) -> FullTrainable:
     return found
 
 
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """The mean loss over all labels, rows computed one at a time and so without padding."""
-    parts = []
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        labels = torch.where(torch.tensor(one.trained), ids, -100)
-        parts.append(
-            torch.nn.functional.cross_entropy(
-                model(ids[None]).logits[0, :-1], labels[1:], ignore_index=-100, reduction="none"
-            )[labels[1:] >= 0]
-        )
-    return torch.cat(parts).mean()
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2", "gpt_neox"])
 def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
@@ -81,7 +68,7 @@ def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str
     batches = [lay_out(rows[:2], share=ours.shares_prefix), lay_out(rows[2:], share=ours.shares_prefix)]
     moved = make_optimizer(ours, SETTINGS)
     for _ in range(3):
-        expected = _reference_loss(plain, rows)
+        expected = reference_loss(plain, rows)
         expected.backward()
         assert gradients(ours, CrossEntropy(), batches) == pytest.approx(float(expected.detach()), rel=1e-5)
         for name, parameter in ours.parameters.items():

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.hf_models import change_adapter, write_hf_model
 from tests.tiny import row, write_model
+from tests.trained import reference_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch, label_count, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
@@ -71,17 +72,6 @@ def _step(trainable: HFTrainable, batches: list[Batch]) -> float:
 def _optimizer(trainable: HFTrainable) -> torch.optim.Optimizer:
     tensors = [tensor for group in trainable.parameter_groups() for tensor in group.tensors]
     return torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.0)
-
-
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """The mean loss over all labels, rows computed one at a time and so without padding."""
-    total = torch.zeros(())
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        labels = torch.where(torch.tensor(one.trained), ids, -100)
-        scores = model(ids[None]).logits[0]
-        total = total + torch.nn.functional.cross_entropy(scores[:-1], labels[1:], ignore_index=-100, reduction="sum")
-    return total / sum(label_count(one) for one in rows)
 
 
 def _save(trainable: HFTrainable, folder: Path) -> Path:
@@ -141,7 +131,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
         for name, tensor in ours.parameters.items()
     ]
     for _ in range(3):
-        expected = _reference_loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         each = torch.cat([ours.label_losses(batch) for batch in batches])
         assert not each.requires_grad
@@ -227,7 +217,7 @@ def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
     two = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
     curve = []
     for _ in range(6):
-        loss = _reference_loss(reference, rows)
+        loss = reference_loss(reference, rows)
         loss.backward()
         curve.append(_step(ours, [lay_out(rows, share=False)]))
         assert curve[-1] == pytest.approx(float(loss.detach()), rel=1e-4)
@@ -265,7 +255,7 @@ def test_b_has_its_own_rate(tmp_path: Path) -> None:
 def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) -> None:
     base = _base(tmp_path, "gpt2")
     rows, trainable = _rows(base, loss_on), _trainable(base)
-    expected = float(_reference_loss(_model(base).eval(), rows).detach())
+    expected = float(reference_loss(_model(base).eval(), rows).detach())
     for batch in (lay_out(rows), lay_out(rows, share=False)):
         assert _step(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
 

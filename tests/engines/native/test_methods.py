@@ -14,7 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from tests.said import Said
 from tests.tiny import row, write_model
-from tests.trained import base_of, fit, gradients, lora_model, saved, set_low_rank, validation_loss
+from tests.trained import (
+    base_of,
+    fit,
+    gradients,
+    lora_model,
+    reference_loss,
+    saved,
+    set_low_rank,
+    validation_loss,
+)
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
@@ -262,7 +271,7 @@ def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
     ours = torch.optim.SGD(lora.masters, lr=0.5)
     theirs = torch.optim.SGD(trained.values(), lr=0.5)
     for _ in range(3):
-        expected = _reference_loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         assert gradients(lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
         ours.step()
@@ -275,14 +284,3 @@ def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
     for name, parameter in trained.items():
         mine = end[name.replace(".default.weight", "" if "magnitude" in name else ".weight")]
         torch.testing.assert_close(mine, parameter.detach(), rtol=2e-3, atol=2e-4)
-
-
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    total, labels = torch.zeros(()), 0
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        wanted = torch.where(torch.tensor(one.trained), ids, -100)[1:]
-        scores = model(ids[None]).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum")
-        labels += int((wanted != -100).sum())
-    return total / labels
