@@ -22,13 +22,14 @@ from tunesmith.cli.main import app
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
+from tunesmith.monitoring import cases
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import cases, held, jobs, monitoring, retraining, training, versions
+from tunesmith.services import held, jobs, monitoring, retraining, training, versions
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.users import add_user, set_roles
 from tunesmith.services.webhooks import Deliverer
