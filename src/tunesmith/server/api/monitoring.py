@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Name, Reason, changes, missing, router, shows, whole_call_of
+from tunesmith.server.api.routing import Name, Reason, changes, router, shows, whole_call_of
+from tunesmith.server.errors import missing
 from tunesmith.services import monitoring, operations, retraining, webhooks
 
 routes = router()

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs, stated_scope
-from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, missing, router, shows
-from tunesmith.server.errors import ApiError
+from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, router, shows
+from tunesmith.server.errors import ApiError, missing
 from tunesmith.services import rollout_course
 from tunesmith.services import rollouts as service
 from tunesmith.services.rollouts import RolloutList, RolloutView, Seen

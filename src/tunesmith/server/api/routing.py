@@ -17,7 +17,7 @@ from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageEr
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.server.access import caller, token_of
-from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
+from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving
@@ -159,11 +159,6 @@ def whole_call_of(request: Request) -> Call:
     call = call_of(request)
     call.require_whole()
     return call
-
-
-def missing(what: str) -> ApiError:
-    """The same answer for what does not exist and what is another tenant's."""
-    return ApiError(404, f"There is no such {what}.", code="not_found")
 
 
 def sentence(error: TunesmithError) -> str:

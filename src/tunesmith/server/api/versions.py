@@ -22,10 +22,10 @@ from tunesmith.server.api.routing import (
     Text,
     call_of,
     changes,
-    missing,
     router,
     shows,
 )
+from tunesmith.server.errors import missing
 from tunesmith.server.openapi import BEARER, errors
 from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
 from tunesmith.services import versions as service

@@ -19,7 +19,7 @@ from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.rendering import HEADERS
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import bad_request, missing
 from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
 from tunesmith.services import versions as service
 
@@ -81,7 +81,7 @@ async def record(
 
     found = await viewer.run(look)
     if found is None:
-        raise _none()
+        raise missing("version, or no such record of it")
     return viewer.page("record.html.jinja", **found, version=version, at=_at(name, number), split=split, q=q)
 
 
@@ -162,7 +162,7 @@ async def notice(viewer: Looking, name: Name, number: Number) -> Response:
 async def _version(viewer: Viewer, name: str, number: int) -> service.RegisteredVersion:
     found = await viewer.run(partial(version_pages.find_version, viewer.store, viewer.user, name, number))
     if found is None:
-        raise _none()
+        raise missing("version, or no such record of it")
     return found
 
 
@@ -186,7 +186,3 @@ def _at(name: str, number: int) -> str:
 def _file(text: str, name: str) -> Response:
     headers = {**_DOCUMENT, "Content-Disposition": f'attachment; filename="{name}"'}
     return PlainTextResponse(text, headers=headers, media_type="text/markdown")
-
-
-def _none() -> ApiError:
-    return ApiError(404, "There is no such version, or no such record of it.", code="not_found")

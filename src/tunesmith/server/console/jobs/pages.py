@@ -15,7 +15,7 @@ from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.console.jobs.curves import charts, numbers
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer
-from tunesmith.server.errors import ApiError, forbidden
+from tunesmith.server.errors import ApiError, forbidden, missing
 from tunesmith.services import jobs, run_curves
 from tunesmith.services.jobs import JobView
 
@@ -96,7 +96,7 @@ _CHANGES: Mapping[str, Callable[..., JobView]] = {"cancel": jobs.cancel, "pause"
 async def change(request: Request, viewer: Changing, number: Number, change: str) -> Response:
     """Cancel, pause or resume a job."""
     if change not in _CHANGES:
-        raise ApiError(404, "There is no such page.", code="not_found")
+        raise missing("page")
     if not viewer.user.may("job.change"):
         raise forbidden(f"{viewer.user.name} may not change jobs.")
 
