@@ -51,7 +51,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A project whose first version serves. Never changed: take `project`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_USER", "olive")
-        patch.delenv("TUNESMITH_DATABASE_URL", raising=False)
         folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates={"held": HELD})
         project = Project.load(folder)
         training.run(project)
@@ -69,7 +68,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def folder(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the served project, with every cause on."""
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     shutil.copytree(served, tmp_path / "p", symlinks=True)
     change(tmp_path / "p", retraining={"causes": CAUSES})
     return tmp_path / "p"

@@ -98,7 +98,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose training is long enough to be disturbed."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("TUNESMITH_THREADS", "1")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     known: Any = settings()["candidates"]
     tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 12, "checkpoint_seconds": 0.001}}
     return write_project(tmp_path / "p", candidates={"plain": known["plain"], "tuned": tuned})
@@ -190,7 +189,6 @@ def test_trainings_of_two_projects_compute_on_different_cores(
 
 
 def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     plain: Any = settings()["candidates"]
     folder = write_project(
         tmp_path / "p",

@@ -76,7 +76,6 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     return Store(tmp_path / "store")
 
 
