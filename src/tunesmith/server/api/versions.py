@@ -33,8 +33,8 @@ from tunesmith.services import versions as service
 routes = router()
 _AT = "/versions/{name}/{number}"
 _NONE = "version, or no such record of it"
-# The report brings its own style and no script.
-_REPORT = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
+# The report brings its own style and no script; a browser shows it as a page of nobody.
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
 Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
 _WRITTEN: dict[str, Any] = {
     "response_class": Response,
@@ -152,7 +152,7 @@ async def document(request: Request, name: Name, number: Number, document: Docum
 
     text = await call.run(written)
     if document == "report.html":
-        return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": _REPORT})
+        return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
     return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")
 
 

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 from fastapi import Query, Request, Response
 
+from tunesmith.server.api.routing import Page
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, forbidden, missing
@@ -35,7 +36,7 @@ Most = Annotated[int, Query(ge=1, le=200)]
 
 
 @routes.get(_AT)
-async def listed(viewer: Looking, page: Annotated[int, Query(ge=1, le=10**6)] = 1) -> Response:
+async def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
     found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, page))
     pages = max(1, -(-found.total // evidence.LISTED))

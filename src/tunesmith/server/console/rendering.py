@@ -40,7 +40,7 @@ PAGES = (
     ("/console/rows", "Rows"),
     ("/console/operations", "Operations"),
 )
-_PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
+PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 
 def html(template: str, data: Mapping[str, Any], status: int = 200) -> HTMLResponse:
@@ -50,7 +50,7 @@ def html(template: str, data: Mapping[str, Any], status: int = 200) -> HTMLRespo
 
 def private(page: str, status: int = 200) -> HTMLResponse:
     """An answer that no cache keeps."""
-    return HTMLResponse(page, status, _PRIVATE)
+    return HTMLResponse(page, status, PRIVATE)
 
 
 def rendered(template: str, data: Mapping[str, Any]) -> str:

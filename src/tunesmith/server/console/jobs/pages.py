@@ -11,6 +11,7 @@ from fastapi import Path, Query, Request, Response
 
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs.state import ENDED, STATES
+from tunesmith.server.api.routing import Page
 from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.console.jobs.curves import charts, numbers
 from tunesmith.server.console.routing import gone_to, router
@@ -25,7 +26,6 @@ _LINES = 100  # of a log on a page
 _OTHERS = 30  # jobs that the form for a comparison names
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
 Asked = Annotated[int, Query(ge=1, le=999_999_999)]
-Page = Annotated[int, Query(ge=1, le=1_000_000)]
 
 
 @routes.get("/console/jobs")
