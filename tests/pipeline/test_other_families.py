@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.commands import call
 from tests.hf_models import write_hf_model
-from tests.tiny import SIZES, write_model
+from tests.tiny import WIDE, write_model
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -127,8 +127,7 @@ def test_what_hf_cannot_do_is_refused_before_any_work(tmp_path: Path, monkeypatc
 
 def test_four_bits_of_a_native_family(tmp_path: Path) -> None:
     """Trained by hf in 4 bits, answered by the native engine in full precision, and released."""
-    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    write_model(tmp_path / "p" / "model", sizes=sizes)
+    write_model(tmp_path / "p" / "model", sizes=WIDE)
     train = {"rank": 2, "batch": 8, "quantize": "4bit", "learning_rate": 0.02}
     tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
     held = settings()["candidates"]["held"]  # type: ignore[index]

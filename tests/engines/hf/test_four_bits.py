@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.engines.hf.test_training import ROWS, _reference_loss
 from tests.hf_models import write_hf_model
-from tests.tiny import SIZES, write_model
+from tests.tiny import SIZES, WIDE, write_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
@@ -36,7 +36,6 @@ from tunesmith.training.objectives import CrossEntropy
 
 FOUR = WeightSettings(rank=4, quantize="4bit")
 # Rows of whole blocks: bitsandbytes restores others wrongly on a CPU.
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 
 def _base(tmp_path: Path, family: str, sizes: dict[str, Any] | None = None) -> Base:

@@ -11,7 +11,7 @@ import torch
 
 from tests.engines.hf.test_training import ROWS
 from tests.hf_models import write_hf_model
-from tests.tiny import SIZES, write_model
+from tests.tiny import WIDE, write_model
 from tests.training.test_resume import SETTINGS, run
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import lay_out
@@ -29,7 +29,6 @@ from tunesmith.training.objectives import CrossEntropy
 
 pytestmark = pytest.mark.slow
 
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CHANGES: list[dict[str, Any]] = [
     {"dora": True, "b_rate": 4.0},
     {"start": "pissa"},

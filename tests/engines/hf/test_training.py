@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tests.hf_models import change_adapter, write_hf_model
-from tests.tiny import row, write_model
+from tests.tiny import ROWS, write_model
 from tests.trained import reference_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch, label_count, lay_out
@@ -36,11 +36,6 @@ FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "g
 NATIVE_TOO = ("llama", "qwen3", "gemma3")  # families that this engine trains on several ranks and in 4 bits
 EXPERTS = ("mixtral", "qwen3_moe")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROWS = [
-    row("turn on the kitchen light", '{"intent":"on"}'),
-    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
-    row("is the door locked?", '{"intent":"state"}'),
-]
 
 
 def _base(tmp_path: Path, family: str) -> Base:

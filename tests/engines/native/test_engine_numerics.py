@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from tests.tiny import FAMILIES, TILED, row, write_model
+from tests.tiny import FAMILIES, ROWS, TILED, row, write_model
 from tests.trained import (
     base_of,
     batch_loss,
@@ -35,12 +35,6 @@ from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.training.batches.batch_plan import plan
 from tunesmith.training.schedule import learning_rate
 from tunesmith.training.settings import TrainSettings
-
-ROWS = [
-    row("turn on the kitchen light", '{"intent":"on"}'),
-    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
-    row("is the door locked?", '{"intent":"state"}'),
-]
 
 
 def _setting(tmp_path: Path, family: str) -> tuple[Path, list[Rendered]]:
