@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.hf_models import change_adapter, write_hf_model
 from tests.tiny import ROWS, write_model
-from tests.trained import reference_loss
+from tests.trained import gradients, reference_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch, label_count, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
@@ -29,7 +29,7 @@ from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.steps import gradients, make_optimizer, update
+from tunesmith.training.steps import make_optimizer, update
 from tunesmith.training.trl_steps import trl_steps
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
@@ -51,17 +51,6 @@ def _trainable(base: Base, seed: int = 0, **settings: Any) -> HFTrainable:
 def _rows(base: Base, loss_on: LossOn = "assistant") -> list[Rendered]:
     renderer = Renderer(base.folder)
     return [renderer.conversation(messages, loss_on) for messages in ROWS]
-
-
-def _step(trainable: HFTrainable, batches: list[Batch]) -> float:
-    """Leave the gradients of batches on the parameters; returns the loss."""
-    labels, total = float(sum(batch.labels.numel() for batch in batches)), 0.0
-    for batch in batches:
-        loss = trainable.loss(batch, CrossEntropy(), labels)
-        loss.backward()
-        trainable.collect_gradients()
-        total += float(loss.detach())
-    return total
 
 
 def _optimizer(trainable: HFTrainable) -> torch.optim.Optimizer:
@@ -131,7 +120,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
         each = torch.cat([ours.label_losses(batch) for batch in batches])
         assert not each.requires_grad
         assert float(each.mean()) == pytest.approx(float(expected.detach()), rel=1e-5)
-        assert _step(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert gradients(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
         for tensor, parameter in pairs:
             torch.testing.assert_close(tensor.grad, parameter.grad, rtol=1e-3, atol=1e-6)
         for optimizer in (one, two):
@@ -185,7 +174,7 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
     torch.testing.assert_close(_own_logits(trainable, batch), before, rtol=1e-3, atol=1e-3)
     optimizer, losses = _optimizer(trainable), []
     for _ in range(6):
-        losses.append(_step(trainable, [batch]))
+        losses.append(gradients(trainable, [batch]))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
@@ -214,7 +203,7 @@ def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
     for _ in range(6):
         loss = reference_loss(reference, rows)
         loss.backward()
-        curve.append(_step(ours, [lay_out(rows, share=False)]))
+        curve.append(gradients(ours, [lay_out(rows, share=False)]))
         assert curve[-1] == pytest.approx(float(loss.detach()), rel=1e-4)
         for optimizer in (one, two):
             optimizer.step()
@@ -232,7 +221,7 @@ def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True)
     optimizer, losses = make_optimizer(ours, TrainSettings(learning_rate=rate)), []
     for _ in range(8):
-        losses.append(gradients(ours, CrossEntropy(), [lay_out(rows, share=False)]))
+        losses.append(gradients(ours, [lay_out(rows, share=False)]))
         update(ours, optimizer, rate, 1.0)
     how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     found = trl_steps(theirs, base.folder, [rows] * 8, rank=4, rate=rate, at_once=1, **how)
@@ -252,7 +241,7 @@ def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) ->
     rows, trainable = _rows(base, loss_on), _trainable(base)
     expected = float(reference_loss(_model(base).eval(), rows).detach())
     for batch in (lay_out(rows), lay_out(rows, share=False)):
-        assert _step(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
+        assert gradients(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_targets_and_seed(tmp_path: Path) -> None:
