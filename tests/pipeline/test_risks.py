@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import call
 from tests.said import Said
 from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
@@ -132,10 +131,7 @@ def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any
 
 
 def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> None:
-    command = [sys.executable, "-m", "tunesmith", "plan", "-C", str(judged[0]), "--json", "--lift", "0.3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = call(judged[0], "plan", "--lift", "0.3")
     gate = document["gates"][0]
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0
