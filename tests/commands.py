@@ -16,9 +16,14 @@ from tunesmith.cli.main import app
 
 def call(folder: Path, *words: str) -> Any:
     """The JSON document of a command in a project's folder. Raises what the command raises."""
-    done = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"], catch_exceptions=False)
+    return json.loads(printed(folder, *words, "--json"))
+
+
+def printed(folder: Path, *words: str) -> str:
+    """What a command prints for a person."""
+    done = CliRunner().invoke(app, [*words, "-C", str(folder)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def started(folder: Path, *words: str, **more: Any) -> subprocess.Popen[str]:
