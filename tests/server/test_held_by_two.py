@@ -19,7 +19,8 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.forked import forkserver
 from tests.server.conftest import CERTIFICATES, HELLO, running
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_held import MONEY, decide, holder, until
+from tests.server.test_held import MONEY, decide, holder
+from tests.waiting import until
 from tunesmith.core.errors import Refused
 from tunesmith.holding import queue
 from tunesmith.registry.history import verify_log

@@ -10,9 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from tests.hf_models import FAMILIES as HF_FAMILIES
-from tests.hf_models import change_adapter, write_hf_model
-from tests.tiny import row, write_model
+from tests.hf_models import base_of_family, change_adapter
+from tests.tiny import row
 from tests.trained import gradients
 from tunesmith.engines.batch import Batch, empty_batch, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
@@ -22,9 +21,7 @@ from tunesmith.engines.hf.packing import FLASH
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.packed import pack
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 
 # Gemma's and Mistral's windows are shorter than the rows, and some do not reach the shared prefix.
@@ -34,8 +31,7 @@ ROWS = [*tiny.ROWS, row("on", "{}")]
 
 
 def _trainable(tmp_path: Path, family: str, **settings: Any) -> tuple[HFTrainable, list[Rendered]]:
-    write = write_hf_model if family in HF_FAMILIES else write_model
-    base = resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
+    base = base_of_family(tmp_path, family)
     weights = WeightSettings.model_validate(settings if "method" in settings else {"rank": 2, **settings})
     renderer = Renderer(base.folder)
     return LoadedHFModel(base).trainable(weights, seed=0, state_bytes=16), [renderer.conversation(one) for one in ROWS]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.hf_models import change_adapter, write_hf_model
-from tests.tiny import ROWS, write_model
+from tests.hf_models import base_of_family, change_adapter, write_hf_model
+from tests.tiny import ROWS
 from tests.trained import gradients, reference_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch, label_count, lay_out
@@ -36,11 +36,6 @@ FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "g
 NATIVE_TOO = ("llama", "qwen3", "gemma3")  # families that this engine trains on several ranks and in 4 bits
 EXPERTS = ("mixtral", "qwen3_moe")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def _base(tmp_path: Path, family: str) -> Base:
-    write = write_model if family in NATIVE_TOO else write_hf_model
-    return resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
 
 
 def _trainable(base: Base, seed: int = 0, **settings: Any) -> HFTrainable:
@@ -87,7 +82,7 @@ def _own_logits(trainable: HFTrainable, batch: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
 def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     rows, ours = _rows(base), _trainable(base, targets=ATTENTION if family in EXPERTS else ("all",))
     start = _save(ours, tmp_path / "start")
     names = json.loads((start / "adapter_config.json").read_text())["target_modules"]
@@ -138,7 +133,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
 def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     targets = ATTENTION if family in EXPERTS else ("all",)
     rows, trainable = _rows(base), _trainable(base, scaling="root", targets=targets)
     batch = lay_out(rows, share=False)
@@ -167,7 +162,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     """DoRA, PiSSA and the last layers: the released adapter gives the unchanged base the logits of the training."""
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     rows, trainable = _rows(base), _trainable(base, **settings)
     batch = lay_out(rows, share=False)
     before = _logits(_model(base).eval(), rows)
@@ -193,7 +188,7 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
 
 def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
     """llama, which the native engine usually trains: the losses of six steps are those of PEFT and torch alone."""
-    base = resolve_base(Store(tmp_path / "store"), str(write_model(tmp_path / "llama")), tmp_path)
+    base = base_of_family(tmp_path, "llama")
     rows, ours = _rows(base), _trainable(base)
     start = _save(ours, tmp_path / "start")
     reference = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True).eval()
@@ -214,7 +209,7 @@ def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
     """On the same token ids and labels, from the same adapter, with rows of uneven lengths one at a time."""
-    base, rate = _base(tmp_path, "llama"), 0.01
+    base, rate = base_of_family(tmp_path, "llama"), 0.01
     ours = _trainable(base)
     start, rows = _save(ours, tmp_path / "start"), _rows(base)
     assert len({label_count(each) for each in rows}) > 1
@@ -230,14 +225,14 @@ def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
 
 
 def test_b_has_its_own_rate(tmp_path: Path) -> None:
-    groups = _trainable(_base(tmp_path, "gpt2"), b_rate=16.0, dora=True).parameter_groups()
+    groups = _trainable(base_of_family(tmp_path, "gpt2"), b_rate=16.0, dora=True).parameter_groups()
     assert [group.rate_multiple for group in groups] == [1.0, 16.0, 1.0]
     assert [len(group.tensors) for group in groups] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
 def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     rows, trainable = _rows(base, loss_on), _trainable(base)
     expected = float(reference_loss(_model(base).eval(), rows).detach())
     for batch in (lay_out(rows), lay_out(rows, share=False)):
@@ -245,7 +240,7 @@ def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) ->
 
 
 def test_targets_and_seed(tmp_path: Path) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     loaded = LoadedHFModel(base)
 
     def made(seed: int, *targets: str) -> dict[str, torch.Tensor]:
@@ -261,7 +256,7 @@ def test_targets_and_seed(tmp_path: Path) -> None:
 
 
 def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
-    loaded = LoadedHFModel(_base(tmp_path, "gpt2"))
+    loaded = LoadedHFModel(base_of_family(tmp_path, "gpt2"))
     kept = [name for name, _ in loaded._model.module.named_parameters()]
     trainable = loaded.trainable(WeightSettings(rank=2), seed=0, state_bytes=16)
     assert [name for name, _ in loaded._model.module.named_parameters() if "lora_" in name]
@@ -277,7 +272,7 @@ def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", EXPERTS)
 def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> None:
     """An adapter beside them would learn, and nobody would know that the experts did not."""
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     with pytest.raises(Refused, match=r"experts whose weights are fused \(model\.layers\.1\.mlp\.experts\)|layers\.0"):
         _trainable(base)
     with pytest.raises(UsageError, match="no linear layer called 'experts'"):
@@ -285,13 +280,13 @@ def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> 
 
 
 def test_high_pissa_ranks_are_refused(tmp_path: Path) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     with pytest.raises(UsageError, match="a weight has only 32"):
         _trainable(base, rank=33, start="pissa")
 
 
 def test_layers_that_the_model_does_not_call_are_refused(tmp_path: Path) -> None:
-    base = _base(tmp_path, "mamba")
+    base = base_of_family(tmp_path, "mamba")
     with pytest.raises(Refused, match=r"does not run .*dt_proj as a layer"):
         _trainable(base)
     folder = _save(_trainable(base, targets=("in_proj", "x_proj")), tmp_path / "adapter")
@@ -300,7 +295,7 @@ def test_layers_that_the_model_does_not_call_are_refused(tmp_path: Path) -> None
 
 def test_a_row_as_long_as_the_context_is_trained_on(tmp_path: Path) -> None:
     """The batch's filler reaches beyond the positions that the model has."""
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     ids = tuple(3 + place % 7 for place in range(256))
     long = Rendered(ids, (False, *(True,) * 255))
     trainable, batch = _trainable(base), lay_out([long, _rows(base)[0]], share=False)
@@ -338,7 +333,7 @@ def test_what_cannot_be_run_safely_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_the_bases_folder_is_not_applied(tmp_path: Path) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     trainable, batch = _trainable(base), lay_out(_rows(base), share=False)
     before = _own_logits(trainable, batch)
     change_adapter(trainable)
