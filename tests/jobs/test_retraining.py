@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.http_server import answering
 from tests.tiny import write_model
 from tests.tiny_project import write_project
 from tests.webhooks.conftest import Receiver, receiver
@@ -196,17 +196,10 @@ def file_server(tmp_path: Path) -> Iterator[dict[str, Any]]:
             self.do_HEAD()
             self.wfile.write(state["data"])
 
-        def log_message(self, *_: Any) -> None:
-            """Tests are quiet."""
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state["url"] = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join(300)
+    with answering(server) as url:
+        state["url"] = f"{url}/rows.jsonl"
+        yield state
 
 
 def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(
