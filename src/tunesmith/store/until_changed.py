@@ -11,7 +11,6 @@ from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 
 Value = TypeVar("Value")
-_MOST = 4096  # values that are kept
 
 
 class UntilChanged(Generic[Value]):
@@ -19,10 +18,11 @@ class UntilChanged(Generic[Value]):
 
     Every change of state writes an audit entry in its transaction (`Store.change`). So the newest entry's number and
     digest are the revision of users, keys, approvals, recalls, aliases and rollouts, whichever process changes them.
+    most: how many values are kept.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, most: int = 4096) -> None:
+        self._store, self._most = store, most
         self._kept: dict[Hashable, tuple[Sequence[Any] | None, Value]] = {}
 
     def get(
@@ -39,7 +39,7 @@ class UntilChanged(Generic[Value]):
             return known
         with database.reading(self._store.engine) as session:
             value = compute(session)
-        if len(self._kept) >= _MOST:
+        if len(self._kept) >= self._most:
             self._kept = {}
         self._kept[key] = revision, value
         return value
