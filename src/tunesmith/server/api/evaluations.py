@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Query, Request, Response
 
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Digest, Name, Page, Text, call_of, router, shows
+from tunesmith.server.api.routing import Digest, Name, Page, Text, call_of, router, shows
 from tunesmith.services import evidence, held_out_requests
 from tunesmith.services.evaluation import EvidenceReport
 
@@ -59,7 +59,7 @@ async def requests(
     show: all, flips, wins, losses, invalid or long. group, label, search: only those requests. first: the place to
     begin at; most: how many.
     """
-    call = _reader(request)
+    call = call_of(request, evidence.READ_PERMISSION)
     given = dict(zip(_FILTER, (focus, rival, metric, show, group, label, search), strict=True))
     region = call.serving.settings.region
     look = partial(held_out_requests.show_requests, call.store, call.user, region, digest)
@@ -71,16 +71,10 @@ async def requests(
 )
 async def opened(request: Request, digest: Digest, row: Name, compared: Text = held_out_requests.REFERENCE) -> Response:
     """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
-    call = _reader(request)
+    call = call_of(request, evidence.READ_PERMISSION)
     region = call.serving.settings.region
     look = partial(held_out_requests.show_request, call.store, call.user, region, digest, row, {}, compared)
     return await call.answer(look, none="request")
-
-
-def _reader(request: Request) -> Call:
-    call = call_of(request)
-    call.require(evidence.READ_PERMISSION)
-    return call
 
 
 def _said(given: dict[str, Any]) -> dict[str, Any]:

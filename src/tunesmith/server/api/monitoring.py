@@ -46,8 +46,7 @@ async def recalls(request: Request) -> Response:
 @routes.post("/recalls", dependencies=[needs("operate")], **changes(monitoring.Recalled, RecallRequest))
 async def recall(request: Request) -> Response:
     """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
-    call = whole_call_of(request)
-    call.require("recall.start")
+    call = whole_call_of(request, "recall.start")
     given = await call.read(RecallRequest)
 
     def recalled() -> monitoring.Recalled:
@@ -108,8 +107,7 @@ async def hooks(request: Request) -> Response:
 @routes.post("/webhooks/{name}/retry", dependencies=[needs("operate")], **changes(webhooks.Retried))
 async def retry(request: Request, name: Name) -> Response:
     """Try a webhook's failed deliveries again."""
-    call = whole_call_of(request)
-    call.require("webhook.retry")
+    call = whole_call_of(request, "webhook.retry")
     if name not in call.project.settings.webhooks:
         raise missing("webhook")
     return await call.answer(partial(webhooks.retry, call.project, name, **call.by))

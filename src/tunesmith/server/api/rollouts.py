@@ -103,8 +103,7 @@ async def rollout(request: Request, number: str) -> Response:
 @routes.post("/rollouts", dependencies=[needs("operate")], **changes(RolloutView, RolloutRequest))
 async def start(request: Request) -> Response:
     """Start a rollout of an approved version."""
-    call = call_of(request)
-    call.require("rollout.start")
+    call = call_of(request, "rollout.start")
     given = await call.read(RolloutRequest)
     scope = stated_scope(call.user, given.tenant, given.region)
     begin = partial(service.start, call.project, given.version, override=given.override, scope=scope, **call.by)
@@ -158,8 +157,7 @@ async def rollback(request: Request, number: Number) -> Response:
 
 async def _changed(request: Request, number: int) -> tuple[Call, str]:
     """The call, and the number of a rollout that the caller may change, as services take it."""
-    call = call_of(request)
-    call.require("rollout.change")
+    call = call_of(request, "rollout.change")
     await _found(call, number)
     return call, str(number)
 

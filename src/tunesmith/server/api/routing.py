@@ -148,16 +148,21 @@ class Call:
             return await read_body(self.request, model, self.serving.settings, count)
 
 
-def call_of(request: Request) -> Call:
-    """Who calls, on a route that declares `needs`."""
+def call_of(request: Request, action: str | None = None) -> Call:
+    """Who calls, on a route that declares `needs`. Raises ApiError 403 where none of their roles permits the action."""
     user, serving = caller(request)
-    return Call(request, user, serving)
+    call = Call(request, user, serving)
+    if action is not None:
+        call.require(action)
+    return call
 
 
-def whole_call_of(request: Request) -> Call:
-    """The call of a user of all tenants and regions. Raises ApiError 403 for others."""
+def whole_call_of(request: Request, action: str | None = None) -> Call:
+    """The call of a user of all tenants and regions. Raises ApiError 403 for others, and as `call_of` does."""
     call = call_of(request)
     call.require_whole()
+    if action is not None:
+        call.require(action)
     return call
 
 

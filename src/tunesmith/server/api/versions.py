@@ -72,8 +72,7 @@ class RegisterRequest(BaseModel):
 @routes.post("/versions", dependencies=[needs("jobs")], **changes(service.RegisteredVersion, RegisterRequest))
 async def register(request: Request) -> Response:
     """Sign a judged candidate and keep it as the next version of the project's name, as a run does."""
-    call = call_of(request)
-    call.require("version.register")
+    call = call_of(request, "version.register")
     project, given = call.project, await call.read(RegisterRequest)
     if not await call.run(partial(evidence.may_see_verdict, call.store, call.user, given.verdict)):
         raise missing("verdict")
