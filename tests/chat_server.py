@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.http_server import answering
+
 # (status, headers, body); a body that is a dict is sent as JSON, bytes as they are.
 Reply = tuple[int, dict[str, str], Any]
 
@@ -54,16 +56,7 @@ def chat_server() -> Iterator[ChatServer]:
                 self.end_headers()
                 self.wfile.write(raw)
 
-        def log_message(self, *_: Any) -> None:
-            """Tests are quiet."""
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with answering(server) as url:
+        state.url = f"{url}/v1"
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(300)

@@ -16,6 +16,9 @@ pytest_plugins = ["tests.attack_table", "tests.postgresql_server"]
 os.environ.setdefault("TUNESMITH_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test comes near the store and the keys of the person who runs it.
+for _name in ("TUNESMITH_DATABASE_URL", "TUNESMITH_BLOBS_URL", "TUNESMITH_KEYS"):
+    os.environ.pop(_name, None)
 
 
 def _in_memory(folder: Path) -> bool:

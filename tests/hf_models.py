@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,8 +25,10 @@ from transformers import (
     StableLmConfig,
 )
 
-from tests.tiny import TEMPLATE, write_tokenizer
+from tests.tiny import TEMPLATE, write_model, write_tokenizer
 from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.store.store import Store
 
 _SIZES = {
     "hidden_size": 32,
@@ -87,6 +90,12 @@ def write_hf_model(folder: Path, family: str = "gpt2", seed: int = 0, template: 
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def base_of_family(folder: Path, family: str, **options: Any) -> Base:
+    """A base of one of these families, or of those of tiny.py, in a folder of its name; the store is beside it."""
+    write = write_hf_model if family in FAMILIES else write_model
+    return resolve_base(Store(folder / "store"), str(write(folder / family, family, **options)), folder)
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+
+from tests.http_server import answering
 
 
 class Receiver(ThreadingHTTPServer):
@@ -22,7 +23,6 @@ class Receiver(ThreadingHTTPServer):
         self.metrics: dict[str, Any] = {}
         self.resource: dict[str, Any] = {}
         self.raw = b""
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def named(self, name: str) -> list[Any]:
         """The spans of a name."""
@@ -63,19 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", "0")
         self.end_headers()
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @contextlib.contextmanager
 def otlp_receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     """A receiver that the environment names meanwhile. Skips the test without the exporter."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="OpenTelemetry's exporter is not installed")
     server = Receiver()
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.url)
-    try:
+    with answering(server) as url:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -46,6 +46,7 @@ SIZES = {
 }
 # Sizes that a processor's tiles multiply: real models have such alone.
 TILED = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 4-bit numbers
 FAMILIES = {
     "llama": lambda **k: LlamaConfig(**k),
     "llama-untied": lambda **k: LlamaConfig(**{**k, "tie_word_embeddings": False}),
@@ -113,6 +114,13 @@ def row(request: str, answer: str, system: str = "Be brief.") -> tuple[Message, 
         Message(role="user", content=request),
         Message(role="assistant", content=answer),
     )
+
+
+ROWS = [
+    row("turn on the kitchen light", '{"intent":"on"}'),
+    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
+    row("is the door locked?", '{"intent":"state"}'),
+]
 
 
 def write_tokenizer(folder: Path, template: str) -> int:

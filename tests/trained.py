@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.batch import Batch
+from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base, base_record
+from tunesmith.models.rendering import Rendered
 from tunesmith.training import steps
 from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.checkpoints import Checkpoints
@@ -71,6 +72,17 @@ def gradients(model: TrainableModel, step: Step) -> float:
 def validation_loss(model: TrainableModel, batches: Sequence[Batch]) -> float:
     """The mean loss over the labels of batches."""
     return steps.validation_loss(model, CrossEntropy(), batches)
+
+
+def reference_loss(model: torch.nn.Module, rows: Sequence[Rendered]) -> torch.Tensor:
+    """The mean loss over all labels by torch alone, rows one at a time: no padding, no shared prefix."""
+    total = torch.zeros(())
+    for one in rows:
+        ids = torch.tensor(one.ids)
+        labels = torch.where(torch.tensor(one.trained), ids, -100)
+        scores = model(ids[None]).logits[0]
+        total = total + torch.nn.functional.cross_entropy(scores[:-1], labels[1:], ignore_index=-100, reduction="sum")
+    return total / sum(label_count(one) for one in rows)
 
 
 def fit(

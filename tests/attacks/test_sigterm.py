@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
+from tests.commands import first_line
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
@@ -63,10 +64,7 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
     """(process, URL, headers) of a `tunesmith serve`. It is killed at the end if it still runs."""
     process = command(folder, "--port", "0", *options)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.stderr and process.stderr.read()
-        url = json.loads(line)["url"]
+        url = first_line(process)["url"]
         until(lambda: ready(url))
         yield process, url, {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
     finally:

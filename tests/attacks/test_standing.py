@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
+from tests.commands import first_line
 from tests.fabricate import APPROVER, NAME, OWNER, STEWARD, Scene, approve, put_chain
 from tests.rollout.conftest import made, scene, versions
 from tests.server.conftest import HELLO, Served, engine, running, served
@@ -341,8 +341,7 @@ def test_commands_of_another_process_count_at_the_next_request(folder: Path, hap
         file.write("rollout: {steps: [{setWeight: 100}]}\n")
     process = command(folder, "--port", "0")
     try:
-        assert process.stdout is not None
-        url = json.loads(process.stdout.readline())["url"]
+        url = first_line(process)["url"]
         headers = {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
         body = {"model": NAME, "messages": HELLO, "max_tokens": 2}
 

@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tunesmith.core.errors import UsageError
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.dataset import Dataset, load_dataset
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, Source
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
 from tunesmith.store.store import Store
 
 NO_SCAN = {"entities": []}
@@ -49,6 +54,25 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     return path
+
+
+def read(root: Path, path: str) -> list[Row]:
+    """The rows of the files that a source names."""
+    rows: list[Row] = []
+    for file in find_files([Source(path=path, licence="MIT")], root):
+        with open_source(file) as opened:
+            rows.extend(opened.rows())
+    return rows
+
+
+def failure(root: Path, path: str, data: bytes | None = None) -> UsageError:
+    """Why a source is refused. data: of the file, which is written first."""
+    if data is not None:
+        (root / path).write_bytes(data)
+    with pytest.raises(UsageError) as caught:
+        read(root, path)
+    assert caught.value.where
+    return caught.value
 
 
 def settings(path: str = "rows.jsonl", **more: Any) -> DataSettings:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import write_hf_model
+from tests.hf_models import base_of_family
 from tests.tiny import row
 from tunesmith.core import memory
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -21,10 +21,8 @@ from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.services.doctor import examine
-from tunesmith.store.store import Store
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
@@ -56,7 +54,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_base_that_does_not_fit_is_refused_with_what_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "m", "gpt2")), tmp_path)
+    base = base_of_family(tmp_path, "gpt2")
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
@@ -68,7 +66,7 @@ def test_a_base_that_does_not_fit_is_refused_with_what_may_fit(tmp_path: Path, m
 
 
 def test_memory_that_is_full_during_a_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "m", "gpt2")), tmp_path)
+    base = base_of_family(tmp_path, "gpt2")
     trained = LoadedHFModel(base).trainable(WeightSettings(rank=2), seed=1, state_bytes=16)
     trainer = Trainer(trained, [[]], TrainSettings(learning_rate=0.01), Checkpoints(tmp_path / "work", {}))
 
@@ -114,7 +112,7 @@ def test_doctor_lists_gpus_with_driver_and_nccl(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
 def test_a_gpu_computes_what_a_cpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "m", "phi3")), tmp_path)
+    base = base_of_family(tmp_path, "phi3")
     batch = lay_out([Renderer(base.folder).conversation(row("turn on", '{"on":1}'))], share=False)
     losses, gradients, texts = [], [], []
     for place in (computing_device(), CPU):

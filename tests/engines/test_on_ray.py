@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.said import Said
 from tests.tiny import write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import Silent
 from tunesmith.engines import on_ray
 from tunesmith.engines.factory import open_engine
 from tunesmith.engines.on_ray import RayEngine
@@ -108,21 +108,13 @@ def _requests(count: int) -> list[Generation]:
     return [Generation((Message(role="user", content=text),), max_tokens=4) for text in texts]
 
 
-class _Heard(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.mark.parametrize(
     "dies", [frozenset[int](), frozenset({2}), frozenset({4, 5})], ids=["none", "loads", "answers"]
 )
 def test_the_answers_of_this_process_in_their_order(
     base: Base, cluster: Callable[[_StandIn], _StandIn], dies: frozenset[int]
 ) -> None:
-    ray, heard, here = cluster(_StandIn(dies)), _Heard(), open_engine(base)
+    ray, heard, here = cluster(_StandIn(dies)), Said(), open_engine(base)
     engine = RayEngine(base, "native", RaySettings(workers=2), heard)
     requests = _requests(9)
     assert engine.generate(requests) == here.generate(requests)

@@ -24,7 +24,6 @@ class SetClock:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     return Store(tmp_path / "store")
 
 

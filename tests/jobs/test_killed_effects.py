@@ -60,7 +60,6 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     monkeypatch.setattr(leases, "_FIRST_DELAY", 0.0)
     folder = write_fine_tuning_project(tmp_path / "project")
     project = Project.load(folder)

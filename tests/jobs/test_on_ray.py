@@ -35,7 +35,6 @@ HERE = socket.gethostname()
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     monkeypatch.setenv("TUNESMITH_USER", "olive")
 
     def one(**changes: Any) -> Project:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.http_server import answering
 from tests.tiny import write_model
 from tests.tiny_project import write_project
 from tests.webhooks.conftest import Receiver, receiver
@@ -22,6 +22,7 @@ from tunesmith.cli.main import app
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
+from tunesmith.monitoring import cases
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
@@ -29,7 +30,7 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import cases, held, jobs, monitoring, retraining, training, versions
+from tunesmith.services import held, jobs, monitoring, retraining, training, versions
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.users import add_user, set_roles
 from tunesmith.services.webhooks import Deliverer
@@ -51,7 +52,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A project whose first version serves. Never changed: take `project`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_USER", "olive")
-        patch.delenv("TUNESMITH_DATABASE_URL", raising=False)
         folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates={"held": HELD})
         project = Project.load(folder)
         training.run(project)
@@ -69,7 +69,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def folder(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the served project, with every cause on."""
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     shutil.copytree(served, tmp_path / "p", symlinks=True)
     change(tmp_path / "p", retraining={"causes": CAUSES})
     return tmp_path / "p"
@@ -198,17 +197,10 @@ def file_server(tmp_path: Path) -> Iterator[dict[str, Any]]:
             self.do_HEAD()
             self.wfile.write(state["data"])
 
-        def log_message(self, *_: Any) -> None:
-            """Tests are quiet."""
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state["url"] = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join(300)
+    with answering(server) as url:
+        state["url"] = f"{url}/rows.jsonl"
+        yield state
 
 
 def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(

@@ -17,13 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.jobs.conftest import SetClock
 from tests.tiny_project import settings, write_project
 from tests.waiting import gone, until
 from tunesmith.api import Project
-from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
@@ -99,16 +98,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose training is long enough to be disturbed."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("TUNESMITH_THREADS", "1")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     known: Any = settings()["candidates"]
     tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 12, "checkpoint_seconds": 0.001}}
     return write_project(tmp_path / "p", candidates={"plain": known["plain"], "tuned": tuned})
-
-
-def cli(folder: Path, *arguments: str) -> Any:
-    done = CliRunner().invoke(app, [*arguments, "-C", str(folder), "--json"])
-    assert done.exit_code == 0, (done.output, done.exception)
-    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -128,8 +120,8 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
 
 @pytest.mark.slow
 def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, start: Callable[..., Running]) -> None:
-    number = cli(folder, "run", "--queue", "--key", "k")["job"]
-    assert cli(folder, "run", "--queue", "--key", "k")["job"] == number
+    number = call(folder, "run", "--queue", "--key", "k")["job"]
+    assert call(folder, "run", "--queue", "--key", "k")["job"] == number
     store = Project.load(folder).store
 
     def checkpoints() -> list[str]:
@@ -148,17 +140,17 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     second = start()
     until(lambda: lines().count("resuming from step") == 1)
     reached = checkpoints()[-1]
-    cli(folder, "jobs", "pause", str(number))
+    call(folder, "jobs", "pause", str(number))
     until(lambda: queue.get(store, number).state == "paused")
     assert checkpoints()[-1] >= reached
-    cli(folder, "jobs", "resume", str(number))
+    call(folder, "jobs", "resume", str(number))
     until(lambda: lines().count("resuming from step") == 2)
     assert second.end(signal.SIGTERM) == 0
     assert queue.get(store, number).state == "queued"
 
     third = start("--until-empty")
     assert third.process.wait(600) == 0
-    done = cli(folder, "jobs", "show", str(number))
+    done = call(folder, "jobs", "show", str(number))
     assert (done["state"], done["attempts"]) == ("succeeded", 2)
     assert done["result"]["register"]["version"] == "tiny@v1"
     assert str(folder) not in json.dumps(done), "others see the job, and the paths are of the worker's machine"
@@ -166,7 +158,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     project = Project.load(folder)
     assert training.repeat(project).same, "the bytes are those of an undisturbed training"
     assert project.run().registered is not None
-    assert [job["state"] for job in cli(folder, "jobs", "list")["jobs"]] == ["succeeded"]
+    assert [job["state"] for job in call(folder, "jobs", "list")["jobs"]] == ["succeeded"]
 
 
 @pytest.mark.slow
@@ -177,7 +169,7 @@ def test_trainings_of_two_projects_compute_on_different_cores(
     other = shutil.copytree(folder, tmp_path / "other")
     workers = [start("--at-once", "2", "--until-empty", project=each) for each in (folder, other)]
     for each in (folder, other):
-        cli(each, "run", "--queue")
+        call(each, "run", "--queue")
 
     def trains(each: Path) -> bool:
         return any(each.glob(".tunesmith/work/train-*/checkpoints/step-*"))
@@ -197,7 +189,6 @@ def test_trainings_of_two_projects_compute_on_different_cores(
 
 
 def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     plain: Any = settings()["candidates"]
     folder = write_project(
         tmp_path / "p",

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
 
-from tunesmith.cli import monitoring
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tests.commands import call, printed
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.verify import verify_dataset
@@ -31,9 +29,6 @@ from tunesmith.monitoring.cases import (
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting, add_user
 from tunesmith.store.store import Store
-
-app = typer.Typer()
-monitoring.register(app)
 
 
 def case(number: int, score: float = 0.0, **more: Any) -> Case:
@@ -234,39 +229,31 @@ def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path)
     assert verify_dataset(store, digest).ok
 
 
-def _call(*arguments: str) -> tuple[int, str]:
-    found = CliRunner().invoke(app, ["cases", *arguments])
-    if isinstance(found.exception, TunesmithError):
-        raise found.exception
-    return found.exit_code, found.stdout
-
-
 def test_the_verbs(tmp_path: Path) -> None:
     from tests.tiny_project import settings
 
     (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
     store = Store(tmp_path / ".tunesmith")
-    where = ("-C", str(tmp_path), "--json")
     for number in (1, 2, 3):
         put_case(store, case(number).model_copy(update={"answer": "x\x1b[2J\u202e"}))
     put_case(store, case(4).model_copy(update={"expected": None}))
     put_case(store, case(5, until="2026-01-02T00:00:00Z"))
-    assert len(json.loads(_call("show", *where)[1])["cases"]) == 4
+    assert len(call(tmp_path, "cases", "show")["cases"]) == 4
     assert len(list((store.root / "cases").iterdir())) == 4, "the expired one is deleted"
-    shown = _call("show", "-C", str(tmp_path))[1]
+    shown = printed(tmp_path, "cases", "show")
     assert "\x1b" not in shown
     assert "\u202e" not in shown
-    assert json.loads(_call("drop", case(3).request, *where)[1]) == {"dropped": 1}
+    assert call(tmp_path, "cases", "drop", case(3).request) == {"dropped": 1}
     with pytest.raises(UsageError, match="no case of request"):
-        _call("drop", "../../x", *where)
+        call(tmp_path, "cases", "drop", "../../x")
     with pytest.raises(Refused, match="non-commercial"):
-        _call("add", "cases.jsonl", "--licence", "CC-BY-NC-4.0", *where)
+        call(tmp_path, "cases", "add", "cases.jsonl", "--licence", "CC-BY-NC-4.0")
     with pytest.raises(UsageError, match="outside the project"):
-        _call("add", "../cases.jsonl", "--licence", "CC0-1.0", *where)
-    added = json.loads(_call("add", "cases.jsonl", "--licence", "CC0-1.0", *where)[1])
+        call(tmp_path, "cases", "add", "../cases.jsonl", "--licence", "CC0-1.0")
+    added = call(tmp_path, "cases", "add", "cases.jsonl", "--licence", "CC0-1.0")
     assert added == {"added": 2, "source": "cases.jsonl", "named": False, "without_answer": 1}
     with pytest.raises(UsageError, match="is empty"):
-        _call("correct", case(4).request, "--expected", " ", *where)
-    assert json.loads(_call("correct", case(4).request, "--expected", "{}", *where)[1])["expected"] == "{}"
-    assert json.loads(_call("add", "cases.jsonl", "--licence", "CC0-1.0", *where)[1])["added"] == 1
+        call(tmp_path, "cases", "correct", case(4).request, "--expected", " ")
+    assert call(tmp_path, "cases", "correct", case(4).request, "--expected", "{}")["expected"] == "{}"
+    assert call(tmp_path, "cases", "add", "cases.jsonl", "--licence", "CC0-1.0")["added"] == 1
     assert json.loads((tmp_path / "cases.jsonl").read_text().splitlines()[0])["template"] == f"case-{case(1).request}"

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.tiny import write_model
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Question
@@ -43,22 +44,13 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = Project.load(folder)
     assert project.run().document()["register"]["version"] == "tiny@v1"
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    call(folder, "approve", "tiny@v1", "--as", "ann")
     return folder
 
 
 @pytest.fixture
 def copy(released: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(released, tmp_path / "p"))
-
-
-def _run(folder: Path, *words: str) -> dict[str, Any]:
-    result = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
-    if isinstance(result.exception, TunesmithError):
-        raise result.exception
-    assert result.exit_code == 0, (result.output, result.exception)
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def _version_folder(project: Path) -> Path:
@@ -76,7 +68,7 @@ def test_the_version_holds_the_bases_tensors_and_verifies(released: Path) -> Non
     ours, base = load_file(_version_folder(released) / WHOLE), load_file(released / "model" / WHOLE)
     assert {name: (w.shape, w.dtype) for name, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in base.items()}
     assert all(not torch.equal(ours[name], base[name]) for name in base)
-    assert _run(released, "verify", "tiny@v1")["ok"]
+    assert call(released, "verify", "tiny@v1")["ok"]
     store = Project.load(released).store
     (training,) = store.records_of("training")
     stated = store.record(training).body["settings"]
@@ -112,7 +104,7 @@ def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
 def test_it_is_exported_as_a_model_that_transformers_loads(
     released: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    given = _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", *words)
+    given = call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", *words)
     assert given["outcome"] == "pass"
     assert given["equality"]["export"]["max_difference"] < 2e-3
     if words[0] == "merged":
@@ -123,7 +115,7 @@ def test_it_is_exported_as_a_model_that_transformers_loads(
 
 def test_there_is_no_adapter_to_export(released: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="trained in full: there is no adapter"):
-        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
     assert not (tmp_path / "out").exists()
 
 

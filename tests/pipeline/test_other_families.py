@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.hf_models import write_hf_model
-from tests.tiny import SIZES, write_model
+from tests.tiny import WIDE, write_model
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
-from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import open_engine
@@ -42,17 +40,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = Project.load(folder)
     assert project.run().document()["register"]["version"] == "tiny@v1"
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    call(folder, "approve", "tiny@v1", "--as", "ann")
     return folder
-
-
-def _run(folder: Path, *words: str) -> dict[str, Any]:
-    result = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
-    if isinstance(result.exception, TunesmithError):
-        raise result.exception
-    assert result.exit_code == 0, (result.output, result.exception)
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def test_it_learns_and_records_name_the_engine(released: Path) -> None:
@@ -67,8 +56,8 @@ def test_it_learns_and_records_name_the_engine(released: Path) -> None:
 
 
 def test_the_version_verifies_and_answers(released: Path) -> None:
-    assert _run(released, "verify", "tiny@v1")["ok"]
-    assert _run(released, "chat", "tiny@v1", "-m", "turn on hall fan")
+    assert call(released, "verify", "tiny@v1")["ok"]
+    assert call(released, "chat", "tiny@v1", "-m", "turn on hall fan")
     project = Project.load(released)
     base = resolve_base(project.store, str(released / "model"), released)
     engine = open_engine(base)
@@ -76,14 +65,14 @@ def test_the_version_verifies_and_answers(released: Path) -> None:
     name = ReadyVersions(project.store, engine).answerer(version).adapter
     asked = [Question((Message(role="user", content="turn on hall fan"),), ('{"on":true',))]
     assert engine.choose(asked, name)[0][0] > engine.choose(asked)[0][0] + 0.5, "it was trained on such answers"
-    checks = {check["name"]: check for check in _run(released, "doctor")["checks"]}
+    checks = {check["name"]: check for check in call(released, "doctor")["checks"]}
     assert "gpt2, which is run by transformers' own modules" in checks["base"]["detail"]
 
 
 @pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
 def test_it_is_not_exported(released: Path, tmp_path: Path, form: str) -> None:
     with pytest.raises(Refused, match="'gpt2'"):
-        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", form)
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", form)
     assert not (tmp_path / "out").exists()
 
 
@@ -112,9 +101,9 @@ def test_a_base_trained_in_full_is_evaluated_signed_verified_and_served(tmp_path
     assert {name: (w.shape, w.dtype) for name, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in base.items()}
     assert all(not torch.equal(ours[name], base[name]) for name in base)
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    _run(folder, "approve", "tiny@v1", "--as", "ann")
-    assert _run(folder, "verify", "tiny@v1")["ok"]
-    assert _run(folder, "chat", "tiny@v1", "-m", "turn on hall fan")
+    call(folder, "approve", "tiny@v1", "--as", "ann")
+    assert call(folder, "verify", "tiny@v1")["ok"]
+    assert call(folder, "chat", "tiny@v1", "-m", "turn on hall fan")
     engine = open_engine(resolve_base(project.store, str(folder / "model"), folder))
     (version,) = list_versions(project.store, "tiny")
     name = ReadyVersions(project.store, engine).answerer(version).adapter
@@ -138,8 +127,7 @@ def test_what_hf_cannot_do_is_refused_before_any_work(tmp_path: Path, monkeypatc
 
 def test_four_bits_of_a_native_family(tmp_path: Path) -> None:
     """Trained by hf in 4 bits, answered by the native engine in full precision, and released."""
-    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    write_model(tmp_path / "p" / "model", sizes=sizes)
+    write_model(tmp_path / "p" / "model", sizes=WIDE)
     train = {"rank": 2, "batch": 8, "quantize": "4bit", "learning_rate": 0.02}
     tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
     held = settings()["candidates"]["held"]  # type: ignore[index]

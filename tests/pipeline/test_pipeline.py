@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import call
 from tests.forked import forkserver
 from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith import pipeline
@@ -376,15 +375,8 @@ def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
     assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
 
 
-def _recall(project: Path, *words: str, code: int = 0) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tunesmith", "recall", *words, "-C", str(project), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout) if done.stdout else {}
-
-
 def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
-    _recall(project, "--source", "rows.jsonl", "--reason", "withdrawn")
+    call(project, "recall", "--source", "rows.jsonl", "--reason", "withdrawn")
     with pytest.raises(UsageError, match="withdrawn by a recall: 120"):
         Project.load(project).run()
 
@@ -399,13 +391,14 @@ def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
     (project / "copy.jsonl").write_text(json.dumps({"messages": turns, "template": row.group}) + "\n")
     data: Any = settings()["data"]
     data["sources"] = [*data["sources"], {"path": "copy.jsonl", "licence": "CC0-1.0"}]
-    words = ("--row", row.id)
-    _recall(project, *words, "--check", code=2)  # never recalled
-    found = _recall(project, *words, "--reason", "asked to")
+    words = ("recall", "--row", row.id)
+    with pytest.raises(UsageError, match="never recalled"):
+        call(project, *words, "--check")
+    found = call(project, *words, "--reason", "asked to")
     assert {one["kind"] for one in found["reached"]} >= {"dataset", "training", "version"}
     assert len(found["adapters"]) == 1
     assert found["tenants"] == [""]
-    before = _recall(project, *words, "--check")
+    before = call(project, *words, "--check")
     assert (before["gone"], before["retrain"]) == (True, ["tiny"])
     again = _again(project, data=data)
     assert again["data"]["rows"]["removed"]["withdrawn by a recall"] == 2
@@ -414,7 +407,7 @@ def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
     held = [one.messages for split in ("train", "validation", "test") for one in new.examples(split)]
     assert row.messages not in held
     assert len(held) == 119
-    after = _recall(project, *words, "--check")
+    after = call(project, *words, "--check")
     assert (after["gone"], after["retrain"], after["replaced"]) == (True, [], {"tiny": "tiny@v2"})
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import call
+from tests.said import Said
 from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
 from tunesmith.core.errors import UsageError
@@ -40,29 +39,13 @@ GATES = {
 }
 
 
-class Told:
-    """A progress that keeps what is said."""
-
-    def __init__(self) -> None:
-        from tunesmith.core.progress import SILENT
-
-        self.said: list[str] = []
-        self.task = SILENT.task
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def measured(self, name: str, values: Mapping[str, float]) -> None:
-        pass
+@pytest.fixture(scope="module")
+def told() -> Said:
+    return Said()
 
 
 @pytest.fixture(scope="module")
-def told() -> Told:
-    return Told()
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory, told: Told) -> tuple[Path, dict[str, Any]]:
+def judged(tmp_path_factory: pytest.TempPathFactory, told: Said) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("risks") / "p"
     candidates = settings()["candidates"]
     tuned = {"prompt": "prompt.txt", "max_tokens": 8}
@@ -129,11 +112,11 @@ def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
     assert again["gate"] == judged[1]["gate"]
 
 
-def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, dict[str, Any]], told: Told) -> None:
-    said = [place for place, text in enumerate(told.said) if text.startswith("gate lift: ")]
+def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, dict[str, Any]], told: Said) -> None:
+    said = [place for place, text in enumerate(told.lines) if text.startswith("gate lift: ")]
     assert len(said) == 1
-    assert "with 80% power" in told.said[said[0]]
-    assert said[0] < next(place for place, text in enumerate(told.said) if text.startswith("training "))
+    assert "with 80% power" in told.lines[said[0]]
+    assert said[0] < next(place for place, text in enumerate(told.lines) if text.startswith("training "))
 
 
 def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any]]) -> None:
@@ -148,10 +131,7 @@ def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any
 
 
 def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> None:
-    command = [sys.executable, "-m", "tunesmith", "plan", "-C", str(judged[0]), "--json", "--lift", "0.3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = call(judged[0], "plan", "--lift", "0.3")
     gate = document["gates"][0]
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.data.building.test_ray_runner import PATIENT
 from tests.hf_models import write_hf_model
 from tests.own_group import run_whole_group
@@ -116,8 +117,7 @@ def _release(folder: Path, document: Mapping[str, Any]) -> _Released:
         ["verify", "tiny@v1"],
         ["chat", "tiny@v1", "-m", "turn on hall fan"],
     ):
-        done = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
-        assert done.exit_code == 0, (done.output, done.exception)
+        call(folder, *words)
     evaluation = project.store.record(document["gate"]["evaluation"], kind="evaluation")
     lines = project.store.record(evaluation.parents["answers:tuned"], kind="answers").blobs["answers.jsonl"]
     answers = [json.loads(line) for line in project.store.read_blob(lines).splitlines()]

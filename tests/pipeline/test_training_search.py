@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
+from tests.commands import call, printed
 from tests.tiny_project import settings, write_project
-from tunesmith.cli.main import app
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.pipeline import training_search
 from tunesmith.pipeline.context import PipelineContext
@@ -38,14 +37,6 @@ def write(folder: Path, validation: float = 0.3, **train: Any) -> Path:
     return write_project(folder, data=data, candidates=candidates)
 
 
-def train(folder: Path, *words: str) -> str:
-    result = CliRunner().invoke(app, ["train", *words, "-C", str(folder)])
-    if isinstance(result.exception, TunesmithError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 @pytest.fixture(scope="module", autouse=True)
 def three_others() -> Any:
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     context = PipelineContext(Project.load(folder))
     test = context.store.blob_path(context.dataset.record.blobs["test.jsonl"])
     test.write_bytes(b"")
-    train(folder, *WITHIN)
+    printed(folder, "train", *WITHIN)
     return folder
 
 
@@ -115,11 +106,11 @@ def test_a_search_whose_time_is_used_by_one_trial_decides_nothing() -> None:
 
 def test_a_finished_search_is_looked_up_and_shown(project: Path) -> None:
     before = (project / "tunesmith.yaml").read_bytes()
-    document = json.loads(train(project, "tuned", *WITHIN, "--json"))
+    document = call(project, "train", "tuned", *WITHIN)
     assert set(document["trials"][0]["settings"]) == {"learning_rate", "rank", "batch", "b_rate"}
     assert document["search"] == record(project).digest
     assert document["suggestion"] == record(project).body["suggestion"]
-    shown = train(project, *WITHIN)
+    shown = printed(project, "train", *WITHIN)
     assert "present" in shown
     assert "best" in shown
     assert "is optimistic, because the best was chosen by the same rows" in " ".join(shown.split())
@@ -145,7 +136,7 @@ def test_test_rows_may_not_be_read() -> None:
 
 def test_too_few_validation_rows_go_by_the_loss(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", validation=0.1, rows=8, epochs=1)
-    found = json.loads(train(folder, *WITHIN, "--json"))
+    found = call(folder, "train", *WITHIN)
     assert found["scored_rows"] == 0
     assert found["by"] in ("loss", None)
     assert "validation rows are too few to choose by exact_match" in found["why"] or found["by"] is None
@@ -170,19 +161,19 @@ def test_too_few_validation_rows_go_by_the_loss(tmp_path: Path) -> None:
 )
 def test_wrong_use_is_named(project: Path, words: tuple[str, ...], said: str) -> None:
     with pytest.raises(UsageError, match=said) as refused:
-        train(project, *words)
+        printed(project, "train", *words)
     assert refused.value.fix or refused.value.where
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "p")
     with pytest.raises(Refused, match="s are too short for a search") as refused:
-        train(folder, "--search", "--within", "0.1s")
+        printed(folder, "train", "--search", "--within", "0.1s")
     assert "--within" in str(refused.value.fix)
     with pytest.raises(UsageError, match="a search needs validation rows"):
-        train(write(tmp_path / "p", validation=0.0), *WITHIN)
+        printed(write(tmp_path / "p", validation=0.0), "train", *WITHIN)
     with pytest.raises(UsageError, match="answers of this control are shuffled"):
-        train(write(tmp_path / "p", permute_answers=True), "tuned", *WITHIN)
+        printed(write(tmp_path / "p", permute_answers=True), "train", "tuned", *WITHIN)
 
 
 def test_validation_rows_come_from_as_many_groups_as_there_are() -> None:

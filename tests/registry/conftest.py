@@ -30,8 +30,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     root = tmp_path_factory.mktemp("template")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_USER", "olive")
-        patch.delenv("TUNESMITH_KEYS", raising=False)
-        patch.delenv("TUNESMITH_DATABASE_URL", raising=False)
         store = Store(root / "unregistered")
         identities.ensure_owner(store)
         identities.add_user(store, "ann", ["approver"], actor="olive")
@@ -47,8 +45,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
 @pytest.fixture
 def store(template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_KEYS", raising=False)
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     source = template.registered if "version" in request.fixturenames else template.unregistered
     shutil.copytree(source, tmp_path / "store")
     return Store(tmp_path / "store")

@@ -36,7 +36,7 @@ def test_an_alias_points_at_one_version_and_knows_its_revision(store: Store, ver
     found = get_alias(store, "intents", "champion")
     assert found is not None
     assert (found.version, found.revision) == (version.digest, 1)
-    assert list_aliases(store, "intents") == [found]
+    assert list_aliases(store) == [found]
     assert verify_log(store) == []
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +17,7 @@ from sqlalchemy import delete
 from typer.testing import CliRunner
 
 from tests.attack_table import Happened
+from tests.http_server import answering
 from tests.s3_server import s3_environment, s3_server
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -247,16 +247,8 @@ def authorities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
             self.end_headers()
             self.wfile.write(reply)
 
-        def log_message(self, *_: Any) -> None:
-            """Tests are quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", good, other
-    server.shutdown()
-    server.server_close()
-    thread.join(300)
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url, good, other
 
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

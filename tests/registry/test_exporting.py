@@ -12,13 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.tiny_project import SCHEMA, settings, write_project
 from tunesmith.api import Project
-from tunesmith.cli.main import app
 from tunesmith.core.digests import digest_file
-from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.engines.native import export_check
 from tunesmith.models.export import merging
 from tunesmith.store import audit, database, identities
@@ -52,17 +51,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def approved(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("approved") / "p"
     shutil.copytree(released, copy)
-    _run(copy, "approve", "tiny@v1", "--as", "ann")
+    call(copy, "approve", "tiny@v1", "--as", "ann")
     return copy
-
-
-def _run(folder: Path, *words: str) -> dict[str, Any]:
-    result = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
-    if isinstance(result.exception, TunesmithError):
-        raise result.exception
-    assert result.exit_code == 0, (result.output, result.exception)
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 @dataclass
@@ -94,7 +84,7 @@ _CASES = {
 @pytest.mark.parametrize("name", _CASES)
 def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp_path: Path) -> None:
     case = _CASES[name]
-    given = _run(approved, "export", "tiny@v1", str(tmp_path / "out"), *case.words)
+    given = call(approved, "export", "tiny@v1", str(tmp_path / "out"), *case.words)
     folder = tmp_path / "out"
     assert given["outcome"] == "pass"
     assert {path.name for path in folder.iterdir()} == set(given["files"])
@@ -108,7 +98,7 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     assert equality["served"]["max_difference"] < 0.1
     assert equality["engine"] == "native"
     provenance = json.loads((folder / "tunesmith.json").read_text())
-    version = _run(approved, "show", "tiny@v1")
+    version = call(approved, "show", "tiny@v1")
     assert (provenance["version"], provenance["digest"]) == ("tiny@v1", version["digest"])
     assert provenance["system"] == "Answer with JSON."
     assert provenance["copied"] == ["room"]
@@ -116,13 +106,13 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     (shown,) = [child for child in version["children"] if child["digest"] == given["export"]]
     assert shown["says"].startswith(f"{given['form']} {given['dtype']}: pass, log-probabilities within ")
     assert exports(Project.load(approved).store)[-1] == given["export"]
-    assert _run(approved, "export", "tiny@v1", str(tmp_path / "again"), *case.words)["export"] == given["export"]
-    assert _run(approved, "verify", "tiny@v1")["ok"]
+    assert call(approved, "export", "tiny@v1", str(tmp_path / "again"), *case.words)["export"] == given["export"]
+    assert call(approved, "verify", "tiny@v1")["ok"]
 
 
 def test_peft_and_transformers_agree_with_the_merged_export(approved: Path, tmp_path: Path) -> None:
-    _run(approved, "export", "tiny@v1", str(tmp_path / "a"), "--as", "peft")
-    _run(approved, "export", "tiny@v1", str(tmp_path / "m"), "--as", "merged", "--dtype", "fp32")
+    call(approved, "export", "tiny@v1", str(tmp_path / "a"), "--as", "peft")
+    call(approved, "export", "tiny@v1", str(tmp_path / "m"), "--as", "merged", "--dtype", "fp32")
     signed = approved / ".tunesmith" / "versions" / "tiny" / "v1"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (signed / name).read_bytes()
@@ -144,9 +134,9 @@ def test_peft_and_transformers_agree_with_the_merged_export(approved: Path, tmp_
 
 def test_what_nobody_approved_is_not_exported(released: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not approved"):
-        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
     with pytest.raises(Refused, match=r"version.export|may not|it takes"):
-        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +157,7 @@ def test_an_export_is_decided_again_at_its_end(
 
     monkeypatch.setattr(export_check, "compare", compare)
     with pytest.raises(Refused, match=gone):
-        _run(copy, "export", "tiny@v1", str(out / "files"), "--as", "peft", "--by", "eddy")
+        call(copy, "export", "tiny@v1", str(out / "files"), "--as", "peft", "--by", "eddy")
     assert list(out.iterdir()) == []
     assert exports(store) == before
 
@@ -181,7 +171,7 @@ def test_an_export_that_is_not_recorded_leaves_no_files(
     monkeypatch.setattr(audit, "append", full)
     before = exports(Project.load(approved).store)
     with pytest.raises(Refused, match="full"):
-        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
     assert list(tmp_path.iterdir()) == []
     assert exports(Project.load(approved).store) == before
 
@@ -195,7 +185,7 @@ def exports(store: Store) -> list[str]:
 def test_what_is_there_is_not_overwritten(approved: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists already"):
-        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
 
 
 @pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
@@ -211,12 +201,12 @@ def test_an_export_that_is_not_what_was_measured_is_refused(
     }
     monkeypatch.setattr(merging.Change, "apply", wrong[fault])
     with pytest.raises(Refused, match="the export differs from the adapter as trained") as caught:
-        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     (record,) = [
-        child for child in _run(approved, "show", "tiny@v1")["children"] if child["short"] in str(caught.value.where)
+        child for child in call(approved, "show", "tiny@v1")["children"] if child["short"] in str(caught.value.where)
     ]
     assert f"{form} fp32: fail" in record["says"], "the figures stay as evidence"
 
@@ -228,7 +218,7 @@ def test_an_adapter_too_small_to_be_missed_decides_nothing(
 
     monkeypatch.setattr(equality, "TOLERANCE", {"bf16": {"max": 1e6, "mean": 1e6}})
     with pytest.raises(Inconclusive, match="a missing one would not be noticed"):
-        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,6 +228,6 @@ def test_an_untuned_version_has_nothing_to_export(tmp_path: Path) -> None:
     project = Project.load(folder)
     project.run()
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    call(folder, "approve", "tiny@v1", "--as", "ann")
     with pytest.raises(UsageError, match="has no weights to export"):
-        _run(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")

@@ -43,8 +43,6 @@ def store(
     request: pytest.FixtureRequest,
 ) -> Iterator[Store]:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_KEYS", raising=False)
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     source = template.registered if "version" in request.fixturenames else template.unregistered
     shutil.copytree(source, tmp_path / "store")
     moved = moved_to_postgresql(Store(tmp_path / "store"), postgresql)

@@ -19,7 +19,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from tests.fabricate import NAME, OPERATOR, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene
+from tests.postgresql_server import moved_to_postgresql
 from tests.rollout.conftest import copied, made, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS
@@ -178,3 +179,18 @@ def shared(_unchanged: Served) -> Iterator[Served]:
     before = revision(_unchanged.scene.store.engine)
     yield _unchanged
     assert revision(_unchanged.scene.store.engine) == before, "take `served`: other tests use this server too"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def serving(
+    request: pytest.FixtureRequest, made: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Scene]:
+    """A scene whose champion is version 1, on each kind of database."""
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    scene = copied(made, tmp_path / "store")
+    if request.param == "postgresql":
+        scene.store = moved_to_postgresql(scene.store, str(request.getfixturevalue("postgresql")))
+    plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
+    start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
+    yield scene
+    scene.store.engine.dispose()

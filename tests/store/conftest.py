@@ -16,8 +16,6 @@ from tunesmith.store.store import Store
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    for name in ("TUNESMITH_DATABASE_URL", "TUNESMITH_BLOBS_URL"):
-        monkeypatch.delenv(name, raising=False)
     return Store(tmp_path / "store")
 
 

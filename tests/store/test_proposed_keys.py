@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.fabricate import APPROVER, NAME, OWNER, Scene
 from tests.rollout.conftest import made, scene, versions
 from tunesmith.cli.main import app
@@ -91,16 +90,11 @@ def test_the_command_line_lists_confirms_and_rejects(scene: Scene, tmp_path: Pat
     store = Store(tmp_path / ".tunesmith", url=f"sqlite:///{tmp_path / '.tunesmith' / 'tunesmith.db'}")
     prints = [proposal(store)[1] for _ in range(2)]
 
-    def run(*words: str) -> Any:
-        result = CliRunner().invoke(app, ["keys", *words, "--json", "-C", str(tmp_path)], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
-
-    assert [key["fingerprint"] for key in run("list")["proposed"]] == prints
-    done = run("confirm", APPROVER, prints[0][7:27])
+    assert [key["fingerprint"] for key in call(tmp_path, "keys", "list")["proposed"]] == prints
+    done = call(tmp_path, "keys", "confirm", APPROVER, prints[0][7:27])
     assert done == {"user": APPROVER, "label": "key-2", "fingerprint": prints[0]}
-    assert run("reject", APPROVER, prints[1])["fingerprint"] == prints[1]
-    assert run("list")["proposed"] == []
+    assert call(tmp_path, "keys", "reject", APPROVER, prints[1])["fingerprint"] == prints[1]
+    assert call(tmp_path, "keys", "list")["proposed"] == []
     shown = CliRunner().invoke(app, ["keys", "list", "-C", str(tmp_path)], catch_exceptions=False)
     assert "proposed" not in shown.stdout
     store.engine.dispose()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.attack_table import Happened
+from tests.http_server import answering
 from tests.store.test_blobs import finished
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -166,16 +166,11 @@ class _Denies(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def denying() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Denies)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), _Denies)) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

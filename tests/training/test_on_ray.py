@@ -9,17 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.said import Said
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import Silent
 from tunesmith.training.on_ray import _fit, _Written
-
-
-class _Heard(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def test_it_shows_what_rank_0_says_and_returns_what_it_returns(tmp_path: Path) -> None:
@@ -29,7 +22,7 @@ def test_it_shows_what_rank_0_says_and_returns_what_it_returns(tmp_path: Path) -
         said.say("step 2")
         return SimpleNamespace(return_value="sha256:1")
 
-    heard = _Heard()
+    heard = Said()
     assert _fit(SimpleNamespace(fit=fit), tmp_path, heard) == "sha256:1"
     assert heard.lines == ["step 1", "step 2"]
 

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
+from tests.commands import call, printed
 from tests.tiny import row, write_model
 from tests.tiny_project import write_project
 from tests.trained import full_model, lora_model
-from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT
 from tunesmith.engines.native.network.weights import load_network
@@ -36,15 +34,8 @@ def _candidates(train: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_project(tmp_path_factory.mktemp("rate") / "p", candidates=_candidates(TRAIN))
-    assert _run(folder, "data", "build").exit_code == 0
+    printed(folder, "data", "build")
     return folder
-
-
-def _run(folder: Path, *words: str) -> Result:
-    result = CliRunner().invoke(app, [*words, "-C", str(folder)])
-    if isinstance(result.exception, TunesmithError):
-        raise result.exception
-    return result
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -54,7 +45,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def test_range_test_is_repeatable_and_keeps_nothing(project: Path) -> None:
     before = _files(project / ".tunesmith" / "records") | _files(project / ".tunesmith" / "blobs")
-    one, other = (_run(project, "train", "tuned", "--find-rate", "--json").stdout for _ in range(2))
+    one, other = (printed(project, "train", "tuned", "--find-rate", "--json") for _ in range(2))
     assert one == other
     assert before == _files(project / ".tunesmith" / "records") | _files(project / ".tunesmith" / "blobs")
     assert not list((project / ".tunesmith" / "work").glob("train-*"))
@@ -71,17 +62,17 @@ def test_range_test_is_repeatable_and_keeps_nothing(project: Path) -> None:
 
 
 def test_suggested_rate_learns_more_than_the_extremes(project: Path) -> None:
-    found = json.loads(_run(project, "train", "--find-rate", "--json").stdout)
+    found = call(project, "train", "--find-rate")
     losses = {}
     for each in (found["rates"][0], found["suggestion"], found["rates"][-1]):
         write_project(project, candidates=_candidates({**TRAIN, "epochs": 3, "learning_rate": each, "keep": "last"}))
-        losses[each] = json.loads(_run(project, "train", "--json").stdout)["final_loss"]
+        losses[each] = call(project, "train")["final_loss"]
     write_project(project, candidates=_candidates(TRAIN))
     assert min(losses, key=lambda each: losses[each]) == found["suggestion"]
 
 
 def test_output_has_a_curve_and_the_setting_to_write(project: Path) -> None:
-    shown = _run(project, "train", "--find-rate").stdout
+    shown = printed(project, "train", "--find-rate")
     assert "train.b_rate: 4   (as it was tried: write down both)" in shown
     assert "smoothed loss by learning rate" in shown
     assert sum(line.count("*") for line in shown.splitlines() if "|" in line) <= rate.STEPS
@@ -91,9 +82,9 @@ def test_output_has_a_curve_and_the_setting_to_write(project: Path) -> None:
 
 def test_range_test_needs_a_training_and_no_restart(tmp_path: Path, project: Path) -> None:
     with pytest.raises(UsageError, match="nothing that could be restarted"):
-        _run(project, "train", "--find-rate", "--restart")
+        printed(project, "train", "--find-rate", "--restart")
     with pytest.raises(UsageError, match="candidate 'plain' has no training"):
-        _run(write_project(tmp_path / "p"), "train", "plain", "--find-rate")
+        printed(write_project(tmp_path / "p"), "train", "plain", "--find-rate")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

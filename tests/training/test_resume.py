@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.forked import forkserver, run_elsewhere
+from tests.said import SaidAndNoted
 from tests.tiny import row, write_model
 from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
@@ -43,22 +44,6 @@ ROWS = [
     TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n},"even":{str(n % 2 == 0).lower()}}}')) for n in range(60)
 ]
 SETTINGS = TrainSettings(rank=4, batch=4, epochs=4, learning_rate=0.01, checkpoint_seconds=1e-9, validations=2)
-
-
-class Said(Silent):
-    """Keeps what a run says and notes."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    @contextlib.contextmanager
-    def task(self, name: str, total: int) -> Iterator[Task]:
-        with super().task(name, total) as task:
-            task.note = self.lines.append  # type: ignore[method-assign]
-            yield task
 
 
 def run(
@@ -266,7 +251,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, uninterr
     content = bytearray((newest / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "tensors.safetensors").write_bytes(content)
-    said = Said()
+    said = SaidAndNoted()
     assert run(trained, progress=said) == uninterrupted
     assert f"checkpoint {newest.name} is damaged; resuming from the one before it" in said.lines
     assert "resuming from step 59" in said.lines
@@ -284,7 +269,7 @@ def test_half_written_checkpoints_are_not_used(trained: Path, uninterrupted: str
             state.unlink()
         else:
             state.write_text("[]")
-    said = Said()
+    said = SaidAndNoted()
     assert run(trained, progress=said) == uninterrupted
     assert [line.endswith("is damaged; starting over") for line in said.lines if "damaged" in line] == [True, True]
 
@@ -361,7 +346,7 @@ def test_a_row_that_is_longer_than_the_context_is_refused(folder: Path) -> None:
 
 
 def test_progress_shows_loss_memory_and_speed(folder: Path) -> None:
-    said = Said()
+    said = SaidAndNoted()
     run(folder, progress=said)
     notes = [line for line in said.lines if "of peak" in line]
     assert len(notes) == 60

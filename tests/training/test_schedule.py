@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.said import SaidAndNoted
 from tests.tiny import write_model
-from tests.training.test_resume import ROWS, Said
+from tests.training.test_resume import ROWS
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
@@ -145,7 +146,7 @@ def _scores(values: Iterator[float]) -> AnswerScore:
 
 def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     values = itertools.chain([0.1, 0.5, 0.7, 0.5, 0.7, 0.55, 0.6, 0.5, 0.6], itertools.repeat(0.9))
-    said = Said()
+    said = SaidAndNoted()
     before = BEFORE.model_copy(update={"scored_rows": 40})
     done = train(spec(tmp_path), ticking(0.1), before=before, score=_scores(values), progress=said)
     assert done.decisions is not None
@@ -199,7 +200,7 @@ def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
 
 def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of scored rows is what fits the budget, and is kept for a resumed run."""
-    made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), Said()
+    made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), SaidAndNoted()
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda _: (0.001, 0.1))
     done = train(made, ticking(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
     assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
@@ -243,7 +244,7 @@ def test_without_a_budget_a_few_answers_are_timed(tmp_path: Path) -> None:
         asked.append((model is not None, rows))
         return Score(0.5, 0.1)
 
-    settings, said = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=2), Said()
+    settings, said = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=2), SaidAndNoted()
     train(
         spec(tmp_path, settings), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, score), progress=said
     )

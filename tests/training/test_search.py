@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.forked import run_elsewhere
+from tests.said import SaidAndNoted
 from tests.tiny import write_model
-from tests.training.test_resume import ROWS, Said
+from tests.training.test_resume import ROWS
 from tests.training.test_schedule import ticking
 from tunesmith.core import memory
 from tunesmith.core.errors import Inconclusive, Refused
@@ -168,7 +169,7 @@ def test_what_exceeds_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
         for each in (HOPELESS.model_copy(update={"seed": seed}) for seed in range(20))
         if any(trial["rank"] == 8 for trial in search.draw_trials(each, 40)[1:4])
     )
-    said = Said()
+    said = SaidAndNoted()
     done = find(tmp_path, settings, progress=said)
     large = [number for number, each in enumerate(done.trials) if each["rank"] == 8]
     assert large
@@ -195,7 +196,7 @@ def test_a_trial_that_diverges_is_left_out(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_trial_is_ended_where_the_time_is_used(tmp_path: Path) -> None:
     """From the fifth trial on, which is in the last rung, the clock runs a hundred times as fast."""
-    said, now = Said(), [0.0]
+    said, now = SaidAndNoted(), [0.0]
 
     def clock() -> float:
         now[0] += 50.0 if _ran(said) >= 4 else 0.5
@@ -275,7 +276,7 @@ def test_stopped_it_goes_on(
     assert sorted(set(trained)) == sorted(trained), "no finished trial is repeated"
 
 
-def _ran(said: Said) -> int:
+def _ran(said: SaidAndNoted) -> int:
     """How many trials ran."""
     return sum(line.startswith("rung ") and " steps (" in line for line in said.lines)
 
@@ -284,7 +285,7 @@ def test_damaged_results_run_again(whole: tuple[Path, SearchOutcome]) -> None:
     folder, uninterrupted = whole
     shutil.copytree(folder / "work", folder / "damaged")
     (folder / "damaged" / "rung-0-trial-2.json").write_text("{")
-    said = Said()
+    said = SaidAndNoted()
     assert comparable(find(folder, work="damaged", progress=said)) == comparable(uninterrupted)
     assert any("rung-0-trial-2.json is damaged" in line for line in said.lines)
     assert _ran(said) == 1
@@ -297,7 +298,7 @@ def test_what_cannot_be_compared_starts_over(whole: tuple[Path, SearchOutcome], 
     shutil.copytree(folder / "work", work)
     kept = uninterrupted.decisions.model_copy(update={"environment": {"threads": 64}}).model_dump_json()
     (work / "search.json").write_text(kept if change == "environment" else kept[:-1])
-    said = Said()
+    said = SaidAndNoted()
     assert comparable(find(folder, work=work.name, progress=said)) == comparable(uninterrupted)
     assert any("in another environment, or is damaged: starting over" in line for line in said.lines)
     assert _ran(said) == 6
@@ -333,7 +334,7 @@ def test_killed_it_goes_on(whole: tuple[Path, SearchOutcome]) -> None:
     for steps in (3, 20):
         assert run_elsewhere(_find_killed, folder, steps) == -signal.SIGKILL
         (folder / "reached").unlink()
-    said = Said()
+    said = SaidAndNoted()
     done = find(folder, work="killed", progress=said)
     assert 0 < _ran(said) < 6, "finished trials are not repeated"
     assert comparable(done) == comparable(uninterrupted)

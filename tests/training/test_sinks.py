@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from typer.testing import CliRunner
 
+from tests.commands import call
+from tests.said import Said
 from tests.tiny_project import settings, write_project
-from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.progress import SILENT, Silent
+from tunesmith.core.progress import SILENT
 from tunesmith.store.store import Store
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.settings import MetricsSettings, TrainSettings
@@ -34,14 +33,6 @@ class _Killed(BaseException):
 def _project(folder: Path, metrics: dict[str, str] | None) -> Path:
     tuned = {"prompt": "prompt.txt", "train": TRAIN, "max_tokens": 8}
     return write_project(folder, candidates={"tuned": tuned}, **({"metrics": metrics} if metrics else {}))
-
-
-def _train(folder: Path, *words: str) -> dict[str, Any]:
-    result = CliRunner().invoke(app, ["train", *words, "-C", str(folder), "--json"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def _tensorboard(folder: Path) -> Series:
@@ -72,7 +63,7 @@ def _kinds(folder: Path) -> list[tuple[dict[str, str], Callable[[], Series]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1], ids=["tensorboard", "mlflow"])
 def test_killed_training_shows_each_point_once(tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = _train(_project(tmp_path / "alone", None))
+    alone = call(_project(tmp_path / "alone", None), "train")
     metrics, read = _kinds(tmp_path)[kind]
     project = _project(tmp_path / "p", metrics)
     save, follow = Checkpoints.save, Follower.follow
@@ -95,12 +86,12 @@ def test_killed_training_shows_each_point_once(tmp_path: Path, kind: int, monkey
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dies)
             with pytest.raises(_Killed):
-                _train(project)
+                call(project, "train")
     if kind == 0:  # and the last write was cut short, as a power failure leaves it
         (run,) = (project / "board").iterdir()
         newest = max(run.iterdir(), key=lambda path: (path.stat().st_size, path.name))
         newest.write_bytes(newest.read_bytes()[:-7])
-    document = _train(project)
+    document = call(project, "train")
     assert Path(document["adapter"]).read_bytes() == Path(alone["adapter"]).read_bytes()
     curve = Store(project / ".tunesmith").record(document["training"]).body["curve"]
     found = read()
@@ -113,13 +104,13 @@ def test_killed_training_shows_each_point_once(tmp_path: Path, kind: int, monkey
 
 
 def test_no_stage_depends_on_metrics(tmp_path: Path) -> None:
-    first = _train(_project(tmp_path / "p", None))
-    assert _train(_project(tmp_path / "p", {"tensorboard": "board"}))["training"] == first["training"]
+    first = call(_project(tmp_path / "p", None), "train")
+    assert call(_project(tmp_path / "p", {"tensorboard": "board"}), "train")["training"] == first["training"]
     assert not (tmp_path / "p" / "board").exists(), "nothing was trained"
-    _train(tmp_path / "p", "--restart")
+    call(tmp_path / "p", "train", "--restart")
     (run,) = (tmp_path / "p" / "board").iterdir()
     before = _tensorboard(run)
-    _train(tmp_path / "p", "--restart")
+    call(tmp_path / "p", "train", "--restart")
     assert _tensorboard(run) == before, "the same training again has the same points"
 
 
@@ -145,12 +136,6 @@ def test_a_wrong_destination_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             follower(MetricsSettings(**metrics), "tuned", "sha256:00", TrainSettings(), SILENT)
 
-    said: list[str] = []
-
-    class Heard(Silent):
-        def say(self, text: str) -> None:
-            said.append(text)
-
     class Broken:
         held: list[Point] = []  # noqa: RUF012
         works = False
@@ -166,14 +151,14 @@ def test_a_wrong_destination_is_refused(tmp_path: Path) -> None:
 
         def finish(self) -> None: ...
 
-    sink, state = Broken(), TrainerState()
-    shown = Follower(sink, Heard())
+    sink, state, said = Broken(), TrainerState(), Said()
+    shown = Follower(sink, said)
     for step in (1, 2, 3):
         state.curve.append({"step": step, "loss": 1.0 / step, "learning_rate": 0.1, "tokens": 8, "seconds": 1.0})
         sink.works = step == 3
         shown.follow(state)
-    assert len(said) == 2
-    assert "the server is gone" in said[0]
+    assert len(said.lines) == 2
+    assert "the server is gone" in said.lines[0]
     assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(state) if p.series == "train/loss"]
 
 

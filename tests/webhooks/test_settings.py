@@ -77,7 +77,6 @@ def test_the_example_of_the_standard() -> None:
 
 def test_commands(tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_USER", "olive")
-    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     webhooks = {"webhooks": {"ops": {**HOOK, "url": receiver.url, "events": ["job.failed"]}}}
     (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump({**settings(), **webhooks}))
     (tmp_path / "schema.json").write_text("{}")

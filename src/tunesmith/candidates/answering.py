@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
@@ -15,29 +15,9 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
-from tunesmith.engines.protocol import Completion, Engine, Generation, Streamed
+from tunesmith.engines.protocol import Engine, Generation, Responder
 from tunesmith.store.store import Store
-
-
-class Responder(Protocol):
-    """What answers a candidate's requests: the engine, a baseline or an endpoint."""
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens that a prompt and its answer may have together."""
-        ...
-
-    def generate(
-        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
-    ) -> list[Completion]:
-        """Answers in the order of requests."""
-        ...
-
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """Pieces of the answer; the last item is the whole Completion."""
-        ...
 
 
 class OtherBase(UsageError):

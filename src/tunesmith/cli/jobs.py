@@ -56,7 +56,8 @@ def worker(
     """
     import signal
 
-    from tunesmith.services import cases, held, jobs, retraining, webhooks
+    from tunesmith.monitoring import cases
+    from tunesmith.services import held, jobs, retraining, webhooks
 
     def also() -> None:
         cases.delete_expired(here.store)  # before what may fail by the project file or its sources

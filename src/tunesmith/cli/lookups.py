@@ -35,7 +35,7 @@ def evaluations(
     store = here.store
     user = get_user(store, acting(store, here.actor))
     if evaluation is None:
-        here.emit(evidence.list_evaluations(store, user, first=(page - 1) * evidence.LISTED), _draw_list)
+        here.emit(evidence.list_evaluations(store, user, page), _draw_list)
         return
     found = evidence.show_evaluation(store, user, store.find_record(evaluation))
     if found is None:

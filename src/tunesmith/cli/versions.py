@@ -66,11 +66,12 @@ def register_version(
     region: Region = "",
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.services import evaluation, versions
+    from tunesmith.pipeline.verdicts import latest
+    from tunesmith.services import versions
 
     version = versions.register(
         here.store,
-        verdict or evaluation.latest_verdict(here.project),
+        verdict or latest(here.project, "verdict"),
         name=name or here.project.settings.name,
         risk=here.project.settings.risk,
         actor=here.actor,

@@ -1,4 +1,4 @@
-"""The current time."""
+"""The current time, and times as text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ def now() -> datetime:
 
 
 def stamp(after: timedelta = timedelta()) -> str:
-    """The current UTC time, or a time after it, as ISO 8601 with microseconds and a trailing Z."""
-    return (now() + after).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """The current UTC time, or a time after it, as `iso` writes it."""
+    return iso(now() + after)
+
+
+def iso(at: datetime) -> str:
+    """A UTC time as ISO 8601 with microseconds and a trailing Z: such texts compare as their times do."""
+    return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def second(at: float) -> str:
+    """The second, in UTC, of a time in seconds since 1970, as 2031-05-06T07:08:09Z."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def day(at: float) -> str:

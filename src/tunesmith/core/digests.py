@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import rfc8785
 
 from tunesmith.core.errors import UsageError
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_CHUNK = 1 << 20
 
 
 def canonical(value: Any) -> bytes:
@@ -33,13 +33,26 @@ def digest_of(value: Any) -> str:
     return digest_bytes(canonical(value))
 
 
-def digest_file(path: Path) -> str:
-    """The digest of a file's content, read in 1 MiB pieces."""
+def digest_pieces(pieces: Iterable[bytes | memoryview], into: IO[bytes] | None = None) -> str:
+    """The digest of bytes that come in pieces. into: where they are written, too."""
     hasher = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(_CHUNK):
-            hasher.update(piece)
+    for piece in pieces:
+        hasher.update(piece)
+        if into is not None:
+            into.write(piece)
     return "sha256:" + hasher.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The digest of a file's content."""
+    with path.open("rb") as stream:
+        return digest_pieces(pieces_of(stream))
+
+
+def pieces_of(stream: IO[bytes]) -> Iterator[bytes]:
+    """The rest of a stream in pieces of 1 MiB, so that a file never has to fit in memory."""
+    while piece := stream.read(1 << 20):
+        yield piece
 
 
 def is_digest(text: str) -> bool:

@@ -82,7 +82,28 @@ class Question:
     choices: tuple[str, ...]
 
 
-class Engine(Protocol):
+class Responder(Protocol):
+    """What answers a candidate's requests: the engine, a baseline or an endpoint."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a prompt and its answer may have together."""
+        ...
+
+    def generate(
+        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[Completion]:
+        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context, and where a
+        request wants log-probabilities that there are none of."""
+        ...
+
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
+        """Pieces of the answer's text as they are decoded; the last item is the whole Completion. Closing the iterator
+        cancels the request."""
+        ...
+
+
+class Engine(Responder, Protocol):
     """Answers requests for one base model and any number of adapters. Thread-safe."""
 
     @property
@@ -90,28 +111,11 @@ class Engine(Protocol):
         """Digest of the base record."""
         ...
 
-    @property
-    def context_length(self) -> int:
-        """Most tokens a prompt and its answer may have together."""
-        ...
-
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder under name (the training's digest). Raises Refused if it does not fit the base."""
 
     def holds(self, name: str) -> bool:
         """Whether name is loaded. An engine may unload models that were trained in full."""
-        ...
-
-    def generate(
-        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
-    ) -> list[Completion]:
-        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context, or if the
-        engine cannot report log-probabilities that a request wants."""
-        ...
-
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """Pieces of the answer's text as they are decoded; the last item is the whole Completion. Closing the iterator
-        cancels the request."""
         ...
 
     def choose(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tunesmith.core.digests import digest_pieces
 from tunesmith.engines.ranks import first_row, held
 
 _NAMES = {
@@ -30,14 +30,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Wide numbers come first, so that all of them are aligned.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
-    hasher = hashlib.sha256()
     with path.open("wb") as stream:
-        for piece in _pieces(tensors, metadata):
-            hasher.update(piece)
-            stream.write(piece)
+        digest = digest_pieces(_pieces(tensors, metadata), stream)
         stream.flush()
         os.fsync(stream.fileno())
-    return f"sha256:{hasher.hexdigest()}"
+    return digest
 
 
 class SavedTensors:

@@ -15,7 +15,7 @@ from tunesmith.evaluation.metrics.declared import (
     GrammarScorer,
     JudgeScorer,
     LabelScorer,
-    known_scorer,
+    check_known,
     metric_of,
 )
 from tunesmith.evaluation.metrics.scorers import nearest
@@ -78,7 +78,7 @@ class TaskSettings(Settings):
             if scorer == VALID:
                 continue
             if isinstance(scorer, str):
-                known_scorer(scorer)
+                check_known(scorer)
             elif scorer.name in KNOWN:
                 raise ValueError(f"{scorer.name!r} is the name of a built-in scorer: choose another name")
             else:

@@ -191,10 +191,10 @@ def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[Event
         return [Event(row.number, row.at, row.message) for row in session.scalars(found)]
 
 
-def time_now(store: Store, clock: Clock = database_time) -> float:
+def time_now(store: Store) -> float:
     """The time by which leases end, in seconds since 1970."""
     with database.reading(store.engine) as session:
-        return clock(session)
+        return database_time(session)
 
 
 # Changes

@@ -88,9 +88,9 @@ def _model_files(archive: zipfile.ZipFile, scratch: Path) -> Path:
     return made
 
 
-def open_embedder(digest: str, progress: Progress = SILENT) -> Embedder:
+def open_embedder(digest: str) -> Embedder:
     """The embedder that a candidate was evaluated with. Raises Refused if the installed one differs."""
-    found = find_embedder(progress)
+    found = find_embedder()
     if found.digest != digest:
         raise Refused(
             "the embedding model differs from the one that the candidate was evaluated with",

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import field_serializer
 from sqlalchemy import select
 
-from tunesmith.core.clock import now
+from tunesmith.core.clock import iso, now
 from tunesmith.core.view import View
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.store import database
@@ -113,7 +113,7 @@ def watch(
     """
     until = clock()
     since = until - timedelta(hours=settings.window_hours)
-    rows = _served(store, name, version, _written(since), _written(until), tenant)
+    rows = _served(store, name, version, iso(since), iso(until), tenant)
     kept, capped = cap_tenants(rows, settings.tenant_share_at_most)
     findings: tuple[Finding, ...] = ()
     if len(kept) >= settings.min_requests:
@@ -126,8 +126,8 @@ def watch(
         reason=reason,
         name=name,
         version=version,
-        since=_written(since),
-        until=_written(until),
+        since=iso(since),
+        until=iso(until),
         requests=len(rows),
         capped=capped,
         findings=findings,
@@ -233,8 +233,8 @@ def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: Mo
     return Finding(outcome=outcome, reason=reason, effect=rise, low=low, high=high, **facts)
 
 
-def _share(those: NDArray[np.bool_], settings: MonitoringSettings) -> tuple[float, float, float]:
-    """The share of true values, and its Wilson interval."""
+def _share(those: NDArray[Any], settings: MonitoringSettings) -> tuple[float, float, float]:
+    """The share of values that are true, or 1, and its Wilson interval."""
     from scipy.stats import binomtest
 
     wilson = binomtest(int(those.sum()), len(those)).proportion_ci(settings.confidence, method="wilson")
@@ -244,19 +244,16 @@ def _share(those: NDArray[np.bool_], settings: MonitoringSettings) -> tuple[floa
 def _compare_valid(
     served: Sequence[Any], measured: tuple[float, float, float], settings: MonitoringSettings
 ) -> Finding:
-    from scipy.stats import binomtest
-
     scores = _numbers(served)
     facts: dict[str, Any] = {"name": "json_valid", "served": len(scores), "bound": settings.valid_drop_at_most}
     if len(scores) < settings.min_requests:
         return Finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored", **facts)
     mean, low, high = measured
-    served_mean = float(scores.mean())
-    wilson = binomtest(int(scores.sum()), len(scores)).proportion_ci(settings.confidence, method="wilson")
-    drop = mean - served_mean
-    least = drop - math.hypot(mean - low, wilson.high - served_mean)
-    most = drop + math.hypot(high - mean, served_mean - wilson.low)
-    reason = f"valid JSON {mean:.3f} before, {served_mean:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
+    now_mean, now_low, now_high = _share(scores, settings)
+    drop = mean - now_mean
+    least = drop - math.hypot(mean - low, now_high - now_mean)
+    most = drop + math.hypot(high - mean, now_mean - now_low)
+    reason = f"valid JSON {mean:.3f} before, {now_mean:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
     outcome = _outcome(least, most, settings.valid_drop_at_most)
     return Finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most, **facts)
 
@@ -346,8 +343,3 @@ def _thinned(values: Array) -> Array:
     if len(values) <= _LARGEST:
         return values
     return np.asarray(np.sort(values)[np.linspace(0, len(values) - 1, _LARGEST).astype(int)])
-
-
-def _written(at: datetime) -> str:
-    """As RequestRow.at is written, so that texts compare as times do."""
-    return at.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from tunesmith.core.clock import iso
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import ENTITIES, Privacy
@@ -47,8 +48,7 @@ class CaseKeeper:
 
     def until(self, at: str) -> str:
         """When a case of a request that came at a time is deleted."""
-        end = datetime.fromisoformat(at) + timedelta(days=self._settings.days)
-        return end.isoformat(timespec="microseconds").replace("+00:00", "Z")
+        return iso(datetime.fromisoformat(at) + timedelta(days=self._settings.days))
 
     def scanned(self, messages: Sequence[Message], answer: str | None, expected: str | None) -> CaseTexts:
         """The texts with pseudonyms for personal data and secrets. Raises NotKept."""

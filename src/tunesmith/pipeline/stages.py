@@ -65,7 +65,7 @@ ACTIONS = {
 
 @dataclass
 class Stage:
-    """One stage that was run or skipped. seconds: 0 where it was skipped."""
+    """One stage that was run or skipped. seconds: 0 where it was skipped because its inputs did not change."""
 
     name: str
     seconds: float

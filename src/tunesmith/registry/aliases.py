@@ -50,11 +50,11 @@ def get_alias(where: Store | Session, name: str, alias: str, scope: Scope = Scop
     return _alias(row) if row is not None and row.version else None
 
 
-def list_aliases(store: Store, name: str | None = None) -> list[Alias]:
-    """Every alias that points at a version; name: only of this name."""
+def list_aliases(store: Store) -> list[Alias]:
+    """Every alias that points at a version."""
     query = select(AliasRow).where(AliasRow.version != "").order_by(AliasRow.name, AliasRow.alias)
     with database.reading(store.engine) as session:
-        return [_alias(row) for row in session.scalars(query) if name in (None, row.name)]
+        return [_alias(row) for row in session.scalars(query)]
 
 
 def revision_of(session: Session, name: str, alias: str, scope: Scope = Scope()) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from tunesmith.core.digests import digest_file, is_digest, short
+from tunesmith.core.digests import digest_file, digest_pieces, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.scratch import SCRATCH
 from tunesmith.core.version_ref import VersionRef
@@ -250,7 +250,7 @@ def _sweep_object(findings: _Findings, key: str, digest: str, approvals: list[Re
             record = decode(b"".join(pieces), digest, where)
             if record.kind == "approval":
                 approvals.append(record)
-        elif _digest_and_lines(pieces)[0] != digest:
+        elif digest_pieces(pieces) != digest:
             raise Refused("its bytes do not match its digest")
     except (TunesmithError, OSError) as error:
         findings.problem(where, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")

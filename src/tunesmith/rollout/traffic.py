@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, Text, case, cast, false, func, or_, select
 from sqlalchemy.orm import Session
 
+from tunesmith.core.clock import iso
 from tunesmith.core.scope import Scope
 from tunesmith.rollout.analysis import Arm
 from tunesmith.store import database
@@ -58,7 +59,7 @@ def usual_callers(session: Session, name: str, scope: Scope, at: datetime) -> tu
     counts as one day.
     """
     day = func.substr(RequestRow.at, 1, 10)
-    since = (at - timedelta(days=_MAIN_DAYS)).isoformat(timespec="microseconds")
+    since = iso(at - timedelta(days=_MAIN_DAYS))
     query = select(day, RequestRow.caller, func.count()).where(RequestRow.name == name, RequestRow.at >= since)
     query = query.where(*within(RequestRow, scope), RequestRow.arm != "pinned")  # pinned: trials of one version
     days: defaultdict[str, dict[str, int]] = defaultdict(dict)

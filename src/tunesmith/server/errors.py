@@ -92,6 +92,11 @@ def forbidden(what: str) -> ApiError:
     return ApiError(403, what, code="permission_denied")
 
 
+def missing(what: str) -> ApiError:
+    """The same answer for what does not exist and what is another tenant's."""
+    return ApiError(404, f"There is no such {what}.", code="not_found")
+
+
 def no_such_model(model: str) -> ApiError:
     """The same answer for a model that does not exist and one of another tenant or region."""
     message = f"The model {model[: limits.SHOWN]!r} does not exist or you do not have access to it."

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from tunesmith.core.clock import second
 from tunesmith.core.errors import TunesmithError
 from tunesmith.holding.queue import HeldAnswer, QueueFull, TooManyOfCaller, UnknownAnswer, get, put, response_of
 from tunesmith.server.errors import HeldNotice, answer_held, answer_refused, busy_for_user, not_stored, too_many_held
@@ -35,8 +35,7 @@ async def decision_on(answer: HeldAnswer, serving: Serving, gone: asyncio.Future
         LOG.error("the answer to request %s could not be held: %s", answer.id, type(error).__name__)  # not its text
         raise not_stored(error) from error
     serving.metrics.held.labels("held").inc()
-    until = datetime.fromtimestamp(deadline, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    notice = HeldNotice(id=answer.id, url=f"/api/held/{answer.id}", deadline=until)
+    notice = HeldNotice(id=answer.id, url=f"/api/held/{answer.id}", deadline=second(deadline))
     if serving.drain.begun or not await serving.awaited.wait(answer.id, holding.wait, gone):
         raise answer_held(notice)
 

@@ -47,11 +47,6 @@ def case_keeper(project: Project) -> CaseKeeper | None:
     return CaseKeeper(project.store, settings.cases, settings.data.privacy, listed_values(project.schema))
 
 
-def delete_expired(store: Store) -> int:
-    """Delete the cases whose time is over; returns how many."""
-    return cases.delete_expired(store)
-
-
 def list_cases(store: Store, *, everything: bool = False) -> CaseList:
     """The cases that wait; with everything also those that were answered correctly.
 

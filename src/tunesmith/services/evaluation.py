@@ -203,11 +203,6 @@ def latest_evaluation(project: Project) -> str:
     return found
 
 
-def latest_verdict(project: Project) -> str | None:
-    """Digest of the project's last verdict; None where there is none."""
-    return latest(project, "verdict")
-
-
 def _reported(project: Project, version: str | None) -> tuple[str, str | None, str | None]:
     """Digests of the evaluation, verdict and version that a report is about."""
     store = project.store
@@ -215,7 +210,7 @@ def _reported(project: Project, version: str | None) -> tuple[str, str | None, s
         found = resolve(store, version)
         return found.evaluation, found.verdict, found.digest
     measured = latest_evaluation(project)
-    judged = latest_verdict(project)
+    judged = latest(project, "verdict")
     if judged is None or store.record(judged).parents["evaluation"] != measured:
         return measured, None, None
     versions = [child for _, kind, child in store.children(judged) if kind == "version"]

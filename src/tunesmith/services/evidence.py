@@ -106,13 +106,13 @@ class Comparison(View):
     against: str
 
 
-def list_evaluations(store: Store, user: User, *, first: int = 0, most: int = LISTED) -> EvaluationList:
-    """The evaluations that a user may see, newest first, from a place on."""
+def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
+    """A page of the evaluations that a user may see, newest first."""
     with database.reading(store.engine) as session:
         seen = _visible(user.scope)
         total = session.scalar(select(func.count()).select_from(seen.subquery())) or 0
-        ordered = seen.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset(first).limit(most)
-        rows = session.execute(ordered).all()
+        ordered = seen.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * LISTED)
+        rows = session.execute(ordered.limit(LISTED)).all()
         digests = [digest for digest, _ in rows]
         verdicts = _verdicts(session, store, user.scope, digests)
         versions = _versions(session, user.scope, digests)

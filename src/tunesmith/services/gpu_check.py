@@ -48,21 +48,18 @@ class GpuCheck(View):
     checks: list[CheckResult]
 
 
-def gpu_check(
-    *, vllm: str = "vllm serve", output: Path | None = None, apart: bool | None = None, progress: Progress = SILENT
-) -> GpuCheck:
-    """Run every check, one after another; one that fails does not end the others.
+def gpu_check(*, vllm: str = "vllm serve", output: Path | None = None, progress: Progress = SILENT) -> GpuCheck:
+    """Run every check, one after another; one that fails does not end the others. On a GPU, where an error may leave a
+    process that cannot compute any more, each check has a process of its own.
 
-    vllm: the command that starts vLLM. output: also write the result there, as JSON. apart: run each check in a process
-    of its own, by default on a GPU, where an error may leave a process that cannot compute any more.
+    vllm: the command that starts vLLM. output: also write the result there, as JSON.
     """
-    gpu = gpu_present()
-    apart, found = gpu if apart is None else apart, list[CheckResult]()
+    gpu, found = gpu_present(), list[CheckResult]()
     checks = _checks(vllm)
     with scratch_folder(_made(cache_folder())) as work, progress.task("checking", len(checks)) as task:
         for name, check in checks.items():
             task.note(name)
-            found.append(_apart(name, check, work) if apart else perform(name, check, work))
+            found.append(_apart(name, check, work) if gpu else perform(name, check, work))
             task.advance()
     result = GpuCheck(
         ok=all(each.outcome != "failed" for each in found),

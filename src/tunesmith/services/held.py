@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
+from tunesmith.core.clock import second
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
@@ -78,21 +78,19 @@ def answer_holder(project: Project) -> Holder | None:
     return None if settings.hold is None else Holder(settings.hold, settings.policy, project.schema)
 
 
-def list_held(
-    store: Store, user: User, *, everything: bool = False, reviews: bool = True, most: int = LISTED
-) -> HeldList:
+def list_held(store: Store, user: User, *, everything: bool = False) -> HeldList:
     """The held answers that a user may see: their own, and those of their tenant and region if they may review.
 
-    everything: also those that are decided. reviews: False lists only their own.
+    everything: also those that are decided.
     """
     tidy(store)
     mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
     wanted = mine
-    if reviews and user.may("answer.review"):
+    if user.may("answer.review"):
         wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
     state = [] if everything else [HeldRow.state == queue.WAITING]
     with database.reading(store.engine) as session:
-        rows = queue.listed(session, wanted, *state, most=most)
+        rows = queue.listed(session, wanted, *state, most=LISTED)
         return HeldList(held=tuple(HeldView(**_facts(session, store, row, user)) for row in rows))
 
 
@@ -164,13 +162,9 @@ def _facts(session: Session, store: Store, row: HeldRow, user: User) -> dict[str
         **{key: getattr(row, key) for key in ("digest", "given", "decided_by", "reason")},
         "version": label,
         "reasons": tuple(row.reasons),
-        "at": _time(row.at),
-        "deadline": _time(row.deadline),
-        "until": _time(row.until),
-        "decided_at": None if row.decided is None else _time(row.decided),
+        "at": second(row.at),
+        "deadline": second(row.deadline),
+        "until": second(row.until),
+        "decided_at": None if row.decided is None else second(row.decided),
         "may_decide": waits and _reviews(row, user) and row.caller != user.name,
     }
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.clock import now
+from tunesmith.core.clock import stamp
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
@@ -234,7 +234,7 @@ def _requests(store: Store, champions: list[_Champion]) -> _Requests:
     at, found = _REQUESTS.get(store, (-_COUNTED_SECONDS, {}))
     if time.monotonic() - at < _COUNTED_SECONDS:
         return found
-    since = (now() - timedelta(hours=1)).isoformat(timespec="microseconds")
+    since = stamp(-timedelta(hours=1))
     place = (RequestRow.version, RequestRow.tenant, RequestRow.region)
     counts = (func.count(), func.sum(case((RequestRow.ok, 0), else_=1)))
     mine = RequestRow.version.in_({one.digest for one in champions})

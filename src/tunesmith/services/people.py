@@ -1,10 +1,11 @@
-"""Whom and which keys a person may see: an admin of all tenants and regions everybody, others themselves."""
+"""Whom a person may see, with keys and tokens: an admin of all tenants and regions everybody, others themselves."""
 
 from __future__ import annotations
 
+from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.services import users
-from tunesmith.services.users import KeyList, UserList
+from tunesmith.services.users import KeyList, TokenList, UserList
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 
@@ -27,3 +28,12 @@ def visible_keys(store: Store, viewer: User) -> KeyList:
         keys=tuple(key for key in known.keys if everybody or key.user == viewer.name),
         proposed=tuple(key for key in known.proposed if everybody or key.user == viewer.name),
     )
+
+
+def visible_tokens(store: Store, viewer: User, user: str | None = None) -> TokenList:
+    """The tokens of a user, by default of all whom the viewer may see. Raises Refused for a user whom they may not."""
+    if user != viewer.name and not is_admin(viewer):
+        if user is not None:
+            raise Refused(f"{viewer.name} may see only their own tokens", fix="ask an admin")
+        user = viewer.name
+    return users.list_tokens(store, user)

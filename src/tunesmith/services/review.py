@@ -169,7 +169,7 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
     total = sum(counts[one] for one in states)
     pages = max(1, -(-total // EACH_PAGE))
     page = min(max(1, page), pages)
-    found, _ = queue.list_items(store, states, (page - 1) * EACH_PAGE, EACH_PAGE)
+    found = queue.list_items(store, states, (page - 1) * EACH_PAGE, EACH_PAGE)
     lines = tuple(ReviewLine(**_line(row)) for row in found)
     return ReviewList(items=lines, total=total, page=page, pages=pages, counts=counts, agreements=tuple(agreed))
 

@@ -83,14 +83,6 @@ class Repeated(View):
     seconds: float
 
 
-class StageRun(View):
-    """One stage. seconds: 0 where it was skipped because its inputs did not change."""
-
-    name: str
-    seconds: float
-    skipped: bool
-
-
 class RunVersion(View):
     """The version that the run registered. version: its label, NAME@v3."""
 
@@ -106,7 +98,7 @@ class RunSummary(View):
     evaluate: EvaluationSummary
     gate: VerdictSummary
     registered: Annotated[Omitted[RunVersion], Field(alias="register")] = None
-    stages: tuple[StageRun, ...]
+    stages: tuple[Stage, ...]
 
     def without_paths(self) -> dict[str, Any]:
         """The document without paths of this machine, for people on others."""
@@ -196,7 +188,7 @@ def run(
         evaluate=evaluation_summary(store, gate.evaluation),
         gate=gate,
         registered=registered,
-        stages=tuple(StageRun(**vars(stage)) for stage in context.stages.done),
+        stages=tuple(context.stages.done),
     )
 
 

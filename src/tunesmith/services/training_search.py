@@ -11,6 +11,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.settings import Duration
 from tunesmith.core.view import View
+from tunesmith.evaluation.summary import MetricInterval
 from tunesmith.pipeline.candidates import better_settings
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
@@ -22,14 +23,6 @@ PRESENT = 0  # the number of the trial with the present settings
 _SHORT = 3  # the training is said to be longer than the trials from so many times on
 
 
-class ShareInterval(View):
-    """A mean score with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
 class TrialRun(View):
     """A trial in one rung (from 0). rows: trained on, with repetitions; seconds: of the training; checking: of its
     validation. score: None where answers were not scored. expected_bytes, peak_bytes: memory of the process."""
@@ -39,7 +32,7 @@ class TrialRun(View):
     steps: int
     seconds: float
     checking: float
-    score: ShareInterval | None
+    score: MetricInterval | None
     loss: float
     expected_bytes: int
     peak_bytes: int

@@ -224,18 +224,6 @@ def list_tokens(store: Store, user: str | None = None) -> TokenList:
     return TokenList(tokens=tuple(_token(token) for token in tokens.list_tokens(store, user)))
 
 
-def visible_tokens(store: Store, viewer: User, user: str | None = None) -> TokenList:
-    """The tokens of a user, by default of all whose tokens the viewer may see: an admin everybody's, others their own.
-
-    Raises Refused for another user's.
-    """
-    if user != viewer.name and not (viewer.may("user.change") and viewer.scope == Scope()):
-        if user is not None:
-            raise Refused(f"{viewer.name} may see only their own tokens", fix="ask an admin")
-        user = viewer.name
-    return list_tokens(store, user)
-
-
 def revoke_token(store: Store, user: str, name: str, *, actor: str | None = None) -> TokenView:
     """End a token at once. Every user may end their own, an admin anybody's."""
     return _token(tokens.revoke_token(store, user, name, actor=acting(store, actor)))

@@ -51,7 +51,7 @@ class Pin(BaseModel):
     outside: bool = True
 
 
-def append(session: Session, *, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> Head:
+def append(session: Session, *, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
     """Add an entry inside the caller's transaction. Raises UsageError for detail that is not JSON."""
     previous = newest(session)
     entry = {
@@ -66,7 +66,6 @@ def append(session: Session, *, actor: str, action: str, subject: str, detail: M
     head = Head(seq=previous.seq + 1, digest=digest_of(entry))
     session.execute(_ADD, {**entry, "digest": head.digest})
     _move_head(session, previous, head)
-    return head
 
 
 def _move_head(session: Session, before: Head, after: Head) -> None:

@@ -8,7 +8,6 @@ rows, and the same command continues it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
@@ -17,13 +16,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, Table, insert, select, text
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
-from tunesmith.core.digests import digest_file
+from tunesmith.core.digests import digest_file, digest_pieces, pieces_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import room_for, sync_folder
 from tunesmith.core.progress import SILENT, Progress
@@ -131,13 +130,13 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
                 task.advance()
                 continue
             count, total = count + 1, total + size
-            if not store.blobs.exists(key) or _digest(store.blobs.pieces(key)) != digest:
+            if not store.blobs.exists(key) or digest_pieces(store.blobs.pieces(key)) != digest:
                 if key.startswith("cases/"):
                     store.blobs.put(key, file.read_bytes(), private=True)
                 else:
                     file.chmod(0o600 if key.startswith("files/") else 0o644)
                     store.blobs.put_file(key, file)
-                if _digest(store.blobs.pieces(key)) != digest:
+                if digest_pieces(store.blobs.pieces(key)) != digest:
                     raise Refused("the object was not copied whole", where=store.blobs.where(key), fix="delete it")
             file.unlink(missing_ok=True)
             task.advance()
@@ -197,7 +196,7 @@ class Archive:
             if stated.keys() != self._members.keys() - {_MANIFEST} or _ROWS not in stated:
                 raise self._refusal("files are missing or were added")
             for name, digest in stated.items():
-                if _digest(self._read(name)) != digest:
+                if digest_pieces(self._read(name)) != digest:
                     raise self._refusal(f"{name} is damaged")
             keys = [name.removeprefix(_OBJECTS) for name in stated if name != _ROWS]
             if not all(_is_key(key) for key in keys):
@@ -228,8 +227,7 @@ class Archive:
     def _read(self, name: str) -> Iterator[bytes]:
         stream = self._tar.extractfile(self._members[name])
         assert stream is not None  # a regular file
-        while piece := stream.read(1 << 20):
-            yield piece
+        yield from pieces_of(stream)
 
     def _refusal(self, what: str) -> Refused:
         return Refused(f"this backup cannot be used: {what}", where=self._where, fix="take another backup")
@@ -256,30 +254,14 @@ def _continue_numbers(connection: Connection, table: Table) -> None:
 
 def _spool(key: str, pieces: Iterable[bytes], file: Path) -> tuple[str, int]:
     """Write an object to a file; its digest and size. Raises Refused where the digest is not the one its key names."""
-    hasher = hashlib.sha256()
     with file.open("wb") as stream:
-        size = _write(stream, pieces, hasher)
-    digest = f"sha256:{hasher.hexdigest()}"
+        digest = digest_pieces(pieces, stream)
+        size = stream.tell()
+        stream.flush()
+        os.fsync(stream.fileno())
     if named_digest(key) not in (None, digest):
         raise Refused("the object's bytes do not have the digest that names it", where=key, fix="tunesmith verify")
     return digest, size
-
-
-def _write(stream: BinaryIO, pieces: Iterable[bytes], hasher: Any) -> int:
-    size = 0
-    for piece in pieces:
-        hasher.update(piece)
-        size += stream.write(piece)
-    stream.flush()
-    os.fsync(stream.fileno())
-    return size
-
-
-def _digest(pieces: Iterable[bytes]) -> str:
-    hasher = hashlib.sha256()
-    for piece in pieces:
-        hasher.update(piece)
-    return f"sha256:{hasher.hexdigest()}"
 
 
 def _is_key(key: str) -> bool:

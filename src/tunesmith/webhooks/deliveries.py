@@ -23,6 +23,7 @@ DELAYS = (5.0, 60.0, 600.0, 3600.0, 10_800.0, 28_800.0, 61_200.0)
 _JITTER = 0.2
 _ENTRIES = 500  # audit entries looked at in one transaction
 _TOGETHER = 20  # deliveries of one webhook sent in a row
+_LISTED = 100
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def count(store: Store, project: str) -> dict[tuple[str, bool], int]:
         return {(webhook, ended): found for webhook, ended, found in session.execute(grouped)}
 
 
-def failed(store: Store, project: str, most: int = 100) -> list[Delivery]:
-    """Deliveries that failed at least once, newest first."""
+def failed(store: Store, project: str) -> list[Delivery]:
+    """The newest deliveries that failed at least once, newest first."""
     found = select(DeliveryRow).where(DeliveryRow.project == project, DeliveryRow.error != "")
     with database.reading(store.engine) as session:
-        return [_delivery(row) for row in session.scalars(found.order_by(DeliveryRow.seq.desc()).limit(most))]
+        return [_delivery(row) for row in session.scalars(found.order_by(DeliveryRow.seq.desc()).limit(_LISTED))]
 
 
 def try_again(session: Session, project: str, webhook: str, at: float) -> int:

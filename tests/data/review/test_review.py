@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
 
+from tests.commands import call, printed
 from tests.data.rows import NO_SCAN, many_rows, row, settings, turns, write_jsonl
 from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
 from tests.postgresql_server import empty_database
-from tunesmith.cli import review as commands
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
 from tunesmith.data.building.build import build_dataset
@@ -317,9 +315,9 @@ def test_kappa() -> None:
 def test_who_may_review_and_what_is_refused(desk: Desk) -> None:
     review.fill(desk.store)
     number = numbers(desk)[0]
-    for call in (review.list_items, review.fill):
+    for act in (review.list_items, review.fill):
         with pytest.raises(Refused, match="may not"):
-            call(desk.store, actor="bob")
+            act(desk.store, actor="bob")
     with pytest.raises(UsageError, match="reason"):
         review.decide(desk.store, number, "reject")
     with pytest.raises(UsageError, match="changes nothing"):
@@ -412,24 +410,17 @@ def test_a_request_whose_time_is_over_leaves_the_queue(desk: Desk) -> None:
 
 
 def test_the_command_line(desk: Desk, tmp_path: Path) -> None:
-    app = typer.Typer()
-    commands.register(app)
     (tmp_path / ".tunesmith").symlink_to(tmp_path / "store")
 
-    def run(*arguments: str) -> Any:
-        result = CliRunner().invoke(app, ["review", *arguments, "-C", str(tmp_path), "--json"])
-        assert result.exit_code == 0, result.output
-        return json.loads(result.output)
-
-    assert run("fill")["added"] == 6
-    number = run("list")["items"][0]["item"]
-    assert run("show", str(number))["state"] == "open"
-    assert run("decide", str(number), "edit", "--answer", "a real answer")["state"] == "edit"
-    assert run("export")["edit"] == 1
+    assert call(tmp_path, "review", "fill")["added"] == 6
+    number = call(tmp_path, "review", "list")["items"][0]["item"]
+    assert call(tmp_path, "review", "show", str(number))["state"] == "open"
+    assert call(tmp_path, "review", "decide", str(number), "edit", "--answer", "a real answer")["state"] == "edit"
+    assert call(tmp_path, "review", "export")["edit"] == 1
     line = json.loads((tmp_path / "review.jsonl").read_text())
     assert line["messages"][-1]["content"] == "a real answer"
     for command in (["list"], ["show", str(number)], ["fill"], ["export"]):
-        assert CliRunner().invoke(app, ["review", *command, "-C", str(tmp_path)]).exit_code == 0
+        printed(tmp_path, "review", *command)
 
 
 def test_a_project_builds_without_a_review(tmp_path: Path) -> None:

@@ -18,11 +18,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.data.rows import build, many_rows, settings, write_jsonl
+from tests.data.rows import build, failure, many_rows, read, settings, write_jsonl
 from tunesmith.core.errors import UsageError
-from tunesmith.data.settings import Source
-from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.sources.row_readers import Row
 
 Pack = Callable[[bytes], bytes]
 
@@ -34,20 +31,6 @@ def zstd(data: bytes) -> bytes:
 
 PACKERS: dict[str, Pack] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 LINES = "".join(json.dumps(one) + "\n" for one in many_rows(2000)).encode()
-
-
-def read(root: Path, name: str) -> list[Row]:
-    (file,) = find_files([Source(path=name, licence="MIT")], root)
-    with open_source(file) as opened:
-        return list(opened.rows())
-
-
-def failure(root: Path, name: str, data: bytes) -> UsageError:
-    (root / name).write_bytes(data)
-    with pytest.raises(UsageError) as caught:
-        read(root, name)
-    assert caught.value.where.startswith(name)
-    return caught.value
 
 
 @pytest.mark.parametrize("ending", PACKERS)

@@ -15,29 +15,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.data.rows import row, write_jsonl
+from tests.data.rows import failure, read, row, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
 from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.sources.row_readers import Row
 
 GOOD = json.dumps(row("hello", "hi"))
-
-
-def read(root: Path, pattern: str) -> list[Row]:
-    rows: list[Row] = []
-    for file in find_files([Source(path=pattern, licence="MIT")], root):
-        with open_source(file) as opened:
-            rows.extend(opened.rows())
-    return rows
-
-
-def failure(root: Path, name: str, data: bytes) -> UsageError:
-    (root / name).write_bytes(data)
-    with pytest.raises(UsageError) as caught:
-        read(root, name)
-    assert caught.value.exit_code == 2
-    return caught.value
 
 
 def test_jsonl_rows_have_line_numbers(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tests.data.rows import build, failure, many_rows, read, row, settings, write_jsonl
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.sources.row_readers import Row
 
 ROWS = many_rows(2500)
 
@@ -36,21 +35,6 @@ def save_to_disk(folder: Path, rows: list[dict[str, Any]], files: int = 2) -> Pa
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text(json.dumps({"features": {"messages": []}}))
     return folder
-
-
-def read(root: Path, path: str) -> list[Row]:
-    rows: list[Row] = []
-    for file in find_files([Source(path=path, licence="MIT")], root):
-        with open_source(file) as opened:
-            rows.extend(opened.rows())
-    return rows
-
-
-def failure(root: Path, path: str) -> UsageError:
-    with pytest.raises(UsageError) as caught:
-        read(root, path)
-    assert caught.value.where
-    return caught.value
 
 
 def test_a_saved_dataset_is_read_in_order(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import change_adapter, write_hf_model
+from tests.hf_models import base_of_family, change_adapter, write_hf_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import engine_kind, open_engine
@@ -33,7 +33,7 @@ def _requests(**how: object) -> list[Generation]:
 
 
 def _opened(tmp_path: Path, family: str) -> tuple[Base, HFEngine]:
-    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / family, family)), tmp_path)
+    base = base_of_family(tmp_path, family)
     engine = open_engine(base)
     assert isinstance(engine, HFEngine)
     assert engine_kind(base) == "hf"

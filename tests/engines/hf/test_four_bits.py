@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.engines.hf.test_training import ROWS, _reference_loss
 from tests.hf_models import write_hf_model
-from tests.tiny import SIZES, write_model
+from tests.tiny import ROWS, SIZES, WIDE, write_model
+from tests.trained import reference_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
@@ -36,7 +36,6 @@ from tunesmith.training.objectives import CrossEntropy
 
 FOUR = WeightSettings(rank=4, quantize="4bit")
 # Rows of whole blocks: bitsandbytes restores others wrongly on a CPU.
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 
 def _base(tmp_path: Path, family: str, sizes: dict[str, Any] | None = None) -> Base:
@@ -72,7 +71,7 @@ def test_losses_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> N
     one, two = (torch.optim.AdamW(each, lr=0.02, weight_decay=0.0) for each in (tensors, others))
     seen = []
     for _ in range(4):
-        expected = _reference_loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         loss = ours.loss(batch, CrossEntropy(), float(batch.labels.numel()))
         loss.backward()

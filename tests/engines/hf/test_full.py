@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import write_hf_model
+from tests.hf_models import base_of_family
 from tests.process_group import run_ranks
-from tests.tiny import row, write_model
+from tests.tiny import row
+from tests.trained import reference_loss
 from tests.training.test_ranks import alone, furthest, losses, make, together, work
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError
@@ -24,10 +25,9 @@ from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import MODEL_FILE
-from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult
@@ -35,11 +35,6 @@ from tunesmith.training.steps import gradients, make_optimizer, parameters, upda
 
 ROWS = [row("turn on the light", '{"intent":"on"}'), row("off", '{"intent":"off","area":"hall"}'), row("x", "y")]
 SETTINGS = TrainSettings.model_validate({"method": "full", "learning_rate": 0.01, "weight_decay": 0.1, "clip": 1.0})
-
-
-def _base(folder: Path, family: str, **options: Any) -> Base:
-    write = write_model if family.startswith("llama") else write_hf_model
-    return resolve_base(Store(folder / "store"), str(write(folder / family, family, **options)), folder)
 
 
 def _rows(base: Base) -> list[Rendered]:
@@ -53,23 +48,9 @@ def _trainable(base: Base, **settings: Any) -> FullTrainable:
     return found
 
 
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """The mean loss over all labels, rows computed one at a time and so without padding."""
-    parts = []
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        labels = torch.where(torch.tensor(one.trained), ids, -100)
-        parts.append(
-            torch.nn.functional.cross_entropy(
-                model(ids[None]).logits[0, :-1], labels[1:], ignore_index=-100, reduction="none"
-            )[labels[1:] >= 0]
-        )
-    return torch.cat(parts).mean()
-
-
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2", "gpt_neox"])
 def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     rows, ours = _rows(base), _trainable(base)
     plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
     theirs = dict(plain.named_parameters())
@@ -81,7 +62,7 @@ def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str
     batches = [lay_out(rows[:2], share=ours.shares_prefix), lay_out(rows[2:], share=ours.shares_prefix)]
     moved = make_optimizer(ours, SETTINGS)
     for _ in range(3):
-        expected = _reference_loss(plain, rows)
+        expected = reference_loss(plain, rows)
         expected.backward()
         assert gradients(ours, CrossEntropy(), batches) == pytest.approx(float(expected.detach()), rel=1e-5)
         for name, parameter in ours.parameters.items():
@@ -118,7 +99,7 @@ def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str
 
 def test_the_last_layers_and_bf16(tmp_path: Path) -> None:
     """With layers, nothing else changes. In bf16 fp32 master weights move: also by less than bf16 shows."""
-    base = _base(tmp_path, "phi3")
+    base = base_of_family(tmp_path, "phi3")
     ours = _trainable(base, layers=1, precision="bf16")
     assert all(name.startswith("model.layers.1.") for name in ours.parameters)
     assert {each.dtype for each in ours.parameters.values()} == {torch.bfloat16}
@@ -147,9 +128,9 @@ def test_the_last_layers_and_bf16(tmp_path: Path) -> None:
 
 def test_what_would_not_be_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"layers\.0\.mlp.* out of other tensors") as refused:
-        _trainable(_base(tmp_path, "mixtral"))
+        _trainable(base_of_family(tmp_path, "mixtral"))
     assert refused.value.where == "train.method"
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     (tmp_path / "same").mkdir()
     with pytest.raises(TunesmithError, match="no weight changed enough"):
         _trainable(base).save(tmp_path / "same")

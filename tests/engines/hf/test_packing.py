@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.hf_models import FAMILIES as HF_FAMILIES
-from tests.hf_models import change_adapter, write_hf_model
-from tests.tiny import row, write_model
+from tests import tiny
+from tests.hf_models import base_of_family, change_adapter
+from tests.tiny import row
+from tests.trained import gradients
 from tunesmith.engines.batch import Batch, empty_batch, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.lora import LoraTrainable
@@ -20,25 +21,17 @@ from tunesmith.engines.hf.packing import FLASH
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.packed import pack
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 
 # Gemma's and Mistral's windows are shorter than the rows, and some do not reach the shared prefix.
 PACKED = ("llama", "qwen3", "gemma3", "mistral-window", "phi3", "gpt2")
 PADDED = ("falcon", "mamba")  # places that are no argument; a running state
-ROWS = [
-    row("turn on the kitchen light", '{"intent":"on"}'),
-    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
-    row("is the door locked?", '{"intent":"state"}'),
-    row("on", "{}"),
-]
+ROWS = [*tiny.ROWS, row("on", "{}")]
 
 
 def _trainable(tmp_path: Path, family: str, **settings: Any) -> tuple[HFTrainable, list[Rendered]]:
-    write = write_hf_model if family in HF_FAMILIES else write_model
-    base = resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
+    base = base_of_family(tmp_path, family)
     weights = WeightSettings.model_validate(settings if "method" in settings else {"rank": 2, **settings})
     renderer = Renderer(base.folder)
     return LoadedHFModel(base).trainable(weights, seed=0, state_bytes=16), [renderer.conversation(one) for one in ROWS]
@@ -46,13 +39,8 @@ def _trainable(tmp_path: Path, family: str, **settings: Any) -> tuple[HFTrainabl
 
 def _gradients(trainable: HFTrainable, batches: list[Batch]) -> list[torch.Tensor]:
     """The mean loss over all labels and its gradients."""
-    labels, total = float(sum(batch.labels.numel() for batch in batches)), torch.zeros(())
-    for batch in batches:
-        loss = trainable.loss(batch, CrossEntropy(), labels)
-        loss.backward()
-        trainable.collect_gradients()
-        total += loss.detach()
-    found = [total, *(tensor.grad.clone() for tensor in trainable.parameters.values() if tensor.grad is not None)]
+    loss = torch.tensor(gradients(trainable, batches))
+    found = [loss, *(tensor.grad.clone() for tensor in trainable.parameters.values() if tensor.grad is not None)]
     for tensor in trainable.parameters.values():
         tensor.grad = None
     return found

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hf_models import write_hf_model
-from tests.tiny import row, write_model
+from tests.hf_models import base_of_family
+from tests.tiny import row
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines import device, factory
 from tunesmith.engines.batch import lay_out
@@ -23,19 +23,13 @@ from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.settings import EngineSettings, WeightSettings
-from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.base import Base
 from tunesmith.models.rendering import Renderer
-from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import gradients, make_optimizer, parameters, update
 
 ROWS = [row("turn on the light", '{"on":true}'), row("turn off", '{"on":false,"room":"hall"}')]
-
-
-def _base(folder: Path, family: str) -> Base:
-    write = write_model if family == "llama" else write_hf_model
-    return resolve_base(Store(folder / "store"), str(write(folder / family, family)), folder)
 
 
 def _trained(loaded: LoadedHFModel, **changes: Any) -> HFTrainable:
@@ -59,7 +53,7 @@ def test_an_fp32_adapter_on_a_bf16_base_learns_the_same_within_rounding(
     tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
     """Losses of six steps are within 1% of those in fp32, and not equal to them."""
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     loaded = LoadedHFModel(base)
     rounded, exact = _trained(loaded, precision="bf16", **changes), _trained(loaded, **changes)
     frozen = [each for each in rounded._model.module.parameters() if not each.requires_grad]
@@ -82,7 +76,7 @@ def test_an_fp32_adapter_on_a_bf16_base_learns_the_same_within_rounding(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_implementations_of_attention_agree(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     loaded = LoadedHFModel(base)
     made = {name: _trained(loaded, attention=name) for name in ("sdpa", "eager")}
     assert {name: each.environment()["attention"] for name, each in made.items()} == {"sdpa": "sdpa", "eager": "eager"}
@@ -93,7 +87,7 @@ def test_implementations_of_attention_agree(tmp_path: Path, family: str) -> None
 
 def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refused, match="does not compute this base with attention: sdpa") as refused:
-        _trained(LoadedHFModel(_base(tmp_path, "mamba")), attention="sdpa", targets=("in_proj",))
+        _trained(LoadedHFModel(base_of_family(tmp_path, "mamba")), attention="sdpa", targets=("in_proj",))
     assert refused.value.where == "train.attention"
 
     def check(**settings: Any) -> None:
@@ -126,10 +120,10 @@ def test_liger_patches_the_families_that_it_knows(tmp_path: Path, monkeypatch: p
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     settings = model_settings(WeightSettings(kernels="liger"))
-    assert HFModel(_base(tmp_path, "llama"), settings).settings.liger
+    assert HFModel(base_of_family(tmp_path, "llama"), settings).settings.liger
     assert patched == [("llama", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
     with pytest.raises(Refused, match="no kernels for the family 'gpt2'") as refused:
-        HFModel(_base(tmp_path, "gpt2"), settings)
+        HFModel(base_of_family(tmp_path, "gpt2"), settings)
     assert refused.value.where == "train.kernels"
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.engines.hf.test_training import ROWS
-from tests.hf_models import write_hf_model
-from tests.tiny import SIZES, write_model
+from tests.hf_models import base_of_family, write_hf_model
+from tests.tiny import WIDE, write_model
 from tests.training.test_resume import SETTINGS, run
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import lay_out
@@ -20,16 +20,13 @@ from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.models.weight_files import read_adapter_file
-from tunesmith.store.store import Store
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
 
 pytestmark = pytest.mark.slow
 
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CHANGES: list[dict[str, Any]] = [
     {"dora": True, "b_rate": 4.0},
     {"start": "pissa"},
@@ -82,7 +79,7 @@ def test_it_is_not_resumed_with_other_bits(tmp_path: Path, monkeypatch: pytest.M
 
 def test_both_engines_learn_alike(tmp_path: Path) -> None:
     """The same rows and start weights on a llama in fp32: the losses of the native engine and of hf."""
-    base = resolve_base(Store(tmp_path / "store"), str(write_model(tmp_path / "llama")), tmp_path)
+    base = base_of_family(tmp_path, "llama")
     settings = WeightSettings(rank=4)
     native = LoraModel(base, load_network(base.folder, torch.float32), settings, 0)
     hf = LoadedHFModel(base).trainable(settings, seed=1, state_bytes=16)

@@ -10,9 +10,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.hf_models import FAMILIES as HF_FAMILIES
-from tests.hf_models import change_adapter, write_hf_model
-from tests.tiny import write_model
+from tests.hf_models import base_of_family, change_adapter
 from tunesmith.core.messages import Message
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.costs import cache_bytes
@@ -22,9 +20,8 @@ from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
-from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 
 # Gemma's windows are shorter than the prompts.
@@ -33,11 +30,6 @@ TEXTS = ("turn on", "is the door locked?", "x", "turn on the kitchen light and t
 SCHEMA = json.dumps(
     {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": False}
 )
-
-
-def _base(tmp_path: Path, family: str) -> Base:
-    write = write_hf_model if family in HF_FAMILIES else write_model
-    return resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
 
 
 def _engine(base: Base, work: Path) -> HFEngine:
@@ -68,7 +60,7 @@ def _alike(one: Completion, other: Completion) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_the_dynamic_cache(tmp_path: Path, family: str) -> None:
     """Together and alone, with adapters, schemas, stop texts and sampling, and with a cache that was used before."""
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     engine = _engine(base, tmp_path)
     letter = engine.generate(_requests(), "one")[3].text[4]
     asked: list[tuple[list[Generation], str | None]] = [
@@ -106,13 +98,13 @@ def test_answers_are_those_of_the_dynamic_cache(tmp_path: Path, family: str) -> 
 @pytest.mark.parametrize(("family", "same"), [("llama", True), ("gemma3", True), ("mixtral", True), ("falcon", False)])
 def test_a_family_that_cannot_use_the_static_cache_is_found_out(tmp_path: Path, family: str, same: bool) -> None:
     """Falcon's ALiBi fails with it, though transformers says that the family can be compiled."""
-    model = HFModel(_base(tmp_path, family))
+    model = HFModel(base_of_family(tmp_path, family))
     assert model.module._can_compile_fullgraph
     assert model.same_with_static_cache() == same
 
 
 def test_a_cache_without_room_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = LoadedHFModel(_base(tmp_path, "llama")).engine()
+    engine = LoadedHFModel(base_of_family(tmp_path, "llama")).engine()
     expected = engine.generate(_requests())
     engine.use_static_cache(True)
     monkeypatch.setattr("tunesmith.engines.hf.model.DeviceMemory.available", lambda _self: 1000)
@@ -121,7 +113,7 @@ def test_a_cache_without_room_is_not_made(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_training_gets_the_memory_of_the_cache(tmp_path: Path) -> None:
-    loaded = LoadedHFModel(_base(tmp_path, "llama"))
+    loaded = LoadedHFModel(base_of_family(tmp_path, "llama"))
     engine, trainable = loaded.engine(), loaded.trainable(WeightSettings(rank=4), seed=0, state_bytes=16)
     assert engine._model is trainable._model
     engine.use_static_cache(True)
@@ -147,7 +139,7 @@ def _compile_with(monkeypatch: pytest.MonkeyPatch, engine: HFEngine, backend: An
 def test_one_graph_serves_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch traces a step without a break, once for other prompts, numbers of rows and lengths within a cache's sizes,
     and once more for an adapter. What stands for its compiler here runs the graph as it is."""
-    engine = _engine(_base(tmp_path, "phi3"), tmp_path)
+    engine = _engine(base_of_family(tmp_path, "phi3"), tmp_path)
     asked: list[tuple[list[Generation], str | None]] = [
         (_requests(), None), (_requests()[:3], None), (_requests(), "one"), (_requests(), None)
     ]  # fmt: skip
@@ -167,7 +159,7 @@ def test_one_graph_serves_every_batch(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_step_that_cannot_be_compiled_is_computed_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = LoadedHFModel(_base(tmp_path, "phi3")).engine()
+    engine = LoadedHFModel(base_of_family(tmp_path, "phi3")).engine()
     expected = engine.generate(_requests())
     asked: list[Any] = []
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.hf_models import FAMILIES as HF_FAMILIES
 from tests.hf_models import write_hf_model
 from tests.process_group import run_ranks
-from tests.tiny import SIZES, row, write_model
+from tests.tiny import SIZES, WIDE, row, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import check_weight_settings
@@ -38,7 +38,6 @@ from tunesmith.training.steps import gradients, make_optimizer, parameters, upda
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "training-support.md"
 ROWS = [row(f"turn on light {n}", '{"on":true' + ',"room":"hall"' * n + "}") for n in range(5)]
 REQUESTS = [Generation((Message(role="user", content=f"light {n}"),), max_tokens=2 + 2 * n) for n in range(3)]
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 4-bit numbers
 
 
 def table(heading: str) -> list[list[str]]:

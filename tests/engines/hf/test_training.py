@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.hf_models import change_adapter, write_hf_model
-from tests.tiny import row, write_model
+from tests.hf_models import base_of_family, change_adapter, write_hf_model
+from tests.tiny import ROWS
+from tests.trained import gradients, reference_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch, label_count, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
@@ -28,23 +29,13 @@ from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.steps import gradients, make_optimizer, update
+from tunesmith.training.steps import make_optimizer, update
 from tunesmith.training.trl_steps import trl_steps
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
 NATIVE_TOO = ("llama", "qwen3", "gemma3")  # families that this engine trains on several ranks and in 4 bits
 EXPERTS = ("mixtral", "qwen3_moe")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROWS = [
-    row("turn on the kitchen light", '{"intent":"on"}'),
-    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
-    row("is the door locked?", '{"intent":"state"}'),
-]
-
-
-def _base(tmp_path: Path, family: str) -> Base:
-    write = write_model if family in NATIVE_TOO else write_hf_model
-    return resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
 
 
 def _trainable(base: Base, seed: int = 0, **settings: Any) -> HFTrainable:
@@ -57,31 +48,9 @@ def _rows(base: Base, loss_on: LossOn = "assistant") -> list[Rendered]:
     return [renderer.conversation(messages, loss_on) for messages in ROWS]
 
 
-def _step(trainable: HFTrainable, batches: list[Batch]) -> float:
-    """Leave the gradients of batches on the parameters; returns the loss."""
-    labels, total = float(sum(batch.labels.numel() for batch in batches)), 0.0
-    for batch in batches:
-        loss = trainable.loss(batch, CrossEntropy(), labels)
-        loss.backward()
-        trainable.collect_gradients()
-        total += float(loss.detach())
-    return total
-
-
 def _optimizer(trainable: HFTrainable) -> torch.optim.Optimizer:
     tensors = [tensor for group in trainable.parameter_groups() for tensor in group.tensors]
     return torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.0)
-
-
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """The mean loss over all labels, rows computed one at a time and so without padding."""
-    total = torch.zeros(())
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        labels = torch.where(torch.tensor(one.trained), ids, -100)
-        scores = model(ids[None]).logits[0]
-        total = total + torch.nn.functional.cross_entropy(scores[:-1], labels[1:], ignore_index=-100, reduction="sum")
-    return total / sum(label_count(one) for one in rows)
 
 
 def _save(trainable: HFTrainable, folder: Path) -> Path:
@@ -113,7 +82,7 @@ def _own_logits(trainable: HFTrainable, batch: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
 def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     rows, ours = _rows(base), _trainable(base, targets=ATTENTION if family in EXPERTS else ("all",))
     start = _save(ours, tmp_path / "start")
     names = json.loads((start / "adapter_config.json").read_text())["target_modules"]
@@ -141,12 +110,12 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
         for name, tensor in ours.parameters.items()
     ]
     for _ in range(3):
-        expected = _reference_loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         each = torch.cat([ours.label_losses(batch) for batch in batches])
         assert not each.requires_grad
         assert float(each.mean()) == pytest.approx(float(expected.detach()), rel=1e-5)
-        assert _step(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert gradients(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
         for tensor, parameter in pairs:
             torch.testing.assert_close(tensor.grad, parameter.grad, rtol=1e-3, atol=1e-6)
         for optimizer in (one, two):
@@ -164,7 +133,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
 def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     targets = ATTENTION if family in EXPERTS else ("all",)
     rows, trainable = _rows(base), _trainable(base, scaling="root", targets=targets)
     batch = lay_out(rows, share=False)
@@ -193,14 +162,14 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     """DoRA, PiSSA and the last layers: the released adapter gives the unchanged base the logits of the training."""
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     rows, trainable = _rows(base), _trainable(base, **settings)
     batch = lay_out(rows, share=False)
     before = _logits(_model(base).eval(), rows)
     torch.testing.assert_close(_own_logits(trainable, batch), before, rtol=1e-3, atol=1e-3)
     optimizer, losses = _optimizer(trainable), []
     for _ in range(6):
-        losses.append(_step(trainable, [batch]))
+        losses.append(gradients(trainable, [batch]))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
@@ -219,7 +188,7 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
 
 def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
     """llama, which the native engine usually trains: the losses of six steps are those of PEFT and torch alone."""
-    base = resolve_base(Store(tmp_path / "store"), str(write_model(tmp_path / "llama")), tmp_path)
+    base = base_of_family(tmp_path, "llama")
     rows, ours = _rows(base), _trainable(base)
     start = _save(ours, tmp_path / "start")
     reference = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True).eval()
@@ -227,9 +196,9 @@ def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
     two = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
     curve = []
     for _ in range(6):
-        loss = _reference_loss(reference, rows)
+        loss = reference_loss(reference, rows)
         loss.backward()
-        curve.append(_step(ours, [lay_out(rows, share=False)]))
+        curve.append(gradients(ours, [lay_out(rows, share=False)]))
         assert curve[-1] == pytest.approx(float(loss.detach()), rel=1e-4)
         for optimizer in (one, two):
             optimizer.step()
@@ -240,14 +209,14 @@ def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
     """On the same token ids and labels, from the same adapter, with rows of uneven lengths one at a time."""
-    base, rate = _base(tmp_path, "llama"), 0.01
+    base, rate = base_of_family(tmp_path, "llama"), 0.01
     ours = _trainable(base)
     start, rows = _save(ours, tmp_path / "start"), _rows(base)
     assert len({label_count(each) for each in rows}) > 1
     theirs = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True)
     optimizer, losses = make_optimizer(ours, TrainSettings(learning_rate=rate)), []
     for _ in range(8):
-        losses.append(gradients(ours, CrossEntropy(), [lay_out(rows, share=False)]))
+        losses.append(gradients(ours, [lay_out(rows, share=False)]))
         update(ours, optimizer, rate, 1.0)
     how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     found = trl_steps(theirs, base.folder, [rows] * 8, rank=4, rate=rate, at_once=1, **how)
@@ -256,22 +225,22 @@ def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
 
 
 def test_b_has_its_own_rate(tmp_path: Path) -> None:
-    groups = _trainable(_base(tmp_path, "gpt2"), b_rate=16.0, dora=True).parameter_groups()
+    groups = _trainable(base_of_family(tmp_path, "gpt2"), b_rate=16.0, dora=True).parameter_groups()
     assert [group.rate_multiple for group in groups] == [1.0, 16.0, 1.0]
     assert [len(group.tensors) for group in groups] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
 def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     rows, trainable = _rows(base, loss_on), _trainable(base)
-    expected = float(_reference_loss(_model(base).eval(), rows).detach())
+    expected = float(reference_loss(_model(base).eval(), rows).detach())
     for batch in (lay_out(rows), lay_out(rows, share=False)):
-        assert _step(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
+        assert gradients(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_targets_and_seed(tmp_path: Path) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     loaded = LoadedHFModel(base)
 
     def made(seed: int, *targets: str) -> dict[str, torch.Tensor]:
@@ -287,7 +256,7 @@ def test_targets_and_seed(tmp_path: Path) -> None:
 
 
 def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
-    loaded = LoadedHFModel(_base(tmp_path, "gpt2"))
+    loaded = LoadedHFModel(base_of_family(tmp_path, "gpt2"))
     kept = [name for name, _ in loaded._model.module.named_parameters()]
     trainable = loaded.trainable(WeightSettings(rank=2), seed=0, state_bytes=16)
     assert [name for name, _ in loaded._model.module.named_parameters() if "lora_" in name]
@@ -303,7 +272,7 @@ def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", EXPERTS)
 def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> None:
     """An adapter beside them would learn, and nobody would know that the experts did not."""
-    base = _base(tmp_path, family)
+    base = base_of_family(tmp_path, family)
     with pytest.raises(Refused, match=r"experts whose weights are fused \(model\.layers\.1\.mlp\.experts\)|layers\.0"):
         _trainable(base)
     with pytest.raises(UsageError, match="no linear layer called 'experts'"):
@@ -311,13 +280,13 @@ def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> 
 
 
 def test_high_pissa_ranks_are_refused(tmp_path: Path) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     with pytest.raises(UsageError, match="a weight has only 32"):
         _trainable(base, rank=33, start="pissa")
 
 
 def test_layers_that_the_model_does_not_call_are_refused(tmp_path: Path) -> None:
-    base = _base(tmp_path, "mamba")
+    base = base_of_family(tmp_path, "mamba")
     with pytest.raises(Refused, match=r"does not run .*dt_proj as a layer"):
         _trainable(base)
     folder = _save(_trainable(base, targets=("in_proj", "x_proj")), tmp_path / "adapter")
@@ -326,7 +295,7 @@ def test_layers_that_the_model_does_not_call_are_refused(tmp_path: Path) -> None
 
 def test_a_row_as_long_as_the_context_is_trained_on(tmp_path: Path) -> None:
     """The batch's filler reaches beyond the positions that the model has."""
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     ids = tuple(3 + place % 7 for place in range(256))
     long = Rendered(ids, (False, *(True,) * 255))
     trainable, batch = _trainable(base), lay_out([long, _rows(base)[0]], share=False)
@@ -364,7 +333,7 @@ def test_what_cannot_be_run_safely_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_the_bases_folder_is_not_applied(tmp_path: Path) -> None:
-    base = _base(tmp_path, "gpt2")
+    base = base_of_family(tmp_path, "gpt2")
     trainable, batch = _trainable(base), lay_out(_rows(base), share=False)
     before = _own_logits(trainable, batch)
     change_adapter(trainable)

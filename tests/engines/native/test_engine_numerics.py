@@ -11,8 +11,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from tests.tiny import FAMILIES, TILED, row, write_model
-from tests.trained import base_of, batch_loss, fit, gradients, lora_model, saved, set_low_rank
+from tests.tiny import FAMILIES, ROWS, TILED, row, write_model
+from tests.trained import (
+    base_of,
+    batch_loss,
+    fit,
+    gradients,
+    lora_model,
+    reference_loss,
+    saved,
+    set_low_rank,
+)
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native.adapters import dora as dora_module
@@ -27,28 +36,11 @@ from tunesmith.training.batches.batch_plan import plan
 from tunesmith.training.schedule import learning_rate
 from tunesmith.training.settings import TrainSettings
 
-ROWS = [
-    row("turn on the kitchen light", '{"intent":"on"}'),
-    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
-    row("is the door locked?", '{"intent":"state"}'),
-]
-
 
 def _setting(tmp_path: Path, family: str) -> tuple[Path, list[Rendered]]:
     folder = write_model(tmp_path / family, family)
     renderer = Renderer(folder)
     return folder, [renderer.conversation(messages) for messages in ROWS]
-
-
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """Summed over rows one at a time, mean over all labels: no padding, no shared prefix."""
-    total = torch.zeros(())
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        labels = torch.where(torch.tensor(one.trained), ids, -100)
-        scores = model(ids[None]).logits[0]
-        total = total + torch.nn.functional.cross_entropy(scores[:-1], labels[1:], ignore_index=-100, reduction="sum")
-    return total / sum(label_count(one) for one in rows)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -72,7 +64,7 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
     ours = torch.optim.AdamW(lora.masters, lr=0.02, weight_decay=0.0)
     theirs = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.0)
     for _ in range(4):
-        expected = _reference_loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         loss = batch_loss(lora, batch, float(batch.labels.numel()))
         loss.backward()
@@ -175,9 +167,9 @@ def test_adapter_gives_the_same_loss_in_peft(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(path))
     batch = lay_out(rows)
     with torch.no_grad():
-        expected = _reference_loss(model, rows)
+        expected = reference_loss(model, rows)
         assert float(batch_loss(lora, batch, batch.labels.numel())) == pytest.approx(float(expected), rel=1e-5)
-        without = _reference_loss(model.unload(), rows)
+        without = reference_loss(model.unload(), rows)
     assert abs(float(without) - float(expected)) > 0.01, "the adapter changes something"
     again = read_adapter(path, network, base)
     for place, value in lora.adapter().a.items():

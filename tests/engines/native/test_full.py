@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.engines.native.test_engine_numerics import ROWS, _reference_loss
-from tests.tiny import FAMILIES, row, write_model
-from tests.trained import full_model, gradients, saved
+from tests.tiny import FAMILIES, ROWS, row, write_model
+from tests.trained import full_model, gradients, reference_loss, saved
 from tunesmith.core import memory
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.engines.batch import lay_out
@@ -78,7 +77,7 @@ def test_gradients_and_steps_equal_transformers(tmp_path: Path, family: str, lay
     ours = make_optimizer(trained, TrainSettings(method="full", learning_rate=RATE, weight_decay=DECAY))
     step = [lay_out(rows[:4]), lay_out(rows[4:])]
     for turn in range(4):
-        expected = _reference_loss(model, rows)
+        expected = reference_loss(model, rows)
         expected.backward()
         assert gradients(trained, step) == pytest.approx(float(expected.detach()), rel=1e-3 if turn else 2e-5)
         for master, kind in zip(trained.masters, (matrices, vectors), strict=True):
@@ -106,7 +105,7 @@ def test_every_weight_has_its_own_gradient(tmp_path: Path, family: str) -> None:
     folder = write_model(tmp_path / family, family)
     rows = _rows(folder)
     model = _reference(folder)
-    _reference_loss(model, rows).backward()
+    reference_loss(model, rows).backward()
     trained = _full(folder)
     gradients(trained, [lay_out(rows)])
     # Written into the masters, the gradients come out under the stored tensors' names.

@@ -12,10 +12,19 @@ from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.said import Said
 from tests.tiny import row, write_model
-from tests.trained import base_of, fit, gradients, lora_model, saved, set_low_rank, validation_loss
+from tests.trained import (
+    base_of,
+    fit,
+    gradients,
+    lora_model,
+    reference_loss,
+    saved,
+    set_low_rank,
+    validation_loss,
+)
 from tunesmith.core.errors import UsageError
-from tunesmith.core.progress import Silent
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.attention import shared_prefix_attention
@@ -155,16 +164,8 @@ def test_best_weights_are_kept(tmp_path: Path, folder: Path, rows: list[Rendered
     assert loss == pytest.approx(min(losses), rel=1e-6)
 
 
-class _Said(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def test_overfitting_is_reported_and_recorded(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
-    network, said = load_network(folder, torch.float32), _Said()
+    network, said = load_network(folder, torch.float32), Said()
     settings = TrainSettings(rank=8, epochs=1, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
     plan = [[lay_out(rows[:3])]] * 60
     course = fit(lora_model(network, settings), plan, [_contrary(folder)], settings, tmp_path / "w", said)
@@ -270,7 +271,7 @@ def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
     ours = torch.optim.SGD(lora.masters, lr=0.5)
     theirs = torch.optim.SGD(trained.values(), lr=0.5)
     for _ in range(3):
-        expected = _reference_loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         assert gradients(lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
         ours.step()
@@ -283,14 +284,3 @@ def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
     for name, parameter in trained.items():
         mine = end[name.replace(".default.weight", "" if "magnitude" in name else ".weight")]
         torch.testing.assert_close(mine, parameter.detach(), rtol=2e-3, atol=2e-4)
-
-
-def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    total, labels = torch.zeros(()), 0
-    for one in rows:
-        ids = torch.tensor(one.ids)
-        wanted = torch.where(torch.tensor(one.trained), ids, -100)[1:]
-        scores = model(ids[None]).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum")
-        labels += int((wanted != -100).sum())
-    return total / labels

@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
-from tests.trained import base_of, gradients, lora_model, saved
+from tests.trained import base_of, gradients, lora_model, reference_loss, saved
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
@@ -98,7 +98,7 @@ def test_learns_and_saves_as_peft_does(tmp_path: Path, folder: Path, rows: list[
     trained = [p for p in reference.parameters() if p.requires_grad]
     ours, theirs = torch.optim.SGD(lora.masters, lr=0.5), torch.optim.SGD(trained, lr=0.5)
     for _ in range(4):
-        expected = _loss(reference, rows)
+        expected = reference_loss(reference, rows)
         expected.backward()
         assert gradients(lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
         norms = [
@@ -171,14 +171,3 @@ def _changes(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return {
         name: module.get_delta_weight("default") for name, module in model.named_modules() if isinstance(module, Linear)
     }
-
-
-def _loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """The mean over all labels of rows, one row at a time."""
-    total, labels = torch.zeros(()), 0
-    for one in rows:
-        wanted = torch.where(torch.tensor(one.trained), torch.tensor(one.ids), -100)[1:]
-        scores = model(torch.tensor(one.ids)[None]).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum")
-        labels += int((wanted != -100).sum())
-    return total / labels

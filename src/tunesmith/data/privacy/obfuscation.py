@@ -68,12 +68,12 @@ def _with_at(at: str, dot: str) -> Trick:
     return trick
 
 
-def _between(*gaps: str, every: int = 4) -> Trick:
-    """Another gap after each group of characters."""
+def _between(*gaps: str) -> Trick:
+    """Another gap after each four characters."""
 
     def trick(chance: Random, value: str) -> str:
         plain, gap = "".join(letter for letter in value if letter.isalnum()), chance.choice(gaps)
-        return gap.join(plain[at : at + every] for at in range(0, len(plain), every))
+        return gap.join(plain[at : at + 4] for at in range(0, len(plain), 4))
 
     return trick
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import os
 import re
 import stat
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from tunesmith.core.digests import digest_pieces, pieces_of
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import room_for
 from tunesmith.core.scratch import scratch_folder
@@ -224,4 +224,4 @@ def _require_regular(mode: int, name: str) -> None:
 
 def _digest(stream: BinaryIO) -> str:
     stream.seek(0)
-    return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    return digest_pieces(pieces_of(stream))

@@ -378,8 +378,7 @@ def _flat(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def known_scorer(name: str) -> str:
-    """The name itself, where it is a built-in scorer. Raises ValueError with the nearest name for any other."""
+def check_known(name: str) -> None:
+    """Raise ValueError, with the nearest name, for a name that is no built-in scorer's."""
     if name not in KNOWN:
         raise ValueError(f"no scorer is called {name!r}{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
-    return name

@@ -36,8 +36,8 @@ def leaked(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> f
     return frozenset(item.id for item in items if unchanged_id(item) in known)
 
 
-def near_any(texts: Sequence[str], others: Sequence[str], threshold: float = NEAR) -> NDArray[np.bool_]:
-    """For each text, whether one of the others is equal or has at least this Jaccard similarity of trigrams."""
+def near_any(texts: Sequence[str], others: Sequence[str]) -> NDArray[np.bool_]:
+    """For each text, whether one of the others is equal, or near: at least NEAR in Jaccard similarity of trigrams."""
     numbers: dict[str, int] = {}
     own = [_trigrams(text) for text in texts]
     for grams in own:
@@ -51,7 +51,7 @@ def near_any(texts: Sequence[str], others: Sequence[str], threshold: float = NEA
         theirs = [_trigrams(text) for text in others[start : start + _TOGETHER]]
         shared = (wanted @ _matrix(theirs, numbers).T).tocoo()
         union = sizes[shared.row] + _sizes(theirs)[shared.col] - shared.data
-        found[shared.row[shared.data >= threshold * union]] = True
+        found[shared.row[shared.data >= NEAR * union]] = True
     return found
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.candidates.answering import Responder
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.copying import Constraint
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.engines.protocol import Engine, Generation, Question, Responder
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import bias, drift, harness, memory, numbers, toxic

@@ -47,18 +47,16 @@ class _Model:
         return np.asarray(expit(found[:, self.columns] @ self.weights + self.intercept), dtype=np.float64)
 
 
-def cross_fitted(
-    sets: Mapping[str, Sequence[Answer]], house: str, base: str, groups: Sequence[str], *, folds: int = _FOLDS
-) -> Told:
+def cross_fitted(sets: Mapping[str, Sequence[Answer]], house: str, base: str, groups: Sequence[str]) -> Told:
     """Judge every answer by a model that was fitted to the house's and the base's answers of other groups.
 
     sets: name -> answers, one for each row. house, base: the sets that are told apart. groups: one for each row.
     """
-    fold = _folds(groups, folds)
+    fold = _folds(groups)
     probabilities = {name: np.zeros(len(groups)) for name in sets}
     by_form = {name: np.zeros(len(groups)) for name in (house, base)}
     weights: dict[str, float] = {}
-    for number in range(folds):
+    for number in range(_FOLDS):
         inside, outside = (np.flatnonzero(each).tolist() for each in (fold == number, fold != number))
         if not inside:
             continue
@@ -83,10 +81,10 @@ def cross_fitted(
     )
 
 
-def _folds(groups: Sequence[str], folds: int) -> np.ndarray:
+def _folds(groups: Sequence[str]) -> np.ndarray:
     """The fold of each row: whole groups, in an order that only their names decide, dealt one after another."""
     ordered = sorted(set(groups), key=lambda group: digest_of(["style", group]))
-    place = {group: number % folds for number, group in enumerate(ordered)}
+    place = {group: number % _FOLDS for number, group in enumerate(ordered)}
     return np.array([place[group] for group in groups])
 
 

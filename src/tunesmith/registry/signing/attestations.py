@@ -18,15 +18,13 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.view import Omitted
 from tunesmith.registry.signing.release import Version
-from tunesmith.registry.signing.signatures import Untrusted, check_in_time
+from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
 from tunesmith.store.audit import Head
 from tunesmith.store.records import Record
 from tunesmith.store.roles import ACTIONS
 from tunesmith.store.trust import TrustedKey, find_key
 
 ENVELOPE = "envelope.json"
-_PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
 _APPROVAL = "urn:tunesmith:approval:v1"
 _KEY_CHANGE = "urn:tunesmith:key-change:v1"
 
@@ -75,7 +73,7 @@ def read_statement(statement: Any) -> tuple[str, str, Approval]:
 
 def _stated(label: str, digest: str, approval: Approval) -> dict[str, Any]:
     return {
-        "_type": _STATEMENT,
+        "_type": STATEMENT,
         "subject": [{"name": label, "digest": {"sha256": digest.removeprefix("sha256:")}}],
         "predicateType": _APPROVAL,
         "predicate": approval.model_dump(mode="json"),
@@ -85,7 +83,7 @@ def _stated(label: str, digest: str, approval: Approval) -> dict[str, Any]:
 def key_statement(user: str, action: str, label: str, fingerprint: str) -> dict[str, Any]:
     """The in-toto statement by which a user changes a key of theirs. action: user.key or user.key.retire."""
     return {
-        "_type": _STATEMENT,
+        "_type": STATEMENT,
         "subject": [{"name": label, "digest": {"sha256": fingerprint.removeprefix("sha256:")}}],
         "predicateType": _KEY_CHANGE,
         "predicate": {"user": user, "action": action},
@@ -104,7 +102,7 @@ def signed_bytes(statement: Mapping[str, Any]) -> bytes:
     """The bytes that a signature over a statement covers: DSSE's pre-authentication encoding."""
     from securesystemslib.dsse import Envelope
 
-    return bytes(Envelope(canonical(statement), _PAYLOAD_TYPE, {}).pae())
+    return bytes(Envelope(canonical(statement), PAYLOAD_TYPE, {}).pae())
 
 
 def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -113,7 +111,7 @@ def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes
     from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # it has no __all__
 
     keyid = digest_bytes(public_pem(key.public_key()).encode()).removeprefix("sha256:")
-    envelope = Envelope(canonical(statement), _PAYLOAD_TYPE, {})
+    envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
     envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key(), keyid=keyid)))
     return canonical(envelope.to_dict())
 
@@ -128,7 +126,7 @@ def envelope_of(statement: Mapping[str, Any], fingerprint: str, signature: bytes
         signature = encode_dss_signature(*half)
     document = {
         "payload": base64.b64encode(canonical(statement)).decode(),
-        "payloadType": _PAYLOAD_TYPE,
+        "payloadType": PAYLOAD_TYPE,
         "signatures": [
             {"keyid": fingerprint.removeprefix("sha256:"), "sig": base64.b64encode(signature).decode()},
         ],
@@ -151,7 +149,7 @@ def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[A
         payload, signature = document["payload"], document["signatures"][0]["sig"]
         expected = {
             "payload": payload,
-            "payloadType": _PAYLOAD_TYPE,
+            "payloadType": PAYLOAD_TYPE,
             "signatures": [{"keyid": keyid, "sig": signature}],
         }
         if document != expected or canonical(document) != raw or not isinstance(keyid, str):

@@ -25,6 +25,7 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE,
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.risk import Requirement
 from tunesmith.registry.signing.signatures import (
+    FIX,
     RELEASE,
     SIGNATURE,
     Expired,
@@ -41,7 +42,6 @@ from tunesmith.store.trust import TrustedKey
 ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
 _WHOLE_FILES = frozenset((MODEL_FILE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
-_FIX = "restore the version's folder from where it was signed, or register it again"
 
 
 def _digest(text: str) -> str:
@@ -162,13 +162,13 @@ def read_version(record: Record, where: str, digest: str | None = None) -> tuple
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise Refused(f"not a valid version: {place}: {first['msg']}", where=where, fix=_FIX) from error
+        raise Refused(f"not a valid version: {place}: {first['msg']}", where=where, fix=FIX) from error
     if record.kind != "version" or record.parents.keys() != _PARENTS:
-        raise Refused("not a version's record", where=where, fix=_FIX)
+        raise Refused("not a version's record", where=where, fix=FIX)
     if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES, _WHOLE_FILES):
-        raise Refused("a version has an adapter's two files, whole weights, or no weights", where=where, fix=_FIX)
+        raise Refused("a version has an adapter's two files, whole weights, or no weights", where=where, fix=FIX)
     if (NOTICE in record.blobs) != (statement.duties is not None):
-        raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=_FIX)
+        raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=FIX)
     stated = statement.model_dump(include=set(Version.model_fields))
     version = Version.model_validate({**stated, **record.parents, "digest": digest or record.digest})
     return version, statement
@@ -190,7 +190,7 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
         raise Refused("this file is in the folder or in the release, but not in both", where=str(folder / odd))
     for name, digest in record.blobs.items():
         if digest_file(folder / name) != digest:
-            raise Refused("its bytes are not the ones the release names", where=str(folder / name), fix=_FIX)
+            raise Refused("its bytes are not the ones the release names", where=str(folder / name), fix=FIX)
     if key.user != statement.signer:
         raise Refused(f"the release says {statement.signer} signed it, the key is {key.user}'s", where=str(path))
     check_signer(version, key, where=str(folder / SIGNATURE))
@@ -314,9 +314,9 @@ def _read_record(path: Path) -> Record:
         raw = path.read_bytes()
         record = Record.model_validate(parse_json(raw))
     except (ValidationError, ValueError) as error:
-        raise Refused(f"not a record: {type(error).__name__}", where=str(path), fix=_FIX) from error
+        raise Refused(f"not a record: {type(error).__name__}", where=str(path), fix=FIX) from error
     if record.encoded != raw:
-        raise Refused("not in canonical form", where=str(path), fix=_FIX)
+        raise Refused("not in canonical form", where=str(path), fix=FIX)
     return record
 
 

@@ -32,10 +32,10 @@ RELEASE, SIGNATURE = "release.json", "model.sig"
 ALLOWED = frozenset((CONFIG_FILE, ADAPTER_FILE, MODEL_FILE, NOTICE, RELEASE, SIGNATURE))
 _MAX_BYTES = {RELEASE: 64 << 20, NOTICE: 64 << 20, SIGNATURE: 1 << 20, CONFIG_FILE: 64 << 10}
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-_PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
-_FIX = "restore the version's folder from where it was signed, or register it again"
+FIX = "restore the version's folder from where it was signed, or register it again"
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # they say nothing about the folder
 
 
@@ -126,7 +126,7 @@ def _copy_plain(folder: Path, target: Path) -> None:
     except OSError as error:
         _raise_passing(folder, error)
         what = "the version's folder is missing" if error.errno == errno.ENOENT else "not a folder, or a link to one"
-        raise Refused(what, where=str(folder), fix=_FIX) from error
+        raise Refused(what, where=str(folder), fix=FIX) from error
     try:
         names = sorted(os.listdir(handle))
         for name in names:
@@ -182,7 +182,7 @@ def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
             "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
             "dsseEnvelope": {
                 "payload": payload,
-                "payloadType": _PAYLOAD_TYPE,
+                "payloadType": PAYLOAD_TYPE,
                 "signatures": [{"sig": signature, "keyid": ""}],
             },
         }
@@ -219,7 +219,7 @@ def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
         if actual[name] != signed[name]:
             raise _refusal(folder / name, "its bytes are not the ones that were signed")
     expected = {
-        "_type": _STATEMENT,
+        "_type": STATEMENT,
         "subject": [{"name": folder.name, "digest": {"sha256": root}}],
         "predicateType": _PREDICATE,
         "predicate": {
@@ -253,4 +253,4 @@ def _check_cryptography(folder: Path, key: TrustedKey) -> None:
 
 
 def _refusal(path: Path, what: str) -> Refused:
-    return Refused(what, where=str(path), fix=_FIX)
+    return Refused(what, where=str(path), fix=FIX)

@@ -22,11 +22,11 @@ from tunesmith.server.api.routing import (
     Reason,
     Text,
     changes,
-    missing,
     router,
     shows,
     whole_call_of,
 )
+from tunesmith.server.errors import missing
 from tunesmith.services import data, dataset_rows
 
 routes = router()

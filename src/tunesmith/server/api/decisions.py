@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from tunesmith.server.access import needs, stated_scope
-from tunesmith.server.api.routing import Call, Reason, Short, call_of, changes, router
+from tunesmith.server.api.routing import Reason, Short, call_of, changes, router
 from tunesmith.services import versions as service
 
 routes = router(code="decision_refused")
@@ -50,7 +50,7 @@ class SignedDecision(BaseModel):
 )
 async def prepare(request: Request) -> Response:
     """Verify a version, and state what its approver signs. Changes nothing."""
-    call = _approver(request)
+    call = call_of(request, "version.approve")
     given = await call.read(DecisionRequest)
     scope = stated_scope(call.user, given.tenant, given.region)
     state = partial(service.prepare, call.store, given.version, given.decision, given.reason, scope=scope, **call.by)
@@ -60,13 +60,7 @@ async def prepare(request: Request) -> Response:
 @routes.post("/decisions", dependencies=[needs("decisions")], **changes(service.RecordedDecision, SignedDecision))
 async def submit(request: Request) -> Response:
     """Check a signed decision and record it. The caller must be the one who signed it."""
-    call = _approver(request)
+    call = call_of(request, "version.approve")
     given = await call.read(SignedDecision)
     record = partial(service.submit, call.store, given.statement, given.key, given.signature, **call.by)
     return await call.answer(record, threads=call.serving.files)
-
-
-def _approver(request: Request) -> Call:
-    call = call_of(request)
-    call.require("version.approve")
-    return call

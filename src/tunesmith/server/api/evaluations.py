@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Query, Request, Response
 
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Digest, Name, Page, Text, call_of, router, shows
+from tunesmith.server.api.routing import Digest, Name, Page, Text, call_of, router, shows
 from tunesmith.services import evidence, held_out_requests
 from tunesmith.services.evaluation import EvidenceReport
 
@@ -21,8 +21,7 @@ _FILTER = ("focus", "rival", "metric", "show", "group", "label", "search")
 async def evaluations(request: Request, page: Page = 1) -> Response:
     """The evaluations that the caller may see, newest first, 25 a page."""
     call = call_of(request)
-    first = (page - 1) * evidence.LISTED
-    return await call.answer(partial(evidence.list_evaluations, call.store, call.user, first=first))
+    return await call.answer(partial(evidence.list_evaluations, call.store, call.user, page))
 
 
 @routes.get("/evaluations/{digest}", dependencies=[needs("read")], **shows(evidence.EvaluationPage))
@@ -60,7 +59,7 @@ async def requests(
     show: all, flips, wins, losses, invalid or long. group, label, search: only those requests. first: the place to
     begin at; most: how many.
     """
-    call = _reader(request)
+    call = call_of(request, evidence.READ_PERMISSION)
     given = dict(zip(_FILTER, (focus, rival, metric, show, group, label, search), strict=True))
     region = call.serving.settings.region
     look = partial(held_out_requests.show_requests, call.store, call.user, region, digest)
@@ -72,16 +71,10 @@ async def requests(
 )
 async def opened(request: Request, digest: Digest, row: Name, compared: Text = held_out_requests.REFERENCE) -> Response:
     """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
-    call = _reader(request)
+    call = call_of(request, evidence.READ_PERMISSION)
     region = call.serving.settings.region
     look = partial(held_out_requests.show_request, call.store, call.user, region, digest, row, {}, compared)
     return await call.answer(look, none="request")
-
-
-def _reader(request: Request) -> Call:
-    call = call_of(request)
-    call.require(evidence.READ_PERMISSION)
-    return call
 
 
 def _said(given: dict[str, Any]) -> dict[str, Any]:

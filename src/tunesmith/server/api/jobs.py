@@ -103,8 +103,7 @@ class JobRequest(BaseModel):
 @routes.post("/jobs", dependencies=[needs("jobs")], **changes(service.JobView, JobRequest))
 async def add(request: Request) -> Response:
     """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
-    call = call_of(request)
-    call.require("job.add")
+    call = call_of(request, "job.add")
     call.require_whole()
     given = await call.read(JobRequest)
 
@@ -137,8 +136,7 @@ async def resume(request: Request, number: str) -> Response:
 
 
 async def _changed(request: Request, number: str, change: Callable[..., service.JobView]) -> Response:
-    call = call_of(request)
-    call.require("job.change")
+    call = call_of(request, "job.change")
 
     def changed() -> service.JobView:
         found = _seen(call, number)

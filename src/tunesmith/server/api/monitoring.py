@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Name, Reason, changes, missing, router, shows, whole_call_of
+from tunesmith.server.api.routing import Name, Reason, changes, router, shows, whole_call_of
+from tunesmith.server.errors import missing
 from tunesmith.services import monitoring, operations, retraining, webhooks
 
 routes = router()
@@ -45,8 +46,7 @@ async def recalls(request: Request) -> Response:
 @routes.post("/recalls", dependencies=[needs("operate")], **changes(monitoring.Recalled, RecallRequest))
 async def recall(request: Request) -> Response:
     """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
-    call = whole_call_of(request)
-    call.require("recall.start")
+    call = whole_call_of(request, "recall.start")
     given = await call.read(RecallRequest)
 
     def recalled() -> monitoring.Recalled:
@@ -107,8 +107,7 @@ async def hooks(request: Request) -> Response:
 @routes.post("/webhooks/{name}/retry", dependencies=[needs("operate")], **changes(webhooks.Retried))
 async def retry(request: Request, name: Name) -> Response:
     """Try a webhook's failed deliveries again."""
-    call = whole_call_of(request)
-    call.require("webhook.retry")
+    call = whole_call_of(request, "webhook.retry")
     if name not in call.project.settings.webhooks:
         raise missing("webhook")
     return await call.answer(partial(webhooks.retry, call.project, name, **call.by))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Name, Short, Text, call_of, changes, router, shows, whole_call_of
+from tunesmith.server.api.routing import Name, Short, Text, call_of, changes, router, shows, whole_call_of
 from tunesmith.services import audit, home, people, users
 from tunesmith.store.roles import Role
 
@@ -92,7 +92,7 @@ async def keys(request: Request) -> Response:
 @routes.post("/users", dependencies=[needs("all")], **changes(users.UserView, UserRequest))
 async def add(request: Request) -> Response:
     """Add a user."""
-    call = _admin(request)
+    call = whole_call_of(request, "user.change")
     given = await call.read(UserRequest)
     scope = Scope(given.tenant, given.region)
     act = partial(users.add_user, call.store, given.name, list(given.roles), scope=scope, actor=call.user.name)
@@ -102,7 +102,7 @@ async def add(request: Request) -> Response:
 @routes.post("/users/{name}/roles", dependencies=[needs("all")], **changes(users.UserView, RolesRequest))
 async def roles(request: Request, name: Name) -> Response:
     """Replace a user's roles."""
-    call = _admin(request)
+    call = whole_call_of(request, "user.change")
     given = await call.read(RolesRequest)
     return await call.answer(partial(users.set_roles, call.store, name, list(given.roles), **call.by))
 
@@ -110,11 +110,5 @@ async def roles(request: Request, name: Name) -> Response:
 @routes.post("/users/{name}/deactivate", dependencies=[needs("all")], **changes(users.UserView))
 async def deactivate(request: Request, name: Name) -> Response:
     """Deactivate a user for good: their tokens, sessions, approvals and signatures no longer count."""
-    call = _admin(request)
+    call = whole_call_of(request, "user.change")
     return await call.answer(partial(users.deactivate, call.store, name, **call.by))
-
-
-def _admin(request: Request) -> Call:
-    call = whole_call_of(request)
-    call.require("user.change")
-    return call

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.core.view import View
 from tunesmith.data.review.decisions import Choice
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, Number, Page, Reason, Short, changes, router, shows, whole_call_of
+from tunesmith.server.api.routing import Number, Page, Reason, Short, changes, router, shows, whole_call_of
 from tunesmith.services import review
 
 routes = router()
@@ -53,28 +53,28 @@ class NextItem(View):
 @routes.get("/review", dependencies=[needs("rows")], **shows(review.ReviewList))
 async def items(request: Request, state: State = "waiting", page: Page = 1) -> Response:
     """Items of the queue without texts, 25 a page, how many are in each state, and how far reviewers agree."""
-    call = _reviewer(request)
+    call = whole_call_of(request, "row.review")
     return await call.answer(partial(review.list_items, call.store, state=state, page=page, **call.by))
 
 
 @routes.get("/review/next", dependencies=[needs("rows")], **shows(NextItem))
 async def following(request: Request, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> Response:
     """The number of the next item that waits for the caller. after: the number to begin behind."""
-    call = _reviewer(request)
+    call = whole_call_of(request, "row.review")
     return await call.answer(lambda: NextItem(item=review.next_item(call.store, after, actor=call.user.name)))
 
 
 @routes.get("/review/{number}", dependencies=[needs("rows")], **shows(review.ReviewItem))
 async def item(request: Request, number: Number) -> Response:
     """One item with its text and decisions."""
-    call = _reviewer(request)
+    call = whole_call_of(request, "row.review")
     return await call.answer(partial(review.show, call.store, number, **call.by))
 
 
 @routes.post("/review/fill", dependencies=[needs("rows")], **changes(review.FilledQueue, FillRequest))
 async def fill(request: Request) -> Response:
     """Add flagged rows, conflicts, near duplicates and requests that failed in service to the queue."""
-    call = _reviewer(request)
+    call = whole_call_of(request, "row.review")
     given = await call.read(FillRequest)
     options = {"reviewers": given.reviewers, "pseudonyms": given.pseudonyms, "search": given.search}
     act = partial(review.fill, call.store, given.dataset, **options, **call.by)  # type: ignore[arg-type]
@@ -84,14 +84,14 @@ async def fill(request: Request) -> Response:
 @routes.post("/review/export", dependencies=[needs("rows")], **changes(review.ExportedReview))
 async def export(request: Request) -> Response:
     """Write the decisions to the file that the next build applies."""
-    call = _reviewer(request)
+    call = whole_call_of(request, "row.review")
     return await call.answer(partial(review.export, call.project, **call.by), threads=call.serving.files)
 
 
 @routes.post("/review/{number}/decide", dependencies=[needs("rows")], **changes(review.DecidedItem, ReviewDecision))
 async def decide(request: Request, number: Number) -> Response:
     """Accept, edit or reject an item."""
-    call = _reviewer(request)
+    call = whole_call_of(request, "row.review")
     given = await call.read(ReviewDecision)
     act = partial(
         review.decide,
@@ -104,9 +104,3 @@ async def decide(request: Request, number: Number) -> Response:
         **call.by,
     )
     return await call.answer(act, threads=call.serving.files)
-
-
-def _reviewer(request: Request) -> Call:
-    call = whole_call_of(request)
-    call.require("row.review")
-    return call

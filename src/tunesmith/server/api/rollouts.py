@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs, stated_scope
-from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, missing, router, shows
-from tunesmith.server.errors import ApiError
+from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, router, shows
+from tunesmith.server.errors import ApiError, missing
 from tunesmith.services import rollout_course
 from tunesmith.services import rollouts as service
 from tunesmith.services.rollouts import RolloutList, RolloutView, Seen
@@ -103,8 +103,7 @@ async def rollout(request: Request, number: str) -> Response:
 @routes.post("/rollouts", dependencies=[needs("operate")], **changes(RolloutView, RolloutRequest))
 async def start(request: Request) -> Response:
     """Start a rollout of an approved version."""
-    call = call_of(request)
-    call.require("rollout.start")
+    call = call_of(request, "rollout.start")
     given = await call.read(RolloutRequest)
     scope = stated_scope(call.user, given.tenant, given.region)
     begin = partial(service.start, call.project, given.version, override=given.override, scope=scope, **call.by)
@@ -158,8 +157,7 @@ async def rollback(request: Request, number: Number) -> Response:
 
 async def _changed(request: Request, number: int) -> tuple[Call, str]:
     """The call, and the number of a rollout that the caller may change, as services take it."""
-    call = call_of(request)
-    call.require("rollout.change")
+    call = call_of(request, "rollout.change")
     await _found(call, number)
     return call, str(number)
 

@@ -17,7 +17,7 @@ from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageEr
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.server.access import caller, token_of
-from tunesmith.server.errors import ApiError, bad_request, forbidden, not_stored
+from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving
@@ -148,22 +148,22 @@ class Call:
             return await read_body(self.request, model, self.serving.settings, count)
 
 
-def call_of(request: Request) -> Call:
-    """Who calls, on a route that declares `needs`."""
+def call_of(request: Request, action: str | None = None) -> Call:
+    """Who calls, on a route that declares `needs`. Raises ApiError 403 where none of their roles permits the action."""
     user, serving = caller(request)
-    return Call(request, user, serving)
-
-
-def whole_call_of(request: Request) -> Call:
-    """The call of a user of all tenants and regions. Raises ApiError 403 for others."""
-    call = call_of(request)
-    call.require_whole()
+    call = Call(request, user, serving)
+    if action is not None:
+        call.require(action)
     return call
 
 
-def missing(what: str) -> ApiError:
-    """The same answer for what does not exist and what is another tenant's."""
-    return ApiError(404, f"There is no such {what}.", code="not_found")
+def whole_call_of(request: Request, action: str | None = None) -> Call:
+    """The call of a user of all tenants and regions. Raises ApiError 403 for others, and as `call_of` does."""
+    call = call_of(request)
+    call.require_whole()
+    if action is not None:
+        call.require(action)
+    return call
 
 
 def sentence(error: TunesmithError) -> str:

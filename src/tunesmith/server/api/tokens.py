@@ -14,6 +14,7 @@ from tunesmith.server.access import needs, require_scope, token_of
 from tunesmith.server.api.routing import call_of, changes, router, sentence, shows
 from tunesmith.server.errors import ApiError
 from tunesmith.services import users as service
+from tunesmith.services.people import visible_tokens
 from tunesmith.store.roles import TokenScope
 
 routes = router(403, "permission_denied")
@@ -38,7 +39,7 @@ class TokenRequest(BaseModel):
 async def tokens(request: Request, user: str | None = None) -> Response:
     """The caller's tokens, and for an admin everybody's. user: only that user's."""
     call = call_of(request)
-    return await call.answer(partial(service.visible_tokens, call.store, call.user, user))
+    return await call.answer(partial(visible_tokens, call.store, call.user, user))
 
 
 @routes.post("/tokens", dependencies=[needs("tokens")], **changes(service.IssuedToken, TokenRequest))

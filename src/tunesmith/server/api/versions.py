@@ -22,10 +22,10 @@ from tunesmith.server.api.routing import (
     Text,
     call_of,
     changes,
-    missing,
     router,
     shows,
 )
+from tunesmith.server.errors import missing
 from tunesmith.server.openapi import BEARER, errors
 from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
 from tunesmith.services import versions as service
@@ -33,8 +33,8 @@ from tunesmith.services import versions as service
 routes = router()
 _AT = "/versions/{name}/{number}"
 _NONE = "version, or no such record of it"
-# The report brings its own style and no script.
-_REPORT = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
+# The report brings its own style and no script; a browser shows it as a page of nobody.
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
 Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
 _WRITTEN: dict[str, Any] = {
     "response_class": Response,
@@ -72,8 +72,7 @@ class RegisterRequest(BaseModel):
 @routes.post("/versions", dependencies=[needs("jobs")], **changes(service.RegisteredVersion, RegisterRequest))
 async def register(request: Request) -> Response:
     """Sign a judged candidate and keep it as the next version of the project's name, as a run does."""
-    call = call_of(request)
-    call.require("version.register")
+    call = call_of(request, "version.register")
     project, given = call.project, await call.read(RegisterRequest)
     if not await call.run(partial(evidence.may_see_verdict, call.store, call.user, given.verdict)):
         raise missing("verdict")
@@ -152,7 +151,7 @@ async def document(request: Request, name: Name, number: Number, document: Docum
 
     text = await call.run(written)
     if document == "report.html":
-        return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": _REPORT})
+        return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
     return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")
 
 

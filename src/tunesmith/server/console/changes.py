@@ -17,7 +17,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from sqlalchemy import func, select
 
-from tunesmith.server.console.rendering import HEADERS
+from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.session import Looking, Viewer
 from tunesmith.server.errors import ApiError
@@ -91,7 +91,7 @@ async def changes(request: Request, viewer: Looking) -> StreamingResponse:
     found = changes_of(request, viewer)
     if found.streams[viewer.user.name] >= limits.PAGES:
         raise ApiError(429, f"You have {limits.PAGES} pages open: close some.", code="too_many_pages")
-    headers = {**HEADERS, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    headers = {**PRIVATE, "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(found, viewer), headers=headers, media_type="text/event-stream")
 
 

@@ -9,9 +9,10 @@ from urllib.parse import urlencode
 
 from fastapi import Query, Request, Response
 
+from tunesmith.server.api.routing import Page
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import ApiError, forbidden, missing
 from tunesmith.services import evidence, held_out_requests, versions
 from tunesmith.services.evidence import EvaluationPage
 
@@ -35,10 +36,9 @@ Most = Annotated[int, Query(ge=1, le=200)]
 
 
 @routes.get(_AT)
-async def listed(viewer: Looking, page: Annotated[int, Query(ge=1, le=10**6)] = 1) -> Response:
+async def listed(viewer: Looking, page: Page = 1) -> Response:
     """The evaluations that this person may see, newest first."""
-    first = (page - 1) * evidence.LISTED
-    found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, first=first))
+    found = await viewer.run(partial(evidence.list_evaluations, viewer.store, viewer.user, page))
     pages = max(1, -(-found.total // evidence.LISTED))
     return viewer.page("evidence.html.jinja", found=found, page=page, last=pages)
 
@@ -63,7 +63,7 @@ async def register(request: Request, viewer: Changing, digest: Digest) -> Respon
         raise ApiError(409, "This server runs without a project file, which states the name.", code="no_project")
     page = await shown(viewer, digest, verdict.removeprefix("sha256:"))
     if page.verdict is None:
-        raise _none("verdict")
+        raise missing("verdict")
     made = partial(
         versions.register,
         viewer.store,
@@ -142,7 +142,7 @@ async def opened(
         partial(held_out_requests.show_request, viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
     )
     if found is None:
-        raise _none("request")
+        raise missing("request")
     query = urlencode(chosen)
     return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen)
 
@@ -172,7 +172,7 @@ async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPag
         partial(evidence.show_evaluation, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
     )
     if found is None:
-        raise _none("evaluation")
+        raise missing("evaluation")
     return found
 
 
@@ -184,7 +184,7 @@ async def _rows(
         partial(held_out_requests.show_requests, viewer.store, viewer.user, region, _full(digest), chosen, first, most)
     )
     if found is None:
-        raise _none("evaluation")
+        raise missing("evaluation")
     return found
 
 
@@ -208,8 +208,4 @@ def _full(hexadecimal: str) -> str:
 def _require_texts(viewer: Viewer) -> None:
     if not viewer.user.may(evidence.READ_PERMISSION):
         what = "Requests and answers are shown to engineers, stewards and approvers."
-        raise ApiError(403, what, code="permission_denied")
-
-
-def _none(what: str) -> ApiError:
-    return ApiError(404, f"There is no such {what}.", code="not_found")
+        raise forbidden(what)

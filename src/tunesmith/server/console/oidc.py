@@ -19,7 +19,7 @@ from tunesmith.server.access import PUBLIC
 from tunesmith.server.console.rendering import html
 from tunesmith.server.console.routing import local_page, router
 from tunesmith.server.console.session import set_cookie
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import ApiError, missing
 from tunesmith.server.recording import LOG
 from tunesmith.server.serving import Serving, serving_of
 from tunesmith.store import sessions
@@ -110,7 +110,7 @@ async def _client(request: Request) -> tuple[LoginSettings, StarletteOAuth2App]:
     serving = serving_of(request)
     login = serving.project.settings.login if serving.project else None
     if login is None:
-        raise ApiError(404, "There is no such page.", code="not_found")
+        raise missing("page")
     client = _made(serving, login)
     with _Refusals():
         metadata = await client.load_server_metadata()

@@ -12,9 +12,9 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import json_text
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import ApiError, bad_request, missing
 from tunesmith.services import audit, monitoring, operations, retraining, users, webhooks
-from tunesmith.services.people import is_admin, visible_keys, visible_users
+from tunesmith.services.people import is_admin, visible_keys, visible_tokens, visible_users
 from tunesmith.store.roles import ROLES
 
 routes = router()
@@ -73,7 +73,7 @@ async def retry(request: Request, viewer: Changing, name: str) -> Response:
     _whole(viewer)
     project = viewer.serving.project
     if project is None or name not in project.settings.webhooks:
-        raise ApiError(404, "There is no such webhook.", code="not_found")
+        raise missing("webhook")
     await viewer.run(partial(webhooks.retry, project, name, actor=viewer.user.name))
     return gone_to(request, _ROOT)
 
@@ -114,7 +114,7 @@ async def people(viewer: Looking) -> Response:
     store, admin = viewer.store, is_admin(viewer.user)
     known = (await viewer.run(partial(visible_users, store, viewer.user))).users
     keys = (await viewer.run(partial(visible_keys, store, viewer.user))).keys
-    tokens = (await viewer.run(partial(users.visible_tokens, store, viewer.user))).tokens
+    tokens = (await viewer.run(partial(visible_tokens, store, viewer.user))).tokens
     return viewer.page(
         "people.html.jinja",
         people=known,
@@ -147,7 +147,7 @@ async def change_person(request: Request, viewer: Changing, name: str, action: s
         "revocation": partial(users.revoke_token, store, name, said.get("token", [""])[0], actor=by),
     }
     if action not in calls:
-        raise ApiError(404, "There is no such page.", code="not_found")
+        raise missing("page")
     if not is_admin(viewer.user) and name != by:
         raise bad_request("Only an admin of all tenants and regions changes others.", code="not_permitted")
     await viewer.run(calls[action])

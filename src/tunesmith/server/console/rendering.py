@@ -13,9 +13,9 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import printable
-from tunesmith.evaluation.report.wording import money
+from tunesmith.evaluation.report.wording import count, money
 
 STATIC = Path(__file__).parent / "static"
 # No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.
@@ -40,7 +40,7 @@ PAGES = (
     ("/console/rows", "Rows"),
     ("/console/operations", "Operations"),
 )
-_PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
+PRIVATE = {**HEADERS, "Cache-Control": "no-store"}
 
 
 def html(template: str, data: Mapping[str, Any], status: int = 200) -> HTMLResponse:
@@ -50,7 +50,7 @@ def html(template: str, data: Mapping[str, Any], status: int = 200) -> HTMLRespo
 
 def private(page: str, status: int = 200) -> HTMLResponse:
     """An answer that no cache keeps."""
-    return HTMLResponse(page, status, _PRIVATE)
+    return HTMLResponse(page, status, PRIVATE)
 
 
 def rendered(template: str, data: Mapping[str, Any]) -> str:
@@ -91,11 +91,6 @@ def duration(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
-def count(number: float) -> str:
-    """A whole number with its thousands apart: 12,345."""
-    return f"{number:,.0f}"
-
-
 def many(number: int, noun: str) -> str:
     """A number of things: 1 entry, 1,200 entries."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
@@ -118,11 +113,6 @@ def size(count: float | None) -> str:
     if count is None:
         return "–"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def short(digest: str) -> str:
-    """The first twelve digits of a digest."""
-    return digest.removeprefix("sha256:")[:12]
 
 
 @cache

@@ -19,7 +19,7 @@ from tunesmith.server.console.rendering import private, rendered
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.shared import Shared
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import ApiError, bad_request, missing
 from tunesmith.services import rollout_course as courses
 from tunesmith.services import rollouts
 from tunesmith.services.rollout_course import Evidence, StartableVersion, StepView, Traffic
@@ -109,7 +109,7 @@ async def change(request: Request, viewer: Changing, number: int, action: str) -
         "rollback": partial(rollouts.rollback, viewer.store, found.name, override=override, scope=scope, **one),
     }
     if action not in calls:
-        raise ApiError(404, "There is no such page.", code="not_found")
+        raise missing("page")
     if action in ("abort", "rollback") and not reason:
         raise bad_request("Say why: the audit log keeps the reason.", code="no_reason")
     await viewer.run(calls[action])

@@ -25,7 +25,7 @@ from tunesmith.server.console.jobs import pages, start
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.rows import datasets, review
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import missing
 
 _FILES = {file.name: file for file in STATIC.iterdir() if file.is_file()}
 _KEPT = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}
@@ -43,7 +43,7 @@ async def console() -> Response:
 async def static(name: str) -> Response:
     """A file that ships with the console. Pages name it with a digest, so that browsers may keep it."""
     if name not in _FILES:
-        raise _no_page()
+        raise missing("page")
     return FileResponse(_FILES[name], media_type=mimetypes.guess_type(name)[0] or "text/plain", headers=_KEPT)
 
 
@@ -53,11 +53,7 @@ last = router()
 @last.get("/console/{rest:path}", dependencies=[PUBLIC])
 async def no_page(request: Request) -> Response:
     """Any other address of the console."""
-    raise _no_page()
-
-
-def _no_page() -> ApiError:
-    return ApiError(404, "There is no such page.", code="not_found")
+    raise missing("page")
 
 
 routes = APIRouter()

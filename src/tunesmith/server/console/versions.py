@@ -8,31 +8,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import json_text
+from tunesmith.server.api.routing import Digest, Name, Number, Page
+from tunesmith.server.api.versions import REPORT_POLICY
 from tunesmith.server.console.evidence import lost
-from tunesmith.server.console.rendering import HEADERS
+from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import bad_request, missing
 from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
 from tunesmith.services import versions as service
 
 routes = router()
 Result = TypeVar("Result")
-Name = Annotated[str, Path(max_length=200)]
-Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
-Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
 Text = Annotated[str, Query(max_length=200)]
-Page = Annotated[int, Query(ge=1, le=1_000_000)]
-_DOCUMENT = {**HEADERS, "Cache-Control": "no-store"}
-# The report brings its own style and no script; it is shown as a page of nobody.
-_REPORT = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
 _BOX = {"width": 178, "height": 52, "column": 222, "line": 66}  # pixels of the picture of a lineage
 
 
@@ -81,7 +76,7 @@ async def record(
 
     found = await viewer.run(look)
     if found is None:
-        raise _none()
+        raise missing("version, or no such record of it")
     return viewer.page("record.html.jinja", **found, version=version, at=_at(name, number), split=split, q=q)
 
 
@@ -134,7 +129,7 @@ async def decide(request: Request, viewer: Changing, name: Name, number: Number)
 async def report(viewer: Looking, name: Name, number: Number) -> Response:
     """The evaluation report as a page of its own."""
     page = await _written(viewer, name, number, evaluation.report_html)
-    return HTMLResponse(page, headers={**_DOCUMENT, "Content-Security-Policy": _REPORT})
+    return HTMLResponse(page, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
 
 
 @routes.get("/console/versions/{name}/{number}/report.md")
@@ -162,7 +157,7 @@ async def notice(viewer: Looking, name: Name, number: Number) -> Response:
 async def _version(viewer: Viewer, name: str, number: int) -> service.RegisteredVersion:
     found = await viewer.run(partial(version_pages.find_version, viewer.store, viewer.user, name, number))
     if found is None:
-        raise _none()
+        raise missing("version, or no such record of it")
     return found
 
 
@@ -184,9 +179,5 @@ def _at(name: str, number: int) -> str:
 
 
 def _file(text: str, name: str) -> Response:
-    headers = {**_DOCUMENT, "Content-Disposition": f'attachment; filename="{name}"'}
+    headers = {**PRIVATE, "Content-Disposition": f'attachment; filename="{name}"'}
     return PlainTextResponse(text, headers=headers, media_type="text/markdown")
-
-
-def _none() -> ApiError:
-    return ApiError(404, "There is no such version, or no such record of it.", code="not_found")

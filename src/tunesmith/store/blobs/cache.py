@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from tunesmith.core.digests import digest_file
+from tunesmith.core.digests import digest_file, digest_pieces
 from tunesmith.core.files import room_for
 from tunesmith.core.scratch import scratch_file, scratch_folder
 
@@ -46,14 +45,11 @@ class FileCache:
 
     def add(self, name: str, digest: str, pieces: Iterable[bytes]) -> Path | None:
         """Write a copy; None, and no copy, where the bytes do not have this digest."""
-        path, hasher = self.root / name, hashlib.sha256()
+        path = self.root / name
         with room_for(path), scratch_file(self._incoming(), _READ_ONLY) as (scratch, stream):
-            for piece in pieces:
-                hasher.update(piece)
-                stream.write(piece)
-            stream.flush()
-            if f"sha256:{hasher.hexdigest()}" != digest:
+            if digest_pieces(pieces, stream) != digest:
                 return None
+            stream.flush()
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch, path)
         self._verified[path] = _identity(path)
@@ -158,10 +154,7 @@ def _bytes(path: Path) -> int:
 def _write(path: Path, pieces: Iterable[bytes]) -> str:
     """Write a file; returns its digest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    hasher = hashlib.sha256()
     with path.open("wb") as stream:
-        for piece in pieces:
-            hasher.update(piece)
-            stream.write(piece)
+        digest = digest_pieces(pieces, stream)
     path.chmod(_READ_ONLY)
-    return f"sha256:{hasher.hexdigest()}"
+    return digest

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.core.digests import pieces_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder, write_atomic
 
@@ -42,8 +43,7 @@ class LocalBlobs:
         if not stat.S_ISREG(path.stat().st_mode):
             raise Refused("not a regular file", where=str(path), fix="restore the file")
         with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                yield piece
+            yield from pieces_of(stream)
 
     def path(self, key: str) -> Path:
         """The object's own file."""

@@ -11,11 +11,12 @@ from fastapi import Path, Query, Request, Response
 
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs.state import ENDED, STATES
+from tunesmith.server.api.routing import Page
 from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.console.jobs.curves import charts, numbers
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer
-from tunesmith.server.errors import ApiError, forbidden
+from tunesmith.server.errors import ApiError, forbidden, missing
 from tunesmith.services import jobs, run_curves
 from tunesmith.services.jobs import JobView
 
@@ -25,7 +26,6 @@ _LINES = 100  # of a log on a page
 _OTHERS = 30  # jobs that the form for a comparison names
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
 Asked = Annotated[int, Query(ge=1, le=999_999_999)]
-Page = Annotated[int, Query(ge=1, le=1_000_000)]
 
 
 @routes.get("/console/jobs")
@@ -96,7 +96,7 @@ _CHANGES: Mapping[str, Callable[..., JobView]] = {"cancel": jobs.cancel, "pause"
 async def change(request: Request, viewer: Changing, number: Number, change: str) -> Response:
     """Cancel, pause or resume a job."""
     if change not in _CHANGES:
-        raise ApiError(404, "There is no such page.", code="not_found")
+        raise missing("page")
     if not viewer.user.may("job.change"):
         raise forbidden(f"{viewer.user.name} may not change jobs.")
 

@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from tunesmith.core.scope import Scope
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import missing
 from tunesmith.services import data, dataset_rows
 
 routes = router()
@@ -85,4 +85,4 @@ def _digest(viewer: Viewer, given: str) -> str:
     digest = f"sha256:{given}"
     if viewer.user.scope == Scope() and dataset_rows.is_dataset(viewer.store, digest):
         return digest
-    raise ApiError(404, "There is no such dataset version.", code="not_found")
+    raise missing("dataset version")

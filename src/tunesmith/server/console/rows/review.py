@@ -12,7 +12,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.server.console.jobs.pages import no_start
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import ApiError, bad_request, missing
 from tunesmith.services import review
 
 routes = router()
@@ -63,7 +63,7 @@ async def review_item(viewer: Looking, number: int) -> Response:
     try:
         item = await viewer.run(partial(review.show, viewer.store, number, actor=who))
     except UsageError as error:
-        raise ApiError(404, "There is no such item to review.", code="not_found") from error
+        raise missing("item to review") from error
     following = await viewer.run(partial(review.next_item, viewer.store, number, actor=who))
     before = await viewer.run(partial(review.next_item, viewer.store, number, actor=who, back=True))
     return viewer.page(
@@ -102,6 +102,6 @@ async def decide(request: Request, viewer: Changing, number: int) -> Response:
 def _check(viewer: Viewer) -> None:
     """Raise ApiError 404 for a person of one tenant or region, 403 for one who may not review."""
     if viewer.user.scope != Scope():
-        raise ApiError(404, "There is no such page.", code="not_found")
+        raise missing("page")
     if not viewer.user.may("row.review"):
         raise ApiError(403, "Engineers and stewards review rows.", code="forbidden")
