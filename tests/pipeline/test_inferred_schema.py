@@ -134,6 +134,20 @@ def test_what_requests_say_is_neither_closed_nor_copied_where_a_later_one_may_sa
     assert not copied, "a label that a request does not say could not be answered"
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["table", "record"])
+def test_an_object_whose_keys_requests_say_is_a_table(said: bool) -> None:
+    """A recipe names any ingredients, and its values are of one kind. Other keys are those of a record."""
+    answers = [{"amounts": {f"k{(n + m) % 40}": m for m in range(3)}} for n in range(300)]
+    texts = [" and ".join(answer["amounts"]) if said else "the usual" for answer in answers]
+    rows = [
+        (json.dumps(answer), [Message(role="user", content=text)]) for answer, text in zip(answers, texts, strict=True)
+    ]
+    schema, _ = schema_and_copied(answers, rows)
+    amounts = jsonschema.Draft202012Validator(schema["properties"]["amounts"])
+    assert amounts.is_valid({"saffron": 2}) is said
+    assert not amounts.is_valid({"saffron": "much"})
+
+
 @pytest.mark.parametrize(
     "text", ["2024-05-{:02}", "2024-05-01T10:{:02}:00Z", "{}/5/2024", "{}:30", "{} pm", "-{}.5", "1,0{:02}", "{}%"]
 )

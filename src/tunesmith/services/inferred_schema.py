@@ -23,8 +23,9 @@ _FIGURES = re.compile(r"[+-]?\d[\d.,:/ -]*(T[\d.,:+-]+)?(%|Z|[ap]m)?", re.IGNORE
 # has months, and its ends are seen again and again: 0 to 100 percent. Where only its values are, it gets a margin.
 _RANGE_VALUES, _RANGE_DISTINCT, _RANGE_ENDS, _RANGE_TIMES = 200, 13, 5, 10
 _LARGEST_RANGE = 1 << 53  # beyond, not every reader of JSON tells whole numbers apart
-# An object with more keys than this is a table of values, not a record with fields.
-_MOST_KEYS = 200
+# An object with more keys than this is a table of values, not a record with fields. It takes fewer where requests say
+# the keys, such as the ingredients of a recipe, and no key is in half of the objects.
+_MOST_KEYS, _MOST_SAID_KEYS = 200, 20
 # Below so many levels the schema says the kind of a value only: a check of the schema itself goes only so deep.
 _DEEPEST = 24
 
@@ -48,13 +49,13 @@ def schema_and_copied(
 def infer_schema(values: Sequence[Mapping[str, Any]], said: Collection[str] = ()) -> dict[str, Any]:
     """A JSON Schema that all these answers satisfy.
 
-    said: paths of values that requests say. They are not closed.
+    said: paths of values that requests say, and of objects whose keys they say. They are not closed.
     """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, "", 0, said)}
 
 
 def _said(rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
-    """The paths of texts and whole numbers that requests say in nearly all rows, in capitals or not."""
+    """The paths of texts, whole numbers and keys that requests say in nearly all rows, in capitals or not."""
     found: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     for answer, own in rows:
@@ -67,9 +68,13 @@ def _said(rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
 
 
 def _words_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The path of every text and whole number in a JSON value, and how a request would say it."""
+    """The path of every text, whole number and key in a JSON value, and how a request would say it.
+
+    A key has the path of its object.
+    """
     if isinstance(value, dict):
         for key, each in value.items():
+            yield path, key
             yield from _words_of(each, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for each in value:
@@ -110,17 +115,19 @@ def _listed(paths: Collection[str], rows: Sequence[tuple[str, Sequence[Message]]
 
 def _infer(values: Sequence[Any], path: str, level: int, said: Collection[str]) -> dict[str, Any]:
     """The schema of the values at a path."""
-    kinds = sorted({_kind(value) for value in values})
+    kinds = _kinds(values)
     if kinds == ["null"]:
         return {"type": ["boolean", "null", "number", "string"]}  # which of them it may have is not known
-    if kinds == ["integer", "number"]:
-        kinds = ["number"]
     found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
     if level >= _DEEPEST:
         return found
     objects = [value for value in values if isinstance(value, dict)]
     keys = list(dict.fromkeys(key for value in objects for key in value))  # an answer is decoded in this order
-    if 0 < len(keys) <= _MOST_KEYS:
+    if keys and _is_table(objects, keys, path in said):
+        inside = _kinds([each for value in objects for each in value.values()])
+        if len(inside) == 1 and inside != ["null"]:
+            found["additionalProperties"] = {"type": inside[0]}
+    elif keys:
         found["properties"] = {
             key: _infer(
                 [value[key] for value in objects if key in value], f"{path}.{key}" if path else key, level + 1, said
@@ -137,6 +144,13 @@ def _infer(values: Sequence[Any], path: str, level: int, said: Collection[str]) 
     if kinds == ["string"] and path not in said and _is_vocabulary(values):
         found["enum"] = sorted(set(values))
     return found
+
+
+def _is_table(objects: Sequence[Mapping[str, Any]], keys: Sequence[str], said: bool) -> bool:
+    """Whether the keys of objects are data and not names of fields. said: whether requests say them."""
+    if said and _MOST_SAID_KEYS < len(keys) <= _MOST_KEYS:
+        return 2 * max(Counter(key for value in objects for key in value).values()) < len(objects)
+    return len(keys) > _MOST_KEYS
 
 
 def _range(values: Sequence[int | float], said: bool) -> tuple[int, int] | None:
@@ -170,6 +184,12 @@ def _is_vocabulary(values: Sequence[str]) -> bool:
         return False
     once = sum(count == 1 for count in times.values())
     return once <= max(len(times) // 20, len(values) // 1000)
+
+
+def _kinds(values: Sequence[Any]) -> list[str]:
+    """The JSON types of values; whole numbers among others are numbers."""
+    kinds = sorted({_kind(value) for value in values})
+    return ["number"] if kinds == ["integer", "number"] else kinds
 
 
 def _kind(value: Any) -> str:
