@@ -23,8 +23,8 @@ _FIGURES = re.compile(r"[+-]?\d[\d.,:/ -]*(T[\d.,:+-]+)?(%|Z|[ap]m)?", re.IGNORE
 # has months, and its ends are seen again and again: 0 to 100 percent. Where only its values are, it gets a margin.
 _RANGE_VALUES, _RANGE_DISTINCT, _RANGE_ENDS, _RANGE_TIMES = 200, 13, 5, 10
 _LARGEST_RANGE = 1 << 53  # beyond, not every reader of JSON tells whole numbers apart
-# An object with more keys than this is a table of values, not a record with fields. It takes fewer where requests say
-# the keys, such as the ingredients of a recipe, and no key is in half of the objects.
+# An object with more keys than this is a table of values, not a record with fields. Fewer suffice where requests say
+# them, such as the ingredients of a recipe, and none is in half of the objects.
 _MOST_KEYS, _MOST_SAID_KEYS = 200, 20
 # Below so many levels the schema says the kind of a value only: a check of the schema itself goes only so deep.
 _DEEPEST = 24
