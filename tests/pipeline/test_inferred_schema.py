@@ -13,9 +13,13 @@ import pytest
 
 from tests.tiny import write_model
 from tunesmith.api import Project
+from tunesmith.core.messages import Message
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.services.inferred_schema import infer_schema
+from tunesmith.services.inferred_schema import infer_schema, schema_and_copied
 from tunesmith.services.new_project import make_project
+
+TOWNS = ("Berlin", "Bonn", "Bremen", "Ulm")
+LABELS = ("next", "play", "stop")
 
 
 @pytest.mark.parametrize(
@@ -95,8 +99,9 @@ def test_what_requests_say_is_copied_and_listed_where_they_list_it(tmp_path: Pat
     found = []
     for n in range(360):
         town, urgency = towns[n % count], ("high", "low")[n % 2]
-        asked = {"role": "user", "content": f"A train to {town}, number {n}. Is it of high or low priority?"}
-        answer = {"town": town, "urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]}
+        there = f" to {town}" if n % 10 else ""
+        asked = {"role": "user", "content": f"A train{there}, number {n}. Is it of high or low priority?"}
+        answer = {"urgency": urgency, "kind": ("slow", "fast")[n // 12 % 2]} | ({"town": town} if there else {})
         found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -109,3 +114,43 @@ def test_what_requests_say_is_copied_and_listed_where_they_list_it(tmp_path: Pat
         "kind": {"type": "string", "enum": ["fast", "slow"]},
     }
     assert project.settings.candidates["tuned"].copied == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "later"),
+    [
+        (lambda n: f"to {TOWNS[n % 4].lower()}", lambda n: {"town": TOWNS[n % 4]}, {"town": "Dresden"}),
+        (lambda n: f"for {1 + n % 15} people", lambda n: {"guests": 1 + n % 15}, {"guests": 20}),
+        (lambda n: f"please {LABELS[n % 3]} it", lambda n: {"intent": LABELS[n % 3]}, {"intent": "pause"}),
+    ],
+    ids=["other-capitals", "numbers", "labels-or-copies"],
+)
+def test_what_requests_say_is_neither_closed_nor_copied_where_a_later_one_may_say_it_otherwise(
+    asked: Callable[[int], str], answered: Callable[[int], dict[str, object]], later: dict[str, object]
+) -> None:
+    rows = [(json.dumps(answered(n)), [Message(role="user", content=f"{n}: {asked(n)}")]) for n in range(300)]
+    schema, copied = schema_and_copied([answered(n) for n in range(300)], rows)
+    jsonschema.validate(later, schema)
+    assert not copied, "a label that a request does not say could not be answered"
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["table", "record"])
+def test_an_object_whose_keys_requests_say_is_a_table(said: bool) -> None:
+    """A recipe names any ingredients, and its values are of one kind. Other keys are those of a record."""
+    answers = [{"amounts": {f"k{(n + m) % 40}": m for m in range(3)}} for n in range(300)]
+    texts = [" and ".join(answer["amounts"]) if said else "the usual" for answer in answers]
+    rows = [
+        (json.dumps(answer), [Message(role="user", content=text)]) for answer, text in zip(answers, texts, strict=True)
+    ]
+    schema, _ = schema_and_copied(answers, rows)
+    amounts = jsonschema.Draft202012Validator(schema["properties"]["amounts"])
+    assert amounts.is_valid({"saffron": 2}) is said
+    assert not amounts.is_valid({"saffron": "much"})
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-05-{:02}", "2024-05-01T10:{:02}:00Z", "{}/5/2024", "{}:30", "{} pm", "-{}.5", "1,0{:02}", "{}%"]
+)
+def test_numbers_dates_and_times_in_texts_are_not_listed(text: str) -> None:
+    schema = infer_schema([{"at": text.format(1 + n % 12)} for n in range(300)])
+    assert schema["properties"]["at"] == {"type": "string"}

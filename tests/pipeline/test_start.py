@@ -73,7 +73,8 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     for place in range(240):
         name, level = names[place % 21] + str(place), place % 21
         slots = {"who": name, "note": f"n{place}"} if place % 3 else {"who": name}
-        answer = {"slots": slots, "level": level, "seen": place, "all": {"n": f"{level} {place}", "who": name}}
+        every = {"n": f"{level} {place}", "who": name}
+        answer = {"slots": slots, "level": level, "mood": 5 * place % 21, "seen": place, "all": every}
         asked = {"role": "user", "content": f"call {name}, at level {level} {place}."}
         found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
     data = tmp_path / "mine.jsonl"
@@ -87,7 +88,8 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     }
     assert project.schema is not None
     properties = project.schema["properties"]
-    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 20}
+    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 40}, "the next request may say 21"
+    assert properties["mood"] == {"type": "integer", "minimum": 0, "maximum": 20}
     assert properties["seen"] == {"type": "integer"}, "its ends were seen once: the next row may go beyond"
 
 

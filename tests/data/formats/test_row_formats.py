@@ -105,11 +105,17 @@ def test_errors_of_common_shapes_say_what_to_do() -> None:
     assert "--rename instruction=unused" in str(both.fix)
 
 
-def test_a_whole_number_is_an_answer() -> None:
-    assert [turn.content for turn in conversation({"prompt": "a", "completion": 2})] == ["a", "2"]
-    assert [turn.content for turn in conversation({"instruction": "a", "output": 0})] == ["a", "0"]
-    for value in (True, 1.5, {"a": 1}):
-        assert "not text" in error({"prompt": "a", "completion": value}).what
+@pytest.mark.parametrize(("value", "text"), [(2, "2"), (0, "0"), (1.5, "1.5"), (True, "true"), (False, "false")])
+def test_a_label_that_is_no_text_is_an_answer(value: float, text: str) -> None:
+    assert [turn.content for turn in conversation({"prompt": "a", "completion": value})] == ["a", text]
+    assert [turn.content for turn in conversation({"instruction": "a", "output": value})] == ["a", text]
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, float("nan"), float("inf")])
+def test_other_values_are_not_answers(value: object) -> None:
+    found = error({"prompt": "a", "completion": value})
+    assert "not text" in found.what
+    assert "as text" in str(found.fix)
 
 
 def test_null_stands_for_a_key_that_is_not_there() -> None:

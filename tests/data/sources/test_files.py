@@ -109,6 +109,19 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path, name: str, mark: str) -> N
     assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a, b; c\td", "completion": "x"}]
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_csv_may_name_its_mark_and_have_empty_columns(tmp_path: Path, mark: str) -> None:
+    text = "sep=;\r\nprompt;;completion;;\r\na,b;;x;;\r\nc;;y\r\n".replace(";", mark)
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    assert [one.fields for one in read(tmp_path, "a.csv")] == [
+        {"prompt": "a,b", "completion": "x"},
+        {"prompt": "c", "completion": "y"},
+    ]
+    found = failure(tmp_path, "b.csv", f"{text}d{mark}e{mark}z\r\n".encode())
+    assert found.where == "b.csv, line 5"
+    assert "name it" in str(found.fix)
+
+
 @pytest.mark.parametrize(
     ("header", "mark", "names"),
     [
@@ -137,7 +150,9 @@ def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
     "data", [b"a,b\n1,2\n1\n", b"a,b\n1,2\n1,2,3\n", b'a,b\n1,2\n"x,2\n', b"a,a\n1,2\n", b"a,\n1,2\n", b"a,b\n1,\xff\n"]
 )
 def test_broken_csv(tmp_path: Path, data: bytes) -> None:
-    assert failure(tmp_path, "a.csv", data).where.startswith("a.csv")
+    found = failure(tmp_path, "a.csv", data)
+    assert found.where.startswith("a.csv")
+    assert found.fix
 
 
 def test_parquet_and_its_nulls(tmp_path: Path) -> None:

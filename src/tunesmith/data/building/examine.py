@@ -271,7 +271,8 @@ class Examiner:
             raise Refused(
                 f"the conversation has {length} tokens or more, and the limit is {most}",
                 where=row.where,
-                fix="shorten it, or set data.overlong to drop or truncate",
+                fix="shorten it, set data.overlong to drop or truncate, or raise train.max_length of the candidates: "
+                "the least of these is the limit, unless the base's context is shorter",
             )
         return None
 

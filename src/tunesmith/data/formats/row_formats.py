@@ -6,8 +6,10 @@ that names the place. A row that fits but holds no usable conversation is remove
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -140,15 +142,23 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str):
         raise UsageError(
-            f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}", fix=_NOT_TEXT.get(type(value))
+            f"{key} is a {type(value).__name__}, not text",
+            where=f"{where}, {key}",
+            fix=_NOT_TEXT.get(type(value), "write it as text"),
         )
     return _sound(value, f"{where}, {key}")
 
 
 def _answer_of(fields: Mapping[str, Any], key: str, where: str) -> str:
-    """The text of an answer, which may be a whole number: a label. Raises UsageError as text_of does."""
+    """The text of an answer. A number, true or false, as labels often are, is written as JSON writes it.
+
+    Raises UsageError as text_of does.
+    """
     value = fields.get(key)
-    return str(value) if type(value) is int else text_of(fields, key, where)
+    if isinstance(value, int | float):
+        with suppress(ValueError):  # NaN and infinity are not JSON
+            return json.dumps(value, allow_nan=False)
+    return text_of(fields, key, where)
 
 
 def _sound(text: str, where: str) -> str:

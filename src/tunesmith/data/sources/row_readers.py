@@ -26,6 +26,7 @@ _PIECE = 1 << 20
 _ROWS_AT_ONCE = 1024
 _ARROW_FILE = b"ARROW1"
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_TOLD_MARK = re.compile(r'"?sep=([^\s"]|\t)"?\r?\n?', re.IGNORECASE)  # a first line that tells Excel the mark
 _QUOTED = re.compile(r'(?:^|(?<=[,\t;]))"(?:[^"]|"")*+"?')  # a name in quotes, in the header of CSV
 
 
@@ -90,24 +91,39 @@ def read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]
 
 
 def read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
-    """Rows of CSV under the names of its header. What separates these, a comma, tab or semicolon, separates all."""
+    """Rows of CSV under the names of its header. What separates these, a comma, tab or semicolon, separates all.
+
+    A first line such as `sep=;` may name another mark. Columns without a name and values, as spreadsheets write them,
+    are left out.
+    """
     csv.field_size_limit(LONGEST_ROW)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    above = 0  # lines above the table
     try:
         first = text.readline()
-        mark = max(",\t;", key=_QUOTED.sub("", first).count)
-        table = csv.DictReader(chain([first], text), delimiter=mark, strict=True)
-        header = table.fieldnames or []
-        if "" in header or len(set(header)) != len(header):
-            raise UsageError(f"the header has empty or repeated names: {header}", where=name)
-        for number, row in enumerate(table, start=1):
-            if None in row or None in row.values():
-                raise UsageError(
-                    f"the row does not have the header's {len(header)} fields", where=f"{name}, line {table.line_num}"
-                )
-            yield number, row
+        if told := _TOLD_MARK.fullmatch(first):
+            first, above = text.readline(), 1
+        mark = told[1] if told else max(",\t;", key=_QUOTED.sub("", first).count)
+        table = csv.reader(chain([first], text), delimiter=mark, strict=True)
+        header = next(table, [])
+        columns = {place: key for place, key in enumerate(header) if key.strip()}
+        last = max(columns, default=0)
+        if len(set(columns.values())) != len(columns):
+            fix = "give each column a name of its own"
+            raise UsageError(f"the header has repeated names: {header}", where=name, fix=fix)
+        for number, row in enumerate(filter(None, table), start=1):
+            nameless = [place for place, value in enumerate(row) if value.strip() and place not in columns]
+            if nameless or len(row) <= last:
+                where = f"{name}, line {above + table.line_num}"
+                if nameless and nameless[0] < len(header):
+                    fix = "name it in the header, or remove it (pandas: `to_csv(index=False)`)"
+                    raise UsageError(f"column {nameless[0] + 1} has values and no name", where=where, fix=fix)
+                fix = f"write {mark!r} between fields, and in quotes a field that holds {mark!r} or a line break"
+                raise UsageError(f"the row does not have the header's {len(header)} fields", where=where, fix=fix)
+            yield number, {key: row[place] for place, key in columns.items()}
     except csv.Error as error:
-        raise UsageError(f"broken CSV: {error}", where=f"{name}, line {table.line_num}") from error
+        where, fix = f"{name}, line {above + table.line_num}", "close each quote, and write a quote in a field twice"
+        raise UsageError(f"broken CSV: {error}", where=where, fix=fix) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8: {error.reason}", where=name, fix="convert the file to UTF-8") from error
     finally:
