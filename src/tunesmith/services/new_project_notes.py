@@ -1,0 +1,39 @@
+"""Notes of `init`: what the rows lack, and what follows from them that a user may not expect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from tunesmith.services.new_project_rows import FEWEST_GROUPS, RowFindings, shares
+
+
+def notes(found: RowFindings) -> tuple[str, ...]:
+    """The notes on a project's rows, each a sentence."""
+    return (*_on_the_test(found), *_on_answers(found))
+
+
+def _on_the_test(found: RowFindings) -> Iterator[str]:
+    """What limits the figures on held-out rows."""
+    share = shares(found.rows)["test"]
+    if (tested := round(found.rows * share)) < FEWEST_GROUPS:
+        yield (
+            f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {FEWEST_GROUPS}: "
+            f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
+        )
+    for key, values in found.key_values.items():
+        if 1 < values <= found.rows // 2:
+            yield (
+                f"`{key}` has {values} values, too few to hold out whole groups ({FEWEST_GROUPS} or more): "
+                "rows are grouped by their wording; data.split.group_by changes that"
+            )
+
+
+def _on_answers(found: RowFindings) -> Iterator[str]:
+    """What is special about answers and prompts."""
+    if found.calls:
+        yield f"{found.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if found.system:
+        yield "prompts/long.txt is the system turn of your rows"
+    elif found.system is None:
+        yield "the system turns of the rows differ: each candidate uses the row's own, and no prompt was written"

@@ -1,0 +1,182 @@
+"""Examines the rows of a new project: what its settings follow from, and what the user should know."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+from llguidance import LLMatcher
+
+from tunesmith.candidates.copying import copied_fields
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.reading.json_spelling import as_decoded
+from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.data.building.examine import renamed
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.formats.key_order import in_request_order
+from tunesmith.data.formats.row_formats import format_of, read_turns
+from tunesmith.data.formats.turns import conversation, objection
+from tunesmith.data.settings import Source, Split
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
+from tunesmith.data.splitting.assignment import split_of
+from tunesmith.services.inferred_schema import schema_and_copied
+
+FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
+_FEWEST = 20
+_TEST_ROWS, _VALIDATION_ROWS = 300, 200
+_GROUP_KEYS = ("template", "group", "conversation_id")
+
+
+@dataclass(frozen=True)
+class RowFindings:
+    """What was found in the rows of a new project.
+
+    constrained: whether decoding can be held to the schema. calls: rows that end in calls of tools. key_values: keys
+    that could group the rows and do not -> how many values they have, 0 where not every row has one. system: the one
+    system turn of all rows, "" where none has one; None: they differ.
+    """
+
+    rows: int
+    unusable: int
+    broken: int
+    reordered: int
+    respelled: int
+    answer_tokens: int
+    schema: dict[str, Any] | None
+    constrained: bool
+    copied: list[str]
+    calls: int
+    group_by: str | None
+    key_values: Mapping[str, int]
+    system: str | None
+
+
+def examine_rows(root: Path, source: Source) -> RowFindings:
+    """What the source's rows are. Raises UsageError where they cannot be read, or too few are usable."""
+    read = _read(root, source)
+    answers = [messages[-1].text for messages in read.conversations]
+    requests = [messages[:-1] for messages in read.conversations]
+    # A call is an answer by its row's tools, not by a schema of the task.
+    calls = sum(bool(messages[-1].tool_calls) for messages in read.conversations)
+    values, broken = ([], 0) if calls else json_objects(answers)
+    if (rows := len(answers) - broken) < _FEWEST:
+        raise UsageError(
+            f"{rows} usable rows are too few to train on and test ({broken} answers are broken JSON)",
+            where=source.path,
+            fix=f"give at least {_FEWEST}",
+        )
+    group_by = next((key for key, known in read.groups.items() if known and _groups_rows(known, rows)), None)
+    schema, copied = schema_and_copied(values, list(zip(answers, requests, strict=True))) if values else (None, [])
+    constrained = schema is not None and _constrainable(schema)
+    # Where less is copied, values also stand in the request by chance, and their order there says little.
+    ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
+    systems = {request[0].content.strip() if request[0].role == "system" else "" for request in requests}
+    return RowFindings(
+        rows=rows,
+        unusable=read.unusable,
+        broken=broken,
+        reordered=sum(in_request_order(one)[-1] != one[-1] for one in read.conversations) if ordered else 0,
+        respelled=sum(as_decoded(answer) != answer for answer in answers) if constrained else 0,
+        answer_tokens=max(_most_tokens(answer) for answer in answers if schema is None or _is_json(answer)),
+        schema=schema,
+        constrained=constrained,
+        copied=copied,
+        calls=calls,
+        group_by=group_by,
+        key_values={} if group_by else {key: len(known or ()) for key, known in read.groups.items()},
+        system=systems.pop() if len(systems) == 1 else None,
+    )
+
+
+@dataclass
+class _Read:
+    """Rows as they were read. groups: a key -> its values; None where not every row has one."""
+
+    conversations: list[tuple[Message, ...]] = field(default_factory=list)
+    unusable: int = 0
+    groups: dict[str, set[str] | None] = field(default_factory=lambda: {key: set() for key in _GROUP_KEYS})
+
+
+def _read(root: Path, source: Source) -> _Read:
+    found = _Read()
+    for file in find_files([source], root):
+        with open_source(file) as opened:
+            row_format = None
+            for read in opened.rows():
+                row = Row(read.source, read.number, renamed(read, source.rename))
+                row_format = row_format or format_of("auto", row)
+                turns = read_turns(row, row_format, Counter())
+                for key, known in found.groups.items():
+                    value = row.fields.get(key)
+                    sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+                    if known is None or not sound:
+                        found.groups[key] = None
+                    else:
+                        known.add(str(value))
+                if objection(turns) is None:
+                    found.conversations.append(conversation(turns))
+                else:
+                    found.unusable += 1
+    return found
+
+
+def shares(rows: int) -> dict[str, float]:
+    """The shares of validation and test."""
+    return {
+        "validation": round(min(0.1, max(0.005, _VALIDATION_ROWS / rows)), 4),
+        "test": round(min(0.2, max(0.05, _TEST_ROWS / rows)), 4),
+    }
+
+
+def _groups_rows(values: Set[str], rows: int) -> bool:
+    """Whether a key's values group rows, two in each on average, and leave no split empty."""
+    if not FEWEST_GROUPS <= len(values) <= rows // 2:
+        return False
+    split = Split.model_validate(shares(rows))
+    return len({split_of(value, split) for value in values}) == len(SPLITS)
+
+
+def _most_tokens(answer: str) -> int:
+    """About the most tokens that a tokenizer needs for a text: one a byte, but half as many for a-z.
+
+    Digits, marks and other scripts may be a token each, some letters several: a tokenizer may fall back to bytes.
+    """
+    return len(answer.encode(errors="replace")) - sum(map(answer.count, ascii_lowercase)) // 2
+
+
+def _constrainable(schema: Mapping[str, Any]) -> bool:
+    """Whether decoding can be held to a schema."""
+    try:
+        return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(dict(schema)))
+    except ValueError:  # it holds a number that llguidance cannot
+        return False
+
+
+def _is_json(answer: str) -> bool:
+    try:
+        parse_json(answer)
+    except NotJson:
+        return False
+    return True
+
+
+def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """The answers as JSON objects, and how many are broken JSON; ([], 0) unless all begin as an object does.
+
+    Answers of which more are broken than sound are taken as text, too.
+    """
+    if not all(answer.lstrip().startswith("{") for answer in answers):
+        return [], 0
+    values = []
+    for answer in answers:
+        with contextlib.suppress(NotJson):
+            values.append(parse_json(answer))
+    broken = len(answers) - len(values)
+    return (values, broken) if len(values) > broken else ([], 0)
