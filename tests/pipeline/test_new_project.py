@@ -2,11 +2,64 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 from tests.attack_table import Happened
+from tunesmith.core.errors import UsageError
 from tunesmith.services.inferred_schema import infer_schema
+from tunesmith.services.new_project import NewProject, make_project
 from tunesmith.services.new_project_rows import json_objects
+
+_SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
+
+
+def _words(n: int, count: int = 4) -> str:
+    """Words that no other n has in the same order."""
+    return " ".join(
+        _SYLLABLES[n // 100 % 10] + _SYLLABLES[n // 10 % 10] + _SYLLABLES[(n + place) % 10] for place in range(count)
+    )
+
+
+def _made(folder: Path, rows: Sequence[object], **more: object) -> NewProject:
+    """The project that `init` makes of these rows."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_project(folder / "p", data=folder / "rows.jsonl", licence="MIT", base="model", **more)
+
+
+@pytest.mark.parametrize(
+    ("keys", "proposed"),
+    [
+        (("question", "context", "answer"), "question=instruction answer=output context=input"),
+        (("instruction", "context", "response"), "response=output context=input"),
+        (("question", "input", "answer"), "question=instruction answer=output"),
+        (("text", "title", "label"), "text=prompt label=completion"),
+    ],
+)
+def test_a_passage_beside_request_and_answer_is_kept_by_the_proposed_names(
+    tmp_path: Path, keys: tuple[str, ...], proposed: str
+) -> None:
+    rows = [dict(zip(keys, (_words(n), _words(n + 500), _words(n + 900)), strict=True)) for n in range(60)]
+    with pytest.raises(UsageError, match="fits no known format") as caught:
+        _made(tmp_path, rows)
+    options = "".join(f" --rename {each}" for each in proposed.split())
+    assert f"here{options} (" in str(caught.value.fix)
+    names = dict(each.split("=") for each in proposed.split())
+    unread = [note for note in _made(tmp_path, rows, rename=names).notes if "not read" in note]
+    assert bool(unread) == ("title" in keys)
+
+
+def test_init_says_which_keys_are_not_read(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": _words(n), "completion": str(n), "context": "c", "licence": "MIT", **({"id": n} if n else {})}
+        for n in range(60)
+    ]
+    notes = _made(tmp_path, rows).notes
+    assert "keys that are not read, so nothing is learned from them: `context` (60 times), `id` (59 times)" in notes
 
 
 def test_answers_that_are_not_all_objects_have_no_schema() -> None:

@@ -7,10 +7,20 @@ from collections.abc import Iterator
 
 from tunesmith.services.new_project_rows import FEWEST_GROUPS, RowFindings, shares
 
+_LISTED = 8  # keys in a note
+
 
 def notes(found: RowFindings) -> tuple[str, ...]:
     """The notes on a project's rows, each a sentence."""
-    return (*_on_the_test(found), *_on_answers(found))
+    return (*_on_what_is_read(found), *_on_the_test(found), *_on_answers(found))
+
+
+def _on_what_is_read(found: RowFindings) -> Iterator[str]:
+    """What of the rows is not used."""
+    if found.unread:
+        listed = [f"`{key}` ({count} times)" for key, count in found.unread.items()]
+        more = [f"{len(listed) - _LISTED} others"] if len(listed) > _LISTED else []
+        yield f"keys that are not read, so nothing is learned from them: {', '.join([*listed[:_LISTED], *more])}"
 
 
 def _on_the_test(found: RowFindings) -> Iterator[str]:

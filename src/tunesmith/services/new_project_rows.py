@@ -17,7 +17,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.data.building.examine import renamed
+from tunesmith.data.building.examine import renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.row_formats import format_of, read_turns
@@ -40,7 +40,7 @@ class RowFindings:
 
     constrained: whether decoding can be held to the schema. calls: rows that end in calls of tools. key_values: keys
     that could group the rows and do not -> how many values they have, 0 where not every row has one. system: the one
-    system turn of all rows, "" where none has one; None: they differ.
+    system turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how often.
     """
 
     rows: int
@@ -56,6 +56,7 @@ class RowFindings:
     group_by: str | None
     key_values: Mapping[str, int]
     system: str | None
+    unread: Mapping[str, int]
 
 
 def examine_rows(root: Path, source: Source) -> RowFindings:
@@ -92,6 +93,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         group_by=group_by,
         key_values={} if group_by else {key: len(known or ()) for key, known in read.groups.items()},
         system=systems.pop() if len(systems) == 1 else None,
+        unread={key: count for key, count in read.unread.most_common() if key != group_by},
     )
 
 
@@ -101,6 +103,7 @@ class _Read:
 
     conversations: list[tuple[Message, ...]] = field(default_factory=list)
     unusable: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
     groups: dict[str, set[str] | None] = field(default_factory=lambda: {key: set() for key in _GROUP_KEYS})
 
 
@@ -112,7 +115,8 @@ def _read(root: Path, source: Source) -> _Read:
             for read in opened.rows():
                 row = Row(read.source, read.number, renamed(read, source.rename))
                 row_format = row_format or format_of("auto", row)
-                turns = read_turns(row, row_format, Counter())
+                turns = read_turns(row, row_format, found.unread)
+                found.unread.update(unread_keys(row.fields, source, row_format))
                 for key, known in found.groups.items():
                     value = row.fields.get(key)
                     sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
