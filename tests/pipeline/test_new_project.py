@@ -82,3 +82,38 @@ def test_broken_answers_are_counted_and_do_not_hide_the_schema(happened: Happene
     assert (len(values), broken) == (10, len(bad))
     assert infer_schema(values)["properties"] == {"a": {"type": "integer"}}
     happened("counted, the schema is that of the sound ones", len(bad))
+
+
+def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
+    known = verbs.split()
+    return [
+        {"prompt": f"{known[n % len(known)]} at {n} o clock", "completion": json.dumps({"at": n})} for n in range(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            [{"prompt": _words(n), "completion": str(n), "conversation_id": f"c{n // 10}"} for n in range(400)],
+            "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
+        ),
+        (_asked_at("call text"), "about 0 groups of equal size will be held out (a group: the rows of one wording"),
+        (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
+        ([{"prompt": _words(n), "completion": str(n)} for n in range(400)], None),
+    ],
+    ids=["conversations", "two wordings", "five wordings", "a wording each"],
+)
+def test_init_says_that_too_few_groups_will_be_held_out(
+    tmp_path: Path, rows: list[dict[str, str]], told: str | None
+) -> None:
+    notes = _made(tmp_path, rows).notes
+    assert (not notes) if told is None else any(told in note for note in notes), notes
+
+
+def test_copies_of_rows_do_not_count(tmp_path: Path) -> None:
+    made = _made(tmp_path, [{"prompt": _words(n % 150), "completion": "yes"} for n in range(400)])
+    assert made.rows == 150
+    assert "250 more rows are copies of these: `data build` keeps one of each" in made.notes
+    with pytest.raises(UsageError, match="12 usable rows are too few"):
+        _made(tmp_path / "few", [{"prompt": _words(n % 12), "completion": "yes"} for n in range(400)])

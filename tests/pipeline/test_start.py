@@ -291,7 +291,8 @@ def test_init_says_which_key_has_too_few_values_and_when_rows_are_too_few_to_dec
     assert "`template` has 5 values, too few to hold out whole groups" in done.stdout
     assert "about 12 rows will be held out to test" in done.stdout
     assert "give at least 100 rows" in done.stdout
-    data.write_text("".join(json.dumps({**row, "template": row["prompt"]}) + "\n" for row in rows * 2))
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}", "template": f"part {n % 120}"} for n in range(240)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert make_project(tmp_path / "q", data=data, licence="MIT", base="model").notes == ()
 
 

@@ -30,13 +30,14 @@ _BUDGET = "15m"  # a first run should end within half an hour on a laptop
 
 
 class NewProject(View):
-    """A project that was just written. rows: that can be used; unusable: rows without a usable conversation.
+    """A project that was just written.
 
-    broken: rows whose answers are meant as JSON but are not: `data build` will remove them. reordered: rows in whose
-    answers `data build` will put the keys in the order of the request. respelled: rows whose answers it will write as
-    constrained decoding can write them. project: path of the project file. json_answers:
-    whether the answers are JSON, so that a schema was inferred. files: what was written, from the project's folder.
-    notes: what the rows lack, and what follows from them that a user may not expect.
+    rows: that can be used, without copies; unusable: rows without a usable conversation. broken: rows whose answers
+    are meant as JSON but are not: `data build` will remove them. reordered: rows in whose answers `data build` will
+    put the keys in the order of the request. respelled: rows whose answers it will write as constrained decoding
+    can write them. project: path of the project file. json_answers: whether the answers are JSON, so that a schema
+    was inferred. files: what was written, from the project's folder. notes: what the rows lack, and what follows
+    from them that a user may not expect.
     """
 
     project: str

@@ -17,6 +17,8 @@ def notes(found: RowFindings) -> tuple[str, ...]:
 
 def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     """What of the rows is not used."""
+    if found.copies:
+        yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
     if found.unread:
         listed = [f"`{key}` ({count} times)" for key, count in found.unread.items()]
         more = [f"{len(listed) - _LISTED} others"] if len(listed) > _LISTED else []
@@ -30,6 +32,13 @@ def _on_the_test(found: RowFindings) -> Iterator[str]:
         yield (
             f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {FEWEST_GROUPS}: "
             f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
+        )
+    elif found.held_groups < FEWEST_GROUPS:
+        alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
+        yield (
+            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), and "
+            f"a gate decides nothing by fewer than {FEWEST_GROUPS}: give rows of more groups, raise data.split.test, "
+            "or set data.split.group_by"
         )
     for key, values in found.key_values.items():
         if 1 < values <= found.rows // 2:

@@ -26,6 +26,9 @@ from tunesmith.data.settings import Source, Split
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import split_of
+from tunesmith.data.splitting.duplicates import answer_key, request_key, request_text
+from tunesmith.data.splitting.groups import wording_group
+from tunesmith.evaluation.stats.statistics import effective_groups
 from tunesmith.services.inferred_schema import schema_and_copied
 
 FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
@@ -38,14 +41,17 @@ _GROUP_KEYS = ("template", "group", "conversation_id")
 class RowFindings:
     """What was found in the rows of a new project.
 
+    rows: usable ones without copies. held_groups: how many groups of equal size the held-out rows weigh as much as.
     constrained: whether decoding can be held to the schema. calls: rows that end in calls of tools. key_values: keys
     that could group the rows and do not -> how many values they have, 0 where not every row has one. system: the one
     system turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how often.
     """
 
     rows: int
+    copies: int
     unusable: int
     broken: int
+    held_groups: float
     reordered: int
     respelled: int
     answer_tokens: int
@@ -67,13 +73,19 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     # A call is an answer by its row's tools, not by a schema of the task.
     calls = sum(bool(messages[-1].tool_calls) for messages in read.conversations)
     values, broken = ([], 0) if calls else json_objects(answers)
-    if (rows := len(answers) - broken) < _FEWEST:
+    usable = [one for one in read.conversations if not broken or _is_json(one[-1].text)]
+    different = {(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}
+    rows, copies = len(different), len(usable) - len(different)
+    if rows < _FEWEST:
+        why = f"{copies} more are copies of these, {broken} answers are broken JSON"
         raise UsageError(
-            f"{rows} usable rows are too few to train on and test ({broken} answers are broken JSON)",
+            f"{rows} usable rows are too few to train on and test ({why})",
             where=source.path,
-            fix=f"give at least {_FEWEST}",
+            fix=f"give at least {_FEWEST} that differ",
         )
-    group_by = next((key for key, known in read.groups.items() if known and _groups_rows(known, rows)), None)
+    group_by = next((key for key, known in read.groups.items() if known and _groups_rows(set(known), rows)), None)
+    stated = read.groups[group_by] if group_by else None
+    groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
     schema, copied = schema_and_copied(values, list(zip(answers, requests, strict=True))) if values else (None, [])
     constrained = schema is not None and _constrainable(schema)
     # Where less is copied, values also stand in the request by chance, and their order there says little.
@@ -81,8 +93,10 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     systems = {request[0].content.strip() if request[0].role == "system" else "" for request in requests}
     return RowFindings(
         rows=rows,
+        copies=copies,
         unusable=read.unusable,
         broken=broken,
+        held_groups=_held_groups(groups, rows),
         reordered=sum(in_request_order(one)[-1] != one[-1] for one in read.conversations) if ordered else 0,
         respelled=sum(as_decoded(answer) != answer for answer in answers) if constrained else 0,
         answer_tokens=max(_most_tokens(answer) for answer in answers if schema is None or _is_json(answer)),
@@ -91,7 +105,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         copied=copied,
         calls=calls,
         group_by=group_by,
-        key_values={} if group_by else {key: len(known or ()) for key, known in read.groups.items()},
+        key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
         system=systems.pop() if len(systems) == 1 else None,
         unread={key: count for key, count in read.unread.most_common() if key != group_by},
     )
@@ -99,12 +113,12 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
 
 @dataclass
 class _Read:
-    """Rows as they were read. groups: a key -> its values; None where not every row has one."""
+    """Rows as they were read. groups: a key -> its value in each row; None where not every row has one."""
 
     conversations: list[tuple[Message, ...]] = field(default_factory=list)
     unusable: int = 0
     unread: Counter[str] = field(default_factory=Counter)
-    groups: dict[str, set[str] | None] = field(default_factory=lambda: {key: set() for key in _GROUP_KEYS})
+    groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
 
 
 def _read(root: Path, source: Source) -> _Read:
@@ -123,7 +137,7 @@ def _read(root: Path, source: Source) -> _Read:
                     if known is None or not sound:
                         found.groups[key] = None
                     else:
-                        known.add(str(value))
+                        known.append(str(value))
                 if objection(turns) is None:
                     found.conversations.append(conversation(turns))
                 else:
@@ -145,6 +159,13 @@ def _groups_rows(values: Set[str], rows: int) -> bool:
         return False
     split = Split.model_validate(shares(rows))
     return len({split_of(value, split) for value in values}) == len(SPLITS)
+
+
+def _held_groups(groups: Sequence[str], rows: int) -> float:
+    """The number of groups of equal size that the rows to be held out weigh as much as. groups: one of each row."""
+    split = Split.model_validate(shares(rows))
+    held = {group for group in set(groups) if split_of(group, split) == "test"}
+    return effective_groups([group for group in groups if group in held])
 
 
 def _most_tokens(answer: str) -> int:
