@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.attack_table import Happened
+from tunesmith.api import Project
 from tunesmith.core.errors import UsageError
 from tunesmith.services.inferred_schema import infer_schema
 from tunesmith.services.new_project import NewProject, make_project
@@ -117,3 +118,45 @@ def test_copies_of_rows_do_not_count(tmp_path: Path) -> None:
     assert "250 more rows are copies of these: `data build` keeps one of each" in made.notes
     with pytest.raises(UsageError, match="12 usable rows are too few"):
         _made(tmp_path / "few", [{"prompt": _words(n % 12), "completion": "yes"} for n in range(400)])
+
+
+def _turns(*texts: str) -> list[dict[str, object]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def _asks_back(n: int) -> list[dict[str, object]]:
+    answer = json.dumps({"size": ("large", "small")[n % 2], "name": f"Ann{n}"})
+    return _turns(f"a pizza {_words(n)}", "What size would you like?", f"large for Ann{n}", answer)
+
+
+def _calls(n: int) -> list[dict[str, object]]:
+    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"n": n})}}
+    asked, said = _turns(f"{_words(n)} {n}", json.dumps({"n": n}))
+    made = {"role": "assistant", "content": None, "tool_calls": [called]}
+    return [asked, made, {"role": "tool", "tool_call_id": "a", "content": "done"}, said]
+
+
+@pytest.mark.parametrize("turns", [_asks_back, _calls])
+def test_no_schema_holds_answers_where_earlier_ones_are_texts_or_calls(
+    tmp_path: Path, turns: Callable[[int], list[dict[str, object]]]
+) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    tools = {"tools": [tool]} if turns is _calls else {}
+    made = _made(tmp_path, [{"messages": turns(n), **tools} for n in range(100)])
+    assert any(note.startswith("100 answers before a row's last one are texts or calls") for note in made.notes)
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert {each.constrain for each in project.settings.candidates.values()} == {False}
+
+
+def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:
+    rows = [
+        {"messages": _turns(f"open {_words(n)}", json.dumps({"open": n}), f"shut {n}", json.dumps({"shut": n}))}
+        for n in range(100)
+    ]
+    _made(tmp_path, rows)
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert set(project.schema["properties"]) == {"open", "shut"}
+    assert project.schema["required"] == []
+    assert project.settings.candidates["tuned"].constrain is True

@@ -52,6 +52,11 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
     if found.calls:
         yield f"{found.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if found.other_answers:
+        yield (
+            f"{found.other_answers} answers before a row's last one are texts or calls, which the schema forbids: the "
+            "last answers are checked by it, and no answer is constrained"
+        )
     if found.system:
         yield "prompts/long.txt is the system turn of your rows"
     elif found.system is None:

@@ -26,7 +26,7 @@ from tunesmith.data.settings import Source, Split
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import split_of
-from tunesmith.data.splitting.duplicates import answer_key, request_key, request_text
+from tunesmith.data.splitting.duplicates import answer_key, learned_parts, request_key, request_text
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
 from tunesmith.services.inferred_schema import schema_and_copied
@@ -42,9 +42,10 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. held_groups: how many groups of equal size the held-out rows weigh as much as.
-    constrained: whether decoding can be held to the schema. calls: rows that end in calls of tools. key_values: keys
-    that could group the rows and do not -> how many values they have, 0 where not every row has one. system: the one
-    system turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how often.
+    constrained: whether answers are held to the schema. calls: rows that end in calls of tools. other_answers:
+    answers before a row's last one that are no JSON objects, where the last ones are. key_values: keys that could
+    group the rows and do not -> how many values they have, 0 where not every row has one. system: the one system
+    turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how often.
     """
 
     rows: int
@@ -59,6 +60,7 @@ class RowFindings:
     constrained: bool
     copied: list[str]
     calls: int
+    other_answers: int
     group_by: str | None
     key_values: Mapping[str, int]
     system: str | None
@@ -69,7 +71,6 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     """What the source's rows are. Raises UsageError where they cannot be read, or too few are usable."""
     read = _read(root, source)
     answers = [messages[-1].text for messages in read.conversations]
-    requests = [messages[:-1] for messages in read.conversations]
     # A call is an answer by its row's tools, not by a schema of the task.
     calls = sum(bool(messages[-1].tool_calls) for messages in read.conversations)
     values, broken = ([], 0) if calls else json_objects(answers)
@@ -86,11 +87,17 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     group_by = next((key for key, known in read.groups.items() if known and _groups_rows(set(known), rows)), None)
     stated = read.groups[group_by] if group_by else None
     groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
-    schema, copied = schema_and_copied(values, list(zip(answers, requests, strict=True))) if values else (None, [])
-    constrained = schema is not None and _constrainable(schema)
+    # Training learns each answer of a conversation, and a server gives each: what holds answers must allow them all.
+    earlier = [part for one in read.conversations for part in learned_parts(one)[:-1]] if values else []
+    others = sum(bool(part[-1].tool_calls) or not _is_object(part[-1].text) for part in earlier)
+    learned = [*read.conversations, *([] if others else earlier)]
+    values += [parse_json(part[-1].text) for part in learned[len(answers) :]]
+    pairs = [(part[-1].text, part[:-1]) for part in learned]
+    schema, copied = schema_and_copied(values, pairs) if values else (None, [])
+    constrained = schema is not None and not others and _constrainable(schema)
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
-    systems = {request[0].content.strip() if request[0].role == "system" else "" for request in requests}
+    systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
     return RowFindings(
         rows=rows,
         copies=copies,
@@ -98,12 +105,13 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         broken=broken,
         held_groups=_held_groups(groups, rows),
         reordered=sum(in_request_order(one)[-1] != one[-1] for one in read.conversations) if ordered else 0,
-        respelled=sum(as_decoded(answer) != answer for answer in answers) if constrained else 0,
-        answer_tokens=max(_most_tokens(answer) for answer in answers if schema is None or _is_json(answer)),
+        respelled=sum(as_decoded(answer) != answer for answer, _ in pairs) if constrained else 0,
+        answer_tokens=max(_most_tokens(part[-1].text) for one in usable for part in learned_parts(one)),
         schema=schema,
         constrained=constrained,
         copied=copied,
         calls=calls,
+        other_answers=others,
         group_by=group_by,
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
         system=systems.pop() if len(systems) == 1 else None,
@@ -190,6 +198,10 @@ def _is_json(answer: str) -> bool:
     except NotJson:
         return False
     return True
+
+
+def _is_object(answer: str) -> bool:
+    return answer.lstrip().startswith("{") and _is_json(answer)
 
 
 def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
