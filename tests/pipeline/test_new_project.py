@@ -160,3 +160,51 @@ def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:
     assert set(project.schema["properties"]) == {"open", "shut"}
     assert project.schema["required"] == []
     assert project.settings.candidates["tuned"].constrain is True
+
+
+def _long_prompt(folder: Path, asked: Callable[[int], str], answer: Callable[[int], object]) -> str:
+    _made(folder, [{"prompt": asked(n), "completion": json.dumps(answer(n))} for n in range(100)])
+    return (folder / "p" / "prompts" / "long.txt").read_text()
+
+
+def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
+    first = "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
+    dates = _long_prompt(
+        tmp_path / "a", lambda n: f"{_words(n)} on {n % 28 + 1} May", lambda n: {"day": f"5-{n % 28 + 1:02}"}
+    )
+    assert dates.splitlines() == [first, '"day": string'], "nothing is copied, and each answer has the key"
+    nulls = _long_prompt(
+        tmp_path / "b",
+        lambda n: f"{_words(n)} Ann{n}",
+        lambda n: {"who": f"Ann{n}", "why": "because " * (n % 9), "at": f"{n}pm" if n % 2 else None},
+    )
+    assert nulls.splitlines()[1:] == [
+        '"who": string, copied from the request',
+        '"why": string',
+        '"at": null where the request says nothing, or string',
+    ]
+
+
+def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> None:
+    prompt = _long_prompt(
+        tmp_path,
+        lambda n: f"{_words(n)} apples{n} for Ann{n}",
+        lambda n: {
+            "order": {
+                "customer": {"name": f"Ann{n}"},
+                "items": [{"name": f"apples{n}", "unit": ("kg", "box")[n % 2]}],
+                **({"tags": [f"Ann{n}"]} if n % 2 else {}),
+            }
+        },
+    )
+    assert prompt.splitlines()[1:] == [
+        '"order": an object with',
+        '  "customer": an object with',
+        '    "name": string',
+        '  "items": array of an object with',
+        '    "name": string',
+        '    "unit": one of "box", "kg"',
+        '  "tags": array of string',
+        "Copy each string from the request as it is written.",
+        "Leave out what the request does not say.",
+    ]

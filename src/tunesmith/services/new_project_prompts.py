@@ -1,47 +1,65 @@
-"""The prompts that a new project begins with. Tuning is compared with them, so they must say what the rows show."""
+"""The prompts that a new project begins with. Tuning is compared with them, so they must fit the rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+from tunesmith.candidates.copying import text_fields
 
-def long_prompt(schema: Mapping[str, Any] | None) -> str:
+
+def long_prompt(schema: Mapping[str, Any] | None, said: Set[str]) -> str:
+    """The prompt of the untuned candidates. said: paths of the texts that most requests say."""
     if schema is None:
         return "Answer the request as the examples do: in the same style, at the same length, and nothing else.\n"
-    return (
-        "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence.\n"
-        f"{_described(schema)}\n"
-        "Copy values from the request as they are written. Leave out what the request does not say.\n"
-    )
+    all_said = said.issuperset(text_fields(schema))  # said once, and not of each field
+    lines = [
+        "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence.",
+        *_keys(schema, "", frozenset() if all_said else said),
+        *(["Copy each string from the request as it is written."] if said and all_said else []),
+        *(["Leave out what the request does not say."] if _leaves_out(schema) else []),
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
-def _described(schema: Mapping[str, Any], path: str = "") -> str:
-    lines = []
+def short_prompt(is_json: bool) -> str:
+    """The prompt of the tuned candidate, which has learned the rest from the rows."""
+    return "Answer with one JSON object.\n" if is_json else "Answer as in the examples.\n"
+
+
+def _keys(schema: Mapping[str, Any], path: str, said: Set[str], indent: str = "") -> Iterator[str]:
+    """A line for each key of an object, followed by the lines of the objects in it."""
     for key, value in schema.get("properties", {}).items():
-        place = f"{path}.{_quoted(key)}" if path else _quoted(key)
-        if "properties" in value:
-            inside = [f"{_quoted(name)} ({_type(each)})" for name, each in value["properties"].items()]
-            lines.append(f"{place}: an object with any of {', '.join(inside)}")
-        elif "enum" in value:
-            lines.append(f"{place}: one of {', '.join(map(_quoted, value['enum']))}")
-        else:
-            lines.append(f"{place}: {_type(value)}")
-    return "\n".join(lines)
+        place = f"{path}.{key}" if path else key
+        yield f"{indent}{_quoted(key)}: {_kind(value, place, said)}"
+        while "items" in value:
+            place, value = f"{place}[]", value["items"]
+        yield from _keys(value, place, said, f"{indent}  ")
+
+
+def _kind(schema: Mapping[str, Any], path: str, said: Set[str]) -> str:
+    """What values a schema allows, in words."""
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    names = [kind for kind in kinds if kind != "null"]
+    words = {"string": "string, copied from the request"} if path in said else {}
+    if "properties" in schema:
+        words["object"] = "an object with" if schema.get("required") else "an object with any of"
+    if "items" in schema:
+        words["array"] = f"array of {_kind(schema['items'], f'{path}[]', said)}"
+    if "enum" in schema:
+        words["string"] = f"one of {', '.join(map(_quoted, schema['enum']))}"
+    described = " or ".join(words.get(name, name) for name in names)
+    return described if "null" not in kinds else f"null where the request says nothing, or {described}"
+
+
+def _leaves_out(schema: Mapping[str, Any]) -> bool:
+    """Whether the answers of the rows leave out a key."""
+    inner = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
+    return len(schema.get("required", ())) < len(schema.get("properties", ())) or any(map(_leaves_out, inner))
 
 
 def _quoted(text: str) -> str:
     """A text as a JSON string on one line, with escapes for what cannot be seen."""
     written = json.dumps(text, ensure_ascii=False)
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in written)
-
-
-def _type(schema: Mapping[str, Any]) -> str:
-    kinds = schema.get("type", "any value")
-    said = kinds if isinstance(kinds, str) else " or ".join(kinds)
-    return f"array of {_type(schema['items'])}" if said == "array" and "items" in schema else said
-
-
-def short_prompt(is_json: bool) -> str:
-    return "Answer with one JSON object.\n" if is_json else "Answer as in the examples.\n"

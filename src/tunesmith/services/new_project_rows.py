@@ -12,7 +12,8 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from tunesmith.candidates.copying import copied_fields
+from tunesmith.candidates.copying import copied_fields, text_fields, texts_of
+from tunesmith.candidates.words import is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.json_spelling import as_decoded
@@ -42,10 +43,11 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. held_groups: how many groups of equal size the held-out rows weigh as much as.
-    constrained: whether answers are held to the schema. calls: rows that end in calls of tools. other_answers:
-    answers before a row's last one that are no JSON objects, where the last ones are. key_values: keys that could
-    group the rows and do not -> how many values they have, 0 where not every row has one. system: the one system
-    turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how often.
+    constrained: whether answers are held to the schema. said: paths of texts that most requests say. calls: rows
+    that end in calls of tools. other_answers: answers before a row's last one that are no JSON objects, where the
+    last ones are. key_values: keys that could group the rows and do not -> how many values they have, 0 where not
+    every row has one. system: the one system turn of all rows, "" where none has one; None: they differ. unread:
+    keys that are not read -> how often.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class RowFindings:
     schema: dict[str, Any] | None
     constrained: bool
     copied: list[str]
+    said: Set[str]
     calls: int
     other_answers: int
     group_by: str | None
@@ -110,6 +113,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         schema=schema,
         constrained=constrained,
         copied=copied,
+        said=_said(schema, pairs) if schema else frozenset(),
         calls=calls,
         other_answers=others,
         group_by=group_by,
@@ -151,6 +155,19 @@ def _read(root: Path, source: Source) -> _Read:
                 else:
                     found.unusable += 1
     return found
+
+
+def _said(schema: Mapping[str, Any], pairs: Sequence[tuple[str, Sequence[Message]]]) -> Set[str]:
+    """The paths of the texts that stand in the request in most answers that have them."""
+    free = set(text_fields(schema))
+    seen, said = Counter[str](), Counter[str]()
+    for answer, request in pairs:
+        given = pieces(turn.content for turn in request if turn.role == "user")
+        with contextlib.suppress(NotJson):
+            texts = [(path, text) for path, text in texts_of(parse_json(answer)) if path in free]
+            seen.update(path for path, _ in texts)
+            said.update(path for path, text in texts if is_copied(text, given))
+    return {path for path, count in seen.items() if 2 * said[path] > count}
 
 
 def shares(rows: int) -> dict[str, float]:
