@@ -208,3 +208,28 @@ def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> N
         "Copy each string from the request as it is written.",
         "Leave out what the request does not say.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "primary", "told"),
+    [
+        (lambda n: f"Dear {_words(n, 8)}, good bye.", None, "set task: {scorers: [chrf, exact_match], primary: chrf}"),
+        (
+            lambda n: json.dumps({"kind": n % 2, "reply": f"Dear {_words(n, 8)}"}),
+            "field_f1",
+            "compares fields (field_f1)",
+        ),
+        (lambda n: _words(n), None, None),
+        (lambda n: f"Please say the words again: {n % 30}", None, None),
+    ],
+    ids=["sentences", "sentences in JSON", "words of the request", "thirty sentences"],
+)
+def test_exact_match_does_not_decide_over_sentences(
+    tmp_path: Path, answer: Callable[[int], str], primary: str | None, told: str | None
+) -> None:
+    notes = _made(tmp_path, [{"prompt": f"to {_words(n)}", "completion": answer(n)} for n in range(400)]).notes
+    assert (not notes) if told is None else any(told in note for note in notes), notes
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.task.primary == primary
+    lift = settings.gates["lift"].model_dump()
+    assert lift["metric"] == (primary or "exact_match")

@@ -139,8 +139,14 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
     answer: dict[str, Any] = {"max_tokens": min(-(-(found.answer_tokens + 8) // 16) * 16, _MOST_TOKENS)}
     if found.constrained:
         answer["constrain"] = {"copy": found.copied} if found.copied else True
-    scorers = ["json_valid", "exact_match", "field_f1"] if is_json else ["exact_match"]
-    gates: dict[str, Any] = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.02}}
+    task: dict[str, Any] = {"scorers": ["exact_match"]}
+    if is_json:
+        task = {"schema": "answer.schema.json", "scorers": ["json_valid", "exact_match", "field_f1"]}
+    if is_json and found.sentences:  # no two people write the same sentence, but other fields can be right
+        task["primary"] = "field_f1"
+    gates: dict[str, Any] = {
+        "lift": {"metric": task.get("primary", "exact_match"), "over": "best-untuned", "at_least": 0.02}
+    }
     if is_json:
         gates["valid"] = {"metric": "json_valid", "at_least": 0.99}
     gates["forgetting"] = {"suite": "general", "drop_at_most": 0.10}
@@ -153,7 +159,7 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
             "split": split,
             "review": "review.jsonl",
         },
-        "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
+        "task": task,
         "candidates": {
             "nearest": {"method": "nearest"},
             "zero-shot": {**long, **answer},

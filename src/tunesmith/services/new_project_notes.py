@@ -52,6 +52,15 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
     if found.calls:
         yield f"{found.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if found.sentences:
+        told = "most answers hold a sentence of their own. Where other words mean the same, exact_match will be about 0"
+        if found.schema is None:
+            yield (
+                f"{told}, and no lift can pass: pip install 'tunesmith[text]', then set task: {{scorers: [chrf, "
+                "exact_match], primary: chrf} and the metric of gates.lift to chrf, or add a judge to task.scorers"
+            )
+        else:
+            yield f"{told}: the gate lift compares fields (field_f1). A judge in task.scorers compares what they mean"
     if found.other_answers:
         yield (
             f"{found.other_answers} answers before a row's last one are texts or calls, which the schema forbids: the "

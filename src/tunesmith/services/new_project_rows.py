@@ -35,6 +35,7 @@ from tunesmith.services.inferred_schema import schema_and_copied
 FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
+_SENTENCE = 5  # words
 _GROUP_KEYS = ("template", "group", "conversation_id")
 
 
@@ -43,11 +44,12 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. held_groups: how many groups of equal size the held-out rows weigh as much as.
-    constrained: whether answers are held to the schema. said: paths of texts that most requests say. calls: rows
-    that end in calls of tools. other_answers: answers before a row's last one that are no JSON objects, where the
-    last ones are. key_values: keys that could group the rows and do not -> how many values they have, 0 where not
-    every row has one. system: the one system turn of all rows, "" where none has one; None: they differ. unread:
-    keys that are not read -> how often.
+    constrained: whether answers are held to the schema. said: paths of texts that most requests say. sentences:
+    whether most answers hold a sentence that can be said in other words. calls: rows that end in calls of tools.
+    other_answers: answers before a row's last one that are no JSON objects, where the last ones are. key_values:
+    keys that could group the rows and do not -> how many values they have, 0 where not every row has one. system:
+    the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how
+    often.
     """
 
     rows: int
@@ -62,6 +64,7 @@ class RowFindings:
     constrained: bool
     copied: list[str]
     said: Set[str]
+    sentences: bool
     calls: int
     other_answers: int
     group_by: str | None
@@ -98,6 +101,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     pairs = [(part[-1].text, part[:-1]) for part in learned]
     schema, copied = schema_and_copied(values, pairs) if values else (None, [])
     constrained = schema is not None and not others and _constrainable(schema)
+    said, sentences = _free_texts(schema, pairs)
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
     systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
@@ -113,7 +117,8 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         schema=schema,
         constrained=constrained,
         copied=copied,
-        said=_said(schema, pairs) if schema else frozenset(),
+        said=said,
+        sentences=sentences and not calls,
         calls=calls,
         other_answers=others,
         group_by=group_by,
@@ -157,17 +162,25 @@ def _read(root: Path, source: Source) -> _Read:
     return found
 
 
-def _said(schema: Mapping[str, Any], pairs: Sequence[tuple[str, Sequence[Message]]]) -> Set[str]:
-    """The paths of the texts that stand in the request in most answers that have them."""
-    free = set(text_fields(schema))
-    seen, said = Counter[str](), Counter[str]()
+def _free_texts(
+    schema: Mapping[str, Any] | None, pairs: Sequence[tuple[str, Sequence[Message]]]
+) -> tuple[Set[str], bool]:
+    """(the paths of texts that most requests say, whether most answers hold a sentence of their own)."""
+    free = {""} if schema is None else set(text_fields(schema))
+    seen, said, sentences = Counter[str](), Counter[str](), set[str]()
     for answer, request in pairs:
         given = pieces(turn.content for turn in request if turn.role == "user")
         with contextlib.suppress(NotJson):
-            texts = [(path, text) for path, text in texts_of(parse_json(answer)) if path in free]
-            seen.update(path for path, _ in texts)
-            said.update(path for path, text in texts if is_copied(text, given))
-    return {path for path, count in seen.items() if 2 * said[path] > count}
+            found = [("", answer)] if schema is None else texts_of(parse_json(answer))
+            texts = [(path, text, is_copied(text, given)) for path, text in found if path in free]
+            seen.update(path for path, _, _ in texts)
+            said.update(path for path, _, copied in texts if copied)
+            sentences.update([text for _, text, copied in texts if not copied and _is_sentence(text)][:1])
+    return {path for path, count in seen.items() if 2 * said[path] > count}, 2 * len(sentences) > len(pairs)
+
+
+def _is_sentence(text: str) -> bool:
+    return sum(piece[0].isalpha() for piece in pieces([text])) >= _SENTENCE
 
 
 def shares(rows: int) -> dict[str, float]:
