@@ -11,6 +11,7 @@ import pytest
 from tests.attack_table import Happened
 from tunesmith.api import Project
 from tunesmith.core.errors import UsageError
+from tunesmith.services import new_project, new_project_notes
 from tunesmith.services.inferred_schema import infer_schema
 from tunesmith.services.new_project import NewProject, make_project
 from tunesmith.services.new_project_rows import json_objects
@@ -233,3 +234,34 @@ def test_exact_match_does_not_decide_over_sentences(
     assert settings.task.primary == primary
     lift = settings.gates["lift"].model_dump()
     assert lift["metric"] == (primary or "exact_match")
+
+
+_LABELS = ("refund", "shipping", "other")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_labels_have_a_classifier_as_rival_and_a_prompt_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    for module in (new_project, new_project_notes):
+        monkeypatch.setattr(module, "find_spec", lambda name: name if installed else None)
+    made = _made(tmp_path, [{"prompt": _words(n), "completion": _LABELS[n % 3]} for n in range(300)])
+    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is installed
+    assert any("tunesmith[classifier]" in note for note in made.notes) is not installed
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(_LABELS)
+
+
+def test_labels_in_json_have_a_classifier_as_rival_and_other_answers_have_none(tmp_path: Path) -> None:
+    for name, answer in (("labels", lambda n: n % 3), ("open", lambda n: n)):
+        rows = [{"prompt": _words(n), "completion": json.dumps({"n": answer(n)})} for n in range(300)]
+        _made(tmp_path / name, rows)
+        candidates = Project.load(tmp_path / name / "p").settings.candidates
+        assert ("classifier" in candidates) is (name == "labels")
+
+
+def test_init_says_that_one_answer_for_all_teaches_nothing(tmp_path: Path) -> None:
+    notes = _made(
+        tmp_path, [{"prompt": _words(n), "completion": json.dumps({"label": "yes"})} for n in range(200)]
+    ).notes
+    assert any(note.startswith("all answers are the same") for note in notes)
+    assert "classifier" not in Project.load(tmp_path / "p").settings.candidates

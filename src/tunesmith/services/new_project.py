@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,7 +131,7 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
     if found.system is not None:  # a prompt replaces the rows' own system turns
         long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
         own = f"{found.system}\n" if found.system else ""
-        files |= {long["prompt"]: own or long_prompt(found.schema, found.said), short["prompt"]: short_prompt(is_json)}
+        files |= {long["prompt"]: own or long_prompt(found), short["prompt"]: short_prompt(is_json)}
     if found.schema is not None:
         files["answer.schema.json"] = json.dumps(found.schema, indent=1, ensure_ascii=False) + "\n"
     split: dict[str, Any] = shares(found.rows)
@@ -162,6 +163,7 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
         "task": task,
         "candidates": {
             "nearest": {"method": "nearest"},
+            **({"classifier": {"method": "classifier"}} if len(found.labels) > 1 and find_spec("sklearn") else {}),
             "zero-shot": {**long, **answer},
             "few-shot": {**long, "shots": 6, **answer},
             "rag": {**long, "retrieve": {"from": "train", "k": 4}, **answer},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from tunesmith.services.new_project_rows import FEWEST_GROUPS, RowFindings, shares
 
@@ -52,6 +53,13 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
     if found.calls:
         yield f"{found.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if len(found.labels) == 1:
+        yield "all answers are the same: `nearest` gives it to every request, and no lift over it can pass"
+    if len(found.labels) > 1 and not find_spec("sklearn"):
+        yield (
+            f"answers are {len(found.labels)} labels: a classifier may be the best untuned candidate. pip install "
+            "'tunesmith[classifier]' and add candidates.classifier: {method: classifier}"
+        )
     if found.sentences:
         told = "most answers hold a sentence of their own. Where other words mean the same, exact_match will be about 0"
         if found.schema is None:

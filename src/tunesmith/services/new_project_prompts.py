@@ -7,10 +7,17 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from tunesmith.candidates.copying import text_fields
+from tunesmith.services.new_project_rows import RowFindings
 
 
-def long_prompt(schema: Mapping[str, Any] | None, said: Set[str]) -> str:
-    """The prompt of the untuned candidates. said: paths of the texts that most requests say."""
+def long_prompt(found: RowFindings) -> str:
+    """The prompt of the untuned candidates."""
+    schema, said = found.schema, found.said
+    if schema is None and found.labels:
+        labels = [label if label.isprintable() else _quoted(label) for label in found.labels]
+        return "\n".join(
+            ["Answer the request with one of these lines as it is written, and nothing else:", *labels, ""]
+        )
     if schema is None:
         return "Answer the request as the examples do: in the same style, at the same length, and nothing else.\n"
     all_said = said.issuperset(text_fields(schema))  # said once, and not of each field

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from tunesmith.services.inferred_schema import schema_and_copied
 FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
-_SENTENCE = 5  # words
+_SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
 _GROUP_KEYS = ("template", "group", "conversation_id")
 
 
@@ -45,11 +46,11 @@ class RowFindings:
 
     rows: usable ones without copies. held_groups: how many groups of equal size the held-out rows weigh as much as.
     constrained: whether answers are held to the schema. said: paths of texts that most requests say. sentences:
-    whether most answers hold a sentence that can be said in other words. calls: rows that end in calls of tools.
-    other_answers: answers before a row's last one that are no JSON objects, where the last ones are. key_values:
-    keys that could group the rows and do not -> how many values they have, 0 where not every row has one. system:
-    the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not read -> how
-    often.
+    whether most answers hold a sentence that can be said in other words. labels: the answers, if they are a few
+    labels. calls: rows that end in calls of tools. other_answers: answers before a row's last one that are no JSON
+    objects, where the last ones are. key_values: keys that could group the rows and do not -> how many values they
+    have, 0 where not every row has one. system: the one system turn of all rows, "" where none has one; None: they
+    differ. unread: keys that are not read -> how often.
     """
 
     rows: int
@@ -65,6 +66,7 @@ class RowFindings:
     copied: list[str]
     said: Set[str]
     sentences: bool
+    labels: tuple[str, ...]
     calls: int
     other_answers: int
     group_by: str | None
@@ -119,6 +121,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         copied=copied,
         said=said,
         sentences=sentences and not calls,
+        labels=() if calls else _labels(usable),
         calls=calls,
         other_answers=others,
         group_by=group_by,
@@ -162,6 +165,13 @@ def _read(root: Path, source: Source) -> _Read:
     return found
 
 
+def _labels(conversations: Sequence[tuple[Message, ...]]) -> tuple[str, ...]:
+    """The answers, if they are few that are seen again and again; by the rules of a schema that would list them."""
+    pairs = [(json.dumps({"label": one[-1].text}), one[:-1]) for one in conversations]
+    schema, _ = schema_and_copied([{"label": one[-1].text} for one in conversations], pairs)
+    return tuple(schema["properties"]["label"].get("enum", ()))
+
+
 def _free_texts(
     schema: Mapping[str, Any] | None, pairs: Sequence[tuple[str, Sequence[Message]]]
 ) -> tuple[Set[str], bool]:
@@ -180,7 +190,7 @@ def _free_texts(
 
 
 def _is_sentence(text: str) -> bool:
-    return sum(piece[0].isalpha() for piece in pieces([text])) >= _SENTENCE
+    return sum(piece[0].isalpha() for piece in pieces([text[:_BEGINNING]])) >= _SENTENCE
 
 
 def shares(rows: int) -> dict[str, float]:
