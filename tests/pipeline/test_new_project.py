@@ -265,3 +265,23 @@ def test_init_says_that_one_answer_for_all_teaches_nothing(tmp_path: Path) -> No
     ).notes
     assert any(note.startswith("all answers are the same") for note in notes)
     assert "classifier" not in Project.load(tmp_path / "p").settings.candidates
+
+
+@pytest.mark.parametrize("keys", [("instruction", "input", "output"), ("task", "text", "label")])
+def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """As a part of each request it would make the rows near duplicates, which the build removes."""
+    told = "Is the review positive or negative? Answer with one word, in lower case."
+    rows = [dict(zip(keys, (told, _words(n), ("positive", "negative")[n % 2]), strict=True)) for n in range(200)]
+    names = {key: name for key, name in zip(keys, ("instruction", "input", "output"), strict=True) if key != name}
+    made = _made(tmp_path, rows, rename=names)
+    assert any(note.startswith("all rows have one instruction") for note in made.notes)
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.data.sources[0].rename == dict(zip(keys, ("system", "prompt", "completion"), strict=True))
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == f"{told}\n"
+
+
+@pytest.mark.parametrize("change", [{"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}])
+def test_other_instructions_stay_in_the_request(tmp_path: Path, change: dict[str, str]) -> None:
+    rows = [{"instruction": "Say it again.", "input": _words(n), "output": _words(n)} for n in range(60)]
+    _made(tmp_path, [*rows, rows[0] | change])
+    assert Project.load(tmp_path / "p").settings.data.sources[0].rename == {}

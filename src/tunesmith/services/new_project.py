@@ -86,6 +86,7 @@ def make_project(
 def _make(root: Path, data: Path, licence: str, name: str | None, base: str, rename: dict[str, str]) -> NewProject:
     source = Source(path=os.path.relpath(data.absolute(), root), licence=licence, rename=rename)
     found = examine_rows(root, source)
+    source = source.model_copy(update={"rename": dict(found.rename)})
     if not base.startswith(("pypi:", "hf:")):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
     if name is None:

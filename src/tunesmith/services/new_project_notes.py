@@ -17,7 +17,9 @@ def notes(found: RowFindings) -> tuple[str, ...]:
 
 
 def _on_what_is_read(found: RowFindings) -> Iterator[str]:
-    """What of the rows is not used."""
+    """What of the rows is not used, and what is read otherwise."""
+    if found.one_instruction:
+        yield "all rows have one instruction: it is their system turn, and a request is the input alone (`rename`)"
     if found.copies:
         yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
     if found.unread:

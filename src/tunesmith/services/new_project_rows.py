@@ -22,7 +22,7 @@ from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.examine import renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.formats.key_order import in_request_order
-from tunesmith.data.formats.row_formats import format_of, read_turns
+from tunesmith.data.formats.row_formats import RowFormat, format_of, read_turns
 from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.settings import Source, Split
 from tunesmith.data.sources.files import find_files, open_source
@@ -37,6 +37,8 @@ FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
 _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
+# An instruction that all requests begin with would make them near duplicates of each other.
+_AS_SYSTEM = {"instruction": "system", "input": "prompt", "output": "completion"}
 _GROUP_KEYS = ("template", "group", "conversation_id")
 
 
@@ -49,8 +51,9 @@ class RowFindings:
     whether most answers hold a sentence that can be said in other words. labels: the answers, if they are a few
     labels. calls: rows that end in calls of tools. other_answers: answers before a row's last one that are no JSON
     objects, where the last ones are. key_values: keys that could group the rows and do not -> how many values they
-    have, 0 where not every row has one. system: the one system turn of all rows, "" where none has one; None: they
-    differ. unread: keys that are not read -> how often.
+    have, 0 where not every row has one. rename: of the source. one_instruction: whether all rows have one
+    instruction, which `rename` makes their system turn. system: the one system turn of all rows, "" where none has
+    one; None: they differ. unread: keys that are not read -> how often.
     """
 
     rows: int
@@ -71,6 +74,8 @@ class RowFindings:
     other_answers: int
     group_by: str | None
     key_values: Mapping[str, int]
+    rename: Mapping[str, str]
+    one_instruction: bool
     system: str | None
     unread: Mapping[str, int]
 
@@ -78,6 +83,10 @@ class RowFindings:
 def examine_rows(root: Path, source: Source) -> RowFindings:
     """What the source's rows are. Raises UsageError where they cannot be read, or too few are usable."""
     read = _read(root, source)
+    one_instruction = len(read.instructions) == 1 and None not in read.instructions
+    if one_instruction:
+        source = source.model_copy(update={"rename": _instruction_as_system(source.rename)})
+        read = _read(root, source)
     answers = [messages[-1].text for messages in read.conversations]
     # A call is an answer by its row's tools, not by a schema of the task.
     calls = sum(bool(messages[-1].tool_calls) for messages in read.conversations)
@@ -126,6 +135,8 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         other_answers=others,
         group_by=group_by,
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
+        rename=source.rename,
+        one_instruction=one_instruction,
         system=systems.pop() if len(systems) == 1 else None,
         unread={key: count for key, count in read.unread.most_common() if key != group_by},
     )
@@ -133,11 +144,16 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
 
 @dataclass
 class _Read:
-    """Rows as they were read. groups: a key -> its value in each row; None where not every row has one."""
+    """Rows as they were read.
+
+    groups: a key -> its value in each row; None where not every row has one. instructions: of Alpaca's rows with an
+    input; None for a row that has none.
+    """
 
     conversations: list[tuple[Message, ...]] = field(default_factory=list)
     unusable: int = 0
     unread: Counter[str] = field(default_factory=Counter)
+    instructions: set[str | None] = field(default_factory=set)
     groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
 
 
@@ -151,6 +167,7 @@ def _read(root: Path, source: Source) -> _Read:
                 row_format = row_format or format_of("auto", row)
                 turns = read_turns(row, row_format, found.unread)
                 found.unread.update(unread_keys(row.fields, source, row_format))
+                found.instructions.add(_instruction(row_format, row.fields))
                 for key, known in found.groups.items():
                     value = row.fields.get(key)
                     sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
@@ -163,6 +180,22 @@ def _read(root: Path, source: Source) -> _Read:
                 else:
                     found.unusable += 1
     return found
+
+
+def _instruction(row_format: RowFormat, fields: Mapping[str, Any]) -> str | None:
+    """The instruction of a row of Alpaca's that could be its system turn."""
+    could = (
+        row_format.name == "alpaca"
+        and fields.get("input", "").strip()
+        and fields.keys().isdisjoint(_AS_SYSTEM.values())
+    )
+    return fields["instruction"] if could else None
+
+
+def _instruction_as_system(rename: Mapping[str, str]) -> dict[str, str]:
+    """The renames by which the instruction becomes the system turn, and the input the request."""
+    given = {name: key for key, name in rename.items()}
+    return {**rename, **{given.get(name, name): new for name, new in _AS_SYSTEM.items()}}
 
 
 def _labels(conversations: Sequence[tuple[Message, ...]]) -> tuple[str, ...]:
