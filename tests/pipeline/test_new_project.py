@@ -285,3 +285,15 @@ def test_other_instructions_stay_in_the_request(tmp_path: Path, change: dict[str
     rows = [{"instruction": "Say it again.", "input": _words(n), "output": _words(n)} for n in range(60)]
     _made(tmp_path, [*rows, rows[0] | change])
     assert Project.load(tmp_path / "p").settings.data.sources[0].rename == {}
+
+
+def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
+    plain = [{"prompt": _words(n), "completion": str(n)} for n in range(60)]
+    chats = [{"messages": _turns(_words(n), str(n))} for n in range(60)]
+    for name, rows in (("a", plain), ("b", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="it looks like messages") as caught:
+        make_project(tmp_path / "p", data=tmp_path / "*.jsonl", licence="MIT", base="model")
+    assert "b.jsonl" in str(caught.value.where)
+    assert "move the others into another source" in str(caught.value.fix)
+    assert not (tmp_path / "p").exists()

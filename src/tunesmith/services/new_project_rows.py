@@ -159,9 +159,9 @@ class _Read:
 
 def _read(root: Path, source: Source) -> _Read:
     found = _Read()
+    row_format = None  # a source has one, whatever its files
     for file in find_files([source], root):
         with open_source(file) as opened:
-            row_format = None
             for read in opened.rows():
                 row = Row(read.source, read.number, renamed(read, source.rename))
                 row_format = row_format or format_of("auto", row)
