@@ -297,3 +297,12 @@ def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
     assert "b.jsonl" in str(caught.value.where)
     assert "move the others into another source" in str(caught.value.fix)
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("known", ["*.pyc\n", "*.pyc", "*.pyc\n.tunesmith/\n"])
+def test_a_gitignore_that_is_there_gets_a_line(tmp_path: Path, known: str) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".gitignore").write_text(known)
+    made = _made(tmp_path, [{"prompt": _words(n), "completion": str(n)} for n in range(60)])
+    assert (tmp_path / "p" / ".gitignore").read_text() == "*.pyc\n.tunesmith/\n"
+    assert (".gitignore" in made.files) is (".tunesmith/" not in known)

@@ -62,7 +62,8 @@ def make_project(
     base: str,
     rename: Mapping[str, str] | None = None,
 ) -> NewProject:
-    """Write a project around a file of rows. Overwrites nothing, and leaves nothing behind where it is refused.
+    """Write a project around a file of rows. Leaves nothing behind where it is refused, and overwrites nothing: only a
+    .gitignore that is there gets a line.
 
     name: of the versions, by default the folder's. rename: a key of the rows -> the key that a format knows.
     Raises UsageError where there is a project already or the rows cannot be read, Refused for a licence that the
@@ -93,7 +94,6 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
         name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
     settings, files = _compose(name, base, source, found)
-    files[".gitignore"] = f"{STORE}/\n"  # the store holds private keys
     plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
     files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
     parse_settings(files[FILE], str(root / FILE))
@@ -102,8 +102,9 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
     for relative in files:
         if (root / relative).exists():
             raise UsageError("this file is there already", where=str(root / relative), fix="move it, or use -C")
-    for relative, text in files.items():
-        write_atomic(root / relative, text.encode())
+    written = _ignoring_the_store(root / ".gitignore") | {relative: text.encode() for relative, text in files.items()}
+    for relative, content in written.items():
+        write_atomic(root / relative, content)
     Project.load(root)
     return NewProject(
         project=str(root / FILE),
@@ -113,10 +114,18 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         reordered=found.reordered,
         respelled=found.respelled,
         json_answers=found.schema is not None,
-        files=tuple(files),
+        files=tuple(written),
         notes=notes(found),
         root=root,
     )
+
+
+def _ignoring_the_store(file: Path) -> dict[str, bytes]:
+    """The .gitignore with a line for the store, which holds private keys; nothing where it has one."""
+    known = file.read_bytes() if file.exists() else b""
+    if f"{STORE}/".encode() in map(bytes.strip, known.splitlines()):
+        return {}
+    return {file.name: known + (b"\n" if known and not known.endswith(b"\n") else b"") + f"{STORE}/\n".encode()}
 
 
 _HEADER = """\
