@@ -306,3 +306,17 @@ def test_a_gitignore_that_is_there_gets_a_line(tmp_path: Path, known: str) -> No
     made = _made(tmp_path, [{"prompt": _words(n), "completion": str(n)} for n in range(60)])
     assert (tmp_path / "p" / ".gitignore").read_text() == "*.pyc\n.tunesmith/\n"
     assert (".gitignore" in made.files) is (".tunesmith/" not in known)
+
+
+def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
+    greeted = [
+        {"conversations": [{"from": who, "value": f"{_words(n)} {who}"} for who in ("gpt", "human", "gpt")]}
+        for n in range(50)
+    ]
+    with pytest.raises(UsageError, match=r"^0 usable rows are too few .*: roles out of order \(50\)"):
+        _made(tmp_path / "a", greeted)
+    usable = [{"conversations": row["conversations"][1:]} for row in greeted]
+    made = _made(tmp_path / "b", [*usable, *greeted, {"conversations": []}])
+    assert made.unusable == 51
+    why = "roles out of order (50), no assistant turn at the end (1)"
+    assert f"rows without a usable conversation: {why}" in made.notes

@@ -109,7 +109,7 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
     return NewProject(
         project=str(root / FILE),
         rows=found.rows,
-        unusable=found.unusable,
+        unusable=sum(found.unusable.values()),
         broken=found.broken,
         reordered=found.reordered,
         respelled=found.respelled,

@@ -20,6 +20,9 @@ def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     """What of the rows is not used, and what is read otherwise."""
     if found.one_instruction:
         yield "all rows have one instruction: it is their system turn, and a request is the input alone (`rename`)"
+    if found.unusable:
+        why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
+        yield f"rows without a usable conversation: {why}"
     if found.copies:
         yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
     if found.unread:

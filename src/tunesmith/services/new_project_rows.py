@@ -46,19 +46,20 @@ _GROUP_KEYS = ("template", "group", "conversation_id")
 class RowFindings:
     """What was found in the rows of a new project.
 
-    rows: usable ones without copies. held_groups: how many groups of equal size the held-out rows weigh as much as.
-    constrained: whether answers are held to the schema. said: paths of texts that most requests say. sentences:
-    whether most answers hold a sentence that can be said in other words. labels: the answers, if they are a few
-    labels. calls: rows that end in calls of tools. other_answers: answers before a row's last one that are no JSON
-    objects, where the last ones are. key_values: keys that could group the rows and do not -> how many values they
-    have, 0 where not every row has one. rename: of the source. one_instruction: whether all rows have one
-    instruction, which `rename` makes their system turn. system: the one system turn of all rows, "" where none has
-    one; None: they differ. unread: keys that are not read -> how often.
+    rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows.
+    held_groups: how many groups of equal size the held-out rows weigh as much as. constrained: whether answers are
+    held to the schema. said: paths of texts that most requests say. sentences: whether most answers hold a sentence
+    that can be said in other words. labels: the answers, if they are a few labels. calls: rows that end in calls of
+    tools. other_answers: answers before a row's last one that are no JSON objects, where the last ones are.
+    key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has
+    one. rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their
+    system turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys
+    that are not read -> how often.
     """
 
     rows: int
     copies: int
-    unusable: int
+    unusable: Mapping[str, int]
     broken: int
     held_groups: float
     reordered: int
@@ -95,9 +96,10 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     different = {(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}
     rows, copies = len(different), len(usable) - len(different)
     if rows < _FEWEST:
-        why = f"{copies} more are copies of these, {broken} answers are broken JSON"
+        unusable = {**read.unusable, "broken JSON": broken, "copies of other rows": copies}
+        why = ", ".join(f"{reason} ({count})" for reason, count in unusable.items() if count)
         raise UsageError(
-            f"{rows} usable rows are too few to train on and test ({why})",
+            f"{rows} usable rows are too few to train on and test" + (f": {why}" if why else ""),
             where=source.path,
             fix=f"give at least {_FEWEST} that differ",
         )
@@ -119,7 +121,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     return RowFindings(
         rows=rows,
         copies=copies,
-        unusable=read.unusable,
+        unusable=dict(read.unusable.most_common()),
         broken=broken,
         held_groups=_held_groups(groups, rows),
         reordered=sum(in_request_order(one)[-1] != one[-1] for one in read.conversations) if ordered else 0,
@@ -151,7 +153,7 @@ class _Read:
     """
 
     conversations: list[tuple[Message, ...]] = field(default_factory=list)
-    unusable: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     instructions: set[str | None] = field(default_factory=set)
     groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
@@ -175,10 +177,10 @@ def _read(root: Path, source: Source) -> _Read:
                         found.groups[key] = None
                     else:
                         known.append(str(value))
-                if objection(turns) is None:
+                if (reason := objection(turns)) is None:
                     found.conversations.append(conversation(turns))
                 else:
-                    found.unusable += 1
+                    found.unusable[reason] += 1
     return found
 
 
