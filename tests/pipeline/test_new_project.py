@@ -320,3 +320,21 @@ def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
     assert made.unusable == 51
     why = "roles out of order (50), no assistant turn at the end (1)"
     assert f"rows without a usable conversation: {why}" in made.notes
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda n: json.dumps({"n": n}) if n else "I cannot say", 99),
+        (lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n", 100),
+        (lambda n: json.dumps({"n": n}) if n < 40 else "I cannot say", None),
+    ],
+    ids=["one text", "fences", "mostly texts"],
+)
+def test_init_says_that_nearly_all_answers_are_json(
+    tmp_path: Path, answer: Callable[[int], str], told: int | None
+) -> None:
+    made = _made(tmp_path, [{"prompt": _words(n), "completion": answer(n)} for n in range(100)])
+    assert not made.json_answers
+    found = [note for note in made.notes if "hold a JSON object" in note]
+    assert [note.split(" hold")[0] for note in found] == ([] if told is None else [f"{told} of 100 answers"])

@@ -58,6 +58,11 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
     if found.calls:
         yield f"{found.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if 2 * found.objects_in_text > found.rows:
+        yield (
+            f"{found.objects_in_text} of {found.rows} answers hold a JSON object, but not every answer is one and no "
+            "more, so all are taken as text. For a schema, remove code fences, and correct or remove the other rows"
+        )
     if len(found.labels) == 1:
         yield "all answers are the same: `nearest` gives it to every request, and no lift over it can pass"
     if len(found.labels) > 1 and not find_spec("sklearn"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class RowFindings:
     held_groups: how many groups of equal size the held-out rows weigh as much as. constrained: whether answers are
     held to the schema. said: paths of texts that most requests say. sentences: whether most answers hold a sentence
     that can be said in other words. labels: the answers, if they are a few labels. calls: rows that end in calls of
-    tools. other_answers: answers before a row's last one that are no JSON objects, where the last ones are.
+    tools. objects_in_text: where answers are taken as text, how many are JSON objects, with or without a code
+    fence. other_answers: answers before a row's last one that are no JSON objects, where the last ones are.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has
     one. rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their
     system turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys
@@ -72,6 +74,7 @@ class RowFindings:
     sentences: bool
     labels: tuple[str, ...]
     calls: int
+    objects_in_text: int
     other_answers: int
     group_by: str | None
     key_values: Mapping[str, int]
@@ -134,6 +137,9 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         sentences=sentences and not calls,
         labels=() if calls else _labels(usable),
         calls=calls,
+        objects_in_text=0
+        if values or calls
+        else sum(_is_object(_unfenced(one[-1].text)) for one in different.values()),
         other_answers=others,
         group_by=group_by,
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
@@ -277,6 +283,11 @@ def _is_json(answer: str) -> bool:
 
 def _is_object(answer: str) -> bool:
     return answer.lstrip().startswith("{") and _is_json(answer)
+
+
+def _unfenced(answer: str) -> str:
+    """The answer without the code fence around it."""
+    return re.sub(r"\A\s*```\w*\n(.*)\n\s*```\s*\Z", r"\1", answer, flags=re.DOTALL)
 
 
 def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
