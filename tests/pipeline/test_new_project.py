@@ -14,7 +14,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.services import new_project, new_project_notes
 from tunesmith.services.inferred_schema import infer_schema
 from tunesmith.services.new_project import NewProject, make_project
-from tunesmith.services.new_project_rows import json_objects
+from tunesmith.services.new_project_answers import json_objects
 
 _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
 

@@ -97,8 +97,8 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
     plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
     files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
     parse_settings(files[FILE], str(root / FILE))
-    if found.schema is not None:
-        check_answer_schema(found.schema, "the schema that is inferred from the answers")
+    if found.answers.schema is not None:
+        check_answer_schema(found.answers.schema, "the schema that is inferred from the answers")
     for relative in files:
         if (root / relative).exists():
             raise UsageError("this file is there already", where=str(root / relative), fix="move it, or use -C")
@@ -111,9 +111,9 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         rows=found.rows,
         unusable=sum(found.unusable.values()),
         broken=found.broken,
-        reordered=found.reordered,
-        respelled=found.respelled,
-        json_answers=found.schema is not None,
+        reordered=found.answers.reordered,
+        respelled=found.answers.respelled,
+        json_answers=found.answers.schema is not None,
         files=tuple(written),
         notes=notes(found),
         root=root,
@@ -136,24 +136,24 @@ _HEADER = """\
 
 
 def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[dict[str, Any], dict[str, str]]:
-    is_json = found.schema is not None
+    answers, is_json = found.answers, found.answers.schema is not None
     files, long, short = dict[str, str](), dict[str, Any](), dict[str, Any]()
     if found.system is not None:  # a prompt replaces the rows' own system turns
         long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
         own = f"{found.system}\n" if found.system else ""
         files |= {long["prompt"]: own or long_prompt(found), short["prompt"]: short_prompt(is_json)}
-    if found.schema is not None:
-        files["answer.schema.json"] = json.dumps(found.schema, indent=1, ensure_ascii=False) + "\n"
+    if answers.schema is not None:
+        files["answer.schema.json"] = json.dumps(answers.schema, indent=1, ensure_ascii=False) + "\n"
     split: dict[str, Any] = shares(found.rows)
     if found.group_by:
         split["group_by"] = found.group_by
-    answer: dict[str, Any] = {"max_tokens": min(-(-(found.answer_tokens + 8) // 16) * 16, _MOST_TOKENS)}
-    if found.constrained:
-        answer["constrain"] = {"copy": found.copied} if found.copied else True
+    answer: dict[str, Any] = {"max_tokens": min(-(-(answers.tokens + 8) // 16) * 16, _MOST_TOKENS)}
+    if answers.constrained:
+        answer["constrain"] = {"copy": answers.copied} if answers.copied else True
     task: dict[str, Any] = {"scorers": ["exact_match"]}
     if is_json:
         task = {"schema": "answer.schema.json", "scorers": ["json_valid", "exact_match", "field_f1"]}
-    if is_json and found.sentences:  # no two people write the same sentence, but other fields can be right
+    if is_json and answers.sentences:  # no two people write the same sentence, but other fields can be right
         task["primary"] = "field_f1"
     gates: dict[str, Any] = {
         "lift": {"metric": task.get("primary", "exact_match"), "over": "best-untuned", "at_least": 0.02}
@@ -166,14 +166,14 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
         "base": base,
         "data": {
             "sources": [source.model_dump(mode="json", exclude_defaults=True)],
-            **({"key_order": "request"} if found.reordered else {}),
+            **({"key_order": "request"} if answers.reordered else {}),
             "split": split,
             "review": "review.jsonl",
         },
         "task": task,
         "candidates": {
             "nearest": {"method": "nearest"},
-            **({"classifier": {"method": "classifier"}} if len(found.labels) > 1 and find_spec("sklearn") else {}),
+            **({"classifier": {"method": "classifier"}} if len(answers.labels) > 1 and find_spec("sklearn") else {}),
             "zero-shot": {**long, **answer},
             "few-shot": {**long, "shots": 6, **answer},
             "rag": {**long, "retrieve": {"from": "train", "k": 4}, **answer},

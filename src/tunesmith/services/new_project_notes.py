@@ -56,32 +56,33 @@ def _on_the_test(found: RowFindings) -> Iterator[str]:
 
 def _on_answers(found: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
-    if found.calls:
-        yield f"{found.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
-    if 2 * found.objects_in_text > found.rows:
+    answers = found.answers
+    if answers.calls:
+        yield f"{answers.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if 2 * answers.objects > (every := found.rows + found.copies):
         yield (
-            f"{found.objects_in_text} of {found.rows} answers hold a JSON object, but not every answer is one and no "
-            "more, so all are taken as text. For a schema, remove code fences, and correct or remove the other rows"
+            f"{answers.objects} of {every} answers hold a JSON object, but not every answer is one and no more, so all "
+            "are taken as text. For a schema, remove code fences, and correct or remove the other rows"
         )
-    if len(found.labels) == 1:
+    if len(answers.labels) == 1:
         yield "all answers are the same: `nearest` gives it to every request, and no lift over it can pass"
-    if len(found.labels) > 1 and not find_spec("sklearn"):
+    if len(answers.labels) > 1 and not find_spec("sklearn"):
         yield (
-            f"answers are {len(found.labels)} labels: a classifier may be the best untuned candidate. pip install "
+            f"answers are {len(answers.labels)} labels: a classifier may be the best untuned candidate. pip install "
             "'tunesmith[classifier]' and add candidates.classifier: {method: classifier}"
         )
-    if found.sentences:
+    if answers.sentences:
         told = "most answers hold a sentence of their own. Where other words mean the same, exact_match will be about 0"
-        if found.schema is None:
+        if answers.schema is None:
             yield (
                 f"{told}, and no lift can pass: pip install 'tunesmith[text]', then set task: {{scorers: [chrf, "
                 "exact_match], primary: chrf} and the metric of gates.lift to chrf, or add a judge to task.scorers"
             )
         else:
             yield f"{told}: the gate lift compares fields (field_f1). A judge in task.scorers compares what they mean"
-    if found.other_answers:
+    if answers.others:
         yield (
-            f"{found.other_answers} answers before a row's last one are texts or calls, which the schema forbids: the "
+            f"{answers.others} answers before a row's last one are texts or calls, which the schema forbids: the "
             "last answers are checked by it, and no answer is constrained"
         )
     if found.system:

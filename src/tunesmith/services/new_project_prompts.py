@@ -12,9 +12,9 @@ from tunesmith.services.new_project_rows import RowFindings
 
 def long_prompt(found: RowFindings) -> str:
     """The prompt of the untuned candidates."""
-    schema, said = found.schema, found.said
-    if schema is None and found.labels:
-        labels = [label if label.isprintable() else _quoted(label) for label in found.labels]
+    schema, said = found.answers.schema, found.answers.said
+    if schema is None and found.answers.labels:
+        labels = [label if label.isprintable() else _quoted(label) for label in found.answers.labels]
         return "\n".join(
             ["Answer the request with one of these lines as it is written, and nothing else:", *labels, ""]
         )
