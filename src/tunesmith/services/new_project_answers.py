@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -59,7 +59,8 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     others = sum(bool(part[-1].tool_calls) or not _is_object(part[-1].text) for part in earlier) if json_objects else 0
     learned = [*conversations, *([] if others else earlier)]
     pairs = [(part[-1].text, part[:-1]) for part in learned]
-    schema, copied = None, list[str]()
+    schema: dict[str, Any] | None = None
+    copied: list[str] = []
     if json_objects:
         schema, copied = schema_and_copied([parse_json(answer) for answer, _ in pairs], pairs)
     constrained = schema is not None and not others and _constrainable(schema)
@@ -99,6 +100,7 @@ def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
 
 
 def is_json(answer: str) -> bool:
+    """Whether a text is one JSON value."""
     try:
         parse_json(answer)
     except NotJson:
@@ -116,7 +118,7 @@ def _unfenced(answer: str) -> str:
 
 
 def _labels(conversations: Sequence[tuple[Message, ...]]) -> tuple[str, ...]:
-    """The answers, if they are few that are seen again and again; by the rules of a schema that would list them."""
+    """The answers, if they are so few and seen so often that a schema would list them."""
     pairs = [(json.dumps({"label": one[-1].text}), one[:-1]) for one in conversations]
     schema, _ = schema_and_copied([{"label": one[-1].text} for one in conversations], pairs)
     return tuple(schema["properties"]["label"].get("enum", ()))
@@ -125,13 +127,13 @@ def _labels(conversations: Sequence[tuple[Message, ...]]) -> tuple[str, ...]:
 def _free_texts(
     schema: Mapping[str, Any] | None, pairs: Sequence[tuple[str, Sequence[Message]]]
 ) -> tuple[Set[str], bool]:
-    """(the paths of texts that most requests say, whether most answers hold a sentence of their own)."""
+    """(paths of texts that most requests say, whether most answers hold a sentence of their own)."""
     free = {""} if schema is None else set(text_fields(schema))
     seen, said, sentences = Counter[str](), Counter[str](), set[str]()
     for answer, request in pairs:
         given = pieces(turn.content for turn in request if turn.role == "user")
         with contextlib.suppress(NotJson):
-            found = [("", answer)] if schema is None else texts_of(parse_json(answer))
+            found: Iterable[tuple[str, str]] = [("", answer)] if schema is None else texts_of(parse_json(answer))
             texts = [(path, text, is_copied(text, given)) for path, text in found if path in free]
             seen.update(path for path, _, _ in texts)
             said.update(path for path, _, copied in texts if copied)
