@@ -19,7 +19,7 @@ def notes(found: RowFindings) -> tuple[str, ...]:
 def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     """What of the rows is not used, and what is read otherwise."""
     if found.one_instruction:
-        yield "all rows have one instruction: it is their system turn, and a request is the input alone (`rename`)"
+        yield "all rows have one instruction: it is their system turn, and the input the request (data.sources, rename)"
     if found.unusable:
         why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
         yield f"rows without a usable conversation: {why}"
