@@ -129,7 +129,7 @@ class Examiner:
     def _before_scan(self, row: Row, source: Source, row_format: row_formats.RowFormat) -> _Fitting | _Removed:
         fields = renamed(row, source.rename)
         turns = row_formats.read_turns(Row(row.source, row.number, fields), row_format, self.account.ignored)
-        self._count_ignored(fields, source, row_format)
+        self.account.ignored.update(unread_keys(fields, source, row_format) - self._read_labels)
         if (reason := objection(turns)) is not None:
             return _Removed(reason)
         licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
@@ -217,11 +217,6 @@ class Examiner:
         if fitting is None:
             return _Removed(OVERLONG, review.row)
         return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
-
-    def _count_ignored(self, fields: Mapping[str, Any], source: Source, row_format: row_formats.RowFormat) -> None:
-        labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
-        read = row_format.needs | row_format.also | labels | self._read_labels
-        self.account.ignored.update(fields.keys() - read)
 
     def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
         for turn in messages if self.rules.special_tokens else ():
@@ -327,6 +322,12 @@ def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
     if len(fields) != len(row.fields):
         raise UsageError("two keys of the row have the same name after renaming", where=row.where)
     return fields
+
+
+def unread_keys(fields: Mapping[str, Any], source: Source, row_format: row_formats.RowFormat) -> set[str]:
+    """The keys of a row that neither its format nor the source's labels read. fields: after the source's renames."""
+    labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
+    return fields.keys() - (row_format.needs | row_format.also | labels)
 
 
 def _in_frame(messages: Sequence[Message], own: Sequence[Message]) -> tuple[Message, ...]:

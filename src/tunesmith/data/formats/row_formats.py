@@ -88,12 +88,16 @@ def _likely_renames(fields: Mapping[str, Any]) -> str:
     said = next((key for key in _ANSWERS if key in fields), None)
     if asked is None or said is None:
         return ""
-    names = ("instruction", "output") if asked == "instruction" else ("prompt", "completion")
-    return " ".join(f"--rename {key}={name}" for key, name in zip((asked, said), names, strict=True) if key != name)
+    found = {asked: "prompt", said: "completion"}
+    passage = next((key for key in _PASSAGES if isinstance(fields.get(key), str) and key != asked), None)
+    if asked == "instruction" or passage is not None:  # Alpaca's rows have a place for the passage
+        found = {asked: "instruction", said: "output"} | ({passage: "input"} if passage else {})
+    return " ".join(f"--rename {key}={name}" for key, name in found.items() if key != name)
 
 
-# What rows of other formats often call the request and the answer.
+# What rows of other formats often call the request, the text that it is about, and the answer.
 _REQUESTS: Final = ("instruction", "prompt", "question", "query", "text", "input", "sentence", "document", "source")
+_PASSAGES: Final = ("input", "context", "passage", "document", "article")
 _NOT_TEXT: Final[Mapping[type, str]] = {list: "write turns under messages", dict: "write it as text, such as JSON"}
 _ANSWERS: Final = ("completion", "output", "response", "answer", "label", "category", "summary", "target")
 

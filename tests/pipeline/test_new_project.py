@@ -1,0 +1,340 @@
+"""What `init` finds in rows, and what it says and writes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.attack_table import Happened
+from tunesmith.api import Project
+from tunesmith.core.errors import UsageError
+from tunesmith.services import new_project, new_project_notes
+from tunesmith.services.inferred_schema import infer_schema
+from tunesmith.services.new_project import NewProject, make_project
+from tunesmith.services.new_project_answers import json_objects
+
+_SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
+
+
+def _words(n: int, count: int = 4) -> str:
+    """Words that no other n has in the same order."""
+    return " ".join(
+        _SYLLABLES[n // 100 % 10] + _SYLLABLES[n // 10 % 10] + _SYLLABLES[(n + place) % 10] for place in range(count)
+    )
+
+
+def _made(folder: Path, rows: Sequence[object], **more: object) -> NewProject:
+    """The project that `init` makes of these rows."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_project(folder / "p", data=folder / "rows.jsonl", licence="MIT", base="model", **more)
+
+
+@pytest.mark.parametrize(
+    ("keys", "proposed"),
+    [
+        (("question", "context", "answer"), "question=instruction answer=output context=input"),
+        (("instruction", "context", "response"), "response=output context=input"),
+        (("question", "input", "answer"), "question=instruction answer=output"),
+        (("text", "title", "label"), "text=prompt label=completion"),
+    ],
+)
+def test_a_passage_beside_request_and_answer_is_kept_by_the_proposed_names(
+    tmp_path: Path, keys: tuple[str, ...], proposed: str
+) -> None:
+    rows = [dict(zip(keys, (_words(n), _words(n + 500), _words(n + 900)), strict=True)) for n in range(60)]
+    with pytest.raises(UsageError, match="fits no known format") as caught:
+        _made(tmp_path, rows)
+    options = "".join(f" --rename {each}" for each in proposed.split())
+    assert f"here{options} (" in str(caught.value.fix)
+    names = dict(each.split("=") for each in proposed.split())
+    unread = [note for note in _made(tmp_path, rows, rename=names).notes if "not read" in note]
+    assert bool(unread) == ("title" in keys)
+
+
+def test_init_says_which_keys_are_not_read(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": _words(n), "completion": str(n), "context": "c", "licence": "MIT", **({"id": n} if n else {})}
+        for n in range(60)
+    ]
+    notes = _made(tmp_path, rows).notes
+    assert "keys that are not read, so nothing is learned from them: `context` (60 times), `id` (59 times)" in notes
+
+
+def test_answers_that_are_not_all_objects_have_no_schema() -> None:
+    assert json_objects(['{"a":1}', "text"]) == ([], 0)
+    assert json_objects(["[1]", "2"]) == ([], 0)
+    assert json_objects(["{name} is here", '{"a":1}', "{x}"]) == ([], 0)
+
+
+@pytest.mark.attack("input", "init: a few answers are broken JSON")
+def test_broken_answers_are_counted_and_do_not_hide_the_schema(happened: Happened) -> None:
+    bad = [
+        '{"a":1,"a":2}',
+        '{"a":NaN}',
+        '{"a":"\\ud800"}',
+        '{"a":1e999}',
+        '{"a":' + "9" * 200_000 + "}",
+        '{"a":' * 5000,
+    ]
+    values, broken = json_objects(['{"a":1}'] * 10 + bad)
+    assert (len(values), broken) == (10, len(bad))
+    assert infer_schema(values)["properties"] == {"a": {"type": "integer"}}
+    happened("counted, the schema is that of the sound ones", len(bad))
+
+
+def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
+    known = verbs.split()
+    return [
+        {"prompt": f"{known[n % len(known)]} at {n} o clock", "completion": json.dumps({"at": n})} for n in range(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            [{"prompt": _words(n), "completion": str(n), "conversation_id": f"c{n // 10}"} for n in range(400)],
+            "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
+        ),
+        (_asked_at("call text"), "about 0 groups of equal size will be held out (a group: the rows of one wording"),
+        (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
+        ([{"prompt": _words(n), "completion": str(n)} for n in range(400)], None),
+    ],
+    ids=["conversations", "two wordings", "five wordings", "a wording each"],
+)
+def test_init_says_that_too_few_groups_will_be_held_out(
+    tmp_path: Path, rows: list[dict[str, str]], told: str | None
+) -> None:
+    notes = _made(tmp_path, rows).notes
+    assert (not notes) if told is None else any(told in note for note in notes), notes
+
+
+def test_copies_of_rows_do_not_count(tmp_path: Path) -> None:
+    made = _made(tmp_path, [{"prompt": _words(n % 150), "completion": "yes"} for n in range(400)])
+    assert made.rows == 150
+    assert "250 more rows are copies of these: `data build` keeps one of each" in made.notes
+    with pytest.raises(UsageError, match="12 usable rows are too few"):
+        _made(tmp_path / "few", [{"prompt": _words(n % 12), "completion": "yes"} for n in range(400)])
+
+
+def _turns(*texts: str) -> list[dict[str, object]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def _asks_back(n: int) -> list[dict[str, object]]:
+    answer = json.dumps({"size": ("large", "small")[n % 2], "name": f"Ann{n}"})
+    return _turns(f"a pizza {_words(n)}", "What size would you like?", f"large for Ann{n}", answer)
+
+
+def _calls(n: int) -> list[dict[str, object]]:
+    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"n": n})}}
+    asked, said = _turns(f"{_words(n)} {n}", json.dumps({"n": n}))
+    made = {"role": "assistant", "content": None, "tool_calls": [called]}
+    return [asked, made, {"role": "tool", "tool_call_id": "a", "content": "done"}, said]
+
+
+@pytest.mark.parametrize("turns", [_asks_back, _calls])
+def test_no_schema_holds_answers_where_earlier_ones_are_texts_or_calls(
+    tmp_path: Path, turns: Callable[[int], list[dict[str, object]]]
+) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    tools = {"tools": [tool]} if turns is _calls else {}
+    made = _made(tmp_path, [{"messages": turns(n), **tools} for n in range(100)])
+    assert any(note.startswith("100 answers before a row's last one are texts or calls") for note in made.notes)
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert {each.constrain for each in project.settings.candidates.values()} == {False}
+
+
+def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:
+    rows = [
+        {"messages": _turns(f"open {_words(n)}", json.dumps({"open": n}), f"shut {n}", json.dumps({"shut": n}))}
+        for n in range(100)
+    ]
+    _made(tmp_path, rows)
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert set(project.schema["properties"]) == {"open", "shut"}
+    assert project.schema["required"] == []
+    assert project.settings.candidates["tuned"].constrain is True
+
+
+def _long_prompt(folder: Path, asked: Callable[[int], str], answer: Callable[[int], object]) -> str:
+    _made(folder, [{"prompt": asked(n), "completion": json.dumps(answer(n))} for n in range(100)])
+    return (folder / "p" / "prompts" / "long.txt").read_text()
+
+
+def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
+    first = "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
+    dates = _long_prompt(
+        tmp_path / "a", lambda n: f"{_words(n)} on {n % 28 + 1} May", lambda n: {"day": f"5-{n % 28 + 1:02}"}
+    )
+    assert dates.splitlines() == [first, '"day": string'], "nothing is copied, and each answer has the key"
+    nulls = _long_prompt(
+        tmp_path / "b",
+        lambda n: f"{_words(n)} Ann{n}",
+        lambda n: {"who": f"Ann{n}", "why": "because " * (n % 9), "at": f"{n}pm" if n % 2 else None},
+    )
+    assert nulls.splitlines()[1:] == [
+        '"who": string, copied from the request',
+        '"why": string',
+        '"at": null where the request says nothing, or string',
+    ]
+
+
+def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> None:
+    prompt = _long_prompt(
+        tmp_path,
+        lambda n: f"{_words(n)} apples{n} for Ann{n}",
+        lambda n: {
+            "order": {
+                "customer": {"name": f"Ann{n}"},
+                "items": [{"name": f"apples{n}", "unit": ("kg", "box")[n % 2]}],
+                **({"tags": [f"Ann{n}"]} if n % 2 else {}),
+            }
+        },
+    )
+    assert prompt.splitlines()[1:] == [
+        '"order": an object with',
+        '  "customer": an object with',
+        '    "name": string',
+        '  "items": array of an object with',
+        '    "name": string',
+        '    "unit": one of "box", "kg"',
+        '  "tags": array of string',
+        "Copy each string from the request as it is written.",
+        "Leave out what the request does not say.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "primary", "told"),
+    [
+        (lambda n: f"Dear {_words(n, 8)}, good bye.", None, "set task: {scorers: [chrf, exact_match], primary: chrf}"),
+        (
+            lambda n: json.dumps({"kind": n % 2, "reply": f"Dear {_words(n, 8)}"}),
+            "field_f1",
+            "compares fields (field_f1)",
+        ),
+        (lambda n: _words(n), None, None),
+        (lambda n: f"Please say the words again: {n % 30}", None, None),
+    ],
+    ids=["sentences", "sentences in JSON", "words of the request", "thirty sentences"],
+)
+def test_exact_match_does_not_decide_over_sentences(
+    tmp_path: Path, answer: Callable[[int], str], primary: str | None, told: str | None
+) -> None:
+    notes = _made(tmp_path, [{"prompt": f"to {_words(n)}", "completion": answer(n)} for n in range(400)]).notes
+    assert (not notes) if told is None else any(told in note for note in notes), notes
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.task.primary == primary
+    lift = settings.gates["lift"].model_dump()
+    assert lift["metric"] == (primary or "exact_match")
+
+
+_LABELS = ("refund", "shipping", "other")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_labels_have_a_classifier_as_rival_and_a_prompt_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    for module in (new_project, new_project_notes):
+        monkeypatch.setattr(module, "find_spec", lambda name: name if installed else None)
+    made = _made(tmp_path, [{"prompt": _words(n), "completion": _LABELS[n % 3]} for n in range(300)])
+    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is installed
+    assert any("tunesmith[classifier]" in note for note in made.notes) is not installed
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(_LABELS)
+
+
+def test_labels_in_json_have_a_classifier_as_rival_and_other_answers_have_none(tmp_path: Path) -> None:
+    for name, answer in (("labels", lambda n: n % 3), ("open", lambda n: n)):
+        rows = [{"prompt": _words(n), "completion": json.dumps({"n": answer(n)})} for n in range(300)]
+        _made(tmp_path / name, rows)
+        candidates = Project.load(tmp_path / name / "p").settings.candidates
+        assert ("classifier" in candidates) is (name == "labels")
+
+
+def test_init_says_that_one_answer_for_all_teaches_nothing(tmp_path: Path) -> None:
+    notes = _made(
+        tmp_path, [{"prompt": _words(n), "completion": json.dumps({"label": "yes"})} for n in range(200)]
+    ).notes
+    assert any(note.startswith("all answers are the same") for note in notes)
+    assert "classifier" not in Project.load(tmp_path / "p").settings.candidates
+
+
+@pytest.mark.parametrize("keys", [("instruction", "input", "output"), ("task", "text", "label")])
+def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """As a part of each request it would make the rows near duplicates, which the build removes."""
+    told = "Is the review positive or negative? Answer with one word, in lower case."
+    rows = [dict(zip(keys, (told, _words(n), ("positive", "negative")[n % 2]), strict=True)) for n in range(200)]
+    names = {key: name for key, name in zip(keys, ("instruction", "input", "output"), strict=True) if key != name}
+    made = _made(tmp_path, rows, rename=names)
+    assert any(note.startswith("all rows have one instruction") for note in made.notes)
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.data.sources[0].rename == dict(zip(keys, ("system", "prompt", "completion"), strict=True))
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == f"{told}\n"
+
+
+@pytest.mark.parametrize("change", [{"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}])
+def test_other_instructions_stay_in_the_request(tmp_path: Path, change: dict[str, str]) -> None:
+    rows = [{"instruction": "Say it again.", "input": _words(n), "output": _words(n)} for n in range(60)]
+    _made(tmp_path, [*rows, rows[0] | change])
+    assert Project.load(tmp_path / "p").settings.data.sources[0].rename == {}
+
+
+def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
+    plain = [{"prompt": _words(n), "completion": str(n)} for n in range(60)]
+    chats = [{"messages": _turns(_words(n), str(n))} for n in range(60)]
+    for name, rows in (("a", plain), ("b", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="it looks like messages") as caught:
+        make_project(tmp_path / "p", data=tmp_path / "*.jsonl", licence="MIT", base="model")
+    assert "b.jsonl" in str(caught.value.where)
+    assert "move the others into another source" in str(caught.value.fix)
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("known", ["*.pyc\n", "*.pyc", "*.pyc\n.tunesmith/\n"])
+def test_a_gitignore_that_is_there_gets_a_line(tmp_path: Path, known: str) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".gitignore").write_text(known)
+    made = _made(tmp_path, [{"prompt": _words(n), "completion": str(n)} for n in range(60)])
+    assert (tmp_path / "p" / ".gitignore").read_text() == "*.pyc\n.tunesmith/\n"
+    assert (".gitignore" in made.files) is (".tunesmith/" not in known)
+
+
+def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
+    greeted = [
+        {"conversations": [{"from": who, "value": f"{_words(n)} {who}"} for who in ("gpt", "human", "gpt")]}
+        for n in range(50)
+    ]
+    with pytest.raises(UsageError, match=r"^0 usable rows are too few .*: roles out of order \(50\)"):
+        _made(tmp_path / "a", greeted)
+    usable = [{"conversations": row["conversations"][1:]} for row in greeted]
+    made = _made(tmp_path / "b", [*usable, *greeted, {"conversations": []}])
+    assert made.unusable == 51
+    why = "roles out of order (50), no assistant turn at the end (1)"
+    assert f"rows without a usable conversation: {why}" in made.notes
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda n: json.dumps({"n": n}) if n else "I cannot say", 99),
+        (lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n", 100),
+        (lambda n: json.dumps({"n": n}) if n < 40 else "I cannot say", None),
+    ],
+    ids=["one text", "fences", "mostly texts"],
+)
+def test_init_says_that_nearly_all_answers_are_json(
+    tmp_path: Path, answer: Callable[[int], str], told: int | None
+) -> None:
+    made = _made(tmp_path, [{"prompt": _words(n), "completion": answer(n)} for n in range(100)])
+    assert not made.json_answers
+    found = [note for note in made.notes if "hold a JSON object" in note]
+    assert [note.split(" hold")[0] for note in found] == ([] if told is None else [f"{told} of 100 answers"])
