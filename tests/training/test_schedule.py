@@ -22,9 +22,9 @@ from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
-from tunesmith.training.scoring import AnswerScore, Score
+from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.spec import TrainingResult, TrainingSpec
+from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
 from tunesmith.training.train import make_spec, run_training
 
@@ -197,10 +197,53 @@ def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
     assert "set budget to" in str(refused.value.fix)
 
 
+def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decisions, list[int]]:
+    """What is decided before the first of at most 10,000 steps of 1 s each, where an answer takes so many seconds; and
+    how many rows the untrained base was asked, each time."""
+    now, asked = [0.0], list[int]()
+
+    def score(_model: TrainableModel | None, rows: int) -> Score:
+        asked.append(rows)
+        now[0] += rows * answer
+        return Score(0.5, 0.1)
+
+    nothing: Any = None
+    scored = AnswerScore("exact_match", 200, score)
+    validation = Validation(nothing, nothing, [], scored, clock=lambda: now[0])
+    expected = Estimate(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
+    plan: Any = range(10_000)
+    return decide_beforehand(settings, plan, expected, validation, folder / "decisions.json", SILENT), asked
+
+
+def test_slow_answers_use_up_no_budget(tmp_path: Path) -> None:
+    """Where a few answers show that none will be scored, no more are measured; a budget of which they take more than
+    half is refused."""
+    settings = TrainSettings(budget=60)
+    made, asked = _decide(tmp_path / "quick", settings, 0.001)
+    assert (asked, made.scored_rows) == ([4, 32], 200)
+    made, asked = _decide(tmp_path / "slow", settings, 2.0)
+    assert (asked, made.scored_rows, made.seconds) == ([4], 0, 8.0)
+    with pytest.raises(Refused, match=r"budget of 60 s .* take 44 s, of which measuring took 40 s") as told:
+        _decide(tmp_path / "slower", settings, 10.0)
+    assert told.value.fix == "set budget to 440s or more, or set validate_by: loss, which measures no answers"
+
+
+def test_what_measuring_left_of_a_budget_is_spent() -> None:
+    """Three quarters of the time that is left at a constant rate, and the fall in the last one."""
+    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=46.0)
+    schedule, state = Annealed(10_000, TrainSettings(budget=60), before, None, budget=60.0), TrainerState()
+    while state.ended is None:
+        state.step += 1
+        state.seconds += 1.0
+        schedule.decide(state)
+    (decay,) = schedule.decisions.decays
+    assert (decay.start, decay.stop) == (11, 15)
+
+
 def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of scored rows is what fits the budget, and is kept for a resumed run."""
     made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), Said()
-    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda _: (0.001, 0.1))
+    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
     done = train(made, ticking(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
     assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
     assert done.score is None
@@ -215,9 +258,9 @@ def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
         return Score(0.5, 0.1)
 
     done = train(spec(tmp_path), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, score))
-    assert asked[0] == (False, 32)
-    assert asked[1:]
-    assert set(asked[1:]) == {(True, 40)}
+    assert asked[:2] == [(False, 4), (False, 32)]
+    assert asked[2:]
+    assert set(asked[2:]) == {(True, 40)}
     assert done.decisions is not None
     assert done.decisions.scored_rows == 40
 

@@ -147,8 +147,11 @@ class Annealed:
         """Why the rate should begin to fall; None while it should not."""
         if state.step + self._falling_steps(state.step) >= self._steps:
             return "all epochs are done"
-        if self._budget is not None and self._spent(state) >= (1 - self._settings.decay) * self._budget:
-            return "the budget is used"
+        # The fall is a share of the steps, so it takes that share of the time that measuring left for them.
+        if self._budget is not None:
+            for_steps = self._budget - self.decisions.seconds
+            if state.seconds >= (1 - self._settings.decay) * for_steps:
+                return "the budget is used"
         return state.exhausted(self._settings.patience) if self.validates(state.step) else None
 
     def _spent(self, state: TrainerState) -> float:
