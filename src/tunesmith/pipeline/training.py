@@ -15,14 +15,14 @@ from tunesmith.candidates.composing import Composer, count_prompts, describe_pro
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Progress
-from tunesmith.data.dataset import Example
+from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.governance.signoff import require_signed
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import Declared, Scoring, checked, function_digests, make_scoring, metric_of
 from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.training.batches.rows import TrainingRow, row_count, training_rows
+from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
 
@@ -283,7 +283,16 @@ def training_inputs(
         "prompt": candidate.prompt,
         "settings": fitted(context, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": _validated_by(context, candidate, settings),
+        **_of_control(context.dataset, settings),
     }
+
+
+def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:
+    """What a stage's key says of a control that is trained on conversations with several learned answers: before, it
+    learned all of them, and those before the last one stood behind their own requests."""
+    if settings.permute_answers and learns_earlier_answers(dataset.examples("train"), settings):
+        return {"learned": "last answers"}
+    return {}
 
 
 def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:

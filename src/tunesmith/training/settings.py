@@ -75,7 +75,8 @@ class TrainSettings(WeightSettings):
     permute_answers: Annotated[
         bool,
         Field(
-            description="train a control whose answers are shuffled among the requests: it can only learn their form"
+            description="train a control whose answers are shuffled among the requests: it can only learn their form. "
+            "Of a conversation it learns the last answer alone"
         ),
     ] = False
     loss_on: Annotated[
