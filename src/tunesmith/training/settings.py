@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.core.settings import Duration, Settings
+from tunesmith.core.settings import Duration, Settings, changed
 from tunesmith.engines.settings import WeightSettings
 
 LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
@@ -14,7 +15,7 @@ LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
 LEAST_SCORED = 30
 MOST_EPOCHS = 40  # within a budget
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
-# Defaults of trainings that have a budget.
+# Defaults of trainings that have a budget. They do not count as stated: epochs that replace a budget leave them behind.
 _WITH_BUDGET = {"epochs": MOST_EPOCHS, "schedule": "wsd", "validations": 16, "patience": 4}
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
@@ -182,5 +183,20 @@ class TrainSettings(WeightSettings):
                 raise ValueError("set either budget or epochs")
             if given.get("schedule", "wsd") != "wsd":
                 raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")
-            return {**_WITH_BUDGET, **given}
         return given
+
+    @model_validator(mode="after")
+    def _with_budget(self) -> TrainSettings:
+        if self.budget is not None:
+            for name in _WITH_BUDGET.keys() - self.model_fields_set:
+                object.__setattr__(self, name, _WITH_BUDGET[name])  # of a frozen model that is still being made
+        return self
+
+
+def with_changes(train: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
+    """Training settings with other values, checked: epochs replace a budget, and a budget replaces epochs.
+
+    Raises UsageError as `changed` does.
+    """
+    without = [key for key, other in (("epochs", "budget"), ("budget", "epochs")) if changes.get(other) is not None]
+    return changed(train, changes, where, without)
