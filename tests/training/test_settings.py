@@ -15,7 +15,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import match_layers
 from tunesmith.training.estimate import too_few_numbers
-from tunesmith.training.settings import TrainSettings, with_changes
+from tunesmith.training.settings import TrainSettings, changed_training
 from tunesmith.training.subsets import subset_settings
 
 PROJECT = """
@@ -60,9 +60,16 @@ def test_impossible_setting_is_named_before_any_work(
 def test_epochs_replace_a_budget_with_all_that_came_with_it() -> None:
     within, stated = TrainSettings(budget=900, batch=8), TrainSettings(budget=900, schedule="wsd", patience=2)
     assert (within.epochs, within.schedule, within.validations, within.patience) == (40, "wsd", 16, 4)
-    assert with_changes(within, {"epochs": 2}, "here") == TrainSettings(epochs=2, batch=8)
-    assert with_changes(stated, {"epochs": 2}, "here") == TrainSettings(epochs=2, schedule="wsd", patience=2)
-    assert with_changes(within, {"batch": 4}, "here") == TrainSettings(budget=900, batch=4)
+    assert changed_training(within, {"epochs": 2}, "here") == TrainSettings(epochs=2, batch=8)
+    assert changed_training(stated, {"epochs": 2}, "here") == TrainSettings(epochs=2, schedule="wsd", patience=2)
+    assert changed_training(within, {"batch": 4}, "here") == TrainSettings(budget=900, batch=4)
+
+
+def test_a_budget_replaces_epochs() -> None:
+    read = TrainSettings(epochs=3, batch=8)
+    assert changed_training(read, {"budget": "10m"}, "here") == TrainSettings(budget=600, batch=8)
+    with pytest.raises(UsageError, match="set either budget or epochs"):
+        changed_training(read, {"budget": "10m", "epochs": 2}, "here")
 
 
 def test_a_subset_s_training_validates_as_often_as_within_a_budget() -> None:

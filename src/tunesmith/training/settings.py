@@ -193,7 +193,7 @@ class TrainSettings(WeightSettings):
         return self
 
 
-def with_changes(train: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
+def changed_training(train: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
     """Training settings with other values, checked: epochs replace a budget, and a budget replaces epochs.
 
     Raises UsageError as `changed` does.

@@ -19,7 +19,7 @@ from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.versions import resolve
 from tunesmith.store.store import Store
-from tunesmith.training.settings import TrainSettings, with_changes
+from tunesmith.training.settings import TrainSettings, changed_training
 
 KIND: Final = "fine_tuning"
 _LONGEST_NAME = 63
@@ -169,4 +169,4 @@ def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
         changes["learning_rate"] = train.learning_rate * asked.learning_rate_multiplier
     if arguments.seed is not None:
         changes["seed"] = arguments.seed
-    return with_changes(train, changes, "hyperparameters")
+    return changed_training(train, changes, "hyperparameters")
