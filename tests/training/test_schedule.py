@@ -126,13 +126,31 @@ def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None
     made = spec(tmp_path)
     with pytest.raises(Stopped):
         train(made, stopping(ticking(1.0), 4 * 80))
-    done = train(made, ticking(20.0))
+    done = train(made, ticking(1.5))
     assert done.decisions is not None
     first, second, *_ = done.decisions.decays
     assert second.start < second.stop < first.stop == 100
     assert done.state.step == done.decisions.decays[-1].stop
     rates = [each["learning_rate"] for each in done.state.curve]
     assert rates[-1] < rates[second.start] < rates[first.start]
+
+
+def _take(state: TrainerState, seconds: float) -> None:
+    """A step that takes so long."""
+    state.step += 1
+    state.seconds += seconds
+    state.curve.append({"step": state.step, "seconds": seconds})
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.6, 4.0, 10.0, 20.0])
+def test_steps_that_get_slower_in_the_fall_overrun_a_budget_by_five_percent(slower: float) -> None:
+    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=0.0)
+    schedule, state = Annealed(10_000, TrainSettings(budget=1000), before, None, budget=1000.0), TrainerState()
+    while state.ended is None:
+        _take(state, 1.0 if state.seconds < 760 else slower)
+        schedule.decide(state)
+    assert 1000 <= state.seconds <= 1050 + 2 * slower
+    assert len(schedule.decisions.decays) <= 3
 
 
 def _scores(values: Iterator[float]) -> AnswerScore:
@@ -233,8 +251,7 @@ def test_what_measuring_left_of_a_budget_is_spent() -> None:
     before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=46.0)
     schedule, state = Annealed(10_000, TrainSettings(budget=60), before, None, budget=60.0), TrainerState()
     while state.ended is None:
-        state.step += 1
-        state.seconds += 1.0
+        _take(state, 1.0)
         schedule.decide(state)
     (decay,) = schedule.decisions.decays
     assert (decay.start, decay.stop) == (11, 15)
@@ -347,8 +364,7 @@ def test_any_course_ends_annealed(speeds: list[float], scores: list[float], ever
     while state.ended is None:
         assert state.step < 500
         rates.append(schedule.rate(state.step))
-        state.step += 1
-        state.seconds += speeds[state.step % len(speeds)] + 0.01
+        _take(state, speeds[(state.step + 1) % len(speeds)] + 0.01)
         if schedule.validates(state.step):
             score = scores[len(state.validation) % len(scores)]
             state.validation.append({"step": state.step, "loss": 1.0, "score": score})
