@@ -38,6 +38,13 @@ def ticking(seconds: float) -> Callable[[], float]:
     return lambda: next(ticks) * seconds
 
 
+def stepping(seconds: float) -> Callable[[], float]:
+    """A clock by which a step takes so long, and its checkpoint no time. It is read before the first step, and four
+    times in each that ends with a checkpoint: when the step begins and ends, and before and after the checkpoint."""
+    reads = itertools.count()
+    return lambda: (next(reads) + 2) // 4 * seconds
+
+
 def spec(folder: Path, settings: TrainSettings = SETTINGS, work: str = "work", **more: Any) -> TrainingSpec:
     if not (folder / "model").exists():
         write_model(folder / "model")
@@ -66,8 +73,7 @@ def weights(result: TrainingResult) -> str:
 
 
 def test_rate_falls_when_the_budget_ends(tmp_path: Path) -> None:
-    # The clock is read four times a step: when it begins, when it ends, and for the checkpoint. A step takes 1 s.
-    done = train(spec(tmp_path), ticking(1.0))
+    done = train(spec(tmp_path), stepping(1.0))
     assert done.decisions is not None
     (decay,) = done.decisions.decays
     assert (decay.start, decay.stop, decay.reason) == (75, 100, "the budget is used")
@@ -102,9 +108,9 @@ def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path,
     made = spec(tmp_path)
     for number, reads in enumerate(stops):
         with pytest.raises(Stopped):
-            train(made, stopping(ticking((1.0, 3.0, 0.2)[number]), reads))
-    done = train(made, ticking(0.7))
-    repeated = train(spec(tmp_path, work="again", decisions=done.decisions), ticking(1e9), before=None)
+            train(made, stopping(stepping((1.0, 3.0, 0.2)[number]), reads))
+    done = train(made, stepping(0.7))
+    repeated = train(spec(tmp_path, work="again", decisions=done.decisions), stepping(1e9), before=None)
     assert weights(repeated) == weights(done)
     assert repeated.decisions == done.decisions
     assert repeated.state.step == done.state.step
@@ -113,11 +119,11 @@ def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path,
 def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path: Path) -> None:
     made = spec(tmp_path)
     with pytest.raises(Stopped):
-        train(made, stopping(ticking(1.0), 4 * 75 + 20))
+        train(made, stopping(stepping(1.0), 4 * 75 + 20))
     decided = read_decisions(made.work / "decisions.json")
     assert decided is not None
     assert [each.start for each in decided.decays] == [75]
-    done = train(made, ticking(0.001))
+    done = train(made, stepping(0.001))
     assert done.decisions == decided
     assert done.state.step == 100
 
@@ -125,8 +131,8 @@ def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path:
 def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None:
     made = spec(tmp_path)
     with pytest.raises(Stopped):
-        train(made, stopping(ticking(1.0), 4 * 80))
-    done = train(made, ticking(1.5))
+        train(made, stopping(stepping(1.0), 4 * 80))
+    done = train(made, stepping(1.5))
     assert done.decisions is not None
     first, second, *_ = done.decisions.decays
     assert second.start < second.stop < first.stop == 100
@@ -165,7 +171,7 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     values = itertools.chain([0.1, 0.5, 0.7, 0.5, 0.7, 0.55, 0.6, 0.5, 0.6], itertools.repeat(0.9))
     said = Said()
     before = BEFORE.model_copy(update={"scored_rows": 40})
-    done = train(spec(tmp_path), ticking(0.1), before=before, score=_scores(values), progress=said)
+    done = train(spec(tmp_path), stepping(0.1), before=before, score=_scores(values), progress=said)
     assert done.decisions is not None
     # Near scores are ranked by the loss, which falls here: 0.7 at step 25 is better than 0.7 at step 15.
     (decay,) = done.decisions.decays
@@ -182,14 +188,14 @@ def test_flat_score_goes_by_the_loss(tmp_path: Path) -> None:
     before = BEFORE.model_copy(update={"scored_rows": 40})
     for flat in (0.0, 1.0):
         score = _scores(itertools.repeat(flat))
-        done = train(spec(tmp_path, work=f"work-{flat}"), ticking(1.0), before=before, score=score)
+        done = train(spec(tmp_path, work=f"work-{flat}"), stepping(1.0), before=before, score=score)
         losses = [each["loss"] for each in done.state.validation]
         assert done.state.best == losses.index(min(losses))
 
 
 def test_all_epochs_end_a_budget_that_is_longer(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"budget": 1e6, "patience": None, "epochs": 4})
-    done = train(spec(tmp_path, settings), ticking(1.0))
+    done = train(spec(tmp_path, settings), stepping(1.0))
     assert done.state.step == 60
     assert done.state.ended == "all epochs are done"
 
@@ -210,7 +216,7 @@ def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
 def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"budget": 1e-3})
     with pytest.raises(Refused, match="too short: measuring, four steps and one validation take") as refused:
-        train(spec(tmp_path, settings), ticking(1.0), before=None)
+        train(spec(tmp_path, settings), stepping(1.0), before=None)
     assert refused.value.where == "train.budget"
     assert "set budget to" in str(refused.value.fix)
 
@@ -261,7 +267,7 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     """The number of scored rows is what fits the budget, and is kept for a resumed run."""
     made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), Said()
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
-    done = train(made, ticking(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
+    done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
     assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
     assert done.score is None
     assert all("score" not in each for each in done.state.validation)
@@ -274,7 +280,7 @@ def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
         asked.append((model is not None, rows))
         return Score(0.5, 0.1)
 
-    done = train(spec(tmp_path), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, score))
+    done = train(spec(tmp_path), stepping(1.0), before=None, score=AnswerScore("exact_match", 40, score))
     assert asked[:2] == [(False, 4), (False, 32)]
     assert asked[2:]
     assert set(asked[2:]) == {(True, 40)}
@@ -292,7 +298,7 @@ def test_answers_to_validation_rows_are_part_of_the_expected_time(
     assert scored.estimate.seconds >= 2 * 40 * 100.0
     by_loss = train(spec(tmp_path, settings, work="by-loss"), ticking(1.0), before=None)
     assert by_loss.estimate.seconds < 2 * 40 * 100.0
-    within = train(spec(tmp_path, work="within"), ticking(1.0), score=score)
+    within = train(spec(tmp_path, work="within"), stepping(1.0), score=score)
     assert within.estimate.seconds <= 100.0, "a budget counts them"
 
 
@@ -316,7 +322,7 @@ def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
     made = spec(tmp_path)
     (made.work / "decisions.json").write_text("{")
     with pytest.raises(Refused, match="cannot be read") as refused:
-        train(made, ticking(1.0))
+        train(made, stepping(1.0))
     assert "--restart" in str(refused.value.fix)
 
 

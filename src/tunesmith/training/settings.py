@@ -98,7 +98,7 @@ class TrainSettings(WeightSettings):
             le=LONGEST_BUDGET,
             description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
             "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
-            "zero. It counts what is measured before the first step, steps and validations, not loading",
+            "zero. It counts what is measured before the first step, steps, validations and checkpoints, not loading",
         ),
     ] = None
     epochs: Annotated[

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 class TrainerState:
     """Progress of a training. Every checkpoint holds all of it.
 
-    step: steps done. seconds: without the time between a stop and its resume. curve: step, loss, learning_rate, tokens
-    and seconds of each step. validation: step and loss of each validation, and the score and its standard error where
-    answers are scored.
+    step: steps done. seconds: of steps, validations and checkpoints, without the time between a stop and its resume.
+    curve: step, loss, learning_rate, tokens and seconds of each step. validation: step and loss of each validation, and
+    the score and its standard error where answers are scored.
     ended: why the training stopped before the end of its plan.
     """
 

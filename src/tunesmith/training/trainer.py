@@ -146,9 +146,11 @@ class Trainer:
             self.progress.say(decided)
         task.note(self._note(state.curve[-1], step))
         self._on_step(state)
-        if self.finished or self._clock() - self._saved > self.settings.checkpoint_seconds:
+        now = self._clock()
+        if self.finished or now - self._saved > self.settings.checkpoint_seconds:
             self._save()
             self._saved = self._clock()
+            state.seconds += self._saved - now  # which the next checkpoint holds: a kill before that loses it once
 
     def _not_finite(self, what: str, step: int) -> TunesmithError:
         message = f"{what} at step {step} of {len(self.plan)}"
