@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tests.training.test_resume import Said
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.training.schedule import Annealed, Decisions
 from tunesmith.training.settings import TrainSettings
@@ -13,10 +14,12 @@ from tunesmith.training.trainer import Trainer
 
 
 class Part:
-    """A batch of ten tokens, one of which is learned."""
+    """A batch of so many tokens, one of which is learned."""
 
-    tokens = 10
     labels = torch.zeros(1)
+
+    def __init__(self, tokens: int = 10) -> None:
+        self.tokens = tokens
 
 
 class OneNumber:
@@ -78,8 +81,8 @@ def trainer(
     clock = Clock()
     model: Any = OneNumber(clock, steps)
     disk: Any = SlowDisk(clock, writing)
-    plan: Any = [[Part()]] * 10_000
-    before = Decisions(warmup=1, validate_every=more.pop("every", 10_000), scored_rows=0, seconds=0.0)
+    plan: Any = more.pop("plan", [[Part()]] * 10_000)
+    before = Decisions(warmup=1, validate_every=more.pop("every", len(plan)), scored_rows=0, seconds=0.0)
     schedule = Annealed(len(plan), settings, before, None, budget=settings.budget)
     return Trainer(model, plan, settings, disk, schedule=schedule, clock=clock, **more), clock, disk
 
@@ -92,3 +95,39 @@ def test_a_budget_counts_what_checkpoints_take() -> None:
     assert state.seconds == clock.now
     assert disk.states[-1]["seconds"] == state.seconds - 10, "a checkpoint does not hold its own time"
     assert len(disk.states) >= 3
+
+
+def test_a_pause_uses_up_no_budget() -> None:
+    said = Said()
+    made, clock, disk = trainer(TrainSettings(budget=1200), [*[2.0] * 19, 1202.0, 2.0], progress=said)
+    state = made.run()
+    assert len(state.curve) == 588, "of 600 without the pause, which counts as ten steps"
+    assert state.paused == clock.now - state.seconds == 1182
+    assert [line for line in said.lines if "pause" in line] == [
+        "step 20 took 1202 s, more than 10 times as long as the ones before it: 1182 s count as a pause, and not as "
+        "training"
+    ]
+    assert disk.states[-1]["paused"] == 1182
+
+
+def test_a_machine_that_has_become_slow_does_not_pause() -> None:
+    """Or a training on it would go on for as long as it likes. The first slow step alone is taken for a pause."""
+    made, clock, _ = trainer(TrainSettings(budget=1200), [*[2.0] * 20, 100.0])
+    state = made.run()
+    assert state.paused == 80
+    assert clock.now <= 1.05 * 1200 + 2 * 100 + 80
+
+
+def test_long_rows_and_validations_are_no_pauses() -> None:
+    clocks, took = list[Clock](), iter([300.0, 200.0, 6000.0, *[200.0] * 100])
+
+    def validate() -> dict[str, float]:
+        clocks[0].now += next(took)
+        return {"loss": 1.0}
+
+    plan, steps = [*[[Part(10)]] * 9, [Part(1000)]] * 100, [*[1.0] * 9, 100.0] * 100
+    made, clock, _ = trainer(TrainSettings(budget=20_000, patience=100), steps, plan=plan, every=15, validate=validate)
+    clocks.append(clock)
+    state = made.run()
+    assert len(state.validation) > 10
+    assert 2000 < state.paused < 4000, "a pause in a validation is one"

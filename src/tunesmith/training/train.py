@@ -50,6 +50,7 @@ from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehan
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
+from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
 # Part of a training's identity. Raise it when the arithmetic of training or the batch plan changes.
@@ -163,7 +164,7 @@ def run_training(
         environment=checkpoints.identity["environment"],
         state=state,
         estimate=expected,
-        notices=[*([notice] if notice else []), *checkpoints.moved],
+        notices=[*([notice] if notice else []), *_pause(state), *checkpoints.moved],
         decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
         score=validation.described(),
         epochs=epochs,
@@ -332,6 +333,11 @@ def _announce(
     )
     if notice:
         progress.say(notice)
+
+
+def _pause(state: TrainerState) -> list[str]:
+    """A notice of the time in which the training was paused, where it was."""
+    return [f"the training was paused for {state.paused:.0f} s, which do not count"] if state.paused else []
 
 
 def _save(model: TrainableModel, folder: Path, ranks: Ranks) -> Path:
