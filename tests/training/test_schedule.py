@@ -21,6 +21,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
+from tunesmith.training.estimate import MemoryNeeds, memory_needs
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
 from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import TrainSettings
@@ -316,6 +317,25 @@ def test_without_a_budget_a_few_answers_are_timed(tmp_path: Path) -> None:
     assert asked[0] == (False, 4)
     assert set(asked[1:]) == {(True, 40)}
     assert any("at most about" in line for line in said.lines)
+
+
+def test_copies_of_a_model_trained_in_full_are_counted_where_answers_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = list[int]()
+
+    def watched(model: TrainableModel, settings: TrainSettings, **given: Any) -> MemoryNeeds:
+        needs = memory_needs(model, settings, **given)
+        counted.append(needs.copies)
+        return needs
+
+    monkeypatch.setattr("tunesmith.training.train.memory_needs", watched)
+    full = TrainSettings(method="full", batch=4, epochs=1, learning_rate=0.01, validations=1)
+    lora = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=1)
+    for name, settings, scored in (("scored", full, True), ("by loss", full, False), ("lora", lora, True)):
+        score = _scores(itertools.repeat(0.5)) if scored else None
+        train(spec(tmp_path, settings, work=name), ticking(1.0), before=None, score=score)
+    assert counted == [2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0, 0]
 
 
 def test_damaged_decisions_are_refused(tmp_path: Path) -> None:

@@ -201,15 +201,17 @@ def row_scores(
     def answers(model: TrainableModel | None, count: int) -> list[Completion]:
         if sharded is not None:
             return sharded.answer_together(asked[:count], model)
-        name = None
-        if model is not None:
-            folder, name = work / "validated", "validated"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            model.save(folder)
-            engine.load_adapter(name, folder)
-            shutil.rmtree(folder)
-        return engine.generate(asked[:count], name)
+        if model is None:
+            return engine.generate(asked[:count])
+        folder, name = work / "validated", "validated"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        model.save(folder)
+        engine.load_adapter(name, folder)
+        shutil.rmtree(folder)
+        given = engine.generate(asked[:count], name)
+        engine.unload(name)
+        return given
 
     def scores(model: TrainableModel | None, count: int) -> list[float]:
         given = answers(model, count)

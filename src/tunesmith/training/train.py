@@ -36,6 +36,7 @@ from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimate import (
     check_disk,
     check_memory,
+    copied_bytes,
     estimate,
     memory_needs,
     state_bytes,
@@ -279,7 +280,9 @@ def _estimate(
 ) -> Estimate:
     """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
     settings, ranks, clock = spec.settings, validation.ranks, validation.clock
-    needs, kept = memory_needs(model, settings, validates=bool(batches)), spec.work / "estimate.json"
+    copies = copied_bytes(model, settings, spec.base) if validation.rows and ranks.size == 1 else 0
+    needs = memory_needs(model, settings, validates=bool(batches), copies=copies)
+    kept = spec.work / "estimate.json"
     check_disk(spec.work, needs)
     # A budget usually ends before later epochs, whose steps are alike.
     steps: Sequence[Step] = plan if settings.budget is None else plan.epoch(0)
