@@ -270,6 +270,7 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
     done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
     assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
+    assert "validating by the loss: fewer than 30 answers fit into 2.5% of the budget" in done.notices
     assert done.score is None
     assert all("score" not in each for each in done.state.validation)
 

@@ -24,7 +24,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion
@@ -162,6 +162,7 @@ def _spec(
         splits=context.dataset.readable,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
+        notices=validation_notices(context, settings),
     )
 
 
@@ -169,12 +170,10 @@ def _answer_score(
     context: PipelineContext, candidate: Candidate, settings: TrainSettings, work: Path
 ) -> AnswerScore | None:
     """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where
-    validation has to go by the loss, after saying why."""
+    validation goes by the loss."""
     from tunesmith.training.scoring import AnswerScore, Score, mean_score
 
-    rows, reason = scored_rows(context, settings)
-    if reason is not None:
-        context.progress.say(f"{candidate.name}: validating by the loss: {reason}")
+    rows, _reason = scored_rows(context, settings)
     if not rows:
         return None
     scores, groups = row_scores(context, candidate, rows, work), [row.group for row in rows]
@@ -305,7 +304,7 @@ def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
     """The validation rows whose answers are scored in training. Where there are none, the reason is given, unless the
-    settings or the data say so already."""
+    settings say so or there are no validation rows."""
     rows = validation_rows(context)[: settings.validation_rows]
     if settings.validate_by == "loss" or not rows:
         return [], None
@@ -316,6 +315,15 @@ def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list
     except UsageError as error:
         return [], error.what
     return list(rows), None
+
+
+def validation_notices(context: PipelineContext, settings: TrainSettings) -> list[str]:
+    """What people should know of a training's validation, unless the settings say so."""
+    if not validation_rows(context):
+        ends = f"it ends with the budget or after {MOST_EPOCHS} epochs, and " if settings.budget is not None else ""
+        return [f"no validation rows: {ends}the last weights are kept"]
+    _rows, reason = scored_rows(context, settings)
+    return [] if reason is None else [f"validating by the loss: {reason}"]
 
 
 def _validated_by(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> dict[str, Any] | None:

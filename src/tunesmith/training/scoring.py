@@ -96,6 +96,12 @@ class Validation:
         """The metric and the number of rows of the score, for the record; None where there is no score."""
         return {"metric": self.score.metric, "rows": self.rows} if self.score is not None and self.rows else None
 
+    def notices(self) -> list[str]:
+        """Says that answers are not scored although they could be, where that is so."""
+        if self.score is None or self.rows:
+            return []
+        return [f"validating by the loss: fewer than {LEAST_SCORED} answers fit into {_ONE_SHARE:.1%} of the budget"]
+
     def seconds(self, budget: float) -> tuple[float, float]:
         """Measured seconds of a validation loss, and of a row's answer by the untrained base.
 

@@ -72,13 +72,14 @@ def make_spec(
     splits: Sequence[str] = (),
     metrics: MetricsSettings | None = None,
     decisions: Decisions | None = None,
+    notices: Sequence[str] = (),
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
     What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
     `engine: {train: auto}` takes for one process. restart: first delete what the work folder
     holds, so that the training does not resume. splits: of the dataset version, that could be read. decisions: to
-    repeat.
+    repeat. notices: see TrainingSpec.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
     if restart:
@@ -99,6 +100,7 @@ def make_spec(
         splits=tuple(splits),
         metrics=metrics,
         decisions=decisions,
+        notices=tuple(notices),
     )
 
 
@@ -135,7 +137,8 @@ def run_training(
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, trained, len(rows), plan, expected, notice, progress, validation)
+    notices = [*spec.notices, *([notice] if notice else [])]
+    _announce(spec, trained, len(rows), plan, expected, notices, progress, validation)
     DeviceMemory(trained.device).reset_peak()
     schedule = _schedule(spec, plan, expected, validation, progress)
     progress.measured(
@@ -165,7 +168,7 @@ def run_training(
         environment=checkpoints.identity["environment"],
         state=state,
         estimate=expected,
-        notices=[*([notice] if notice else []), *_pause(state), *checkpoints.moved],
+        notices=[*notices, *validation.notices(), *_pause(state), *checkpoints.moved],
         decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
         score=validation.described(),
         epochs=epochs,
@@ -315,7 +318,7 @@ def _announce(
     rows: int,
     plan: TrainingPlan,
     expected: Estimate,
-    notice: str | None,
+    notices: Sequence[str],
     progress: Progress,
     validation: Validation,
 ) -> None:
@@ -334,7 +337,7 @@ def _announce(
         f"training {rows} rows in {length}: {most}about {expected.seconds:.0f} s, "
         f"{expected.peak_memory_bytes / 1e9:.1f} {room} and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
     )
-    if notice:
+    for notice in notices:
         progress.say(notice)
 
 
