@@ -24,6 +24,7 @@ from tunesmith.training.state import TrainerState
 # A fall that would overrun the budget by more than the first share is shortened to the second one. That is lower, since
 # where steps vary it would be shortened again and again.
 _OVERRUN, _SHORTENED = 0.05, 0.04
+ALL_EPOCHS = "all epochs are done"  # why a rate fell
 _RECENT = 10  # steps that say how long one takes now
 
 
@@ -150,7 +151,7 @@ class Annealed:
     def _due(self, state: TrainerState) -> str | None:
         """Why the rate should begin to fall; None while it should not."""
         if state.step + self._falling_steps(state.step) >= self._steps:
-            return "all epochs are done"
+            return ALL_EPOCHS
         # The fall is a share of the steps, so it takes that share of the time that measuring left for them.
         if self._budget is not None:
             for_steps = self._budget - self.decisions.seconds
