@@ -253,6 +253,12 @@ def test_slow_answers_use_up_no_budget(tmp_path: Path) -> None:
     assert told.value.fix == "set budget to 440s or more, or set validate_by: loss, which measures no answers"
 
 
+def test_a_stated_warmup_holds_within_a_budget(tmp_path: Path) -> None:
+    for share, steps in ((0.2, 2000), (0.05, 100), (0.001, 10)):
+        made, _ = _decide(tmp_path / f"{share}", TrainSettings(budget=10_000, warmup=share), 0.001)
+        assert made.warmup == steps
+
+
 def test_what_measuring_left_of_a_budget_is_spent() -> None:
     """Three quarters of the time that is left at a constant rate, and the fall in the last one."""
     before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=46.0)

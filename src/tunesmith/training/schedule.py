@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.files import write_atomic
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
 from tunesmith.training.state import TrainerState
 
 # A fall that would overrun the budget by more than the first share is shortened to the second one. That is lower, since
@@ -180,6 +180,13 @@ class Annealed:
         if self._kept is not None:
             keep_decisions(self._kept, self.decisions)
         return f"the learning rate falls from step {decay.start} to the end at step {decay.stop}: {reason}"
+
+
+def warmup_steps(settings: TrainSettings, steps: float) -> int:
+    """In how many of so many steps the rate rises."""
+    share = math.ceil(settings.warmup * steps)
+    cut = settings.budget is not None and settings.warmup == WARMUP
+    return min(MOST_WARMUP, share) if cut else share
 
 
 def keep_decisions(path: Path, decisions: Decisions) -> None:

@@ -16,7 +16,7 @@ from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import TrainingPlan
-from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions
+from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions, warmup_steps
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 from tunesmith.training.spec import Estimate
 from tunesmith.training.steps import validation_loss
@@ -26,7 +26,6 @@ _FEW = 4  # rows whose answers are timed before those, and for the estimate alon
 _MOST_MEASURED = 0.5  # of the budget
 _ONE_SHARE = 0.025  # of the budget, for the answers of one validation
 _ALL_SHARE = 0.15  # of the budget, for all validations
-_MOST_WARMUP = 100  # steps, since most trainings end long before their budget's most steps
 
 
 class Score(NamedTuple):
@@ -146,7 +145,7 @@ def decide_beforehand(
     if settings.budget is None:
         every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
         made = Decisions(
-            warmup=math.ceil(settings.warmup * steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
+            warmup=warmup_steps(settings, steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
         )
     else:
         made = _within(settings.budget, settings, plan, expected, validation, progress)
@@ -200,7 +199,7 @@ def _within(
     apart = max(budget / settings.validations, each / _ALL_SHARE)
     steps = min(len(plan), budget / max(expected.step_seconds, 1e-9))
     return Decisions(
-        warmup=min(_MOST_WARMUP, math.ceil(settings.warmup * steps)),
+        warmup=warmup_steps(settings, steps),
         validate_every=max(1, min(len(plan), round(apart / max(expected.step_seconds, 1e-9)))),
         scored_rows=rows,
         seconds=measured,

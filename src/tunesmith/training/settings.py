@@ -14,6 +14,8 @@ LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
 # With fewer validation rows than this a score says too little to choose by: one row is more than three points.
 LEAST_SCORED = 30
 MOST_EPOCHS = 40  # within a budget
+WARMUP = 0.05  # share of the steps, by default
+MOST_WARMUP = 100  # steps of that share within a budget: most trainings end long before the most steps that fit in
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
 # Defaults of trainings that have a budget. They do not count as stated: epochs that replace a budget leave them behind.
 _WITH_BUDGET = {"epochs": MOST_EPOCHS, "schedule": "wsd", "validations": 16, "patience": 4}
@@ -118,9 +120,15 @@ class TrainSettings(WeightSettings):
             description="most tokens computed at once; a larger step is computed in parts whose gradients are summed",
         ),
     ] = 4096
-    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the learning rate rises")] = (
-        0.05
-    )
+    warmup: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description=f"share of the steps in which the learning rate rises. Default: {WARMUP:g}, within a budget at "
+            f"most {MOST_WARMUP} steps; any other share holds as it is",
+        ),
+    ] = WARMUP
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"],
         Field(
