@@ -40,7 +40,8 @@ def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[
 
 
 def learns_earlier_answers(examples: Sequence[Example], settings: TrainSettings) -> bool:
-    """Whether a training that is no control learns answers of these examples before the last one of a conversation."""
+    """Whether a training on these examples would learn answers before the last one of a conversation, were it no
+    control."""
     last_alone = settings.loss_on == "last"
     chosen = _drawn(examples, settings, random.Random(settings.seed))
     return any(each.earlier and not (last_alone and each.messages[-1].weight) for each in chosen)
