@@ -102,7 +102,11 @@ def test_settings_of_one_run_and_two_runs_compared(folder: Path) -> None:
         ("plain.epochs=2", "no candidate 'plain' is trained"),
         ("tuned.keep=last", "cannot be changed for one run"),
         ("tuned.epochs=many", "epochs: "),
-        ("tuned.budget=20m", "set either budget or epochs"),
+        ("tuned.budget=20", "set either budget or epochs"),
     ):
-        assert said in told(folder, "run", "--queue", "--set", wrong)
-    assert len(document(folder, "jobs", "list")["jobs"]) == 3
+        assert said in told(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", wrong)
+    document(folder, "run", "--queue", "--set", "tuned.budget=20m")
+    found = {each["name"]: each["b"] for each in document(folder, "jobs", "compare", "1", "4")["settings"]}
+    assert found["candidates.tuned.train.budget"] == 1200, "it replaces the file's epochs"
+    assert found["candidates.tuned.train.epochs"] == 40
+    assert len(document(folder, "jobs", "list")["jobs"]) == 4

@@ -26,6 +26,7 @@ from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.weight_files import check_model_file
 from tunesmith.registry.versions import list_versions
 from tunesmith.server.routing import ReadyVersions
+from tunesmith.services import training
 from tunesmith.store import identities
 
 pytestmark = pytest.mark.slow
@@ -98,6 +99,23 @@ def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
     assert not engine.holds(name)
     ready.answerer(version)
     assert engine.choose([ASKED], name)[0][0] == tuned
+
+
+def test_no_copy_of_it_stays_after_a_scored_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, real = list[bool](), NativeEngine.unload
+
+    def unload(engine: NativeEngine, name: str) -> None:
+        before = engine.holds(name)
+        real(engine, name)
+        held.extend((before, engine.holds(name)))
+
+    monkeypatch.setattr(NativeEngine, "unload", unload)
+    monkeypatch.setattr("tunesmith.pipeline.training.LEAST_SCORED", 1)
+    scored = {"prompt": "prompt.txt", "train": {**TRAIN, "validations": 2}, "max_tokens": 4}
+    write_project(tmp_path / "p", candidates={"tuned": scored}, gates={})
+    done = training.train(Project.load(tmp_path / "p"))
+    assert done.score is not None
+    assert held == [True, False] * 2
 
 
 @pytest.mark.parametrize("words", [("merged", "--dtype", "fp32"), ("gguf", "--dtype", "fp32")])

@@ -91,6 +91,42 @@ def test_memo_recalled_while_waiting_is_refused(project: Project, monkeypatch: p
     assert "was recalled: asked to" in str(error)
 
 
+def test_a_stage_that_is_run_again_goes_on_where_it_was_killed(project: Project) -> None:
+    store, inputs = project.store, {"x": 1}
+
+    def record(n: int) -> str:
+        return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": n}))
+
+    def killed(work: Path) -> str:
+        (work / "half").touch()
+        raise KeyboardInterrupt
+
+    def go_on(work: Path) -> str:
+        assert (work / "half").exists()
+        return record(2)
+
+    first = Stages(project).run("answer plain", "answer", inputs, lambda _: record(1))
+    with pytest.raises(KeyboardInterrupt):
+        Stages(project).run("answer plain", "answer", inputs, killed, again=True)
+    assert Stages(project).known("answer", inputs) is None
+    second = Stages(project).run("answer plain", "answer", inputs, go_on)
+    assert second == record(2) != first
+    assert Stages(project).known("answer", inputs) == Stages(project).run("answer plain", "answer", inputs, killed)
+
+
+def test_a_stage_that_is_refused_when_it_is_run_again_keeps_its_result(project: Project) -> None:
+    def make(_work: Path) -> str:
+        return project.store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
+
+    def refuse(_work: Path) -> str:
+        raise Refused("there is no room")
+
+    first = Stages(project).run("answer plain", "answer", {"x": 1}, make)
+    with pytest.raises(Refused, match="no room"):
+        Stages(project).run("answer plain", "answer", {"x": 1}, refuse, again=True)
+    assert Stages(project).run("answer plain", "answer", {"x": 1}, refuse) == first
+
+
 def test_a_named_source_counts_by_its_bytes_and_not_by_its_path(tmp_path: Path) -> None:
     """An upload has another path each time."""
     found = []

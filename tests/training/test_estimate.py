@@ -170,6 +170,20 @@ def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     check_memory(plan[:2], needs)
 
 
+def test_copies_of_a_scored_validation_take_the_place_of_a_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [_step(folder)]
+    batch = 10**6 * plan[0][0].tokens
+    needs = MemoryNeeds(CPU, lambda part: 10**6 * part.tokens, 500, 0, "train.layers", copies=3 * batch)
+    monkeypatch.setattr(memory, "available_memory", lambda: 3 * batch + 500)
+    check_memory(plan, needs)
+    expected = estimate(plan, 0, 1, lambda _: None, needs).peak_memory_bytes
+    assert expected - estimate(plan, 0, 1, lambda _: None, needs._replace(copies=0)).peak_memory_bytes > batch
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * batch + 500)
+    check_memory(plan, needs._replace(copies=batch))
+    with pytest.raises(Refused, match="copies that a scored validation makes"):
+        check_memory(plan, needs)
+
+
 def test_full_disk_is_refused(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     check_disk(tmp_path / "work", MemoryNeeds(CPU, lambda _: 0, 0, 1000, "train.layers"))

@@ -86,6 +86,18 @@ def test_what_else_is_said(training: dict[str, Any], said: str) -> None:
     assert said in found["text"]
 
 
+def test_a_longer_budget_brings_nothing_where_all_its_epochs_are_done() -> None:
+    training = _training(_rising(0.05), reason="all epochs are done")
+    found = more_time({**training, "settings": {"schedule": "wsd", "budget": 900, "epochs": 40}})
+    assert found is not None
+    assert found["gain"] is None
+    assert "after 40 epochs, the most that a budget reads" in found["text"]
+    assert "`epochs: 80` with `schedule: wsd`" in found["text"]
+    epochs = more_time({**training, "settings": {"schedule": "wsd", "budget": None, "epochs": 40}})
+    assert epochs is not None
+    assert epochs["gain"] is not None, "twice the epochs take twice the time"
+
+
 @pytest.mark.parametrize(
     ("losses", "said"),
     [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 
 from tests.evaluation.probing import row
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example
+from tunesmith.pipeline.training import _of_control
 from tunesmith.training.batches.rows import row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import TrainSettings
@@ -56,6 +60,46 @@ def test_few_rows_are_read_more_often() -> None:
 def test_rows_are_counted_as_they_are_trained(given: dict[str, Any]) -> None:
     settings, examples = TrainSettings.model_validate(given), [row(f"request {n}", "answer") for n in range(30)]
     assert row_count(len(examples), settings) == len(training_rows(examples, settings))
+
+
+def _conversation(number: int, *weights: Literal[0, 1]) -> Example:
+    """A row with a question and an answer for each weight."""
+    turns = [
+        turn
+        for place, weight in enumerate(weights)
+        for turn in (
+            Message(role="user", content=f"question {number}.{place}"),
+            Message(role="assistant", content=f"answer {number}.{place}", weight=weight),
+        )
+    ]
+    return row(f"question {number}", "answer").model_copy(update={"messages": tuple(turns)})
+
+
+def test_a_control_learns_no_answer_behind_its_own_request() -> None:
+    control = TrainSettings(permute_answers=True)
+    rows = [*(_conversation(n, 1, 1) for n in range(6)), _conversation(6, 1, 0)]
+    trained = training_rows(rows, control)
+    for each in trained:
+        assert [turn.weight for turn in each.messages if turn.role == "assistant"] == [0, 1]
+    assert sorted(each.answer for each in trained) == sorted(each.answer for each in rows)
+    assert sum(made.answer == each.answer for made, each in zip(trained, rows, strict=True)) < 4
+    assert training_rows(rows, TrainSettings()) == rows, "other trainings learn all of them"
+
+
+def test_a_control_of_single_answers_keeps_its_key() -> None:
+    """Only a control of conversations learns otherwise than before."""
+    control, several = TrainSettings(permute_answers=True), [_conversation(n, 1, 1) for n in range(3)]
+
+    def key(rows: list[Example], settings: TrainSettings) -> dict[str, str]:
+        dataset: Any = SimpleNamespace(examples=lambda _split: rows)
+        return _of_control(dataset, settings)
+
+    assert key(several, control) == {"learned": "last answers"}
+    assert key([_conversation(0, 1), _conversation(1, 0, 1)], control) == {}
+    last = TrainSettings(permute_answers=True, loss_on="last")
+    assert key(several, last) == {}
+    assert key([_conversation(0, 1, 0)], last) == key(several, control), "the last that is learned is an earlier one"
+    assert key(several, TrainSettings()) == {}
 
 
 def test_stated_epochs_and_a_budget_are_left_alone() -> None:

@@ -22,10 +22,11 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
+from tunesmith.training.estimate import MemoryNeeds, memory_needs
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
-from tunesmith.training.scoring import AnswerScore, Score
+from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.spec import TrainingResult, TrainingSpec
+from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
 from tunesmith.training.train import make_spec, run_training
 
@@ -37,6 +38,13 @@ def ticking(seconds: float) -> Callable[[], float]:
     """A clock that goes on by so much each time it is read."""
     ticks = itertools.count()
     return lambda: next(ticks) * seconds
+
+
+def stepping(seconds: float) -> Callable[[], float]:
+    """A clock by which a step takes so long, and its checkpoint no time. It is read before the first step, and four
+    times in each that ends with a checkpoint: when the step begins and ends, and before and after the checkpoint."""
+    reads = itertools.count()
+    return lambda: (next(reads) + 2) // 4 * seconds
 
 
 def spec(folder: Path, settings: TrainSettings = SETTINGS, work: str = "work", **more: Any) -> TrainingSpec:
@@ -67,8 +75,7 @@ def weights(result: TrainingResult) -> str:
 
 
 def test_rate_falls_when_the_budget_ends(tmp_path: Path) -> None:
-    # The clock is read four times a step: when it begins, when it ends, and for the checkpoint. A step takes 1 s.
-    done = train(spec(tmp_path), ticking(1.0))
+    done = train(spec(tmp_path), stepping(1.0))
     assert done.decisions is not None
     (decay,) = done.decisions.decays
     assert (decay.start, decay.stop, decay.reason) == (75, 100, "the budget is used")
@@ -103,9 +110,9 @@ def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path,
     made = spec(tmp_path)
     for number, reads in enumerate(stops):
         with pytest.raises(Stopped):
-            train(made, stopping(ticking((1.0, 3.0, 0.2)[number]), reads))
-    done = train(made, ticking(0.7))
-    repeated = train(spec(tmp_path, work="again", decisions=done.decisions), ticking(1e9), before=None)
+            train(made, stopping(stepping((1.0, 3.0, 0.2)[number]), reads))
+    done = train(made, stepping(0.7))
+    repeated = train(spec(tmp_path, work="again", decisions=done.decisions), stepping(1e9), before=None)
     assert weights(repeated) == weights(done)
     assert repeated.decisions == done.decisions
     assert repeated.state.step == done.state.step
@@ -114,11 +121,11 @@ def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path,
 def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path: Path) -> None:
     made = spec(tmp_path)
     with pytest.raises(Stopped):
-        train(made, stopping(ticking(1.0), 4 * 75 + 20))
+        train(made, stopping(stepping(1.0), 4 * 75 + 20))
     decided = read_decisions(made.work / "decisions.json")
     assert decided is not None
     assert [each.start for each in decided.decays] == [75]
-    done = train(made, ticking(0.001))
+    done = train(made, stepping(0.001))
     assert done.decisions == decided
     assert done.state.step == 100
 
@@ -126,14 +133,32 @@ def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path:
 def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None:
     made = spec(tmp_path)
     with pytest.raises(Stopped):
-        train(made, stopping(ticking(1.0), 4 * 80))
-    done = train(made, ticking(20.0))
+        train(made, stopping(stepping(1.0), 4 * 80))
+    done = train(made, stepping(1.5))
     assert done.decisions is not None
     first, second, *_ = done.decisions.decays
     assert second.start < second.stop < first.stop == 100
     assert done.state.step == done.decisions.decays[-1].stop
     rates = [each["learning_rate"] for each in done.state.curve]
     assert rates[-1] < rates[second.start] < rates[first.start]
+
+
+def _take(state: TrainerState, seconds: float) -> None:
+    """A step that takes so long."""
+    state.step += 1
+    state.seconds += seconds
+    state.curve.append({"step": state.step, "seconds": seconds})
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.6, 4.0, 10.0, 20.0])
+def test_steps_that_get_slower_in_the_fall_overrun_a_budget_by_five_percent(slower: float) -> None:
+    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=0.0)
+    schedule, state = Annealed(10_000, TrainSettings(budget=1000), before, None, budget=1000.0), TrainerState()
+    while state.ended is None:
+        _take(state, 1.0 if state.seconds < 760 else slower)
+        schedule.decide(state)
+    assert 1000 <= state.seconds <= 1050 + 2 * slower
+    assert len(schedule.decisions.decays) <= 3
 
 
 def _scores(values: Iterator[float]) -> AnswerScore:
@@ -148,7 +173,7 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     values = itertools.chain([0.1, 0.5, 0.7, 0.5, 0.7, 0.55, 0.6, 0.5, 0.6], itertools.repeat(0.9))
     said = SaidAndNoted()
     before = BEFORE.model_copy(update={"scored_rows": 40})
-    done = train(spec(tmp_path), ticking(0.1), before=before, score=_scores(values), progress=said)
+    done = train(spec(tmp_path), stepping(0.1), before=before, score=_scores(values), progress=said)
     assert done.decisions is not None
     # Near scores are ranked by the loss, which falls here: 0.7 at step 25 is better than 0.7 at step 15.
     (decay,) = done.decisions.decays
@@ -165,14 +190,14 @@ def test_flat_score_goes_by_the_loss(tmp_path: Path) -> None:
     before = BEFORE.model_copy(update={"scored_rows": 40})
     for flat in (0.0, 1.0):
         score = _scores(itertools.repeat(flat))
-        done = train(spec(tmp_path, work=f"work-{flat}"), ticking(1.0), before=before, score=score)
+        done = train(spec(tmp_path, work=f"work-{flat}"), stepping(1.0), before=before, score=score)
         losses = [each["loss"] for each in done.state.validation]
         assert done.state.best == losses.index(min(losses))
 
 
 def test_all_epochs_end_a_budget_that_is_longer(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"budget": 1e6, "patience": None, "epochs": 4})
-    done = train(spec(tmp_path, settings), ticking(1.0))
+    done = train(spec(tmp_path, settings), stepping(1.0))
     assert done.state.step == 60
     assert done.state.ended == "all epochs are done"
 
@@ -193,17 +218,66 @@ def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
 def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"budget": 1e-3})
     with pytest.raises(Refused, match="too short: measuring, four steps and one validation take") as refused:
-        train(spec(tmp_path, settings), ticking(1.0), before=None)
+        train(spec(tmp_path, settings), stepping(1.0), before=None)
     assert refused.value.where == "train.budget"
     assert "set budget to" in str(refused.value.fix)
+
+
+def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decisions, list[int]]:
+    """What is decided before the first of at most 10,000 steps of 1 s each, where an answer takes so many seconds; and
+    how many rows the untrained base was asked, each time."""
+    now, asked = [0.0], list[int]()
+
+    def score(_model: TrainableModel | None, rows: int) -> Score:
+        asked.append(rows)
+        now[0] += rows * answer
+        return Score(0.5, 0.1)
+
+    nothing: Any = None
+    scored = AnswerScore("exact_match", 200, score)
+    validation = Validation(nothing, nothing, [], scored, clock=lambda: now[0])
+    expected = Estimate(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
+    plan: Any = range(10_000)
+    return decide_beforehand(settings, plan, expected, validation, folder / "decisions.json", SILENT), asked
+
+
+def test_slow_answers_use_up_no_budget(tmp_path: Path) -> None:
+    """Where a few answers show that none will be scored, no more are measured; a budget of which they take more than
+    half is refused."""
+    settings = TrainSettings(budget=60)
+    made, asked = _decide(tmp_path / "quick", settings, 0.001)
+    assert (asked, made.scored_rows) == ([4, 32], 200)
+    made, asked = _decide(tmp_path / "slow", settings, 2.0)
+    assert (asked, made.scored_rows, made.seconds) == ([4], 0, 8.0)
+    with pytest.raises(Refused, match=r"budget of 60 s .* take 44 s, of which measuring took 40 s") as told:
+        _decide(tmp_path / "slower", settings, 10.0)
+    assert told.value.fix == "set budget to 440s or more, or set validate_by: loss, which measures no answers"
+
+
+def test_a_stated_warmup_holds_within_a_budget(tmp_path: Path) -> None:
+    for share, steps in ((0.2, 2000), (0.05, 100), (0.001, 10)):
+        made, _ = _decide(tmp_path / f"{share}", TrainSettings(budget=10_000, warmup=share), 0.001)
+        assert made.warmup == steps
+
+
+def test_what_measuring_left_of_a_budget_is_spent() -> None:
+    """Three quarters of the time that is left at a constant rate, and the fall in the last one."""
+    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=46.0)
+    schedule, state = Annealed(10_000, TrainSettings(budget=60), before, None, budget=60.0), TrainerState()
+    while state.ended is None:
+        _take(state, 1.0)
+        schedule.decide(state)
+    (decay,) = schedule.decisions.decays
+    assert (decay.start, decay.stop) == (11, 15)
 
 
 def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of scored rows is what fits the budget, and is kept for a resumed run."""
     made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), SaidAndNoted()
-    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda _: (0.001, 0.1))
-    done = train(made, ticking(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
+    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
+    done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
     assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
+    assert "validating by the loss: fewer than 30 answers fit into 2.5% of the budget" in done.notices
     assert done.score is None
     assert all("score" not in each for each in done.state.validation)
 
@@ -215,10 +289,10 @@ def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
         asked.append((model is not None, rows))
         return Score(0.5, 0.1)
 
-    done = train(spec(tmp_path), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, score))
-    assert asked[0] == (False, 32)
-    assert asked[1:]
-    assert set(asked[1:]) == {(True, 40)}
+    done = train(spec(tmp_path), stepping(1.0), before=None, score=AnswerScore("exact_match", 40, score))
+    assert asked[:2] == [(False, 4), (False, 32)]
+    assert asked[2:]
+    assert set(asked[2:]) == {(True, 40)}
     assert done.decisions is not None
     assert done.decisions.scored_rows == 40
 
@@ -233,7 +307,7 @@ def test_answers_to_validation_rows_are_part_of_the_expected_time(
     assert scored.estimate.seconds >= 2 * 40 * 100.0
     by_loss = train(spec(tmp_path, settings, work="by-loss"), ticking(1.0), before=None)
     assert by_loss.estimate.seconds < 2 * 40 * 100.0
-    within = train(spec(tmp_path, work="within"), ticking(1.0), score=score)
+    within = train(spec(tmp_path, work="within"), stepping(1.0), score=score)
     assert within.estimate.seconds <= 100.0, "a budget counts them"
 
 
@@ -253,11 +327,30 @@ def test_without_a_budget_a_few_answers_are_timed(tmp_path: Path) -> None:
     assert any("at most about" in line for line in said.lines)
 
 
+def test_copies_of_a_model_trained_in_full_are_counted_where_answers_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = list[int]()
+
+    def watched(model: TrainableModel, settings: TrainSettings, **given: Any) -> MemoryNeeds:
+        needs = memory_needs(model, settings, **given)
+        counted.append(needs.copies)
+        return needs
+
+    monkeypatch.setattr("tunesmith.training.train.memory_needs", watched)
+    full = TrainSettings(method="full", batch=4, epochs=1, learning_rate=0.01, validations=1)
+    lora = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=1)
+    for name, settings, scored in (("scored", full, True), ("by loss", full, False), ("lora", lora, True)):
+        score = _scores(itertools.repeat(0.5)) if scored else None
+        train(spec(tmp_path, settings, work=name), ticking(1.0), before=None, score=score)
+    assert counted == [2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0, 0]
+
+
 def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
     made = spec(tmp_path)
     (made.work / "decisions.json").write_text("{")
     with pytest.raises(Refused, match="cannot be read") as refused:
-        train(made, ticking(1.0))
+        train(made, stepping(1.0))
     assert "--restart" in str(refused.value.fix)
 
 
@@ -305,8 +398,7 @@ def test_any_course_ends_annealed(speeds: list[float], scores: list[float], ever
     while state.ended is None:
         assert state.step < 500
         rates.append(schedule.rate(state.step))
-        state.step += 1
-        state.seconds += speeds[state.step % len(speeds)] + 0.01
+        _take(state, speeds[(state.step + 1) % len(speeds)] + 0.01)
         if schedule.validates(state.step):
             score = scores[len(state.validation) % len(scores)]
             state.validation.append({"step": state.step, "loss": 1.0, "score": score})

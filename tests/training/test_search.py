@@ -135,6 +135,16 @@ def test_trials_are_annealed(given: dict[str, Any]) -> None:
         assert steps < 20 or (rates[0] < max(rates) > 0.0099 and rates[-1] < 0.003)
 
 
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [({"epochs": 3, "schedule": "wsd"}, 250), ({"budget": 60}, 100), ({"budget": 60, "warmup": 0.1}, 500)],
+)
+def test_trials_warm_up_as_the_training_does(given: dict[str, Any], warmup: int) -> None:
+    schedule = search._schedule(TrainSettings.model_validate(given), 5000, Path("/nowhere"))
+    highest = max(map(schedule.rate, range(5000)))
+    assert next(step for step in range(5000) if schedule.rate(step) == highest) == warmup - 1
+
+
 def test_scores_come_before_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 

@@ -15,6 +15,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import match_layers
 from tunesmith.training.estimate import too_few_numbers
+from tunesmith.training.settings import TrainSettings, changed_training
+from tunesmith.training.subsets import subset_settings
 
 PROJECT = """
 name: lights
@@ -53,6 +55,25 @@ def test_impossible_setting_is_named_before_any_work(
     assert ("tunesmith.yaml, line 6" if said == "finite" else "candidates.tuned.train") in error["where"]
     assert "Traceback" not in err
     assert not (tmp_path / ".tunesmith").exists()
+
+
+def test_epochs_replace_a_budget_with_all_that_came_with_it() -> None:
+    within, stated = TrainSettings(budget=900, batch=8), TrainSettings(budget=900, schedule="wsd", patience=2)
+    assert (within.epochs, within.schedule, within.validations, within.patience) == (40, "wsd", 16, 4)
+    assert changed_training(within, {"epochs": 2}, "here") == TrainSettings(epochs=2, batch=8)
+    assert changed_training(stated, {"epochs": 2}, "here") == TrainSettings(epochs=2, schedule="wsd", patience=2)
+    assert changed_training(within, {"batch": 4}, "here") == TrainSettings(budget=900, batch=4)
+
+
+def test_a_budget_replaces_epochs() -> None:
+    read = TrainSettings(epochs=3, batch=8)
+    assert changed_training(read, {"budget": "10m"}, "here") == TrainSettings(budget=600, batch=8)
+    with pytest.raises(UsageError, match="set either budget or epochs"):
+        changed_training(read, {"budget": "10m", "epochs": 2}, "here")
+
+
+def test_a_subset_s_training_validates_as_often_as_within_a_budget() -> None:
+    assert subset_settings(TrainSettings(budget=900), 50, 2000, 3).validations == 16
 
 
 @given(rank=st.integers(1, 1024), each=st.integers(1, 10_000), labels=st.integers(1, 10**9))

@@ -149,6 +149,7 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
         ("speed", f"{done.examples_per_second:.1f} examples/s, {done.tokens_per_second:.0f} tokens/s"),
         ("peak memory", f"{memory:.2f} GB (expected {expected_memory:.2f} GB)"),
         ("checkpoint", f"{checkpoint:.0f} MB (expected {expected_checkpoint:.0f} MB)"),
+        *(("notice", each) for each in done.notices),
         ("adapter", done.adapter),
         ("record", done.training),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -22,9 +22,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-def changed(part: Part, changes: Mapping[str, Any], where: str) -> Part:
-    """Settings with other values, checked. Raises UsageError, where: as given."""
-    given = {name: getattr(part, name) for name in part.model_fields_set}
+def changed(part: Part, changes: Mapping[str, Any], where: str, without: Collection[str] = ()) -> Part:
+    """Settings with other values, checked. without: settings that count as not stated. Raises UsageError, where: as
+    given."""
+    given = {name: getattr(part, name) for name in part.model_fields_set if name not in without}
     try:
         return type(part).model_validate({**given, **changes})
     except ValidationError as error:

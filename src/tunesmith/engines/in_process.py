@@ -73,6 +73,11 @@ class InProcessEngine(ABC, Generic[Loaded]):
             while len(self._whole) > _WHOLE_KEPT:
                 self._whole.popitem(last=False)
 
+    def unload(self, name: str) -> None:
+        """Forget a model that was trained in full. Adapters stay."""
+        with self._lock:
+            self._whole.pop(name, None)
+
     def holds(self, name: str) -> bool:
         """Whether name is loaded."""
         with self._lock:

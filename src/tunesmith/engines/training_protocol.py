@@ -119,10 +119,17 @@ class TrainableModel(Protocol):
         ...
 
 
+class UnloadingEngine(Engine, Protocol):
+    """An engine in this process, which answers with a model while that is trained."""
+
+    def unload(self, name: str) -> None:
+        """Forget a model that was trained in full, and with it a copy of the base in memory. Adapters stay."""
+
+
 class LoadedModel(Protocol):
     """A base model's frozen weights in this process, loaded once: it answers, and candidates train on it in turn."""
 
-    def engine(self) -> Engine:
+    def engine(self) -> UnloadingEngine:
         """The engine that answers with these weights."""
         ...
 

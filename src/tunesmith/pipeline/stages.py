@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import room_for
+from tunesmith.core.files import room_for, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
@@ -63,6 +63,9 @@ ACTIONS = {
 }
 
 
+_AGAIN = "again"  # in a work folder: the stage was told to run again, and has not ended
+
+
 @dataclass
 class Stage:
     """One stage that was run or skipped. seconds: 0 where it was skipped because its inputs did not change."""
@@ -92,35 +95,50 @@ class Stages:
     ) -> str:
         """Digest of the record that make(work folder) returns; a memo of the same inputs is returned instead.
 
-        again: ignore the memo. Raises Refused where the record was recalled, or where the person may not run the stage.
+        again: ignore the memo; so does the next run where this one was stopped, and goes on with it. Raises Refused
+        where the record was recalled, or where the person may not run the stage.
         """
         store = self.project.store
         key = _key(kind, inputs)
-        if (known := None if again else self._memo(name, key)) is not None:
+        work = self._work(kind, key)
+        if (known := None if again else self._memo(name, key, work)) is not None:
             return known
-        work = store.local("work", f"{kind}-{key.removeprefix('sha256:')[:24]}")
         with store.lock(work.name, f"stage {name}"):
             # Another process may have finished the stage before this one took the lock.
-            if (known := None if again else self._memo(name, key)) is not None:
+            if (known := None if again else self._memo(name, key, work)) is not None:
                 return known
             require(store, self.acting, ACTIONS[kind], scope=self.scope)
             work.mkdir(parents=True, exist_ok=True)
+            if again:
+                write_atomic(work / _AGAIN, b"")
             began = time.perf_counter()
-            with room_for(work):
-                digest = make(work)
+            try:
+                with room_for(work):
+                    digest = make(work)
+            except Refused:
+                (work / _AGAIN).unlink(missing_ok=True)  # it cannot go on: the earlier result stands
+                raise
             self._refuse_recalled(name, digest)
             store.keep_memo(key, digest)
+            (work / _AGAIN).unlink(missing_ok=True)  # before the checkpoints, without which it would run from the start
             shutil.rmtree(work, ignore_errors=True)
         self._report(name, time.perf_counter() - began, skipped=False)
         return digest
 
     def known(self, kind: str, inputs: Mapping[str, Any]) -> str | None:
         """The record that a stage made of the same inputs before, recalled or not; None where it has to run."""
-        return self.project.store.recall_memo(_key(kind, inputs))
+        key = _key(kind, inputs)
+        return self._kept(key, self._work(kind, key))
 
-    def _memo(self, name: str, key: str) -> str | None:
+    def _work(self, kind: str, key: str) -> Path:
+        return self.project.store.local("work", f"{kind}-{key.removeprefix('sha256:')[:24]}")
+
+    def _kept(self, key: str, work: Path) -> str | None:
+        return None if (work / _AGAIN).exists() else self.project.store.recall_memo(key)
+
+    def _memo(self, name: str, key: str, work: Path) -> str | None:
         """The record that the stage made of the same inputs before. Raises Refused where it was recalled."""
-        known = self.project.store.recall_memo(key)
+        known = self._kept(key, work)
         if known is not None:
             self._refuse_recalled(name, known)
             self._report(name, 0.0, skipped=True)

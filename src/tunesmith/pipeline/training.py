@@ -15,16 +15,16 @@ from tunesmith.candidates.composing import Composer, count_prompts, describe_pro
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Progress
-from tunesmith.data.dataset import Example
+from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.governance.signoff import require_signed
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import Declared, Scoring, checked, function_digests, make_scoring, metric_of
 from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.training.batches.rows import TrainingRow, row_count, training_rows
+from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion
@@ -162,6 +162,7 @@ def _spec(
         splits=context.dataset.readable,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
+        notices=validation_notices(context, settings),
     )
 
 
@@ -169,12 +170,10 @@ def _answer_score(
     context: PipelineContext, candidate: Candidate, settings: TrainSettings, work: Path
 ) -> AnswerScore | None:
     """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where
-    validation has to go by the loss, after saying why."""
+    validation goes by the loss."""
     from tunesmith.training.scoring import AnswerScore, Score, mean_score
 
-    rows, reason = scored_rows(context, settings)
-    if reason is not None:
-        context.progress.say(f"{candidate.name}: validating by the loss: {reason}")
+    rows, _reason = scored_rows(context, settings)
     if not rows:
         return None
     scores, groups = row_scores(context, candidate, rows, work), [row.group for row in rows]
@@ -201,15 +200,17 @@ def row_scores(
     def answers(model: TrainableModel | None, count: int) -> list[Completion]:
         if sharded is not None:
             return sharded.answer_together(asked[:count], model)
-        name = None
-        if model is not None:
-            folder, name = work / "validated", "validated"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            model.save(folder)
-            engine.load_adapter(name, folder)
-            shutil.rmtree(folder)
-        return engine.generate(asked[:count], name)
+        if model is None:
+            return engine.generate(asked[:count])
+        folder, name = work / "validated", "validated"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        model.save(folder)
+        engine.load_adapter(name, folder)
+        shutil.rmtree(folder)
+        given = engine.generate(asked[:count], name)
+        engine.unload(name)
+        return given
 
     def scores(model: TrainableModel | None, count: int) -> list[float]:
         given = answers(model, count)
@@ -283,7 +284,16 @@ def training_inputs(
         "prompt": candidate.prompt,
         "settings": fitted(context, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": _validated_by(context, candidate, settings),
+        **_of_control(context.dataset, settings),
     }
+
+
+def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:
+    """What a stage's key says of a control that is trained on conversations with several learned answers: before, it
+    learned all of them, and those before the last one stood behind their own requests."""
+    if settings.permute_answers and learns_earlier_answers(dataset.examples("train"), settings):
+        return {"learned": "last answers"}
+    return {}
 
 
 def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
@@ -294,7 +304,7 @@ def fitted(context: PipelineContext, settings: TrainSettings) -> TrainSettings:
 
 def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
     """The validation rows whose answers are scored in training. Where there are none, the reason is given, unless the
-    settings or the data say so already."""
+    settings say so or there are no validation rows."""
     rows = validation_rows(context)[: settings.validation_rows]
     if settings.validate_by == "loss" or not rows:
         return [], None
@@ -305,6 +315,15 @@ def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list
     except UsageError as error:
         return [], error.what
     return list(rows), None
+
+
+def validation_notices(context: PipelineContext, settings: TrainSettings) -> list[str]:
+    """What people should know of a training's validation, unless the settings say so."""
+    if not validation_rows(context):
+        ends = f"it ends with the budget or after {MOST_EPOCHS} epochs, and " if settings.budget is not None else ""
+        return [f"no validation rows: {ends}the last weights are kept"]
+    _rows, reason = scored_rows(context, settings)
+    return [] if reason is None else [f"validating by the loss: {reason}"]
 
 
 def _validated_by(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> dict[str, Any] | None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.settings import changed
 from tunesmith.core.view import View
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
 from tunesmith.store.store import Store
+from tunesmith.training.settings import changed_training
 
 # What a run may change, by candidate: values of keys of `train:`.
 Changes = Mapping[str, Mapping[str, Any]]
@@ -95,7 +95,10 @@ def value_of(text: str) -> Any:
 
 
 def with_changes(project: Project, changes: Changes) -> Project:
-    """The project of one run. Raises UsageError for what may not be changed, and for values that are not valid."""
+    """The project of one run. Epochs replace a budget, and a budget replaces epochs.
+
+    Raises UsageError for what may not be changed, and for values that are not valid.
+    """
     if not changes:
         return project
     candidates = dict(project.settings.candidates)
@@ -111,7 +114,7 @@ def with_changes(project: Project, changes: Changes) -> Project:
                 where=f"candidates.{name}.train",
                 fix=f"change one of {', '.join(CHANGEABLE)}; the project file has the other settings",
             )
-        update = {"train": changed(train, values, f"candidates.{name}.train")}
+        update = {"train": changed_training(train, values, f"candidates.{name}.train")}
         candidates[name] = candidates[name].model_copy(update=update)
     made = Project(project.root, project.settings.model_copy(update={"candidates": candidates}))
     made.store = project.store

@@ -13,8 +13,9 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks, held
-from tunesmith.engines.settings import HF
+from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.models.base import Base, weight_files
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
 from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
@@ -49,7 +50,8 @@ def state_bytes(settings: TrainSettings) -> int:
 class MemoryNeeds(NamedTuple):
     """What a training needs. memory: that it computes in. batch: bytes to compute a batch, by its shape. later: bytes
     that are allocated after the first steps, for the optimiser's state and the best weights. checkpoint: bytes on the
-    disk. advice: what to set to lower `later`. may_recompute: whether `recompute: true` would lower `batch`."""
+    disk. advice: what to set to lower `later`. may_recompute: whether `recompute: true` would lower `batch`. copies:
+    bytes of the copies of the model that a scored validation makes, while no batch is computed."""
 
     memory: DeviceMemory
     batch: Callable[[Batch], int]
@@ -57,11 +59,13 @@ class MemoryNeeds(NamedTuple):
     checkpoint: int
     advice: str
     may_recompute: bool = False
+    copies: int = 0
 
 
-def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: bool) -> MemoryNeeds:
-    """What a training of model needs. validates: whether there are validation rows, without which no best is kept."""
-    copies = 1 if settings.keep == "best" and validates else 0
+def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: bool, copies: int = 0) -> MemoryNeeds:
+    """What a training of model needs. validates: whether there are validation rows, without which no best is kept.
+    copies: see MemoryNeeds."""
+    best = 1 if settings.keep == "best" and validates else 0
     here, everywhere = (
         sum(each.nbytes for each in tensors)
         for tensors in ([held(parameter) for parameter in parameters(model)], parameters(model))
@@ -69,12 +73,26 @@ def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: b
     return MemoryNeeds(
         DeviceMemory(model.device),
         model.memory_estimate,
-        later=(2 + copies) * here,
-        checkpoint=(3 + copies) * everywhere,
+        later=(2 + best) * here,
+        checkpoint=(3 + best) * everywhere,
         advice="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
-        + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower"),
+        + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower")
+        + (", or train.validate_by to loss" if copies else ""),
         may_recompute=model.engine_name == HF and not settings.recompute,
+        copies=copies,
     )  # fmt: skip
+
+
+def copied_bytes(model: TrainableModel, settings: WeightSettings, base: Base) -> int:
+    """Bytes of the copies that an engine in this process makes of a model that is trained in full, to answer with it.
+
+    One is read; on a CPU it is first compared with the base's weights, then laid out for the network. Adapters are
+    small.
+    """
+    if settings.method != "full":
+        return 0
+    size = sum(path.stat().st_size for path in weight_files(base.folder))
+    return 2 * size if model.device.type == "cpu" else size
 
 
 def trial_step(model: TrainableModel, objective: Objective, ranks: Ranks = ALONE) -> Callable[[Step], None]:
@@ -102,8 +120,9 @@ def check_memory(plan: Iterable[Step], needs: MemoryNeeds, *, local: int = 1) ->
     if max(needed) > free:
         fitting = [batch.tokens for batch, bytes_ in zip(batches, needed, strict=True) if bytes_ <= free]
         raise _batch_too_large(largest, free, needs, max(fitting, default=None))
-    if max(needed) + needs.later > free:
-        raise _state_too_large(needs, free - max(needed))
+    at_once = max(*needed, needs.copies)
+    if at_once + needs.later > free:
+        raise _state_too_large(needs, free - at_once)
     return largest
 
 
@@ -146,7 +165,8 @@ def estimate(
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise _batch_too_large(largest, free, needs, None) from error
-    peak = ranks.most(needs.memory.peak() + needs.later)
+    copied = max(0, needs.copies - needs.batch(largest))  # they take the room of the batch first
+    peak = ranks.most(needs.memory.peak() + needs.later + copied)
     if needs.later > (left := needs.memory.available(ranks.local)):
         raise _state_too_large(needs, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED_STEPS]
@@ -177,8 +197,11 @@ def _batch_too_large(largest: Batch, free: int, needs: MemoryNeeds, fitting: int
 
 
 def _state_too_large(needs: MemoryNeeds, free: int) -> Refused:
+    besides = "a step's memory"
+    if needs.copies:
+        besides += f", or of the {needs.copies / 1e9:.1f} GB of the copies that a scored validation makes"
     return Refused(
-        f"the optimiser's state takes {needs.later / 1e9:.1f} GB on top of a step's memory, but only "
+        f"the optimiser's state takes {needs.later / 1e9:.1f} GB on top of {besides}, but only "
         f"{max(0, free) / 1e9:.1f} GB are free",
         where="train",
         fix=f"set {needs.advice}",

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.training.schedule import ALL_EPOCHS
+
 _FEWEST = 5  # validations that a slope is read from: with fewer, its interval says nothing
 _LATER = 2 / 3  # share of the training that the slope is read from: early gains say little about later ones
 _LEVEL = 0.9
@@ -24,9 +26,15 @@ def more_time(training: Mapping[str, Any]) -> dict[str, Any] | None:
     validation = training["validation"]
     if not validation:
         return None
-    if (stopped := _stopped(training)) is not None:
-        return _said(f"Validation stopped the training ({stopped}), so more time is not expected to bring more.")
-    if training["settings"].get("schedule") in ("cosine", "linear"):
+    reason, settings = _reason(training), training["settings"]
+    if reason.startswith("no "):
+        return _said(f"Validation stopped the training ({reason}), so more time is not expected to bring more.")
+    if reason == ALL_EPOCHS and settings.get("budget") is not None:
+        return _said(
+            f"The training ended after {settings['epochs']} epochs, the most that a budget reads, so a longer budget "
+            f"changes nothing; `epochs: {2 * settings['epochs']}` with `schedule: wsd` would go on."
+        )
+    if settings.get("schedule") in ("cosine", "linear"):
         return _said(
             "The learning rate fell during the whole training, so its scores do not say what more time would bring."
         )
@@ -55,11 +63,10 @@ def _said(text: str, gain: dict[str, float] | None = None, validations: int = 0)
     return {"text": text, "gain": gain, "validations": validations}
 
 
-def _stopped(training: Mapping[str, Any]) -> str | None:
-    """Why validation ended the training; None where its budget or its epochs did."""
+def _reason(training: Mapping[str, Any]) -> str:
+    """Why the learning rate fell, or why the training ended; empty where its plan was done."""
     decays = (training.get("decisions") or {}).get("decays") or ()
-    reason = decays[0]["reason"] if decays else training.get("ended")
-    return reason if reason is not None and reason.startswith("no ") else None
+    return str((decays[0]["reason"] if decays else training.get("ended")) or "")
 
 
 def _by_loss(validation: Sequence[Mapping[str, float]]) -> str:

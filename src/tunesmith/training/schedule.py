@@ -12,15 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.files import write_atomic
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
 from tunesmith.training.state import TrainerState
 
-_OVERRUN = 0.05  # a fall that the budget no longer holds is shortened to this share of the budget
+# A fall that would overrun the budget by more than the first share is shortened to the second one. That is lower, since
+# where steps vary it would be shortened again and again.
+_OVERRUN, _SHORTENED = 0.05, 0.04
+ALL_EPOCHS = "all epochs are done"  # why a rate fell
+_RECENT = 10  # steps that say how long one takes now
 
 
 class Decay(BaseModel):
@@ -134,8 +139,8 @@ class Annealed:
         if last is None:
             reason = self._due(state)
             return None if reason is None else self._fall(step, step + self._falling_steps(step), reason)
-        left = self._affordable(state)
-        if left is None or 2 * left >= last.stop - step:
+        planned = last.stop - step
+        if (left := self._affordable(state, planned)) == planned:
             return None
         return self._fall(step, step + left, "the budget was used before the learning rate had fallen as planned")
 
@@ -146,19 +151,27 @@ class Annealed:
     def _due(self, state: TrainerState) -> str | None:
         """Why the rate should begin to fall; None while it should not."""
         if state.step + self._falling_steps(state.step) >= self._steps:
-            return "all epochs are done"
-        if self._budget is not None and self._spent(state) >= (1 - self._settings.decay) * self._budget:
-            return "the budget is used"
+            return ALL_EPOCHS
+        # The fall is a share of the steps, so it takes that share of the time that measuring left for them.
+        if self._budget is not None:
+            for_steps = self._budget - self.decisions.seconds
+            if state.seconds >= (1 - self._settings.decay) * for_steps:
+                return "the budget is used"
         return state.exhausted(self._settings.patience) if self.validates(state.step) else None
 
     def _spent(self, state: TrainerState) -> float:
         return state.seconds + self.decisions.seconds
 
-    def _affordable(self, state: TrainerState) -> int | None:
-        """Steps left once the budget is overrun; None before that."""
-        if self._budget is None or self._spent(state) <= self._budget:
-            return None
-        return max(1, math.floor(_OVERRUN * self._budget * state.step / max(state.seconds, 1e-9)))
+    def _affordable(self, state: TrainerState, planned: int) -> int:
+        """How many of the planned steps are left: fewer once the budget is overrun, where these would take too long."""
+        spent = self._spent(state)
+        if self._budget is None or spent <= self._budget:
+            return planned
+        recent = max(1e-9, median(each["seconds"] for each in state.curve[-_RECENT:]))
+        if spent + planned * recent <= (1 + _OVERRUN) * self._budget:
+            return planned
+        left = math.floor(((1 + _SHORTENED) * self._budget - spent) / recent)
+        return min(planned, max(1, left))
 
     def _fall(self, start: int, stop: int, reason: str) -> str:
         """Write the decision down, then act by it."""
@@ -167,6 +180,13 @@ class Annealed:
         if self._kept is not None:
             keep_decisions(self._kept, self.decisions)
         return f"the learning rate falls from step {decay.start} to the end at step {decay.stop}: {reason}"
+
+
+def warmup_steps(settings: TrainSettings, steps: float) -> int:
+    """In how many of so many steps the rate rises."""
+    share = math.ceil(settings.warmup * steps)
+    cut = settings.budget is not None and settings.warmup == WARMUP
+    return min(MOST_WARMUP, share) if cut else share
 
 
 def keep_decisions(path: Path, decisions: Decisions) -> None:

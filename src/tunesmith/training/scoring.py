@@ -16,16 +16,16 @@ from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import TrainingPlan
-from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions
+from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions, warmup_steps
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 from tunesmith.training.spec import Estimate
 from tunesmith.training.steps import validation_loss
 
 _TIMED = 32  # rows whose answers are timed before the first step, where a budget is to be divided
-_FEW = 4  # rows whose answers are timed otherwise, for the estimate alone
+_FEW = 4  # rows whose answers are timed before those, and for the estimate alone
+_MOST_MEASURED = 0.5  # of the budget
 _ONE_SHARE = 0.025  # of the budget, for the answers of one validation
 _ALL_SHARE = 0.15  # of the budget, for all validations
-_MOST_WARMUP = 100  # steps, since most trainings end long before their budget's most steps
 
 
 class Score(NamedTuple):
@@ -95,23 +95,34 @@ class Validation:
         """The metric and the number of rows of the score, for the record; None where there is no score."""
         return {"metric": self.score.metric, "rows": self.rows} if self.score is not None and self.rows else None
 
-    def seconds(self) -> tuple[float, float]:
-        """Measured seconds of a validation loss, and of a row's answer by the untrained base."""
+    def notices(self) -> list[str]:
+        """Says that answers are not scored although they could be, where that is so."""
+        if self.score is None or self.rows:
+            return []
+        return [f"validating by the loss: fewer than {LEAST_SCORED} answers fit into {_ONE_SHARE:.1%} of the budget"]
+
+    def seconds(self, budget: float) -> tuple[float, float]:
+        """Measured seconds of a validation loss, and of a row's answer by the untrained base.
+
+        More rows at once take less time each. Where a few take so long that the fewest rows that are scored could not
+        be answered within their share of the budget even if they took no longer than these, no more are timed.
+        """
         began = self.clock()
         if self._batches:
             self._loss()
-        between = self.clock()
-        return between - began, self.answer_seconds(_TIMED, between)
+        loss, answer = self.clock() - began, self.answer_seconds()
+        if answer * _FEW * LEAST_SCORED / _TIMED <= _ONE_SHARE * budget:
+            answer = self.answer_seconds(_TIMED)
+        return loss, answer
 
-    def answer_seconds(self, most: int = _FEW, began: float | None = None) -> float:
+    def answer_seconds(self, most: int = _FEW) -> float:
         """Measured seconds of a row's answer by the untrained base, over at most so many rows; 0 without a score.
 
         Tuned models mostly answer shorter, and more rows at once take less time each, so it is rather too much.
         """
         if self.score is None:
             return 0.0
-        timed = min(most, self.score.rows)
-        began = self.clock() if began is None else began
+        timed, began = min(most, self.score.rows), self.clock()
         self.score.score(None, timed)
         return (self.clock() - began) / timed
 
@@ -134,7 +145,7 @@ def decide_beforehand(
     if settings.budget is None:
         every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
         made = Decisions(
-            warmup=math.ceil(settings.warmup * steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
+            warmup=warmup_steps(settings, steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
         )
     else:
         made = _within(settings.budget, settings, plan, expected, validation, progress)
@@ -164,13 +175,16 @@ def _within(
     progress: Progress,
 ) -> Decisions:
     began = validation.clock()
-    loss, answer = validation.seconds()
+    loss, answer = validation.seconds(budget)
     measured = validation.clock() - began
-    if (least := measured + 4 * expected.step_seconds + loss) > budget:
+    least = measured + 4 * expected.step_seconds + loss
+    if max(least, measured / _MOST_MEASURED) > budget:
+        by_loss = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
         raise Refused(
-            f"the budget of {budget:.2g} s is too short: measuring, four steps and one validation take {least:.2g} s",
+            f"the budget of {_told(budget)} is too short: measuring, four steps and one validation take "
+            f"{_told(least)}, of which measuring took {_told(measured)}",
             where="train.budget",
-            fix=f"set budget to {math.ceil(10 * least)}s or more, or lower validation_rows",
+            fix=f"set budget to {math.ceil(10 * least)}s or more{by_loss}",
         )
     rows = 0
     if validation.score is not None:
@@ -185,8 +199,12 @@ def _within(
     apart = max(budget / settings.validations, each / _ALL_SHARE)
     steps = min(len(plan), budget / max(expected.step_seconds, 1e-9))
     return Decisions(
-        warmup=min(_MOST_WARMUP, math.ceil(settings.warmup * steps)),
+        warmup=warmup_steps(settings, steps),
         validate_every=max(1, min(len(plan), round(apart / max(expected.step_seconds, 1e-9)))),
         scored_rows=rows,
         seconds=measured,
     )
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -37,7 +37,7 @@ from tunesmith.training.halving import (
 )
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.schedule import Annealed, Decay, Decisions, Planned, Schedule
+from tunesmith.training.schedule import Annealed, Decay, Decisions, Planned, Schedule, warmup_steps
 from tunesmith.training.search_space import draw_trials, with_values
 from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, TrainSettings
 from tunesmith.training.state import TrainerState
@@ -45,7 +45,6 @@ from tunesmith.training.train import environment
 from tunesmith.training.trainer import Trainer
 
 _TIMED = 32  # validation rows that are timed before the first trial
-_MOST_WARMUP = 100  # steps, as in a training with a budget
 
 # A model's scores of the first so many validation rows; None stands for the untrained base.
 RowScores = Callable[[TrainableModel | None, int], list[float]]
@@ -225,7 +224,7 @@ def _train_and_check(
     identity = {"trial": shared.trials[result.trial], "steps": result.steps}
     checkpoints = Checkpoints(folder, identity)
     before = shared.clock() - began
-    schedule = _Bounded(_schedule(repeated, result.steps, folder), result.steps, seconds - before)
+    schedule = _Bounded(_schedule(settings, result.steps, folder), result.steps, seconds - before)
     state = Trainer(model, plan, repeated, checkpoints, schedule=schedule, clock=shared.clock).run()
     result = result.model_copy(
         update={"seconds": before + state.seconds, "expected_bytes": expected, "peak_bytes": needs.memory.peak()}
@@ -270,7 +269,7 @@ def _schedule(settings: TrainSettings, steps: int, folder: Path) -> Schedule:
         return Planned(steps, settings)
     fall = min(steps, max(1, round(settings.decay * steps)))
     decay = Decay(start=steps - fall, stop=steps, reason="the trial's steps are done")
-    warmup = min(_MOST_WARMUP, math.ceil(settings.warmup * steps))
+    warmup = warmup_steps(settings, steps)
     decisions = Decisions(warmup=warmup, validate_every=steps, scored_rows=0, seconds=0.0, decays=(decay,))
     return Annealed(steps, settings, decisions, folder / "decisions.json", budget=None)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.core.settings import Duration, Settings
+from tunesmith.core.settings import Duration, Settings, changed
 from tunesmith.engines.settings import WeightSettings
 
 LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
 # With fewer validation rows than this a score says too little to choose by: one row is more than three points.
 LEAST_SCORED = 30
 MOST_EPOCHS = 40  # within a budget
+WARMUP = 0.05  # share of the steps, by default
+MOST_WARMUP = 100  # steps of that share within a budget: most trainings end long before the most steps that fit in
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
-# Defaults of trainings that have a budget.
+# Defaults of trainings that have a budget. They do not count as stated: epochs that replace a budget leave them behind.
 _WITH_BUDGET = {"epochs": MOST_EPOCHS, "schedule": "wsd", "validations": 16, "patience": 4}
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
@@ -75,7 +78,8 @@ class TrainSettings(WeightSettings):
     permute_answers: Annotated[
         bool,
         Field(
-            description="train a control whose answers are shuffled among the requests: it can only learn their form"
+            description="train a control whose answers are shuffled among the requests: it can only learn their form. "
+            "Of a conversation it learns the last answer alone"
         ),
     ] = False
     loss_on: Annotated[
@@ -96,7 +100,7 @@ class TrainSettings(WeightSettings):
             le=LONGEST_BUDGET,
             description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
             "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
-            "zero. It counts what is measured before the first step, steps and validations, not loading",
+            "zero. It counts what is measured before the first step, steps, validations and checkpoints, not loading",
         ),
     ] = None
     epochs: Annotated[
@@ -116,9 +120,15 @@ class TrainSettings(WeightSettings):
             description="most tokens computed at once; a larger step is computed in parts whose gradients are summed",
         ),
     ] = 4096
-    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the learning rate rises")] = (
-        0.05
-    )
+    warmup: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description=f"share of the steps in which the learning rate rises. Default: {WARMUP:g}, within a budget at "
+            f"most {MOST_WARMUP} steps; any other share holds as it is",
+        ),
+    ] = WARMUP
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"],
         Field(
@@ -181,5 +191,20 @@ class TrainSettings(WeightSettings):
                 raise ValueError("set either budget or epochs")
             if given.get("schedule", "wsd") != "wsd":
                 raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")
-            return {**_WITH_BUDGET, **given}
         return given
+
+    @model_validator(mode="after")
+    def _with_budget(self) -> TrainSettings:
+        if self.budget is not None:
+            for name in _WITH_BUDGET.keys() - self.model_fields_set:
+                object.__setattr__(self, name, _WITH_BUDGET[name])  # of a frozen model that is still being made
+        return self
+
+
+def changed_training(train: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
+    """Training settings with other values, checked: epochs replace a budget, and a budget replaces epochs.
+
+    Raises UsageError as `changed` does.
+    """
+    without = [key for key, other in (("epochs", "budget"), ("budget", "epochs")) if changes.get(other) is not None]
+    return changed(train, changes, where, without)

@@ -74,7 +74,8 @@ class TrainingSpec(BaseModel):
     name: the candidate's, for messages and curves. engine: which trains. base: the base model, with the folder of its
     files. dataset: digest of the dataset version that the rows come from. work: the training's own folder, for rows,
     checkpoints and the result. splits: of the dataset version, that could be read. metrics: where its curves are shown.
-    decisions: those of an earlier training, which this one repeats.
+    decisions: those of an earlier training, which this one repeats. notices: what people should know of it, for its
+    record.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -90,6 +91,7 @@ class TrainingSpec(BaseModel):
     splits: tuple[str, ...] = ()
     metrics: MetricsSettings | None = None
     decisions: Decisions | None = None
+    notices: tuple[str, ...] = ()
 
 
 class Estimate(BaseModel):

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 class TrainerState:
     """Progress of a training. Every checkpoint holds all of it.
 
-    step: steps done. seconds: without the time between a stop and its resume. curve: step, loss, learning_rate, tokens
-    and seconds of each step. validation: step and loss of each validation, and the score and its standard error where
-    answers are scored.
-    ended: why the training stopped before the end of its plan.
+    step: steps done. seconds: of steps, validations and checkpoints, without the time between a stop and its resume.
+    curve: step, loss, learning_rate, tokens and seconds of each step. validation: step and loss of each validation, and
+    the score and its standard error where answers are scored.
+    ended: why the training stopped before the end of its plan. paused: seconds in which it stood still, which count
+    nowhere else.
     """
 
     step: int = 0
@@ -22,6 +23,7 @@ class TrainerState:
     curve: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
     ended: str | None = None
+    paused: float = 0.0
 
     @property
     def best(self) -> int | None:

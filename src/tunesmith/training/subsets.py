@@ -39,7 +39,8 @@ def subset_settings(
     """
     batch = max(min(_LEAST_BATCH, settings.batch), round(settings.batch * math.sqrt(rows / whole)))
     changes = {"budget": None, "epochs": epochs, "schedule": "wsd", "keep": "last", "patience": None, "rows": None,
-               "batch": batch, "validate_by": "loss", "canaries": None}  # fmt: skip
+               "batch": batch, "validate_by": "loss", "canaries": None,
+               "validations": settings.validations}  # fmt: skip
     made = TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})
     # A project states one of the two, epochs or a budget. Here the budget only cuts short what has few epochs.
     return made.model_copy(update={"budget": budget})

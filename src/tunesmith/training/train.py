@@ -36,6 +36,7 @@ from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimate import (
     check_disk,
     check_memory,
+    copied_bytes,
     estimate,
     memory_needs,
     state_bytes,
@@ -50,6 +51,7 @@ from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehan
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
+from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
 # Part of a training's identity. Raise it when the arithmetic of training or the batch plan changes.
@@ -70,13 +72,14 @@ def make_spec(
     splits: Sequence[str] = (),
     metrics: MetricsSettings | None = None,
     decisions: Decisions | None = None,
+    notices: Sequence[str] = (),
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
     What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
     `engine: {train: auto}` takes for one process. restart: first delete what the work folder
     holds, so that the training does not resume. splits: of the dataset version, that could be read. decisions: to
-    repeat.
+    repeat. notices: see TrainingSpec.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
     if restart:
@@ -97,6 +100,7 @@ def make_spec(
         splits=tuple(splits),
         metrics=metrics,
         decisions=decisions,
+        notices=tuple(notices),
     )
 
 
@@ -133,7 +137,8 @@ def run_training(
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, trained, len(rows), plan, expected, notice, progress, validation)
+    notices = [*spec.notices, *([notice] if notice else [])]
+    _announce(spec, trained, len(rows), plan, expected, notices, progress, validation)
     DeviceMemory(trained.device).reset_peak()
     schedule = _schedule(spec, plan, expected, validation, progress)
     progress.measured(
@@ -163,7 +168,7 @@ def run_training(
         environment=checkpoints.identity["environment"],
         state=state,
         estimate=expected,
-        notices=[*([notice] if notice else []), *checkpoints.moved],
+        notices=[*notices, *validation.notices(), *_pause(state), *checkpoints.moved],
         decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
         score=validation.described(),
         epochs=epochs,
@@ -278,7 +283,9 @@ def _estimate(
 ) -> Estimate:
     """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
     settings, ranks, clock = spec.settings, validation.ranks, validation.clock
-    needs, kept = memory_needs(model, settings, validates=bool(batches)), spec.work / "estimate.json"
+    copies = copied_bytes(model, settings, spec.base) if validation.rows and ranks.size == 1 else 0
+    needs = memory_needs(model, settings, validates=bool(batches), copies=copies)
+    kept = spec.work / "estimate.json"
     check_disk(spec.work, needs)
     # A budget usually ends before later epochs, whose steps are alike.
     steps: Sequence[Step] = plan if settings.budget is None else plan.epoch(0)
@@ -311,7 +318,7 @@ def _announce(
     rows: int,
     plan: TrainingPlan,
     expected: Estimate,
-    notice: str | None,
+    notices: Sequence[str],
     progress: Progress,
     validation: Validation,
 ) -> None:
@@ -330,8 +337,13 @@ def _announce(
         f"training {rows} rows in {length}: {most}about {expected.seconds:.0f} s, "
         f"{expected.peak_memory_bytes / 1e9:.1f} {room} and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
     )
-    if notice:
+    for notice in notices:
         progress.say(notice)
+
+
+def _pause(state: TrainerState) -> list[str]:
+    """A notice of the time in which the training was paused, where it was."""
+    return [f"the training was paused for {state.paused:.0f} s, which do not count"] if state.paused else []
 
 
 def _save(model: TrainableModel, folder: Path, ranks: Ranks) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 
@@ -22,6 +23,11 @@ from tunesmith.training.schedule import Planned, Schedule
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
 from tunesmith.training.steps import gradients, make_optimizer, parameters, update
+
+# A step that takes so many times as long as the slowest of the last few was paused (ctrl-Z, a stopped container). Its
+# time counts up to there. Of a machine that has become slow, the first step alone is cut.
+_PAUSED, _LAST = 10, 5
+_SHORT = 10.0  # seconds of a step that is never cut
 
 
 def _ignore(_: TrainerState) -> None:
@@ -68,6 +74,8 @@ class Trainer:
         self._optimizer = make_optimizer(model, settings)
         self._best: list[Tensor] | None = None
         self._peak_flops: float | None = None
+        self._token_seconds = deque[float](maxlen=_LAST)  # of the last steps that did not validate
+        self._validating = deque[float](maxlen=_LAST)  # seconds of the last steps that did
         self.state = self._resume()
         self._saved_step = self.state.step
         if self.state.step:
@@ -135,7 +143,7 @@ class Trainer:
         validates = self._validate is not None and self._schedule.validates(state.step)
         if validates:
             self._validate_now()
-        seconds = self._clock() - began
+        seconds = self._counted(self._clock() - began, tokens, validates)
         state.seconds += seconds
         state.curve.append(
             {"step": state.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": seconds}
@@ -146,9 +154,30 @@ class Trainer:
             self.progress.say(decided)
         task.note(self._note(state.curve[-1], step))
         self._on_step(state)
-        if self.finished or self._clock() - self._saved > self.settings.checkpoint_seconds:
+        now = self._clock()
+        if self.finished or now - self._saved > self.settings.checkpoint_seconds:
             self._save()
             self._saved = self._clock()
+            state.seconds += self._saved - now  # which the next checkpoint holds: a kill before that loses it once
+
+    def _counted(self, seconds: float, tokens: int, validates: bool) -> float:
+        """The seconds of a step that count, after saying which do not."""
+        full = len(self._token_seconds) == _LAST
+        usual = max(self._token_seconds) * tokens if full else math.inf
+        if validates:
+            usual += max(self._validating, default=math.inf)
+            self._validating.append(seconds)
+        else:
+            self._token_seconds.append(seconds / tokens)
+        most = max(_SHORT, _PAUSED * usual)
+        if seconds <= most:
+            return seconds
+        self.state.paused += seconds - most
+        self.progress.say(
+            f"step {self.state.step} took {seconds:.0f} s, more than {_PAUSED} times as long as the ones before it: "
+            f"{seconds - most:.0f} s count as a pause, and not as training"
+        )
+        return most
 
     def _not_finite(self, what: str, step: int) -> TunesmithError:
         message = f"{what} at step {step} of {len(self.plan)}"
@@ -239,4 +268,4 @@ class Trainer:
                 self._best = [*(self._best or []), kept["best"]]
         self.model.parameters_changed()
         self.progress.say(f"resuming from step {state['step']}")
-        return TrainerState(**{each.name: state[each.name] for each in fields(TrainerState)})
+        return TrainerState(**{each.name: state[each.name] for each in fields(TrainerState) if each.name in state})

@@ -101,6 +101,7 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
     for part in (
         "Release tuned.", "home@v3", percent(tuned["metrics"]["exact_match"]["mean"]), "passed all 3 gates",
         points(data["lift"]["metrics"]["exact_match"]["difference"]["mean"]), "6 retrieved examples in the prompt",
+        "9 validation rows are too few",
         "estimate 2 min 56 s, 9% off", "exact duplicate", "Licence Apache-2.0", "PHONE_NUMBER", "approve by amir",
         "2026-02-03 10:11:12 UTC", "reason: sound", "general questions",
     ):  # fmt: skip

@@ -198,7 +198,8 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
     body = store.record(candidate.training, kind="training").body
     shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second",
              "tokens_per_second", "peak_memory_bytes", "estimate", "final_loss", "curve",
-             "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions")  # fmt: skip
+             "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions",
+             "notices")  # fmt: skip
     told = {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
     return told | {"more_time": more_time(body)}
 

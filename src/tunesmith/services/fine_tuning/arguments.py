@@ -19,7 +19,7 @@ from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.versions import resolve
 from tunesmith.store.store import Store
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import TrainSettings, changed_training
 
 KIND: Final = "fine_tuning"
 _LONGEST_NAME = 63
@@ -162,11 +162,11 @@ def _serving(store: Store, names: Sequence[str], alias: str, scope: Scope, candi
 def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
     asked, changes = arguments.hyperparameters, dict[str, Any]()
     if asked.n_epochs is not None:
-        changes |= {"epochs": asked.n_epochs, "budget": None}
+        changes["epochs"] = asked.n_epochs
     if asked.batch_size is not None:
         changes["batch"] = asked.batch_size
     if asked.learning_rate_multiplier is not None:
         changes["learning_rate"] = train.learning_rate * asked.learning_rate_multiplier
     if arguments.seed is not None:
         changes["seed"] = arguments.seed
-    return changed(train, changes, "hyperparameters")
+    return changed_training(train, changes, "hyperparameters")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
@@ -24,20 +24,39 @@ class TrainingRow(NamedTuple):
 def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
     """The examples that a training learns from: as many as `rows` allows, drawn by the seed.
 
-    A control (`permute_answers`) has its answers shuffled among the requests. Canaries come last, on top of `rows`.
+    A control (`permute_answers`) has the last answers shuffled among the requests, and learns nothing else: the answers
+    before them still stand behind their own requests. Canaries come last, on top of `rows`.
     """
-    chosen = list(examples)
     draw = random.Random(settings.seed)
-    if settings.rows is not None and settings.rows < len(chosen):
-        chosen = draw.sample(chosen, settings.rows)
+    chosen = _drawn(examples, settings, draw)
     if settings.permute_answers:
-        answers = [example.messages[-1] for example in chosen]
+        answers = [_weighted(example.messages[-1], 1) for example in chosen]
         draw.shuffle(answers)
         chosen = [
-            example.model_copy(update={"messages": (*example.request, answer)})
+            example.model_copy(update={"messages": (*(_weighted(turn, 0) for turn in example.request), answer)})
             for example, answer in zip(chosen, answers, strict=True)
         ]
     return plant(chosen, settings.canaries) if settings.canaries else chosen
+
+
+def learns_earlier_answers(examples: Sequence[Example], settings: TrainSettings) -> bool:
+    """Whether a training on these examples would learn answers before the last one of a conversation, were it no
+    control."""
+    last_alone = settings.loss_on == "last"
+    chosen = _drawn(examples, settings, random.Random(settings.seed))
+    return any(each.earlier and not (last_alone and each.messages[-1].weight) for each in chosen)
+
+
+def _drawn(examples: Sequence[Example], settings: TrainSettings, draw: random.Random) -> list[Example]:
+    """As many examples as `rows` allows."""
+    if settings.rows is None or settings.rows >= len(examples):
+        return list(examples)
+    return draw.sample(list(examples), settings.rows)
+
+
+def _weighted(turn: Message, weight: Literal[0, 1]) -> Message:
+    """An assistant's turn with this weight; any other turn as it is."""
+    return turn.model_copy(update={"weight": weight}) if turn.role == "assistant" and turn.weight != weight else turn
 
 
 def row_count(examples: int, settings: TrainSettings) -> int:

@@ -1,0 +1,49 @@
+"""What a training says of its validation, and where people read it."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from tests.evaluation.probing import row
+from tunesmith.cli.pipeline import _draw_training
+from tunesmith.pipeline.training import validation_notices
+from tunesmith.services.training import ExpectedCost, TrainingSummary
+from tunesmith.training.settings import TrainSettings
+
+
+def _notices(rows: int, **settings: Any) -> list[str]:
+    held = [row(f"request {n}", "answer") for n in range(rows)]
+    task = SimpleNamespace(leading="exact_match")
+    context: Any = SimpleNamespace(
+        dataset=SimpleNamespace(examples=lambda _split: held),
+        project=SimpleNamespace(settings=SimpleNamespace(task=task)),
+    )
+    return validation_notices(context, TrainSettings(**settings))
+
+
+def test_it_says_what_validation_rows_are_missing() -> None:
+    assert _notices(0, budget=60) == [
+        "no validation rows: it ends with the budget or after 40 epochs, and the last weights are kept"
+    ]
+    assert _notices(0, epochs=3) == ["no validation rows: the last weights are kept"]
+    assert _notices(10, budget=60) == [
+        "validating by the loss: 10 validation rows are too few to choose by exact_match"
+    ]
+    assert _notices(10, budget=60, validate_by="loss") == [], "the settings say so"
+
+
+def test_notices_are_shown_after_a_training() -> None:
+    cost = ExpectedCost(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
+    done = TrainingSummary(
+        training="sha256:1", adapter="a", weights="sha256:2", examples_per_second=1.0, tokens_per_second=1.0,
+        seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1, estimate=cost, final_loss=1.0, rows=1, epochs=1.0,
+        steps=1, kept=1, tokens=1, tokens_computed=1, labels=1, parameters=1, validation=(), score=None,
+        decisions=None, notices=("no validation rows: the last weights are kept",), overfitting=[], more_time=None,
+    )  # fmt: skip
+    shown = io.StringIO()
+    _draw_training(Console(file=shown, width=200), done)
+    assert "no validation rows: the last weights are kept" in shown.getvalue()
