@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.training.test_resume import Said
+from tests.said import Said
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.training.schedule import Annealed, Decisions
 from tunesmith.training.settings import TrainSettings
