@@ -26,6 +26,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.native.model import NativeModel
 from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.metrics.declared import make_scoring
@@ -82,8 +83,13 @@ class Bench:
         return resolve_base(self.store, str(folder), self.folder)
 
     @cached_property
+    def model(self) -> NativeModel:
+        """The weights that answer, and that every training starts from."""
+        return NativeModel(self.base)
+
+    @cached_property
     def engine(self) -> NativeEngine:
-        return NativeEngine(self.base)
+        return self.model.engine()
 
     def dataset(self, learned: Sequence[Example], test: Sequence[Example], validation: Sequence[Example] = ()) -> str:
         """A dataset version of these rows."""
@@ -107,7 +113,7 @@ class Bench:
             settings=chosen,
             work=self.folder / "work",
         )
-        training = train(self.store, spec)
+        training = train(self.store, spec, model=self.model)
         shutil.rmtree(self.folder / "work")
         for name, blob in self.store.record(training).blobs.items():
             write_atomic(self.folder / "adapter" / name, self.store.read_blob(blob))
