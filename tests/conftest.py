@@ -39,19 +39,23 @@ settings.load_profile("default")
 # Files that take minutes run first, so that no worker is left with one of them at the end.
 _LONGEST = (
     "slow/test_real_model.py",
+    "server/test_hosted_example.py",
     "slow/test_real_risks.py",
-    "attacks/test_kill_points.py",
-    "data/building/test_ray_runner.py",
     "pipeline/test_together.py",
+    "jobs/test_worker.py",
+    "test_service_benchmark.py",
+    "attacks/test_kill_points.py",
     "jobs/test_on_ray.py",
-    "store/test_two_machines.py",
+    "data/building/test_ray_runner.py",
+    "console/test_second_half.py",
+    "server/test_fine_tuning_service.py",
+    "server/test_schemathesis.py",
     "engines/hf/test_support_matrix.py",
     "training/test_ranks.py",
-    "jobs/test_worker.py",
+    "store/test_two_machines.py",
     "jobs/test_postgresql.py",
     "jobs/test_killed_effects.py",
     "evaluation/probes/test_probes_catch.py",
-    "server/test_schemathesis.py",
 )
 
 
