@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.forked import forkserver
 from tests.tiny_project import SCHEMA, rows, settings, write_project
@@ -20,7 +19,8 @@ from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.copying import invented
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.cli.main import app
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
@@ -343,8 +343,6 @@ def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, 
 
 
 def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
-    from tunesmith.core.errors import TunesmithError
-
     (project / "prompt.txt").write_text("Other.\n")
     walk = pipeline.PipelineContext(Project.load(project))
     store = walk.project.store
@@ -376,11 +374,13 @@ def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
     assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
 
 
-def _recall(project: Path, *words: str, code: int = 0) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tunesmith", "recall", *words, "-C", str(project), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout) if done.stdout else {}
+def _recall(project: Path, *words: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["recall", *words, "-C", str(project), "--json"])
+    if isinstance(done.exception, TunesmithError):
+        raise done.exception
+    assert done.exit_code == 0, (done.output, done.exception)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
@@ -400,7 +400,8 @@ def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
     data: Any = settings()["data"]
     data["sources"] = [*data["sources"], {"path": "copy.jsonl", "licence": "CC0-1.0"}]
     words = ("--row", row.id)
-    _recall(project, *words, "--check", code=2)  # never recalled
+    with pytest.raises(UsageError):  # never recalled
+        _recall(project, *words, "--check")
     found = _recall(project, *words, "--reason", "asked to")
     assert {one["kind"] for one in found["reached"]} >= {"dataset", "training", "version"}
     assert len(found["adapters"]) == 1

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
+from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.probes.items import ITEMS, decode_items
 from tunesmith.pipeline.probes import risk
@@ -148,9 +148,8 @@ def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any
 
 
 def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> None:
-    command = [sys.executable, "-m", "tunesmith", "plan", "-C", str(judged[0]), "--json", "--lift", "0.3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["plan", "-C", str(judged[0]), "--json", "--lift", "0.3"])
+    assert done.exit_code == 0, (done.output, done.exception)
     document = json.loads(done.stdout)
     gate = document["gates"][0]
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
