@@ -35,7 +35,7 @@ from tunesmith.evaluation.probes.context import probe_context
 from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.probes.suites import ask, suite_of
-from tunesmith.evaluation.scores import column
+from tunesmith.evaluation.scores import Column, column
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
@@ -67,6 +67,7 @@ class Bench:
     folder: Path
     spec: str | None = None  # another base than the tiny one
     _asked: dict[tuple[str, str | None, int], list[dict[str, Any]]] = field(default_factory=dict)
+    _scored: dict[tuple[str, str], Column] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> Store:
@@ -160,8 +161,14 @@ class Bench:
         )
         return judge_gate(asked, evidence)
 
-    def scores(self, candidate: Candidate, dataset: str) -> Any:
-        """Scores of the test rows by the leading metric."""
+    def scores(self, candidate: Candidate, dataset: str) -> Column:
+        """Scores of the test rows by the leading metric, which every finding about a candidate needs."""
+        key = candidate.model_dump_json(), dataset
+        if key not in self._scored:
+            self._scored[key] = self._scores(candidate, dataset)
+        return self._scored[key]
+
+    def _scores(self, candidate: Candidate, dataset: str) -> Column:
         test = load_dataset(self.store, dataset).examples("test")
         answerer = Answerer(self.store, self.engine, candidate)
         given = self.engine.generate([answerer.generation(each.request, ANYONE) for each in test], candidate.training)
