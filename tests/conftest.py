@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -82,3 +83,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     place = {str(folder / name): number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays. Each comparison of an export collects garbage twice, and would otherwise look
+    through some thousand modules each time, which takes a second."""
+    gc.freeze()
