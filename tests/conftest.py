@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from sqlalchemy import Engine
 
 from tunesmith.core.memory import available_memory
+from tunesmith.store import database
+from tunesmith.store.store import DATABASE
 
 pytest_plugins = ["tests.attack_table", "tests.postgresql_server"]
 
@@ -64,6 +70,38 @@ _LONGEST = (
 def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers of several test processes do not wait for each other."""
     os.environ["TUNESMITH_SLOTS"] = str(tmp_path_factory.mktemp("slots"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migrated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new SQLite store of a test is a copy of one that was migrated: there are thousands, and migrating takes 45 ms.
+
+    Migrations are tested in store/test_migrations.py, on databases of other names. Other processes migrate.
+    """
+    made, migrate = tmp_path_factory.mktemp("migrated") / "made", database.migrate
+    database.connect(f"sqlite:///{made}").dispose()
+    content = made.read_bytes()
+
+    def copied(engine: Engine) -> None:
+        path = Path(engine.url.database or "")
+        if engine.dialect.name == "sqlite" and path.name == DATABASE and not path.exists():
+            with contextlib.suppress(OSError):  # as an existing file, or a folder that cannot be written
+                _put(path, content)
+        migrate(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "migrate", copied)
+        yield
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a new file as a whole. Raises OSError where there is one, or it cannot be written."""
+    beside = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        beside.write_bytes(content)
+        os.link(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
