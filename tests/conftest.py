@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from sqlalchemy import Engine
 
 from tunesmith.core.memory import available_memory
+from tunesmith.store import database
+from tunesmith.store.store import DATABASE
 
 pytest_plugins = ["tests.attack_table", "tests.postgresql_server"]
 
@@ -42,19 +49,23 @@ settings.load_profile("default")
 # Files that take minutes run first, so that no worker is left with one of them at the end.
 _LONGEST = (
     "slow/test_real_model.py",
+    "server/test_hosted_example.py",
     "slow/test_real_risks.py",
-    "attacks/test_kill_points.py",
-    "data/building/test_ray_runner.py",
     "pipeline/test_together.py",
+    "jobs/test_worker.py",
+    "test_service_benchmark.py",
+    "attacks/test_kill_points.py",
     "jobs/test_on_ray.py",
-    "store/test_two_machines.py",
+    "data/building/test_ray_runner.py",
+    "console/test_second_half.py",
+    "server/test_fine_tuning_service.py",
+    "server/test_schemathesis.py",
     "engines/hf/test_support_matrix.py",
     "training/test_ranks.py",
-    "jobs/test_worker.py",
+    "store/test_two_machines.py",
     "jobs/test_postgresql.py",
     "jobs/test_killed_effects.py",
     "evaluation/probes/test_probes_catch.py",
-    "server/test_schemathesis.py",
 )
 
 
@@ -62,6 +73,38 @@ _LONGEST = (
 def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers of several test processes do not wait for each other."""
     os.environ["TUNESMITH_SLOTS"] = str(tmp_path_factory.mktemp("slots"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migrated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new SQLite store of a test is a copy of one that was migrated: there are thousands, and migrating takes 45 ms.
+
+    Migrations are tested in store/test_migrations.py, on databases of other names. Other processes migrate.
+    """
+    made, migrate = tmp_path_factory.mktemp("migrated") / "made", database.migrate
+    database.connect(f"sqlite:///{made}").dispose()
+    content = made.read_bytes()
+
+    def copied(engine: Engine) -> None:
+        path = Path(engine.url.database or "")
+        if engine.dialect.name == "sqlite" and path.name == DATABASE and not path.exists():
+            with contextlib.suppress(OSError):  # as an existing file, or a folder that cannot be written
+                _put(path, content)
+        migrate(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "migrate", copied)
+        yield
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a new file as a whole. Raises OSError where there is one, or it cannot be written."""
+    beside = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        beside.write_bytes(content)
+        os.link(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,3 +124,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     place = {str(folder / name): number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays. Each comparison of an export collects garbage twice, and would otherwise look
+    through some thousand modules each time, which takes a second."""
+    gc.freeze()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
@@ -16,6 +18,7 @@ from tunesmith.training import together as training
 
 libraries.transformers()
 libraries.peft()
+gc.freeze()  # a process that collects garbage would copy the memory of all that is loaded here
 
 __all__ = [
     "GPT2LMHeadModel",

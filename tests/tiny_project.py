@@ -20,6 +20,11 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+# Half of a run would be spent on loading the recognisers of personal data and measuring their detection recall, which
+# tests/data/privacy does; tests/pipeline/test_start.py runs a project with the defaults.
+PRIVACY: dict[str, Any] = {"entities": ["SECRET"], "synthetic_values": 0}
+
+
 def rows() -> list[dict[str, Any]]:
     """120 commands; each is a group of its own: fewer than twenty held-out groups decide nothing."""
     found = []
@@ -42,6 +47,7 @@ def settings() -> dict[str, object]:
             "sources": [{"path": "rows.jsonl", "licence": "CC0-1.0"}],
             "duplicates": {"near": None},
             "split": {"validation": 0.1, "test": 0.3, "group_by": "template"},
+            "privacy": PRIVACY,
         },
         "task": {"schema": "schema.json", "scorers": ["json_valid", "exact_match"]},
         "candidates": {

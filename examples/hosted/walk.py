@@ -189,10 +189,10 @@ def drift(service: Service) -> None:
     service.shown("rollout", "start", served)
     service.hold_against_champion()
     say(f"  from one day on, requests come as e-mails: {EMAILS} of them")
-    rows = service.rows()
+    rows, client = service.rows(), service.client
     for number in range(EMAILS):
         question = email(rows[number % len(rows)]["messages"][0]["content"], number)
-        service.client.chat.completions.create(model=name, messages=[{"role": "user", "content": question}])
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": question}])
     say("  somebody adds examples of such e-mails to the rows")
     with (service.folder / "rows.jsonl").open("a") as stream:
         for number, row in enumerate(rows[:EMAILS]):
@@ -205,7 +205,7 @@ def drift(service: Service) -> None:
     service.finished(due["job"])
     service.shown("status")
     refused(service, f"{name}@v2", None)
-    answer = service.client.chat.completions.create(model=name, messages=[{"role": "user", "content": question}])
+    answer = client.chat.completions.create(model=name, messages=[{"role": "user", "content": question}])
     require(answer.model == served, f"{served} answers until somebody approves {name}@v2 and starts a rollout")
 
 

@@ -26,6 +26,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.native.model import NativeModel
 from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.metrics.declared import make_scoring
@@ -34,7 +35,7 @@ from tunesmith.evaluation.probes.context import probe_context
 from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.probes.suites import ask, suite_of
-from tunesmith.evaluation.scores import column
+from tunesmith.evaluation.scores import Column, column
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
@@ -66,6 +67,7 @@ class Bench:
     folder: Path
     spec: str | None = None  # another base than the tiny one
     _asked: dict[tuple[str, str | None, int], list[dict[str, Any]]] = field(default_factory=dict)
+    _scored: dict[tuple[str, str], Column] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> Store:
@@ -82,8 +84,13 @@ class Bench:
         return resolve_base(self.store, str(folder), self.folder)
 
     @cached_property
+    def model(self) -> NativeModel:
+        """The weights that answer, and that every training starts from."""
+        return NativeModel(self.base)
+
+    @cached_property
     def engine(self) -> NativeEngine:
-        return NativeEngine(self.base)
+        return self.model.engine()
 
     def dataset(self, learned: Sequence[Example], test: Sequence[Example], validation: Sequence[Example] = ()) -> str:
         """A dataset version of these rows."""
@@ -107,7 +114,7 @@ class Bench:
             settings=chosen,
             work=self.folder / "work",
         )
-        training = train(self.store, spec)
+        training = train(self.store, spec, model=self.model)
         shutil.rmtree(self.folder / "work")
         for name, blob in self.store.record(training).blobs.items():
             write_atomic(self.folder / "adapter" / name, self.store.read_blob(blob))
@@ -154,8 +161,14 @@ class Bench:
         )
         return judge_gate(asked, evidence)
 
-    def scores(self, candidate: Candidate, dataset: str) -> Any:
-        """Scores of the test rows by the leading metric."""
+    def scores(self, candidate: Candidate, dataset: str) -> Column:
+        """Scores of the test rows by the leading metric, which every finding about a candidate needs."""
+        key = candidate.model_dump_json(), dataset
+        if key not in self._scored:
+            self._scored[key] = self._scores(candidate, dataset)
+        return self._scored[key]
+
+    def _scores(self, candidate: Candidate, dataset: str) -> Column:
         test = load_dataset(self.store, dataset).examples("test")
         answerer = Answerer(self.store, self.engine, candidate)
         given = self.engine.generate([answerer.generation(each.request, ANYONE) for each in test], candidate.training)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.data.building.test_ray_runner import PATIENT
-from tests.jobs.waiting import wait
+from tests.jobs.processes import wait
 from tests.own_group import run_whole_group
 from tests.tiny_project import settings, write_project
 from tests.waiting import until

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -14,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.jobs.conftest import SetClock
+from tests.jobs.processes import keep, meet
 from tests.tiny_project import settings, write_project
-from tests.waiting import until
 from tunesmith.core.errors import UsageError
 from tunesmith.engines import device
 from tunesmith.jobs import leases, queue, slots
@@ -79,11 +77,6 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def keep(_held: HeldSlot, ready: Any) -> None:
-    ready.set()
-    time.sleep(600)
-
-
 @pytest.mark.attack("crash", "kill -9 of what holds a slot")
 def test_a_slot_is_held_until_the_jobs_process_has_ended_too() -> None:
     """A worker that ends first does not free what its job still computes on; kill -9 of the job does."""
@@ -102,21 +95,8 @@ def test_a_slot_is_held_until_the_jobs_process_has_ended_too() -> None:
 # Workers
 
 
-def perform(root: Path, lease: Lease, held: HeldSlot) -> None:
-    """A job that ends once another one has begun."""
-    from tunesmith.engines.process import prepare_process
-
-    held.show_gpus()
-    store = Store(root)
-    leases.log(store, lease, "here")
-    others = [job.id for job in queue.list_jobs(store) if job.id != lease.job]
-    until(lambda: any(line.message == "here" for other in others for line in queue.events(store, other)))
-    found = {"cores": sorted(os.sched_getaffinity(0)), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
-    leases.finish(store, lease, {**found, "threads": prepare_process()})
-
-
 def start(root: Path, lease: Lease, held: HeldSlot) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=perform, args=(root, lease, held))
+    process = multiprocessing.get_context("spawn").Process(target=meet, args=(root, lease, held))
     process.start()
     return process
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 from tests.commands import call
 from tests.jobs.conftest import SetClock
+from tests.jobs.processes import obey
 from tests.tiny_project import settings, write_project
 from tests.waiting import gone, until
 from tunesmith.api import Project
@@ -33,21 +33,11 @@ from tunesmith.services import jobs, training
 from tunesmith.store.store import Store
 
 
-def perform(root: Path, lease: Lease) -> None:
-    """A job's process: its arguments say what it does."""
-    store = Store(root)
-    given = queue.get(store, lease.job).arguments
-    if given.get("dies"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(given.get("starts_in", 0.0))
-    leases.finish(store, lease, {"process": os.getpid()})
-
-
 def places(root: Path) -> list[LocalPlace]:
     """Two places, or one where there is one core."""
 
     def start(lease: Lease, _held: HeldSlot) -> BaseProcess:
-        process = multiprocessing.get_context("spawn").Process(target=perform, args=(root, lease))
+        process = multiprocessing.get_context("spawn").Process(target=obey, args=(root, lease))
         process.start()
         return process
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.commands import call, printed
+from tests.data.rows import NO_SCAN
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
 from tunesmith.data.building.build import build_dataset
@@ -29,6 +30,12 @@ from tunesmith.monitoring.cases import (
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting, add_user
 from tunesmith.store.store import Store
+
+DATA: dict[str, Any] = {
+    "duplicates": {"near": None},
+    "split": {"test": 0.2, "group_by": "template"},
+    "privacy": NO_SCAN,
+}
 
 
 def case(number: int, score: float = 0.0, **more: Any) -> Case:
@@ -174,7 +181,7 @@ def _rows(path: Path, count: int) -> None:
 def test_cases_are_held_out_and_the_dataset_verifies(store: Store, tmp_path: Path) -> None:
     _rows(tmp_path / "rows.jsonl", 30)
     source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
-    plain = {"sources": [source], "duplicates": {"near": None}, "split": {"test": 0.2, "group_by": "template"}}
+    plain = {"sources": [source], **DATA}
     before = build_dataset(store, DataSettings.model_validate(plain), tmp_path)
     assert "held_groups" not in store.record(before).body
     assert store.record(before).body["settings"]["sources"][0]["split"] is None
@@ -205,7 +212,7 @@ def test_a_case_with_tools_becomes_a_row_with_them(store: Store, tmp_path: Path)
     _added(store, tmp_path / "cases.jsonl")
     _rows(tmp_path / "rows.jsonl", 30)
     sources = [{"path": "rows.jsonl", "licence": "CC0-1.0"}, {"path": "cases.jsonl", "split": "test"}]
-    stated = {"sources": sources, "duplicates": {"near": None}, "split": {"test": 0.2, "group_by": "template"}}
+    stated = {"sources": sources, **DATA}
     dataset = load_dataset(store, build_dataset(store, DataSettings.model_validate(stated), tmp_path))
     (row,) = (each for each in dataset.examples("test") if each.source == "cases.jsonl")
     assert row.request == with_tools(turns, [tool])
@@ -216,7 +223,7 @@ def test_a_case_with_tools_becomes_a_row_with_them(store: Store, tmp_path: Path)
 def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path) -> None:
     _rows(tmp_path / "rows.jsonl", 30)
     source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
-    plain = {"sources": [source], "duplicates": {"near": None}, "split": {"test": 0.2, "group_by": "template"}}
+    plain = {"sources": [source], **DATA}
     before = load_dataset(store, build_dataset(store, DataSettings.model_validate(plain), tmp_path))
     moved = before.examples("train")[0]
     row = {"prompt": "wholly other", "completion": "{}", "template": moved.group}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,8 +114,7 @@ def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> 
     read = yaml.safe_load((folder / "tunesmith.yaml").read_text())
     del read["data"]["sources"][0]["licence"]
     (folder / "tunesmith.yaml").write_text(yaml.safe_dump(read))
-    words = [sys.executable, "-m", "tunesmith", "data", "build", "-C", str(folder), "--json"]
-    unlicensed = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert unlicensed.returncode == 3
-    assert "without a licence" in unlicensed.stderr
-    assert "a.jsonl" in unlicensed.stderr
+    with pytest.raises(Refused, match="without a licence") as caught:
+        build(Project.load(folder))
+    assert caught.value.exit_code == 3
+    assert "a.jsonl" in str(caught.value)

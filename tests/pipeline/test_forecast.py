@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.pipeline.large_project import write_large
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.search import tried_rows
-from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.cli.main import app
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.evaluation.forecasting.conclude import Wanted, conclude
 from tunesmith.evaluation.forecasting.outcome import find_forecast
@@ -357,9 +357,10 @@ def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found
 
 
 def _command(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "-m", "tunesmith", "forecast", "-C", str(folder), "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, json.loads(done.stdout)
+    done = CliRunner().invoke(app, ["forecast", "-C", str(folder), "--json", *arguments])
+    if isinstance(done.exception, TunesmithError):
+        return done.exception.exit_code, done.exception.as_json()
+    return done.exit_code, json.loads(done.stdout)
 
 
 def test_exit_codes_say_the_decision(project: Project, found: Forecast) -> None:

@@ -19,7 +19,7 @@ from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.copying import invented
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
@@ -342,8 +342,6 @@ def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, 
 
 
 def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
-    from tunesmith.core.errors import TunesmithError
-
     (project / "prompt.txt").write_text("Other.\n")
     walk = pipeline.PipelineContext(Project.load(project))
     store = walk.project.store

@@ -13,11 +13,13 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tests.tiny import write_model
 from tests.tiny_project import rows
 from tunesmith.api import Project
+from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.pipeline.context import PipelineContext
@@ -129,9 +131,9 @@ def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:
 def test_a_rename_without_a_name_is_refused(tmp_path: Path) -> None:
     words = ["init", "--data", "x.csv", "--licence", "MIT", "-C", str(tmp_path), "--rename"]
     for said in ("text", "=prompt", "text="):
-        done = subprocess.run([sys.executable, "-m", "tunesmith", *words, said], capture_output=True, text=True)
-        assert done.returncode == 2
-        assert "--rename text=prompt" in done.stderr
+        refused = CliRunner().invoke(app, [*words, said]).exception
+        assert isinstance(refused, UsageError)
+        assert "--rename text=prompt" in str(refused)
 
 
 def test_init_overwrites_nothing_and_checks_licences(tmp_path: Path) -> None:
@@ -288,8 +290,9 @@ def test_init_says_which_key_has_too_few_values_and_when_rows_are_too_few_to_dec
     data = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}", "template": f"part {n % 5}"} for n in range(60)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = _cli("init", "--data", str(data), "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"))
-    assert done.returncode == 0, done.stderr
+    words = ["init", "--data", str(data), "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
     assert "`template` has 5 values, too few to hold out whole groups" in done.stdout
     assert "about 12 rows will be held out to test" in done.stdout
     assert "give at least 100 rows" in done.stdout
@@ -362,13 +365,14 @@ def test_errors_on_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_folder_may_be_named_before_the_command(tmp_path: Path) -> None:
-    found = [_cli(*words, "--json") for words in (["-C", str(tmp_path), "doctor"], ["doctor", "-C", str(tmp_path)])]
+    orders = (["-C", str(tmp_path), "doctor"], ["doctor", "-C", str(tmp_path)])
+    found = [CliRunner().invoke(app, [*words, "--json"]) for words in orders]
     first, second = (json.loads(done.stdout)["checks"] for done in found)
     assert first[-3:] == second[-3:]
     assert str(tmp_path) in first[-3]["detail"]
-    twice = _cli("-C", str(tmp_path), "doctor", "-C", ".")
-    assert twice.returncode == 2
-    assert "-C is given twice" in twice.stderr
+    twice = CliRunner().invoke(app, ["-C", str(tmp_path), "doctor", "-C", "."]).exception
+    assert isinstance(twice, UsageError)
+    assert "-C is given twice" in str(twice)
 
 
 def test_help_imports_nothing_heavy() -> None:

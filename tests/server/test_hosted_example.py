@@ -27,11 +27,10 @@ SCHEMA = {
 
 def hosted_project(folder: Path) -> Path:
     """A project like that of the example, whose jobs take seconds."""
-    privacy = {"entities": ["SECRET"], "synthetic_values": 0}
     held = {"prompt": "prompt.txt", "max_tokens": 16, "constrain": True}
     write_project(
         folder,
-        data={**tiny_data(), "split": {"validation": 0.1, "test": 0.4}, "privacy": privacy},
+        data={**tiny_data(), "split": {"validation": 0.1, "test": 0.4}},
         candidates={
             "plain": {"prompt": "prompt.txt", "max_tokens": 8},
             "tuned": {**held, "train": {"epochs": 16, "rank": 2, "batch": 8, "checkpoint_seconds": 0.5}},

@@ -6,74 +6,67 @@ dies ends its whole process.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import ray
 
 from tests.data.building.test_shards import CHOSEN, mixed
-from tests.data.rows import build, many_rows, settings, write_jsonl
+from tests.data.rows import write_jsonl
 from tests.tiny import write_model
+from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building import shards
-from tunesmith.data.building.ray_runner import RayRunner
 
 
 def main() -> None:
-    """Write {"by_command": digests, "in_process": digests, "error": where the broken row is} into the file. Not to
-    stdout, on which Ray prints too."""
+    """Write {"digests": on the cluster and without it, "error": where the broken row is} into the file. Not to stdout,
+    on which Ray prints too."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
-        first, second = Path(folder) / "first", Path(folder) / "second"
-        first.mkdir()
-        second.mkdir()
-        found = {"by_command": by_command(first, ray.get_runtime_context().gcs_address), **in_process(second)}
+        found = built(Path(folder))
     ray.shutdown()
     Path(sys.argv[1]).write_text(json.dumps(found))
 
 
-def by_command(folder: Path, address: str) -> list[str]:
-    """The digests that `data build` prints on this cluster, from another process, and without it."""
+def built(folder: Path) -> dict[str, object]:
+    """The digests of a build on the cluster, whose rows are many shards, and without it; where a broken row is."""
     write_model(folder / "base")
-    write_jsonl(folder / "rows.jsonl", many_rows(300))
     (folder / "p.txt").write_text("answer")
+    rows = write_jsonl(folder / "rows.jsonl", mixed(400))
     project = {
         "name": "demo",
         "base": "./base",
-        "data": {"sources": [{"path": "*.jsonl", "licence": "MIT"}], "privacy": {"entities": ["EMAIL_ADDRESS"]}},
+        "data": {"sources": [{"path": "rows.jsonl", "licence": "MIT"}], **CHOSEN},
         "candidates": {"zero-shot": {"prompt": "p.txt"}},
     }
     (folder / "tunesmith.yaml").write_text(json.dumps(project))
-    digests = []
-    for engine in ("ray", "local"):
-        shutil.rmtree(folder / ".tunesmith", ignore_errors=True)
-        command = [sys.executable, "-m", "tunesmith", "data", "build", "--engine", engine, "--json", "-C", str(folder)]
-        environment = os.environ | {"RAY_ADDRESS": address}
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        digests.append(str(json.loads(done.stdout)["dataset"]))
-    return digests
-
-
-def in_process(folder: Path) -> dict[str, object]:
-    """The digests of a build on the cluster, whose rows are many shards, and without it; where a broken row is."""
-    path = write_jsonl(folder / "rows.jsonl", mixed(400))
-    whole = build(folder, settings(**CHOSEN))
+    whole = digest_by("local", folder)
     with mock.patch.object(shards, "SHARD_BYTES", 15_000):
-        sharded = build(folder, settings(**CHOSEN), runner=RayRunner(2))
-        with path.open("a") as file:
+        sharded = digest_by("ray", folder)
+        with rows.open("a") as file:
             file.write("{\n")
         try:
-            build(folder, settings(**CHOSEN), runner=RayRunner(2))
+            digest_by("ray", folder)
             where = ""
         except UsageError as error:
             where = error.where or ""
-    return {"in_process": [sharded.digest, whole.digest], "error": where}
+    return {"digests": [sharded, whole], "error": where}
+
+
+def digest_by(engine: str, folder: Path) -> str:
+    """The digest that `data build` prints, in a copy of the project."""
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as other, redirect_stdout(printed):
+        copy = shutil.copytree(folder, Path(other) / "copy")
+        app(["data", "build", "--engine", engine, "--json", "-C", str(copy)], standalone_mode=False)
+    return str(json.loads(printed.getvalue())["dataset"])
 
 
 if __name__ == "__main__":

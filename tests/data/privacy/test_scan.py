@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -319,7 +320,6 @@ def test_numbers_in_requests_are_no_addresses(reader: Scanner, text: str) -> Non
     assert "STREET_ADDRESS" not in scan(reader, text, "ok").found
 
 
-FINDER = Finder(Privacy(model=RECOMMENDED, entities=ALL))
 STAFF = {"STAFF_ID": {"regex": r"\bE\d{6}\b", "context": ["employee", "staff"], "score": 0.2}}
 
 
@@ -385,9 +385,8 @@ def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
 @pytest.mark.skipif(not SYNTH.is_dir(), reason="presidio-research's texts are not here ($TUNESMITH_TEST_DATA)")
 def test_shipped_recall_and_precision_are_measured_again() -> None:
     rows = [row for row in json.loads((SYNTH / "data_synth_dataset_v2.json").read_text()) if row["template_id"] % 2]
-    finder = Finder(Privacy(model=RECOMMENDED, entities=ALL))
     marked = found = both = 0
-    for row, spans in zip(rows, finder.find([row["full_text"] for row in rows]), strict=True):
+    for row, spans in zip(rows, finder().find([row["full_text"] for row in rows]), strict=True):
         gold = {place for span in row["spans"] for place in range(span["start_position"], span["end_position"])}
         ours = {place for span in spans for place in range(span.start, span.end)}
         marked, found, both = marked + len(gold), found + len(ours), both + len(gold & ours)
@@ -410,11 +409,17 @@ def test_a_row_with_thousands_of_findings(scanner: Scanner) -> None:
     assert scan(scanner, text, "ok").found == {"EMAIL_ADDRESS": 1500, "IP_ADDRESS": 1500}
 
 
+@functools.cache
+def finder() -> Finder:
+    """Of every kind. Not made when tests are collected: each process of them would load the recognisers."""
+    return Finder(Privacy(model=RECOMMENDED, entities=ALL))
+
+
 @given(st.text(max_size=300))
 @examples(max_examples=60, deadline=None)
 def test_findings_never_overlap_and_lie_in_the_text(text: str) -> None:
     text = f"Ann Lee {text} 12 Mill Road, Leeds +1 212-456-7890 {text}"
-    (found,) = FINDER.find([text])
+    (found,) = finder().find([text])
     assert all(0 <= one.start < one.end <= len(text) for one in found)
     assert all(one.end <= other.start for one, other in itertools.pairwise(found))
 
