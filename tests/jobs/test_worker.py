@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -18,11 +17,13 @@ import psutil
 import pytest
 
 from tests.commands import call
+from tests.forked import forkserver
 from tests.jobs.conftest import SetClock
 from tests.jobs.processes import obey
 from tests.tiny_project import settings, write_project
 from tests.waiting import gone, until
 from tunesmith.api import Project
+from tunesmith.cli.main import main
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
@@ -66,21 +67,35 @@ def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock
 # A whole project
 
 
+def work(folder: Path, *options: str) -> None:
+    """What `tunesmith worker` does, silently."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.argv = ["tunesmith", "worker", "-C", str(folder), "--lease", "20", *options]
+    main()
+
+
 class Running:
-    """`tunesmith worker` on a project, as a process."""
+    """`tunesmith worker` on a project, as a process that has everything imported already."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "20", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self.process = forkserver().Process(target=work, args=(folder, *options))
+        self.process.start()
 
     def jobs(self) -> list[int]:
         """The processes that perform jobs."""
         children = psutil.Process(self.process.pid).children()
         return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
 
-    def end(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(300)
+    def end(self, number: signal.Signals) -> int | None:
+        """Send it a signal; returns its exit code."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.ended()
+
+    def ended(self) -> int | None:
+        """Its exit code, once it has ended."""
+        self.process.join(600)
+        return self.process.exitcode
 
 
 @pytest.fixture
@@ -105,7 +120,7 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
     yield one
     for running in started:
         running.process.kill()
-        running.process.wait()
+        running.process.join()
 
 
 @pytest.mark.slow
@@ -139,7 +154,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     assert queue.get(store, number).state == "queued"
 
     third = start("--until-empty")
-    assert third.process.wait(600) == 0
+    assert third.ended() == 0
     done = call(folder, "jobs", "show", str(number))
     assert (done["state"], done["attempts"]) == ("succeeded", 2)
     assert done["result"]["register"]["version"] == "tiny@v1"

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import call
 from tests.said import Said
@@ -36,11 +34,15 @@ def _project(folder: Path, metrics: dict[str, str] | None) -> Path:
 
 
 def _tensorboard(folder: Path) -> Series:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     held = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(each.step, each.value) for each in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
 
 
 def _mlflow(uri: str) -> Series:
+    from mlflow import MlflowClient  # not in each process that collects tests, where it takes a second
+
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("ours")
     assert experiment is not None
