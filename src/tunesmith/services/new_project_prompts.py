@@ -20,7 +20,7 @@ def long_prompt(found: RowFindings) -> str:
         )
     if schema is None:
         return "Answer the request as the examples do: in the same style, at the same length, and nothing else.\n"
-    all_said = said.issuperset(text_fields(schema))  # said once, and not of each field
+    all_said = set(text_fields(schema)) <= said  # said once, and not of each field
     lines = [
         "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence.",
         *_keys(schema, "", frozenset() if all_said else said),
