@@ -78,15 +78,15 @@ def answer_holder(project: Project) -> Holder | None:
     return None if settings.hold is None else Holder(settings.hold, settings.policy, project.schema)
 
 
-def list_held(store: Store, user: User, *, everything: bool = False) -> HeldList:
+def list_held(store: Store, user: User, *, everything: bool = False, reviews: bool = True) -> HeldList:
     """The held answers that a user may see: their own, and those of their tenant and region if they may review.
 
-    everything: also those that are decided.
+    everything: also those that are decided. reviews: False lists only their own.
     """
     tidy(store)
     mine = and_(HeldRow.caller == user.name, HeldRow.tenant == user.tenant)
     wanted = mine
-    if user.may("answer.review"):
+    if reviews and user.may("answer.review"):
         wanted = or_(mine, and_(True, *within(HeldRow, user.scope)))
     state = [] if everything else [HeldRow.state == queue.WAITING]
     with database.reading(store.engine) as session:
