@@ -39,7 +39,7 @@ def _candidate(**train: Any) -> dict[str, Any]:
         ({"gates": {"g": {"metric": "exact_mach", "at_least": 0.5}}}, "did you mean 'exact_match'", "gates.g"),
         ({"gates": {"g": {"metric": "field_f1", "at_least": 0.5}}}, "not measured", "gates.g.metric"),
         ({"gates": {"g": {"metric": "exact_match", "over": "nobody", "at_least": 0.1}}}, "not a candidate", "gates.g"),
-        ({"gates": {"g": {"metric": "exact_match", "at_least": float("nan")}}}, "finite", "line 35"),
+        ({"gates": {"g": {"metric": "exact_match", "at_least": float("nan")}}}, "finite", "line 39"),
         ({"gates": {"g": {"metric": "exact_match"}}}, "at_least or at_most", "gates.g"),
         (
             {"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}},
