@@ -112,7 +112,7 @@ def test_registrations_of_one_name_take_turns(store: Store, chain: Chain, monkey
         uploading.set()
         assert waiting.wait(60), "the other registration did not wait"
 
-    monkeypatch.setattr(registration, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(registration, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     slow = Store(store.root, blobs=Interrupted(store.root, ADAPTER_FILE, until_the_other_waits))
     identities.acting(store)
     with ThreadPoolExecutor(1) as pool:
