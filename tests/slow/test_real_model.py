@@ -7,16 +7,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
+from tests.commands import call
 from tests.docs.test_pages import ROOT, executed_blocks
 from tests.own_group import run_whole_group
-from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.models.base import Base, resolve_base
@@ -36,14 +34,6 @@ ANSWER = '{"queue": "hardware", "urgent": false, "item": "scanner"}'
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = tmp_path_factory.mktemp("base")
     return resolve_base(Store(folder), BASE, folder)
-
-
-def tunesmith(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run a verb with --json; returns its document."""
-    done = CliRunner().invoke(app, [*arguments, "-C", str(folder), "--json"])
-    assert done.exit_code == 0, (arguments, done.output, done.exception)
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +114,7 @@ def test_a_copied_store_verifies_unless_a_byte_changed(released: Path, tmp_path:
     copy = tmp_path / "elsewhere"
     shutil.copytree(released / ".tunesmith", copy)
     (copy / "tunesmith.db").unlink()
-    found = tunesmith(copy, "verify", "tickets@v1")
+    found = call(copy, "verify", "tickets@v1")
     assert found["ok"]
     assert found["checked"] > 20
     blob = max((copy / "blobs").glob("??/*"), key=lambda path: path.stat().st_size)
@@ -162,7 +152,7 @@ def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tm
 
 
 def test_a_version_is_talked_to_as_verified(released: Path) -> None:
-    assert tunesmith(released, "chat", "tickets@v1", "--message", REQUEST)["answer"] == ANSWER
+    assert call(released, "chat", "tickets@v1", "--message", REQUEST)["answer"] == ANSWER
 
 
 def test_tuning_lifts_and_a_control_does_not(released: Path) -> None:
@@ -176,7 +166,7 @@ def test_tuning_lifts_and_a_control_does_not(released: Path) -> None:
     settings["candidates"] = {"few-shot": few_shot, "tuned": tuned, "control": control}
     settings["gates"] = {"valid": {"metric": "json_valid", "at_least": 0.9}}
     (released / "tunesmith.yaml").write_text(yaml.safe_dump(settings))
-    measured = tunesmith(released, "evaluate")["candidates"]
+    measured = call(released, "evaluate")["candidates"]
     f1 = {name: metrics["field_f1"]["mean"] for name, metrics in measured.items()}
     assert f1["tuned"] > f1["few-shot"] + 0.2
     assert f1["control"] < f1["tuned"] - 0.2

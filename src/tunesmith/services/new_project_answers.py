@@ -20,7 +20,7 @@ from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.splitting.duplicates import learned_parts
-from tunesmith.services.inferred_schema import schema_and_copied
+from tunesmith.services.inferred_schema import infer_schema, schema_and_copied
 
 _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
 
@@ -119,8 +119,11 @@ def _unfenced(answer: str) -> str:
 
 def _labels(conversations: Sequence[tuple[Message, ...]]) -> tuple[str, ...]:
     """The answers, if they are so few and seen so often that a schema would list them."""
-    pairs = [(json.dumps({"label": one[-1].text}), one[:-1]) for one in conversations]
-    schema, _ = schema_and_copied([{"label": one[-1].text} for one in conversations], pairs)
+    values = [{"label": one[-1].text} for one in conversations]
+    if "enum" not in infer_schema(values)["properties"]["label"]:  # too many: the requests need not be searched
+        return ()
+    pairs = [(json.dumps(value), one[:-1]) for value, one in zip(values, conversations, strict=True)]
+    schema, _ = schema_and_copied(values, pairs)
     return tuple(schema["properties"]["label"].get("enum", ()))
 
 
