@@ -148,6 +148,7 @@ def test_no_schema_holds_answers_where_earlier_ones_are_texts_or_calls(
     project = Project.load(tmp_path / "p")
     assert project.schema is not None
     assert {each.constrain for each in project.settings.candidates.values()} == {False}
+    assert (tmp_path / "p" / "prompts" / "short.txt").read_text() == "Answer as in the examples.\n"
 
 
 def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:

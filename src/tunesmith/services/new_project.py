@@ -142,7 +142,7 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
     if found.system is not None:  # a prompt replaces the rows' own system turns
         long, short = {"prompt": "prompts/long.txt"}, {"prompt": "prompts/short.txt"}
         own = f"{found.system}\n" if found.system else ""
-        files |= {long["prompt"]: own or long_prompt(found), short["prompt"]: short_prompt(is_json)}
+        files |= {long["prompt"]: own or long_prompt(found), short["prompt"]: short_prompt(found)}
     if answers.schema is not None:
         files["answer.schema.json"] = json.dumps(answers.schema, indent=1, ensure_ascii=False) + "\n"
     split: dict[str, Any] = shares(found.rows)

@@ -30,9 +30,10 @@ def long_prompt(found: RowFindings) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def short_prompt(is_json: bool) -> str:
+def short_prompt(found: RowFindings) -> str:
     """The prompt of the tuned candidate, which has learned the rest from the rows."""
-    return "Answer with one JSON object.\n" if is_json else "Answer as in the examples.\n"
+    objects_only = found.answers.schema is not None and not found.answers.others
+    return "Answer with one JSON object.\n" if objects_only else "Answer as in the examples.\n"
 
 
 def _keys(schema: Mapping[str, Any], path: str, said: Set[str], indent: str = "") -> Iterator[str]:
