@@ -267,6 +267,18 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
         assert http.post("/api/versions", json=sent).status_code == 403
 
 
+def test_an_endpoint_that_passed_is_not_offered_for_registration(
+    served: Served, evaluated: Evaluated, login: Login, tmp_path: Path
+) -> None:
+    store = served.scene.store
+    served.serving.project = project_in(tmp_path)
+    gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
+    judge(store, evaluation=evaluated.evaluation, candidate="remote", gates=gates)
+    page = login(OWNER, evaluated.path)
+    expect(page.get_by_text("remote is an endpoint: it can be compared with, but not registered.")).to_be_visible()
+    expect(page.get_by_role("button", name="Register remote as a version")).to_have_count(0)
+
+
 @pytest.mark.attack("people", "questions of the playground beyond its bounds, without the form's mark, and at once")
 def test_the_playground_is_bounded(served: Served, evaluated: Evaluated, login: Login) -> None:
     page = login(OWNER, evaluated.path + "/playground")

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
@@ -82,13 +83,17 @@ class EvaluationList(View):
 
 
 class EvaluationPage(View):
-    """One evaluation: what was measured, and a verdict on it, the newest unless one was asked for."""
+    """One evaluation: what was measured, and a verdict on it, the newest unless one was asked for.
+
+    endpoint: whether the verdict is about an endpoint, which cannot be registered.
+    """
 
     summary: EvaluationSummary
     at: str
     dataset: str
     verdicts: tuple[ListedVerdict, ...]
     verdict: VerdictSummary | None
+    endpoint: bool
     versions: tuple[RegisteredFrom, ...]
     recalled: str | None
 
@@ -168,9 +173,15 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
         dataset=store.record(digest).parents["dataset"],
         verdicts=tuple(verdicts),
         verdict=None if chosen is None else verdict_summary(store, chosen),
+        endpoint=chosen is not None and _of_endpoint(store, chosen),
         versions=tuple(versions),
         recalled=reason,
     )
+
+
+def _of_endpoint(store: Store, verdict: str) -> bool:
+    candidate = store.record(verdict, kind="verdict").parents["candidate"]
+    return load_candidate(store, candidate).kind == "endpoint"
 
 
 def may_see_verdict(store: Store, user: User, digest: str) -> bool:
