@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import shared_cores
+from engine_parts.report import Line
 from learning_parts import few, keys, parts, shown
 from learning_parts.kept import Figures, Kept
 from learning_parts.ours import Bench, defaults
@@ -69,6 +70,21 @@ def test_the_time_to_a_score_is_that_of_the_first_budget_that_reaches_it(tmp_pat
     assert line.ours == "1.0 (60.0%)"
     assert line.ratio == 120 / 500, "the worse of clock and processor time"
     assert line.verdict() == "NO"
+
+
+def test_a_share_that_is_enough_whatever_more_time_reaches_needs_no_more_time(tmp_path: Path, monkeypatch: Any) -> None:
+    bench = Bench(Kept(tmp_path / "learning.jsonl", 1, "this"), {"snips": _made()}, tmp_path, tmp_path, tmp_path)
+
+    def line(*means: float | None) -> Line:
+        found = iter([None if mean is None else {"mean": mean, "low": 0, "high": 1, "n": 9} for mean in means])
+        monkeypatch.setattr(parts, "project", lambda *_: next(found))
+        return parts.init(bench)[0]
+
+    enough = line(0.4, 0.81, None)
+    assert (enough.shown, enough.verdict()) == ("at least 68%", "yes")
+    assert line(0.4, 0.79, None).verdict() == "not measured: see below"
+    assert line(None, 0.9, None).verdict() == "not measured: see below"
+    assert (line(0.4, 0.6, 0.8).shown, line(0.4, 0.6, 0.8).verdict()) == ("50%", "NO")
 
 
 def test_the_stand_in_is_chosen_by_held_out_rows_and_named(tmp_path: Path, monkeypatch: Any) -> None:
