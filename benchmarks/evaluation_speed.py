@@ -95,7 +95,7 @@ def prompts(folder: Path, batch: int) -> dict[str, Any]:
     """What each candidate was asked, message by message, and answered; the base's folder and the adapter's."""
     from tunesmith.api import Project
     from tunesmith.candidates.candidate import load_candidate
-    from tunesmith.core.files import write_atomic
+    from tunesmith.core.system.files import write_atomic
     from tunesmith.pipeline.answers import answers
     from tunesmith.pipeline.candidates import answerer
     from tunesmith.pipeline.context import PipelineContext

@@ -27,8 +27,8 @@ from tunesmith.engines.protocol import Generation
 from tunesmith.evaluation.forecasting.extrapolate import worth
 from tunesmith.evaluation.stats.learning_curve import Subsets
 from tunesmith.training.batches.rows import TrainingRow
+from tunesmith.training.estimates.subsets import subset_settings
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.subsets import subset_settings
 from tunesmith.training.train import make_spec, run_training
 
 GOAL = 0.05  # the lift from which tuning pays

@@ -89,7 +89,7 @@ def trl(found: Any) -> Contender:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tunesmith.training.trl_steps import trl_steps
+    from tunesmith.training.gpu_check.trl_steps import trl_steps
 
     model: Any = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)
     how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}

@@ -119,7 +119,7 @@ def training_step(base: Any, loaded: Any) -> Any:
     from tunesmith.core.messages import Message
     from tunesmith.models.rendering import Renderer
     from tunesmith.training.batches.batch_plan import lay_out_step
-    from tunesmith.training.estimate import state_bytes
+    from tunesmith.training.estimates.estimate import state_bytes
     from tunesmith.training.objectives import CrossEntropy
     from tunesmith.training.settings import TrainSettings
     from tunesmith.training.steps import gradients, make_optimizer, update

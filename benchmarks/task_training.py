@@ -12,7 +12,7 @@ from pathlib import Path
 from leakage import Row
 from tasks import BASE, Split, Task
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint, copied_fields
+from tunesmith.candidates.grammars.copying import Constraint, copied_fields
 from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 from sqlalchemy import Engine
 
-from tunesmith.core.memory import available_memory
+from tunesmith.core.system.memory import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE
 

@@ -30,7 +30,7 @@ from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version
-from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, Phi3ForCausalLM
 from tunesmith import api
 from tunesmith.engines.hf import libraries, loaded
 from tunesmith.jobs import worker
-from tunesmith.training import together as training
+from tunesmith.training.launchers import together as training
 
 libraries.transformers()
 libraries.peft()

@@ -15,7 +15,7 @@ from learning_parts.kept import Figures, Kept
 from learning_parts.ours import Bench, defaults
 from tasks import Grouped, _task
 from tests.test_benchmark_tasks import _made
-from tunesmith.services import new_project
+from tunesmith.services.starting import new_project
 
 
 def _measured() -> Figures:

@@ -18,7 +18,7 @@ from tunesmith.models.rendering import Rendered
 from tunesmith.training import steps
 from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.estimate import state_bytes
+from tunesmith.training.estimates.estimate import state_bytes
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState

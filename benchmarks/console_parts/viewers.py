@@ -14,7 +14,7 @@ from console_parts.many import put_requests
 from engine_parts.report import Line
 from service_parts.kept import Found
 from tunesmith.rollout.state import get_rollout
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
 
 VIEWERS, CHANGES = 200, 10
 _EACH = 10  # pages that one person has open

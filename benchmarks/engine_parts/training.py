@@ -19,7 +19,7 @@ def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, list[lis
     """A native trainable model, the steps in the rows' order, the settings."""
     from tunesmith.engines.factory import load_model
     from tunesmith.training.batches.batch_plan import lay_out_step
-    from tunesmith.training.estimate import state_bytes
+    from tunesmith.training.estimates.estimate import state_bytes
     from tunesmith.training.settings import TrainSettings
 
     found = base()
@@ -47,8 +47,8 @@ def adapter_settings(told: Figures) -> dict[str, Any]:
 def train(told: Figures) -> Figures:
     """told: rows, batch; full, rate, seed where they are not as usual; start and end: where the adapter is
     written before and after."""
-    from tunesmith.core import memory
-    from tunesmith.training.estimate import trial_step
+    from tunesmith.core.system import memory
+    from tunesmith.training.estimates.estimate import trial_step
     from tunesmith.training.objectives import CrossEntropy
 
     full = told.get("full", False)

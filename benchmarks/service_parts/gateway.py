@@ -23,7 +23,7 @@ from service_parts.processes import found_by, free_port, listening, script
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.tokens import issue_token
 
 LITELLM = Peer("litellm", "litellm[proxy]==1.108.7")
 CONNECTIONS, SECONDS, ROUNDS = 32, 6.0, 2

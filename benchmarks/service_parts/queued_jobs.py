@@ -24,7 +24,8 @@ from engine_parts.processes import Failed
 from engine_parts.report import Line
 from service_parts.kept import Found
 from service_parts.processes import HERE, script, start
-from tunesmith.store import database, identities
+from tunesmith.store import database
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
 

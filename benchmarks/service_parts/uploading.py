@@ -17,7 +17,7 @@ from engine_parts.report import Line
 from service_parts.gateway import with_champion
 from service_parts.kept import Found
 from service_parts.processes import free_port, listening, peak_memory, reset_peak, script
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.tokens import issue_token
 
 BYTES, ROUNDS, SHARE, MEMORY = 512 << 20, 3, 0.6, 200 << 20
 _ROW = b'{"messages": [{"role": "user", "content": "switch on the lamp"}, {"role": "assistant", "content": "on"}]}\n'

@@ -27,7 +27,7 @@ from tunesmith.holding.settings import HoldSettings
 from tunesmith.monitoring.settings import CaseSettings, MonitoringSettings, RetrainingSettings
 from tunesmith.registry.risk import RiskSettings
 from tunesmith.rollout.settings import RolloutSettings
-from tunesmith.store.login_settings import LoginSettings
+from tunesmith.store.people.login_settings import LoginSettings
 from tunesmith.training.settings import MetricsSettings
 from tunesmith.webhooks.settings import WebhookSettings
 
@@ -338,7 +338,7 @@ class Project:
 
     def actor(self, name: str | None = None) -> str:
         """The name of the person who acts: name, else $TUNESMITH_USER, else the store's owner."""
-        from tunesmith.store.identities import acting
+        from tunesmith.store.people.identities import acting
 
         return acting(self.store, name)
 

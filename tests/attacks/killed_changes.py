@@ -36,8 +36,10 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.verification import verify_version
 from tunesmith.rollout import commands
 from tunesmith.rollout.settings import Step
-from tunesmith.services import users
-from tunesmith.store import database, identities, uploads
+from tunesmith.services.accounts import users
+from tunesmith.store import database, uploads
+from tunesmith.store.people import identities
+from tunesmith.store.people.trust import TRUST_KEY, is_written, read_trust
 from tunesmith.store.store import Store
 from tunesmith.store.tables import (
     AliasRow,
@@ -52,7 +54,6 @@ from tunesmith.store.tables import (
     UserRow,
     VersionRow,
 )
-from tunesmith.store.trust import TRUST_KEY, is_written, read_trust
 
 # How many writes each operation has, at least: fewer would mean that the harness does not see all of them.
 LEAST: Mapping[str, int] = {

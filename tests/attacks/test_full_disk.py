@@ -17,14 +17,14 @@ from tests.attack_table import Happened
 from tests.fabricate import OWNER, build_scene
 from tests.tiny import write_model
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.files import copy_durably, disk_full, is_disk_full, write_atomic
-from tunesmith.core.scratch import SCRATCH
+from tunesmith.core.system.files import copy_durably, disk_full, is_disk_full, write_atomic
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.project import Project
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.data import build
+from tunesmith.services.datasets.data import build
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
 from tunesmith.store.store import Store
 
 Leave = Callable[[int], None]

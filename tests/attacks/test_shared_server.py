@@ -20,10 +20,10 @@ from tests.server.test_faults import head, raw
 from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
+from tunesmith.server.answering.recording import Recorder
+from tunesmith.server.answering.routing import Router
 from tunesmith.server.intake import limits
-from tunesmith.server.recording import Recorder
-from tunesmith.server.routing import Router
-from tunesmith.services import rollouts as service
+from tunesmith.services.releases import rollouts as service
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
 

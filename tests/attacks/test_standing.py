@@ -30,12 +30,12 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.standing import ChampionWatch
-from tunesmith.services.versions import refuse
+from tunesmith.services.releases.versions import refuse
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user, deactivate, get_user, set_roles
+from tunesmith.store.people.identities import add_user, deactivate, get_user, set_roles
+from tunesmith.store.people.tokens import issue_token
+from tunesmith.store.people.user_keys import retire_key, revoke_key
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import issue_token
-from tunesmith.store.user_keys import retire_key, revoke_key
 
 __all__ = ["engine", "folder", "made", "scene", "served", "versions"]
 

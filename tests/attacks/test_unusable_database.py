@@ -19,8 +19,8 @@ from tests.server.fake_engine import FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.registry.versions import list_versions
-from tunesmith.server.recording import Recorder
-from tunesmith.server.routing import Router
+from tunesmith.server.answering.recording import Recorder
+from tunesmith.server.answering.routing import Router
 from tunesmith.store import database
 
 __all__ = ["engine", "made", "scene", "served", "versions"]

@@ -19,9 +19,9 @@ from tests.tiny_project import write_project
 from tunesmith.cli.main import main
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.services import users
+from tunesmith.services.accounts import users
+from tunesmith.store.people.trust import read_trust
 from tunesmith.store.store import Store
-from tunesmith.store.trust import read_trust
 
 Make = Callable[[Path], object]
 

@@ -15,9 +15,9 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.waiting import until
 from tunesmith.registry.versions import Version
-from tunesmith.store.identities import deactivate
+from tunesmith.store.people.identities import deactivate
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import issue_token
 
 __all__ = ["engine", "made", "scene", "versions"]
 

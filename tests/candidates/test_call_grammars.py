@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from tunesmith.candidates.call_grammars import call_grammar
+from tunesmith.candidates.grammars.call_grammars import call_grammar
 from tunesmith.core.errors import UsageError
 from tunesmith.models.call_format import CallFormat
 

@@ -18,11 +18,18 @@ from llguidance import LLMatcher, LLTokenizer
 from tests.attack_table import Happened
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint, CopyGrammars, check_constraint, copied_fields, invented, texts_of
-from tunesmith.candidates.words import is_copied, pieces
+from tunesmith.candidates.grammars.copying import (
+    Constraint,
+    CopyGrammars,
+    check_constraint,
+    copied_fields,
+    invented,
+    texts_of,
+)
+from tunesmith.candidates.grammars.words import is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.engines.constraint import Guide
+from tunesmith.engines.decoding.constraint import Guide
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.base import resolve_base

@@ -14,12 +14,12 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint
-from tunesmith.candidates.request_schemas import ANY_OBJECT, both, check_schema
+from tunesmith.candidates.grammars.copying import Constraint
+from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, both, check_schema
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.engines.constraint import Constraints
-from tunesmith.engines.json_text import restricted
+from tunesmith.engines.decoding.constraint import Constraints
+from tunesmith.engines.decoding.json_text import restricted
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.rendering import Renderer
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.candidates.test_copying import fits
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint, copied_fields
-from tunesmith.candidates.schema_rules import SchemaRules, orders_keys
+from tunesmith.candidates.grammars.copying import Constraint, copied_fields
+from tunesmith.candidates.grammars.schema_rules import SchemaRules, orders_keys
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json

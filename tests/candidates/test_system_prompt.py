@@ -15,7 +15,7 @@ from tunesmith.candidates.composing import compose, count_prompts, describe_prom
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.report.data import report_data
-from tunesmith.services import evaluation
+from tunesmith.services.evaluations import evaluation
 from tunesmith.store.records import Record
 
 USER = Message(role="user", content="turn on the light")

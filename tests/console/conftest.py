@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from tests.fabricate import OPERATOR, OWNER
 from tests.server.conftest import Served, engine, made, scene, served, versions
-from tunesmith.store.sessions import make_link
+from tunesmith.store.people.sessions import make_link
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
 

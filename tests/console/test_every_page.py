@@ -15,8 +15,8 @@ from tests.console.evidence_rows import put_evaluation
 from tests.fabricate import OWNER
 from tests.server.conftest import Served
 from tunesmith.registry.versions import Version
-from tunesmith.store.identities import add_user
-from tunesmith.store.roles import ROLES
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.roles import ROLES
 
 # Right-to-left marks, characters without a width, and 10,000 characters without a space.
 HOSTILE = "\u202eright to left\u202c \u200b\u200d\u2066 \u05d0\u05d1\u05d2 " + "W" * 10_000

@@ -31,9 +31,9 @@ from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import list_versions
 from tunesmith.store import database
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import RecallRow
-from tunesmith.store.tokens import issue_token
 
 
 @pytest.fixture(scope="session")

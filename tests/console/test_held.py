@@ -14,7 +14,7 @@ from tests.fabricate import OPERATOR, OWNER
 from tests.server.conftest import Served
 from tests.server.test_held import STEWARD, held, hold
 from tunesmith.core.scope import Scope
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
 
 __all__ = ["hold"]
 PAGE = "/console/operations/held"

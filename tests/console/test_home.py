@@ -20,8 +20,8 @@ from tunesmith.registry.versions import Version
 from tunesmith.services import home
 from tunesmith.services.home import Home
 from tunesmith.store import database
-from tunesmith.store.identities import add_user
-from tunesmith.store.proposed_keys import propose_key
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.proposed_keys import propose_key
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, JobRow, RequestRow
 

@@ -11,9 +11,9 @@ from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.server.conftest import CERTIFICATES, Served
 from tunesmith.core.errors import Refused
 from tunesmith.registry.versions import list_versions
-from tunesmith.server.console.session import COOKIE, Viewer
-from tunesmith.store import sessions
-from tunesmith.store.identities import deactivate
+from tunesmith.server.console.people.session import COOKIE, Viewer
+from tunesmith.store.people import sessions
+from tunesmith.store.people.identities import deactivate
 
 
 def plain(served: Served, cookie: str = "") -> httpx.Client:

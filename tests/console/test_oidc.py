@@ -22,8 +22,8 @@ from tests.server.fake_engine import FakeEngine
 from tests.tiny_project import settings, write_project
 from tests.waiting import until
 from tunesmith.project import Project, parse_settings
-from tunesmith.server.console.session import COOKIE
-from tunesmith.store.identities import deactivate
+from tunesmith.server.console.people.session import COOKIE
+from tunesmith.store.people.identities import deactivate
 
 PEOPLE = (
     {"sub": "olga-at-work", "email": "olga@example.org", "email_verified": True},

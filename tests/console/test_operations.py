@@ -25,11 +25,14 @@ from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
-from tunesmith.services import audit, home, monitoring, operations, users, webhooks
+from tunesmith.services import home, webhooks
+from tunesmith.services.accounts import users
+from tunesmith.services.releases import audit
+from tunesmith.services.traffic import monitoring, operations
 from tunesmith.store import database
-from tunesmith.store.identities import add_user, get_user
+from tunesmith.store.people.identities import add_user, get_user
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import DeliveryRow, RequestRow
-from tunesmith.store.tokens import issue_token
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 10_000
 HOOK = {"url": "https://hooks.example.org/x", "secret": "HOOK_SECRET", "events": ["rollout.started"]}

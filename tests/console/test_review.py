@@ -19,8 +19,8 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.governance.difference import difference
 from tunesmith.data.quality.flags import examine_quality
-from tunesmith.services import review
-from tunesmith.store.identities import add_user
+from tunesmith.services.datasets import review
+from tunesmith.store.people.identities import add_user
 
 HOSTILE = '<script>document.title="owned"</script>"><img src=x onerror=alert(1)> \u202e {{7*7}} '
 ALIKE: dict[str, Any] = {"duplicates": {"near": None}}  # the requests differ in a word only

@@ -19,9 +19,9 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
-from tunesmith.services import rollout_course, version_pages
+from tunesmith.services.releases import rollout_course, version_pages
 from tunesmith.store import database
-from tunesmith.store.identities import add_user, get_user
+from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.tables import RequestRow
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 2000

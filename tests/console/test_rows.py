@@ -14,7 +14,7 @@ from tests.server.conftest import Served
 from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.governance.signoff import sign_offs
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
 
 HOSTILE = '<script>document.title="owned"</script>"><img src=x onerror=alert(1)> \u202e {{7*7}} javascript:alert(1) '
 

@@ -18,9 +18,9 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.leases import Lease
 from tunesmith.project import Project
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.sessions import make_link
 from tunesmith.store.records import Record
-from tunesmith.store.sessions import make_link
 from tunesmith.store.store import Store
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202e{{7*7}} javascript:alert(3) ' + "x" * 10_000

@@ -25,9 +25,11 @@ from tunesmith.data.governance.difference import difference
 from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import evaluation, rollouts, training, versions
-from tunesmith.services.own_worker import OwnWorker
-from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.services.evaluations import evaluation
+from tunesmith.services.releases import rollouts, versions
+from tunesmith.services.runs import training
+from tunesmith.services.runs.own_worker import OwnWorker
+from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow

@@ -30,10 +30,11 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys as signing_keys
 from tunesmith.registry.signing.attestations import ENVELOPE
 from tunesmith.registry.versions import Version
-from tunesmith.services import proposed_keys, version_pages
-from tunesmith.services import versions as service
+from tunesmith.services.accounts import proposed_keys
+from tunesmith.services.releases import version_pages
+from tunesmith.services.releases import versions as service
 from tunesmith.store import database
-from tunesmith.store.identities import add_user, ensure_owner, get_user
+from tunesmith.store.people.identities import add_user, ensure_owner, get_user
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow

@@ -18,11 +18,13 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
-from tunesmith.server.console.session import SECURE_COOKIE
+from tunesmith.server.console.people.session import SECURE_COOKIE
 from tunesmith.server.errors import not_stored, passes
-from tunesmith.services import proposed_keys, users, version_pages
-from tunesmith.store import audit, database, sessions
-from tunesmith.store.identities import add_user
+from tunesmith.services.accounts import proposed_keys, users
+from tunesmith.services.releases import version_pages
+from tunesmith.store import audit, database
+from tunesmith.store.people import sessions
+from tunesmith.store.people.identities import add_user
 
 
 @pytest.mark.attack("people", "a person of another region than the server's")

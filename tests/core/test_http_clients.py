@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from tests.waiting import until
-from tunesmith.core.http_clients import HttpClients
+from tunesmith.core.system.http_clients import HttpClients
 
 
 def test_threads_at_once_have_different_clients_and_no_more_than_may_be() -> None:

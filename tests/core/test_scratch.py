@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.attack_table import Happened
-from tunesmith.core.files import write_atomic
-from tunesmith.core.scratch import SCRATCH, remove_leftovers, scratch_file, scratch_folder
+from tunesmith.core.system.files import write_atomic
+from tunesmith.core.system.scratch import SCRATCH, remove_leftovers, scratch_file, scratch_folder
 
 HELD = """
 import sys, time
 from pathlib import Path
-from tunesmith.core.scratch import scratch_file, scratch_folder
+from tunesmith.core.system.scratch import scratch_file, scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder, scratch_file(Path(sys.argv[1]), 0o600) as (path, stream):
     (folder / "weights").write_text("private")
     stream.write(b"private")

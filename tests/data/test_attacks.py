@@ -23,9 +23,9 @@ import tunesmith
 from tests.data.rows import many_rows, row
 from tunesmith.cli.main import main
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.scratch import SCRATCH
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.data.dataset import load_dataset
-from tunesmith.services.data import build
+from tunesmith.services.datasets.data import build
 from tunesmith.store.store import Store
 
 GOOD = many_rows(40)
@@ -395,7 +395,7 @@ TIGHT = {
     """,
     "from Python": """
         import json, tunesmith
-        from tunesmith.services.data import build
+        from tunesmith.services.datasets.data import build
         from tunesmith.core.errors import TunesmithError
         try:
             build(tunesmith.Project.load(sys.argv[1] + "/tunesmith.yaml"))

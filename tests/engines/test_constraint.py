@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.json_spelling import as_decoded
-from tunesmith.engines.constraint import Constraints, mask_disallowed_
+from tunesmith.engines.decoding.constraint import Constraints, mask_disallowed_
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.rendering import Renderer
 

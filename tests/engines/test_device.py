@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.hf_models import base_of_family
 from tests.tiny import row
-from tunesmith.core import memory
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.system import memory
 from tunesmith.engines import device
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.attack_table import Happened
-from tunesmith.engines.answers import Answer
+from tunesmith.engines.decoding.answers import Answer
 from tunesmith.engines.protocol import Generation, Streamed
 
 

@@ -21,8 +21,8 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.candidates.composing import Composer, compose
 from tunesmith.core.access import ANYONE
 from tunesmith.core.digests import canonical
-from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
+from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine

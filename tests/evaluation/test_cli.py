@@ -64,7 +64,8 @@ def document(*arguments: str) -> tuple[int, dict[str, Any]]:
 def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        "tunesmith.services.evaluation.evaluation", lambda _context, names: asked.append(names) or evaluation
+        "tunesmith.services.evaluations.evaluation.evaluation",
+        lambda _context, names: asked.append(names) or evaluation,
     )
     code, found = document("evaluate", "-C", str(project))
     assert (code, found["evaluation"], found["n"]) == (0, evaluation, 120)
@@ -85,7 +86,7 @@ def test_gate(
 ) -> None:  # fmt: skip
     chosen = GATES.validate_python(gates)
     monkeypatch.setattr(
-        "tunesmith.services.evaluation.verdict",
+        "tunesmith.services.evaluations.evaluation.verdict",
         lambda context, who: judge(context.store, evaluation=evaluation, candidate=who, gates=chosen),
     )
     assert document("gate", name, "-C", str(project))[1]["verdict"] == verdict

@@ -20,7 +20,7 @@ from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.registration import register
-from tunesmith.store.identities import acting
+from tunesmith.store.people.identities import acting
 
 
 def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -> None:

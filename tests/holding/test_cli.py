@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.rollout.conftest import made, scene, versions
-from tunesmith.candidates.copying import CopyGrammars
+from tunesmith.candidates.grammars.copying import CopyGrammars
 from tunesmith.cli import held as commands
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message

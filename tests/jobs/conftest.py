@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from tunesmith.store import identities
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 

@@ -15,7 +15,7 @@ from tests.tiny_project import write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases
-from tunesmith.store import identities
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 

@@ -22,10 +22,11 @@ from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import jobs
 from tunesmith.services.fine_tuning import create
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters
-from tunesmith.store import audit, database, identities, uploads
+from tunesmith.services.runs import jobs
+from tunesmith.store import audit, database, uploads
+from tunesmith.store.people import identities
 from tunesmith.store.tables import JobRow
 
 pytestmark = pytest.mark.slow

@@ -21,14 +21,14 @@ from tests.jobs.processes import wait
 from tests.own_group import run_whole_group
 from tests.tiny_project import settings, write_project
 from tests.waiting import until
-from tunesmith.core import ray_cluster
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.system import ray_cluster
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.on_ray import _Performer
 from tunesmith.project import Project
-from tunesmith.services import jobs, own_worker, training
-from tunesmith.services.job_places import check_node, make_places
+from tunesmith.services.runs import jobs, own_worker, training
+from tunesmith.services.runs.job_places import check_node, make_places
 
 HERE = socket.gethostname()
 

@@ -40,7 +40,8 @@ from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 __all__ = ["receiver", "store"]

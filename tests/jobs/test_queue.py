@@ -13,7 +13,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.state import Job
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, MemoRow
 

@@ -22,7 +22,7 @@ from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, Slot, divide
 from tunesmith.jobs.worker import Worker
 from tunesmith.project import Project
-from tunesmith.services import job_places, jobs
+from tunesmith.services.runs import job_places, jobs
 from tunesmith.store.store import Store
 
 LEFT, RIGHT, BOTH = Slot((0,), ("0",)), Slot((1,), ("1",)), Slot((0, 1), ("0", "1"))

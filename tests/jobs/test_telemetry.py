@@ -13,7 +13,7 @@ from tests.webhooks.conftest import project_of
 from tunesmith.core import telemetry
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import queue
-from tunesmith.services import jobs, training
+from tunesmith.services.runs import jobs, training
 from tunesmith.store.store import Store
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"

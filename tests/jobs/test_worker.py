@@ -30,7 +30,7 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
-from tunesmith.services import jobs, training
+from tunesmith.services.runs import jobs, training
 from tunesmith.store.store import Store
 
 

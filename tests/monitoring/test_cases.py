@@ -28,7 +28,7 @@ from tunesmith.monitoring.cases import (
     put_case,
 )
 from tunesmith.store import audit, database
-from tunesmith.store.identities import acting, add_user
+from tunesmith.store.people.identities import acting, add_user
 from tunesmith.store.store import Store
 
 DATA: dict[str, Any] = {

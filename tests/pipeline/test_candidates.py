@@ -29,8 +29,9 @@ from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
-from tunesmith.server.routing import ReadyVersions
-from tunesmith.services import evaluation, versions
+from tunesmith.server.answering.routing import ReadyVersions
+from tunesmith.services.evaluations import evaluation
+from tunesmith.services.releases import versions
 from tunesmith.training.settings import TrainSettings
 
 KEY = "sk-never-to-be-kept"

@@ -17,8 +17,8 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.opening import open_release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
-from tunesmith.services.data import build
-from tunesmith.services.new_project import make_project
+from tunesmith.services.datasets.data import build
+from tunesmith.services.starting.new_project import make_project
 from tunesmith.store.store import Store
 
 CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"

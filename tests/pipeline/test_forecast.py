@@ -27,8 +27,8 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import curve, lift_gate
 from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.stages import REVISIONS
-from tunesmith.services.evaluation import report, report_page
-from tunesmith.services.forecast import Forecast, forecast, forecast_page, forecast_view
+from tunesmith.services.evaluations.evaluation import report, report_page
+from tunesmith.services.runs.forecast import Forecast, forecast, forecast_page, forecast_view
 from tunesmith.store.store import Store
 from tunesmith.training import train as training_module
 from tunesmith.training.recipe import usual_epochs

@@ -25,9 +25,9 @@ from tunesmith.engines.protocol import Question
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.weight_files import check_model_file
 from tunesmith.registry.versions import list_versions
-from tunesmith.server.routing import ReadyVersions
-from tunesmith.services import training
-from tunesmith.store import identities
+from tunesmith.server.answering.routing import ReadyVersions
+from tunesmith.services.runs import training
+from tunesmith.store.people import identities
 
 pytestmark = pytest.mark.slow
 

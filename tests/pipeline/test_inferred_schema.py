@@ -15,8 +15,8 @@ from tests.tiny import write_model
 from tunesmith.api import Project
 from tunesmith.core.messages import Message
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.services.inferred_schema import infer_schema, schema_and_copied
-from tunesmith.services.new_project import make_project
+from tunesmith.services.starting.inferred_schema import infer_schema, schema_and_copied
+from tunesmith.services.starting.new_project import make_project
 
 TOWNS = ("Berlin", "Bonn", "Bremen", "Ulm")
 LABELS = ("next", "play", "stop")

@@ -11,10 +11,11 @@ import pytest
 from tests.attack_table import Happened
 from tunesmith.api import Project
 from tunesmith.core.errors import UsageError
-from tunesmith.services import new_project, new_project_notes
-from tunesmith.services.inferred_schema import infer_schema
-from tunesmith.services.new_project import NewProject, make_project
-from tunesmith.services.new_project_answers import json_objects
+from tunesmith.services.starting import new_project
+from tunesmith.services.starting import notes as new_project_notes
+from tunesmith.services.starting.answers import json_objects
+from tunesmith.services.starting.inferred_schema import infer_schema
+from tunesmith.services.starting.new_project import NewProject, make_project
 
 _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
 

@@ -21,8 +21,8 @@ from tunesmith.engines.factory import open_engine
 from tunesmith.engines.protocol import Question
 from tunesmith.models.base import resolve_base
 from tunesmith.registry.versions import list_versions
-from tunesmith.server.routing import ReadyVersions
-from tunesmith.store import identities
+from tunesmith.server.answering.routing import ReadyVersions
+from tunesmith.store.people import identities
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
-from tunesmith.candidates.copying import invented
+from tunesmith.candidates.grammars.copying import invented
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.dataset import load_dataset
@@ -26,8 +26,10 @@ from tunesmith.data.governance.signoff import sign_off
 from tunesmith.pipeline.answers import answers
 from tunesmith.pipeline.training import training_inputs
 from tunesmith.registry.verification import verify_version
-from tunesmith.services import data, evaluation, training
-from tunesmith.store import identities
+from tunesmith.services.datasets import data
+from tunesmith.services.evaluations import evaluation
+from tunesmith.services.runs import training
+from tunesmith.store.people import identities
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import training_rows
 from tunesmith.training.settings import TrainSettings

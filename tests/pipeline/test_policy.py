@@ -13,8 +13,8 @@ from tests.chat_server import chat_server, completion
 from tests.tiny_project import settings, write_project
 from tunesmith.core.errors import UsageError
 from tunesmith.project import Project
-from tunesmith.services.evaluation import evaluate, report
-from tunesmith.services.training import run
+from tunesmith.services.evaluations.evaluation import evaluate, report
+from tunesmith.services.runs.training import run
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from tunesmith.evaluation.probes.items import ITEMS, decode_items
 from tunesmith.pipeline.probes import risk
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import versions
-from tunesmith.services.training import run
+from tunesmith.services.releases import versions
+from tunesmith.services.runs.training import run
 
 pytestmark = pytest.mark.slow
 

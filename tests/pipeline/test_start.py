@@ -24,8 +24,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.doctor import examine
-from tunesmith.services.inferred_schema import infer_schema
-from tunesmith.services.new_project import make_project
+from tunesmith.services.starting.inferred_schema import infer_schema
+from tunesmith.services.starting.new_project import make_project
 
 
 def _rows(path: Path, count: int = 120) -> Path:

@@ -31,9 +31,9 @@ from tunesmith.engines.ranks import ALONE
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.services.training import run, train
-from tunesmith.store import identities
-from tunesmith.training import on_ray
+from tunesmith.services.runs.training import run, train
+from tunesmith.store.people import identities
+from tunesmith.training.launchers import on_ray
 
 
 def _project(folder: Path, **engine: object) -> Path:

@@ -17,12 +17,12 @@ from tunesmith.pipeline import training_search
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import in_turns
 from tunesmith.project import Project, parse_settings
-from tunesmith.services.training_search import settings_search
+from tunesmith.services.runs.training_search import settings_search
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training import halving
-from tunesmith.training.halving import Measured, Rung, SearchDecisions, TrialResult
-from tunesmith.training.search import SearchOutcome
+from tunesmith.training.search import halving
+from tunesmith.training.search.halving import Measured, Rung, SearchDecisions, TrialResult
+from tunesmith.training.search.search import SearchOutcome
 
 TRAIN = {"rank": 2, "batch": 8, "rows": 24, "epochs": 2, "learning_rate": 1e-7}
 WITHIN = ("--search", "--within", "2h")  # enough, so that no trial depends on the machine

@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.evaluation.probing import row
 from tunesmith.cli.pipeline import _draw_training
 from tunesmith.pipeline.training import validation_notices
-from tunesmith.services.training import ExpectedCost, TrainingSummary
+from tunesmith.services.runs.training import ExpectedCost, TrainingSummary
 from tunesmith.training.settings import TrainSettings
 
 

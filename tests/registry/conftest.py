@@ -11,7 +11,7 @@ import pytest
 from tests.fabricate import Chain, put_chain
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.store import identities
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 

@@ -21,9 +21,9 @@ from tests.http_server import answering
 from tests.s3_server import s3_environment, s3_server
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.services.audit import anchor_audit, verify_audit
+from tunesmith.services.releases.audit import anchor_audit, verify_audit
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditHeadRow, AuditRow
 

@@ -24,12 +24,13 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
+from tunesmith.store.people import identities
+from tunesmith.store.people.trust import signature_entry
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, RecallRow, UserRow
-from tunesmith.store.trust import signature_entry
 
 
 def put_approval(store: Store, version: Version, approval: Approval, envelope: bytes, *, logged: bool = True) -> str:

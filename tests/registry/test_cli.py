@@ -18,7 +18,8 @@ from tunesmith.cli import users, versions
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.versions import Version
-from tunesmith.store import database, identities, tokens
+from tunesmith.store import database
+from tunesmith.store.people import identities, tokens
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 

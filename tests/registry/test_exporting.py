@@ -20,7 +20,8 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.engines.native import export_check
 from tunesmith.models.export import merging
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow

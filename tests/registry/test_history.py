@@ -12,7 +12,8 @@ from tests.fabricate import Chain, approve
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.store import audit, database, identities, tokens
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities, tokens
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditHeadRow, AuditRow, RecordRow, TokenRow, UserRow, VersionRow
 

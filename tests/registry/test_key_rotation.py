@@ -27,13 +27,14 @@ from tunesmith.registry.signing.attestations import ENVELOPE, Approval, key_stat
 from tunesmith.registry.signing.signatures import SIGNATURE, Untrusted, sign_folder
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services import users
-from tunesmith.store import audit, database, identities, user_keys
+from tunesmith.services.accounts import users
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities, user_keys
+from tunesmith.store.people.trust import signature_entry
+from tunesmith.store.people.user_keys import Proof
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow
-from tunesmith.store.trust import signature_entry
-from tunesmith.store.user_keys import Proof
 
 
 def serving(store: Store, version: Version) -> Permission:

@@ -15,7 +15,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version
-from tunesmith.store import user_keys
+from tunesmith.store.people import user_keys
 from tunesmith.store.store import Store
 
 

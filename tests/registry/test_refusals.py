@@ -16,8 +16,9 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import Decision, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services import versions as service
-from tunesmith.store import database, identities, user_keys
+from tunesmith.services.releases import versions as service
+from tunesmith.store import database
+from tunesmith.store.people import identities, user_keys
 from tunesmith.store.store import Store
 
 

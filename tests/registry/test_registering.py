@@ -23,8 +23,9 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.store import database, identities
+from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.people import identities
 from tunesmith.store.store import RELEASE, Store
 from tunesmith.store.tables import LockRow, VersionRow
 

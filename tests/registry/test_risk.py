@@ -22,9 +22,10 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services import versions as service
-from tunesmith.store import database, identities
-from tunesmith.store.roles import Role
+from tunesmith.services.releases import versions as service
+from tunesmith.store import database
+from tunesmith.store.people import identities
+from tunesmith.store.people.roles import Role
 from tunesmith.store.store import Store
 
 HIGH = Requirement(risk_class="high", approvers=2, roles=("steward",))

@@ -18,7 +18,8 @@ from tunesmith.registry.signing import release
 from tunesmith.registry.signing.signatures import Expired, Untrusted
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.preconditions import check_may_serve
-from tunesmith.store import database, identities
+from tunesmith.store import database
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecallRow
 

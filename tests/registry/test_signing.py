@@ -19,9 +19,9 @@ from tunesmith.core.errors import Refused
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.signatures import private_copy, verify_signature
 from tunesmith.registry.versions import Version
-from tunesmith.store import identities
+from tunesmith.store.people import identities
+from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.store import Store
-from tunesmith.store.trust import TrustedKey
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.store import audit, identities
+from tunesmith.store import audit
 from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow

@@ -13,11 +13,11 @@ import pytest
 from tests.fabricate import Chain, approve, put_chain, put_verdict
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scratch import SCRATCH
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.store import identities
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 

@@ -40,7 +40,8 @@ from tunesmith.registry.signing import release
 from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, count_versions, list_versions, load_version, resolve
-from tunesmith.store import database, identities
+from tunesmith.store import database
+from tunesmith.store.people import identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, RecallRow, VersionRow

@@ -32,7 +32,7 @@ from tunesmith.rollout.settings import RolloutSettings, Step
 from tunesmith.rollout.state import Rollout, get_rollout, list_rollouts
 from tunesmith.rollout.traffic import STEP, UNLOADED
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user, deactivate, set_roles
+from tunesmith.store.people.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecallRow, RequestRow, VersionRow
 

@@ -23,7 +23,7 @@ from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions
 from tunesmith.rollout.state import Rollout
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user, deactivate, set_roles
+from tunesmith.store.people.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
 
 Versions = dict[int, Version]

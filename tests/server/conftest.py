@@ -28,16 +28,16 @@ from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
+from tunesmith.server.answering.work import Worker
 from tunesmith.server.app import create_app
 from tunesmith.server.intake.draining import DrainingServer
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
-from tunesmith.server.work import Worker
-from tunesmith.services.served_scorers import served_scorers
+from tunesmith.services.evaluations.served_scorers import served_scorers
 from tunesmith.store import database
 from tunesmith.store.audit import revision
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import RequestRow
-from tunesmith.store.tokens import issue_token
 
 __all__ = ["made", "scene", "versions"]
 

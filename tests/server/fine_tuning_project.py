@@ -14,8 +14,8 @@ from tests.commands import first_line, started
 from tests.tiny_project import ROOMS, THINGS, settings, write_project
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
-from tunesmith.store.identities import add_user, ensure_owner
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.identities import add_user, ensure_owner
+from tunesmith.store.people.tokens import issue_token
 
 MODEL = "gpt-4o-mini-2024-07-18"
 OWNER = "olive"

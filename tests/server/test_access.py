@@ -18,9 +18,9 @@ from tests.attack_table import Happened
 from tests.fabricate import OWNER, Scene
 from tests.server.conftest import Served, running_copy
 from tunesmith.server.access import PUBLIC, decides, needs
-from tunesmith.store.identities import add_user, deactivate
-from tunesmith.store.roles import ROLES, TOKEN_SCOPES
-from tunesmith.store.tokens import issue_token, revoke_token
+from tunesmith.store.people.identities import add_user, deactivate
+from tunesmith.store.people.roles import ROLES, TOKEN_SCOPES
+from tunesmith.store.people.tokens import issue_token, revoke_token
 
 DECISIONS = {"public", "session", "any token", *TOKEN_SCOPES}
 OPEN = {"/healthz", "/readyz", "/metrics"}

@@ -26,9 +26,9 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.review.queue import NewItem, add_items
 from tunesmith.registry.versions import Version
 from tunesmith.server.app import openapi_document
-from tunesmith.store.identities import add_user, get_user
-from tunesmith.store.roles import ROLES
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.identities import add_user, get_user
+from tunesmith.store.people.roles import ROLES
+from tunesmith.store.people.tokens import issue_token
 
 ACME = "acme-lamps"  # a name of the tenant acme
 NOWHERE = "sha256:" + "0" * 64

@@ -22,9 +22,9 @@ from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.monitoring.settings import CaseSettings
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import AuditRow
-from tunesmith.store.tokens import issue_token
 
 SECRET = "jane.doe@example.com"
 ODD = f"zebra lamp of {SECRET}"  # words that nothing else in the store holds

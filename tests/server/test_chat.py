@@ -21,10 +21,10 @@ from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry import opening
 from tunesmith.registry.versions import Version
-from tunesmith.server import routing
-from tunesmith.store.identities import add_user, deactivate
+from tunesmith.server.answering import routing
+from tunesmith.store.people.identities import add_user, deactivate
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
 

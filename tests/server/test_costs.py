@@ -21,8 +21,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version
 from tunesmith.server.intake import limits
-from tunesmith.store.identities import add_user
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 
 MIB = 1 << 20
 SECONDS = 60  # for an honest request meanwhile; without limits some of these hold it up for minutes

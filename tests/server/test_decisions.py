@@ -21,9 +21,9 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.registry.versions import Version
-from tunesmith.services import remote_decisions
-from tunesmith.store.identities import add_user
-from tunesmith.store.tokens import issue_token
+from tunesmith.services.releases import remote_decisions
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 
 Versions = dict[int, Version]
 

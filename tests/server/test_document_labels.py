@@ -25,9 +25,9 @@ from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Generation
 from tunesmith.registry.registration import register
 from tunesmith.store import database
-from tunesmith.store.identities import add_user, set_groups
+from tunesmith.store.people.identities import add_user, set_groups
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import Table
-from tunesmith.store.tokens import issue_token
 
 # Document -> its labels. The server is in the region eu.
 DOCUMENTS: dict[str, dict[str, Any]] = {

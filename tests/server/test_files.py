@@ -27,8 +27,8 @@ from tunesmith.server.intake import limits
 from tunesmith.server.intake.form import FormReader
 from tunesmith.store import database
 from tunesmith.store.audit import entries
-from tunesmith.store.identities import add_user
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 
 ROWS = b'{"messages": []}\n'
 

@@ -34,8 +34,8 @@ from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparam
 from tunesmith.services.fine_tuning.create import create, find
 from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
 from tunesmith.store import uploads
-from tunesmith.store.identities import add_user, get_user
-from tunesmith.store.tokens import issue_token, revoke_token
+from tunesmith.store.people.identities import add_user, get_user
+from tunesmith.store.people.tokens import issue_token, revoke_token
 
 
 def opened(root: Path, **changes: object) -> Project:

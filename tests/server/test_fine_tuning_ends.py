@@ -28,11 +28,11 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import jobs
 from tunesmith.services.fine_tuning.arguments import KIND
 from tunesmith.services.fine_tuning.perform import VALIDATING, perform_fine_tuning
-from tunesmith.store.identities import add_user, ensure_owner
-from tunesmith.store.tokens import issue_token
+from tunesmith.services.runs import jobs
+from tunesmith.store.people.identities import add_user, ensure_owner
+from tunesmith.store.people.tokens import issue_token
 
 pytestmark = pytest.mark.slow
 

@@ -25,12 +25,12 @@ from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version
-from tunesmith.services.versions import refuse
+from tunesmith.services.releases.versions import refuse
 from tunesmith.store import database
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
-from tunesmith.store.tokens import issue_token
 
 MONEY = '{"intent": "transfer_money"}'
 RULE: dict[str, Any] = {"field": "intent", "values": ["transfer_money"]}

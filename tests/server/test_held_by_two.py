@@ -25,12 +25,12 @@ from tunesmith.core.errors import Refused
 from tunesmith.holding import queue
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import list_versions
-from tunesmith.services import held
+from tunesmith.services.traffic import held
 from tunesmith.store import database
-from tunesmith.store.identities import get_user
+from tunesmith.store.people.identities import get_user
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
-from tunesmith.store.tokens import issue_token
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from tunesmith.server.errors import ApiError
 from tunesmith.server.intake import rates
 from tunesmith.server.intake.rates import Rates
 from tunesmith.server.settings import ServerSettings
-from tunesmith.store.identities import add_user
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 
 
 class Clock:

@@ -21,10 +21,10 @@ from tunesmith.rollout.commands import abort, resume, rollback
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server import app as server_app
-from tunesmith.server import routing
-from tunesmith.store.identities import add_user
+from tunesmith.server.answering import routing
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import issue_token
 
 Versions = dict[int, Version]
 ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid"}}

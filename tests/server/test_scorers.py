@@ -14,7 +14,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version
-from tunesmith.services import rollouts
+from tunesmith.services.releases import rollouts
 
 JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "m"}
 

@@ -22,7 +22,7 @@ from tunesmith.project import Project
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import DEFAULT_STEPS
 from tunesmith.server.settings import ServerSettings
-from tunesmith.store.tokens import issue_token
+from tunesmith.store.people.tokens import issue_token
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tunesmith.server.console.shared import Shared
+from tunesmith.server.console.parts.shared import Shared
 
 
 def test_a_value_is_made_once_until_its_time_is_over() -> None:

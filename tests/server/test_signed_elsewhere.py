@@ -23,7 +23,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.registry.signing.attestations import ENVELOPE, signed_bytes
 from tunesmith.registry.signing.keys import fingerprint_of
-from tunesmith.store.user_keys import revoke_key
+from tunesmith.store.people.user_keys import revoke_key
 
 
 @pytest.fixture

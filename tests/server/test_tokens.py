@@ -16,11 +16,11 @@ from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version
+from tunesmith.server.answering.routing import Router
 from tunesmith.server.errors import ApiError
-from tunesmith.server.routing import Router
-from tunesmith.store.identities import add_user
+from tunesmith.store.people.identities import add_user
+from tunesmith.store.people.tokens import Token, authenticate, issue_token, list_tokens
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import Token, authenticate, issue_token, list_tokens
 
 DAY = 86_400
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.server.turns import Turns
+from tunesmith.server.answering.turns import Turns
 
 
 def begun(turns: Turns[str]) -> list[str]:

@@ -30,8 +30,8 @@ from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.store import audit, database
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import issue_token
 
 pytestmark = pytest.mark.slow
 

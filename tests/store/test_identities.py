@@ -15,9 +15,10 @@ from sqlalchemy import select
 from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.services import users
-from tunesmith.store import database, identities, tokens, user_keys
-from tunesmith.store.roles import ACTIONS, ROLES
+from tunesmith.services.accounts import users
+from tunesmith.store import database
+from tunesmith.store.people import identities, tokens, user_keys
+from tunesmith.store.people.roles import ACTIONS, ROLES
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, TokenRow, UserRow
 

@@ -19,8 +19,8 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.registry.signing.signatures import Untrusted
 from tunesmith.registry.versions import Version
-from tunesmith.services import proposed_keys
-from tunesmith.store.identities import add_user, deactivate, get_user, list_users
+from tunesmith.services.accounts import proposed_keys
+from tunesmith.store.people.identities import add_user, deactivate, get_user, list_users
 from tunesmith.store.store import Store
 
 __all__ = ["made", "scene", "versions"]

@@ -17,12 +17,13 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.history import verify_log
-from tunesmith.store import audit, database, tokens
-from tunesmith.store.identities import add_user, deactivate, ensure_owner
-from tunesmith.store.roles import TOKEN_SCOPES
+from tunesmith.store import audit, database
+from tunesmith.store.people import tokens
+from tunesmith.store.people.identities import add_user, deactivate, ensure_owner
+from tunesmith.store.people.roles import TOKEN_SCOPES
+from tunesmith.store.people.tokens import Token, authenticate, issue_token, list_tokens, note_use, revoke_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import TokenRow
-from tunesmith.store.tokens import Token, authenticate, issue_token, list_tokens, note_use, revoke_token
 
 NOW = 2_000_000_000.0
 DAY = 86_400.0

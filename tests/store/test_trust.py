@@ -10,7 +10,7 @@ from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.store.blobs.local import LocalBlobs
-from tunesmith.store.trust import TRUST_KEY, TrustedKey, find_key, read_trust, write_trust
+from tunesmith.store.people.trust import TRUST_KEY, TrustedKey, find_key, read_trust, write_trust
 
 
 def key(user: str, public: str | None = None) -> TrustedKey:

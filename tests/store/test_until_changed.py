@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from tunesmith.store import database
-from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.until_changed import UntilChanged
 

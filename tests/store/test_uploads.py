@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.store import database, uploads
-from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import LockRow
 from tunesmith.store.uploads import FileGone, StoredFile

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import TILED, row, write_model
 from tests.trained import full_model, gradients, lora_model
-from tunesmith.core import memory
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.threads import wanted_threads
+from tunesmith.core.system import memory
+from tunesmith.core.system.threads import wanted_threads
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.native.adapters import costs
@@ -24,7 +24,7 @@ from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
 from tunesmith.training.batches.batch_plan import Step, lay_out_step, step_tokens
-from tunesmith.training.estimate import MemoryNeeds, check_disk, check_memory, estimate
+from tunesmith.training.estimates.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import drop_gradients
 

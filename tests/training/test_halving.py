@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import Refused
-from tunesmith.training.halving import (
+from tunesmith.training.search.halving import (
     PRESENT,
     Measured,
     SearchDecisions,
@@ -24,7 +24,7 @@ from tunesmith.training.halving import (
     spent,
     successive_halving,
 )
-from tunesmith.training.search_space import draw_trials, search_space, with_values
+from tunesmith.training.search.space import draw_trials, search_space, with_values
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 
 MEASURED = Measured(row=0.1, loss=1.0, answer=0.05, total=5.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.training.more_time import more_time
+from tunesmith.training.estimates.more_time import more_time
 
 ROWS = 200
 

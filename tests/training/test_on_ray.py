@@ -12,7 +12,7 @@ import pytest
 from tests.said import Said
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import Silent
-from tunesmith.training.on_ray import _fit, _Written
+from tunesmith.training.launchers.on_ray import _fit, _Written
 
 
 def test_it_shows_what_rank_0_says_and_returns_what_it_returns(tmp_path: Path) -> None:

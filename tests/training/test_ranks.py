@@ -20,9 +20,9 @@ from tests.process_group import run_ranks
 from tests.tiny import row
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import Silent
+from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.factory import check_weight_settings, load_sharded
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.trainable import HFTrainable
@@ -36,10 +36,10 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step, step_labels, step_tokens
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
+from tunesmith.training.launchers.together import begin, end, take_part
 from tunesmith.training.scoring import AnswerScore, Score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
-from tunesmith.training.together import begin, end, take_part
 from tunesmith.training.train import make_spec, run_training
 
 # Answers of very different lengths, so that the ranks of a step have different numbers of labels.

@@ -19,9 +19,9 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
-from tunesmith.training import range_test as rate
 from tunesmith.training.batches.batch_plan import lay_out_step
 from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.search import range_test as rate
 from tunesmith.training.settings import TrainSettings
 
 TRAIN = {"rank": 2, "batch": 8}

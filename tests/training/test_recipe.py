@@ -12,9 +12,9 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.pipeline.training import _of_control
 from tunesmith.training.batches.rows import row_count, training_rows
+from tunesmith.training.estimates.subsets import subset_settings
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.subsets import subset_settings
 
 
 def _b_rate(width: int | None = 576, **given: object) -> float:

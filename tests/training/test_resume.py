@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tests.forked import forkserver, run_elsewhere
 from tests.said import SaidAndNoted
 from tests.tiny import row, write_model
-from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Stopped, Task
-from tunesmith.core.scratch import SCRATCH
+from tunesmith.core.system import memory
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.native import kernels as native

@@ -22,7 +22,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
-from tunesmith.training.estimate import MemoryNeeds, memory_needs
+from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
 from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import TrainSettings

@@ -18,16 +18,16 @@ from tests.said import SaidAndNoted
 from tests.tiny import write_model
 from tests.training.test_resume import ROWS
 from tests.training.test_schedule import ticking
-from tunesmith.core import memory
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.system import memory
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
-from tunesmith.training import halving, search
-from tunesmith.training.halving import Measured, ranking
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.search import SearchOutcome
+from tunesmith.training.search import halving, search
+from tunesmith.training.search.halving import Measured, ranking
+from tunesmith.training.search.search import SearchOutcome
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
 

@@ -14,9 +14,9 @@ from tunesmith.cli.main import main
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import match_layers
-from tunesmith.training.estimate import too_few_numbers
+from tunesmith.training.estimates.estimate import too_few_numbers
+from tunesmith.training.estimates.subsets import subset_settings
 from tunesmith.training.settings import TrainSettings, changed_training
-from tunesmith.training.subsets import subset_settings
 
 PROJECT = """
 name: lights

@@ -19,9 +19,9 @@ from tests.webhooks.conftest import SECRET, Receiver, deliverer, project_of
 from tunesmith.core.errors import Refused
 from tunesmith.jobs import leases, queue
 from tunesmith.services import webhooks
-from tunesmith.services.users import add_user
+from tunesmith.services.accounts.users import add_user
 from tunesmith.services.webhooks import Deliverer
-from tunesmith.store import identities
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.webhooks import deliveries, sending
 

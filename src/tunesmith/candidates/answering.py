@@ -9,8 +9,8 @@ from typing import Any
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose
-from tunesmith.candidates.copying import Constraint
 from tunesmith.candidates.endpoint import Endpoint
+from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import UsageError

@@ -14,10 +14,10 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.baselines import Confident
 from tunesmith.candidates.endpoint import RemoteCompletion
 from tunesmith.core.digests import canonical
-from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.labels import bare_label
 from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record

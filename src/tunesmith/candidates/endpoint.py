@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.candidates.request_schemas import check_schema
+from tunesmith.candidates.grammars.request_schemas import check_schema
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.http_clients import HttpClients
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.http_clients import HttpClients
 from tunesmith.engines.protocol import Completion, Generation
 
 if TYPE_CHECKING:

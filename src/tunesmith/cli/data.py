@@ -13,7 +13,7 @@ from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, printed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.data import ShownDataset
+    from tunesmith.services.datasets.data import ShownDataset
 
 _Newest = Annotated[str | None, typer.Argument(help="A dataset version's digest or its start; by default the newest.")]
 _Version = Annotated[str, typer.Argument(help="A dataset version's digest or its start.")]
@@ -36,7 +36,7 @@ def build(
     ] = "local",
 ) -> None:
     """Read, check, clean, split and freeze the project's sources."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     shards = None
     if engine == "ray":
@@ -49,7 +49,7 @@ def build(
 
 def list_datasets(here: Here, page: Annotated[int, typer.Option(min=1, help="25 versions each.")] = 1) -> None:
     """List dataset versions, newest first, with the stewards who signed them off."""
-    from tunesmith.services import dataset_rows
+    from tunesmith.services.datasets import dataset_rows
 
     here.emit(dataset_rows.list_datasets(here.store, page), data_tables.draw_list)
 
@@ -61,7 +61,7 @@ def show(
     limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 shows all.")] = 10,
 ) -> None:
     """Show the summary of a dataset version and its first rows."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     def draw(console: Console, found: ShownDataset) -> None:
         data_tables.draw_summary(console, found)
@@ -72,7 +72,7 @@ def show(
 
 def verify(here: Here, dataset: _Newest = None) -> None:
     """Recompute a dataset version's digests, counts and leakage. Exit 3 on any difference from its record."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     found = data.verify(here.store, dataset)
     here.emit(found, data_tables.draw_verification)
@@ -86,7 +86,7 @@ def originals(
 ) -> None:
     """Show what pseudonyms stand for, if data.privacy.originals keeps it and you have the key."""
     from tunesmith.data.privacy.originals import new_key as make_key
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     if new_key:
         key = make_key()
@@ -97,7 +97,7 @@ def originals(
 
 def diff(here: Here, before: _Version, after: _Version) -> None:
     """Show what changed between two dataset versions: rows, splits, licences, balance."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     here.emit(data.difference(here.store, before, after), data_tables.draw_difference)
 
@@ -106,14 +106,14 @@ def removed(
     here: Here, dataset: _Version, each: Annotated[int, typer.Option(min=1, help="Rows of each reason.")] = 5
 ) -> None:
     """Show a sample of the rows that were left out, for each reason, read again from the sources."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     here.emit(data.removed(here.store, dataset, here.directory, each), data_tables.draw_removed)
 
 
 def datasheet(here: Here, dataset: _Version, output: _Output = None) -> None:
     """Write a datasheet in Markdown."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     digest, text = data.datasheet(here.store, dataset, here.directory.absolute().name)
     _print_or_write(here, digest, "datasheet", text, output)
@@ -121,7 +121,7 @@ def datasheet(here: Here, dataset: _Version, output: _Output = None) -> None:
 
 def croissant(here: Here, dataset: _Version, output: _Output = None) -> None:
     """Write Croissant 1.0 metadata (JSON-LD)."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     digest, text = data.croissant(here.store, dataset, here.directory.absolute().name)
     _print_or_write(here, digest, "croissant", text, output)
@@ -130,7 +130,7 @@ def croissant(here: Here, dataset: _Version, output: _Output = None) -> None:
 def sign(here: Acting, dataset: _Version, reason: Annotated[str, typer.Option(help="What was looked at.")]) -> None:
     """Verify a dataset version and sign it off as its steward. The audit log records it."""
     from tunesmith.core.digests import short
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     signed = data.sign(here.store, dataset, reason=reason, actor=here.actor)
     here.emit(signed, printed(f"{signed.steward} signed off {short(signed.dataset)}"))
@@ -147,7 +147,7 @@ def quality(
     limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
 ) -> None:
     """Flag rows that a person should look at. Drops none. The store keeps the flags as a record."""
-    from tunesmith.services import data
+    from tunesmith.services.datasets import data
 
     found = data.quality(
         here.store,
@@ -164,7 +164,7 @@ def quality(
 
 
 def _print_or_write(here: Here, digest: str, what: str, text: str, output: Path | None) -> None:
-    from tunesmith.core.files import write_atomic
+    from tunesmith.core.system.files import write_atomic
 
     if output is not None:
         write_atomic(output, text.encode())

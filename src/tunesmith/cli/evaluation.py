@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.planning import Plan
     from tunesmith.evaluation.summary import EvaluationSummary, MetricInterval, VerdictSummary
     from tunesmith.registry.leaderboard import Leaderboard
-    from tunesmith.services.evaluation import EvidenceReport
+    from tunesmith.services.evaluations.evaluation import EvidenceReport
 
 EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -43,7 +43,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show before a run what the test rows can show, and how many rows it takes to detect a lift."""
-    from tunesmith.services import evaluation
+    from tunesmith.services.evaluations import evaluation
 
     found = evaluation.plan(here.project, lift=lift, differing=differing, between=between or (), progress=Terminal())
     here.emit(found, _draw_plan)
@@ -53,7 +53,7 @@ def evaluate(
     here: Here, names: Annotated[list[str] | None, typer.Argument(help="Candidates; by default all of them.")] = None
 ) -> None:
     """Measure candidates on the same held-out rows."""
-    from tunesmith.services import evaluation
+    from tunesmith.services.evaluations import evaluation
 
     found = evaluation.evaluate(here.project, names or None, progress=Terminal())
     here.emit(found, draw_evaluation)
@@ -64,7 +64,7 @@ def gate(
     name: Annotated[str | None, typer.Argument(help="The candidate; by default the one meant for release.")] = None,
 ) -> None:
     """Apply the gates to a candidate. Exits with 0 for pass, 3 for fail, 4 for inconclusive."""
-    from tunesmith.services import evaluation
+    from tunesmith.services.evaluations import evaluation
 
     found = evaluation.gate(here.project, name, progress=Terminal())
     here.emit(found, draw_verdict)
@@ -77,7 +77,7 @@ def compare(
     second: Annotated[str, typer.Argument(help="Another one; differences are second minus first.")],
 ) -> None:
     """Compare two candidates or versions, request by request."""
-    from tunesmith.services import evaluation
+    from tunesmith.services.evaluations import evaluation
 
     here.emit(evaluation.compare_candidates(here.project, first, second), _draw_comparison)
 
@@ -105,10 +105,10 @@ def report(
 ) -> None:
     """Write the evidence as one HTML page. With --json, print its data, and write a page only to --output."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.core.files import write_atomic
+    from tunesmith.core.system.files import write_atomic
     from tunesmith.core.text.display import printable
     from tunesmith.evaluation.report.markdown import report_markdown
-    from tunesmith.services import evaluation
+    from tunesmith.services.evaluations import evaluation
 
     if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")

@@ -12,7 +12,7 @@ from tunesmith.cli.terminal import Acting, Terminal, add_commands, draw_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.forecast import Forecast
+    from tunesmith.services.runs.forecast import Forecast
 
 EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
 _DAYS = 30.0
@@ -52,14 +52,14 @@ def forecast(
     if queue:
         from tunesmith.cli.jobs import draw_job
         from tunesmith.core.errors import UsageError
-        from tunesmith.services import jobs
+        from tunesmith.services.runs import jobs
 
         if (budget, goal, days, output) != (None, None, _DAYS, None):
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
         here.emit(jobs.queue_forecast(here.project, candidate, actor=here.actor), draw_job)
         return
     from tunesmith.core.settings import duration_of
-    from tunesmith.services import forecast as services
+    from tunesmith.services.runs import forecast as services
 
     seconds = None if budget is None else duration_of(budget, "--budget")
     found = services.forecast(

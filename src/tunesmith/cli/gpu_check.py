@@ -12,7 +12,7 @@ from tunesmith.cli.terminal import Here, Json, Terminal, add_commands, draw_tabl
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.gpu_check import GpuCheck
+    from tunesmith.services.runs.gpu_check import GpuCheck
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +31,7 @@ def gpu_check(
 ) -> None:
     """Check that everything works on this machine's GPU, and measure it: about five minutes, no download. Without a GPU
     a reduced form runs on the CPU. Exits with 1 if a check fails; checks that were left out do not fail."""
-    from tunesmith.services import gpu_check as services
+    from tunesmith.services.runs import gpu_check as services
 
     found = services.gpu_check(vllm=vllm, output=output, progress=Terminal())
     Here(as_json=as_json).emit(found, _draw)

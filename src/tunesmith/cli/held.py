@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, add_commands, draw_table, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.held import HeldAnswerView, HeldList
+    from tunesmith.services.traffic.held import HeldAnswerView, HeldList
 
 Identifier = Annotated[str, typer.Argument(metavar="ID", help="The answer's id, which `held list` shows.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit log keeps it, and the caller sees it.")]
@@ -29,7 +29,7 @@ def list_held(
     everything: Annotated[bool, typer.Option("--all", help="Decided ones too, until they are deleted.")] = False,
 ) -> None:
     """List held answers: your own, and those of your tenant and region if you may review."""
-    from tunesmith.services import held
+    from tunesmith.services.traffic import held
 
     store = here.store
     user = held.reviewer(store, here.actor)
@@ -41,7 +41,7 @@ def list_held(
 
 def show(here: Acting, identifier: Identifier) -> None:
     """Show a held answer; to reviewers with its conversation."""
-    from tunesmith.services import held
+    from tunesmith.services.traffic import held
 
     store = here.store
     here.emit(held.show(store, held.reviewer(store, here.actor), identifier), _draw_answer)
@@ -56,7 +56,7 @@ def release(
     ] = None,
 ) -> None:
     """Let an answer leave, as it is or edited."""
-    from tunesmith.services import held
+    from tunesmith.services.traffic import held
 
     store = here.store
     user, decision = held.reviewer(store, here.actor), "release" if answer is None else "replace"
@@ -66,7 +66,7 @@ def release(
 
 def refuse(here: Acting, identifier: Identifier, reason: Reason = "") -> None:
     """Keep an answer from leaving."""
-    from tunesmith.services import held
+    from tunesmith.services.traffic import held
 
     store = here.store
     found = held.decide(store, held.reviewer(store, here.actor), identifier, "refuse", reason=reason)

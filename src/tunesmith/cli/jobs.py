@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tunesmith.services.jobs import JobList, JobLog, JobView
-    from tunesmith.services.retraining import Retraining
-    from tunesmith.services.run_curves import JobComparison
+    from tunesmith.services.runs.jobs import JobList, JobLog, JobView
+    from tunesmith.services.runs.retraining import Retraining
+    from tunesmith.services.runs.run_curves import JobComparison
 
 Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
 
@@ -57,7 +57,9 @@ def worker(
     import signal
 
     from tunesmith.monitoring import cases
-    from tunesmith.services import held, jobs, retraining, webhooks
+    from tunesmith.services import webhooks
+    from tunesmith.services.runs import jobs, retraining
+    from tunesmith.services.traffic import held
 
     def also() -> None:
         cases.delete_expired(here.store)  # before what may fail by the project file or its sources
@@ -87,7 +89,7 @@ def retrain(
 
     A worker looks by itself. What comes of the run is registered if its gates pass, and waits for an approval.
     """
-    from tunesmith.services import retraining
+    from tunesmith.services.runs import retraining
 
     found = retraining.look(here.project, add=add, actor=here.actor, say=say)
     here.emit(found, _draw_retraining)
@@ -114,14 +116,14 @@ def list_jobs(
     most: Annotated[int, typer.Option("--most", min=1, help="How many.")] = 50,
 ) -> None:
     """List jobs, newest first."""
-    from tunesmith.services import jobs
+    from tunesmith.services.runs import jobs
 
     here.emit(jobs.list_jobs(here.store, states=jobs.states_named(state or ()), before=before, most=most), _draw_list)
 
 
 def show(here: Here, job: Number) -> None:
     """Show a job: its state, the step that it is at, the time left for this step, its result or its error."""
-    from tunesmith.services import jobs
+    from tunesmith.services.runs import jobs
 
     here.emit(jobs.show(here.store, job), draw_job)
 
@@ -133,7 +135,7 @@ def log(
 ) -> None:
     """Print the log of a job."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services import jobs
+    from tunesmith.services.runs import jobs
 
     if follow and here.as_json:
         raise UsageError("--follow has no single result that --json could print", fix="leave one of them out")
@@ -149,21 +151,21 @@ def log(
 
 def cancel(here: Acting, job: Number) -> None:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
-    from tunesmith.services import jobs
+    from tunesmith.services.runs import jobs
 
     here.emit(jobs.cancel(here.store, job, actor=here.actor), draw_job)
 
 
 def pause(here: Acting, job: Number) -> None:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
-    from tunesmith.services import jobs
+    from tunesmith.services.runs import jobs
 
     here.emit(jobs.pause(here.store, job, actor=here.actor), draw_job)
 
 
 def resume(here: Acting, job: Number) -> None:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
-    from tunesmith.services import jobs
+    from tunesmith.services.runs import jobs
 
     here.emit(jobs.resume(here.store, job, actor=here.actor), draw_job)
 
@@ -172,7 +174,7 @@ def compare(
     here: Here, job: Number, other: Annotated[int, typer.Argument(metavar="OTHER", min=1, help="Another job's number.")]
 ) -> None:
     """Show two jobs side by side: their results, and the settings that differ."""
-    from tunesmith.services import run_curves
+    from tunesmith.services.runs import run_curves
 
     here.emit(run_curves.compare(here.store, job, other), _draw_comparison)
 

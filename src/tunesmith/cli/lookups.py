@@ -11,8 +11,8 @@ from tunesmith.cli.terminal import Acting, Here, Region, Tenant, add_commands, d
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.evidence import EvaluationList, EvaluationPage
-    from tunesmith.services.operations import RecallList
+    from tunesmith.services.evaluations.evidence import EvaluationList, EvaluationPage
+    from tunesmith.services.traffic.operations import RecallList
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +29,8 @@ def evaluations(
 ) -> None:
     """List evaluations, newest first, or show one with the newest verdict on it."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services import evidence
-    from tunesmith.store.identities import acting, get_user
+    from tunesmith.services.evaluations import evidence
+    from tunesmith.store.people.identities import acting, get_user
 
     store = here.store
     user = get_user(store, acting(store, here.actor))
@@ -45,7 +45,7 @@ def evaluations(
 
 def recalls(here: Here) -> None:
     """List what was recalled and why, newest first."""
-    from tunesmith.services import operations
+    from tunesmith.services.traffic import operations
 
     here.emit(operations.list_recalls(here.store), _draw_recalls)
 
@@ -59,7 +59,7 @@ def notice(
     """Print what the licences of a version's rows ask for (NOTICE.md)."""
     from tunesmith.core.scope import Scope
     from tunesmith.registry.versions import resolve
-    from tunesmith.services.version_pages import notice_of
+    from tunesmith.services.releases.version_pages import notice_of
 
     store = here.store
     found = resolve(store, version, scope=Scope(tenant, region))

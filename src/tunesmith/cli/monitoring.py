@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tunesmith.monitoring.pending_retrains import PendingRetrain
     from tunesmith.monitoring.recall import Recall
     from tunesmith.monitoring.recall_status import RecallStatus
-    from tunesmith.services.cases import AddedCases, CaseList
-    from tunesmith.services.monitoring import Impact, PendingRetrains
+    from tunesmith.services.datasets.cases import AddedCases, CaseList
+    from tunesmith.services.traffic.monitoring import Impact, PendingRetrains
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
 _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
@@ -48,7 +48,7 @@ def monitor(
     Also lists champions that may not serve, and the retrains that recalls left pending (`recall --pending`). These do
     not change the exit code.
     """
-    from tunesmith.services import monitoring
+    from tunesmith.services.traffic import monitoring
 
     found, label = monitoring.monitor(here.project, which, hours=hours, tenant=tenant)
 
@@ -67,7 +67,7 @@ def impact(
     base: Annotated[str, typer.Argument(help="As tunesmith.yaml names it, or the start of its record's digest.")],
 ) -> None:
     """List every version, alias and tenant that depends on a base, and the requests that each version answered."""
-    from tunesmith.services import monitoring
+    from tunesmith.services.traffic import monitoring
 
     here.emit(monitoring.impact(here.store, base), _draw_impact)
 
@@ -94,7 +94,7 @@ def recall(
     The next `tunesmith run` builds, trains and measures again without the rows, even if the sources still hold them.
     """
     from tunesmith.core.errors import UsageError
-    from tunesmith.services import monitoring
+    from tunesmith.services.traffic import monitoring
 
     given = {"row": row, "source": source, "licence": licence, "subject": subject, "version": version, "base": base}
     named = {kind: value for kind, value in given.items() if value is not None}
@@ -118,7 +118,7 @@ def recall(
 
 def show_cases(here: Here, everything: _All = False) -> None:
     """Show the requests that callers asked to keep and that wait for a review."""
-    from tunesmith.services import cases
+    from tunesmith.services.datasets import cases
 
     here.emit(cases.list_cases(here.project.store, everything=everything), _draw_cases)
 
@@ -130,7 +130,7 @@ def add_cases(
     everything: _All = False,
 ) -> None:
     """Append the cases to a source file, each with its origin; `data build` then reads them."""
-    from tunesmith.services import cases
+    from tunesmith.services.datasets import cases
 
     added = cases.add_cases(here.project, target, licence=licence, everything=everything, actor=here.actor)
     here.emit(added, _draw_added)
@@ -142,7 +142,7 @@ def correct_case(
     expected: Annotated[str, typer.Option("--expected", help="What the answer should have been.")],
 ) -> None:
     """Say what the answer to a case should have been; cases without that are not added to a source."""
-    from tunesmith.services import cases
+    from tunesmith.services.datasets import cases
 
     case = cases.correct_case(here.project, request, expected, actor=here.actor)
     here.emit(case, printed(f"{request} is corrected"))
@@ -152,7 +152,7 @@ def drop_cases(
     here: Acting, requests: Annotated[list[str], typer.Argument(help="Ids of requests, as `cases show` lists them.")]
 ) -> None:
     """Delete cases, with their texts."""
-    from tunesmith.services import cases
+    from tunesmith.services.datasets import cases
 
     dropped = cases.drop_cases(here.project, requests, actor=here.actor)
     here.emit(dropped, printed(f"{dropped.dropped} dropped"))

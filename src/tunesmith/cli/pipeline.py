@@ -11,9 +11,9 @@ from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, draw_ta
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.training import Repeated, RunSummary, TrainingSummary
-    from tunesmith.services.training_search import SettingsSearch, Trial
-    from tunesmith.training.range_test import RateSearch
+    from tunesmith.services.runs.training import Repeated, RunSummary, TrainingSummary
+    from tunesmith.services.runs.training_search import SettingsSearch, Trial
+    from tunesmith.training.search.range_test import RateSearch
 
 _HEIGHT = 9  # lines of a curve
 
@@ -46,8 +46,8 @@ def run(
     """
     from tunesmith.cli.evaluation import EXITS
     from tunesmith.core.errors import UsageError
-    from tunesmith.services import jobs
-    from tunesmith.services.run_settings import parse_changes
+    from tunesmith.services.runs import jobs
+    from tunesmith.services.runs.run_settings import parse_changes
 
     changes = parse_changes(changed or ())
     if queue:
@@ -86,8 +86,8 @@ def train(
     """Train a candidate's adapter. Continues from the newest complete checkpoint. `torchrun --nproc-per-node N -m
     tunesmith train NAME` trains it on N processes together."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.core.threads import started_by_torchrun
-    from tunesmith.services import training, training_search
+    from tunesmith.core.system.threads import started_by_torchrun
+    from tunesmith.services.runs import training, training_search
 
     _check_train_options(restart=restart, find_rate=find_rate, repeat=repeat, search=search, within=within)
     if copies > 1 and not started_by_torchrun():
@@ -119,7 +119,7 @@ def train(
 def _check_train_options(*, restart: bool, find_rate: bool, repeat: bool, search: bool, within: str | None) -> None:
     """Raise UsageError for options of `train` that exclude each other."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.core.threads import started_by_torchrun
+    from tunesmith.core.system.threads import started_by_torchrun
 
     only = [name for name, given in (("--search", search), ("--find-rate", find_rate), ("--repeat", repeat)) if given]
     if only and started_by_torchrun():

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from tunesmith.services.doctor import Checks
     from tunesmith.services.home import Home
-    from tunesmith.services.memory_plan import MemoryPlan
-    from tunesmith.services.new_project import NewProject
+    from tunesmith.services.runs.memory_plan import MemoryPlan
+    from tunesmith.services.starting.new_project import NewProject
 
 
 _GIB = 1 << 30
@@ -44,7 +44,7 @@ def init(
 ) -> None:
     """Start a project from your own rows: write tunesmith.yaml, a schema and prompts."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.new_project import make_project
+    from tunesmith.services.starting.new_project import make_project
 
     names: dict[str, str] = {}
     for one in rename or []:
@@ -112,7 +112,7 @@ def memory(
 ) -> None:
     """Say which ways of training a base fit the memory of a device, with an estimate of their time. Loads no weights.
     Exits with 3 if none fits."""
-    from tunesmith.services.memory_plan import memory_plan
+    from tunesmith.services.runs.memory_plan import memory_plan
 
     found = memory_plan(
         base if base is not None else here.project.settings.base,

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, add_commands, draw_table, printed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.review import ExportedReview, FilledQueue, ReviewItem, ReviewList
+    from tunesmith.services.datasets.review import ExportedReview, FilledQueue, ReviewItem, ReviewList
 
 _Number = Annotated[int, typer.Argument(min=1, help="The item's number, as `review list` names it.")]
 
@@ -33,7 +33,7 @@ def fill(
     search: Annotated[str, typer.Option(metavar="TEXT", help="Also training and validation rows with this text.")] = "",
 ) -> None:
     """Add rows that `data quality` flagged, conflicts, near duplicates and failed requests to the review queue."""
-    from tunesmith.services import review
+    from tunesmith.services.datasets import review
 
     found = review.fill(
         here.store, dataset, reviewers=reviewers, pseudonyms=pseudonyms, search=search, actor=here.actor
@@ -49,14 +49,14 @@ def list_items(
     page: Annotated[int, typer.Option(min=1, help="25 items each.")] = 1,
 ) -> None:
     """List items of the review queue, and how far two reviewers agree."""
-    from tunesmith.services import review
+    from tunesmith.services.datasets import review
 
     here.emit(review.list_items(here.store, state=state, page=page, actor=here.actor), _draw_list)
 
 
 def show(here: Acting, item: _Number) -> None:
     """Show an item with its text and decisions."""
-    from tunesmith.services import review
+    from tunesmith.services.datasets import review
 
     here.emit(review.show(here.store, item, actor=here.actor), _draw_item)
 
@@ -70,7 +70,7 @@ def decide(
 ) -> None:
     """Accept, edit or reject an item. The audit log records it without the text."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services import review
+    from tunesmith.services.datasets import review
 
     if (decision == "edit") != (answer is not None):
         raise UsageError("an edit takes --answer, and no other decision does", fix="--answer is the last turn's text")
@@ -84,7 +84,7 @@ def decide(
 
 def export(here: Acting) -> None:
     """Write the decisions for the next `data build`, and carry out those on kept requests."""
-    from tunesmith.services import review
+    from tunesmith.services.datasets import review
 
     here.emit(review.export(here.project, actor=here.actor), _draw_exported)
 

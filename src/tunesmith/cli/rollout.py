@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tunesmith.services.rollout_course import RolloutCourse
-    from tunesmith.services.rollouts import RolloutList, RolloutView
+    from tunesmith.services.releases.rollout_course import RolloutCourse
+    from tunesmith.services.releases.rollouts import RolloutList, RolloutView
 
 Tenant = Annotated[str, typer.Option("--tenant", help="For which tenant; all by default.")]
 Region = Annotated[str, typer.Option("--region", help="For which region; all by default.")]
@@ -42,7 +42,7 @@ def start(
     region: Region = "",
 ) -> None:
     """Start to move traffic to an approved version, in the project's steps. The first version serves at once."""
-    from tunesmith.services import rollouts
+    from tunesmith.services.releases import rollouts
 
     project = here.project
     started = rollouts.start(project, version, actor=here.actor, override=override, scope=Scope(tenant, region))
@@ -58,28 +58,28 @@ def status(
     ] = None,
 ) -> None:
     """Show rollouts, and what a running analysis would decide now."""
-    from tunesmith.services import rollouts
+    from tunesmith.services.releases import rollouts
 
     here.emit(rollouts.status(here.store, which), _draw_all)
 
 
 def show(here: Here, number: Number) -> None:
     """Show how a rollout goes: what ended its steps, its traffic and evidence over time, and who changed it."""
-    from tunesmith.services import rollout_course
+    from tunesmith.services.releases import rollout_course
 
     here.emit(rollout_course.course(here.store, number), _draw_course)
 
 
 def resume(here: Acting, which: Which, reason: Reason = "") -> None:
     """End the pause of a rollout."""
-    from tunesmith.services import rollouts
+    from tunesmith.services.releases import rollouts
 
     here.emit(rollouts.resume(here.store, which, actor=here.actor, reason=reason), _draw)
 
 
 def promote(here: Acting, which: Which, override: Override = None, reason: Reason = "") -> None:
     """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis or approval."""
-    from tunesmith.services import rollouts
+    from tunesmith.services.releases import rollouts
 
     promoted = rollouts.promote(here.store, which, actor=here.actor, override=override, reason=reason)
     here.emit(promoted, _draw)
@@ -87,7 +87,7 @@ def promote(here: Acting, which: Which, override: Override = None, reason: Reaso
 
 def abort(here: Acting, which: Which, reason: Reason = "aborted by hand") -> None:
     """Give all traffic back to the champion and end the rollout. Exit code 3: done, but the champion may not serve."""
-    from tunesmith.services import rollouts
+    from tunesmith.services.releases import rollouts
 
     _emit_ended(here, rollouts.abort(here.store, which, reason=reason, actor=here.actor))
 
@@ -105,7 +105,7 @@ def rollback(
     The previous version is the newest one that served before and may serve now. Exit code 3: no such version, or a live
     rollout was ended and the champion may not serve.
     """
-    from tunesmith.services import rollouts
+    from tunesmith.services.releases import rollouts
 
     scope = Scope(tenant, region)
     _emit_ended(

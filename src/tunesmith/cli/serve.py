@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.candidates.answering import Answerer
-    from tunesmith.services.chat import ChatAnswer
+    from tunesmith.services.evaluations.chat import ChatAnswer
 
 
 def register(app: typer.Typer) -> None:
@@ -80,14 +80,14 @@ def serve(
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
-    from tunesmith.server.console.oidc import client_secret
+    from tunesmith.server.console.people.oidc import client_secret
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
-    from tunesmith.services.cases import case_keeper
-    from tunesmith.services.held import answer_holder
-    from tunesmith.services.own_worker import OwnWorker
-    from tunesmith.services.rollouts import refused_champions
-    from tunesmith.services.served_scorers import served_scorers
+    from tunesmith.services.datasets.cases import case_keeper
+    from tunesmith.services.evaluations.served_scorers import served_scorers
+    from tunesmith.services.releases.rollouts import refused_champions
+    from tunesmith.services.runs.own_worker import OwnWorker
+    from tunesmith.services.traffic.held import answer_holder
     from tunesmith.services.webhooks import check_secrets
 
     project = here.project
@@ -150,7 +150,7 @@ def chat(
 ) -> None:
     """Talk to a candidate of the project, or to a registered version (verified before it is loaded)."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.chat import ask, opened
+    from tunesmith.services.evaluations.chat import ask, opened
 
     if here.as_json and message is None:
         raise UsageError("--json needs --message", fix="ask one question with -m")

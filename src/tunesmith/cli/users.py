@@ -9,12 +9,12 @@ import typer
 
 from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, printed, say
 from tunesmith.core.scope import Scope
-from tunesmith.store.roles import TOKEN_SCOPES
+from tunesmith.store.people.roles import TOKEN_SCOPES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.users import EndedKey, EnrolledKey, KeyList, TokenList, UserList, UserView
+    from tunesmith.services.accounts.users import EndedKey, EnrolledKey, KeyList, TokenList, UserList, UserView
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
@@ -42,7 +42,7 @@ def login_link(
     ] = "http://127.0.0.1:8000",
 ) -> None:
     """Print a link that opens the web console once, within ten minutes."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     link = users.login_link(here.store, name, url=url, actor=here.actor)
     here.emit(link, printed(link.url))
@@ -50,7 +50,7 @@ def login_link(
 
 def list_users(here: Here) -> None:
     """List every user with their roles, deactivated ones included."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     here.emit(users.list_users(here.store), _draw_users)
 
@@ -67,7 +67,7 @@ def add(
     ] = None,
 ) -> None:
     """Add a user. Without --public-key, a key pair is made here when they first sign."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     store = here.store
     scope, groups = Scope(tenant, region), group or ()
@@ -77,7 +77,7 @@ def add(
 
 def roles(here: Acting, name: Name, role: Roles) -> None:
     """Replace a user's roles with the given ones."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     user = users.set_roles(here.store, name, role, actor=here.actor)
     _warn(here, user)
@@ -86,7 +86,7 @@ def roles(here: Acting, name: Name, role: Roles) -> None:
 
 def groups(here: Acting, name: Name, group: Groups = None) -> None:
     """Replace the groups whose documents a user may see. Without --group the user is in none."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     user = users.set_groups(here.store, name, group or (), actor=here.actor)
     here.emit(user, printed(f"{name} is in {', '.join(user.groups) or 'no group'}"))
@@ -94,7 +94,7 @@ def groups(here: Acting, name: Name, group: Groups = None) -> None:
 
 def deactivate(here: Acting, name: Name) -> None:
     """Deactivate a user: their tokens, approvals and signatures no longer count."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     user = users.deactivate(here.store, name, actor=here.actor)
     _warn(here, user)
@@ -120,7 +120,7 @@ def token(
     ] = None,
 ) -> None:
     """Make a token for the HTTP interface. It is shown only once."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     issued = users.issue_token(here.store, user, name=name, scopes=scope or (), expires=expires, actor=here.actor)
     end = "it does not expire" if issued.expires is None else f"it expires on {issued.expires[:10]}"
@@ -132,7 +132,7 @@ def tokens(
     here: Here, user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose; by default all.")] = None
 ) -> None:
     """List tokens: what they are for, when they expire, when they were used last. Their secrets are kept nowhere."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     here.emit(users.list_tokens(here.store, user), _draw_tokens)
 
@@ -143,7 +143,7 @@ def revoke_token(
     name: Annotated[str, typer.Argument(metavar="TOKEN", help="Its name, as `tunesmith users tokens` shows it.")],
 ) -> None:
     """End a token at once."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     ended = users.revoke_token(here.store, user, name, actor=here.actor)
     here.emit(ended, printed(f"the token {name} of {user} is revoked"))
@@ -151,7 +151,7 @@ def revoke_token(
 
 def list_keys(here: Here) -> None:
     """List every key, retired, revoked and proposed ones included, and whether its private half is on this machine."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     here.emit(users.list_keys(here.store), _draw_keys)
 
@@ -165,7 +165,7 @@ def create(
 
     A second key replaces the first one: retire the old one afterwards. You need an old private key, or an admin.
     """
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     made = users.create_key(here.store, name, label=label, actor=here.actor)
     say(f"the private key is {made.path}; keep it secret and keep a copy")
@@ -179,7 +179,7 @@ def enrol(
     label: Label = None,
 ) -> None:
     """Bind a public key that was made elsewhere to a user, so that only its owner can sign as that user."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     here.emit(users.enrol_key(here.store, name, file, label=label, actor=here.actor), _print_enrolled)
 
@@ -194,7 +194,7 @@ def confirm(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
 
     The fingerprint must come from the user by another way than this server: in person, by telephone or by a chat.
     """
-    from tunesmith.services import proposed_keys
+    from tunesmith.services.accounts import proposed_keys
 
     done = proposed_keys.confirm(here.store, name, fingerprint, actor=here.actor)
     here.emit(done, printed(f"{done.user} signs with {done.label}: {done.fingerprint}"))
@@ -202,7 +202,7 @@ def confirm(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
 
 def reject(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
     """End the proposal of a key that a user made in the web console."""
-    from tunesmith.services import proposed_keys
+    from tunesmith.services.accounts import proposed_keys
 
     ended = proposed_keys.reject(here.store, name, fingerprint, actor=here.actor)
     here.emit(ended, printed(f"the proposed key {ended.fingerprint} of {ended.user} is rejected"))
@@ -210,7 +210,7 @@ def reject(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
 
 def retire(here: Acting, name: Name, label: Given) -> None:
     """End the use of a key. What it signed before keeps counting; what it signs from now on does not."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     here.emit(users.retire_key(here.store, name, label, actor=here.actor), _print_ended)
 
@@ -229,7 +229,7 @@ def revoke(
     ],
 ) -> None:
     """Revoke a stolen key. What the audit log recorded of it since then does not count. Only an admin may."""
-    from tunesmith.services import users
+    from tunesmith.services.accounts import users
 
     ended = users.revoke_key(here.store, name, label, since=since, actor=here.actor)
     _warn_of_champions(here)
@@ -259,7 +259,7 @@ def _print_ended(console: Console, ended: EndedKey) -> None:
 
 def _warn_of_champions(here: Acting) -> None:
     """Say which champions may not serve after a change."""
-    from tunesmith.services.rollouts import refused_champions
+    from tunesmith.services.releases.rollouts import refused_champions
 
     for champion in refused_champions(here.store):
         say(str(champion.warning))

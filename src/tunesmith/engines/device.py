@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.core import memory
 from tunesmith.core.errors import UsageError
-from tunesmith.core.threads import local_rank
+from tunesmith.core.system import memory
+from tunesmith.core.system.threads import local_rank
 
 if TYPE_CHECKING:
     import torch

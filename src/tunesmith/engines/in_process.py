@@ -13,10 +13,10 @@ from typing import Generic, TypeVar
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.answers import Answer, choice_rows
-from tunesmith.engines.constraint import Constraints, Guide
+from tunesmith.engines.decoding.answers import Answer, choice_rows
+from tunesmith.engines.decoding.constraint import Constraints, Guide
+from tunesmith.engines.decoding.sampling import Score
 from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Streamed, TokenScore
-from tunesmith.engines.sampling import Score
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import has_whole_model

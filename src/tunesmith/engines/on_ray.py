@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.ray_cluster import actor_options, check_room, connected, limit_to
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.ray_cluster import actor_options, check_room, connected, limit_to
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.engines.factory import LocalEngine, load_model
 from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Scored, Streamed
 from tunesmith.engines.settings import RaySettings

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from tunesmith.core.threads import started_by_torchrun, wanted_threads
+from tunesmith.core.system.threads import started_by_torchrun, wanted_threads
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 

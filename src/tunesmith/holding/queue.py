@@ -30,7 +30,7 @@ from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.versions import load_version
 from tunesmith.rollout.standing import standing_of
 from tunesmith.store import database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import HeldRow
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.ray_cluster import actor_options, limit_to
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.ray_cluster import actor_options, limit_to
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.places import STARTING, LocalProcess
 

@@ -16,7 +16,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.jobs.state import ENDED, Clock, Event, Job, State, add_event, database_time, job_of
 from tunesmith.store import database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobEventRow, JobRow

@@ -21,9 +21,9 @@ from typing import Any
 
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.files import sync_folder, write_atomic
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.rendering import FIXED
 from tunesmith.models.weight_files import MODEL_FILE
 from tunesmith.store.records import Record

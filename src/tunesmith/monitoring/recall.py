@@ -25,7 +25,7 @@ from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import count_prompts, describe_prompts
-from tunesmith.candidates.copying import invented
+from tunesmith.candidates.grammars.copying import invented
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question

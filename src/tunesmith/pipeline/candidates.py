@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
-from tunesmith.candidates.copying import check_constraint, copied_fields
+from tunesmith.candidates.grammars.copying import check_constraint, copied_fields
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.text_files import read_text_file
+from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import checked
@@ -37,7 +37,7 @@ from tunesmith.registry.versions import resolve
 from tunesmith.store import database
 
 if TYPE_CHECKING:
-    from tunesmith.training.range_test import RateSearch
+    from tunesmith.training.search.range_test import RateSearch
 
 
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:

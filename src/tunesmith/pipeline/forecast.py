@@ -47,9 +47,9 @@ from tunesmith.pipeline.training import fitted, leading_inputs, scored_rows, tra
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
+from tunesmith.training.estimates.subsets import nested, subset_settings
 from tunesmith.training.recipe import epochs_for, leaves_epochs_open
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.subsets import nested, subset_settings
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Engine, Generation, Question
 from tunesmith.evaluation.answers import seen_answers

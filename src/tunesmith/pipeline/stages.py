@@ -16,12 +16,12 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import room_for, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
+from tunesmith.core.system.files import room_for, write_atomic
 from tunesmith.project import Project
 from tunesmith.store import database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.recalls import recalled
 
 # Raise a stage's number when it computes something else from the same inputs. Not for rounding in kernels: that differs

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion
     from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import TrainableModel
-    from tunesmith.training.range_test import RateSearch
     from tunesmith.training.schedule import Decisions
     from tunesmith.training.scoring import AnswerScore
+    from tunesmith.training.search.range_test import RateSearch
     from tunesmith.training.spec import TrainingSpec
 
 _CHECKPOINTS = "checkpoints"  # in a training's work folder
@@ -54,7 +54,7 @@ def train_candidate(
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
         if context.ray is None:
             return _train(context, name, candidate, settings, work)
-        from tunesmith.training.on_ray import run_on_ray
+        from tunesmith.training.launchers.on_ray import run_on_ray
 
         if context.on_ray is not None:
             context.on_ray.release()
@@ -75,7 +75,7 @@ def train_candidate(
 def _train(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> str:
     """Train in this process, and in those that it leads; returns the training record's digest."""
     from tunesmith.engines.ranks import ALONE
-    from tunesmith.training.together import begin
+    from tunesmith.training.launchers.together import begin
     from tunesmith.training.train import train
 
     context = context.without_test_rows()

@@ -26,8 +26,8 @@ from tunesmith.store.records import Record
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 
 if TYPE_CHECKING:
-    from tunesmith.training.halving import TrialResult
-    from tunesmith.training.search import SearchOutcome
+    from tunesmith.training.search.halving import TrialResult
+    from tunesmith.training.search.search import SearchOutcome
 
 CONFIDENCE = 0.95
 TRIALS = "trials.jsonl"
@@ -56,7 +56,7 @@ def search_settings(
         )
 
     def find(work: Path) -> str:
-        from tunesmith.training.search import search
+        from tunesmith.training.search.search import search
 
         rows, validation = composed_rows(held, candidate, settings)
         scorable, reason = scored_rows(held, settings)
@@ -95,7 +95,7 @@ def search_settings(
 def search_body(outcome: SearchOutcome, rows: Sequence[Example], unscored: str | None) -> dict[str, Any]:
     """What a search's record says of its trials and of its outcome. rows: those that validated. unscored: why answers
     could not be scored."""
-    from tunesmith.training.halving import PRESENT, SOURCE, final_results, ranking, spent
+    from tunesmith.training.search.halving import PRESENT, SOURCE, final_results, ranking, spent
 
     decisions, final = outcome.decisions, final_results(outcome.results)
     if unscored is None and not decisions.scored_rows:

@@ -46,12 +46,13 @@ from tunesmith.registry.signing.attestations import (
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
+from tunesmith.store.people import identities
+from tunesmith.store.people.trust import TrustedKey, signature_entry
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
-from tunesmith.store.trust import TrustedKey, signature_entry
 
 LASTS = timedelta(hours=1)  # from preparing a decision to submitting it
 _NONCE_BYTES = 16

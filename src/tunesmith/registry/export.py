@@ -20,9 +20,9 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import compose
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
-from tunesmith.core.files import room_for, sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import Base
 from tunesmith.models.families import is_native
@@ -31,7 +31,7 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
-from tunesmith.store import identities
+from tunesmith.store.people import identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -13,11 +13,12 @@ from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
 from tunesmith.store.audit import Head, Pin
+from tunesmith.store.people import identities
+from tunesmith.store.people.tokens import FIRST
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, TokenRow, UserRow, VersionRow
-from tunesmith.store.tokens import FIRST
 
 State = dict[tuple[str, ...], Mapping[str, Any]]
 

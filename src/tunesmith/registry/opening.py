@@ -16,10 +16,10 @@ from tunesmith.registry.serving import may_load
 from tunesmith.registry.signing.release import Release, Statement, Version, check_release, check_signer, has_weights
 from tunesmith.registry.signing.signatures import Untrusted, private_copy
 from tunesmith.registry.versions import load_version, reading
-from tunesmith.store import identities
+from tunesmith.store.people import identities
+from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
-from tunesmith.store.trust import TrustedKey, find_key
 
 _FIX = "restore the version's folder from where it was signed, or register it again"
 

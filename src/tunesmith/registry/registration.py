@@ -31,8 +31,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.files import copy_durably
 from tunesmith.core.scope import Scope
+from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
@@ -52,13 +52,14 @@ from tunesmith.registry.signing.release import (
 )
 from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
 from tunesmith.registry.versions import list_versions
-from tunesmith.store import audit, database, identities
-from tunesmith.store.identities import User
+from tunesmith.store import audit, database
 from tunesmith.store.locks import LockHeld
+from tunesmith.store.people import identities
+from tunesmith.store.people.identities import User
+from tunesmith.store.people.trust import signature_entry
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
-from tunesmith.store.trust import signature_entry
 
 _RESTORE = "restore the file from a backup"
 _WAIT_SECONDS = 0.2  # until a registration that waits for another one looks again

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.core.settings import Settings
 from tunesmith.core.view import View
-from tunesmith.store.roles import Role
+from tunesmith.store.people.roles import Role
 
 RiskClass = Literal["low", "limited", "high"]
 _APPROVERS: Mapping[RiskClass, int] = {"low": 1, "limited": 2, "high": 2}

@@ -19,10 +19,10 @@ from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
-from tunesmith.store.identities import require, trusted_keys
+from tunesmith.store.people.identities import require, trusted_keys
+from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.recalls import recalled
 from tunesmith.store.tables import AuditRow, RecallRow, VersionRow
-from tunesmith.store.trust import TrustedKey, find_key
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]
 # The audit log's actions for an approver's decision: an approval, a refusal.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_file, digest_pieces, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.scratch import SCRATCH
+from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
@@ -32,9 +32,9 @@ from tunesmith.registry.signing.release import (
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, private_copy
+from tunesmith.store.people.trust import TRUST_KEY, TrustedKey, read_trust
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
-from tunesmith.store.trust import TRUST_KEY, TrustedKey, read_trust
 
 
 class Verification(BaseModel):

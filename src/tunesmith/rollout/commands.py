@@ -31,7 +31,7 @@ from tunesmith.rollout.transitions import (
     with_warning,
 )
 from tunesmith.store import audit, database
-from tunesmith.store.identities import get_user, require
+from tunesmith.store.people.identities import get_user, require
 from tunesmith.store.store import Store
 
 

@@ -17,7 +17,7 @@ from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.standing import advice, could_serve, standing_of
 from tunesmith.rollout.state import Rollout, promoted_rollouts
 from tunesmith.store import database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 
 

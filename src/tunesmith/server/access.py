@@ -17,9 +17,9 @@ from fastapi.routing import APIRoute
 from tunesmith.core.scope import Scope
 from tunesmith.server.errors import ApiError, bad_request, forbidden, unauthorised
 from tunesmith.server.serving import Serving, serving_of
-from tunesmith.store.identities import User
-from tunesmith.store.roles import TokenScope
-from tunesmith.store.tokens import Caller, Token
+from tunesmith.store.people.identities import User
+from tunesmith.store.people.roles import TokenScope
+from tunesmith.store.people.tokens import Caller, Token
 
 Dependency = TypeVar("Dependency", bound=Callable[..., Any])
 

@@ -26,6 +26,9 @@ from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server import control, openapi
+from tunesmith.server.answering.recording import LOG, Recorder
+from tunesmith.server.answering.routing import ReadyVersions, Router
+from tunesmith.server.answering.work import Prompts, Worker
 from tunesmith.server.api import (
     datasets,
     decisions,
@@ -49,16 +52,13 @@ from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import DrainMiddleware, drain
 from tunesmith.server.intake.rates import RateHeaders, Rates
 from tunesmith.server.metrics import Metrics
-from tunesmith.server.recording import LOG, Recorder
-from tunesmith.server.routing import ReadyVersions, Router
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
-from tunesmith.server.work import Prompts, Worker
-from tunesmith.services.held import tidy, waiting
-from tunesmith.services.served_scorers import ServedScorers
+from tunesmith.services.evaluations.served_scorers import ServedScorers
+from tunesmith.services.traffic.held import tidy, waiting
 from tunesmith.store import database
+from tunesmith.store.people.tokens import note_use
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import note_use
 from tunesmith.store.uploads import remove_leftovers
 
 _LAST_SECONDS = 5.0  # for failed requests that wait to be kept when the server stops

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from tunesmith.core.scope import Scope
-from tunesmith.services.jobs import JobLog, JobView
-from tunesmith.store.identities import User
+from tunesmith.services.runs.jobs import JobLog, JobView
+from tunesmith.store.people.identities import User
 
 _TRACEBACK = "Traceback (most recent call last)"
 _END = r"\s'\"`,;:()"  # what ends an unquoted path

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
-from tunesmith.core.files import is_disk_full
+from tunesmith.core.system.files import is_disk_full
 from tunesmith.core.view import Omitted
 from tunesmith.server.intake import limits
 

@@ -12,18 +12,18 @@ from fastapi import Request
 
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.project import Project
-from tunesmith.server.awaiting import AwaitedDecisions
+from tunesmith.server.answering.awaiting import AwaitedDecisions
+from tunesmith.server.answering.recording import Recorder
+from tunesmith.server.answering.routing import ReadyVersions, Router
+from tunesmith.server.answering.work import Worker
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import Drain
 from tunesmith.server.intake.rates import Rates
 from tunesmith.server.metrics import Metrics
-from tunesmith.server.recording import Recorder
-from tunesmith.server.routing import ReadyVersions, Router
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.shared_threads import SharedThreads
-from tunesmith.server.work import Worker
-from tunesmith.store.identities import User
+from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 
 _FEEDBACK = "calls of feedback"

@@ -10,9 +10,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.core.telemetry import Telemetry, names
+from tunesmith.server.answering.job import Job
 from tunesmith.server.chat.routes import ID_PREFIX
 from tunesmith.server.serving import CHAT_JOB
-from tunesmith.server.work import Job
 
 _TRACED: Final = ("/v1/", "/api/")
 _CARRIED: Final = (b"traceparent", b"tracestate")

@@ -21,7 +21,7 @@ from tunesmith.store.copying import (
     require_no_rows,
     write_archive,
 )
-from tunesmith.store.identities import acting, first_user, require
+from tunesmith.store.people.identities import acting, first_user, require
 from tunesmith.store.store import DATABASE, Store
 from tunesmith.store.uploads import without_bytes
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.threads import wanted_threads
+from tunesmith.core.system import memory
+from tunesmith.core.system.threads import wanted_threads
 from tunesmith.core.view import View
 from tunesmith.project import Project
 
@@ -126,7 +126,7 @@ def _base(directory: Path) -> Check:
 
 def _store(directory: Path) -> Check:
     from tunesmith.store import audit, database
-    from tunesmith.store.trust import TRUST_KEY
+    from tunesmith.store.people.trust import TRUST_KEY
 
     project = Project.load(directory)
     if not project.store.is_made:
@@ -142,7 +142,7 @@ def _store(directory: Path) -> Check:
 
 
 def _champions(directory: Path) -> Check:
-    from tunesmith.services.rollouts import refused_champions
+    from tunesmith.services.releases.rollouts import refused_champions
 
     project = Project.load(directory)
     refused = refused_champions(project.store) if project.store.is_made else []

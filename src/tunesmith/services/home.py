@@ -22,14 +22,15 @@ from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.standing import standing_of
-from tunesmith.services import monitoring, retraining
-from tunesmith.services.health import PartHealth, queue_health
-from tunesmith.services.held import waiting_for
-from tunesmith.services.rollout_course import LISTED, RolloutLine, labels_of, live_lines
+from tunesmith.services.releases.rollout_course import LISTED, RolloutLine, labels_of, live_lines
+from tunesmith.services.runs import retraining
+from tunesmith.services.traffic import monitoring
+from tunesmith.services.traffic.health import PartHealth, queue_health
+from tunesmith.services.traffic.held import waiting_for
 from tunesmith.store import database
-from tunesmith.store.identities import User, get_user
-from tunesmith.store.proposed_keys import ProposedKey, waiting_keys
-from tunesmith.store.roles import ACTIONS
+from tunesmith.store.people.identities import User, get_user
+from tunesmith.store.people.proposed_keys import ProposedKey, waiting_keys
+from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, RecordRow, RequestRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged

@@ -13,8 +13,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.services.webhook_events import event_body, event_of
-from tunesmith.store.identities import acting, require
 from tunesmith.store.locks import LockHeld
+from tunesmith.store.people.identities import acting, require
 from tunesmith.webhooks import deliveries
 from tunesmith.webhooks.deliveries import Delivery
 from tunesmith.webhooks.sending import Outgoing, send

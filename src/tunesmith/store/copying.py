@@ -24,9 +24,9 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_file, digest_pieces, pieces_of
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import room_for, sync_folder
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scratch import SCRATCH, scratch_file
+from tunesmith.core.system.files import room_for, sync_folder
+from tunesmith.core.system.scratch import SCRATCH, scratch_file
 from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore, named_digest
 from tunesmith.store.store import PREFIXES, RELEASE, Store

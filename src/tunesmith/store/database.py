@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.files import disk_full, is_disk_full
+from tunesmith.core.system.files import disk_full, is_disk_full
 from tunesmith.store.tables import HEAD_REVISION, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"

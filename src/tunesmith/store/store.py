@@ -23,8 +23,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import copy_durably, room_for
-from tunesmith.core.scratch import remove_leftovers, scratch_folder
+from tunesmith.core.system.files import copy_durably, room_for
+from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.store import audit, database, locks
 from tunesmith.store.blobs import BlobStore

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import sync_folder
-from tunesmith.core.scratch import remove_leftovers, scratch_folder
+from tunesmith.core.system.files import sync_folder
+from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.engines.ranks import ALONE, Ranks, held
-from tunesmith.engines.tensor_files import SavedTensors, write_tensors
+from tunesmith.engines.weights.tensor_files import SavedTensors, write_tensors
 
 KEPT = 2  # the newest, and the one before it in case the newest is damaged
 _STATE = "state.json"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tunesmith.core.files import write_atomic
+from tunesmith.core.system.files import write_atomic
 from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
 from tunesmith.training.state import TrainerState
 

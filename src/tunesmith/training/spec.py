@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import write_atomic
+from tunesmith.core.system.files import write_atomic
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 from tunesmith.training.schedule import Decisions

@@ -17,8 +17,8 @@ import torch
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.device import DeviceMemory, device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
@@ -33,7 +33,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
 from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.estimate import (
+from tunesmith.training.estimates.estimate import (
     check_disk,
     check_memory,
     copied_bytes,
@@ -44,10 +44,10 @@ from tunesmith.training.estimate import (
     trial_step,
 )
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
+from tunesmith.training.search.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows

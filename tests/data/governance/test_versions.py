@@ -14,7 +14,8 @@ from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.governance.cards import croissant, datasheet
 from tunesmith.data.governance.difference import difference, removed_sample
 from tunesmith.data.governance.signoff import require_signed, sign_off, sign_offs
-from tunesmith.store import audit, database, identities
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 

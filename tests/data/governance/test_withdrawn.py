@@ -17,7 +17,7 @@ from tunesmith.data.review import queue
 from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.recall import Cause, Recall, recall
 from tunesmith.monitoring.recall_status import recall_status
-from tunesmith.store.identities import ensure_owner
+from tunesmith.store.people.identities import ensure_owner
 from tunesmith.store.store import Store
 
 PLAIN = many_rows(100)

@@ -21,9 +21,9 @@ from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.privacy.synthetic_pii import MAKERS
 from tunesmith.data.privacy.views import views_of
 from tunesmith.data.settings import ENTITIES, Privacy
-from tunesmith.store.identities import ensure_owner
+from tunesmith.store.people.identities import ensure_owner
+from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
-from tunesmith.store.tokens import issue_token
 
 SCANNER = Scanner(Privacy())
 MAIL, CARD, IBAN = "jane.doe@acme.org", "4111111111111111", "GB82WEST12345698765432"

@@ -34,9 +34,9 @@ from tunesmith.monitoring.cases import delete_expired, find_case, put_case
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.project import Project
-from tunesmith.services import review
+from tunesmith.services.datasets import review
 from tunesmith.store import audit, database
-from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import ReviewDecisionRow
 

@@ -16,8 +16,8 @@ from tunesmith.cli.main import app
 from tunesmith.engines.device import gpu_present, stated_peak
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
-from tunesmith.services import gpu_check as services
-from tunesmith.training import gpu_check as checks
+from tunesmith.services.runs import gpu_check as services
+from tunesmith.training.gpu_check import checks, speed
 
 STAND_IN = f"{sys.executable} {vllm_server.__file__}"
 
@@ -104,17 +104,17 @@ def test_a_static_cache_that_changes_answers_fails(tmp_path: Path, monkeypatch: 
 
 def test_rows_without_padding_are_compared_with_padded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    right = checks.Trainer.run
-    monkeypatch.setattr(checks.Trainer, "run", lambda self: seen.append(self.model.shares_prefix) or right(self))
-    monkeypatch.setattr(checks, "_STEPS", 2)
-    found = checks.speed(tmp_path, "tiny", None, mixed=True)
+    right = speed.Trainer.run
+    monkeypatch.setattr(speed.Trainer, "run", lambda self: seen.append(self.model.shares_prefix) or right(self))
+    monkeypatch.setattr(speed, "_STEPS", 2)
+    found = speed.speed(tmp_path, "tiny", None, mixed=True)
     assert seen == [True, False]
     assert "times the speed of padded rows" in found.detail
 
 
 def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.DeviceMemory, "available", lambda _: 1000)
-    found = services.perform("speed", lambda work: checks.speed(work, "tiny", None), tmp_path)
+    monkeypatch.setattr(speed.DeviceMemory, "available", lambda _: 1000)
+    found = services.perform("speed", lambda work: speed.speed(work, "tiny", None), tmp_path)
     assert (found.outcome, found.detail) == ("left out", "it takes 0.0 GiB, and 0.0 are free")
 
 
@@ -137,11 +137,11 @@ def test_vllm_is_started_and_compared(tmp_path: Path) -> None:
 def test_mfu_is_given_for_known_cards_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "computing_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    assert checks._share({"flops_per_second": 0.4 * 989e12}, recompute=False) == "40% MFU, "
-    again = checks._share({"flops_per_second": 0.4 * 989e12}, recompute=True)
+    assert speed._share({"flops_per_second": 0.4 * 989e12}, recompute=False) == "40% MFU, "
+    again = speed._share({"flops_per_second": 0.4 * 989e12}, recompute=True)
     assert again == "40% of peak with what is computed again, "
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 1")
-    assert checks._share({"flops_per_second": 1.0}, recompute=False) == "no MFU (the peak of Card 1 is not known), "
+    assert speed._share({"flops_per_second": 1.0}, recompute=False) == "no MFU (the peak of Card 1 is not known), "
 
 
 def test_a_card_has_the_peak_that_its_maker_states() -> None:

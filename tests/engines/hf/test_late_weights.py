@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tests.engines.hf.test_support_matrix import _base, _two_steps, table
 from tests.process_group import run_ranks
 from tunesmith.core.errors import Refused
-from tunesmith.engines import late_weights
 from tunesmith.engines.hf.loaded import ShardedHFModel, build_trainable
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.ranks import Ranks, connected_ranks, held, whole
 from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.weights import late_weights
 from tunesmith.training.settings import TrainSettings
 
 STARTS = {cells[0]: cells[1] for cells in table("How several ranks start")}

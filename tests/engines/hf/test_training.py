@@ -27,10 +27,10 @@ from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
+from tunesmith.training.gpu_check.trl_steps import trl_steps
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer, update
-from tunesmith.training.trl_steps import trl_steps
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
 NATIVE_TOO = ("llama", "qwen3", "gemma3")  # families that this engine trains on several ranks and in 4 bits

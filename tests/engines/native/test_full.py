@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILIES, ROWS, row, write_model
 from tests.trained import full_model, gradients, reference_loss, saved
-from tunesmith.core import memory
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.system import memory
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.network.weights import load_network

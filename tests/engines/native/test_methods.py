@@ -33,7 +33,7 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.training.batches.batch_plan import lay_out_step
-from tunesmith.training.estimate import trial_step
+from tunesmith.training.estimates.estimate import trial_step
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, write_model
 from tunesmith.core.errors import Refused
+from tunesmith.engines.decoding.sampling import Sampling, Score
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
 from tunesmith.engines.native.decoding import running_batch
 from tunesmith.engines.native.decoding.pages import PAGE, PageCache
@@ -24,7 +25,6 @@ from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.native.runtime import LargePages
-from tunesmith.engines.sampling import Sampling, Score
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 

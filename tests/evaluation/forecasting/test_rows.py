@@ -13,7 +13,7 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.forecasting.rows import LEAST_HELD, LEAST_TRAINED, MOST_HELD, reserve
-from tunesmith.training.subsets import nested
+from tunesmith.training.estimates.subsets import nested
 
 
 def _rows(sizes: Sequence[int], name: str) -> list[Example]:

@@ -35,7 +35,7 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database
-from tunesmith.store.identities import acting
+from tunesmith.store.people.identities import acting
 from tunesmith.store.tables import RecordRow
 
 LIFT = GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05}})

@@ -22,7 +22,7 @@ from tunesmith.evaluation.report import plots
 from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render, report_html
 from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
-from tunesmith.services.evaluation import EvidenceReport
+from tunesmith.services.evaluations.evaluation import EvidenceReport
 from tunesmith.store.records import Record
 
 HOSTILE = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.ray_cluster import connected
+from tunesmith.core.system.ray_cluster import connected
 from tunesmith.data.building.examine import RowRules
 from tunesmith.data.building.shards import ExaminedRows, Shard, ShardWorker
 

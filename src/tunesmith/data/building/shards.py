@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.processes import end_with_parent
 from tunesmith.core.progress import Progress
-from tunesmith.core.threads import wanted_threads
+from tunesmith.core.system.processes import end_with_parent
+from tunesmith.core.system.threads import wanted_threads
 from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import Examiner, RowRules, renamed
 from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row

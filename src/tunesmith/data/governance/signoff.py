@@ -12,7 +12,8 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.store import database, identities
+from tunesmith.store import database
+from tunesmith.store.people import identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
 from tunesmith.data.splitting.duplicates import answer_key, request_key

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tunesmith.store.tokens import TOKEN_FORM
+from tunesmith.store.people.tokens import TOKEN_FORM
 
 # Regex detectors of detect-secrets that are not used: addresses are no secrets, and _FORMS has the whole private key.
 # The others take quadratic or cubic time over texts such as many slashes or spaces; _FORMS has what they find.

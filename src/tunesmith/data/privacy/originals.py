@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.data.settings import Privacy
 
 if TYPE_CHECKING:

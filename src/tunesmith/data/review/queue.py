@@ -19,7 +19,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.review.decisions import Choice
 from tunesmith.store import database
-from tunesmith.store.identities import require
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import ReviewDecisionRow, ReviewItemRow
 

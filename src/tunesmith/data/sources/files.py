@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from tunesmith.core.digests import digest_pieces, pieces_of
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.files import room_for
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.files import room_for
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.compression import require_content, suffixes_of, unpacked

@@ -13,14 +13,14 @@ from queue import SimpleQueue
 import torch
 
 from tunesmith.core.progress import Progress
-from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import label_count, lay_out
+from tunesmith.engines.decoding.answers import Answer, prompt_ids
+from tunesmith.engines.decoding.sampling import Sampling
 from tunesmith.engines.hf.generation import MOST_ROWS, Decoding, Row
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.protocol import Completion, Generation, Streamed
-from tunesmith.engines.sampling import Sampling
-from tunesmith.engines.whole_model import read_model_file
+from tunesmith.engines.weights.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import MODEL_FILE

@@ -16,7 +16,7 @@ from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
-from tunesmith.engines.whole_model import save_model
+from tunesmith.engines.weights.whole_model import save_model
 
 
 class FullTrainable(HFTrainable):

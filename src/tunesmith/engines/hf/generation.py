@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.engines.answers import Answer
-from tunesmith.engines.constraint import Guide, mask_disallowed_
+from tunesmith.engines.decoding.answers import Answer
+from tunesmith.engines.decoding.constraint import Guide, mask_disallowed_
+from tunesmith.engines.decoding.sampling import Sampling, sample, score_of
 from tunesmith.engines.hf import libraries
 from tunesmith.engines.hf.model import HFModel, left_padded
 from tunesmith.engines.ranks import ALONE, Ranks
-from tunesmith.engines.sampling import Sampling, sample, score_of
 
 MOST_ROWS = 16  # answers decoded together
 _SHORTEST = 256  # tokens of a static cache

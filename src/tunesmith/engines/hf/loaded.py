@@ -17,12 +17,12 @@ from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
-from tunesmith.engines.late_weights import check_room
 from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.engines.weights.late_weights import check_room
 from tunesmith.models.base import Base
 
 _REQUESTS, _ANSWERS = TypeAdapter(list[Generation]), TypeAdapter(list[Completion])

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from tunesmith.core.errors import Refused
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries
-from tunesmith.engines.late_weights import LateWeights, stored_tensors, without_weights
 from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.weights.late_weights import LateWeights, stored_tensors, without_weights
 from tunesmith.models.base import INDEX, base_files, weight_files
 from tunesmith.models.weight_files import MODEL_FILE
 

@@ -24,9 +24,9 @@ from tunesmith.engines.hf import four_bits, libraries, packing
 from tunesmith.engines.hf.costs import LOGITS_AT_ONCE, cache_bytes, is_experts, is_linear, shapes_of
 from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names, use_liger
 from tunesmith.engines.hf.sharding import recomputed, replaced, shard
-from tunesmith.engines.late_weights import to_meta
 from tunesmith.engines.packed import pack
 from tunesmith.engines.ranks import ALONE, Ranks, whole
+from tunesmith.engines.weights.late_weights import to_meta
 from tunesmith.models.base import Base, require_context_length
 from tunesmith.models.families import match_layers
 from tunesmith.models.rendering import Rendered

@@ -11,8 +11,9 @@ from queue import SimpleQueue
 import torch
 
 from tunesmith.core.progress import Progress
-from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
+from tunesmith.engines.decoding.answers import Answer, prompt_ids
+from tunesmith.engines.decoding.sampling import Sampling
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
@@ -24,8 +25,7 @@ from tunesmith.engines.native.network.network import Network, forward, frozen_li
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation, Streamed
-from tunesmith.engines.sampling import Sampling
-from tunesmith.engines.whole_model import read_model_file
+from tunesmith.engines.weights.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.system import memory
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.native.adapters.model_file import tuned
 from tunesmith.engines.native.network.attention import shared_prefix_attention

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.answers import choice_rows, prompt_ids
-from tunesmith.engines.json_text import restricted
+from tunesmith.core.system.files import write_atomic
+from tunesmith.engines.decoding.answers import choice_rows, prompt_ids
+from tunesmith.engines.decoding.json_text import restricted
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.http import Server, stated_key

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.core.files import write_atomic
+from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.libraries import transformers
 from tunesmith.engines.native.network.attention import shared_prefix_attention

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.http_clients import HttpClients
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.http_clients import HttpClients
 from tunesmith.engines.settings import VllmSettings
 
 _BUSY = frozenset((429, 502, 503, 504))

@@ -23,7 +23,7 @@ from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.stats.statistics import step_down
 from tunesmith.evaluation.style.evidence import read_style
-from tunesmith.store.identities import acting
+from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

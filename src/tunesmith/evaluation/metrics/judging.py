@@ -14,10 +14,10 @@ from tunesmith.candidates.endpoint import Endpoint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.lines import read_answer_lines

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Final
 
-from tunesmith.candidates.copying import texts_of
+from tunesmith.candidates.grammars.copying import texts_of
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.folding import visible

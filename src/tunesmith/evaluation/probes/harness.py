@@ -19,7 +19,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.copying import Constraint
+from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Engine, Generation, Question, Responder

@@ -26,7 +26,7 @@ from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.more_time import more_time
+from tunesmith.training.estimates.more_time import more_time
 
 _SHOWN_EXAMPLES = 6
 _SHOWN_TRAIL = 40

@@ -20,9 +20,9 @@ from tunesmith.core.view import Omitted
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
 from tunesmith.store.audit import Head
+from tunesmith.store.people.roles import ACTIONS
+from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import Record
-from tunesmith.store.roles import ACTIONS
-from tunesmith.store.trust import TrustedKey, find_key
 
 ENVELOPE = "envelope.json"
 _APPROVAL = "urn:tunesmith:approval:v1"

@@ -18,14 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import sync_folder, write_atomic
+from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.text.names import check_name
 from tunesmith.registry.signing.attestations import key_statement, public_pem, seal
-from tunesmith.store import identities, user_keys
-from tunesmith.store.identities import User, UserKey
+from tunesmith.store.people import identities, user_keys
+from tunesmith.store.people.identities import User, UserKey
+from tunesmith.store.people.trust import FIRST_LABEL, key_file
+from tunesmith.store.people.user_keys import Proof
 from tunesmith.store.store import Store
-from tunesmith.store.trust import FIRST_LABEL, key_file
-from tunesmith.store.user_keys import Proof
 
 
 def keys_folder(store: Store) -> Path:

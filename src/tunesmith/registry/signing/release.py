@@ -34,10 +34,10 @@ from tunesmith.registry.signing.signatures import (
     verify_signature,
 )
 from tunesmith.store.audit import Head
+from tunesmith.store.people.roles import ACTIONS
+from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.records import Record
-from tunesmith.store.roles import ACTIONS
 from tunesmith.store.store import Store
-from tunesmith.store.trust import TrustedKey
 
 ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
 _WHOLE_FILES = frozenset((MODEL_FILE,))

@@ -21,12 +21,12 @@ from typing import Any
 
 from tunesmith.core.digests import canonical, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.files import room_for, sync_folder, write_atomic
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.files import room_for, sync_folder, write_atomic
+from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
 from tunesmith.registry.licence_duties import NOTICE
-from tunesmith.store.trust import TrustedKey, find_key
+from tunesmith.store.people.trust import TrustedKey, find_key
 
 RELEASE, SIGNATURE = "release.json", "model.sig"
 ALLOWED = frozenset((CONFIG_FILE, ADAPTER_FILE, MODEL_FILE, NOTICE, RELEASE, SIGNATURE))

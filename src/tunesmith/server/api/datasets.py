@@ -27,7 +27,7 @@ from tunesmith.server.api.routing import (
     whole_call_of,
 )
 from tunesmith.server.errors import missing
-from tunesmith.services import data, dataset_rows
+from tunesmith.services.datasets import data, dataset_rows
 
 routes = router()
 _AT = "/datasets/{digest}"

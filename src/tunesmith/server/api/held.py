@@ -17,7 +17,7 @@ from tunesmith.server.access import needs, token_of
 from tunesmith.server.api.routing import call_of, changes, router, sentence, shows
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.intake import limits
-from tunesmith.services import held as service
+from tunesmith.services.traffic import held as service
 
 routes = router(403, "permission_denied")
 _AT = "/held/{identifier}"

@@ -17,8 +17,8 @@ from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Call, call_of, changes, router, shows
 from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.services import jobs as service
-from tunesmith.services import run_curves, run_settings
+from tunesmith.services.runs import jobs as service
+from tunesmith.services.runs import run_curves, run_settings
 
 routes = router(code="job_state")
 _AT = "/jobs/{number}"

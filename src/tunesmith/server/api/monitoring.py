@@ -16,7 +16,9 @@ from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Name, Reason, changes, router, shows, whole_call_of
 from tunesmith.server.errors import missing
-from tunesmith.services import monitoring, operations, retraining, webhooks
+from tunesmith.services import webhooks
+from tunesmith.services.runs import retraining
+from tunesmith.services.traffic import monitoring, operations
 
 routes = router()
 Value = Annotated[str, Query(min_length=1, max_length=300)]

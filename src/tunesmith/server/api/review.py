@@ -12,7 +12,7 @@ from tunesmith.core.view import View
 from tunesmith.data.review.decisions import Choice
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Number, Page, Reason, Short, changes, router, shows, whole_call_of
-from tunesmith.services import review
+from tunesmith.services.datasets import review
 
 routes = router()
 State = Literal["waiting", "open", "conflict", "accept", "edit", "reject", "all"]

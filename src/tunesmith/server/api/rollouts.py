@@ -14,9 +14,9 @@ from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs, stated_scope
 from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, router, shows
 from tunesmith.server.errors import ApiError, missing
-from tunesmith.services import rollout_course
-from tunesmith.services import rollouts as service
-from tunesmith.services.rollouts import RolloutList, RolloutView, Seen
+from tunesmith.services.releases import rollout_course
+from tunesmith.services.releases import rollouts as service
+from tunesmith.services.releases.rollouts import RolloutList, RolloutView, Seen
 
 routes = router()
 _AT = "/rollouts/{number}"

@@ -22,8 +22,8 @@ from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving
 from tunesmith.server.shared_threads import SharedThreads
-from tunesmith.store.identities import User
-from tunesmith.store.roles import TokenScope
+from tunesmith.store.people.identities import User
+from tunesmith.store.people.roles import TokenScope
 from tunesmith.store.store import Store
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -13,9 +13,9 @@ from tunesmith.core.errors import UsageError
 from tunesmith.server.access import needs, require_scope, token_of
 from tunesmith.server.api.routing import call_of, changes, router, sentence, shows
 from tunesmith.server.errors import ApiError
-from tunesmith.services import users as service
-from tunesmith.services.people import visible_tokens
-from tunesmith.store.roles import TokenScope
+from tunesmith.services.accounts import users as service
+from tunesmith.services.accounts.people import visible_tokens
+from tunesmith.store.people.roles import TokenScope
 
 routes = router(403, "permission_denied")
 TokenName = Annotated[str, Field(min_length=1, max_length=128)]

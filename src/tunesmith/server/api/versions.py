@@ -27,8 +27,9 @@ from tunesmith.server.api.routing import (
 )
 from tunesmith.server.errors import missing
 from tunesmith.server.openapi import BEARER, errors
-from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
-from tunesmith.services import versions as service
+from tunesmith.services.evaluations import evaluation, evidence
+from tunesmith.services.releases import lineage_pages, version_pages
+from tunesmith.services.releases import versions as service
 
 routes = router()
 _AT = "/versions/{name}/{number}"

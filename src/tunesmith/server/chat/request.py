@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunesmith.candidates.call_grammars import call_grammar
-from tunesmith.candidates.request_schemas import ANY_OBJECT, check_schema
+from tunesmith.candidates.grammars.call_grammars import call_grammar
+from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, check_schema
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, with_tools
 from tunesmith.models.call_format import CallFormat

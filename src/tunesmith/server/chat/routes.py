@@ -23,6 +23,8 @@ from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.holding.queue import HeldAnswer
 from tunesmith.registry.versions import Version
 from tunesmith.server.access import PlainRoute, bearer, caller, needs
+from tunesmith.server.answering.held import decision_on
+from tunesmith.server.answering.job import Event, Held, Job
 from tunesmith.server.chat.answer import (
     Alternative,
     AnswerCall,
@@ -43,11 +45,9 @@ from tunesmith.server.chat.answer import (
 )
 from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
-from tunesmith.server.held import decision_on
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import CHAT_JOB, Serving
-from tunesmith.server.work import Event, Held, Job
 
 ID_PREFIX = "chatcmpl-"
 _CHUNK: Final = "chat.completion.chunk"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunesmith.candidates.request_schemas import check_schema
+from tunesmith.candidates.grammars.request_schemas import check_schema
 from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion

@@ -9,10 +9,10 @@ from functools import partial
 from fastapi import Request, Response
 
 from tunesmith.holding.queue import Decision, UnknownAnswer
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.services import held
+from tunesmith.services.traffic import held
 
 routes = router()
 _ROOT = "/console/operations/held"

@@ -6,12 +6,12 @@ from functools import partial
 
 from fastapi import Response
 
+from tunesmith.server.console.people.session import Looking
 from tunesmith.server.console.routing import router
-from tunesmith.server.console.session import Looking
 from tunesmith.server.control import parts_that_answer
 from tunesmith.services import home as service
-from tunesmith.services import jobs
-from tunesmith.services.health import PartHealth
+from tunesmith.services.runs import jobs
+from tunesmith.services.traffic.health import PartHealth
 
 routes = router()
 _JOBS = 5

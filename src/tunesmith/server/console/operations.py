@@ -10,12 +10,16 @@ from fastapi import Query, Request, Response
 
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import json_text
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request, missing
-from tunesmith.services import audit, monitoring, operations, retraining, users, webhooks
-from tunesmith.services.people import is_admin, visible_keys, visible_tokens, visible_users
-from tunesmith.store.roles import ROLES
+from tunesmith.services import webhooks
+from tunesmith.services.accounts import users
+from tunesmith.services.accounts.people import is_admin, visible_keys, visible_tokens, visible_users
+from tunesmith.services.releases import audit
+from tunesmith.services.runs import retraining
+from tunesmith.services.traffic import monitoring, operations
+from tunesmith.store.people.roles import ROLES
 
 routes = router()
 _ROOT = "/console/operations"

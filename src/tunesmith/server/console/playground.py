@@ -19,13 +19,13 @@ from tunesmith.core.access import Caller
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Stopped
 from tunesmith.core.scope import Scope
+from tunesmith.server.answering.recording import LOG
 from tunesmith.server.console.evidence import shown
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.server.recording import LOG
-from tunesmith.services import chat, evidence, playground
-from tunesmith.services.playground import Choice
+from tunesmith.services.evaluations import chat, evidence, playground
+from tunesmith.services.evaluations.playground import Choice
 
 routes = router()
 _AT: Final = "/console/evidence/{digest}/playground"

@@ -13,17 +13,17 @@ from fastapi import FastAPI, Request, Response
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import stated_scope
 from tunesmith.server.console.changes import changes_of
-from tunesmith.server.console.charts import BAD, CANARY, GOOD, STABLE, Line, chart
 from tunesmith.server.console.evidence import lost
+from tunesmith.server.console.parts.charts import BAD, CANARY, GOOD, STABLE, Line, chart
+from tunesmith.server.console.parts.shared import Shared
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.rendering import private, rendered
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
-from tunesmith.server.console.shared import Shared
 from tunesmith.server.errors import ApiError, bad_request, missing
-from tunesmith.services import rollout_course as courses
-from tunesmith.services import rollouts
-from tunesmith.services.rollout_course import Evidence, StartableVersion, StepView, Traffic
-from tunesmith.services.rollouts import RolloutView, Seen
+from tunesmith.services.releases import rollout_course as courses
+from tunesmith.services.releases import rollouts
+from tunesmith.services.releases.rollout_course import Evidence, StartableVersion, StepView, Traffic
+from tunesmith.services.releases.rollouts import RolloutView, Seen
 
 routes = router()
 _ROOT = "/console/rollouts"

@@ -8,20 +8,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import (
-    changes,
-    evidence,
-    held,
-    home,
-    keys,
-    login,
-    oidc,
-    operations,
-    playground,
-    rollouts,
-    versions,
-)
+from tunesmith.server.console import changes, evidence, held, home, operations, playground, rollouts, versions
 from tunesmith.server.console.jobs import pages, start
+from tunesmith.server.console.people import keys, login, oidc
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.rows import datasets, review

@@ -14,10 +14,10 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.server.answering.recording import LOG
+from tunesmith.server.console.people.session import NotLoggedIn, set_cookie
 from tunesmith.server.console.rendering import html
-from tunesmith.server.console.session import NotLoggedIn, set_cookie
 from tunesmith.server.errors import ApiError, passes
-from tunesmith.server.recording import LOG
 
 LOGIN = "/console/login"
 

@@ -18,12 +18,13 @@ from tunesmith.core.text.display import json_text
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.api.versions import REPORT_POLICY
 from tunesmith.server.console.evidence import lost
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import bad_request, missing
-from tunesmith.services import evaluation, evidence, lineage_pages, version_pages
-from tunesmith.services import versions as service
+from tunesmith.services.evaluations import evaluation, evidence
+from tunesmith.services.releases import lineage_pages, version_pages
+from tunesmith.services.releases import versions as service
 
 routes = router()
 Result = TypeVar("Result")

@@ -20,7 +20,7 @@ from tunesmith.server.access import bearer, caller
 from tunesmith.server.errors import ApiError, stopping, unavailable
 from tunesmith.server.serving import Serving
 from tunesmith.services.fine_tuning import create as service
-from tunesmith.store.identities import User
+from tunesmith.store.people.identities import User
 
 SECONDS = 1.0  # between two looks at the job
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection

@@ -26,7 +26,7 @@ from tunesmith.server.openapi import BEARER, errors, form
 from tunesmith.server.serving import Serving
 from tunesmith.services.fine_tuning.create import PURPOSE
 from tunesmith.store import uploads
-from tunesmith.store.identities import User
+from tunesmith.store.people.identities import User
 from tunesmith.store.uploads import FileGone, StoredFile
 
 _PIECE = 1 << 20  # bytes that are written at once

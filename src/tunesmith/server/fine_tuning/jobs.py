@@ -29,7 +29,7 @@ from tunesmith.services.fine_tuning import create as service
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, seed_of
 from tunesmith.services.fine_tuning.models import JOB, job_number
 from tunesmith.services.fine_tuning.perform import VALIDATING
-from tunesmith.store.identities import User
+from tunesmith.store.people.identities import User
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]

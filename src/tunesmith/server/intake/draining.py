@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Final
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunesmith.server.answering.recording import LOG
 from tunesmith.server.errors import stopping
 from tunesmith.server.intake.connections import BoundedConnection, allow_open_files
-from tunesmith.server.recording import LOG
 
 if TYPE_CHECKING:
     import socket

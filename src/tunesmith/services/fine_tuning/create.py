@@ -10,7 +10,7 @@ from tunesmith.jobs.state import Job
 from tunesmith.project import Project
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Uploaded, derived
 from tunesmith.store import uploads
-from tunesmith.store.identities import User
+from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.uploads import StoredFile
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tunesmith.core.digests import digest_file, digest_pieces
-from tunesmith.core.files import room_for
-from tunesmith.core.scratch import scratch_file, scratch_folder
+from tunesmith.core.system.files import room_for
+from tunesmith.core.system.scratch import scratch_file, scratch_folder
 
 _READ_ONLY = 0o400
 _DIGESTS = "digests.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunesmith.core.digests import pieces_of
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import sync_folder, write_atomic
+from tunesmith.core.system.files import sync_folder, write_atomic
 
 READ_ONLY = 0o444
 _PRIVATE = 0o600

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.files import write_atomic
+from tunesmith.core.system.files import write_atomic
 from tunesmith.store.blobs import named_digest
 from tunesmith.store.blobs.cache import FileCache
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.core import memory
 from tunesmith.core.errors import Refused
+from tunesmith.core.system import memory
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network
@@ -25,7 +25,7 @@ from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.native.network.weights import norm_names
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
-from tunesmith.engines.whole_model import read_weights, save_model
+from tunesmith.engines.weights.whole_model import read_weights, save_model
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import EMBEDDING, HEAD
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.network import Linear, Network, frozen_linear
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.engines.whole_model import read_model_file
+from tunesmith.engines.weights.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import has_whole_model
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from tunesmith.engines.constraint import Guide
+from tunesmith.engines.decoding.constraint import Guide
+from tunesmith.engines.decoding.sampling import Listener, Sampling
 from tunesmith.engines.native.adapters.adapter import PackedAdapter
 from tunesmith.engines.native.network.ops import PrefixPages
-from tunesmith.engines.sampling import Listener, Sampling
 
 
 @dataclass(eq=False, slots=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.engines.constraint import mask_disallowed_
+from tunesmith.engines.decoding.constraint import mask_disallowed_
+from tunesmith.engines.decoding.sampling import sample, score_of
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear
 from tunesmith.engines.native.adapters.batch import AdapterBatch
 from tunesmith.engines.native.decoding.pages import PAGE, PageCache, prefix_pages
@@ -26,7 +27,6 @@ from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
 from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
-from tunesmith.engines.sampling import sample, score_of
 
 MOST_ROWS = 64
 _MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them

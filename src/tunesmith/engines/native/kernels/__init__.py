@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.scratch import scratch_folder
+from tunesmith.core.system.scratch import scratch_folder
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))

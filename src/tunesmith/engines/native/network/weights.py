@@ -13,7 +13,7 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
-from tunesmith.engines.whole_model import read_weights
+from tunesmith.engines.weights.whole_model import read_weights
 from tunesmith.models.families import GEMMAS, NATIVE_FAMILIES, is_native
 from tunesmith.models.weight_files import ROTARY_TABLE
 

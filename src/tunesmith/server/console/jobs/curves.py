@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tunesmith.server.console.charts import Line, chart
-from tunesmith.services.run_curves import CurvePoint, JobCurves, TrainingCurve
+from tunesmith.server.console.parts.charts import Line, chart
+from tunesmith.services.runs.run_curves import CurvePoint, JobCurves, TrainingCurve
 
 
 def charts(jobs: Mapping[str, JobCurves]) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from tunesmith.jobs.state import ENDED, STATES
 from tunesmith.server.api.routing import Page
 from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.console.jobs.curves import charts, numbers
+from tunesmith.server.console.people.session import Changing, Looking, Viewer
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer
 from tunesmith.server.errors import ApiError, forbidden, missing
-from tunesmith.services import jobs, run_curves
-from tunesmith.services.jobs import JobView
+from tunesmith.services.runs import jobs, run_curves
+from tunesmith.services.runs.jobs import JobView
 
 routes = router()
 _PAGE = 50  # jobs on a page

@@ -8,10 +8,10 @@ from urllib.parse import urlencode
 from fastapi import Request, Response
 
 from tunesmith.core.scope import Scope
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import missing
-from tunesmith.services import data, dataset_rows
+from tunesmith.services.datasets import data, dataset_rows
 
 routes = router()
 _SPLITS = ("train", "validation", "test", "removed")

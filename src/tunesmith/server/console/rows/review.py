@@ -10,10 +10,10 @@ from fastapi import Query, Request, Response
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.server.console.jobs.pages import no_start
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.console.session import Changing, Looking, Viewer, form
 from tunesmith.server.errors import ApiError, bad_request, missing
-from tunesmith.services import review
+from tunesmith.services.datasets import review
 
 routes = router()
 _STATES = ("waiting", "conflict", "accept", "edit", "reject", "all")

@@ -1,0 +1,1 @@
+"""What an answer may be: copied fields, calls, schemas of requests."""

@@ -1,0 +1,202 @@
+"""Writes a JSON Schema as rules of a Lark grammar, which can say more than a schema: keys in any order, copied fields.
+
+llguidance holds answers to a schema with keys in the schema's order. But the order of keys says nothing in JSON, and
+rows often have their own: the order in which a request mentions things. Held to the schema's order, a model that has
+learned from such rows leaves out a key whose turn is over. So an object of up to 64 keys gets a rule with a bit for
+each key that is written already (llguidance's parametric grammars).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from tunesmith.core.errors import UsageError
+from tunesmith.engines.decoding.json_text import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
+
+FIX: Final = "simplify the schema there, or leave the field out of copy"
+NOTES: Final = frozenset(
+    {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs", "definitions", "deprecated"}
+)
+OBJECT: Final = frozenset({"properties", "required", "additionalProperties"})
+ARRAY: Final = frozenset({"items", "minItems", "maxItems"})
+_MOST_KEYS: Final = 64  # bits of a rule's parameter
+# A name has one spelling only: by \\u0062, a listed name could be written a second time, with another value.
+_TERMINALS: Final = rf"""
+ITEM: /{ITEM_SEPARATOR}/
+KEY: /{KEY_SEPARATOR}/
+NAME: /"(\\[\"\\bfnrt]|[^\"\\\x00-\x1F\x7F])*"/
+"""
+
+
+def types_of(schema: Mapping[str, Any]) -> list[str]:
+    """The JSON types that a schema names."""
+    found = schema.get("type", [])
+    return [found] if isinstance(found, str) else list(found)
+
+
+def resolved(root: Mapping[str, Any], reference: str, path: str) -> Any:
+    """The part of a schema that a $ref names. Raises UsageError where there is none."""
+    found: Any = root
+    try:
+        for part in reference.removeprefix("#").split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            found = found[int(part)] if isinstance(found, list) else found[part]
+    except (KeyError, ValueError, IndexError, TypeError):
+        raise _unsupported(f"$ref: {reference}", path) from None
+    return found
+
+
+def _unsupported(what: str, path: str) -> UsageError:
+    return UsageError(f"{path or 'the answer'}: {what} is not supported on the way to a copied field", fix=FIX)
+
+
+def orders_keys(schema: Any) -> bool:
+    """Whether there is an object in a schema whose keys the rules let come in another order than the schema's."""
+    if not isinstance(schema, dict) or schema.keys() - OBJECT - ARRAY - NOTES - {"type"}:
+        return False
+    if not {"object", "array"} & set(types_of(schema)):
+        return False
+    properties = schema.get("properties", {})
+    parts = [*properties.values(), schema.get("items"), schema.get("additionalProperties")]
+    return 1 < len(properties) <= _MOST_KEYS or any(map(orders_keys, parts))
+
+
+class SchemaRules:
+    """Writes the rules of a schema.
+
+    fields: paths of the copied ones, whose values are the terminal COPIED. words: whether the request holds any; where
+    it holds none, a copied value is not possible. A value that is not possible is None.
+    """
+
+    def __init__(self, root: Mapping[str, Any], fields: Sequence[str] = (), words: bool = False) -> None:
+        self._root, self._fields, self._words = root, frozenset(fields), words
+        self._names: dict[str, str] = {}  # a rule's body -> its name
+
+    def write(self) -> str | None:
+        """The rules, without the terminal COPIED; None where no answer is possible."""
+        start = self._value(self._root, "")
+        if start is None:
+            return None
+        rules = "".join(f"{name}: {body}\n" for body, name in self._names.items())
+        return f"start: {start}\n{rules}{_TERMINALS}"
+
+    def _rule(self, body: str) -> str:
+        """The name of the rule with this body."""
+        return self._names.setdefault(body, f"r{len(self._names)}")
+
+    def _value(self, schema: Any, path: str) -> str | None:
+        inside = tuple(field for field in self._fields if field.startswith((f"{path}.", f"{path}[")) or not path)
+        copies = path in self._fields or bool(inside)
+        if not isinstance(schema, dict) or not (copies or orders_keys(schema)):
+            return self._plain(schema, path)
+        if "$ref" in schema:
+            self._only(schema, {"$ref"}, path)
+            return self._value(resolved(self._root, schema["$ref"], path), path)
+        if "anyOf" in schema:
+            self._only(schema, {"anyOf"}, path)
+            return self._any([self._value(part, path) for part in schema["anyOf"]])
+        return self._any([self._typed(schema, kind, path) for kind in self._kinds(schema, path)])
+
+    def _kinds(self, schema: Mapping[str, Any], path: str) -> list[str]:
+        if not (found := types_of(schema)):
+            raise _unsupported("a schema without type", path)
+        return found
+
+    def _typed(self, schema: Mapping[str, Any], kind: str, path: str) -> str | None:
+        if kind == "object":
+            self._only(schema, OBJECT | ARRAY | {"type"}, path)
+            return self._object(schema, path)
+        if kind == "array":
+            self._only(schema, OBJECT | ARRAY | {"type"}, path)
+            return self._array(schema, path)
+        if kind == "string" and path in self._fields:
+            return "COPIED" if self._words else None
+        return self._plain({**schema, "type": kind}, path)
+
+    def _object(self, schema: Mapping[str, Any], path: str) -> str | None:
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        further, inside = schema.get("additionalProperties", True), f"{path}." if path else ""
+        members: list[tuple[str, bool]] = []
+        listed = list(dict.fromkeys([*properties, *required]))
+        for key in listed:
+            value = self._value(properties.get(key, further), inside + (key if key in properties else "*"))
+            if value is None and key in required:
+                return None
+            if value is not None:
+                members.append((f"{self._plain({'const': key}, path)} KEY {value}", key in required))
+        other = self._value(further, f"{inside}*")
+        pair = "" if other is None else f"{self._name(listed)} KEY {other}"
+        if not members and not pair:
+            return self._rule('"{" "}"')
+        body = self._in_any_order if len(members) <= _MOST_KEYS else self._in_order
+        return self._rule(f'"{{" {body(members, pair)} "}}"')
+
+    def _in_any_order(self, members: Sequence[tuple[str, bool]], pair: str) -> str:
+        """The members of an object in any order, each once. Bits of the rule's parameter say which ones are written.
+
+        members: key and value, and whether it is required. pair: any other key with its value; "" where none may be.
+        """
+        ordered = sorted(members, key=lambda member: not member[1])
+        needed = sum(required for _, required in members)
+        end = f'"" %if is_ones([0:{needed}])' if needed else '""'
+        first, later = (f"{which}{len(self._names)}" for which in ("first", "later"))
+        written = [f"{member} {later}::set_bit({bit})" for bit, (member, _) in enumerate(ordered)]
+        others = [f"{pair} {later}::_"] if pair else []
+        self._names[" | ".join([end, *written, *others])] = f"{first}::_"
+        again = [f"ITEM {each} %if bit_clear({bit})" for bit, each in enumerate(written)]
+        self._names[" | ".join([end, *again, *(f"ITEM {each}" for each in others)])] = f"{later}::_"
+        return f"{first}::0x0"
+
+    def _in_order(self, members: Sequence[tuple[str, bool]], pair: str) -> str:
+        """The members of an object in the schema's order, then others."""
+        # From the last member back: what may follow where no member is written yet, and where one is.
+        first = self._rule(f"({pair} (ITEM {pair})*)?" if pair else '""')
+        later = self._rule(f"(ITEM {pair})*" if pair else '""')
+        for member, needed in reversed(members):
+            first = self._rule(f"{member} {later}" + ("" if needed else f" | {first}"))
+            later = self._rule(f"ITEM {member} {later}" + ("" if needed else f" | {later}"))
+        return first
+
+    def _name(self, listed: Sequence[str]) -> str:
+        """A terminal for the keys that the schema does not list."""
+        if not listed:
+            return "NAME"
+        spelled = [json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False) for key in listed]
+        return self._names.setdefault(f"NAME & ~({' | '.join(spelled)})", f"NAME_{len(self._names)}")
+
+    def _array(self, schema: Mapping[str, Any], path: str) -> str | None:
+        least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
+        item = None if most == 0 else self._value(schema.get("items", True), f"{path}[]")
+        if item is None:
+            return self._rule('"[" "]"') if least == 0 else None
+        more = f"{max(0, least - 1)},{'' if most is None else int(most) - 1}"
+        several = f"{item} (ITEM {item}){{{more}}}"
+        return self._rule(f'"[" {several} "]"' if least else f'"[" ({several})? "]"')
+
+    def _plain(self, schema: Any, path: str) -> str | None:
+        """A schema with no copied field in it."""
+        if schema is False:
+            return None
+        own: dict[str, Any] = {} if schema is True else dict(schema)
+        referred = json.dumps(own)
+        if '"$ref"' in referred:
+            targets = re.findall(r'"\$ref": "([^"]*)"', referred)
+            if outside := [each for each in targets if not each.startswith(("#/$defs/", "#/definitions/"))]:
+                raise _unsupported(f"$ref: {outside[0]}", path)
+            own |= {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
+        if "$schema" in self._root:
+            own["$schema"] = self._root["$schema"]
+        return self._rule(f"%json {json.dumps(restricted(own), ensure_ascii=False)}")
+
+    def _any(self, found: Sequence[str | None]) -> str | None:
+        possible = list(dict.fromkeys(each for each in found if each is not None))
+        if len(possible) > 1:
+            return self._rule(" | ".join(possible))
+        return possible[0] if possible else None
+
+    def _only(self, schema: Mapping[str, Any], known: frozenset[str] | set[str], path: str) -> None:
+        if further := sorted(schema.keys() - known - NOTES):
+            raise _unsupported(further[0], path)

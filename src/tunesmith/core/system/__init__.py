@@ -1,0 +1,1 @@
+"""This machine: files, memory, processes, threads, HTTP clients and a Ray cluster."""

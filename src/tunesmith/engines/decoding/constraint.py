@@ -1,0 +1,137 @@
+"""Structured outputs: decoding that allows only tokens which can still lead to an answer that fits a JSON Schema or a
+Lark grammar.
+
+llguidance computes the allowed tokens. With a schema, keys come in its order; one space may follow a comma or colon.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from torch import Tensor
+
+from tunesmith.core.errors import UsageError
+from tunesmith.engines.decoding.json_text import restricted
+from tunesmith.engines.native.network import ops
+from tunesmith.engines.protocol import ConstrainedBy, Generation
+
+_KEPT = 64  # grammars of requests; few are asked twice
+_REQUEST_STATES = 50_000  # of a request's grammar, 1 to 2 KB each; of others llguidance's own limit
+_LIMITS = LLParserLimits(max_lexer_states=_REQUEST_STATES, verbose_errors=False)
+# Where a schema or grammar comes from -> what it is, and what to do where it cannot be followed.
+_AT_FAULT: Mapping[ConstrainedBy, tuple[str, str]] = {
+    "constrain": (
+        "this schema or grammar",
+        "simplify task.schema, task.pattern or task.grammar, or set constrain: false",
+    ),
+    "messages": ("the words of this request", "shorten the user turns, from which fields of the answer are copied"),
+    "response_format.json_schema": ("this response_format", "simplify its schema"),
+    "tools": ("calls of these tools", "simplify the tools' parameters, or send tool_choice: auto without strict"),
+}
+
+
+class Constraints:
+    """Creates guides for one tokenizer. vocabulary: number of logits. stop_ids: the tokens that end an answer."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Collection[int]) -> None:
+        ends = sorted(token for token in stop_ids if token < vocabulary)
+        # A tokenizer may know a token that the model cannot give, as Gemma 3's text models' do.
+        size = max(vocabulary, len(tokenizer))
+        self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=min(ends, default=None))
+        listed = np.isin(np.arange((vocabulary + 31) // 32 * 32), ends)
+        self._ends = np.packbits(listed, bitorder="little").view(np.int32)
+        self._of_schema, self._of_grammar = cache(self._by_schema), lru_cache(_KEPT)(self._new_matcher)
+        self._of_request = lru_cache(_KEPT)(self._by_schema)  # these would grow without end
+
+    def guide(self, request: Generation) -> Guide:
+        """A guide for an answer to a request with a schema or grammar, at its start.
+
+        Raises UsageError for one that llguidance does not support, or that is too large.
+        """
+        by = request.constrained_by
+        if request.grammar is not None:
+            return Guide(self._of_grammar(request.grammar, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
+        assert request.schema is not None
+        compiled = self._of_schema if by == "constrain" else self._of_request
+        return Guide(compiled(request.schema, by).deep_copy(), self._ends, self._tokens.vocab_size, by)
+
+    def token_bytes(self, token: int) -> bytes:
+        """A token's bytes. A character may be split over several tokens."""
+        return bytes(self._tokens.decode_bytes([token]))
+
+    def _by_schema(self, schema: str, by: ConstrainedBy) -> LLMatcher:
+        return self._new_matcher(LLMatcher.grammar_from_json_schema(restricted(json.loads(schema))), by)
+
+    def _new_matcher(self, grammar: str, by: ConstrainedBy) -> LLMatcher:
+        # llguidance bounds the size of a grammar and the work of a step, and lets other threads run meanwhile. Its
+        # longer messages repeat parts of the schema, which may be the candidate's.
+        limits = _LIMITS if by in ("response_format.json_schema", "tools") else None
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _unsupported(matcher, by)
+        return matcher
+
+
+class Guide:
+    """Restricts one answer to its schema or grammar. ends: int32 [V / 32 rounded up], a bit for each token that ends an
+    answer, the lowest bit first. tokens: how many the matcher knows, V or more. by: where the schema or grammar comes
+    from."""
+
+    def __init__(self, matcher: LLMatcher, ends: np.ndarray, tokens: int, by: ConstrainedBy = "constrain") -> None:
+        self.matcher, self._ends, self.tokens, self._by = matcher, ends, tokens, by
+
+    def follow(self, token: int) -> None:
+        """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
+        self.check()
+        if not self.matcher.is_stopped():
+            self.matcher.consume_token(token)
+            self.check()
+
+    def limit_ends_(self, bits: np.ndarray) -> None:
+        """Allow all tokens that end an answer where it may end here, and none of them elsewhere, in place.
+
+        llguidance knows of one of them, and takes another for text if its name is not special. bits: as `ends`.
+        """
+        if self.matcher.is_accepting() or self.matcher.is_error():
+            bits |= self._ends
+        else:
+            bits &= ~self._ends
+
+    def check(self) -> None:
+        """Raise UsageError if the allowed tokens could not be computed: llguidance then allows the end token alone."""
+        if self.matcher.is_error():
+            raise _unsupported(self.matcher, self._by)
+
+
+def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
+    """Set the logits [N, vocabulary] of tokens that a row's guide does not allow to minus infinity, in place."""
+    guided = [(row, guide) for row, guide in enumerate(guides) if guide is not None]
+    if not guided:
+        return
+    bits = allocate_token_bitmask(len(guided), guided[0][1].tokens)
+    wanted = [(guide.matcher, number) for number, (_, guide) in enumerate(guided)]
+    fill_next_token_bitmask_par(_threads(), wanted, bits)
+    bits = np.ascontiguousarray(bits[:, : (scores.shape[1] + 31) // 32])
+    for allowed, (_, guide) in zip(bits, guided, strict=True):
+        guide.limit_ends_(allowed)
+    rows = torch.tensor([row for row, _ in guided])
+    ops.forbid_(scores, rows, torch.from_numpy(bits))
+
+
+@cache
+def _threads() -> LLExecutor:
+    return LLExecutor(torch.get_num_threads())
+
+
+def _unsupported(matcher: LLMatcher, by: ConstrainedBy) -> UsageError:
+    said = matcher.get_error().partition("\n")[0][:300]
+    what, fix = _AT_FAULT[by]
+    return UsageError(f"answers cannot be held to {what}: {said}", where=by, fix=fix)

@@ -1,0 +1,1 @@
+"""Weights in files, and modules that read theirs late."""

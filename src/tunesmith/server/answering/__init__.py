@@ -1,0 +1,1 @@
+"""From an accepted request to its recorded answer: turns, versions, threads, records."""

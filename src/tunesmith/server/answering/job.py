@@ -1,0 +1,106 @@
+"""One request from its acceptance to its record, and the events that its client receives."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tunesmith.candidates.composing import PromptUsed
+from tunesmith.engines.protocol import Completion, Streamed
+from tunesmith.server.answering.recording import Served
+from tunesmith.server.answering.routing import Route
+from tunesmith.server.chat.request import ChatRequest
+from tunesmith.server.chat.tools import ToolAnswer
+from tunesmith.server.errors import (
+    ApiError,
+)
+from tunesmith.store.people.identities import User
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An answer that must wait for a reviewer. schemas, grammar: what an edited one must fit."""
+
+    completion: Completion
+    reasons: tuple[str, ...]
+    schemas: tuple[str, ...]
+    grammar: str | None
+
+
+Event = Streamed | Held | ApiError
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request while it waits or is answered. route may change from canary to stable, but only before an event.
+
+    token: the caller's, with which user is read again when the request's turn comes.
+    events: what the client receives, in order: pieces of text (if it streams), then a Completion, Held or an ApiError.
+    most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
+    the prompt contains. began, ended: monotonic times at which a thread started to answer it, and at which it was
+    recorded with its completion. shaped: its own format or tools rule the answer. answer:
+    reads calls out of the answer, where the request offers tools.
+    """
+
+    id: str
+    token: str = field(repr=False)
+    user: User
+    request: ChatRequest
+    route: Route
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    accepted: float = field(default_factory=time.monotonic)
+    features: Mapping[str, float] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    prompt_used: PromptUsed = "none"
+    prompt_tokens: int = 0
+    most_tokens: int | None = None
+    began: float | None = None
+    ended: float | None = None
+    completion: Completion | None = None
+    shaped: bool = False
+    answer: ToolAnswer | None = None
+    left: bool = False  # the client no longer waits
+    _claim: threading.Lock = field(default_factory=threading.Lock)
+
+    def leave(self) -> None:
+        """Note that the client no longer waits, so that the engine can stop."""
+        self.left = True
+
+    def claim(self) -> bool:
+        """True for the first caller only, which must then record the request."""
+        return self._claim.acquire(blocking=False)
+
+    def send(self, event: Event) -> None:
+        """Pass an event to the client's coroutine. May be called from any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: the server has stopped
+            self.leave()
+
+    def served(self, completion: Completion | None, *, whole: bool = True) -> Served:
+        """What to record about it. completion: None if it failed; whole: the answer was decoded to its end."""
+        self.ended, self.completion = time.monotonic(), completion
+        return Served(
+            id=self.id,
+            user=self.user,
+            route=self.route,
+            seconds=self.ended - self.accepted,
+            model=self.request.model,
+            features=self.features,
+            completion=completion,
+            whole=whole,
+            cut=completion is not None and (self.shaped or self._cut(completion)),
+            messages=self.request.conversation,
+            end_user=self.request.user or "",
+            store=bool(self.request.store),
+        )
+
+    def _cut(self, completion: Completion) -> bool:
+        """Whether the request's own max_tokens or stop text ended the answer, and not the version."""
+        most = self.most_tokens
+        reached = most is not None and completion.finish == "length" and completion.completion_tokens >= most
+        return reached or completion.by_stop_text

@@ -1,0 +1,393 @@
+"""Records of served requests: measurements in the database, the newest answers in memory only.
+
+The text of a request is stored only where its caller asks for that and the project allows it, after the privacy scan
+and for a limited time (monitoring/keeping.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.messages import Message
+from tunesmith.core.view import Omitted, View
+from tunesmith.data.review.queue import forget_cases
+from tunesmith.engines.protocol import Completion
+from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
+from tunesmith.monitoring.cases import Case, delete_case, put_case
+from tunesmith.monitoring.keeping import CaseKeeper, CaseTexts, NotKept
+from tunesmith.rollout.traffic import LEFT, STEP, UNLOADED, end_user
+from tunesmith.server.answering.request_rows import RequestRows
+from tunesmith.server.answering.routing import Route
+from tunesmith.server.errors import ApiError, bad_request, forbidden, keeps_nothing, not_stored, unknown_request
+from tunesmith.server.intake import limits
+from tunesmith.server.metrics import Metrics
+from tunesmith.services.evaluations.served_scorers import ServedScorers
+from tunesmith.store import audit, database
+from tunesmith.store.people.identities import User
+from tunesmith.store.store import Store
+from tunesmith.store.tables import RequestRow
+
+LOG = logging.getLogger("tunesmith.server")
+_WITHDRAWN = "withdrawn"  # among a row's features: its caller no longer lets the text be kept
+_AT_ONCE = 64  # failed requests that wait to be scanned; more are lost, and counted
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A request that was answered, or that failed (completion None). model: the name that the client asked for.
+
+    whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. cut: the request's
+    own max_tokens, stop text, format or tools shaped the answer, which says nothing about the version, so it is not
+    scored. messages: the conversation, which stays in memory only. end_user: the request's `user`, "" without one.
+    store: its caller lets the text be kept if the answer was wrong.
+    """
+
+    id: str
+    user: User
+    model: str
+    route: Route
+    seconds: float
+    features: Mapping[str, float]
+    completion: Completion | None
+    whole: bool = True
+    cut: bool = False
+    messages: tuple[Message, ...] = ()
+    end_user: str = ""
+    store: bool = False
+
+
+class _Kept(NamedTuple):
+    """An answer in memory that feedback may score. cut, store: see Served."""
+
+    tenant: str
+    caller: str
+    messages: tuple[Message, ...]
+    text: str
+    cut: bool
+    store: bool
+
+
+_CUT = "max_tokens, stop text, format or tools of the request shaped the answer, so it says nothing about the version"
+
+
+class FeedbackResult(View):
+    """The scores that feedback added. kept: whether the request was stored as a case, where its caller asked for that.
+
+    not_kept: why not. not_scored: metric of the task -> why the server cannot compute it from the expected text.
+    """
+
+    request_id: str
+    scores: dict[str, float]
+    kept: Omitted[bool] = None
+    not_kept: Omitted[str] = None
+    not_scored: Omitted[dict[str, str]] = None
+
+
+class Withdrawal(View):
+    """A request whose text may no longer be kept. deleted: whether it was kept until now.
+
+    Where it is false, the text was never kept, its time was over, or a person already made a row of a source of it.
+    """
+
+    request_id: str
+    deleted: bool
+
+
+class Recorder:
+    """Records requests and their scores.
+
+    scorers: some apply to every answer, others need the expected text, which feedback gives. kept_answers: number of
+    answers kept in memory for feedback. keeper: prepares texts that callers ask to keep; None: the project allows none.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        *,
+        scorers: ServedScorers,
+        kept_answers: int,
+        region: str,
+        keeper: CaseKeeper | None = None,
+    ) -> None:
+        self._store, self._metrics, self._region, self._keeper = store, metrics, region, keeper
+        self._keeping = ThreadPoolExecutor(1, "tunesmith-keeping")
+        self._waiting = threading.BoundedSemaphore(_AT_ONCE)
+        self._scorers = scorers
+        self._answers: OrderedDict[str, _Kept] = OrderedDict()
+        self._most, self._lock = kept_answers, threading.Lock()
+        self._rows = RequestRows(store, metrics.unrecorded.inc)
+
+    def write(self, served: Served, then: Callable[[], object] | None = None) -> None:
+        """Record a request, then call `then`, in any thread; without it, return once it is recorded.
+
+        If recording fails, `then` is called all the same, and a metric counts the loss.
+        """
+        if then is None:
+            done = threading.Event()
+            self.write(served, done.set)
+            done.wait()
+            return
+        outcome = "failed" if served.completion is None else _answered(served)
+        models = (served.model, served.route.version.label)
+        self._metrics.request(served.route.arm, outcome, served.seconds, served.completion, models)
+        if served.completion is not None and served.whole:
+            user, text = served.user, served.completion.text
+            self._keep(served.id, _Kept(user.tenant, user.name, served.messages, text, served.cut, served.store))
+        row = self._row(served)
+        if served.store and _failed(row):
+            self._rows.write(row, then, partial(self._keep_later, served))
+        else:
+            self._rows.write(row, then)
+
+    def stop(self, seconds: float) -> None:
+        """Write what waits to be written, and keep what waits to be kept, for at most this many seconds."""
+        self._rows.stop(seconds)
+        wait([self._keeping.submit(int)], seconds)  # done when everything before it is
+        self._keeping.shutdown(wait=False, cancel_futures=True)
+
+    def require_keeping(self, param: str) -> None:
+        """Raise ApiError 400 where the project keeps no requests. param: the field that asks for it."""
+        if self._keeper is None:
+            raise keeps_nothing(param)
+
+    def feedback(
+        self, user: User, request: str, expected: str | None, given: Mapping[str, float], keep: bool = False
+    ) -> FeedbackResult:
+        """Add scores to a request: the given ones, or scores of its answer against the expected text.
+
+        A score is never replaced. keep: store the request and the expected text as a case; so does a request with
+        `store` whose answer was wrong. Raises ApiError 404 for a request that the user's tenant did not make, 403 for
+        keep and a request of another user, 409 if it was scored before or its answer is no longer in memory, 400 for an
+        expected text that a scorer cannot use, 507 or 503 where the database is full or cannot be used.
+        """
+        if keep:
+            self.require_keeping("keep")
+        with self._lock:
+            held = self._answers.get(request)
+        if held is not None and held.tenant != user.tenant:
+            raise unknown_request(request)
+        if keep and held is not None and held.caller != user.name:
+            raise forbidden("Only the user who made this request may ask to keep it. Nothing was done.")
+        added = dict(given) if expected is None else self._scored(user, request, expected)
+        wrong = not added or any(value < 1.0 for value in added.values())
+        wanted = keep or (held is not None and held.store and wrong)
+        texts, not_kept = self._texts(held, expected) if wanted else (None, None)
+        try:
+            kept = self._add(user, request, added, texts)
+        except (TunesmithError, SQLAlchemyError, OSError) as error:
+            LOG.exception("feedback to request %s could not be stored", request)
+            raise not_stored(error) from error
+        if wanted:
+            self._metrics.cases.labels("kept" if kept else "refused").inc()
+        return FeedbackResult(
+            request_id=request,
+            scores=added,
+            kept=kept if wanted else None,
+            not_kept=None if kept or not wanted else not_kept or "its caller withdrew it",
+            not_scored=self._not_scored(cut=held is not None and held.cut) if expected is not None else None,
+        )
+
+    def withdraw(self, user: User, request: str) -> Withdrawal:
+        """Delete the kept text of a request, and let none be kept from now on.
+
+        Raises ApiError 404 for a request that the user did not make, 507 or 503 as `feedback` does.
+        """
+        with self._lock:
+            held = self._answers.get(request)
+            if held is not None:
+                self._answers[request] = held._replace(store=False)
+        try:
+            with database.writing(self._store.engine) as session:
+                row = session.get(RequestRow, request)
+                if row is None or (row.tenant, row.caller) != (user.tenant, user.name):
+                    raise unknown_request(request)
+                again = _WITHDRAWN in row.features
+                row.features = {**row.features, _WITHDRAWN: True}
+                forget_cases(session, [request])
+                deleted = delete_case(self._store, request)
+                if deleted or not again:
+                    detail = {"deleted": deleted}
+                    audit.append(session, actor=user.name, action="cases.withdraw", subject=request, detail=detail)
+        except (TunesmithError, SQLAlchemyError, OSError) as error:
+            LOG.exception("the text of request %s could not be withdrawn", request)
+            raise not_stored(error) from error
+        return Withdrawal(request_id=request, deleted=deleted)
+
+    def _texts(self, held: _Kept | None, expected: str | None) -> tuple[CaseTexts | None, str | None]:
+        """The texts of a case, or why there are none."""
+        assert self._keeper is not None
+        if held is None:
+            return None, "its text is no longer in memory (only the newest answers are)"
+        try:
+            return self._keeper.scanned(held.messages, held.text, expected), None
+        except NotKept as error:
+            return None, str(error)
+
+    def _keep_later(self, one: Served) -> None:
+        """Keep a failed request, in a thread of its own: the scan takes time, and the answer need not wait for it."""
+        if not self._waiting.acquire(blocking=False):
+            self._metrics.cases.labels("lost").inc()
+            return
+        try:
+            self._keeping.submit(self._keep_failed, one).add_done_callback(lambda _done: self._waiting.release())
+        except RuntimeError:  # the server has stopped
+            self._metrics.cases.labels("lost").inc()
+
+    def _keep_failed(self, one: Served) -> None:
+        assert self._keeper is not None
+        outcome = "lost"
+        try:
+            texts = self._keeper.scanned(one.messages, one.completion.text if one.completion else None, None)
+            with database.writing(self._store.engine) as session:
+                row = session.get(RequestRow, one.id)
+                outcome = "kept" if row is not None and self._put(row, one.user, texts) else "refused"
+        except NotKept as error:
+            outcome = "refused"
+            LOG.info("request %s was not kept: %s", one.id, error)
+        except Exception as error:  # noqa: BLE001 - nobody else would hear of it
+            LOG.error("request %s could not be kept: %s", one.id, type(error).__name__)  # its message may hold the text
+        finally:
+            self._metrics.cases.labels(outcome).inc()
+
+    def _put(self, row: RequestRow, user: User, texts: CaseTexts) -> bool:
+        """Store a case, unless its caller withdrew it; returns whether it was stored."""
+        assert self._keeper is not None
+        if _WITHDRAWN in row.features:
+            return False
+        case = Case(
+            request=row.id,
+            messages=texts.messages,
+            expected=texts.expected,
+            answer=texts.answer,
+            version=row.version,
+            scores=dict(row.scores),
+            by=user.name,
+            tenant=row.tenant,
+            region=row.region,
+            at=row.at,
+            until=self._keeper.until(row.at),
+        )
+        put_case(self._store, case)
+        return True
+
+    def _add(self, user: User, request: str, added: Mapping[str, float], texts: CaseTexts | None) -> bool:
+        """Store added scores. texts: of a case to be stored with them. Returns whether it was."""
+        with database.writing(self._store.engine) as session:
+            row = session.get(RequestRow, request)
+            if row is None or row.tenant != user.tenant:
+                raise unknown_request(request)
+            again = sorted(added.keys() & row.scores.keys())
+            if again:
+                raise ApiError(409, f"This request already has a score for {again[0]}.", code="already_scored")
+            row.scores = {**row.scores, **added}
+            row.features = {**row.features, "feedback_by": user.name}  # to trace a manipulated score to its user
+            return texts is not None and self._put(row, user, texts)
+
+    def _not_scored(self, *, cut: bool) -> dict[str, str] | None:
+        """Metric -> why feedback did not score it."""
+        reasons = dict.fromkeys((*self._scorers.every_answer, *self._scorers.with_reference), _CUT) if cut else {}
+        return {**reasons, **self._scorers.unmeasured} or None
+
+    def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
+        with self._lock:
+            held = self._answers.get(request)
+        if held is None:
+            with database.reading(self._store.engine) as session:
+                row = session.get(RequestRow, request)
+            if row is None or row.tenant != user.tenant:
+                raise unknown_request(request)
+            raise ApiError(
+                409,
+                "The text of this answer is no longer in memory (only the newest answers are). "
+                'Send {"score": {METRIC: 0..1}} instead of "expected".',
+                code="answer_gone",
+            )
+        if held.cut:
+            return {}
+        if len(expected) * len(held.text) > limits.EXPECTED_BY_ANSWER:
+            raise bad_request(
+                f"The expected text ({len(expected)} characters) and the answer ({len(held.text)}) are too long to be "
+                'compared here. Send {"score": {METRIC: 0..1}} instead of "expected".',
+                "expected",
+            )
+        answered = Answered(held.text, expected, held.messages)
+        try:
+            return _scores(self._scorers.with_reference, answered, request)
+        except TunesmithError as error:
+            raise bad_request(error.what, "expected") from error
+
+    def _keep(self, request: str, kept: _Kept) -> None:
+        with self._lock:
+            self._answers[request] = kept
+            while len(self._answers) > self._most:
+                self._answers.popitem(last=False)
+
+    def _row(self, served: Served) -> dict[str, Any]:
+        """The columns of a request's row."""
+        completion, scores = served.completion, dict[str, float]()
+        if completion is None:  # a failed request counts as a bad answer
+            scores = dict.fromkeys(self._scorers.every_answer, 0.0)
+        elif served.whole and not served.cut:
+            try:
+                scores = _scores(self._scorers.every_answer, Answered(completion.text, "", served.messages), served.id)
+            except TunesmithError as error:  # it is still recorded, without a score
+                LOG.warning("request %s was not scored: %s", served.id, error)
+        features: dict[str, Any] = dict(served.features)
+        if served.route.step is not None:
+            features[STEP] = served.route.step
+        if served.route.unloaded:
+            features[UNLOADED] = True
+        if completion is not None and not served.whole and not completion.text:
+            features[LEFT] = True
+        return {
+            "id": served.id,
+            "at": stamp(),
+            "name": served.route.name,
+            "tenant": served.user.tenant,
+            "region": self._region,
+            "caller": served.user.name,
+            "end_user": _end_user(served),
+            "version": served.route.version.digest,
+            "rollout": served.route.rollout,
+            "arm": served.route.arm,
+            "ok": completion is not None,
+            "cut": served.cut,
+            "seconds": served.seconds,
+            "prompt_tokens": completion.prompt_tokens if completion else 0,
+            "completion_tokens": completion.completion_tokens if completion else 0,
+            "scores": scores,
+            "features": features,
+        }
+
+
+def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) -> dict[str, float]:
+    return {metric: checked(scoring(answered), metric, f"request {request}") for metric, scoring in scorers.items()}
+
+
+def _answered(served: Served) -> str:
+    """The outcome of a request that did not fail."""
+    if not served.whole:
+        return "left"
+    return "cut" if served.cut else "answered"
+
+
+def _end_user(served: Served) -> str:
+    if served.route.rollout is None or not served.end_user:
+        return ""
+    return end_user(served.route.rollout, served.user.name, served.end_user)
+
+
+def _failed(row: Mapping[str, Any]) -> bool:
+    return not row["ok"] or any(value < 1.0 for value in row["scores"].values())

@@ -1,0 +1,1 @@
+"""Logging in and out, sessions, and a person's keys."""

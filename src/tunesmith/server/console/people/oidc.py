@@ -1,0 +1,163 @@
+"""Log in by the identity provider of the project's `login:` (OpenID Connect, authorization code with PKCE, by authlib).
+
+What has to be remembered while the person is at the provider is in a cookie of ten minutes: state, nonce, PKCE's
+verifier, and the page that they wanted. The provider says who somebody is; what they may do, the store's users say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request, Response
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.server.access import PUBLIC
+from tunesmith.server.answering.recording import LOG
+from tunesmith.server.console.people.session import set_cookie
+from tunesmith.server.console.rendering import html
+from tunesmith.server.console.routing import local_page, router
+from tunesmith.server.errors import ApiError, missing
+from tunesmith.server.serving import Serving, serving_of
+from tunesmith.store.people import sessions
+
+if TYPE_CHECKING:
+    from authlib.integrations.starlette_client import StarletteOAuth2App
+
+    from tunesmith.store.people.login_settings import LoginSettings
+
+_COOKIE, _SECONDS = "tunesmith-login", 600
+_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA", "Ed25519")
+_ANSWER_SECONDS = 15.0  # for each answer of the provider
+
+routes = router()
+
+
+@routes.get("/console/oidc", dependencies=[PUBLIC])
+async def begin(request: Request) -> Response:
+    """Send the person to the provider."""
+    login, client = await _client(request)
+    request.scope["session"] = {}
+    with _Refusals():
+        response: Response = await client.authorize_redirect(request, f"{login.url}/console/oidc/done")
+    remembered = {**request.session, "next": local_page(request.query_params.get("next", ""))}
+    response.set_cookie(
+        _name(login),
+        base64.urlsafe_b64encode(json.dumps(remembered).encode()).decode(),
+        max_age=_SECONDS,
+        httponly=True,
+        samesite="lax",  # the provider sends the person back from another site
+        secure=login.url.startswith("https:"),
+        path="/",
+    )
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+@routes.get("/console/oidc/done", dependencies=[PUBLIC])
+async def done(request: Request) -> Response:
+    """Open a session for the person whom the provider names."""
+    login, client = await _client(request)
+    request.scope["session"] = remembered = _remembered(request.cookies.get(_name(login), ""))
+    with _Refusals():
+        token = await client.authorize_access_token(request)
+        claims = dict(token.get("userinfo") or {})
+        if login.claim not in claims:
+            more = dict(await client.userinfo(token=token))
+            claims |= more if more.get("sub") == claims.get("sub") else {}
+    who = claims.get(login.claim)
+    if login.claim == "email" and claims.get("email_verified") is not True:
+        raise _refused("The provider has not verified your e-mail address.")
+    user = login.users.get(who) if isinstance(who, str) else None
+    if user is None:
+        raise _refused("The provider knows you, but you are no user here. Ask an admin to add you to `login: users:`.")
+    opened = await asyncio.to_thread(sessions.open_session, serving_of(request).store, user, how="oidc")
+    assert opened is not None
+    assert opened.secret is not None
+    request.scope["scheme"] = login.url.partition(":")[0]
+    # A page and no redirection: a browser sends the session's cookie only to where a page of this site leads.
+    response = html("logged_in.html.jinja", {"next": local_page(str(remembered.get("next", "")))})
+    set_cookie(request, response, opened.secret)
+    response.delete_cookie(_name(login), path="/")
+    return response
+
+
+class _Refusals:
+    """Turns what goes wrong between this server and the provider into pages."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        import httpx2
+        from authlib.common.errors import AuthlibBaseError
+        from joserfc.errors import JoseError
+
+        if isinstance(error, httpx2.HTTPError):
+            LOG.error("the identity provider: %s", error)
+            raise ApiError(503, "The identity provider does not answer. Try again.", code="provider") from error
+        if isinstance(error, AuthlibBaseError | JoseError | ValueError | KeyError | RuntimeError):
+            LOG.warning("a login by the identity provider failed: %s", error)
+            raise _refused("The identity provider did not confirm who you are. Log in again.") from error
+
+
+async def _client(request: Request) -> tuple[LoginSettings, StarletteOAuth2App]:
+    """The settings, and authlib's client with the provider's metadata. Raises ApiError 404 where there is no provider,
+    503 where it does not answer."""
+    serving = serving_of(request)
+    login = serving.project.settings.login if serving.project else None
+    if login is None:
+        raise missing("page")
+    client = _made(serving, login)
+    with _Refusals():
+        metadata = await client.load_server_metadata()
+        if metadata.get("issuer", "").rstrip("/") != login.issuer:
+            raise ValueError(f"the provider calls itself {metadata.get('issuer')!r}")
+        stated = metadata.get("id_token_signing_alg_values_supported") or ["RS256"]
+        metadata["id_token_signing_alg_values_supported"] = [each for each in stated if each in _ALGORITHMS]
+    return login, client
+
+
+def _made(serving: Serving, login: LoginSettings) -> StarletteOAuth2App:
+    if serving.oidc is None:
+        from authlib.integrations.starlette_client import OAuth
+
+        serving.oidc = OAuth().register(
+            "login",
+            client_id=login.client,
+            client_secret=client_secret(login),
+            server_metadata_url=f"{login.issuer}/.well-known/openid-configuration",
+            client_kwargs={"scope": "openid email", "code_challenge_method": "S256", "timeout": _ANSWER_SECONDS},
+        )
+    client: StarletteOAuth2App = serving.oidc
+    return client
+
+
+def client_secret(login: LoginSettings) -> str:
+    """The client's secret. Raises TunesmithError where its environment variable is not set."""
+    secret = os.environ.get(login.secret, "")
+    if not secret:
+        raise TunesmithError(
+            f"${login.secret} is not set", where="tunesmith.yaml, login.secret", fix="set it to the client's secret"
+        )
+    return secret
+
+
+def _remembered(cookie: str) -> dict[str, Any]:
+    try:
+        found = json.loads(base64.urlsafe_b64decode(cookie))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _name(login: LoginSettings) -> str:
+    """The cookie's name. Browsers let only this very host set one that begins with __Host-."""
+    return f"__Host-{_COOKIE}" if login.url.startswith("https:") else _COOKIE
+
+
+def _refused(what: str) -> ApiError:
+    return ApiError(403, what, code="login_refused")

@@ -1,0 +1,1 @@
+"""Dataset versions, their rows, and the review queue that changes them."""

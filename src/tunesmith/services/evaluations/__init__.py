@@ -1,0 +1,1 @@
+"""Evaluations and verdicts, and what a person looks up in them."""

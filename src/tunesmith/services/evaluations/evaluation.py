@@ -1,0 +1,226 @@
+"""Evaluate and judge candidates, compare them, and report the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.candidates.candidate import Kind
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.system.files import write_atomic
+from tunesmith.core.view import View
+from tunesmith.data.building.summary import DatasetSummary
+from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
+from tunesmith.evaluation.planning import Plan
+from tunesmith.evaluation.summary import (
+    AnswerPrice,
+    EvaluationSummary,
+    MetricInterval,
+    VerdictSummary,
+    evaluation_summary,
+    verdict_summary,
+)
+from tunesmith.pipeline.answers import plan as plan_gates
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.verdicts import evaluation, latest, verdict
+from tunesmith.project import Project
+from tunesmith.registry.versions import Version, resolve
+from tunesmith.store import database
+from tunesmith.store.recalls import recalled
+from tunesmith.store.store import Store
+
+
+class ReportedCandidate(View):
+    """One row of the report's table. kind: what answers; how: how it answers, in words; role: focus, rival or empty.
+
+    candidate: its record's digest. system_prompts: system prompt that was used -> rows. cut: answers cut off.
+    """
+
+    name: str
+    kind: Kind
+    how: str
+    system_prompts: dict[str, int]
+    role: str
+    tuned: bool
+    candidate: str
+    metrics: dict[str, MetricInterval]
+    price: AnswerPrice
+    cut: int
+
+
+class LineageNode(View):
+    """One record behind the result. parents: positions in the report's lineage."""
+
+    kind: str
+    digest: str
+    label: str
+    parents: tuple[int, ...]
+
+
+class Advice(View):
+    """What to do. release: the candidate that passed, or None. reasons, cautions: sentences."""
+
+    headline: str
+    release: str | None
+    summary: str
+    reasons: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+class EvidenceReport(View):
+    """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
+
+    rival_gate: the gate that names the rival, None where it is the best untuned candidate. evaluation: its
+    record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift by group of rows;
+    forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the focus becomes
+    cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
+    rows where the two differ; trail: entries of the audit log, the oldest first.
+    """
+
+    evaluation: str
+    verdict: VerdictSummary | None
+    version: dict[str, Any] | None
+    n: int
+    groups: int
+    confidence: float
+    seed: int
+    primary: str
+    metrics: tuple[str, ...]
+    focus: str
+    rival: str | None
+    rival_gate: str | None
+    candidates: tuple[ReportedCandidate, ...]
+    lift: Comparison | None
+    training: dict[str, Any] | None
+    forecast: dict[str, Any] | None
+    forecast_outcome: dict[str, Any] | None
+    currency: str | None
+    break_even: dict[str, Any] | None
+    ladder: dict[str, Any]
+    by_group: dict[str, Any] | None
+    classes: dict[str, dict[str, Any]]
+    calibration: dict[str, dict[str, Any]]
+    judges: dict[str, dict[str, Any]]
+    forgetting: dict[str, Any] | None
+    risks: dict[str, Any]
+    policy: dict[str, Any] | None
+    style: dict[str, Any] | None
+    dataset: DatasetSummary
+    examples: dict[str, Any] | None
+    lineage: tuple[LineageNode, ...]
+    trail: tuple[dict[str, Any], ...]
+    advice: Advice
+
+
+def plan(
+    project: Project,
+    *,
+    lift: float | None = None,
+    differing: float | None = None,
+    between: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Plan:
+    """What the test rows can show to each comparing gate, before anything is trained.
+
+    lift: the true difference hoped for. differing: assumed share of rows on which two candidates differ; between: two
+    candidates on whose answers to the validation rows it is measured instead.
+    """
+    if differing is not None and between:
+        raise UsageError("the differing share is either given or measured", fix="leave one of the options out")
+    return plan_gates(PipelineContext(project, progress), lift, differing, between)
+
+
+def evaluate(project: Project, names: Sequence[str] | None = None, *, progress: Progress = SILENT) -> EvaluationSummary:
+    """Measure candidates, by default all, on the same held-out rows."""
+    return evaluation_summary(project.store, evaluation(PipelineContext(project, progress), names))
+
+
+def gate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> VerdictSummary:
+    """Apply the gates to a candidate, by default to the one that the project would release."""
+    return verdict_summary(project.store, verdict(PipelineContext(project, progress), name))
+
+
+def compare_candidates(project: Project, first: str, second: str) -> Comparison:
+    """Compare two candidates or versions request by request. Differences are second minus first."""
+    return compare(project.store, _side(project, first), _side(project, second))
+
+
+def report(project: Project, version: str | None = None) -> EvidenceReport:
+    """The evidence for a version, by default for the last evaluation: what the report page shows."""
+    from tunesmith.evaluation.report.data import release_trail, report_data
+
+    measured, judged, digest = _reported(project, version)
+    name = project.store.record(digest).body["name"] if digest else project.settings.name
+    data = report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
+    return EvidenceReport.model_validate(data)
+
+
+def version_report(store: Store, version: Version, *, everything: bool, texts: bool) -> EvidenceReport:
+    """The evidence for a version. everything: it names groups of rows, and its trail the other versions of its name
+    too, of all tenants. texts: it shows requests and answers, unless the evaluation was recalled.
+
+    Raises Refused for an evaluation that does not state what a report shows.
+    """
+    from tunesmith.evaluation.report.data import release_trail, report_data
+
+    trail = release_trail(store, version.name if everything else version.label, version.digest)
+    try:
+        data = report_data(store, version.evaluation, version.verdict, version.digest, trail)
+    except KeyError as error:
+        raise Refused(f"the evaluation of {version.label} states no {error}", where=version.label) from error
+    with database.reading(store.engine) as session:
+        texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
+    hidden = ([] if texts else ["examples"]) + ([] if everything else ["by_group"])
+    return EvidenceReport.model_validate({**data, **dict.fromkeys(hidden)})
+
+
+def report_html(found: EvidenceReport) -> str:
+    """A report as one HTML page, without scripts or files of its own."""
+    from tunesmith.evaluation.report.html import render
+
+    return render(found.document())
+
+
+def report_text(found: EvidenceReport) -> str:
+    """A report as Markdown, without charts and examples."""
+    from tunesmith.evaluation.report.markdown import report_markdown
+
+    return report_markdown(found.document())
+
+
+def report_page(found: EvidenceReport, path: Path) -> None:
+    """Write a report as one HTML page."""
+    write_atomic(path, report_html(found).encode())
+
+
+def latest_evaluation(project: Project) -> str:
+    """Digest of the project's last evaluation. Raises UsageError where there is none."""
+    found = latest(project, "evaluation")
+    if found is None:
+        raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
+    return found
+
+
+def _reported(project: Project, version: str | None) -> tuple[str, str | None, str | None]:
+    """Digests of the evaluation, verdict and version that a report is about."""
+    store = project.store
+    if version is not None:
+        found = resolve(store, version)
+        return found.evaluation, found.verdict, found.digest
+    measured = latest_evaluation(project)
+    judged = latest(project, "verdict")
+    if judged is None or store.record(judged).parents["evaluation"] != measured:
+        return measured, None, None
+    versions = [child for _, kind, child in store.children(judged) if kind == "version"]
+    newest = max(versions, key=lambda digest: store.record(digest).body["number"], default=None)
+    return measured, judged, newest
+
+
+def _side(project: Project, text: str) -> Side:
+    """A candidate of the newest evaluation, or a version."""
+    if text in project.settings.candidates:
+        return side_of_candidate(project.store, latest_evaluation(project), text)
+    version = resolve(project.store, text)
+    return side_of_digest(project.store, version.evaluation, version.candidate, version.label)

@@ -1,0 +1,307 @@
+"""Evaluations as people look them up: which there are, and what one showed.
+
+Everything is limited to what a user may see. An evaluation belongs to the project: people without a tenant and a region
+see all, people of a tenant or region those from which a version of theirs was registered. Its requests one by
+one: services/evaluations/held_out_requests.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.view import View
+from tunesmith.evaluation.gates.judging import Outcome
+from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.summary import (
+    EvaluationSummary,
+    MetricInterval,
+    VerdictSummary,
+    evaluation_summary,
+    verdict_summary,
+)
+from tunesmith.registry.versions import load_version
+from tunesmith.services.evaluations.evaluation import EvidenceReport
+from tunesmith.store import database
+from tunesmith.store.people.identities import User
+from tunesmith.store.recalls import reasons_of_recalls, recalled
+from tunesmith.store.scoping import within
+from tunesmith.store.store import Store
+from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
+
+LISTED = 25  # evaluations on a page
+READ_PERMISSION = "evidence.read"
+
+
+class RegisteredFrom(View):
+    """A version that was registered from an evaluation. verdict: digest of the verdict that let it."""
+
+    version: str
+    digest: str
+    verdict: str
+
+
+class ListedVerdict(View):
+    """A verdict on one candidate of an evaluation."""
+
+    digest: str
+    candidate: str
+    verdict: Outcome
+
+
+class ListedEvaluation(View):
+    """One line of the list. best: the candidate with the highest mean by the primary metric, and its interval.
+
+    recalled: why its evidence may no longer be used, None if it may.
+    """
+
+    evaluation: str
+    at: str
+    n: int
+    primary: str
+    candidates: int
+    best: str
+    score: MetricInterval
+    verdicts: tuple[ListedVerdict, ...]
+    versions: tuple[RegisteredFrom, ...]
+    recalled: str | None
+
+
+class EvaluationList(View):
+    """A page of evaluations, newest first. total: how many there are on all pages."""
+
+    evaluations: tuple[ListedEvaluation, ...]
+    total: int
+
+
+class EvaluationPage(View):
+    """One evaluation: what was measured, and a verdict on it, the newest unless one was asked for.
+
+    endpoint: whether the verdict is about an endpoint, which cannot be registered.
+    """
+
+    summary: EvaluationSummary
+    at: str
+    dataset: str
+    verdicts: tuple[ListedVerdict, ...]
+    verdict: VerdictSummary | None
+    endpoint: bool
+    versions: tuple[RegisteredFrom, ...]
+    recalled: str | None
+
+
+class Comparison(View):
+    """Two candidates that one evaluation measured. focus, rival: their names; against: the rival's version, or "".
+
+    evaluation, verdict: digests.
+    """
+
+    evaluation: str
+    verdict: str
+    focus: str
+    rival: str
+    against: str
+
+
+def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
+    """A page of the evaluations that a user may see, newest first."""
+    with database.reading(store.engine) as session:
+        seen = _visible(user.scope)
+        total = session.scalar(select(func.count()).select_from(seen.subquery())) or 0
+        ordered = seen.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * LISTED)
+        rows = session.execute(ordered.limit(LISTED)).all()
+        digests = [digest for digest, _ in rows]
+        verdicts = _verdicts(session, store, user.scope, digests)
+        versions = _versions(session, user.scope, digests)
+        reasons = reasons_of_recalls(session, digests)
+    found = []
+    for digest, at in rows:
+        body = store.record(digest, kind="evaluation").body
+        primary = body["primary"]
+        scores = {name: stated["metrics"][primary] for name, stated in body["candidates"].items()}
+        best = max(sorted(scores), key=lambda name: scores[name]["mean"])
+        found.append(
+            ListedEvaluation(
+                evaluation=digest,
+                at=at,
+                n=body["n"],
+                primary=primary,
+                candidates=len(scores),
+                best=best,
+                score=scores[best],
+                verdicts=tuple(verdicts.get(digest, ())),
+                versions=tuple(versions.get(digest, ())),
+                recalled=reasons.get(digest),
+            )
+        )
+    return EvaluationList(evaluations=tuple(found), total=total)
+
+
+def newest_evaluation(store: Store, user: User) -> str:
+    """Digest of the newest evaluation that a user may see. Raises UsageError where there is none."""
+    with database.reading(store.engine) as session:
+        found = _visible(user.scope).order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(1)
+        digest: str | None = session.scalars(found).first()
+    if digest is None:
+        raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
+    return digest
+
+
+def show_evaluation(store: Store, user: User, digest: str, verdict: str | None = None) -> EvaluationPage | None:
+    """One evaluation with a verdict; None where the user sees none with this digest, or no such verdict on it."""
+    with database.reading(store.engine) as session:
+        at = when_made(session, user.scope, digest)
+        if at is None:
+            return None
+        verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
+        versions = _versions(session, user.scope, [digest]).get(digest, [])
+        reason = recalled(session, digest, as_evidence=True)
+    chosen = verdict or (verdicts[-1].digest if verdicts else None)
+    if chosen is not None and chosen not in {one.digest for one in verdicts}:
+        return None
+    return EvaluationPage(
+        summary=evaluation_summary(store, digest),
+        at=at,
+        dataset=store.record(digest).parents["dataset"],
+        verdicts=tuple(verdicts),
+        verdict=None if chosen is None else verdict_summary(store, chosen),
+        endpoint=chosen is not None and _of_endpoint(store, chosen),
+        versions=tuple(versions),
+        recalled=reason,
+    )
+
+
+def _of_endpoint(store: Store, verdict: str) -> bool:
+    candidate = store.record(verdict, kind="verdict").parents["candidate"]
+    return load_candidate(store, candidate).kind == "endpoint"
+
+
+def may_see_verdict(store: Store, user: User, digest: str) -> bool:
+    """Whether there is a verdict with this digest, on an evaluation that the user may see."""
+    if digest not in store.records_of("verdict"):
+        return False
+    return show_evaluation(store, user, store.record(digest, kind="verdict").parents["evaluation"], digest) is not None
+
+
+def compare_versions(store: Store, user: User, version: str, before: str = "") -> Comparison | None:
+    """A version's candidate, and the one to compare it with in its evaluation; None where the user sees no such.
+
+    version, before: digests of versions. The candidate of before where the same evaluation measured it, else the one
+    that a gate compared with, else the best untuned one.
+    """
+    try:
+        with database.reading(store.engine) as session:
+            found = load_version(store, version, session)
+            other = load_version(store, before, session) if before else None
+        page = show_evaluation(store, user, found.evaluation, found.verdict)
+    except (TunesmithError, KeyError):  # a record that cannot be read
+        return None
+    if page is None or page.verdict is None:
+        return None
+    focus, stated = page.verdict.candidate, store.record(found.evaluation).body["candidates"]
+    names = [name for name, one in stated.items() if name != focus]
+    same = [name for name in names if other is not None and stated[name]["candidate"] == other.candidate]
+    gated = [over for gate in page.verdict.gates if (over := getattr(gate, "over", None)) in names]
+    means = {name: one[page.summary.primary].mean for name, one in page.summary.candidates.items()}
+    rivals = [*same, *gated, *sorted(names, key=lambda name: (page.summary.tuned[name], -means[name], name))]
+    return Comparison(
+        evaluation=found.evaluation,
+        verdict=found.verdict,
+        focus=focus,
+        rival=rivals[0] if rivals else "",
+        against=other.label if same and other is not None else "",
+    )
+
+
+def judged_candidate(store: Store, user: User, digest: str) -> str:
+    """The candidate of the newest verdict on an evaluation that a user may see; "" where there is none."""
+    with database.reading(store.engine) as session:
+        verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
+    return verdicts[-1].candidate if verdicts else ""
+
+
+def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport | None:
+    """What the report computes of an evaluation, without rows, versions and audit log; None as `show_evaluation`.
+
+    Groups of rows, whose names may say whose rows they hold, are for readers of all tenants and regions. Takes seconds
+    the first time. Raises Refused for evidence that is not consistent.
+    """
+    page = show_evaluation(store, user, digest, verdict)
+    if page is None:
+        return None
+    try:
+        found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
+    except Inconclusive as error:
+        raise Refused(error.what, where=error.where, fix=error.fix) from error
+    groups = user.may(READ_PERMISSION) and user.scope == Scope()
+    return found if groups else found.model_copy(update={"by_group": None})
+
+
+# Reading
+
+
+@lru_cache(maxsize=32)
+def _findings(store: Store, digest: str, verdict: str | None) -> EvidenceReport:
+    data = report_data(store, digest, verdict)
+    return EvidenceReport.model_validate({**data, "examples": None})
+
+
+# The index of records
+
+
+def _visible(scope: Scope) -> Any:
+    """A query of (digest, created_at) of every evaluation that people of a scope may see."""
+    query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == "evaluation")
+    if scope == Scope():
+        return query
+    own = select(EdgeRow.parent).join(VersionRow, VersionRow.digest == EdgeRow.child)
+    own = own.where(EdgeRow.role == "evaluation", *within(VersionRow, scope))
+    return query.where(RecordRow.digest.in_(own))
+
+
+def when_made(session: Session, scope: Scope, digest: str) -> str | None:
+    """When an evaluation was made; None where people of a scope see none with this digest."""
+    row = session.execute(_visible(scope).where(RecordRow.digest == digest)).first()
+    return None if row is None else str(row[1])
+
+
+def _verdicts(
+    session: Session, store: Store, scope: Scope, evaluations: Sequence[str]
+) -> dict[str, list[ListedVerdict]]:
+    """Evaluation -> its verdicts, oldest first. People of a tenant or region see those that released theirs."""
+    query = select(EdgeRow.parent, EdgeRow.child).join(RecordRow, RecordRow.digest == EdgeRow.child)
+    query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", RecordRow.kind == "verdict")
+    if scope != Scope():
+        released = select(EdgeRow.parent).join(VersionRow, VersionRow.digest == EdgeRow.child)
+        released = released.where(EdgeRow.role == "verdict", *within(VersionRow, scope))
+        query = query.where(EdgeRow.child.in_(released))
+    found: dict[str, list[ListedVerdict]] = {}
+    for evaluation, digest in session.execute(query.order_by(RecordRow.created_at, RecordRow.digest)).all():
+        body = store.record(digest, kind="verdict").body
+        one = ListedVerdict(digest=digest, candidate=body["name"], verdict=body["verdict"])
+        found.setdefault(evaluation, []).append(one)
+    return found
+
+
+def _versions(session: Session, scope: Scope, evaluations: Sequence[str]) -> dict[str, list[RegisteredFrom]]:
+    """Evaluation -> the versions of a scope that were registered from it."""
+    verdict = select(EdgeRow.child, EdgeRow.parent).where(EdgeRow.role == "verdict").subquery()
+    query = select(EdgeRow.parent, VersionRow.name, VersionRow.number, VersionRow.digest, verdict.c.parent)
+    query = query.join(VersionRow, VersionRow.digest == EdgeRow.child)
+    query = query.join(verdict, verdict.c.child == EdgeRow.child)
+    query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", *within(VersionRow, scope))
+    found: dict[str, list[RegisteredFrom]] = {}
+    for evaluation, name, number, digest, judged in session.execute(
+        query.order_by(VersionRow.name, VersionRow.number)
+    ).all():
+        one = RegisteredFrom(version=str(VersionRef(name, number)), digest=digest, verdict=judged)
+        found.setdefault(evaluation, []).append(one)
+    return found

@@ -1,0 +1,89 @@
+"""Which candidates of an evaluation a running server can answer for, to try them side by side.
+
+What they answer here is no evidence: it is not measured, not recorded and not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import select
+
+from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.core.errors import Refused
+from tunesmith.core.scope import Scope
+from tunesmith.core.view import View
+from tunesmith.registry.serving import may_load
+from tunesmith.registry.versions import Version, load_version
+from tunesmith.store import database
+from tunesmith.store.people.identities import User
+from tunesmith.store.recalls import recalled
+from tunesmith.store.store import Store
+from tunesmith.store.tables import EdgeRow, VersionRow
+
+
+class Choice(View):
+    """A candidate of an evaluation. version: the newest version of it that the user's scope lets load, None without.
+
+    digest: the candidate's record. refused: why the server cannot answer for it, None if it can.
+    """
+
+    name: str
+    digest: str
+    version: Version | None
+    refused: str | None
+
+
+def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:
+    """The candidates of an evaluation. region, base: the server's. Expects that the user may see the evaluation."""
+    stated: Mapping[str, Mapping[str, str]] = store.record(evaluation, kind="evaluation").body["candidates"]
+    return tuple(_choice(store, user, region, base, name, one["candidate"]) for name, one in stated.items())
+
+
+def _choice(store: Store, user: User, region: str, base: str, name: str, digest: str) -> Choice:
+    candidate = load_candidate(store, digest)
+    version, why = None, _why_not(candidate, base)
+    if why is None:
+        version, why = _loadable(store, Scope(user.tenant, region), digest)
+        if version is None and why is None and user.scope != Scope():
+            why = "no version of it is registered for you: it may answer with rows of other tenants"
+        elif version is None and not candidate.tuned and why is None:
+            why = _recalled(store, digest)
+        elif version is None:
+            why = why or "its weights are not registered as a version"
+    return Choice(name=name, digest=digest, version=version, refused=why)
+
+
+def _why_not(candidate: Candidate, base: str) -> str | None:
+    if candidate.endpoint is not None:
+        return "it is an endpoint of somebody else, which only evaluations ask"
+    if candidate.asks_base and candidate.base != base:
+        return "it was made for another base model than this server runs"
+    return None
+
+
+def _recalled(store: Store, digest: str) -> str | None:
+    with database.reading(store.engine) as session:
+        reason = recalled(session, digest)
+    return None if reason is None else f"it was recalled: {reason}"
+
+
+def _loadable(store: Store, scope: Scope, candidate: str) -> tuple[Version | None, str | None]:
+    """The newest version of a candidate that a scope may load; without one, why the newest of the scope may not."""
+    own = {"tenant": ("", scope.tenant), "region": ("", scope.region)}
+    query = select(VersionRow.digest).join(EdgeRow, EdgeRow.child == VersionRow.digest)
+    query = query.where(EdgeRow.parent == candidate, EdgeRow.role == "candidate")
+    query = query.where(VersionRow.tenant.in_(own["tenant"]), VersionRow.region.in_(own["region"]))
+    first = None
+    with database.reading(store.engine) as session:
+        for digest in session.scalars(query.order_by(VersionRow.number.desc(), VersionRow.name)).all():
+            try:
+                version = load_version(store, digest, session)
+                permission = may_load(session, version, scope)
+            except Refused as error:
+                first = first or error.what
+                continue
+            if permission.granted:
+                return version, None
+            first = first or f"{version.label} {permission.message}"
+    return None, first

@@ -1,0 +1,239 @@
+"""The audit log: its verification, its anchors outside the store, and its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Text, cast, func, or_, select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.clock import now, stamp
+from tunesmith.core.digests import is_digest
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.text.numbers import is_number
+from tunesmith.core.view import Omitted, Problem, View
+from tunesmith.registry.history import verify_log
+from tunesmith.store import audit, database
+from tunesmith.store.anchoring import time_stamps
+from tunesmith.store.anchoring.anchors import Anchor, Found, open_place
+from tunesmith.store.audit import Head, Pin
+from tunesmith.store.people.identities import acting, require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow
+
+_ANCHOR = "audit.anchor"
+
+
+class AuditVerification(View):
+    """Whether the log is unchanged. checked: number of entries; head: the newest entry, to be kept elsewhere.
+
+    anchors: how many were compared. notes: what was not checked.
+    """
+
+    ok: bool
+    checked: int
+    problems: tuple[Problem, ...]
+    head: Head
+    anchors: int
+    notes: tuple[str, ...]
+
+
+class Anchored(View):
+    """The newest entry, now kept at a place outside the store. written: False if nothing changed since the last anchor.
+
+    kept_until: before this time nobody can remove it; without it, somebody who can write there can. stamped_at: the
+    time that the time-stamping authority signed.
+    """
+
+    place: str
+    store: str
+    head: Head
+    written: bool
+    kept_until: Omitted[str] = None
+    stamped_at: Omitted[str] = None
+
+
+class AuditEntry(View):
+    """One change: who did what to what, and when."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
+
+
+class AuditLog(View):
+    """The newest entries that were asked for. total: how many match, shown or not."""
+
+    entries: tuple[AuditEntry, ...]
+    total: int
+
+
+def anchor_audit(
+    store: Store,
+    place: str,
+    *,
+    actor: str | None = None,
+    keep_days: float = 3650,
+    time_stamp: str | None = None,
+    tsa_roots: Path | None = None,
+) -> Anchored:
+    """Write the newest entry of the log to a place outside the store: a file, or s3://BUCKET/FOLDER with Object Lock.
+
+    keep_days: how long an object may not be removed. time_stamp: the URL of a time-stamping authority (RFC 3161) that
+    signs the anchor; tsa_roots: its root certificates. Raises Refused, and writes nothing, if the place holds something
+    that the log contradicts.
+    """
+    if (time_stamp is None) != (tsa_roots is None):
+        raise UsageError("--time-stamp and --tsa-roots go together", fix="give both, or none")
+    roots = None if tsa_roots is None else time_stamps.load_roots(tsa_roots)
+    user, there = acting(store, actor), open_place(place, store.root)
+    with database.reading(store.engine) as session:
+        require(session, user, _ANCHOR)
+        found = there.read()
+        problems = audit.verify(session) + _place_problems(session, there.name, found)
+        problems += audit.verify(session, _pins(there.name, found)) if not problems else []
+        head, first = audit.newest(session), _first(session)
+        newest = session.get(AuditRow, head.seq)
+    if problems:
+        fix = f"nothing was written; tunesmith audit verify --anchor {there.name}"
+        raise Refused(problems[0], where=there.name, fix=fix)
+    if newest is not None and newest.action == _ANCHOR and newest.detail.get("place") == there.name:
+        return Anchored(place=there.name, store=first, head=head, written=False)
+    anchor = Anchor(store=first, seq=head.seq, digest=head.digest, at=stamp())
+    stamped_at = None
+    if time_stamp is not None and roots is not None:
+        token, stamped_at = time_stamps.time_stamp(time_stamp, anchor.statement, roots)
+        anchor = anchor.model_copy(update={"time_stamp": token})
+    until = there.write(anchor, now() + timedelta(days=keep_days))
+    kept_until = None if until is None else until.isoformat()
+    detail = {"place": there.name, "seq": head.seq, "digest": head.digest, "kept_until": kept_until}
+    with store.change(user, _ANCHOR, "audit", detail) as session:
+        require(session, user, _ANCHOR)
+    return Anchored(
+        place=there.name,
+        store=first,
+        head=head,
+        written=True,
+        kept_until=kept_until,
+        stamped_at=None if stamped_at is None else stamped_at.isoformat(),
+    )
+
+
+def verify_audit(
+    store: Store, heads: Iterable[str] = (), anchors: Iterable[str] = (), tsa_roots: Path | None = None
+) -> AuditVerification:
+    """Compare the log with its own digests, with signed records and with the state that it describes.
+
+    heads: entries that the caller kept elsewhere, as `12:sha256:...`. anchors: places that `anchor_audit` wrote to.
+    tsa_roots: root certificates; with them, each anchor needs a valid time stamp. Raises UsageError for text that is no
+    entry.
+    """
+    pins = [Pin(witness="the head you gave", head=_head(text)) for text in heads]
+    roots = None if tsa_roots is None else time_stamps.load_roots(tsa_roots)
+    problems, notes, compared = list[Problem](), list[str](), 0
+    for place in anchors:
+        there = open_place(place, store.root)
+        found = there.read()
+        with database.reading(store.engine) as session:
+            reasons = _place_problems(session, there.name, found)
+        if not found.anchors:
+            reasons.append("there is no anchor here")
+        if roots is not None:
+            reasons += [reason for anchor in found.anchors for reason in _stamp_problems(anchor, roots)]
+        elif unchecked := sum(bool(anchor.time_stamp) for anchor in found.anchors):
+            notes.append(f"{unchecked} time stamps in {there.name} were not checked: give --tsa-roots")
+        problems += [Problem(path=there.name, reason=reason) for reason in reasons]
+        pins += _pins(there.name, found)
+        compared += len(found.anchors)
+    problems += [Problem(path="audit log", reason=reason) for reason in verify_log(store, pins)]
+    with database.reading(store.engine) as session:
+        newest = audit.newest(session)
+    return AuditVerification(
+        ok=not problems,
+        checked=newest.seq,
+        problems=tuple(problems),
+        head=newest,
+        anchors=compared,
+        notes=tuple(notes),
+    )
+
+
+def show_audit(
+    store: Store,
+    *,
+    subject: str | None = None,
+    action: str | None = None,
+    containing: str = "",
+    before: int | None = None,
+    skip: int = 0,
+    limit: int = 0,
+) -> AuditLog:
+    """The newest entries, oldest first. limit: how many; 0 for all.
+
+    containing: only entries with this text in the name, the action, the subject or the detail. before: only entries
+    with a smaller number. skip: leave out as many of the newest. `total` counts those that these two leave out, too.
+    """
+    wanted = [column == value for column, value in ((AuditRow.subject, subject), (AuditRow.action, action)) if value]
+    if containing:
+        columns = (AuditRow.actor, AuditRow.action, AuditRow.subject, cast(AuditRow.detail, Text))
+        wanted.append(or_(*(column.icontains(containing, autoescape=True) for column in columns)))
+    query = select(AuditRow).where(*wanted).order_by(AuditRow.seq.desc())
+    if before is not None:
+        query = query.where(AuditRow.seq < before)
+    with database.reading(store.engine) as session:
+        rows = session.scalars(query.offset(skip).limit(limit) if limit else query).all()
+        total = session.scalar(select(func.count()).select_from(AuditRow).where(*wanted)) or 0
+    stated = AuditEntry.model_fields
+    entries = (AuditEntry(**{key: getattr(row, key) for key in stated}) for row in reversed(rows))
+    return AuditLog(entries=tuple(entries), total=total)
+
+
+def _head(text: str) -> Head:
+    number, _, digest = text.partition(":")
+    if not is_number(number) or not is_digest(digest):
+        raise UsageError(f"{text[:100]!r} is not an entry", fix="write 12:sha256:..., as `audit verify` prints it")
+    return Head(seq=int(number), digest=digest)
+
+
+def _first(session: Session) -> str:
+    """What identifies a store: the digest of its log's first entry."""
+    return session.scalar(select(AuditRow.digest).order_by(AuditRow.seq).limit(1)) or audit.GENESIS
+
+
+def _pins(place: str, found: Found) -> list[Pin]:
+    return [Pin(witness=f"the anchor of {anchor.at} in {place}", head=anchor.head) for anchor in found.anchors]
+
+
+def _place_problems(session: Session, place: str, found: Found) -> list[str]:
+    """What is wrong with a place: broken or foreign anchors, and missing ones that the log says were written there."""
+    first, problems = _first(session), list(found.problems)
+    for anchor in found.anchors:
+        if anchor.store != first:
+            problems.append(
+                f"the anchor of {anchor.at} is of another store ({anchor.store[:19]}, this one is {first[:19]}), "
+                "or the log was rewritten from its first entry"
+            )
+    held = {(anchor.seq, anchor.digest) for anchor in found.anchors}
+    for row in session.scalars(select(AuditRow).where(AuditRow.action == _ANCHOR).order_by(AuditRow.seq)):
+        detail = row.detail
+        kept_until = detail.get("kept_until")
+        over = kept_until is not None and str(kept_until) < now().isoformat()
+        if detail.get("place") == place and (detail.get("seq"), detail.get("digest")) not in held and not over:
+            problems.append(f"the anchor that entry {row.seq} says was written here is missing")
+    return problems
+
+
+def _stamp_problems(anchor: Anchor, roots: list[Any]) -> list[str]:
+    if not anchor.time_stamp:
+        return [f"the anchor of {anchor.at} has no time stamp"]
+    try:
+        time_stamps.check(anchor.time_stamp, anchor.statement, roots)
+    except ValueError as error:
+        return [f"the time stamp of the anchor of {anchor.at} is not valid: {error}"]
+    return []

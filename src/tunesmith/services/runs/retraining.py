@@ -1,0 +1,278 @@
+"""Says why a new version of the project's champion is due, and queues a run for it.
+
+A cause names what it is about, so that the same cause queues one run only: drift of NAME@v3 is a cause once, whatever
+comes of its run. Nothing here approves or serves a version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from tunesmith.core.clock import now
+from tunesmith.core.digests import digest_file, digest_of, short
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.view import View
+from tunesmith.data.sources import remote
+from tunesmith.data.sources.files import SourceFile, find_files
+from tunesmith.jobs import queue
+from tunesmith.jobs.state import Job
+from tunesmith.monitoring.pending_retrains import list_pending_retrains
+from tunesmith.monitoring.settings import RetrainCause, RetrainingSettings
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.project import Project
+from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.versions import Version, list_versions
+from tunesmith.services.runs import jobs
+from tunesmith.services.traffic import monitoring
+
+_LOG = logging.getLogger("tunesmith.retraining")
+_BUDGET = timedelta(days=30)
+_LISTED = 1000  # jobs that are looked through for those that a cause queued
+
+
+class DueCause(View):
+    """A cause for a new version. job: the run that was queued for it; null where none was.
+
+    waits: why no run may be queued for it now; "" where one may, or was.
+    """
+
+    cause: RetrainCause
+    about: str
+    says: str
+    job: int | None
+    waits: str
+
+
+class Retraining(View):
+    """Why a new version is due. version: the champion, "" where the name has none."""
+
+    version: str
+    causes: tuple[DueCause, ...]
+
+
+class _Found(NamedTuple):
+    """about: what a cause is about; the same words name the same cause. says: a sentence for people."""
+
+    about: str
+    says: str
+
+
+class _Seen(NamedTuple):
+    """What causes are looked for in."""
+
+    project: Project
+    champion: Version
+    settings: RetrainingSettings
+    at: datetime
+
+
+def look(
+    project: Project,
+    *,
+    add: bool = False,
+    actor: str | None = None,
+    clock: Callable[[], datetime] = now,
+    say: Callable[[str], None] = _LOG.warning,
+) -> Retraining:
+    """The causes of `retraining.causes` that are given now. add: queue a run for the first that had none, if it may be.
+
+    say: hears of causes that could not be looked for. Where no other one is given, the first such error is raised.
+    Raises UsageError where the project file has no `retraining:`.
+    """
+    settings = project.settings.retraining
+    if settings is None:
+        raise UsageError(
+            "the project does not say when to retrain",
+            where="retraining",
+            fix="add `retraining: {causes: [drift, rows]}`",
+        )
+    champion = _champion(project)
+    if champion is None:
+        return Retraining(version="", causes=())
+    seen, causes = _Seen(project, champion, settings, clock()), list[DueCause]()
+    runs, errors = _runs(project), dict[RetrainCause, TunesmithError]()
+    for cause in settings.causes:
+        try:
+            found = _CAUSES[cause](seen)
+        except TunesmithError as error:  # it must not hide the others
+            errors[cause] = error
+            continue
+        if found is None:
+            continue
+        key = _key(project, cause, found)
+        job = next((each.id for each in runs if each.key == key), None)
+        waits = "" if job is not None else _waits(settings, seen.at, runs)
+        if add and job is None and not waits:
+            job = jobs.queue_run(project, key=key, cause=f"{cause}: {found.about}", actor=actor).job
+            runs = _runs(project)
+        causes.append(DueCause(cause=cause, about=found.about, says=found.says, job=job, waits=waits))
+    for cause, failure in errors.items():
+        if not causes:
+            raise failure
+        say(f"the cause {cause} could not be looked for: {failure}")
+    return Retraining(version=champion.label, causes=tuple(causes))
+
+
+def look_again(root: Path, say: Callable[[str], None]) -> None:
+    """Read the project file anew, and look and queue a run where one may be queued. For a worker."""
+    project = Project.load(root)
+    settings = project.settings.retraining
+    if settings is None or _waits(settings, now(), before := _runs(project)):
+        return  # causes cost time: drift is measured, and files are read
+    known = {job.id for job in before}
+    for each in look(project, add=True, say=say).causes:
+        if each.job is not None and each.job not in known:
+            say(f"job {each.job}: queued because of {each.cause}: {each.says}")
+
+
+def _champion(project: Project) -> Version | None:
+    """The version that the project's name means for callers without a tenant."""
+    name = project.settings.name
+    alias = get_alias(project.store, name, "champion")
+    if alias is None:
+        return None
+    return next(each for each in list_versions(project.store, name) if each.digest == alias.version)
+
+
+def _runs(project: Project) -> list[Job]:
+    """The project's runs that have not ended, and those that a cause queued; newest first."""
+    found = queue.list_jobs(project.store, most=_LISTED)
+    own = (job for job in found if (job.project, job.kind) == (project.settings.name, "run"))
+    return [job for job in own if not job.has_ended or jobs.cause_of(job)]
+
+
+def _key(project: Project, cause: str, found: _Found) -> str:
+    """Names a cause and the settings of its run: other settings may give what these did not."""
+    stated = {"cause": cause, "about": found.about, "settings": project.settings.digest}
+    return f"retrain {digest_of(stated)}"
+
+
+def _waits(settings: RetrainingSettings, at: datetime, runs: list[Job]) -> str:
+    """Why no run may be queued now; "" where one may."""
+    unfinished = next((job for job in runs if not job.has_ended), None)
+    if unfinished is not None:
+        return f"job {unfinished.id} is {unfinished.state}"
+    queued = [datetime.fromtimestamp(job.created, tz=at.tzinfo) for job in runs]
+    if queued and at < (until := max(queued) + timedelta(hours=settings.wait_hours)):
+        return (
+            f"the last was queued less than {settings.wait_hours:g} hours ago (wait_hours): from {until:%F %H:%M} UTC"
+        )
+    recent = sum(each > at - _BUDGET for each in queued)
+    if recent >= settings.runs_in_30_days:
+        return f"{recent} were queued in the last 30 days (runs_in_30_days)"
+    return ""
+
+
+# The causes
+
+
+def _drift(seen: _Seen) -> _Found | None:
+    report, label = monitoring.monitor(seen.project)
+    return _Found(label, f"requests to {label} drifted: {report.reason}") if report.verdict == "drift" else None
+
+
+def _rows(seen: _Seen) -> _Found | None:
+    files = find_files(seen.project.settings.data.sources, seen.project.root)
+    present = {file.name: _digest_of(file, seen.at) for file in files}
+    store = seen.project.store
+    evaluation = store.record(seen.champion.evaluation, kind="evaluation")
+    record = store.record(evaluation.parents["dataset"], kind="dataset")
+    built = {str(file["path"]): str(file["digest"]) for file in record.body["sources"]}
+    changed = sorted(name for name in {*present, *built} if present.get(name) != built.get(name))
+    if not changed:
+        return None
+    more = f" and {len(changed) - 3} others" if len(changed) > 3 else ""
+    named = f"{', '.join(changed[:3])}{more}"
+    return _Found(f"files {short(digest_of(present))}", f"changed since {seen.champion.label} was trained: {named}")
+
+
+def _base(seen: _Seen) -> _Found | None:
+    candidate = seen.project.store.record(seen.champion.candidate, kind="candidate")
+    present = PipelineContext(seen.project).base.digest
+    if candidate.parents.get("base", present) == present:
+        return None
+    spec = seen.project.settings.base
+    return _Found(f"base {short(present)}", f"{spec} is not the base of {seen.champion.label}")
+
+
+def _recall(seen: _Seen) -> _Found | None:
+    waiting = list_pending_retrains(seen.project.store, seen.champion.name)
+    missing = next((one for one in waiting if one.replacement is None and not (one.tenant or one.region)), None)
+    if missing is None:
+        return None
+    by = ", ".join(missing.causes)
+    return _Found(
+        f"{missing.version} by {short(digest_of(list(missing.causes)))}", f"{missing.version} was recalled: {by}"
+    )
+
+
+def _expiry(seen: _Seen) -> _Found | None:
+    ends, label = seen.champion.expires_at, seen.champion.label
+    if ends is None or _time(ends) > seen.at + timedelta(days=seen.settings.expires_within_days):
+        return None
+    return _Found(label, f"the use of {label} ends at {ends}")
+
+
+def _evidence(seen: _Seen) -> _Found | None:
+    measured, label = _time(seen.champion.created_at), seen.champion.label
+    if measured > seen.at - timedelta(days=seen.settings.evidence_days):
+        return None
+    return _Found(label, f"{label} was measured and registered on {measured:%F}")
+
+
+def _schedule(seen: _Seen) -> _Found | None:
+    periods = int((seen.at - _time(seen.champion.created_at)) / timedelta(days=seen.settings.every_days))
+    if periods < 1:
+        return None
+    label, days = seen.champion.label, seen.settings.every_days
+    return _Found(f"{label}, {periods} times {days:g} days", f"{label} is {periods} times {days:g} days old")
+
+
+_CAUSES: Mapping[RetrainCause, Callable[[_Seen], _Found | None]] = {
+    "drift": _drift,
+    "rows": _rows,
+    "base": _base,
+    "recall": _recall,
+    "expiry": _expiry,
+    "evidence": _evidence,
+    "schedule": _schedule,
+}
+
+
+def _digest_of(file: SourceFile, at: datetime) -> str:
+    if file.path is None:
+        return _remote_digest(file, at)
+    try:
+        found = file.path.stat()
+    except OSError:
+        return file.digest()  # says what is wrong
+    return _read_digest(file.path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=10_000)
+def _read_digest(path: Path, _size: int, _changed: int, _number: int) -> str:
+    """The digest of a file, which is read again only where its size, time or number is another."""
+    return digest_file(path)
+
+
+# URL -> (state of the file, its digest)
+_FETCHED: dict[str, tuple[str, str]] = {}
+
+
+def _remote_digest(file: SourceFile, at: datetime) -> str:
+    """The digest of a file at a URL, which is downloaded again only where its server states another state. Where the
+    server states none, it is downloaded once a day."""
+    state = remote.state_of(file.name) or f"{at:%F}"
+    known = _FETCHED.get(file.name)
+    if known is None or known[0] != state:
+        known = _FETCHED[file.name] = (state, file.digest())
+    return known[1]
+
+
+def _time(stated: str) -> datetime:
+    return datetime.fromisoformat(stated)

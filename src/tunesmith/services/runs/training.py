@@ -1,0 +1,214 @@
+"""Run the whole pipeline, train candidates, and test learning rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scope import Scope
+from tunesmith.core.view import Omitted, View
+from tunesmith.data.building.summary import DatasetSummary, dataset_summary
+from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
+from tunesmith.pipeline.candidates import learning_rates, repeat_training, training
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.stages import Stage
+from tunesmith.pipeline.training import tuned_names
+from tunesmith.pipeline.verdicts import verdict
+from tunesmith.project import Project
+from tunesmith.registry.registration import register
+from tunesmith.store.store import Store
+from tunesmith.training.estimates.more_time import more_time
+
+if TYPE_CHECKING:
+    from tunesmith.training.search.range_test import RateSearch
+
+
+class ExpectedCost(View):
+    """The estimate that was made before the training."""
+
+    seconds: float
+    step_seconds: float
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+
+
+class TrainingSummary(View):
+    """A finished training. training: its record's digest; adapter: path of its weights; weights: their digest.
+
+    epochs: done, a fraction where the last one was not. tokens: of the rows; tokens_computed: with padding; labels:
+    tokens that the loss counts; parameters: trained numbers. validation: step and loss of each validation, and the
+    score where answers were scored. score: which metric, over how many rows; null where validation went by the loss.
+    kept: the step whose weights were kept. decisions: what a schedule decided while it ran; null where it was planned.
+    overfitting: where the validation loss rose again. more_time: what twice the time would bring, by the slope of the
+    validations; null where nothing was validated.
+    """
+
+    training: str
+    adapter: str
+    weights: str
+    examples_per_second: float
+    tokens_per_second: float
+    seconds: float
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+    estimate: ExpectedCost
+    final_loss: float
+    rows: int
+    epochs: float
+    steps: int
+    kept: int
+    tokens: int
+    tokens_computed: int
+    labels: int
+    parameters: int
+    validation: tuple[dict[str, Any], ...]
+    score: dict[str, Any] | None
+    decisions: dict[str, Any] | None
+    notices: tuple[str, ...]
+    overfitting: Any
+    more_time: dict[str, Any] | None
+
+
+class Repeated(View):
+    """A training that was repeated from its record. same: whether its weights have the same bytes."""
+
+    training: str
+    same: bool
+    steps: int
+    seconds: float
+
+
+class RunVersion(View):
+    """The version that the run registered. version: its label, NAME@v3."""
+
+    version: str
+    digest: str
+
+
+class RunSummary(View):
+    """What a run did, by stage. registered: only where the gates passed; gate says why they did not."""
+
+    data: DatasetSummary
+    train: dict[str, TrainingSummary]
+    evaluate: EvaluationSummary
+    gate: VerdictSummary
+    registered: Annotated[Omitted[RunVersion], Field(alias="register")] = None
+    stages: tuple[Stage, ...]
+
+    def without_paths(self) -> dict[str, Any]:
+        """The document without paths of this machine, for people on others."""
+        document = self.document()
+        for trained in document["train"].values():
+            del trained["adapter"]
+        return document
+
+
+def train(
+    project: Project, name: str | None = None, *, restart: bool = False, progress: Progress = SILENT
+) -> TrainingSummary:
+    """Train a candidate, by default the only one that is trained; continues from its newest complete checkpoint.
+
+    restart: train again from the start.
+    """
+    context = PipelineContext(project, progress)
+    return training_summary(project.store, training(context, name or only_tuned(project), restart))
+
+
+def train_together(
+    opened: Callable[[], Project],
+    name: str | None = None,
+    *,
+    copies: int = 1,
+    restart: bool = False,
+    progress: Progress = SILENT,
+) -> TrainingSummary | None:
+    """Train a candidate with the other processes that torchrun started; None in those that rank 0 leads.
+
+    opened: opens the project, on rank 0 alone. copies: of the model that the processes hold together.
+    """
+    from tunesmith.engines.ranks import joined
+    from tunesmith.training.launchers import together
+
+    with joined(copies) as ranks:
+        if not ranks.first:
+            together.take_part(ranks)
+            return None
+        project = opened()
+        context = PipelineContext(project, progress, together=ranks)
+        digest = training(context, name or only_tuned(project), restart)
+        together.end(ranks)
+    return training_summary(project.store, digest)
+
+
+def repeat(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> Repeated:
+    """Train a candidate again with the decisions of its finished training, and compare the weights. Keeps nothing."""
+    context, name = PipelineContext(project, progress), name or only_tuned(project)
+    digest = training(context, name)
+    record, found = project.store.record(digest, kind="training"), repeat_training(context, name, digest)
+    return Repeated(training=digest, same=found.weights == dict(record.blobs), steps=found.steps, seconds=found.seconds)
+
+
+def find_rate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> RateSearch:
+    """Run a few steps at rising learning rates. Keeps nothing."""
+    return learning_rates(PipelineContext(project, progress), name or only_tuned(project))
+
+
+def run(
+    project: Project, *, progress: Progress = SILENT, actor: str | None = None, scope: Scope = Scope()
+) -> RunSummary:
+    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
+
+    scope: whom the version is for.
+    """
+    store, signer = project.store, project.actor(actor)
+    context = PipelineContext(project, progress, signer, scope)
+    decided = verdict(context)
+    gate = verdict_summary(store, decided)
+    trained = {
+        name: training_summary(store, training(context, name))
+        for name, settings in project.settings.candidates.items()
+        if settings.train
+    }
+    registered = None
+    if gate.verdict == "pass":
+        began = time.perf_counter()
+        with progress.task("registering", 1):  # the last step at which the run can be stopped
+            risk = None if project.settings.risk is None else project.settings.risk.requirement
+            version = register(store, name=project.settings.name, verdict=decided, actor=signer, scope=scope, risk=risk)
+        registered = RunVersion(version=version.label, digest=version.digest)
+        context.stages.done.append(Stage("register", time.perf_counter() - began, skipped=False))
+    return RunSummary(
+        data=dataset_summary(store, context.dataset.digest),
+        train=trained,
+        evaluate=evaluation_summary(store, gate.evaluation),
+        gate=gate,
+        registered=registered,
+        stages=tuple(context.stages.done),
+    )
+
+
+def training_summary(store: Store, digest: str) -> TrainingSummary:
+    """The summary of a training. Raises Refused where its record is missing or damaged."""
+    record = store.record(digest, kind="training")
+    (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
+    stated = {key: value for key, value in record.body.items() if key in TrainingSummary.model_fields}
+    return TrainingSummary(
+        training=digest,
+        adapter=str(store.blob_path(weights)),
+        weights=weights,
+        more_time=more_time(record.body),
+        **stated,
+    )
+
+
+def only_tuned(project: Project) -> str:
+    """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
+    tuned = tuned_names(project)
+    if len(tuned) != 1:
+        raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
+    return tuned[0]

@@ -1,0 +1,91 @@
+"""Notes of `init`: what the rows lack, and what follows from them that a user may not expect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from tunesmith.services.starting.rows import FEWEST_GROUPS, RowFindings, shares
+
+_LISTED = 8  # keys in a note
+
+
+def notes(found: RowFindings) -> tuple[str, ...]:
+    """The notes on a project's rows, each a sentence."""
+    return (*_on_what_is_read(found), *_on_the_test(found), *_on_answers(found))
+
+
+def _on_what_is_read(found: RowFindings) -> Iterator[str]:
+    """What of the rows is not used, and what is read otherwise."""
+    if found.one_instruction:
+        yield "all rows have one instruction: it is their system turn, and the input the request (data.sources, rename)"
+    if found.unusable:
+        why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
+        yield f"rows without a usable conversation: {why}"
+    if found.copies:
+        yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
+    if found.unread:
+        listed = [f"`{key}` ({count} times)" for key, count in found.unread.items()]
+        more = [f"{len(listed) - _LISTED} others"] if len(listed) > _LISTED else []
+        yield f"keys that are not read, so nothing is learned from them: {', '.join([*listed[:_LISTED], *more])}"
+
+
+def _on_the_test(found: RowFindings) -> Iterator[str]:
+    """What limits the figures on held-out rows."""
+    share = shares(found.rows)["test"]
+    if (tested := round(found.rows * share)) < FEWEST_GROUPS:
+        yield (
+            f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {FEWEST_GROUPS}: "
+            f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
+        )
+    elif found.held_groups < FEWEST_GROUPS:
+        alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
+        yield (
+            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), and "
+            f"a gate decides nothing by fewer than {FEWEST_GROUPS}: give rows of more groups, raise data.split.test, "
+            "or set data.split.group_by"
+        )
+    for key, values in found.key_values.items():
+        if 1 < values <= found.rows // 2:
+            yield (
+                f"`{key}` has {values} values, too few to hold out whole groups ({FEWEST_GROUPS} or more): "
+                "rows are grouped by their wording; data.split.group_by changes that"
+            )
+
+
+def _on_answers(found: RowFindings) -> Iterator[str]:
+    """What is special about answers and prompts."""
+    answers = found.answers
+    if answers.calls:
+        yield f"{answers.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+    if 2 * answers.objects > (every := found.rows + found.copies):
+        yield (
+            f"{answers.objects} of {every} answers hold a JSON object, but not every answer is one and no more, so all "
+            "are taken as text. For a schema, remove code fences, and correct or remove the other rows"
+        )
+    if len(answers.labels) == 1:
+        yield "all answers are the same: `nearest` gives it to every request, and no lift over it can pass"
+    if len(answers.labels) > 1 and not find_spec("sklearn"):
+        yield (
+            f"answers are {len(answers.labels)} labels: a classifier may be the best untuned candidate. pip install "
+            "'tunesmith[classifier]' and add candidates.classifier: {method: classifier}"
+        )
+    if answers.sentences:
+        told = "most answers hold a sentence of their own. Where other words mean the same, exact_match will be about 0"
+        if answers.schema is None:
+            yield (
+                f"{told}, and no lift can pass: pip install 'tunesmith[text]', then set task: {{scorers: [chrf, "
+                "exact_match], primary: chrf} and the metric of gates.lift to chrf, or add a judge to task.scorers"
+            )
+        else:
+            yield f"{told}: the gate lift compares fields (field_f1). A judge in task.scorers compares what they mean"
+    if answers.others:
+        yield (
+            f"{answers.others} answers before a row's last one are texts or calls, which the schema forbids: the "
+            "last answers are checked by it, and no answer is constrained"
+        )
+    if found.system:
+        yield "prompts/long.txt is the system turn of your rows"
+    elif found.system is None:
+        yield "the system turns of the rows differ: each candidate uses the row's own, and no prompt was written"

@@ -1,0 +1,177 @@
+"""Examines the rows of a new project: what its settings follow from, and what the user should know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.building.examine import renamed, unread_keys
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.formats.row_formats import RowFormat, format_of, read_turns
+from tunesmith.data.formats.turns import conversation, objection
+from tunesmith.data.settings import Source, Split
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
+from tunesmith.data.splitting.assignment import split_of
+from tunesmith.data.splitting.duplicates import answer_key, request_key, request_text
+from tunesmith.data.splitting.groups import wording_group
+from tunesmith.evaluation.stats.statistics import effective_groups
+from tunesmith.services.starting.answers import AnswerFindings, examine_answers, is_json, json_objects
+
+FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
+_FEWEST = 20
+_TEST_ROWS, _VALIDATION_ROWS = 300, 200
+# An instruction that all requests begin with would make them near duplicates of each other.
+_AS_SYSTEM = {"instruction": "system", "input": "prompt", "output": "completion"}
+_GROUP_KEYS = ("template", "group", "conversation_id")
+
+
+@dataclass(frozen=True)
+class RowFindings:
+    """What was found in the rows of a new project.
+
+    rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
+    that are meant as JSON and are not. held_groups: how many groups of equal size the held-out rows weigh as much as.
+    key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
+    rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
+    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
+    read -> how often.
+    """
+
+    rows: int
+    copies: int
+    unusable: Mapping[str, int]
+    broken: int
+    answers: AnswerFindings
+    group_by: str | None
+    held_groups: float
+    key_values: Mapping[str, int]
+    rename: Mapping[str, str]
+    one_instruction: bool
+    system: str | None
+    unread: Mapping[str, int]
+
+
+def examine_rows(root: Path, source: Source) -> RowFindings:
+    """What the source's rows are. Raises UsageError where they cannot be read, or too few are usable."""
+    read = _read(root, source)
+    one_instruction = len(read.instructions) == 1 and None not in read.instructions
+    if one_instruction:
+        source = source.model_copy(update={"rename": _instruction_as_system(source.rename)})
+        read = _read(root, source)
+    # A call is an answer by its row's tools, not by a schema of the task.
+    called = any(one[-1].tool_calls for one in read.conversations)
+    values, broken = ([], 0) if called else json_objects([one[-1].text for one in read.conversations])
+    usable = [one for one in read.conversations if not broken or is_json(one[-1].text)]
+    different = {(request_key(one[:-1]), answer_key(one[-1].text)): one for one in usable}
+    rows, copies = len(different), len(usable) - len(different)
+    if rows < _FEWEST:
+        unusable = {**read.unusable, "broken JSON": broken, "copies of other rows": copies}
+        why = ", ".join(f"{reason} ({count})" for reason, count in unusable.items() if count)
+        raise UsageError(
+            f"{rows} usable rows are too few to train on and test" + (f": {why}" if why else ""),
+            where=source.path,
+            fix=f"give at least {_FEWEST} that differ",
+        )
+    group_by = next((key for key, known in read.groups.items() if known and _groups_rows(set(known), rows)), None)
+    stated = read.groups[group_by] if group_by else None
+    groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
+    systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
+    return RowFindings(
+        rows=rows,
+        copies=copies,
+        unusable=dict(read.unusable.most_common()),
+        broken=broken,
+        answers=examine_answers(usable, json_objects=bool(values)),
+        group_by=group_by,
+        held_groups=_held_groups(groups, rows),
+        key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
+        rename=source.rename,
+        one_instruction=one_instruction,
+        system=systems.pop() if len(systems) == 1 else None,
+        unread={key: count for key, count in read.unread.most_common() if key != group_by},
+    )
+
+
+@dataclass
+class _Read:
+    """Rows as they were read.
+
+    groups: a key -> its value in each row; None where not every row has one. instructions: of Alpaca's rows with an
+    input; None for a row that has none.
+    """
+
+    conversations: list[tuple[Message, ...]] = field(default_factory=list)
+    unusable: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    instructions: set[str | None] = field(default_factory=set)
+    groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
+
+
+def _read(root: Path, source: Source) -> _Read:
+    found = _Read()
+    row_format = None  # a source has one, whatever its files
+    for file in find_files([source], root):
+        with open_source(file) as opened:
+            for read in opened.rows():
+                row = Row(read.source, read.number, renamed(read, source.rename))
+                row_format = row_format or format_of("auto", row)
+                turns = read_turns(row, row_format, found.unread)
+                found.unread.update(unread_keys(row.fields, source, row_format))
+                found.instructions.add(_instruction(row_format, row.fields))
+                for key, known in found.groups.items():
+                    value = row.fields.get(key)
+                    sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+                    if known is None or not sound:
+                        found.groups[key] = None
+                    else:
+                        known.append(str(value))
+                if (reason := objection(turns)) is None:
+                    found.conversations.append(conversation(turns))
+                else:
+                    found.unusable[reason] += 1
+    return found
+
+
+def _instruction(row_format: RowFormat, fields: Mapping[str, Any]) -> str | None:
+    """The instruction of a row of Alpaca's that could be its system turn."""
+    could = (
+        row_format.name == "alpaca"
+        and fields.get("input", "").strip()
+        and fields.keys().isdisjoint(_AS_SYSTEM.values())
+    )
+    return fields["instruction"] if could else None
+
+
+def _instruction_as_system(rename: Mapping[str, str]) -> dict[str, str]:
+    """The renames by which the instruction becomes the system turn, and the input the request."""
+    given = {name: key for key, name in rename.items()}
+    return {**rename, **{given.get(name, name): new for name, new in _AS_SYSTEM.items()}}
+
+
+def shares(rows: int) -> dict[str, float]:
+    """The shares of validation and test."""
+    return {
+        "validation": round(min(0.1, max(0.005, _VALIDATION_ROWS / rows)), 4),
+        "test": round(min(0.2, max(0.05, _TEST_ROWS / rows)), 4),
+    }
+
+
+def _groups_rows(values: Set[str], rows: int) -> bool:
+    """Whether a key's values group rows, two in each on average, and leave no split empty."""
+    if not FEWEST_GROUPS <= len(values) <= rows // 2:
+        return False
+    split = Split.model_validate(shares(rows))
+    return len({split_of(value, split) for value in values}) == len(SPLITS)
+
+
+def _held_groups(groups: Sequence[str], rows: int) -> float:
+    """The number of groups of equal size that the rows to be held out weigh as much as. groups: one of each row."""
+    split = Split.model_validate(shares(rows))
+    held = {group for group in set(groups) if split_of(group, split) == "test"}
+    return effective_groups([group for group in groups if group in held])

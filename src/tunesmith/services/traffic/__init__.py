@@ -1,0 +1,1 @@
+"""Served requests: drift, held answers, and what operators look at."""

@@ -1,0 +1,1 @@
+"""Users with their roles, keys, tokens and sessions."""

@@ -1,0 +1,435 @@
+"""Users and their roles. Every change is one transaction with its audit entry.
+
+The first user of a store is its owner, with the roles admin and engineer. The owner's name is $TUNESMITH_USER, else the
+name of the operating system's user. On the command line, everybody who may write the store's files can act as any user;
+over HTTP a token says who acts. Signatures protect against a person who can write the store (registry/).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name, check_new_name
+from tunesmith.store import audit, database
+from tunesmith.store.people.roles import ACTIONS, ROLES, Role
+from tunesmith.store.people.trust import (
+    FIRST_LABEL,
+    KeyStatus,
+    TrustedKey,
+    in_both,
+    is_written,
+    keys_of_users,
+    write_trust,
+)
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, KeyRow, TokenRow, UserRow
+
+
+class UserKey(BaseModel):
+    """A user's public key in PEM. until: the first audit entry that no longer records a signature by it, once it ended.
+
+    proven_by: the fingerprint of the older key that proved the enrolment, "" without such a proof.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    fingerprint: str
+    public_key: str
+    status: KeyStatus
+    enrolled: int
+    proven_by: str = ""
+    until: int | None = None
+
+
+class User(BaseModel):
+    """A person or a service. tenant, region: what they may act for; "" means all. keys: all they had, oldest first.
+
+    groups: the groups whose documents they may see.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    roles: tuple[Role, ...]
+    tenant: str = ""
+    region: str = ""
+    groups: tuple[str, ...] = ()
+    active: bool = True
+    keys: tuple[UserKey, ...] = ()
+
+    @property
+    def active_keys(self) -> tuple[UserKey, ...]:
+        """The keys whose new signatures count, newest first."""
+        return tuple(key for key in reversed(self.keys) if key.status == "active")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of their newest active key; None without one."""
+        return self.active_keys[0].fingerprint if self.active_keys else None
+
+    def may(self, action: str) -> bool:
+        """Whether the user is active and one of their roles permits an action."""
+        return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
+
+    @property
+    def scope(self) -> Scope:
+        """What they may act for."""
+        return Scope(self.tenant, self.region)
+
+
+# The acting user
+
+
+def acting(store: Store, name: str | None = None) -> str:
+    """The name of the acting user: name, else $TUNESMITH_USER, else the owner. Raises UsageError if unknown."""
+    owner = ensure_owner(store)
+    chosen = name or os.environ.get("TUNESMITH_USER") or owner.name
+    return get_user(store, chosen).name
+
+
+def ensure_owner(store: Store) -> User:
+    """The store's first user. Adds one to a store without users.
+
+    Also writes the list of trusted keys where a command that changed users was killed before it did.
+    """
+    with database.reading(store.engine) as session:
+        name = first_user(session)
+        published = is_written(store.blobs, keys_of_users(session))
+    if not published:
+        publish_trust(store)
+    if name is not None:
+        return get_user(store, name)
+    name = _own_name()
+    detail: dict[str, Any] = {}
+    with contextlib.suppress(_AlreadyThere), store.change(name, "user.add", name, detail) as session:
+        if first_user(session) is not None:  # another process added one
+            raise _AlreadyThere
+        if session.scalars(select(UserRow).limit(1)).first() is not None:
+            raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
+        row = UserRow(name=name, roles=["admin", "engineer"], tenant="", region="", groups=[], active=True)
+        session.add(row)
+        detail["user"] = state(row)
+    return ensure_owner(store)
+
+
+def require(where: Store | Session, user: str, action: str, *, scope: Scope = Scope()) -> User:
+    """The user, if they may do an action in a scope now. Raises Refused otherwise.
+
+    where: with a session, the caller's transaction decides, so that a role that was just taken away counts.
+    """
+    with session_of(where) as session:
+        row = session.get(UserRow, user)
+        found = _user(row) if row else None
+    if found is None or not found.active:
+        raise Refused(
+            f"{_shown(user)} is {'not a user' if found is None else 'deactivated'}",
+            where=action,
+            fix="act as another (--as)",
+        )
+    if not found.may(action):
+        able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
+        raise Refused(
+            f"{user} may not do this: it takes {able}, they are {', '.join(found.roles)}",
+            where=action,
+            fix="act as a user who may (--as), or have an admin change their roles",
+        )
+    if not found.scope.covers(scope):
+        own = "/".join(part or "*" for part in (found.tenant, found.region))
+        raise Refused(f"{user} may act only within {own}", where=action, fix="act as a user of that tenant and region")
+    return found
+
+
+def get_user(where: Store | Session, name: str) -> User:
+    """A user by name. Raises UsageError where there is none."""
+    with session_of(where) as session:
+        row = session.get(UserRow, name)
+    if row is None:
+        raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
+    return _user(row)
+
+
+def list_users(where: Store | Session) -> list[User]:
+    """All users sorted by name, deactivated ones included."""
+    with session_of(where) as session:
+        return [_user(row) for row in session.scalars(select(UserRow).order_by(UserRow.name))]
+
+
+# Changes
+
+
+def add_user(
+    store: Store,
+    name: str,
+    roles: Iterable[str],
+    *,
+    actor: str,
+    scope: Scope = Scope(),
+    groups: Iterable[str] = (),
+    public_key: str = "",
+) -> User:
+    """Add a user, with a public key (PEM) or without.
+
+    Raises UsageError for a bad, reserved or used name, one that looks like another user's, a bad role or group; Refused
+    if actor may not add users or if the key was enrolled before. Then there is no new user.
+    """
+    check_name(name, "user name")
+    given, member_of = _roles(roles), _groups(groups)
+    with changing(store, actor, "user.add", name) as (session, detail):
+        if session.get(UserRow, name) is not None:
+            raise UsageError(f"there is already a user {name}", fix="tunesmith users roles changes theirs")
+        check_new_name(name, session.scalars(select(UserRow.name)))
+        row = UserRow(name=name, roles=given, **scope.fields(), groups=member_of, active=True)
+        session.add(row)
+        if public_key:
+            add_key(session, row, public_key, FIRST_LABEL)
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> User:
+    """Replace a user's roles. Raises Refused if no admin would be left."""
+    given = _roles(roles)
+    with changing(store, actor, "user.roles", name) as (session, detail):
+        row = user_row(session, name)
+        detail["before"] = list(row.roles)
+        row.roles = list(given)
+        _keep_an_admin(session)
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def set_groups(store: Store, name: str, groups: Iterable[str], *, actor: str) -> User:
+    """Replace the groups whose documents a user may see. Counts from the user's next request on."""
+    given = _groups(groups)
+    with changing(store, actor, "user.groups", name) as (session, detail):
+        row = user_row(session, name)
+        detail["before"] = list(row.groups)
+        row.groups = given
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def deactivate(store: Store, name: str, *, actor: str) -> User:
+    """Deactivate a user: their tokens, approvals and signatures no longer count. Users are never deleted."""
+    with changing(store, actor, "user.deactivate", name) as (session, detail):
+        row = user_row(session, name)
+        row.active = False
+        _keep_an_admin(session)
+        detail["user"] = state(row)
+        working = [token for token in row.tokens if token.revoked is None]
+        for token in working:
+            token.revoked = time.time()
+        detail["tokens"] = [token_state(token) for token in working]
+    return get_user(store, name)
+
+
+def check_new_key(session: Session, name: str, fingerprint: str) -> None:
+    """Raise Refused if a key was enrolled before, by anybody. name: who wants it now."""
+    known = session.get(KeyRow, fingerprint)
+    if known is not None:
+        whose = f"this key is {known.user}'s" + ("" if known.status == "active" else f" and was {known.status}")
+        raise Refused(whose, where=name, fix="make another one: tunesmith keys create")
+
+
+def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_by: str = "") -> None:
+    """Give a user a key, inside the caller's change. Raises Refused if it was enrolled before, by anybody."""
+    fingerprint = digest_bytes(public_key.encode())
+    check_new_key(session, row.name, fingerprint)
+    enrolled = audit.newest(session).seq + 1
+    row.keys.append(
+        KeyRow(
+            fingerprint=fingerprint,
+            user=row.name,
+            label=label,
+            public_key=public_key,
+            status="active",
+            enrolled=enrolled,
+            proven_by=proven_by,
+        )
+    )
+    session.flush()
+
+
+# Trusted keys, and what the audit log keeps
+
+
+def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
+    """The keys of all users, retired and revoked ones included, with their owners' roles now."""
+    with session_of(where) as session:
+        return keys_of_users(session)
+
+
+def publish_trust(store: Store) -> None:
+    """Write the store's list of trusted keys from its users."""
+    # Writers of the database take turns, so the list never goes back to older users.
+    with database.writing(store.engine) as session:
+        write_trust(store.blobs, trusted_keys(session))
+
+
+def state(row: UserRow) -> dict[str, Any]:
+    """What the audit log keeps of a user after a change, so that a row that was changed without it can be found."""
+    return {
+        "name": row.name,
+        "roles": list(row.roles),
+        "tenant": row.tenant,
+        "region": row.region,
+        # Left out where there are none, as in the entries of a log that is older than groups.
+        **({"groups": list(row.groups)} if row.groups else {}),
+        "active": row.active,
+        "keys": [
+            {
+                "label": key.label,
+                "fingerprint": digest_bytes(key.public_key.encode()),
+                "status": key.status,
+                "enrolled": key.enrolled,
+                "proven_by": key.proven_by,
+                "until": key.until,
+            }
+            for key in row.keys
+        ],
+    }
+
+
+def token_state(row: TokenRow) -> dict[str, Any]:
+    """What the audit log keeps of a token after a change. When it was used last is no part of it."""
+    return {
+        "user": row.user,
+        "name": row.name,
+        "token": digest_bytes(row.digest.encode()),
+        "scopes": list(row.scopes),
+        "created": row.created,
+        "expires": row.expires,
+        "revoked": row.revoked,
+    }
+
+
+class _AlreadyThere(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def changing(
+    store: Store, actor: str, action: str, name: str, *, own: bool = False
+) -> Iterator[tuple[Session, dict[str, Any]]]:
+    """One audited change of a user by an actor who may make it. own: every user may change themself.
+
+    What the list of trusted keys loses is taken from it before the commit, and what it gains is added afterwards: a
+    command that is killed leaves a list that trusts less than the database, never more.
+    """
+    detail: dict[str, Any] = {}
+    with store.change(actor, action, name, detail) as session:
+        if own and actor == name:
+            if not user_row(session, name).active:
+                raise Refused(f"{name} is deactivated", where=action, fix="ask an admin")
+        else:
+            require(session, actor, "user.change")
+        before = keys_of_users(session)
+        yield session, detail
+        session.flush()
+        write_trust(store.blobs, in_both(before, keys_of_users(session)))
+    publish_trust(store)
+
+
+@contextlib.contextmanager
+def session_of(where: Store | Session) -> Iterator[Session]:
+    """The caller's session, or one that reads a store."""
+    if isinstance(where, Session):
+        yield where
+    else:
+        with database.reading(where.engine) as session:
+            yield session
+
+
+def _user(row: UserRow) -> User:
+    return User(
+        name=row.name,
+        roles=tuple(row.roles),  # type: ignore[arg-type]  # pydantic checks them
+        tenant=row.tenant,
+        region=row.region,
+        groups=tuple(row.groups),
+        active=row.active,
+        keys=tuple(UserKey.model_validate(key, from_attributes=True) for key in row.keys),
+    )
+
+
+def user_row(session: Session, name: str) -> UserRow:
+    """A user's row, to be changed inside `changing`. Raises UsageError where there is none."""
+    row = session.get(UserRow, name)
+    if row is None:
+        raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
+    return row
+
+
+def _shown(name: str) -> str:
+    """A name for a message. Text that is not a name is not repeated: it may be a token, pasted by mistake."""
+    try:
+        return check_name(name, "user name")
+    except UsageError:
+        return "(no user's name)"
+
+
+def _roles(roles: Iterable[str]) -> list[str]:
+    given = sorted(set(roles))
+    unknown = [role for role in given if role not in ROLES]
+    if unknown or not given:
+        raise UsageError(
+            f"{unknown[0]!r} is not a role" if unknown else "a user needs at least one role",
+            fix=f"roles are {', '.join(ROLES)}",
+        )
+    return given
+
+
+def _groups(groups: Iterable[str]) -> list[str]:
+    return sorted({check_name(group, "group name") for group in groups})
+
+
+def _keep_an_admin(session: Session) -> None:
+    session.flush()
+    # An admin of one tenant or region may not change users, so could not name another.
+    if not any(user.may("user.change") and user.scope == Scope() for user in list_users(session)):
+        raise Refused(
+            "this would leave the store without an admin of all tenants and regions",
+            fix="give another user without --tenant and --region that role first",
+        )
+
+
+def first_user(session: Session) -> str | None:
+    """The name of the owner; None in an empty store."""
+    # From the log, not the table: if somebody empties the table, the next user must not become the owner.
+    first = select(AuditRow.subject).where(AuditRow.action == "user.add").order_by(AuditRow.seq).limit(1)
+    return session.scalars(first).first()
+
+
+def account() -> str:
+    """The name of the machine's account that this process runs on; "" where it has none, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
+def _own_name() -> str:
+    given = os.environ.get("TUNESMITH_USER")
+    if given:
+        return check_new_name(check_name(given, "user name"), ())
+    login = account()
+    # A login such as `DOMAIN\First Last` is rewritten by our rule for names. The name is no credential.
+    plain = re.sub(r"[^a-z0-9_-]+", "-", login.lower()).strip("-_")[:63]
+    try:
+        return check_new_name(plain or "owner", ())
+    except UsageError:
+        return "owner"

@@ -1,0 +1,1 @@
+"""Checks of training on this machine's device, with random bases."""

@@ -1,0 +1,1 @@
+"""Trainings on several ranks: on torchrun's, or on Ray's workers."""
