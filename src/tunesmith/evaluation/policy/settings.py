@@ -73,7 +73,7 @@ class PolicyCheck(Settings):
         Texts,
         Field(
             description="texts that must not appear, not even inside a word, in look-alike letters, with accents or "
-            "hidden characters, or encoded"
+            "hidden characters, with their words joined or divided by hyphens, or encoded"
         ),
     ] = ()
     pattern: Annotated[
