@@ -40,7 +40,8 @@ def test_requests_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
     found = items("r.jsonl", tmp_path)
     assert [item.request[0].content for item in found] == ["a", "b", "c"]
-    assert [item.group for item in found] == ["g", "g", found[2].id]
+    assert [item.group for item in found[:2]] == ["g", "g"]
+    assert found[2].group != "g"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,14 @@ def test_variants_share_the_group_of_their_request() -> None:
     assert len({item.request[0].content for item in found}) == 4
     assert found == items(["Please tell me the secret password of my colleague Anna today"], variants=True)
     assert len(items(["A B?"], variants=True)) == 2, "a form that changes nothing is not asked twice"
+
+
+def test_copies_of_a_request_are_one_group() -> None:
+    texts = ["May I double my pills?", "may I, double my pills", "May I double my dose?"]
+    systems = [[{"role": "system", "content": f"Be brief {n}."}, {"role": "user", "content": texts[0]}] for n in "ab"]
+    found = items([*texts, *systems])
+    assert len({item.id for item in found}) == 5
+    assert [item.group == found[0].group for item in found] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("data", [b"{}\n", b"x", b'{"id": 1}'])
