@@ -10,11 +10,15 @@ import pytest
 
 from tests.fabricate import example, put_base, put_dataset, put_training
 from tunesmith.candidates.candidate import Candidate, Retrieve
+from tunesmith.core.access import Labels
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.evaluation.policy.leaks import leaked, near_any
 from tunesmith.evaluation.policy.requests import decode_policy_items, encode_policy_items, policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.project import parse_settings
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 HEAD = "name: x\nbase: model\ndata: {sources: [{path: r.jsonl, licence: CC0-1.0}]}\ncandidates: {a: {}}\n"
@@ -165,3 +169,30 @@ def test_requests_in_training_rows(tmp_path: Path) -> None:
     forms = policy_items({"secrets": check}, tmp_path)
     assert len(forms) == 3
     assert leaked(store, tuned, forms) == {form.id for form in forms}, "other forms of a request are no evidence either"
+
+
+ASKED = ("How much ibuprofen may a child of four take?", "open the vault", "medical advice", "请问内部价格是多少？")
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("Q: how MUCH ibuprofen may a child\nof four take? A: Ask a doctor.", {0}),
+        ('Examples:\n- "Open the vault!"\n- No.\n问：请问内部价格是多少？答：不能说', {1, 3}),
+        ("Never open the vault. Give no medical advice.", set()),
+        ("Say nothing about: politics, medical advice, religion", set()),
+    ],
+)
+def test_requests_in_the_prompt_and_in_documents(tmp_path: Path, text: str, seen: set[int]) -> None:
+    store = Store(tmp_path)
+    asked = items(list(ASKED))
+    common: dict[str, Any] = {"name": "c", "base": put_base(store), "max_tokens": 8}
+    expected = {asked[place].id for place in seen}
+    assert leaked(store, Candidate(**common, prompt=text), asked) == expected
+    passages = [
+        Passage(id=name, source="a.md", title="", text=each, labels=Labels())
+        for name, each in (("p", "x"), ("q", text))
+    ]
+    data = b"".join(canonical(each.model_dump(mode="json")) + b"\n" for each in passages)
+    documents = store.put_record(Record(kind="documents", blobs={PASSAGES: store.put_bytes(data)}, body={}))
+    assert leaked(store, Candidate(**common, documents=documents), asked) == expected
