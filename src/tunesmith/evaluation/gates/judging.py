@@ -271,11 +271,13 @@ def _style(gate: Style, evidence: Evidence) -> Finding:
         float(flags.mean())
         for flags in (evidence.style.candidates[evidence.candidate], evidence.style.reference, evidence.style.base)
     )
+    count = evidence.style.cut.get(evidence.candidate, 0)
+    cut = f"; {count} of the answers were cut off at max_tokens, and count as not in style" if count else ""
     reason = (
         f"{percent(measured.mean)} of the answers are in the references' style ({_level(confidence)} interval "
         f"{percent(measured.low)} to {percent(measured.high)}); a classifier takes {percent(taken)} of them for "
-        f"references, {percent(right)} of the references and {percent(wrong)} of the bare base model's answers; at "
-        f"{'least' if gate.at_least is not None else 'most'} {gate.bound * 100:g}% required of the whole interval"
+        f"references, {percent(right)} of the references and {percent(wrong)} of the bare base model's answers{cut}; "
+        f"at {'least' if gate.at_least is not None else 'most'} {gate.bound * 100:g}% required of the whole interval"
     )
     return _finding(gate, _side(gate, measured), measured, reason, {"confidence": rounded(confidence)})
 
