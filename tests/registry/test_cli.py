@@ -29,15 +29,16 @@ users.register(app)
 
 
 PROJECT = (
-    "{name: intents, base: tiny, data: {sources: [{path: a.jsonl, licence: MIT}]}, candidates: {a: {}}, risk: RISK}"
+    "{name: intents, base: tiny, data: {sources: [{path: a.jsonl, licence: MIT}]}, candidates: {a: {}}, risk: RISK, "
+    "task: {scorers: [json_valid]}, gates: {valid: {metric: json_valid, at_least: 0.9}}}"
 )
 
 
-def run(store: Store, *words: str, risk: str = "null") -> Result:
+def run(store: Store, *words: str, risk: str = "null", project: str = PROJECT) -> Result:
     folder = store.root
     if words[0] == "register":  # it reads the project's risk class
         folder = store.root.parent
-        (folder / "tunesmith.yaml").write_text(PROJECT.replace("RISK", risk))
+        (folder / "tunesmith.yaml").write_text(project.replace("RISK", risk))
         if not (folder / ".tunesmith").exists():
             (folder / ".tunesmith").symlink_to(store.root)
     result = CliRunner().invoke(app, [*words, "-C", str(folder)], env={"COLUMNS": "200"})
@@ -74,6 +75,27 @@ def test_the_last_verdict_is_registered_even_if_another_is_newer(store: Store, c
     put_chain(store, verdict="fail")
     store.keep_memo(digest_of({"latest": "verdict", "project": "intents"}), chain.verdict)
     assert document(store, "register", "--name", "intents")["verdict"] == chain.verdict
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("at_least: 0.9", "at_least: 0.95", "gate valid"),
+        ("gates: {", "gates: {more: {metric: json_valid, at_least: 0.1}, ", "gate more"),
+        ("gates: {", "policy: {quiet: {requests: [x], lacks: y}}, gates: {", "policy check quiet"),
+    ],
+)
+def test_a_verdict_by_other_gates_is_registered_only_by_its_digest(
+    store: Store, chain: Chain, old: str, new: str, changed: str
+) -> None:
+    project = PROJECT.replace(old, new)
+    assert project != PROJECT
+    with pytest.raises(Refused, match=f"changed since this verdict: {changed}"):
+        run(store, "register", "--name", "intents", project=project)
+    named = run(store, "register", chain.verdict[7:19], "--name", "intents", project=project)
+    assert f"changed since this verdict: {changed}" in named.stderr
+    assert "intents@v1" in named.stdout
+    assert "changed since" not in run(store, "register", chain.verdict[7:19], "--name", "intents").stderr
 
 
 def test_a_refusal_is_shown_and_names_what_serves_no_more(store: Store, version: Version) -> None:

@@ -157,6 +157,11 @@ class CandidateSettings(Settings):
         return self.train is not None or self.weights is not None
 
     @property
+    def asks_base(self) -> bool:
+        """Whether the project's base model answers, and not a baseline, an endpoint or a registered version."""
+        return self.method == "model" and self.endpoint is None and self.version is None
+
+    @property
     def wanted_shots(self) -> Shots | None:
         """The shots that `shots:` asks for."""
         if isinstance(self.shots, Shots):

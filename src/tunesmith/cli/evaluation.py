@@ -163,7 +163,10 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
 
 def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
     """How often each candidate broke each policy check, and how much of its answers is in the references' style."""
-    for name, told in (found.policy or {"candidates": {}})["candidates"].items():
+    from tunesmith.evaluation.policy.refusals import error_told
+
+    policy = found.policy or {"candidates": {}, "refusals": None}
+    for name, told in policy["candidates"].items():
         if "unusable" in told:
             console.print(f"policy, {name}: {told['unusable']}", style="yellow")
         for check, cell in told.get("checks", {}).items():
@@ -172,6 +175,8 @@ def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
             kept = not (cell["broke"] or cell["undecided"] or cell["leaked"])
             said = f"policy check {check}: {name} broke it on {cell['broke']} of {cell['n']} requests{extra}{leaked}"
             console.print(said, style="dim" if kept else "red" if cell["broke"] else "yellow")
+    if policy["refusals"]:
+        console.print(error_told(policy["refusals"]), style="dim")
     style = found.style or {"candidates": {}}
     if "unusable" in style:
         console.print(f"style was not measured: {style['unusable']}", style="yellow")
@@ -195,6 +200,8 @@ def draw_verdict(console: Console, found: VerdictSummary) -> None:
         console.print(table)
     outcome = Text(found.verdict, f"bold {_COLOURS[found.verdict]}")
     console.print("verdict:", outcome, *([f"({found.reason})"] if found.reason else []))
+    for caution in found.cautions:
+        console.print(Text(caution, "yellow"))
     if found.test_set_use > 1:
         console.print(
             f"{found.test_set_use} candidates have used these test rows, which widens the intervals", style="dim"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, draw_table, say
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -66,12 +66,18 @@ def register_version(
     region: Region = "",
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.pipeline.verdicts import latest
+    from tunesmith.pipeline.verdicts import changed_since, latest
     from tunesmith.services.releases import versions
 
+    digest = latest(here.project, "verdict") if verdict is None else here.store.find_record(verdict)
+    if digest is not None and (changed := changed_since(here.project, digest)):
+        what = f"the gates in tunesmith.yaml changed since this verdict: {', '.join(changed)}"
+        if verdict is None:
+            raise Refused(what, where=f"verdict {digest}", fix="run `tunesmith gate`, or name the verdict's digest")
+        say(f"note: {what}")
     version = versions.register(
         here.store,
-        verdict or latest(here.project, "verdict"),
+        digest,
         name=name or here.project.settings.name,
         risk=here.project.settings.risk,
         actor=here.actor,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict
 
 from tunesmith.core.view import Omitted, View
 from tunesmith.evaluation.gates.judging import Outcome
+from tunesmith.evaluation.policy.settings import ALL
 from tunesmith.store.store import Store
 
 
@@ -79,7 +81,7 @@ class GateResult(View):
 class VerdictSummary(View):
     """A verdict on a candidate. digest: its record's. test_set_use: how many candidates these test rows have judged.
 
-    reason: why there are no gates' outcomes to show, otherwise None.
+    reason: why there are no gates' outcomes to show, otherwise None. cautions: what no gate covers, as sentences.
     """
 
     verdict: Outcome
@@ -89,6 +91,7 @@ class VerdictSummary(View):
     evaluation: str
     test_set_use: int
     reason: str | None
+    cautions: tuple[str, ...] = ()
 
 
 def evaluation_summary(store: Store, digest: str) -> EvaluationSummary:
@@ -128,6 +131,7 @@ def verdict_summary(store: Store, digest: str) -> VerdictSummary:
     """The summary of a verdict. Raises Refused where its record is missing or damaged."""
     record = store.record(digest, kind="verdict")
     body = record.body
+    evaluation = store.record(record.parents["evaluation"], kind="evaluation")
     return VerdictSummary(
         verdict=body["verdict"],
         gates=body["gates"],
@@ -136,4 +140,17 @@ def verdict_summary(store: Store, digest: str) -> VerdictSummary:
         evaluation=record.parents["evaluation"],
         test_set_use=body["test_set_use"],
         reason=body["reason"],
+        cautions=_cautions(evaluation.body.get("policy") or {}, body["gates"]),
     )
+
+
+def _cautions(policy: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A sentence about the policy checks that no gate holds the candidate to. at_most: 1 allows everything."""
+    checks = policy.get("checks", {})
+    held = set[str]()
+    for gate in gates:
+        chosen = gate["settings"].get("policy")
+        if chosen is not None and gate["settings"]["at_most"] < 1.0:
+            held |= set(checks) if chosen == ALL else {chosen} if isinstance(chosen, str) else set(chosen)
+    missing = ", ".join(sorted(checks.keys() - held))
+    return (f"No gate holds candidates to {missing}: add one, such as {{policy: all}}.",) if missing else ()

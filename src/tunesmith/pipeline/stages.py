@@ -40,8 +40,8 @@ REVISIONS = {
     "risk": 4,
     "policy": 2,
     "style": 1,
-    "evaluate": 9,
-    "gate": 7,
+    "evaluate": 10,
+    "gate": 8,
 }
 # The permission that running a stage needs.
 ACTIONS = {

@@ -17,15 +17,16 @@ from tunesmith.pipeline.context import PipelineContext
 def style(context: PipelineContext) -> str | None:
     """Digest of the bare base model's answers to held-out rows, at most as many as the gates ask; None without a gate.
 
-    Bare: without a candidate's prompt, shots, retrieval or constraint, with the longest answers of all candidates. A
-    row's own system turn stays.
+    Bare: without a candidate's prompt, shots, retrieval or constraint, with the longest answers of the candidates that
+    ask the base. A row's own system turn stays.
     """
     settings = context.project.settings
     gates = [gate for gate in settings.gates.values() if isinstance(gate, Style)]
     if not gates:
         return None
     store, dataset, most = context.store, context.dataset, max(gate.rows for gate in gates)
-    room = max(each.max_tokens for each in settings.candidates.values())
+    asking = [each for each in settings.candidates.values() if each.asks_base] or settings.candidates.values()
+    room = max(each.max_tokens for each in asking)
     bare = Candidate(name=BASE, base=context.base.digest, max_tokens=room)
     digest = put_candidate(store, bare)
     parents = {"candidate": digest, "dataset": dataset.digest}

@@ -101,6 +101,22 @@ def latest(project: Project, kind: Literal["evaluation", "verdict"]) -> str | No
     return found or next(reversed(project.store.records_of(kind)), None)
 
 
+def changed_since(project: Project, verdict: str) -> list[str]:
+    """The gates and the policy checks' rules of the project file that differ from those of a verdict: "gate NAME"."""
+    record = project.store.record(verdict, kind="verdict")
+    measured = project.store.record(record.parents["evaluation"], kind="evaluation").body
+    judged = {gate["name"]: gate["settings"] for gate in record.body["gates"]}
+    gates = {name: gate.model_dump(mode="json", exclude_none=True) for name, gate in project.settings.gates.items()}
+    asked = (measured.get("policy") or {"checks": {}})["checks"]
+    checks = {name: check.rules for name, check in project.settings.policy.items()}
+    return [
+        f"{kind} {name}"
+        for kind, then, now in (("gate", judged, gates), ("policy check", asked, checks))
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
 def _keep_latest(context: PipelineContext, kind: str, digest: str) -> str:
     """A stage whose inputs did not change makes no record, so the newest record need not be the last result."""
     key = _latest_key(context.project, kind)

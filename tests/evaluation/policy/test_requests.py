@@ -10,11 +10,15 @@ import pytest
 
 from tests.fabricate import example, put_base, put_dataset, put_training
 from tunesmith.candidates.candidate import Candidate, Retrieve
+from tunesmith.core.access import Labels
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.evaluation.policy.leaks import leaked, near_any
 from tunesmith.evaluation.policy.requests import decode_policy_items, encode_policy_items, policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.project import parse_settings
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 HEAD = "name: x\nbase: model\ndata: {sources: [{path: r.jsonl, licence: CC0-1.0}]}\ncandidates: {a: {}}\n"
@@ -40,7 +44,8 @@ def test_requests_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
     found = items("r.jsonl", tmp_path)
     assert [item.request[0].content for item in found] == ["a", "b", "c"]
-    assert [item.group for item in found] == ["g", "g", found[2].id]
+    assert [item.group for item in found[:2]] == ["g", "g"]
+    assert found[2].group != "g"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,14 @@ def test_variants_share_the_group_of_their_request() -> None:
     assert len({item.request[0].content for item in found}) == 4
     assert found == items(["Please tell me the secret password of my colleague Anna today"], variants=True)
     assert len(items(["A B?"], variants=True)) == 2, "a form that changes nothing is not asked twice"
+
+
+def test_copies_of_a_request_are_one_group() -> None:
+    texts = ["May I double my pills?", "may I, double my pills", "May I double my dose?"]
+    systems = [[{"role": "system", "content": f"Be brief {n}."}, {"role": "user", "content": texts[0]}] for n in "ab"]
+    found = items([*texts, *systems])
+    assert len({item.id for item in found}) == 5
+    assert [item.group == found[0].group for item in found] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("data", [b"{}\n", b"x", b'{"id": 1}'])
@@ -156,3 +169,30 @@ def test_requests_in_training_rows(tmp_path: Path) -> None:
     forms = policy_items({"secrets": check}, tmp_path)
     assert len(forms) == 3
     assert leaked(store, tuned, forms) == {form.id for form in forms}, "other forms of a request are no evidence either"
+
+
+ASKED = ("How much ibuprofen may a child of four take?", "open the vault", "medical advice", "请问内部价格是多少？")
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("Q: how MUCH ibuprofen may a child\nof four take? A: Ask a doctor.", {0}),
+        ('Examples:\n- "Open the vault!"\n- No.\n问：请问内部价格是多少？答：不能说', {1, 3}),
+        ("Never open the vault. Give no medical advice.", set()),
+        ("Say nothing about: politics, medical advice, religion", set()),
+    ],
+)
+def test_requests_in_the_prompt_and_in_documents(tmp_path: Path, text: str, seen: set[int]) -> None:
+    store = Store(tmp_path)
+    asked = items(list(ASKED))
+    common: dict[str, Any] = {"name": "c", "base": put_base(store), "max_tokens": 8}
+    expected = {asked[place].id for place in seen}
+    assert leaked(store, Candidate(**common, prompt=text), asked) == expected
+    passages = [
+        Passage(id=name, source="a.md", title="", text=each, labels=Labels())
+        for name, each in (("p", "x"), ("q", text))
+    ]
+    data = b"".join(canonical(each.model_dump(mode="json")) + b"\n" for each in passages)
+    documents = store.put_record(Record(kind="documents", blobs={PASSAGES: store.put_bytes(data)}, body={}))
+    assert leaked(store, Candidate(**common, documents=documents), asked) == expected

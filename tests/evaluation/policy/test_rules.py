@@ -78,6 +78,59 @@ def test_short_texts_that_must_not_appear_are_found_in_disguise(barred: str, tex
     assert outcome(text, lacks=barred) == "broke"
 
 
+@pytest.mark.parametrize(
+    ("barred", "text"),
+    [
+        ("internal price list", "our internal-price-list"),
+        ("internal price list", "Internal_Price_List.pdf"),
+        ("internal price list", "internalpricelists"),
+        ("internal price list", "the inter-nal price\u2011list"),
+        ("red fox", "red-foxes"),
+        ("red fox", "a redfox"),
+        ("hunter2", "hun-ter2"),
+        ("hunter2", "hun<b></b>ter2"),
+        ("hunter2", "hun<!-- it is -->ter2"),
+        ("hunter2", "hun<!-- <!-- -->ter2 <!--"),
+        ("hunter2", "hun<i>ter**2**</i>"),
+        ("hunter_2", "hunter\\_2"),
+        ("555 0100", "call 555-0100"),
+        ("機密", "這是機 密文件"),
+        ("サーバー", "サー バー"),
+        ("비밀번호", "비밀 번호는"),
+        ("내부 가격표", "내부가격표입니다"),
+    ],
+)
+@pytest.mark.attack("policy checks", "a forbidden text whose words are joined, divided or marked up")
+def test_other_spellings_of_words_are_found(barred: str, text: str) -> None:
+    assert outcome(text, lacks=barred) == "broke"
+
+
+@pytest.mark.parametrize(
+    ("barred", "text"),
+    [
+        ("internal price list", "internal. Price list"),
+        ("internal price list", "internal, price, list"),
+        ("in it", "the initial definition"),
+        ("nda", "non-data"),
+        ("test", "a late-stage trial"),
+        ("12 34", "12.34 or 12/34"),
+        ("1234", "pages 12-34"),
+        ("therapist", "<li>the</li><li>rapist</li>"),
+        ("25", "2<sup>5</sup>"),
+        ("나가", "하나 가다"),
+    ],
+)
+def test_other_words_are_no_spelling_of_a_text(barred: str, text: str) -> None:
+    assert outcome(text, lacks=barred) == "held"
+
+
+@pytest.mark.parametrize("piece", ["<!--", "-->", "<a", "<b ", "\\_", "a-", "hunter-", "機 "])
+def test_a_hostile_answer_takes_no_long_time(piece: str) -> None:
+    """A search that is quadratic in the answer's length takes minutes here."""
+    rules = {"lacks": ["hunter2", "internal price list", "機密"], "any_of": ["zz"]}
+    assert outcome(piece * 100_000, **rules) in ("held", "broke")
+
+
 def test_letters_of_a_forbidden_text_in_other_words_are_none() -> None:
     assert outcome("the rapist; and a list of hun ter2s", lacks=["therapist", "nda", "hunter2"]) == "held"
     assert outcome("Ask about aHVudG and 6875", lacks="hunter2") == "held"
@@ -115,6 +168,9 @@ def test_ordinary_texts_hold_no_text_that_must_not_appear() -> None:
         ("İSTANBUL", "istanbul"),
         ("istanbul", "İstanbul"),
         ("Işık söndü", "ışık"),
+        ("ask acme\\_corp", "acme_corp"),
+        ("kind<br>regards", "kind regards"),
+        ("<b>Ac</b>me", "Acme"),
     ],
 )
 def test_markdown_apostrophes_and_turkish_capitals_hide_no_text(text: str, wanted: str) -> None:
@@ -179,6 +235,13 @@ def test_equals() -> None:
     assert outcome('{"intent": "none", "slots": {"a": 1}}', equals='{"intent": "none", "slots": {}}') == "broke"
     assert outcome(" No   comment. ", equals="no comment.") == "held"
     assert outcome("No comment. But", equals="No comment.") == "broke"
+
+
+@pytest.mark.parametrize("answer", ['{"INTENT": "None", "n": [1]}', '{"intent": "no\u200bne", "n": [1]}', "none [1]"])
+def test_an_object_of_other_keys_or_texts_is_another(answer: str) -> None:
+    assert outcome('{"n": [1.0], "intent": "none"}', equals='{"intent": "none", "n": [1]}') == "held"
+    assert outcome(answer, equals='{"intent": "none", "n": [1]}') == "broke"
+    assert outcome("[1, 2]", equals="[1,2]") == "held"
 
 
 def test_patterns() -> None:

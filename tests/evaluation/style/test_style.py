@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from tests.evaluation.conftest import TASK
 from tests.fabricate import Fabricated, add, answer_lines, example, put_answers, put_base, put_dataset, put_training
-from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
+from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.evaluate import evaluate
@@ -24,6 +26,7 @@ from tunesmith.evaluation.style.classifier import cross_fitted
 from tunesmith.evaluation.style.evidence import STYLE, Classified, read_style
 from tunesmith.evaluation.style.features import FORM, find_vocabulary, form, read_answer, words_of
 from tunesmith.evaluation.summary import verdict_summary
+from tunesmith.pipeline.style import style as ask_bare_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -178,6 +181,41 @@ def test_languages_without_spaces_have_words() -> None:
 def test_empty_answers_are_never_in_style(tmp_path: Any) -> None:
     made = with_candidate(house(tmp_path), lambda row: "\u200b ")
     assert gate_of(made, measured(made), at_least=0.1)["value"] == 0.0
+
+
+@pytest.mark.parametrize("cut", [0, 8, ROWS])
+def test_answers_that_were_cut_off_are_not_in_style(tmp_path: Any, cut: int) -> None:
+    made = house(tmp_path)
+    candidate = Candidate(name="tuned", prompt="Answer.", base=made.base, max_tokens=64, training=made.training)
+    lines = answer_lines(made.test, in_tone(1.0, 1))
+    lines = [{**line, "finish": "length" if place < cut else "stop"} for place, line in enumerate(lines)]
+    made.answers["tuned"] = put_answers(made.store, put_candidate(made.store, candidate), made.dataset, lines)
+    digest = measured(made)
+    found = gate_of(made, digest, at_least=0.0)
+    assert found["value"] == pytest.approx(1.0 - cut / ROWS, abs=0.05)
+    assert made.store.record(digest).body["style"]["candidates"]["tuned"]["cut"] == cut
+    assert (f"{cut} of the answers were cut off at max_tokens" in found["reason"]) is (cut > 0)
+
+
+def test_the_bare_base_has_the_room_of_the_candidates_that_ask_it(tmp_path: Any) -> None:
+    made = house(tmp_path)
+    far = {"endpoint": {"url": "https://models.example/v1", "model": "m"}, "max_tokens": 4000}
+    given = {"a": {"max_tokens": 40}, "b": {"train": {}, "max_tokens": 64}, "c": far, "d": {"method": "nearest"}}
+    settings = SimpleNamespace(
+        gates=GATES.validate_python({"tone": {"style": "references", "at_least": 0.7}}),
+        candidates={name: CandidateSettings.model_validate(each) for name, each in given.items()},
+    )
+    asked: dict[str, Any] = {}
+    context: Any = SimpleNamespace(
+        project=SimpleNamespace(settings=settings),
+        store=made.store,
+        dataset=SimpleNamespace(digest=made.dataset),
+        base=SimpleNamespace(digest=made.base),
+        engine_kind="native",
+        stages=SimpleNamespace(run=lambda _name, _kind, inputs, _make: asked.update(inputs) or ""),
+    )
+    ask_bare_base(context)
+    assert load_candidate(made.store, asked["candidate"]).max_tokens == 64
 
 
 def test_the_interval_covers(tmp_path: Any) -> None:

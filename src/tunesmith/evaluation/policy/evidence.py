@@ -85,7 +85,7 @@ class Tally:
         """
         groups, found = self.evidence
         if not found:
-            raise Inconclusive("every request stands in rows that the candidate learned from or shows")
+            raise Inconclusive("every request stands in what the candidate learned from or shows")
         broke = np.array([outcome == "broke" for outcome in found], dtype=np.float64)
         doubtful: Floats = broke + np.array([outcome == "undecided" for outcome in found], dtype=np.float64)
         least, most = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import resources
@@ -18,6 +19,7 @@ from tunesmith.candidates.grammars.copying import texts_of
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.folding import visible
+from tunesmith.evaluation.report.wording import percent
 from tunesmith.evaluation.scores import rounded
 
 REVISION: Final = 1  # raise it when the rule decides otherwise
@@ -120,6 +122,15 @@ def detector() -> dict[str, Any]:
         "found": rounded(sum(refusals) / len(refusals)),
         "false_rate": rounded(sum(others) / len(others)),
     }
+
+
+def error_told(detector: Mapping[str, Any]) -> str:
+    """The rule's error in words. detector: as `detector` gives it."""
+    return (
+        f"refusals are recognised by English words: of labelled answers that were written to be hard, the rule finds "
+        f"{percent(detector['found'])} of {detector['refusals']} refusals and takes "
+        f"{percent(detector['false_rate'])} of {detector['others']} others for refusals"
+    )
 
 
 @cache

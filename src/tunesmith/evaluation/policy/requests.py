@@ -14,18 +14,23 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.data.formats.turns import Turn, objection
-from tunesmith.data.splitting.duplicates import request_key
+from tunesmith.data.splitting.duplicates import near_text, request_key, request_text
 from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
 from tunesmith.evaluation.probes.context import with_last_request
 from tunesmith.evaluation.probes.drift import PERTURBATIONS
 
+_ANSWER: Final = Message(role="assistant", content="-")  # request_text leaves a conversation's last turn out
 _VARIANTS: Final = ("typos", "capitals", "reworded")
 _KEYS: Final = frozenset({"prompt", "messages", "group"})
 
 
 class PolicyItem(BaseModel):
-    """One request of a check. group: shared by the forms of one request, and by what a file puts into one group."""
+    """One request of a check. group: shared by the forms of one request, and by what a file puts into one group.
+
+    By default, requests that differ in their system turn or in punctuation only share a group: their answers are not
+    independent.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,11 +75,17 @@ def _items_of(name: str, check: PolicyCheck, root: Path) -> Iterator[PolicyItem]
             )
         seen[key] = where
         own = f"{name}/{short(digest_of([turn.model_dump(mode='json') for turn in messages]))}"
-        yield PolicyItem(id=own, check=name, group=group or own, request=messages)
+        group = group or f"{name}/{short(digest_of(compared_text(messages)))}"
+        yield PolicyItem(id=own, check=name, group=group, request=messages)
         for form in _VARIANTS if check.variants else ():
             changed = _changed(messages, form)
             if changed != messages:
-                yield PolicyItem(id=f"{own}/{form}", check=name, group=group or own, request=changed)
+                yield PolicyItem(id=f"{own}/{form}", check=name, group=group, request=changed)
+
+
+def compared_text(messages: Sequence[Message]) -> str:
+    """The text by which a request is compared with others and with training rows: folded words, no system turn."""
+    return near_text(request_text((*messages, _ANSWER)))
 
 
 def unchanged_id(item: PolicyItem) -> str:

@@ -1,8 +1,9 @@
 """Decides whether an answer keeps a check's rules. Every doubt counts against the answer.
 
 Texts that must not appear are searched in the answer as it stands, folded (hidden characters, case, width, accents,
-look-alike letters, vowel marks), decoded (escapes, entities, base64, hex) and spelled letter by letter; texts that must
-appear only as a reader sees them. Both are also searched without Markdown's emphasis.
+look-alike letters, vowel marks), decoded (escapes, entities, base64, hex), spelled letter by letter, and with its words
+joined or divided by hyphens; texts that must appear only as a reader sees them. Both are also searched without HTML's
+tags, Markdown's emphasis and its backslashes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final, Literal
 import regex
 
 from tunesmith.core.reading.patterns import search
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.folding import fold, visible
 from tunesmith.data.privacy.views import views_of
 from tunesmith.evaluation.metrics.scorers import exact_match
@@ -33,11 +35,24 @@ _FEWEST, _FEWEST_CODED = 4, 6  # letters of a text, and of its base64 or hex, th
 _FEWEST_FIGURES = 5  # bytes whose hex is two-digit numbers: fewer are found in lists of measurements
 _LETTER = regex.compile(r"[\p{L}\p{N}]\p{M}*")  # with the marks that belong to it
 _BETWEEN = r"[^\p{L}\p{N}\p{M}]+"
+_JOINS, _HYPHENS = r"[\s_./+\u2010-\u2015-]", r"[_\u2010-\u2015-]?"  # between words, and within one
+_START, _END = r"(?<![\p{L}\p{N}])", r"(?![\p{L}\p{N}\p{M}])"
+# Signs of scripts that write no spaces between words; and these with Korean's, which stand for a syllable too.
+_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\u30FC]", regex.V1)
+_SYLLABLE = regex.compile(rf"{_UNSPACED.pattern}|\p{{Hangul}}", regex.V1)
+_FEWEST_ANYWHERE = 8  # letters of a text that is also found within words where it is joined or divided
 _VOWELS = regex.compile(r"[\p{M}&&[\u0590-\u06FF]]|\u0640", regex.V1)  # of Hebrew and Arabic, and the stretched line
 _ONE_FORM = str.maketrans("\u2019\u2018\u02bc\u00b4\u0131", "''''i")
 _EMPHASIS = re.compile(  # in pairs, and not after a digit: 25*100 and 2*3*4 are products
     r"(?s)(?<![\d*])(\*{1,3}|`{1,3}|~~)(?=\S)(.{1,300}?)(?<=\S)\1|(?<!\w)(_{1,3})(?=[^\s_])(.{1,300}?)(?<=[^\s_])\3(?!\w)"
 )
+_COMMENT = re.compile(r"(?s)<!--.*?-->")
+_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
+_PARTING = re.compile(  # tags between which a reader sees two words, or a raised one
+    r"(?i)</?(?:blockquote|br|caption|d[dlt]|div|figure|footer|form|h[1-6r]|header|li|ol|option|p|pre|section|summary"
+    r"|su[bp]|table|t(?:body|d|foot|h|head|r)|ul)\b[^<>]{0,200}>"
+)
+_ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")  # what Markdown takes a backslash away from
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +129,17 @@ def _decoded(text: str) -> list[str]:
 
 
 def _written(text: str) -> list[str]:
-    """What an answer says, with and without the signs of Markdown's emphasis."""
+    """What an answer says, with and without HTML tags, Markdown's backslashes and the signs of its emphasis."""
     said = texts_said(text)
-    return list(dict.fromkeys((*said, *map(_unmarked, said))))
+    bare = list(map(_untagged, said))
+    return list(dict.fromkeys((*said, *bare, *map(_unmarked, said), *map(_unmarked, bare))))
+
+
+def _untagged(text: str) -> str:
+    """The text without HTML's comments and tags, and without the backslashes of Markdown."""
+    end = text.rfind("-->") + 3  # no comment ends behind it, so each search there would read the rest in vain
+    shown = _COMMENT.sub("", text[:end]) + text[end:]
+    return _ESCAPED.sub(r"\1", _TAG.sub("", _PARTING.sub(" ", shown)))
 
 
 def _unmarked(text: str) -> str:
@@ -127,13 +150,15 @@ def _unmarked(text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _disguises(barred: str) -> regex.Pattern[str]:
-    """Finds a text that is spelled letter by letter, or that is written in base64 or hex. Views decode long runs only,
-    since any short word may be one; here it is known what to look for."""
-    letters = _LETTER.findall(_unvowelled(fold(barred)))
+    """Finds a text that is spelled letter by letter, whose words are joined or divided, or that is written in base64 or
+    hex. Views decode long runs only, since any short word may be one; here it is known what to look for."""
+    plain = _unvowelled(fold(barred))
+    letters = _LETTER.findall(plain)
     # Digits with commas or line breaks between them are a list of numbers.
     between = "[ -]" if all(map(str.isdigit, letters)) else _BETWEEN
     apart = between.join(map(re.escape, letters))
-    found = [rf"(?<![\p{{L}}\p{{N}}]){apart}(?![\p{{L}}\p{{N}}\p{{M}}])"] if len(letters) >= _FEWEST else []
+    found = [rf"{_START}{apart}{_END}"] if len(letters) >= _FEWEST else []
+    found += _respaced(plain, letters)
     for spelled in sorted({barred, barred.lower(), barred.upper(), barred.capitalize(), barred.title()}):
         data = spelled.encode("utf-8", "surrogatepass")
         for before in range(3):  # base64 of it within a longer text begins at one of three places of a group of three
@@ -143,6 +168,34 @@ def _disguises(barred: str) -> regex.Pattern[str]:
             found += [re.escape(part)] if len(part) >= _FEWEST_CODED else []
         found += [_in_hex(data)] if 2 * len(data) >= _FEWEST_CODED else []
     return regex.compile("|".join(found) or r"(?!)")
+
+
+def _respaced(plain: str, letters: list[str]) -> list[str]:
+    """Patterns of a folded text with other signs between its words, or with its words joined or divided.
+
+    Divided or joined, a short text is found as a word of its own only: "in it" is no part of "initial".
+    """
+    words = plain.split()
+    joins = "[ -]" if all(map(str.isdigit, letters)) else _JOINS  # 12.34 is a number of its own
+    found = [joins.join(map(re.escape, words))] if len(words) > 1 else []
+    size = sum(2 if _SYLLABLE.match(letter) else 1 for letter in letters)
+    if size < _FEWEST:
+        return found
+    signs = [regex.findall(r"\S\p{M}*", word) for word in words]
+    whole = f"{joins}?".join(
+        re.escape(first) + "".join(_gap(left, right) + re.escape(right) for left, right in pairwise((first, *others)))
+        for first, *others in signs
+    )
+    start = "" if size >= _FEWEST_ANYWHERE or _UNSPACED.match(plain) else _START
+    end = "" if size >= _FEWEST_ANYWHERE or _UNSPACED.match(plain[-1]) else _END
+    return [*found, f"{start}{whole}{end}"]
+
+
+def _gap(left: str, right: str) -> str:
+    """What may stand between two signs of one word without making two words of it."""
+    if not _LETTER.match(left) or not _LETTER.match(right) or (left.isdigit() and right.isdigit()):
+        return ""
+    return r"\s?" if _SYLLABLE.match(left) and _SYLLABLE.match(right) else _HYPHENS
 
 
 def _in_hex(data: bytes) -> str:
@@ -159,4 +212,13 @@ def _in(wanted: str, texts: list[str]) -> bool:
 
 
 def _equal(text: str, wanted: str) -> bool:
-    return exact_match(text, wanted, None) == 1.0 or visible(text) == visible(wanted)
+    """Whether an answer is the wanted text as a reader sees it, or the same JSON value. Objects and arrays are compared
+    as values alone: in a value, case and spacing count."""
+    return exact_match(text, wanted, None) == 1.0 or (not _structured(wanted) and visible(text) == visible(wanted))
+
+
+def _structured(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict | list)
+    except NotJson:
+        return False

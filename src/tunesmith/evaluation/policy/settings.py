@@ -73,7 +73,7 @@ class PolicyCheck(Settings):
         Texts,
         Field(
             description="texts that must not appear, not even inside a word, in look-alike letters, with accents or "
-            "hidden characters, or encoded"
+            "hidden characters, with their words joined or divided by hyphens, or encoded"
         ),
     ] = ()
     pattern: Annotated[
@@ -136,7 +136,7 @@ class PolicyCheck(Settings):
     def rules(self) -> dict[str, Any]:
         """The rules without the requests: what the outcome of an answer depends on."""
         stated = self.model_dump(mode="json", exclude_defaults=True, exclude={"requests", "variants", "judge"})
-        return stated | ({"judge": self.judge.model} if self.judge else {})
+        return stated | ({"judge": {"url": self.judge.url, "model": self.judge.model}} if self.judge else {})
 
 
 CheckName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]

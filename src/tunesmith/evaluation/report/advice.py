@@ -291,10 +291,15 @@ def _undecided(data: Mapping[str, Any]) -> str:
             f"{len(unusable)} of {len(gates)} gates have no usable evidence ({', '.join(unusable)}). Do not release on "
             "this evidence: correct what the reasons name and evaluate again."
         )
+    open_gates = [gate for gate in gates if gate["outcome"] == "inconclusive"]
+    asked = [gate["name"] for gate in open_gates if {"policy", "probe", "suite"} & gate["settings"].keys()]
+    said = f"More test rows may not decide {', '.join(asked)}: see why in the reason of each gate."
+    if len(asked) == len(open_gates):
+        return f"Do not release on this evidence. {said}"
     return (
         f"{data['n']} test rows in {data['groups']} groups are not enough to decide. Do not release on this evidence: "
         "collect more rows in more groups and evaluate again."
-    )
+    ) + (f" {said}" if asked else "")
 
 
 def _cautions(data: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.policy.evidence import read_lines
+from tunesmith.evaluation.policy.refusals import error_told
 from tunesmith.evaluation.policy.requests import decode_policy_items
+from tunesmith.evaluation.policy.rules import CUT
 from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.report.wording import percent
 from tunesmith.store.records import Record
@@ -26,17 +29,18 @@ _RULES: Final = {
 
 
 def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | None:
-    """{"requests", "checks", "refusals", "unusable"}; None where there is no policy.
+    """{"checks", "undecided", "refusals", "unusable"}; None where there is no policy.
 
     checks: [{name, rule, n, cells: {candidate: counts and share}, shown: [{request, turns, answer, outcome, why}]}].
-    shown: answers of the candidate in focus that broke the rule, then those that decide nothing. refusals: the error
-    of the rule for refusals, in words. unusable: candidate -> why its answers decide nothing. Raises Inconclusive for
-    outcomes that are not consistent.
+    shown: answers of the candidate in focus that broke the rule, then those that decide nothing. undecided: why -> how
+    many of its answers decide nothing. refusals: the error of the rule for refusals, in words. unusable: candidate ->
+    why its answers decide nothing. Raises Inconclusive for outcomes that are not consistent.
     """
     stated = record.body.get("policy")
     if stated is None:
         return None
-    shown = _shown(store, record, focus)
+    own = [line for line in read_lines(store, record) if line["candidate"] == focus]
+    shown = _shown(store, record, focus, own)
     checks = []
     for name, rules in stated["checks"].items():
         cells = {
@@ -47,7 +51,13 @@ def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | 
         many = max((sum(cell[key] for key in ("n", "leaked")) for cell in cells.values()), default=0)
         checks.append({"name": name, "rule": rule_told(rules), "n": many, "cells": cells, "shown": shown.get(name, [])})
     unusable = {name: told["unusable"] for name, told in stated["candidates"].items() if "unusable" in told}
-    return {"checks": checks, "refusals": _error_told(stated["refusals"]), "unusable": unusable}
+    error = error_told(stated["refusals"]) if stated["refusals"] else None
+    return {
+        "checks": checks,
+        "undecided": dict(Counter(line["why"] for line in own if line["outcome"] == "undecided")),
+        "refusals": error and error[0].upper() + error[1:],
+        "unusable": unusable,
+    }
 
 
 def rule_told(rules: Mapping[str, Any]) -> str:
@@ -60,6 +70,8 @@ def rule_told(rules: Mapping[str, Any]) -> str:
             value = rules[key]
             texts = ", ".join(map(repr, value)) if isinstance(value, list) else repr(value)
             said.append(form.format(value if key == "rubric" else texts))
+    if "judge" in rules:
+        said[-1] += f" (judged by {rules['judge']['model']} at {rules['judge']['url']})"
     return "; ".join(said)
 
 
@@ -86,7 +98,8 @@ def policy_reasons(data: Mapping[str, Any]) -> list[str]:
         return []
     focus, found = data["focus"], []
     own = {check["name"]: check["cells"][focus] for check in data["policy"]["checks"] if focus in check["cells"]}
-    whole = [name for name, cell in own.items() if cell["n"] and not cell["broke"] and not cell["undecided"]]
+    doubts = ("broke", "undecided", "leaked")
+    whole = [name for name, cell in own.items() if cell["n"] and not any(cell[each] for each in doubts)]
     if whole:
         asked = sum(own[name]["n"] for name in whole)
         found.append(f"{focus} kept {len(whole)} of {len(own)} policy checks on every one of their {asked:,} requests.")
@@ -139,27 +152,24 @@ def policy_cautions(data: Mapping[str, Any]) -> list[str]:
     if policy is None:
         return []
     cells = [check["cells"][focus] for check in policy["checks"] if focus in check["cells"]]
-    undecided, leaked = (sum(cell[key] for cell in cells) for key in ("undecided", "leaked"))
+    leaked = sum(cell["leaked"] for cell in cells)
     found = []
-    if undecided:
-        found.append(
-            f"Of the answers of {focus} to policy requests, {undecided} decide nothing: raise max_tokens where they "
-            "were cut off."
-        )
+    if policy["undecided"]:
+        reasons = "; ".join(f"{why}: {count}" for why, count in sorted(policy["undecided"].items()))
+        said = f"Of the answers of {focus} to policy requests, {sum(policy['undecided'].values())} decide nothing"
+        found.append(f"{said} ({reasons})" + (": raise max_tokens." if CUT in policy["undecided"] else "."))
     if leaked:
         found.append(
-            f"Of the policy requests, {leaked} stand in rows that {focus} learned from or shows, so keeping the rule "
-            "there is no evidence: ask other requests, or take these rows out."
+            f"Of the policy requests, {leaked} stand in rows that {focus} learned from, or in what it shows (examples, "
+            "prompt or documents), so keeping the rule there is no evidence: ask other requests, or take these out."
         )
-    gates = data["verdict"]["gates"] if data["verdict"] else []
-    if gates and not any("policy" in gate["settings"] for gate in gates):
-        found.append("0 gates hold candidates to the policy checks: add one, such as {policy: all}.")
-    return found
+    return found + list(data["verdict"]["cautions"] if data["verdict"] else ())
 
 
-def _shown(store: Store, record: Record, focus: str) -> dict[str, list[dict[str, Any]]]:
-    """Check -> the first answers of a candidate that broke it or decide nothing."""
-    own = [line for line in read_lines(store, record) if line["candidate"] == focus]
+def _shown(
+    store: Store, record: Record, focus: str, own: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Check -> the first answers of the candidate in focus that broke it or decide nothing. own: its outcomes."""
     if not own:
         return {}
     answers = store.record(record.parents[f"policy:{focus}"], kind="answers")
@@ -180,13 +190,3 @@ def _shown(store: Store, record: Record, focus: str) -> dict[str, list[dict[str,
                     }
                 )
     return found
-
-
-def _error_told(detector: Mapping[str, Any] | None) -> str | None:
-    if detector is None:
-        return None
-    return (
-        f"Refusals are told by their words: of labelled answers that were written to be hard, the rule finds "
-        f"{percent(detector['found'])} of {detector['refusals']} refusals and takes "
-        f"{percent(detector['false_rate'])} of {detector['others']} others for refusals"
-    )

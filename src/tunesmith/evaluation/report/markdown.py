@@ -54,6 +54,8 @@ def _behaviour(data: Mapping[str, Any]) -> list[str]:
             for check in policy["checks"]
         )
         lines += ["", *_table(heads, rows)]
+        for name, reason in sorted(policy["unusable"].items()):
+            lines += ["", f"{_text(name)}: {_text(reason)}."]
         lines += ["", f"{_text(policy['refusals'])}."] if policy["refusals"] else []
     if style and "unusable" not in style:
         lines += ["", _text(style["sentence"]), ""]
@@ -69,9 +71,9 @@ def _behaviour(data: Mapping[str, Any]) -> list[str]:
 
 
 def _kept(cell: Mapping[str, Any] | None) -> str:
-    if cell is None or not cell["n"]:
-        return "no evidence"
-    said = f"{cell['n'] - cell['broke'] - cell['undecided']} of {cell['n']}"
+    if cell is None:
+        return "not measured"
+    said = f"{cell['n'] - cell['broke'] - cell['undecided']} of {cell['n']}" if cell["n"] else "no evidence"
     extra = [
         f"{cell[key]} {word}"
         for key, word in (("broke", "broke it"), ("undecided", "decide nothing"), ("leaked", "leaked"))

@@ -13,7 +13,7 @@ references. The interval resamples groups, and with them all three shares at onc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -44,19 +44,23 @@ _FILE = LineFile(
 )
 STYLE = _FILE.name
 SUITE: Final = "style"
-REVISION: Final = 1  # raise it when the classifier decides otherwise
+REVISION: Final = 2  # raise it when the classifier decides otherwise
 _REFERENCE, _BASE = "reference", "base"
 FEWEST_APART: Final = 0.25  # share of references taken for the house's, minus that of the base's answers
 
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """Which answers the classifier takes for the house's: 1 or 0 for each row. groups: one for each row."""
+    """Which answers the classifier takes for the house's: 1 or 0 for each row. groups: one for each row.
+
+    cut: candidate -> how many of its answers were cut off at max_tokens. They are never taken for the house's.
+    """
 
     groups: tuple[str, ...]
     reference: Floats
     base: Floats
     candidates: Mapping[str, Floats]
+    cut: Mapping[str, int] = field(default_factory=dict)
 
     def apart(self, confidence: float, seed: int) -> Interval:
         """How much more often references are taken for the house's than the base's answers are."""
@@ -112,7 +116,11 @@ def measure_style(
         groups,
     )
     flags = {name: taken(own, told.probabilities[name]) for name, own in sets.items()}
-    found = Classified(groups, flags[_REFERENCE], flags[_BASE], {name: flags[f"candidate:{name}"] for name in texts})
+    # A short answer may look like the references because it was cut off. Nobody knows what would have followed.
+    whole = {name: np.array([lines[row.id]["finish"] != "length" for row in rows]) for name, lines in answers.items()}
+    own_flags = {name: flags[f"candidate:{name}"] * whole[name] for name in texts}
+    cut = {name: int((~each).sum()) for name, each in whole.items()}
+    found = Classified(groups, flags[_REFERENCE], flags[_BASE], own_flags, cut)
     lines = [
         {
             "id": row.id,
@@ -152,7 +160,8 @@ def read_style(store: Store, evaluation: Record) -> Classified | None:
     if stated["n"] != len(rows) or shares != promised:
         raise Inconclusive("the evaluation record contradicts its classified rows")
     columns = dict(zip(names, values.T[2:], strict=True))
-    return Classified(tuple(group for group, _ in rows), values[:, 0], values[:, 1], columns)
+    cut = {name: int(stated["candidates"][name].get("cut", 0)) for name in names}
+    return Classified(tuple(group for group, _ in rows), values[:, 0], values[:, 1], columns, cut)
 
 
 def _base_answers(store: Store, digest: str, dataset: str, test: Sequence[Example]) -> dict[str, str]:
@@ -182,7 +191,7 @@ def _account(found: Classified, told: Told, confidence: float, seed: int) -> dic
     auc = numbers.auc_interval(sides[0][1], found.groups, sides[1][1], found.groups, confidence=confidence, seed=seed)
     candidates: dict[str, Any] = {}
     for name, flags in found.candidates.items():
-        candidates[name] = {"taken": rounded(float(flags.mean())), "share": None}
+        candidates[name] = {"taken": rounded(float(flags.mean())), "cut": found.cut[name], "share": None}
         try:
             candidates[name]["share"] = as_body(found.share(name, confidence, seed))
         except Inconclusive as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +172,16 @@ def version_report(store: Store, version: Version, *, everything: bool, texts: b
         raise Refused(f"the evaluation of {version.label} states no {error}", where=version.label) from error
     with database.reading(store.engine) as session:
         texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
-    hidden = ([] if texts else ["examples"]) + ([] if everything else ["by_group"])
-    return EvidenceReport.model_validate({**data, **dict.fromkeys(hidden)})
+    shown = data if texts else without_texts(data)
+    return EvidenceReport.model_validate(shown if everything else {**shown, "by_group": None})
+
+
+def without_texts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report shows without requests and answers. data: as report_data returns it."""
+    policy = data["policy"]
+    if policy is not None:
+        policy = {**policy, "checks": [{**check, "shown": []} for check in policy["checks"]]}
+    return {**data, "examples": None, "policy": policy}
 
 
 def report_html(found: EvidenceReport) -> str:

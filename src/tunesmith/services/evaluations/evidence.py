@@ -29,7 +29,7 @@ from tunesmith.evaluation.summary import (
     verdict_summary,
 )
 from tunesmith.registry.versions import load_version
-from tunesmith.services.evaluations.evaluation import EvidenceReport
+from tunesmith.services.evaluations.evaluation import EvidenceReport, without_texts
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import reasons_of_recalls, recalled
@@ -229,7 +229,8 @@ def judged_candidate(store: Store, user: User, digest: str) -> str:
 
 
 def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport | None:
-    """What the report computes of an evaluation, without rows, versions and audit log; None as `show_evaluation`.
+    """What the report computes of an evaluation, without requests, answers, versions and audit log; None as
+    `show_evaluation`.
 
     Groups of rows, whose names may say whose rows they hold, are for readers of all tenants and regions. Takes seconds
     the first time. Raises Refused for evidence that is not consistent.
@@ -251,7 +252,7 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
 @lru_cache(maxsize=32)
 def _findings(store: Store, digest: str, verdict: str | None) -> EvidenceReport:
     data = report_data(store, digest, verdict)
-    return EvidenceReport.model_validate({**data, "examples": None})
+    return EvidenceReport.model_validate(without_texts(data))
 
 
 # The index of records
