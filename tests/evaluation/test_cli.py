@@ -141,7 +141,7 @@ def test_commands_import_what_they_need() -> None:
     code = "import sys"
     for module, heavy in (
         ("cli.evaluation", "torch transformers numpy scipy jinja2 sqlalchemy jsonschema rich.table"),
-        ("services.jobs", "torch transformers scipy httpx"),
+        ("services.runs.jobs", "torch transformers scipy httpx"),
     ):
         code += f"; import tunesmith.{module}; print([m for m in {heavy.split()!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
