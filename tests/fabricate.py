@@ -453,9 +453,12 @@ class Scene:
     base: str
     dataset: str
 
-    def version(self, seed: int | None, *, approved: bool = True, name: str = NAME, scope: Scope = Scope()) -> Version:
-        """A registered version, approved by bob. seed: of the adapter's weights; None answers with the base alone."""
-        facts: dict[str, Any] = {"name": "tuned", "prompt": "Answer as tuned.", "max_tokens": 32}
+    def version(
+        self, seed: int | None, *, approved: bool = True, name: str = NAME, scope: Scope = Scope(), **candidate: Any
+    ) -> Version:
+        """A registered version, approved by bob. seed: of the adapter's weights; None answers with the base alone.
+        candidate: further fields of it."""
+        facts: dict[str, Any] = {"name": "tuned", "prompt": "Answer as tuned.", "max_tokens": 32, **candidate}
         facts |= {"base": self.base, "dataset": self.dataset, "tuned": seed is not None}
         verdict = put_chain(self.store, seed=seed or 0, **facts).verdict
         version = register(self.store, name=name, verdict=verdict, actor=OWNER, scope=scope)

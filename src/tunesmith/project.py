@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -367,7 +367,7 @@ def parse_settings(text: str, where: str) -> ProjectSettings:
     try:
         return ProjectSettings.model_validate(read)
     except ValidationError as error:
-        raise _usage_error(error, where) from error
+        raise _usage_error(error, where, read) from error
 
 
 def settings_schema() -> dict[str, Any]:
@@ -375,13 +375,12 @@ def settings_schema() -> dict[str, Any]:
     return ProjectSettings.model_json_schema(by_alias=True)
 
 
-def _usage_error(error: ValidationError, where: str) -> UsageError:
-    """The first of pydantic's errors as a UsageError."""
+def _usage_error(error: ValidationError, where: str, read: Mapping[str, Any]) -> UsageError:
+    """The first of pydantic's errors as a UsageError. read: the settings with the error."""
     found = error.errors(include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     loc = first["loc"]
-    # Of `engine:` pydantic names the kind of settings too, which no project file does.
-    place = ".".join(str(part) for part in (loc[:1] + loc[2:] if loc[:1] == ("engine",) else loc))
+    place = _place(loc, read, missing=first["type"] == "missing")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "extra_forbidden":
         key = str(loc[-1])
@@ -394,6 +393,19 @@ def _usage_error(error: ValidationError, where: str) -> UsageError:
     given = first.get("input")
     shown = f", not {json.dumps(given, default=str)[:80]}" if isinstance(given, str | int | float | bool) else ""
     return UsageError(f"{said}{shown}{more}", where=f"{where}, {place}" if place else where)
+
+
+def _place(loc: Sequence[int | str], read: Any, missing: bool) -> str:
+    """The keys of an error's place. Of settings that may be one of several kinds, pydantic names the kind between them,
+    which no project file does. missing: the last key is not in the file."""
+    keys = []
+    for part in loc:
+        inside = part in read if isinstance(read, Mapping) else isinstance(read, list) and isinstance(part, int)
+        if inside:
+            read = read[part]
+        if inside or (missing and part == loc[-1]):
+            keys.append(str(part))
+    return ".".join(keys)
 
 
 def _keys(schema: Any) -> Iterator[str]:

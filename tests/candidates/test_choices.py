@@ -76,7 +76,7 @@ def test_fused_ranks_what_both_find_above_what_one_finds() -> None:
         ({"prompt": "p", "endpoint": {"url": "http://h/v1", "model": "m"}, "train": {}}, "remove train"),
         ({"prompt": "p", "weights": "x", "train": {}}, "remove train"),
         ({"prompt": "p", "endpoint": {"url": "http://h/v1", "model": "m"}, "constrain": {"copy": ["a"]}}, "cannot say"),
-        ({"prompt": "p", "constrain": {"copy": []}}, "at least 1"),
+        ({"prompt": "p", "constrain": {"copy": []}}, "write true, or {copy"),
         ({"method": "nearest", "constrain": {"copy": ["a"]}}, "remove constrain"),
         ({"prompt": "p", "search": {}, "shots": 4}, "remove shots"),
         ({"prompt": "p", "shots": 65}, "64"),

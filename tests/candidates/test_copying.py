@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ SLOTS: Schema = {
     "additionalProperties": False,
 }
 FIELDS = ("slots.who", "slots.when", "slots.tags[]")
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+TREE = {
+    **_object(name=TEXT, kids={"$ref": "#/$defs/kids"}),
+    "$defs": {"kids": {"type": "array", "items": {"$ref": "#"}}},
+}
 KEY = base64.b32encode(b"".join(hashlib.sha256(bytes([number])).digest() for number in range(30))).decode()
 MARIA = "Call Maria Novak, don't wait: 7pm."
 
@@ -108,6 +119,17 @@ def held(request: str | Sequence[str], slots: Schema | str) -> bool:
         ("नमस्ते दुनिया", "नमस", False),
         ("我想去北京", "北京", True),
         ("ไปกรุงเทพ", "กรุงเทพ", True),
+        ("서울에서 3시에", "서울", True),
+        (unicodedata.normalize("NFD", "서울에서"), unicodedata.normalize("NFD", "서울"), True),
+        (unicodedata.normalize("NFD", "서울에서"), unicodedata.normalize("NFD", "서울")[:-1], False),
+        ("コーヒー2つ", "コーヒー", True),
+        ("コーヒー2つ", "2", True),
+        ("ﾀﾞｲ", "ﾀ", False),
+        ("１０：３０に１，０００円", "１０：３０", True),
+        ("１０：３０に１，０００円", "１０", False),
+        ("１０：３０に１，０００円", "１", False),
+        ("๑๒ คน", "๑", False),
+        ("٥٫٥", "٥", False),
         ("react with 👍🏽 please", "👍🏽", True),
         ("react with 👍🏽 please", "👍", False),
         ("<|im_end|> \x1b[0m x", "<|im_end|>", True),
@@ -228,10 +250,10 @@ def test_nested_schemas() -> None:
         ("who", "no field 'who'"),
         ("", "no field ''"),
         ("slots.count", "'slots.count' cannot be copied: it is not a text but number"),
-        ("slots.kind", "it is not a text but any value"),
+        ("slots.kind", "the schema lists its values"),
         ("slots.tags", "it is a list: name its items"),
         ("slots", "not a text but object"),
-        ("*", "not a text but"),
+        ("*", "the schema lists its values"),
     ],
 )
 def test_fields_that_cannot_be_copied_are_refused(pattern: str, said: str) -> None:
@@ -245,18 +267,27 @@ def test_fields_that_cannot_be_copied_are_refused(pattern: str, said: str) -> No
     [
         ({"type": "object"}, "a", "no field 'a'"),
         ({"type": "object", "properties": {"a": TEXT}}, "*", "any value there"),
-        ({"type": "object", "properties": {"a": {"type": ["string", "number"]}}}, "a", "string or number"),
+        ({"type": "object", "properties": {"a": {"type": ["null", "number"]}}}, "a", "null or number"),
         ({"type": "object", "properties": {"a": {**TEXT, "pattern": "x"}}}, "a", "limits it by pattern"),
-        ({"type": "object", "properties": {"a": {"type": "string", "enum": ["x"]}}}, "a", "limits it by enum"),
+        ({"type": "object", "properties": {"a": {"type": "string", "enum": ["x"]}}}, "a", "lists its values"),
         ({"properties": {"a": TEXT}}, "a", "a schema without type is not supported"),
         ({"type": "object", "properties": {"a": TEXT}, "minProperties": 1}, "a", "minProperties is not supported"),
         ({"type": "object", "properties": {"a": TEXT}, "allOf": [{}]}, "a", "allOf is not supported"),
         ({"type": "array", "items": TEXT, "uniqueItems": True}, "[]", "uniqueItems is not supported"),
+        (_object(a=TEXT, on={"type": "string", "format": "date"}), "*", "'on' cannot be copied: the schema limits"),
+        (_object(a=TEXT, b={"oneOf": [TEXT]}), "*", "'b' cannot be copied: the schema allows any value there"),
+        (_object(a=TEXT, b={"type": "array", "items": TEXT}), "*", "'*' does not name 'b[]', which may be any text"),
+        (_object(a=TEXT, b={"type": "array"}), "*", "'b[]' cannot be copied: the schema allows any value there"),
+        (_object(a=TEXT, b=_object(c=TEXT)), "*", "'*' does not name 'b.c', which may be any text"),
+        (_object(a=TEXT, b={"type": "object"}), "*", r"'b.*' cannot be copied: the schema allows any value there"),
+        (TREE, "*", "'*' does not name 'kids[].name'"),
+        (TREE, "name", "kids: $ref: # is not supported"),
     ],
 )
 def test_schemas_that_cannot_be_followed_are_refused(schema: Schema, pattern: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError) as caught:
         copied_fields(schema, [pattern], "copy")
+    assert said in caught.value.what
 
 
 @pytest.mark.parametrize("copied", [("name",), ()], ids=["copied", "held"])
@@ -284,8 +315,62 @@ def test_parts_of_a_schema_that_decoding_cannot_follow_are_named(
     assert caught.value.where == "task.schema"
 
 
-def test_a_wildcard_takes_the_free_texts_alone() -> None:
+def test_a_wildcard_holds_every_text_that_the_schema_does_not_list() -> None:
     assert copied_fields(SLOTS, ["slots.*", "slots.tags[]"], "copy") == FIELDS
+    schema = _object(
+        who={**TEXT, "readOnly": True, "description": "a person", "x-note": 1},
+        code={"type": "string", "minLength": 2, "maxLength": 6},
+        size={"type": ["string", "number"], "minimum": 0},
+        room={"anyOf": [{"type": "string", "enum": ["home"]}, TEXT]},
+        kind={"type": "string", "enum": ["a"]},
+        count={"type": "integer"},
+        **{"start.time": TEXT},
+    )
+    fields = copied_fields(schema, ["*"], "copy")
+    assert fields == ("who", "code", "size", "room", "start.time")
+    grammar = CopyGrammars(json.dumps(schema), fields).grammar([f'{MARIA} "ab" \\'])
+    allowed = {"who": "7pm", "code": '"ab" \\', "size": "Novak", "room": "Maria", "kind": "a", "count": 1}
+    assert fits(grammar, json.dumps({**allowed, "start.time": "7pm"}))
+    for same in ({"size": 3}, {"room": "home"}, {"code": "Call"}):
+        assert fits(grammar, json.dumps(allowed | same)), same
+    refused = ("who", "Mario"), ("code", "Maria Novak"), ("code", ":"), ("size", "big"), ("start.time", "noon")
+    for key, value in refused:
+        assert not fits(grammar, json.dumps(allowed | {key: value})), (key, value)
+    own = [Message(role="user", content=MARIA)]
+    assert invented('{"start.time": "noon"}', ["*"], own) == ["start.time"]
+    assert copied_fields(schema, ["start.time"], "copy") == ("start.time",)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "allowed"),
+    [
+        ({"maxItems": 1}, {0, 1}),
+        ({"minItems": 1, "maxItems": 1}, {1}),
+        ({"maxItems": 0}, {0}),
+        ({"minItems": 2, "maxItems": 1}, set()),
+        ({"minItems": 2}, {2, 3}),
+    ],
+)
+def test_a_list_of_copied_values_has_so_many_items(bounds: Schema, allowed: set[int]) -> None:
+    schema = json.dumps(_object(tags={"type": "array", "items": TEXT, **bounds}))
+    grammar = CopyGrammars(schema, ["tags[]"]).grammar([MARIA])
+    assert {count for count in range(4) if fits(grammar, json.dumps({"tags": ["Maria"] * count}))} == allowed
+    check_constraint(Candidate(name="c", base="b", max_tokens=9, answer_schema=schema, copied=("tags[]",)))
+
+
+def test_answers_that_decoding_cannot_give_are_known() -> None:
+    own = [Message(role="user", content="call Maria at 7pm.")]
+    schema = _object(at={"type": "string", "format": "date-time"}, count={"type": "integer"}, who=TEXT)
+    held: Schema = {"name": "c", "base": "b", "max_tokens": 9, "answer_schema": json.dumps(schema)}
+    for copied in ((), ("who",)):
+        constraint = Constraint(Candidate(**held, copied=copied))
+        assert constraint.forbids('{"who": "Maria", "at": "2024-05-01T10:00:00Z", "count": 1}', own) is None
+        assert constraint.forbids('{"at": "2024-05-01T10:00:00"}', own) == "form", "as datetime.isoformat() writes it"
+        assert constraint.forbids('{"count": 1.0}', own) == "form"
+        assert constraint.forbids('{"who": "Mario"}', own) == ("copy" if copied else None)
+    free = Candidate(name="c", base="b", max_tokens=9)
+    assert Constraint(free).forbids("anything", own) is None
+    assert Constraint(free.model_copy(update={"answer_grammar": 'start: "a"\n'})).forbids("b", own) == "form"
 
 
 def test_invented_values_of_rows_are_found() -> None:

@@ -18,6 +18,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.engines.protocol import Generation
+from tunesmith.services.releases.export import _notes
 
 Schema = dict[str, Any]
 INNER: Schema = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"enum": ["a", "b"]}}}
@@ -96,6 +97,7 @@ def test_every_key_once_in_any_order() -> None:
         ({"type": "object", "properties": {"a": {"type": "string"}}}, False),
         ({"type": "object", "properties": {f"k{n}": {} for n in range(65)}}, False),
         ({**INNER, "minProperties": 1}, False),
+        ({**INNER, "x-note": "n", "readOnly": True, "$anchor": "inner"}, True),
         ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, False),
         ({"type": "string"}, False),
         (True, False),
@@ -140,3 +142,42 @@ def test_a_constrained_candidate_may_write_keys_in_any_order() -> None:
     tree: Schema = {"type": "object", "properties": {"name": {"type": "string"}, "branches": branches}}
     assert copied_fields(tree, (), "constrain.copy") == ()
     assert held(tree).grammar is None, "rules cannot follow it, so keys come in the schema's order"
+
+
+def test_an_export_says_what_other_programs_do_not_hold() -> None:
+    facts: dict[str, Any] = {"name": "c", "base": "b", "max_tokens": 9}
+    order = "other programs write keys in the schema's order"
+    schema = json.dumps(INNER)
+    copying = '{"type": "object", "properties": {"name": {"type": "string"}}}'
+    assert any(order in note for note in _notes(Candidate(**facts, answer_schema=schema)))
+    assert any(order in note for note in _notes(Candidate(**facts, answer_schema=copying, copied=("name",))))
+    assert not any(order in note for note in _notes(Candidate(**facts, answer_schema='{"type": "string"}')))
+    assert len(_notes(Candidate(**facts, answer_grammar='start: "a"\n'))) == 1
+    assert _notes(Candidate(**facts)) == ()
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (INNER, None),
+        ({"type": "string"}, None),
+        ({"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}, None),
+        ({**INNER, "minProperties": 1}, "the answer: minProperties is not supported"),
+        ({"type": "object", "properties": {"a": {**INNER, "minProperties": 1}}}, "a: minProperties is not supported"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, "the answer: $ref is not supported"),
+        ({"type": "object", "properties": {f"k{n}": {} for n in range(65)}}, "an object of more than 64 keys"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string"}, "b": {"$ref": "#/properties/a"}}},
+            "b: $ref: #/properties/a is not supported",
+        ),
+        (
+            {**INNER, "properties": {"x": {}, "z": {"$ref": "#/$defs/z"}}, "$defs": {"z": {"items": {"$ref": "#"}}}},
+            "z: $ref: # is not supported",
+        ),
+    ],
+)
+def test_why_keys_keep_the_schemas_order(schema: Schema, said: str | None) -> None:
+    """In a part of a grammar "#" would mean that part, so another schema would be followed."""
+    constraint = Constraint(Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema)))
+    assert constraint.order_kept_by is None if said is None else said in str(constraint.order_kept_by)
+    assert constraint.any_order is (schema is INNER)

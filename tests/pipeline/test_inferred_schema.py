@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny import write_model
 from tunesmith.api import Project
+from tunesmith.candidates.grammars.copying import copied_fields
 from tunesmith.core.messages import Message
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.starting.inferred_schema import infer_schema, schema_and_copied
@@ -132,6 +133,24 @@ def test_what_requests_say_is_neither_closed_nor_copied_where_a_later_one_may_sa
     schema, copied = schema_and_copied([answered(n) for n in range(300)], rows)
     jsonschema.validate(later, schema)
     assert not copied, "a label that a request does not say could not be answered"
+
+
+def test_what_is_proposed_to_copy_holds_every_text() -> None:
+    """A wildcard that leaves a text of its object open is refused, so the fields are named one by one."""
+    values = [{"who": f"Name{n}", "size": n if n % 2 else f"Large{n}", "tags": [f"Tag{n}"]} for n in range(60)]
+    asked = [f"for Name{n}, size {value['size']}, tag Tag{n}" for n, value in enumerate(values)]
+    rows = [
+        (json.dumps(value), [Message(role="user", content=text)]) for value, text in zip(values, asked, strict=True)
+    ]
+    schema, copied = schema_and_copied(values, rows)
+    assert copied == ["*", "tags[]"]
+    assert copied_fields(schema, copied, "copy") == ("who", "size", "tags[]")
+    for value in values:
+        value["tags"] = [f"Thing{value['who']}"]
+    rows = [(json.dumps(value), own) for value, (_, own) in zip(values, rows, strict=True)]
+    schema, copied = schema_and_copied(values, rows)
+    assert copied == ["who", "size"]
+    assert copied_fields(schema, copied, "copy") == ("who", "size")
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["table", "record"])

@@ -26,6 +26,10 @@ def _candidate(**train: Any) -> dict[str, Any]:
     return {"candidates": {"tuned": {"prompt": "p.txt", "train": train}}, "gates": {}}
 
 
+def _constrained(constrain: Any) -> dict[str, Any]:
+    return {"candidates": {"c": {"prompt": "p.txt", "constrain": constrain}}, "gates": {}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said", "place"),
     [
@@ -58,6 +62,17 @@ def _candidate(**train: Any) -> dict[str, Any]:
         ({"engine": {"train": "gpu"}}, "'native'", "engine.train"),
         ({"engine": {"kind": "vllm", "url": "no"}}, "pattern", "engine.url"),
         ({"engine": "hf"}, "", "engine"),
+        (_constrained({"copy": "slots.*"}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
+        (_constrained(["slots.*"]), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
+        (_constrained({"copy": None}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
+        (_constrained({"copy": []}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
+        (_constrained({}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
+        (_constrained({"cpy": ["a"]}), "did you mean 'copy'", "tunesmith.yaml, candidates.c.constrain.cpy "),
+        (
+            {"candidates": {"c": {"prompt": "p.txt", "endpoint": {"url": "http://localhost"}}}, "gates": {}},
+            "Field required",
+            "candidates.c.endpoint.model",
+        ),
     ],
 )
 def test_what_is_refused_says_what_and_where(changes: dict[str, Any], said: str, place: str) -> None:

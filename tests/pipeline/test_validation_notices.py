@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 
 from tests.evaluation.probing import row
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.cli.pipeline import _draw_training
-from tunesmith.pipeline.training import validation_notices
+from tunesmith.pipeline.training import forbidden_answers, validation_notices
 from tunesmith.services.runs.training import ExpectedCost, TrainingSummary
 from tunesmith.training.settings import TrainSettings
 
@@ -34,6 +36,26 @@ def test_it_says_what_validation_rows_are_missing() -> None:
         "validating by the loss: 10 validation rows are too few to choose by exact_match"
     ]
     assert _notices(10, budget=60, validate_by="loss") == [], "the settings say so"
+
+
+def test_it_says_which_answers_decoding_cannot_give() -> None:
+    schema = {"type": "object", "properties": {"who": {"type": "string"}, "at": {"type": "string", "format": "time"}}}
+    held = [row("for Ann", '{"who": "Ann"}'), row("for Bob", '{"who": "Eve"}'), row("at 10", '{"at": "10:30"}')]
+    project = SimpleNamespace(settings=SimpleNamespace(server=None))
+    context: Any = SimpleNamespace(dataset=SimpleNamespace(examples=lambda _split: held), project=project)
+    facts: dict[str, Any] = {"name": "c", "base": "b", "max_tokens": 9}
+    copying = Candidate(**facts, answer_schema=json.dumps(schema), copied=("who",))
+    counts, notices = forbidden_answers(context, copying, "train")
+    assert counts == {"undecodable": 1, "uncopied": 1}
+    assert notices[0].startswith(f"decoding cannot give 1 of 3 train answers, such as that of row {held[2].id}: ")
+    assert notices[1].startswith("copied fields: 1 of 3 train answers hold a value that is not words of the request")
+    ordered = Candidate(**facts, answer_schema=json.dumps({**schema, "minProperties": 1}))
+    assert forbidden_answers(context, ordered, "train")[1][0] == (
+        "keys keep the schema's order: the answer: minProperties is not supported"
+    )
+    assert forbidden_answers(context, Candidate(**facts), "train") == ({}, [])
+    project.settings.server = "vllm"
+    assert forbidden_answers(context, copying, "train") == ({}, [])
 
 
 def test_notices_are_shown_after_a_training() -> None:

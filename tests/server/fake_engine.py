@@ -23,7 +23,7 @@ class FakeEngine:
     """
 
     def __init__(self, base: str) -> None:
-        self.base, self.context_length = base, 64
+        self.base, self.context_length, self.follows_grammars = base, 64, True
         self.adapters: dict[str, Path] = {}
         self.calls = self.busiest = self._under_way = 0
         self._counting = threading.Lock()

@@ -98,8 +98,9 @@ def test_a_real_engine_holds_answers_whole_and_streamed(tiny: Served) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
 
 
-def test_a_schema_that_does_not_compile_is_a_400_and_no_failure_of_the_version(tiny: Served) -> None:
-    bad = schema_format(closed({"a": {"type": "string", "pattern": "("}}))
+@pytest.mark.parametrize("part", [{"type": "string", "pattern": "("}, {"const": 10**20}], ids=["pattern", "number"])
+def test_a_schema_that_does_not_compile_is_a_400_and_no_failure_of_the_version(tiny: Served, part: Any) -> None:
+    bad = schema_format(closed({"a": part}))
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="cannot be held to this response_format") as caught:
             tiny.ask(response_format=bad, stream=stream)

@@ -144,6 +144,16 @@ def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) 
     )  # fmt: skip
 
 
+def test_a_version_that_needs_grammars_is_refused_where_the_engine_follows_none(served: Served) -> None:
+    version = served.scene.version(9, answer_grammar='start: "a"\n')
+    served.engine.follows_grammars = False
+    answer = served.post(model=version.label)
+    assert answer.status_code == 404
+    assert "a grammar, which this server's engine cannot follow" in answer.json()["error"]["message"]
+    served.engine.follows_grammars = True
+    assert served.post(model=version.label).status_code == 200
+
+
 @pytest.mark.parametrize("error", [TunesmithError("the disk is full"), OSError(24, "Too many open files")])
 def test_a_canary_that_cannot_be_loaded_now_keeps_its_step(
     served: Served,

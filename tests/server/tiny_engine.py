@@ -16,6 +16,8 @@ from tunesmith.store.store import Store
 class TinyEngine:
     """Implements what a server needs of engines.protocol.Engine. base: the digest it says it runs."""
 
+    follows_grammars = True
+
     def __init__(self, base: str, folder: Path, template: str = TEMPLATE) -> None:
         write_model(folder / "m", template=template)
         self.native = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))

@@ -24,6 +24,10 @@ class OtherBase(UsageError):
     """A candidate was made for another base than the engine runs."""
 
 
+class NeedsGrammars(UsageError):
+    """A candidate's answers are held to a grammar, which the engine cannot follow."""
+
+
 class Answerer:
     """One candidate, ready to turn requests into what its responder generates from.
 
@@ -39,6 +43,12 @@ class Answerer:
     ) -> None:
         if candidate.asks_base and (engine is None or candidate.base != engine.base):
             raise OtherBase(f"candidate {candidate.name} was made for another base model than the engine runs")
+        if (candidate.copied or candidate.answer_grammar) and engine is not None and not engine.follows_grammars:
+            raise NeedsGrammars(
+                f"candidate {candidate.name} holds its answers to a grammar, which this engine cannot follow",
+                where="engine",
+                fix="leave `engine:` out, or release a candidate with constrain: true and a schema",
+            )
         self._candidate, self._engine, self._endpoint = candidate, engine, endpoint
         self.composer = Composer(store, candidate)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -145,6 +146,17 @@ class CandidateSettings(Settings):
         ),
     ] = False
     max_tokens: Annotated[int, Field(ge=1, le=32768, description="the most tokens of an answer")] = 128
+
+    @field_validator("constrain", mode="before")
+    @classmethod
+    def _true_or_copy(cls, given: Any) -> Any:
+        # Of what is neither, pydantic would say that it is no boolean. It names a wrong key itself.
+        if isinstance(given, bool | Constrain) or (isinstance(given, Mapping) and given.keys() - {"copy"}):
+            return given
+        fields = given.get("copy") if isinstance(given, Mapping) else None
+        if not (isinstance(fields, list | tuple) and fields and all(isinstance(each, str) for each in fields)):
+            raise ValueError("write true, or {copy: [slots.*]}")
+        return given
 
     @property
     def copied(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class InProcessEngine(ABC, Generic[Loaded]):
     choice_rows, choice_tokens: the most rows, and the most tokens of several rows, in one forward pass of choose().
     """
 
+    follows_grammars = True
     choice_rows: int
     choice_tokens: int
 

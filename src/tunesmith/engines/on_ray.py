@@ -30,6 +30,8 @@ _Method = Literal["generate", "choose"]
 class RayEngine:
     """Implements engines.protocol.Engine. The workers start with the first request; calls are answered one by one."""
 
+    follows_grammars = True
+
     def __init__(self, base: Base, kind: LocalEngine, settings: RaySettings, progress: Progress = SILENT) -> None:
         """kind: the engine that each worker runs. progress: is told of workers that ended."""
         self._base, self._kind, self._settings, self._progress = base, kind, settings, progress

@@ -111,6 +111,11 @@ class Engine(Responder, Protocol):
         """Digest of the base record."""
         ...
 
+    @property
+    def follows_grammars(self) -> bool:
+        """Whether it can hold answers to a grammar, and not to a schema only."""
+        ...
+
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder under name (the training's digest). Raises Refused if it does not fit the base."""
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import count_prompts, describe_prompts
-from tunesmith.candidates.grammars.copying import invented
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
@@ -19,7 +18,7 @@ from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, trained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import allowed_ends, tuned_names
+from tunesmith.pipeline.training import decoding_inputs, forbidden_answers, tuned_names
 
 _MOST_LABELS = 64
 
@@ -38,7 +37,7 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
         "choices": list(choices),
         "logprobs": endpoint is not None and endpoint.logprobs,
         **({} if endpoint is None else {"tools": True}),  # answers of before lack the row's tools
-        **allowed_ends(context, asked),
+        **decoding_inputs(context, asked),
         **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
     }
 
@@ -129,17 +128,13 @@ def _ask(
         context.progress.say(f"{name}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
     counted = count_prompts(asked, (row.request for row in rows))
     context.progress.say(f"{name}: system prompt: {describe_prompts(counted)}")
-    uncopied: dict[str, int] = {}
-    if asked.copied:
-        uncopied["uncopied"] = sum(bool(invented(row.answer, asked.copied, row.request)) for row in rows)
-        context.progress.say(
-            f"{name}: copied fields: {uncopied['uncopied']} of {len(rows)} reference answers hold a value that is not "
-            "words of the request, which this candidate cannot give"
-        )
+    forbidden, notices = forbidden_answers(context, asked, split)
+    for notice in notices:
+        context.progress.say(f"{name}: {notice}")
     title = f"{name} answers {len(rows)} rows"
     likelihoods = _likelihoods(context, asked, choices) if choices else None
     found = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
-    body = found.body(split) | {"engine": context.engine_of(asked)} | uncopied
+    body = found.body(split) | {"engine": context.engine_of(asked)} | forbidden
     return keep_answers(context.store, parents, found.lines, body)
 
 

@@ -15,6 +15,7 @@ from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import decoding_inputs
 
 
 def read_requests(context: PipelineContext) -> list[PolicyItem]:
@@ -42,7 +43,13 @@ def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyIt
     digest = candidate(context, name)
     asked = load_candidate(context.store, digest)
     engine, encoded = context.engine_of(asked), encode_policy_items(items)
-    inputs = {"candidate": digest, "requests": digest_bytes(encoded), "engine": engine, "together": TOGETHER}
+    inputs = {
+        "candidate": digest,
+        "requests": digest_bytes(encoded),
+        "engine": engine,
+        "together": TOGETHER,
+        **decoding_inputs(context, asked),
+    }
 
     def ask(work: Path) -> str:
         if asked.endpoint is not None:

@@ -20,6 +20,7 @@ from tunesmith.evaluation.probes.suites import Suite, ask, suite_of
 from tunesmith.evaluation.scores import GENERAL
 from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import decoding_inputs
 
 
 def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
@@ -96,6 +97,7 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
         "file": None if path is None else digest_path(path),
         "engine": engine,
         **suite.depends_on,
+        **(decoding_inputs(context, asked) if suite.own else {}),
     }
 
     def measure(_work: Path) -> str:

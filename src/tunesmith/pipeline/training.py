@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, count_prompts, describe_prompts
+from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Progress
@@ -150,6 +151,9 @@ def _spec(
     from tunesmith.training.train import make_spec
 
     rows, validation = composed_rows(context, candidate, settings)
+    notices = validation_notices(context, settings)
+    if decisions is None:
+        notices += forbidden_answers(context, candidate, "train")[1]
     return make_spec(
         base=context.base,
         dataset=context.dataset.digest,
@@ -162,7 +166,7 @@ def _spec(
         splits=context.dataset.readable,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
-        notices=validation_notices(context, settings),
+        notices=notices,
     )
 
 
@@ -336,15 +340,18 @@ def _validated_by(context: PipelineContext, candidate: Candidate, settings: Trai
         "constrained": candidate.answer_schema is not None,
         "copied": list(candidate.copied),
         "grammar": candidate.answer_grammar,
-        **allowed_ends(context, candidate),
+        **decoding_inputs(context, candidate),
     }
 
 
-def allowed_ends(context: PipelineContext, asked: Candidate) -> dict[str, str]:
-    """What a stage's key says of a constrained candidate of a base with several stop tokens: before, its answers could
-    end at one of them only."""
+def decoding_inputs(context: PipelineContext, asked: Candidate) -> dict[str, str]:
+    """What a stage's key says of a constrained candidate, whose answers were held otherwise before: to other rules of
+    its schema, and, on a base with several stop tokens, to one end only."""
     held = asked.endpoint is None and bool(asked.answer_schema or asked.answer_grammar)
-    return {"ends": "all"} if held and len(context.renderer.stop_ids) > 1 else {}
+    return {
+        **({"rules": "2"} if held and asked.answer_schema else {}),
+        **({"ends": "all"} if held and len(context.renderer.stop_ids) > 1 else {}),
+    }
 
 
 def composed_rows(
@@ -358,6 +365,32 @@ def composed_rows(
 
     chosen = training_rows(context.dataset.examples("train"), settings)
     return composed(chosen), composed(validation_rows(context))
+
+
+def forbidden_answers(context: PipelineContext, candidate: Candidate, split: str) -> tuple[dict[str, int], list[str]]:
+    """How many reference answers of a split decoding keeps the candidate from giving, for a record; and what people
+    should know of how it is held."""
+    held = candidate.answer_schema or candidate.answer_grammar
+    if not held or not candidate.asks_base or context.project.settings.server is not None:
+        return {}, []  # servers read schemas in their own ways
+    constraint, rows = Constraint(candidate), context.dataset.examples(split)
+    found = [(row.id, constraint.forbids(row.answer, row.request)) for row in rows]
+    unfit = [name for name, why in found if why == "form"]
+    counts = {"undecodable": len(unfit)}
+    notices = [] if constraint.order_kept_by is None else [f"keys keep the schema's order: {constraint.order_kept_by}"]
+    if unfit:
+        notices.append(
+            f"decoding cannot give {len(unfit)} of {len(rows)} {split} answers, such as that of row {unfit[0]}: it "
+            "reads the schema more strictly than the build and metrics do, as for dates, times and whole numbers such "
+            "as 1.0"
+        )
+    if candidate.copied:
+        counts["uncopied"] = sum(why == "copy" for _, why in found)
+        notices.append(
+            f"copied fields: {counts['uncopied']} of {len(rows)} {split} answers hold a value that is not words of the "
+            "request, which this candidate cannot give"
+        )
+    return counts, notices
 
 
 def validation_rows(context: PipelineContext) -> list[Example]:

@@ -191,6 +191,17 @@ def test_listed_values_are_equal_as_in_json(value: Any, listed: list[Any], valid
     assert satisfies([value, *listed], {"uniqueItems": True}) is not valid
 
 
+def test_multiples_are_those_of_decimals() -> None:
+    cents = {"multipleOf": 0.01}
+    assert all(satisfies(count / 100, cents) for count in range(10_000)), "as quotients of doubles 14% are not"
+    assert not satisfies(0.015, cents)
+    assert satisfies(True, cents), "no number"
+    assert satisfies(-6, {"multipleOf": 3})
+    assert not satisfies(10**300, {"multipleOf": 7.0})
+    assert satisfies(1e300, {"multipleOf": 1e-300})
+    assert not satisfies(1e-300, {"multipleOf": 1e300})
+
+
 def test_a_schema_that_nothing_satisfies_is_read_and_refuses_every_answer() -> None:
     schema = {"type": "object", "minProperties": 5, "maxProperties": 1}
     check_answer_schema(schema, "x")

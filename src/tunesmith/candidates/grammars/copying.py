@@ -13,18 +13,21 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Final, Literal
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, both, only_objects, same_schema
 from tunesmith.candidates.grammars.schema_rules import (
     ARRAY,
     FIX,
-    NOTES,
+    LETTER,
     OBJECT,
     SchemaRules,
+    is_listed,
+    limits,
+    order_kept_by,
     orders_keys,
     resolved,
     types_of,
@@ -32,6 +35,7 @@ from tunesmith.candidates.grammars.schema_rules import (
 from tunesmith.candidates.grammars.words import END, SPACE, is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.engines.decoding.json_text import restricted
 from tunesmith.engines.protocol import Generation
@@ -39,6 +43,14 @@ from tunesmith.engines.protocol import Generation
 _GRAMMARS_KEPT: Final = 64
 _FEWEST, _BEYOND = 20, 0.02  # values that a proposal to copy needs, and the share that may not be copied
 _REFERENCES: Final = 2  # how often one $ref is followed on the way to a field
+_KEY, _ITEM = "\0", "\1"  # in a path before a key that is not the first, and for the items of a list
+# What may stand beside the type of a copied text: its length, and what limits values of other types only.
+_BESIDE: Final = frozenset(
+    {
+        *("type", "minLength", "maxLength", *OBJECT, *ARRAY),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    }
+)
 # A value begins and ends with a piece, not with whitespace.
 _COPIED: Final = rf"""COPIED: "\"" VALUE "\""
 VALUE: RUN & /[^{SPACE}\n]([^\n]*[^{SPACE}\n])?/
@@ -46,16 +58,29 @@ VALUE: RUN & /[^{SPACE}\n]([^\n]*[^{SPACE}\n])?/
 
 
 class Constraint:
-    """What holds a candidate's answers: nothing, its grammar, its schema, or the schema with copied fields."""
+    """What holds a candidate's answers: nothing, its grammar, its schema, or the schema with copied fields.
+
+    order_kept_by: why keys come in the schema's order; None where they come in any order, or where no object has two.
+    """
 
     def __init__(self, candidate: Candidate) -> None:
-        self._schema, self._grammar = candidate.answer_schema, candidate.answer_grammar
+        self._schema, self._grammar, self._copied = candidate.answer_schema, candidate.answer_grammar, candidate.copied
         self._grammars: CopyGrammars | None = None
+        self.order_kept_by: str | None = None
         if self._schema is not None and candidate.copied:
             self._grammars = CopyGrammars(self._schema, candidate.copied)
-        elif self._schema is not None and orders_keys(root := json.loads(self._schema)):
-            with suppress(UsageError):  # the rules cannot say it: keys come in the schema's order then
-                self._grammar = SchemaRules(root).write()
+        elif self._schema is not None:
+            root = json.loads(self._schema)
+            try:
+                self.order_kept_by = order_kept_by(root)
+                self._grammar = SchemaRules(root).write() if orders_keys(root) else None
+            except UsageError as error:  # the rules cannot say it
+                self.order_kept_by = error.what
+
+    @property
+    def any_order(self) -> bool:
+        """Whether the keys of an object may come in another order than the schema's."""
+        return self._schema is not None and (self._grammars is not None or self._grammar is not None)
 
     def hold(
         self, request: Generation, own: Sequence[Message], requested: Mapping[str, Any] | None = None
@@ -74,6 +99,24 @@ class Constraint:
         if self._grammars is None:
             return replace(request, schema=self._schema, grammar=self._grammar)
         return replace(request, grammar=self._grammars.grammar(_user_texts(own)), constrained_by="messages")
+
+    def forbids(self, answer: str, own: Sequence[Message]) -> Literal["copy", "form"] | None:
+        """What keeps decoding from this answer to a request whose own turns these are: a copied field holds other than
+        their words, or its form; None where it can give the answer."""
+        if self._copied and invented(answer, self._copied, own):
+            return "copy"
+        return None if self._form is None or matches(self._form, answer) else "form"
+
+    @cached_property
+    def _form(self) -> str | None:
+        """A grammar of the answers to all requests, whose copied fields may hold any text."""
+        if self._grammars is not None:
+            return self._grammars.of_any_words()
+        if self._grammar is not None or self._schema is None:
+            return self._grammar
+        from llguidance import LLMatcher
+
+        return str(LLMatcher.grammar_from_json_schema(restricted(json.loads(self._schema))))
 
     def _implies(self, requested: Mapping[str, Any]) -> bool:
         """Whether every answer that the candidate's own rule allows fits the requested schema, as far as is plain."""
@@ -135,6 +178,10 @@ class CopyGrammars:
         """
         return self._grammar(tuple(texts))
 
+    def of_any_words(self) -> str:
+        """The Lark grammar of answers whose copied fields hold any text."""
+        return f"{self._rules[True]}{_COPIED}RUN: /{LETTER}*/\n"
+
     def _write(self, texts: tuple[str, ...]) -> str:
         found = pieces(texts)
         words = not {SPACE, END}.issuperset(found)
@@ -155,31 +202,13 @@ class CopyGrammars:
 def copied_fields(schema: Mapping[str, Any], patterns: Sequence[str], where: str) -> tuple[str, ...]:
     """The paths of the text fields that patterns such as `slots.*` or `items[].name` name, in the schema's order.
 
-    `*` names the text fields among an object's: other values, and texts from a list, cannot be invented. Raises
-    UsageError for a pattern that names nothing, for a field that is not free text, and where the schema has something
-    on the way to a field that is not supported.
+    `*` names any one key. Values that are no texts, or that the schema lists, need not be copied. Raises UsageError for
+    a pattern that names no text field, for a text that cannot be copied, where a text below `*` is not among the
+    fields, and where the schema has something on the way to a field that is not supported.
     """
     if not patterns:
         return ()
-    known = _known(schema)
-    wanted: dict[str, None] = {}
-    for pattern in patterns:
-        matching = [path for path in known if _matches(pattern, path)]
-        free = [path for path in matching if not known[path]]
-        if not matching:
-            near = difflib.get_close_matches(pattern, list(known), n=1)
-            free = [path for path, reason in known.items() if not reason]
-            raise UsageError(
-                f"the answer schema has no field {pattern!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                where=where,
-                fix=f"text fields that can be copied are: {', '.join(free[:20]) or 'none'}",
-            )
-        # A wildcard skips what is not free text. But other keys with any value would let an invented one in.
-        barred = [path for path in matching if known[path] and (not free or path == pattern or path.endswith("*"))]
-        if barred:
-            raise UsageError(f"{barred[0]!r} cannot be copied: {known[barred[0]]}", where=where, fix=FIX)
-        wanted.update(dict.fromkeys(free))
-    fields = tuple(path for path in known if path in wanted)
+    fields = _named(_known(schema), patterns, where)
     try:
         CopyGrammars(json.dumps(schema, ensure_ascii=False), fields)
     except UsageError as error:
@@ -187,32 +216,67 @@ def copied_fields(schema: Mapping[str, Any], patterns: Sequence[str], where: str
     return fields
 
 
+def _named(known: Mapping[str, _Value], patterns: Sequence[str], where: str) -> tuple[str, ...]:
+    """The paths of the text fields that patterns name. Raises as copied_fields does."""
+    matching = {pattern: [path for path in known if _matches(pattern, path)] for pattern in patterns}
+    fields = {path: None for paths in matching.values() for path in paths if not known[path].uncopied}
+    for pattern, paths in matching.items():
+        if not paths:
+            near = difflib.get_close_matches(pattern, [_shown(path) for path in known], n=1)
+            free = [_shown(path) for path, value in known.items() if not value.uncopied]
+            raise UsageError(
+                f"the answer schema has no field {pattern!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                where=where,
+                fix=f"text fields that can be copied are: {', '.join(free[:20]) or 'none'}",
+            )
+        wide = "*" in pattern and any(path in fields for path in paths)
+        inside = tuple(path + end for path in paths for end in (_KEY, _ITEM)) if wide else ()
+        fix = f"{FIX}; or name the fields to copy one by one, without *" if wide else FIX
+        for path, value in known.items():
+            if path in fields or not (path in paths or path.startswith(inside)):
+                continue
+            if value.uncopied and (value.text or not wide):
+                raise UsageError(f"{_shown(path)!r} cannot be copied: {value.uncopied}", where=where, fix=fix)
+            if not value.uncopied:
+                raise UsageError(
+                    f"{pattern!r} does not name {_shown(path)!r}, which may be any text",
+                    where=where,
+                    fix="add it to copy; or name the fields to copy one by one, without *",
+                )
+    return tuple(dict.fromkeys(_shown(path) for path in known if path in fields))
+
+
 def text_fields(schema: Mapping[str, Any]) -> list[str]:
     """The paths of the fields that can be copied."""
-    return [path for path, reason in _known(schema).items() if not reason]
+    return list(dict.fromkeys(_shown(path) for path, value in _known(schema).items() if not value.uncopied))
 
 
-def texts_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def texts_of(value: Any) -> Iterator[tuple[str, str]]:
     """The path and the text of every text in a JSON value."""
+    for path, text in _texts(value, ""):
+        yield _shown(path), text
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, each in value.items():
-            yield from texts_of(each, f"{path}.{key}" if path else key)
+            yield from _texts(each, _inside(path, key))
     elif isinstance(value, list):
         for each in value:
-            yield from texts_of(each, f"{path}[]")
+            yield from _texts(each, path + _ITEM)
 
 
 def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list[str]:
     """The copied fields of an answer whose value is not words of the request's user turns; none if it is not JSON."""
     try:
-        found = list(texts_of(parse_json(answer)))
+        found = list(_texts(parse_json(answer), ""))
     except NotJson:
         return []
     given = pieces(_user_texts(own))
     copied = [(path, text) for path, text in found if any(_matches(field, path) for field in fields)]
-    return [path for path, text in copied if not is_copied(text, given)]
+    return [_shown(path) for path, text in copied if not is_copied(text, given)]
 
 
 def paths_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
@@ -231,10 +295,18 @@ def paths_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[
 
 
 def patterns_of(schema: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
-    """The patterns that name these text fields of a schema: `slots.*` where they are all of an object's."""
-    fields = [path for path in text_fields(schema) if "*" not in path]
-    together = {path: re.sub(r"[^.\[\]]+$", "*", path) for path in chosen}
-    whole = {each for each in together.values() if {path for path in fields if _matches(each, path)} <= set(chosen)}
+    """The patterns that name these text fields of a schema: `slots.*` where it names no others and leaves none open."""
+    known = _known(schema)
+
+    def names_these(pattern: str) -> bool:
+        try:
+            return set(_named(known, [pattern, *chosen], "copy")) == set(chosen)
+        except UsageError:
+            return False
+
+    places = {_shown(path): path for path in known}
+    together = {path: _shown(re.sub(f"[^{_KEY}{_ITEM}]+$", "*", places[path])) for path in chosen}
+    whole = {each for each in together.values() if names_these(each)}
     return list(dict.fromkeys(together[path] if together[path] in whole else path for path in chosen))
 
 
@@ -242,48 +314,86 @@ def _user_texts(own: Sequence[Message]) -> list[str]:
     return [message.content for message in own if message.role == "user"]
 
 
+def _inside(path: str, key: str) -> str:
+    """The path of a key's value in the object at a path."""
+    return f"{path}{_KEY}{key}" if path else key
+
+
+def _shown(path: str) -> str:
+    """A path as people write it."""
+    return path.replace(_KEY, ".").replace(_ITEM, "[]")
+
+
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a path is one that a pattern names. `*` is any one key."""
-    return re.fullmatch("[^.\\[\\]]*".join(map(re.escape, pattern.split("*"))), path) is not None
+    """Whether a path is one that a pattern names. `*` is any one key; a dot in a pattern may be a key's own."""
+    return _compiled(pattern).fullmatch(path) is not None
 
 
-def _known(schema: Mapping[str, Any]) -> dict[str, str]:
-    """The path of every value in a schema, and why it cannot be copied; "" where it can."""
-    known: dict[str, str] = {}
-    for path, reason in _fields(schema, schema, "", ()):
-        known[path] = known.get(path) or reason
+@lru_cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    wanted = re.escape(pattern).replace(r"\*", f"[^{_KEY}{_ITEM}]*").replace(r"\[\]", rf"(?:{_ITEM}|\[\])")
+    return re.compile(wanted.replace(r"\.", f"[.{_KEY}]"))
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value below an answer. uncopied: why it cannot be copied; "" where it can. text: whether it may be a text that
+    the schema does not list."""
+
+    uncopied: str
+    text: bool
+
+
+_ANY: Final = _Value("the schema allows any value there", text=True)
+
+
+def _known(schema: Mapping[str, Any]) -> dict[str, _Value]:
+    """Every value in a schema by its path."""
+    known: dict[str, _Value] = {}
+    for path, value in _fields(schema, schema, "", ()):
+        before = known.get(path, value)
+        # Where one of several schemas is of texts, the others do not matter; of two texts both must be copied.
+        known[path] = before if (before.text, before.uncopied) >= (value.text, value.uncopied) else value
     return known
 
 
-def _fields(root: Mapping[str, Any], schema: Any, path: str, followed: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The path of every value below an object or array, and why it cannot be copied; "" where it can."""
+def _fields(root: Mapping[str, Any], schema: Any, path: str, followed: tuple[str, ...]) -> Iterator[tuple[str, _Value]]:
+    """Every value below an object or array, with its path."""
     if not isinstance(schema, dict):
-        if path:
-            yield path, "the schema allows any value there"
+        if path and schema is not False:
+            yield path, _ANY
         return
     if (reference := schema.get("$ref")) is not None:
         if followed.count(reference) < _REFERENCES:
-            yield from _fields(root, resolved(root, reference, path), path, (*followed, reference))
+            target = resolved(root, reference, _shown(path))
+            yield from _fields(root, target, path, (*followed, reference))
+        else:
+            yield path, _Value("the schema refers to itself there without end", text=True)
         return
     for part in schema.get("anyOf", ()):
         yield from _fields(root, part, path, followed)
+    kinds = types_of(schema)
     for key, part in schema.get("properties", {}).items():
-        yield from _fields(root, part, f"{path}.{key}" if path else key, followed)
-    if (further := schema.get("additionalProperties", "object" in types_of(schema))) is not False:
-        yield from _fields(root, further, f"{path}.*" if path else "*", followed)
-    if "items" in schema:
-        yield from _fields(root, schema["items"], f"{path}[]", followed)
-    if path and "anyOf" not in schema and schema.get("type") != "null":
-        yield path, _not_copied(schema)
+        yield from _fields(root, part, _inside(path, key), followed)
+    further = schema.get("additionalProperties", "object" in kinds)
+    for part in (*schema.get("patternProperties", {}).values(), further):
+        yield from _fields(root, part, _inside(path, "*"), followed)
+    items = schema.get("items", "array" in kinds)
+    for part in (*schema.get("prefixItems", ()), items):
+        yield from _fields(root, part, path + _ITEM, followed)
+    if path and "anyOf" not in schema and kinds != ["null"]:
+        yield path, _value(schema, kinds)
 
 
-def _not_copied(schema: Mapping[str, Any]) -> str:
-    """Why the values of a schema cannot be copied; "" where they can."""
-    types = types_of(schema)
-    if types == ["array"]:
-        return "it is a list: name its items, with []"
-    if "string" not in types or set(types) - {"string", "null"}:
-        return f"it is not a text but {' or '.join(types) or 'any value'}"
-    if further := sorted(schema.keys() - NOTES - {"type", "minLength"} - OBJECT - ARRAY):
-        return f"the schema limits it by {further[0]} already"
-    return "it must have several letters" if schema.get("minLength", 0) > 1 else ""
+def _value(schema: Mapping[str, Any], kinds: Sequence[str]) -> _Value:
+    """What a schema without $ref and anyOf says of its value."""
+    if is_listed(schema):
+        return _Value("the schema lists its values", text=False)
+    if not kinds:
+        return _ANY
+    if kinds == ["array"]:
+        return _Value("it is a list: name its items, with []", text=False)
+    if "string" not in kinds:
+        return _Value(f"it is not a text but {' or '.join(kinds)}", text=False)
+    further = limits(schema, _BESIDE)
+    return _Value(f"the schema limits it by {further[0]} already" if further else "", text=True)

@@ -164,7 +164,10 @@ def only_objects(root: Mapping[str, Any], schema: Any, passed: int = 0) -> bool:
     if types_of(schema) == ["object"]:
         return True
     if isinstance(schema.get("$ref"), str):
-        return only_objects(root, resolved(root, schema["$ref"], ""), passed + 1)
+        try:
+            return only_objects(root, resolved(root, schema["$ref"], ""), passed + 1)
+        except UsageError:  # the name of an $anchor, say
+            return False
     options = schema.get("anyOf") or [None]
     return all(only_objects(root, option, passed + 1) for option in options)
 

@@ -10,25 +10,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.decoding.json_text import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
 
 FIX: Final = "simplify the schema there, or leave the field out of copy"
-NOTES: Final = frozenset(
-    {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs", "definitions", "deprecated"}
+_NOTES: Final = frozenset(
+    {
+        *("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"),
+        *("$schema", "$id", "$anchor", "$defs", "definitions"),
+    }
 )
 OBJECT: Final = frozenset({"properties", "required", "additionalProperties"})
 ARRAY: Final = frozenset({"items", "minItems", "maxItems"})
+_HELD: Final = OBJECT | ARRAY | {"type"}
 _MOST_KEYS: Final = 64  # bits of a rule's parameter
+LETTER: Final = r"(\\(u[0-9a-fA-F]{4}|[^u])|[^\"\\])"  # of a JSON string, as it is written
 # A name has one spelling only: by \\u0062, a listed name could be written a second time, with another value.
 _TERMINALS: Final = rf"""
 ITEM: /{ITEM_SEPARATOR}/
 KEY: /{KEY_SEPARATOR}/
 NAME: /"(\\[\"\\bfnrt]|[^\"\\\x00-\x1F\x7F])*"/
 """
+
+
+def limits(schema: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The keys of a schema that may limit its values, without the known ones: not its notes, and not x-... keys."""
+    return sorted(key for key in schema.keys() - set(known) - _NOTES if not key.startswith("x-"))
 
 
 def types_of(schema: Mapping[str, Any]) -> list[str]:
@@ -38,8 +48,10 @@ def types_of(schema: Mapping[str, Any]) -> list[str]:
 
 
 def resolved(root: Mapping[str, Any], reference: str, path: str) -> Any:
-    """The part of a schema that a $ref names. Raises UsageError where there is none."""
+    """The part of a schema that a $ref names. Raises UsageError where there is none, and for the name of an $anchor."""
     found: Any = root
+    if reference[:2] not in ("#", "#/"):
+        raise _unsupported(f"$ref: {reference}", path)
     try:
         for part in reference.removeprefix("#").split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
@@ -50,18 +62,52 @@ def resolved(root: Mapping[str, Any], reference: str, path: str) -> Any:
 
 
 def _unsupported(what: str, path: str) -> UsageError:
-    return UsageError(f"{path or 'the answer'}: {what} is not supported on the way to a copied field", fix=FIX)
+    return UsageError(f"{path or 'the answer'}: {what} is not supported", fix=FIX)
+
+
+def is_listed(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema lists its values."""
+    return "enum" in schema or "const" in schema
 
 
 def orders_keys(schema: Any) -> bool:
     """Whether there is an object in a schema whose keys the rules let come in another order than the schema's."""
-    if not isinstance(schema, dict) or schema.keys() - OBJECT - ARRAY - NOTES - {"type"}:
+    return any(why is None for why in _orders(schema, ""))
+
+
+def order_kept_by(schema: Mapping[str, Any]) -> str | None:
+    """Why the rules let no key come out of the schema's order; None where some may, and where no object has two."""
+    reasons = list(_orders(schema, "")) if _has_two_keys(schema) else []
+    return None if None in reasons else next(iter(reasons), None)
+
+
+def _orders(schema: Any, path: str) -> Iterator[str | None]:
+    """For each object in a schema that may have two keys: None where they come in any order, else the reason."""
+    if not isinstance(schema, dict) or is_listed(schema):
+        return
+    kinds, properties = types_of(schema), schema.get("properties", {})
+    if kinds and not {"object", "array"} & set(kinds):
+        return
+    if further := limits(schema, _HELD) or ([] if kinds else ["a schema without type"]):
+        yield _unsupported(further[0], path).what
+        return
+    if len(properties) > 1:
+        many = len(properties) > _MOST_KEYS
+        yield _unsupported(f"an object of more than {_MOST_KEYS} keys", path).what if many else None
+    inside = f"{path}." if path else ""
+    for key, part in {**properties, "*": schema.get("additionalProperties")}.items():
+        yield from _orders(part, inside + key)
+    yield from _orders(schema.get("items"), f"{path}[]")
+
+
+def _has_two_keys(schema: Any) -> bool:
+    """Whether an object in a schema has several properties, wherever it stands."""
+    if isinstance(schema, list):
+        return any(map(_has_two_keys, schema))
+    if not isinstance(schema, dict):
         return False
-    if not {"object", "array"} & set(types_of(schema)):
-        return False
-    properties = schema.get("properties", {})
-    parts = [*properties.values(), schema.get("items"), schema.get("additionalProperties")]
-    return 1 < len(properties) <= _MOST_KEYS or any(map(orders_keys, parts))
+    properties = schema.get("properties")
+    return (isinstance(properties, dict) and len(properties) > 1) or any(map(_has_two_keys, schema.values()))
 
 
 class SchemaRules:
@@ -90,7 +136,7 @@ class SchemaRules:
     def _value(self, schema: Any, path: str) -> str | None:
         inside = tuple(field for field in self._fields if field.startswith((f"{path}.", f"{path}[")) or not path)
         copies = path in self._fields or bool(inside)
-        if not isinstance(schema, dict) or not (copies or orders_keys(schema)):
+        if not isinstance(schema, dict) or is_listed(schema) or not (copies or orders_keys(schema)):
             return self._plain(schema, path)
         if "$ref" in schema:
             self._only(schema, {"$ref"}, path)
@@ -107,14 +153,24 @@ class SchemaRules:
 
     def _typed(self, schema: Mapping[str, Any], kind: str, path: str) -> str | None:
         if kind == "object":
-            self._only(schema, OBJECT | ARRAY | {"type"}, path)
+            self._only(schema, _HELD, path)
             return self._object(schema, path)
         if kind == "array":
-            self._only(schema, OBJECT | ARRAY | {"type"}, path)
+            self._only(schema, _HELD, path)
             return self._array(schema, path)
         if kind == "string" and path in self._fields:
-            return "COPIED" if self._words else None
+            return self._copied(schema) if self._words else None
         return self._plain({**schema, "type": kind}, path)
+
+    def _copied(self, schema: Mapping[str, Any]) -> str | None:
+        """A terminal for the copied values of a schema."""
+        least, most = int(schema.get("minLength", 0)), schema.get("maxLength")
+        if least <= 1 and most is None:
+            return "COPIED"
+        if most is not None and most < max(1, least):
+            return None
+        length = f"/{LETTER}{{{least},{'' if most is None else int(most)}}}/"
+        return self._names.setdefault(rf'"\"" (VALUE & {length}) "\""', f"COPIED_{len(self._names)}")
 
     def _object(self, schema: Mapping[str, Any], path: str) -> str | None:
         properties, required = schema.get("properties", {}), schema.get("required", ())
@@ -169,11 +225,13 @@ class SchemaRules:
 
     def _array(self, schema: Mapping[str, Any], path: str) -> str | None:
         least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
+        if most is not None and most < least:
+            return None
         item = None if most == 0 else self._value(schema.get("items", True), f"{path}[]")
         if item is None:
             return self._rule('"[" "]"') if least == 0 else None
         more = f"{max(0, least - 1)},{'' if most is None else int(most) - 1}"
-        several = f"{item} (ITEM {item}){{{more}}}"
+        several = item if most == 1 else f"{item} (ITEM {item}){{{more}}}"  # a grammar may not say {0,0}
         return self._rule(f'"[" {several} "]"' if least else f'"[" ({several})? "]"')
 
     def _plain(self, schema: Any, path: str) -> str | None:
@@ -181,12 +239,12 @@ class SchemaRules:
         if schema is False:
             return None
         own: dict[str, Any] = {} if schema is True else dict(schema)
-        referred = json.dumps(own)
-        if '"$ref"' in referred:
-            targets = re.findall(r'"\$ref": "([^"]*)"', referred)
+        if '"$ref"' in json.dumps(own):
+            # Within the grammar "#" means this part, in the definitions too.
+            own |= {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
+            targets = re.findall(r'"\$ref": "([^"]*)"', json.dumps(own))
             if outside := [each for each in targets if not each.startswith(("#/$defs/", "#/definitions/"))]:
                 raise _unsupported(f"$ref: {outside[0]}", path)
-            own |= {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
         if "$schema" in self._root:
             own["$schema"] = self._root["$schema"]
         return self._rule(f"%json {json.dumps(restricted(own), ensure_ascii=False)}")
@@ -197,6 +255,6 @@ class SchemaRules:
             return self._rule(" | ".join(possible))
         return possible[0] if possible else None
 
-    def _only(self, schema: Mapping[str, Any], known: frozenset[str] | set[str], path: str) -> None:
-        if further := sorted(schema.keys() - known - NOTES):
+    def _only(self, schema: Mapping[str, Any], known: Collection[str], path: str) -> None:
+        if further := limits(schema, known):
             raise _unsupported(further[0], path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -225,6 +226,7 @@ def _bounded(dialect: Any) -> Any:
         "additionalProperties": _additional_properties,
         "uniqueItems": _unique_items,
         "enum": _enum,
+        "multipleOf": _multiple_of,
     }
     known = {name: own.get(name, keyword) for name, keyword in dialect.VALIDATORS.items()}
     bounded = validators.extend(dialect, {name: _counted(keyword) for name, keyword in known.items()})
@@ -276,6 +278,12 @@ def _enum(_validator: Any, listed: Any, value: Any, _schema: Any) -> Iterator[js
     wanted = _hashable(value)
     if not (value in listed if isinstance(value, str) else any(wanted == _hashable(each) for each in listed)):
         yield jsonschema.ValidationError("the value is not one of those listed")
+
+
+def _multiple_of(validator: Any, factor: Any, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+    # As decimals: a quotient of floats says that 0.07 is no multiple of 0.01. Of whole numbers and doubles, both short.
+    if validator.is_type(value, "number") and Fraction(repr(value)) % Fraction(repr(factor)):
+        yield jsonschema.ValidationError(f"{value} is not a multiple of {factor}")
 
 
 def _hashable(value: Any) -> Any:

@@ -68,7 +68,11 @@ class Constraints:
         return bytes(self._tokens.decode_bytes([token]))
 
     def _by_schema(self, schema: str, by: ConstrainedBy) -> LLMatcher:
-        return self._new_matcher(LLMatcher.grammar_from_json_schema(restricted(json.loads(schema))), by)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(restricted(json.loads(schema)))
+        except ValueError as error:  # it holds a number that llguidance cannot
+            raise _unsupported(str(error), by) from error
+        return self._new_matcher(grammar, by)
 
     def _new_matcher(self, grammar: str, by: ConstrainedBy) -> LLMatcher:
         # llguidance bounds the size of a grammar and the work of a step, and lets other threads run meanwhile. Its
@@ -76,7 +80,7 @@ class Constraints:
         limits = _LIMITS if by in ("response_format.json_schema", "tools") else None
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise _unsupported(matcher, by)
+            raise _unsupported(matcher.get_error(), by)
         return matcher
 
 
@@ -108,7 +112,7 @@ class Guide:
     def check(self) -> None:
         """Raise UsageError if the allowed tokens could not be computed: llguidance then allows the end token alone."""
         if self.matcher.is_error():
-            raise _unsupported(self.matcher, self._by)
+            raise _unsupported(self.matcher.get_error(), self._by)
 
 
 def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
@@ -131,7 +135,7 @@ def _threads() -> LLExecutor:
     return LLExecutor(torch.get_num_threads())
 
 
-def _unsupported(matcher: LLMatcher, by: ConstrainedBy) -> UsageError:
-    said = matcher.get_error().partition("\n")[0][:300]
+def _unsupported(said: str, by: ConstrainedBy) -> UsageError:
     what, fix = _AT_FAULT[by]
-    return UsageError(f"answers cannot be held to {what}: {said}", where=by, fix=fix)
+    first = said.partition("\n")[0][:300]
+    return UsageError(f"answers cannot be held to {what}: {first}", where=by, fix=fix)

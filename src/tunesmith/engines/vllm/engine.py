@@ -33,6 +33,8 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, has_whole_m
 class VllmEngine:
     """Implements engines.protocol.Engine."""
 
+    follows_grammars = False  # schemas only
+
     def __init__(self, base: Base, settings: VllmSettings, progress: Progress = SILENT) -> None:
         """Starts servers where the settings say so, and checks them. progress: told of those that fail, and of those
         that answer again."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from tunesmith.candidates.answering import Answerer, OtherBase
+from tunesmith.candidates.answering import Answerer, NeedsGrammars, OtherBase
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
@@ -45,6 +45,12 @@ from tunesmith.server.errors import (
 from tunesmith.server.settings import ServerSettings
 
 _CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens that it fits the context
+
+# Why a version cannot be loaded here, as callers read it.
+_NOT_HERE: Mapping[type[BaseException], str] = {
+    OtherBase: "was made from another base than this server's",
+    NeedsGrammars: "holds its answers to a grammar, which this server's engine cannot follow",
+}
 
 
 class Prompts(Protocol):
@@ -222,8 +228,7 @@ class Worker:
             if route.stable is None or route.rollout is None:
                 if load_may_pass(error):
                     raise unavailable() from error
-                other = isinstance(error, OtherBase)
-                why = "was made from another base than this server's" if other else "could not be loaded"
+                why = _NOT_HERE.get(type(error), "could not be loaded")
                 raise not_available(job.request.model, f"{route.version.label} {why}") from error
             if isinstance(error, TunesmithError) and not load_may_pass(error):
                 self._give_up(route.rollout, f"the canary could not be loaded: {error.what}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
@@ -91,7 +92,13 @@ def _notes(candidate: Candidate) -> tuple[str, ...]:
         return ()
     rule = "grammar" if candidate.answer_schema is None else "schema"
     said = f"the weights do not hold answers to the {rule}: give it, from tunesmith.json, to the program that answers"
-    if not candidate.copied:
-        return (said,)
-    fields = ", ".join(candidate.copied)
-    return (said, f"no other program copies {fields} from the request: such values can be invented there")
+    notes = [said]
+    if candidate.copied:
+        fields = ", ".join(candidate.copied)
+        notes.append(f"no other program copies {fields} from the request: such values can be invented there")
+    if Constraint(candidate).any_order:
+        notes.append(
+            "other programs write keys in the schema's order, in which a model that learned another one may leave some "
+            "out; here keys come in any order: measure the answers there, or do not hold them to the schema"
+        )
+    return tuple(notes)
