@@ -31,7 +31,7 @@ REVISIONS = {
     "documents": 4,
     "train": 6,
     "search": 3,
-    "training_search": 4,
+    "training_search": 5,
     "curve": 8,
     "forecast": 5,
     "answer": 3,
