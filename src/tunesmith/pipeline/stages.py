@@ -41,7 +41,7 @@ REVISIONS = {
     "policy": 2,
     "style": 1,
     "evaluate": 9,
-    "gate": 7,
+    "gate": 8,
 }
 # The permission that running a stage needs.
 ACTIONS = {

@@ -306,3 +306,23 @@ def test_formats_keep_their_numbers() -> None:
     assert shown.sentence.startswith(
         "the preference for the requested format fell by +18.9 (+13.9 to +24.6) points on the"
     )
+def test_the_share_found_at_1_percent_counts_the_doubt_about_the_threshold() -> None:
+    """A hundred held-out rows place their 99th percentile badly; half of such intervals missed the truth without."""
+    draw, gap, names = np.random.default_rng(1), 2.0, [f"g{k}" for k in range(100)]
+    truth = stats.norm.sf(stats.norm.isf(0.01) - gap)
+    covered, passed = 0, 0
+    for _ in range(40):
+        members, others = draw.normal(gap, 1, 100), draw.normal(0, 1, 100)
+        found = numbers.found_interval(members, names, others, names, confidence=0.95, seed=0)
+        assert found.mean == (members > np.sort(others)[-2]).mean()
+        covered += found.low <= truth <= found.high
+        passed += found.high < truth
+    assert covered >= 37
+    assert passed <= 2
+    whole, many = np.repeat(names, 4).tolist(), draw.normal(0, 1, 400)
+    grouped = numbers.found_interval(many + gap, whole, many, whole, confidence=0.95, seed=0)
+    rows = [f"r{k}" for k in range(400)]
+    apart = numbers.found_interval(many + gap, rows, many, rows, confidence=0.95, seed=0)
+    assert grouped.low == 0.0 < apart.low, "a hundred groups of rows place the threshold no better than a hundred rows"
+
+

@@ -115,9 +115,11 @@ def _membership(case: Case) -> Shown:
 
 def _membership_tpr(case: Case) -> Shown:
     members, others = _both_sides(case)
-    shown = case.mean(numbers.found_at_1_percent(members.after, others.after), members, _SHARES)
-    return Shown(
-        shown, f"{_shared(shown)} of the training rows are recognised where 1% of held-out rows are mistaken for them"
+    shown = numbers.found_interval(
+        members.after, members.groups, others.after, others.groups, confidence=case.confidence, seed=case.seed
+    )
+    sentence = (
+        f"{_shared(shown)} of the training answers are recognised where 1% of held-out ones are mistaken for them"
     )
 
 
