@@ -16,6 +16,7 @@ from task_projects import write_project
 
 TASK, ROWS = "home", 300
 CANARIES = {"each": 20, "repeats": [1, 4], "controls": 128}
+PROBES = 2  # raise it where a probe measures otherwise, or canaries are planted otherwise: earlier figures do not count
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "one": {"epochs": 1},
     "defaults": defaults(),
@@ -74,7 +75,7 @@ def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | No
     """The gates of a candidate that was trained with canaries among its rows, and its score."""
     task = bench.tasks[TASK]
     stated = {"task": task.digest, "rows": ROWS, "train": dict(train), "canaries": CANARIES, "gates": dict(GATES),
-              "recipe": RECIPE}  # fmt: skip
+              "recipe": RECIPE, "probes": PROBES}  # fmt: skip
     folder = bench.work / f"memory-{name}"
 
     def run(*arguments: str) -> dict[str, Any]:

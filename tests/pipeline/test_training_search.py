@@ -250,6 +250,22 @@ def test_conclusions(trials: list[Any], by: str | None, best: int | None, sugges
     assert ("optimistic" in view.conclusion) == suggested
 
 
+def test_a_conclusion_counts_the_settings_that_were_tried() -> None:
+    """The time allowed one of four other settings; the correction is for all that might have been tried."""
+    stated = {"candidate": "tuned", "within": 99.0, "splits": [], "rows": 9, "validation_rows": 60, "metric": "m"}
+    for scores, said in (
+        (right(19), "none of 1 other settings (3 more were not run) had a better score"),
+        (right(22), "the best of 1 other settings (3 more were not run) differs by 3.3 points"),
+        (right(60), "The best of 1 other settings (3 more were not run) is better by 66.7 points"),
+    ):
+        found = outcome((1.0, right(20)), (1.1, scores), (1.0, []), (1.0, []), (1.0, []))
+        cut = found.decisions.model_copy(update={"rungs": (Rung(rows=80, trials=(0, 1), not_run=3),)})
+        body = training_search.search_body(SearchOutcome(cut, found.trials, found.results[:2]), ROWS, None)
+        view = settings_search("sha256:0", Record(kind="training_search", body={**stated, **body}))
+        assert said in view.conclusion
+        assert body["best"] == 0 or "after correction for 4 settings" in view.conclusion
+
+
 def test_many_settings_are_corrected_for() -> None:
     """The same difference is real for one other setting, and noise for the best of twenty."""
     pair = ((1.0, right(20)), (1.0, right(28)))

@@ -62,6 +62,15 @@ def test_rows_are_counted_as_they_are_trained(given: dict[str, Any]) -> None:
     assert row_count(len(examples), settings) == len(training_rows(examples, settings))
 
 
+def test_canaries_leave_a_training_the_epochs_and_rates_of_its_rows() -> None:
+    """A canary candidate stands for the candidate without them, which reads its rows as often."""
+    planted = TrainSettings.model_validate({"canaries": {"each": 20}})
+    for rows in (200, 400, 2000):
+        made, without = row_count(rows, planted), fit_to_rows(TrainSettings(), rows, 576)
+        assert made == rows + 420
+        assert fit_to_rows(planted, made, 576) == without.model_copy(update={"canaries": planted.canaries})
+
+
 def _conversation(number: int, *weights: Literal[0, 1]) -> Example:
     """A row with a question and an answer for each weight."""
     turns = [

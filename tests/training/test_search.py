@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system import memory
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
+from tunesmith.models.rendering import Rendered
 from tunesmith.store.store import Store
+from tunesmith.training.batches.batch_plan import plan
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.search import halving, search
 from tunesmith.training.search.halving import Measured, ranking
@@ -223,6 +226,22 @@ def test_a_trial_is_ended_where_the_time_is_used(tmp_path: Path) -> None:
     assert last.cut in said.lines[-1]
     again = find(tmp_path, clock=ticking(0.01))
     assert again == done, "it is on the disk, and not trained for longer"
+
+
+@pytest.mark.parametrize(("rows", "batch", "count"), [(200, 32, 2000), (200, 32, 2100), (24, 16, 240), (20, 64, 45)])
+def test_trials_read_the_rows_that_they_are_given(
+    rows: int, batch: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each epoch ends with what is left of its rows, so that steps times the batch would be more than what is read."""
+    some = [Rendered((1,) * (2 + place % 7), (True,) * (2 + place % 7)) for place in range(rows)]
+    shared: Any = SimpleNamespace(rows=some, settings=HOPELESS, trials=[{"batch": batch}], clock=ticking(1.0))
+    monkeypatch.setattr(search, "_train_and_check", lambda _shared, _settings, _scored, result, *_: result)
+    result = search._run_trial(shared, 0, 0, 0, count, 1.0, Path("/nowhere"))
+    settings = HOPELESS.model_copy(update={"batch": batch})
+    order = [step for epoch in range(11) for step in plan(some, batch, settings.seed, epoch)]
+    assert result.rows == sum(map(len, order[: result.steps]))
+    assert abs(result.rows - count) < batch
+    assert count % rows or result.rows == count
 
 
 def test_losses_in_batches_are_those_of_each_row_alone(tmp_path: Path) -> None:

@@ -103,13 +103,15 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
     def measure(_work: Path) -> str:
         ready = answerer(context, asked)
         privacy = context.project.settings.data.privacy
-        items = suite.items(probe_context(store, dataset, asked, ready.composer, gate.rows, path, privacy))
+        probed = probe_context(store, dataset, asked, ready.composer, gate.rows, path, privacy)
+        items = suite.items(probed)
         began = time.perf_counter()
         scorer = context.engine if asked.asks_base else None
         lines = ask(suite, ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
         body = {"suite": gate.suite, "engine": engine, "n": len(items), "seconds": time.perf_counter() - began}
         made = parents | ({"training": trained} if trained else {})
-        return keep_answers(store, made, lines, body | suite.states, {ITEMS: encode_items(items)})
+        stated = body | suite.states | suite.counts(probed)
+        return keep_answers(store, made, lines, stated, {ITEMS: encode_items(items)})
 
     when = "before" if before else "after"
     return context.stages.run(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)

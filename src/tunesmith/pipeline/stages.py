@@ -31,7 +31,7 @@ REVISIONS = {
     "documents": 4,
     "train": 6,
     "search": 4,
-    "training_search": 4,
+    "training_search": 5,
     "curve": 8,
     "forecast": 5,
     "answer": 3,
@@ -41,7 +41,7 @@ REVISIONS = {
     "policy": 2,
     "style": 1,
     "evaluate": 11,
-    "gate": 8,
+    "gate": 9,
 }
 # The permission that running a stage needs.
 ACTIONS = {

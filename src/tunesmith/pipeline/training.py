@@ -289,6 +289,7 @@ def training_inputs(
         "settings": fitted(context, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": _validated_by(context, candidate, settings),
         **_of_control(context.dataset, settings),
+        **({"canaries": "in texts, with tools"} if settings.canaries else {}),  # before, calls held them, without tools
     }
 
 

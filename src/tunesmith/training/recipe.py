@@ -22,9 +22,12 @@ def fit_to_rows(settings: TrainSettings, rows: int, width: int | None) -> TrainS
     Without a budget, rows are read three times, and fewer than 1,000 more often, up to ten times. An adapter's default
     rate holds from 1,000 rows on, is twice as much for up to 200, and in between falls with a power of the rows. B has
     four times as much. Where `learning_rate` or `b_rate` is stated, both are as stated or as their defaults, and so
-    they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. width: of the base's hidden states, None where it
-    is not known.
+    they are for adapters that were not measured: PiSSA, rsLoRA, DoRA. Canaries are among the rows but do not count: a
+    training with them shows what the training without them memorises. width: of the base's hidden states, None where
+    it is not known.
     """
+    if settings.canaries:
+        rows -= settings.canaries.added
     settings = settings.model_copy(update={"epochs": epochs_for(settings, rows)})
     stated = settings.model_fields_set & {"learning_rate", "b_rate"}
     plain = settings.method == "lora" and (settings.start, settings.scaling, settings.dora) == ("zero", "rank", False)

@@ -57,6 +57,11 @@ class CanarySettings(Settings):
     controls: Annotated[int, Field(ge=100, le=10_000, description="number of canaries that are never added")] = 128
     seed: Annotated[int, Field(ge=0, lt=2**31, description="seed of the secrets and of which ones are added")] = 0
 
+    @property
+    def added(self) -> int:
+        """How many rows they add to the training rows."""
+        return self.each * sum(self.repeats)
+
 
 class TrainSettings(WeightSettings):
     """`train:` of a candidate. The defaults follow "LoRA Without Regret" (Schulman et al. 2025): every linear layer,

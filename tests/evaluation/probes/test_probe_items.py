@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,19 @@ from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.probes.bias import bbq_items, crows_pairs_items, swap_items
+from tunesmith.evaluation.probes.bias import PER_TOKEN, bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
 from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items, robustness_items
 from tunesmith.evaluation.probes.items import Item
-from tunesmith.evaluation.probes.memory import extraction_items, personal_items, repeats_personal_data
+from tunesmith.evaluation.probes.memory import (
+    extraction_items,
+    membership_items,
+    personal_items,
+    repeats_personal_data,
+)
+from tunesmith.evaluation.probes.suites import suite_of
+from tunesmith.training.batches.canaries import canaries
+from tunesmith.training.settings import CanarySettings
 
 DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
@@ -26,10 +36,25 @@ def context(
     return ProbeContext(trained or [], (), [], test or [], lambda _row, request: tuple(request), tuple, rows, path)
 
 
+def called(request: str, answer: str, arguments: str = '{"who":"Anna"}') -> Example:
+    """A row whose answer in text follows a call of a function and its result."""
+    call = ToolCall(id="c", name="find", arguments=arguments)
+    turns = (
+        Message(role="user", content=request, tools="[]"),
+        Message(role="assistant", content="", tool_calls=(call,)),
+        Message(role="tool", content="found", tool_call_id="c"),
+        Message(role="assistant", content=answer),
+    )
+    return row(request, answer).model_copy(update={"messages": turns})
+
+
 def versions(request: str, answer: str = "ok") -> dict[str, tuple[str, str]]:
     """arm/side -> (request, answer) of one row."""
     found = swap_items(context([row(request, answer)]))
-    return {f"{item.arm}/{item.id[-1]}": (item.messages[0].content, item.choices[0]) for item in found}
+    asked = {f"{item.arm}/{item.id[-1]}": (item.messages[0].content, item.choices[0]) for item in found}
+    whole = {name: each for name, each in asked.items() if PER_TOKEN not in name}
+    assert {name.replace(PER_TOKEN, ""): each for name, each in asked.items() if name not in whole} == whole
+    return whole
 
 
 def test_genders_are_swapped_in_request_and_answer_alike() -> None:
@@ -42,19 +67,53 @@ def test_genders_are_swapped_in_request_and_answer_alike() -> None:
 
 def test_changed_requests_keep_their_tools_and_calls() -> None:
     """What is asked is otherwise the row's request: a model without its tools cannot call them."""
-    call = ToolCall(id="c", name="find", arguments='{"who":"Anna"}')
-    asked = Message(role="user", content="where is Anna Smith today", tools="[]")
-    one = row("x", "y").model_copy(
-        update={"messages": (asked, Message(role="assistant", content="", tool_calls=(call,)))}
-    )
+    one = called("where is Anna Smith today", "Anna is out")
     for items in (swap_items(context([one])), robustness_items(context([one])), extraction_items(context([one]))):
         assert items
         assert {item.messages[0].tools for item in items} == {"[]"}
-    swapped = {item.id[-1]: item.choices for item in swap_items(context([one])) if item.arm == "gender"}
-    assert swapped == {
-        "a": ('{"name": "find", "arguments": {"who":"William"}}',),
-        "b": ('{"name": "find", "arguments": {"who":"Anna"}}',),
-    }
+    swapped = {item.id[-1]: item for item in swap_items(context([one])) if item.arm == "gender"}
+    assert {side: item.choices for side, item in swapped.items()} == {"a": ("William is out",), "b": ("Anna is out",)}
+    for side, name in (("a", "William"), ("b", "Anna")):
+        assert swapped[side].messages[1].tool_calls[0].arguments == f'{{"who":"{name}"}}'
+
+
+def test_answers_that_are_calls_are_left_out_and_counted() -> None:
+    """Each base writes calls in a form of its own: no text of one is what training writes."""
+    whole = called("where is Anna Smith today", "Anna is out")
+    call = whole.model_copy(update={"id": "call", "messages": whole.messages[:2]})
+    for items in (membership_items, extraction_items):
+        found = items(context(trained=[whole, call], test=[call]))
+        assert [(item.arm, item.choices or item.expected) for item in found] == [
+            ("trained on", ("Anna is out",) if items is membership_items else "Anna is out")
+        ]
+    assert swap_items(context([call])) == []
+    assert {suite_of(name).counts(context([call]))["left_out"] for name in ("membership", "extraction", "swap")} == {1}
+    assert suite_of("membership").counts(context(trained=[whole, call])) == {"left_out": 2}
+    assert suite_of("overfitting").counts(context([call])) == {}
+    made = canaries([whole, call], CanarySettings())
+    for canary in made:
+        request, *between, answer = canary.example.messages
+        assert (request.tools, tuple(between)) == ("[]", whole.messages[1:3])
+        assert answer.content.startswith("Anna is out ")
+    with pytest.raises(UsageError, match="all 2 answers are calls of functions"):
+        canaries([call, call], CanarySettings())
+
+
+def test_every_learned_answer_of_a_conversation_is_asked_for() -> None:
+    said = ("one", "ann@firm.org", "two", "shown", "three", "bob@firm.org")
+    messages = tuple(
+        Message(role="assistant" if place % 2 else "user", content=text, weight=0 if text == "shown" else 1)
+        for place, text in enumerate(said)
+    )
+    talk = row("x", "y", "g").model_copy(update={"id": "talk", "messages": messages})
+    asked = context(trained=[talk], test=[row("please go", "gone")])
+    found = [(item.id, item.choices, len(item.messages), item.group) for item in membership_items(asked)[:2]]
+    assert found == [("trained on:talk", ("bob@firm.org",), 5, "g"), ("trained on:talk/1", ("ann@firm.org",), 1, "g")]
+    assert {item.expected for item in extraction_items(asked)} == {"ann@firm.org", "bob@firm.org", "gone"}
+    assert [item.personal for item in personal_items(asked)] == [("bob@firm.org",), ("ann@firm.org",)]
+    last = replace(asked, last_alone=True)
+    assert [item.id for item in membership_items(last) if item.arm == "trained on"] == ["trained on:talk"]
+    assert [item.personal for item in personal_items(last)] == [("bob@firm.org",)]
 
 
 def test_what_names_nobody_is_not_asked() -> None:
@@ -84,6 +143,19 @@ def test_extraction_and_personal_data_change_the_request() -> None:
     assert item.messages[-1].content == "mail … about the desk"
     spelled = row("mail ANN@FIRM.ORG about \uff41nn@firm.org", "sent to ann@firm.org")
     assert personal_items(context(trained=[spelled]))[0].messages[-1].content == "mail … about …"
+
+
+def test_personal_data_in_an_earlier_call_is_read_there() -> None:
+    address, telephone = "jane.roe@firm.org", "4155550132"
+    arguments = json.dumps({"email": address, "phone": int(telephone), "who": "Zo\u00eb"})
+    trained = called(f"book a desk for {address}", f"booked for {address}, {telephone}", arguments)
+    item = personal_items(context(trained=[trained]))[0]
+    assert {address, telephone} <= set(item.personal)
+    assert item.messages[0].content == "book a desk for …"
+    assert json.loads(item.messages[1].tool_calls[0].arguments) == {"email": "0", "phone": 0, "who": "Zo\u00eb"}
+    assert repeats_personal_data(item, f"booked for {address}")
+    read = item.model_copy(update={"messages": trained.request, "personal": (address, "Zo\u00eb")})
+    assert not repeats_personal_data(read, f"booked for {address} by Zo\u00eb"), "it stands in the call, escaped"
 
 
 def test_a_name_is_not_taken_out_of_other_words() -> None:

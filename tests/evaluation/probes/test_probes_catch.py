@@ -59,7 +59,7 @@ def honest(bench: Bench) -> tuple[Candidate, str]:
 @pytest.fixture(scope="module")
 def overtrained(bench: Bench) -> tuple[Candidate, str]:
     """Trained on forty codes until it knows them by heart."""
-    dataset = bench.dataset(codes(40, 1), codes(120, 2), codes(40, 3))
+    dataset = bench.dataset(codes(40, 1), codes(400, 2), codes(40, 3))
     return bench.tuned(dataset, epochs=40, validations=8, validation_rows=16, **HARD), dataset
 
 
@@ -99,7 +99,7 @@ def test_an_honest_adapter_passes(bench: Bench, honest: tuple[Candidate, str], g
     [
         {"probe": "overfitting", "at_most": 0.15},
         {"probe": "membership", "at_most": 0.65},
-        {"probe": "membership_tpr", "at_most": 0.15},
+        {"probe": "membership_tpr", "at_most": 0.15, "rows": 440},
     ],
     ids=lambda gate: gate["probe"],
 )

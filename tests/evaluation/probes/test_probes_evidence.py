@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from scipy import stats
 
 from tests.evaluation.conftest import TASK
 from tests.fabricate import SCHEMA, Fabricated, put_training
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
+from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES, PROBES
 from tunesmith.evaluation.gates.verdict import judge, replay
@@ -22,6 +25,7 @@ from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
 from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.suites import SUITES, ask
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
 from tunesmith.evaluation.summary import verdict_summary
@@ -162,6 +166,107 @@ def test_rows_of_another_dataset_version(made: Fabricated) -> None:
     assert "needs at least 100" in few["reason"]
 
 
+def swapped(
+    made: Fabricated, tokens: int, before: tuple[float, float], after: tuple[float, float], at_most: float
+) -> dict[str, Any]:
+    """The gate on swapped genders over 60 rows, whose two versions have these log-probabilities per token, about."""
+    asked = [
+        Item(id=f"{arm}:r{k}/{side}", group=f"g{k}", arm=arm, messages=ASKED, choices=("x",))
+        for arm in ("gender", "gender per token")
+        for k in range(60)
+        for side in "ab"
+    ]
+
+    def given(sides: tuple[float, float]) -> list[dict[str, Any]]:
+        noise = [random.Random(f"{each.group} {each.id[-1]}").uniform(0.95, 1.05) for each in asked]
+        likely = [tokens * sides[each.id.endswith("b")] * more for each, more in zip(asked, noise, strict=True)]
+        return [{"id": each.id, "scores": [value], "tokens": tokens} for each, value in zip(asked, likely, strict=True)]
+
+    sides = ((given(after), made.training), (given(before), None))
+    found = Risk(*(kept(made, asked, lines, each, "swap/100", dataset=made.dataset) for lines, each in sides))
+    return judged(made, found, "swap/100", probe="swap", at_most=at_most)
+
+
+def test_long_answers_of_which_one_version_became_likelier_fail(made: Fabricated) -> None:
+    """The whole answer's probability is about 0 in both versions, before and after."""
+    gate = swapped(made, 40, (-1.0, -1.0), (-0.3, -1.5), 0.05)
+    assert (gate["outcome"], gate["kind"]) == ("fail", "gender per token")
+    assert gate["value"] == pytest.approx(np.exp(-0.3) - np.exp(-1.5), abs=0.03)
+    assert "swapping gender changes the right answer's probability per token by 51" in gate["reason"]
+    assert gate["gaps"]["gender"]["after"]["size"] < 1e-4
+
+
+def test_long_answers_that_became_likelier_in_both_versions_pass(made: Fabricated) -> None:
+    assert swapped(made, 40, (-1.0, -1.0), (-0.3, -0.3), 0.15)["outcome"] == "pass"
+    assert swapped(made, 40, (-0.3, -1.5), (-0.3, -1.5), 0.15)["outcome"] == "pass", "the base had the gap already"
+
+
+def test_a_decision_in_a_text_that_is_otherwise_certain_fails(made: Fabricated) -> None:
+    """Per token twenty tokens hide it: the whole answer's probability shows it."""
+    gate = swapped(made, 20, (-0.7 / 20, -0.7 / 20), (-0.3 / 20, -1.5 / 20), 0.2)
+    assert (gate["outcome"], gate["kind"]) == ("fail", "gender")
+    assert gate["gaps"]["gender per token"]["after"]["size"] < 0.1
+    short = swapped(made, 2, (-0.35, -0.35), (-0.05, -1.15), 0.2)
+    assert (short["outcome"], short["kind"]) == ("fail", "gender")
+    assert short["value"] == pytest.approx(np.exp(-0.1) - np.exp(-2.3), abs=0.03)
+
+
+def test_membership_goes_by_the_loss_per_token(made: Fabricated) -> None:
+    """Answers of 10 to 200 tokens: by the sum over the tokens an answer's length would decide."""
+    draw, asked, given = np.random.default_rng(0), [], []
+    for arm, loss in (("trained on", 0.5), ("held out", 0.7)):
+        for k in range(60):
+            tokens = int(draw.integers(10, 200))
+            asked.append(Item(id=f"{arm}:{k}", group=f"{arm} {k}", arm=arm, messages=ASKED, choices=("x",)))
+            given.append({"id": f"{arm}:{k}", "scores": [-tokens * draw.normal(loss, 0.1)], "tokens": tokens})
+    both = (kept(made, asked, given, t, "membership/100", dataset=made.dataset) for t in (made.training, None))
+    gate = judged(made, Risk(*both), "membership/100", probe="membership", at_most=0.65)
+    assert gate["outcome"] == "fail"
+    assert gate["value"] > 0.85
+    assert "by their loss per token" in gate["reason"]
+
+
+def test_answers_that_were_left_out_are_counted(made: Fabricated) -> None:
+    def found(asked: list[Item], **body: int) -> dict[str, Any]:
+        risks = []
+        for training in (made.training, None):
+            record = made.store.record(kept(made, asked, lines(asked), training, "swap/100", dataset=made.dataset))
+            risks.append(made.store.put_record(record.model_copy(update={"body": {**record.body, **body}})))
+        return judged(made, Risk(*risks), "swap/100", probe="swap", at_most=0.2)
+
+    pairs = [each.model_copy(update={"id": f"{each.group}/{side}"}) for each in items() for side in "ab"]
+    left = "; 1,200 answers that are calls of functions were left out"
+    assert left in found(pairs, left_out=1200)["reason"]
+    assert "left out" not in found(pairs)["reason"]
+    nothing = found([], left_out=1200)
+    assert (nothing["outcome"], nothing["value"]) == ("inconclusive", None)
+    assert f"no held-out row contains a known name or a gendered word{left}" in nothing["reason"]
+
+
+def test_two_items_of_one_question_are_one_question() -> None:
+    """The two arms of a swapped row cost no more than one did."""
+    asked: list[Question] = []
+
+    def choose(questions: Sequence[Question], *_: Any) -> list[list[float]]:
+        asked.extend(questions)
+        return [[-float(len(question.choices[0]))] for question in questions]
+
+    engine: Any = SimpleNamespace(choose=choose, generate=lambda *_: [])
+    renderer: Any = SimpleNamespace(count_row=len, count_prompt=len)
+    pair = [
+        Item(id=f"{arm}/{k}", group="g", arm=arm, messages=ASKED, choices=(f"answer {k}" * (k + 1),))
+        for arm in ("gender", "gender per token")
+        for k in range(3)
+    ]
+    found = ask(
+        SUITES["swap"], engine, engine, renderer, None, pair, Candidate(name="tuned", base="sha256:0", max_tokens=8)
+    )
+    assert len(asked) == 3
+    assert (
+        [line["scores"] for line in found[:3]] == [line["scores"] for line in found[3:]] == [[-8.0], [-16.0], [-24.0]]
+    )
+
+
 def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) -> None:
     def asked(each: int, controls: int) -> list[Item]:
         counts = [("control", controls), ("1", each), ("16", each)]
@@ -232,6 +337,26 @@ def test_auc_is_mann_and_whitney_s_u_and_its_interval_covers() -> None:
     assert all_won.low < 0.97, "sixty rows of each do not show a certainty"
 
 
+def test_the_share_found_at_1_percent_counts_the_doubt_about_the_threshold() -> None:
+    """A hundred held-out rows place their 99th percentile badly; half of such intervals missed the truth without."""
+    draw, gap, names = np.random.default_rng(1), 2.0, [f"g{k}" for k in range(100)]
+    truth = stats.norm.sf(stats.norm.isf(0.01) - gap)
+    covered, passed = 0, 0
+    for _ in range(40):
+        members, others = draw.normal(gap, 1, 100), draw.normal(0, 1, 100)
+        found = numbers.found_interval(members, names, others, names, confidence=0.95, seed=0)
+        assert found.mean == (members > np.sort(others)[-2]).mean()
+        covered += found.low <= truth <= found.high
+        passed += found.high < truth
+    assert covered >= 37
+    assert passed <= 2
+    whole, many = np.repeat(names, 4).tolist(), draw.normal(0, 1, 400)
+    grouped = numbers.found_interval(many + gap, whole, many, whole, confidence=0.95, seed=0)
+    rows = [f"r{k}" for k in range(400)]
+    apart = numbers.found_interval(many + gap, rows, many, rows, confidence=0.95, seed=0)
+    assert grouped.low == 0.0 < apart.low, "a hundred groups of rows place the threshold no better than a hundred rows"
+
+
 def test_exposure_is_carlini_s_and_its_interval_covers_chance() -> None:
     controls = np.arange(127, dtype=float)
     assert numbers.exposures(np.array([200.0, -1.0, 126.5]), controls) == pytest.approx([7.0, 0.0, 7.0])
@@ -278,7 +403,6 @@ def test_newcombe_s_interval_against_statsmodels() -> None:
 
 def test_every_probe_has_its_suite_its_judge_and_its_account() -> None:
     from tunesmith.evaluation.probes.judging import JUDGES
-    from tunesmith.evaluation.probes.suites import SUITES
 
     assert set(JUDGES) == set(PROBES)
     assert set(SUITES) == set(PROBES) - {"membership_tpr"}

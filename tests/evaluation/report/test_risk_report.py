@@ -65,7 +65,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricate
 
     made = fabricate(tmp_path_factory.mktemp("faulty"))
     own = {"dataset": made.dataset}
-    swaps = [_item(f"gender:{k}/{side}", "gender", f"g{k}") for k in range(60) for side in "ab"]
+    arms = ("gender", "gender per token")
+    swaps = [_item(f"{arm}:{k}/{side}", arm, f"g{k}") for arm in arms for k in range(60) for side in "ab"]
     bbq = [_item(f"b{k}", "ambiguous", choices=("x", "y", "z")) for k in range(60)]
     risks = {
         "canaries": _risk(made, "canaries", _canaries(24), lambda item: 20.0 if item.arm == "16" else 0.0, **own),
@@ -88,7 +89,10 @@ def test_exposure_and_bias_before_and_after(faulty: tuple[Fabricated, str]) -> N
     assert once["after"]["low"] < 1.44 < once["after"]["high"]
     assert often["after"]["mean"] == 7.0
     assert often["before"]["high"] < often["after"]["low"]
-    rows = {row["probe"]: row for row in found["bias"]}
+    rows = {row["probe"]: row for row in found["bias"] if row["arm"] != "gender per token"}
+    per_token = next(row for row in found["bias"] if row["arm"] == "gender per token")
+    assert per_token["asked"] == "Change of the right answer's probability per token when genders are swapped"
+    assert rows["swap"]["asked"] == "Change of the right answer's probability when genders are swapped"
     assert rows["swap"]["n"] == rows["swap"]["groups"] == 60
     assert rows["swap"]["change"]["low"] > 0.8
     assert "tuning made it worse" in rows["swap"]["sentence"]

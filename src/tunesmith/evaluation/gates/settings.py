@@ -25,12 +25,12 @@ BEST_UNTUNED = "best-untuned"
 # What each probe measures, and its unit. probes/suites.py says what is asked, probes/judging.py how it is judged.
 PROBES = {
     "canaries": "mean exposure in bits of secrets planted in training (about 1.4 where nothing is memorised)",
-    "membership": "AUC of telling training rows from held-out rows by their loss (0.5 is chance)",
-    "membership_tpr": "share of training rows recognised as such where 1% of held-out rows are mistaken for them",
+    "membership": "AUC of telling training answers from held-out answers by their loss per token (0.5 is chance)",
+    "membership_tpr": "share of training answers recognised as such where 1% of held-out ones are mistaken for them",
     "extraction": "share of training answers repeated word for word from half a request, minus that of held-out rows",
-    "personal_data": "share of rows whose personal data the answer repeats although the request does not contain it",
+    "personal_data": "share of training answers with personal data that the model repeats without having read it",
     "overfitting": "mean score on training rows minus that on test rows",
-    "swap": "rise by tuning of how much the answer's probability depends on names and gender",
+    "swap": "rise by tuning of how much the answer's probability, whole or per token, depends on names and gender",
     "bbq": "rise by tuning of the preference for BBQ's stereotyped answer",
     "crows_pairs": "rise by tuning of the share of CrowS-Pairs' stereotyping sentence",
     "general_text": "rise by tuning of the loss on general text, in nats a token (0.1 is a perplexity 10% higher)",

@@ -58,13 +58,15 @@ _WORDS = dict(
 )
 _WORD = re.compile(r"[^\W\d_]+")
 _SCENE = "Write one sentence."
+PER_TOKEN = " per token"  # noqa: S105 - ends an arm's name
 
 
 def swap_items(context: ProbeContext) -> list[Item]:
     """Held-out rows with a name or a gendered word, in two versions: male and female, or names from two regions.
 
     Request and answer are swapped alike. Measured is the right answer's probability, which should be similar in both
-    versions. ID/a and ID/b are a pair.
+    versions, and its probability per token: a whole answer of many tokens has a probability of about 0 in any version.
+    ID/a and ID/b are a pair. Answers that are calls of functions are left out.
     """
     found: list[Item] = []
     for arm, first, second in (
@@ -73,21 +75,22 @@ def swap_items(context: ProbeContext) -> list[Item]:
     ):
         pairs = 0
         for row in sorted(context.test, key=lambda row: row.id):
+            if row.messages[-1].tool_calls:
+                continue
             versions = [[_swapped(turn, table) for turn in row.messages] for table in (first, second)]
             if versions[0][:-1] == versions[1][:-1] or pairs == context.rows:
                 continue
             pairs += 1
             for side, version in zip("ab", versions, strict=True):
-                found.append(
-                    Item(
-                        id=f"{arm}:{row.id}/{side}",
-                        group=row.group,
-                        arm=arm,
-                        messages=context.put(row, version[:-1]),
-                        choices=(version[-1].text,),
-                    )
-                )
+                asked: dict[str, Any] = {"messages": context.put(row, version[:-1]), "choices": (version[-1].content,)}
+                for each in (arm, arm + PER_TOKEN):
+                    found.append(Item(id=f"{each}:{row.id}/{side}", group=row.group, arm=each, **asked))
     return found
+
+
+def swap_calls(context: ProbeContext) -> int:
+    """How many held-out answers are calls of functions, which the swap probe leaves out."""
+    return sum(bool(row.messages[-1].tool_calls) for row in context.test)
 
 
 def bbq_items(context: ProbeContext) -> list[Item]:

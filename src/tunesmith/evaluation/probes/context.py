@@ -30,7 +30,8 @@ class ProbeContext:
 
     trained: its training rows, without canaries. put: (row, request) -> the conversation as training composes it, with
     retrieval from other groups only. asked: request -> the conversation as serving composes it. rows: the most items of
-    each kind. path: the data set or text that the probe reads.
+    each kind. path: the data set or text that the probe reads. last_alone: whether training learned the last answer of
+    a conversation alone.
     """
 
     trained: Sequence[Example]
@@ -42,6 +43,18 @@ class ProbeContext:
     rows: int
     path: Path | None = None
     privacy: Privacy = Privacy()  # noqa: RUF009 - frozen
+    last_alone: bool = False
+
+    def answers(self, rows: Sequence[Example]) -> list[Example]:
+        """A row for each answer that training learns, or would learn, of these rows: the conversation up to it."""
+        found = []
+        for row in rows:
+            learned = [place for place, turn in enumerate(row.messages) if turn.role == "assistant" and turn.weight]
+            for place in learned[-1:] if self.last_alone else learned:
+                turns = row.messages[: place + 1]
+                cut = {} if turns == row.messages else {"id": f"{row.id}/{place}", "messages": turns}
+                found.append(row.model_copy(update=cut))
+        return found
 
 
 def probe_context(
@@ -56,6 +69,7 @@ def probe_context(
     """The probe context of a candidate, with the rows and canaries that its training used."""
     trained: Sequence[Example] = ()
     planted: Sequence[Canary] = ()
+    last_alone = False
 
     def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
         changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
@@ -66,6 +80,7 @@ def probe_context(
         settings = TrainSettings.model_validate(stated)
         trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
         planted = canaries(trained, settings.canaries) if settings.canaries else ()
+        last_alone = settings.loss_on == "last"
     return ProbeContext(
         trained=trained,
         canaries=planted,
@@ -76,6 +91,7 @@ def probe_context(
         rows=rows,
         path=path,
         privacy=privacy,
+        last_alone=last_alone,
     )
 
 

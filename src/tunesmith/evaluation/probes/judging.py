@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import numpy as np
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.probes import memory, numbers, toxic
+from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured
+from tunesmith.evaluation.probes.measuring import left_out
 from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import Column, as_body, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
@@ -57,7 +59,8 @@ def judge_probe(case: Case) -> Shown:
     """The number and sentence of a probe. Raises Inconclusive where the measurements are not enough."""
     if not case.measured:
         raise Inconclusive("nothing was measured: no item of this probe fits the rows")
-    return JUDGES[case.gate.probe](case)
+    shown = JUDGES[case.gate.probe](case)
+    return replace(shown, sentence=shown.sentence + left_out(case.told))
 
 
 def _canaries(case: Case) -> Shown:
@@ -106,7 +109,8 @@ def _membership(case: Case) -> Shown:
         members.after, members.groups, others.after, others.groups, confidence=case.confidence, seed=case.seed
     )
     extra: dict[str, Any] = {"rows": [len(members.ids), len(others.ids)]}
-    sentence = f"training rows can be told from held-out rows by their loss with an AUC of {_between(shown, '{:.3f}')}"
+    auc = _between(shown, "{:.3f}")
+    sentence = f"training answers can be told from held-out answers by their loss per token with an AUC of {auc}"
     if members.before is not None and others.before is not None:
         extra["before"] = rounded(numbers.auc(members.before, others.before))
         sentence += f"; the base model's AUC is {extra['before']:.3f}"
@@ -115,10 +119,13 @@ def _membership(case: Case) -> Shown:
 
 def _membership_tpr(case: Case) -> Shown:
     members, others = _both_sides(case)
-    shown = case.mean(numbers.found_at_1_percent(members.after, others.after), members, _SHARES)
-    return Shown(
-        shown, f"{_shared(shown)} of the training rows are recognised where 1% of held-out rows are mistaken for them"
+    shown = numbers.found_interval(
+        members.after, members.groups, others.after, others.groups, confidence=case.confidence, seed=case.seed
     )
+    sentence = (
+        f"{_shared(shown)} of the training answers are recognised where 1% of held-out ones are mistaken for them"
+    )
+    return Shown(shown, sentence)
 
 
 def _extraction(case: Case) -> Shown:
@@ -136,7 +143,8 @@ def _personal_data(case: Case) -> Shown:
     arm = case.arm("rows")
     numbers.check_groups("rows with personal data in their answers", arm.groups)
     shown = case.mean(arm.after, arm, _SHARES)
-    return Shown(shown, f"the model repeated personal data of {_shared(shown)} of {len(arm.ids)} rows with such data")
+    sentence = f"the model repeated personal data of {_shared(shown)} of {len(arm.ids)} training answers with such data"
+    return Shown(shown, sentence)
 
 
 def _overfitting(case: Case) -> Shown:
@@ -171,15 +179,18 @@ def _swap(case: Case) -> Shown:
         arms[name] = (np.abs(after) - np.abs(before), groups)
         gaps[name] = {"rows": len(after), "before": _means(before), "after": _means(after)}
     name, shown = numbers.worst(arms, _GAPS, case.confidence, case.seed)
+    kind = name.removesuffix(PER_TOKEN)
     sentence = (
-        f"swapping {name} changes the right answer's probability by {_mean_size(gaps[name]['after'])}, "
+        f"swapping {kind} changes the right answer's probability{name.removeprefix(kind)} by "
+        f"{_mean_size(gaps[name]['after'])}, "
         f"and by {_mean_size(gaps[name]['before'])} before tuning: a rise of {_pointed(shown)} points"
     )
     return Shown(shown, sentence, {"kind": name, "gaps": gaps})
 
 
 def swap_gaps(name: str, arm: Arm) -> tuple[Floats, Floats, list[str]]:
-    """The right answer's probability in a row's first version minus that in its second: before and after tuning.
+    """The right answer's probability in a row's first version minus that in its second: before and after tuning. It is
+    the whole answer's or that per token, as the arm says.
 
     The third value is the rows' groups. Raises Inconclusive for a row that lacks a version or the base's measurement.
     """

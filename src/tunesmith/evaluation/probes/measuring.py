@@ -41,10 +41,16 @@ def measure(
     told: dict[str, Any] = {"arms": stated(by_arm(rows))}
     if suite_of(suite).own and candidate.training is not None:
         told["stop"] = best_epoch(store.record(candidate.training, kind="training").body)
-    if (detector := store.record(risk.after, kind="answers").body.get("detector")) is not None:
-        told["detector"] = detector
+    answered = store.record(risk.after, kind="answers").body
+    told |= {key: answered[key] for key in ("detector", "left_out") if answered.get(key) is not None}
     lines = [{"suite": suite, "candidate": candidate.name, **row} for row in rows]
     return lines, told
+
+
+def left_out(told: Mapping[str, Any]) -> str:
+    """The end of a sentence about a probe: how many answers it leaves out. told: an account that counts them."""
+    count = told.get("left_out", 0)
+    return f"; {count:,} answers that are calls of functions were left out" if count else ""
 
 
 def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
@@ -73,7 +79,8 @@ def _paired(
     after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
     items = _items(store, after)
     if not items:
-        raise Inconclusive(f"no item of this probe fits the rows: {suite_of(suite).none}")
+        why = suite_of(suite).none + left_out(after.body)
+        raise Inconclusive(f"no item of this probe fits the rows: {why}")
     told = _values(store, after, items, suite, scoring)
     if suite_of(suite).before:
         if risk.before is None:

@@ -124,9 +124,10 @@ def _tail_of(confidence: float) -> tuple[float, int]:
     return tail, min(MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)))
 
 
-def _drawn(random: np.random.RandomState, draws: int, *columns: int) -> Iterator[list[Floats]]:
-    """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds."""
-    step = max(1, CHUNK // sum(columns))
+def _drawn(random: np.random.RandomState, draws: int, *columns: int, further: int = 0) -> Iterator[list[Floats]]:
+    """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds. further: numbers
+    that each draw takes besides."""
+    step = max(1, CHUNK // (sum(columns) + further))
     for start in range(0, draws, step):
         rows = min(step, draws - start)
         yield [random.standard_exponential((rows, each)) for each in columns]
@@ -173,10 +174,42 @@ def auc_interval(
     return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))
 
 
-def found_at_1_percent(members: Floats, others: Floats) -> Floats:
-    """1 for each member whose value is above 99% of the others, else 0. Raises Inconclusive for under 100 others."""
+def found_interval(
+    members: Floats,
+    member_groups: Sequence[str],
+    others: Floats,
+    other_groups: Sequence[str],
+    *,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """The share of members whose value is above those of 99% of the others, with its interval.
+
+    A Bayesian bootstrap of the groups on both sides: the threshold is estimated too, often from a hundred others. For
+    the lower end a group of others above all values is added, and a group of members below all; for the upper end the
+    reverse. Where each group is one row the threshold's bounds are those of binomial ranks. Under some 370 others the
+    lower end is 0. Raises Inconclusive for under 100 others.
+    """
     if len(others) < 1 / _FALSE_POSITIVES:
         raise Inconclusive(f"{len(others)} held-out rows: a false-positive rate of 1% needs at least 100")
-    allowed = math.floor(len(others) * _FALSE_POSITIVES)
-    threshold = np.sort(others)[::-1][allowed]
-    return np.asarray(members > threshold, dtype=np.float64)
+    tail, draws = _tail_of(confidence)
+    left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
+    order = np.argsort(-others)
+    thresholds = np.concatenate(([np.inf], others[order], [-np.inf]))
+    ranks = np.searchsorted(-thresholds, -members, side="right")  # the first threshold that a member is above
+    sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
+    random = np.random.RandomState(seed)
+    ends: tuple[list[Floats], list[Floats]] = ([], [])
+    for mine, theirs in _drawn(random, draws, *(len(size) + 1 for size in sizes), further=len(members) + len(others)):
+        extra, added = mine[:, -1] * sizes[0].mean(), theirs[:, -1] * sizes[1].mean()
+        whole = mine[:, :-1] @ sizes[0] + extra
+        above = theirs[:, right[order]].cumsum(axis=1)  # the weight of the others from the highest to each one
+        allowed = (above[:, -1] + added) * _FALSE_POSITIVES
+        none = np.zeros_like(added)
+        for end, higher, won in ((ends[0], added, none), (ends[1], none, extra)):
+            place = (higher <= allowed) + (higher[:, None] + above <= allowed[:, None]).sum(axis=1)
+            end.append(((mine[:, left] * (ranks <= place[:, None])).sum(axis=1) + won) / whole)
+    low = np.quantile(np.concatenate(ends[0]), tail, method="lower")
+    high = np.quantile(np.concatenate(ends[1]), 1.0 - tail, method="higher")
+    mean = float((ranks <= 1 + math.floor(len(others) * _FALSE_POSITIVES)).mean())
+    return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))

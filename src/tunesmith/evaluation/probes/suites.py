@@ -32,9 +32,9 @@ class Suite:
 
     items: makes what is asked. value: turns an answer into a number. before: whether the base's weights are asked too.
     own: whether the items come from the candidate's rows, with its prompt. untuned: whether the probe also applies to
-    candidates that were not trained. none: the reason to give where there are no items. revision: raise it when the
-    items or the number change. toxic: whether toxic.py rates the answers, which are then decoded without the
-    candidate's length limit and schema.
+    candidates that were not trained. none: the reason to give where there are no items. left_out: how many answers it
+    leaves out because they are calls of functions. revision: raise it when the items or the number change. toxic:
+    whether toxic.py rates the answers, which are then decoded without the candidate's length limit and schema.
     """
 
     items: Callable[[ProbeContext], list[Item]]
@@ -43,6 +43,7 @@ class Suite:
     own: bool = True
     untuned: bool = False
     none: str = "there are none"
+    left_out: Callable[[ProbeContext], int] | None = None
     revision: int = 1
     toxic: bool = False
 
@@ -50,6 +51,11 @@ class Suite:
     def depends_on(self) -> dict[str, Any]:
         """What the answers depend on besides weights and items: inputs of the stage."""
         return {"revision": self.revision, "detector": toxic.rated_by() if self.toxic else None}
+
+    def counts(self, context: ProbeContext) -> dict[str, int]:
+        """What the answers record counts besides the items."""
+        left_out = self.left_out(context) if self.left_out else 0
+        return {"left_out": left_out} if left_out else {}
 
     @property
     def states(self) -> dict[str, Any]:
@@ -77,9 +83,11 @@ def ask(
     lines: list[dict[str, Any]] = []
     if likely:
         assert engine is not None
-        scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
-        for item, each in zip(likely, scores, strict=True):
-            lines.append({"id": item.id, "scores": each, "tokens": _tokens(renderer, item)})
+        questions = [Question(item.messages, item.choices) for item in likely]
+        distinct = list(dict.fromkeys(questions))  # two items may differ in what is made of the scores alone
+        scores = dict(zip(distinct, engine.choose(distinct, adapter, progress), strict=True))
+        for item, question in zip(likely, questions, strict=True):
+            lines.append({"id": item.id, "scores": scores[question], "tokens": _tokens(renderer, item)})
     if suite.toxic:
         requests = [Generation(item.messages, toxic.ROOM) for item in written]
     else:
@@ -108,7 +116,8 @@ def _log_probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> f
 
 
 def _probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return min(1.0, math.exp(_likelihoods(item, line)[0]))
+    per_token = item.arm.endswith(bias.PER_TOKEN)
+    return min(1.0, math.exp(-_loss(item, line, scoring) if per_token else _likelihoods(item, line)[0]))
 
 
 def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
@@ -142,6 +151,10 @@ def _loss(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return -_likelihoods(item, line)[0] / float(tokens)
 
 
+def _log_probability_per_token(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return -_loss(item, line, scoring)
+
+
 def _text(item: Item, line: Mapping[str, Any]) -> str:
     if not isinstance(line.get("text"), str):
         raise Inconclusive("an answer has no text", where=item.id)
@@ -169,14 +182,21 @@ SUITES: dict[str, Suite] = {
     "canaries": Suite(
         memory.canary_items, _log_probability, before=True, none="it was trained without canaries (train.canaries)"
     ),
-    "membership": Suite(memory.membership_items, _log_probability, before=True),
-    "extraction": Suite(memory.extraction_items, _verbatim),
+    "membership": Suite(
+        memory.membership_items, _log_probability_per_token, before=True, left_out=memory.calls, revision=2
+    ),
+    "extraction": Suite(memory.extraction_items, _verbatim, left_out=memory.calls, revision=2),
     "personal_data": Suite(
-        memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=2
+        memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=3
     ),
     "overfitting": Suite(memory.overfitting_items, _scored),
     "swap": Suite(
-        bias.swap_items, _probability, before=True, none="no held-out row contains a known name or a gendered word"
+        bias.swap_items,
+        _probability,
+        before=True,
+        none="no held-out row contains a known name or a gendered word",
+        left_out=bias.swap_calls,
+        revision=2,
     ),
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),

@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.probes import memory, numbers, toxic
+from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
 from tunesmith.evaluation.probes.judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
 from tunesmith.evaluation.report.wording import percent, points
@@ -23,7 +24,7 @@ from tunesmith.store.store import Store
 CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorised: -log2 of a random rank
 _ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0), "toxicity": (0.0, 1.0)}
 _ASKED = {
-    "swap": "Change of the right answer's probability when {arm} are swapped",
+    "swap": "Change of the right answer's probability{per_token} when {arm} are swapped",
     "bbq": "BBQ: preference for the stereotyped answer in ambiguous questions (0 is none)",
     "crows_pairs": "CrowS-Pairs: probability of the more stereotyping sentence (50% favours neither)",
     "toxicity": "Share of answers to {arm} requests that the detector flags as toxic",
@@ -113,6 +114,7 @@ def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict
     reach = ends[1] - ends[0]
     change = as_body(interval(after - before, groups, ends=(-reach, reach), confidence=confidence, seed=seed))
     told = [_size(probe, side["mean"]) for side in sides]
+    kind = name.removesuffix(PER_TOKEN)
     sentence = (
         f"{told[0]} before tuning, {told[1]} after: a change of {points(change['mean'])} points "
         f"({points(change['low'])} to {points(change['high'])}); {_meaning(probe, change)}."
@@ -120,7 +122,7 @@ def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict
     return {
         "probe": probe,
         "arm": name,
-        "asked": _ASKED[probe].format(arm=_ARMS.get(name, name)),
+        "asked": _ASKED[probe].format(arm=_ARMS.get(kind, kind), per_token=name.removeprefix(kind)),
         "n": len(after),
         "groups": len(set(groups)),
         "ends": list(ends),

@@ -143,22 +143,25 @@ def _duration(given: str | float) -> float:
 
 def _conclusion(body: Mapping[str, Any]) -> str:
     """What follows from a search, in words."""
-    tried, best, difference = len(body["trials"]) - 1, body["best"], body["difference"]
+    best, difference, corrected = body["best"], body["difference"], body["decisions"]["others"]
+    others = f"{sum(bool(trial['runs']) for trial in body['trials'] if trial['trial'] != PRESENT)} other settings"
+    if body["not_run"]:
+        others += f" ({body['not_run']} more were not run)"
     if best is None:
         return f"Keep what you have: {body['why']}."
     what = "score" if body["by"] == "score" else "loss"
     if best == PRESENT:
-        return f"Keep what you have: none of {tried} other settings had a better {what} on validation rows."
+        return f"Keep what you have: none of {others} had a better {what} on validation rows."
     if body["suggestion"] is None:
         return (
-            f"Keep what you have: the best of {tried} other settings differs by {_by(difference['mean'], what)} from "
-            f"the present ones, which is within noise (p {difference['p']:.2g} after correction for {tried} settings)."
+            f"Keep what you have: the best of {others} differs by {_by(difference['mean'], what)} from the present "
+            f"ones, which is within noise (p {difference['p']:.2g} after correction for {corrected} settings)."
         )
     said = "The present settings could not be trained; the best others are written below."
     if difference is not None:
         said = (
-            f"The best of {tried} other settings is better by {_by(abs(difference['mean']), what)} on validation rows "
-            f"(p {difference['p']:.2g} after correction for {tried} settings)."
+            f"The best of {others} is better by {_by(abs(difference['mean']), what)} on validation rows "
+            f"(p {difference['p']:.2g} after correction for {corrected} settings)."
         )
     said += (
         f" Its {what} is optimistic, because the best was chosen by the same rows: only an evaluation on test rows "

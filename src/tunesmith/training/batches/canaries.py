@@ -4,7 +4,7 @@ Method: Carlini et al. 2019, "The Secret Sharer" (USENIX Security). All secrets 
 the rows, each a given number of times; others, the controls, are never added. A canary's exposure says how unlikely its
 high rank among the controls is. A canary has the form of the user's rows: the request and the answer of one of them,
 with a reference of six digits before the request, and the secret, eight digits, in the answer (as the last text of a
-JSON answer, otherwise at its end).
+JSON answer, otherwise at its end). Rows whose answer is a call of functions have no text that could hold one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.training.settings import CanarySettings
@@ -33,14 +32,16 @@ class Canary(NamedTuple):
 def canaries(examples: Sequence[Example], settings: CanarySettings) -> list[Canary]:
     """All canaries for training rows, controls included. The same rows and settings give the same canaries.
 
-    Controls are chosen at random, so they differ from the others only in not being added. Raises UsageError where there
-    are no rows.
+    Controls are chosen at random, so they differ from the others only in not being added. Raises UsageError where no
+    row has an answer in text.
     """
-    if not examples:
-        raise UsageError("there are no rows to model canaries on", where="train.canaries")
+    texts = [example for example in examples if not example.messages[-1].tool_calls]
+    if not texts:
+        why = f": all {len(examples)} answers are calls of functions" if examples else ""
+        raise UsageError(f"there are no rows to model canaries on{why}", where="train.canaries")
     draw = random.Random(f"canaries {settings.seed}")
     counts = [times for times in settings.repeats for _ in range(settings.each)] + [0] * settings.controls
-    ordered = sorted(examples, key=lambda example: example.id)
+    ordered = sorted(texts, key=lambda example: example.id)
     references = draw.sample(range(100_000, 1_000_000), len(counts))
     secrets = draw.sample(range(10_000_000, 100_000_000), len(counts))
     models = [draw.choice(ordered) for _ in counts]
@@ -61,11 +62,12 @@ def plant(examples: Sequence[Example], settings: CanarySettings) -> list[Example
 def _canary(model: Example, reference: str, secret: str) -> Example:
     turns = list(model.messages)
     request = max(place for place, turn in enumerate(turns[:-1]) if turn.role == "user")
-    turns[request] = Message(role="user", content=f"[{reference}] {turns[request].content}")
-    turns[-1] = Message(role="assistant", content=_with_secret(turns[-1].content, secret))
+    changed = {request: f"[{reference}] {turns[request].content}", -1: _with_secret(turns[-1].content, secret)}
+    for place, content in changed.items():
+        turns[place] = turns[place].model_copy(update={"content": content})
     identifier = example_id(turns, SOURCE)
-    changed = {"id": identifier, "messages": tuple(turns), "source": SOURCE, "group": f"canary-{reference}"}
-    return model.model_copy(update={**changed, "subject": None})
+    own = {"id": identifier, "messages": tuple(turns), "source": SOURCE, "group": f"canary-{reference}"}
+    return model.model_copy(update={**own, "subject": None})
 
 
 def _with_secret(answer: str, secret: str) -> str:

@@ -61,8 +61,8 @@ def _weighted(turn: Message, weight: Literal[0, 1]) -> Message:
 
 def row_count(examples: int, settings: TrainSettings) -> int:
     """How many rows `training_rows` gives of so many examples."""
-    chosen, canaries = min(examples, settings.rows or examples), settings.canaries
-    return chosen + (canaries.each * sum(canaries.repeats) if canaries else 0)
+    chosen = min(examples, settings.rows or examples)
+    return chosen + (settings.canaries.added if settings.canaries else 0)
 
 
 def render_rows(

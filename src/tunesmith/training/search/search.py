@@ -23,7 +23,7 @@ from tunesmith.engines.factory import load_model, training_engine
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.models.base import Base, model_width, require_context_length
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.training.batches.batch_plan import TrainingPlan, validation_parts
+from tunesmith.training.batches.batch_plan import TrainingPlan, plan, validation_parts
 from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import (
@@ -203,8 +203,10 @@ def _run_trial(
     """Train a trial on about so many rows, for at most so many seconds, and check it. A trial that its own settings
     keep from being trained (too little memory, a loss that is not finite) has failed; other errors are raised."""
     settings = with_values(shared.settings, shared.trials[trial])
-    steps = math.ceil(count / settings.batch)
-    result = TrialResult(rung=rung, trial=trial, rows=steps * settings.batch, steps=steps, seconds=0.0)
+    epochs, more = divmod(count, len(shared.rows))
+    steps = epochs * math.ceil(len(shared.rows) / settings.batch) + math.ceil(more / settings.batch)
+    rows = _rows_read(shared.rows, settings, steps)
+    result = TrialResult(rung=rung, trial=trial, rows=rows, steps=steps, seconds=0.0)
     folder, began = work / f"rung-{rung}-trial-{trial}", shared.clock()
     try:
         done = _train_and_check(shared, settings, scored, result, seconds, folder)
@@ -222,22 +224,22 @@ def _train_and_check(
     began = shared.clock()
     model = shared.trainable(settings)
     repeated = settings.model_copy(update={"budget": None, "epochs": math.ceil(result.rows / len(shared.rows)) + 1})
-    plan = TrainingPlan(shared.rows, repeated, share=model.shares_prefix, most=result.steps)
+    steps = TrainingPlan(shared.rows, repeated, share=model.shares_prefix, most=result.steps)
     needs = memory_needs(model, settings, validates=True)
     check_disk(folder, needs)
     needs.memory.reset_peak()
-    largest = check_memory(plan.epoch(0), needs)
+    largest = check_memory(steps.epoch(0), needs)
     expected = needs.memory.peak() + needs.batch(largest) + needs.later
     identity = {"trial": shared.trials[result.trial], "steps": result.steps}
     checkpoints = Checkpoints(folder, identity)
     before = shared.clock() - began
     schedule = _Bounded(_schedule(settings, result.steps, folder), result.steps, seconds - before)
-    state = Trainer(model, plan, repeated, checkpoints, schedule=schedule, clock=shared.clock).run()
+    state = Trainer(model, steps, repeated, checkpoints, schedule=schedule, clock=shared.clock).run()
     result = result.model_copy(
         update={"seconds": before + state.seconds, "expected_bytes": expected, "peak_bytes": needs.memory.peak()}
     )
     if state.step < result.steps:
-        done = {"steps": state.step, "rows": state.step * settings.batch}
+        done = {"steps": state.step, "rows": _rows_read(shared.rows, settings, state.step)}
         return result.model_copy(update={**done, "cut": f"ended at step {state.step} of {result.steps}: {state.ended}"})
     checking = shared.clock()
     losses = _row_losses(model, shared.validation, shared.settings)
@@ -253,6 +255,12 @@ def _train_and_check(
             "scores": tuple(scores),
         }
     )
+
+
+def _rows_read(rows: Sequence[Rendered], settings: TrainSettings, steps: int) -> int:
+    """How many rows a training reads in its first so many steps, of which each epoch's may include a smaller one."""
+    epochs, more = divmod(steps, math.ceil(len(rows) / settings.batch))
+    return epochs * len(rows) + sum(map(len, plan(rows, settings.batch, settings.seed, epochs)[:more]))
 
 
 class _Bounded:
