@@ -26,6 +26,7 @@ from tunesmith.pipeline.training import (
     find_rate,
     leading_inputs,
     leading_scoring,
+    named_documents,
     repeat_decided,
     train_candidate,
     training_inputs,
@@ -224,6 +225,7 @@ def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Ca
         "settings": settings.model_dump(mode="json"),
         "metric": leading_inputs(context),
         "engine": context.engine_of(bare),
+        **named_documents(bare),
     }
 
     def find(work: Path) -> str:

@@ -163,6 +163,7 @@ def _spec(
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
         notices=validation_notices(context, settings),
+        documents=candidate.documents,
     )
 
 
@@ -285,7 +286,14 @@ def training_inputs(
         "settings": fitted(context, settings).model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": _validated_by(context, candidate, settings),
         **_of_control(context.dataset, settings),
+        **named_documents(candidate),
     }
+
+
+def named_documents(candidate: Candidate) -> dict[str, str]:
+    """What a stage's key says of a candidate that retrieves from documents: before, the record did not name them as a
+    parent."""
+    return {} if candidate.documents is None else {"parent": "documents"}
 
 
 def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:
