@@ -185,6 +185,15 @@ def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, m
     assert candidate(context, "plain"), "it has nothing of them"
 
 
+def test_nothing_is_trained_on_a_recalled_base(folder: Path) -> None:
+    context = _build(folder)
+    base = Cause(kind="base", value=context.base.digest)
+    recall(context.store, base, reason="its licence ended", actor=context.stages.acting)
+    with pytest.raises(Refused, match="the base model was recalled: its licence ended"):
+        training(context, "tuned")
+    assert context.store.records_of("training") == []
+
+
 def _sources(context: PipelineContext) -> set[str]:
     return {passage.source for passage in Documents(context.store, context.documents).passages}
 
