@@ -17,6 +17,7 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.data.documents import Documents
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
+from tunesmith.pipeline import context as context_module
 from tunesmith.pipeline import forecast, training_search
 from tunesmith.pipeline.candidates import answerer, better_settings, candidate, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
@@ -183,6 +184,25 @@ def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, m
     with pytest.raises(Refused, match="was recalled"):
         candidate(context, "reused")
     assert candidate(context, "plain"), "it has nothing of them"
+
+
+def test_rows_that_are_recalled_while_they_are_built_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_project(folder, candidates=CANDIDATES, documents=DOCUMENTS)
+    first = PipelineContext(Project.load(folder))
+    row = first.dataset.examples("train")[0]
+    (folder / "rows.jsonl").write_text("\n" + (folder / "rows.jsonl").read_text())
+    store, actor, build = first.store, first.stages.acting, context_module.build_dataset
+
+    def slow(*given: Any, **more: Any) -> str:
+        recall(store, Cause(kind="row", value=row.id), reason="asked to", actor=actor)
+        return build(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context_module, "build_dataset", slow)
+        with pytest.raises(Refused, match="recalled while this was built"):
+            _ = PipelineContext(Project.load(folder)).dataset
+    dataset = PipelineContext(Project.load(folder)).dataset
+    assert row.id not in {each.id for split in ("train", "validation", "test") for each in dataset.examples(split)}
 
 
 def test_nothing_is_trained_on_a_recalled_base(folder: Path) -> None:
