@@ -267,6 +267,28 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
         assert http.post("/api/versions", json=sent).status_code == 403
 
 
+def test_what_was_recalled_is_registered_neither_on_a_page_nor_over_http(
+    served: Served, evaluated: Evaluated, tmp_path: Path
+) -> None:
+    store = served.scene.store
+    project = project_in(tmp_path)
+    project.store, served.serving.project = store, project
+    dataset = store.record(evaluated.evaluation).parents["dataset"]
+    with database.writing(store.engine) as session:
+        session.add(RecallRow(digest=dataset, cause="row r", reason="consent withdrawn", at="2026-01-01T00:00:00Z"))
+    with served.http(issue_token(store, OWNER, actor=OWNER)) as http:
+        found = http.post("/api/versions", json={"verdict": evaluated.verdict})
+        assert (found.status_code, found.json()["error"]["code"]) == (409, "refused")
+        assert "recalled: consent withdrawn" in found.text
+    with plain(served, cookie_of(served, OWNER)) as http:
+        mark = re.search(r"X-CSRF[^0-9a-f]+([0-9a-f]+)", http.get(evaluated.path).text)
+        assert mark is not None
+        sent = {"csrf": mark[1], "verdict": evaluated.verdict}
+        answer = http.post(f"{evaluated.path}/versions", data=sent)
+        assert (answer.status_code, "recalled: consent withdrawn" in answer.text) == (409, True), answer.text
+    assert list_versions(store, "desk") == []
+
+
 def test_an_endpoint_that_passed_is_not_offered_for_registration(
     served: Served, evaluated: Evaluated, login: Login, tmp_path: Path
 ) -> None:

@@ -109,6 +109,11 @@ def test_recalled_documents_are_left_out(folder: Path) -> None:
     assert left.record.body["withdrawn"] == ["docs/a.md"]
     with pytest.raises(Refused, match=r"CC-BY-4\.0, which was recalled"):
         again(Withdrawn({"licence": frozenset(["CC-BY-4.0"])}))
+    settings = settings.model_copy(update={"licence": "MIT AND CC-BY-4.0"})
+    with pytest.raises(Refused, match=r"MIT AND CC-BY-4\.0, which was recalled, or needs one that was"):
+        again(Withdrawn({"licence": frozenset(["CC-BY-4.0"])}))
+    settings = settings.model_copy(update={"licence": "MIT OR CC-BY-4.0"})
+    assert again(Withdrawn({"licence": frozenset(["CC-BY-4.0"])})).passages
 
 
 words = st.lists(st.text("abc", min_size=1, max_size=3), max_size=60).map(" ".join)

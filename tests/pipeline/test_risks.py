@@ -106,6 +106,16 @@ def test_the_stereotyped_answer_is_the_first_choice(judged: tuple[Path, dict[str
     assert items["Made-0"].group == items["Made-1"].group
 
 
+def test_answers_about_own_rows_come_of_the_candidate(judged: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(judged[0]).store
+    found = [store.record(each) for each in store.records_of("answers")]
+    own = [each for each in found if each.body["suite"].startswith(("membership", "extraction", "robustness"))]
+    assert own
+    for each in own:
+        assert store.record(each.parents["candidate"]).kind == "candidate"
+    assert all("candidate" not in each.parents for each in found if each.body["suite"].startswith("bbq"))
+
+
 def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
     again = run(Project.load(judged[0])).document()
     assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}

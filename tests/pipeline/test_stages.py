@@ -91,6 +91,27 @@ def test_memo_recalled_while_waiting_is_refused(project: Project, monkeypatch: p
     assert "was recalled: asked to" in str(error)
 
 
+def test_what_was_made_from_a_recalled_record_is_refused(project: Project) -> None:
+    """It may be recalled while the stage runs, so that the stage's own record is not marked."""
+    store = project.store
+    base = store.put_record(Record(kind="base", body={}))
+    trained = store.put_record(Record(kind="training", parents={"base": base, "dataset": base}))
+
+    def make(_work: Path) -> str:
+        if not recalls:
+            recalls.append(base)
+            _recall(store, base)
+        return store.put_record(Record(kind="answers", parents={"training": trained}))
+
+    recalls = list[str]()
+    with pytest.raises(Refused, match="something that it was made from, was recalled: asked to"):
+        Stages(project).run("answer plain", "answer", {"x": 1}, make)
+    assert Stages(project).known("answer", {"x": 1}) is None, "it is no result"
+    recalls = [base]
+    with pytest.raises(Refused, match="was recalled: asked to"):
+        Stages(project).run("answer plain", "answer", {"x": 1}, make)
+
+
 def test_a_stage_that_is_run_again_goes_on_where_it_was_killed(project: Project) -> None:
     store, inputs = project.store, {"x": 1}
 

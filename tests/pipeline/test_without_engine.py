@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.data.documents import Documents
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
-from tunesmith.pipeline.candidates import answerer, training, untrained_candidate
+from tunesmith.pipeline import context as context_module
+from tunesmith.pipeline import forecast, training_search
+from tunesmith.pipeline.candidates import answerer, better_settings, candidate, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import composed_rows
 
@@ -142,6 +145,73 @@ def test_a_recalled_document_does_not_come_back(folder: Path) -> None:
     again = PipelineContext(Project.load(folder))
     assert again.documents == second.documents
     assert all(stage.skipped for stage in again.stages.done if stage.name == "documents")
+
+
+def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrieve = {"from": "documents", "k": 1}
+    candidates = {
+        "tuned": {**CANDIDATES["tuned"], "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16}},
+        "reused": {"prompt": "prompt.txt", "weights": "tuned", "max_tokens": 4},
+        "found": {
+            "prompt": "prompt.txt",
+            "retrieve": retrieve,
+            "search": {"shots": [0], "tries": 2, "rows": 2},
+            "max_tokens": 4,
+        },
+        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
+    }
+    write_project(folder, candidates=candidates, documents=DOCUMENTS)
+    context = PipelineContext(Project.load(folder))
+    store = context.store
+    made = {name: candidate(context, name) for name in ("reused", "found")}
+    outcome = SimpleNamespace()
+    monkeypatch.setattr("tunesmith.training.search.search.search", lambda **_: outcome)
+    monkeypatch.setattr(training_search, "search_body", lambda *_: {})
+    monkeypatch.setattr(training_search, "_lines", lambda *_: [])
+    searched = better_settings(context, "tuned", 60.0)
+    monkeypatch.setattr(forecast, "_reserved", lambda *_: None)
+    monkeypatch.setattr(forecast, "_measured", lambda _: ({}, b""))
+    forecast.curve(context, "tuned", 60.0)
+    for kind in ("training", "search", "training_search", "curve"):
+        (digest,) = store.records_of(kind)
+        assert store.record(digest).parents["documents"] == context.documents, kind
+
+    cause = Cause(kind="source", value="rooms.md")
+    found = recall(store, cause, reason="asked to", actor=context.stages.acting)
+    assert {"documents", "training", "search", "training_search", "curve"} <= {one.kind for one in found.reached}
+    assert len(found.adapters) == 1
+    assert {*made.values(), searched} <= {one.digest for one in found.reached}
+    with pytest.raises(Refused, match="was recalled"):
+        candidate(context, "reused")
+    assert candidate(context, "plain"), "it has nothing of them"
+
+
+def test_rows_that_are_recalled_while_they_are_built_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_project(folder, candidates=CANDIDATES, documents=DOCUMENTS)
+    first = PipelineContext(Project.load(folder))
+    row = first.dataset.examples("train")[0]
+    (folder / "rows.jsonl").write_text("\n" + (folder / "rows.jsonl").read_text())
+    store, actor, build = first.store, first.stages.acting, context_module.build_dataset
+
+    def slow(*given: Any, **more: Any) -> str:
+        recall(store, Cause(kind="row", value=row.id), reason="asked to", actor=actor)
+        return build(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context_module, "build_dataset", slow)
+        with pytest.raises(Refused, match="recalled while this was built"):
+            _ = PipelineContext(Project.load(folder)).dataset
+    dataset = PipelineContext(Project.load(folder)).dataset
+    assert row.id not in {each.id for split in ("train", "validation", "test") for each in dataset.examples(split)}
+
+
+def test_nothing_is_trained_on_a_recalled_base(folder: Path) -> None:
+    context = _build(folder)
+    base = Cause(kind="base", value=context.base.digest)
+    recall(context.store, base, reason="its licence ended", actor=context.stages.acting)
+    with pytest.raises(Refused, match="the base model was recalled: its licence ended"):
+        training(context, "tuned")
+    assert context.store.records_of("training") == []
 
 
 def _sources(context: PipelineContext) -> set[str]:

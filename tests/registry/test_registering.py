@@ -15,14 +15,18 @@ from typing import Any
 import pytest
 from sqlalchemy import delete
 
-from tests.fabricate import Chain, put_chain
+from tests.fabricate import Chain, put_chain, put_verdict
+from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.data.dataset import load_dataset
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
+from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry import registration
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
+from tunesmith.services.releases import versions
 from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.people import identities
@@ -169,3 +173,45 @@ def test_who_lost_the_lock_registers_nothing(store: Store, chain: Chain) -> None
     assert verify_version(store, "intents@v2").ok
     assert verify_log(store) == []
     assert register(store, name="intents", verdict=chain.verdict, actor="olive").label == "intents@v3"
+
+
+def _recall_row(store: Store, chain: Chain) -> None:
+    row = load_dataset(store, chain.dataset).examples("train")[0]
+    recall(store, Cause(kind="row", value=row.id), reason="consent withdrawn", actor="olive")
+
+
+def test_a_recalled_verdict_is_not_signed(store: Store, chain: Chain) -> None:
+    _recall_row(store, chain)
+    with pytest.raises(Refused, match="made from something that was recalled: consent withdrawn"):
+        register(store, name="intents", verdict=chain.verdict, actor="olive")
+    with pytest.raises(Refused, match="recalled: consent withdrawn") as caught:  # the newest one, which is the default
+        versions.register(store, name="intents", risk=None, actor="olive")
+    assert "tunesmith run" in str(caught.value.fix)
+    failed = put_chain(store, seed=3, verdict="fail")
+    _recall_row(store, failed)
+    with pytest.raises(Refused, match="recalled: consent withdrawn"):
+        register(store, name="intents", verdict=failed.verdict, actor="olive", override="I say so")
+    assert store.version_folders("intents") == []
+
+
+def test_what_is_recalled_while_weights_are_uploaded_is_not_registered(store: Store, chain: Chain) -> None:
+    own = Store(store.root, blobs=Interrupted(store.root, RELEASE, lambda: _recall_row(store, chain)))
+    with pytest.raises(Refused, match="recalled: consent withdrawn"):
+        register(own, name="intents", verdict=chain.verdict, actor="olive")
+    assert store.version_folders("intents") == []
+    assert list_versions(store) == []
+    assert verify_log(store) == []
+
+
+def test_the_weights_of_a_recalled_version_are_not_registered_under_another_name(store: Store, chain: Chain) -> None:
+    assert chain.training is not None
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive")
+    recall(store, Cause(kind="version", value=version.digest), reason="it swears", actor="olive")
+    facts = {"base": chain.base, "dataset": chain.dataset, "training": chain.training}
+    other = put_candidate(store, Candidate(name="later", prompt="Answer otherwise.", max_tokens=16, **facts))
+    later = put_verdict(store, name="later", candidate=other, tuned=True, dataset=chain.dataset)[1]
+    for verdict in (chain.verdict, later):
+        with pytest.raises(Refused, match="recalled: it swears"):
+            register(store, name="others", verdict=verdict, actor="olive")
+    # What was only compared with it may be registered.
+    assert register(store, name="others", verdict=put_chain(store, seed=1).verdict, actor="olive").number == 1

@@ -69,6 +69,11 @@ class Candidate(Settings):
         return self.training is not None
 
     @property
+    def documents_parent(self) -> dict[str, str]:
+        """The documents that it retrieves from, as a parent of records that its prompts went into; empty without."""
+        return {} if self.documents is None else {"documents": self.documents}
+
+    @property
     def untrained_digest(self) -> str:
         """Digest of all that it states but its training: two that differ in nothing else have the same."""
         return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"training"}))

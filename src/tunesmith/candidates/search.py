@@ -116,7 +116,7 @@ def search_prompts(
         "best": best,
     }
     blobs = {"answers.jsonl": store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines))}
-    parents = {"base": candidate.base, "dataset": dataset.digest}
+    parents = {"base": candidate.base, "dataset": dataset.digest, **candidate.documents_parent}
     return store.put_record(Record(kind="search", parents=parents, blobs=blobs, body=body))
 
 

@@ -77,7 +77,7 @@ def recall(
     reason: Annotated[str, typer.Option("--reason", help="Why; kept in the audit log and shown by refusals.")] = "",
     row: Annotated[str | None, typer.Option("--row", metavar="ID", help="An example's id.")] = None,
     source: Annotated[str | None, typer.Option("--source", help="A source, as `data show` names it.")] = None,
-    licence: Annotated[str | None, typer.Option("--licence", help="All rows under an SPDX licence expression.")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="All rows whose licence needs this one.")] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="All rows about a person.")] = None,
     version: Annotated[str | None, typer.Option("--version", help="NAME@v3 or the start of its digest.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="The start of a base record's digest.")] = None,
@@ -205,6 +205,8 @@ def _draw_status(console: Console, status: RecallStatus) -> None:
         console.print(f"  {name}: {label} does not contain it")
     for name in status.retrain:
         console.print(f"  {name}: nothing replaces it yet: `tunesmith run`")
+    for licence in status.other_licences:
+        console.print(f"  {licence}: not withdrawn, since it does not need it")
 
 
 def _draw_recall(console: Console, found: Recall) -> None:

@@ -183,7 +183,7 @@ def build_documents(
     left_out = []
     removed = 0
     for file in document_files(settings, root):
-        if file.name in withdrawn.values.get("source", ()):
+        if withdrawn.names("source", file.name):
             left_out.append(file.name)
             continue
         with open_source(file) as opened:
@@ -228,9 +228,9 @@ def _with_standing_licence(settings: DocumentSettings, withdrawn: Withdrawn) -> 
     if settings.licence is None:
         return settings
     licence = spelled(settings.licence)
-    if licence in withdrawn.values.get("licence", ()):
+    if withdrawn.names("licence", licence):
         raise Refused(
-            f"all documents have the licence {licence}, which was recalled",
+            f"all documents have the licence {licence}, which was recalled, or needs one that was",
             where="documents.licence",
             fix="remove these documents, or state the licence that they have",
         )

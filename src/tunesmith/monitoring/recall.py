@@ -10,6 +10,7 @@ forgets the rows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -19,13 +20,14 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
-from tunesmith.data.governance.licences import spelled
-from tunesmith.data.governance.withdrawn import TracedRows
+from tunesmith.data.governance.licences import mentions
+from tunesmith.data.governance.withdrawn import TracedRows, reaches
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
+from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
 
@@ -88,7 +90,8 @@ class Recall(BaseModel):
     """What a recall reaches. done: False if nothing was changed. rollouts: numbers of live ones with a recalled arm.
 
     adapters: digests of the weights that were trained on it. tenants: those that a recalled version was made for or
-    answered, or whose alias points at one.
+    answered, or whose alias points at one. other_licences: expressions of rows and documents that contain a recalled
+    licence but do not need it (`A OR B`), and were not recalled themselves: a person has to decide about them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -102,6 +105,7 @@ class Recall(BaseModel):
     adapters: tuple[str, ...] = ()
     served: tuple[AnsweredRequests, ...] = ()
     tenants: tuple[str, ...] = ()
+    other_licences: tuple[str, ...] = ()
 
     @property
     def champions(self) -> tuple[RecalledAlias, ...]:
@@ -143,7 +147,14 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
 
     done: whether the caller marks the records.
     """
-    reached, rows = _roots(store, cause)
+    reached, rows, licences = _roots(store, cause)
+    others = _other_licences(session, cause.value, licences)
+    if not reached:
+        only = f", only of {', '.join(others)}" if others else ""
+        raise UsageError(
+            f"no dataset version in this store holds a row of {cause.label}{only}",
+            fix="tunesmith data show lists sources and licences",
+        )
     digests = {root.digest for root in reached}
     # A row has the same id before and after its licence is corrected, so the version counts from which it was queued.
     items = items_of_rows(session, rows, digests if cause.kind in ("source", "licence") else None)
@@ -175,6 +186,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
         adapters=tuple(sorted(one.blobs[name] for one in trained for name in _WEIGHTS if name in one.blobs)),
         served=served,
         tenants=tuple(sorted(tenants | {one.tenant for one in aliases} | {one.tenant for one in served})),
+        other_licences=others,
     )
     return recalled, items
 
@@ -190,31 +202,37 @@ def _served(session: Session, digests: set[str]) -> tuple[AnsweredRequests, ...]
     )
 
 
-def _roots(store: Store, cause: Cause) -> tuple[list[Reached], frozenset[str]]:
-    """(the records that the cause names, or the dataset versions and documents that hold its rows; the rows' ids)."""
+def _other_licences(session: Session, licence: str, stated: Collection[str]) -> tuple[str, ...]:
+    """The stated expressions that contain a licence and are reached neither by its recall nor by an earlier one."""
+    known = (cause.partition(" ") for cause in causes(session)) if stated else ()
+    recalled = {licence, *(value for kind, _, value in known if kind == "licence")}
+    open_ = (each for each in stated if not any(reaches("licence", value, each) for value in recalled))
+    return tuple(sorted(each for each in open_ if mentions(each, licence)))
+
+
+def _roots(store: Store, cause: Cause) -> tuple[list[Reached], frozenset[str], Collection[str]]:
+    """(the records that the cause names, or the dataset versions and documents that hold its rows; the rows' ids; for a
+    licence, all expressions that rows and documents state)."""
     if cause.kind == "version":
-        return _version_and_its_weights(store, cause.value), frozenset()
+        return _version_and_its_weights(store, cause.value), frozenset(), ()
     if cause.kind == "base":
         record = store.record(cause.value, kind="base")
-        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset()
+        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset(), ()
     traced = TracedRows(store, store.records_of("dataset"), [cause.kind])
     ids = traced.trace(cause.kind, cause.value).ids
     found = [
         Reached(kind="dataset", digest=digest, label=short(digest), rows=rows)
         for digest, rows in traced.reached(cause.kind, cause.value).items()
     ]
+    licences = traced.licences()
     for digest in store.records_of("documents") if cause.kind in ("source", "licence") else ():
         body = store.record(digest).body
-        licence = body["settings"]["licence"]
-        named = [file["path"] for file in body["files"]] if cause.kind == "source" else [licence and spelled(licence)]
-        if cause.value in named:
+        stated = [file["path"] for file in body["files"]] if cause.kind == "source" else [body["settings"]["licence"]]
+        if any(reaches(cause.kind, cause.value, each) for each in stated):
             found.append(Reached(kind="documents", digest=digest, label=short(digest)))
-    if not found:
-        raise UsageError(
-            f"no dataset version in this store holds a row of {cause.label}",
-            fix="tunesmith data show lists sources and licences",
-        )
-    return found, ids
+        if cause.kind == "licence":
+            licences.update(filter(None, stated))
+    return found, ids, licences
 
 
 def _version_and_its_weights(store: Store, version: str) -> list[Reached]:

@@ -25,6 +25,7 @@ class RecallStatus(BaseModel):
     """Whether nothing uses what was recalled any more. left: what still has to be done, one line each.
 
     retrain: names of recalled versions without a replacement. replaced: name -> the newest version made without it.
+    other_licences: see Recall; they do not count as what is left.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +35,7 @@ class RecallStatus(BaseModel):
     left: tuple[str, ...]
     retrain: tuple[str, ...]
     replaced: Mapping[str, str]
+    other_licences: tuple[str, ...] = ()
 
 
 def recall_status(store: Store, cause: Cause) -> RecallStatus:
@@ -69,6 +71,7 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         left=tuple(left),
         retrain=tuple(sorted(names - newest.keys())),
         replaced=newest,
+        other_licences=found.other_licences,
     )
 
 

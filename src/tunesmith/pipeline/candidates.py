@@ -26,6 +26,7 @@ from tunesmith.pipeline.training import (
     find_rate,
     leading_inputs,
     leading_scoring,
+    named_documents,
     repeat_decided,
     train_candidate,
     training_inputs,
@@ -35,6 +36,7 @@ from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve
 from tunesmith.store import database
+from tunesmith.store.recalls import recalled
 
 if TYPE_CHECKING:
     from tunesmith.training.search.range_test import RateSearch
@@ -136,6 +138,7 @@ def _no_training(context: PipelineContext, name: str) -> UsageError:
 def untrained_candidate(context: PipelineContext, name: str, settings: CandidateSettings) -> Candidate:
     """A candidate of the project file before its training: prompt, shots and what it retrieves from."""
     base, most = context.base.digest, settings.max_tokens
+    _refuse_recalled_base(context)
     if settings.method != "model":
         dataset = context.dataset.digest
         return Candidate(name=name, base=base, max_tokens=most, method=settings.method, dataset=dataset)
@@ -177,6 +180,18 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         return _searched(context, found, settings.search)
     chosen = choose_shots(context.dataset.examples("train"), shots.count, shots.choose) if shots else []
     return with_choice(found, found.prompt, chosen)
+
+
+def _refuse_recalled_base(context: PipelineContext) -> None:
+    """Raise Refused where the project's base was recalled, before anything is trained on it or asked of it."""
+    with database.reading(context.store.engine) as session:
+        reason = recalled(session, context.base.digest)
+    if reason is not None:
+        raise Refused(
+            f"the base {context.base.spec} was recalled: {reason}",
+            where="base",
+            fix="name another base in tunesmith.yaml",
+        )
 
 
 def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
@@ -224,6 +239,7 @@ def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Ca
         "settings": settings.model_dump(mode="json"),
         "metric": leading_inputs(context),
         "engine": context.engine_of(bare),
+        **named_documents(bare),
     }
 
     def find(work: Path) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import CandidateSettings
-from tunesmith.core.errors import UsageError
+from tunesmith.core.digests import short
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.data.building.build import build_dataset
@@ -217,7 +218,7 @@ class PipelineContext:
             # Where every training learns the last answer alone, no other has to be found in the template's text.
             learned = {train.loss_on for train in self._trainings}
             loss_on: LossOn = "last" if learned == {"last"} else "assistant"
-            return build_dataset(
+            built = build_dataset(
                 project.store,
                 data,
                 project.root,
@@ -232,6 +233,7 @@ class PipelineContext:
                 runner=self.shards,
                 progress=self.progress,
             )
+            return self._unless_recalled(built)
 
         return load_dataset(project.store, self.stages.run("data", "data", inputs, build))
 
@@ -239,6 +241,16 @@ class PipelineContext:
     def _withdrawn(self) -> Withdrawn:
         """What was recalled when it was first needed."""
         return load_withdrawn(self.store)
+
+    def _unless_recalled(self, built: str) -> str:
+        """The digest of rows or documents. Raises Refused where something was recalled while they were built."""
+        if load_withdrawn(self.store).values != self._withdrawn.values:
+            raise Refused(
+                "something was recalled while this was built, which may still hold it",
+                where=f"record {short(built)}",
+                fix="run again; `tunesmith recall ... --check` shows what is left",
+            )
+        return built
 
     def without_test_rows(self) -> PipelineContext:
         """This context, with a dataset whose test rows cannot be read. Both share the models."""
@@ -277,7 +289,8 @@ class PipelineContext:
         }
 
         def build(_work: Path) -> str:
-            return build_documents(project.store, settings, project.root, privacy, tokens, withdrawn)
+            built = build_documents(project.store, settings, project.root, privacy, tokens, withdrawn)
+            return self._unless_recalled(built)
 
         return self.stages.run("documents", "documents", inputs, build)
 

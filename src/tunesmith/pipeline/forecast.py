@@ -108,7 +108,7 @@ def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable
         except Refused:
             shutil.rmtree(work, ignore_errors=True)  # so that times are measured again: the machine may have been busy
             raise
-        parents = {"base": context.base.digest, "dataset": context.dataset.digest}
+        parents = {"base": context.base.digest, "dataset": context.dataset.digest, **found.documents_parent}
         parents |= {f"candidate:{each}": digest for each, digest in untuned.items()}
         blobs = {"scores.jsonl": context.store.put_bytes(scores)}
         return context.store.put_record(Record(kind="curve", parents=parents, blobs=blobs, body=body))

@@ -86,7 +86,9 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
     digest = candidate(context, name)
     asked = load_candidate(store, digest)
     path = None if gate.path is None else context.project.root / gate.path
-    parents = {"base": context.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
+    parents = {"base": context.base.digest}
+    if suite.own:  # its items are rows, put as the candidate's prompt puts them
+        parents |= {"dataset": dataset.digest, "candidate": digest}
     trained = None if before else asked.training
     engine = context.engine_of(asked)
     inputs = {

@@ -22,13 +22,13 @@ from tunesmith.core.system.files import room_for, write_atomic
 from tunesmith.project import Project
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
-from tunesmith.store.recalls import recalled
+from tunesmith.store.recalls import ancestor_recalled, recalled
 
 # Raise a stage's number when it computes something else from the same inputs. Not for rounding in kernels: that differs
 # between processors anyway.
 REVISIONS = {
-    "data": 12,
-    "documents": 4,
+    "data": 13,
+    "documents": 5,
     "train": 6,
     "search": 4,
     "training_search": 5,
@@ -96,7 +96,7 @@ class Stages:
         """Digest of the record that make(work folder) returns; a memo of the same inputs is returned instead.
 
         again: ignore the memo; so does the next run where this one was stopped, and goes on with it. Raises Refused
-        where the record was recalled, or where the person may not run the stage.
+        where the record or one that it was made from was recalled, or where the person may not run the stage.
         """
         store = self.project.store
         key = _key(kind, inputs)
@@ -145,11 +145,12 @@ class Stages:
         return known
 
     def _refuse_recalled(self, name: str, digest: str) -> None:
+        """Raise Refused where a record, or one that it was made from, was recalled: it may have been meanwhile."""
         with database.reading(self.project.store.engine) as session:
-            reason = recalled(session, digest)
+            reason = recalled(session, digest) or ancestor_recalled(session, digest)
         if reason is not None:
             raise Refused(
-                f"the result of this stage was recalled: {reason}",
+                f"the result of this stage, or something that it was made from, was recalled: {reason}",
                 where=f"stage {name}, record {short(digest)}",
                 fix="remove the withdrawn data from the sources (or settings), then run again",
             )

@@ -167,6 +167,7 @@ def _spec(
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
         notices=notices,
+        documents=candidate.documents,
     )
 
 
@@ -290,7 +291,14 @@ def training_inputs(
         "validation": _validated_by(context, candidate, settings),
         **_of_control(context.dataset, settings),
         **({"canaries": "in texts, with tools"} if settings.canaries else {}),  # before, calls held them, without tools
+        **named_documents(candidate),
     }
+
+
+def named_documents(candidate: Candidate) -> dict[str, str]:
+    """What a stage's key says of a candidate that retrieves from documents: before, the record did not name them as a
+    parent."""
+    return {} if candidate.documents is None else {"parent": "documents"}
 
 
 def _of_control(dataset: Dataset, settings: TrainSettings) -> dict[str, str]:

@@ -85,7 +85,7 @@ def search_settings(
             **search_body(outcome, checked, "validate_by is loss" if settings.validate_by == "loss" else reason),
         }
         blob = b"".join(canonical(line) + b"\n" for line in _lines(outcome, checked))
-        parents = {"base": held.base.digest, "dataset": held.dataset.digest}
+        parents = {"base": held.base.digest, "dataset": held.dataset.digest, **candidate.documents_parent}
         blobs = {TRIALS: held.store.put_bytes(blob)}
         return held.store.put_record(Record(kind="training_search", parents=parents, blobs=blobs, body=body))
 

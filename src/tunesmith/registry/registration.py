@@ -29,7 +29,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now, stamp
-from tunesmith.core.digests import digest_file
+from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
@@ -57,6 +57,7 @@ from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.trust import signature_entry
+from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
@@ -98,8 +99,8 @@ def register(
 
     verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
     the version states it). expires_at: ISO 8601 with a time zone. risk: what it takes to serve; None takes one
-    approver. Raises Refused if the evidence, the adapter or the actor's roles do not allow it, UsageError for bad
-    names. If the call is killed, the next one carries on.
+    approver. Raises Refused if the evidence, the adapter or the actor's roles do not allow it, or if something that the
+    version would be made from was recalled; UsageError for bad names. If the call is killed, the next one carries on.
     """
     check_name(name, "version name")
     identities.require(store, actor, "version.register", scope=scope)
@@ -169,6 +170,7 @@ def _check_unchanged(session: Session, plan: _Plan, release: Release, taken: set
     identities.require(session, actor, "version.register", scope=plan.scope)
     if plan.override is not None:
         identities.require(session, actor, "version.override", scope=plan.scope)
+    _check_not_recalled(session, plan.parents, plan.records)
     current_signer(session, release.version, release.signer.fingerprint)
 
 
@@ -184,6 +186,8 @@ def _plan(
     judged = store.record(verdict, kind="verdict")
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
     records = ancestors(store, parents.values())
+    with database.reading(store.engine) as session:
+        _check_not_recalled(session, parents, records)
     check_evidence(records, parents, override)
     if override is not None and judged.body["verdict"] == "pass":
         raise UsageError("the verdict is a pass, so there is nothing to override", fix="leave --override out")
@@ -204,6 +208,22 @@ def _plan(
         duties=duties,
         risk=risk,
     )
+
+
+def _check_not_recalled(session: Session, parents: Mapping[str, str], records: Mapping[str, Record]) -> None:
+    """Raise Refused if a record that a version would be made from was recalled.
+
+    A recall of another version counts if it has the same candidate or weights, and not if it was only compared with.
+    """
+    own = {parents["candidate"], records[parents["candidate"]].parents.get("training")}
+    for digest in records:
+        reason = recalled(session, digest, as_evidence=digest not in own)
+        if reason is not None:
+            raise Refused(
+                f"verdict {short(parents['verdict'])} was made from something that was recalled: {reason}",
+                where=f"{records[digest].kind} {short(digest)}",
+                fix="tunesmith run makes, measures and judges a candidate without it",
+            )
 
 
 def _find_registered(store: Store, plan: _Plan) -> Version | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.store.tables import RecallRow
+from tunesmith.store.tables import EdgeRow, RecallRow
 
 
 def reasons_of_recalls(session: Session, digests: Sequence[str]) -> dict[str, str]:
@@ -29,6 +29,15 @@ def recalled(session: Session, digest: str, *, as_evidence: bool = False) -> str
     if as_evidence:
         query = query.where(~RecallRow.cause.startswith("version "))
     return session.scalars(query.limit(1)).first()
+
+
+def ancestor_recalled(session: Session, digest: str) -> str | None:
+    """Why a record that this one was made from was recalled as evidence (see `recalled`), or None if none was."""
+    found, waiting = set[str](), {digest}
+    while waiting:
+        found |= waiting
+        waiting = set(session.scalars(select(EdgeRow.parent).where(EdgeRow.child.in_(waiting)))) - found
+    return next(iter(reasons_of_recalls(session, sorted(found - {digest})).values()), None)
 
 
 def causes(session: Session) -> dict[str, list[str]]:

@@ -50,19 +50,19 @@ KINDS: Mapping[str, RecordKind] = {
     ),
     "training": RecordKind(
         "training/train.py",
-        ("base", "dataset"),
+        ("base", "dataset", "documents"),
         _WEIGHTS,
         "settings, the splits that could be read, curve, time and memory as estimated and as measured, environment",
     ),
     "search": RecordKind(
         "candidates/search.py",
-        ("base", "dataset"),
+        ("base", "dataset", "documents"),
         ("answers.jsonl",),
         "every prompt and choice of shots that was tried on validation rows, its mean, the budget, the best",
     ),
     "training_search": RecordKind(
         "pipeline/training_search.py",
-        ("base", "dataset"),
+        ("base", "dataset", "documents"),
         ("trials.jsonl",),
         "training settings that were tried on validation rows: each trial's score, loss, time and memory, what was "
         "decided when, how the best differs from the present ones",
@@ -82,7 +82,7 @@ KINDS: Mapping[str, RecordKind] = {
     ),
     "curve": RecordKind(
         "pipeline/forecast.py",
-        ("base", "dataset", "candidate:NAME"),
+        ("base", "dataset", "documents", "candidate:NAME"),
         ("scores.jsonl",),
         "trainings on nested subsets of the training rows, the splits that could be read, the held-out rows that were "
         "asked, each one's mean score, tokens and seconds",

@@ -75,7 +75,7 @@ class TrainingSpec(BaseModel):
     files. dataset: digest of the dataset version that the rows come from. work: the training's own folder, for rows,
     checkpoints and the result. splits: of the dataset version, that could be read. metrics: where its curves are shown.
     decisions: those of an earlier training, which this one repeats. notices: what people should know of it, for its
-    record.
+    record. documents: digest of those whose passages the rows' prompts hold.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -92,6 +92,7 @@ class TrainingSpec(BaseModel):
     metrics: MetricsSettings | None = None
     decisions: Decisions | None = None
     notices: tuple[str, ...] = ()
+    documents: str | None = None
 
 
 class Estimate(BaseModel):

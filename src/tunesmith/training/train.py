@@ -73,13 +73,14 @@ def make_spec(
     metrics: MetricsSettings | None = None,
     decisions: Decisions | None = None,
     notices: Sequence[str] = (),
+    documents: str | None = None,
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
     What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
     `engine: {train: auto}` takes for one process. restart: first delete what the work folder
     holds, so that the training does not resume. splits: of the dataset version, that could be read. decisions: to
-    repeat. notices: see TrainingSpec.
+    repeat. notices, documents: see TrainingSpec.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
     if restart:
@@ -101,6 +102,7 @@ def make_spec(
         metrics=metrics,
         decisions=decisions,
         notices=tuple(notices),
+        documents=documents,
     )
 
 
@@ -186,6 +188,8 @@ def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) ->
     """Keep a training's files and its record; returns the record's digest."""
     blobs = {path.name: store.put_file(path) for path in sorted(result.folder.iterdir())}
     parents = {"base": spec.base.digest, "dataset": spec.dataset}
+    if spec.documents is not None:
+        parents["documents"] = spec.documents
     return store.put_record(Record(kind="training", parents=parents, blobs=blobs, body=_body(spec, result)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.governance.licences import Credit, custom_ids, duties, permitted
+from tunesmith.data.governance.licences import Credit, custom_ids, duties, mentions, needs, permitted
 from tunesmith.data.settings import Licences
 
 
@@ -155,3 +155,37 @@ def test_two_licences_that_each_bind_the_adapter_are_refused() -> None:
     with pytest.raises(Refused, match=r"CC-BY-SA-4\.0 and ODbL-1\.0") as caught:
         duties(rows, Licences(share_alike=True))
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("expression", "licence", "needed"),
+    [
+        ("CC-BY-4.0", "cc-by-4.0", True),
+        ("MIT AND CC-BY-4.0", "CC-BY-4.0", True),
+        ("MIT AND (Zlib AND CC-BY-4.0)", "CC-BY-4.0", True),
+        ("MIT OR CC-BY-4.0", "CC-BY-4.0", False),
+        ("(MIT AND CC-BY-4.0) OR (Zlib AND CC-BY-4.0)", "CC-BY-4.0", True),
+        ("MIT AND (Zlib OR CC-BY-4.0)", "CC-BY-4.0", False),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", "GPL-2.0-only", True),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", "Classpath-exception-2.0", True),
+        ("GPL-2.0-only", "GPL-2.0-only WITH Classpath-exception-2.0", False),
+        ("Zlib AND CC-BY-4.0 AND MIT", "MIT AND CC-BY-4.0", True),
+        ("CC-BY-4.0", "MIT AND CC-BY-4.0", False),
+        ("MIT OR CC-BY-4.0", "MIT OR CC-BY-4.0", True),
+        ("Zlib AND (MIT OR CC-BY-4.0)", "MIT OR CC-BY-4.0", True),
+        ("MIT", "MIT OR CC-BY-4.0", False),
+        ("LicenseRef-Own AND MIT", "LicenseRef-Own", True),
+        ("no expression, such", "no expression, such", True),
+        ("no expression, such", "MIT", False),
+    ],
+)
+def test_what_an_expression_needs(expression: str, licence: str, needed: bool) -> None:
+    assert needs(expression, licence) is needed
+
+
+def test_what_an_expression_mentions() -> None:
+    assert mentions("MIT OR (Zlib AND CC-BY-4.0)", "CC-BY-4.0")
+    assert mentions("GPL-2.0-only WITH Classpath-exception-2.0 OR MIT", "Classpath-exception-2.0")
+    assert not mentions("MIT OR CC-BY-SA-4.0", "CC-BY-4.0")
+    assert not mentions("MIT", "MIT AND Zlib")
+    assert not mentions("no expression, such", "MIT")

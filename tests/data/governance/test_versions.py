@@ -14,6 +14,7 @@ from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.governance.cards import croissant, datasheet
 from tunesmith.data.governance.difference import difference, removed_sample
 from tunesmith.data.governance.signoff import require_signed, sign_off, sign_offs
+from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.store import audit, database
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -99,6 +100,9 @@ def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Data
     assert (entry.actor, entry.action, entry.subject) == ("sten", "data.sign", first.digest)
     with pytest.raises(Refused):  # of another version it says nothing
         require_signed(store, second.digest)
+    recall(store, Cause(kind="row", value=second.examples("train")[0].id), reason="asked to", actor="sten")
+    with pytest.raises(Refused, match="was recalled: asked to"):
+        sign_off(store, second.digest, steward="sten", reason="looked at 50 rows")
     identities.set_roles(store, "sten", ["operator"], actor=owner)
     with pytest.raises(Refused):
         require_signed(store, first.digest)

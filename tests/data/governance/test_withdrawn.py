@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.data.rows import NO_SCAN, build, many_rows, row, settings, turns, write_jsonl
+from tunesmith.core.errors import UsageError
 from tunesmith.data.building.account import WITHDRAWN
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example
@@ -17,6 +18,7 @@ from tunesmith.data.review import queue
 from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.recall import Cause, Recall, recall
 from tunesmith.monitoring.recall_status import recall_status
+from tunesmith.services.traffic import monitoring
 from tunesmith.store.people.identities import ensure_owner
 from tunesmith.store.store import Store
 
@@ -105,6 +107,40 @@ def test_a_recalled_licence_leaves_versions_in_which_it_was_corrected(tmp_path: 
     assert [one.subject for one in queue.list_items(store, ["open"], 0, 9)] == [names[1]]
     assert gone(store, "licence", "Apache-2.0")
     assert len(rows(build(tmp_path, withdrawn=load_withdrawn(store)))) == 100
+
+
+def test_a_recalled_licence_reaches_the_expressions_that_need_it(tmp_path: Path, store: Store) -> None:
+    licences = ["CC-BY-4.0", "MIT AND CC-BY-4.0", "MIT OR CC-BY-4.0", "MIT"]
+    sources = []
+    for place, licence in enumerate(licences):
+        write_jsonl(tmp_path / f"{place}.jsonl", PLAIN[25 * place : 25 * (place + 1)])
+        sources.append({"path": f"{place}.jsonl", "licence": licence})
+    all_four = DataSettings.model_validate({"sources": sources, "privacy": NO_SCAN})
+    apart = [
+        build(tmp_path, DataSettings.model_validate({"sources": [one], "privacy": NO_SCAN})).digest for one in sources
+    ]
+    build(tmp_path, all_four)
+    cause = monitoring.cause_of(store, {"licence": "cc-by-4.0"})
+    found = monitoring.recall(store, cause, reason="ended", actor="ann")
+    counts = {one.digest: sum(one.rows.values()) for one in found.reached}
+    assert [counts.pop(digest, 0) for digest in apart] == [25, 25, 0, 0]
+    assert list(counts.values()) == [50]
+    assert found.other_licences == ("MIT OR CC-BY-4.0",)
+    assert "not withdrawn, since they do not need it: MIT OR CC-BY-4.0" in found.next
+    left = rows(build(tmp_path, all_four, withdrawn=load_withdrawn(store)))
+    assert {one.licence for one in left} == {"MIT OR CC-BY-4.0", "MIT"}
+    status = recall_status(store, cause)
+    assert (status.gone, status.other_licences) == (True, ("MIT OR CC-BY-4.0",))
+    withdraw(store, "licence", "MIT OR CC-BY-4.0")
+    assert {one.licence for one in rows(build(tmp_path, all_four, withdrawn=load_withdrawn(store)))} == {"MIT"}
+    assert recall_status(store, cause).other_licences == ()
+
+
+def test_a_licence_of_which_there_is_only_a_choice_is_not_withdrawn(tmp_path: Path, store: Store) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", PLAIN)
+    build(tmp_path, settings(source={"licence": "MIT OR CC-BY-4.0"}))
+    with pytest.raises(UsageError, match=r"holds a row of licence CC-BY-4\.0, only of MIT OR CC-BY-4\.0"):
+        withdraw(store, "licence", "CC-BY-4.0")
 
 
 def test_the_contents_of_recalled_rows_are_read_once(

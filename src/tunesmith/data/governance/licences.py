@@ -103,6 +103,27 @@ def custom_ids(expression: str) -> tuple[str, ...]:
     return tuple(name for name in ids if name.startswith(_CUSTOM))
 
 
+@functools.lru_cache(maxsize=4096)
+def needs(expression: str, licence: str) -> bool:
+    """Whether texts under an expression cannot be used without a licence: `A AND B` and `A WITH B` need A; `A OR B`
+    does not.
+
+    licence: an id or an expression, of which everything that AND joins is needed.
+    """
+    whole, wanted = _parsed(expression), _parsed(licence)
+    if whole is None or wanted is None:
+        return expression == licence
+    return {str(part) for part in _joined(wanted)} <= _needed(whole)
+
+
+def mentions(expression: str, licence: str) -> bool:
+    """Whether an expression contains all ids of a licence, needed or not."""
+    whole, wanted = _parsed(expression), _parsed(licence)
+    if whole is None or wanted is None:
+        return expression == licence
+    return set(_spdx().license_keys(whole)) >= set(_spdx().license_keys(wanted))
+
+
 def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     """What the licences of a dataset's rows require of those who distribute a model trained on them.
 
@@ -201,6 +222,38 @@ def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[st
     return str(parsed), problem, ids
 
 
+def _parsed(expression: str) -> Any:
+    """The expression as a tree; None where it is none."""
+    from license_expression import ExpressionError, ExpressionParseError
+
+    try:
+        return _spdx().parse(expression, validate=False)
+    except (ExpressionError, ExpressionParseError):
+        return None
+
+
+def _joined(node: Any) -> list[Any]:
+    """The parts that AND joins at the top of an expression."""
+    return [each for part in node.args for each in _joined(part)] if type(node).__name__ == "AND" else [node]
+
+
+def _needed(node: Any) -> frozenset[str]:
+    """The ids, and the expressions with WITH and OR, without which an expression cannot be kept to."""
+    kind = type(node).__name__
+    if kind == "AND":
+        return frozenset[str]().union(*map(_needed, node.args))
+    if kind == "OR":
+        return frozenset.intersection(*map(_needed, node.args)) | {str(node)}
+    return frozenset((str(node), *_keys(node)))
+
+
+def _keys(symbol: Any) -> tuple[str, ...]:
+    """The ids of `A` or of `A WITH B`."""
+    if hasattr(symbol, "exception_symbol"):
+        return symbol.license_symbol.key, symbol.exception_symbol.key
+    return (symbol.key,)
+
+
 def _relied_on(node: Any, objection: Any) -> tuple[str | None, tuple[str, ...]]:
     """(why a part of an expression must not be used, or None; the licences relied on)."""
     kind = type(node).__name__
@@ -212,7 +265,7 @@ def _relied_on(node: Any, objection: Any) -> tuple[str | None, tuple[str, ...]]:
         # Of several alternatives, the one with the fewest requirements.
         open_ = sorted((ids for problem, ids in parts if problem is None), key=_burden)
         return (None, open_[0]) if open_ else parts[0]
-    keys = (node.license_symbol.key, node.exception_symbol.key) if hasattr(node, "exception_symbol") else (node.key,)
+    keys = _keys(node)
     return next((problem for key in keys if (problem := objection(key)) is not None), None), keys
 
 

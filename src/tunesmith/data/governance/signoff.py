@@ -14,6 +14,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.store import database
 from tunesmith.store.people import identities
+from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
@@ -24,7 +25,8 @@ ACTION = "data.sign"
 def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     """Record a steward's sign-off of a dataset version, which is verified first; returns the record's digest.
 
-    Raises Refused where the version does not verify or the user is not allowed to sign, UsageError without a reason.
+    Raises Refused where the version was recalled or does not verify, or the user is not allowed to sign; UsageError
+    without a reason.
     """
     identities.require(store, steward, ACTION)
     if not reason.strip():
@@ -36,6 +38,9 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     detail: dict[str, Any] = {}
     with store.change(steward, ACTION, digest, detail) as session:
         identities.require(session, steward, ACTION)  # the role may have been revoked meanwhile
+        if (recall := recalled(session, digest)) is not None:
+            fix = "sign the version that is built without it: tunesmith data build"
+            raise Refused(f"dataset version {short(digest)} was recalled: {recall}", fix=fix)
         body = {"steward": steward, "reason": reason.strip(), "at": stamp()}
         record = Record(kind="signoff", parents={"dataset": digest}, blobs={}, body=body)
         store.put_record(record, session)

@@ -2,7 +2,7 @@
 
 A row, and a row of a recalled subject, is recognised by its folded content and not by its place, so that no copy in
 another file takes its place, nor one with another system turn, hidden characters, accents or look-alike letters.
-Sources and licences are recognised by their names.
+Sources are recognised by their names, and licences by expressions that need them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
+from tunesmith.data.governance.licences import needs
 from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.store import database
 from tunesmith.store.recalls import causes
@@ -36,9 +37,14 @@ class Withdrawn:
     values: Mapping[str, frozenset[str]] = field(default_factory=dict)
     contents: frozenset[str] = frozenset()
 
+    def names(self, kind: str, stated: str | None) -> bool:
+        """Whether a recall of this kind reaches what states this."""
+        values = self.values.get(kind, frozenset())
+        return stated in values or (kind == "licence" and any(reaches(kind, value, stated) for value in values))
+
     def holds(self, example: Example) -> bool:
         """Whether an example was recalled."""
-        if any(_value(example, kind) in values for kind, values in self.values.items()):
+        if any(self.names(kind, _value(example, kind)) for kind in self.values):
             return True
         return bool(self.contents) and content_key(example) in self.contents
 
@@ -99,15 +105,19 @@ class TracedRows:
                         self._stated[digest, split][kind, value] += 1
         return [example.id for example in examples]
 
+    def licences(self) -> set[str]:
+        """The licence expressions of the rows, where licences are followed."""
+        return set(self._named.get("licence", ()))
+
     def reached(self, kind: str, value: str) -> dict[str, dict[str, int]]:
         """Dataset version -> split -> how many rows a cause reaches, for the versions in which it reaches any.
 
         A row whose licence was corrected keeps its id, so a licence reaches only versions that state it.
         """
-        ids = self.trace(kind, value).ids
+        ids, named = self.trace(kind, value).ids, self._values(kind, value)
         found: dict[str, dict[str, int]] = {}
         for digest, splits in self.rows.items():
-            counts = {split: self._stated[digest, split][kind, value] for split in splits}
+            counts = {split: sum(self._stated[digest, split][kind, each] for each in named) for split in splits}
             if kind in _BY_CONTENT:
                 counts = {split: sum(name in ids for name in names) for split, names in splits.items()}
             if any(counts.values()):
@@ -116,7 +126,7 @@ class TracedRows:
 
     def trace(self, kind: str, value: str) -> Traced:
         """The rows of a cause; of a row or a subject also every copy, and the rows before and after an edit."""
-        ids = set(self._named[kind].get(value, ()))
+        ids = {name for each in self._values(kind, value) for name in self._named[kind].get(each, ())}
         if kind not in _BY_CONTENT:
             return Traced(frozenset(ids), frozenset())
         if kind == "row":
@@ -129,6 +139,15 @@ class TracedRows:
             if found <= ids:
                 return Traced(frozenset(ids), frozenset(contents))
             ids |= found
+
+    def _values(self, kind: str, value: str) -> list[str]:
+        """What rows state that a cause reaches."""
+        return [each for each in self._named[kind] if reaches(kind, value, each)] if kind == "licence" else [value]
+
+
+def reaches(kind: str, value: str, stated: str | None) -> bool:
+    """Whether the recall of a value reaches what states this: of a licence, also an expression that needs it."""
+    return stated == value or (kind == "licence" and stated is not None and needs(stated, value))
 
 
 def content_key(example: Example) -> str:

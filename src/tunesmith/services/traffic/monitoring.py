@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
+from tunesmith.data.governance.licences import spelled
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.baseline import measured_baseline
@@ -141,7 +142,8 @@ def _on_base(version: Version, found: recalls.Recall) -> VersionOnBase:
 
 
 def cause_of(store: Store, named: Mapping[str, str]) -> Cause:
-    """The one thing to recall. named: kind -> value; a version or base is found by its label or digest.
+    """The one thing to recall. named: kind -> value; a version or base is found by its label or digest, and
+    a licence takes SPDX's spelling.
 
     Raises UsageError unless exactly one thing is named.
     """
@@ -154,6 +156,8 @@ def cause_of(store: Store, named: Mapping[str, str]) -> Cause:
         value = labels.get(value, value)
     if kind in ("version", "base"):
         value = store.find_record(value)
+    if kind == "licence":
+        value = spelled(value)
     try:
         return Cause.model_validate({"kind": kind, "value": value})
     except ValidationError:
@@ -190,6 +194,8 @@ def _next_steps(found: Recall) -> list[str]:
         lines.append("`tunesmith run` builds, trains and measures again without these rows")
     elif found.adapters:
         lines.append("change what these weights were trained on (rows, settings or base), then `tunesmith run`")
+    if found.other_licences:
+        lines.append(f"not withdrawn, since they do not need it: {'; '.join(found.other_licences)}")
     if any(one.kind == "version" for one in found.reached):
         lines.append("`tunesmith recall --pending` lists the names that need a new version, until it serves")
     lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
