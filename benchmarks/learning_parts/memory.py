@@ -1,4 +1,4 @@
-"""What a model keeps of its rows and forgets of the rest: at one epoch, at the defaults, and after ten epochs."""
+"""What a model keeps of its rows and forgets of the rest: at the defaults, after fewer epochs, and at a lower rate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from task_projects import write_project
 TASK, ROWS = "home", 300
 CANARIES = {"each": 20, "repeats": [1, 4], "controls": 128}
 PROBES = 2  # raise it where a probe measures otherwise, or canaries are planted otherwise: earlier figures do not count
+LOW = 0.0005  # of A and B; the defaults for so many rows are 0.0017 and 0.0068
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "one": {"epochs": 1},
     "defaults": defaults(),
+    "one": {"epochs": 1},
+    "three": {"epochs": 3, "keep": "last"},
     "ten": {"epochs": 10, "keep": "last"},
+    "three at a low rate": {"epochs": 3, "keep": "last", "learning_rate": LOW},
+    "ten at a low rate": {"epochs": 10, "keep": "last", "learning_rate": LOW},
 }
 # As the guide for engineers has them. A canary was added once; four times is shown by the report.
 GATES: Mapping[str, Mapping[str, Any]] = {
@@ -46,20 +50,20 @@ def memory(bench: Bench) -> list[Line]:
     if TASK not in bench.tasks:
         return [Line("memorisation and forgetting", lacks=f"the task {TASK} is missing")]
     found = {name: _measured(bench, name, train) for name, train in RECIPES.items()}
-    usual = found["defaults"]
-    lines = []
+    usual, others = found["defaults"], {name: each for name, each in found.items() if name != "defaults"}
+    against, lines = f"epochs: {'; '.join(others)}", []
     for probe in GATES:
         what = f"{probe} at the defaults ({UNITS[probe]})"
         bound = next(value for key, value in GATES[probe].items() if key.endswith("at_most"))
         if usual is None:
-            lines.append(Line(what, against="one epoch; ten", wanted=f"<= {bound:g}", lacks="see below"))
+            lines.append(Line(what, against=against, wanted=f"<= {bound:g}", lacks="see below"))
             continue
-        others = "; ".join(_told(found[name], probe) for name in ("one", "ten"))
+        told = "; ".join(_told(each, probe) for each in others.values())
         reached = usual["gates"][probe]["outcome"] == "pass"
-        lines.append(Line(what, _told(usual, probe), "one epoch; ten", others, wanted=f"<= {bound:g}", reached=reached))
+        lines.append(Line(what, _told(usual, probe), against, told, wanted=f"<= {bound:g}", reached=reached))
     if usual is not None:
-        one, own, ten = (f"{each['mean']:.1%}" if each else "-" for each in found.values())
-        lines.append(Line(f"exactly right with these recipes, {ROWS} rows", own, "one epoch; ten", f"{one}; {ten}"))
+        told = "; ".join(f"{each['mean']:.1%}" if each else "-" for each in others.values())
+        lines.append(Line(f"exactly right with these recipes, {ROWS} rows", f"{usual['mean']:.1%}", against, told))
     return lines
 
 
@@ -76,7 +80,7 @@ def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | No
     task = bench.tasks[TASK]
     stated = {"task": task.digest, "rows": ROWS, "train": dict(train), "canaries": CANARIES, "gates": dict(GATES),
               "recipe": RECIPE, "probes": PROBES}  # fmt: skip
-    folder = bench.work / f"memory-{name}"
+    folder = bench.work / f"memory-{name.replace(' ', '-')}"
 
     def run(*arguments: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "tunesmith", *arguments, "-C", str(folder), "--json"]
@@ -105,4 +109,4 @@ def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | No
             "gates": {gate["name"]: {key: gate[key] for key in kept} for gate in gates},
         }
 
-    return bench.kept.figures(f"memory {name}", stated, 15, measure)
+    return bench.kept.figures(f"memory {name}", stated, 20 if name == "defaults" else 10, measure)
