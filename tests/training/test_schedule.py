@@ -260,6 +260,13 @@ def test_a_stated_warmup_holds_within_a_budget(tmp_path: Path) -> None:
         assert made.warmup == steps
 
 
+def test_few_rows_are_validated_as_often_as_many(tmp_path: Path) -> None:
+    """Sixteen times in all, where all epochs take less than the budget, too."""
+    for budget, steps in ((1_600.0, 100), (100_000.0, 625)):
+        made, _ = _decide(tmp_path / f"{budget}", TrainSettings(budget=budget), 0.001)
+        assert made.validate_every == steps
+
+
 def test_what_measuring_left_of_a_budget_is_spent() -> None:
     """Three quarters of the time that is left at a constant rate, and the fall in the last one."""
     before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=46.0)

@@ -196,11 +196,12 @@ def _within(
             )
             rows = 0
     each = loss + rows * answer
-    apart = max(budget / settings.validations, each / _ALL_SHARE)
-    steps = min(len(plan), budget / max(expected.step_seconds, 1e-9))
+    step = max(expected.step_seconds, 1e-9)
+    steps = min(len(plan), budget / step)  # few rows are read as often as a budget does long before it ends
+    apart = max(steps / settings.validations, each / _ALL_SHARE / step)
     return Decisions(
         warmup=warmup_steps(settings, steps),
-        validate_every=max(1, min(len(plan), round(apart / max(expected.step_seconds, 1e-9)))),
+        validate_every=max(1, min(len(plan), round(apart))),
         scored_rows=rows,
         seconds=measured,
     )
