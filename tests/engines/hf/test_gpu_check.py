@@ -135,7 +135,7 @@ def test_vllm_is_started_and_compared(tmp_path: Path) -> None:
 
 
 def test_mfu_is_given_for_known_cards_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "computing_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(speed, "computing_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert speed._share({"flops_per_second": 0.4 * 989e12}, recompute=False) == "40% MFU, "
     again = speed._share({"flops_per_second": 0.4 * 989e12}, recompute=True)
