@@ -57,9 +57,11 @@ class Changes:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
         try:
+            # Not asyncio.wait_for: it waits in another task, which kept the lock when this one was cancelled twice.
             async with self._changed:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait_for(lambda: self.numbers != numbers), _ALIVE_SECONDS)
+                    async with asyncio.timeout(_ALIVE_SECONDS):
+                        await self._changed.wait_for(lambda: self.numbers != numbers)
             return list(self.numbers)
         finally:
             self.waiting -= 1
