@@ -101,9 +101,13 @@ def take_pictures(page: Page, name: str) -> None:
 
 
 def fits(page: Page) -> bool:
-    """Whether nothing is wider than the screen of a phone."""
+    """Whether nothing is wider than the screen of a phone. Charts are drawn anew a moment after it has changed."""
     page.set_viewport_size({"width": WIDTHS["phone"], "height": 740})
-    return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
+    for _ in range(100):
+        if page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"):
+            return True
+        page.wait_for_timeout(50)
+    return False
 
 
 __all__ += ["OPERATOR", "OWNER"]
