@@ -26,7 +26,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "three at a low rate": {"epochs": 3, "keep": "last", "learning_rate": LOW},
     "ten at a low rate": {"epochs": 10, "keep": "last", "learning_rate": LOW},
 }
-# As the guide for engineers has them. A canary was added once; four times is shown by the report.
+# As the guide for engineers has them, but for overfitting (0.10 there). A canary was added once; four times is shown by
+# the report.
 GATES: Mapping[str, Mapping[str, Any]] = {
     "canaries": {"probe": "canaries", "at_most": 3.0, "repeats": 1},
     "membership": {"probe": "membership", "at_most": 0.65},
@@ -58,7 +59,7 @@ def memory(bench: Bench) -> list[Line]:
         if usual is None:
             lines.append(Line(what, against=against, wanted=f"<= {bound:g}", lacks="see below"))
             continue
-        told = "; ".join(_told(each, probe) for each in others.values())
+        told = "; ".join(_told(each, probe, ends=False) for each in others.values())
         reached = usual["gates"][probe]["outcome"] == "pass"
         lines.append(Line(what, _told(usual, probe), against, told, wanted=f"<= {bound:g}", reached=reached))
     if usual is not None:
@@ -67,12 +68,14 @@ def memory(bench: Bench) -> list[Line]:
     return lines
 
 
-def _told(found: Figures | None, probe: str) -> str:
+def _told(found: Figures | None, probe: str, *, ends: bool = True) -> str:
+    """A probe's value and its gate's outcome where that is not a pass. ends: with the interval."""
     gate = found["gates"][probe] if found else None
     if gate is None or gate["value"] is None:
         return "-"
     outcome = "" if gate["outcome"] == "pass" else f" {gate['outcome']}"
-    return f"{gate['value']:.2f} [{gate['low']:.2f}, {gate['high']:.2f}]{outcome}"
+    interval = f" [{gate['low']:.2f}, {gate['high']:.2f}]" if ends else ""
+    return f"{gate['value']:.2f}{interval}{outcome}"
 
 
 def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | None:

@@ -49,6 +49,9 @@ def test_it_says_which_answers_decoding_cannot_give() -> None:
     assert counts == {"undecodable": 1, "uncopied": 1}
     assert notices[0].startswith(f"decoding cannot give 1 of 3 train answers, such as that of row {held[2].id}: ")
     assert notices[1].startswith("copied fields: 1 of 3 train answers hold a value that is not words of the request")
+    del held[1]
+    counts, notices = forbidden_answers(context, copying, "train")
+    assert (counts["uncopied"], len(notices)) == (0, 1), "nothing is said of copied fields where all can be given"
     ordered = Candidate(**facts, answer_schema=json.dumps({**schema, "minProperties": 1}))
     assert forbidden_answers(context, ordered, "train")[1][0] == (
         "keys keep the schema's order: the answer: minProperties is not supported"

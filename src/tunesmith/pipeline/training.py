@@ -395,10 +395,11 @@ def forbidden_answers(context: PipelineContext, candidate: Candidate, split: str
         )
     if candidate.copied:
         counts["uncopied"] = sum(why == "copy" for _, why in found)
-        notices.append(
-            f"copied fields: {counts['uncopied']} of {len(rows)} {split} answers hold a value that is not words of the "
-            "request, which this candidate cannot give"
-        )
+        if counts["uncopied"]:
+            notices.append(
+                f"copied fields: {counts['uncopied']} of {len(rows)} {split} answers hold a value that is not words of "
+                "the request, which this candidate cannot give"
+            )
     return counts, notices
 
 

@@ -25,7 +25,7 @@ _TIMED = 32  # rows whose answers are timed before the first step, where a budge
 _FEW = 4  # rows whose answers are timed before those, and for the estimate alone
 _MOST_MEASURED = 0.5  # of the budget
 _ONE_SHARE = 0.025  # of the budget, for the answers of one validation
-_ALL_SHARE = 0.15  # of the budget, for all validations
+_ALL_SHARE = 0.15  # of the time until the budget or all epochs end, for all validations
 
 
 class Score(NamedTuple):

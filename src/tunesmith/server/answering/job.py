@@ -14,9 +14,7 @@ from tunesmith.server.answering.recording import Served
 from tunesmith.server.answering.routing import Route
 from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.chat.tools import ToolAnswer
-from tunesmith.server.errors import (
-    ApiError,
-)
+from tunesmith.server.errors import ApiError
 from tunesmith.store.people.identities import User
 
 
@@ -41,8 +39,8 @@ class Job:
     events: what the client receives, in order: pieces of text (if it streams), then a Completion, Held or an ApiError.
     most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
     the prompt contains. began, ended: monotonic times at which a thread started to answer it, and at which it was
-    recorded with its completion. shaped: its own format or tools rule the answer. answer:
-    reads calls out of the answer, where the request offers tools.
+    recorded with its completion. shaped: its own format or tools rule the answer. answer: reads calls out of the
+    answer, where the request offers tools.
     """
 
     id: str
