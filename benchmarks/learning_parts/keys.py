@@ -17,7 +17,7 @@ from typing import Any
 from engine_parts.report import Line
 from leakage import Row
 from learning_parts.kept import Figures
-from learning_parts.ours import Bench
+from learning_parts.ours import Bench, stated_settings
 from learning_parts.shown import NOT_YET, difference, mean_of
 from task_training import answers, scores, train_task
 from tasks import Task
@@ -58,7 +58,7 @@ def _measured(bench: Bench, order: str) -> Figures | None:
     split = task.split(ROWS)
     split = split._replace(train=tuple(ordered(task, row, order) for row in split.train))
     settings = TrainSettings.model_validate(TRAIN)
-    stated = {"task": task.digest, "rows": ROWS, "order": order, "train": settings.model_dump(mode="json")}
+    stated = {"task": task.digest, "rows": ROWS, "order": order, "train": stated_settings(settings)}
 
     def measure() -> Figures:
         work = bench.work / ("keys-request" if order == REQUEST else "keys-schema")

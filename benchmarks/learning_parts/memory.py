@@ -1,4 +1,4 @@
-"""What a model keeps of its rows and forgets of the rest: at the defaults, after fewer epochs, and at a lower rate."""
+"""What a model keeps of its rows and forgets of the rest: at the defaults, with fewer epochs, without rehearsal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from task_projects import write_project
 
 TASK, ROWS = "home", 300
 CANARIES = {"each": 20, "repeats": [1, 4], "controls": 128}
-PROBES = 2  # raise it where a probe measures otherwise, or canaries are planted otherwise: earlier figures do not count
-LOW = 0.0005  # of A and B; the defaults for so many rows are 0.0017 and 0.0068
+PROBES = 3  # raise it where a probe measures otherwise, or canaries are planted otherwise: earlier figures do not count
+REHEARSE = {"rehearse": defaults()["rehearse"]}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "defaults": defaults(),
-    "one": {"epochs": 1},
-    "three": {"epochs": 3, "keep": "last"},
-    "ten": {"epochs": 10, "keep": "last"},
-    "three at a low rate": {"epochs": 3, "keep": "last", "learning_rate": LOW},
-    "ten at a low rate": {"epochs": 10, "keep": "last", "learning_rate": LOW},
+    "one": {"epochs": 1, **REHEARSE},
+    "three": {"epochs": 3, "keep": "last", **REHEARSE},
+    "ten": {"epochs": 10, "keep": "last", **REHEARSE},
+    "ten without rehearsal": {"epochs": 10, "keep": "last"},
 }
 # As the guide for engineers has them, but for overfitting (0.10 there). A canary was added once; four times is shown by
 # the report.

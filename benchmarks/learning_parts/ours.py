@@ -53,6 +53,11 @@ def defaults(budget: float | str | None = None) -> dict[str, Any]:
     return default_training() | ({} if budget is None else {"budget": budget})
 
 
+def stated_settings(settings: TrainSettings) -> dict[str, Any]:
+    """What figures depend on. Those of trainings that do not rehearse were kept before there was such a setting."""
+    return settings.model_dump(mode="json", exclude=None if settings.rehearse else {"rehearse"})
+
+
 def short_tasks(bench: Bench) -> Iterator[tuple[str, Task]]:
     """The tasks of SHORT_TASKS whose corpus is there."""
     for name in SHORT_TASKS:
@@ -73,7 +78,7 @@ def trained(bench: Bench, name: str, task: Task, split: Split, train: Mapping[st
     stated = {
         "task": task.digest,
         "rows": len(split.train),
-        "train": settings.model_dump(mode="json"),
+        "train": stated_settings(settings),
         "recipe": RECIPE,
     }
     minutes = (settings.budget or _ROW_SECONDS * settings.epochs * len(split.train)) / 60 + 1

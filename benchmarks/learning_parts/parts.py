@@ -33,8 +33,8 @@ def init(bench: Bench) -> list[Line]:
     found: dict[str, Figures | None] = {}
     for name, train, constrain in (
         ("before", {"method": "lora", "rank": 16, "b_rate": 1.0, "epochs": 1, "rows": 3000}, False),
-        ("15 min", {"budget": "15m"}, True),
-        ("150 min", {"budget": "150m"}, True),
+        ("15 min", defaults("15m"), True),
+        ("150 min", defaults("150m"), True),
     ):
 
         def change(settings: dict[str, Any], train: Any = train, constrain: bool = constrain) -> None:

@@ -24,7 +24,7 @@ from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
-from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
+from tunesmith.training.scoring import AnswerScore, Rehearsal, Score, Validation, decide_beforehand
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
@@ -238,7 +238,9 @@ def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decis
     validation = Validation(nothing, nothing, [], scored, clock=lambda: now[0])
     expected = Estimate(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
     plan: Any = range(10_000)
-    return decide_beforehand(settings, plan, expected, validation, folder / "decisions.json", SILENT), asked
+    return decide_beforehand(
+        settings, plan, expected, validation, Rehearsal(0, 0.0), folder / "decisions.json", SILENT
+    ), asked
 
 
 def test_slow_answers_use_up_no_budget(tmp_path: Path) -> None:

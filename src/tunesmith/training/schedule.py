@@ -42,8 +42,9 @@ class Decisions(BaseModel):
     """What a training decided while it ran, in steps.
 
     warmup: steps in which the rate rises. validate_every: steps from one validation to the next. scored_rows:
-    validation rows that are answered and scored each time; 0: validation goes by the loss. seconds: what measuring
-    before the first step took. decays: each replaces the one before it from its start on.
+    validation rows that are answered and scored each time; 0: validation goes by the loss. seconds: before the first
+    step, for measuring and for what is rehearsed. rehearsed: answers that were drawn for that. decays: each replaces
+    the one before it from its start on.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +53,7 @@ class Decisions(BaseModel):
     validate_every: int = Field(ge=1)
     scored_rows: int = Field(ge=0)
     seconds: float = Field(ge=0)
+    rehearsed: int = Field(default=0, ge=0)
     decays: tuple[Decay, ...] = ()
 
 

@@ -48,6 +48,13 @@ class AnswerScore:
     score: Callable[[TrainableModel | None, int], Score]
 
 
+class Rehearsal(NamedTuple):
+    """How many answers of the base a training rehearses, and the seconds that drawing them took."""
+
+    answers: int
+    seconds: float
+
+
 def mean_score(scores: Sequence[float], groups: Sequence[str]) -> Score:
     """The mean of the rows' scores. Its error counts rows of one group together: they tend to be right or wrong
     together (the sandwich estimator with a factor for few groups: Liang and Zeger 1986, Biometrika 73). One group alone
@@ -132,6 +139,7 @@ def decide_beforehand(
     plan: TrainingPlan,
     expected: Estimate,
     validation: Validation,
+    rehearsal: Rehearsal,
     kept: Path,
     progress: Progress,
 ) -> Decisions:
@@ -145,10 +153,14 @@ def decide_beforehand(
     if settings.budget is None:
         every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
         made = Decisions(
-            warmup=warmup_steps(settings, steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
+            warmup=warmup_steps(settings, steps),
+            validate_every=every,
+            scored_rows=validation.rows,
+            seconds=0.0,
+            rehearsed=rehearsal.answers,
         )
     else:
-        made = _within(settings.budget, settings, plan, expected, validation, progress)
+        made = _within(settings.budget, settings, plan, expected, validation, rehearsal, progress)
     if ranks.first:
         keep_decisions(kept, made)
     return made
@@ -172,11 +184,12 @@ def _within(
     plan: TrainingPlan,
     expected: Estimate,
     validation: Validation,
+    rehearsal: Rehearsal,
     progress: Progress,
 ) -> Decisions:
     began = validation.clock()
     loss, answer = validation.seconds(budget)
-    measured = validation.clock() - began
+    measured = rehearsal.seconds + validation.clock() - began
     least = measured + 4 * expected.step_seconds + loss
     if max(least, measured / _MOST_MEASURED) > budget:
         by_loss = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
@@ -204,6 +217,7 @@ def _within(
         validate_every=max(1, min(len(plan), round(apart))),
         scored_rows=rows,
         seconds=measured,
+        rehearsed=rehearsal.answers,
     )
 
 

@@ -98,6 +98,15 @@ class TrainSettings(WeightSettings):
         CanarySettings | None,
         Field(description="add canary rows for the probe `canaries`; versions of such a training are marked"),
     ] = None
+    rehearse: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="add so many general requests with the base's own answers to each epoch, as a share of the "
+            "rows, one at least: the model keeps more of what the base does beside the task",
+        ),
+    ] = 0.0
     budget: Annotated[
         Duration | None,
         Field(

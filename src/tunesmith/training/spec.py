@@ -111,8 +111,9 @@ class TrainingResult(BaseModel):
     folder: holds the trained model's files and nothing else. engine: the name of the engine that trained it.
     environment: what the bytes depend on besides the spec. decisions: what a schedule decided while it ran, None where
     it was planned. score: the metric and the number of rows of validation scores, None where validation went by the
-    loss. epochs: done, a fraction where the last one was not. rows: of one epoch. tokens, labels: of the epochs done.
-    tokens_computed: in the steps done, shared prefixes once.
+    loss. epochs: done, a fraction where the last one was not. rows: of one epoch, without what it rehearses. rehearsed:
+    answers of the base that were drawn for that. tokens, labels: of the rows, over the epochs done. tokens_computed: in
+    the steps done, with what is rehearsed, shared prefixes once.
     """
 
     folder: Path
@@ -125,6 +126,7 @@ class TrainingResult(BaseModel):
     score: dict[str, Any] | None
     epochs: float
     rows: int
+    rehearsed: int
     tokens: int
     labels: int
     tokens_computed: int

@@ -11,26 +11,36 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.device import DeviceMemory, device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF
-from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
+from tunesmith.engines.training_protocol import LoadedModel, Objective, ShardedModel, TrainableModel
 from tunesmith.models.base import Base, check_base, model_width, require_context_length
 from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
+from tunesmith.training.batches.rehearsal import (
+    Rehearsed,
+    decode_rehearsed,
+    encode_rehearsed,
+    rehearse,
+    rehearsed_each_epoch,
+    render_rehearsed,
+)
 from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import (
@@ -46,7 +56,7 @@ from tunesmith.training.estimates.estimate import (
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
-from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
+from tunesmith.training.scoring import AnswerScore, Rehearsal, Validation, decide_beforehand
 from tunesmith.training.search.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
@@ -130,11 +140,19 @@ def run_training(
     loaded = model or _load_checked(spec)
     trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     now, measured = ranks.clock(clock), ranks.clock(time.perf_counter)
-    plan = TrainingPlan(rows, settings, share=trained.shares_prefix, ranks=ranks)
-    if not len(plan):
+    if not rows:
         raise TunesmithError("the training has no step", where="data", fix="give it more rows")
+    rehearsed, rehearsing = _rehearsed(spec, loaded, len(rows), now, ranks, progress)
+    plan = TrainingPlan(
+        rows,
+        settings,
+        rehearsal=render_rehearsed(Renderer(spec.base.folder), rehearsed, settings.max_length) if rehearsed else (),
+        each=rehearsed_each_epoch(settings, len(rows)),
+        share=trained.shares_prefix,
+        ranks=ranks,
+    )
     batches = lay_out_validation(checked, settings, share=trained.shares_prefix, ranks=ranks)
-    checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks), ranks)
+    checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks, rehearsed), ranks)
     validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
@@ -142,7 +160,7 @@ def run_training(
     notices = [*spec.notices, *([notice] if notice else [])]
     _announce(spec, trained, len(rows), plan, expected, notices, progress, validation)
     DeviceMemory(trained.device).reset_peak()
-    schedule = _schedule(spec, plan, expected, validation, progress)
+    schedule = _schedule(spec, plan, expected, validation, Rehearsal(len(rehearsed), rehearsing), progress)
     progress.measured(
         spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
     )
@@ -175,6 +193,7 @@ def run_training(
         score=validation.described(),
         epochs=epochs,
         rows=len(rows),
+        rehearsed=len(rehearsed),
         tokens=round(sum(len(row.ids) for row in rows) * epochs),
         labels=round(labels * epochs),
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
@@ -247,7 +266,43 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
     }
 
 
-def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks) -> dict[str, Any]:
+def _rehearsed(
+    spec: TrainingSpec,
+    loaded: LoadedModel,
+    rows: int,
+    clock: Callable[[], float],
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[list[Rehearsed], float]:
+    """What the training rehearses, and the seconds that drawing it took. It is drawn once: a resumed training goes on
+    with the same, a repeated one draws as many."""
+    if not spec.settings.rehearse:
+        return [], 0.0
+    kept = spec.work / "rehearsal.jsonl"
+
+    def before() -> list[dict[str, Any]] | None:
+        return [dict(parse_json(line)) for line in kept.read_bytes().splitlines()] if kept.is_file() else None
+
+    if (known := ranks.agree(before)) is not None:
+        return decode_rehearsed(known), 0.0
+
+    def answers(asked: Sequence[Generation]) -> list[Completion]:
+        if ranks.size > 1:
+            return cast(ShardedModel, loaded).answer_together(asked, None)
+        return loaded.engine().generate(asked)
+
+    progress.say("rehearsal: the base answers general requests")
+    began = clock()
+    decided = None if spec.decisions is None else spec.decisions.rehearsed
+    made = rehearse(spec.settings, rows, answers, clock, decided)
+    if ranks.first:
+        write_atomic(kept, encode_rehearsed(made))
+    return made, clock() - began
+
+
+def _identity(
+    spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsed: Sequence[Rehearsed]
+) -> dict[str, Any]:
     return {
         "base": spec.base.digest,
         "engine": model.engine_name,
@@ -256,6 +311,7 @@ def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks) -> dict[s
         "validation": spec.validation.digest,
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "environment": environment(model, ranks),
+        **({"rehearsed": digest_of([each._asdict() for each in rehearsed])} if rehearsed else {}),
     }
 
 
@@ -265,13 +321,18 @@ def _load_checked(spec: TrainingSpec) -> LoadedModel:
 
 
 def _schedule(
-    spec: TrainingSpec, plan: TrainingPlan, expected: Estimate, validation: Validation, progress: Progress
+    spec: TrainingSpec,
+    plan: TrainingPlan,
+    expected: Estimate,
+    validation: Validation,
+    rehearsal: Rehearsal,
+    progress: Progress,
 ) -> Schedule:
     """The schedule of a training. One that decides while it runs goes on from the decisions in the work folder."""
     settings, kept = spec.settings, spec.work / "decisions.json"
     if settings.schedule != "wsd":
         return Planned(len(plan), settings)
-    decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, kept, progress)
+    decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, rehearsal, kept, progress)
     validation.rows = decisions.scored_rows
     budget = None if spec.decisions else settings.budget
     return Annealed(len(plan), settings, decisions, kept if validation.ranks.first else None, budget=budget)
@@ -368,6 +429,7 @@ def _body(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
         "settings": spec.settings.model_dump(mode="json"),
         "splits": list(spec.splits),
         "rows": result.rows,
+        "rehearsed": result.rehearsed,
         "tokens": result.tokens,
         "tokens_computed": result.tokens_computed,
         "labels": result.labels,

@@ -152,7 +152,8 @@ class Trainer:
             self._warn_of_overfitting()
         if (decided := self._schedule.decide(state)) is not None:
             self.progress.say(decided)
-        task.note(self._note(state.curve[-1], step))
+        if not validates:  # whose seconds are not the step's alone
+            task.note(self._note(state.curve[-1], step))
         self._on_step(state)
         now = self._clock()
         if self.finished or now - self._saved > self.settings.checkpoint_seconds:

@@ -19,6 +19,7 @@ from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.report import plots
+from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render, report_html
 from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
@@ -118,6 +119,19 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
 @pytest.mark.parametrize("gates", [STANDARD, {}])
 def test_pages_of_every_verdict_are_whole(made: Fabricated, evaluation: str, name: str, gates: Any) -> None:
     check_whole(report_html(made.store, evaluation, verdict_of(made, evaluation, name, gates)))
+
+
+@pytest.mark.parametrize(("outcome", "rehearsed", "share"), [("fail", None, "0.02"), ("inconclusive", 0.05, "0.1")])
+def test_what_is_forgotten_names_rehearsal(
+    made: Fabricated, evaluation: str, outcome: str, rehearsed: float | None, share: str
+) -> None:
+    data = report_data(made.store, evaluation, verdict_of(made, evaluation))
+    stated = {} if rehearsed is None else {"rehearse": rehearsed}
+    data["training"] = {**data["training"], "settings": {**data["training"]["settings"], **stated}}
+    (gate,) = (gate for gate in data["verdict"]["gates"] if "suite" in gate["settings"])
+    assert "rehearse" not in " ".join(advise(data)["reasons"]), "the gate passed"
+    gate["outcome"] = outcome
+    assert f"`train: {{rehearse: {share}}}`" in " ".join(advise(data)["reasons"])
 
 
 def test_the_contents_lead_to_sections_in_order(made: Fabricated, evaluation: str) -> None:

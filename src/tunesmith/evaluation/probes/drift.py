@@ -146,7 +146,7 @@ _LONG_WORD = re.compile(r"[^\W\d_]{4,}")
 def general_text_items(context: ProbeContext) -> list[Item]:
     """General texts to predict: passages of the gate's file, else the packaged questions with their answers.
 
-    Each text is compared with itself before tuning, so differences between texts cancel. The 150 packaged texts give
+    Each text is compared with itself before tuning, so differences between texts cancel. The packaged texts give
     the change of the loss within a few hundredths of a nat.
     """
     if context.path is not None:

@@ -1,8 +1,8 @@
-"""The suite of general ability: 150 short questions with four choices each, asked before and after tuning.
+"""The suite of general ability: 450 short questions with four choices each, asked before and after tuning.
 
-There are 30 questions each on facts, arithmetic, language, common sense and following instructions, in `general.jsonl`
+There are 90 questions each on facts, arithmetic, language, common sense and following instructions, in `general.jsonl`
 (Apache-2.0). A question's score is the probability of the right choice among the four. It changes long before the most
-probable choice does, so the suite shows a small loss in a few seconds.
+probable choice does, so the suite shows a small loss within seconds.
 
 A choice's log-probability is the sum over its tokens and the end of the turn, without a correction for length: the
 choices of a question have similar lengths, and a preference for short texts cancels between two sets of weights.

@@ -200,7 +200,7 @@ SUITES: dict[str, Suite] = {
     ),
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
-    "general_text": Suite(drift.general_text_items, _loss, before=True, own=False),
+    "general_text": Suite(drift.general_text_items, _loss, before=True, own=False, revision=2),
     "formats": Suite(drift.formats_items, _share_by_word, before=True, own=False, revision=2),
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
     "toxicity": Suite(toxic.toxicity_items, _toxic, before=True, own=False, toxic=True),

@@ -253,9 +253,13 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
         return []
     drop = found["drop"]
     within = f"{data['confidence']:.0%} interval {points(-drop['high'])} to {points(-drop['low'])}"
-    return [
-        f"On {found['n']} general questions, tuning changed the score by {points(-drop['mean'])} points ({within})."
-    ]
+    said = f"On {found['n']} general questions, tuning changed the score by {points(-drop['mean'])} points ({within})."
+    gates = data["verdict"]["gates"] if data["verdict"] else []
+    trained = data["training"] is not None and data["training"].get("settings")
+    if trained and any("suite" in gate["settings"] and gate["outcome"] != "pass" for gate in gates):
+        share = 2 * trained.get("rehearse", 0.0) or 0.02
+        said += f" With `train: {{rehearse: {share:g}}}` it keeps more of what the base can do."
+    return [said]
 
 
 def _next(data: Mapping[str, Any], verdict: str | None, own: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from tunesmith.services.starting.rows import RowFindings, examine_rows, shares
 _LONGEST_NAME = 63
 _MOST_TOKENS = 32_768
 _BUDGET = "15m"  # a first run should end within half an hour on a laptop
+_REHEARSE = 0.02  # of the rows; without it a training forgets more than the gate of a new project allows
 
 
 class NewProject(View):
@@ -194,4 +195,4 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
 
 def default_training() -> dict[str, Any]:
     """The `train:` settings of a new project's candidate `tuned`."""
-    return {"method": "lora", "rank": 16, "budget": _BUDGET}
+    return {"method": "lora", "rank": 16, "budget": _BUDGET, "rehearse": _REHEARSE}

@@ -104,27 +104,35 @@ def lay_out_epoch(
 
 class TrainingPlan(Sequence[Step]):
     """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
-    budget ends before most of them. most: leaves out the steps after so many. ranks: whose rank's part of each step it
-    gives."""
+    budget ends before most of them. rehearsal: further rows, of which each epoch has the next `each`. most: leaves out
+    the steps after so many. ranks: whose rank's part of each step it gives."""
 
     def __init__(
         self,
         rows: Sequence[Rendered],
         settings: TrainSettings,
         *,
+        rehearsal: Sequence[Rendered] = (),
+        each: int = 0,
         share: bool = True,
         most: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self._rows, self._settings, self._share, self._most, self._ranks = rows, settings, share, most, ranks
+        self._rehearsal, self._each = rehearsal, each if rehearsal else 0
         self._epochs: dict[int, list[list[Batch]]] = {}
-        self.epoch_steps = len(plan(rows, settings.batch, settings.seed, 0))
+        self.epoch_steps = len(plan(self._of_epoch(0), settings.batch, settings.seed, 0))
+
+    def _of_epoch(self, number: int) -> Sequence[Rendered]:
+        """The rows of an epoch."""
+        first = number * self._each
+        return [*self._rows, *(self._rehearsal[(first + k) % len(self._rehearsal)] for k in range(self._each))]
 
     def epoch(self, number: int) -> list[list[Batch]]:
         """The steps of one epoch."""
         if number not in self._epochs:
             self._epochs.pop(number - 2, None)
-            laid = lay_out_epoch(self._rows, self._settings, number, share=self._share, ranks=self._ranks)
+            laid = lay_out_epoch(self._of_epoch(number), self._settings, number, share=self._share, ranks=self._ranks)
             self._epochs[number] = list(laid)
         return self._epochs[number]
 

@@ -35,11 +35,11 @@ def subset_settings(
     Batches shrink with the square root of the rows. So both the steps and the rows of a step grow evenly up to the
     whole training's: with batches of one size small subsets would measure that they have few steps, and with one number
     of steps the curve would bend where the batches cease to grow. What the settings leave open stays open, and is made
-    to fit the subset's rows.
+    to fit the subset's rows. Nothing is rehearsed: drawing it would take much of so short a training.
     """
     batch = max(min(_LEAST_BATCH, settings.batch), round(settings.batch * math.sqrt(rows / whole)))
     changes = {"budget": None, "epochs": epochs, "schedule": "wsd", "keep": "last", "patience": None, "rows": None,
-               "batch": batch, "validate_by": "loss", "canaries": None,
+               "batch": batch, "validate_by": "loss", "canaries": None, "rehearse": 0.0,
                "validations": settings.validations}  # fmt: skip
     made = TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})
     # A project states one of the two, epochs or a budget. Here the budget only cuts short what has few epochs.

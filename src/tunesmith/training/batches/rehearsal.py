@@ -1,0 +1,106 @@
+"""Rehearsal: general requests with the base's own answers among the training rows, so that a training forgets less.
+
+Method: pseudo-rehearsal (Robins 1995, "Catastrophic Forgetting, Rehearsal and Pseudorehearsal"); for language models
+Huang et al. 2024, "Mitigating Catastrophic Forgetting in Large Language Models with Self-Synthesized Rehearsal".
+Answers are drawn from the base at temperature 1: the loss over them is least for a model that answers as the base does.
+Each epoch has new ones while there are any, since a few that come again and again are learned by heart. The requests
+are packaged; no probe asks one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.training.settings import TrainSettings
+
+_MOST = 256  # answers of a training; one that rehearses more takes them again
+_LONGEST = 48  # tokens of an answer; of a longer one its beginning is learned
+_TOGETHER = 32  # requests at once
+_SHARE = 0.05  # of a budget; no more answers are drawn after that
+
+
+class Rehearsed(NamedTuple):
+    """A general request and the base's answer. ended: whether the base ended it, and not its longest length."""
+
+    request: str
+    answer: str
+    ended: bool
+
+
+def rehearsed_each_epoch(settings: TrainSettings, rows: int) -> int:
+    """How many rows an epoch rehearses, on top of so many."""
+    return max(1, round(settings.rehearse * rows)) if settings.rehearse else 0
+
+
+def rehearse(
+    settings: TrainSettings,
+    rows: int,
+    answers: Callable[[Sequence[Generation]], Sequence[Completion]],
+    clock: Callable[[], float],
+    decided: int | None = None,
+) -> list[Rehearsed]:
+    """What a training on so many rows rehearses. The same seed, number and answers give the same.
+
+    answers: the base's. clock: seconds, which count against a budget. decided: how many, where that was decided before.
+    """
+    requests = general_requests()
+    random.Random(f"rehearsal {settings.seed}").shuffle(requests)
+    count = min(_MOST, rehearsed_each_epoch(settings, rows) * settings.epochs) if decided is None else decided
+    until = None if settings.budget is None or decided is not None else clock() + _SHARE * settings.budget
+    made: list[Rehearsed] = []
+    while len(made) < count and (not made or until is None or clock() < until):
+        places = range(len(made), min(count, len(made) + _TOGETHER))
+        asked = [
+            Generation(
+                (Message(role="user", content=requests[place % len(requests)]),),
+                max_tokens=_LONGEST,
+                temperature=1.0,
+                seed=settings.seed + place,
+            )
+            for place in places
+        ]
+        given = zip(asked, answers(asked), strict=True)
+        made += [Rehearsed(one.messages[0].content, answer.text, answer.finish == "stop") for one, answer in given]
+    return made
+
+
+def encode_rehearsed(rehearsed: Sequence[Rehearsed]) -> bytes:
+    """As JSON lines."""
+    return "".join(f"{json.dumps(each._asdict(), ensure_ascii=False)}\n" for each in rehearsed).encode()
+
+
+def decode_rehearsed(lines: Sequence[dict[str, Any]]) -> list[Rehearsed]:
+    """What encode_rehearsed wrote, parsed."""
+    return [Rehearsed(**line) for line in lines]
+
+
+def render_rehearsed(renderer: Renderer, rehearsed: Sequence[Rehearsed], longest: int) -> list[Rendered]:
+    """Token ids with the answers' tokens to learn; of an answer that was cut off, not its end. Leaves out what the
+    template cannot render, what is empty and what is longer than so many tokens."""
+    rows = []
+    for each in rehearsed:
+        turns = (Message(role="user", content=each.request), Message(role="assistant", content=each.answer))
+        try:
+            row = renderer.conversation(turns, "assistant")
+        except Refused:  # such as an answer that begins with what the template strips
+            continue
+        if not each.ended:
+            end = max(place for place, learned in enumerate(row.trained) if learned)  # the token that ends the turn
+            row = Rendered(row.ids[:end], row.trained[:end])
+        if any(row.trained) and len(row.ids) <= longest:
+            rows.append(row)
+    return rows
+
+
+def general_requests() -> list[str]:
+    """The packaged requests."""
+    text = (resources.files("tunesmith.training.batches") / "general_requests.txt").read_text(encoding="utf-8")
+    return text.splitlines()

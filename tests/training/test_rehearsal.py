@@ -1,0 +1,158 @@
+"""Rehearsal: which rows are added, that they are the base's own answers, and what they leave as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.commands import call
+from tests.tiny_project import settings, write_project
+from tunesmith.core.errors import Refused
+from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.evaluation.probes import drift
+from tunesmith.evaluation.probes.general import general_questions
+from tunesmith.models.rendering import Rendered
+from tunesmith.project import Project
+from tunesmith.training.batches.batch_plan import TrainingPlan
+from tunesmith.training.batches.rehearsal import (
+    Rehearsed,
+    decode_rehearsed,
+    encode_rehearsed,
+    general_requests,
+    rehearse,
+    render_rehearsed,
+)
+from tunesmith.training.settings import TrainSettings
+
+
+def _answers(asked: Sequence[Generation]) -> list[Completion]:
+    """An answer that states its request and draw; every third one has no end."""
+    assert {each.temperature for each in asked} == {1.0}, "drawn from the base's own distribution"
+    return [
+        Completion(f"{each.seed}: {each.messages[-1].content}", "stop" if place % 3 else "length", 1, 1)
+        for place, each in enumerate(asked)
+    ]
+
+
+def _rehearsed(rows: int, *, decided: int | None = None, clock: Any = lambda: 0.0, **given: Any) -> list[Rehearsed]:
+    return rehearse(TrainSettings.model_validate(given), rows, _answers, clock, decided)
+
+
+def test_as_many_as_all_epochs_take_up_to_a_limit() -> None:
+    assert len(_rehearsed(300, rehearse=0.02, epochs=3)) == 18
+    assert len(_rehearsed(10, rehearse=0.02, epochs=3)) == 3, "one an epoch at least"
+    many = _rehearsed(8000, rehearse=0.02, epochs=3)
+    assert len(many) == 256
+    assert len({each.answer for each in many}) == 256, "a request that comes again is answered anew"
+    assert all(each.answer.endswith(each.request) for each in many)
+
+
+def test_the_seed_decides_on_requests_and_draws() -> None:
+    first = _rehearsed(20, rehearse=1.0, epochs=1)
+    assert first == _rehearsed(20, rehearse=1.0, epochs=1)
+    assert {each.request for each in first} != {each.request for each in _rehearsed(20, rehearse=1.0, epochs=1, seed=1)}
+
+
+def test_drawing_ends_with_its_share_of_the_budget_and_can_be_repeated() -> None:
+    ticks = count(step=2.0)  # a look at the clock takes two seconds, and a twentieth of the budget is three
+    drawn = _rehearsed(8000, rehearse=0.02, budget=60, clock=lambda: next(ticks))
+    assert len(drawn) == 64, "32 at a time"
+    assert _rehearsed(8000, rehearse=0.02, budget=60, decided=64, clock=None) == drawn
+    endless = count(step=1000.0)
+    assert len(_rehearsed(8000, rehearse=0.02, budget=60, clock=lambda: next(endless))) == 32, "some in any case"
+
+
+def test_what_is_kept_is_read_again() -> None:
+    drawn = [*_rehearsed(20, rehearse=1.0, epochs=1), Rehearsed("naïve\u2028?", '"\n', ended=True)]
+    assert decode_rehearsed([json.loads(line) for line in encode_rehearsed(drawn).splitlines()]) == drawn
+
+
+def test_a_cut_answer_is_learned_without_its_end() -> None:
+    def conversation(turns: Sequence[Any], loss_on: str) -> Rendered:
+        if not turns[1].content:
+            raise Refused("no token of this conversation would be trained on")
+        words = len(turns[1].content.split())
+        return Rendered((*range(3 + words), 98, 99), (False,) * 3 + (True,) * words + (True, False))
+
+    renderer: Any = SimpleNamespace(conversation=conversation)
+    ended, cut, empty = (Rehearsed("?", text, ended=end) for text, end in (("a b", True), ("a b", False), ("", True)))
+    assert render_rehearsed(renderer, [ended, cut, empty], 99) == [
+        Rendered((0, 1, 2, 3, 4, 98, 99), (False, False, False, True, True, True, False)),
+        Rendered((0, 1, 2, 3, 4), (False, False, False, True, True)),
+    ]
+    assert [len(row.ids) for row in render_rehearsed(renderer, [ended, cut], 5)] == [5], "a long one is left out"
+
+
+def test_each_epoch_rehearses_the_next_ones() -> None:
+    def row(first: int) -> Rendered:
+        return Rendered((first, 1, 2), (False, True, True))
+
+    plan = TrainingPlan(
+        [row(place) for place in range(10)],
+        TrainSettings(epochs=4, batch=4),
+        rehearsal=[row(place) for place in range(100, 105)],
+        each=2,
+        share=False,
+    )
+    firsts = [
+        sorted(int(batch.ids[start]) for step in plan.epoch(epoch) for batch in step for start in _starts(batch))
+        for epoch in range(4)
+    ]
+    assert [each[:10] for each in firsts] == [list(range(10))] * 4
+    assert [each[10:] for each in firsts] == [[100, 101], [102, 103], [100, 104], [101, 102]]
+    assert plan.epoch_steps == 3
+
+
+def _starts(batch: Any) -> list[int]:
+    """Where the rows of a batch begin: at position 0."""
+    return [place for place, position in enumerate(batch.positions.tolist()) if position == 0]
+
+
+def test_no_probe_asks_what_is_rehearsed() -> None:
+    refusals = (resources.files("tunesmith.evaluation.policy") / "refusals.jsonl").read_text(encoding="utf-8")
+    probed = {each.messages[-1].content for each in general_questions()}
+    probed |= {question for question, _ in drift._FACTS} | {*drift._UNSAFE, *drift._HARMLESS, *drift._RUDE}
+    probed |= {value for line in refusals.splitlines() for value in json.loads(line).values() if isinstance(value, str)}
+    requests = [each.lower() for each in general_requests()]
+    assert len(requests) == len(set(requests))
+    assert all(requests)
+    assert not set(requests) & {each.lower() for each in probed}
+
+
+def test_a_share_of_the_rows() -> None:
+    assert TrainSettings().rehearse == 0.0
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ValidationError):
+            TrainSettings(rehearse=wrong)
+
+
+def test_rehearsing_leaves_epochs_and_rates_and_repeats(tmp_path: Path) -> None:
+    tuned = {"prompt": "prompt.txt", "max_tokens": 8}
+    train = {"rank": 2, "batch": 8, "rows": 24}
+    folder = write_project(
+        tmp_path / "p",
+        candidates={
+            "plain": settings()["candidates"]["plain"],  # type: ignore[index]
+            "without": {**tuned, "train": train},
+            "with": {**tuned, "train": {**train, "rehearse": 0.1}},
+            "within": {**tuned, "train": {**train, "rehearse": 0.1, "budget": 8}},
+        },
+    )
+    done = {name: call(folder, "train", name) for name in ("without", "with", "within")}
+    assert {each["rows"] for each in done.values()} == {24}
+    assert done["with"]["epochs"] == done["without"]["epochs"] == 10
+    assert done["with"]["weights"] != done["without"]["weights"]
+    store = Project.load(folder).store
+    bodies = {name: store.record(each["training"]).body for name, each in done.items()}
+    assert bodies["with"]["settings"] == {**bodies["without"]["settings"], "rehearse": 0.1}
+    assert [bodies[name]["rehearsed"] for name in ("without", "with")] == [0, 20]
+    assert bodies["within"]["rehearsed"] == bodies["within"]["decisions"]["rehearsed"] > 0
+    call(folder, "train", "within", "--repeat")  # raises where the weights differ
