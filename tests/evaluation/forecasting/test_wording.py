@@ -66,6 +66,18 @@ def test_a_larger_budget_is_advised_only_where_it_measures_more() -> None:
     assert "A larger budget (--budget) does not narrow it: train, or collect more rows." in complete
 
 
+def test_rows_that_are_missing_are_compared_with_those_of_the_training() -> None:
+    assert "(90% interval 30 to 900), 200 more than the training has." in _said((30, 600, 900))
+
+
+def test_a_training_that_costs_nothing_needs_no_repayment() -> None:
+    pays = {"unit": "money", "days": 30.0, "training": 0.0, "tuned_per_1000": 0.0, "rival_per_1000": 0.0,
+            "requests_a_day": None}  # fmt: skip
+    said = _said((30, 90, 700), pays=pays)
+    assert "The training costs nothing, so nothing has to be repaid." in said
+    assert "never repay" not in said
+
+
 def test_costs_that_cannot_be_compared() -> None:
     pays = {"unit": "seconds", "days": 30.0, "training": 90.0, "tuned_per_1000": 5.0, "rival_per_1000": None,
             "requests_a_day": None}  # fmt: skip

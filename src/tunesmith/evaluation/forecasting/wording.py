@@ -62,7 +62,7 @@ def _needed(found: Mapping[str, Any]) -> str:
     about = "at most" if middle <= least else "about"
     lower = f"at most {low:,}" if low <= least else f"{low:,}"
     more = max(0, middle - found["rows"])
-    further = f", {more:,} more than there are" if more else ""
+    further = f", {more:,} more than the training has" if more else ""
     return (
         f"{goal} takes {about} {middle:,} rows ({found['confidence']:.0%} interval {lower} to {upper}){further}. "
         f"Training on {middle:,} rows takes {_cost(needed['median'], found)}."
@@ -96,6 +96,8 @@ def _pays(pays: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         for key in ("tuned_per_1000", "rival_per_1000")
     )
     each = f"1,000 requests cost {own}, with {rival} {other}"
+    if not pays["training"]:
+        return f"{each}. The training costs nothing, so nothing has to be repaid."
     if pays["requests_a_day"] is None:
         return f"{each}: lower running costs never repay the training."
     least = max(1, math.ceil(round(pays["requests_a_day"], 6)))
