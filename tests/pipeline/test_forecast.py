@@ -61,6 +61,8 @@ def test_every_number_has_an_interval(found: Forecast) -> None:
     assert found.confidence == 0.9
     assert not found.rival_named
     assert found.rival == "nearest", "a tiny random model answers nothing right, the nearest row does"
+    held = sum(found.held.values())
+    assert found.rival_counted == pytest.approx((held * found.rivals["nearest"] + 0.5) / (held + 1))
     assert found.decision == "don't", "and its losses fall too slowly to change that"
     assert found.likely is not None
     assert found.likely <= 0.1

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -23,7 +23,6 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Task
 from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.duplicates import request_text
-from tunesmith.engines.training_protocol import UnloadingEngine
 from tunesmith.evaluation.forecasting.conclude import LOSS, Wanted, conclude
 from tunesmith.evaluation.forecasting.plan import (
     FIRST,
@@ -52,6 +51,9 @@ from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.estimates.subsets import nested, subset_settings
 from tunesmith.training.recipe import epochs_for, leaves_epochs_open
 from tunesmith.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from tunesmith.engines.training_protocol import UnloadingEngine
 
 
 @dataclass(frozen=True)

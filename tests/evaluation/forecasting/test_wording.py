@@ -34,6 +34,13 @@ def test_as_few_rows_as_the_smallest_subset_has_are_an_upper_bound() -> None:
     assert "takes at most 12 rows (90% interval at most 12 to 40)." in _said((12, 12, 40))
 
 
+def test_a_rival_s_score_is_said_as_it_counts_where_answers_are_few() -> None:
+    assert "on the held-out rows (10.0%)." in _said((30, 90, 700))
+    assert "on the held-out rows (10.0%)." in _said((30, 90, 700), rival_counted=0.1015)
+    few = _said((30, 90, 700), rivals={"plain": 0.0}, rival_counted=0.5 / 17)
+    assert "on the held-out rows (0%, counted as 2.9%: with half a right and half a wrong answer more)." in few
+
+
 def test_out_of_reach_is_said_of_the_training_s_length() -> None:
     assert "is out of reach of more rows of this kind with 75.0% probability" in _said((None, None, None))
     assert "of this kind within a training of 15 min 0 s with 75.0%" in _said((None, None, None), within=900.0)

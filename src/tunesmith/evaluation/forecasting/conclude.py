@@ -61,6 +61,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival": rival,
         "rival_named": wanted.over is not None,
         "rivals": rivals,
+        "rival_counted": None if rival is None else rounded(_middle(untuned[rival])),
         "complete": body.get("complete", False),
         "within": settings["budget"],
         "currency": None if wanted.prices is None else wanted.prices.currency,
