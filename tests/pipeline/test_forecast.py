@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.search import tried_rows
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.progress import Silent, Stopped, Task
 from tunesmith.engines.in_process import InProcessEngine
+from tunesmith.evaluation.forecasting import conclude as conclusions
 from tunesmith.evaluation.forecasting.conclude import Wanted, conclude
 from tunesmith.evaluation.forecasting.outcome import find_forecast
 from tunesmith.evaluation.forecasting.plan import LEAST_ASKED
@@ -32,6 +36,7 @@ from tunesmith.services.runs.forecast import Forecast, forecast, forecast_page, 
 from tunesmith.store.store import Store
 from tunesmith.training import train as training_module
 from tunesmith.training.recipe import usual_epochs
+from tunesmith.training.scoring import BudgetTooShort
 from tunesmith.training.settings import LEAST_SCORED
 from tunesmith.training.spec import TrainingResult
 
@@ -56,6 +61,8 @@ def test_every_number_has_an_interval(found: Forecast) -> None:
     assert found.confidence == 0.9
     assert not found.rival_named
     assert found.rival == "nearest", "a tiny random model answers nothing right, the nearest row does"
+    held = sum(found.held.values())
+    assert found.rival_counted == pytest.approx((held * found.rivals["nearest"] + 0.5) / (held + 1))
     assert found.decision == "don't", "and its losses fall too slowly to change that"
     assert found.likely is not None
     assert found.likely <= 0.1
@@ -90,6 +97,31 @@ def test_other_numbers_of_rows_are_read_as_often_as_they_would_be(project: Proje
         assert made["training"]["epochs"] == 2.0, "as many as the training of these rows has"
         for each in filter(None, (made["needed"][end] for end in ("low", "median", "high"))):
             assert each["epochs"] == pytest.approx(usual_epochs(each["rows"]) if usual else 2.0)
+
+
+def test_a_score_is_extrapolated_from_the_subset_that_is_worth_most(
+    project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where time is short that may be the first one, which is read three times."""
+    store, seen = project.store, []
+    curve_record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
+    first, *others = curve_record.body["subsets"]
+    real = conclusions.extrapolate
+
+    def extrapolate(measured: Any, *given: Any) -> dict[str, Any]:
+        seen.append(measured)
+        return real(measured, *given)
+
+    monkeypatch.setattr(conclusions, "extrapolate", extrapolate)
+    wanted = Wanted(goal=0.05, over=None, days=30, prices=None, tokens={})
+    for share in (1.0, 0.01):
+        shorter = [{**each, "epochs": share * each["epochs"]} for each in others]
+        body = {**curve_record.body, "subsets": [first, *shorter]}
+        conclude(store, store.put_record(curve_record.model_copy(update={"body": body})), [], wanted)
+    before, after = seen
+    assert list(after.sizes) == sorted(after.sizes)
+    assert (after.losses[:, -1] == before.losses[:, 0]).all()
+    assert (after.scores[:, -1] == before.scores[:, 0]).all()
 
 
 def test_what_a_curve_says_of_budgets_and_servers_is_told(project: Project, found: Forecast) -> None:
@@ -266,6 +298,45 @@ def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch
     assert (unbroken.score, unbroken.lift, unbroken.subsets) == (found.score, found.lift, found.subsets)
 
 
+class Stopping(Silent):
+    """Stops a forecast once so many parts are done."""
+
+    def __init__(self, parts: int) -> None:
+        self.left, self.done = parts, 0.0
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: float) -> Iterator[Task]:
+        with super().task(title, total) as task:
+            yield self if title == "forecast of tuned" else task
+
+    def note(self, text: str) -> None:
+        return None
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+        self.left -= 1
+        if not self.left:
+            raise Stopped
+
+
+def test_a_forecast_can_be_stopped_between_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job is that somebody pauses or cancels."""
+    project, stopping, asked = write_large(tmp_path / "p"), Stopping(3), list[str]()
+    ask = held_out.ask_held_out
+
+    def counted(*given: Any, **more: Any) -> dict[str, Any]:
+        asked.append(given[2].name)
+        return ask(*given, **more)
+
+    monkeypatch.setattr("tunesmith.pipeline.forecast.ask_held_out", counted)
+    with pytest.raises(Stopped):
+        forecast(project, budget=BUDGET, progress=stopping)
+    assert asked == ["nearest", "plain"], "the third part is a training"
+    assert stopping.done > 0
+    found = forecast(project, budget=BUDGET, progress=stopping)
+    assert stopping.done >= found.seconds
+
+
 def test_building_a_baseline_is_spent_time_and_no_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Serving builds a baseline once, however many requests come."""
     project, clock, make = write_large(tmp_path / "p"), Slow(1.0), held_out.make_baseline
@@ -381,6 +452,39 @@ def test_a_budget_that_is_too_short_is_refused_with_what_is_needed(project: Proj
     with pytest.raises(Refused, match="too short") as caught:
         forecast(project, budget=0.05)
     assert "set it to" in str(caught.value.fix)
+
+
+def test_a_budget_of_which_the_first_steps_take_too_much_is_refused_with_what_is_needed(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object, **__: object) -> None:
+        raise BudgetTooShort("the budget is too short", least=300.0, fix="")
+
+    monkeypatch.setattr(training_module, "run_training", slow)
+    with pytest.raises(Refused, match="four steps on 12 rows take 5 min 0 s") as caught:
+        forecast(project, budget=300.0)
+    assert str(caught.value.fix) == "set it to 3750s or more", "a tenth of which is a quarter more than five minutes"
+
+
+def test_a_judge_as_the_primary_metric_is_refused_before_anybody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = {"name": "quality", "judge": {"url": "http://127.0.0.1:9/v1", "model": "judge"}}
+    project = write_large(tmp_path / "p", task={"scorers": [judge]}, gates={})
+    monkeypatch.setattr("tunesmith.pipeline.forecast.ask_held_out", None)
+    with pytest.raises(UsageError, match="quality is a judge") as caught:
+        forecast(project, budget=BUDGET)
+    assert (caught.value.where, caught.value.fix) == ("task.primary", "name a scorer that is no judge")
+
+
+def test_models_trained_in_full_leave_memory_once_they_have_answered(tmp_path: Path) -> None:
+    train = {"method": "full", "epochs": 1}
+    candidates = {"tuned": {"prompt": "prompt.txt", "train": train, "max_tokens": 8}}
+    context = PipelineContext(write_large(tmp_path / "p", candidates=candidates, gates={}))
+    digest = run_forecast(context, "tuned", budget=BUDGET, goal=None, days=30.0)
+    engine, subsets = context.model.engine(), forecast_view(context.store, digest).subsets
+    assert len(subsets) > 1
+    assert not [each.rows for each in subsets if engine.holds(f"{each.rows}-rows")]
 
 
 def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:

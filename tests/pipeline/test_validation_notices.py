@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from tests.evaluation.probing import row
+from tests.pipeline.large_project import write_large
+from tests.tiny_project import settings
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.cli.pipeline import _draw_training
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.pipeline.training import forbidden_answers, validation_notices
-from tunesmith.services.runs.training import ExpectedCost, TrainingSummary
+from tunesmith.services.runs.training import ExpectedCost, TrainingSummary, train
 from tunesmith.training.settings import TrainSettings
 
 
-def _notices(rows: int, **settings: Any) -> list[str]:
+def _notices(rows: int, scorer: Any = "exact_match", **settings: Any) -> list[str]:
     held = [row(f"request {n}", "answer") for n in range(rows)]
-    task = SimpleNamespace(leading="exact_match")
+    task = TaskSettings(scorers=[scorer])  # type: ignore[arg-type]
     context: Any = SimpleNamespace(
         dataset=SimpleNamespace(examples=lambda _split: held),
         project=SimpleNamespace(settings=SimpleNamespace(task=task)),
@@ -36,6 +42,23 @@ def test_it_says_what_validation_rows_are_missing() -> None:
         "validating by the loss: 10 validation rows are too few to choose by exact_match"
     ]
     assert _notices(10, budget=60, validate_by="loss") == [], "the settings say so"
+    assert _notices(40, budget=60) == []
+    judge = {"name": "quality", "judge": {"url": "http://127.0.0.1:9/v1", "model": "judge"}}
+    assert _notices(40, judge, budget=60) == [
+        "validating by the loss: quality is a judge: a model scores it, not a function"
+    ]
+
+
+def test_a_metric_that_cannot_run_stops_a_training_before_it_begins(tmp_path: Path) -> None:
+    """Validation by the loss instead would hide it until the evaluation, after the training."""
+    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
+    project = write_large(tmp_path / "p", value="1.0", data=data)
+    (tmp_path / "p" / "scorer.py").write_text("def score(answer, reference, request:\n")
+    with pytest.raises(UsageError, match=r"scorer.py cannot be run: SyntaxError"):
+        train(project)
+    (tmp_path / "p" / "scorer.py").unlink()
+    with pytest.raises(UsageError, match="there is no file"):
+        train(project)
 
 
 def test_it_says_which_answers_decoding_cannot_give() -> None:

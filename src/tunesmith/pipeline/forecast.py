@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import Composer
 from tunesmith.candidates.search import tried_rows
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.progress import Task
 from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.duplicates import request_text
-from tunesmith.engines.protocol import Engine
 from tunesmith.evaluation.forecasting.conclude import LOSS, Wanted, conclude
 from tunesmith.evaluation.forecasting.plan import (
     FIRST,
@@ -34,16 +34,17 @@ from tunesmith.evaluation.forecasting.plan import (
     contenders,
     epochs_of,
     next_part,
+    no_steps,
     subset_plan,
-    too_short,
 )
 from tunesmith.evaluation.forecasting.rows import Reserved, reserve
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, Gates, Lift
+from tunesmith.evaluation.report.wording import duration
 from tunesmith.evaluation.scores import column, encode_scores, rounded
 from tunesmith.pipeline.candidates import answerer, candidate, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
-from tunesmith.pipeline.training import fitted, leading_inputs, scored_rows, training_inputs
+from tunesmith.pipeline.training import fitted, leading_inputs, leading_scoring, scored_rows, training_inputs
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
@@ -51,12 +52,15 @@ from tunesmith.training.estimates.subsets import nested, subset_settings
 from tunesmith.training.recipe import epochs_for, leaves_epochs_open
 from tunesmith.training.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from tunesmith.engines.training_protocol import UnloadingEngine
+
 
 @dataclass(frozen=True)
 class _Forecast:
     """One forecast under way. name: the candidate's; budget: seconds, by the clock; untuned: candidates, by name.
 
-    engine: asks the models of the subsets.
+    engine: asks the models of the subsets. task: shows the seconds that are used.
     """
 
     context: PipelineContext
@@ -67,15 +71,22 @@ class _Forecast:
     rows: Reserved
     budget: float
     work: Path
-    engine: Engine
+    engine: UnloadingEngine
+    task: Task
     clock: Callable[[], float]
+
+    def part(self, file: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What make returns, kept in a file of the work folder. Raises Stopped after that where the work is to stop."""
+        found = kept(self.work / file, make)
+        self.task.advance(_spent(found))
+        return found
 
 
 def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable[[], float] = time.perf_counter) -> str:
     """Digest of the scores of short trainings of a candidate, within so many seconds by the clock.
 
     Raises Inconclusive where there are too few rows, Refused where the budget is too short, UsageError for a candidate
-    that is not trained.
+    that is not trained and a primary metric that no function computes.
     """
     project = context.project.settings
     settings = context.settings_of(name)
@@ -84,6 +95,7 @@ def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable
             f"candidate {name!r} is not trained for use, so there is nothing to forecast", where=f"candidates.{name}"
         )
     context.require_one_process()
+    leading_scoring(context)  # before anything is asked: raises UsageError for a judge, and a function that cannot run
     context = context.without_test_rows()
     found = untrained_candidate(context, name, settings)
     untuned = {each: candidate(context, each) for each in _rivals(project)}
@@ -100,14 +112,14 @@ def curve(context: PipelineContext, name: str, budget: float, *, clock: Callable
         assert settings.train is not None
         loaded = {each: load_candidate(context.store, digest) for each, digest in untuned.items()}
         rows = _reserved(context, settings.train, [found, *loaded.values()])
-        made = _Forecast(
-            context, name, found, settings.train, loaded, rows, budget, work, context.model.engine(), clock
-        )
-        try:
-            body, scores = _measured(made)
-        except Refused:
-            shutil.rmtree(work, ignore_errors=True)  # so that times are measured again: the machine may have been busy
-            raise
+        engine = context.model.engine()
+        with context.progress.task(f"forecast of {name}", budget) as task:
+            made = _Forecast(context, name, found, settings.train, loaded, rows, budget, work, engine, task, clock)
+            try:
+                body, scores = _measured(made)
+            except Refused:
+                shutil.rmtree(work, ignore_errors=True)  # times are measured again: the machine may have been busy
+                raise
         parents = {"base": context.base.digest, "dataset": context.dataset.digest, **found.documents_parent}
         parents |= {f"candidate:{each}": digest for each, digest in untuned.items()}
         blobs = {"scores.jsonl": context.store.put_bytes(scores)}
@@ -229,7 +241,7 @@ class _Asking:
         self._made, self.rows, self.alone = made, 0, False
         self.given: dict[str, dict[str, Any]] = {}
         self._answerers = {name: answerer(made.context, each) for name, each in made.untuned.items()}
-        self._latest: dict[str, float] = {}
+        self._each: dict[str, float] = {}  # seconds of a row of the largest part
         for name in made.untuned:
             self._ask(name, PILOT)
         check_pilots(made.budget, sum(_spent(each) for each in self.given.values()))
@@ -237,26 +249,26 @@ class _Asking:
     def first(self, trained: Mapping[str, Any], model: str) -> dict[str, Any]:
         """Ask until time or rows run out. Returns what the first subset's model answered to `rows` rows."""
         own = _answers(self._made, model, 0, PILOT)
-        latest, self.rows = own["seconds"] / PILOT, PILOT
-        while (part := self._next(own, latest)) is not None:
+        self.rows = PILOT
+        while (part := self._next(own)) is not None:
             who, rows = part
             for name in who:
                 self._ask(name, rows)
-            more = _answers(self._made, model, self.rows, rows)
-            latest, self.rows, own = more["seconds"] / (rows - self.rows), rows, together([own, more])
+            own = together([own, _answers(self._made, model, self.rows, rows)])
+            self.rows = rows
         losses = _losses(self._made, model, self.rows)
-        return {**trained, **own, **losses, "each": latest}
+        return {**trained, **own, **losses}
 
-    def _next(self, own: Mapping[str, Any], latest: float) -> tuple[Sequence[str], int] | None:
+    def _next(self, own: Mapping[str, Any]) -> tuple[Sequence[str], int] | None:
         made = self._made
         known = {
-            name: Answered(len(each["scores"]), sum(each["scores"]), self._latest[name])
+            name: Answered(len(each["scores"]), sum(each["scores"]), self._each[name])
             for name, each in self.given.items()
             if len(each["scores"]) == self.rows
         }
         spent = sum(each["seconds"] for each in (own, *self.given.values()))
-        rates = {name: known[name].latest for name in contenders(known)}
-        part = next_part(self.rows, len(made.rows.held), made.budget, spent, rates, latest)
+        rates = {name: known[name].each for name in contenders(known)}
+        part = next_part(self.rows, len(made.rows.held), made.budget, spent, rates, _each(own))
         self.alone = self.alone or (part is not None and len(part[0]) < len(rates))
         return part
 
@@ -265,9 +277,10 @@ class _Asking:
         made, before = self._made, self.given.get(name)
         asked = 0 if before is None else len(before["scores"])
         some, who = made.rows.held[asked:rows], made.untuned[name]
-        file = made.work / f"untuned-{list(made.untuned).index(name):03d}-{asked}-{rows}.json"
-        part = kept(file, lambda: ask_held_out(made.context, self._answerers[name], who, some, clock=made.clock))
-        self._latest[name] = part["seconds"] / len(some)
+        file = f"untuned-{list(made.untuned).index(name):03d}-{asked}-{rows}.json"
+        part = made.part(file, lambda: ask_held_out(made.context, self._answerers[name], who, some, clock=made.clock))
+        if before is None or len(some) >= before["largest"]["rows"]:
+            self._each[name] = part["seconds"] / len(some)  # with the building of a baseline
         self.given[name] = part if before is None else together([before, part])
 
 
@@ -280,10 +293,11 @@ def _train_subsets(made: _Forecast, asking: _Asking) -> tuple[list[dict[str, Any
     most, pool = epochs_for(settings, whole), nested(made.rows.pool, settings.seed)
     trained, model = _train(made, pool[:SMALLEST], min(most, MOST_EPOCHS), FIRST * made.budget)
     first = asking.first(trained, model)
+    made.engine.unload(model)  # of a model trained in full, a copy of the base
     row, spent = first["row_seconds"], sum(_spent(each) for each in (*asking.given.values(), first))
     reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=most)
     besides = first["spent"] - first["rows"] * first["epochs"] * row  # what a training takes before its first step
-    answers = asking.rows * first["each"] + first["losses_seconds"] + besides
+    answers = asking.rows * _each(first) + first["losses_seconds"] + besides
     epochs = max(1, min(MOST_EPOCHS, round(reads)))
     ample = subset_plan(whole, len(pool), made.budget, 0.0, row=0.0, answers=0.0, epochs=epochs)  # as if none took time
     sizes, epochs = subset_plan(whole, len(pool), made.budget, spent, row=row, answers=answers, epochs=epochs)
@@ -292,12 +306,13 @@ def _train_subsets(made: _Forecast, asking: _Asking) -> tuple[list[dict[str, Any
         told = ", ".join(str(size) for size in sizes)
         say(f"{made.name}: training on {told} of {whole} rows, {epochs} times each; {asked}")
     else:
-        say(f"{made.name}: {spent:.0f} of {made.budget:.0f} s are used, so there is one subset; {asked}")
+        say(f"{made.name}: {duration(spent)} of {duration(made.budget)} are used, so there is one subset; {asked}")
     subsets = [first]
     for size in sizes:
         trained, model = _train(made, pool[:size], epochs)
         given = _answers(made, model, 0, asking.rows)
         subsets.append({**trained, **given, **_losses(made, model, asking.rows)})
+        made.engine.unload(model)
     return subsets, (sizes, epochs) == ample
 
 
@@ -308,6 +323,7 @@ def _train(
 
     budget: seconds after which it ends, read fewer times. Raises Refused where it holds only a few steps.
     """
+    from tunesmith.training.scoring import BudgetTooShort
     from tunesmith.training.train import make_spec, run_training
 
     context, name = made.context, f"{len(rows)}-rows"
@@ -328,18 +344,14 @@ def _train(
         began = made.clock()
         try:
             trained = run_training(spec, model=context.trained_model(settings), clock=made.clock)
-        except Refused as error:
-            if error.where != "train.budget":
-                raise
-            raise too_short(
-                made.budget, f"four steps on {len(rows)} rows take longer than a tenth of it", 3 * made.budget
-            ) from error
+        except BudgetTooShort as error:
+            raise no_steps(made.budget, error.least) from error
         # A training that was killed goes on from its checkpoint: its own seconds count those before, too.
         spent = max(made.clock() - began, trained.state.seconds)
         row = trained.state.seconds / (len(rows) * trained.epochs)
         return {"rows": len(rows), "epochs": trained.epochs, "spent": spent, "row_seconds": row}
 
-    found = kept(made.work / f"{name}.json", run)
+    found = made.part(f"{name}.json", run)
     made.engine.load_adapter(name, made.work / name / "result")
     return found, name
 
@@ -352,7 +364,7 @@ def _answers(made: _Forecast, model: str, first: int, last: int) -> dict[str, An
         answering = Answerer(context.store, made.engine, made.tuned)
         return ask_held_out(context, answering, made.tuned, made.rows.held[first:last], model, made.clock)
 
-    return kept(made.work / f"{model}-{first}-{last}.json", ask)
+    return made.part(f"{model}-{first}-{last}.json", ask)
 
 
 def _losses(made: _Forecast, model: str, rows: int) -> dict[str, Any]:
@@ -362,7 +374,7 @@ def _losses(made: _Forecast, model: str, rows: int) -> dict[str, Any]:
         answering = Answerer(made.context.store, made.engine, made.tuned)
         return ask_losses(made.engine, answering, made.rows.held[:rows], model, made.clock)
 
-    return kept(made.work / f"{model}-losses.json", ask)
+    return made.part(f"{model}-losses.json", ask)
 
 
 def _spent(given: Mapping[str, Any]) -> float:
@@ -370,12 +382,14 @@ def _spent(given: Mapping[str, Any]) -> float:
     return float(sum(given.get(key, 0.0) for key in ("seconds", "losses_seconds", "spent")))
 
 
-def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of answers: their mean score, and what 1,000 of them take.
+def _each(given: Mapping[str, Any]) -> float:
+    """Seconds of one answer: of the largest part, since in a small one each takes longer."""
+    return float(given["largest"]["seconds"] / given["largest"]["rows"])
 
-    Seconds are those of the largest part: in a small one, each answer takes longer.
-    """
-    per_1000, part = 1000.0 / len(given["scores"]), given["largest"]
+
+def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of answers: their mean score, and what 1,000 of them take."""
+    per_1000 = 1000.0 / len(given["scores"])
     return {
         "mean": rounded(mean(given["scores"])),
         "asked": len(given["scores"]),
@@ -383,6 +397,6 @@ def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
         "price": {
             "prompt_tokens_per_1000": rounded(given["prompt_tokens"] * per_1000),
             "completion_tokens_per_1000": rounded(given["completion_tokens"] * per_1000),
-            "seconds_per_1000": rounded(1000.0 * part["seconds"] / part["rows"]),
+            "seconds_per_1000": rounded(1000.0 * _each(given)),
         },
     }

@@ -19,7 +19,15 @@ from tunesmith.core.progress import Progress
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.governance.signoff import require_signed
 from tunesmith.evaluation.answers import seen_answers
-from tunesmith.evaluation.metrics.declared import Declared, Scoring, checked, function_digests, make_scoring, metric_of
+from tunesmith.evaluation.metrics.declared import (
+    Declared,
+    JudgeScorer,
+    Scoring,
+    checked,
+    function_digests,
+    make_scoring,
+    metric_of,
+)
 from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
@@ -323,10 +331,8 @@ def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list
         return [], None
     if len(rows) < LEAST_SCORED:
         return [], f"{len(rows)} validation rows are too few to choose by {context.project.settings.task.leading}"
-    try:
-        leading_scoring(context)
-    except UsageError as error:
-        return [], error.what
+    if isinstance(scorer := _leading(context), JudgeScorer):
+        return [], f"{scorer.name} is a judge: a model scores it, not a function"
     return list(rows), None
 
 

@@ -28,6 +28,14 @@ _ONE_SHARE = 0.025  # of the budget, for the answers of one validation
 _ALL_SHARE = 0.15  # of the time until the budget or all epochs end, for all validations
 
 
+class BudgetTooShort(Refused):
+    """A training's budget holds no step and validation. least: seconds that measuring and the first steps take."""
+
+    def __init__(self, what: str, *, least: float, fix: str) -> None:
+        super().__init__(what, where="train.budget", fix=fix)
+        self.least = least
+
+
 class Score(NamedTuple):
     """A mean of scores from 0 to 1, and its standard error."""
 
@@ -145,7 +153,7 @@ def decide_beforehand(
 ) -> Decisions:
     """What is decided before the first step; what an earlier run of this training decided is taken from `kept`.
 
-    Raises Refused for a budget that holds no step and validation.
+    Raises BudgetTooShort for a budget that holds no step and validation.
     """
     ranks = validation.ranks
     if (before := ranks.agree(lambda: _decided(kept))) is not None:
@@ -193,10 +201,10 @@ def _within(
     least = measured + 4 * expected.step_seconds + loss
     if max(least, measured / _MOST_MEASURED) > budget:
         by_loss = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
-        raise Refused(
+        raise BudgetTooShort(
             f"the budget of {_told(budget)} is too short: measuring, four steps and one validation take "
             f"{_told(least)}, of which measuring took {_told(measured)}",
-            where="train.budget",
+            least=least,
             fix=f"set budget to {math.ceil(10 * least)}s or more{by_loss}",
         )
     rows = 0

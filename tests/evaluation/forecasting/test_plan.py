@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import Refused
@@ -23,6 +23,7 @@ from tunesmith.evaluation.forecasting.plan import (
     contenders,
     epochs_of,
     next_part,
+    no_steps,
     subset_plan,
 )
 
@@ -35,13 +36,15 @@ TRIAL = 1.0  # before a training's first step
 
 @dataclass
 class Machine:
-    """Performs a forecast's plan, so many times slower than measured. spent: seconds."""
+    """Performs a forecast's plan, so many times slower than measured. spent: seconds; largest: rows of the largest part
+    by candidate."""
 
     slowness: float
     budget: float
     most: int = 300
     spent: float = 0.0
     answered: dict[str, Answered] = field(default_factory=dict)
+    largest: dict[str, int] = field(default_factory=dict)
 
     def take(self, seconds: float) -> float:
         self.spent += self.slowness * seconds
@@ -51,7 +54,9 @@ class Machine:
         once, each, right = DEMO[name]
         before = self.answered[name].rows if name in self.answered else 0
         seconds = self.take(once + each * (rows - before))
-        self.answered[name] = Answered(rows, right * rows, seconds / (rows - before))
+        rate = seconds / (rows - before) if rows - before >= self.largest.get(name, 0) else self.answered[name].each
+        self.largest[name] = max(rows - before, self.largest.get(name, 0))
+        self.answered[name] = Answered(rows, right * rows, rate)
         return seconds
 
     def forecast(self, whole: int = 2869) -> tuple[int, list[int], int]:
@@ -60,20 +65,22 @@ class Machine:
         check_pilots(self.budget, answers)
         passes = min(MOST_EPOCHS * SMALLEST, FIRST * self.budget / (self.slowness * STEP))
         first = self.take(TRIAL + STEP * passes)
-        asked, part = PILOT, self.take(TUNED[0] + TUNED[1] * PILOT)
-        answers, latest = answers + part, part / PILOT
+        asked, part, largest = PILOT, self.take(TUNED[0] + TUNED[1] * PILOT), PILOT
+        answers, tuned = answers + part, part / PILOT
         while True:
             rates = {
-                name: self.answered[name].latest
+                name: self.answered[name].each
                 for name in contenders({n: each for n, each in self.answered.items() if each.rows == asked})
             }
-            if (found := next_part(asked, self.most, self.budget, answers, rates, latest)) is None:
+            if (found := next_part(asked, self.most, self.budget, answers, rates, tuned)) is None:
                 break
             who, rows = found
             part = self.take(TUNED[0] + TUNED[1] * (rows - asked))
-            answers, latest = answers + part + sum(self.ask(name, rows) for name in who), part / (rows - asked)
+            answers += part + sum(self.ask(name, rows) for name in who)
+            if rows - asked >= largest:
+                tuned, largest = part / (rows - asked), rows - asked
             asked = rows
-        besides = asked * latest + first - self.slowness * STEP * passes
+        besides = asked * tuned + first - self.slowness * STEP * passes
         sizes, epochs = subset_plan(
             whole, whole, self.budget, self.spent, row=self.slowness * STEP, answers=besides, epochs=MOST_EPOCHS
         )
@@ -104,6 +111,7 @@ def test_the_demo_is_forecast_within_a_tenth_of_its_budget_on_slow_machines(
 
 
 @given(slowness=st.floats(0.1, 3.0), budget=st.floats(48.0, 600.0), most=st.integers(30, 300))
+@example(slowness=3.0, budget=483.0, most=241)  # the last part is one row, which takes as long as twelve
 def test_more_time_is_used_and_never_exceeded(slowness: float, budget: float, most: int) -> None:
     machine = Machine(slowness, budget, most)
     asked, sizes, epochs = machine.forecast()
@@ -123,6 +131,13 @@ def test_a_budget_that_first_answers_use_up_is_refused_with_one_that_suffices(sl
         machine = Machine(slowness, _advised(error))
         machine.forecast()
     assert machine.answered["rag"].rows >= LEAST_ASKED
+
+
+def test_a_budget_that_holds_no_steps_is_refused_with_one_that_holds_them() -> None:
+    error = no_steps(120.0, 60.0)
+    assert error.what.startswith("the budget of 2 min 0 s is too short for a forecast: four steps on 12 rows take 60 s")
+    assert FIRST * _advised(error) > 60.0
+    assert "untuned candidates" not in str(error.fix), "they are not what takes so long"
 
 
 def test_where_time_is_short_the_best_is_asked_alone() -> None:

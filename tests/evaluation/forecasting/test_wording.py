@@ -34,6 +34,13 @@ def test_as_few_rows_as_the_smallest_subset_has_are_an_upper_bound() -> None:
     assert "takes at most 12 rows (90% interval at most 12 to 40)." in _said((12, 12, 40))
 
 
+def test_a_rival_s_score_is_said_as_it_counts_where_answers_are_few() -> None:
+    assert "on the held-out rows (10.0%)." in _said((30, 90, 700))
+    assert "on the held-out rows (10.0%)." in _said((30, 90, 700), rival_counted=0.1015)
+    few = _said((30, 90, 700), rivals={"plain": 0.0}, rival_counted=0.5 / 17)
+    assert "on the held-out rows (0%, counted as 2.9%: with half a right and half a wrong answer more)." in few
+
+
 def test_out_of_reach_is_said_of_the_training_s_length() -> None:
     assert "is out of reach of more rows of this kind with 75.0% probability" in _said((None, None, None))
     assert "of this kind within a training of 15 min 0 s with 75.0%" in _said((None, None, None), within=900.0)
@@ -64,6 +71,18 @@ def test_a_larger_budget_is_advised_only_where_it_measures_more() -> None:
     assert "A larger budget (--budget) trains larger subsets and asks more rows" in _said((30, 90, 700), **undecided)
     complete = _said((30, 90, 700), **undecided, complete=True)
     assert "A larger budget (--budget) does not narrow it: train, or collect more rows." in complete
+
+
+def test_rows_that_are_missing_are_compared_with_those_of_the_training() -> None:
+    assert "(90% interval 30 to 900), 200 more than the training has." in _said((30, 600, 900))
+
+
+def test_a_training_that_costs_nothing_needs_no_repayment() -> None:
+    pays = {"unit": "money", "days": 30.0, "training": 0.0, "tuned_per_1000": 0.0, "rival_per_1000": 0.0,
+            "requests_a_day": None}  # fmt: skip
+    said = _said((30, 90, 700), pays=pays)
+    assert "The training costs nothing, so nothing has to be repaid." in said
+    assert "never repay" not in said
 
 
 def test_costs_that_cannot_be_compared() -> None:

@@ -69,6 +69,20 @@ def test_a_score_that_does_not_move_is_not_expected_to() -> None:
     assert _width(flat, 800.0) < 0.4
 
 
+@pytest.mark.parametrize("right", [0.5, 0.95, 1.0])
+def test_a_score_that_losses_say_nothing_about_stays_as_it_was(right: float) -> None:
+    """As of long answers with a valid form: their losses are far from where a score usually rises."""
+    draw = np.random.RandomState(0)
+    logs = 4.6 + np.array([0.3, 0.1, 0.05, 0.0]) + 0.4 * draw.standard_normal((300, 1))
+    scores = (draw.random_sample(logs.shape) < right).astype(float)
+    names = [str(place) for place in range(300)]
+    found = draw_curves(Subsets(SIZES, np.exp(logs), scores, np.empty((300, 0)), names)).scores(800.0)
+    low, high = _ends(found)
+    assert low <= scores[:, -1].mean() <= high
+    assert high - low < 0.25
+    assert abs(float(np.median(found)) - scores.mean()) < 0.03
+
+
 def test_a_score_of_one_or_nought_has_an_interval_within_nought_and_one() -> None:
     for means in ([1.0] * 4, [0.0] * 4):
         scores = draw_curves(_subsets(means)).scores(800.0)

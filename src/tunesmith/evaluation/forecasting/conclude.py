@@ -61,6 +61,7 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
         "rival": rival,
         "rival_named": wanted.over is not None,
         "rivals": rivals,
+        "rival_counted": None if rival is None else rounded(_middle(untuned[rival])),
         "complete": body.get("complete", False),
         "within": settings["budget"],
         "currency": None if wanted.prices is None else wanted.prices.currency,
@@ -92,7 +93,9 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
             raise Inconclusive(f"{value!r} is no {'loss' if loss else 'number from 0 to 1'}", where=place)
         rows[line["candidate"], line["metric"]][line["id"]] = float(value)
         groups[line["id"]] = line["group"]
-    subsets = [f"{each['rows']} rows" for each in body["subsets"]]
+    # A few rows read three times may be worth more than a few more rows read once.
+    trained = sorted(body["subsets"], key=lambda each: worth(each["rows"], each["epochs"]))
+    subsets = [f"{each['rows']} rows" for each in trained]
     untuned = [name for name in body["untuned"] if over in (None, name)]
     ids = sorted(rows[subsets[0], LOSS])
     wanted = [(name, metric) for name in subsets for metric in (body["metric"], LOSS)]
@@ -109,7 +112,7 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
         return np.array(found).T.reshape(len(ids), len(names))
 
     return Subsets(
-        sizes=tuple(worth(each["rows"], each["epochs"]) for each in body["subsets"]),
+        sizes=tuple(worth(each["rows"], each["epochs"]) for each in trained),
         losses=columns(subsets, LOSS),
         scores=columns(subsets, body["metric"]),
         untuned=columns(untuned, body["metric"]),

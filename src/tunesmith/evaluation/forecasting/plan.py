@@ -1,7 +1,7 @@
 """What a forecast can do within its budget: how many held-out rows it asks, and which subsets it trains on.
 
 Nothing is known of the machine's speed beforehand, and four answers may take half as long as thirty, since answers are
-generated together. So a forecast asks in parts that grow, and plans each by the time that the part before it took.
+generated together. So a forecast asks in parts that grow, and plans each by the time that the largest part so far took.
 Candidates that can hardly be the best untuned one any more are asked no further (a race, as in Maron and Moore 1994,
 "Hoeffding Races"). Training begins with a pilot on few rows within a share of the budget, and what is left decides
 about the other subsets.
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import Refused
+from tunesmith.evaluation.report.wording import duration
 
 PILOT = 4  # rows that every untuned candidate and the first subset's model are asked first
 LEAST_ASKED = 16  # rows that the best candidate so far and the models of the subsets are asked, also where it is slow
@@ -33,11 +34,11 @@ _BEHIND = 2.0  # standard errors from its mean, for the one candidate upwards an
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What somebody was asked so far. total: of the scores. latest: seconds of one row of the latest part."""
+    """What somebody was asked so far. total: of the scores. each: seconds of one row of the largest part."""
 
     rows: int
     total: float
-    latest: float
+    each: float
 
     @property
     def middle(self) -> float:
@@ -63,8 +64,8 @@ def contenders(answered: Mapping[str, Answered]) -> list[str]:
 def check_pilots(budget: float, spent: float) -> None:
     """Raise Refused where the first answers took so much of the budget that no training can follow."""
     if spent > _PILOTS * budget:
-        needed = math.ceil(_ROOM * spent / _PILOTS)
-        raise too_short(budget, f"asking each untuned candidate {PILOT} rows takes {spent:.2g} s", needed)
+        why = f"asking each untuned candidate {PILOT} rows takes {duration(spent)}"
+        raise _too_short(budget, why, spent / _PILOTS, ", or name fewer or faster untuned candidates")
 
 
 def next_part(
@@ -112,10 +113,15 @@ def subset_plan(
     return [], epochs
 
 
-def too_short(budget: float, why: str, needed: float) -> Refused:
-    """The error of a budget that holds no forecast. needed: seconds that suffice."""
+def no_steps(budget: float, least: float) -> Refused:
+    """The error of a budget in whose share the first subset's training cannot begin. least: seconds of four steps."""
+    why = f"four steps on {SMALLEST} rows take {duration(least)}, more than a tenth of it"
+    return _too_short(budget, why, least / FIRST)
+
+
+def _too_short(budget: float, why: str, least: float, instead: str = "") -> Refused:
     return Refused(
-        f"the budget of {budget:.2g} s is too short for a forecast: {why}",
+        f"the budget of {duration(budget)} is too short for a forecast: {why}",
         where="--budget",
-        fix=f"set it to {math.ceil(needed)}s or more, or name fewer or faster untuned candidates",
+        fix=f"set it to {math.ceil(_ROOM * least)}s or more{instead}",
     )

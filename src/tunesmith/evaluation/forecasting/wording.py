@@ -8,6 +8,8 @@ from typing import Any
 
 from tunesmith.evaluation.report.wording import duration, money, percent, points
 
+_VISIBLE = 0.002  # of a difference between shares
+
 
 def headline(found: Mapping[str, Any]) -> str:
     """The decision in one sentence."""
@@ -32,8 +34,7 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
         who = "which the lift gate names" if found["rival_named"] else "the best untuned candidate on the held-out rows"
         said.append(
             f"That is {points(lift['median'])} points ({level} interval {points(lift['low'])} to "
-            f"{points(lift['high'])}) from {found['rival']}, {who} "
-            f"({percent(found['rivals'][found['rival']])})."
+            f"{points(lift['high'])}) from {found['rival']}, {who} ({_rival(found)})."
         )
         said.append(f"A lift of at least {points(found['goal'])} points is {percent(found['likely'])} likely.")
         said.append(_needed(found))
@@ -46,6 +47,14 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
             further = "does not narrow it: train, or collect more rows"
         said.append(f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) {further}.")
     return said
+
+
+def _rival(found: Mapping[str, Any]) -> str:
+    """The rival's score, and what the lift is over where that is visibly another one, as after few answers."""
+    mean, counted = found["rivals"][found["rival"]], found.get("rival_counted")
+    if counted is None or abs(counted - mean) < _VISIBLE:
+        return percent(mean)
+    return f"{percent(mean)}, counted as {percent(counted)}: with half a right and half a wrong answer more"
 
 
 def _needed(found: Mapping[str, Any]) -> str:
@@ -62,7 +71,7 @@ def _needed(found: Mapping[str, Any]) -> str:
     about = "at most" if middle <= least else "about"
     lower = f"at most {low:,}" if low <= least else f"{low:,}"
     more = max(0, middle - found["rows"])
-    further = f", {more:,} more than there are" if more else ""
+    further = f", {more:,} more than the training has" if more else ""
     return (
         f"{goal} takes {about} {middle:,} rows ({found['confidence']:.0%} interval {lower} to {upper}){further}. "
         f"Training on {middle:,} rows takes {_cost(needed['median'], found)}."
@@ -96,6 +105,8 @@ def _pays(pays: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         for key in ("tuned_per_1000", "rival_per_1000")
     )
     each = f"1,000 requests cost {own}, with {rival} {other}"
+    if not pays["training"]:
+        return f"{each}. The training costs nothing, so nothing has to be repaid."
     if pays["requests_a_day"] is None:
         return f"{each}: lower running costs never repay the training."
     least = max(1, math.ceil(round(pays["requests_a_day"], 6)))

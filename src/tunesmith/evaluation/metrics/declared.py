@@ -180,7 +180,11 @@ class JudgeScorer(DeclaredScorer):
     )
 
     def scoring(self, root: Path) -> Scoring:
-        raise UsageError(f"{self.name} is a judge: a model scores it, not a function")
+        raise UsageError(
+            f"{self.name} is a judge: a model scores it, not a function",
+            where="task.primary",
+            fix="name a scorer that is no judge",
+        )
 
 
 DECLARED: tuple[type[DeclaredScorer], ...] = (

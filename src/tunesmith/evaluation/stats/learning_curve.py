@@ -64,7 +64,7 @@ SPREAD = Spread(noise=0.06, stray=0.08)
 
 @dataclass(frozen=True, slots=True)
 class Subsets:
-    """What was measured. sizes: rows of each training, ascending.
+    """What was measured. sizes: what the rows of each training are worth, ascending.
 
     losses, scores: of the expected and the given answers, held-out rows x sizes. untuned: scores, held-out rows x
     untuned candidates, NaN for rows that a candidate was not asked. groups: one name for each held-out row.
@@ -193,7 +193,10 @@ def _links(logs: Floats, scores: Floats, random: np.random.RandomState) -> Float
     weight = min(1.0, _ANSWERS / logs.shape[1])
     link, covariance = _fit_link(logs.ravel(), scores.ravel(), np.full(logs.size, weight))
     found = link + random.standard_normal((_RESAMPLED, 2)) @ np.linalg.cholesky(covariance).T
-    found[:, 1] = np.maximum(found[:, 1], 0.0)  # a score does not fall where the loss does
+    # A score does not fall where the loss does: with a slope of 0, the intercept is what it then would be.
+    below = np.minimum(found[:, 1], 0.0)
+    found[:, 0] -= below * covariance[0, 1] / covariance[1, 1]
+    found[:, 1] -= below
     return np.asarray(found)
 
 

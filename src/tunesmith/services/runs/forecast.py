@@ -94,7 +94,8 @@ class Forecast(View):
     held: held-out rows that were asked, by the split that they are of. test: test rows; budget, seconds: that the
     forecast had and took. confidence: of every interval. goal: the lift from which tuning pays; likely: the probability
     that it is reached. rival: the best untuned candidate on the held-out rows, or the one that the lift gate names
-    (rival_named); rivals: means of those that were compared. complete: whether a larger budget would measure no more.
+    (rival_named); rivals: means of those that were compared; rival_counted: the rival's, with half a right and half a
+    wrong answer more, from which lifts are. complete: whether a larger budget would measure no more.
     within: seconds of the training's budget, None where it has epochs. currency: of all money, None without prices.
     score, lift: as the test rows will measure them. curve: the expected score by rows. Without an untuned candidate,
     lift, decision, likely, needed and pays are None.
@@ -115,6 +116,7 @@ class Forecast(View):
     rival: str | None
     rival_named: bool
     rivals: dict[str, float]
+    rival_counted: float | None = None
     complete: bool = False
     within: float | None = None
     currency: str | None = None
