@@ -70,8 +70,8 @@ def answer_labels(rows: Sequence[tuple[str, Sequence[Message]]]) -> tuple[str, .
 
 
 def _said(rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
-    """The paths of texts and keys that requests say in nearly all rows, in capitals or not, and of numbers that they say
-    in most rows: `a chair` is 1, and `a dozen` is 12."""
+    """The paths of texts and keys that requests say in nearly all rows, in capitals or not, and of numbers that they
+    say in most rows: `a chair` is 1, and `a dozen` is 12."""
     found: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     numbers: set[str] = set()
