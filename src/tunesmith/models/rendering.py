@@ -32,6 +32,7 @@ FIXED: Mapping[str, Any] = {"enable_thinking": False, "strftime_now": _TODAY.iso
 
 # Gemma 1 and 2 have templates without a system role.
 _WITHOUT_SYSTEM = "if the template has no system role, leave the prompt out or write it into the user's message"
+_WITH_TOOLS = "use a base whose template supports tools, such as Qwen 2.5, Qwen 3 or Llama 3.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,14 +295,14 @@ class Renderer:
             raise Refused(
                 f"{error.what} (with tools in it)",
                 where="chat_template",
-                fix="use a base whose template supports tools",
+                fix=_WITH_TOOLS,
             ) from error
         lost = [what for mark, what in marks.items() if mark not in text]
         if lost:
             raise Refused(
                 f"the base's chat template does not render {lost[0]}, so the model would never see it",
                 where="chat_template",
-                fix="use a base whose template supports tools, or rows without them",
+                fix=f"{_WITH_TOOLS}, or rows without them",
             )
 
     def _laid_out(self, turns: Sequence[Any], tools: Sequence[Any], *, opening: bool) -> str:

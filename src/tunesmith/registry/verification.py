@@ -73,6 +73,8 @@ def verify_version(
     known: Sequence[TrustedKey] = ()
     folder = findings.store.version_folder(ref)
     try:
+        if not folder.is_dir():
+            raise Refused(f"the store holds no version {label}", where=str(folder))
         known = keys if keys is not None else read_trust(trust or findings.store.blobs.path(TRUST_KEY))
         with private_copy(folder) as copy:
             release = check_release(copy, known)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from datetime import date
 from typing import Any
 
 import pytest
@@ -111,11 +113,27 @@ def test_a_label_that_is_no_text_is_an_answer(value: float, text: str) -> None:
     assert [turn.content for turn in conversation({"instruction": "a", "output": value})] == ["a", text]
 
 
-@pytest.mark.parametrize("value", [{"a": 1}, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value", [{"a": None, "b": {"c": [1.5, "\u00e9"]}}, [], ["a", "b"], [{"from": "Bonn", "to": "Ulm"}]]
+)
+def test_an_object_or_a_list_is_an_answer_in_json(value: object) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    assert conversation({"prompt": "a", "completion": value})[-1].content == text
+    assert conversation({"instruction": "a", "output": value})[-1].content == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": float("nan")}, {"a": date(2024, 5, 1)}])
 def test_other_values_are_not_answers(value: object) -> None:
     found = error({"prompt": "a", "completion": value})
     assert "not text" in found.what
     assert "as text" in str(found.fix)
+
+
+def test_values_that_are_no_text_say_what_to_do() -> None:
+    assert "as text" in str(error({"prompt": {"a": 1}, "completion": "b"}).fix)
+    assert "as text" in str(error({"messages": [*turns("a"), {"role": "assistant", "content": {"b": 1}}]}).fix)
+    assert "as JSONL" in str(error({"messages": json.dumps(turns("a", "b"))}).fix)
+    assert "the request under prompt" in str(error({"text": "Q: a A: b"}).fix)
 
 
 def test_null_stands_for_a_key_that_is_not_there() -> None:

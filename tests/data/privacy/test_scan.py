@@ -147,6 +147,27 @@ def test_keys_of_json_that_announce_nothing(scanner: Scanner, answer: str) -> No
     assert not scan(scanner, "hello", answer).found
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"total": 16427.77, "share": 0.227725, "at": [37.3696, 164.8257], "day": "06.04.2002"}',
+        "31033.18 euros, or 3107069.50, or 1,016.47",
+        "on 08.11.1996, 8/12/1991 or 2/16/1942",
+        "card AB-1648 of 1990-01-28",
+        "version 3.10.1237",
+    ],
+)
+def test_figures_are_no_telephone_numbers(scanner: Scanner, text: str) -> None:
+    assert not scan(scanner, "hello", text).found
+
+
+@pytest.mark.parametrize(
+    "text", ['{"phone": 2025550123.0}', "415.555.0123", "(415) 555-0123", "030.1234567", "call me at 555.0123 today"]
+)
+def test_telephone_numbers_that_look_like_figures_are_found(scanner: Scanner, text: str) -> None:
+    assert scan(scanner, "hello", text).found == {"PHONE_NUMBER": 1}
+
+
 def test_a_password_in_a_call_is_replaced_wherever_it_comes(scanner: Scanner) -> None:
     call = ToolCall(id="c1", name="login", arguments='{"user":"bob","password":"Tr0ub4dor&3x9"}')
     found = scanner.scan(

@@ -66,6 +66,12 @@ def format_of(name: str, row: Row) -> RowFormat:
             where=row.where,
             fix=f"set the source's format, or rename a key of the other, as with `init` --rename {other}=unused",
         )
+    if row.fields.keys() == {"text"}:
+        raise UsageError(
+            "the row has one text, and not a request and its answer",
+            where=row.where,
+            fix="divide each text: the request under prompt, and the answer that is to be learned under completion",
+        )
     known = "; ".join(f"{one.name}: {', '.join(sorted(one.needs))}" for one in detected)
     likely = _likely_renames(row.fields)
     raise UsageError(
@@ -154,15 +160,20 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _answer_of(fields: Mapping[str, Any], key: str, where: str) -> str:
-    """The text of an answer. A number, true or false, as labels often are, is written as JSON writes it.
+    """The text of an answer. A number, true or false, an object and a list are written as JSON.
 
-    Raises UsageError as text_of does.
+    Raises UsageError as text_of does, also for a list of turns.
     """
     value = fields.get(key)
-    if isinstance(value, int | float):
-        with suppress(ValueError):  # NaN and infinity are not JSON
-            return json.dumps(value, allow_nan=False)
+    if isinstance(value, int | float | dict | list) and not _has_turns(value):
+        with suppress(ValueError, TypeError):  # NaN, infinity and Parquet's dates are not JSON
+            return _sound(json.dumps(value, allow_nan=False, ensure_ascii=False), f"{where}, {key}")
     return text_of(fields, key, where)
+
+
+def _has_turns(value: Any) -> bool:
+    turns = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+    return any({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys() for turn in turns)
 
 
 def _sound(text: str, where: str) -> str:
@@ -243,7 +254,8 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(text_of(part, "text", f"{where}[{place}]") for place, part in enumerate(content))
     if not isinstance(content, str):
-        raise UsageError(f"content is a {type(content).__name__}, not text or text parts", where=where)
+        what = f"content is a {type(content).__name__}, not text or text parts"
+        raise UsageError(what, where=where, fix="write it as text, such as JSON")
     return _sound(content, where)
 
 
@@ -298,7 +310,8 @@ def _system(fields: Mapping[str, Any], where: str) -> list[Turn]:
 def _entries(fields: Mapping[str, Any], key: str, where: str) -> list[tuple[str, Mapping[str, Any]]]:
     entries = fields[key]
     if not isinstance(entries, list):
-        raise UsageError(f"{key} is a {type(entries).__name__}, not a list of turns", where=f"{where}, {key}")
+        what = f"{key} is a {type(entries).__name__}, not a list of turns"
+        raise UsageError(what, where=f"{where}, {key}", fix="write the rows as JSONL: CSV holds no lists")
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UsageError("a turn must be an object", where=f"{where}, {key}[{place}]")

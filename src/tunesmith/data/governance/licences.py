@@ -39,6 +39,7 @@ class Credit(NamedTuple):
 
 
 _CUSTOM = "LicenseRef-"  # begins SPDX's name of a licence that SPDX does not list
+_NAMES = "name SPDX ids, such as MIT or CC-BY-4.0, or LicenseRef-NAME for rows of your own and licences that SPDX lacks"
 
 _FREE, _CREDIT = Terms(attribution=False), Terms()
 _SAME = Terms(share_alike=True)
@@ -82,13 +83,10 @@ def permitted(expression: str | None, policy: Licences, where: str) -> str:
             where=where,
             fix="state the source's licence, for example `licence: Apache-2.0`, or one in each row",
         )
-    normal, problem, _ = _judge(expression, policy)
+    normal, problem, ids = _judge(expression, policy)
     if problem is not None:
-        raise Refused(
-            f"licence {expression!r}: {problem}",
-            where=where,
-            fix="remove these rows, or accept the licence under data.licences",
-        )
+        fix = "remove these rows, or accept the licence under data.licences" if ids else _NAMES
+        raise Refused(f"licence {expression!r}: {problem}", where=where, fix=fix)
     return normal
 
 
@@ -179,7 +177,7 @@ def _spelled(name: str, where: str) -> str:
         raise UsageError(
             f"{name!r} is not an SPDX licence id",
             where=where,
-            fix="name one id, such as MIT or CC-BY-4.0, or LicenseRef-... for a licence that SPDX does not list",
+            fix=_NAMES,
         )
     return known or name
 

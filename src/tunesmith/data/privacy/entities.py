@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.data.privacy.addresses import find_addresses
@@ -181,6 +181,10 @@ class Finder:
             yield from (Finding(start, end, SECRET, 1.0) for start, end in find_secrets(text, key))
         for name, pattern, recogniser in self._own:
             for start, end in _matches(pattern, text, name):
+                if recogniser is _OWN["PHONE_NUMBER"] and not (
+                    _LOCAL.fullmatch(text, start, end) or _telephone_not_figure(text, start, end)
+                ):
+                    continue
                 score = _in_context(text, start, recogniser.score, recogniser.context, key)
                 yield Finding(start, end, name, score)
         if STREET_ADDRESS in self.entities:
@@ -194,7 +198,7 @@ class Finder:
             if name in _MAY_BE and not _MAY_BE[name].search(text):
                 continue
             for result in recogniser.analyze(text, [name], None):
-                if name == "IP_ADDRESS" and not _address_not_code(text, result.start, result.end):
+                if name in _CHECKS and not _CHECKS[name](text, result.start, result.end):
                     continue
                 score = _in_context(text, result.start, result.score, recogniser.context or (), key)
                 yield Finding(result.start, result.end, name, score)
@@ -215,6 +219,30 @@ def _address_not_code(text: str, start: int, end: int) -> bool:
         return True
     long = any(len(group) >= _LONG_GROUP and any(letter.isdigit() for letter in group) for group in groups)
     return long and _INDEX.search(text, max(0, start - 42), start) is None
+
+
+# Decimal numbers, dates and versions, which phonenumbers takes for telephone numbers. Not 2025550123.0: some programs
+# write whole numbers so.
+_FIGURES = re.compile(
+    r"(?:0|[1-9]\d{0,20})[.,](?!0\Z)\d{1,20}"
+    r"|\d{1,2}\.\d{1,2}\.\d{1,4}"
+    r"|[0-3]?\d([-/])[0-3]?\d\1(?:19|20)\d\d"
+    r"|(?:19|20)\d\d([-/.])[01]?\d\2[0-3]?\d"
+)
+_LOCAL = re.compile(r"\d{3}\.\d{4}")  # without an area code
+_DECIMALS = re.compile(r"\.(?!0\b)\d{1,2}(?![\d.])")
+_FEWEST_DIGITS = 7  # of a telephone number
+
+
+def _telephone_not_figure(text: str, start: int, end: int) -> bool:
+    """Whether the form of a telephone number is one, and no short number, decimal number, date or version."""
+    value = text[start:end]
+    if sum(letter.isdigit() for letter in value) < _FEWEST_DIGITS:
+        return False
+    return not (_FIGURES.fullmatch(value) or (value.isdigit() and _DECIMALS.match(text, end)))
+
+
+_CHECKS: Final = {"IP_ADDRESS": _address_not_code, "PHONE_NUMBER": _telephone_not_figure}
 
 
 def _shifted(one: Finding, offset: int) -> Finding:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -20,7 +19,7 @@ from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.splitting.duplicates import learned_parts
-from tunesmith.services.starting.inferred_schema import infer_schema, schema_and_copied
+from tunesmith.services.starting.inferred_schema import answer_labels, schema_and_copied
 
 _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
 
@@ -32,9 +31,9 @@ class AnswerFindings:
     schema: where the last answers of all rows are JSON objects. constrained: whether answers are held to it. copied:
     patterns of the fields to copy. said: paths of texts that most requests say. reordered, respelled: answers that the
     build will write otherwise. tokens: the most that an answer needs, about. calls: rows that end in calls of tools.
-    others: answers before a row's last one that are no JSON objects, where the last ones are. objects: without a
-    schema, how many rows end in a JSON object, with or without a code fence. labels: the answers, if they are a few
-    labels. sentences: whether most answers hold a sentence of their own.
+    others: answers before a row's last one that are no JSON objects, where the last ones are. objects, lists: without a
+    schema, how many rows end in a JSON object, with or without a code fence, or in a JSON list. labels: the answers, if
+    they are a few labels. sentences: whether most answers hold a sentence of their own.
     """
 
     schema: dict[str, Any] | None
@@ -47,6 +46,7 @@ class AnswerFindings:
     calls: int
     others: int
     objects: int
+    lists: int
     labels: tuple[str, ...]
     sentences: bool
 
@@ -67,7 +67,7 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     said, sentences = _free_texts(schema, pairs)
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
-    objects = 0 if json_objects or calls else sum(_is_object(_unfenced(one[-1].text)) for one in conversations)
+    texts = [] if json_objects or calls else [one[-1].text for one in conversations]
     return AnswerFindings(
         schema=schema,
         constrained=constrained,
@@ -78,8 +78,9 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
         tokens=max(_most_tokens(part[-1].text) for part in (*conversations, *earlier)),
         calls=calls,
         others=others,
-        objects=objects,
-        labels=() if calls else _labels(conversations),
+        objects=sum(_is_object(_unfenced(text)) for text in texts),
+        lists=sum(text.lstrip().startswith("[") and is_json(text) for text in texts),
+        labels=() if calls else answer_labels([(one[-1].text, one[:-1]) for one in conversations]),
         sentences=sentences and not calls,
     )
 
@@ -115,16 +116,6 @@ def _is_object(answer: str) -> bool:
 def _unfenced(answer: str) -> str:
     """The answer without the code fence around it."""
     return re.sub(r"\A\s*```\w*\n(.*)\n\s*```\s*\Z", r"\1", answer, flags=re.DOTALL)
-
-
-def _labels(conversations: Sequence[tuple[Message, ...]]) -> tuple[str, ...]:
-    """The answers, if they are so few and seen so often that a schema would list them."""
-    values = [{"label": one[-1].text} for one in conversations]
-    if "enum" not in infer_schema(values)["properties"]["label"]:  # too many: the requests need not be searched
-        return ()
-    pairs = [(json.dumps(value), one[:-1]) for value, one in zip(values, conversations, strict=True)]
-    schema, _ = schema_and_copied(values, pairs)
-    return tuple(schema["properties"]["label"].get("enum", ()))
 
 
 def _free_texts(

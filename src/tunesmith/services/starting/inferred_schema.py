@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -18,6 +19,9 @@ _ENUM_VALUES, _ENUM_CHARACTERS = 60, 20_000
 _ENUM_TIMES = 20  # how often each is seen on average
 _ASKED = 200  # requests that are searched for all values of a field
 _UNSAID = 0.02  # the share of a field's values that requests need not say, as for fields to copy
+_UNSAID_NUMBERS = 0.5  # the same for numbers
+_WHOLE = re.compile(r"-?\d+")
+_DIGITS = re.compile(r"\d+")
 _FIGURES = re.compile(r"[+-]?\d[\d.,:/ -]*(T[\d.,:+-]+)?(%|Z|[ap]m)?", re.IGNORECASE)  # a number, date or time
 # A range is a property of the task, and not of these rows, where it counts from 0 or 1, has more values than a year
 # has months, and its ends are seen again and again: 0 to 100 percent. Where only its values are, it gets a margin.
@@ -54,21 +58,40 @@ def infer_schema(values: Sequence[Mapping[str, Any]], said: Collection[str] = ()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, "", 0, said)}
 
 
+def answer_labels(rows: Sequence[tuple[str, Sequence[Message]]]) -> tuple[str, ...]:
+    """The answers, if they are a few labels that requests do not say, or that most requests list. Whole numbers may be
+    labels, as the stars of a review are."""
+    answers = [answer for answer, _ in rows]
+    if not _is_vocabulary(answers, numbers=True):  # too many: the requests need not be searched
+        return ()
+    named = [(json.dumps({"label": answer}), own) for answer, own in rows]
+    said = _said(named)
+    return () if "label" in said - _listed(said, named) else tuple(sorted(set(answers)))
+
+
 def _said(rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
-    """The paths of texts, whole numbers and keys that requests say in nearly all rows, in capitals or not."""
+    """The paths of texts and keys that requests say in nearly all rows, in capitals or not, and of numbers that they
+    say in most rows: `a chair` is 1, and `a dozen` is 12."""
     found: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
+    numbers: set[str] = set()
     for answer, own in rows:
         given = _given(own)
         with suppress(NotJson):
             for path, word in _words_of(parse_json(answer)):
                 found[path] += 1
-                unsaid[path] += not is_copied(word.casefold(), given)
-    return {path for path, times in found.items() if times >= _ENUM_TIMES and unsaid[path] <= _UNSAID * times}
+                unsaid[path] += not is_copied(str(word).casefold(), given)
+                if not isinstance(word, str):
+                    numbers.add(path)
+    return {
+        path
+        for path, times in found.items()
+        if times >= _ENUM_TIMES and unsaid[path] <= (_UNSAID_NUMBERS if path in numbers else _UNSAID) * times
+    }
 
 
-def _words_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The path of every text, whole number and key in a JSON value, and how a request would say it.
+def _words_of(value: Any, path: str = "") -> Iterator[tuple[str, str | int | float]]:
+    """The path of every text, number and key in a JSON value, and itself.
 
     A key has the path of its object.
     """
@@ -79,13 +102,14 @@ def _words_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for each in value:
             yield from _words_of(each, f"{path}[]")
-    elif isinstance(value, str) or type(value) is int:
-        yield path, str(value)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield path, value
 
 
 def _given(own: Sequence[Message]) -> list[str]:
-    """The pieces of the user's turns, without capitals."""
-    return pieces([turn.content.casefold() for turn in own if turn.role == "user"])
+    """The pieces of the user's turns, without capitals, and the digits in them: the 3 of `3x`."""
+    texts = [turn.content.casefold() for turn in own if turn.role == "user"]
+    return pieces([*texts, *(digits for text in texts for digits in _DIGITS.findall(text))])
 
 
 def _closed_in_all(schema: Mapping[str, Any], path: str = "") -> Iterator[str]:
@@ -157,13 +181,13 @@ def _range(values: Sequence[int | float], said: bool) -> tuple[int, int] | None:
     """The least and the largest number that answers should have; None where these values do not say.
 
     Numbers that are seldom seen again, such as those of orders, go on beyond what was seen. So do numbers that requests
-    say, such as the guests at a table.
+    say, such as the guests at a table: the next request may say any.
     """
     least, most, distinct = min(values), max(values), len(set(values))
-    if len(values) < _RANGE_VALUES or distinct < _RANGE_DISTINCT or max(-least, most) > _LARGEST_RANGE:
+    if said or len(values) < _RANGE_VALUES or distinct < _RANGE_DISTINCT or max(-least, most) > _LARGEST_RANGE:
         return None
     whole = all(isinstance(value, int) for value in values)
-    if whole and not said and least in (0, 1) and min(values.count(least), values.count(most)) >= _RANGE_ENDS:
+    if whole and least in (0, 1) and min(values.count(least), values.count(most)) >= _RANGE_ENDS:
         return int(least), int(most)
     # Within a range, decoding writes no exponent.
     if len(values) < _RANGE_TIMES * distinct or any("e" in repr(value) for value in values):
@@ -172,15 +196,16 @@ def _range(values: Sequence[int | float], said: bool) -> tuple[int, int] | None:
     return math.floor(least - span) if least < 0 else 0, math.ceil(most + span)
 
 
-def _is_vocabulary(values: Sequence[str]) -> bool:
+def _is_vocabulary(values: Sequence[str], *, numbers: bool = False) -> bool:
     """Whether so few distinct texts in so many rows are a vocabulary, not free text: nearly each is seen again.
 
-    Numbers, dates and times are not: the next row may have another.
+    Dates, times and numbers are not: the next row may have another. numbers: whole ones may be.
     """
     times = Counter(values)
     if len(times) > _ENUM_VALUES or sum(map(len, times)) > _ENUM_CHARACTERS or len(values) < _ENUM_TIMES * len(times):
         return False
-    if 2 * sum(_FIGURES.fullmatch(text) is not None for text in times) > len(times):
+    figures = [text for text in times if _FIGURES.fullmatch(text) and not (numbers and _WHOLE.fullmatch(text))]
+    if 2 * len(figures) > len(times):
         return False
     once = sum(count == 1 for count in times.values())
     return once <= max(len(times) // 20, len(values) // 1000)

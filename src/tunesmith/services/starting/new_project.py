@@ -14,12 +14,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import View
 from tunesmith.data.governance.licences import custom_ids, permitted
 from tunesmith.data.settings import Licences, Source
+from tunesmith.data.sources.remote import protocol_of
 from tunesmith.project import FILE, STORE, Project, parse_settings
 from tunesmith.services.starting.notes import notes
 from tunesmith.services.starting.prompts import long_prompt, short_prompt
@@ -57,7 +58,7 @@ class NewProject(View):
 def make_project(
     directory: Path,
     *,
-    data: Path,
+    data: Path | str,
     licence: str,
     name: str | None = None,
     base: str,
@@ -66,15 +67,20 @@ def make_project(
     """Write a project around a file of rows. Leaves nothing behind where it is refused, and overwrites nothing: only a
     .gitignore that is there gets a line.
 
-    licence: of the rows; the project admits each LicenseRef-... in it. name: of the versions, by default the folder's.
-    rename: a key of the rows -> the key that a format knows.
+    data: a path, a pattern or a URL. licence: of the rows; the project admits each LicenseRef-... in it. name: of the
+    versions, by default the folder's. rename: a key of the rows -> the key that a format knows.
     Raises UsageError where there is a project already or the rows cannot be read, Refused for another licence that the
     default policy does not allow.
     """
     root = directory.absolute()
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
-    permitted(licence, Licences(allow=custom_ids(licence)), "--licence")
+    try:
+        permitted(licence, Licences(allow=custom_ids(licence)), "--licence")
+    except Refused as refused:
+        if "data.licences" in (refused.fix or ""):  # which no file can hold yet
+            refused.fix = f"{refused.fix}: run init with --licence LicenseRef-NAME, then write both into {FILE}"
+        raise
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)  # the rows are found from there
     try:
@@ -86,8 +92,11 @@ def make_project(
         raise
 
 
-def _make(root: Path, data: Path, licence: str, name: str | None, base: str, rename: dict[str, str]) -> NewProject:
-    source = Source(path=os.path.relpath(data.absolute(), root), licence=licence, rename=rename)
+def _make(
+    root: Path, data: Path | str, licence: str, name: str | None, base: str, rename: dict[str, str]
+) -> NewProject:
+    named = str(data) if protocol_of(str(data)) else os.path.relpath(Path(data).absolute(), root)
+    source = Source(path=named, licence=licence, rename=rename)
     found = examine_rows(root, source)
     source = source.model_copy(update={"rename": dict(found.rename)})
     if not base.startswith(("pypi:", "hf:")):

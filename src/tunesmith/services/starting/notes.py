@@ -57,12 +57,27 @@ def _on_the_test(found: RowFindings) -> Iterator[str]:
 def _on_answers(found: RowFindings) -> Iterator[str]:
     """What is special about answers and prompts."""
     answers = found.answers
+    if found.tools:
+        yield (
+            f"{found.tools} rows hold tools, which the base's chat template must render. That of the packaged base "
+            "does not: set base to a model whose template does, such as Qwen 2.5, Qwen 3 or Llama 3.1"
+        )
     if answers.calls:
-        yield f"{answers.calls} rows end in calls of tools: no schema is inferred, and answers are compared as text"
+        yield (
+            f"{answers.calls} rows end in calls of tools: no schema is inferred, and exact_match compares an answer's "
+            'text with {"name": ..., "arguments": ...}. It is 0 for a base that writes calls otherwise, as Qwen does '
+            "between tags and Llama with `parameters`, and then no lift can pass: let a function in task.scorers "
+            "compare calls, and name it in gates.lift"
+        )
     if 2 * answers.objects > (every := found.rows + found.copies):
         yield (
             f"{answers.objects} of {every} answers hold a JSON object, but not every answer is one and no more, so all "
             "are taken as text. For a schema, remove code fences, and correct or remove the other rows"
+        )
+    if 2 * answers.lists > every:
+        yield (
+            f"{answers.lists} of {every} answers are JSON lists, which are taken as text: no schema is inferred. For "
+            'one, write each list into an object: {"items": [...]}'
         )
     if len(answers.labels) == 1:
         yield "all answers are the same: `nearest` gives it to every request, and no lift over it can pass"

@@ -28,6 +28,10 @@ _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
 # An instruction that all requests begin with would make them near duplicates of each other.
 _AS_SYSTEM = {"instruction": "system", "input": "prompt", "output": "completion"}
+_USABLE = (
+    "; a usable row may begin with one system turn, then user and assistant turns alternate, the last is the "
+    "assistant's, and none is empty"
+)
 _GROUP_KEYS = ("template", "group", "conversation_id")
 
 
@@ -36,11 +40,11 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
-    that are meant as JSON and are not. held_groups: how many groups of equal size the held-out rows weigh as much as.
-    key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
-    rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
-    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
-    read -> how often.
+    that are meant as JSON and are not. tools: rows with tools, calls or their results. held_groups: how many groups of
+    equal size the held-out rows weigh as much as. key_values: keys that could group the rows and do not -> how many
+    values they have, 0 where not every row has one. rename: of the source. one_instruction: whether all rows have one
+    instruction, which `rename` makes their system turn. system: the one system turn of all rows, "" where none has one;
+    None: they differ. unread: keys that are not read -> how often.
     """
 
     rows: int
@@ -48,6 +52,7 @@ class RowFindings:
     unusable: Mapping[str, int]
     broken: int
     answers: AnswerFindings
+    tools: int
     group_by: str | None
     held_groups: float
     key_values: Mapping[str, int]
@@ -60,6 +65,12 @@ class RowFindings:
 def examine_rows(root: Path, source: Source) -> RowFindings:
     """What the source's rows are. Raises UsageError where they cannot be read, or too few are usable."""
     read = _read(root, source)
+    if unknown := sorted(source.rename.keys() - read.keys):
+        raise UsageError(
+            f"no row has the key {unknown[0]}",
+            where=f"--rename {unknown[0]}={source.rename[unknown[0]]}",
+            fix=f"the keys of the rows are {', '.join(sorted(read.keys))}",
+        )
     one_instruction = len(read.instructions) == 1 and None not in read.instructions
     if one_instruction:
         source = source.model_copy(update={"rename": _instruction_as_system(source.rename)})
@@ -76,7 +87,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         raise UsageError(
             f"{rows} usable rows are too few to train on and test" + (f": {why}" if why else ""),
             where=source.path,
-            fix=f"give at least {_FEWEST} that differ",
+            fix=f"give at least {_FEWEST} that differ{_USABLE if read.unusable else ''}",
         )
     group_by = next((key for key, known in read.groups.items() if known and _groups_rows(set(known), rows)), None)
     stated = read.groups[group_by] if group_by else None
@@ -88,6 +99,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         unusable=dict(read.unusable.most_common()),
         broken=broken,
         answers=examine_answers(usable, json_objects=bool(values)),
+        tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
         group_by=group_by,
         held_groups=_held_groups(groups, rows),
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
@@ -102,10 +114,11 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
 class _Read:
     """Rows as they were read.
 
-    groups: a key -> its value in each row; None where not every row has one. instructions: of Alpaca's rows with an
-    input; None for a row that has none.
+    keys: of the rows, as the files name them. groups: a key -> its value in each row; None where not every row has one.
+    instructions: of Alpaca's rows with an input; None for a row that has none.
     """
 
+    keys: set[str] = field(default_factory=set)
     conversations: list[tuple[Message, ...]] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
@@ -119,6 +132,7 @@ def _read(root: Path, source: Source) -> _Read:
     for file in find_files([source], root):
         with open_source(file) as opened:
             for read in opened.rows():
+                found.keys.update(read.fields)
                 row = Row(read.source, read.number, renamed(read, source.rename))
                 row_format = row_format or format_of("auto", row)
                 turns = read_turns(row, row_format, found.unread)
