@@ -477,14 +477,21 @@ def test_a_judge_as_the_primary_metric_is_refused_before_anybody_is_asked(
     assert (caught.value.where, caught.value.fix) == ("task.primary", "name a scorer that is no judge")
 
 
-def test_models_trained_in_full_leave_memory_once_they_have_answered(tmp_path: Path) -> None:
+def test_models_trained_in_full_leave_memory_once_they_have_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, load = list[int](), InProcessEngine.load_adapter
+
+    def watched(engine: Any, name: str, folder: Path) -> None:
+        load(engine, name, folder)
+        held.append(len(engine._whole))
+
+    monkeypatch.setattr(InProcessEngine, "load_adapter", watched)
     train = {"method": "full", "epochs": 1}
     candidates = {"tuned": {"prompt": "prompt.txt", "train": train, "max_tokens": 8}}
-    context = PipelineContext(write_large(tmp_path / "p", candidates=candidates, gates={}))
-    digest = run_forecast(context, "tuned", budget=BUDGET, goal=None, days=30.0)
-    engine, subsets = context.model.engine(), forecast_view(context.store, digest).subsets
-    assert len(subsets) > 1
-    assert not [each.rows for each in subsets if engine.holds(f"{each.rows}-rows")]
+    found = forecast(write_large(tmp_path / "p", candidates=candidates, gates={}), budget=BUDGET)
+    assert len(found.subsets) > 1
+    assert held == [1] * len(found.subsets)
 
 
 def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:
