@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -281,6 +283,17 @@ def test_answers_that_are_objects_or_lists(tmp_path: Path) -> None:
         made = _made(tmp_path / name, rows)
         assert made.json_answers is (name == "objects")
         assert any(note.startswith("200 of 200 answers are JSON lists") for note in made.notes) is (name == "lists")
+
+
+def test_init_says_that_objects_of_parquet_lose_their_nulls(tmp_path: Path) -> None:
+    rows = [{"prompt": _words(n), "completion": {"n": n, "who": None if n % 2 else _words(n, 1)}} for n in range(60)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    made = make_project(tmp_path / "p", data=tmp_path / "rows.parquet", licence="MIT", base="model")
+    assert any(note.startswith("60 answers are objects of Parquet or Arrow") for note in made.notes)
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert project.schema["required"] == ["n"]
+    assert not any("Parquet" in note for note in _made(tmp_path / "lines", rows).notes)
 
 
 def test_a_rename_of_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"{found.tools} rows hold tools, which the base's chat template must render. That of the packaged base "
             "does not: set base to a model whose template does, such as Qwen 2.5, Qwen 3 or Llama 3.1"
         )
+    if found.without_nulls:
+        yield (
+            f"{found.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing key: "
+            "keys that are null are left out. Where null is an answer, write answers as JSON text"
+        )
     if answers.calls:
         yield (
             f"{answers.calls} rows end in calls of tools: no schema is inferred, and exact_match compares an answer's "

@@ -32,6 +32,7 @@ _USABLE = (
     "; a usable row may begin with one system turn, then user and assistant turns alternate, the last is the "
     "assistant's, and none is empty"
 )
+_WITHOUT_NULLS = (".parquet", ".arrow")
 _GROUP_KEYS = ("template", "group", "conversation_id")
 
 
@@ -40,11 +41,12 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
-    that are meant as JSON and are not. tools: rows with tools, calls or their results. held_groups: how many groups of
-    equal size the held-out rows weigh as much as. key_values: keys that could group the rows and do not -> how many
-    values they have, 0 where not every row has one. rename: of the source. one_instruction: whether all rows have one
-    instruction, which `rename` makes their system turn. system: the one system turn of all rows, "" where none has one;
-    None: they differ. unread: keys that are not read -> how often.
+    that are meant as JSON and are not. tools: rows with tools, calls or their results. without_nulls: answers that were
+    read without keys that are null. held_groups: how many groups of equal size the held-out rows weigh as much as.
+    key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
+    rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
+    turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
+    read -> how often.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class RowFindings:
     broken: int
     answers: AnswerFindings
     tools: int
+    without_nulls: int
     group_by: str | None
     held_groups: float
     key_values: Mapping[str, int]
@@ -100,6 +103,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         broken=broken,
         answers=examine_answers(usable, json_objects=bool(values)),
         tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
+        without_nulls=read.without_nulls,
         group_by=group_by,
         held_groups=_held_groups(groups, rows),
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
@@ -114,11 +118,13 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
 class _Read:
     """Rows as they were read.
 
-    keys: of the rows, as the files name them. groups: a key -> its value in each row; None where not every row has one.
-    instructions: of Alpaca's rows with an input; None for a row that has none.
+    keys: of the rows, as the files name them. without_nulls: answers that are objects or lists of Parquet or Arrow,
+    which are read without the keys that are null. groups: a key -> its value in each row; None where not every row has
+    one. instructions: of Alpaca's rows with an input; None for a row that has none.
     """
 
     keys: set[str] = field(default_factory=set)
+    without_nulls: int = 0
     conversations: list[tuple[Message, ...]] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
@@ -137,6 +143,8 @@ def _read(root: Path, source: Source) -> _Read:
                 row_format = row_format or format_of("auto", row)
                 turns = read_turns(row, row_format, found.unread)
                 found.unread.update(unread_keys(row.fields, source, row_format))
+                answer = row.fields.get("output" if row_format.name == "alpaca" else "completion")
+                found.without_nulls += isinstance(answer, dict | list) and read.source.endswith(_WITHOUT_NULLS)
                 found.instructions.add(_instruction(row_format, row.fields))
                 for key, known in found.groups.items():
                     value = row.fields.get(key)
