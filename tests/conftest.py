@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from sqlalchemy import Engine
 
+from tests.statements import share_compiled
 from tunesmith.core.system.memory import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE
@@ -94,6 +95,14 @@ def _migrated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(database, "migrate", copied)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _statements_once() -> Iterator[None]:
+    """Each test opens its own database, and would compile all statements again."""
+    with pytest.MonkeyPatch.context() as patch:
+        share_compiled(patch)
         yield
 
 
