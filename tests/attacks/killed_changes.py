@@ -289,8 +289,9 @@ def run_all(name: str) -> Counter[str]:
     points = record(whole, operation)
     states = states_of(made, folder, operation, points)
     writes_files = any(not point.what.startswith(("execute ", "commit")) for point in points)
-    # An fsync is not done here: before it is before the point that comes next.
-    written = [point for point in points if not point.what.startswith("fsync ")]
+    # An fsync is not done here, and a statement inside a transaction leaves nothing before the commit: before them is
+    # before the point that comes next.
+    written = [point for point in points if not point.what.startswith(("fsync ", "execute "))]
     moments: list[tuple[Point, Moment]] = [(point, "before") for point in written]
     moments += [(point, "half") for point in points if point.half]
     moments.append((points[-1], "after"))  # after any other point is before the next one
