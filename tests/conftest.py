@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.testing
 from hypothesis import settings
 from sqlalchemy import Engine
 
+from tests.statements import share_compiled
 from tunesmith.core.system.memory import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE
@@ -94,6 +97,22 @@ def _migrated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(database, "migrate", copied)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_once() -> Iterator[None]:
+    """The command line's commands are made once, and not in 20 ms for each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.testing._get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _statements_once() -> Iterator[None]:
+    """Each test opens its own database, and would compile all statements again."""
+    with pytest.MonkeyPatch.context() as patch:
+        share_compiled(patch)
         yield
 
 

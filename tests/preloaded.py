@@ -12,8 +12,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, Phi3ForCausalLM
 
 from tunesmith import api
+from tunesmith.cli import main
 from tunesmith.engines.hf import libraries, loaded
 from tunesmith.jobs import worker
+from tunesmith.server import app
 from tunesmith.training.launchers import together as training
 
 libraries.transformers()
@@ -26,8 +28,10 @@ __all__ = [
     "LoraConfig",
     "Phi3ForCausalLM",
     "api",
+    "app",
     "get_peft_model",
     "loaded",
+    "main",
     "pytest",
     "torch",
     "training",

@@ -114,8 +114,10 @@ class _Watch:
     def _watch_database(self, store: Store) -> None:
         engine = store.engine
 
-        def before(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        def before(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
             if statement.upper().startswith(_STATEMENTS):
+                inside = statement.upper().startswith("BEGIN") or cursor.connection.in_transaction
+                assert inside, f"durable before the commit: {statement}"
                 self.call(f"execute {' '.join(statement.split()[:3])}", lambda: None)
 
         event.listen(engine, "before_cursor_execute", before)

@@ -25,6 +25,7 @@ from sqlalchemy import select
 
 from tests.attacks.kill_points import Moment, Operation, Point, record, run_killed
 from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
+from tests.statements import share_compiled
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
@@ -288,8 +289,9 @@ def run_all(name: str) -> Counter[str]:
     points = record(whole, operation)
     states = states_of(made, folder, operation, points)
     writes_files = any(not point.what.startswith(("execute ", "commit")) for point in points)
-    # An fsync is not done here: before it is before the point that comes next.
-    written = [point for point in points if not point.what.startswith("fsync ")]
+    # An fsync is not done here, and a statement inside a transaction leaves nothing before the commit: before them is
+    # before the point that comes next.
+    written = [point for point in points if not point.what.startswith(("fsync ", "execute "))]
     moments: list[tuple[Point, Moment]] = [(point, "before") for point in written]
     moments += [(point, "half") for point in points if point.half]
     moments.append((points[-1], "after"))  # after any other point is before the next one
@@ -312,7 +314,11 @@ def main() -> None:
     """Kill every operation at every write. Prints name -> how often at which moment, and how many writes it has."""
     # In memory where that is possible: SIGKILL loses nothing of what was written, so the disk adds only time.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="kill-points-", dir=memory) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="kill-points-", dir=memory) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        share_compiled(patch)
         made = make(Path(folder))
         names = sorted(made.operations, key=lambda name: -LEAST[name])
         # A forked worker knows `made`, whose functions cannot be sent to it.

@@ -18,11 +18,11 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
-from tests.commands import first_line
+from tests.commands import Forked, first_line, started
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_serve_command import command, folder
+from tests.server.test_serve_command import SERVE, command, folder
 from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
 from tunesmith.store import audit, database
@@ -60,13 +60,12 @@ def ready(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, dict[str, str]]]:
-    """(process, URL, headers) of a `tunesmith serve`. It is killed at the end if it still runs."""
-    process = command(folder, "--port", "0", *options)
+def serving(folder: Path, process: subprocess.Popen[str] | Forked) -> Iterator[tuple[str, dict[str, str]]]:
+    """(URL, headers) of a `tunesmith serve`. It is killed at the end if it still runs."""
     try:
         url = first_line(process)["url"]
         until(lambda: ready(url))
-        yield process, url, {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
+        yield url, {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
     finally:
         process.kill()
         process.communicate()
@@ -96,7 +95,8 @@ def received(connection: socket.socket) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.attack("serving", "SIGTERM under 60 clients with waiting and streamed requests")
 def test_every_request_is_answered_when_the_process_is_stopped(folder: Path, happened: Happened) -> None:
-    with serving(folder, "--grace", str(GRACE)) as (process, url, headers):
+    process = started(folder, *SERVE, "--port", "0", "--grace", str(GRACE), stdout=subprocess.PIPE)
+    with serving(folder, process) as (url, headers):
         outcomes: Counter[str] = Counter()
         answered, guard = threading.Event(), threading.Lock()
 
@@ -142,7 +142,8 @@ def test_every_request_is_answered_when_the_process_is_stopped(folder: Path, hap
 def test_a_second_signal_ends_at_once_and_the_store_is_sound(
     folder: Path, second: signal.Signals, happened: Happened
 ) -> None:
-    with serving(folder, "--grace", "60") as (process, url, headers), ThreadPoolExecutor(8) as pool:
+    process = command(folder, "--port", "0", "--grace", "60")
+    with serving(folder, process) as (url, headers), ThreadPoolExecutor(8) as pool:
 
         def ask() -> None:
             body = {"model": NAME, "messages": HELLO, "max_tokens": 400, "temperature": 1.0}

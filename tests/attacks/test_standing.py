@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -15,7 +13,7 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
-from tests.commands import first_line
+from tests.commands import Forked, first_line
 from tests.fabricate import APPROVER, NAME, OWNER, STEWARD, Scene, approve, put_chain
 from tests.rollout.conftest import made, scene, versions
 from tests.server.conftest import HELLO, Served, engine, running, served
@@ -329,9 +327,11 @@ def _metrics(served: Served) -> str:
         return http.get("/metrics").text
 
 
-def _command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-c", "from tunesmith.cli.main import main; main()"]
-    return subprocess.run([*start, *words, "-C", str(folder)], capture_output=True, text=True, timeout=SECONDS)
+def _command(folder: Path, *words: str) -> tuple[int, str]:
+    """(exit code, what it said on stderr) of a command in a process of its own."""
+    process = Forked(folder, *words)
+    said = process.communicate(SECONDS)[1]
+    return process.wait(SECONDS), said
 
 
 @pytest.mark.slow
@@ -350,13 +350,13 @@ def test_commands_of_another_process_count_at_the_next_request(folder: Path, hap
             return str(document.get("error", {}).get("code", "answered"))
 
         assert code() == "answered"
-        done = _command(folder, "users", "deactivate", APPROVER, "--as", OWNER)
-        assert (done.returncode, f"nothing serves {NAME}" in done.stderr) == (0, True), done.stderr
+        ended, said = _command(folder, "users", "deactivate", APPROVER, "--as", OWNER)
+        assert (ended, f"nothing serves {NAME}" in said) == (0, True), said
         assert code() == "model_not_available"
-        assert _command(folder, "rollout", "start", f"{NAME}@v1", "--override", "drill", "--as", OWNER).returncode == 0
+        assert _command(folder, "rollout", "start", f"{NAME}@v1", "--override", "drill", "--as", OWNER)[0] == 0
         assert code() == "answered"
         recalling = ("recall", "--version", f"{NAME}@v1", "--reason", "wrong", "--as", STEWARD)
-        assert _command(folder, *recalling).returncode == 0
+        assert _command(folder, *recalling)[0] == 0
         assert code() == "model_not_available"
         assert httpx.get(f"{url}/models", headers=headers).json()["data"] == []
         happened("refused, 404", 2)

@@ -12,8 +12,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.fabricate import OPERATOR, OWNER
-from tests.server.conftest import Served, engine, made, scene, served, versions
+from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.server.conftest import Served, engine, made, running, scene, versions
+from tests.server.fake_engine import FakeEngine
+from tunesmith.registry.versions import Version
 from tunesmith.store.people.sessions import make_link
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
@@ -35,6 +37,14 @@ def chromium() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert found, "the console's tests need Chromium: apt-get install chromium"
     return found
+
+
+@pytest.fixture
+def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Served]:
+    """A server whose champion is version 1. It looks at rollouts less often than those of short tests."""
+    with running(scene, engine, check_seconds=0.2) as server:
+        server.begin(versions[1])
+        yield server
 
 
 # Of one module: while Playwright runs, no test of this process can start an event loop of its own.

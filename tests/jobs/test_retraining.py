@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -289,11 +291,17 @@ def test_a_worker_deletes_texts_before_it_looks_for_causes(folder: Path, monkeyp
     assert done == ["kept texts", "held answers"]
 
 
-def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:
+def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drifting(folder)
     change(folder, retraining={"causes": ["drift"]})
     project = Project.load(folder)
-    jobs.make_worker(project, also=lambda: retraining.look_again(folder, str)).run(until_empty=True)
+    retraining.look_again(folder, str)
+    lease = leases.claim(project.store, "w", ["run"], project="tiny")
+    assert lease is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "end_with_parent", lambda _: None)
+        patch.setattr(signal, "signal", lambda *_: None)
+        jobs.perform_in_child(folder, lease, os.getppid())
     (job,) = jobs.list_jobs(project.store).jobs
     assert (job.state, job.error["code"]) == ("failed", "nothing_new")
     result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])

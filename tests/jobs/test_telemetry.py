@@ -39,15 +39,20 @@ def test_the_steps_of_a_job_are_spans(store: Store, monkeypatch: pytest.MonkeyPa
     assert receiver.resource["service.name"] == "nightly"
 
 
-@pytest.mark.parametrize("given", [{}, {ENDPOINT: ""}, {ENDPOINT: "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}])
-def test_nothing_is_imported_unless_it_is_asked_for(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    code = (
-        "import sys; from tunesmith.core import telemetry; import tunesmith.server.app\n"
-        "with telemetry.sending(), telemetry.span('x'): assert telemetry.active() is None\n"
-        "assert not [name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exp'))]"
-    )
+def test_nothing_is_imported_unless_it_is_asked_for() -> None:
+    """Neither without an endpoint, nor with an empty one, nor where all of it is switched off."""
+    code = f"""
+import os, sys
+for given in ({{}}, {{"{ENDPOINT}": ""}}, {{"{ENDPOINT}": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}}):
+    os.environ.update(given)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tunesmith"]:
+        del sys.modules[name]  # so that each begins as in a new process
+    from tunesmith.core import telemetry
+    import tunesmith.server.app
+    with telemetry.sending(), telemetry.span('x'):
+        assert telemetry.active() is None, given
+    assert not [name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exp'))], given
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.commands import first_line, started
+from tests.commands import Forked, first_line
 from tests.tiny_project import ROOMS, THINGS, settings, write_project
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
@@ -70,9 +69,9 @@ def token_of_engineer(folder: Path, scope: Scope = Scope()) -> str:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, Forked]]:
     """A running `tunesmith serve`: its URL and its process."""
-    process = started(folder, "serve", "--json", "--port", "0", "--grace", "5", *options, stdout=subprocess.PIPE)
+    process = Forked(folder, "serve", "--json", "--port", "0", "--grace", "5", *options)
     try:
         yield first_line(process)["url"], process
     finally:

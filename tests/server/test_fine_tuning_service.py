@@ -21,7 +21,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.commands import started
+from tests.commands import Forked
 from tests.models.test_rendering_tools import SHORT_CALLS
 from tests.own_cache import own_cache
 from tests.server.fine_tuning_project import (
@@ -77,8 +77,8 @@ class Service:
         return queue.get(self.project.store, int(identifier.removeprefix("ftjob-")))
 
     @contextlib.contextmanager
-    def worker(self) -> Iterator[subprocess.Popen[str]]:
-        process = started(self.folder, "worker", "--lease", "20")
+    def worker(self) -> Iterator[Forked]:
+        process = Forked(self.folder, "worker", "--lease", "20")
         try:
             yield process
         finally:
@@ -136,7 +136,7 @@ def test_a_model_on_another_base_that_knows_tools_is_served_by_a_server_of_that_
     assert [each.fine_tuned_model_checkpoint for each in kept] == [name]
     with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 is not approved"):
         client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
-    assert started(service.folder, "approve", "tiny-nano@v1", "--as", "ada", "--tenant", "acme").wait(300) == 0
+    assert Forked(service.folder, "approve", "tiny-nano@v1", "--as", "ada", "--tenant", "acme").wait(300) == 0
     with pytest.raises(openai.NotFoundError, match="tiny-nano@v1 was made from another base than this server's"):
         client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
     with serving(service.folder, "--no-worker", "--base-of", OTHER_MODEL) as (url, _):

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.commands import first_line, started
+from tests.commands import Forked, first_line, started
 from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
 from tests.own_cache import own_cache
 from tests.tiny import write_model
@@ -26,6 +26,7 @@ from tunesmith.store.people.tokens import issue_token
 
 pytestmark = pytest.mark.slow
 
+SERVE = ("serve", "--json", "--no-worker")
 PROJECT = f"""
 name: {NAME}
 base: ./model
@@ -49,12 +50,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *options: str) -> subprocess.Popen[str]:
-    return started(folder, "serve", "--json", "--no-worker", *options, stdout=subprocess.PIPE)
+def command(folder: Path, *options: str) -> Forked:
+    return Forked(folder, *SERVE, *options)
 
 
 def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
-    process = command(folder, "--port", "0")
+    process = started(folder, *SERVE, "--port", "0", stdout=subprocess.PIPE)
     try:
         document = first_line(process)
         assert document["models"] == [f"{NAME}@champion"]

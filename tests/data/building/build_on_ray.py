@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,7 @@ from tests.data.rows import write_jsonl
 from tests.tiny import write_model
 from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
-from tunesmith.data.building import shards
+from tunesmith.data.building import ray_runner, shards
 
 
 def main() -> None:
@@ -53,7 +54,8 @@ def built(folder: Path) -> dict[str, object]:
         with rows.open("a") as file:
             file.write("{\n")
         try:
-            digest_by("ray", folder)
+            with mock.patch.object(ray_runner, "RayRunner", partial(ray_runner.RayRunner, workers=1)):
+                digest_by("ray", folder)
             where = ""
         except UsageError as error:
             where = error.where or ""

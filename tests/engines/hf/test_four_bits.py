@@ -176,11 +176,13 @@ def test_a_missing_library_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", ["bitsandbytes", "peft"])
-def test_importing_the_libraries_downloads_no_code(tmp_path: Path, library: str) -> None:
-    """bitsandbytes asks the package `kernels` for code from a hub, on processors that multiply bf16."""
+def test_importing_the_libraries_downloads_no_code(tmp_path: Path) -> None:
+    """bitsandbytes, which PEFT imports, asks the package `kernels` for code from a hub, on processors with bf16."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('fetched')\n    raise RuntimeError\n")
-    code = f"from tunesmith.engines.hf import libraries; libraries.{library}(); import kernels; print(kernels.__name__)"
+    code = (
+        "from tunesmith.engines.hf import libraries; libraries.peft(); libraries.bitsandbytes(); "
+        "import kernels; print(kernels.__name__)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.engines.vllm import vllm_server
+from tests.forked import forkserver
 from tunesmith.cli.main import app
 from tunesmith.engines.device import gpu_present, stated_peak
 from tunesmith.engines.hf.model import HFModel
@@ -119,8 +120,10 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_killed_training_resumes_and_a_killed_check_fails(tmp_path: Path) -> None:
-    found = services.perform("resume", checks.resume, tmp_path)
+def test_a_killed_training_resumes_and_a_killed_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.get_context", lambda _: forkserver())  # has imported everything already
+        found = services.perform("resume", checks.resume, tmp_path)
     assert (found.outcome, found.detail) == ("passed", "killed after 5 steps of 12: the same bytes")
     gone: Any = sys.exit  # ends the process before it has sent anything
     found = services._apart("gone", gone, tmp_path)

@@ -268,6 +268,7 @@ def test_an_unsupported_schema_is_refused(engine: NativeEngine) -> None:
 
 @pytest.mark.slow
 def test_decoding_stops_before_the_process_ends(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", "llama")
     script = f"""
 import atexit, threading, time
 
@@ -280,10 +281,8 @@ from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
-from tests.tiny import write_model
 
 folder = Path({str(tmp_path)!r})
-write_model(folder / "m", "llama")
 engine = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
 asked = [Generation((Message(role="user", content=f"hello {{place}}"),), max_tokens=400) for place in range(8)]
 threading.Thread(target=lambda: engine.generate(asked), daemon=True).start()

@@ -114,7 +114,7 @@ def test_servers_share_the_requests(base: Base, adapter: Path, two: tuple[list[F
 
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle_loses_nothing(base: Base, adapter: Path) -> None:
-    with serving_process(base.folder) as (_, kept), serving_process(base.folder) as (killed, url):
+    with serving(FakeVllm(base.folder)) as kept, serving_process(base.folder) as (killed, url):
         engine = VllmEngine(base, _settings([kept, url]))
         engine.load_adapter("a", adapter)
         undisturbed = engine.generate(REQUESTS, "a")
@@ -123,7 +123,8 @@ def test_a_server_killed_in_the_middle_loses_nothing(base: Base, adapter: Path) 
         engine.load_adapter("a", adapter)
         assert engine.generate(REQUESTS, "a", heard) == undisturbed
         assert heard.done == len(REQUESTS), "each was answered once"
-        assert killed.wait(300) == -9
+        killed.join(300)
+        assert killed.exitcode == -9
         assert any("cannot be reached" in line and line.endswith("the other servers answer") for line in heard.lines)
         (answer,) = engine.generate(REQUESTS[:1], "a")
         assert answer == undisturbed[0]

@@ -9,17 +9,17 @@ import argparse
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECORDED = json.loads((Path(__file__).parent / "vllm_recorded.json").read_text())
@@ -94,6 +94,8 @@ class FakeVllm:
             return _told("load missing")
         if json.loads((path / "adapter_config.json").read_text())["r"] > 32:
             return _told("load rank")
+        from peft import PeftModel  # takes a second, and most servers get no adapter
+
         model = self._load(self.base)
         self.models[name] = model if self.ignore_adapters else PeftModel.from_pretrained(model, str(path)).eval()
         self.paths[name] = str(path)
@@ -234,15 +236,25 @@ def serving(fake: FakeVllm) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving_process(base: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Such a server in a process of its own, and its URL."""
-    command = [sys.executable, __file__, str(base), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().strip()
-        finally:
-            process.kill()
+def serving_process(base: Path) -> Iterator[tuple[BaseProcess, str]]:
+    """Such a server in a process of its own, which has everything imported already, and its URL."""
+    from tests.forked import forkserver
+
+    ours, theirs = multiprocessing.Pipe()
+    process = forkserver().Process(target=_serve, args=(base, theirs))
+    process.start()
+    theirs.close()  # so that recv raises EOFError where the process ends
+    try:
+        yield process, ours.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(base: Path, told: Connection) -> None:
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": FakeVllm(base)}))
+    told.send(f"http://127.0.0.1:{server.server_address[1]}")
+    server.serve_forever()
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from tunesmith.data.privacy.lean_imports import without_torch
+
 # Up to three characters between digits, as in "4111 - 1111" or over a line's end.
 _GAP = r"[\W_]{0,3}"
 _MAY_BE_CARD = re.compile(rf"(?:\d{_GAP}){{12}}\d")
@@ -95,6 +97,7 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
 @functools.cache
 def _forms() -> dict[str, re.Pattern[str]]:
     """Country -> the form of its IBANs without spaces (presidio's table)."""
-    from presidio_analyzer.predefined_recognizers.generic.iban_patterns import regex_per_country
+    with without_torch():
+        from presidio_analyzer.predefined_recognizers.generic.iban_patterns import regex_per_country
 
     return {country: re.compile(form.rstrip("$")) for country, form in regex_per_country.items()}

