@@ -89,9 +89,10 @@ def test_notices_are_shown_after_a_training() -> None:
     done = TrainingSummary(
         training="sha256:1", adapter="a", weights="sha256:2", examples_per_second=1.0, tokens_per_second=1.0,
         seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1, estimate=cost, final_loss=1.0, rows=1, epochs=1.0,
-        steps=1, kept=1, tokens=1, tokens_computed=1, labels=1, parameters=1, validation=(), score=None,
+        rehearsed=3, steps=1, kept=1, tokens=1, tokens_computed=1, labels=1, parameters=1, validation=(), score=None,
         decisions=None, notices=("no validation rows: the last weights are kept",), overfitting=[], more_time=None,
     )  # fmt: skip
     shown = io.StringIO()
     _draw_training(Console(file=shown, width=200), done)
     assert "no validation rows: the last weights are kept" in shown.getvalue()
+    assert "3 answers of the base" in shown.getvalue()

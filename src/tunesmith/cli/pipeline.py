@@ -143,6 +143,7 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
     checkpoint, expected_checkpoint = done.checkpoint_bytes / 1e6, expected.checkpoint_bytes / 1e6
     rows = (
         ("rows, epochs, steps", f"{done.rows}, {done.epochs:.2f}, {done.steps}"),
+        *([("rehearsed", f"{done.rehearsed} answers of the base")] if done.rehearsed else []),
         ("final loss", f"{done.final_loss:.4f}"),
         *_validated(done),
         ("took", f"{done.seconds:.0f} s (expected {expected.seconds:.0f} s)"),

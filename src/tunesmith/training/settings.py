@@ -114,8 +114,8 @@ class TrainSettings(WeightSettings):
             le=LONGEST_BUDGET,
             description="train for this long, such as 20m or 1h30m, instead of a number of epochs: until "
             "validation no longer improves or all but the time for `decay` is used, then the learning rate falls to "
-            "zero. It counts steps, validations, checkpoints and the answers that are timed before the first step, but "
-            "neither loading nor the three steps from which the estimate is made",
+            "zero. It counts steps, validations, checkpoints, and before the first step the answers that are timed and "
+            "those to rehearse, but neither loading nor the three steps from which the estimate is made",
         ),
     ] = None
     epochs: Annotated[

@@ -196,7 +196,7 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
     if candidate.training is None:
         return None
     body = store.record(candidate.training, kind="training").body
-    shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second",
+    shown = ("settings", "rows", "rehearsed", "tokens", "labels", "steps", "seconds", "examples_per_second",
              "tokens_per_second", "peak_memory_bytes", "estimate", "final_loss", "curve",
              "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions",
              "notices")  # fmt: skip

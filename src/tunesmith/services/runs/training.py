@@ -40,12 +40,12 @@ class ExpectedCost(View):
 class TrainingSummary(View):
     """A finished training. training: its record's digest; adapter: path of its weights; weights: their digest.
 
-    epochs: done, a fraction where the last one was not. tokens: of the rows; tokens_computed: with padding; labels:
-    tokens that the loss counts; parameters: trained numbers. validation: step and loss of each validation, and the
-    score where answers were scored. score: which metric, over how many rows; null where validation went by the loss.
-    kept: the step whose weights were kept. decisions: what a schedule decided while it ran; null where it was planned.
-    overfitting: where the validation loss rose again. more_time: what twice the time would bring, by the slope of the
-    validations; null where nothing was validated.
+    epochs: done, a fraction where the last one was not. rehearsed: answers of the base that were drawn for it. tokens:
+    of the rows; tokens_computed: with padding; labels: tokens that the loss counts; parameters: trained numbers.
+    validation: step and loss of each validation, and the score where answers were scored. score: which metric, over how
+    many rows; null where validation went by the loss. kept: the step whose weights were kept. decisions: what a
+    schedule decided while it ran; null where it was planned. overfitting: where the validation loss rose again.
+    more_time: what twice the time would bring, by the slope of the validations; null where nothing was validated.
     """
 
     training: str
@@ -59,6 +59,7 @@ class TrainingSummary(View):
     estimate: ExpectedCost
     final_loss: float
     rows: int
+    rehearsed: int
     epochs: float
     steps: int
     kept: int
