@@ -159,17 +159,18 @@ def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> It
 
 
 @contextlib.contextmanager
-def running_copy(made: Scene, folder: Path) -> Iterator[Served]:
+def running_copy(made: Scene, folder: Path, **settings: Any) -> Iterator[Served]:
     """The same over a copy of a scene in a folder, for several tests."""
     copy = copied(made, folder / "store")
-    with running(copy, FakeEngine(copy.base)) as server:
+    with running(copy, FakeEngine(copy.base), **settings) as server:
         server.begin(list_versions(copy.store)[0])
         yield server
 
 
 @pytest.fixture(scope="session")
 def _unchanged(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with running_copy(made, tmp_path_factory.mktemp("shared")) as server:
+    # It runs until the last test, and 20 checks a second would take 5% of a core for so long.
+    with running_copy(made, tmp_path_factory.mktemp("shared"), check_seconds=2) as server:
         yield server
 
 
