@@ -173,6 +173,19 @@ def test_it_learns_what_one_process_learns(tmp_path: Path, size: int, family: st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_all_ranks_rehearse_what_the_base_answers(tmp_path: Path, method: str) -> None:
+    changes = {"rehearse": 0.3, "method": method, "rank": 3 if method == "lora" else None}
+    one = alone(make(tmp_path / "one", **changes))
+    several = together(make(tmp_path / "several", **changes), 2)
+    assert one.rehearsed == several.rehearsed == 8
+    kept = [(tmp_path / name / "work" / "rehearsal.jsonl").read_bytes() for name in ("one", "several")]
+    assert kept[0] == kept[1]
+    assert losses(one) == pytest.approx(losses(several), abs=1e-5)
+    assert several.state.step == 10, "eighteen rows an epoch, four a step"
+
+
+@pytest.mark.slow
 def test_copies_of_the_model_are_sharded_each(tmp_path: Path) -> None:
     """Four ranks with two copies learn what one process learns, and resume what two ranks began."""
     one, spec = alone(make(tmp_path / "one")), make(tmp_path / "several")

@@ -14,13 +14,17 @@ import pytest
 from pydantic import ValidationError
 
 from tests.commands import call
+from tests.tiny import write_model
 from tests.tiny_project import settings, write_project
+from tests.training.test_resume import SETTINGS, StoppedAfter, run
 from tunesmith.core.errors import Refused
+from tunesmith.core.progress import Stopped
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.probes import drift
 from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.models.rendering import Rendered
 from tunesmith.project import Project
+from tunesmith.training import train
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.batches.rehearsal import (
     Rehearsed,
@@ -132,6 +136,28 @@ def test_a_share_of_the_rows() -> None:
     for wrong in (-0.1, 1.5):
         with pytest.raises(ValidationError):
             TrainSettings(rehearse=wrong)
+
+
+def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = SETTINGS.model_copy(update={"rehearse": 0.1})
+    for name in ("whole", "stopped", "changed"):
+        write_model(tmp_path / name / "model")
+    whole = run(tmp_path / "whole", chosen)
+    for name in ("stopped", "changed"):
+        with pytest.raises(Stopped):
+            run(tmp_path / name, chosen, progress=StoppedAfter(9))
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("the base was asked again")
+
+    monkeypatch.setattr(train, "rehearse", again)
+    assert run(tmp_path / "stopped", chosen) == whole
+    kept = tmp_path / "changed" / "work" / "rehearsal.jsonl"
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[1:]))
+    with pytest.raises(Refused, match="other rehearsed answers"):
+        run(tmp_path / "changed", chosen)
 
 
 def test_rehearsing_leaves_epochs_and_rates_and_repeats(tmp_path: Path) -> None:

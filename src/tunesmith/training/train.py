@@ -311,7 +311,7 @@ def _identity(
         "validation": spec.validation.digest,
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "environment": environment(model, ranks),
-        **({"rehearsed": digest_of([each._asdict() for each in rehearsed])} if rehearsed else {}),
+        **({"rehearsed answers": digest_of([each._asdict() for each in rehearsed])} if rehearsed else {}),
     }
 
 
