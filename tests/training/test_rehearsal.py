@@ -76,7 +76,10 @@ def test_drawing_ends_with_its_share_of_the_budget_and_can_be_repeated() -> None
 
 def test_what_is_kept_is_read_again() -> None:
     drawn = [*_rehearsed(20, rehearse=1.0, epochs=1), Rehearsed("naïve\u2028?", '"\n', ended=True)]
-    assert decode_rehearsed([json.loads(line) for line in encode_rehearsed(drawn).splitlines()]) == drawn
+    assert decode_rehearsed(encode_rehearsed(drawn)) == drawn
+    for damaged in (encode_rehearsed(drawn)[:-9], b"[1]\n", b'{"request": "?"}\n', b"\xff\n"):
+        with pytest.raises(ValueError):
+            decode_rehearsed(damaged)
 
 
 def test_a_cut_answer_is_learned_without_its_end() -> None:

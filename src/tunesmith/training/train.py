@@ -18,7 +18,6 @@ import torch
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.device import DeviceMemory, device_name
@@ -281,10 +280,12 @@ def _rehearsed(
     kept = spec.work / "rehearsal.jsonl"
 
     def before() -> list[dict[str, Any]] | None:
-        return [dict(parse_json(line)) for line in kept.read_bytes().splitlines()] if kept.is_file() else None
+        with suppress(OSError, ValueError):  # missing, or damaged: then it is drawn again, and compared
+            return [each._asdict() for each in decode_rehearsed(kept.read_bytes())]
+        return None
 
     if (known := ranks.agree(before)) is not None:
-        return decode_rehearsed(known), 0.0
+        return [Rehearsed(**each) for each in known], 0.0
 
     def answers(asked: Sequence[Generation]) -> list[Completion]:
         if ranks.size > 1:

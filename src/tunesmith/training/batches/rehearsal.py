@@ -13,10 +13,11 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.settings import TrainSettings
@@ -77,9 +78,12 @@ def encode_rehearsed(rehearsed: Sequence[Rehearsed]) -> bytes:
     return "".join(f"{json.dumps(each._asdict(), ensure_ascii=False)}\n" for each in rehearsed).encode()
 
 
-def decode_rehearsed(lines: Sequence[dict[str, Any]]) -> list[Rehearsed]:
-    """What encode_rehearsed wrote, parsed."""
-    return [Rehearsed(**line) for line in lines]
+def decode_rehearsed(data: bytes) -> list[Rehearsed]:
+    """What encode_rehearsed wrote. Raises ValueError for anything else."""
+    try:
+        return [Rehearsed(**parse_json(line)) for line in data.splitlines()]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def render_rehearsed(renderer: Renderer, rehearsed: Sequence[Rehearsed], longest: int) -> list[Rendered]:
