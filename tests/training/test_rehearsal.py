@@ -24,7 +24,7 @@ from tunesmith.evaluation.probes import drift
 from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.models.rendering import Rendered
 from tunesmith.project import Project
-from tunesmith.training import train
+from tunesmith.training.batches import rehearsal
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.batches.rehearsal import (
     Rehearsed,
@@ -104,9 +104,8 @@ def test_each_epoch_rehearses_the_next_ones() -> None:
 
     plan = TrainingPlan(
         [row(place) for place in range(10)],
-        TrainSettings(epochs=4, batch=4),
+        TrainSettings(epochs=4, batch=4, rehearse=0.2),
         rehearsal=[row(place) for place in range(100, 105)],
-        each=2,
         share=False,
     )
     firsts = [
@@ -155,7 +154,7 @@ def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
     def again(*_: Any) -> Any:
         raise AssertionError("the base was asked again")
 
-    monkeypatch.setattr(train, "rehearse", again)
+    monkeypatch.setattr(rehearsal, "rehearse", again)
     assert run(tmp_path / "stopped", chosen) == whole
     kept = tmp_path / "changed" / "work" / "rehearsal.jsonl"
     kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[1:]))

@@ -22,9 +22,10 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
+from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
-from tunesmith.training.scoring import AnswerScore, Rehearsal, Score, Validation, decide_beforehand
+from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
@@ -221,6 +222,9 @@ def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
         train(spec(tmp_path, settings), stepping(1.0), before=None)
     assert refused.value.where == "train.budget"
     assert "set budget to" in str(refused.value.fix)
+    rehearsing = settings.model_copy(update={"rehearse": 0.1})
+    with pytest.raises(Refused, match="of which drawing what is rehearsed and measuring took"):
+        train(spec(tmp_path, rehearsing, work="rehearsing"), stepping(1.0), before=None)
 
 
 def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decisions, list[int]]:
@@ -239,7 +243,7 @@ def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decis
     expected = Estimate(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
     plan: Any = range(10_000)
     return decide_beforehand(
-        settings, plan, expected, validation, Rehearsal(0, 0.0), folder / "decisions.json", SILENT
+        settings, plan, expected, validation, Rehearsal(), folder / "decisions.json", SILENT
     ), asked
 
 

@@ -36,7 +36,7 @@ REVISIONS = {
     "forecast": 6,
     "answer": 3,
     "judge": 2,
-    "probe": 3,
+    "probe": 2,
     "risk": 4,
     "policy": 2,
     "style": 1,

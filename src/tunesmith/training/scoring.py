@@ -16,6 +16,7 @@ from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import TrainingPlan
+from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions, warmup_steps
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 from tunesmith.training.spec import Estimate
@@ -54,13 +55,6 @@ class AnswerScore:
     metric: str
     rows: int
     score: Callable[[TrainableModel | None, int], Score]
-
-
-class Rehearsal(NamedTuple):
-    """How many answers of the base a training rehearses, and the seconds that drawing them took."""
-
-    answers: int
-    seconds: float
 
 
 def mean_score(scores: Sequence[float], groups: Sequence[str]) -> Score:
@@ -200,10 +194,11 @@ def _within(
     measured = rehearsal.seconds + validation.clock() - began
     least = measured + 4 * expected.step_seconds + loss
     if max(least, measured / _MOST_MEASURED) > budget:
+        before = "drawing what is rehearsed and measuring" if rehearsal.answers else "measuring"
         by_loss = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
         raise BudgetTooShort(
-            f"the budget of {_told(budget)} is too short: measuring, four steps and one validation take "
-            f"{_told(least)}, of which measuring took {_told(measured)}",
+            f"the budget of {_told(budget)} is too short: {before}, four steps and one validation take "
+            f"{_told(least)}, of which {before} took {_told(measured)}",
             least=least,
             fix=f"set budget to {math.ceil(10 * least)}s or more{by_loss}",
         )

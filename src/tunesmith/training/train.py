@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -22,24 +22,16 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.device import DeviceMemory, device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
-from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF
-from tunesmith.engines.training_protocol import LoadedModel, Objective, ShardedModel, TrainableModel
+from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
 from tunesmith.models.base import Base, check_base, model_width, require_context_length
 from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
-from tunesmith.training.batches.rehearsal import (
-    Rehearsed,
-    decode_rehearsed,
-    encode_rehearsed,
-    rehearse,
-    rehearsed_each_epoch,
-    render_rehearsed,
-)
+from tunesmith.training.batches.rehearsal import Rehearsal, prepare_rehearsal
 from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import (
@@ -55,7 +47,7 @@ from tunesmith.training.estimates.estimate import (
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
-from tunesmith.training.scoring import AnswerScore, Rehearsal, Validation, decide_beforehand
+from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
 from tunesmith.training.search.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
@@ -141,17 +133,10 @@ def run_training(
     now, measured = ranks.clock(clock), ranks.clock(time.perf_counter)
     if not rows:
         raise TunesmithError("the training has no step", where="data", fix="give it more rows")
-    rehearsed, rehearsing = _rehearsed(spec, loaded, len(rows), now, ranks, progress)
-    plan = TrainingPlan(
-        rows,
-        settings,
-        rehearsal=render_rehearsed(Renderer(spec.base.folder), rehearsed, settings.max_length) if rehearsed else (),
-        each=rehearsed_each_epoch(settings, len(rows)),
-        share=trained.shares_prefix,
-        ranks=ranks,
-    )
+    rehearsal = prepare_rehearsal(spec, loaded, len(rows), now, ranks, progress)
+    plan = TrainingPlan(rows, settings, rehearsal=rehearsal.rows, share=trained.shares_prefix, ranks=ranks)
     batches = lay_out_validation(checked, settings, share=trained.shares_prefix, ranks=ranks)
-    checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks, rehearsed), ranks)
+    checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks, rehearsal), ranks)
     validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
@@ -159,7 +144,7 @@ def run_training(
     notices = [*spec.notices, *([notice] if notice else [])]
     _announce(spec, trained, len(rows), plan, expected, notices, progress, validation)
     DeviceMemory(trained.device).reset_peak()
-    schedule = _schedule(spec, plan, expected, validation, Rehearsal(len(rehearsed), rehearsing), progress)
+    schedule = _schedule(spec, plan, expected, validation, rehearsal, progress)
     progress.measured(
         spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
     )
@@ -192,7 +177,7 @@ def run_training(
         score=validation.described(),
         epochs=epochs,
         rows=len(rows),
-        rehearsed=len(rehearsed),
+        rehearsed=rehearsal.answers,
         tokens=round(sum(len(row.ids) for row in rows) * epochs),
         labels=round(labels * epochs),
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
@@ -265,45 +250,7 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
     }
 
 
-def _rehearsed(
-    spec: TrainingSpec,
-    loaded: LoadedModel,
-    rows: int,
-    clock: Callable[[], float],
-    ranks: Ranks,
-    progress: Progress,
-) -> tuple[list[Rehearsed], float]:
-    """What the training rehearses, and the seconds that drawing it took. It is drawn once: a resumed training goes on
-    with the same, a repeated one draws as many."""
-    if not spec.settings.rehearse:
-        return [], 0.0
-    kept = spec.work / "rehearsal.jsonl"
-
-    def before() -> list[dict[str, Any]] | None:
-        with suppress(OSError, ValueError):  # missing, or damaged: then it is drawn again, and compared
-            return [each._asdict() for each in decode_rehearsed(kept.read_bytes())]
-        return None
-
-    if (known := ranks.agree(before)) is not None:
-        return [Rehearsed(**each) for each in known], 0.0
-
-    def answers(asked: Sequence[Generation]) -> list[Completion]:
-        if ranks.size > 1:
-            return cast(ShardedModel, loaded).answer_together(asked, None)
-        return loaded.engine().generate(asked)
-
-    progress.say("rehearsal: the base answers general requests")
-    began = clock()
-    decided = None if spec.decisions is None else spec.decisions.rehearsed
-    made = rehearse(spec.settings, rows, answers, clock, decided)
-    if ranks.first:
-        write_atomic(kept, encode_rehearsed(made))
-    return made, clock() - began
-
-
-def _identity(
-    spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsed: Sequence[Rehearsed]
-) -> dict[str, Any]:
+def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal: Rehearsal) -> dict[str, Any]:
     return {
         "base": spec.base.digest,
         "engine": model.engine_name,
@@ -312,7 +259,7 @@ def _identity(
         "validation": spec.validation.digest,
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "environment": environment(model, ranks),
-        **({"rehearsed answers": digest_of([each._asdict() for each in rehearsed])} if rehearsed else {}),
+        **({"rehearsed answers": rehearsal.digest} if rehearsal.answers else {}),
     }
 
 

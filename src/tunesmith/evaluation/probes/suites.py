@@ -187,7 +187,7 @@ SUITES: dict[str, Suite] = {
     ),
     "extraction": Suite(memory.extraction_items, _verbatim, left_out=memory.calls, revision=2),
     "personal_data": Suite(
-        memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=3
+        memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=4
     ),
     "overfitting": Suite(memory.overfitting_items, _scored),
     "swap": Suite(

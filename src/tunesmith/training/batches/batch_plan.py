@@ -43,6 +43,11 @@ def plan(rows: Sequence[Rendered], batch: int, seed: int, epoch: int) -> list[li
     return [steps[index] for index in torch.randperm(len(steps), generator=generator).tolist()]
 
 
+def rehearsed_each_epoch(settings: TrainSettings, rows: int) -> int:
+    """How many rows an epoch rehearses, on top of so many."""
+    return max(1, round(settings.rehearse * rows)) if settings.rehearse else 0
+
+
 def lay_out_step(rows: Sequence[Rendered], tokens: int, *, share: bool = True) -> list[Batch]:
     """A step's rows in batches of at most so many computed tokens. A single longer row is a batch by itself.
 
@@ -104,7 +109,7 @@ def lay_out_epoch(
 
 class TrainingPlan(Sequence[Step]):
     """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
-    budget ends before most of them. rehearsal: further rows, of which each epoch has the next `each`. most: leaves out
+    budget ends before most of them. rehearsal: further rows, of which each epoch has the next ones. most: leaves out
     the steps after so many. ranks: whose rank's part of each step it gives."""
 
     def __init__(
@@ -113,13 +118,13 @@ class TrainingPlan(Sequence[Step]):
         settings: TrainSettings,
         *,
         rehearsal: Sequence[Rendered] = (),
-        each: int = 0,
         share: bool = True,
         most: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self._rows, self._settings, self._share, self._most, self._ranks = rows, settings, share, most, ranks
-        self._rehearsal, self._each = rehearsal, each if rehearsal else 0
+        self._rehearsal = rehearsal
+        self._each = rehearsed_each_epoch(settings, len(rows)) if rehearsal else 0
         self._epochs: dict[int, list[list[Batch]]] = {}
         self.epoch_steps = len(plan(self._of_epoch(0), settings.batch, settings.seed, 0))
 

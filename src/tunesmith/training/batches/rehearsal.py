@@ -12,20 +12,29 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import resources
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
+from tunesmith.core.progress import Progress
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.engines.ranks import Ranks
+from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
 from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.training.batches.batch_plan import rehearsed_each_epoch
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.spec import TrainingSpec
 
 _MOST = 256  # answers of a training; one that rehearses more takes them again
 _LONGEST = 48  # tokens of an answer; of a longer one its beginning is learned
 _TOGETHER = 32  # requests at once
-_SHARE = 0.05  # of a budget; no more answers are drawn after that
+_SHARE = 0.05  # of a budget: no further requests are asked after that
 
 
 class Rehearsed(NamedTuple):
@@ -36,9 +45,56 @@ class Rehearsed(NamedTuple):
     ended: bool
 
 
-def rehearsed_each_epoch(settings: TrainSettings, rows: int) -> int:
-    """How many rows an epoch rehearses, on top of so many."""
-    return max(1, round(settings.rehearse * rows)) if settings.rehearse else 0
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a training rehearses. rows: with the base's answers to learn. answers: how many were drawn; seconds: that it
+    took in this process; digest: of the requests and answers."""
+
+    rows: Sequence[Rendered] = ()
+    answers: int = 0
+    seconds: float = 0.0
+    digest: str = ""
+
+
+def prepare_rehearsal(
+    spec: TrainingSpec,
+    loaded: LoadedModel,
+    rows: int,
+    clock: Callable[[], float],
+    ranks: Ranks,
+    progress: Progress,
+) -> Rehearsal:
+    """What a training on so many rows rehearses. It is drawn once: a stopped training goes on with the same, a repeated
+    one draws as many. With several ranks, each of them calls this."""
+    if not spec.settings.rehearse:
+        return Rehearsal()
+    kept = spec.work / "rehearsal.jsonl"
+
+    def before() -> str | None:
+        with suppress(OSError, ValueError):  # missing, or damaged: then it is drawn again, and compared
+            decode_rehearsed(data := kept.read_bytes())
+            return data.decode()
+        return None
+
+    def answers(asked: Sequence[Generation]) -> list[Completion]:
+        if ranks.size > 1:
+            return cast(ShardedModel, loaded).answer_together(asked, None)
+        return loaded.engine().generate(asked)
+
+    seconds = 0.0
+    if (known := ranks.agree(before)) is not None:
+        data = known.encode()
+    else:
+        progress.say("rehearsal: the base answers general requests")
+        began = clock()
+        decided = None if spec.decisions is None else spec.decisions.rehearsed
+        data = encode_rehearsed(rehearse(spec.settings, rows, answers, clock, decided))
+        if ranks.first:
+            write_atomic(kept, data)
+        seconds = clock() - began
+    drawn = decode_rehearsed(data)
+    rendered = render_rehearsed(Renderer(spec.base.folder), drawn, spec.settings.max_length)
+    return Rehearsal(rendered, len(drawn), seconds, digest_bytes(data))
 
 
 def rehearse(
