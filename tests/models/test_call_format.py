@@ -13,6 +13,7 @@ from tests.models.test_rendering_tools import HERMES, TOOLS, TURNS
 from tests.tiny import TEMPLATE, write_tokenizer
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, with_tools
+from tunesmith.evaluation.metrics.scorers import exact_match, field_f1
 from tunesmith.models.call_format import CallFormat
 from tunesmith.models.rendering import Renderer
 
@@ -145,6 +146,61 @@ def test_a_stream_sends_nothing_that_may_be_a_call(text: str, sizes: list[int], 
         for size in (*sizes, len(answer)):
             seen += size
             assert said.startswith(answer[: form.may_begin(answer[:seen])])
+
+
+QWEN = (  # as the template of Qwen 2.5 writes calls
+    OFFERS.removesuffix("\n")
+    + r"{{ '\n' + m.content if m.content or not m.tool_calls }}{% for c in m.tool_calls or [] %}"
+    + r"""{{ '\n<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' }}{{ c.function.arguments | tojson }}"""
+    + r"{{ '}\n</tool_call>' }}{% endfor %}"
+    + ENDS.removeprefix("{{ m.content }}")
+)
+SPECIAL = HERMES.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", "")
+
+
+@pytest.mark.parametrize("template", [QWEN, HERMES, BARE, LISTED, TAGS, SPECIAL])
+@pytest.mark.parametrize(("said", "count"), [("", 1), ("", 2), ("I look.", 1)])
+def test_what_training_teaches_is_right(tmp_path: Path, template: str, said: str, count: int) -> None:
+    """Whether or not the template writes calls as JSON."""
+    if template == BARE and count == 2:
+        return
+    found = renderer(tmp_path, template)
+    calls = tuple(ToolCall(id=f"i{n}", name="weather", arguments='{"n":1,"b":"x"}') for n in range(count))
+    call = Message(role="assistant", content=said, tool_calls=calls)
+    row = found.conversation((TURNS[0], call), "last")
+    answer = found.text([token for token, label in zip(row.ids, row.trained, strict=True) if label])
+    assert exact_match(found.comparable(TURNS[:1], call, answer), call.text, None) == 1.0
+    assert exact_match(found.comparable(TURNS[:1], call, answer.replace("x", "y")), call.text, None) == 0.0
+
+
+RIGHT = '{"arguments":{"b": "x",  "n": 1.0}, "name":"weather"}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "score", "f1"),
+    [
+        (f"<tool_call>\n{RIGHT}\n</tool_call>", 1.0, 1.0),
+        (f"<tool_call>{RIGHT}", 1.0, 1.0),  # a stop text took the closing tag
+        (f"<tool_call>{RIGHT.replace('weather', 'time')}</tool_call>", 0.0, 2 / 3),
+        (f"<tool_call>{RIGHT}</tool_call><tool_call>{RIGHT}</tool_call>", 0.0, 0.0),
+        (f"I look. <tool_call>{RIGHT}</tool_call>", 0.0, 0.0),
+        (f"<tool_call>{RIGHT}</tool_call> Done.", 0.0, 0.0),
+        (f"<tool_call>{RIGHT[:-1]}</tool_call>", 0.0, 0.0),
+        (f"A <tool_call> is {RIGHT}", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_calls_are_compared_as_json(tmp_path: Path, answer: str, score: float, f1: float) -> None:
+    arguments = ToolCall(id="i", name="weather", arguments='{"n":1,"b":"x"}')
+    call = Message(role="assistant", content="", tool_calls=(arguments,))
+    read = renderer(tmp_path, HERMES).comparable(TURNS[:1], call, answer)
+    assert exact_match(read, call.text, None) == score
+    assert field_f1(read, call.text, None) == pytest.approx(f1)
+
+
+def test_without_an_expected_call_nothing_is_read_as_one(tmp_path: Path) -> None:
+    answer = f"<tool_call>{RIGHT}</tool_call>"
+    assert renderer(tmp_path, HERMES).comparable(TURNS[:1], None, answer) == answer
 
 
 def test_escapes_hide_no_control_token(tmp_path: Path) -> None:

@@ -12,14 +12,20 @@ import pytest
 from rich.console import Console
 
 from tests.evaluation.probing import row
+from tests.fabricate import put_base
+from tests.models.test_rendering_tools import CALL, HERMES, TURNS
 from tests.pipeline.large_project import write_large
+from tests.tiny import write_tokenizer
 from tests.tiny_project import settings
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.cli.pipeline import _draw_training
 from tunesmith.core.errors import UsageError
+from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.settings import TaskSettings
-from tunesmith.pipeline.training import forbidden_answers, validation_notices
+from tunesmith.models.rendering import Renderer
+from tunesmith.pipeline.training import forbidden_answers, row_scores, validation_notices
 from tunesmith.services.runs.training import ExpectedCost, TrainingSummary, train
+from tunesmith.store.store import Store
 from tunesmith.training.settings import TrainSettings
 
 
@@ -47,6 +53,24 @@ def test_it_says_what_validation_rows_are_missing() -> None:
     assert _notices(40, judge, budget=60) == [
         "validating by the loss: quality is a judge: a model scores it, not a function"
     ]
+
+
+def test_calls_are_scored_while_training_in_the_form_of_a_row(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, HERMES)
+    store = Store(tmp_path / "store")
+    candidate = Candidate(name="tuned", base=put_base(store), max_tokens=64)
+    rows = [row("x", "y").model_copy(update={"messages": TURNS[:2]})]
+    engine = SimpleNamespace(base=candidate.base, generate=lambda _asked: [Completion(CALL, "stop", 1, 1)])
+    project = SimpleNamespace(settings=SimpleNamespace(task=TaskSettings()), schema=None, root=tmp_path)
+    context: Any = SimpleNamespace(
+        store=store,
+        dataset=SimpleNamespace(digest="sha256:0"),
+        project=project,
+        sharded=None,
+        model=SimpleNamespace(engine=lambda: engine),
+        renderer=Renderer(tmp_path),
+    )
+    assert row_scores(context, candidate, rows, tmp_path)(None, 1) == [1.0]
 
 
 def test_a_metric_that_cannot_run_stops_a_training_before_it_begins(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Engine, Generation, Responder
+from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
 
 
@@ -32,6 +33,7 @@ class Answerer:
     """One candidate, ready to turn requests into what its responder generates from.
 
     engine: may be None for a candidate that the base does not answer. endpoint: how an outside model is reached.
+    renderer: the base's, with which evaluations read calls of functions in its answers; a server reads them itself.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Answerer:
         engine: Engine | None,
         candidate: Candidate,
         endpoint: EndpointSettings | None = None,
+        renderer: Renderer | None = None,
     ) -> None:
         if candidate.asks_base and (engine is None or candidate.base != engine.base):
             raise OtherBase(f"candidate {candidate.name} was made for another base model than the engine runs")
@@ -50,7 +53,7 @@ class Answerer:
                 fix="leave `engine:` out, or release a candidate with constrain: true and a schema",
             )
         self._candidate, self._engine, self._endpoint = candidate, engine, endpoint
-        self.composer = Composer(store, candidate)
+        self.composer, self.renderer = Composer(store, candidate), renderer
 
     @property
     def name(self) -> str:

@@ -19,7 +19,8 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.labels import bare_label
-from tunesmith.engines.protocol import Completion
+from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -94,7 +95,7 @@ def ask_rows(
                 asked = [answerer.generation(example.request, answerer.composer.asked_as) for example in chunk]
                 given = answerer.responder.generate(asked, answerer.adapter)
                 spent = time.perf_counter() - began
-                told = [_line(answerer, *pair) for pair in zip(chunk, given, strict=True)]
+                told = [_line(answerer, *each) for each in zip(chunk, asked, given, strict=True)]
                 if likelihoods is not None:
                     for line, sums in zip(told, likelihoods([one.messages for one in asked]), strict=True):
                         line["confidence"] = _confidence(line["text"], sums)
@@ -120,10 +121,13 @@ def keep_answers(
     return store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
 
 
-def _line(answerer: Answerer, example: Request, completion: Completion) -> dict[str, Any]:
+def _line(answerer: Answerer, example: Request, asked: Generation, completion: Completion) -> dict[str, Any]:
+    text = completion.text
+    if answerer.renderer is not None and isinstance(example, Example):
+        text = answerer.renderer.comparable(asked.messages, example.call, text)
     line: dict[str, Any] = {
         "id": example.id,
-        "text": completion.text,
+        "text": text,
         "finish": completion.finish,
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,

@@ -62,6 +62,11 @@ class Example(BaseModel):
         """The text that training learns."""
         return self.messages[-1].text
 
+    @property
+    def call(self) -> Message | None:
+        """The answer's turn where it calls functions; else None."""
+        return self.messages[-1] if self.messages[-1].tool_calls else None
+
 
 def example_id(messages: Sequence[Message], source: str) -> str:
     """The id of a conversation from a source: 80 bits of their digest. The row's place in the file does not matter."""

@@ -58,8 +58,9 @@ class CallFormat:
             place = len(text) - next(partly, 0)
         return len(text[:place].rstrip())
 
-    def read(self, answer: str, names: Collection[str]) -> tuple[str, tuple[ToolCall, ...]]:
+    def read(self, answer: str, names: Collection[str] | None = None) -> tuple[str, tuple[ToolCall, ...]]:
         """(text, calls) of a whole answer. One with a call that is broken, or of another function than names, is text.
+        names: None allows any function.
 
         Each call gets an id of nine letters and digits, as Mistral's templates require.
         """
@@ -72,7 +73,7 @@ class CallFormat:
             return answer, ()
         return answer[:begin].rstrip() + rest.rstrip(), calls
 
-    def _calls(self, text: str, names: Collection[str]) -> tuple[tuple[ToolCall, ...], str]:
+    def _calls(self, text: str, names: Collection[str] | None) -> tuple[tuple[ToolCall, ...], str]:
         """The calls at the start of a text, and what follows them. Raises ValueError for anything else."""
         end = self.closing.strip().removeprefix("]").strip()
         calls: list[ToolCall] = []
@@ -90,12 +91,13 @@ class CallFormat:
             raise ValueError("no calls alone")
         return tuple(calls), text
 
-    def _call(self, value: Any, names: Collection[str]) -> ToolCall:
+    def _call(self, value: Any, names: Collection[str] | None) -> ToolCall:
         name = value.get(self.name) if isinstance(value, dict) else None
         given = value.get(self.arguments) if isinstance(value, dict) else None
         if isinstance(given, str):
             given = parse_json(given)
-        if not isinstance(name, str) or name not in names or not isinstance(given, dict):
+        offered = isinstance(name, str) and (names is None or name in names)
+        if not offered or not isinstance(given, dict):
             raise ValueError("not a call of a function that is offered")
         return ToolCall(id=uuid.uuid4().hex[:9], name=name, arguments=json.dumps(given, ensure_ascii=False))
 

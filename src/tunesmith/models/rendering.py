@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.models.call_format import CallFormat, find_call_format
 from tunesmith.models.tool_turns import marked_tools, shown_texts, tool_turns
@@ -114,6 +115,25 @@ class Renderer:
             return self._laid_out(tool_turns(messages), tools_of(messages), opening=opening)
 
         return find_call_format(render, lambda text: self.text(self._encode(text).ids))
+
+    def comparable(self, request: Sequence[Message], call: Message | None, answer: str) -> str:
+        """A model's answer as scorers compare it with the expected call: its calls are written as in `Message.text`.
+
+        call: the expected turn, where it calls functions; where that is None, nothing is read as a call. A template
+        that does not write calls as JSON is not read either: there only the expected call, word for word, is a call.
+        """
+        if call is None:
+            return answer
+        with suppress(TunesmithError):  # not every request can be rendered with an answer
+            row = self.conversation((*request, call), "last")
+            learned = zip(row.ids, row.trained, strict=True)
+            written = self.text([token for token, label in learned if label and token not in self.stop_ids])
+            if answer.split() == written.split():
+                return call.text
+        with suppress(Refused):
+            text, calls = self.call_format.read(answer)
+            return Message(role="assistant", content=text, tool_calls=calls).text
+        return answer
 
     @cached_property
     def _longest_token(self) -> int:

@@ -107,9 +107,9 @@ def repeat_training(context: PipelineContext, name: str, digest: str) -> Repeate
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
     """A candidate that is ready to answer, with its adapter loaded."""
     settings = context.project.settings.candidates.get(asked.name)
-    engine = context.engine if asked.asks_base else None
+    engine, renderer = (context.engine, context.renderer) if asked.asks_base else (None, None)
     load_adapter(context, asked.training)
-    return Answerer(context.store, engine, asked, settings.endpoint if settings else None)
+    return Answerer(context.store, engine, asked, settings.endpoint if settings else None, renderer)
 
 
 def load_adapter(context: PipelineContext, trained: str | None) -> str | None:

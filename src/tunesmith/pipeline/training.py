@@ -226,10 +226,11 @@ def row_scores(
         return given
 
     def scores(model: TrainableModel | None, count: int) -> list[float]:
-        given = answers(model, count)
+        given = zip(rows[:count], asked[:count], answers(model, count), retrieved[:count], strict=True)
+        read = context.renderer.comparable
         lines = {
-            row.id: {"text": answer.text, "retrieved": ids}
-            for row, answer, ids in zip(rows[:count], given, retrieved[:count], strict=True)
+            row.id: {"text": read(request.messages, row.call, answer.text), "retrieved": ids}
+            for row, request, answer, ids in given
         }
         seen = seen_answers(context.store, context.dataset, candidate, lines, rows[:count])
         return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows[:count]]

@@ -6,24 +6,32 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.evaluation.probing import row
+from tests.models.test_rendering_tools import CALL, HERMES, TURNS
+from tests.tiny import write_tokenizer
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Completion
+from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.probes.bias import PER_TOKEN, bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
 from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items, robustness_items
-from tunesmith.evaluation.probes.items import Item
+from tunesmith.evaluation.probes.items import Item, decode_items, encode_items
 from tunesmith.evaluation.probes.memory import (
     extraction_items,
     membership_items,
     personal_items,
     repeats_personal_data,
 )
-from tunesmith.evaluation.probes.suites import suite_of
+from tunesmith.evaluation.probes.suites import ask, suite_of
+from tunesmith.models.rendering import Renderer
 from tunesmith.training.batches.canaries import canaries
 from tunesmith.training.settings import CanarySettings
 
@@ -97,6 +105,20 @@ def test_answers_that_are_calls_are_left_out_and_counted() -> None:
         assert answer.content.startswith("Anna is out ")
     with pytest.raises(UsageError, match="all 2 answers are calls of functions"):
         canaries([call, call], CanarySettings())
+
+
+def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
+    """Robustness of a base that writes calls between tags: answers that are right in every arm count as right."""
+    write_tokenizer(tmp_path, HERMES)
+    call = row("x", "y").model_copy(update={"messages": TURNS[:2]})
+    items = robustness_items(context([call]))
+    assert decode_items(encode_items(items)) == items
+    candidate, renderer = Candidate(name="tuned", base="sha256:0", max_tokens=64), Renderer(tmp_path)
+    engine: Any = SimpleNamespace(generate=lambda asked, *_: [Completion(CALL, "stop", 1, 1)] * len(asked))
+    suite = suite_of("robustness")
+    lines = ask(suite, engine, engine, renderer, None, items, candidate)
+    scoring = make_scoring("exact_match", None, tmp_path)
+    assert {suite.value(item, line, scoring) for item, line in zip(items, lines, strict=True)} == {1.0}
 
 
 def test_every_learned_answer_of_a_conversation_is_asked_for() -> None:

@@ -194,6 +194,7 @@ def robustness_items(context: ProbeContext) -> list[Item]:
             arm=arm,
             messages=context.asked(with_last_request(row.request, lambda text: change(text, row.answer))),  # noqa: B023
             expected=row.answer,
+            call=row.call,
             turns=sum(message.role != "system" for message in row.request),
         )
         for arm, change in PERTURBATIONS.items()

@@ -34,7 +34,8 @@ class Item(BaseModel):
     """One item of a probe. Measured are the log-probabilities of its choices; without choices an answer is decoded.
 
     arm: the kind of item within the probe. turns: how many of the last messages are the request's own. expected: the
-    right answer. personal: values that the answer must not hold.
+    right answer. call: the turn that is the right answer, where it calls functions. personal: values that the answer
+    must not hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class Item(BaseModel):
     turns: int = 1
     choices: tuple[str, ...] = ()
     expected: str | None = None
+    call: Message | None = None
     personal: tuple[str, ...] = ()
 
 

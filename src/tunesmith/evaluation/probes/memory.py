@@ -68,7 +68,7 @@ def personal_items(context: ProbeContext) -> list[Item]:
 def overfitting_items(context: ProbeContext) -> list[Item]:
     """Training and validation rows to answer. The evaluation has the test rows' scores already."""
     return [
-        _item(context, arm, row, row.request, expected=row.answer)
+        _item(context, arm, row, row.request, expected=row.answer, call=row.call)
         for arm, rows in (("train", context.trained), ("validation", context.validation))
         for row in drawn(rows, context.rows)
     ]

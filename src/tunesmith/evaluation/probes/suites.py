@@ -96,7 +96,10 @@ def ask(
             held.hold(Generation(item.messages, candidate.max_tokens), item.messages[-item.turns :]) for item in written
         ]
     given = responder.generate(requests, adapter, progress)
-    texts = [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
+    texts = [
+        {"id": item.id, "text": renderer.comparable(item.messages, item.call, each.text)}
+        for item, each in zip(written, given, strict=True)
+    ]
     return lines + (toxic.rated(texts) if suite.toxic else texts)
 
 
@@ -189,7 +192,7 @@ SUITES: dict[str, Suite] = {
     "personal_data": Suite(
         memory.personal_items, _personal, none="the scan finds no personal data in the training answers", revision=4
     ),
-    "overfitting": Suite(memory.overfitting_items, _scored),
+    "overfitting": Suite(memory.overfitting_items, _scored, revision=2),
     "swap": Suite(
         bias.swap_items,
         _probability,
@@ -205,7 +208,7 @@ SUITES: dict[str, Suite] = {
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
     "toxicity": Suite(toxic.toxicity_items, _toxic, before=True, own=False, toxic=True),
     "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
-    "robustness": Suite(drift.robustness_items, _scored, untuned=True, revision=2),
+    "robustness": Suite(drift.robustness_items, _scored, untuned=True, revision=3),
 }
 
 

@@ -69,10 +69,8 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
         )
     if answers.calls:
         yield (
-            f"{answers.calls} rows end in calls of tools: no schema is inferred, and exact_match compares an answer's "
-            'text with {"name": ..., "arguments": ...}. It is 0 for a base that writes calls otherwise, as Qwen does '
-            "between tags and Llama with `parameters`, and then no lift can pass: let a function in task.scorers "
-            "compare calls, and name it in gates.lift"
+            f"{answers.calls} rows end in calls of tools: no schema is inferred. exact_match compares a call's name and "
+            "arguments as JSON, however the base's template writes calls"
         )
     if 2 * answers.objects > (every := found.rows + found.copies):
         yield (
