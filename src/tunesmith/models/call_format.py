@@ -96,8 +96,7 @@ class CallFormat:
         given = value.get(self.arguments) if isinstance(value, dict) else None
         if isinstance(given, str):
             given = parse_json(given)
-        offered = isinstance(name, str) and (names is None or name in names)
-        if not offered or not isinstance(given, dict):
+        if not isinstance(name, str) or not isinstance(given, dict) or (names is not None and name not in names):
             raise ValueError("not a call of a function that is offered")
         return ToolCall(id=uuid.uuid4().hex[:9], name=name, arguments=json.dumps(given, ensure_ascii=False))
 

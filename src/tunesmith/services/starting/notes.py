@@ -69,8 +69,8 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
         )
     if answers.calls:
         yield (
-            f"{answers.calls} rows end in calls of tools: no schema is inferred. exact_match compares a call's name and "
-            "arguments as JSON, however the base's template writes calls"
+            f"{answers.calls} rows end in calls of tools: no schema is inferred. exact_match compares a call's name "
+            "and arguments as JSON, however the base's template writes calls"
         )
     if 2 * answers.objects > (every := found.rows + found.copies):
         yield (
