@@ -9,7 +9,9 @@ characters.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Final
 
 import regex
@@ -29,6 +31,7 @@ _PIECES: Final = regex.compile(
 SPACE: Final = " "
 _LONGEST: Final = 100  # characters of a piece
 END: Final = "\n"  # between turns, and in place of half of a surrogate pair: no value goes across
+_NEVER: Final = 1 << 40  # the length of an END: longer than any value
 
 
 def pieces(texts: Iterable[str]) -> list[str]:
@@ -47,16 +50,21 @@ def is_copied(value: str, given: Sequence[str]) -> bool:
 
     Whitespace between its pieces must be single spaces, whatever stands there in the text.
     """
-    if not value or SPACE in (value[0], value[-1]):
+    if not value or SPACE in (value[0], value[-1]) or END in value:
         return False
-    return any(_is_run(value, given, start) for start in range(len(given)))
+    text, ends = "".join(given), {0, *accumulate(map(len, given))}
+    return any(start + len(value) in ends and text.startswith(value, start) for start in ends)
 
 
-def _is_run(value: str, given: Sequence[str], start: int) -> bool:
-    """Whether a value is a run of the given pieces that begins with the piece at start."""
-    read = 0
-    while read < len(value):
-        if start == len(given) or given[start] == END or not value.startswith(given[start], read):
-            return False
-        read, start = read + len(given[start]), start + 1
-    return True
+def has_run(given: Sequence[str], least: int, most: int | None) -> bool:
+    """Whether a run of the given pieces, without whitespace at its ends, has from least to most characters."""
+    longest = _NEVER - 1 if most is None else most
+    places = [0, *accumulate(_NEVER if piece == END else len(piece) for piece in given)]
+    for first, piece in enumerate(given):
+        if piece in (SPACE, END):
+            continue
+        last = bisect_left(places, places[first] + least, lo=first + 1)
+        last += last < len(places) and given[last - 1] == SPACE
+        if last < len(places) and places[last] - places[first] <= longest:
+            return True
+    return False
