@@ -40,7 +40,7 @@ REVISIONS = {
     "risk": 4,
     "policy": 2,
     "style": 1,
-    "evaluate": 11,
+    "evaluate": 12,
     "gate": 9,
 }
 # The permission that running a stage needs.
