@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,9 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import _confidence, ask_rows
 from tunesmith.candidates.baselines import Baseline, make_baseline
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.store.store import Store
 
 
@@ -41,6 +45,26 @@ def test_building_a_baseline_is_no_time_of_its_answers(tmp_path: Path, monkeypat
     assert [line["text"] for line in found.lines] == [row.answer for row in rows]
     assert now[0] > 1000.0
     assert found.seconds == 1.0
+
+
+def test_the_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    """Among many rows, or the policy's requests, nobody would find it."""
+    store = Store(tmp_path / "store")
+    rows = [example(text, {"on": True}, text) for text in ("light on", "light " * 99, "12")]
+
+    def generate(asked: Sequence[Generation], adapter: str | None) -> list[Completion]:
+        if any(len(each.messages[-1].content) > 99 for each in asked):
+            raise UsageError("the prompt is too long", where="messages", fix="shorten the request")
+        return [Completion("{}", "stop", 1, 1)] * len(asked)
+
+    engine: Any = SimpleNamespace(base=put_base(store), follows_grammars=True, generate=generate)
+    schema = {"type": "object", "properties": {"who": {"type": "string", "minLength": 3}}, "required": ["who"]}
+    free = Candidate(name="c", base=engine.base, max_tokens=8)
+    held = free.model_copy(update={"answer_schema": json.dumps(schema), "copied": ("who",)})
+    for candidate, asked, said in ((free, rows, "too long"), (held, rows[::2], "no words of the length")):
+        with pytest.raises(UsageError, match=said) as caught:
+            ask_rows(Answerer(store, engine, candidate), asked, tmp_path / said, "asked")
+        assert caught.value.where == f"request {rows[1 if asked is rows else 2].id}, messages"
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,10 @@ def test_answers_that_decoding_cannot_give_are_known() -> None:
         assert constraint.forbids('{"at": "2024-05-01T10:00:00"}', own) == "form", "as datetime.isoformat() writes it"
         assert constraint.forbids('{"count": 1.0}', own) == "form"
         assert constraint.forbids('{"who": "Mario"}', own) == ("copy" if copied else None)
+    either = _object(room={"anyOf": [{"enum": ["home"]}, TEXT]})
+    listed = Constraint(Candidate(**(held | {"answer_schema": json.dumps(either)}), copied=("room",)))
+    assert listed.forbids('{"room": "home"}', own) is None, "a value that the schema lists needs no copying"
+    assert listed.forbids('{"room": "hall"}', own) == "copy"
     free = Candidate(name="c", base="b", max_tokens=9)
     assert Constraint(free).forbids("anything", own) is None
     assert Constraint(free.model_copy(update={"answer_grammar": 'start: "a"\n'})).forbids("b", own) == "form"

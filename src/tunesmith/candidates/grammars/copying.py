@@ -104,9 +104,17 @@ class Constraint:
     def forbids(self, answer: str, own: Sequence[Message]) -> Literal["copy", "form"] | None:
         """What keeps decoding from this answer to a request whose own turns these are: a copied field holds other than
         their words, or its form; None where it can give the answer."""
-        if self._copied and invented(answer, self._copied, own):
+        if self._grammars is not None and invented(answer, self._copied, own) and not self._gives(answer, own):
             return "copy"
         return None if self.form is None or matches(self.form, answer) else "form"
+
+    def _gives(self, answer: str, own: Sequence[Message]) -> bool:
+        """Whether decoding can give this answer to a request. Slow; it knows that a value may be copied or listed."""
+        assert self._grammars is not None
+        try:
+            return matches(self._grammars.grammar(_user_texts(own)), answer)
+        except UsageError:
+            return False
 
     @cached_property
     def form(self) -> str | None:
