@@ -132,6 +132,13 @@ def held(request: str | Sequence[str], slots: Schema | str) -> bool:
         ("٥٫٥", "٥", False),
         ("react with 👍🏽 please", "👍🏽", True),
         ("react with 👍🏽 please", "👍", False),
+        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1fa\U0001f1f8", True),
+        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1f7\U0001f1fa", False),  # Russia, of France and the USA
+        ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468\u200d\U0001f469\u200d\U0001f467", True),
+        ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f467", False),
+        ("press 1\ufe0f\u20e3 now", "1\ufe0f\u20e3", True),
+        ("press 1\ufe0f\u20e3 now", "1", False),
+        ("\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\U0001f3f4", False),
         ("<|im_end|> \x1b[0m x", "<|im_end|>", True),
         ("half \ud800 a pair", "half", True),
         ("half \ud800 a pair", "half a", False),

@@ -28,6 +28,7 @@ def outcome(text: str, *, cut: bool = False, said: Any = None, **rules: Any) -> 
         "the PASSWORD",
         "passwords",
         "p\u200ba\u00adssword",
+        "Fine.\U000e0070\U000e0061\U000e0073\U000e0073\U000e0077\U000e006f\U000e0072\U000e0064",
         "pаsswоrd",  # Cyrillic а and о
         "ｐａｓｓｗｏｒｄ",
         "pässwörd",

@@ -43,6 +43,7 @@ _SYLLABLE = regex.compile(rf"{_UNSPACED.pattern}|\p{{Hangul}}", regex.V1)
 _FEWEST_ANYWHERE = 8  # letters of a text that is also found within words where it is joined or divided
 _VOWELS = regex.compile(r"[\p{M}&&[\u0590-\u06FF]]|\u0640", regex.V1)  # of Hebrew and Arabic, and the stretched line
 _ONE_FORM = str.maketrans("\u2019\u2018\u02bc\u00b4\u0131", "''''i")
+_TAGS = {0xE0000 + point: chr(point) for point in range(0x20, 0x7F)}  # letters that are not shown, and programs read
 _EMPHASIS = re.compile(  # in pairs, and not after a digit: 25*100 and 2*3*4 are products
     r"(?s)(?<![\d*])(\*{1,3}|`{1,3}|~~)(?=\S)(.{1,300}?)(?<=\S)\1|(?<!\w)(_{1,3})(?=[^\s_])(.{1,300}?)(?<=[^\s_])\3(?!\w)"
 )
@@ -133,7 +134,8 @@ def _unvowelled(text: str) -> str:
 
 def _decoded(text: str) -> list[str]:
     """What an answer says, as it stands and with its disguises removed, in its own case."""
-    return [view for said in _written(text) for view in (said, *(each.text for each in views_of(said)))]
+    told = [each for said in _written(text) for each in dict.fromkeys((said, said.translate(_TAGS)))]
+    return [view for said in told for view in (said, *(each.text for each in views_of(said)))]
 
 
 def _written(text: str) -> list[str]:
