@@ -133,7 +133,7 @@ def held(request: str | Sequence[str], slots: Schema | str) -> bool:
         ("react with 👍🏽 please", "👍🏽", True),
         ("react with 👍🏽 please", "👍", False),
         ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1fa\U0001f1f8", True),
-        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1f7\U0001f1fa", False),  # Russia, of France and the USA
+        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1f7\U0001f1fa", False),  # Russia
         ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468\u200d\U0001f469\u200d\U0001f467", True),
         ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f467", False),
         ("press 1\ufe0f\u20e3 now", "1\ufe0f\u20e3", True),

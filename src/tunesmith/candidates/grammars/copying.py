@@ -155,7 +155,8 @@ def check_constraint(candidate: Candidate) -> None:
     if candidate.answer_schema is None:
         return
     try:
-        said = LLMatcher.validate_grammar(Constraint(candidate).form)
+        form = Constraint(candidate).form
+        said = "" if form is None else LLMatcher.validate_grammar(form)
     except ValueError as error:  # it holds a number that llguidance cannot
         said = str(error)
     if said:
