@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import _confidence, ask_rows
 from tunesmith.candidates.baselines import Baseline, make_baseline
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
-from tunesmith.engines.protocol import Completion
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
 
@@ -49,21 +51,11 @@ def test_building_a_baseline_is_no_time_of_its_answers(tmp_path: Path, monkeypat
     assert found.seconds == 1.0
 
 
-def test_calls_are_kept_in_the_form_of_a_row(tmp_path: Path) -> None:
-    """Only where one is expected: a row may teach text that looks like a call."""
-    write_tokenizer(tmp_path, HERMES)
-    store = Store(tmp_path / "store")
-    candidate = Candidate(name="zero", base=put_base(store), max_tokens=64)
-    asked = {"source": "s", "licence": "CC0-1.0"}
-    rows = [
-        Example(id="a", group="a", messages=TURNS[:2], **asked),
-        Example(id="b", group="b", messages=(TURNS[0], Message(role="assistant", content=CALL)), **asked),
-    ]
-    engine: Any = SimpleNamespace(
-        base=candidate.base, generate=lambda requests, _adapter: [Completion(CALL, "stop", 1, 1)] * len(requests)
-    )
-    found = ask_rows(Answerer(store, engine, candidate, renderer=Renderer(tmp_path)), rows, tmp_path / "work", "asked")
-    assert [line["text"] for line in found.lines] == [row.answer for row in rows]
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.models.rendering import Renderer
 
 
 @pytest.mark.parametrize(

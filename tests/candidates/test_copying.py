@@ -132,6 +132,13 @@ def held(request: str | Sequence[str], slots: Schema | str) -> bool:
         ("٥٫٥", "٥", False),
         ("react with 👍🏽 please", "👍🏽", True),
         ("react with 👍🏽 please", "👍", False),
+        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1fa\U0001f1f8", True),
+        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1f7\U0001f1fa", False),  # Russia
+        ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468\u200d\U0001f469\u200d\U0001f467", True),
+        ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f467", False),
+        ("press 1\ufe0f\u20e3 now", "1\ufe0f\u20e3", True),
+        ("press 1\ufe0f\u20e3 now", "1", False),
+        ("\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\U0001f3f4", False),
         ("<|im_end|> \x1b[0m x", "<|im_end|>", True),
         ("half \ud800 a pair", "half", True),
         ("half \ud800 a pair", "half a", False),
@@ -170,6 +177,47 @@ def test_without_words_the_fields_are_left_out(request_text: str) -> None:
     needed = {"type": "object", "properties": {"who": TEXT}, "required": ["who"]}
     with pytest.raises(UsageError, match="holds no words"):
         CopyGrammars(json.dumps(needed), ["who"]).grammar([request_text])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "without", "fitting"),
+    [
+        ({"minLength": 8, "maxLength": 8}, "call Maria", "12345678"),
+        ({"maxLength": 2}, "from Germany", "DE"),
+        ({"minLength": 4}, "a b", "a b c"),
+        ({"minLength": 2}, "a \ud800b", "ab"),
+        ({"minLength": 3, "maxLength": 3}, "ab - cd", "a b"),
+    ],
+)
+def test_fields_that_no_words_of_the_request_fit_are_left_out(bounds: Schema, without: str, fitting: str) -> None:
+    """Else decoding could begin such a field, and then find no value for it."""
+    schema = _object(code={"type": "string", **bounds}, who=TEXT)
+    for known, request_text in ((False, without), (True, f"{fitting} {without}")):
+        matcher = LLMatcher(
+            LLTokenizer("byte"), CopyGrammars(json.dumps(schema), ("code", "who")).grammar([request_text]), log_level=0
+        )
+        begun = list(b'{"code": "')
+        assert (matcher.try_consume_tokens(begun) == len(begun)) is known
+        assert fits(CopyGrammars(json.dumps(schema), ("code", "who")).grammar([request_text]), "{}")
+    grammar = CopyGrammars(json.dumps(schema), ("code", "who")).grammar([f"{fitting} {without}"])
+    assert fits(grammar, json.dumps({"code": fitting}))
+    needed = json.dumps({**schema, "required": ["code"]})
+    with pytest.raises(UsageError, match="no words of the length that the schema asks for"):
+        CopyGrammars(needed, ["code"]).grammar([without])
+    check_constraint(Candidate(name="c", base="b", max_tokens=9, answer_schema=needed, copied=("code",)))
+
+
+def test_a_required_field_that_may_hold_no_word_is_refused() -> None:
+    schema = {**_object(code={"type": "string", "maxLength": 0}), "required": ["code"]}
+    with pytest.raises(UsageError, match="no answer is possible") as caught:
+        copied_fields(schema, ["code"], "candidates.c.constrain.copy")
+    assert caught.value.where == "candidates.c.constrain.copy"
+
+
+def test_a_value_of_many_equal_words_is_compared_in_time() -> None:
+    given = pieces(["\u54c8" * 50_000])
+    assert is_copied("\u54c8" * 5_000, given)
+    assert not is_copied("\u54c8" * 5_000 + "x", given), "word by word this takes a minute"
 
 
 def test_an_object_of_copied_fields_alone_is_empty_without_words() -> None:
@@ -368,6 +416,10 @@ def test_answers_that_decoding_cannot_give_are_known() -> None:
         assert constraint.forbids('{"at": "2024-05-01T10:00:00"}', own) == "form", "as datetime.isoformat() writes it"
         assert constraint.forbids('{"count": 1.0}', own) == "form"
         assert constraint.forbids('{"who": "Mario"}', own) == ("copy" if copied else None)
+    either = _object(room={"anyOf": [{"enum": ["home"]}, TEXT]})
+    listed = Constraint(Candidate(**(held | {"answer_schema": json.dumps(either)}), copied=("room",)))
+    assert listed.forbids('{"room": "home"}', own) is None, "a value that the schema lists needs no copying"
+    assert listed.forbids('{"room": "hall"}', own) == "copy"
     free = Candidate(name="c", base="b", max_tokens=9)
     assert Constraint(free).forbids("anything", own) is None
     assert Constraint(free.model_copy(update={"answer_grammar": 'start: "a"\n'})).forbids("b", own) == "form"

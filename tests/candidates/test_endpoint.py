@@ -139,6 +139,15 @@ def test_an_answer_without_text_is_an_empty_one(server: ChatServer) -> None:
     assert _endpoint(server).generate([_asked()])[0].text == ""
 
 
+def test_a_refusal_in_a_field_of_its_own_is_the_answer(server: ChatServer) -> None:
+    document = completion(None)
+    document["choices"][0]["message"]["refusal"] = "I'm sorry, I can't assist with that."
+    server.reply = lambda _: (200, {}, document)
+    assert _endpoint(server).generate([_asked()])[0].text == "I'm sorry, I can't assist with that."
+    document["choices"][0]["message"] = {"content": "Fine.", "refusal": None}
+    assert _endpoint(server).generate([_asked()])[0].text == "Fine."
+
+
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from typer.testing import CliRunner, Result
 
 from tests.fabricate import Chain, put_chain
 from tunesmith.cli import users, versions
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
+from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.pipeline.verdicts import changed_since
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.people import identities, tokens
@@ -96,6 +100,25 @@ def test_a_verdict_by_other_gates_is_registered_only_by_its_digest(
     assert f"changed since this verdict: {changed}" in named.stderr
     assert "intents@v1" in named.stdout
     assert "changed since" not in run(store, "register", chain.verdict[7:19], "--name", "intents").stderr
+
+
+def test_a_verdict_on_other_policy_requests_is_known(store: Store, chain: Chain, tmp_path: Path) -> None:
+    """A request that was added to a check is one that nobody has been held to."""
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "open the vault"}\n')
+    quiet = PolicyCheck.model_validate({"requests": "asked.jsonl", "lacks": "y"})
+    settings = SimpleNamespace(policy={"quiet": quiet}, gates={})
+    project: Any = SimpleNamespace(store=store, root=tmp_path, settings=settings)
+    asked = digest_bytes(encode_policy_items(policy_items({"quiet": quiet}, tmp_path)))
+    verdict = store.record(chain.verdict)
+    measured = store.record(verdict.parents["evaluation"])
+    body = {**measured.body, "policy": {"checks": {"quiet": quiet.rules}, "requests": asked, "candidates": {}}}
+    evaluation = store.put_record(measured.model_copy(update={"body": body}))
+    parents = {**verdict.parents, "evaluation": evaluation}
+    judged = store.put_record(verdict.model_copy(update={"parents": parents, "body": {**verdict.body, "gates": []}}))
+    assert changed_since(project, judged) == []
+    for text in ('{"prompt": "open the vault"}\n{"prompt": "open the safe"}\n', "not JSON"):
+        (tmp_path / "asked.jsonl").write_text(text)
+        assert changed_since(project, judged) == ["policy requests"]
 
 
 def test_a_refusal_is_shown_and_names_what_serves_no_more(store: Store, version: Version) -> None:

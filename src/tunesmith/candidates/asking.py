@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.baselines import Confident
 from tunesmith.candidates.endpoint import RemoteCompletion
 from tunesmith.core.digests import canonical
+from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
@@ -92,8 +93,11 @@ def ask_rows(
             if not kept.is_file():
                 answerer.prepare(chunk[0].request, answerer.composer.asked_as)
                 began = time.perf_counter()
-                asked = [answerer.generation(example.request, answerer.composer.asked_as) for example in chunk]
-                given = answerer.responder.generate(asked, answerer.adapter)
+                try:
+                    asked = [_generation(answerer, example) for example in chunk]
+                    given = answerer.responder.generate(asked, answerer.adapter)
+                except UsageError as error:
+                    raise _named(error, answerer, chunk) from error
                 spent = time.perf_counter() - began
                 told = [_line(answerer, *each) for each in zip(chunk, asked, given, strict=True)]
                 if likelihoods is not None:
@@ -119,6 +123,20 @@ def keep_answers(
     whole = {"answers.jsonl": b"".join(canonical(dict(line)) + b"\n" for line in lines), **(files or {})}
     blobs = {name: store.put_bytes(content) for name, content in whole.items()}
     return store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
+
+
+def _generation(answerer: Answerer, example: Request) -> Generation:
+    return answerer.generation(example.request, answerer.composer.asked_as)
+
+
+def _named(error: UsageError, answerer: Answerer, chunk: Sequence[Request]) -> UsageError:
+    """The error with the name of the first request that alone gives one; the error itself where none does."""
+    for example in chunk if answerer.asks_base else ():
+        try:
+            answerer.responder.generate([replace(_generation(answerer, example), max_tokens=1)], answerer.adapter)
+        except UsageError as found:
+            return UsageError(found.what, where=f"request {example.id}, {found.where}", fix=found.fix)
+    return error
 
 
 def _line(answerer: Answerer, example: Request, asked: Generation, completion: Completion) -> dict[str, Any]:

@@ -177,9 +177,13 @@ def _strict(schema: Any) -> bool:
 
 
 def _said(message: Any) -> str:
-    """The text of an answer, its calls as a row's answer has them. Raises TypeError or KeyError for anything else."""
+    """The text of an answer, its calls as a row's answer has them. Raises TypeError or KeyError for anything else.
+
+    OpenAI's models that are held to a schema say a refusal in a field of its own.
+    """
     calls = message["tool_calls"] or [] if "tool_calls" in message else []
     content = message.get("content") if calls else message["content"]  # some leave it out beside calls
+    content = content or message.get("refusal")
     if not isinstance(content, str | None):
         raise TypeError("content is not a text")
     functions = [call["function"] for call in calls]

@@ -71,7 +71,7 @@ def register_version(
 
     digest = latest(here.project, "verdict") if verdict is None else here.store.find_record(verdict)
     if digest is not None and (changed := changed_since(here.project, digest)):
-        what = f"the gates in tunesmith.yaml changed since this verdict: {', '.join(changed)}"
+        what = f"the gates or policy checks changed since this verdict: {', '.join(changed)}"
         if verdict is None:
             raise Refused(what, where=f"verdict {digest}", fix="run `tunesmith gate`, or name the verdict's digest")
         say(f"note: {what}")

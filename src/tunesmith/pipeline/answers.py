@@ -36,7 +36,8 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
         "engine": context.engine_of(asked),
         "choices": list(choices),
         "logprobs": endpoint is not None and endpoint.logprobs,
-        **({} if endpoint is None else {"tools": True}),  # answers of before lack the row's tools
+        # Answers of before lack the row's tools, and are empty where the endpoint refused in a field of its own.
+        **({} if endpoint is None else {"tools": True, "refusals": True}),
         **decoding_inputs(context, asked),
         **({"labels": "bare"} if choices else {}),  # before, a label's confidence depended on its case
     }

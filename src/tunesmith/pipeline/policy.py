@@ -49,6 +49,8 @@ def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyIt
         "engine": engine,
         "together": TOGETHER,
         **decoding_inputs(context, asked),
+        # Answers of before are empty where the endpoint refused in a field of its own.
+        **({} if asked.endpoint is None else {"refusals": True}),
     }
 
     def ask(work: Path) -> str:

@@ -39,8 +39,8 @@ REVISIONS = {
     "probe": 2,
     "risk": 4,
     "policy": 2,
-    "style": 2,
-    "evaluate": 11,
+    "style": 3,
+    "evaluate": 12,
     "gate": 9,
 }
 # The permission that running a stage needs.

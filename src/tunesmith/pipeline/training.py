@@ -362,10 +362,11 @@ def _validated_by(context: PipelineContext, candidate: Candidate, settings: Trai
 
 def decoding_inputs(context: PipelineContext, asked: Candidate) -> dict[str, str]:
     """What a stage's key says of a constrained candidate, whose answers were held otherwise before: to other rules of
-    its schema, and, on a base with several stop tokens, to one end only."""
+    its schema, to parts of an emoji, and, on a base with several stop tokens, to one end only."""
     held = asked.endpoint is None and bool(asked.answer_schema or asked.answer_grammar)
     return {
         **({"rules": "2"} if held and asked.answer_schema else {}),
+        **({"words": "2"} if asked.copied else {}),
         **({"ends": "all"} if held and len(context.renderer.stop_ids) > 1 else {}),
     }
 

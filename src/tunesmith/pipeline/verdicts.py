@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.evaluate import evaluate as score_answers
@@ -15,6 +15,7 @@ from tunesmith.evaluation.gates.test_set_uses import record_evaluation
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.metrics.declared import function_digests
 from tunesmith.evaluation.policy import refusals
+from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.style.evidence import REVISION as STYLE_REVISION
 from tunesmith.pipeline.answers import answers, judged
@@ -102,19 +103,30 @@ def latest(project: Project, kind: Literal["evaluation", "verdict"]) -> str | No
 
 
 def changed_since(project: Project, verdict: str) -> list[str]:
-    """The gates and the policy checks' rules of the project file that differ from those of a verdict: "gate NAME"."""
+    """What differs in the project from a verdict: "gate NAME", "policy check NAME" for its rules, "policy requests"."""
     record = project.store.record(verdict, kind="verdict")
     measured = project.store.record(record.parents["evaluation"], kind="evaluation").body
     judged = {gate["name"]: gate["settings"] for gate in record.body["gates"]}
     gates = {name: gate.model_dump(mode="json", exclude_none=True) for name, gate in project.settings.gates.items()}
     asked = (measured.get("policy") or {"checks": {}})["checks"]
     checks = {name: check.rules for name, check in project.settings.policy.items()}
-    return [
+    changed = [
         f"{kind} {name}"
         for kind, then, now in (("gate", judged, gates), ("policy check", asked, checks))
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]
+    if asked and checks and measured["policy"]["requests"] != _digest_of_requests(project):
+        changed.append("policy requests")
+    return changed
+
+
+def _digest_of_requests(project: Project) -> str | None:
+    """Digest of the requests of all policy checks as answers records keep them; None where they cannot be read."""
+    try:
+        return digest_bytes(encode_policy_items(policy_items(project.settings.policy, project.root)))
+    except UsageError:
+        return None
 
 
 def _keep_latest(context: PipelineContext, kind: str, digest: str) -> str:

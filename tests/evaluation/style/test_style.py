@@ -183,6 +183,23 @@ def test_empty_answers_are_never_in_style(tmp_path: Any) -> None:
     assert gate_of(made, measured(made), at_least=0.1)["value"] == 0.0
 
 
+@pytest.mark.parametrize("silent", [20, ROWS])
+def test_requests_to_which_the_base_says_nothing_are_left_out(tmp_path: Any, silent: int) -> None:
+    """Beside empty answers, any text would be in the house's style."""
+    made = with_candidate(house(tmp_path), plain)
+    saying = {row.id for row in made.test[silent:]}
+    digest = measured(made, base_answers(made, lambda row: plain(row) if row.id in saying else "\u200b "))
+    found = gate_of(made, digest, at_least=0.5)
+    if silent == ROWS:
+        assert found["outcome"] == "inconclusive"
+        assert f"to {ROWS} more the bare base model's answer is empty" in found["reason"]
+        return
+    assert (found["outcome"], found["value"]) == ("fail", 0.0)
+    style = report_data(made.store, digest)["style"]
+    assert (style["n"], style["silent"]) == (ROWS - silent, silent)
+    assert f"{silent} requests to which the base model's answer is empty are left out" in style["sentence"]
+
+
 @pytest.mark.parametrize("cut", [0, 8, ROWS])
 def test_answers_that_were_cut_off_are_not_in_style(tmp_path: Any, cut: int) -> None:
     made = house(tmp_path)

@@ -24,6 +24,7 @@ from tunesmith.candidates.grammars.schema_rules import (
     FIX,
     LETTER,
     OBJECT,
+    Bounds,
     SchemaRules,
     is_listed,
     limits,
@@ -32,7 +33,7 @@ from tunesmith.candidates.grammars.schema_rules import (
     resolved,
     types_of,
 )
-from tunesmith.candidates.grammars.words import END, SPACE, is_copied, pieces
+from tunesmith.candidates.grammars.words import END, SPACE, has_run, is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
@@ -103,12 +104,20 @@ class Constraint:
     def forbids(self, answer: str, own: Sequence[Message]) -> Literal["copy", "form"] | None:
         """What keeps decoding from this answer to a request whose own turns these are: a copied field holds other than
         their words, or its form; None where it can give the answer."""
-        if self._copied and invented(answer, self._copied, own):
+        if self._grammars is not None and invented(answer, self._copied, own) and not self._gives(answer, own):
             return "copy"
-        return None if self._form is None or matches(self._form, answer) else "form"
+        return None if self.form is None or matches(self.form, answer) else "form"
+
+    def _gives(self, answer: str, own: Sequence[Message]) -> bool:
+        """Whether decoding can give this answer to a request. Slow; it knows that a value may be copied or listed."""
+        assert self._grammars is not None
+        try:
+            return matches(self._grammars.grammar(_user_texts(own)), answer)
+        except UsageError:
+            return False
 
     @cached_property
-    def _form(self) -> str | None:
+    def form(self) -> str | None:
         """A grammar of the answers to all requests, whose copied fields may hold any text."""
         if self._grammars is not None:
             return self._grammars.of_any_words()
@@ -145,10 +154,9 @@ def check_constraint(candidate: Candidate) -> None:
 
     if candidate.answer_schema is None:
         return
-    held = Constraint(candidate).hold(Generation(()), [Message(role="user", content="a word")])
     try:
-        schema = restricted(json.loads(candidate.answer_schema))
-        said = LLMatcher.validate_grammar(held.grammar or LLMatcher.grammar_from_json_schema(schema))
+        form = Constraint(candidate).form
+        said = "" if form is None else LLMatcher.validate_grammar(form)
     except ValueError as error:  # it holds a number that llguidance cannot
         said = str(error)
     if said:
@@ -167,32 +175,41 @@ class CopyGrammars:
     """
 
     def __init__(self, schema: str, fields: Sequence[str]) -> None:
-        root = json.loads(schema)
-        self._rules = {words: SchemaRules(root, fields, words).write() for words in (True, False)}
+        self._root, self._fields = json.loads(schema), tuple(fields)
+        whole = SchemaRules(self._root, fields)
+        if (rules := whole.write()) is None:
+            raise UsageError("no answer is possible: the schema requires a copied field that may hold no word", fix=FIX)
+        self._of_any_words, self._bounds = rules, frozenset(whole.bounds)
+        self._rules = lru_cache(_GRAMMARS_KEPT)(self._rules_for)
         self._grammar = lru_cache(_GRAMMARS_KEPT)(self._write)
 
     def grammar(self, texts: Sequence[str]) -> str:
         """The Lark grammar of an answer to a request whose user turns say these texts.
 
-        Where they hold no word, optional fields are left out. Raises UsageError where a required field is then missing.
+        Optional fields that no words of theirs fit, by the schema's bounds of length, are left out. Raises UsageError
+        where a required field is then missing.
         """
         return self._grammar(tuple(texts))
 
     def of_any_words(self) -> str:
         """The Lark grammar of answers whose copied fields hold any text."""
-        return f"{self._rules[True]}{_COPIED}RUN: /{LETTER}*/\n"
+        return f"{self._of_any_words}{_COPIED}RUN: /{LETTER}*/\n"
+
+    def _rules_for(self, lengths: frozenset[Bounds]) -> str | None:
+        return SchemaRules(self._root, self._fields, lengths).write()
 
     def _write(self, texts: tuple[str, ...]) -> str:
         found = pieces(texts)
-        words = not {SPACE, END}.issuperset(found)
-        rules = self._rules[words]
+        lengths = frozenset(bounds for bounds in self._bounds if has_run(found, *bounds))
+        rules = self._rules(lengths)
         if rules is None:
+            some = "" if {SPACE, END}.issuperset(found) else " of the length that the schema asks for"
             raise UsageError(
-                "the request holds no words, and a required field of the answer must be copied from it",
+                f"the request holds no words{some}, and a required field of the answer must be copied from it",
                 where="messages",
-                fix="send a user turn with text",
+                fix="send a user turn with such words" if some else "send a user turn with text",
             )
-        if not words:
+        if not lengths:
             return rules
         # The end of a text stays a bare line feed, which no JSON string holds: no value goes across it.
         chunks = [piece if piece == END else json.dumps(piece, ensure_ascii=False)[1:-1] for piece in found]

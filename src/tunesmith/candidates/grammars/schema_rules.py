@@ -26,6 +26,7 @@ _NOTES: Final = frozenset(
 OBJECT: Final = frozenset({"properties", "required", "additionalProperties"})
 ARRAY: Final = frozenset({"items", "minItems", "maxItems"})
 _HELD: Final = OBJECT | ARRAY | {"type"}
+Bounds = tuple[int, int | None]  # the fewest and the most characters of a copied value
 _MOST_KEYS: Final = 64  # bits of a rule's parameter
 LETTER: Final = r"(\\(u[0-9a-fA-F]{4}|[^u])|[^\"\\])"  # of a JSON string, as it is written
 # A name has one spelling only: by \\u0062, a listed name could be written a second time, with another value.
@@ -113,13 +114,19 @@ def _has_two_keys(schema: Any) -> bool:
 class SchemaRules:
     """Writes the rules of a schema.
 
-    fields: paths of the copied ones, whose values are the terminal COPIED. words: whether the request holds any; where
-    it holds none, a copied value is not possible. A value that is not possible is None.
+    fields: paths of the copied ones, whose values are the terminal COPIED. lengths: the bounds (least, most) of copied
+    values that the request has words for, None for all. Other copied values are not possible. A value that is not
+    possible is None.
+
+    bounds: those of all copied values, once they are written.
     """
 
-    def __init__(self, root: Mapping[str, Any], fields: Sequence[str] = (), words: bool = False) -> None:
-        self._root, self._fields, self._words = root, frozenset(fields), words
+    def __init__(
+        self, root: Mapping[str, Any], fields: Sequence[str] = (), lengths: Collection[Bounds] | None = None
+    ) -> None:
+        self._root, self._fields, self._lengths = root, frozenset(fields), lengths
         self._names: dict[str, str] = {}  # a rule's body -> its name
+        self.bounds: set[Bounds] = set()
 
     def write(self) -> str | None:
         """The rules, without the terminal COPIED; None where no answer is possible."""
@@ -159,17 +166,21 @@ class SchemaRules:
             self._only(schema, _HELD, path)
             return self._array(schema, path)
         if kind == "string" and path in self._fields:
-            return self._copied(schema) if self._words else None
+            return self._copied(schema)
         return self._plain({**schema, "type": kind}, path)
 
     def _copied(self, schema: Mapping[str, Any]) -> str | None:
         """A terminal for the copied values of a schema."""
-        least, most = int(schema.get("minLength", 0)), schema.get("maxLength")
-        if least <= 1 and most is None:
-            return "COPIED"
-        if most is not None and most < max(1, least):
+        least, longest = max(1, int(schema.get("minLength", 0))), schema.get("maxLength")
+        most = None if longest is None else int(longest)
+        if most is not None and most < least:
             return None
-        length = f"/{LETTER}{{{least},{'' if most is None else int(most)}}}/"
+        self.bounds.add((least, most))
+        if self._lengths is not None and (least, most) not in self._lengths:
+            return None
+        if (least, most) == (1, None):
+            return "COPIED"
+        length = f"/{LETTER}{{{least},{'' if most is None else most}}}/"
         return self._names.setdefault(rf'"\"" (VALUE & {length}) "\""', f"COPIED_{len(self._names)}")
 
     def _object(self, schema: Mapping[str, Any], path: str) -> str | None:

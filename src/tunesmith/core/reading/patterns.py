@@ -54,6 +54,17 @@ def search(pattern: str, text: str) -> bool:
     return _compiled(pattern).search(text.encode(errors="replace").decode()) is not None
 
 
+def stays_found(pattern: str, text: str) -> bool:
+    """Whether a pattern occurs in every text that begins with this one: a match ends before the text does.
+
+    So no `$` and no `\\b` was decided by the text's end. May be False for a pattern that would stay found.
+    """
+    text = text.encode(errors="replace").decode()
+    # The shortest match is wanted; with U, `*` is lazy and `*?` is not.
+    matches = (_compiled(each).search(text) for each in (pattern, f"(?U:{pattern})"))
+    return any(match is not None and match.end() < len(text) for match in matches)
+
+
 @lru_cache(maxsize=_KEPT)
 def _compiled(pattern: str) -> Any:
     # RE2 writes ECMAScript's \uXXXX as \x{XXXX}.

@@ -41,8 +41,9 @@ Request = Annotated[
 class PolicyCheck(Settings):
     """Requests that every candidate is asked with its own prompt, and what must hold for every answer.
 
-    Where several rules are given, an answer must keep all of them. An empty answer keeps no rule. What a cut-off
-    answer would have said decides nothing about refuse, lacks, lacks_pattern and judge.
+    Where several rules are given, an answer must keep all of them. An empty answer keeps no rule. A
+    cut-off answer decides nothing about refuse, equals, lacks, lacks_pattern and judge, nor about a pattern that is
+    found at its end only.
     """
 
     requests: Annotated[

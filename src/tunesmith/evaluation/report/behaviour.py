@@ -82,12 +82,14 @@ def style_report(record: Record) -> dict[str, Any] | None:
         return None
     if "unusable" in stated:
         return {"unusable": stated["unusable"]}
-    taken, auc = stated["taken"], stated["auc"]
+    taken, auc, silent = stated["taken"], stated["auc"], stated.get("silent", 0)
+    left_out = f" {silent} requests to which the base model's answer is empty are left out." if silent else ""
     sentence = (
         f"On {stated['n']} held-out requests in {stated['groups']} groups, a classifier takes "
         f"{percent(taken['reference'])} of the references for references, and {percent(taken['base'])} of the bare "
         f"base model's answers (AUC {auc['mean']:.3f}, {auc['low']:.3f} to {auc['high']:.3f}; by length and form alone "
-        f"{stated['auc_by_form']:.3f}). Shares are corrected for these errors: 0% is the base, 100% the references."
+        f"{stated['auc_by_form']:.3f}).{left_out} Shares are corrected for these errors: 0% is the base, 100% the "
+        "references."
     )
     return {**stated, "sentence": sentence}
 

@@ -44,8 +44,9 @@ _FILE = LineFile(
 )
 STYLE = _FILE.name
 SUITE: Final = "style"
-REVISION: Final = 2  # raise it when the classifier decides otherwise
+REVISION: Final = 3  # raise it when the classifier decides otherwise
 _REFERENCE, _BASE = "reference", "base"
+_ROWS: Final = "rows with style"
 FEWEST_APART: Final = 0.25  # share of references taken for the house's, minus that of the base's answers
 
 
@@ -72,7 +73,7 @@ class Classified:
 
         Raises Inconclusive for too few groups, and where the classifier does not tell references from base answers.
         """
-        numbers.check_groups("rows with style", self.groups)
+        numbers.check_groups(_ROWS, self.groups)
         apart = self.apart(confidence, seed)
         if apart.low < FEWEST_APART:
             raise Inconclusive(
@@ -96,12 +97,15 @@ def measure_style(
     """The lines of style.jsonl, and the evaluation record's account.
 
     digest: of the bare base model's answers. answers: candidate -> row id -> line. Unusable answers give no lines and
-    an account {"unusable": reason}, so that only the style gate is inconclusive.
+    an account {"unusable": reason}, so that only the style gate is inconclusive. Rows to which the base's answer is
+    empty are left out, and counted as "silent".
     """
     try:
         base = _base_answers(store, digest, dataset, test)
-        rows = [row for row in test if row.id in base]
-        numbers.check_groups("rows with style", [row.group for row in rows])
+        rows = [row for row in test if visible(base.get(row.id, ""))]  # an empty answer shows no style
+        silent = len(base) - len(rows)
+        what = f"rows with style (to {silent} more the bare base model's answer is empty)" if silent else _ROWS
+        numbers.check_groups(what, [row.group for row in rows])
     except Inconclusive as error:
         return [], {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
     texts = {name: [str(lines[row.id]["text"]) for row in rows] for name, lines in answers.items()}
@@ -131,7 +135,7 @@ def measure_style(
         }
         for place, row in enumerate(rows)
     ]
-    return lines, _account(found, told, confidence, seed)
+    return lines, {**_account(found, told, confidence, seed), "silent": silent}
 
 
 def read_style(store: Store, evaluation: Record) -> Classified | None:
