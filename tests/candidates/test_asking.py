@@ -51,11 +51,41 @@ def test_building_a_baseline_is_no_time_of_its_answers(tmp_path: Path, monkeypat
     assert found.seconds == 1.0
 
 
-from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
-from tunesmith.data.dataset import Example
-from tunesmith.engines.protocol import Completion, Generation
-from tunesmith.models.rendering import Renderer
+def test_calls_are_kept_in_the_form_of_a_row(tmp_path: Path) -> None:
+    """Only where one is expected: a row may teach text that looks like a call."""
+    write_tokenizer(tmp_path, HERMES)
+    store = Store(tmp_path / "store")
+    candidate = Candidate(name="zero", base=put_base(store), max_tokens=64)
+    asked = {"source": "s", "licence": "CC0-1.0"}
+    rows = [
+        Example(id="a", group="a", messages=TURNS[:2], **asked),
+        Example(id="b", group="b", messages=(TURNS[0], Message(role="assistant", content=CALL)), **asked),
+    ]
+    engine: Any = SimpleNamespace(
+        base=candidate.base, generate=lambda requests, _adapter: [Completion(CALL, "stop", 1, 1)] * len(requests)
+    )
+    found = ask_rows(Answerer(store, engine, candidate, renderer=Renderer(tmp_path)), rows, tmp_path / "work", "asked")
+    assert [line["text"] for line in found.lines] == [row.answer for row in rows]
+
+
+def test_the_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    """Among many rows, or the policy's requests, nobody would find it."""
+    store = Store(tmp_path / "store")
+    rows = [example(text, {"on": True}, text) for text in ("light on", "light " * 99, "12")]
+
+    def generate(asked: Sequence[Generation], adapter: str | None) -> list[Completion]:
+        if any(len(each.messages[-1].content) > 99 for each in asked):
+            raise UsageError("the prompt is too long", where="messages", fix="shorten the request")
+        return [Completion("{}", "stop", 1, 1)] * len(asked)
+
+    engine: Any = SimpleNamespace(base=put_base(store), follows_grammars=True, generate=generate)
+    schema = {"type": "object", "properties": {"who": {"type": "string", "minLength": 3}}, "required": ["who"]}
+    free = Candidate(name="c", base=engine.base, max_tokens=8)
+    held = free.model_copy(update={"answer_schema": json.dumps(schema), "copied": ("who",)})
+    for candidate, asked, said in ((free, rows, "too long"), (held, rows[::2], "no words of the length")):
+        with pytest.raises(UsageError, match=said) as caught:
+            ask_rows(Answerer(store, engine, candidate), asked, tmp_path / said, "asked")
+        assert caught.value.where == f"request {rows[1 if asked is rows else 2].id}, messages"
 
 
 @pytest.mark.parametrize(
