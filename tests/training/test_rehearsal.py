@@ -162,7 +162,8 @@ def test_no_probe_asks_what_is_rehearsed() -> None:
 
 def test_a_share_of_the_rows() -> None:
     assert TrainSettings().rehearse == 0.0
-    for wrong in (-0.1, 1.5):
+    assert TrainSettings(rehearse=1).rehearse == 1.0
+    for wrong in (-0.1, 1.5, True):
         with pytest.raises(ValidationError):
             TrainSettings(rehearse=wrong)
 

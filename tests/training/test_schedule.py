@@ -367,6 +367,17 @@ def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
     assert "--restart" in str(refused.value.fix)
 
 
+def test_a_checkpoint_without_the_decisions_that_its_steps_obeyed_is_refused(tmp_path: Path) -> None:
+    """New decisions would be recorded as those of all steps."""
+    made = spec(tmp_path)
+    with pytest.raises(Stopped):
+        train(made, stopping(stepping(1.0), 40))
+    (made.work / "decisions.json").unlink()
+    with pytest.raises(Refused, match="decided before it was stopped is missing") as refused:
+        train(made, stepping(1.0), before=None)
+    assert "--restart" in str(refused.value.fix)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -169,15 +169,20 @@ def decide_beforehand(
 
 
 def _decided(kept: Path) -> dict[str, Any] | None:
+    """What was kept; None where nothing was decided yet. Steps that a checkpoint holds obeyed what was decided."""
+    problem = "is missing" if any(kept.parent.glob("step-*")) else None
     try:
-        before = read_decisions(kept)
-    except ValueError as error:
-        raise Refused(
-            "what this training decided before it was stopped cannot be read",
-            where=str(kept),
-            fix="train again from the start: tunesmith train NAME --restart",
-        ) from error
-    return None if before is None else before.model_dump(mode="json")
+        if (before := read_decisions(kept)) is not None:
+            return before.model_dump(mode="json")
+    except ValueError:
+        problem = "cannot be read"
+    if problem is None:
+        return None
+    raise Refused(
+        f"what this training decided before it was stopped {problem}",
+        where=str(kept),
+        fix="train again from the start: tunesmith train NAME --restart",
+    )
 
 
 def _within(
