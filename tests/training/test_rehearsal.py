@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.commands import call
-from tests.tiny import write_model
+from tests.tiny import TEMPLATE, write_model
 from tests.tiny_project import settings, write_project
 from tests.training.test_resume import SETTINGS, StoppedAfter, run
 from tests.training.test_schedule import SETTINGS as TRAINED
@@ -122,6 +122,14 @@ def test_what_is_left_out_is_said_and_nothing_left_is_refused(tmp_path: Path, mo
     monkeypatch.setattr(rehearsal, "rehearse", lambda *_: drawn[1:])
     with pytest.raises(Refused, match="none of 1 answers of the base can be rehearsed") as refused:
         run(tmp_path, chosen, restart=True)
+    assert refused.value.where == "train.rehearse"
+
+
+def test_a_base_that_cannot_answer_general_requests_is_refused(tmp_path: Path) -> None:
+    asks = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn comes first') }}{% endif %}"
+    write_model(tmp_path / "model", template=asks + TEMPLATE)
+    with pytest.raises(Refused, match="cannot answer general requests: .* a system turn comes first") as refused:
+        run(tmp_path, SETTINGS.model_copy(update={"rehearse": 0.1}))
     assert refused.value.where == "train.rehearse"
 
 

@@ -75,7 +75,7 @@ def prepare_rehearsal(
     """What a training on so many rows rehearses. It is drawn once: a stopped training goes on with the same, a repeated
     one draws as many. With several ranks, each of them calls this.
 
-    Raises Refused where none of the answers can be rehearsed.
+    Raises Refused where the base cannot answer, or none of its answers can be rehearsed.
     """
     if not spec.settings.rehearse:
         return Rehearsal()
@@ -89,9 +89,16 @@ def prepare_rehearsal(
         return None
 
     def answers(asked: Sequence[Generation]) -> list[Completion]:
-        if ranks.size > 1:
-            return cast(ShardedModel, loaded).answer_together(asked, None)
-        return loaded.engine().generate(asked)
+        try:
+            if ranks.size > 1:
+                return cast(ShardedModel, loaded).answer_together(asked, None)
+            return loaded.engine().generate(asked)
+        except UsageError as error:  # a template that asks for a system turn, or too short a context
+            raise Refused(
+                f"the base cannot answer general requests: {error.what}",
+                where="train.rehearse",
+                fix="leave rehearse out, or use another base",
+            ) from error
 
     seconds = 0.0
     if (known := ranks.agree(before)) is not None:
