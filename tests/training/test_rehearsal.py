@@ -128,7 +128,7 @@ def test_what_is_left_out_is_said_and_nothing_left_is_refused(tmp_path: Path, mo
 def test_a_base_that_cannot_answer_general_requests_is_refused(tmp_path: Path) -> None:
     asks = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn comes first') }}{% endif %}"
     write_model(tmp_path / "model", template=asks + TEMPLATE)
-    with pytest.raises(Refused, match="cannot answer general requests: .* a system turn comes first") as refused:
+    with pytest.raises(Refused, match=r"cannot answer general requests: .* a system turn comes first") as refused:
         run(tmp_path, SETTINGS.model_copy(update={"rehearse": 0.1}))
     assert refused.value.where == "train.rehearse"
 
