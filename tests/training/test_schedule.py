@@ -223,8 +223,9 @@ def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
     assert refused.value.where == "train.budget"
     assert "set budget to" in str(refused.value.fix)
     rehearsing = settings.model_copy(update={"rehearse": 0.1})
-    with pytest.raises(Refused, match="of which drawing what is rehearsed and measuring took"):
+    with pytest.raises(Refused, match="of which drawing what is rehearsed and measuring took") as refused:
         train(spec(tmp_path, rehearsing, work="rehearsing"), stepping(1.0), before=None)
+    assert str(refused.value.fix).endswith("s or more, or leave rehearse out")
 
 
 def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decisions, list[int]]:

@@ -200,12 +200,14 @@ def _within(
     least = measured + 4 * expected.step_seconds + loss
     if max(least, measured / _MOST_MEASURED) > budget:
         before = "drawing what is rehearsed and measuring" if rehearsal.answers else "measuring"
-        by_loss = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
+        otherwise = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
+        if 2 * rehearsal.seconds > measured:
+            otherwise = ", or leave rehearse out"
         raise BudgetTooShort(
             f"the budget of {_told(budget)} is too short: {before}, four steps and one validation take "
             f"{_told(least)}, of which {before} took {_told(measured)}",
             least=least,
-            fix=f"set budget to {math.ceil(10 * least)}s or more{by_loss}",
+            fix=f"set budget to {math.ceil(10 * least)}s or more{otherwise}",
         )
     rows = 0
     if validation.score is not None:
