@@ -266,6 +266,13 @@ def test_a_conclusion_counts_the_settings_that_were_tried() -> None:
         assert body["best"] == 0 or "after correction for 4 settings" in view.conclusion
 
 
+def test_validation_rows_of_one_group_are_within_noise() -> None:
+    """Also a single row, as with `validation_rows: 1`."""
+    together = [row.model_copy(update={"group": "g"}) for row in ROWS]
+    body = training_search.search_body(outcome((1.0, []), (0.5, [])), together, "too few")
+    assert (body["by"], body["difference"]["p"], body["suggestion"]) == ("loss", 1.0, None)
+
+
 def test_many_settings_are_corrected_for() -> None:
     """The same difference is real for one other setting, and noise for the best of twenty."""
     pair = ((1.0, right(20)), (1.0, right(28)))

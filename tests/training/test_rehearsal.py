@@ -14,16 +14,19 @@ import pytest
 from pydantic import ValidationError
 
 from tests.commands import call
-from tests.tiny import write_model
+from tests.tiny import TEMPLATE, write_model
 from tests.tiny_project import settings, write_project
 from tests.training.test_resume import SETTINGS, StoppedAfter, run
-from tunesmith.core.errors import Refused
+from tests.training.test_schedule import SETTINGS as TRAINED
+from tests.training.test_schedule import spec
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Stopped
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.probes import drift
 from tunesmith.evaluation.probes.general import general_questions
-from tunesmith.models.rendering import Rendered
+from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.project import Project
+from tunesmith.store.store import Store
 from tunesmith.training.batches import rehearsal
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.batches.rehearsal import (
@@ -35,6 +38,7 @@ from tunesmith.training.batches.rehearsal import (
     render_rehearsed,
 )
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.train import run_training
 
 
 def _answers(asked: Sequence[Generation]) -> list[Completion]:
@@ -98,6 +102,37 @@ def test_a_cut_answer_is_learned_without_its_end() -> None:
     assert [len(row.ids) for row in render_rehearsed(renderer, [ended, cut], 5)] == [5], "a long one is left out"
 
 
+def test_an_answer_that_spells_a_control_token_is_left_out(tmp_path: Path) -> None:
+    """A base writes one with ordinary tokens, as the placeholder <filename> in a command."""
+    write_model(tmp_path)
+    said = [Rehearsed("?", text, ended=True) for text in ("open it", "open <|im_end|>", "")]
+    assert len(render_rehearsed(Renderer(tmp_path), said, 99)) == 2, "an empty answer ends at once"
+
+
+def test_what_is_left_out_is_said_and_nothing_left_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model")
+    drawn = [Rehearsed("?", "yes", ended=True), Rehearsed("?", "<|im_end|>", ended=True)]
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: drawn)
+    chosen = SETTINGS.model_copy(update={"rehearse": 0.02, "epochs": 2})
+    run(tmp_path, chosen)
+    store = Store(tmp_path / "store")
+    (body,) = (store.record(digest).body for digest in store.records_of("training"))
+    assert body["rehearsed"] == 2
+    assert any(each.startswith("1 of 2 answers of the base are not rehearsed") for each in body["notices"])
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: drawn[1:])
+    with pytest.raises(Refused, match="none of 1 answers of the base can be rehearsed") as refused:
+        run(tmp_path, chosen, restart=True)
+    assert refused.value.where == "train.rehearse"
+
+
+def test_a_base_that_cannot_answer_general_requests_is_refused(tmp_path: Path) -> None:
+    asks = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn comes first') }}{% endif %}"
+    write_model(tmp_path / "model", template=asks + TEMPLATE)
+    with pytest.raises(Refused, match=r"cannot answer general requests: .* a system turn comes first") as refused:
+        run(tmp_path, SETTINGS.model_copy(update={"rehearse": 0.1}))
+    assert refused.value.where == "train.rehearse"
+
+
 def test_each_epoch_rehearses_the_next_ones() -> None:
     def row(first: int) -> Rendered:
         return Rendered((first, 1, 2), (False, True, True))
@@ -135,7 +170,8 @@ def test_no_probe_asks_what_is_rehearsed() -> None:
 
 def test_a_share_of_the_rows() -> None:
     assert TrainSettings().rehearse == 0.0
-    for wrong in (-0.1, 1.5):
+    assert TrainSettings(rehearse=1).rehearse == 1.0
+    for wrong in (-0.1, 1.5, True):
         with pytest.raises(ValidationError):
             TrainSettings(rehearse=wrong)
 
@@ -144,12 +180,17 @@ def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = SETTINGS.model_copy(update={"rehearse": 0.1})
-    for name in ("whole", "stopped", "changed"):
+    for name in ("whole", "stopped", "changed", "cut", "emptied"):
         write_model(tmp_path / name / "model")
     whole = run(tmp_path / "whole", chosen)
-    for name in ("stopped", "changed"):
+    for name in ("stopped", "changed", "cut", "emptied"):
         with pytest.raises(Stopped):
             run(tmp_path / name, chosen, progress=StoppedAfter(9))
+    kept = tmp_path / "cut" / "work" / "rehearsal.jsonl"
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[1:]))
+    (tmp_path / "emptied" / "work" / "rehearsal.jsonl").write_bytes(b"")
+    for name in ("cut", "emptied"):
+        assert run(tmp_path / name, chosen) == whole, "they are drawn again"
 
     def again(*_: Any) -> Any:
         raise AssertionError("the base was asked again")
@@ -157,9 +198,24 @@ def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
     monkeypatch.setattr(rehearsal, "rehearse", again)
     assert run(tmp_path / "stopped", chosen) == whole
     kept = tmp_path / "changed" / "work" / "rehearsal.jsonl"
-    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[1:]))
+    kept.write_bytes(kept.read_bytes().replace(b'"answer": "', b'"answer": "x', 1))
     with pytest.raises(Refused, match="other rehearsed answers"):
         run(tmp_path / "changed", chosen)
+
+
+def test_damaged_answers_are_drawn_again_as_many_as_a_budget_allowed(tmp_path: Path) -> None:
+    """Later, the machine may draw more in the same time."""
+    made = spec(tmp_path, TRAINED.model_copy(update={"rehearse": 1.0, "checkpoint_seconds": 1e9}))
+    slow, quick = count(step=2.6), count(step=2.0)  # 5% of the budget are five seconds
+    with pytest.raises(Stopped):
+        run_training(made, StoppedAfter(3), clock=lambda: next(slow))
+    kept = made.work / "rehearsal.jsonl"
+    drawn = kept.read_bytes()
+    assert len(decode_rehearsed(drawn)) == 64
+    kept.write_bytes(drawn[:-9])
+    done = run_training(made, clock=lambda: next(quick))
+    assert kept.read_bytes() == drawn
+    assert done.rehearsed == 64
 
 
 def test_rehearsing_leaves_epochs_and_rates_and_repeats(tmp_path: Path) -> None:
@@ -172,13 +228,18 @@ def test_rehearsing_leaves_epochs_and_rates_and_repeats(tmp_path: Path) -> None:
             "without": {**tuned, "train": train},
             "with": {**tuned, "train": {**train, "rehearse": 0.1}},
             "within": {**tuned, "train": {**train, "rehearse": 0.1, "budget": 8}},
+            "shared": {**tuned, "weights": "within"},
         },
     )
+    store = Project.load(folder).store
+    for name, why in (("within", "there is none to repeat"), ("shared", "candidate 'shared' has no training")):
+        with pytest.raises(UsageError, match=why):
+            call(folder, "train", name, "--repeat")
+    assert store.records_of("training") == [], "nothing was trained"
     done = {name: call(folder, "train", name) for name in ("without", "with", "within")}
     assert {each["rows"] for each in done.values()} == {24}
     assert done["with"]["epochs"] == done["without"]["epochs"] == 10
     assert done["with"]["weights"] != done["without"]["weights"]
-    store = Project.load(folder).store
     bodies = {name: store.record(each["training"]).body for name, each in done.items()}
     assert bodies["with"]["settings"] == {**bodies["without"]["settings"], "rehearse": 0.1}
     assert [bodies[name]["rehearsed"] for name in ("without", "with")] == [0, 20]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.forked import forkserver, run_elsewhere
@@ -34,6 +35,7 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import lay_out_validation
 from tunesmith.training.batches.rows import TrainingRow
+from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.steps import validation_loss
@@ -394,6 +396,13 @@ def test_changed_environment_is_named(trained: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "identity", lambda: "others")
     with pytest.raises(Refused, match=r"other environment \(kernels\): "):
         run(trained)
+
+
+def test_what_is_no_longer_part_of_a_training_is_named(tmp_path: Path) -> None:
+    """Also where the checkpoint's identity has more than the present one."""
+    Checkpoints(tmp_path, {"rows": "a", "rehearsed answers": "b"}).save(1, {"0.parameter": torch.zeros(1)}, {})
+    with pytest.raises(Refused, match="started with other rehearsed answers: "):
+        Checkpoints(tmp_path, {"rows": "a"}).load()
 
 
 def test_validation_batches_obey_the_token_limit(tmp_path: Path) -> None:

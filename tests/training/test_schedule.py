@@ -223,8 +223,9 @@ def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
     assert refused.value.where == "train.budget"
     assert "set budget to" in str(refused.value.fix)
     rehearsing = settings.model_copy(update={"rehearse": 0.1})
-    with pytest.raises(Refused, match="of which drawing what is rehearsed and measuring took"):
+    with pytest.raises(Refused, match="of which drawing what is rehearsed and measuring took") as refused:
         train(spec(tmp_path, rehearsing, work="rehearsing"), stepping(1.0), before=None)
+    assert str(refused.value.fix).endswith("s or more, or leave rehearse out")
 
 
 def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decisions, list[int]]:
@@ -364,6 +365,17 @@ def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
     (made.work / "decisions.json").write_text("{")
     with pytest.raises(Refused, match="cannot be read") as refused:
         train(made, stepping(1.0))
+    assert "--restart" in str(refused.value.fix)
+
+
+def test_a_checkpoint_without_the_decisions_that_its_steps_obeyed_is_refused(tmp_path: Path) -> None:
+    """New decisions would be recorded as those of all steps."""
+    made = spec(tmp_path)
+    with pytest.raises(Stopped):
+        train(made, stopping(stepping(1.0), 40))
+    (made.work / "decisions.json").unlink()
+    with pytest.raises(Refused, match="decided before it was stopped is missing") as refused:
+        train(made, stepping(1.0), before=None)
     assert "--restart" in str(refused.value.fix)
 
 

@@ -320,16 +320,19 @@ def test_damaged_results_run_again(whole: tuple[Path, SearchOutcome]) -> None:
     assert _ran(said) == 1
 
 
-@pytest.mark.parametrize("change", ["damaged", "environment"])
+@pytest.mark.parametrize("change", ["damaged", "environment", "missing"])
 def test_what_cannot_be_compared_starts_over(whole: tuple[Path, SearchOutcome], change: str) -> None:
     folder, uninterrupted = whole
     work = folder / f"over-{change}"
     shutil.copytree(folder / "work", work)
     kept = uninterrupted.decisions.model_copy(update={"environment": {"threads": 64}}).model_dump_json()
     (work / "search.json").write_text(kept if change == "environment" else kept[:-1])
+    if change == "missing":
+        (work / "search.json").unlink()
     said = SaidAndNoted()
     assert comparable(find(folder, work=work.name, progress=said)) == comparable(uninterrupted)
-    assert any("in another environment, or is damaged: starting over" in line for line in said.lines)
+    told = any("in another environment, or is damaged: starting over" in line for line in said.lines)
+    assert told == (change != "missing")
     assert _ran(said) == 6
 
 

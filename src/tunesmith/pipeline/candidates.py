@@ -97,11 +97,23 @@ def better_settings(context: PipelineContext, name: str, within: float) -> str:
     return search_settings(context, name, found, settings.train, within)
 
 
-def repeat_training(context: PipelineContext, name: str, digest: str) -> RepeatedTraining:
-    """Train a candidate again as its finished training decided. Keeps nothing."""
+def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedTraining]:
+    """Train a candidate again as its finished training decided; returns that one's digest too. Keeps nothing.
+
+    Raises UsageError for a candidate that is not trained, or whose training has not ended with what the project states.
+    """
     settings = context.settings_of(name)
-    assert settings.train is not None
-    return repeat_decided(context, name, untrained_candidate(context, name, settings), settings.train, digest)
+    if settings.train is None:
+        raise _no_training(context, name)
+    found = untrained_candidate(context, name, settings)
+    if context.stages.known("train", training_inputs(context, name, found, settings.train)) is None:
+        raise UsageError(
+            f"no training of {name!r} has ended with these rows, base and settings, so there is none to repeat",
+            where=f"candidates.{name}.train",
+            fix=f"run `tunesmith train {name}` first",
+        )
+    digest = train_candidate(context, name, found, settings.train)
+    return digest, repeat_decided(context, name, found, settings.train, digest)
 
 
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:

@@ -300,6 +300,7 @@ def training_inputs(
         "validation": _validated_by(context, candidate, settings),
         **_of_control(context.dataset, settings),
         **({"canaries": "in texts, with tools"} if settings.canaries else {}),  # before, calls held them, without tools
+        **({"rehearsed": "counted"} if settings.rehearse else {}),  # before, a record did not say what was left out
         **named_documents(candidate),
     }
 

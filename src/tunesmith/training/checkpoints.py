@@ -122,8 +122,8 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ; for a value that is a mapping, with its keys that differ."""
     found: list[str] = []
     before, now = _comparable(before, now), _comparable(now, before)
-    for key in now:
-        old, new = before.get(key), now[key]
+    for key in {**now, **before}:
+        old, new = before.get(key), now.get(key)
         if old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -24,6 +24,7 @@ from tunesmith.training.state import TrainerState
 # A fall that would overrun the budget by more than the first share is shortened to the second one. That is lower, since
 # where steps vary it would be shortened again and again.
 _OVERRUN, _SHORTENED = 0.05, 0.04
+DECISIONS = "decisions.json"  # in a training's work folder
 ALL_EPOCHS = "all epochs are done"  # why a rate fell
 _RECENT = 10  # steps that say how long one takes now
 

@@ -169,15 +169,20 @@ def decide_beforehand(
 
 
 def _decided(kept: Path) -> dict[str, Any] | None:
+    """What was kept; None where nothing was decided yet. Steps that a checkpoint holds obeyed what was decided."""
+    problem = "is missing" if any(kept.parent.glob("step-*")) else None
     try:
-        before = read_decisions(kept)
-    except ValueError as error:
-        raise Refused(
-            "what this training decided before it was stopped cannot be read",
-            where=str(kept),
-            fix="train again from the start: tunesmith train NAME --restart",
-        ) from error
-    return None if before is None else before.model_dump(mode="json")
+        if (before := read_decisions(kept)) is not None:
+            return before.model_dump(mode="json")
+    except ValueError:
+        problem = "cannot be read"
+    if problem is None:
+        return None
+    raise Refused(
+        f"what this training decided before it was stopped {problem}",
+        where=str(kept),
+        fix="train again from the start: tunesmith train NAME --restart",
+    )
 
 
 def _within(
@@ -195,12 +200,14 @@ def _within(
     least = measured + 4 * expected.step_seconds + loss
     if max(least, measured / _MOST_MEASURED) > budget:
         before = "drawing what is rehearsed and measuring" if rehearsal.answers else "measuring"
-        by_loss = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
+        otherwise = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
+        if 2 * rehearsal.seconds > measured:
+            otherwise = ", or leave rehearse out"
         raise BudgetTooShort(
             f"the budget of {_told(budget)} is too short: {before}, four steps and one validation take "
             f"{_told(least)}, of which {before} took {_told(measured)}",
             least=least,
-            fix=f"set budget to {math.ceil(10 * least)}s or more{by_loss}",
+            fix=f"set budget to {math.ceil(10 * least)}s or more{otherwise}",
         )
     rows = 0
     if validation.score is not None:

@@ -101,6 +101,7 @@ class TrainSettings(WeightSettings):
     rehearse: Annotated[
         float,
         Field(
+            strict=True,  # or `true` would be all of the rows
             ge=0,
             le=1,
             description="add so many general requests with the base's own answers to each epoch, as a share of the "

@@ -46,7 +46,7 @@ from tunesmith.training.estimates.estimate import (
 )
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
+from tunesmith.training.schedule import DECISIONS, Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
 from tunesmith.training.search.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
@@ -141,7 +141,7 @@ def run_training(
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    notices = [*spec.notices, *([notice] if notice else [])]
+    notices = [*spec.notices, *([notice] if notice else []), *rehearsal.notices()]
     _announce(spec, trained, len(rows), plan, expected, notices, progress, validation)
     DeviceMemory(trained.device).reset_peak()
     schedule = _schedule(spec, plan, expected, validation, rehearsal, progress)
@@ -277,7 +277,7 @@ def _schedule(
     progress: Progress,
 ) -> Schedule:
     """The schedule of a training. One that decides while it runs goes on from the decisions in the work folder."""
-    settings, kept = spec.settings, spec.work / "decisions.json"
+    settings, kept = spec.settings, spec.work / DECISIONS
     if settings.schedule != "wsd":
         return Planned(len(plan), settings)
     decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, rehearsal, kept, progress)

@@ -132,6 +132,7 @@ def test_sign_flip_of_few_groups_is_exact() -> None:
     # Six groups that all win: two of the 64 ways to set signs are as extreme.
     assert sign_flip(np.ones(12), [f"g{i // 2}" for i in range(12)], seed=0) == pytest.approx(2 / 64)
     assert sign_flip(np.zeros(6), alone(6), seed=0) == 1.0
+    assert sign_flip(np.full(6, 0.3), ["g"] * 6, seed=0) == 1.0, "one group shows nothing"
 
 
 def test_sign_flip_of_single_rows_is_mcnemar_s_test() -> None:

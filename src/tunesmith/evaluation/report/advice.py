@@ -257,7 +257,9 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
     gates = data["verdict"]["gates"] if data["verdict"] else []
     trained = data["training"] is not None and data["training"].get("settings")
     if trained and any("suite" in gate["settings"] and gate["outcome"] != "pass" for gate in gates):
-        share = 2 * trained.get("rehearse", 0.0) or 0.02
+        share = min(1.0, 2 * trained.get("rehearse", 0.0) or 0.02)
+        if share == trained.get("rehearse"):
+            return [said]
         said += f" With `train: {{rehearse: {share:g}}}` it keeps more of what the base can do."
     return [said]
 

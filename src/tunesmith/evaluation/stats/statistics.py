@@ -103,11 +103,11 @@ def sign_flip(differences: Floats, groups: Sequence[str], seed: int) -> float:
 
     differences: one a row. Exact where each group's differences add up to a whole number, as those of scores of 0 and 1
     do, and for up to 13 groups; else of 9,999 random flips. With one row a group and scores of 0 or 1 it is McNemar's
-    exact test.
+    exact test. One group alone shows nothing: 1.
     """
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     sums = np.bincount(index, weights=differences)
-    if not np.any(sums):
+    if not np.any(sums) or len(sums) == 1:
         return 1.0
     if np.all(sums == np.rint(sums)) and np.abs(sums).sum() <= _LARGEST_EXACT:
         return _whole_flips(sums.astype(np.int64))

@@ -147,10 +147,12 @@ def train_together(
 
 
 def repeat(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> Repeated:
-    """Train a candidate again with the decisions of its finished training, and compare the weights. Keeps nothing."""
-    context, name = PipelineContext(project, progress), name or only_tuned(project)
-    digest = training(context, name)
-    record, found = project.store.record(digest, kind="training"), repeat_training(context, name, digest)
+    """Train a candidate again with the decisions of its finished training, and compare the weights. Keeps nothing.
+
+    Raises UsageError where there is no such training.
+    """
+    digest, found = repeat_training(PipelineContext(project, progress), name or only_tuned(project))
+    record = project.store.record(digest, kind="training")
     return Repeated(training=digest, same=found.weights == dict(record.blobs), steps=found.steps, seconds=found.seconds)
 
 

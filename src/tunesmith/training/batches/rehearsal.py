@@ -18,7 +18,7 @@ from importlib import resources
 from typing import NamedTuple, cast
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import Progress
 from tunesmith.core.reading.strict_json import parse_json
@@ -28,6 +28,7 @@ from tunesmith.engines.ranks import Ranks
 from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.batches.batch_plan import rehearsed_each_epoch
+from tunesmith.training.schedule import DECISIONS, read_decisions
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingSpec
 
@@ -35,6 +36,7 @@ _MOST = 256  # answers of a training; one that rehearses more takes them again
 _LONGEST = 48  # tokens of an answer; of a longer one its beginning is learned
 _TOGETHER = 32  # requests at once
 _SHARE = 0.05  # of a budget: no further requests are asked after that
+_UNFIT = "they are longer than max_length, or the chat template cannot render them"
 
 
 class Rehearsed(NamedTuple):
@@ -55,6 +57,12 @@ class Rehearsal:
     seconds: float = 0.0
     digest: str = ""
 
+    def notices(self) -> list[str]:
+        """Says how many answers are not rehearsed, where there are any."""
+        if len(self.rows) == self.answers:
+            return []
+        return [f"{self.answers - len(self.rows)} of {self.answers} answers of the base are not rehearsed: {_UNFIT}"]
+
 
 def prepare_rehearsal(
     spec: TrainingSpec,
@@ -65,21 +73,32 @@ def prepare_rehearsal(
     progress: Progress,
 ) -> Rehearsal:
     """What a training on so many rows rehearses. It is drawn once: a stopped training goes on with the same, a repeated
-    one draws as many. With several ranks, each of them calls this."""
+    one draws as many. With several ranks, each of them calls this.
+
+    Raises Refused where the base cannot answer, or none of its answers can be rehearsed.
+    """
     if not spec.settings.rehearse:
         return Rehearsal()
     kept = spec.work / "rehearsal.jsonl"
+    decided = ranks.agree(lambda: _decided(spec, rows))
 
     def before() -> str | None:
         with suppress(OSError, ValueError):  # missing, or damaged: then it is drawn again, and compared
-            decode_rehearsed(data := kept.read_bytes())
-            return data.decode()
+            drawn = decode_rehearsed(data := kept.read_bytes())
+            return data.decode() if len(drawn) == (decided or max(1, len(drawn))) else None
         return None
 
     def answers(asked: Sequence[Generation]) -> list[Completion]:
-        if ranks.size > 1:
-            return cast(ShardedModel, loaded).answer_together(asked, None)
-        return loaded.engine().generate(asked)
+        try:
+            if ranks.size > 1:
+                return cast(ShardedModel, loaded).answer_together(asked, None)
+            return loaded.engine().generate(asked)
+        except UsageError as error:  # a template that asks for a system turn, or too short a context
+            raise Refused(
+                f"the base cannot answer general requests: {error.what}",
+                where="train.rehearse",
+                fix="leave rehearse out, or use another base",
+            ) from error
 
     seconds = 0.0
     if (known := ranks.agree(before)) is not None:
@@ -87,14 +106,35 @@ def prepare_rehearsal(
     else:
         progress.say("rehearsal: the base answers general requests")
         began = clock()
-        decided = None if spec.decisions is None else spec.decisions.rehearsed
         data = encode_rehearsed(rehearse(spec.settings, rows, answers, clock, decided))
         if ranks.first:
             write_atomic(kept, data)
         seconds = clock() - began
     drawn = decode_rehearsed(data)
     rendered = render_rehearsed(Renderer(spec.base.folder), drawn, spec.settings.max_length)
+    if not rendered:
+        raise Refused(
+            f"none of {len(drawn)} answers of the base can be rehearsed: {_UNFIT}",
+            where="train.rehearse",
+            fix=f"set max_length higher than {spec.settings.max_length}, or leave rehearse out",
+        )
     return Rehearsal(rendered, len(drawn), seconds, digest_bytes(data))
+
+
+def _decided(spec: TrainingSpec, rows: int) -> int | None:
+    """How many answers a training on so many rows draws, where no clock decides that any more."""
+    before = spec.decisions
+    if before is None:
+        with suppress(ValueError):  # a training refuses damaged decisions itself
+            before = read_decisions(spec.work / DECISIONS)
+    if before is not None:
+        return before.rehearsed
+    return _most(spec.settings, rows) if spec.settings.budget is None else None
+
+
+def _most(settings: TrainSettings, rows: int) -> int:
+    """How many answers all epochs take, up to the limit."""
+    return min(_MOST, rehearsed_each_epoch(settings, rows) * settings.epochs)
 
 
 def rehearse(
@@ -110,7 +150,7 @@ def rehearse(
     """
     requests = general_requests()
     random.Random(f"rehearsal {settings.seed}").shuffle(requests)
-    count = min(_MOST, rehearsed_each_epoch(settings, rows) * settings.epochs) if decided is None else decided
+    count = _most(settings, rows) if decided is None else decided
     until = None if settings.budget is None or decided is not None else clock() + _SHARE * settings.budget
     made: list[Rehearsed] = []
     while len(made) < count and (not made or until is None or clock() < until):
@@ -150,7 +190,7 @@ def render_rehearsed(renderer: Renderer, rehearsed: Sequence[Rehearsed], longest
         turns = (Message(role="user", content=each.request), Message(role="assistant", content=each.answer))
         try:
             row = renderer.conversation(turns, "assistant")
-        except Refused:  # such as an answer that begins with what the template strips
+        except (Refused, UsageError):  # such as an answer that spells a control token, or begins with what is stripped
             continue
         if not each.ended:
             end = max(place for place, learned in enumerate(row.trained) if learned)  # the token that ends the turn

@@ -155,7 +155,7 @@ def _decide(
             progress.say(f"going on with a search that was stopped in rung {len(before.rungs)}")
             return before
         progress.say("the search that was stopped ran in another environment, or is damaged: starting over")
-        shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # also results whose decisions are missing
     work.mkdir(parents=True, exist_ok=True)
     measured, count = _measure(shared, model), len(shared.rows)
     budget = shared.settings.budget
