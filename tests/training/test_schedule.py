@@ -144,11 +144,11 @@ def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None
     assert rates[-1] < rates[second.start] < rates[first.start]
 
 
-def _take(state: TrainerState, seconds: float) -> None:
-    """A step that takes so long."""
+def _take(state: TrainerState, seconds: float, rate: float = 1.0) -> None:
+    """A step that takes so long, with this learning rate."""
     state.step += 1
     state.seconds += seconds
-    state.curve.append({"step": state.step, "seconds": seconds})
+    state.curve.append({"step": state.step, "seconds": seconds, "learning_rate": rate})
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.6, 4.0, 10.0, 20.0])
@@ -423,7 +423,7 @@ def test_any_course_ends_annealed(speeds: list[float], scores: list[float], ever
     while state.ended is None:
         assert state.step < 500
         rates.append(schedule.rate(state.step))
-        _take(state, speeds[(state.step + 1) % len(speeds)] + 0.01)
+        _take(state, speeds[(state.step + 1) % len(speeds)] + 0.01, rates[-1])
         if schedule.validates(state.step):
             score = scores[len(state.validation) % len(scores)]
             state.validation.append({"step": state.step, "loss": 1.0, "score": score})

@@ -167,9 +167,9 @@ class TrainSettings(WeightSettings):
         Literal["score", "loss"],
         Field(
             description="what better means for keep and patience. score: the primary metric over generated "
-            "answers to the validation rows, and the loss among scores within one standard error of the highest. loss: "
-            "the validation loss alone, which is also used where the validation rows are too few or the metric is a "
-            "judge's"
+            "answers to the validation rows; where it is within one standard error of the highest, a lower loss counts "
+            "as better, too, and so do weights whose learning rate has fallen. loss: the validation loss alone, which "
+            "is also used where the validation rows are too few or the metric is a judge's"
         ),
     ] = "score"
     validations: Annotated[

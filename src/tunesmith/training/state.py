@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+_FALLEN = 0.1  # of the highest learning rate
+
 
 @dataclass
 class TrainerState:
@@ -27,11 +29,13 @@ class TrainerState:
 
     @property
     def best(self) -> int | None:
-        """Index of the validation whose weights are kept: of the scores within one standard error of the highest so far
-        (Breiman et al. 1984), the first with the lowest loss; without scores, the lowest loss. None without validation.
+        """Index of the validation whose weights are kept; without scores, the first with the lowest loss. None without
+        validation.
 
-        A later validation takes the place of the best one before it, whose weights alone are held: so each is compared
-        with that one only, as it comes.
+        Only the weights of the best one before it are held, so each validation is compared with that one, as it comes.
+        Where its score is within one standard error of the highest so far (Breiman et al. 1984), it takes that one's
+        place if its score is higher, its loss is lower, or the learning rate has fallen. On few rows the loss rises
+        while the answers still get better, and they get better most of all while the rate falls.
         """
         best: int | None = None
         highest, error = -math.inf, 0.0
@@ -40,10 +44,15 @@ class TrainerState:
             if score > highest:
                 highest, error = score, each.get("score_error", 0.0)
             held = None if best is None else self.validation[best]
-            behind = held is None or held.get("score", 0.0) < highest - error
-            if score >= highest - error and (held is None or behind or each["loss"] < held["loss"]):
+            better = held is None or score > held.get("score", 0.0) or each["loss"] < held["loss"]
+            if score >= highest - error and (better or ("score" in each and self._has_fallen(int(each["step"])))):
                 best = place
         return best
+
+    def _has_fallen(self, step: int) -> bool:
+        """Whether the learning rate of a step was at its end."""
+        rates = [each["learning_rate"] for each in self.curve[:step]]
+        return bool(rates) and rates[-1] <= _FALLEN * max(rates)
 
     def exhausted(self, patience: int | None) -> str | None:
         """Why validation says to stop: the last `patience` validations brought no higher score, and no better weights.
