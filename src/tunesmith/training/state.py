@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-_FALLEN = 0.1  # of the highest learning rate
+_FALLEN = 0.1  # share of the highest learning rate
 
 
 @dataclass
@@ -44,13 +44,18 @@ class TrainerState:
             if score > highest:
                 highest, error = score, each.get("score_error", 0.0)
             held = None if best is None else self.validation[best]
-            better = held is None or score > held.get("score", 0.0) or each["loss"] < held["loss"]
-            if score >= highest - error and (better or ("score" in each and self._has_fallen(int(each["step"])))):
+            better = (
+                held is None
+                or score > held.get("score", 0.0)
+                or each["loss"] < held["loss"]
+                or ("score" in each and self._has_fallen(int(each["step"])))
+            )
+            if better and score >= highest - error:
                 best = place
         return best
 
     def _has_fallen(self, step: int) -> bool:
-        """Whether the learning rate of a step was at its end."""
+        """Whether the learning rate had fallen to a tenth or less when a step was done."""
         rates = [each["learning_rate"] for each in self.curve[:step]]
         return bool(rates) and rates[-1] <= _FALLEN * max(rates)
 
