@@ -16,6 +16,7 @@ from tunesmith.candidates.grammars.copying import Constraint, copied_fields
 from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.protocol import Generation, Question
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
@@ -73,13 +74,15 @@ def train_task(
     groups = [task.group_of[row] for row in validated]
 
     def score_first(model: TrainableModel | None, count: int) -> Score:
-        folder = None
-        if model is not None:
+        folder, lengths = None, None
+        if model is None:  # answers are timed
+            lengths = [label_count(row) for row in spec.validation.read()[:count]]
+        else:
             folder = work / "validated"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             model.save(folder)
-        texts = answers(loaded, task, validated[:count], folder, constrain=constrain)
+        texts = answers(loaded, task, validated[:count], folder, constrain=constrain, lengths=lengths)
         return mean_score(scores(task, validated[:count], texts), groups[:count])
 
     scored = AnswerScore(task.metric, len(validated), score_first) if settings.validate_by == "score" else None
@@ -87,19 +90,24 @@ def train_task(
 
 
 def answers(
-    loaded: Loaded, task: Task, rows: Sequence[Row], folder: Path | None, *, constrain: bool = True
+    loaded: Loaded,
+    task: Task,
+    rows: Sequence[Row],
+    folder: Path | None,
+    *,
+    constrain: bool = True,
+    lengths: Sequence[int] | None = None,
 ) -> list[str]:
-    """Greedy answers to the rows' requests. folder: of the adapter; None: the base's own. constrain: as the task is."""
+    """Greedy answers to the rows' requests. folder: of the adapter; None: the base's own. constrain: as the task is.
+    lengths: the most tokens of each answer; None: the task's."""
     engine, name = loaded.model.engine(), None
     if folder is not None:
         name = "answering"
         engine.load_adapter(name, folder)
     hold = _constraint(loaded, task if constrain else None)
     asked = [
-        hold.hold(
-            Generation(task.messages(request), max_tokens=task.max_tokens), [Message(role="user", content=request)]
-        )
-        for request, _ in rows
+        hold.hold(Generation(task.messages(request), max_tokens=most), [Message(role="user", content=request)])
+        for (request, _), most in zip(rows, lengths or [task.max_tokens] * len(rows), strict=True)
     ]
     return [one.text for one in engine.generate(asked, name)]
 

@@ -125,7 +125,7 @@ def put_training(
         "examples_per_second": 26.3, "tokens_per_second": 1475.6, "peak_memory_bytes": 1_720_000_000,
         "estimate": {"seconds": 176.0, "peak_memory_bytes": 1_650_000_000},
         "final_loss": curve[-1]["loss"], "curve": curve, "validation": validation, "threads": 2,
-        "fingerprint": fingerprint, "notices": ["validating by the loss: 9 validation rows are too few"],
+        "fingerprint": fingerprint, "notices": ["9 validation rows are too few to choose by"],
     }  # fmt: skip
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
     return store.put_record(Record(kind="training", parents={"base": base, "dataset": dataset}, blobs=blobs, body=body))

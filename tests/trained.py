@@ -71,7 +71,7 @@ def gradients(model: TrainableModel, step: Step) -> float:
 
 def validation_loss(model: TrainableModel, batches: Sequence[Batch]) -> float:
     """The mean loss over the labels of batches."""
-    return steps.validation_loss(model, CrossEntropy(), batches)
+    return steps.validation_fit(model, batches)["loss"]
 
 
 def reference_loss(model: torch.nn.Module, rows: Sequence[Rendered]) -> torch.Tensor:
@@ -94,5 +94,5 @@ def fit(
     progress: Progress = SILENT,
 ) -> TrainerState:
     """Train model over a plan, with checkpoints in folder."""
-    validate = (lambda: {"loss": validation_loss(model, validation)}) if validation else None
+    validate = (lambda: steps.validation_fit(model, validation)) if validation else None
     return Trainer(model, plan, settings, Checkpoints(folder, {}), validate=validate, progress=progress).run()

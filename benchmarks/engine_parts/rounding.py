@@ -14,13 +14,12 @@ from engine_parts.training import RANK, RATE, fit, prepared, write
 
 def step(told: Figures) -> Figures:
     """told: rows of two steps, batch."""
-    from tunesmith.training.objectives import CrossEntropy
-    from tunesmith.training.steps import validation_loss
+    from tunesmith.training.steps import validation_fit
 
     model, plan, settings = prepared(told["rows"], told["batch"], rank=RANK, learning_rate=RATE)
-    before = validation_loss(model, CrossEntropy(), plan[1])
+    before = validation_fit(model, plan[1])["loss"]
     fit(model, plan[:1], settings)
-    return {"before": before, "after": validation_loss(model, CrossEntropy(), plan[1])}
+    return {"before": before, "after": validation_fit(model, plan[1])["loss"]}
 
 
 def peft_step(told: Figures) -> Figures:

@@ -20,7 +20,8 @@ from tests.tiny_project import settings
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.cli.pipeline import _draw_training
 from tunesmith.core.errors import UsageError
-from tunesmith.engines.protocol import Completion
+from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.models.rendering import Renderer
 from tunesmith.pipeline.training import forbidden_answers, row_scores, validation_notices
@@ -41,36 +42,57 @@ def _notices(rows: int, scorer: Any = "exact_match", **settings: Any) -> list[st
 
 def test_it_says_what_validation_rows_are_missing() -> None:
     assert _notices(0, budget=60) == [
-        "no validation rows: it ends with the budget or after 40 epochs, and the last weights are kept"
+        "no validation rows: it ends with the budget or after 20 epochs, and the last weights are kept"
     ]
     assert _notices(0, epochs=3) == ["no validation rows: the last weights are kept"]
     assert _notices(10, budget=60) == [
-        "validating by the loss: 10 validation rows are too few to choose by exact_match"
+        "validating by the probability of the expected answers: 10 validation rows are too few to choose by exact_match"
     ]
     assert _notices(10, budget=60, validate_by="loss") == [], "the settings say so"
     assert _notices(40, budget=60) == []
     judge = {"name": "quality", "judge": {"url": "http://127.0.0.1:9/v1", "model": "judge"}}
     assert _notices(40, judge, budget=60) == [
-        "validating by the loss: quality is a judge: a model scores it, not a function"
+        "validating by the probability of the expected answers: quality is a judge: a model scores it, not a function"
     ]
 
 
-def test_calls_are_scored_while_training_in_the_form_of_a_row(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, HERMES)
-    store = Store(tmp_path / "store")
+def _asked(folder: Path, rows: list[Example], answer: str) -> tuple[list[float], list[int]]:
+    """The base's scores of rows of which it answers each so, and the most tokens it was given for each."""
+    store = Store(folder / "store")
     candidate = Candidate(name="tuned", base=put_base(store), max_tokens=64)
-    rows = [row("x", "y").model_copy(update={"messages": TURNS[:2]})]
-    engine = SimpleNamespace(base=candidate.base, generate=lambda _asked: [Completion(CALL, "stop", 1, 1)])
-    project = SimpleNamespace(settings=SimpleNamespace(task=TaskSettings()), schema=None, root=tmp_path)
+    given: list[int] = []
+
+    def generate(asked: list[Generation]) -> list[Completion]:
+        given.extend(each.max_tokens for each in asked)
+        return [Completion(answer, "stop", 1, 1) for _ in asked]
+
+    engine = SimpleNamespace(base=candidate.base, generate=generate)
+    project = SimpleNamespace(settings=SimpleNamespace(task=TaskSettings()), schema=None, root=folder)
     context: Any = SimpleNamespace(
         store=store,
         dataset=SimpleNamespace(digest="sha256:0"),
         project=project,
         sharded=None,
         model=SimpleNamespace(engine=lambda: engine),
-        renderer=Renderer(tmp_path),
+        renderer=Renderer(folder),
     )
-    assert row_scores(context, candidate, rows, tmp_path)(None, 1) == [1.0]
+    return row_scores(context, candidate, rows, folder)(None, len(rows)), given
+
+
+def test_calls_are_scored_while_training_in_the_form_of_a_row(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, HERMES)
+    rows = [row("x", "y").model_copy(update={"messages": TURNS[:2]})]
+    assert _asked(tmp_path, rows, CALL)[0] == [1.0]
+
+
+def test_answers_are_timed_that_are_as_long_as_the_expected_ones(tmp_path: Path) -> None:
+    """The base alone seldom stops before the limit, so that too few answers would seem to fit into a budget."""
+    write_tokenizer(tmp_path, HERMES)
+    answers = ["yes", "open the door of the garden", "word " * 200]
+    _, given = _asked(tmp_path, [row("x", answer) for answer in answers], "never ends")
+    encode = Renderer(tmp_path).tokenizer.encode
+    assert given[:2] == [len(encode(answer)) + 1 for answer in answers[:2]], "with the token that ends a turn"
+    assert given[2] == 64, "what the candidate allows"
 
 
 def test_a_metric_that_cannot_run_stops_a_training_before_it_begins(tmp_path: Path) -> None:

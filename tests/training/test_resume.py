@@ -38,7 +38,7 @@ from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
-from tunesmith.training.steps import validation_loss
+from tunesmith.training.steps import validation_fit
 from tunesmith.training.train import make_spec, record_training, run_training, train
 from tunesmith.training.trainer import Trainer
 
@@ -376,13 +376,14 @@ def test_nan_later_on_leaves_the_checkpoint_before_it(
             trainer.model.parameter_groups()[0].tensors[0].grad[0] = float("inf")
         return float("nan") if what == "loss" and calls == 40 else loss
 
-    def check(*given: Any, **named: Any) -> float:
-        return float("nan") if calls == 60 else validation_loss(*given, **named)
+    def check(*given: Any, **named: Any) -> dict[str, float]:
+        found = validation_fit(*given, **named)
+        return found | {"loss": float("nan")} if calls == 60 else found
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "compute", spoilt)  # the estimate's own steps do not come here
         if what == "validation":
-            patch.setattr("tunesmith.training.scoring.validation_loss", check)
+            patch.setattr("tunesmith.training.scoring.validation_fit", check)
         with pytest.raises(TunesmithError, match=r"became (nan|inf)") as told:
             run(folder)
     last = 60 if what == "validation" else 40

@@ -176,7 +176,7 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     before = BEFORE.model_copy(update={"scored_rows": 40})
     done = train(spec(tmp_path), stepping(0.1), before=before, score=_scores(values), progress=said)
     assert done.decisions is not None
-    # Near scores are ranked by the loss, which falls here: 0.7 at step 25 is better than 0.7 at step 15.
+    # The probability decides among near scores, and rises here: 0.7 at step 25 is better than 0.7 at step 15.
     (decay,) = done.decisions.decays
     assert decay.reason == "no better score in 4 validations"
     best = [each["score"] for each in done.state.validation].index(0.9)
@@ -186,14 +186,14 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     assert done.score == {"metric": "exact_match", "rows": 40}
 
 
-def test_flat_score_goes_by_the_loss(tmp_path: Path) -> None:
-    """A metric that is 0 or 100% from the start decides nothing: among equal scores the loss does."""
+def test_flat_score_goes_by_the_probability(tmp_path: Path) -> None:
+    """A metric that is 0 or 100% from the start decides nothing: among equal scores the probability does."""
     before = BEFORE.model_copy(update={"scored_rows": 40})
     for flat in (0.0, 1.0):
         score = _scores(itertools.repeat(flat))
         done = train(spec(tmp_path, work=f"work-{flat}"), stepping(1.0), before=before, score=score)
-        losses = [each["loss"] for each in done.state.validation]
-        assert done.state.best == losses.index(min(losses))
+        probabilities = [each["probability"] for each in done.state.validation]
+        assert done.state.best == probabilities.index(max(probabilities))
 
 
 def test_all_epochs_end_a_budget_that_is_longer(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decis
 
     nothing: Any = None
     scored = AnswerScore("exact_match", 200, score)
-    validation = Validation(nothing, nothing, [], scored, clock=lambda: now[0])
+    validation = Validation(nothing, [], scored, clock=lambda: now[0])
     expected = Estimate(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
     plan: Any = range(10_000)
     return decide_beforehand(
@@ -290,8 +290,14 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), SaidAndNoted()
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
     done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
-    assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
-    assert "validating by the loss: fewer than 30 answers fit into 2.5% of the budget" in done.notices
+    assert any(
+        "validating by the probability of the expected answers: within this budget 5 answers" in line
+        for line in said.lines
+    )
+    assert (
+        "validating by the probability of the expected answers: fewer than 30 answers fit into 2.5% of the budget"
+        in done.notices
+    )
     assert done.score is None
     assert all("score" not in each for each in done.state.validation)
 
@@ -426,7 +432,7 @@ def test_any_course_ends_annealed(speeds: list[float], scores: list[float], ever
         _take(state, speeds[(state.step + 1) % len(speeds)] + 0.01, rates[-1])
         if schedule.validates(state.step):
             score = scores[len(state.validation) % len(scores)]
-            state.validation.append({"step": state.step, "loss": 1.0, "score": score})
+            state.validation.append({"step": state.step, "loss": 1.0, "probability": 0.5, "score": score})
         schedule.decide(state)
     start = schedule.decisions.decays[0].start
     assert all(later <= before for before, later in itertools.pairwise(rates[start:]))

@@ -59,7 +59,7 @@ def test_impossible_setting_is_named_before_any_work(
 
 def test_epochs_replace_a_budget_with_all_that_came_with_it() -> None:
     within, stated = TrainSettings(budget=900, batch=8), TrainSettings(budget=900, schedule="wsd", patience=2)
-    assert (within.epochs, within.schedule, within.validations, within.patience) == (40, "wsd", 16, 4)
+    assert (within.epochs, within.schedule, within.validations, within.patience) == (20, "wsd", 16, 4)
     assert changed_training(within, {"epochs": 2}, "here") == TrainSettings(epochs=2, batch=8)
     assert changed_training(stated, {"epochs": 2}, "here") == TrainSettings(epochs=2, schedule="wsd", patience=2)
     assert changed_training(within, {"batch": 4}, "here") == TrainSettings(budget=900, batch=4)

@@ -123,7 +123,7 @@ def test_long_rows_and_validations_are_no_pauses() -> None:
 
     def validate() -> dict[str, float]:
         clocks[0].now += next(took)
-        return {"loss": 1.0}
+        return {"loss": 1.0, "probability": 0.5}
 
     plan, steps = [*[[Part(10)]] * 9, [Part(1000)]] * 100, [*[1.0] * 9, 100.0] * 100
     made, clock, _ = trainer(TrainSettings(budget=20_000, patience=100), steps, plan=plan, every=15, validate=validate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,10 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
 from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, MetricsSettings, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, UNSCORED, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from tunesmith.engines.protocol import Completion
+    from tunesmith.engines.protocol import Completion, Generation
     from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import TrainableModel
     from tunesmith.training.schedule import Decisions
@@ -182,8 +182,8 @@ def _spec(
 def _answer_score(
     context: PipelineContext, candidate: Candidate, settings: TrainSettings, work: Path
 ) -> AnswerScore | None:
-    """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where
-    validation goes by the loss."""
+    """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where no
+    answers are scored."""
     from tunesmith.training.scoring import AnswerScore, Score, mean_score
 
     rows, _reason = scored_rows(context, settings)
@@ -200,8 +200,9 @@ def _answer_score(
 def row_scores(
     context: PipelineContext, candidate: Candidate, rows: Sequence[Example], work: Path
 ) -> Callable[[TrainableModel | None, int], list[float]]:
-    """A function that scores a model's answers to the first so many rows as the candidate's evaluation will; None
-    stands for the untrained base. work: a folder for the model's files."""
+    """A function that scores a model's answers to the first so many rows as the candidate's evaluation will. None
+    stands for the untrained base, which is asked to see how long answers take: they are cut where the expected ones
+    end. work: a folder for the model's files."""
     metric, scoring = context.project.settings.task.leading, leading_scoring(context)
     sharded = context.sharded
     engine = context.model.engine()
@@ -211,17 +212,20 @@ def row_scores(
     retrieved = [list(answerer.composer.retrieved(row.request, asked_as).ids) for row in rows]
 
     def answers(model: TrainableModel | None, count: int) -> list[Completion]:
-        if sharded is not None:
-            return sharded.answer_together(asked[:count], model)
+        some = asked[:count]
         if model is None:
-            return engine.generate(asked[:count])
+            some = [_cut(context, one, row) for one, row in zip(some, rows[:count], strict=True)]
+        if sharded is not None:
+            return sharded.answer_together(some, model)
+        if model is None:
+            return engine.generate(some)
         folder, name = work / "validated", "validated"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         model.save(folder)
         engine.load_adapter(name, folder)
         shutil.rmtree(folder)
-        given = engine.generate(asked[:count], name)
+        given = engine.generate(some, name)
         engine.unload(name)
         return given
 
@@ -236,6 +240,14 @@ def row_scores(
         return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows[:count]]
 
     return scores
+
+
+def _cut(context: PipelineContext, request: Generation, row: Example) -> Generation:
+    """A row's request, whose answer ends at the latest where the row's own answer does."""
+    from tunesmith.engines.batch import label_count
+
+    expected = context.renderer.conversation((*request.messages, row.messages[-1]), "last")
+    return replace(request, max_tokens=min(request.max_tokens, label_count(expected)))
 
 
 def leading_scoring(context: PipelineContext) -> Scoring:
@@ -344,7 +356,7 @@ def validation_notices(context: PipelineContext, settings: TrainSettings) -> lis
         ends = f"it ends with the budget or after {MOST_EPOCHS} epochs, and " if settings.budget is not None else ""
         return [f"no validation rows: {ends}the last weights are kept"]
     _rows, reason = scored_rows(context, settings)
-    return [] if reason is None else [f"validating by the loss: {reason}"]
+    return [] if reason is None else [f"{UNSCORED}: {reason}"]
 
 
 def _validated_by(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ class Decisions(BaseModel):
     """What a training decided while it ran, in steps.
 
     warmup: steps in which the rate rises. validate_every: steps from one validation to the next. scored_rows:
-    validation rows that are answered and scored each time; 0: validation goes by the loss. seconds: before the first
+    validation rows that are answered and scored each time; 0: none (see TrainerState.best). seconds: before the first
     step, for measuring and for what is rehearsed. rehearsed: answers that were drawn for that. decays: each replaces
     the one before it from its start on.
     """

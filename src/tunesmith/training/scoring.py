@@ -14,13 +14,13 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks
-from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions, warmup_steps
-from tunesmith.training.settings import LEAST_SCORED, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, UNSCORED, TrainSettings
 from tunesmith.training.spec import Estimate
-from tunesmith.training.steps import validation_loss
+from tunesmith.training.steps import validation_fit
 
 _TIMED = 32  # rows whose answers are timed before the first step, where a budget is to be divided
 _FEW = 4  # rows whose answers are timed before those, and for the estimate alone
@@ -49,7 +49,8 @@ class AnswerScore:
     """Scores generated answers to validation rows.
 
     metric: the score's name. rows: how many there are. score: of a model's answers to the first so many rows; None asks
-    the untrained base. Raises TunesmithError where answers cannot be scored.
+    the untrained base for answers as long as the expected ones, to see how much time they take. Raises TunesmithError
+    where answers cannot be scored.
     """
 
     metric: str
@@ -76,29 +77,29 @@ class Validation:
     def __init__(
         self,
         model: TrainableModel,
-        objective: Objective,
         batches: Sequence[Batch],
         score: AnswerScore | None,
         *,
         ranks: Ranks = ALONE,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """The answers to `rows` rows are scored, at first all; 0: validation goes by the loss alone. clock: as the
+        """The answers to `rows` rows are scored, at first all; 0: none (see TrainerState.best). clock: as the
         trainer's."""
-        self._model, self._objective, self._batches, self.score = model, objective, batches, score
+        self._model, self._batches, self.score = model, batches, score
         self.ranks, self.clock = ranks, clock
         self.rows = 0 if score is None else score.rows
 
     def measure(self) -> Mapping[str, float]:
-        """The validation loss, and the score with its standard error where answers are scored."""
-        found = {"loss": self._loss()}
+        """The validation loss and the mean probability of the labels, and the score with its standard error where
+        answers are scored."""
+        found = self._fit()
         if self.score is not None and self.rows:
             score = self.score.score(self._model, self.rows)
             found["score"], found["score_error"] = self.ranks.agree(lambda: score)
         return found
 
-    def _loss(self) -> float:
-        return validation_loss(self._model, self._objective, self._batches, self.ranks)
+    def _fit(self) -> dict[str, float]:
+        return validation_fit(self._model, self._batches, self.ranks)
 
     def described(self) -> dict[str, Any] | None:
         """The metric and the number of rows of the score, for the record; None where there is no score."""
@@ -108,7 +109,7 @@ class Validation:
         """Says that answers are not scored although they could be, where that is so."""
         if self.score is None or self.rows:
             return []
-        return [f"validating by the loss: fewer than {LEAST_SCORED} answers fit into {_ONE_SHARE:.1%} of the budget"]
+        return [f"{UNSCORED}: fewer than {LEAST_SCORED} answers fit into {_ONE_SHARE:.1%} of the budget"]
 
     def seconds(self, budget: float) -> tuple[float, float]:
         """Measured seconds of a validation loss, and of a row's answer by the untrained base.
@@ -118,7 +119,7 @@ class Validation:
         """
         began = self.clock()
         if self._batches:
-            self._loss()
+            self._fit()
         loss, answer = self.clock() - began, self.answer_seconds()
         if answer * _FEW * LEAST_SCORED / _TIMED <= _ONE_SHARE * budget:
             answer = self.answer_seconds(_TIMED)
@@ -127,7 +128,8 @@ class Validation:
     def answer_seconds(self, most: int = _FEW) -> float:
         """Measured seconds of a row's answer by the untrained base, over at most so many rows; 0 without a score.
 
-        Tuned models mostly answer shorter, and more rows at once take less time each, so it is rather too much.
+        They are as long as the expected ones, as those of a tuned model mostly are. More rows at once take less time
+        each, so it is rather too much.
         """
         if self.score is None:
             return 0.0
@@ -214,8 +216,8 @@ def _within(
         rows = min(validation.score.rows, int(_ONE_SHARE * budget / max(answer, 1e-9)))
         if rows < LEAST_SCORED:
             progress.say(
-                f"validating by the loss: within this budget {rows} answers of {answer:.2g} s could be scored each "
-                f"time, and fewer than {LEAST_SCORED} say too little"
+                f"{UNSCORED}: within this budget {rows} answers of {answer:.2g} s could be scored each time, and fewer "
+                f"than {LEAST_SCORED} say too little"
             )
             rows = 0
     each = loss + rows * answer

@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-_FALLEN = 0.1  # share of the highest learning rate
-
 
 @dataclass
 class TrainerState:
     """Progress of a training. Every checkpoint holds all of it.
 
     step: steps done. seconds: of steps, validations and checkpoints, without the time between a stop and its resume.
-    curve: step, loss, learning_rate, tokens and seconds of each step. validation: step and loss of each validation, and
-    the score and its standard error where answers are scored.
+    curve: step, loss, learning_rate, tokens and seconds of each step. validation: of each validation the step, the loss
+    and the mean probability of the labels, and where answers are scored the score and its standard error.
     ended: why the training stopped before the end of its plan. paused: seconds in which it stood still, which count
     nowhere else.
     """
@@ -29,48 +27,40 @@ class TrainerState:
 
     @property
     def best(self) -> int | None:
-        """Index of the validation whose weights are kept; without scores, the first with the lowest loss. None without
-        validation.
+        """Index of the validation whose weights are kept. None without validation.
 
         Only the weights of the best one before it are held, so each validation is compared with that one, as it comes.
         Where its score is within one standard error of the highest so far (Breiman et al. 1984), it takes that one's
-        place if its score is higher, its loss is lower, or the learning rate has fallen. On few rows the loss rises
-        while the answers still get better, and they get better most of all while the rate falls.
+        place if its score or the probability of its labels is higher; without scores the probability alone decides. It
+        is not the loss that does: on few rows that rises, since a model that has become too sure pays for each wrong
+        token without limit, while more of its answers become right (Guo et al. 2017, "On Calibration of Modern Neural
+        Networks", section 3).
         """
         best: int | None = None
         highest, error = -math.inf, 0.0
         for place, each in enumerate(self.validation):
-            score = each.get("score", 0.0)
-            if score > highest:
-                highest, error = score, each.get("score_error", 0.0)
+            value = _value(each)
+            if value > highest:
+                highest, error = value, each.get("score_error", 0.0)
             held = None if best is None else self.validation[best]
-            better = (
-                held is None
-                or score > held.get("score", 0.0)
-                or each["loss"] < held["loss"]
-                or ("score" in each and self._has_fallen(int(each["step"])))
-            )
-            if better and score >= highest - error:
+            better = held is None or value > _value(held) or each["probability"] > held["probability"]
+            if better and value >= highest - error:
                 best = place
         return best
-
-    def _has_fallen(self, step: int) -> bool:
-        """Whether the learning rate had fallen to a tenth or less when a step was done."""
-        rates = [each["learning_rate"] for each in self.curve[:step]]
-        return bool(rates) and rates[-1] <= _FALLEN * max(rates)
 
     def exhausted(self, patience: int | None) -> str | None:
         """Why validation says to stop: the last `patience` validations brought no higher score, and no better weights.
         None where it does not.
 
-        Better weights alone would stop a training whose score rises slowly, within its error, while its loss rises.
+        Better weights alone would stop a training whose score rises slowly, within its error, while the probability of
+        its labels falls.
         """
         if patience is None or self.best is None:
             return None
-        scores = [each.get("score", 0.0) for each in self.validation]
-        if len(self.validation) - 1 - max(self.best, scores.index(max(scores))) < patience:
+        values = [_value(each) for each in self.validation]
+        if len(values) - 1 - max(self.best, values.index(max(values))) < patience:
             return None
-        what = "better score" if "score" in self.validation[-1] else "lower validation loss"
+        what = "better score" if "score" in self.validation[-1] else "higher probability of the expected answers"
         return f"no {what} in {patience} validations"
 
     @property
@@ -96,6 +86,11 @@ class TrainerState:
                     }
                 )
         return found
+
+
+def _value(validation: Mapping[str, float]) -> float:
+    """What weights are chosen by: the score, or without scores the probability of the labels."""
+    return validation.get("score", validation["probability"])
 
 
 def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:

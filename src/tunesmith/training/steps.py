@@ -41,13 +41,16 @@ def drop_gradients(model: TrainableModel) -> None:
         parameter.grad = None
 
 
-@torch.no_grad()
-def validation_loss(
-    model: TrainableModel, objective: Objective, batches: Sequence[Batch], ranks: Ranks = ALONE
-) -> float:
-    """The mean loss over all labels of the batches, on all ranks."""
-    labels = step_labels(batches)
-    return ranks.total(sum(float(model.loss(batch, objective, labels)) for batch in batches))
+def validation_fit(model: TrainableModel, batches: Sequence[Batch], ranks: Ranks = ALONE) -> dict[str, float]:
+    """{"loss", "probability"}: the mean loss over all labels of the batches, on all ranks, and the mean probability
+    that the model gives them."""
+    labels, losses, probabilities = step_labels(batches), [], []
+    for batch in batches:
+        each = model.label_losses(batch).double()
+        losses.append(float(each.sum()))
+        probabilities.append(float(each.neg().exp().sum()))
+    found = {"loss": math.fsum(losses), "probability": math.fsum(probabilities)}
+    return {name: ranks.total(total) / labels for name, total in found.items()}
 
 
 def make_optimizer(model: TrainableModel, settings: TrainSettings) -> torch.optim.AdamW:

@@ -137,7 +137,7 @@ def run_training(
     plan = TrainingPlan(rows, settings, rehearsal=rehearsal.rows, share=trained.shares_prefix, ranks=ranks)
     batches = lay_out_validation(checked, settings, share=trained.shares_prefix, ranks=ranks)
     checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks, rehearsal), ranks)
-    validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
+    validation = Validation(trained, batches, score if batches else None, ranks=ranks, clock=measured)
     expected = _estimate(plan, batches, trained, objective, spec, validation)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None

@@ -212,9 +212,11 @@ class Trainer:
         """Say that overfitting begins, at the first validation after the lowest that shows it."""
         state = self.state
         found = state.overfitting
-        if not found or found[-1]["step"] != state.step or state.best != len(state.validation) - 2:
+        if not found or found[-1]["step"] != state.step or state.best is None:
             return
         now = found[-1]
+        if now["lowest_step"] != state.validation[-2]["step"]:
+            return
         best = f"of step {state.validation[state.best]['step']:.0f}"
         kept = (
             f"the weights {best} are kept" if self.settings.keep == "best" else f"`keep: best` would keep those {best}"

@@ -43,7 +43,7 @@ class TrainingSummary(View):
     epochs: done, a fraction where the last one was not. rehearsed: answers of the base that were drawn for it. tokens:
     of the rows; tokens_computed: with padding; labels: tokens that the loss counts; parameters: trained numbers.
     validation: step and loss of each validation, and the score where answers were scored. score: which metric, over how
-    many rows; null where validation went by the loss. kept: the step whose weights were kept. decisions: what a
+    many rows; null where no answers were scored. kept: the step whose weights were kept. decisions: what a
     schedule decided while it ran; null where it was planned. overfitting: where the validation loss rose again.
     more_time: what twice the time would bring, by the slope of the validations; null where nothing was validated.
     """

@@ -39,7 +39,7 @@ def more_time(training: Mapping[str, Any]) -> dict[str, Any] | None:
             "The learning rate fell during the whole training, so its scores do not say what more time would bring."
         )
     if "score" not in validation[-1]:
-        return _said(_by_loss(validation))
+        return _said(_by_probability(validation))
     points = _later(training)
     if len(points) < _FEWEST:
         return _said(
@@ -69,15 +69,18 @@ def _reason(training: Mapping[str, Any]) -> str:
     return str((decays[0]["reason"] if decays else training.get("ended")) or "")
 
 
-def _by_loss(validation: Sequence[Mapping[str, float]]) -> str:
-    losses = [each["loss"] for each in validation]
-    if len(losses) == 1:
-        return "One validation is too few to say what more time would bring."
-    if min(losses[:-1]) <= losses[-1]:
-        return "The validation loss no longer fell at the end, so more time is not expected to bring more."
+def _by_probability(validation: Sequence[Mapping[str, float]]) -> str:
+    found = [each["probability"] for each in validation if "probability" in each]  # earlier records have none
+    if len(found) < 2:
+        return "These validations are too few to say what more time would bring."
+    if max(found[:-1]) >= found[-1]:
+        return (
+            "The probability of the expected answers no longer rose at the end, so more time is not expected to bring "
+            "more."
+        )
     return (
-        f"The validation loss still fell at the end, from {losses[-2]:.3f} to {losses[-1]:.3f}; how many points of the "
-        "metric more time would bring, a loss does not say."
+        f"The probability of the expected answers' tokens still rose at the end, from {found[-2]:.1%} to "
+        f"{found[-1]:.1%}; how many points of the metric more time would bring, it does not say."
     )
 
 

@@ -46,7 +46,7 @@ from tunesmith.training.search.halving import (
     successive_halving,
 )
 from tunesmith.training.search.space import draw_trials, with_values
-from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 from tunesmith.training.state import TrainerState
 from tunesmith.training.train import environment
 from tunesmith.training.trainer import Trainer
@@ -161,7 +161,7 @@ def _decide(
     budget = shared.settings.budget
     longest = shared.settings.epochs * count
     if budget is not None:
-        longest = min(MOST_EPOCHS * count, round(budget / measured.row))
+        longest = min(longest, round(budget / measured.row))
     made = decide_search(
         within,
         measured,
