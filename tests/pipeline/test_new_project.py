@@ -228,9 +228,9 @@ def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> N
             "compares fields (field_f1)",
         ),
         (lambda n: _words(n), None, None),
-        (lambda n: f"Please say the words again: {n % 30}", None, None),
+        (lambda n: f"Please say the words again: {n % 100}", None, None),
     ],
-    ids=["sentences", "sentences in JSON", "words of the request", "thirty sentences"],
+    ids=["sentences", "sentences in JSON", "words of the request", "a hundred sentences"],
 )
 def test_exact_match_does_not_decide_over_sentences(
     tmp_path: Path, answer: Callable[[int], str], primary: str | None, told: str | None
@@ -256,6 +256,15 @@ def test_labels_have_a_classifier_as_rival_and_a_prompt_that_names_them(
     assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is installed
     assert any("tunesmith[classifier]" in note for note in made.notes) is not installed
     assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(_LABELS)
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(77, 400), (150, 3000)])
+def test_many_labels_are_named_too(tmp_path: Path, labels: int, rows: int) -> None:
+    """Banking77 has 77 intents and CLINC150 has 150. A prompt without them would flatter tuning."""
+    intents = [f"intent_{_SYLLABLES[n // 10 % 10]}_{_SYLLABLES[n % 10]}_{n // 100}" for n in range(labels)]
+    _made(tmp_path, [{"prompt": _words(n), "completion": intents[n % labels]} for n in range(rows)])
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(intents)
+    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is bool(find_spec("sklearn"))
 
 
 @pytest.mark.parametrize(
