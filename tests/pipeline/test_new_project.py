@@ -106,11 +106,19 @@ def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
             [{"prompt": _words(n), "completion": str(n), "conversation_id": f"c{n // 10}"} for n in range(400)],
             "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
         ),
-        (_asked_at("call text"), "about 0 groups of equal size will be held out (a group: the rows of one wording"),
+        (
+            _asked_at("call text"),
+            "`data build` will probably refuse the rows: none is left to test. They are in 2 groups (a group",
+        ),
+        (
+            _asked_at("go", 900) + _asked_at("call text mail wake ask", 100),
+            "which are 920 rows, and 80 rows are left to train on. A gate decides nothing by fewer groups than 20: "
+            "give rows of more groups, or set data.split.group_by",
+        ),
         (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
         ([{"prompt": _words(n), "completion": str(n)} for n in range(400)], None),
     ],
-    ids=["conversations", "two wordings", "five wordings", "a wording each"],
+    ids=["conversations", "two wordings", "most rows held out", "five wordings", "a wording each"],
 )
 def test_init_says_that_too_few_groups_will_be_held_out(
     tmp_path: Path, rows: list[dict[str, str]], told: str | None

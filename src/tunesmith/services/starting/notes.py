@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from tunesmith.services.starting.rows import FEWEST_GROUPS, RowFindings, shares
 
 _LISTED = 8  # keys in a note
+_TOO_MANY = 1.5  # times as many held-out rows as planned
 
 
 def notes(found: RowFindings) -> tuple[str, ...]:
@@ -34,17 +35,26 @@ def _on_what_is_read(found: RowFindings) -> Iterator[str]:
 def _on_the_test(found: RowFindings) -> Iterator[str]:
     """What limits the figures on held-out rows."""
     share = shares(found.rows)["test"]
-    if (tested := round(found.rows * share)) < FEWEST_GROUPS:
+    tested = round(found.rows * share)
+    trained, held = found.split_rows.get("train", 0), found.split_rows.get("test", 0)
+    alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
+    fix = f"give rows of more groups, {'' if held > _TOO_MANY * tested else 'raise data.split.test, '}"
+    fix += "or set data.split.group_by to a key that tells kinds of requests apart"
+    if not trained or not held:
+        yield (
+            f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. They are "
+            f"in {found.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
+        )
+    elif tested < FEWEST_GROUPS:
         yield (
             f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {FEWEST_GROUPS}: "
             f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
         )
     elif found.held_groups < FEWEST_GROUPS:
-        alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
         yield (
-            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), and "
-            f"a gate decides nothing by fewer than {FEWEST_GROUPS}: give rows of more groups, raise data.split.test, "
-            "or set data.split.group_by"
+            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), "
+            f"which are {held} rows, and {trained} rows are left to train on. A gate decides nothing by fewer "
+            f"groups than {FEWEST_GROUPS}: {fix}"
         )
     for key, values in found.key_values.items():
         if 1 < values <= found.rows // 2:

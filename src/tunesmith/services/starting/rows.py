@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class RowFindings:
 
     rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
     that are meant as JSON and are not. tools: rows with tools, calls or their results. without_nulls: answers that were
-    read without keys that are null. held_groups: how many groups of equal size the held-out rows weigh as much as.
+    read without keys that are null. groups: how many groups the rows are in. split_rows: about how many rows each split
+    gets. held_groups: how many groups of equal size the held-out rows weigh as much as.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
     rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
     turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
@@ -57,6 +58,8 @@ class RowFindings:
     tools: int
     without_nulls: int
     group_by: str | None
+    groups: int
+    split_rows: Mapping[str, int]
     held_groups: float
     key_values: Mapping[str, int]
     rename: Mapping[str, str]
@@ -95,6 +98,8 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     group_by = next((key for key, known in read.groups.items() if known and _groups_rows(set(known), rows)), None)
     stated = read.groups[group_by] if group_by else None
     groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
+    split = Split.model_validate(shares(rows))
+    splits = [split_of(group, split) for group in groups]
     systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
     return RowFindings(
         rows=rows,
@@ -105,7 +110,9 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
         without_nulls=read.without_nulls,
         group_by=group_by,
-        held_groups=_held_groups(groups, rows),
+        groups=len(set(groups)),
+        split_rows=Counter(splits),
+        held_groups=effective_groups([group for group, where in zip(groups, splits, strict=True) if where == "test"]),
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
         rename=source.rename,
         one_instruction=one_instruction,
@@ -190,10 +197,3 @@ def _groups_rows(values: Set[str], rows: int) -> bool:
         return False
     split = Split.model_validate(shares(rows))
     return len({split_of(value, split) for value in values}) == len(SPLITS)
-
-
-def _held_groups(groups: Sequence[str], rows: int) -> float:
-    """The number of groups of equal size that the rows to be held out weigh as much as. groups: one of each row."""
-    split = Split.model_validate(shares(rows))
-    held = {group for group in set(groups) if split_of(group, split) == "test"}
-    return effective_groups([group for group in groups if group in held])
