@@ -127,6 +127,13 @@ def test_init_says_that_too_few_groups_will_be_held_out(
     assert (not notes) if told is None else any(told in note for note in notes), notes
 
 
+@pytest.mark.parametrize(("answer", "told"), [("abc " * 1500, True), ("\u6f22" * 1200, True), ("abc " * 800, False)])
+def test_init_says_that_rows_are_too_long(tmp_path: Path, answer: str, told: bool) -> None:
+    rows = [{"prompt": _words(n), "completion": f"{n} {answer if n % 2 else 'yes'}"} for n in range(120)]
+    notes = _made(tmp_path, rows).notes
+    assert any(note.startswith("about 60 rows have more than 1024 tokens") for note in notes) is told, notes
+
+
 def test_copies_of_rows_do_not_count(tmp_path: Path) -> None:
     made = _made(tmp_path, [{"prompt": _words(n % 150), "completion": "yes"} for n in range(400)])
     assert made.rows == 150
@@ -429,7 +436,7 @@ def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (lambda n: json.dumps({"n": n}) if n else "I cannot say", 99),
+        (lambda n: json.dumps({"n": n, "said": f"The words are {_words(n)}"}) if n else "I cannot say", 99),
         (lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n", 100),
         (lambda n: json.dumps({"n": n}) if n < 40 else "I cannot say", None),
     ],
@@ -442,3 +449,4 @@ def test_init_says_that_nearly_all_answers_are_json(
     assert not made.json_answers
     found = [note for note in made.notes if "hold a JSON object" in note]
     assert [note.split(" hold")[0] for note in found] == ([] if told is None else [f"{told} of 100 answers"])
+    assert not any("a sentence of their own" in note for note in made.notes)

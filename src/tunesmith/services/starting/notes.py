@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from tunesmith.services.starting.rows import FEWEST_GROUPS, RowFindings, shares
+from tunesmith.services.starting.rows import FEWEST_GROUPS, MAX_LENGTH, RowFindings, shares
 
 _LISTED = 8  # keys in a note
 _TOO_MANY = 1.5  # times as many held-out rows as planned
@@ -24,6 +24,11 @@ def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     if found.unusable:
         why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
         yield f"rows without a usable conversation: {why}"
+    if found.long:
+        yield (
+            f"about {found.long} rows have more than {MAX_LENGTH} tokens: `data build` refuses them. Raise "
+            "train.max_length of the candidate tuned, or set data.overlong to drop or truncate"
+        )
     if found.copies:
         yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
     if found.unread:
@@ -42,8 +47,8 @@ def _on_the_test(found: RowFindings) -> Iterator[str]:
     fix += "or set data.split.group_by to a key that tells kinds of requests apart"
     if not trained or not held:
         yield (
-            f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. They are "
-            f"in {found.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
+            f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. They "
+            f"are in {found.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
         )
     elif tested < FEWEST_GROUPS:
         yield (
@@ -99,7 +104,7 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"answers are {len(answers.labels)} labels: a classifier may be the best untuned candidate. pip install "
             "'tunesmith[classifier]' and add candidates.classifier: {method: classifier}"
         )
-    if answers.sentences:
+    if answers.sentences and 2 * max(answers.objects, answers.lists) <= every:
         told = "most answers hold a sentence of their own. Where other words mean the same, exact_match will be about 0"
         if answers.schema is None:
             yield (

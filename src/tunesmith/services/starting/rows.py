@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from tunesmith.data.splitting.duplicates import answer_key, request_key, request
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
 from tunesmith.services.starting.answers import AnswerFindings, examine_answers, is_json, json_objects
+from tunesmith.training.settings import TrainSettings
 
+MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default
 FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
@@ -41,9 +43,10 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
-    that are meant as JSON and are not. tools: rows with tools, calls or their results. without_nulls: answers that were
-    read without keys that are null. groups: how many groups the rows are in. split_rows: about how many rows each split
-    gets. held_groups: how many groups of equal size the held-out rows weigh as much as.
+    that are meant as JSON and are not. long: about how many rows have more than MAX_LENGTH tokens. tools: rows with
+    tools, calls or their results. without_nulls: answers that were read without keys that are null. groups: how many
+    groups the rows are in. split_rows: about how many rows each split gets. held_groups: how many groups of equal size
+    the held-out rows weigh as much as.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
     rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
     turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
@@ -55,6 +58,7 @@ class RowFindings:
     unusable: Mapping[str, int]
     broken: int
     answers: AnswerFindings
+    long: int
     tools: int
     without_nulls: int
     group_by: str | None
@@ -107,6 +111,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         unusable=dict(read.unusable.most_common()),
         broken=broken,
         answers=examine_answers(usable, json_objects=bool(values)),
+        long=sum(_tokens(one) > MAX_LENGTH for one in different.values()),
         tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
         without_nulls=read.without_nulls,
         group_by=group_by,
@@ -197,3 +202,10 @@ def _groups_rows(values: Set[str], rows: int) -> bool:
         return False
     split = Split.model_validate(shares(rows))
     return len({split_of(value, split) for value in values}) == len(SPLITS)
+
+
+def _tokens(conversation: Sequence[Message]) -> float:
+    """About how many tokens a conversation has: one for four letters of English, and one for each that is not ASCII."""
+    texts = "".join(turn.content for turn in conversation)
+    ascii_letters = len(texts.encode("ascii", errors="ignore"))
+    return ascii_letters / 4 + len(texts) - ascii_letters
