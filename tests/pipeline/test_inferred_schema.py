@@ -157,6 +157,13 @@ def test_a_text_that_most_requests_say_is_not_closed() -> None:
     assert properties["level"] == {"type": "string", "enum": ["high", "low", "normal"]}
 
 
+@pytest.mark.parametrize(("count", "copied"), [(20, []), (90, ["*"])])
+def test_many_texts_that_requests_say_are_copies_and_not_labels(count: int, copied: list[str]) -> None:
+    values = [{"to": f"Oster{n % count}"} for n in range(20 * count)]
+    rows = [(json.dumps(value), [Message(role="user", content=f"go to {value['to']}")]) for value in values]
+    assert schema_and_copied(values, rows)[1] == copied
+
+
 @pytest.mark.parametrize(
     "asked",
     [

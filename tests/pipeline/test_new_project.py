@@ -190,6 +190,18 @@ def _long_prompt(folder: Path, asked: Callable[[int], str], answer: Callable[[in
     return (folder / "p" / "prompts" / "long.txt").read_text()
 
 
+@pytest.mark.parametrize(("rare", "told"), [(3, True), (1, False)])
+def test_init_says_that_later_answers_may_have_other_keys(tmp_path: Path, rare: int, told: bool) -> None:
+    rows = [
+        {"prompt": _words(n), "completion": {"all": [{"n": n} | ({f"k{n}": n} if n < rare else {})]}}
+        for n in range(200)
+    ]
+    notes = [note for note in _made(tmp_path, rows).notes if "one answer alone" in note]
+    assert [note.split(". ")[0] for note in notes] == (
+        ["keys that one answer alone has: `all[].k0`, `all[].k1`, `all[].k2`"] if told else []
+    )
+
+
 def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
     first = "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
     dates = _long_prompt(

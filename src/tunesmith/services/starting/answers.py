@@ -19,7 +19,7 @@ from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.splitting.duplicates import learned_parts
-from tunesmith.services.starting.inferred_schema import answer_labels, schema_and_copied
+from tunesmith.services.starting.inferred_schema import answer_labels, rare_keys, schema_and_copied
 
 _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
 
@@ -28,16 +28,18 @@ _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched fo
 class AnswerFindings:
     """What was found in the answers of a new project.
 
-    schema: where the last answers of all rows are JSON objects. constrained: whether answers are held to it. copied:
-    patterns of the fields to copy. said: paths of texts that most requests say. reordered, respelled: answers that the
-    build will write otherwise. tokens: the most that an answer needs, about. calls: rows that end in calls of tools.
-    others: answers before a row's last one that are no JSON objects, where the last ones are. objects, lists: without a
-    schema, how many rows end in a JSON object, with or without a code fence, or in a JSON list. labels: the answers, if
-    they are a few labels. sentences: whether most answers hold a sentence of their own.
+    schema: where the last answers of all rows are JSON objects. constrained: whether answers are held to it. rare:
+    paths of the keys that one answer alone has. copied: patterns of the fields to copy. said: paths of texts that most
+    requests say. reordered, respelled: answers that the build will write otherwise. tokens: the most that an answer
+    needs, about. calls: rows that end in calls of tools. others: answers before a row's last one that are no JSON
+    objects, where the last ones are. objects, lists: without a schema, how many rows end in a JSON object, with or
+    without a code fence, or in a JSON list. labels: the answers, if they are a few labels. sentences: whether most
+    answers hold a sentence of their own.
     """
 
     schema: dict[str, Any] | None
     constrained: bool
+    rare: Sequence[str]
     copied: list[str]
     said: Set[str]
     reordered: int
@@ -61,8 +63,11 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     pairs = [(part[-1].text, part[:-1]) for part in learned]
     schema: dict[str, Any] | None = None
     copied: list[str] = []
+    rare: list[str] = []
     if json_objects:
-        schema, copied = schema_and_copied([parse_json(answer) for answer, _ in pairs], pairs)
+        values = [parse_json(answer) for answer, _ in pairs]
+        schema, copied = schema_and_copied(values, pairs)
+        rare = rare_keys(values, schema)
     constrained = schema is not None and not others and _constrainable(schema)
     said, sentences = _free_texts(schema, pairs)
     # Where less is copied, values also stand in the request by chance, and their order there says little.
@@ -71,6 +76,7 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     return AnswerFindings(
         schema=schema,
         constrained=constrained,
+        rare=rare,
         copied=copied,
         said=said,
         reordered=sum(in_request_order(one)[-1] != one[-1] for one in conversations) if ordered else 0,

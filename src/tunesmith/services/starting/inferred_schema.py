@@ -18,6 +18,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 
 _ENUM_VALUES, _ENUM_CHARACTERS = 200, 20_000
+_MOST_WORDS = 60  # texts that requests say and that may be labels: more of them are copied
 _ENUM_TIMES = 20  # how often each is seen on average
 _LABEL_TIMES = 5  # the same for whole answers: a prompt lists them, and nothing forbids others
 _ASKED = 200  # requests that are searched for all values of a field
@@ -66,6 +67,28 @@ def infer_schema(values: Sequence[Mapping[str, Any]], said: Collection[str] = ()
     said: paths of values that requests say, and of objects whose keys they say. They are not closed.
     """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, "", 0, said)}
+
+
+def rare_keys(values: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> list[str]:
+    """The paths of the keys that one answer alone has, where the schema forbids other keys.
+
+    As many answers in as many others are likely to have a key that was not seen (Good and Turing's estimate).
+    """
+    times = Counter(path for value in values for path in set(_keys_of(value, schema, "")))
+    return [path for path, count in times.items() if count == 1]
+
+
+def _keys_of(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The path of every key that the schema names."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key in schema.get("properties", {}):
+                inside = f"{path}.{key}" if path else key
+                yield inside
+                yield from _keys_of(each, schema["properties"][key], inside)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _keys_of(each, schema.get("items", {}), f"{path}[]")
 
 
 def answer_labels(rows: Sequence[tuple[str, Sequence[Message]]]) -> tuple[str, ...]:
@@ -143,8 +166,8 @@ def _given(own: Sequence[Message]) -> list[str]:
 
 
 def _closed_in_all(schema: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """The paths of texts whose values a schema lists and that every answer has."""
-    if "enum" in schema:
+    """The paths of texts of which a schema lists a few values and that every answer has."""
+    if len(schema.get("enum", ())) in range(1, _MOST_WORDS + 1):
         yield path
     for key in schema.get("required", ()):
         yield from _closed_in_all(schema["properties"][key], f"{path}.{key}" if path else key)

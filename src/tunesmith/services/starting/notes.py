@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
 from tunesmith.services.starting.rows import FEWEST_GROUPS, MAX_LENGTH, RowFindings, shares
 
 _LISTED = 8  # keys in a note
+_RARE = 0.01  # keys of one answer, as a share of the rows
 _TOO_MANY = 1.5  # times as many held-out rows as planned
 
 
@@ -32,9 +33,15 @@ def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     if found.copies:
         yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
     if found.unread:
-        listed = [f"`{key}` ({count} times)" for key, count in found.unread.items()]
-        more = [f"{len(listed) - _LISTED} others"] if len(listed) > _LISTED else []
-        yield f"keys that are not read, so nothing is learned from them: {', '.join([*listed[:_LISTED], *more])}"
+        times = _listed(f"`{key}` ({count} times)" for key, count in found.unread.items())
+        yield f"keys that are not read, so nothing is learned from them: {times}"
+
+
+def _listed(found: Iterable[str]) -> str:
+    """The first of some, and how many others there are."""
+    every = list(found)
+    more = [f"{len(every) - _LISTED} others"] if len(every) > _LISTED else []
+    return ", ".join([*every[:_LISTED], *more])
 
 
 def _on_the_test(found: RowFindings) -> Iterator[str]:
@@ -81,6 +88,12 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
         yield (
             f"{found.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing key: "
             "keys that are null are left out. Where null is an answer, write answers as JSON text"
+        )
+    if len(answers.rare) > _RARE * found.rows:
+        keys = _listed(f"`{key}`" for key in answers.rare)
+        yield (
+            f"keys that one answer alone has: {keys}. Others are likely to have keys that no row has, which "
+            "answer.schema.json forbids: add them"
         )
     if answers.calls:
         yield (
