@@ -220,7 +220,7 @@ def test_an_object_whose_keys_requests_say_is_a_table(said: bool) -> None:
     "text",
     [
         *("2024-05-{:02}", "2024-05-01T10:{:02}:00Z", "{}/5/2024", "{}:30", "{} pm", "-{}.5", "1,0{:02}", "{}%"),
-        *("${}", "\u20ac {}.50", "{} min", "{} hours 5 minutes", "PT{}M", "Q3 20{:02}", "2026-W{:02}"),
+        *("${}", "\u20ac {}.50", "{} min", "{} hours 5 minutes", "PT{}M", "Q3 20{:02}", "2026-W{:02}", "v1.{}"),
     ],
 )
 def test_numbers_dates_times_and_amounts_in_texts_are_not_listed(text: str) -> None:

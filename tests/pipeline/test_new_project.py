@@ -218,6 +218,21 @@ def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
         '"why": string',
         '"at": null where the request says nothing, or string',
     ]
+    others = _long_prompt(
+        tmp_path / "c",
+        lambda n: f"{_words(n)} Ann{n}",
+        lambda n: {
+            "who": f"Ann{n}" if n % 4 == 0 else "",
+            "kind": "boss" if n % 2 else f"Ann{n}",
+            "any": [n, {"a": n}],
+        },
+    )
+    assert others.splitlines()[1:] == [
+        '"who": string, copied from the request, or ""',
+        '"kind": string, copied from the request, or "boss"',
+        '"any": array of integer or an object with',
+        '  "a": integer',
+    ]
 
 
 def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def _likely_renames(fields: Mapping[str, Any]) -> str:
     said = next((key for key in _ANSWERS if key in keys), None)
     if asked is None or said is None:
         return ""
-    found = {asked: "prompt", said: "completion"}
+    found: dict[str, str] = {asked: "prompt", said: "completion"}
     passage = next((key for key in _PASSAGES if key != asked and isinstance(fields.get(keys.get(key, "")), str)), None)
     if asked == "instruction" or passage is not None:  # Alpaca's rows have a place for the passage
         found = {asked: "instruction", said: "output"} | ({passage: "input"} if passage else {})

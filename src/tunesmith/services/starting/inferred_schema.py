@@ -31,6 +31,7 @@ _DIGITS = re.compile(r"\d+")
 _FIGURES = regex.compile(
     r"[+-]?\p{Sc}?\s?[+-]?\d[\d.,:/ -]*(T[\d.,:+-]+)?(%|[Zz]|[AaPp][Mm]|\p{Sc})?"
     r"|([+-]?\d[\d.,]*\s?\p{L}+\.?\s?)+"
+    r"|[Vv]\d+(\.\d+)+"
     r"|P(?=[\dT])(\d+[DWMY])*(T(\d+[HMS])+)?"
     r"|[QWH]\d+[- /]?\d{4}|\d{4}[- /]?[QWH]\d+"
 )
