@@ -475,5 +475,6 @@ def test_init_says_that_nearly_all_answers_are_json(
     made = _made(tmp_path, [{"prompt": _words(n), "completion": answer(n)} for n in range(100)])
     assert not made.json_answers
     found = [note for note in made.notes if "hold a JSON object" in note]
+    assert all(note.endswith("such as the one with 'I cannot say'") is (told == 99) for note in found)
     assert [note.split(" hold")[0] for note in found] == ([] if told is None else [f"{told} of 100 answers"])
     assert not any("a sentence of their own" in note for note in made.notes)

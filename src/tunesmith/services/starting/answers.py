@@ -35,8 +35,8 @@ class AnswerFindings:
     reordered, respelled: answers that the build will write otherwise. tokens: the most that an answer needs, about.
     calls: rows that end in calls of tools. others: answers before a row's last one that are no JSON objects, where the
     last ones are. objects, lists: without a schema, how many rows end in a JSON object, with or without a code fence,
-    or in a JSON list. labels: the answers, if they are a few labels. sentences: whether most answers hold a sentence of
-    their own.
+    or in a JSON list. not_object: the first answer without one. labels: the answers, if they are a few
+    labels. sentences: whether most answers hold a sentence of their own.
     """
 
     schema: dict[str, Any] | None
@@ -50,6 +50,7 @@ class AnswerFindings:
     calls: int
     others: int
     objects: int
+    not_object: str | None
     lists: int
     labels: tuple[str, ...]
     sentences: bool
@@ -75,6 +76,7 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
     texts = [] if json_objects or calls else [one[-1].text for one in conversations]
+    objects = [_is_object(_unfenced(text)) for text in texts]
     return AnswerFindings(
         schema=schema,
         constrained=constrained,
@@ -86,7 +88,8 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
         tokens=max(_most_tokens(part[-1].text) for part in (*conversations, *earlier)),
         calls=calls,
         others=others,
-        objects=sum(_is_object(_unfenced(text)) for text in texts),
+        objects=sum(objects),
+        not_object=next((text for text, one in zip(texts, objects, strict=True) if not one), None),
         lists=sum(text.lstrip().startswith("[") and is_json(text) for text in texts),
         labels=() if calls else answer_labels([(one[-1].text, one[:-1]) for one in conversations]),
         sentences=sentences and not calls,

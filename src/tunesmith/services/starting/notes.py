@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from tunesmith.services.starting.rows import FEWEST_GROUPS, MAX_LENGTH, RowFindings, shares
 
 _LISTED = 8  # keys in a note
+_SHOWN = 60  # characters of an answer in a note
 _RARE = 0.01  # keys of one answer, as a share of the rows
 _TOO_MANY = 1.5  # times as many held-out rows as planned
 
@@ -42,6 +43,12 @@ def _listed(found: Iterable[str]) -> str:
     every = list(found)
     more = [f"{len(every) - _LISTED} others"] if len(every) > _LISTED else []
     return ", ".join([*every[:_LISTED], *more])
+
+
+def _beginning(text: str) -> str:
+    """The first words of a text, on one line."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
 
 
 def _on_the_test(found: RowFindings) -> Iterator[str]:
@@ -104,6 +111,7 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
         yield (
             f"{answers.objects} of {every} answers hold a JSON object, but not every answer is one and no more, so all "
             "are taken as text. For a schema, remove code fences, and correct or remove the other rows"
+            + ("" if answers.not_object is None else f", such as the one with {_beginning(answers.not_object)}")
         )
     if 2 * answers.lists > every:
         yield (
