@@ -74,6 +74,8 @@ def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatc
     assert code == 0
     assert "120 held-out requests in 60 groups" in table
     assert asked == [None, ["tuned", "rag"]]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "\u2026" not in call("evaluate", "tuned", "rag", "-C", str(project))[1], "no figure is cut off"
 
 
 @pytest.mark.parametrize(

@@ -106,17 +106,32 @@ def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
             [{"prompt": _words(n), "completion": str(n), "conversation_id": f"c{n // 10}"} for n in range(400)],
             "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
         ),
-        (_asked_at("call text"), "about 0 groups of equal size will be held out (a group: the rows of one wording"),
+        (
+            _asked_at("call text"),
+            "`data build` will probably refuse the rows: none is left to test. They are in 2 groups (a group",
+        ),
+        (
+            _asked_at("go", 900) + _asked_at("call text mail wake ask", 100),
+            "which are 920 rows, and 80 rows are left to train on. A gate decides nothing by fewer groups than 20: "
+            "give rows of more groups, or set data.split.group_by",
+        ),
         (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
         ([{"prompt": _words(n), "completion": str(n)} for n in range(400)], None),
     ],
-    ids=["conversations", "two wordings", "five wordings", "a wording each"],
+    ids=["conversations", "two wordings", "most rows held out", "five wordings", "a wording each"],
 )
 def test_init_says_that_too_few_groups_will_be_held_out(
     tmp_path: Path, rows: list[dict[str, str]], told: str | None
 ) -> None:
     notes = _made(tmp_path, rows).notes
     assert (not notes) if told is None else any(told in note for note in notes), notes
+
+
+@pytest.mark.parametrize(("answer", "told"), [("abc " * 1500, True), ("\u6f22" * 1200, True), ("abc " * 800, False)])
+def test_init_says_that_rows_are_too_long(tmp_path: Path, answer: str, told: bool) -> None:
+    rows = [{"prompt": _words(n), "completion": f"{n} {answer if n % 2 else 'yes'}"} for n in range(120)]
+    notes = _made(tmp_path, rows).notes
+    assert any(note.startswith("about 60 rows have more than 1024 tokens") for note in notes) is told, notes
 
 
 def test_copies_of_rows_do_not_count(tmp_path: Path) -> None:
@@ -175,6 +190,18 @@ def _long_prompt(folder: Path, asked: Callable[[int], str], answer: Callable[[in
     return (folder / "p" / "prompts" / "long.txt").read_text()
 
 
+@pytest.mark.parametrize(("rare", "told"), [(3, True), (1, False)])
+def test_init_says_that_later_answers_may_have_other_keys(tmp_path: Path, rare: int, told: bool) -> None:
+    rows = [
+        {"prompt": _words(n), "completion": {"all": [{"n": n} | ({f"k{n}": n} if n < rare else {})]}}
+        for n in range(200)
+    ]
+    notes = [note for note in _made(tmp_path, rows).notes if "one answer alone" in note]
+    assert [note.split(". ")[0] for note in notes] == (
+        ["keys that one answer alone has: `all[].k0`, `all[].k1`, `all[].k2`"] if told else []
+    )
+
+
 def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
     first = "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
     dates = _long_prompt(
@@ -190,6 +217,21 @@ def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
         '"who": string, copied from the request',
         '"why": string',
         '"at": null where the request says nothing, or string',
+    ]
+    others = _long_prompt(
+        tmp_path / "c",
+        lambda n: f"{_words(n)} Ann{n}",
+        lambda n: {
+            "who": f"Ann{n}" if n % 4 == 0 else "",
+            "kind": "boss" if n % 2 else f"Ann{n}",
+            "any": [n, {"a": n}],
+        },
+    )
+    assert others.splitlines()[1:] == [
+        '"who": string, copied from the request, or ""',
+        '"kind": string, copied from the request, or "boss"',
+        '"any": array of integer or an object with',
+        '  "a": integer',
     ]
 
 
@@ -228,9 +270,9 @@ def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> N
             "compares fields (field_f1)",
         ),
         (lambda n: _words(n), None, None),
-        (lambda n: f"Please say the words again: {n % 30}", None, None),
+        (lambda n: f"Please say the words again: {n % 100}", None, None),
     ],
-    ids=["sentences", "sentences in JSON", "words of the request", "thirty sentences"],
+    ids=["sentences", "sentences in JSON", "words of the request", "a hundred sentences"],
 )
 def test_exact_match_does_not_decide_over_sentences(
     tmp_path: Path, answer: Callable[[int], str], primary: str | None, told: str | None
@@ -256,6 +298,15 @@ def test_labels_have_a_classifier_as_rival_and_a_prompt_that_names_them(
     assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is installed
     assert any("tunesmith[classifier]" in note for note in made.notes) is not installed
     assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(_LABELS)
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(77, 400), (150, 3000)])
+def test_many_labels_are_named_too(tmp_path: Path, labels: int, rows: int) -> None:
+    """Banking77 has 77 intents and CLINC150 has 150. A prompt without them would flatter tuning."""
+    intents = [f"intent_{_SYLLABLES[n // 10 % 10]}_{_SYLLABLES[n % 10]}_{n // 100}" for n in range(labels)]
+    _made(tmp_path, [{"prompt": _words(n), "completion": intents[n % labels]} for n in range(rows)])
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(intents)
+    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is bool(find_spec("sklearn"))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +463,7 @@ def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (lambda n: json.dumps({"n": n}) if n else "I cannot say", 99),
+        (lambda n: json.dumps({"n": n, "said": f"The words are {_words(n)}"}) if n else "I cannot say", 99),
         (lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n", 100),
         (lambda n: json.dumps({"n": n}) if n < 40 else "I cannot say", None),
     ],
@@ -424,4 +475,6 @@ def test_init_says_that_nearly_all_answers_are_json(
     made = _made(tmp_path, [{"prompt": _words(n), "completion": answer(n)} for n in range(100)])
     assert not made.json_answers
     found = [note for note in made.notes if "hold a JSON object" in note]
+    assert all(note.endswith("such as the one with 'I cannot say'") is (told == 99) for note in found)
     assert [note.split(" hold")[0] for note in found] == ([] if told is None else [f"{told} of 100 answers"])
+    assert not any("a sentence of their own" in note for note in made.notes)

@@ -288,7 +288,10 @@ def test_system_turns_of_rows_are_not_replaced(
 
 def test_init_says_which_key_has_too_few_values_and_when_rows_are_too_few_to_decide(tmp_path: Path) -> None:
     data = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"question {n}", "completion": f"answer {n}", "template": f"part {n % 5}"} for n in range(60)]
+    rows = [
+        {"prompt": f"question {chr(97 + n)}", "completion": f"answer {n}", "template": f"part {n % 5}"}
+        for n in range(60)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["init", "--data", str(data), "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p")]
     done = CliRunner().invoke(app, words)

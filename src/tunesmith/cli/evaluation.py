@@ -137,9 +137,10 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     table = Table(title=f"{found.n} held-out requests in {found.groups} groups", title_justify="left")
     table.add_column("candidate", no_wrap=True)
     for metric in metrics:
-        table.add_column(metric, justify="right", header_style="bold cyan" if metric == found.primary else None)
+        style = "bold cyan" if metric == found.primary else None
+        table.add_column(metric, justify="right", header_style=style, overflow="fold")
     for heading in ("prompt tokens", "answer tokens", "seconds", *([found.currency] if found.currency else [])):
-        table.add_column(f"{heading}\nper 1,000", justify="right")
+        table.add_column(f"{heading}\nper 1,000", justify="right", overflow="fold")
     for name in sorted(found.candidates, key=lambda name: (-found.candidates[name][found.primary].mean, name)):
         price = found.prices[name]
         table.add_row(

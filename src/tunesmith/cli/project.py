@@ -201,7 +201,8 @@ def _draw_project(console: Console, made: NewProject) -> None:
     place = "" if made.root == Path.cwd() else f" -C {made.root}"
     schema = "next: read answer.schema.json: it allows what these rows have; add what other answers may have"
     lines = [
-        f"{made.rows} rows, with answers in {kind}; {made.unusable} rows hold no usable conversation",
+        f"{made.rows} rows, with answers in {kind}"
+        + (f"; {made.unusable} rows hold no usable conversation" if made.unusable else ""),
         *([f"{made.broken} answers are broken JSON: `data build` will remove their rows"] if made.broken else []),
         *(
             [f"`data build` will put the keys of {made.reordered} answers in the order of the request"]

@@ -87,6 +87,9 @@ def test_keys_that_tell_nothing_or_two_things() -> None:
     [
         ({"question": "a", "answer": "b"}, "--rename question=prompt --rename answer=completion"),
         ({"text": "a", "label": 1}, "--rename text=prompt --rename label=completion"),
+        ({"Question": "a", "Answer": "b", "ID": "c"}, "--rename Question=prompt --rename Answer=completion"),
+        ({"Prompt ": "a", "Completion": "b"}, "--rename 'Prompt =prompt' --rename Completion=completion"),
+        ({"utterance": "a", "intent": "b"}, "--rename utterance=prompt --rename intent=completion"),
         ({"prompt": "a", "response": "b"}, "--rename response=completion"),
         ({"instruction": "a", "input": "b", "response": "c"}, "--rename response=output"),
         ({"id": "a", "chat": [{"role": "user", "content": "hi"}]}, "--rename chat=messages"),
@@ -99,6 +102,12 @@ def test_an_unknown_format_names_the_renames_that_would_do(fields: dict[str, Any
 
 def test_errors_of_common_shapes_say_what_to_do() -> None:
     assert "null counts as absent" in str(error({"prompt": "a"}, "prompt-completion").fix)
+    first = error({"prompt": "a", "meta": "b"})
+    assert first.what == "the row has prompt and no completion"
+    assert "null counts as absent" in str(first.fix)
+    picture = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "b"}}]
+    shown = error({"messages": [{"role": "user", "content": picture}]})
+    assert shown.what == "a part is of the type image_url, not text"
     assert "messages" in str(error({"prompt": turns("a"), "completion": turns("b")}).fix)
     mixed = error({"conversations": [{"role": "user", "content": "hi"}]})
     assert "--rename conversations=messages" in str(mixed.fix)

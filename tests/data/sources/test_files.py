@@ -253,7 +253,10 @@ def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_unknown_ending_and_overlapping_sources(tmp_path: Path) -> None:
-    assert "cannot be read from .xlsx" in failure(tmp_path, "a.xlsx", b"x").what
+    unknown = failure(tmp_path, "a.xlsx", b"x")
+    assert "cannot be read from .xlsx" in unknown.what
+    assert "convert it to one of .arrow, .csv" in str(unknown.fix)
+    assert "the list under data" in str(failure(tmp_path, "a.json", b'{"version": 1, "data": []}').fix)
     write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
     both = [Source(path="a.jsonl", licence="MIT"), Source(path="*.jsonl", licence="MIT")]
     with pytest.raises(UsageError, match="two sources"):

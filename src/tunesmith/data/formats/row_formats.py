@@ -7,6 +7,7 @@ that names the place. A row that fits but holds no usable conversation is remove
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -74,6 +75,15 @@ def format_of(name: str, row: Row) -> RowFormat:
         )
     known = "; ".join(f"{one.name}: {', '.join(sorted(one.needs))}" for one in detected)
     likely = _likely_renames(row.fields)
+    half = next((one for one in detected if one.needs & row.fields.keys()), None)
+    if half is not None and not likely:
+        missing = ", ".join(sorted(half.needs - row.fields.keys()))
+        raise UsageError(
+            f"the row has {', '.join(sorted(half.needs & row.fields.keys()))} and no {missing}",
+            where=row.where,
+            fix=f"fill it in, or remove the row (null counts as absent); where another key is the {missing}, add "
+            f"`--rename KEY={missing}` to `init`",
+        )
     raise UsageError(
         f"{keys} fits no known format",
         where=row.where,
@@ -90,22 +100,35 @@ def _likely_renames(fields: Mapping[str, Any]) -> str:
             for turn, name in (("role", "messages"), ("from", "conversations")):
                 if turn in value[0]:
                     return f"--rename {key}={name}"
-    asked = next((key for key in _REQUESTS if key in fields), None)
-    said = next((key for key in _ANSWERS if key in fields), None)
+    keys = {key.strip().casefold(): key for key in fields}  # spreadsheets often write `Question`
+    asked = next((key for key in _REQUESTS if key in keys), None)
+    said = next((key for key in _ANSWERS if key in keys), None)
     if asked is None or said is None:
         return ""
-    found = {asked: "prompt", said: "completion"}
-    passage = next((key for key in _PASSAGES if isinstance(fields.get(key), str) and key != asked), None)
+    found: dict[str, str] = {asked: "prompt", said: "completion"}
+    passage = next((key for key in _PASSAGES if key != asked and isinstance(fields.get(keys.get(key, "")), str)), None)
     if asked == "instruction" or passage is not None:  # Alpaca's rows have a place for the passage
         found = {asked: "instruction", said: "output"} | ({passage: "input"} if passage else {})
-    return " ".join(f"--rename {key}={name}" for key, name in found.items() if key != name)
+    renames = [f"{keys[key]}={name}" for key, name in found.items() if keys[key] != name]
+    return " ".join(f"--rename {shlex.quote(each)}" for each in renames)
 
 
 # What rows of other formats often call the request, the text that it is about, and the answer.
-_REQUESTS: Final = ("instruction", "prompt", "question", "query", "text", "input", "sentence", "document", "source")
+_REQUESTS: Final = (
+    "instruction",
+    "prompt",
+    "question",
+    "query",
+    "text",
+    "input",
+    "utterance",
+    "sentence",
+    "document",
+    "source",
+)
 _PASSAGES: Final = ("input", "context", "passage", "document", "article")
 _NOT_TEXT: Final[Mapping[type, str]] = {list: "write turns under messages", dict: "write it as text, such as JSON"}
-_ANSWERS: Final = ("completion", "output", "response", "answer", "label", "category", "summary", "target")
+_ANSWERS: Final = ("completion", "output", "response", "answer", "label", "intent", "category", "summary", "target")
 
 
 def format_evidence(name: str, *, told: bool) -> str:
@@ -253,6 +276,11 @@ def _content(content: Any, where: str) -> str:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(text_of(part, "text", f"{where}[{place}]") for place, part in enumerate(content))
+    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
+        other = next(part["type"] for part in content if part["type"] != "text")
+        raise UsageError(
+            f"a part is of the type {other}, not text", where=where, fix="only text is learned: remove the row"
+        )
     if not isinstance(content, str):
         what = f"content is a {type(content).__name__}, not text or text parts"
         raise UsageError(what, where=where, fix="write it as text, such as JSON")

@@ -163,7 +163,7 @@ class OpenSource:
             raise UsageError(
                 f"rows cannot be read from {kind}",
                 where=self.file.name,
-                fix=", ".join(sorted(ROW_FILES)),
+                fix=f"convert it to one of {', '.join(sorted(ROW_FILES))}, and give the file that ending",
             )
         return ROW_FILES[self._kind]
 

@@ -85,7 +85,9 @@ def read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]
         raise UsageError(f"a JSON array is read whole and may have {limit} at most", where=name, fix="make it JSONL")
     rows = _parse(_decode(data, name, first=True), name)
     if not isinstance(rows, list):
-        raise UsageError("the JSON is not a list of rows", where=name, fix="write [row, row, ...], or use .jsonl")
+        lists = [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
+        fix = f"write the list under {lists[0]} alone into a file" if lists else "write [row, row, ...], or use .jsonl"
+        raise UsageError("the JSON is not a list of rows", where=name, fix=fix)
     for number, row in enumerate(rows, start=1):
         yield number, _as_fields(row, f"{name}, row {number}")
 

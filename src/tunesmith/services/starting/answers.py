@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -19,8 +19,9 @@ from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.splitting.duplicates import learned_parts
-from tunesmith.services.starting.inferred_schema import answer_labels, schema_and_copied
+from tunesmith.services.starting.inferred_schema import answer_labels, rare_keys, schema_and_copied
 
+_UNSAID, _SAME = 0.02, 0.8  # shares of a field's values, and of those that no request says
 _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched for them
 
 
@@ -28,24 +29,28 @@ _SENTENCE, _BEGINNING = 5, 200  # words, and the characters that are searched fo
 class AnswerFindings:
     """What was found in the answers of a new project.
 
-    schema: where the last answers of all rows are JSON objects. constrained: whether answers are held to it. copied:
-    patterns of the fields to copy. said: paths of texts that most requests say. reordered, respelled: answers that the
-    build will write otherwise. tokens: the most that an answer needs, about. calls: rows that end in calls of tools.
-    others: answers before a row's last one that are no JSON objects, where the last ones are. objects, lists: without a
-    schema, how many rows end in a JSON object, with or without a code fence, or in a JSON list. labels: the answers, if
-    they are a few labels. sentences: whether most answers hold a sentence of their own.
+    schema: where the last answers of all rows are JSON objects. constrained: whether answers are held to it. rare:
+    paths of the keys that one answer alone has. copied: patterns of the fields to copy. said: paths of texts that most
+    requests say -> the text that stands for one that is not said, such as "" or "unknown"; None where there is none.
+    reordered, respelled: answers that the build will write otherwise. tokens: the most that an answer needs, about.
+    calls: rows that end in calls of tools. others: answers before a row's last one that are no JSON objects, where the
+    last ones are. objects, lists: without a schema, how many rows end in a JSON object, with or without a code fence,
+    or in a JSON list. not_object: the first answer without one. labels: the answers, if they are a few
+    labels. sentences: whether most answers hold a sentence of their own.
     """
 
     schema: dict[str, Any] | None
     constrained: bool
+    rare: Sequence[str]
     copied: list[str]
-    said: Set[str]
+    said: Mapping[str, str | None]
     reordered: int
     respelled: int
     tokens: int
     calls: int
     others: int
     objects: int
+    not_object: str | None
     lists: int
     labels: tuple[str, ...]
     sentences: bool
@@ -61,16 +66,21 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     pairs = [(part[-1].text, part[:-1]) for part in learned]
     schema: dict[str, Any] | None = None
     copied: list[str] = []
+    rare: list[str] = []
     if json_objects:
-        schema, copied = schema_and_copied([parse_json(answer) for answer, _ in pairs], pairs)
+        values = [parse_json(answer) for answer, _ in pairs]
+        schema, copied = schema_and_copied(values, pairs)
+        rare = rare_keys(values, schema)
     constrained = schema is not None and not others and _constrainable(schema)
     said, sentences = _free_texts(schema, pairs)
     # Where less is copied, values also stand in the request by chance, and their order there says little.
     ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
     texts = [] if json_objects or calls else [one[-1].text for one in conversations]
+    objects = [_is_object(_unfenced(text)) for text in texts]
     return AnswerFindings(
         schema=schema,
         constrained=constrained,
+        rare=rare,
         copied=copied,
         said=said,
         reordered=sum(in_request_order(one)[-1] != one[-1] for one in conversations) if ordered else 0,
@@ -78,7 +88,8 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
         tokens=max(_most_tokens(part[-1].text) for part in (*conversations, *earlier)),
         calls=calls,
         others=others,
-        objects=sum(_is_object(_unfenced(text)) for text in texts),
+        objects=sum(objects),
+        not_object=next((text for text, one in zip(texts, objects, strict=True) if not one), None),
         lists=sum(text.lstrip().startswith("[") and is_json(text) for text in texts),
         labels=() if calls else answer_labels([(one[-1].text, one[:-1]) for one in conversations]),
         sentences=sentences and not calls,
@@ -120,19 +131,28 @@ def _unfenced(answer: str) -> str:
 
 def _free_texts(
     schema: Mapping[str, Any] | None, pairs: Sequence[tuple[str, Sequence[Message]]]
-) -> tuple[Set[str], bool]:
-    """(paths of texts that most requests say, whether most answers hold a sentence of their own)."""
+) -> tuple[dict[str, str | None], bool]:
+    """(paths of texts that most requests say -> what stands for others, whether most answers hold a new sentence)."""
     free = {""} if schema is None else set(text_fields(schema))
     seen, said, sentences = Counter[str](), Counter[str](), set[str]()
+    unsaid: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for answer, request in pairs:
         given = pieces(turn.content for turn in request if turn.role == "user")
         with contextlib.suppress(NotJson):
             found: Iterable[tuple[str, str]] = [("", answer)] if schema is None else texts_of(parse_json(answer))
             texts = [(path, text, is_copied(text, given)) for path, text in found if path in free]
             seen.update(path for path, _, _ in texts)
-            said.update(path for path, _, copied in texts if copied)
+            for path, text, copied in texts:
+                said[path] += copied
+                unsaid[path][text] += not copied
             sentences.update([text for _, text, copied in texts if not copied and _is_sentence(text)][:1])
-    return {path for path, count in seen.items() if 2 * said[path] > count}, 2 * len(sentences) > len(pairs)
+    found_said: dict[str, str | None] = {}
+    for path, count in seen.items():
+        text, times = unsaid[path].most_common(1)[0]
+        instead = times > max(_UNSAID * count, _SAME * unsaid[path].total())
+        if 2 * said[path] > count - times * instead:
+            found_said[path] = text if instead else None
+    return found_said, 2 * len(sentences) > len(pairs)
 
 
 def _is_sentence(text: str) -> bool:

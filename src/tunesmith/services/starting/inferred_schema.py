@@ -10,19 +10,31 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import regex
+
 from tunesmith.candidates.grammars.copying import paths_to_copy, patterns_of, texts_of
 from tunesmith.candidates.grammars.words import is_copied, pieces
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 
-_ENUM_VALUES, _ENUM_CHARACTERS = 60, 20_000
+_ENUM_VALUES, _ENUM_CHARACTERS = 200, 20_000
+_MOST_WORDS = 60  # texts that requests say and that may be labels: more of them are copied
 _ENUM_TIMES = 20  # how often each is seen on average
+_LABEL_TIMES = 5  # the same for whole answers: a prompt lists them, and nothing forbids others
 _ASKED = 200  # requests that are searched for all values of a field
 _UNSAID = 0.02  # the share of a field's values that requests need not say, as for fields to copy
 _UNSAID_NUMBERS = 0.5  # the same for numbers
-_WHOLE = re.compile(r"-?\d+")
+_FEWEST_TEXTS, _MOST_TEXTS = 6, 0.8  # of several texts, the share that requests say where they say most of them
+_WHOLE = regex.compile(r"-?\d+(\s\p{L}+)?")  # 5, or 5 stars
 _DIGITS = re.compile(r"\d+")
-_FIGURES = re.compile(r"[+-]?\d[\d.,:/ -]*(T[\d.,:+-]+)?(%|Z|[ap]m)?", re.IGNORECASE)  # a number, date or time
+# A number, date, time, amount (`$5`, `30 min`), duration (`PT30M`), or period of a year (`Q3 2026`, `2026-W05`).
+_FIGURES = regex.compile(
+    r"[+-]?\p{Sc}?\s?[+-]?\d[\d.,:/ -]*(T[\d.,:+-]+)?(%|[Zz]|[AaPp][Mm]|\p{Sc})?"
+    r"|([+-]?\d[\d.,]*\s?\p{L}+\.?\s?)+"
+    r"|[Vv]\d+(\.\d+)+"
+    r"|P(?=[\dT])(\d+[DWMY])*(T(\d+[HMS])+)?"
+    r"|[QWH]\d+[- /]?\d{4}|\d{4}[- /]?[QWH]\d+"
+)
 # A range is a property of the task, and not of these rows, where it counts from 0 or 1, has more values than a year
 # has months, and its ends are seen again and again: 0 to 100 percent. Where only its values are, it gets a margin.
 _RANGE_VALUES, _RANGE_DISTINCT, _RANGE_ENDS, _RANGE_TIMES = 200, 13, 5, 10
@@ -43,7 +55,7 @@ def schema_and_copied(
     requests list all values of a text, as "positive or negative?" does, these are the choices. A text with few values
     that every answer has may be a word of the request or a label that happens to stand there: it is not copied either.
     """
-    said = _said(rows)
+    said = _said(rows, most=True)
     said -= _listed(said, rows)
     schema = infer_schema(values, said)
     said -= set(_closed_in_all(infer_schema(values)))
@@ -58,36 +70,78 @@ def infer_schema(values: Sequence[Mapping[str, Any]], said: Collection[str] = ()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, "", 0, said)}
 
 
+def rare_keys(values: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> list[str]:
+    """The paths of the keys that one answer alone has, where the schema forbids other keys.
+
+    As many answers in as many others are likely to have a key that was not seen (Good and Turing's estimate).
+    """
+    times = Counter(path for value in values for path in set(_keys_of(value, schema, "")))
+    return [path for path, count in times.items() if count == 1]
+
+
+def _keys_of(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The path of every key that the schema names."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key in schema.get("properties", {}):
+                inside = f"{path}.{key}" if path else key
+                yield inside
+                yield from _keys_of(each, schema["properties"][key], inside)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _keys_of(each, schema.get("items", {}), f"{path}[]")
+
+
 def answer_labels(rows: Sequence[tuple[str, Sequence[Message]]]) -> tuple[str, ...]:
     """The answers, if they are a few labels that requests do not say, or that most requests list. Whole numbers may be
     labels, as the stars of a review are."""
     answers = [answer for answer, _ in rows]
-    if not _is_vocabulary(answers, numbers=True):  # too many: the requests need not be searched
+    if not _is_vocabulary(answers, _LABEL_TIMES, numbers=True):  # too many: the requests need not be searched
         return ()
     named = [(json.dumps({"label": answer}), own) for answer, own in rows]
     said = _said(named)
     return () if "label" in said - _listed(said, named) else tuple(sorted(set(answers)))
 
 
-def _said(rows: Sequence[tuple[str, Sequence[Message]]]) -> set[str]:
+def _said(rows: Sequence[tuple[str, Sequence[Message]]], *, most: bool = False) -> set[str]:
     """The paths of texts and keys that requests say in nearly all rows, in capitals or not, and of numbers that they
-    say in most rows: `a chair` is 1, and `a dozen` is 12."""
+    say in most rows: `a chair` is 1, and `a dozen` is 12.
+
+    most: also paths of several texts of which most are said wherever they are the value: a town that some requests
+    shorten, or a name in whose place some answers have "" or "unknown".
+    """
     found: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     numbers: set[str] = set()
+    texts: dict[str, dict[str, list[int]]] = {}  # path -> text -> how often it is the value, and unsaid
     for answer, own in rows:
         given = _given(own)
         with suppress(NotJson):
             for path, word in _words_of(parse_json(answer)):
+                missing = not is_copied(str(word).casefold(), given)
                 found[path] += 1
-                unsaid[path] += not is_copied(str(word).casefold(), given)
+                unsaid[path] += missing
                 if not isinstance(word, str):
                     numbers.add(path)
+                elif len(known := texts.setdefault(path, {})) <= _ENUM_VALUES:
+                    counts = known.setdefault(word, [0, 0])
+                    counts[0] += 1
+                    counts[1] += missing
     return {
         path
         for path, times in found.items()
-        if times >= _ENUM_TIMES and unsaid[path] <= (_UNSAID_NUMBERS if path in numbers else _UNSAID) * times
+        if times >= _ENUM_TIMES
+        and (
+            unsaid[path] <= (_UNSAID_NUMBERS if path in numbers else _UNSAID) * times
+            or (most and _most_said(texts.get(path, {}).values()))
+        )
     }
+
+
+def _most_said(texts: Collection[Sequence[int]]) -> bool:
+    """Whether most of several texts are said in most of their rows."""
+    said = sum(2 * missing < times for times, missing in texts)
+    return len(texts) >= _FEWEST_TEXTS and said >= _MOST_TEXTS * len(texts)
 
 
 def _words_of(value: Any, path: str = "") -> Iterator[tuple[str, str | int | float]]:
@@ -113,8 +167,8 @@ def _given(own: Sequence[Message]) -> list[str]:
 
 
 def _closed_in_all(schema: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """The paths of texts whose values a schema lists and that every answer has."""
-    if "enum" in schema:
+    """The paths of texts of which a schema lists a few values and that every answer has."""
+    if len(schema.get("enum", ())) in range(1, _MOST_WORDS + 1):
         yield path
     for key in schema.get("required", ()):
         yield from _closed_in_all(schema["properties"][key], f"{path}.{key}" if path else key)
@@ -196,13 +250,14 @@ def _range(values: Sequence[int | float], said: bool) -> tuple[int, int] | None:
     return math.floor(least - span) if least < 0 else 0, math.ceil(most + span)
 
 
-def _is_vocabulary(values: Sequence[str], *, numbers: bool = False) -> bool:
+def _is_vocabulary(values: Sequence[str], each: int = _ENUM_TIMES, *, numbers: bool = False) -> bool:
     """Whether so few distinct texts in so many rows are a vocabulary, not free text: nearly each is seen again.
 
-    Dates, times and numbers are not: the next row may have another. numbers: whole ones may be.
+    Dates, times and amounts are not: the next row may have another. each: how often a text is seen on average, at
+    least. numbers: whole ones may be.
     """
     times = Counter(values)
-    if len(times) > _ENUM_VALUES or sum(map(len, times)) > _ENUM_CHARACTERS or len(values) < _ENUM_TIMES * len(times):
+    if len(times) > _ENUM_VALUES or sum(map(len, times)) > _ENUM_CHARACTERS or len(values) < each * len(times):
         return False
     figures = [text for text in times if _FIGURES.fullmatch(text) and not (numbers and _WHOLE.fullmatch(text))]
     if 2 * len(figures) > len(times):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
-from tunesmith.services.starting.rows import FEWEST_GROUPS, RowFindings, shares
+from tunesmith.services.starting.rows import FEWEST_GROUPS, MAX_LENGTH, RowFindings, shares
 
 _LISTED = 8  # keys in a note
+_SHOWN = 60  # characters of an answer in a note
+_RARE = 0.01  # keys of one answer, as a share of the rows
+_TOO_MANY = 1.5  # times as many held-out rows as planned
 
 
 def notes(found: RowFindings) -> tuple[str, ...]:
@@ -23,28 +26,54 @@ def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     if found.unusable:
         why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
         yield f"rows without a usable conversation: {why}"
+    if found.long:
+        yield (
+            f"about {found.long} rows have more than {MAX_LENGTH} tokens: `data build` refuses them. Raise "
+            "train.max_length of the candidate tuned, or set data.overlong to drop or truncate"
+        )
     if found.copies:
         yield f"{found.copies} more rows are copies of these: `data build` keeps one of each"
     if found.unread:
-        listed = [f"`{key}` ({count} times)" for key, count in found.unread.items()]
-        more = [f"{len(listed) - _LISTED} others"] if len(listed) > _LISTED else []
-        yield f"keys that are not read, so nothing is learned from them: {', '.join([*listed[:_LISTED], *more])}"
+        times = _listed(f"`{key}` ({count} times)" for key, count in found.unread.items())
+        yield f"keys that are not read, so nothing is learned from them: {times}"
+
+
+def _listed(found: Iterable[str]) -> str:
+    """The first of some, and how many others there are."""
+    every = list(found)
+    more = [f"{len(every) - _LISTED} others"] if len(every) > _LISTED else []
+    return ", ".join([*every[:_LISTED], *more])
+
+
+def _beginning(text: str) -> str:
+    """The first words of a text, on one line."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
 
 
 def _on_the_test(found: RowFindings) -> Iterator[str]:
     """What limits the figures on held-out rows."""
     share = shares(found.rows)["test"]
-    if (tested := round(found.rows * share)) < FEWEST_GROUPS:
+    tested = round(found.rows * share)
+    trained, held = found.split_rows.get("train", 0), found.split_rows.get("test", 0)
+    alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
+    fix = f"give rows of more groups, {'' if held > _TOO_MANY * tested else 'raise data.split.test, '}"
+    fix += "or set data.split.group_by to a key that tells kinds of requests apart"
+    if not trained or not held:
+        yield (
+            f"`data build` will probably refuse the rows: none is left to {'test' if trained else 'train on'}. They "
+            f"are in {found.groups} groups (a group: the rows of {alike}), which are never divided: {fix}"
+        )
+    elif tested < FEWEST_GROUPS:
         yield (
             f"about {tested} rows will be held out to test, and a gate decides nothing by fewer than {FEWEST_GROUPS}: "
             f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
         )
     elif found.held_groups < FEWEST_GROUPS:
-        alike = f"one `{found.group_by}`" if found.group_by else "one wording, whatever its values"
         yield (
-            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), and "
-            f"a gate decides nothing by fewer than {FEWEST_GROUPS}: give rows of more groups, raise data.split.test, "
-            "or set data.split.group_by"
+            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), "
+            f"which are {held} rows, and {trained} rows are left to train on. A gate decides nothing by fewer "
+            f"groups than {FEWEST_GROUPS}: {fix}"
         )
     for key, values in found.key_values.items():
         if 1 < values <= found.rows // 2:
@@ -67,6 +96,12 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"{found.without_nulls} answers are objects of Parquet or Arrow, which have null for each missing key: "
             "keys that are null are left out. Where null is an answer, write answers as JSON text"
         )
+    if len(answers.rare) > _RARE * found.rows:
+        keys = _listed(f"`{key}`" for key in answers.rare)
+        yield (
+            f"keys that one answer alone has: {keys}. Others are likely to have keys that no row has, which "
+            "answer.schema.json forbids: add them"
+        )
     if answers.calls:
         yield (
             f"{answers.calls} rows end in calls of tools: no schema is inferred. exact_match compares a call's name "
@@ -76,6 +111,7 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
         yield (
             f"{answers.objects} of {every} answers hold a JSON object, but not every answer is one and no more, so all "
             "are taken as text. For a schema, remove code fences, and correct or remove the other rows"
+            + ("" if answers.not_object is None else f", such as the one with {_beginning(answers.not_object)}")
         )
     if 2 * answers.lists > every:
         yield (
@@ -89,7 +125,7 @@ def _on_answers(found: RowFindings) -> Iterator[str]:
             f"answers are {len(answers.labels)} labels: a classifier may be the best untuned candidate. pip install "
             "'tunesmith[classifier]' and add candidates.classifier: {method: classifier}"
         )
-    if answers.sentences:
+    if answers.sentences and 2 * max(answers.objects, answers.lists) <= every:
         told = "most answers hold a sentence of their own. Where other words mean the same, exact_match will be about 0"
         if answers.schema is None:
             yield (

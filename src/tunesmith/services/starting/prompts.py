@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunesmith.candidates.grammars.copying import text_fields
 from tunesmith.services.starting.rows import RowFindings
+
+_WITH_KEYS = ("array", "object")  # named last: the lines of their keys follow
 
 
 def long_prompt(found: RowFindings) -> str:
@@ -20,10 +22,10 @@ def long_prompt(found: RowFindings) -> str:
         )
     if schema is None:
         return "Answer the request as the examples do: in the same style, at the same length, and nothing else.\n"
-    all_said = set(text_fields(schema)) <= said  # said once, and not of each field
+    all_said = set(text_fields(schema)) <= said.keys() and set(said.values()) <= {None}  # said once, not of each field
     lines = [
         "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence.",
-        *_keys(schema, "", frozenset() if all_said else said),
+        *_keys(schema, "", {} if all_said else said),
         *(["Copy each string from the request as it is written."] if said and all_said else []),
         *(["Leave out what the request does not say."] if _leaves_out(schema) else []),
     ]
@@ -36,21 +38,25 @@ def short_prompt(found: RowFindings) -> str:
     return "Answer with one JSON object.\n" if objects_only else "Answer as in the examples.\n"
 
 
-def _keys(schema: Mapping[str, Any], path: str, said: Set[str], indent: str = "") -> Iterator[str]:
+def _keys(schema: Mapping[str, Any], path: str, said: Mapping[str, str | None], indent: str = "") -> Iterator[str]:
     """A line for each key of an object, followed by the lines of the objects in it."""
     for key, value in schema.get("properties", {}).items():
         place = f"{path}.{key}" if path else key
         yield f"{indent}{_quoted(key)}: {_kind(value, place, said)}"
+        yield from _keys(value, place, said, f"{indent}  ")
         while "items" in value:
             place, value = f"{place}[]", value["items"]
-        yield from _keys(value, place, said, f"{indent}  ")
+            yield from _keys(value, place, said, f"{indent}  ")
 
 
-def _kind(schema: Mapping[str, Any], path: str, said: Set[str]) -> str:
+def _kind(schema: Mapping[str, Any], path: str, said: Mapping[str, str | None]) -> str:
     """What values a schema allows, in words."""
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    names = [kind for kind in kinds if kind != "null"]
-    words = {"string": "string, copied from the request"} if path in said else {}
+    names = sorted((kind for kind in kinds if kind != "null"), key=_WITH_KEYS.__contains__)
+    words = {}
+    if path in said:
+        instead = said[path]
+        words["string"] = "string, copied from the request" + ("" if instead is None else f", or {_quoted(instead)}")
     if "properties" in schema:
         words["object"] = "an object with" if schema.get("required") else "an object with any of"
     if "items" in schema:

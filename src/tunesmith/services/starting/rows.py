@@ -22,7 +22,9 @@ from tunesmith.data.splitting.duplicates import answer_key, request_key, request
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
 from tunesmith.services.starting.answers import AnswerFindings, examine_answers, is_json, json_objects
+from tunesmith.training.settings import TrainSettings
 
+MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default
 FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
@@ -41,8 +43,10 @@ class RowFindings:
     """What was found in the rows of a new project.
 
     rows: usable ones without copies. unusable: why a row holds no usable conversation -> how many rows. broken: answers
-    that are meant as JSON and are not. tools: rows with tools, calls or their results. without_nulls: answers that were
-    read without keys that are null. held_groups: how many groups of equal size the held-out rows weigh as much as.
+    that are meant as JSON and are not. long: about how many rows have more than MAX_LENGTH tokens. tools: rows with
+    tools, calls or their results. without_nulls: answers that were read without keys that are null. groups: how many
+    groups the rows are in. split_rows: about how many rows each split gets. held_groups: how many groups of equal size
+    the held-out rows weigh as much as.
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
     rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
     turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
@@ -54,9 +58,12 @@ class RowFindings:
     unusable: Mapping[str, int]
     broken: int
     answers: AnswerFindings
+    long: int
     tools: int
     without_nulls: int
     group_by: str | None
+    groups: int
+    split_rows: Mapping[str, int]
     held_groups: float
     key_values: Mapping[str, int]
     rename: Mapping[str, str]
@@ -95,6 +102,8 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     group_by = next((key for key, known in read.groups.items() if known and _groups_rows(set(known), rows)), None)
     stated = read.groups[group_by] if group_by else None
     groups = stated or [wording_group(request_text(one), one[-1].text) for one in different.values()]
+    split = Split.model_validate(shares(rows))
+    splits = [split_of(group, split) for group in groups]
     systems = {one[0].content.strip() if one[0].role == "system" else "" for one in read.conversations}
     return RowFindings(
         rows=rows,
@@ -102,10 +111,13 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         unusable=dict(read.unusable.most_common()),
         broken=broken,
         answers=examine_answers(usable, json_objects=bool(values)),
+        long=sum(_tokens(one) > MAX_LENGTH for one in different.values()),
         tools=sum(any(turn.tools or turn.tool_calls or turn.role == "tool" for turn in one) for one in usable),
         without_nulls=read.without_nulls,
         group_by=group_by,
-        held_groups=_held_groups(groups, rows),
+        groups=len(set(groups)),
+        split_rows=Counter(splits),
+        held_groups=effective_groups([group for group, where in zip(groups, splits, strict=True) if where == "test"]),
         key_values={} if group_by else {key: len(set(known or ())) for key, known in read.groups.items()},
         rename=source.rename,
         one_instruction=one_instruction,
@@ -192,8 +204,8 @@ def _groups_rows(values: Set[str], rows: int) -> bool:
     return len({split_of(value, split) for value in values}) == len(SPLITS)
 
 
-def _held_groups(groups: Sequence[str], rows: int) -> float:
-    """The number of groups of equal size that the rows to be held out weigh as much as. groups: one of each row."""
-    split = Split.model_validate(shares(rows))
-    held = {group for group in set(groups) if split_of(group, split) == "test"}
-    return effective_groups([group for group in groups if group in held])
+def _tokens(conversation: Sequence[Message]) -> float:
+    """About how many tokens a conversation has: one for four letters of English, and one for each that is not ASCII."""
+    texts = "".join(turn.content for turn in conversation)
+    ascii_letters = len(texts.encode("ascii", errors="ignore"))
+    return ascii_letters / 4 + len(texts) - ascii_letters
