@@ -517,6 +517,25 @@ def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:
     assert not project.store.records_of("forecast")
 
 
+def test_a_loss_that_is_not_finite_is_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a training whose last step ruined the weights."""
+    project = write_large(tmp_path / "p")
+    monkeypatch.setattr(InProcessEngine, "choose", lambda _engine, asked, *_given: [[float("nan")] for _ in asked])
+    with pytest.raises(Inconclusive, match="expected answer is nan") as caught:
+        forecast(project, budget=BUDGET)
+    assert "learning_rate" in str(caught.value.fix)
+    assert not project.store.records_of("forecast")
+
+
+def test_a_damaged_part_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "parts" / "12-rows.json"
+    for damaged in (b"", b'{"scores": [0.5', b"\xff"):
+        assert held_out.kept(path, lambda: {"scores": [0.5]}) == {"scores": [0.5]}
+        assert held_out.kept(path, dict) == {"scores": [0.5]}, "what is whole is kept"
+        path.write_bytes(damaged)
+    assert held_out.kept(path, lambda: {"scores": [1.0]}) == {"scores": [1.0]}
+
+
 def test_a_score_of_one_from_the_start_leaves_nothing_to_gain(tmp_path: Path) -> None:
     found = forecast(write_large(tmp_path / "p", value="1.0"), budget=BUDGET, goal=0.02)
     assert found.rivals["plain"] == 1.0
