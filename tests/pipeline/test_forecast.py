@@ -32,7 +32,7 @@ from tunesmith.pipeline.forecast import curve, lift_gate
 from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.stages import REVISIONS
 from tunesmith.services.evaluations.evaluation import report, report_page
-from tunesmith.services.runs.forecast import Forecast, forecast, forecast_page, forecast_view
+from tunesmith.services.runs.forecast import Expected, Forecast, forecast, forecast_page, forecast_view
 from tunesmith.store.store import Store
 from tunesmith.training import train as training_module
 from tunesmith.training.recipe import usual_epochs
@@ -210,7 +210,7 @@ def test_a_rival_that_the_gate_names_is_not_called_the_best(tmp_path: Path) -> N
     project = write_large(tmp_path / "p", gates=named)
     found = forecast(project, budget=BUDGET)
     assert (found.rival, found.rival_named, list(found.rivals)) == ("plain", True, ["plain"])
-    assert any("from plain, which the lift gate names" in sentence for sentence in found.reasons)
+    assert any("over plain, which the lift gate names" in sentence for sentence in found.reasons)
     (asked,) = project.store.record(project.store.record(found.forecast).parents["curve"]).body["untuned"].values()
     assert asked["asked"] == sum(found.held.values()), "as many as the subsets' models, though nearest is better"
 
@@ -455,6 +455,18 @@ def test_exit_codes_say_the_decision(project: Project, found: Forecast) -> None:
     assert document == found.document()
     code, document = _command(project.root, "--budget", "never")
     assert (code, document["error"]["where"]) == (2, "--budget")
+
+
+@pytest.mark.usefixtures("found")
+def test_the_table_shows_the_numbers_of_the_sentences(
+    project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.04% is 0.1% in both, and not 0.0% in one of them."""
+    little = found.model_copy(update={"score": Expected(median=0.0004, low=0.0, high=0.9997)})
+    monkeypatch.setattr("tunesmith.services.runs.forecast.forecast", lambda *_given, **_more: little)
+    shown = CliRunner().invoke(app, ["forecast", "-C", str(project.root)]).stdout
+    (line,) = (line for line in shown.splitlines() if "forecast for all" in line)
+    assert [cell.strip() for cell in line.split("│")[2:4]] == ["0.1%", "0% to 99.9%"]
 
 
 def test_too_few_rows_are_inconclusive(tmp_path: Path) -> None:

@@ -74,11 +74,13 @@ def forecast(
 def _draw(console: Console, found: Forecast) -> None:
     from rich.text import Text
 
-    rows = [(f"trained on {each.rows:,} rows", f"{each.mean:.1%}", "") for each in found.subsets]
-    rows += [(name, f"{mean:.1%}", "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
+    from tunesmith.evaluation.report.wording import percent
+
+    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
+    rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
     score = found.score
     rows.append(
-        (f"forecast for all {found.rows:,} rows", f"{score.median:.1%}", f"{score.low:.1%} to {score.high:.1%}")
+        (f"forecast for all {found.rows:,} rows", percent(score.median), f"{percent(score.low)} to {percent(score.high)}")
     )
     held = sum(found.held.values())
     draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=f"{held} held-out rows")
