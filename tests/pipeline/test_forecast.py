@@ -422,6 +422,23 @@ def test_a_slow_machine_gives_a_forecast_with_an_interval_within_the_budget(
     assert not found.complete
 
 
+def test_a_machine_that_becomes_slow_trains_on_fewer_subsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, clock, plan = PipelineContext(write_large(tmp_path / "p")), Slow(1.0), pipeline_forecast.subset_plan
+    clock.time_answers(monkeypatch)
+
+    def slower_afterwards(*given: Any, **more: Any) -> tuple[list[int], int]:
+        clock.slowness = 5.0
+        return plan(*given, **more)
+
+    monkeypatch.setattr(pipeline_forecast, "subset_plan", slower_afterwards)
+    digest = run_forecast(context, "tuned", budget=60.0, goal=None, days=30.0, clock=clock)
+    found = forecast_view(context.store, digest)
+    assert len(found.subsets) == 2, "four were planned"
+    assert found.seconds <= 60.0
+    assert not found.complete
+    assert found.score.low < found.score.high
+
+
 def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found: Forecast, tmp_path: Path) -> None:
     project.run()
     shown = report(project)
