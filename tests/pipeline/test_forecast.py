@@ -472,6 +472,8 @@ def test_exit_codes_say_the_decision(project: Project, found: Forecast) -> None:
     assert document == found.document()
     code, document = _command(project.root, "--budget", "never")
     assert (code, document["error"]["where"]) == (2, "--budget")
+    code, document = _command(project.root, "--output", str(project.root))
+    assert (code, document["error"]["where"]) == (2, "--output")
 
 
 @pytest.mark.usefixtures("found")

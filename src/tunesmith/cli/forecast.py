@@ -49,9 +49,10 @@ def forecast(
     ] = False,
 ) -> None:
     """Forecast before a training whether it will pay. Exits with 0 for train, 3 for don't, 4 for undecided."""
+    from tunesmith.core.errors import UsageError
+
     if queue:
         from tunesmith.cli.jobs import draw_job
-        from tunesmith.core.errors import UsageError
         from tunesmith.services.runs import jobs
 
         if (budget, goal, days, output) != (None, None, _DAYS, None):
@@ -61,6 +62,8 @@ def forecast(
     from tunesmith.core.settings import duration_of
     from tunesmith.services.runs import forecast as services
 
+    if output is not None and output.is_dir():  # said before minutes of work, not after
+        raise UsageError(f"{output} is a folder", where="--output", fix="name a file in it")
     seconds = None if budget is None else duration_of(budget, "--budget")
     found = services.forecast(
         here.project, candidate, budget=seconds, goal=goal, days=days, progress=Terminal(), actor=here.actor
