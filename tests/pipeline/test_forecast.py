@@ -484,6 +484,7 @@ def test_the_table_shows_the_numbers_of_the_sentences(
     little = found.model_copy(update={"score": Expected(median=0.0004, low=0.0, high=0.9997)})
     monkeypatch.setattr("tunesmith.services.runs.forecast.forecast", lambda *_given, **_more: little)
     shown = CliRunner().invoke(app, ["forecast", "-C", str(project.root)]).stdout
+    assert shown.startswith(f"up to {sum(found.held.values())} held-out rows"), "plain was asked fewer than nearest"
     (line,) = (line for line in shown.splitlines() if "forecast for all" in line)
     assert [cell.strip() for cell in line.split("│")[2:4]] == ["0.1%", "0% to 99.9%"]
 

@@ -85,8 +85,9 @@ def _draw(console: Console, found: Forecast) -> None:
     rows.append(
         (f"forecast for all {found.rows:,} rows", percent(score.median), f"{percent(score.low)} to {percent(score.high)}")
     )
-    held = sum(found.held.values())
-    draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=f"{held} held-out rows")
+    most = "up to " if len(found.rivals) > 1 else ""  # one that can hardly be the best is asked fewer
+    title = f"{most}{sum(found.held.values())} held-out rows"
+    draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=title)
     console.print(Text(found.headline, f"bold {_COLOURS[found.decision]}"))
     for sentence in found.reasons:
         console.print(f"- {sentence}")
