@@ -12,7 +12,6 @@ from tunesmith.candidates.candidate import Method, Retrieve
 from tunesmith.core.settings import Settings
 from tunesmith.training.settings import TrainSettings
 
-
 HIGHEST_PRICE = 1e12  # beyond every currency's: with it, no cost becomes infinite
 
 

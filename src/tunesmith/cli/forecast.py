@@ -81,10 +81,8 @@ def _draw(console: Console, found: Forecast) -> None:
 
     rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
     rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
-    score = found.score
-    rows.append(
-        (f"forecast for all {found.rows:,} rows", percent(score.median), f"{percent(score.low)} to {percent(score.high)}")
-    )
+    interval = f"{percent(found.score.low)} to {percent(found.score.high)}"
+    rows.append((f"forecast for all {found.rows:,} rows", percent(found.score.median), interval))
     most = "up to " if len(found.rivals) > 1 else ""  # one that can hardly be the best is asked fewer
     title = f"{most}{sum(found.held.values())} held-out rows"
     draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=title)

@@ -98,7 +98,8 @@ def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds from a run that was stopped; what make returns, written there, without one or if it is damaged."""
+    """What a file holds from a run that was stopped. Where there is none or it is damaged: what make returns, written
+    there."""
     found: dict[str, Any] | None = None
     with suppress(FileNotFoundError, ValueError):
         found = parse_json(path.read_bytes())

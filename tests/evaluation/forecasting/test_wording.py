@@ -34,7 +34,6 @@ def test_as_few_rows_as_the_smallest_subset_has_are_an_upper_bound() -> None:
     assert "takes about 90 rows (90% interval at most 12 to 700)." in _said((12, 90, 700))
     assert "takes at most 12 rows (90% interval at most 12 to 40)." in _said((12, 12, 40))
 
-
     assert "with 75.0% probability; at best it takes 12 or fewer." in _said((12, None, None))
     assert "with 75.0% probability; at best it takes 30." in _said((30, None, None))
 
@@ -50,7 +49,7 @@ def test_a_decision_is_about_the_goal_and_not_about_running_costs() -> None:
     assert "That is a lift of +50.0 points (90% interval +40.0 to +60.0) over plain, " in _said((30, 90, 700))
 
 
-@pytest.mark.parametrize(("amount", "said"), [(4e-5, "0.00004"), (1e-9, "0.000000001"), (0.0, "0.00"), (0.053, "0.053")])
+@pytest.mark.parametrize(("amount", "said"), [(4e-5, "0.00004"), (1e-9, "0.000000001"), (0, "0.00"), (0.053, "0.053")])
 def test_little_money_is_written_out(amount: float, said: str) -> None:
     assert money(amount) == said
 
