@@ -197,7 +197,8 @@ def test_the_newest_forecast_stands_before_the_button(scene: Scene, tmp_path: Pa
         page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
         page.goto(f"{served.url}/console/login/{make_link(scene.store, OWNER, actor=OWNER)}?next=/console/jobs/start")
         page.get_by_role("button", name="Log in").click()
-        expect(page.get_by_text("Train tuned: it is likely to pay.")).to_be_visible()
+        headline = "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
+        expect(page.get_by_text(headline)).to_be_visible()
         expect(page.get_by_text("for tuned, 1,200 training rows")).to_be_visible()
         check_accessible(page)
         take_pictures(page, "run-forecast")

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.gates.settings import GATES, Forgetting, Lift, Threshold, check_gates
-from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 
 
 def test_a_gate_s_kind_follows_from_its_keys() -> None:
@@ -47,6 +48,16 @@ def test_a_gate_s_kind_follows_from_its_keys() -> None:
 def test_gates_that_are_refused(gate: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         GATES.validate_python({"g": gate})
+
+
+@pytest.mark.parametrize("price", [-1.0, 1e13, 1e308, float("inf"), float("nan")])
+def test_prices_that_make_no_cost_are_refused(price: float) -> None:
+    """1e308 an hour is infinite after two hours."""
+    with pytest.raises(ValidationError):
+        PriceSettings(machine_hour=price)
+    for prices in ({"prompt": price, "answer": 1.0}, {"prompt": 1.0, "answer": price}):
+        with pytest.raises(ValidationError):
+            TokenPrice.model_validate(prices)
 
 
 def test_task() -> None:

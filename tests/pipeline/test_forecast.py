@@ -32,7 +32,7 @@ from tunesmith.pipeline.forecast import curve, lift_gate
 from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.stages import REVISIONS
 from tunesmith.services.evaluations.evaluation import report, report_page
-from tunesmith.services.runs.forecast import Forecast, forecast, forecast_page, forecast_view
+from tunesmith.services.runs.forecast import Expected, Forecast, forecast, forecast_page, forecast_view
 from tunesmith.store.store import Store
 from tunesmith.training import train as training_module
 from tunesmith.training.recipe import usual_epochs
@@ -210,7 +210,7 @@ def test_a_rival_that_the_gate_names_is_not_called_the_best(tmp_path: Path) -> N
     project = write_large(tmp_path / "p", gates=named)
     found = forecast(project, budget=BUDGET)
     assert (found.rival, found.rival_named, list(found.rivals)) == ("plain", True, ["plain"])
-    assert any("from plain, which the lift gate names" in sentence for sentence in found.reasons)
+    assert any("over plain, which the lift gate names" in sentence for sentence in found.reasons)
     (asked,) = project.store.record(project.store.record(found.forecast).parents["curve"]).body["untuned"].values()
     assert asked["asked"] == sum(found.held.values()), "as many as the subsets' models, though nearest is better"
 
@@ -422,6 +422,23 @@ def test_a_slow_machine_gives_a_forecast_with_an_interval_within_the_budget(
     assert not found.complete
 
 
+def test_a_machine_that_becomes_slow_trains_on_fewer_subsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, clock, plan = PipelineContext(write_large(tmp_path / "p")), Slow(1.0), pipeline_forecast.subset_plan
+    clock.time_answers(monkeypatch)
+
+    def slower_afterwards(*given: Any, **more: Any) -> tuple[list[int], int]:
+        clock.slowness = 5.0
+        return plan(*given, **more)
+
+    monkeypatch.setattr(pipeline_forecast, "subset_plan", slower_afterwards)
+    digest = run_forecast(context, "tuned", budget=60.0, goal=None, days=30.0, clock=clock)
+    found = forecast_view(context.store, digest)
+    assert len(found.subsets) == 2, "four were planned"
+    assert found.seconds <= 60.0
+    assert not found.complete
+    assert found.score.low < found.score.high
+
+
 def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found: Forecast, tmp_path: Path) -> None:
     project.run()
     shown = report(project)
@@ -455,6 +472,21 @@ def test_exit_codes_say_the_decision(project: Project, found: Forecast) -> None:
     assert document == found.document()
     code, document = _command(project.root, "--budget", "never")
     assert (code, document["error"]["where"]) == (2, "--budget")
+    code, document = _command(project.root, "--output", str(project.root))
+    assert (code, document["error"]["where"]) == (2, "--output")
+
+
+@pytest.mark.usefixtures("found")
+def test_the_table_shows_the_numbers_of_the_sentences(
+    project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.04% is 0.1% in both, and not 0.0% in one of them."""
+    little = found.model_copy(update={"score": Expected(median=0.0004, low=0.0, high=0.9997)})
+    monkeypatch.setattr("tunesmith.services.runs.forecast.forecast", lambda *_given, **_more: little)
+    shown = CliRunner().invoke(app, ["forecast", "-C", str(project.root)]).stdout
+    assert shown.startswith(f"up to {sum(found.held.values())} held-out rows"), "plain was asked fewer than nearest"
+    (line,) = (line for line in shown.splitlines() if "forecast for all" in line)
+    assert [cell.strip() for cell in line.split("│")[2:4]] == ["0.1%", "0% to 99.9%"]
 
 
 def test_too_few_rows_are_inconclusive(tmp_path: Path) -> None:
@@ -515,6 +547,25 @@ def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:
     with pytest.raises(Inconclusive, match="nan"):
         forecast(project, budget=BUDGET)
     assert not project.store.records_of("forecast")
+
+
+def test_a_loss_that_is_not_finite_is_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a training whose last step ruined the weights."""
+    project = write_large(tmp_path / "p")
+    monkeypatch.setattr(InProcessEngine, "choose", lambda _engine, asked, *_given: [[float("nan")] for _ in asked])
+    with pytest.raises(Inconclusive, match="expected answer is nan") as caught:
+        forecast(project, budget=BUDGET)
+    assert "learning_rate" in str(caught.value.fix)
+    assert not project.store.records_of("forecast")
+
+
+def test_a_damaged_part_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "parts" / "12-rows.json"
+    for damaged in (b"", b'{"scores": [0.5', b"\xff"):
+        assert held_out.kept(path, lambda: {"scores": [0.5]}) == {"scores": [0.5]}
+        assert held_out.kept(path, dict) == {"scores": [0.5]}, "what is whole is kept"
+        path.write_bytes(damaged)
+    assert held_out.kept(path, lambda: {"scores": [1.0]}) == {"scores": [1.0]}
 
 
 def test_a_score_of_one_from_the_start_leaves_nothing_to_gain(tmp_path: Path) -> None:

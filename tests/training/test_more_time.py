@@ -71,6 +71,21 @@ def test_a_gain_is_never_more_than_what_is_missing() -> None:
     assert found["gain"]["high"] <= 0.01 + 1e-9
 
 
+def test_a_score_falls_by_no_more_than_it_is() -> None:
+    scores = [0.0, 0.0, 0.05, 0.0, 0.02, 0.05, 0.0, 0.03, 0.0, 0.0]
+    found = more_time(_training(scores))
+    assert found is not None
+    assert found["gain"]["low"] == -0.05
+
+
+def test_a_gain_of_nearly_nothing_has_no_minus() -> None:
+    scores = _rising(-1e-5)
+    found = more_time(_training(scores))
+    assert found is not None
+    assert -0.0005 < found["gain"]["mean"] < 0
+    assert "twice the time would bring +0.0 points" in found["text"]
+
+
 @pytest.mark.parametrize(
     ("training", "said"),
     [

@@ -12,12 +12,14 @@ from tunesmith.candidates.candidate import Method, Retrieve
 from tunesmith.core.settings import Settings
 from tunesmith.training.settings import TrainSettings
 
+HIGHEST_PRICE = 1e12  # beyond every currency's: with it, no cost becomes infinite
+
 
 class TokenPrice(Settings):
     """The price of an endpoint's tokens."""
 
-    prompt: Annotated[float, Field(ge=0, description="money per million prompt tokens")]
-    answer: Annotated[float, Field(ge=0, description="money per million answer tokens")]
+    prompt: Annotated[float, Field(ge=0, le=HIGHEST_PRICE, description="money per million prompt tokens")]
+    answer: Annotated[float, Field(ge=0, le=HIGHEST_PRICE, description="money per million answer tokens")]
 
 
 class EndpointSettings(Settings):

@@ -49,9 +49,10 @@ def forecast(
     ] = False,
 ) -> None:
     """Forecast before a training whether it will pay. Exits with 0 for train, 3 for don't, 4 for undecided."""
+    from tunesmith.core.errors import UsageError
+
     if queue:
         from tunesmith.cli.jobs import draw_job
-        from tunesmith.core.errors import UsageError
         from tunesmith.services.runs import jobs
 
         if (budget, goal, days, output) != (None, None, _DAYS, None):
@@ -61,6 +62,8 @@ def forecast(
     from tunesmith.core.settings import duration_of
     from tunesmith.services.runs import forecast as services
 
+    if output is not None and output.is_dir():  # said before minutes of work, not after
+        raise UsageError(f"{output} is a folder", where="--output", fix="name a file in it")
     seconds = None if budget is None else duration_of(budget, "--budget")
     found = services.forecast(
         here.project, candidate, budget=seconds, goal=goal, days=days, progress=Terminal(), actor=here.actor
@@ -74,14 +77,15 @@ def forecast(
 def _draw(console: Console, found: Forecast) -> None:
     from rich.text import Text
 
-    rows = [(f"trained on {each.rows:,} rows", f"{each.mean:.1%}", "") for each in found.subsets]
-    rows += [(name, f"{mean:.1%}", "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
-    score = found.score
-    rows.append(
-        (f"forecast for all {found.rows:,} rows", f"{score.median:.1%}", f"{score.low:.1%} to {score.high:.1%}")
-    )
-    held = sum(found.held.values())
-    draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=f"{held} held-out rows")
+    from tunesmith.evaluation.report.wording import percent
+
+    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
+    rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
+    interval = f"{percent(found.score.low)} to {percent(found.score.high)}"
+    rows.append((f"forecast for all {found.rows:,} rows", percent(found.score.median), interval))
+    most = "up to " if len(found.rivals) > 1 else ""  # one that can hardly be the best is asked fewer
+    title = f"{most}{sum(found.held.values())} held-out rows"
+    draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=title)
     console.print(Text(found.headline, f"bold {_COLOURS[found.decision]}"))
     for sentence in found.reasons:
         console.print(f"- {sentence}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from tunesmith.candidates.settings import HIGHEST_PRICE
 from tunesmith.core.reading.answer_grammar import load_answer_grammar, pattern_grammar
 from tunesmith.core.settings import Settings
 from tunesmith.evaluation.metrics.declared import (
@@ -162,5 +163,8 @@ def _is_valid(scorer: Any) -> bool:
 class PriceSettings(Settings):
     """`prices:` of the project file. The price of an endpoint's tokens is a setting of that endpoint."""
 
-    machine_hour: Annotated[float, Field(ge=0, description="price of one hour of the machine that answers and trains")]
+    machine_hour: Annotated[
+        float,
+        Field(ge=0, le=HIGHEST_PRICE, description="price of one hour of the machine that answers and trains"),
+    ]
     currency: Annotated[str, Field(min_length=1, max_length=8, description="currency shown in reports")] = "USD"

@@ -33,6 +33,7 @@ from tunesmith.evaluation.forecasting.plan import (
     check_pilots,
     contenders,
     epochs_of,
+    fitting,
     next_part,
     no_steps,
     subset_plan,
@@ -296,8 +297,7 @@ def _train_subsets(made: _Forecast, asking: _Asking) -> tuple[list[dict[str, Any
     made.engine.unload(model)  # of a model trained in full, a copy of the base
     row, spent = first["row_seconds"], sum(_spent(each) for each in (*asking.given.values(), first))
     reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=most)
-    besides = first["spent"] - first["rows"] * first["epochs"] * row  # what a training takes before its first step
-    answers = asking.rows * _each(first) + first["losses_seconds"] + besides
+    answers = _besides(first)
     epochs = max(1, min(MOST_EPOCHS, round(reads)))
     ample = subset_plan(whole, len(pool), made.budget, 0.0, row=0.0, answers=0.0, epochs=epochs)  # as if none took time
     sizes, epochs = subset_plan(whole, len(pool), made.budget, spent, row=row, answers=answers, epochs=epochs)
@@ -308,12 +308,21 @@ def _train_subsets(made: _Forecast, asking: _Asking) -> tuple[list[dict[str, Any
     else:
         say(f"{made.name}: {duration(spent)} of {duration(made.budget)} are used, so there is one subset; {asked}")
     subsets = [first]
-    for size in sizes:
+    for planned in sizes:
+        last, left = subsets[-1], made.budget - spent
+        row, answers = last["row_seconds"], _besides(last)
+        size = fitting(planned, last["rows"], left, row=row, answers=answers, epochs=epochs)
+        if size < planned:
+            instead = f"{size} rows instead of {planned}" if size else "no larger subset"
+            say(f"{made.name}: {duration(spent)} of {duration(made.budget)} are used, so there is {instead}")
+        if not size:
+            break
         trained, model = _train(made, pool[:size], epochs)
         given = _answers(made, model, 0, asking.rows)
         subsets.append({**trained, **given, **_losses(made, model, asking.rows)})
+        spent += _spent(subsets[-1])
         made.engine.unload(model)
-    return subsets, (sizes, epochs) == ample
+    return subsets, ([each["rows"] for each in subsets[1:]], epochs) == ample
 
 
 def _train(
@@ -380,6 +389,12 @@ def _losses(made: _Forecast, model: str, rows: int) -> dict[str, Any]:
 def _spent(given: Mapping[str, Any]) -> float:
     """Seconds that went into answers, losses and the training before them."""
     return float(sum(given.get(key, 0.0) for key in ("seconds", "losses_seconds", "spent")))
+
+
+def _besides(subset: Mapping[str, Any]) -> float:
+    """Seconds that a subset takes besides its training's steps: for its model's answers, and before the first step."""
+    steps = subset["rows"] * subset["epochs"] * subset["row_seconds"]
+    return float(len(subset["scores"]) * _each(subset) + subset["losses_seconds"] + subset["spent"] - steps)
 
 
 def _each(given: Mapping[str, Any]) -> float:

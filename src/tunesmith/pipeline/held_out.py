@@ -6,12 +6,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import Inconclusive
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
@@ -71,10 +73,20 @@ def ask_losses(
     adapter: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """{"losses": of each row's expected answer, summed over its tokens, in nats; "losses_seconds"}."""
+    """{"losses": of each row's expected answer, summed over its tokens, in nats; "losses_seconds"}.
+
+    Raises Inconclusive where a loss is not finite.
+    """
     began = clock()
     asked = [Question(answerer.generation_without_group(row).messages, (row.answer,)) for row in rows]
     losses = [-found[0] for found in engine.choose(asked, adapter)]
+    for row, loss in zip(rows, losses, strict=True):
+        if not math.isfinite(loss):
+            raise Inconclusive(
+                f"after a short training, the loss of a held-out row's expected answer is {loss}",
+                where=f"held-out row {row.id}",
+                fix="lower the candidate's train.learning_rate",
+            )
     return {"losses": losses, "losses_seconds": clock() - began}
 
 
@@ -86,11 +98,14 @@ def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds from a run that was stopped; otherwise what make returns, written there."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(make()).encode())
-    found: dict[str, Any] = parse_json(path.read_bytes())
+    """What a file holds from a run that was stopped. Where there is none or it is damaged: what make returns, written
+    there."""
+    found: dict[str, Any] | None = None
+    with suppress(FileNotFoundError, ValueError):
+        found = parse_json(path.read_bytes())
+    if found is None:
+        found = make()
+        write_atomic(path, json.dumps(found).encode())
     return found
 
 

@@ -22,6 +22,7 @@ from tunesmith.evaluation.forecasting.plan import (
     check_pilots,
     contenders,
     epochs_of,
+    fitting,
     next_part,
     no_steps,
     subset_plan,
@@ -188,6 +189,15 @@ def test_epochs_are_given_up_before_subsets() -> None:
     assert subset_plan(2000, 2000, 30.0, 0.0, **given_) == ([18, 36, 72], 2)
     assert subset_plan(2000, 2000, 14.0, 4.0, **given_) == ([24, 48], 1)
     assert subset_plan(2000, 2000, 14.0, 11.0, **given_)[0] == []
+
+
+def test_a_subset_shrinks_where_the_machine_is_slower_than_planned() -> None:
+    given_ = {"row": 0.1, "answers": 1.0, "epochs": 2}
+    assert fitting(80, 40, 17.0, **given_) == 80
+    assert fitting(80, 40, 12.0, **given_) == 55
+    assert fitting(80, 40, 10.0, **given_) == 0, "45 rows say little that 40 do not"
+    assert fitting(80, 40, -5.0, **given_) == 0
+    assert fitting(80, 40, 17.0, **{**given_, "row": 0.0}) == 80
 
 
 def test_a_training_with_a_budget_reads_more_rows_less_often() -> None:

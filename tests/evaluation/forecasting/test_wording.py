@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.evaluation.forecasting.wording import reasons
+from tunesmith.evaluation.forecasting.wording import headline, reasons
+from tunesmith.evaluation.report.wording import money
 
 
 def _found(needed: tuple[int | None, int | None, int | None], **changes: Any) -> dict[str, Any]:
@@ -32,6 +33,25 @@ def test_as_few_rows_as_the_smallest_subset_has_are_an_upper_bound() -> None:
     assert "takes about 90 rows (90% interval 30 to 700)." in _said((30, 90, 700))
     assert "takes about 90 rows (90% interval at most 12 to 700)." in _said((12, 90, 700))
     assert "takes at most 12 rows (90% interval at most 12 to 40)." in _said((12, 12, 40))
+
+    assert "with 75.0% probability; at best it takes 12 or fewer." in _said((12, None, None))
+    assert "with 75.0% probability; at best it takes 30." in _said((30, None, None))
+
+
+def test_a_decision_is_about_the_goal_and_not_about_running_costs() -> None:
+    """Which may be repaid where the goal is not reached, and never repaid where it is."""
+    goal = "reach the goal, a lift of at least +5.0 points"
+    found = _found((30, 90, 700))
+    assert headline(found) == f"Train tuned: it is likely to {goal}."
+    assert headline({**found, "decision": "don't"}) == f"Don't train tuned on these rows: it is unlikely to {goal}."
+    assert headline({**found, "decision": "undecided"}) == f"Undecided: tuned may {goal}, or not."
+    assert headline({**found, "decision": None}).startswith("No decision on tuned: there is no untuned candidate")
+    assert "That is a lift of +50.0 points (90% interval +40.0 to +60.0) over plain, " in _said((30, 90, 700))
+
+
+@pytest.mark.parametrize(("amount", "said"), [(4e-5, "0.00004"), (1e-9, "0.000000001"), (0, "0.00"), (0.053, "0.053")])
+def test_little_money_is_written_out(amount: float, said: str) -> None:
+    assert money(amount) == said
 
 
 def test_a_rival_s_score_is_said_as_it_counts_where_answers_are_few() -> None:

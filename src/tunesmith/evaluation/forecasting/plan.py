@@ -24,7 +24,7 @@ RATIO = 2  # the largest subset has at most this part of the rows: beyond it, tr
 SUBSETS = 3  # besides the first one, at most; each has half of the rows of the next
 MOST_EPOCHS = 3  # of a subset
 _GROWTH = 4  # rows after a part, as a multiple of those before it: a part's time says little about a far larger one's
-_WORTHWHILE = 1.25  # a part that adds less than a quarter is not asked
+_WORTHWHILE = 1.25  # a part that adds less than a quarter is not asked, nor trained on
 _PLANNED = 0.95  # share of the budget that is planned with: some work takes longer than it was measured to
 _ASKING = 0.5  # share of the budget for answers, those of the other subsets' models included
 _PILOTS = 0.75  # share of the budget that the first answers may take: a training has to follow
@@ -111,6 +111,16 @@ def subset_plan(
             if sizes[0] >= 1.5 * SMALLEST:
                 return sizes, reads
     return [], epochs
+
+
+def fitting(size: int, before: int, left: float, *, row: float, answers: float, epochs: int) -> int:
+    """Rows of the next subset: as planned, or as many as fit; 0 where those are hardly more than the last one's.
+
+    The machine may be slower than it was when the subsets were planned. before: rows of the last subset. left: seconds
+    of the budget; row, answers, epochs: as subset_plan's, by what the last subset took.
+    """
+    fits = min(size, int((left - answers) / (epochs * max(row, 1e-9))))
+    return fits if fits >= _WORTHWHILE * before else 0
 
 
 def no_steps(budget: float, least: float) -> Refused:

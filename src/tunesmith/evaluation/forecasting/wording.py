@@ -13,12 +13,13 @@ _VISIBLE = 0.002  # of a difference between shares
 
 def headline(found: Mapping[str, Any]) -> str:
     """The decision in one sentence."""
+    name, goal = found["name"], f"the goal, a lift of at least {points(found['goal'])} points"
     if found["decision"] is None:
-        return f"{found['name']}: there is no untuned candidate to compare with, so nothing says whether it pays."
+        return f"No decision on {name}: there is no untuned candidate to compare it with."
     return {
-        "train": f"Train {found['name']}: it is likely to pay.",
-        "don't": f"Don't train {found['name']} on these rows: it is unlikely to pay.",
-        "undecided": f"Undecided: {found['name']} may pay or not.",
+        "train": f"Train {name}: it is likely to reach {goal}.",
+        "don't": f"Don't train {name} on these rows: it is unlikely to reach {goal}.",
+        "undecided": f"Undecided: {name} may reach {goal}, or not.",
     }[found["decision"]]
 
 
@@ -33,8 +34,8 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
         lift = found["lift"]
         who = "which the lift gate names" if found["rival_named"] else "the best untuned candidate on the held-out rows"
         said.append(
-            f"That is {points(lift['median'])} points ({level} interval {points(lift['low'])} to "
-            f"{points(lift['high'])}) from {found['rival']}, {who} ({_rival(found)})."
+            f"That is a lift of {points(lift['median'])} points ({level} interval {points(lift['low'])} to "
+            f"{points(lift['high'])}) over {found['rival']}, {who} ({_rival(found)})."
         )
         said.append(f"A lift of at least {points(found['goal'])} points is {percent(found['likely'])} likely.")
         said.append(_needed(found))
@@ -62,12 +63,12 @@ def _needed(found: Mapping[str, Any]) -> str:
     budget = found.get("within")
     within = "" if budget is None else f" within a training of {duration(budget)}"
     low, middle, high = (needed[name] and needed[name]["rows"] for name in ("low", "median", "high"))
+    least = found["subsets"][0]["rows"]  # nothing was measured with fewer
     if middle is None:
-        most = f"; at best it takes {low:,}" if low else ""
+        most = f"; at best it takes {low:,}{' or fewer' if low <= least else ''}" if low else ""
         never = f"with {percent(needed['never'])} probability"
         return f"{goal} is out of reach of more rows of this kind{within} {never}{most}."
     upper = f"{high:,}" if high is not None else f"no number of rows{within} ({percent(needed['never'])} likely)"
-    least = found["subsets"][0]["rows"]  # nothing was measured with fewer
     about = "at most" if middle <= least else "about"
     lower = f"at most {low:,}" if low <= least else f"{low:,}"
     more = max(0, middle - found["rows"])

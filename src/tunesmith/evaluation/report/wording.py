@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 from tunesmith.core.digests import is_digest, short
@@ -78,10 +79,10 @@ def p_value(probability: float) -> str:
 
 
 def money(amount: float | None) -> str:
-    """An amount of money with two digits; a dash for None."""
+    """An amount of money with two digits, never as 4e-05; a dash for None."""
     if amount is None:
         return "–"
-    return f"{amount:,.2f}" if amount == 0 or amount >= 1 else f"{amount:.2g}"
+    return f"{amount:,.2f}" if amount == 0 or amount >= 1 else f"{Decimal(f'{amount:.2g}'):f}"
 
 
 def signed_money(amount: float) -> str:

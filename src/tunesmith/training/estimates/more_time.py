@@ -49,8 +49,8 @@ def more_time(training: Mapping[str, Any]) -> dict[str, Any] | None:
     best = max(each["score"] for each in validation)
     if best == 1.0:
         return _said("Every validation row was right, so more time is not expected to bring more.")
-    gain = _gain(points, training["score"]["rows"], room=1.0 - best)
-    low, mean, high = (100 * gain[key] for key in ("low", "mean", "high"))
+    gain = _gain(points, training["score"]["rows"], best)
+    low, mean, high = (round(100 * gain[key], 1) + 0.0 for key in ("low", "mean", "high"))  # + 0.0: never -0.0
     read = f"read from {len(points)} validations, 90% interval {low:+.1f} to {high:+.1f}"
     if gain["low"] > 0:
         text = f"Validation was still improving: twice the time would bring about {mean:+.1f} points ({read})."
@@ -94,10 +94,11 @@ def _later(training: Mapping[str, Any]) -> list[tuple[float, float]]:
     return [(math.log(seconds[int(each["step"]) - 1]), each["score"]) for each in steady if each["step"] >= first]
 
 
-def _gain(points: Sequence[tuple[float, float]], rows: int, room: float) -> dict[str, float]:
-    """The gain of doubling the time by the least-squares line through (log seconds, score), at most `room`.
+def _gain(points: Sequence[tuple[float, float]], rows: int, best: float) -> dict[str, float]:
+    """The gain of doubling the time by the least-squares line through (log seconds, score).
 
-    rows: that each score is the mean of. A score is not known better than to one of them.
+    rows: that each score is the mean of. A score is not known better than to one of them. best: the best score, to
+    which no gain adds up to less than 0 or more than 1.
     """
     from scipy.stats import t
 
@@ -109,6 +110,6 @@ def _gain(points: Sequence[tuple[float, float]], rows: int, room: float) -> dict
     error = math.sqrt(noise / float(x @ x))
     reach = float(t.ppf(0.5 + _LEVEL / 2, len(points) - 2)) * error
     return {
-        key: min(room, math.log(2) * value)
+        key: min(1.0 - best, max(-best, math.log(2) * value))
         for key, value in (("mean", slope), ("low", slope - reach), ("high", slope + reach))
     }
