@@ -226,7 +226,13 @@ def right(count: int) -> list[float]:
         ([(1.0, right(20)), (1.0, right(50))], "score", 1, True, r"better by 50.0 points .* is optimistic"),
         ([(1.0, right(20)), (0.1, right(22))], "score", 1, False, r"Keep .* differs by 3.3 points .* within noise"),
         ([(1.0, right(20)), (0.1, right(20)), (0.1, right(9))], "score", 1, False, r"differs by 0.0 points"),
-        ([(1.0, right(20)), (0.1, right(19))], "score", 0, False, "Keep what you have: none of 1 other settings"),
+        (
+            [(1.0, right(20)), (0.1, right(19))],
+            "score",
+            0,
+            False,
+            "Keep what you have: none of the other settings that were tried (1)",
+        ),
         ([(1.0, right(60)), (0.5, right(60))], "loss", 1, True, "better by 0.5000 nats a token"),
         ([(1.0, right(0)), (1.5, right(0))], "loss", 0, False, "Keep what you have"),
         ([(1.0, right(0)), (1.0, right(0))], None, None, False, "all trials have the same loss"),
@@ -254,9 +260,9 @@ def test_a_conclusion_counts_the_settings_that_were_tried() -> None:
     """The time allowed one of four other settings; the correction is for all that might have been tried."""
     stated = {"candidate": "tuned", "within": 99.0, "splits": [], "rows": 9, "validation_rows": 60, "metric": "m"}
     for scores, said in (
-        (right(19), "none of 1 other settings (3 more were not run) had a better score"),
-        (right(22), "the best of 1 other settings (3 more were not run) differs by 3.3 points"),
-        (right(60), "The best of 1 other settings (3 more were not run) is better by 66.7 points"),
+        (right(19), "none of the other settings that were tried (1, and 3 not) had a better score"),
+        (right(22), "the best of the other settings that were tried (1, and 3 not) differs by 3.3 points"),
+        (right(60), "The best of the other settings that were tried (1, and 3 not) is better by 66.7 points"),
     ):
         found = outcome((1.0, right(20)), (1.1, scores), (1.0, []), (1.0, []), (1.0, []))
         cut = found.decisions.model_copy(update={"rungs": (Rung(rows=80, trials=(0, 1), not_run=3),)})

@@ -203,8 +203,9 @@ class Trainer:
         if not math.isfinite(found["loss"]):
             raise self._not_finite(f"the validation loss became {found['loss']}", state.step)
         state.validation.append({"step": state.step, **found})
-        if "score" in found:
-            self.progress.say(f"step {state.step}: validation score {found['score']:.1%}, loss {found['loss']:.4f}")
+        chosen_by = "validation score" if "score" in found else "probability of the expected answers"
+        value = found.get("score", found["probability"])
+        self.progress.say(f"step {state.step}: {chosen_by} {value:.1%}, loss {found['loss']:.4f}")
         if state.best == len(state.validation) - 1 and self.settings.keep == "best":
             self._best = [parameter.detach().clone() for parameter in self._parameters]
 

@@ -144,9 +144,9 @@ def _duration(given: str | float) -> float:
 def _conclusion(body: Mapping[str, Any]) -> str:
     """What follows from a search, in words."""
     best, difference, corrected = body["best"], body["difference"], body["decisions"]["others"]
-    others = f"{sum(bool(trial['runs']) for trial in body['trials'] if trial['trial'] != PRESENT)} other settings"
-    if body["not_run"]:
-        others += f" ({body['not_run']} more were not run)"
+    tried = sum(bool(trial["runs"]) for trial in body["trials"] if trial["trial"] != PRESENT)
+    not_run = f", and {body['not_run']} not" if body["not_run"] else ""
+    others = f"the other settings that were tried ({tried}{not_run})"
     if best is None:
         return f"Keep what you have: {body['why']}."
     what = "score" if body["by"] == "score" else "loss"
