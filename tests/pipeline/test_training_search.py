@@ -231,7 +231,7 @@ def right(count: int) -> list[float]:
             "score",
             0,
             False,
-            "Keep what you have: none of the other settings that were tried (1)",
+            "none of the other settings that were tried",
         ),
         ([(1.0, right(60)), (0.5, right(60))], "loss", 1, True, "better by 0.5000 nats a token"),
         ([(1.0, right(0)), (1.5, right(0))], "loss", 0, False, "Keep what you have"),
