@@ -108,5 +108,5 @@ def test_settings_of_one_run_and_two_runs_compared(folder: Path) -> None:
     document(folder, "run", "--queue", "--set", "tuned.budget=20m")
     found = {each["name"]: each["b"] for each in document(folder, "jobs", "compare", "1", "4")["settings"]}
     assert found["candidates.tuned.train.budget"] == 1200, "it replaces the file's epochs"
-    assert found["candidates.tuned.train.epochs"] == 40
+    assert found["candidates.tuned.train.epochs"] == 20
     assert len(document(folder, "jobs", "list")["jobs"]) == 4
