@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from tests.said import Said
+from tunesmith.core.progress import Task
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.training.schedule import Annealed, Decisions
 from tunesmith.training.settings import TrainSettings
@@ -131,3 +135,22 @@ def test_long_rows_and_validations_are_no_pauses() -> None:
     state = made.run()
     assert len(state.validation) > 10
     assert 2000 < state.paused < 4000, "a pause in a validation is one"
+
+
+def test_progress_is_that_of_what_ends_first() -> None:
+    """Few rows are read as often as a budget does long before it ends: the time left is not the rest of the budget."""
+
+    class Counted(Said):
+        @contextlib.contextmanager
+        def task(self, name: str, total: float) -> Iterator[Task]:
+            with super().task(name, total) as task:
+                task.advance = lambda more=1.0: shares.append(more / total)  # type: ignore[method-assign]
+                yield task
+
+    for budget, steps in ((1000, 40), (1000, 10_000)):
+        shares = list[float]()
+        made, _, _ = trainer(TrainSettings(budget=budget), [1.0], plan=[[Part()]] * steps, progress=Counted())
+        state = made.run()
+        assert sum(shares) == pytest.approx(1.0, abs=0.01)
+        half = sum(shares[: state.step // 2 + 1])
+        assert half == pytest.approx(0.5, abs=0.02), f"{steps} steps"

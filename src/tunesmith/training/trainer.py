@@ -99,7 +99,10 @@ class Trainer:
         with self.progress.task("training", total) as task:
             done = 0
             while True:
-                now = self.state.seconds if budget else sum(step["tokens"] for step in self.state.curve)
+                if budget is None:
+                    now = sum(step["tokens"] for step in self.state.curve)
+                else:  # what ends first, the budget or all epochs
+                    now = max(self.state.seconds, total * self.state.step / len(self.plan))
                 try:
                     task.advance(min(total, int(now)) - done)
                 except Stopped:
