@@ -1,4 +1,4 @@
-"""The arithmetic of a step: gradients, update, and the validation loss."""
+"""The arithmetic of a step: gradients, update, and how well validation rows are fitted."""
 
 from __future__ import annotations
 

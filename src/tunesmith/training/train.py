@@ -121,7 +121,7 @@ def run_training(
     ranks: train together, and each of them calls this with the same spec. Rank 0's clock counts, and rank 0 writes.
 
     A training that was killed resumes from its work folder. model: the base's weights where they are loaded already.
-    score: scores generated answers to validation rows; validation goes by the loss where it is None. clock: seconds
+    score: scores generated answers to validation rows; None: none are scored (see TrainerState.best). clock: seconds
     since some moment. Raises Refused where the base's files are not the spec's, where memory or disk do not suffice,
     where a budget is too short for a step and a validation, and where the work folder holds another training;
     TunesmithError for a loss that is not finite.

@@ -219,7 +219,7 @@ class Trainer:
         if not found or found[-1]["step"] != state.step or state.best is None:
             return
         now = found[-1]
-        if now["lowest_step"] != state.validation[-2]["step"]:
+        if now["lowest_step"] != state.validation[-2]["step"]:  # said before
             return
         best = f"of step {state.validation[state.best]['step']:.0f}"
         kept = (

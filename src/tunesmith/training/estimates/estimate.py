@@ -43,7 +43,7 @@ def too_few_numbers(rank: int, trained_numbers: int, labels: int) -> str | None:
 
 def state_bytes(settings: TrainSettings) -> int:
     """Bytes that the trainer holds for each trained number besides the number itself: its gradient, AdamW's two
-    moments and, with `keep: best`, its value at the lowest validation loss."""
+    moments and, with `keep: best`, its value at the best validation."""
     return _FP32 * (4 if settings.keep == "best" else 3)
 
 
