@@ -48,8 +48,8 @@ def refusal(word: str) -> str:
 def decide(page: Page, served: Served, choices: str) -> None:
     """Press keys alone: a accepts, e edits, r rejects; each is a decision on the next item."""
     for place, choice in enumerate(choices):
-        item = page.url
         expect(page.get_by_role("heading", level=1)).to_contain_text("Item")
+        item = page.url  # read now, not before: a click returns before the page that it leads to is there
         if choice == "a":
             page.keyboard.press("a")
         elif choice == "e":
