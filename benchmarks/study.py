@@ -6,7 +6,7 @@
 
 A trial trains on some rows of a task (tasks.py) and answers rows that were held out of the training rows; test requests
 are not read. Each finished trial is a line of results/study.jsonl, so that short runs add up. Several may
-run at the same time: one for each core, with OMP_NUM_THREADS=1, gets most done.
+run at the same time: one for each core, with TUNESMITH_THREADS=1, gets most done.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_the_record_holds_every_trial_and_no_test_row(project: Path) -> None:
     assert body["decisions"]["measured"]["row"] > 0
     assert len(body["trials"]) == 4
     assert (body["failed"], body["not_run"]) == (0, 0)
-    assert body["by"] == "loss"
+    assert body["by"] == "probability"
     assert "every trial of the last rung has the score 0.0%" in body["why"]
     assert body["suggestion"]["learning_rate"] == 1e-3
     assert body["difference"]["real"]
@@ -93,14 +93,19 @@ def test_a_search_whose_time_is_used_by_one_trial_decides_nothing() -> None:
         environment={}, measured=measured, others=3, scored_rows=0, longest=99, rungs=rungs, ended="the time was used"
     )
     trials: list[dict[str, Any]] = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.3, 0.4)]
-    results = [result(0, loss=1.0, losses=(1.0,)), result(1, cut="ended at step 2 of 4: the time was used")]
+    results = [
+        result(0, probability=0.1, probabilities=(0.1,)),
+        result(1, cut="ended at step 2 of 4: the time was used"),
+    ]
     for found, cut in ((results, 1), (results[:1], 0), ([results[1]], 1)):
         body = training_search.search_body(SearchOutcome(made, trials, found), [], None)
         assert (body["by"], body["best"], body["suggestion"]) == (None, None, None)
         assert "before another setting could be compared" in body["why"]
         assert (body["failed"], body["cut"], body["not_run"]) == (0, cut, 4 - len(found))
-    first, second = (result(trial, loss=loss, losses=(loss,) * len(ROWS)) for trial, loss in ((0, 1.0), (2, 0.5)))
-    body = training_search.search_body(SearchOutcome(made, trials, [first, second, results[1]]), ROWS, "by loss")
+    first, second = (
+        result(trial, probability=each, probabilities=(each,) * len(ROWS)) for trial, each in ((0, 0.1), (2, 0.5))
+    )
+    body = training_search.search_body(SearchOutcome(made, trials, [first, second, results[1]]), ROWS, "too few")
     assert (body["best"], body["cut"], body["trials"][1]["cut"]) == (2, 1, results[1].cut)
 
 
@@ -134,11 +139,11 @@ def test_test_rows_may_not_be_read() -> None:
             whole.without_test_rows().examples("test")
 
 
-def test_too_few_validation_rows_go_by_the_loss(tmp_path: Path) -> None:
+def test_too_few_validation_rows_go_by_the_probability(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", validation=0.1, rows=8, epochs=1)
     found = call(folder, "train", *WITHIN)
     assert found["scored_rows"] == 0
-    assert found["by"] in ("loss", None)
+    assert found["by"] in ("probability", None)
     assert "validation rows are too few to choose by exact_match" in found["why"] or found["by"] is None
     assert all(run["score"] is None for trial in found["trials"] for run in trial["runs"])
 
@@ -185,7 +190,7 @@ ROWS = [Example(id=f"r{n}", messages=(), source="", licence="", group=f"g{n}") f
 
 
 def outcome(*trials: tuple[float | None, list[float]]) -> SearchOutcome:
-    """A search of one rung: each trial's loss (None: it failed) and scores."""
+    """A search of one rung: each trial's probability (None: it failed), which the loss rises with, and scores."""
     measured = Measured(row=0.1, loss=1.0, answer=0.0, total=1.0)
     results = [
         TrialResult(
@@ -194,14 +199,15 @@ def outcome(*trials: tuple[float | None, list[float]]) -> SearchOutcome:
             rows=80,
             steps=10,
             seconds=8.0,
-            loss=loss,
-            losses=() if loss is None else tuple(loss + place / 100 for place in range(60)),
-            scores=() if loss is None else tuple(scores),
-            failed="the loss became nan" if loss is None else None,
+            loss=probability,
+            probability=probability,
+            probabilities=() if probability is None else tuple(probability + place / 100 for place in range(60)),
+            scores=() if probability is None else tuple(scores),
+            failed="the loss became nan" if probability is None else None,
             expected_bytes=1,
             peak_bytes=1,
         )
-        for number, (loss, scores) in enumerate(trials)
+        for number, (probability, scores) in enumerate(trials)
     ]
     rung = Rung(rows=80, trials=tuple(range(len(trials))))
     decisions = SearchDecisions(
@@ -225,7 +231,7 @@ def right(count: int) -> list[float]:
     [
         ([(1.0, right(20)), (1.0, right(50))], "score", 1, True, r"better by 50.0 points .* is optimistic"),
         ([(1.0, right(20)), (0.1, right(22))], "score", 1, False, r"Keep .* differs by 3.3 points .* within noise"),
-        ([(1.0, right(20)), (0.1, right(20)), (0.1, right(9))], "score", 1, False, r"differs by 0.0 points"),
+        ([(0.1, right(20)), (0.9, right(20)), (0.9, right(9))], "score", 1, False, r"differs by 0.0 points"),
         (
             [(1.0, right(20)), (0.1, right(19))],
             "score",
@@ -233,17 +239,17 @@ def right(count: int) -> list[float]:
             False,
             "none of the other settings that were tried",
         ),
-        ([(1.0, right(60)), (0.5, right(60))], "loss", 1, True, "better by 0.5000 nats a token"),
-        ([(1.0, right(0)), (1.5, right(0))], "loss", 0, False, "Keep what you have"),
-        ([(1.0, right(0)), (1.0, right(0))], None, None, False, "all trials have the same loss"),
+        ([(0.2, right(60)), (0.7, right(60))], "probability", 1, True, "by 0.500 in the probability of a token"),
+        ([(0.7, right(0)), (0.2, right(0))], "probability", 0, False, "none of .* had a higher probability"),
+        ([(0.7, right(0)), (0.7, right(0))], None, None, False, "the expected answers the same probability"),
         ([(None, []), (1.0, right(5)), (1.0, right(9))], "score", 2, True, "present settings could not be trained"),
-        ([(None, []), (1.0, right(5))], "loss", 1, True, "present settings could not be trained"),
-        ([(1.0, right(5)), (None, [])], "loss", 0, False, "Keep what you have"),
+        ([(None, []), (1.0, right(5))], "probability", 1, True, "present settings could not be trained"),
+        ([(1.0, right(5)), (None, [])], "probability", 0, False, "Keep what you have"),
         ([(None, []), (None, [])], None, None, False, "no setting could be trained"),
     ],
 )
 def test_conclusions(trials: list[Any], by: str | None, best: int | None, suggested: bool, said: str) -> None:
-    """A flat metric leaves it to the loss; noise, ties and failures leave what there is; never a random winner."""
+    """A flat metric says nothing; noise, ties and failures leave what there is; never a random winner."""
     found = outcome(*trials)
     body = training_search.search_body(found, ROWS, None)
     stated = {"candidate": "tuned", "within": 99.0, "splits": [], "rows": 9, "validation_rows": 60, "metric": "m"}
@@ -260,7 +266,7 @@ def test_a_conclusion_counts_the_settings_that_were_tried() -> None:
     """The time allowed one of four other settings; the correction is for all that might have been tried."""
     stated = {"candidate": "tuned", "within": 99.0, "splits": [], "rows": 9, "validation_rows": 60, "metric": "m"}
     for scores, said in (
-        (right(19), "none of the other settings that were tried (1, and 3 not) had a better score"),
+        (right(19), "none of the other settings that were tried (1, and 3 not) had a higher score"),
         (right(22), "the best of the other settings that were tried (1, and 3 not) differs by 3.3 points"),
         (right(60), "The best of the other settings that were tried (1, and 3 not) is better by 66.7 points"),
     ):
@@ -275,8 +281,8 @@ def test_a_conclusion_counts_the_settings_that_were_tried() -> None:
 def test_validation_rows_of_one_group_are_within_noise() -> None:
     """Also a single row, as with `validation_rows: 1`."""
     together = [row.model_copy(update={"group": "g"}) for row in ROWS]
-    body = training_search.search_body(outcome((1.0, []), (0.5, [])), together, "too few")
-    assert (body["by"], body["difference"]["p"], body["suggestion"]) == ("loss", 1.0, None)
+    body = training_search.search_body(outcome((0.5, []), (1.0, [])), together, "too few")
+    assert (body["by"], body["difference"]["p"], body["suggestion"]) == ("probability", 1.0, None)
 
 
 def test_many_settings_are_corrected_for() -> None:

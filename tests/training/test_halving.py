@@ -36,7 +36,8 @@ def decided(within: float, measured: Measured = MEASURED, **limits: Any) -> Sear
 
 
 class World:
-    """Trials whose losses are given and whose time follows from their rows; it keeps what is on the disk."""
+    """Trials whose losses are given, with probabilities that fall as they rise, and whose time follows from their rows;
+    it keeps what is on the disk."""
 
     def __init__(self, loss: Callable[[int, int], float | None], row: Callable[[int], float] = lambda _: 0.1) -> None:
         self.loss, self.row = loss, row
@@ -62,6 +63,7 @@ class World:
             seconds=done * row,
             checking=1.0 if done == rows else 0.0,
             loss=loss,
+            probability=None if loss is None else math.exp(-loss),
             failed="the loss became nan" if loss is None and done == rows else None,
             cut="the time was used" if done < rows else None,
         )
@@ -110,7 +112,7 @@ def test_too_little_time_is_refused_with_what_it_takes() -> None:
     assert decided(60, longest=4).others >= 3, "a training of four rows takes no longer trials"
 
 
-def test_answers_that_take_too_long_leave_the_loss() -> None:
+def test_answers_that_take_too_long_leave_the_probability() -> None:
     slow = MEASURED.model_copy(update={"answer": 10.0})
     assert decided(400, slow).scored_rows == 0
     assert decided(400).scored_rows >= LEAST_SCORED
@@ -171,7 +173,7 @@ def test_equal_trials_leave_the_present_settings() -> None:
     assert ranking(final_results(results))[0] == PRESENT
 
 
-def test_time_for_answers_but_not_for_steps_besides_leaves_it_to_the_loss() -> None:
+def test_time_for_answers_but_not_for_steps_besides_leaves_it_to_the_probability() -> None:
     """Answers that could be scored are no reason to refuse a time that suffices without them."""
     slow = Measured(row=0.12, loss=3.0, answer=0.6, total=24.0)
     found = decide_search(600, slow, {}, available=60, batch=16, longest=5000, scorable=200)
@@ -180,13 +182,14 @@ def test_time_for_answers_but_not_for_steps_besides_leaves_it_to_the_loss() -> N
         decide_search(391, slow, {}, available=60, batch=16, longest=5000, scorable=200)
 
 
-def test_score_goes_before_loss() -> None:
-    def result(trial: int, loss: float, *scores: float) -> TrialResult:
-        return TrialResult(rung=0, trial=trial, rows=1, steps=1, seconds=1.0, loss=loss, scores=scores)
+def test_score_goes_before_probability_and_the_loss_says_nothing() -> None:
+    def result(trial: int, probability: float, *scores: float) -> TrialResult:
+        given = {"probability": probability, "loss": 1 + probability, "scores": scores}
+        return TrialResult(rung=0, trial=trial, rows=1, steps=1, seconds=1.0, **given)
 
-    assert ranking([result(0, 1.0, 0, 1), result(1, 9.0, 1, 1), result(2, 0.5, 0, 1)]) == [1, 2, 0]
-    assert ranking([result(0, 1.0, 0, 0), result(1, 0.9, 0, 0)]) == [1, 0], "a flat score leaves it to the loss"
-    assert ranking([result(0, 1.0), result(1, 0.9)]) == [1, 0]
+    assert ranking([result(0, 0.5, 0, 1), result(1, 0.1, 1, 1), result(2, 0.6, 0, 1)]) == [1, 2, 0]
+    assert ranking([result(0, 0.5, 0, 0), result(1, 0.6, 0, 0)]) == [1, 0], "a flat score leaves it to the probability"
+    assert ranking([result(0, 0.5), result(1, 0.6)]) == [1, 0]
 
 
 def test_trials_as_long_as_the_training_are_not_repeated() -> None:

@@ -33,6 +33,7 @@ from tunesmith.training.search.halving import Measured, ranking
 from tunesmith.training.search.search import SearchOutcome
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
+from tunesmith.training.steps import validation_fit
 
 HOPELESS = TrainSettings(rank=4, batch=4, epochs=2, learning_rate=1e-7)
 
@@ -104,7 +105,7 @@ def test_it_finds_the_good_rate_among_hopeless_ones(whole: tuple[Path, SearchOut
         batch = done.trials[each.trial]["batch"]
         assert each.steps == math.ceil(done.decisions.rungs[each.rung].rows / batch)
         assert each.rows == each.steps * batch
-        assert len(each.losses) == 10
+        assert len(each.probabilities) == 10
         assert each.expected_bytes is not None
         assert each.peak_bytes is not None
         assert each.peak_bytes <= 1.1 * each.expected_bytes
@@ -148,7 +149,7 @@ def test_trials_warm_up_as_the_training_does(given: dict[str, Any], warmup: int)
     assert next(step for step in range(5000) if schedule.rate(step) == highest) == warmup - 1
 
 
-def test_scores_come_before_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_come_before_the_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def scores(model: TrainableModel | None, count: int) -> list[float]:
@@ -161,7 +162,9 @@ def test_scores_come_before_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = find(tmp_path, scores=scores, work="other")
     assert asked == [10] * 6
     assert [each.score for each in done.results] == [0.0, 0.0, 0.5, 0.0, 0.0, 0.5]
-    assert ranking(halving.final_results(done.results)) == [2, 0], "although the loss of trial 1 is far lower"
+    assert ranking(halving.final_results(done.results)) == [2, 0], (
+        "although trial 1 gives the answers a far higher probability"
+    )
 
 
 def test_what_exceeds_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,14 +196,14 @@ def test_what_exceeds_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_trial_that_diverges_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = search._row_losses
+    real = search._row_fits
     calls: list[int] = []
 
-    def losses(*given: Any) -> list[float]:
+    def fits(*given: Any) -> tuple[list[float], list[float]]:
         calls.append(1)
-        return [math.nan] * 10 if len(calls) == 2 else real(*given)
+        return ([math.nan] * 10, [math.nan] * 10) if len(calls) == 2 else real(*given)
 
-    monkeypatch.setattr(search, "_row_losses", losses)
+    monkeypatch.setattr(search, "_row_fits", fits)
     done = find(tmp_path)
     assert [each.failed for each in done.results[:3]] == [None, "the validation loss became nan", None]
     assert 1 not in {each.trial for each in done.results[4:]}
@@ -221,7 +224,7 @@ def test_a_trial_is_ended_where_the_time_is_used(tmp_path: Path) -> None:
     planned = math.ceil(done.decisions.rungs[1].rows / done.trials[last.trial]["batch"])
     assert last.cut == f"ended at step {last.steps} of {planned}: the time of the search was used"
     assert 0 < last.steps < planned
-    assert (last.loss, last.failed, last.losses) == (None, None, ())
+    assert (last.loss, last.failed, last.probabilities) == (None, None, ())
     assert {each.rung for each in halving.final_results(done.results)} == {0}
     assert last.cut in said.lines[-1]
     again = find(tmp_path, clock=ticking(0.01))
@@ -250,18 +253,19 @@ def test_losses_in_batches_are_those_of_each_row_alone(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=1, rank=4, batch=8)
     model = search.load_model(base).trainable(settings, seed=0, state_bytes=0)
     rows = search.render_rows(search.Renderer(base.folder), ROWS[:21], settings, base.context_length)
-    whole, alone = (search._row_losses(model, some, settings) for some in (rows, rows[:1]))
-    one_by_one = [search._row_losses(model, [row], settings)[0] for row in rows]
-    assert whole == pytest.approx(one_by_one, rel=1e-2), "the rounding of bf16 depends on the batch"
+    (losses, probabilities), alone = (search._row_fits(model, some, settings) for some in (rows, rows[:1]))
+    one_by_one = [search._row_fits(model, [row], settings)[0][0] for row in rows]
+    assert losses == pytest.approx(one_by_one, rel=1e-2), "the rounding of bf16 depends on the batch"
     assert len({round(each, 2) for each in one_by_one}) > 10, "or a wrong order would not be seen"
-    assert alone == one_by_one[:1]
-    batches = search.validation_parts(rows, settings)
+    assert alone[0] == one_by_one[:1]
+    parts = search.validation_parts(rows, settings)
     with torch.no_grad():
-        total = sum(
-            float(model.loss(search.lay_out([rows[row] for row in part]), CrossEntropy(), 1.0)) for part in batches
-        )
-    assert sum(whole) == pytest.approx(total, rel=1e-5)
+        batches = [search.lay_out([rows[row] for row in part]) for part in parts]
+        total = sum(float(model.loss(batch, CrossEntropy(), 1.0)) for batch in batches)
+    assert sum(losses) == pytest.approx(total, rel=1e-5)
     assert len(batches) == 3
+    labels = sum(map(search.label_count, rows))
+    assert sum(probabilities) / labels == pytest.approx(validation_fit(model, batches)["probability"], rel=1e-5)
 
 
 def test_a_metric_without_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

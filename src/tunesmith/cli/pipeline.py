@@ -198,14 +198,15 @@ def _draw_search(console: Console, found: SettingsSearch) -> None:
 
     keys = list(found.trials[0].settings)
     scored = found.scored_rows > 0
-    headings = ("", *keys, "rows", *([found.metric] if scored else []), "loss", "")
-    # The trials that got furthest first, then those with the better score and the lower loss.
+    headings = ("", *keys, "rows", *([found.metric] if scored else []), "probability", "")
+    # The trials that got furthest first, then those with the better score and the higher probability.
     ordered = sorted(found.trials, key=lambda trial: _reached(trial))
     rows = [_trial_row(found, trial, keys, scored) for trial in ordered]
     draw_table(
         console, rows, *headings, title=f"settings of {found.candidate}, on {found.validation_rows} validation rows"
     )
-    console.print(f"compared by the {found.by}: {found.why}" if found.by else found.why, soft_wrap=True)
+    by = "probability of the expected answers" if found.by == "probability" else found.by
+    console.print(f"compared by the {by}: {found.why}" if by else found.why, soft_wrap=True)
     console.print(f"{found.seconds:.0f} of {found.within:.0f} s; ended because {found.ended}", soft_wrap=True)
     if found.failed or found.cut or found.not_run:
         told = f"{found.failed} trials failed, {found.cut} were ended early, {found.not_run} were not run"
@@ -223,7 +224,7 @@ def _reached(trial: Trial) -> tuple[float, ...]:
     if not trial.runs:
         return (1, trial.failed is None, 0, trial.trial)
     last = trial.runs[-1]
-    return (-last.rung, -(last.score.mean if last.score else 0.0), last.loss, trial.trial)
+    return (-last.rung, -(last.score.mean if last.score else 0.0), -last.probability, trial.trial)
 
 
 def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: bool) -> list[str]:
@@ -231,7 +232,14 @@ def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: boo
     marks = [word for word, holds in (("present", trial.trial == 0), ("best", trial.trial == found.best)) if holds]
     values = [f"{trial.settings[key]:g}" for key in keys]
     if not trial.runs:
-        return [", ".join(marks), *values, "", *([""] if scored else []), "", trial.failed or trial.cut or "not run"]
+        return [
+            ", ".join(marks),
+            *values,
+            "",
+            *([""] if scored else []),
+            "",
+            trial.failed or trial.cut or "not run",
+        ]
     last = trial.runs[-1]
     score = f"{last.score.mean:.1%} [{100 * last.score.low:.1f}, {100 * last.score.high:.1f}]" if last.score else ""
     return [
@@ -239,7 +247,7 @@ def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: boo
         *values,
         str(last.rows),
         *([score] if scored else []),
-        f"{last.loss:.4f}",
+        f"{last.probability:.4f}",
         trial.failed or trial.cut or "",
     ]
 

@@ -31,7 +31,7 @@ REVISIONS = {
     "documents": 6,
     "train": 8,
     "search": 5,
-    "training_search": 6,
+    "training_search": 7,
     "curve": 9,
     "forecast": 6,
     "answer": 4,

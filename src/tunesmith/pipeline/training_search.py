@@ -23,7 +23,7 @@ from tunesmith.pipeline.training import (
     validation_rows,
 )
 from tunesmith.store.records import Record
-from tunesmith.training.settings import LEAST_SCORED, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, PROBABILITY, TrainSettings
 
 if TYPE_CHECKING:
     from tunesmith.training.search.halving import TrialResult
@@ -61,7 +61,7 @@ def search_settings(
         rows, validation = composed_rows(held, candidate, settings)
         scorable, reason = scored_rows(held, settings)
         if reason is not None:
-            context.progress.say(f"{name}: comparing by the loss: {reason}")
+            context.progress.say(f"{name}: comparing by {PROBABILITY}: {reason}")
         outcome = search(
             base=held.base,
             rows=rows,
@@ -126,7 +126,8 @@ def search_body(outcome: SearchOutcome, rows: Sequence[Example], unscored: str |
 
 
 def _compared_by(final: Sequence[TrialResult], unscored: str | None, late: bool) -> tuple[str | None, str]:
-    """What the last rung is compared by, `score` or `loss`, and why; None where nothing tells its trials apart.
+    """What the last rung is compared by, `score` or `probability` (of the expected answers), and why; None where
+    nothing tells its trials apart.
 
     late: whether the time was used before all trials of the last rung had run.
     """
@@ -138,12 +139,15 @@ def _compared_by(final: Sequence[TrialResult], unscored: str | None, late: bool)
     if not final:
         return None, "no setting could be trained"
     if len(final) == 1:
-        return "loss", "only one of the settings could be trained"
-    if len({each.loss for each in final}) == 1:
-        return None, "all trials have the same loss: nothing was learned that validation can see"
+        return "probability", "only one of the settings could be trained"
+    if len({each.probability for each in final}) == 1:
+        return (
+            None,
+            "all trials give the expected answers the same probability: nothing was learned that validation can see",
+        )
     if scores != {None}:
-        return "loss", f"every trial of the last rung has the score {scores.pop():.1%}"
-    return "loss", str(unscored)
+        return "probability", f"every trial of the last rung has the score {scores.pop():.1%}"
+    return "probability", str(unscored)
 
 
 def _difference(
@@ -154,8 +158,8 @@ def _difference(
     p: of a permutation test over the rows' groups, times the number of other settings (Bonferroni), since the best of
     them was chosen by the same rows.
     """
-    values = np.asarray(winner.scores if by_score else winner.losses, dtype=np.float64)
-    before = np.asarray(present.scores if by_score else present.losses, dtype=np.float64)
+    values = np.asarray(winner.scores if by_score else winner.probabilities, dtype=np.float64)
+    before = np.asarray(present.scores if by_score else present.probabilities, dtype=np.float64)
     groups = [row.group for row in rows[: len(values)]]
     p = min(1.0, others * sign_flip(values - before, groups, seed=0))
     if by_score:
@@ -163,9 +167,9 @@ def _difference(
         assert present.score is not None
         mean = winner.score - present.score
     else:
-        assert winner.loss is not None
-        assert present.loss is not None
-        mean = winner.loss - present.loss
+        assert winner.probability is not None
+        assert present.probability is not None
+        mean = winner.probability - present.probability
     return {"mean": mean, "p": p, "real": p <= 1 - CONFIDENCE}
 
 
@@ -174,7 +178,7 @@ def _trials(outcome: SearchOutcome, rows: Sequence[Example]) -> list[dict[str, A
     found = []
     for number, values in enumerate(outcome.trials):
         results = [each for each in outcome.results if each.trial == number]
-        runs = [_run(each, rows) for each in results if each.loss is not None]
+        runs = [_run(each, rows) for each in results if each.probability is not None]
         failed = next((each.failed for each in results if each.failed is not None), None)
         cut = next((each.cut for each in results if each.cut is not None), None)
         found.append({"trial": number, "settings": values, "runs": runs, "failed": failed, "cut": cut})
@@ -187,15 +191,16 @@ def _run(result: TrialResult, rows: Sequence[Example]) -> dict[str, Any]:
         groups, values = [row.group for row in rows[: len(result.scores)]], np.asarray(result.scores)[:, None]
         (each,) = intervals(values, groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=0)
         scored = {"mean": each.mean, "low": each.low, "high": each.high}
-    facts = result.model_dump(mode="json", exclude={"trial", "losses", "scores", "failed", "cut"})
+    facts = result.model_dump(mode="json", exclude={"trial", "probabilities", "scores", "failed", "cut"})
     return {**facts, "score": scored}
 
 
 def _lines(outcome: SearchOutcome, rows: Sequence[Example]) -> list[Mapping[str, Any]]:
-    """The loss of each validation row, and its score where it was answered, for each trial in each rung."""
+    """The sum of the probabilities of each validation row's labels, and its score where it was answered, for each trial
+    in each rung."""
     return [
-        {"rung": each.rung, "trial": each.trial, "id": row.id, "loss": loss}
+        {"rung": each.rung, "trial": each.trial, "id": row.id, "probability": probability}
         | ({"score": each.scores[place]} if place < len(each.scores) else {})
         for each in outcome.results
-        for place, (row, loss) in enumerate(zip(rows, each.losses, strict=False))
+        for place, (row, probability) in enumerate(zip(rows, each.probabilities, strict=False))
     ]

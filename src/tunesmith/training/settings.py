@@ -13,7 +13,8 @@ from tunesmith.engines.settings import WeightSettings
 LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
 # With fewer validation rows than this a score says too little to choose by: one row is more than three points.
 LEAST_SCORED = 30
-UNSCORED = "validating by the probability of the expected answers"
+PROBABILITY = "the probability of the expected answers"
+UNSCORED = f"validating by {PROBABILITY}"
 MOST_EPOCHS = 20  # within a budget: of 50 rows, 40 made answers worse (`python benchmarks/study.py --table`)
 _BEFORE = 40  # the same in earlier records
 WARMUP = 0.05  # share of the steps, by default

@@ -25,7 +25,8 @@ _SHORT = 3  # the training is said to be longer than the trials from so many tim
 
 class TrialRun(View):
     """A trial in one rung (from 0). rows: trained on, with repetitions; seconds: of the training; checking: of its
-    validation. score: None where answers were not scored. expected_bytes, peak_bytes: memory of the process."""
+    validation. score: None where answers were not scored. probability, loss: means over the labels of validation rows.
+    expected_bytes, peak_bytes: memory of the process."""
 
     rung: int
     rows: int
@@ -33,6 +34,7 @@ class TrialRun(View):
     seconds: float
     checking: float
     score: MetricInterval | None
+    probability: float
     loss: float
     expected_bytes: int
     peak_bytes: int
@@ -63,9 +65,10 @@ class SettingsSearch(View):
 
     search: its record's digest. method: with its source. within, seconds: allowed and taken. splits: the rows that it
     could read. scored_rows: validation rows that each trial answered. longest: rows that the training itself is
-    expected to see. ended: why there was no further trial. by: what the last rung is compared by, score or loss, and
-    why; None where nothing tells its trials apart. best: the number of the best trial. suggestion: settings to write
-    under `train:`; None where the present ones should stay. conclusion: the same in words.
+    expected to see. ended: why there was no further trial. by: what the last rung is compared by, score or probability
+    (of the expected answers), and why; None where nothing tells its trials apart. best: the number of the best trial.
+    suggestion: settings to write under `train:`; None where the present ones should stay. conclusion: the same in
+    words.
     """
 
     search: str
@@ -149,9 +152,9 @@ def _conclusion(body: Mapping[str, Any]) -> str:
     others = f"the other settings that were tried ({tried}{not_run})"
     if best is None:
         return f"Keep what you have: {body['why']}."
-    what = "score" if body["by"] == "score" else "loss"
+    what = body["by"]
     if best == PRESENT:
-        return f"Keep what you have: none of {others} had a better {what} on validation rows."
+        return f"Keep what you have: none of {others} had a higher {what} on validation rows."
     if body["suggestion"] is None:
         return (
             f"Keep what you have: the best of {others} differs by {_by(difference['mean'], what)} from the present "
@@ -177,4 +180,4 @@ def _conclusion(body: Mapping[str, Any]) -> str:
 
 
 def _by(difference: float, what: str) -> str:
-    return f"{100 * difference:.1f} points" if what == "score" else f"{difference:.4f} nats a token"
+    return f"{100 * difference:.1f} points" if what == "score" else f"{difference:.3f} in the probability of a token"

@@ -63,8 +63,9 @@ class SearchDecisions(BaseModel):
     """What a search decided.
 
     environment: what its numbers depend on besides its input. others: how many other settings it tries. scored_rows:
-    validation rows that each trial answers; 0: trials are compared by the loss. longest: rows that the training itself
-    is expected to see, with repetitions; no trial is longer. ended: why there is no further trial.
+    validation rows that each trial answers; 0: trials are compared by the probability of the expected answers. longest:
+    rows that the training itself is expected to see, with repetitions; no trial is longer. ended: why there is no
+    further trial.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,10 +82,10 @@ class SearchDecisions(BaseModel):
 class TrialResult(BaseModel):
     """A trial in a rung. rows: trained on, with repetitions. seconds: of the training; checking: of what follows.
 
-    loss: mean over all labels of the validation rows; losses: of each row, the sum over its labels. scores: of each
-    answered row. failed: why it could not be trained. cut: why it was ended before its steps were done. There is no
-    loss in either case. expected_bytes, peak_bytes: memory of the process during the training, as estimated and as
-    measured.
+    loss, probability: mean over all labels of the validation rows; probabilities: of each row, the sum over its labels.
+    scores: of each answered row. failed: why it could not be trained. cut: why it was ended before its steps were done.
+    There is neither loss nor probability in either case. expected_bytes, peak_bytes: memory of the process during the
+    training, as estimated and as measured.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -96,7 +97,8 @@ class TrialResult(BaseModel):
     seconds: float
     checking: float = 0.0
     loss: float | None = None
-    losses: tuple[float, ...] = ()
+    probability: float | None = None
+    probabilities: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
     failed: str | None = None
     cut: str | None = None
@@ -132,7 +134,7 @@ def decide_search(
 
     available: other settings that there are. batch: the present one. longest: see SearchDecisions. scorable: validation
     rows that can be scored. Where the time allows no score that says enough, however few settings are tried, trials are
-    compared by the loss. Raises Refused where the time does not allow a first rung.
+    compared by the probability of the expected answers. Raises Refused where the time does not allow a first rung.
     """
     least = min(LEAST_STEPS * batch, longest)
     counts = sorted({min(each, available) for each in _OTHERS}, reverse=True)
@@ -158,8 +160,9 @@ def decide_search(
 
 def ranking(results: Sequence[TrialResult]) -> list[int]:
     """The numbers of a rung's trials that were checked, the best first: by score and, among equals or without
-    scores, by the loss. Of two that are equal in both the one that was planned first comes first."""
-    keyed = [(-(each.score or 0.0), each.loss, each.trial) for each in results if each.loss is not None]
+    scores, by the probability of the expected answers. Of two that are equal in both the one that was planned first
+    comes first."""
+    keyed = [(-(each.score or 0.0), -each.probability, each.trial) for each in results if each.probability is not None]
     return [trial for _, _, trial in sorted(keyed)]
 
 
@@ -206,7 +209,7 @@ def next_rung(decisions: SearchDecisions, results: Sequence[TrialResult], within
 
 def _costs(decisions: SearchDecisions, results: Sequence[TrialResult], trial: int) -> tuple[float, float]:
     """Seconds to train a row, and to check: of the trial's own last run, else of the mean trial, as far as is known."""
-    done = [each for each in results if each.loss is not None]
+    done = [each for each in results if each.probability is not None]
     done = [each for each in done if each.trial == trial][-1:] or done
     if not done:
         measured = decisions.measured

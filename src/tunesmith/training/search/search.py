@@ -46,7 +46,7 @@ from tunesmith.training.search.halving import (
     successive_halving,
 )
 from tunesmith.training.search.space import draw_trials, with_values
-from tunesmith.training.settings import LEAST_SCORED, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, PROBABILITY, TrainSettings
 from tunesmith.training.state import TrainerState
 from tunesmith.training.train import environment
 from tunesmith.training.trainer import Trainer
@@ -98,8 +98,9 @@ def search(
 ) -> SearchOutcome:
     """Search for better settings within so many seconds. A search that was stopped goes on in its work folder.
 
-    scorable: how many validation rows scores can score; without scores trials are compared by the validation loss.
-    Raises Refused for rows or present settings that cannot be trained here, and where the time is too short.
+    scorable: how many validation rows scores can score; without scores trials are compared by the probability of the
+    expected answers. Raises Refused for rows or present settings that cannot be trained here, and where the time is too
+    short.
     """
     renderer, context = Renderer(base.folder), require_context_length(base)
     settings = fit_to_rows(settings, len(rows), model_width(base))  # as the training itself would
@@ -115,7 +116,7 @@ def search(
     kept = work / "search.json"
     decisions = _decide(shared, within, scorable if scores else 0, work, kept, progress)
     if scores and not decisions.scored_rows:
-        progress.say(f"comparing by the loss: the time is too short to score {LEAST_SCORED} answers of each trial")
+        progress.say(f"comparing by {PROBABILITY}: the time is too short to score {LEAST_SCORED} answers of each trial")
     with progress.task("searching", within) as task:
 
         def run(rung: int, trial: int, count: int, seconds: float) -> TrialResult:
@@ -183,7 +184,7 @@ def _measure(shared: _Search, model: TrainableModel) -> Measured:
     expected = estimate(steps, 0, 0, trial_step(model, CrossEntropy()), needs)
     some = shared.validation[:_TIMED]
     checking = time.perf_counter()
-    _row_losses(model, some, shared.settings)
+    _row_fits(model, some, shared.settings)
     answering = time.perf_counter()
     answer = 0.0
     if shared.scores is not None:
@@ -242,8 +243,9 @@ def _train_and_check(
         done = {"steps": state.step, "rows": _rows_read(shared.rows, settings, state.step)}
         return result.model_copy(update={**done, "cut": f"ended at step {state.step} of {result.steps}: {state.ended}"})
     checking = shared.clock()
-    losses = _row_losses(model, shared.validation, shared.settings)
-    loss = math.fsum(losses) / sum(map(label_count, shared.validation))
+    losses, probabilities = _row_fits(model, shared.validation, shared.settings)
+    labels = sum(map(label_count, shared.validation))
+    loss = math.fsum(losses) / labels
     if not math.isfinite(loss):
         raise TunesmithError(f"the validation loss became {loss}", where="train.learning_rate")
     scores = shared.scores(model, scored) if shared.scores is not None and scored else []
@@ -251,7 +253,8 @@ def _train_and_check(
         update={
             "checking": shared.clock() - checking,
             "loss": loss,
-            "losses": tuple(losses),
+            "probability": math.fsum(probabilities) / labels,
+            "probabilities": tuple(probabilities),
             "scores": tuple(scores),
         }
     )
@@ -289,18 +292,21 @@ def _schedule(settings: TrainSettings, steps: int, folder: Path) -> Schedule:
     return Annealed(steps, settings, decisions, folder / "decisions.json", budget=None)
 
 
-def _row_losses(model: TrainableModel, rows: Sequence[Rendered], settings: TrainSettings) -> list[float]:
-    """The sum of each row's losses over its labels, computed in batches of the settings' size.
+def _row_fits(
+    model: TrainableModel, rows: Sequence[Rendered], settings: TrainSettings
+) -> tuple[list[float], list[float]]:
+    """The sums of each row's losses and of its probabilities over its labels, in batches of the settings' size.
 
     All trials are checked in the same batches: one that learned nothing then has exactly the loss of another one.
     """
-    found = [0.0] * len(rows)
+    found, probabilities = [0.0] * len(rows), [0.0] * len(rows)
     for part in validation_parts(rows, settings, share=model.shares_prefix):
         some = [rows[row] for row in part]
         losses = model.label_losses(lay_out(some, share=model.shares_prefix))
         for row, own in zip(part, losses.split([label_count(each) for each in some]), strict=True):
             found[row] = math.fsum(own.tolist())
-    return found
+            probabilities[row] = math.fsum(own.neg().exp().tolist())
+    return found, probabilities
 
 
 def _file(work: Path, rung: int, trial: int) -> Path:
@@ -329,4 +335,5 @@ def _outcome(result: TrialResult) -> str:
     if result.cut is not None:
         return result.cut
     score = "" if result.score is None else f"score {result.score:.1%}, "
-    return f"{score}loss {result.loss:.4f} after {result.steps} steps ({result.seconds + result.checking:.0f} s)"
+    fit = f"probability {result.probability:.4f}, loss {result.loss:.4f}"
+    return f"{score}{fit} after {result.steps} steps ({result.seconds + result.checking:.0f} s)"
