@@ -105,6 +105,11 @@ KINDS = ("snips", "banking77", "personal", "wording")  # a task of each kind; to
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     slots = ("snips", "home", "music")
+    for task in ("wording", "masking"):  # free text
+        yield from (Trial(task, 100, 10, rate, b_rate=4.0, seed=seed) for seed in (0, 1) for rate in (1e-3, 2e-3))
+    for rows in (200, 50):
+        yield from (Trial(task, rows, 20, 1e-3, b_rate=4.0) for task in slots)
+    yield from (Trial("banking77", 100, 20, rate, b_rate=4.0) for rate in (1e-3, 2e-3))
     for rows in (50, 200):
         yield from (Trial(task, rows, epochs, 2e-3, b_rate=4.0) for epochs in (10, 20, 40) for task in slots)
     for seed in (1, 2):

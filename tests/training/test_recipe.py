@@ -21,19 +21,6 @@ def _b_rate(width: int | None = 576, **given: object) -> float:
     return fit_to_rows(TrainSettings.model_validate(given), 5000, width).b_rate
 
 
-def _rate(rows: int, width: int | None = 576, **given: object) -> float:
-    return fit_to_rows(TrainSettings.model_validate(given), rows, width).learning_rate
-
-
-def test_few_rows_get_a_higher_rate_and_many_the_default() -> None:
-    assert _rate(1) == _rate(200) == pytest.approx(2e-3)
-    assert _rate(1000) == _rate(100_000) == pytest.approx(1e-3)
-    rates = [_rate(rows) for rows in range(200, 1001, 50)]
-    assert rates == sorted(set(rates), reverse=True), "it falls evenly in between"
-    assert _rate(50, learning_rate=1e-3) == _rate(50, b_rate=2.0) == _rate(50, width=4096) == 1e-3
-    assert _rate(50, method="full") == 1e-4
-
-
 def test_b_gets_four_times_the_default_rate_of_small_bases() -> None:
     assert _b_rate() == _b_rate(width=1024) == _b_rate(method="lora", rank=8) == 4.0
     assert _b_rate(width=4096) == _b_rate(width=None) == 1.0

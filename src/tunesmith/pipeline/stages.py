@@ -29,7 +29,7 @@ from tunesmith.store.recalls import ancestor_recalled, recalled
 REVISIONS = {
     "data": 14,
     "documents": 6,
-    "train": 8,
+    "train": 9,
     "search": 5,
     "training_search": 7,
     "curve": 9,

@@ -26,7 +26,7 @@ _TIMED = 32  # rows whose answers are timed before the first step, where a budge
 _FEW = 4  # rows whose answers are timed before those, and for the estimate alone
 _MOST_MEASURED = 0.5  # of the budget
 _ONE_SHARE = 0.025  # of the budget, for the answers of one validation
-_ALL_SHARE = 0.15  # of the time until the budget or all epochs end, for all validations
+_ALL_SHARE = 0.15  # of the budget, for all validations
 
 
 class BudgetTooShort(Refused):
@@ -223,7 +223,7 @@ def _within(
     each = loss + rows * answer
     step = max(expected.step_seconds, 1e-9)
     steps = min(len(plan), budget / step)  # few rows are read as often as a budget does long before it ends
-    apart = max(steps / settings.validations, each / _ALL_SHARE / step)
+    apart = steps / min(settings.validations, max(1.0, _ALL_SHARE * budget / max(each, 1e-9)))
     return Decisions(
         warmup=warmup_steps(settings, steps),
         validate_every=max(1, min(len(plan), round(apart))),

@@ -76,8 +76,7 @@ class TrainSettings(WeightSettings):
             gt=0,
             lt=1,
             default_factory=lambda given: _RATES.get(given.get("method", ""), 1e-3),
-            description="peak learning rate, reached after the warm-up. Default: 0.001, up to twice as much for "
-            "plain adapters of small bases on fewer than 1,000 rows where b_rate is left out; 0.0001 with method: full",
+            description="peak learning rate, reached after the warm-up. Default: 0.001; 0.0001 with method: full",
         ),
     ]
     rows: Annotated[
