@@ -400,6 +400,7 @@ def test_a_checkpoint_without_the_decisions_that_its_steps_obeyed_is_refused(tmp
         ({"budget": "999999h"}, "less than or equal to"),
         ({"budget": "5m", "decay": 0.99999}, "less than or equal to 0.9"),
         ({"budget": "5m", "epochs": 2}, "set either budget or epochs"),
+        ({"budget": "5m", "epochs": 40}, "set either budget or epochs"),
         ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
     ],
 )
