@@ -268,8 +268,8 @@ def test_a_stated_warmup_holds_within_a_budget(tmp_path: Path) -> None:
 
 
 def test_few_rows_are_validated_as_often_as_many(tmp_path: Path) -> None:
-    """Sixteen times in all, where all epochs take less than the budget, too; fewer times where that would take more than
-    0.15 of the budget."""
+    """Sixteen times in all, where all epochs take less than the budget, too; fewer times where that would take more
+    than 0.15 of it."""
     for budget, answer, steps in ((1_600.0, 0.001, 100), (100_000.0, 0.001, 625), (100_000.0, 1.0, 625),
                                   (16_000.0, 1.0, 833)):  # fmt: skip
         made, _ = _decide(tmp_path / f"{budget} {answer}", TrainSettings(budget=budget), answer)
