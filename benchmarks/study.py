@@ -110,6 +110,8 @@ def plan() -> Iterator[Trial]:
     for rows in (200, 50):
         yield from (Trial(task, rows, 20, 1e-3, b_rate=4.0) for task in slots)
     yield from (Trial("banking77", 100, 20, rate, b_rate=4.0) for rate in (1e-3, 2e-3))
+    for task in ("intents", "clinc150"):
+        yield from (Trial(task, 200, 10, b_rate=b_rate) for b_rate in (1.0, 4.0))
     for rows in (50, 200):
         yield from (Trial(task, rows, epochs, 2e-3, b_rate=4.0) for epochs in (10, 20, 40) for task in slots)
     for seed in (1, 2):
