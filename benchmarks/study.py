@@ -110,6 +110,10 @@ def plan() -> Iterator[Trial]:
     for rows in (200, 50):
         yield from (Trial(task, rows, 20, 1e-3, b_rate=4.0) for task in slots)
     yield from (Trial("banking77", 100, 20, rate, b_rate=4.0) for rate in (1e-3, 2e-3))
+    for task in ("music", "banking77", "wording"):  # rows that are read often may want lower rates
+        yield from (
+            Trial(task, 100, 20, rate, b_rate=b_rate) for rate, b_rate in ((1e-3, 4.0), (1e-3, 1.0), (5e-4, 4.0))
+        )
     for task in ("intents", "clinc150"):
         yield from (Trial(task, 200, 10, b_rate=b_rate) for b_rate in (1.0, 4.0))
     for rows in (50, 200):
