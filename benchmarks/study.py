@@ -114,6 +114,7 @@ def plan() -> Iterator[Trial]:
         yield from (
             Trial(task, 100, 20, rate, b_rate=b_rate) for rate, b_rate in ((1e-3, 4.0), (1e-3, 1.0), (5e-4, 4.0))
         )
+    yield from (Trial("music", 1000, 10, b_rate=b_rate) for b_rate in (1.0, 4.0))
     for task in ("intents", "clinc150"):
         yield from (Trial(task, 200, 10, b_rate=b_rate) for b_rate in (1.0, 4.0))
     for rows in (50, 200):
