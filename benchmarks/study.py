@@ -107,6 +107,7 @@ def plan() -> Iterator[Trial]:
     slots = ("snips", "home", "music")
     for task in ("wording", "masking"):  # free text
         yield from (Trial(task, 100, 10, rate, b_rate=4.0, seed=seed) for seed in (0, 1) for rate in (1e-3, 2e-3))
+    yield from (Trial("wording", 100, epochs, b_rate=4.0) for epochs in (3, 5))
     for rows in (200, 50):
         yield from (Trial(task, rows, 20, 1e-3, b_rate=4.0) for task in slots)
     yield from (Trial("banking77", 100, 20, rate, b_rate=4.0) for rate in (1e-3, 2e-3))

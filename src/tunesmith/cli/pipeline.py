@@ -196,6 +196,8 @@ def _draw_rates(console: Console, found: RateSearch) -> None:
 def _draw_search(console: Console, found: SettingsSearch) -> None:
     import yaml
 
+    from tunesmith.training.settings import PROBABILITY
+
     keys = list(found.trials[0].settings)
     scored = found.scored_rows > 0
     headings = ("", *keys, "rows", *([found.metric] if scored else []), "probability", "")
@@ -205,8 +207,8 @@ def _draw_search(console: Console, found: SettingsSearch) -> None:
     draw_table(
         console, rows, *headings, title=f"settings of {found.candidate}, on {found.validation_rows} validation rows"
     )
-    by = "probability of the expected answers" if found.by == "probability" else found.by
-    console.print(f"compared by the {by}: {found.why}" if by else found.why, soft_wrap=True)
+    by = PROBABILITY if found.by == "probability" else "the score"
+    console.print(f"compared by {by}: {found.why}" if found.by else found.why, soft_wrap=True)
     console.print(f"{found.seconds:.0f} of {found.within:.0f} s; ended because {found.ended}", soft_wrap=True)
     if found.failed or found.cut or found.not_run:
         told = f"{found.failed} trials failed, {found.cut} were ended early, {found.not_run} were not run"
@@ -232,14 +234,7 @@ def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: boo
     marks = [word for word, holds in (("present", trial.trial == 0), ("best", trial.trial == found.best)) if holds]
     values = [f"{trial.settings[key]:g}" for key in keys]
     if not trial.runs:
-        return [
-            ", ".join(marks),
-            *values,
-            "",
-            *([""] if scored else []),
-            "",
-            trial.failed or trial.cut or "not run",
-        ]
+        return [", ".join(marks), *values, "", *([""] if scored else []), "", trial.failed or trial.cut or "not run"]
     last = trial.runs[-1]
     score = f"{last.score.mean:.1%} [{100 * last.score.low:.1f}, {100 * last.score.high:.1f}]" if last.score else ""
     return [
