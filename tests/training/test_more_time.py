@@ -119,12 +119,15 @@ def test_a_longer_budget_brings_nothing_where_all_its_epochs_are_done() -> None:
         ([0.2, 0.8, 0.9], "still rose at the end, from 80.0% to 90.0%"),
         ([0.2, 0.9, 0.8], "no longer rose"),
         ([0.9], "too few to say"),
+        ([None, None, 0.9], "too few to say"),
     ],
 )
-def test_without_scores_no_points_are_told(probabilities: list[float], said: str) -> None:
+def test_without_scores_no_points_are_told(probabilities: list[float | None], said: str) -> None:
+    """Earlier records have losses alone."""
     training = _training([0.0] * len(probabilities))
     training["validation"] = [
-        {"step": 10 * (n + 1), "loss": 1.0, "probability": each} for n, each in enumerate(probabilities)
+        {"step": 10 * (n + 1), "loss": 1.0} | ({} if each is None else {"probability": each})
+        for n, each in enumerate(probabilities)
     ]
     found = more_time(training)
     assert found is not None

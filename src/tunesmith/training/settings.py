@@ -16,6 +16,7 @@ LEAST_SCORED = 30
 PROBABILITY = "the probability of the expected answers"
 UNSCORED = f"validating by {PROBABILITY}"
 MOST_EPOCHS = 20  # within a budget: of 50 rows, 40 made answers worse (`python benchmarks/study.py --table`)
+_BEFORE = 40  # the same in earlier records
 WARMUP = 0.05  # share of the steps, by default
 MOST_WARMUP = 100  # steps of that share within a budget: most trainings end long before the most steps that fit in
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
@@ -205,7 +206,7 @@ class TrainSettings(WeightSettings):
     @classmethod
     def _one_length(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("budget") is not None:
-            if given.get("epochs") not in (None, MOST_EPOCHS):
+            if given.get("epochs") not in (None, MOST_EPOCHS, _BEFORE):
                 raise ValueError("set either budget or epochs")
             if given.get("schedule", "wsd") != "wsd":
                 raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")

@@ -70,7 +70,7 @@ def _reason(training: Mapping[str, Any]) -> str:
 
 
 def _by_probability(validation: Sequence[Mapping[str, float]]) -> str:
-    found = [each["probability"] for each in validation]
+    found = [each["probability"] for each in validation if "probability" in each]  # earlier records have none
     if len(found) < 2:
         return "These validations are too few to say what more time would bring."
     if max(found[:-1]) >= found[-1]:
