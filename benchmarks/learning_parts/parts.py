@@ -54,10 +54,9 @@ def init(bench: Bench) -> list[Line]:
         return [Line(what, ours, against, _percent(later) if later else "-", wanted=wanted, lacks=NOT_YET)]
     # Ten times the time reaches 100% at most, so the share may be enough whatever it reaches.
     share = (now["mean"] - before["mean"]) / max(1e-9, (later["mean"] if later else 1.0) - before["mean"])
-    if later is None and share < 2 / 3:
-        return [Line(what, ours, against, "-", wanted=wanted, lacks=NOT_YET)]
+    lacks = NOT_YET if later is None and share < 2 / 3 else None
     theirs, shown = (_percent(later), f"{share:.0%}") if later else ("at most 100%", f"at least {share:.0%}")
-    return [Line(what, ours, against, theirs, shown=shown, wanted=wanted, reached=share >= 2 / 3)]
+    return [Line(what, ours, against, theirs, shown=shown, wanted=wanted, lacks=lacks, reached=share >= 2 / 3)]
 
 
 def snips(bench: Bench) -> list[Line]:

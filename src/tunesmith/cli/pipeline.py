@@ -196,17 +196,23 @@ def _draw_rates(console: Console, found: RateSearch) -> None:
 def _draw_search(console: Console, found: SettingsSearch) -> None:
     import yaml
 
+    from tunesmith.services.runs.training_search import PRESENT
     from tunesmith.training.settings import PROBABILITY
 
     keys = list(found.trials[0].settings)
     scored = found.scored_rows > 0
-    headings = ("", *keys, "rows", *([found.metric] if scored else []), "probability", "")
+    names = (key.replace("learning_", "learning_\n") for key in keys)  # so that 80 columns suffice
+    headings = ("#", *names, "rows", *([found.metric] if scored else []), "probability")
     # The trials that got furthest first, then those with the better score and the higher probability.
     ordered = sorted(found.trials, key=lambda trial: _reached(trial))
-    rows = [_trial_row(found, trial, keys, scored) for trial in ordered]
-    draw_table(
-        console, rows, *headings, title=f"settings of {found.candidate}, on {found.validation_rows} validation rows"
-    )
+    rows = [_trial_row(trial, keys, scored) for trial in ordered]
+    title = f"settings of {found.candidate}, on {found.validation_rows} validation rows"
+    draw_table(console, rows, *headings, title=title)
+    best = "" if found.best in (None, PRESENT) else f", and trial {found.best} those that did best"
+    console.print(f"trial {PRESENT} has the present settings{best}", soft_wrap=True)
+    for trial in ordered:
+        if trial.failed or trial.cut:
+            console.print(f"trial {trial.trial}: {trial.failed or trial.cut}", soft_wrap=True)
     by = PROBABILITY if found.by == "probability" else "the score"
     console.print(f"compared by {by}: {found.why}" if found.by else found.why, soft_wrap=True)
     console.print(f"{found.seconds:.0f} of {found.within:.0f} s; ended because {found.ended}", soft_wrap=True)
@@ -229,22 +235,15 @@ def _reached(trial: Trial) -> tuple[float, ...]:
     return (-last.rung, -(last.score.mean if last.score else 0.0), -last.probability, trial.trial)
 
 
-def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: bool) -> list[str]:
-    """A trial's line: its settings, and how it did in the last rung that it was in."""
-    marks = [word for word, holds in (("present", trial.trial == 0), ("best", trial.trial == found.best)) if holds]
-    values = [f"{trial.settings[key]:g}" for key in keys]
+def _trial_row(trial: Trial, keys: list[str], scored: bool) -> list[str]:
+    """A trial's line: its settings, and how it did in the last rung that it was in. Few rows are scored, so that tenths
+    of points would say nothing."""
+    values = [str(trial.trial), *(f"{trial.settings[key]:g}" for key in keys)]
     if not trial.runs:
-        return [", ".join(marks), *values, "", *([""] if scored else []), "", trial.failed or trial.cut or "not run"]
+        return [*values, "none", *([""] if scored else []), ""]
     last = trial.runs[-1]
-    score = f"{last.score.mean:.1%} [{100 * last.score.low:.1f}, {100 * last.score.high:.1f}]" if last.score else ""
-    return [
-        ", ".join(marks),
-        *values,
-        str(last.rows),
-        *([score] if scored else []),
-        f"{last.probability:.4f}",
-        trial.failed or trial.cut or "",
-    ]
+    score = f"{last.score.mean:.0%} [{100 * last.score.low:.0f}, {100 * last.score.high:.0f}]" if last.score else ""
+    return [*values, str(last.rows), *([score] if scored else []), f"{last.probability:.4f}"]
 
 
 def _draw_run(console: Console, done: RunSummary) -> None:

@@ -17,7 +17,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.services.runs.training import only_tuned
 from tunesmith.store.records import Record
-from tunesmith.training.settings import LONGEST_BUDGET, TrainSettings
+from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings
 
 PRESENT = 0  # the number of the trial with the present settings
 _SHORT = 3  # the training is said to be longer than the trials from so many times on
@@ -152,7 +152,7 @@ def _conclusion(body: Mapping[str, Any]) -> str:
     others = f"the other settings that were tried ({tried}{not_run})"
     if best is None:
         return f"Keep what you have: {body['why']}."
-    what = body["by"]
+    what = "score" if body["by"] == "score" else PROBABILITY.removeprefix("the ")
     if best == PRESENT:
         return f"Keep what you have: none of {others} had a higher {what} on validation rows."
     if body["suggestion"] is None:
