@@ -148,6 +148,31 @@ def test_a_stage_that_is_refused_when_it_is_run_again_keeps_its_result(project: 
     assert Stages(project).run("answer plain", "answer", {"x": 1}, refuse) == first
 
 
+def test_a_restarted_stage_that_is_refused_later_goes_on(project: Project) -> None:
+    """The cause of a refusal may pass, such as too little memory: what was made until then is not given up."""
+
+    def make(work: Path) -> str:
+        (work / "begun").touch()
+        raise KeyboardInterrupt
+
+    def refuse(_work: Path) -> str:
+        raise Refused("there is no room")
+
+    def finish(work: Path) -> str:
+        assert (work / "begun").exists()
+        return project.store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 2}))
+
+    def first(_work: Path) -> str:
+        return project.store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
+
+    earlier = Stages(project).run("answer plain", "answer", {"x": 1}, first)
+    with pytest.raises(KeyboardInterrupt):
+        Stages(project).run("answer plain", "answer", {"x": 1}, make, again=True)
+    with pytest.raises(Refused, match="no room"):
+        Stages(project).run("answer plain", "answer", {"x": 1}, refuse)
+    assert Stages(project).run("answer plain", "answer", {"x": 1}, finish) != earlier
+
+
 def test_a_named_source_counts_by_its_bytes_and_not_by_its_path(tmp_path: Path) -> None:
     """An upload has another path each time."""
     found = []

@@ -118,6 +118,14 @@ def test_it_says_which_answers_decoding_cannot_give() -> None:
     assert counts == {"undecodable": 1, "uncopied": 1}
     assert notices[0].startswith(f"decoding cannot give 1 of 3 train answers, such as that of row {held[2].id}: ")
     assert notices[1].startswith("copied fields: 1 of 3 train answers hold a value that is not words of the request")
+    turns = (*row("for Ann", '{"who": "Eve"}').messages, *held[0].messages)
+    talk = [held[0].model_copy(update={"messages": turns})]
+    context.dataset = SimpleNamespace(examples=lambda _split: talk)
+    assert forbidden_answers(context, copying, "train")[0]["uncopied"] == 0
+    counts, notices = forbidden_answers(context, copying, "train", earlier=True)
+    assert counts["uncopied"] == 1, "an answer that is learned, though another one is last"
+    assert notices[0].startswith("copied fields: 1 of 2 train answers")
+    context.dataset = SimpleNamespace(examples=lambda _split: held)
     del held[1]
     counts, notices = forbidden_answers(context, copying, "train")
     assert (counts["uncopied"], len(notices)) == (0, 1), "nothing is said of copied fields where all can be given"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from importlib import resources
 from itertools import count
@@ -120,8 +121,9 @@ def test_what_is_left_out_is_said_and_nothing_left_is_refused(tmp_path: Path, mo
     assert body["rehearsed"] == 2
     assert any(each.startswith("1 of 2 answers of the base are not rehearsed") for each in body["notices"])
     monkeypatch.setattr(rehearsal, "rehearse", lambda *_: drawn[1:])
+    shutil.rmtree(tmp_path / "work")
     with pytest.raises(Refused, match="none of 1 answers of the base can be rehearsed") as refused:
-        run(tmp_path, chosen, restart=True)
+        run(tmp_path, chosen)
     assert refused.value.where == "train.rehearse"
 
 

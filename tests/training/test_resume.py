@@ -52,7 +52,6 @@ def run(
     folder: Path,
     settings: TrainSettings = SETTINGS,
     rows: list[TrainingRow] = ROWS,
-    restart: bool = False,
     progress: Progress = SILENT,
 ) -> str:
     """Train in folder; returns the digest of the adapter's weights."""
@@ -66,7 +65,6 @@ def run(
         validation=ROWS[:3],
         settings=settings,
         work=folder / "work",
-        restart=restart,
     )
     digest = train(store, spec, progress=progress)
     return store.record(digest).blobs["adapter_model.safetensors"]
@@ -287,7 +285,8 @@ def test_resume_is_refused_after_changes(trained: Path, changed: dict) -> None:
     with pytest.raises(Refused, match="started with other") as told:
         run(trained, **changed)
     assert "--restart" in str(told.value.fix)
-    assert run(trained, **changed, restart=True)
+    shutil.rmtree(trained / "work")
+    assert run(trained, **changed)
 
 
 def test_resume_is_refused_on_another_base(trained: Path) -> None:

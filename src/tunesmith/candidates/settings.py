@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tunesmith.candidates.candidate import Method, Retrieve
 from tunesmith.core.settings import Settings
@@ -54,6 +54,15 @@ class EndpointSettings(Settings):
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError("the URL has a user, a query or a fragment, which may hold a secret: use key_env instead")
         return url.rstrip("/")
+
+
+def _judging(endpoint: EndpointSettings) -> EndpointSettings:
+    if endpoint.price is not None or endpoint.logprobs:
+        raise ValueError("a judge has neither price nor logprobs: they are read of candidates alone")
+    return endpoint
+
+
+JudgeSettings = Annotated[EndpointSettings, AfterValidator(_judging)]
 
 
 class Shots(Settings):

@@ -40,7 +40,7 @@ REVISIONS = {
     "risk": 4,
     "policy": 2,
     "style": 3,
-    "evaluate": 12,
+    "evaluate": 13,
     "gate": 9,
 }
 # The permission that running a stage needs.
@@ -116,7 +116,8 @@ class Stages:
                 with room_for(work):
                     digest = make(work)
             except Refused:
-                (work / _AGAIN).unlink(missing_ok=True)  # it cannot go on: the earlier result stands
+                if again:  # nothing was made yet: the earlier result stands
+                    (work / _AGAIN).unlink(missing_ok=True)
                 raise
             self._refuse_recalled(name, digest)
             store.keep_memo(key, digest)

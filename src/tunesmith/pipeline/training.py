@@ -18,6 +18,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Progress
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.governance.signoff import require_signed
+from tunesmith.data.splitting.duplicates import learned_parts
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import (
     Declared,
@@ -134,7 +135,13 @@ def repeat_decided(
 
     context.require_one_process()
     context = context.without_test_rows()
-    decisions = recorded_decisions(context.store.record(digest, kind="training").body)
+    body = context.store.record(digest, kind="training").body
+    if (ranks := body["environment"].get("ranks", 1)) > 1:
+        raise Refused(
+            f"{ranks} processes made this training, and one process cannot repeat it to the byte",
+            fix="leave --repeat out: with the same settings its record stands",
+        )
+    decisions = recorded_decisions(body)
     work = context.store.local("work", f"repeat-{short(digest)}")
     with context.store.lock(work.name, f"repeating {name}"):
         try:
@@ -161,7 +168,7 @@ def _spec(
     rows, validation = composed_rows(context, candidate, settings)
     notices = validation_notices(context, settings)
     if decisions is None:
-        notices += forbidden_answers(context, candidate, "train")[1]
+        notices += forbidden_answers(context, candidate, "train", earlier=settings.loss_on != "last")[1]
     return make_spec(
         base=context.base,
         dataset=context.dataset.digest,
@@ -397,20 +404,27 @@ def composed_rows(
     return composed(chosen), composed(validation_rows(context))
 
 
-def forbidden_answers(context: PipelineContext, candidate: Candidate, split: str) -> tuple[dict[str, int], list[str]]:
+def forbidden_answers(
+    context: PipelineContext, candidate: Candidate, split: str, *, earlier: bool = False
+) -> tuple[dict[str, int], list[str]]:
     """How many reference answers of a split decoding keeps the candidate from giving, for a record; and what people
-    should know of how it is held."""
+    should know of how it is held. earlier: answers before the last one of a conversation count, too, as they are
+    learned."""
     held = candidate.answer_schema or candidate.answer_grammar
     if not held or not candidate.asks_base or context.project.settings.server is not None:
         return {}, []  # servers read schemas in their own ways
     constraint, rows = Constraint(candidate), context.dataset.examples(split)
-    found = [(row.id, constraint.forbids(row.answer, row.request)) for row in rows]
+    answered = [(row.id, row.request, row.answer) for row in rows]
+    if earlier:
+        parts = [(row.id, part) for row in rows for part in learned_parts(row.messages)]
+        answered = [(name, tuple(part[:-1]), part[-1].text) for name, part in parts]
+    found = [(name, constraint.forbids(answer, request)) for name, request, answer in answered]
     unfit = [name for name, why in found if why == "form"]
     counts = {"undecodable": len(unfit)}
     notices = [] if constraint.order_kept_by is None else [f"keys keep the schema's order: {constraint.order_kept_by}"]
     if unfit:
         notices.append(
-            f"decoding cannot give {len(unfit)} of {len(rows)} {split} answers, such as that of row {unfit[0]}: it "
+            f"decoding cannot give {len(unfit)} of {len(found)} {split} answers, such as that of row {unfit[0]}: it "
             "reads the schema more strictly than the build and metrics do, as for dates, times and whole numbers such "
             "as 1.0"
         )
@@ -418,8 +432,8 @@ def forbidden_answers(context: PipelineContext, candidate: Candidate, split: str
         counts["uncopied"] = sum(why == "copy" for _, why in found)
         if counts["uncopied"]:
             notices.append(
-                f"copied fields: {counts['uncopied']} of {len(rows)} {split} answers hold a value that is not words of "
-                "the request, which this candidate cannot give"
+                f"copied fields: {counts['uncopied']} of {len(found)} {split} answers hold a value that is not words "
+                "of the request, which this candidate cannot give"
             )
     return counts, notices
 

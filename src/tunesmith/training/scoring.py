@@ -83,8 +83,8 @@ class Validation:
         ranks: Ranks = ALONE,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """The answers to `rows` rows are scored, at first all; 0: none (see TrainerState.best). clock: as the
-        trainer's."""
+        """The answers to `rows` rows are scored, at first all; 0: none (see TrainerState.best). clock: seconds, which
+        time answers and validations."""
         self._model, self._batches, self.score = model, batches, score
         self.ranks, self.clock = ranks, clock
         self.rows = 0 if score is None else score.rows
@@ -202,13 +202,15 @@ def _within(
     least = measured + 4 * expected.step_seconds + loss
     if max(least, measured / _MOST_MEASURED) > budget:
         before = "drawing what is rehearsed and measuring" if rehearsal.answers else "measuring"
+        half = ", more than half of it" if least <= budget else ""
+        enough = max(least, measured / _MOST_MEASURED)
         otherwise = "" if validation.score is None else ", or set validate_by: loss, which measures no answers"
         if 2 * rehearsal.seconds > measured:
             otherwise = ", or leave rehearse out"
         raise BudgetTooShort(
             f"the budget of {_told(budget)} is too short: {before}, four steps and one validation take "
-            f"{_told(least)}, of which {before} took {_told(measured)}",
-            least=least,
+            f"{_told(least)}, of which {before} took {_told(measured)}{half}",
+            least=enough,
             fix=f"set budget to {math.ceil(10 * least)}s or more{otherwise}",
         )
     rows = 0

@@ -16,7 +16,6 @@ LEAST_SCORED = 30
 PROBABILITY = "the probability of the expected answers"
 UNSCORED = f"validating by {PROBABILITY}"
 MOST_EPOCHS = 20  # within a budget: of 50 rows, 40 made answers worse (`python benchmarks/study.py --table`)
-_BEFORE = 40  # the same in earlier records
 WARMUP = 0.05  # share of the steps, by default
 MOST_WARMUP = 100  # steps of that share within a budget: most trainings end long before the most steps that fit in
 LONGEST_BUDGET = 30 * 24 * 3600  # seconds
@@ -180,7 +179,8 @@ class TrainSettings(WeightSettings):
         Field(
             ge=1,
             le=100,
-            description=f"how many times to validate. Default with a budget: at most {_WITH_BUDGET['validations']}",
+            description="how many times to validate, about. Default with a budget: "
+            f"{_WITH_BUDGET['validations']}, or fewer where they take long",
         ),
     ] = 4
     patience: Annotated[
@@ -206,7 +206,7 @@ class TrainSettings(WeightSettings):
     @classmethod
     def _one_length(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("budget") is not None:
-            if given.get("epochs") not in (None, MOST_EPOCHS, _BEFORE):
+            if given.get("epochs") not in (None, MOST_EPOCHS):
                 raise ValueError("set either budget or epochs")
             if given.get("schedule", "wsd") != "wsd":
                 raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")
@@ -218,6 +218,12 @@ class TrainSettings(WeightSettings):
             for name in _WITH_BUDGET.keys() - self.model_fields_set:
                 object.__setattr__(self, name, _WITH_BUDGET[name])  # of a frozen model that is still being made
         return self
+
+
+def recorded_settings(stated: Mapping[str, Any]) -> TrainSettings:
+    """The settings that a training's record states, without the number of epochs: beside a budget, earlier records have
+    one that is refused now."""
+    return TrainSettings.model_validate({key: stated[key] for key in stated.keys() - {"epochs"}})
 
 
 def changed_training(train: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:

@@ -47,7 +47,7 @@ from tunesmith.training.estimates.estimate import (
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import DECISIONS, Annealed, Decisions, Planned, Schedule
-from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
+from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
 from tunesmith.training.search.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
@@ -57,6 +57,8 @@ from tunesmith.training.trainer import Trainer
 
 # Part of a training's identity. Raise it when the arithmetic of training or the batch plan changes.
 KERNEL_REVISION = 8
+
+_ESTIMATE = "estimate.json"  # in a training's work folder
 
 
 def make_spec(
@@ -69,7 +71,6 @@ def make_spec(
     work: Path,
     name: str = "training",
     engine: LocalEngine | None = None,
-    restart: bool = False,
     splits: Sequence[str] = (),
     metrics: MetricsSettings | None = None,
     decisions: Decisions | None = None,
@@ -79,13 +80,10 @@ def make_spec(
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
     What the settings leave open is made to fit the rows and the base. engine: which trains, by default the one that
-    `engine: {train: auto}` takes for one process. restart: first delete what the work folder
-    holds, so that the training does not resume. splits: of the dataset version, that could be read. decisions: to
+    `engine: {train: auto}` takes for one process. splits: of the dataset version, that could be read. decisions: to
     repeat. notices, documents: see TrainingSpec.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
-    if restart:
-        shutil.rmtree(work, ignore_errors=True)
     renderer, context = Renderer(base.folder), require_context_length(base)
     checked = validation[: settings.validation_rows]
     rendered = [render_rows(renderer, some, settings, context) for some in (rows, checked)]
@@ -148,7 +146,10 @@ def run_training(
     progress.measured(
         spec.name, {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
     )
-    curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
+    # The same training again has the same curves and is one run; one within a budget is another each time.
+    measured_first = schedule.decisions.seconds if isinstance(schedule, Annealed) else 0.0
+    run = checkpoints.identity | ({"measured": measured_first} if measured_first else {})
+    curves = follower(spec.metrics, spec.name, digest_of(run), settings, progress)
     trainer = Trainer(
         trained,
         plan,
@@ -280,7 +281,12 @@ def _schedule(
     settings, kept = spec.settings, spec.work / DECISIONS
     if settings.schedule != "wsd":
         return Planned(len(plan), settings)
-    decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, rehearsal, kept, progress)
+    try:
+        decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, rehearsal, kept, progress)
+    except BudgetTooShort:
+        if validation.ranks.first:  # the machine may have been busy: the next run measures anew
+            (spec.work / _ESTIMATE).unlink(missing_ok=True)
+        raise
     validation.rows = decisions.scored_rows
     budget = None if spec.decisions else settings.budget
     return Annealed(len(plan), settings, decisions, kept if validation.ranks.first else None, budget=budget)
@@ -298,7 +304,7 @@ def _estimate(
     settings, ranks, clock = spec.settings, validation.ranks, validation.clock
     copies = copied_bytes(model, settings, spec.base) if validation.rows and ranks.size == 1 else 0
     needs = memory_needs(model, settings, validates=bool(batches), copies=copies)
-    kept = spec.work / "estimate.json"
+    kept = spec.work / _ESTIMATE
     check_disk(spec.work, needs)
     # A budget usually ends before later epochs, whose steps are alike.
     steps: Sequence[Step] = plan if settings.budget is None else plan.epoch(0)

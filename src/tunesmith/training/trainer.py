@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 
 import torch
@@ -127,25 +128,20 @@ class Trainer:
         """
         state, began = self.state, self._clock()
         step = self.plan[state.step]
-        try:
+        with self._full_memory_told(state.step + 1):
             loss = self.compute(step)
-        except torch.OutOfMemoryError as error:  # of a GPU, whose free memory may lie in pieces
-            raise TunesmithError(
-                f"the GPU's memory is full at step {state.step + 1} of {len(self.plan)}: {str(error)[:200]}",
-                where="train.tokens",
-                fix="set tokens lower, or recompute: true; the last checkpoint is kept, but resumes the same settings "
-                "only. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True lets pieces be joined",
-            ) from error
         rate, tokens = self._schedule.rate(state.step), step_tokens(step)
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss became {loss}", state.step + 1)
-        norm = update(self.model, self._optimizer, rate, self.settings.clip)
+        with self._full_memory_told(state.step + 1):
+            norm = update(self.model, self._optimizer, rate, self.settings.clip)
         if not math.isfinite(norm):
             raise self._not_finite(f"the gradient's norm became {norm}", state.step + 1)
         state.step += 1
         validates = self._validate is not None and self._schedule.validates(state.step)
         if validates:
-            self._validate_now()
+            with self._full_memory_told(state.step):
+                self._validate_now()
         seconds = self._counted(self._clock() - began, tokens, validates)
         state.seconds += seconds
         state.curve.append(
@@ -163,6 +159,19 @@ class Trainer:
             self._save()
             self._saved = self._clock()
             state.seconds += self._saved - now  # which the next checkpoint holds: a kill before that loses it once
+
+    @contextlib.contextmanager
+    def _full_memory_told(self, step: int) -> Iterator[None]:
+        """Raises TunesmithError where a GPU's memory is full, as free memory may lie in pieces."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TunesmithError(
+                f"the GPU's memory is full at step {step} of {len(self.plan)}: {str(error)[:200]}",
+                where="train.tokens",
+                fix="set tokens lower, or recompute: true; the last checkpoint is kept, but resumes the same settings "
+                "only. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True lets pieces be joined",
+            ) from error
 
     def _counted(self, seconds: float, tokens: int, validates: bool) -> float:
         """The seconds of a step that count, after saying which do not."""

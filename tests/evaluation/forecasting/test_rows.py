@@ -85,6 +85,7 @@ def test_calls_of_functions_are_not_forecast() -> None:
         ([1] * 400, [1] * (LEAST_HELD - 1), "can be held out"),
         ([1] * 400, [10] * 19, "19 groups"),
         ([1] * 400, [200, *[1] * 60], "2 groups"),
+        ([1] * 400, [11] * 18 + [10] * 1 + [4], "in 19 groups"),
     ],
 )
 def test_too_few_rows_are_inconclusive(train: list[int], validation: list[int], what: str) -> None:

@@ -121,6 +121,10 @@ def test_items_that_are_none(data: bytes) -> None:
         ("policy: {m: {requests: [x], any_of: [ab, ac], lacks: a}}", "forbids every text of any_of"),
         ("policy: {m: {requests: [x], pattern: '(?=a)'}}", "not a regular expression that is supported"),
         ("policy: {m: {requests: [x], rubric: y}}", "a rubric a judge"),
+        (
+            "policy: {m: {requests: [x], rubric: y, judge: {url: http://h/v1, model: j, logprobs: true}}}",
+            "a judge has neither price nor logprobs",
+        ),
         ("policy: {all: {requests: [x], lacks: y}}", "choose another name"),
         ("policy: {M x: {requests: [x], lacks: y}}", "pattern"),
         ("policy: {m: {requests: [x], lacks: y}}\ngates: {g: {policy: n}}", "'n', which does not exist"),

@@ -61,9 +61,10 @@ def reserve(
         held += lent
     groups = effective_groups([row.group for row in held])
     if len(held) < LEAST_HELD or groups < MINIMUM_GROUPS:
+        told = round(groups) if groups >= MINIMUM_GROUPS else min(round(groups), MINIMUM_GROUPS - 1)  # 19.9 are too few
         raise Inconclusive(
-            f"{len(held)} rows in {groups:.0f} groups of equal weight can be held out, which is too few to forecast "
-            f"from: it takes {LEAST_HELD} rows in {MINIMUM_GROUPS} groups",
+            f"{len(held)} rows in {told} groups of equal weight can be held out, which is too few to "
+            f"forecast from: it takes {LEAST_HELD} rows in {MINIMUM_GROUPS} groups",
             where="data.split.validation",
             fix="raise it, or collect rows of more groups" + (", or search for prompts by fewer rows" if chose else ""),
         )

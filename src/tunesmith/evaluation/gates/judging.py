@@ -233,7 +233,7 @@ def _policy(gate: PolicyGate, evidence: Evidence) -> Finding:
     others = [check for check, each in findings.items() if each.outcome != "pass" and check != worst]
     found = findings[worst]
     reason = found.reason + (f"; the worst of {len(checks)} checks" if len(checks) > 1 else "")
-    reason += f"; not kept either: {', '.join(others)}" if others else ""
+    reason += f"; not passed either: {', '.join(others)}" if others else ""
     refusing = [check for check in checks if check in evidence.refusing]
     reason += f"; {', '.join(refusing)}: {evidence.refusals}" if refusing else ""
     counts = {check: evidence.policy[name, check].counts for check in checks}

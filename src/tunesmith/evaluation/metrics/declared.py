@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.candidates.settings import JudgeSettings
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
@@ -174,7 +174,7 @@ class JudgeScorer(DeclaredScorer):
     """
 
     key = "judge"
-    judge: Annotated[EndpointSettings, Field(description="the judge: a model behind a URL")]
+    judge: Annotated[JudgeSettings, Field(description="the judge: a model behind a URL")]
     question: Annotated[str, Field(min_length=1, description="what better means")] = (
         "Which answer serves the request better: correct, complete, and no more than was asked?"
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.candidates.settings import JudgeSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.patterns import check_pattern
 from tunesmith.core.settings import Settings
@@ -87,9 +87,7 @@ class PolicyCheck(Settings):
             description="regular expression that must match nowhere in the answer, neither as it stands nor folded",
         ),
     ] = None
-    judge: Annotated[EndpointSettings | None, Field(description="a model behind a URL that judges by the rubric")] = (
-        None
-    )
+    judge: Annotated[JudgeSettings | None, Field(description="a model behind a URL that judges by the rubric")] = None
     rubric: Annotated[
         str | None, Field(min_length=1, description="the rule in words, which the judge applies to request and answer")
     ] = None

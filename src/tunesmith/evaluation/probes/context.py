@@ -18,7 +18,7 @@ from tunesmith.data.settings import Privacy
 from tunesmith.store.store import Store
 from tunesmith.training.batches.canaries import Canary, canaries
 from tunesmith.training.batches.rows import training_rows
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import recorded_settings
 
 Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]
 Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
@@ -77,7 +77,7 @@ def probe_context(
 
     if candidate.training is not None:
         stated = store.record(candidate.training, kind="training").body["settings"]
-        settings = TrainSettings.model_validate(stated)
+        settings = recorded_settings(stated)
         trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
         planted = canaries(trained, settings.canaries) if settings.canaries else ()
         last_alone = settings.loss_on == "last"

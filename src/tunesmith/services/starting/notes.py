@@ -70,16 +70,20 @@ def _on_the_test(found: RowFindings) -> Iterator[str]:
             f"give at least {math.ceil(FEWEST_GROUPS / share)} rows, or raise data.split.test"
         )
     elif found.held_groups < FEWEST_GROUPS:
+        groups = min(round(found.held_groups), FEWEST_GROUPS - 1)  # 19.9 are too few
         yield (
-            f"about {found.held_groups:.0f} groups of equal size will be held out (a group: the rows of {alike}), "
-            f"which are {held} rows, and {trained} rows are left to train on. A gate decides nothing by fewer "
-            f"groups than {FEWEST_GROUPS}: {fix}"
+            f"about {groups} groups of equal size will be held out (a group: the rows of {alike}), which are {held} "
+            f"rows, and {trained} rows are left to train on. A gate decides nothing by fewer groups than "
+            f"{FEWEST_GROUPS}: {fix}"
         )
     for key, values in found.key_values.items():
         if 1 < values <= found.rows // 2:
+            why = f"too few to hold out whole groups ({FEWEST_GROUPS} or more)"
+            if values >= FEWEST_GROUPS:
+                why = "of which a split would get none with the proposed shares"
             yield (
-                f"`{key}` has {values} values, too few to hold out whole groups ({FEWEST_GROUPS} or more): "
-                "rows are grouped by their wording; data.split.group_by changes that"
+                f"`{key}` has {values} values, {why}: rows are grouped by their wording; data.split.group_by changes "
+                "that"
             )
 
 

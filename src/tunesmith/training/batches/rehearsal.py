@@ -73,7 +73,8 @@ def prepare_rehearsal(
     progress: Progress,
 ) -> Rehearsal:
     """What a training on so many rows rehearses. It is drawn once: a stopped training goes on with the same, a repeated
-    one draws as many. With several ranks, each of them calls this.
+    one draws as many. Within a budget it is drawn again until the time that it took is part of the training's
+    decisions. With several ranks, each of them calls this.
 
     Raises Refused where the base cannot answer, or none of its answers can be rehearsed.
     """
@@ -83,9 +84,11 @@ def prepare_rehearsal(
     decided = ranks.agree(lambda: _decided(spec, rows))
 
     def before() -> str | None:
+        if decided is None:
+            return None
         with suppress(OSError, ValueError):  # missing, or damaged: then it is drawn again, and compared
             drawn = decode_rehearsed(data := kept.read_bytes())
-            return data.decode() if len(drawn) == (decided or max(1, len(drawn))) else None
+            return data.decode() if len(drawn) == decided else None
         return None
 
     def answers(asked: Sequence[Generation]) -> list[Completion]:

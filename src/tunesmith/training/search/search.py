@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
@@ -215,6 +217,9 @@ def _run_trial(
         if error.where is None or not f"{error.where}.".startswith("train."):
             raise
         done = result.model_copy(update={"failed": error.what, "seconds": shared.clock() - began})
+    except torch.OutOfMemoryError as error:  # while it was validated
+        failed = f"the GPU's memory is full: {str(error)[:200]}"
+        done = result.model_copy(update={"failed": failed, "seconds": shared.clock() - began})
     shutil.rmtree(folder, ignore_errors=True)
     return done
 
