@@ -24,14 +24,14 @@ from tests.hf_models import write_hf_model
 from tests.own_group import run_whole_group
 from tests.tiny_project import settings, write_project
 from tunesmith.cli.main import app
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Progress
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.ranks import ALONE
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.services.runs.training import run, train
+from tunesmith.services.runs.training import repeat, run, train
 from tunesmith.store.people import identities
 from tunesmith.training.launchers import on_ray
 
@@ -184,6 +184,8 @@ def test_two_processes_of_torchrun(tmp_path: Path, alone: _Released) -> None:
     released = _release(folder, run(project).document())
     assert released.training == found["training"]  # skipped: the same training, whoever computes it
     _check_same(alone, released)
+    with pytest.raises(Refused, match="2 processes made this training"):
+        repeat(project, "tuned")
 
 
 @pytest.mark.slow
