@@ -85,6 +85,39 @@ def test_every_type_gives_its_text_and_its_source(folder: Path) -> None:
     assert built.record.body["passages"] == len(built.passages)
 
 
+def test_no_text_of_a_page_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.html").write_text(
+        "<h1>Returns</h1><div>Within <b>30</b> days.</div><p>Contact us.</p><ul><li>Europe: 5 EUR"
+        "<ul><li>Germany: 3 EUR</li></ul></li></ul><table><tr><td>Fee<p>2 EUR</p></td></tr></table>"
+    )
+    (passage,) = _built(tmp_path).passages
+    assert passage.title == "Returns"
+    said = ("Within 30 days.", "Contact us.", "Europe: 5 EUR", "Germany: 3 EUR", "Fee", "2 EUR")
+    places = [passage.text.index(text) for text in said]
+    assert places == sorted(places)
+    assert all(passage.text.count(text) == 1 for text in said)
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+@pytest.mark.parametrize("action", ["pseudonymise", "remove", "refuse"])
+def test_a_value_that_a_cut_would_part_is_found(tmp_path: Path, action: str, overlap: int) -> None:
+    (tmp_path / "docs").mkdir()
+    number = "DE89 3704 0044 0532 0130 00"
+    (tmp_path / "docs" / "a.txt").write_text(f"{'word ' * 18}{number} {'more ' * 30}\n\nThe pump runs.\n")
+    privacy, cuts = Privacy.model_validate({"action": action}), {"words": 20, "overlap": overlap}
+    if action == "refuse":
+        with pytest.raises(Refused, match="IBAN_CODE"):
+            _built(tmp_path, privacy, **cuts)
+        return
+    built = _built(tmp_path, privacy, **cuts)
+    texts = " ".join(passage.text for passage in built.passages)
+    assert not set(number.split()) & set(texts.split())
+    assert built.record.body["privacy"]["found"] == {"IBAN_CODE": 1}
+    assert built.record.body["removed"] == (action == "remove")
+    assert "The pump runs." in texts
+
+
 def test_the_same_documents_give_the_same_record(folder: Path) -> None:
     assert _built(folder).digest == _built(folder).digest
     (folder / "docs" / "c.txt").write_text("Other.\n")

@@ -126,6 +126,20 @@ def test_what_was_withdrawn_after_the_list_was_read_is_not_added(store: Store, t
     assert (tmp_path / "c.jsonl").read_bytes() == b""
 
 
+def test_what_is_withdrawn_while_the_list_is_read_is_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_case(store, case(1))
+    put_case(store, case(2))
+    keys = store.blobs.keys
+
+    def withdrawn(prefix: str) -> list[str]:
+        found = list(keys(prefix))
+        delete_case(store, case(1).request)
+        return found
+
+    monkeypatch.setattr(store.blobs, "keys", withdrawn)
+    assert [one.request for one in list_cases(store)] == [case(2).request]
+
+
 def test_what_has_expired_is_neither_shown_nor_added(store: Store, tmp_path: Path) -> None:
     put_case(store, case(1, until="2026-01-02T00:00:00Z"))
     put_case(store, case(2))

@@ -144,6 +144,16 @@ def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) 
     )  # fmt: skip
 
 
+def test_a_canary_that_another_server_can_load_keeps_its_rollout(served: Served, versions: Versions) -> None:
+    canary = served.scene.version(9, answer_grammar='start: "a"\n')
+    rollout = served.begin(canary, {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
+    served.engine.follows_grammars = False
+    answer = served.post()
+    assert (answer.status_code, answer.headers["x-tunesmith-version"]) == (200, f"{NAME}@v1")
+    assert get_rollout(served.scene.store, rollout.id).status == "paused"
+
+
 def test_a_version_that_needs_grammars_is_refused_where_the_engine_follows_none(served: Served) -> None:
     version = served.scene.version(9, answer_grammar='start: "a"\n')
     served.engine.follows_grammars = False

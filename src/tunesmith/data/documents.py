@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -18,7 +19,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Settings
 from tunesmith.data.governance.licences import spelled
 from tunesmith.data.governance.withdrawn import Withdrawn
-from tunesmith.data.privacy.scan import Scanner
+from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import Privacy, Source
 from tunesmith.data.sources.file_types import DOCUMENT_FILES
 from tunesmith.data.sources.files import OpenSource, SourceFile, find_files, open_source
@@ -27,6 +28,7 @@ from tunesmith.store.store import Store
 
 PASSAGES = "passages.jsonl"
 _LARGEST = 64 << 20
+_BETWEEN = "\n\n"  # paragraphs, whose spacing is plain
 _LONGEST_WORD = 1000  # characters: a file without spaces would be one passage
 
 
@@ -170,7 +172,8 @@ def build_documents(
 ) -> str:
     """Read, scan and cut the documents; returns the digest of their record. The same input gives the same digest.
 
-    Personal data is treated as in rows (data.privacy); under `remove` the passage is left out and counted.
+    Personal data is treated as in rows (data.privacy); under `remove` a paragraph that holds some is left out and
+    counted.
     special_tokens: the base's control tokens, with which a document could start another speaker's turn. withdrawn:
     recalled documents are left out. Raises UsageError for documents that cannot be read or hold no text; Refused for
     control tokens, for a recalled licence, and for personal data under `refuse`.
@@ -182,6 +185,7 @@ def build_documents(
     described = []
     left_out = []
     removed = 0
+
     for file in document_files(settings, root):
         if withdrawn.names("source", file.name):
             left_out.append(file.name)
@@ -191,16 +195,18 @@ def build_documents(
             digest, size = opened.digest, opened.bytes
         _refuse_control_tokens(file.name, blocks, special_tokens)
         kept, labels = 0, labels_of[file.source.path]
-        for title, text in cut(blocks, settings.words, settings.overlap):
-            scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=text)])
+        left = list[tuple[str, str]]()
+        for title, section in itertools.groupby(blocks, key=lambda block: block[0]):
+            paragraphs = [text for _, text in section]
+            whole = _BETWEEN.join(paragraphs)  # scanned before it is cut: a cut may part a value
+            scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=whole)])
             found.update(scan.found)
             if scan.found and privacy.action == "refuse":
                 raise _private(file.name, scan.found)
-            if (scan.found and privacy.action == "remove") or scan.messages is None:
-                removed += 1
-                continue
-            if privacy.action == "pseudonymise":
-                title, text = (message.content for message in scan.messages)
+            standing = _standing(title, paragraphs, scan, privacy.action)
+            removed += len(paragraphs) - len(standing) if privacy.action == "remove" else 0
+            left += standing
+        for title, text in cut(left, settings.words, settings.overlap):
             name = digest_of({"source": file.name, "title": title, "text": text}).removeprefix("sha256:")[:20]
             passages.setdefault(name, Passage(id=name, source=file.name, title=title, text=text, labels=labels))
             kept += 1
@@ -262,6 +268,21 @@ def _refuse_control_tokens(name: str, blocks: Sequence[tuple[str, str]], special
                 raise Refused(
                     f"a document holds the base's control token {token!r}", where=name, fix="remove it from the text"
                 )
+
+
+def _standing(title: str, paragraphs: Sequence[str], scan: Scan, action: str) -> list[tuple[str, str]]:
+    """What stays of a section's paragraphs after a scan that found something, or nothing."""
+    if not scan.found or action == "report":
+        return [(title, text) for text in paragraphs]
+    if scan.messages is None:
+        return []
+    heading, text = (message.content for message in scan.messages)
+    changed = text.split(_BETWEEN)
+    if action == "pseudonymise":
+        return [(heading, each) for each in changed]
+    if heading != title or len(changed) != len(paragraphs):  # in the heading, or over several paragraphs
+        return []
+    return [(title, each) for each, now in zip(paragraphs, changed, strict=True) if each == now]
 
 
 def cut(blocks: Sequence[tuple[str, str]], words: int, overlap: int) -> Iterator[tuple[str, str]]:

@@ -114,7 +114,10 @@ class Worker:
             self._look_after(child)
         if not self.stopping.is_set() and time.monotonic() - self._also_at >= self._also_every:
             self._also_at = time.monotonic()
-            self._also()
+            try:
+                self._also()
+            except Exception as error:  # noqa: BLE001 - jobs are performed, whatever keeps others from being added
+                self._say(f"nothing was added: {error}")
         waits = queue.is_waiting(self._store, self._project)
         free = False
         for place in self._places:
@@ -162,7 +165,9 @@ class Worker:
         if process.is_alive():
             job = queue.get(self._store, lease.job)
             lost = job.fence != lease.fence
-            if child.told is None and (self.stopping.is_set() or job.wanted or lost):
+            if not (self.stopping.is_set() or job.wanted or lost):
+                child.told = None  # a pause may be taken back
+            elif child.told is None:
                 child.told = time.monotonic()
                 if self.stopping.is_set():
                     process.terminate()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,12 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
 
     Raises Refused for a damaged one.
     """
-    found = [case for case in (_read(store, key) for key in store.blobs.keys(_FOLDER)) if not case.over]
-    return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
+    found = []
+    for key in store.blobs.keys(_FOLDER):
+        with suppress(FileNotFoundError):  # it was withdrawn meanwhile
+            if not (case := _read(store, key)).over and (everything or case.failed):
+                found.append(case)
+    return sorted(found, key=lambda case: (case.at, case.request))
 
 
 def find_case(store: Store, request: str) -> Case | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,8 @@ def test_what_answers_what(messages: list[dict[str, Any]], expected: str | None)
         (asked(call(arguments="{")), {}, "messages[1].tool_calls[0].arguments"),
         (asked(call(arguments="[1]")), {}, "messages[1].tool_calls[0].arguments"),
         (asked(call(arguments='{"a": NaN}')), {}, "messages[1].tool_calls[0].arguments"),
+        (asked(call(arguments={"at": date(2026, 1, 2)})), {}, "messages[1].tool_calls[0].arguments"),
+        (asked(call(arguments={"at": math.nan})), {}, "messages[1].tool_calls[0].arguments"),
         (asked({"id": "1", "type": "function"}), {}, "messages[1].tool_calls[0].name"),
         (asked({"id": 3, "function": {"name": "f"}}), {}, "messages[1].tool_calls[0].id"),
         (asked({"id": "1", "type": "web"}), {}, "messages[1].tool_calls[0]"),
@@ -123,6 +127,7 @@ def test_what_answers_what(messages: list[dict[str, Any]], expected: str | None)
         ([*asked(call()), {**told(), "tool_call_id": 3}], {}, "messages[2].tool_call_id"),
         (asked(call(name="nul\0")), {}, "messages[1].tool_calls[0].name"),
         (asked(call()), {"tools": "[{"}, "tools"),
+        (asked(call()), {"tools": [{"name": "f", "parameters": {"default": b"x"}}]}, "tools"),
         (asked(call()), {"tools": [{"type": "retrieval"}]}, "tools[0]"),
         (asked(call()), {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].name"),
         (asked(call()), {"tools": [{"name": "f", "parameters": "x"}]}, "tools[0].parameters"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,24 @@ def test_a_sample_of_each_removed_class_with_what_stood_there(tmp_path: Path) ->
     write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
     with pytest.raises(Refused, match="changed since the build"):
         removed_sample(dataset, tmp_path, 5)
+
+
+def test_a_removed_row_of_parquet_is_shown_as_json(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "prompt": [one["messages"][0]["content"] for one in many_rows(30)],
+        "completion": ["", *("said" for _ in range(29))],
+        "at": [datetime(2026, 1, 2, tzinfo=UTC)] * 30,
+        "noise": [math.nan] * 30,
+        "raw": [b"\xff"] * 30,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    dataset = build(tmp_path, settings("rows.parquet"))
+    fields = removed_sample(dataset, tmp_path, 5)["empty assistant turn"][0]["fields"]
+    assert json.loads(json.dumps(fields, allow_nan=False)) == fields
+    assert fields["at"].startswith("2026-01-02")
 
 
 def test_a_datasheet_that_a_name_cannot_break(two: tuple[Store, Dataset, Dataset]) -> None:

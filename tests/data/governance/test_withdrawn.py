@@ -197,6 +197,21 @@ def test_a_twin_under_another_system_turn_does_not_take_a_recalled_rows_place(tm
     assert all(one.answer != "noted" for one in rows(left))
 
 
+def test_a_person_whose_row_was_dropped_as_a_near_duplicate_is_found(tmp_path: Path, store: Store) -> None:
+    text = "my telephone number stands in the big red book on the shelf"
+    twins = [
+        {"messages": turns(text, "noted", system=system), "subject": name}
+        for system, name in (("Be kind.", "ann"), ("Be brief.", "bob"), ("Be quick.", "cy"))
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*PLAIN, *twins])
+    first = build(tmp_path)
+    assert len([one for one in rows(first) if one.answer == "noted"]) == 1
+    for name in ("ann", "bob", "cy"):
+        assert withdraw(store, "subject", name).reached
+    left = build(tmp_path, withdrawn=load_withdrawn(store))
+    assert all(one.answer != "noted" for one in rows(left))
+
+
 def test_the_roles_of_turns_make_other_contents() -> None:
     one, other = (
         Example.model_validate(

@@ -71,6 +71,22 @@ def test_planted_values_are_found_and_gone(scanner: Scanner, entity: str, value:
 @pytest.mark.parametrize(
     "text",
     [
+        "My secret password is {}",
+        "Secret access key: {}",
+        "Access token secret: {}",
+        "the login credentials password: {}",
+        "The API key password: {}",
+        "the password was changed to {}",
+        "the password has been reset to {}",
+    ],
+)
+def test_a_word_for_a_secret_before_another_hides_nothing(scanner: Scanner, text: str) -> None:
+    assert scan(scanner, text.format("kX9fLq27RmZt")).messages[0].content == text.format("secret_1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "turn on the kitchen lights at 7:30 and set them to 45 percent",
         "set the color temperature to 2700 kelvin for 1.5 hours",
         "kubectl get pods -n prod | grep web-7d4b9c && tail -n 100 /var/log/syslog",

@@ -157,10 +157,27 @@ class StagingDatabase:
         return held
 
     def drop(self, gone: Mapping[str, str]) -> None:
-        """Remove rows: id -> reason."""
+        """Remove rows: id -> reason.
+
+        Their subjects are noted at the remaining rows of the same content, so that a recall finds those.
+        """
         query = "SELECT rowid, source, row, id FROM rows WHERE id = ? AND gone IS NULL"
         found = ((self._database.execute(query, (name,)).fetchone(), gone[name]) for name in sorted(gone))
         self._drop((place, source, row, name, reason) for (place, source, row, name), reason in found)
+        stated = (
+            "SELECT line, subject FROM rows WHERE id = ? AND subject IS NOT NULL UNION "
+            "SELECT line, subjects.subject FROM rows JOIN subjects USING (id) WHERE id = ?"
+        )
+        of: dict[str, set[str]] = {}
+        for name in gone:
+            for line, subject in self._database.execute(stated, (name, name)):
+                of.setdefault(content_key(Example.model_validate_json(line)), set()).add(subject)
+        if not of:
+            return
+        remaining = self._database.execute("SELECT id, subject, line FROM rows WHERE gone IS NULL")
+        same = ((name, own, of.get(content_key(Example.model_validate_json(line)))) for name, own, line in remaining)
+        noted = [(name, subject) for name, own, subjects in same for subject in (subjects or set()) - {own}]
+        self._database.executemany("INSERT INTO subjects VALUES (?, ?)", noted)
 
     def _drop(self, rows: Iterable[tuple[int, str, int, str, str]]) -> None:
         for some in batches(rows):
@@ -285,7 +302,8 @@ class StagingDatabase:
     def subject_lines(self) -> Iterator[bytes]:
         """Further subjects of the remaining rows, which their copies stated, as sorted JSON lines."""
         query = (
-            "SELECT id, subject FROM subjects WHERE id IN (SELECT id FROM rows WHERE gone IS NULL) ORDER BY id, subject"
+            "SELECT DISTINCT id, subject FROM subjects WHERE id IN (SELECT id FROM rows WHERE gone IS NULL) "
+            "ORDER BY id, subject"
         )
         return (canonical({"id": name, "subject": said}) + b"\n" for name, said in self._database.execute(query))
 

@@ -25,6 +25,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
         value = _parsed(value or "[]", where)
     if not isinstance(value, list):
         raise UsageError(f"the tools are a {type(value).__name__}, not a list", where=where)
+    _written(value, where)
     return [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
 
 
@@ -69,7 +70,7 @@ def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
         raise UsageError("the call's id is not text", where=f"{where}.id")
     stated = given(function).get("arguments", {})
     place = f"{where}.arguments"
-    text = stated if isinstance(stated, str) else json.dumps(stated, ensure_ascii=False)
+    text = stated if isinstance(stated, str) else _written(stated, place)
     if not isinstance(_parsed(text.strip() or "{}", place), dict):
         raise UsageError("a call's arguments must be a JSON object", where=place)
     return ToolCall(id=sound(identity, f"{where}.id"), name=name, arguments=sound(text.strip() or "{}", place))
@@ -85,6 +86,13 @@ def _name(function: Mapping[str, Any], where: str) -> str:
     if not isinstance(name, str) or not name.strip():
         raise UsageError("the function has no name", where=f"{where}.name")
     return name
+
+
+def _written(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:  # dates, bytes and NaN of Parquet and Arrow
+        raise UsageError(f"the value is no JSON: {error}", where=where, fix="write it as JSON text") from None
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,16 @@ def _reasons(dataset: Dataset) -> Counter[str]:
     return Counter(dataset.record.body["rows"]["removed"])
 
 
+def _plain(value: Any) -> Any:
+    """A field as JSON has it; Parquet's dates, bytes and the like as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
+
+
 def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[dict[str, Any]]]:
     """Reason -> at most `each` of the rows that were removed for it, as their files have them.
 
@@ -172,5 +183,5 @@ def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[di
                 )
             for row in opened.rows():
                 if row.number in wanted[file.name]:
-                    wanted[file.name][row.number]["fields"] = dict(row.fields)
+                    wanted[file.name][row.number]["fields"] = _plain(dict(row.fields))
     return dict(sorted(classes.items()))

@@ -111,7 +111,7 @@ def needs(expression: str, licence: str) -> bool:
     whole, wanted = _parsed(expression), _parsed(licence)
     if whole is None or wanted is None:
         return expression == licence
-    return {str(part) for part in _joined(wanted)} <= _needed(whole)
+    return {_spelling(part) for part in _joined(wanted)} <= _needed(whole)
 
 
 def mentions(expression: str, licence: str) -> bool:
@@ -241,8 +241,14 @@ def _needed(node: Any) -> frozenset[str]:
     if kind == "AND":
         return frozenset[str]().union(*map(_needed, node.args))
     if kind == "OR":
-        return frozenset.intersection(*map(_needed, node.args)) | {str(node)}
+        return frozenset.intersection(*map(_needed, node.args)) | {_spelling(node)}
     return frozenset((str(node), *_keys(node)))
+
+
+def _spelling(node: Any) -> str:
+    """An expression in one spelling, whatever the order in which it names its parts."""
+    kind = type(node).__name__
+    return f"({f' {kind} '.join(sorted(map(_spelling, node.args)))})" if kind in ("AND", "OR") else str(node)
 
 
 def _keys(symbol: Any) -> tuple[str, ...]:

@@ -69,8 +69,10 @@ _NAMED = re.compile(
     r"(?:pass(?:word|phrase|wd|code)?|pwd|secret|token|credentials?|(?:api|access|secret|private|auth|account|encryption"
     r"|signing|storage|client)[ _-]?(?:access[ _-]?)?(?:key|secret|token)|bearer|pin code|recovery code)s?"
     r"(?:[\"'`]?\s{0,8}(?::=|=>|[:=])\s{0,8}"
-    r"|\s{1,8}(?:is|was|are|to|as|be|of|it's|changed to|set to|now|for \w{1,40} is)\s{0,8}:?\s{1,8}|\s{1,8})"
-    r"(?P<open>[\"'`]?)(?P<value>[^\s\"'`,;<>{}()\[\]]{6,512})",
+    r"|\s{1,8}(?:(?:(?:is|was|has been) )?(?:changed|set|reset) to|is|was|are|to|as|be|of|it's|now|for \w{1,40} is)"
+    r"\s{0,8}:?\s{1,8}|\s{1,8})"
+    # Only looked at: a value that is none may be the word before one, as in "secret password: ...".
+    r"(?P<open>[\"'`]?)(?=(?P<value>[^\s\"'`,;<>{}()\[\]]{6,512}))",
     re.IGNORECASE,
 )
 _AWS_SECRET = re.compile(r"(?i:aws|secret|access)[^\n]{0,40}?(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{40})(?![A-Za-z0-9+/=])")

@@ -9,10 +9,17 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
 
 from tunesmith.core.errors import UsageError
 
 _EXTRA = "pip install 'tunesmith[documents]'"
+# Elements of HTML that begin a paragraph.
+_BLOCKS = re.compile(
+    "address|article|aside|blockquote|body|caption|d[dlt]|details|div|fieldset|figcaption|figure|footer|form|h[1-6]"
+    "|header|li|main|[ou]l|p|pre|section|summary|table|t[dhr]"
+)
 
 
 def read_text(data: bytes, name: str) -> Iterator[tuple[str, str]]:
@@ -61,18 +68,23 @@ def read_html(data: bytes, name: str) -> Iterator[tuple[str, str]]:
     tree = LexborHTMLParser(_decoded(data, name))
     tree.strip_tags(["script", "style", "noscript", "template", "svg", "nav"])
     headings: list[tuple[int, str]] = []
-    body = tree.body
-    blocks = "h1,h2,h3,h4,h5,h6,p,li,pre,td,th,dt,dd,blockquote,figcaption"
-    nodes = body.css(blocks) if body is not None else []
-    for node in nodes:
-        text = " ".join(node.text(separator=" ").split())
-        if re.fullmatch("h[1-6]", node.tag or ""):
-            level = int(str(node.tag)[1])
+    nodes = tree.body.traverse(include_text=True) if tree.body is not None else ()
+    texts = ((_block_of(node), str(node.text(deep=False))) for node in nodes if node.tag == "-text")
+    written = ((block, text) for block, text in texts if text.strip())
+    for (_, tag), parts in groupby(written, key=lambda one: one[0]):
+        text = " ".join(" ".join(part for _, part in parts).split())
+        if re.fullmatch("h[1-6]", tag):
+            level = int(tag[1])
             headings = [one for one in headings if one[0] < level] + [(level, text)]
-        elif not node.css(blocks)[1:]:  # only innermost blocks; css() finds the node itself too
+        else:
             yield _title(headings), text
-    if not nodes and body is not None:
-        yield "", body.text(separator=" ")
+
+
+def _block_of(node: Any) -> tuple[int, str]:
+    """The block of the page that a text stands in: its number and its tag."""
+    while not _BLOCKS.fullmatch(node.tag):
+        node = node.parent
+    return node.mem_id, node.tag
 
 
 def read_pdf(data: bytes, name: str) -> Iterator[tuple[str, str]]:

@@ -217,7 +217,8 @@ class Worker:
     def _ready(self, job: Job) -> Answerer:
         """The answerer of the job's version; stable's if a canary cannot be loaded.
 
-        That ends the rollout, unless the error may pass by itself: then a later request tries the canary again.
+        That ends the rollout, unless the error may pass by itself, so that a later request tries the canary again, or
+        unless another server can load it.
         """
         route = job.route
         try:
@@ -230,7 +231,7 @@ class Worker:
                     raise unavailable() from error
                 why = _NOT_HERE.get(type(error), "could not be loaded")
                 raise not_available(job.request.model, f"{route.version.label} {why}") from error
-            if isinstance(error, TunesmithError) and not load_may_pass(error):
+            if isinstance(error, TunesmithError) and not load_may_pass(error) and type(error) not in _NOT_HERE:
                 self._give_up(route.rollout, f"the canary could not be loaded: {error.what}")
             job.route = replace(route, version=route.stable, arm="stable", stable=None, unloaded=True)
             return self._ready(job)

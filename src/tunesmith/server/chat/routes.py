@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -203,7 +204,7 @@ async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serv
                 yield _event(event.document().model_dump_json())
                 return
             try:
-                async with asyncio.timeout(serving.settings.answer_seconds):
+                async with asyncio.timeout(serving.settings.answer_seconds - (time.monotonic() - job.accepted)):
                     event = await job.events.get()
             except TimeoutError:
                 event = await _give_up_waiting(job, serving)

@@ -249,9 +249,9 @@ def _digest_of(file: SourceFile, at: datetime) -> str:
         return _remote_digest(file, at)
     try:
         found = file.path.stat()
+        return _read_digest(file.path, found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError:
         return file.digest()  # says what is wrong
-    return _read_digest(file.path, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 @lru_cache(maxsize=10_000)
