@@ -105,6 +105,9 @@ KINDS = ("snips", "banking77", "personal", "wording")  # a task of each kind; to
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     slots = ("snips", "home", "music")
+    yield from (Trial(task, 200, 10, rank=64, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
+    yield from (Trial(task, 200, 10, rank=4, b_rate=4.0) for task in ("clinc150", "banking77", "snips", "wording"))
+    yield Trial("personal", 200, 10, rank=64, b_rate=4.0)
     for task in ("wording", "masking"):  # free text
         yield from (Trial(task, 100, 10, rate, b_rate=4.0, seed=seed) for seed in (0, 1) for rate in (1e-3, 2e-3))
     yield from (Trial("wording", 100, epochs, b_rate=4.0) for epochs in (3, 5))

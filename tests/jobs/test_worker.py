@@ -80,7 +80,7 @@ def test_a_pause_that_is_taken_back_ends_no_process(store: Store, clock: SetCloc
     queue.add(store, "run", {}, project="p", actor="olive")
     lease = leases.claim(store, "w", ["run"], project="p")
     assert lease is not None
-    process: Any = SimpleNamespace(is_alive=lambda: True)
+    process: Any = SimpleNamespace(is_alive=lambda: True, is_starting=lambda: False)
     worker = Worker(store, "p", ["run"], places(store.root), grace=0.0)
     child = _Child(lease, worker._places[0], process, renewed=time.monotonic())
     queue.pause(store, lease.job, actor="olive")
