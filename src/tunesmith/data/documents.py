@@ -173,10 +173,9 @@ def build_documents(
     """Read, scan and cut the documents; returns the digest of their record. The same input gives the same digest.
 
     Personal data is treated as in rows (data.privacy); under `remove` a paragraph that holds some is left out and
-    counted.
-    special_tokens: the base's control tokens, with which a document could start another speaker's turn. withdrawn:
-    recalled documents are left out. Raises UsageError for documents that cannot be read or hold no text; Refused for
-    control tokens, for a recalled licence, and for personal data under `refuse`.
+    counted. special_tokens: the base's control tokens, with which a document could start another speaker's turn.
+    withdrawn: recalled documents are left out. Raises UsageError for documents that cannot be read or hold no text;
+    Refused for control tokens, for a recalled licence, and for personal data under `refuse`.
     """
     settings = _with_standing_licence(settings, withdrawn)
     scanner, labels_of = Scanner(privacy), settings.labels
@@ -185,7 +184,6 @@ def build_documents(
     described = []
     left_out = []
     removed = 0
-
     for file in document_files(settings, root):
         if withdrawn.names("source", file.name):
             left_out.append(file.name)

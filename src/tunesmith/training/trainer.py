@@ -162,10 +162,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _full_memory_told(self, step: int) -> Iterator[None]:
-        """Raises TunesmithError where a GPU's memory is full, as free memory may lie in pieces."""
+        """Raises TunesmithError where a GPU's memory is full."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as error:  # free memory may lie in pieces
             raise TunesmithError(
                 f"the GPU's memory is full at step {step} of {len(self.plan)}: {str(error)[:200]}",
                 where="train.tokens",
