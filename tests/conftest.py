@@ -20,7 +20,7 @@ from tunesmith.core.system.memory import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE
 
-pytest_plugins = ["tests.attack_table", "tests.postgresql_server"]
+pytest_plugins = ["tests.attack_table", "tests.made_once", "tests.postgresql_server"]
 
 # Tiny models gain nothing from a second thread, and spinning threads of several test processes would fight for cores.
 os.environ.setdefault("TUNESMITH_THREADS", "1")
