@@ -132,12 +132,17 @@ class Bench:
         key = blob, training, candidate.max_tokens
         if key not in self._asked:  # what the base says does not depend on whom it is compared with
             renderer = Renderer(self.base.folder)
-            self._asked[key] = ask(suite_of(suite), self.engine, self.engine, renderer, training, items, candidate)
+            self._asked[key] = ask(self.engine, self.engine, renderer, training, items, candidate)
         answered = b"".join(canonical(line) + b"\n" for line in self._asked[key])
         blobs = {"answers.jsonl": self.store.put_bytes(answered), ITEMS: blob}
         parents = {"base": self.base.digest, "dataset": dataset} | ({"training": training} if training else {})
         return self.store.put_record(
-            Record(kind="answers", parents=parents, blobs=blobs, body={"suite": suite, **suite_of(suite).states})
+            Record(
+                kind="answers",
+                parents=parents,
+                blobs=blobs,
+                body={"suite": suite, "revision": suite_of(suite).revision},
+            )
         )
 
     def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> Finding:

@@ -34,7 +34,6 @@ GATES = {
     "bbq": {"probe": "bbq", "at_most": 2.0, "path": "bbq"},
     "crows": {"probe": "crows_pairs", "at_most": 1.0, "path": "crows.csv"},
     "names": {"probe": "swap", "at_most": 1.0},
-    "rude": {"probe": "toxicity", "at_most": 1.0},
     "lift": {"metric": "exact_match", "over": "plain", "at_least": 0.05},
 }
 
@@ -157,6 +156,7 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     ("gate", "message"),
     [
         ({"probe": "canary", "at_most": 1}, "did you mean 'canaries'"),
+        ({"probe": "toxicity", "at_most": 0.1}, "toxicity was removed.*judge and a rubric.*{policy: CHECK}"),
         ({"probe": "bbq", "at_most": 1}, "needs path"),
         ({"probe": "swap", "at_most": 1, "path": "x"}, "reads no path"),
         ({"probe": "swap", "at_most": 1, "repeats": 2}, "belongs to the probe canaries"),
@@ -178,24 +178,10 @@ def test_a_missing_probe_file_is_refused_before_training(judged: tuple[Path, dic
         risk(pipeline.PipelineContext(project), gate, "tuned")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("gate", "message"),
-    [
-        ({"probe": "bbq", "at_most": 1.0, "path": "nowhere"}, "cannot be read"),
-        ({"probe": "toxicity", "at_most": 1.0}, "needs alt-profanity-check"),
-    ],
-)
-def test_what_a_probe_lacks_is_said_before_anything_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: dict[str, Any], message: str
-) -> None:
-    from tunesmith.data.quality import toxicity
-
-    monkeypatch.setattr(toxicity, "_FOLDER", "not_installed")
-    for cached in (toxicity._rate, toxicity.measured):
-        cached.cache_clear()
-    write_project(tmp_path / "p", gates={"g": gate})
+def test_what_a_probe_lacks_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    write_project(tmp_path / "p", gates={"g": {"probe": "bbq", "at_most": 1.0, "path": "nowhere"}})
     project = Project.load(tmp_path / "p")
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match="cannot be read"):
         run(project)
     assert not project.store.records_of("training")
     assert not project.store.records_of("answers")

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from tunesmith.core.view import Omitted, View
-from tunesmith.evaluation.gates.judging import Outcome
+from tunesmith.evaluation.gates.settings import Outcome, gone_gates
 from tunesmith.evaluation.policy.settings import ALL
 from tunesmith.store.store import Store
 
@@ -63,7 +63,8 @@ class EvaluationSummary(View):
 class GateResult(View):
     """One gate's outcome. value, low, high: what was measured, None where nothing was; bound: what the gate allows.
 
-    settings: the gate as the project file has it. Some gates add further keys.
+    settings: the gate as the project file had it. gone: what computed the gate and was removed since. Some gates add
+    further keys.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -76,6 +77,7 @@ class GateResult(View):
     bound: float
     reason: str
     settings: dict[str, Any]
+    gone: Omitted[str] = None
 
 
 class VerdictSummary(View):
@@ -132,15 +134,17 @@ def verdict_summary(store: Store, digest: str) -> VerdictSummary:
     record = store.record(digest, kind="verdict")
     body = record.body
     evaluation = store.record(record.parents["evaluation"], kind="evaluation")
+    gone = gone_gates(body["gates"])
+    sentences = [f"The gate {name} is no longer computed: {what} was removed." for name, what in gone.items()]
     return VerdictSummary(
         verdict=body["verdict"],
-        gates=body["gates"],
+        gates=tuple(GateResult(**gate, gone=gone.get(gate["name"])) for gate in body["gates"]),
         candidate=body["name"],
         digest=digest,
         evaluation=record.parents["evaluation"],
         test_set_use=body["test_set_use"],
         reason=body["reason"],
-        cautions=_cautions(evaluation.body.get("policy") or {}, body["gates"]),
+        cautions=(*sentences, *_cautions(evaluation.body.get("policy") or {}, body["gates"])),
     )
 
 

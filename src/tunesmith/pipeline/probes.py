@@ -58,12 +58,10 @@ def probe(context: PipelineContext, name: str | None) -> str:
 
 
 def check_probes(context: PipelineContext) -> None:
-    """Raise UsageError or Refused for a probe without its file or detector, before any slow training."""
+    """Raise UsageError for a probe whose file cannot be read, before any slow training."""
     for gate in context.project.settings.gates.values():
-        if isinstance(gate, Probe):
-            if gate.path is not None:
-                digest_path(context.project.root / gate.path)
-            suite_of(gate.suite).states  # noqa: B018 - reading it checks the detector's files
+        if isinstance(gate, Probe) and gate.path is not None:
+            digest_path(context.project.root / gate.path)
 
 
 def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
@@ -98,7 +96,7 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
         "candidate": digest if suite.own else None,
         "file": None if path is None else digest_path(path),
         "engine": engine,
-        **suite.depends_on,
+        "revision": suite.revision,
         **(decoding_inputs(context, asked) if suite.own else {}),
     }
 
@@ -109,10 +107,10 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
         items = suite.items(probed)
         began = time.perf_counter()
         scorer = context.engine if asked.asks_base else None
-        lines = ask(suite, ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
+        lines = ask(ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
         body = {"suite": gate.suite, "engine": engine, "n": len(items), "seconds": time.perf_counter() - began}
         made = parents | ({"training": trained} if trained else {})
-        stated = body | suite.states | suite.counts(probed)
+        stated = body | {"revision": suite.revision} | suite.counts(probed)
         return keep_answers(store, made, lines, stated, {ITEMS: encode_items(items)})
 
     when = "before" if before else "after"

@@ -194,7 +194,12 @@ def _plan(
     for digest in sorted(blobs_of(records.values())):
         if digest_file(path := store.blob_path(digest)) != digest:
             raise Refused("the blob's bytes do not match its digest", where=str(path), fix=_RESTORE)
-    check_replay(store, verdict)
+    for gate, what in check_replay(store, verdict).items():
+        raise Refused(
+            f"the gate {gate} of this verdict is no longer computed: {what} was removed",
+            where=f"verdict {short(verdict)}",
+            fix="take the gate out of the project file and run `tunesmith gate`",
+        )
     duties = carried(records, parents["candidate"])
     notices = {} if duties is None else {NOTICE: store.put_bytes(notice(name, duties))}
     return _Plan(

@@ -198,7 +198,8 @@ def _check_evidence(findings: _Findings, release: Release, records: Mapping[str,
         findings.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
     if version.evaluation in findings.seen and not findings.problems:  # damaged scores are reported already
         try:
-            check_replay(findings.store, version.verdict)
+            for gate, what in check_replay(findings.store, version.verdict).items():
+                findings.notes.append(f"its gate {gate} is no longer computed: {what} was removed")
         except Refused as error:
             findings.problem(error.where or str(folder), error.what)
     findings.notes.extend(f"it was {mark}" for mark in version.marks)

@@ -116,7 +116,7 @@ def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
     candidate, renderer = Candidate(name="tuned", base="sha256:0", max_tokens=64), Renderer(tmp_path)
     engine: Any = SimpleNamespace(generate=lambda asked, *_: [Completion(CALL, "stop", 1, 1)] * len(asked))
     suite = suite_of("robustness")
-    lines = ask(suite, engine, engine, renderer, None, items, candidate)
+    lines = ask(engine, engine, renderer, None, items, candidate)
     scoring = make_scoring("exact_match", None, tmp_path)
     assert {suite.value(item, line, scoring) for item, line in zip(items, lines, strict=True)} == {1.0}
 

@@ -258,9 +258,7 @@ def test_two_items_of_one_question_are_one_question() -> None:
         for arm in ("gender", "gender per token")
         for k in range(3)
     ]
-    found = ask(
-        SUITES["swap"], engine, engine, renderer, None, pair, Candidate(name="tuned", base="sha256:0", max_tokens=8)
-    )
+    found = ask(engine, engine, renderer, None, pair, Candidate(name="tuned", base="sha256:0", max_tokens=8))
     assert len(asked) == 3
     assert (
         [line["scores"] for line in found[:3]] == [line["scores"] for line in found[3:]] == [[-8.0], [-16.0], [-24.0]]

@@ -107,7 +107,6 @@ def test_exposure_and_bias_before_and_after(faulty: tuple[Fabricated, str]) -> N
         ("bbq", -0.4, 0.0, "raised it"),
         ("bbq", 0.0, -0.4, "lowered it"),
         ("crows_pairs", 0.2, 0.5, "raised it"),
-        ("toxicity", 0.2, 0.5, "made it worse"),
     ],
 )
 def test_a_rise_is_called_worse_only_where_less_is_better(probe: str, before: float, after: float, said: str) -> None:

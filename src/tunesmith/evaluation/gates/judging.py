@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from tunesmith.evaluation.gates.settings import (
     Forgetting,
     Gate,
     GateSettings,
+    Gone,
     Lift,
+    Outcome,
     PolicyGate,
     Probe,
     Retain,
@@ -50,7 +52,6 @@ from tunesmith.evaluation.stats.statistics import (
 )
 from tunesmith.evaluation.style.evidence import Classified
 
-Outcome = Literal["pass", "fail", "inconclusive"]
 _FIGURES = {
     "macro_f1": macro_f1_interval,
     "calibration_error": calibration_error_interval,
@@ -305,6 +306,11 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     return _limited(gate, fall, "tuning changed general ability", confidence, extra, rows_needed=False)
 
 
+def _gone(gate: Gone, evidence: Evidence) -> Finding:
+    """The finding of then, as the verdict's record states it."""
+    return Finding(gate.outcome, gate.stated["value"], gate.stated["low"], gate.stated["high"], gate.bound, "")
+
+
 def _limited(
     gate: Retain | Forgetting,
     fall: Interval,
@@ -345,6 +351,7 @@ JUDGES: Mapping[type[GateSettings], Callable[[Gate, Evidence], Finding]] = {
     PolicyGate: _judge(PolicyGate, _policy),
     Style: _judge(Style, _style),
     Threshold: _judge(Threshold, _threshold),
+    Gone: _judge(Gone, _gone),
 }
 
 

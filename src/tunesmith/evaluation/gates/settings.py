@@ -10,7 +10,7 @@ to `JUDGES` in judging.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -36,9 +36,12 @@ PROBES = {
     "general_text": "rise by tuning of the loss on general text, in nats a token (0.1 is a perplexity 10% higher)",
     "formats": "fall by tuning of the preference, per word, for the requested output format, where the base had it",
     "refusal": "fall by tuning of refusing unsafe requests, helping with harmless ones, or staying polite",
-    "toxicity": "rise by tuning of the share of answers that a pinned detector flags as toxic",
     "lm_eval": "fall by tuning of the accuracy on multiple-choice tasks of lm-eval, of the task that fell most",
     "robustness": "fall of the score under typos, capitals, rewording or an instruction inside the request",
+}
+# Probes that earlier releases had -> what to use instead. A verdict keeps the outcomes of their gates (Gone).
+GONE = {
+    "toxicity": "ask such requests in a check of `policy:` with a judge and a rubric, and add the gate {policy: CHECK}"
 }
 NEED_PATH = ("bbq", "crows_pairs", "lm_eval")
 # Figures that are computed from all rows together, not as a mean of rows.
@@ -48,6 +51,7 @@ FIGURES = {
     "brier": "mean squared error of the stated confidences",
 }
 
+Outcome = Literal["pass", "fail", "inconclusive"]
 _Confidence = Annotated[float, Field(gt=0.5, lt=1.0, description="two-sided confidence of the interval, as 0.95")]
 _Score = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -184,6 +188,8 @@ class Probe(GateSettings):
     @field_validator("probe")
     @classmethod
     def _probe_known(cls, name: str) -> str:
+        if name in GONE:
+            raise ValueError(f"the probe {name} was removed: {GONE[name]}")
         if name not in PROBES:
             raise ValueError(f"no probe is called {name!r}{nearest(name, PROBES)}; there are {', '.join(PROBES)}")
         return name
@@ -248,6 +254,37 @@ class Style(_OneBound):
     style: Annotated[Literal["references"], Field(description="whose style: that of the reference answers")]
     confidence: _Confidence = 0.95
     rows: Annotated[int, Field(ge=20, le=2_000, description="the most held-out rows that the base model answers")] = 300
+
+
+class Gone(GateSettings):
+    """A recorded gate that no release computes any more. Its outcome stays what the verdict's record states."""
+
+    key = "gone"
+    outcome: Outcome
+    confidence: float | None
+    stated: dict[str, Any]
+
+    @property
+    def bound(self) -> float:
+        return float(self.stated["bound"])
+
+
+def gone_gates(stated: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The gates of a verdict's record that are no longer computed: name -> what computed them and was removed."""
+    probes = {gate["name"]: gate["settings"].get("probe") for gate in stated}
+    return {name: f"the probe {probe}" for name, probe in probes.items() if isinstance(probe, str) and probe in GONE}
+
+
+def recorded_gates(stated: Iterable[Mapping[str, Any]]) -> Gates:
+    """The gates of a verdict's record, by name. Raises ValidationError for gates that no release has written."""
+    gates: Gates = {}
+    for gate in stated:
+        name, settings = gate["name"], gate["settings"]
+        if gone_gates([gate]):
+            gates[name] = Gone(outcome=gate["outcome"], confidence=settings["confidence"], stated=dict(gate))
+        else:
+            gates |= GATES.validate_python({name: settings})
+    return gates
 
 
 GATE_KINDS: tuple[type[GateSettings], ...] = (Lift, Retain, Forgetting, Probe, Whole, PolicyGate, Style, Threshold)

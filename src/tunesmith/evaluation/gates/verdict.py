@@ -13,8 +13,8 @@ from typing import Any
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.evaluation.gates.judging import Evidence, Finding, Outcome, judge_gate, not_judged
-from tunesmith.evaluation.gates.settings import GATES, Gate, Gates, check_gates
+from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate, not_judged
+from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, Outcome, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
@@ -66,9 +66,12 @@ def verdict_record(store: Store, evaluation: str, candidate: str, gates: Gates, 
 
 
 def replay(store: Store, digest: str) -> bool:
-    """Whether a verdict follows from its evaluation's scores. Computes it again; differing reasons do not count."""
+    """Whether a verdict follows from its evaluation's scores. Computes it again; differing reasons do not count.
+
+    Gates that are gone count with the outcome of then.
+    """
     kept = store.record(digest, kind="verdict")
-    gates = GATES.validate_python({gate["name"]: gate["settings"] for gate in kept.body["gates"]})
+    gates = recorded_gates(kept.body["gates"])
     again = verdict_record(store, kept.parents["evaluation"], kept.body["name"], gates, kept.body["test_set_use"])
     return canonical(_without_reasons(again)) == canonical(_without_reasons(kept))
 
@@ -134,6 +137,9 @@ def _fails(gate: Gate, among: int, evidence: Evidence) -> bool:
 
 
 def _stated(name: str, finding: Finding, gates: Gates) -> dict[str, Any]:
+    gate = gates[name]
+    if isinstance(gate, Gone):
+        return dict(gate.stated)
     return {
         "name": name,
         "outcome": finding.outcome,
@@ -143,7 +149,7 @@ def _stated(name: str, finding: Finding, gates: Gates) -> dict[str, Any]:
         "bound": finding.bound,
         "reason": finding.reason,
         **finding.extra,
-        "settings": gates[name].model_dump(mode="json", exclude_none=True),
+        "settings": gate.model_dump(mode="json", exclude_none=True),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.gates.settings import Probe
-from tunesmith.evaluation.probes import memory, numbers, toxic
+from tunesmith.evaluation.probes import memory, numbers
 from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured
 from tunesmith.evaluation.probes.measuring import left_out
@@ -275,16 +275,6 @@ def _refusal(case: Case) -> Shown:
     return Shown(shown, sentence, extra)
 
 
-def _toxicity(case: Case) -> Shown:
-    name, shown, extra = _worst_change(case, rise=True, ends=_GAPS)
-    before, after = (percent(extra[side][name]) for side in ("before", "after"))
-    sentence = (
-        f"the share of toxic answers to {name} requests went from {before} to {after} by tuning, "
-        f"a change of {_pointed(shown)} points; {toxic.error_told(case.told)}"
-    )
-    return Shown(shown, sentence, {**extra, "detector": case.told["detector"]})
-
-
 def _lm_eval(case: Case) -> Shown:
     name, shown, extra = _worst_change(case, rise=False, ends=_GAPS)
     before, after = (percent(extra[side][name]) for side in ("before", "after"))
@@ -342,7 +332,6 @@ JUDGES: dict[str, Callable[[Case], Shown]] = {
     "general_text": _general_text,
     "formats": _formats,
     "refusal": _refusal,
-    "toxicity": _toxicity,
     "lm_eval": _lm_eval,
     "robustness": _robustness,
 }

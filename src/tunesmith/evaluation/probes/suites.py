@@ -17,7 +17,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Engine, Generation, Question, Responder
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
-from tunesmith.evaluation.probes import bias, drift, harness, memory, numbers, toxic
+from tunesmith.evaluation.probes import bias, drift, harness, memory, numbers
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.models.rendering import Renderer
@@ -33,8 +33,7 @@ class Suite:
     items: makes what is asked. value: turns an answer into a number. before: whether the base's weights are asked too.
     own: whether the items come from the candidate's rows, with its prompt. untuned: whether the probe also applies to
     candidates that were not trained. none: the reason to give where there are no items. left_out: how many answers it
-    leaves out because they are calls of functions. revision: raise it when the items or the number change. toxic:
-    whether toxic.py rates the answers, which are then decoded without the candidate's length limit and schema.
+    leaves out because they are calls of functions. revision: raise it when the items or the number change.
     """
 
     items: Callable[[ProbeContext], list[Item]]
@@ -45,26 +44,14 @@ class Suite:
     none: str = "there are none"
     left_out: Callable[[ProbeContext], int] | None = None
     revision: int = 1
-    toxic: bool = False
-
-    @property
-    def depends_on(self) -> dict[str, Any]:
-        """What the answers depend on besides weights and items: inputs of the stage."""
-        return {"revision": self.revision, "detector": toxic.rated_by() if self.toxic else None}
 
     def counts(self, context: ProbeContext) -> dict[str, int]:
         """What the answers record counts besides the items."""
         left_out = self.left_out(context) if self.left_out else 0
         return {"left_out": left_out} if left_out else {}
 
-    @property
-    def states(self) -> dict[str, Any]:
-        """What the answers record states about the probe."""
-        return {"revision": self.revision, "detector": toxic.rater() if self.toxic else None}
-
 
 def ask(
-    suite: Suite,
     responder: Responder,
     engine: Engine | None,
     renderer: Renderer,
@@ -75,8 +62,7 @@ def ask(
 ) -> list[dict[str, Any]]:
     """A line for each item: {"id", "scores", "tokens"} by the engine, or {"id", "text"} by the candidate's responder.
 
-    Suites that rate answers add "toxic", and decode without the candidate's length limit and schema. engine: None for a
-    candidate that the base does not answer; no probe measures probabilities of such a candidate.
+    engine: None for a candidate that the base does not answer; no probe measures probabilities of such a candidate.
     """
     likely = [item for item in items if item.choices]
     written = [item for item in items if not item.choices]
@@ -88,19 +74,13 @@ def ask(
         scores = dict(zip(distinct, engine.choose(distinct, adapter, progress), strict=True))
         for item, question in zip(likely, questions, strict=True):
             lines.append({"id": item.id, "scores": scores[question], "tokens": _tokens(renderer, item)})
-    if suite.toxic:
-        requests = [Generation(item.messages, toxic.ROOM) for item in written]
-    else:
-        held = Constraint(candidate)
-        requests = [
-            held.hold(Generation(item.messages, candidate.max_tokens), item.messages[-item.turns :]) for item in written
-        ]
-    given = responder.generate(requests, adapter, progress)
-    texts = [
-        {"id": item.id, "text": renderer.comparable(item.messages, item.call, each.text)}
-        for item, each in zip(written, given, strict=True)
+    held = Constraint(candidate)
+    requests = [
+        held.hold(Generation(item.messages, candidate.max_tokens), item.messages[-item.turns :]) for item in written
     ]
-    return lines + (toxic.rated(texts) if suite.toxic else texts)
+    for item, each in zip(written, responder.generate(requests, adapter, progress), strict=True):
+        lines.append({"id": item.id, "text": renderer.comparable(item.messages, item.call, each.text)})
+    return lines
 
 
 def _tokens(renderer: Renderer, item: Item) -> int:
@@ -177,10 +157,6 @@ def _scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return checked(value, "the leading metric", item.id)
 
 
-def _toxic(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return toxic.flagged(item, line)
-
-
 SUITES: dict[str, Suite] = {
     "canaries": Suite(
         memory.canary_items, _log_probability, before=True, none="it was trained without canaries (train.canaries)"
@@ -206,7 +182,6 @@ SUITES: dict[str, Suite] = {
     "general_text": Suite(drift.general_text_items, _loss, before=True, own=False, revision=2),
     "formats": Suite(drift.formats_items, _share_by_word, before=True, own=False, revision=2),
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
-    "toxicity": Suite(toxic.toxicity_items, _toxic, before=True, own=False, toxic=True),
     "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
     "robustness": Suite(drift.robustness_items, _scored, untuned=True, revision=3),
 }

@@ -331,6 +331,7 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
     if more is not None and more["gain"] is not None and more["gain"]["low"] > 0:
         found.append(f"{data['focus']} was not trained to the end. {more['text']}")
     found += policy_cautions(data)
+    found += data["verdict"]["cautions"] if data["verdict"] else []
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
         found.append(f"{conflicts} requests in the data have different answers: a candidate cannot give both.")

@@ -165,7 +165,7 @@ def policy_cautions(data: Mapping[str, Any]) -> list[str]:
             f"Of the policy requests, {leaked} stand in rows that {focus} learned from, or in what it shows (examples, "
             "prompt or documents), so keeping the rule there is no evidence: ask other requests, or take these out."
         )
-    return found + list(data["verdict"]["cautions"] if data["verdict"] else ())
+    return found
 
 
 def _shown(

@@ -89,10 +89,6 @@ def _risks(data: Mapping[str, Any]) -> Iterable[str]:
         yield f"- {_text(found['exposure']['sentence'])}"
     for row in found["bias"]:
         yield f"- {_text(row['asked'])}: {_text(row['sentence'])}"
-    if found["toxicity"]:
-        for row in found["toxicity"]["rows"]:
-            yield f"- {_text(row['asked'])}: {_text(row['sentence'])}"
-        yield f"- The toxicity detector makes errors: {_text(found['toxicity']['error'])}."
     if found["unmeasured"]:
         yield f"- Not measured: {_text(', '.join(found['unmeasured']))}."
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.gates.settings import PROBES
-from tunesmith.evaluation.probes import memory, numbers, toxic
+from tunesmith.evaluation.probes import memory, numbers
 from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
 from tunesmith.evaluation.probes.judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
@@ -22,42 +22,36 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorised: -log2 of a random rank
-_ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0), "toxicity": (0.0, 1.0)}
+_ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0)}
 _ASKED = {
     "swap": "Change of the right answer's probability{per_token} when {arm} are swapped",
     "bbq": "BBQ: preference for the stereotyped answer in ambiguous questions (0 is none)",
     "crows_pairs": "CrowS-Pairs: probability of the more stereotyping sentence (50% favours neither)",
-    "toxicity": "Share of answers to {arm} requests that the detector flags as toxic",
 }
 _ARMS = {"gender": "genders", "names": "names of two places"}
 
 
 def risks(store: Store, record: Record, focus: str, confidence: float) -> dict[str, Any]:
-    """{"exposure", "bias", "toxicity", "unmeasured"} of the candidate in focus.
+    """{"exposure", "bias", "unmeasured"} of the candidate in focus.
 
     exposure: {controls, most, levels: [{repeats, n, before, after}], sentence}; None without canaries. before and after
     are None where their interval is too wide. bias: [{probe, arm, asked, n, groups, ends, before, after, change,
-    sentence}]. toxicity: {rows: as in bias, error: the detector's error rate}; None where answers were not rated.
-    unmeasured: probe -> what it would measure. Raises Inconclusive for measurements that are not consistent.
+    sentence}]. unmeasured: probe -> what it would measure. Raises Inconclusive for inconsistent measurements.
     """
     seed = int(record.body["seed"])
     found = {
         suite: measured for (suite, name), measured in sorted(read_measurements(store, record).items()) if name == focus
     }
-    exposure, toxicity, bias = None, None, list[dict[str, Any]]()
+    exposure, bias = None, list[dict[str, Any]]()
     for suite, measured in found.items():
         probe = suite.partition("/")[0]
         if probe == "canaries":
             exposure = _exposure(measured, confidence, seed)
         elif probe in _ENDS:
-            rows = [row for arm in measured if (row := _pair(probe, arm, measured[arm], confidence, seed))]
-            if probe == "toxicity":
-                toxicity = {"rows": rows, "error": toxic.error_told(record.body["risks"][suite][focus])}
-            else:
-                bias += rows
+            bias += [row for arm in measured if (row := _pair(probe, arm, measured[arm], confidence, seed))]
     asked = {suite.partition("/")[0] for suite in found} | ({"membership_tpr"} if _has(found, "membership") else set())
     unmeasured = {probe: what.split(" (")[0] for probe, what in PROBES.items() if probe not in asked}
-    return {"exposure": exposure, "bias": bias, "toxicity": toxicity, "unmeasured": unmeasured}
+    return {"exposure": exposure, "bias": bias, "unmeasured": unmeasured}
 
 
 def _has(found: Mapping[str, Measured], probe: str) -> bool:
@@ -143,7 +137,7 @@ def _sides(probe: str, name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[st
 
 
 def _size(probe: str, mean: float) -> str:
-    if probe in ("crows_pairs", "toxicity"):
+    if probe == "crows_pairs":
         return percent(mean)
     return f"{points(mean)} points" if probe == "bbq" else f"{mean * 100:.1f} points"
 

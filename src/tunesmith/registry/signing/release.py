@@ -266,8 +266,12 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
         )
 
 
-def check_replay(store: Store, verdict: str) -> None:
-    """Recompute a verdict from its evaluation's scores. Raises Refused if it does not follow. Needs only files."""
+def check_replay(store: Store, verdict: str) -> dict[str, str]:
+    """Recompute a verdict from its evaluation's scores. Raises Refused if it does not follow. Needs only files.
+
+    Returns the gates that are no longer computed: name -> what computed them and was removed. They count as recorded.
+    """
+    from tunesmith.evaluation.gates.settings import gone_gates
     from tunesmith.evaluation.gates.verdict import replay
 
     try:
@@ -281,6 +285,7 @@ def check_replay(store: Store, verdict: str) -> None:
             where=store.record_where(verdict),
             fix="evaluate and judge the candidate: tunesmith gate",
         )
+    return gone_gates(store.record(verdict, kind="verdict").body["gates"])
 
 
 def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:

@@ -19,7 +19,7 @@ from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageEr
 from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
-from tunesmith.evaluation.gates.judging import Outcome
+from tunesmith.evaluation.gates.settings import Outcome
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.summary import (
     EvaluationSummary,
