@@ -12,7 +12,10 @@ VLLM   := .venv-vllm
 # Tests start hundreds of processes. Each would compile every module again where Python may not keep what it compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo console hosted test test-vllm check lint types unit attack docs bench soak clean
+# Tests wait for servers and killed processes, so there are more processes than cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.PHONY: demo console hosted test test-long test-vllm programs check lint types unit attack docs bench soak clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -24,8 +27,11 @@ console: $(DEMO)         ## the demo's project in a browser, with a link for its
 hosted: $(READY)         ## OpenAI's clients, PostgreSQL and S3: an upload, a killed worker, an approval, a drift
 	$(BIN)/python examples/hosted/walk.py
 
-test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
-	$(BIN)/python -m tests.run --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: check programs     ## everything CI runs: lint, types, contracts, documentation, and all tests but the long ones
+	$(PYTEST) --durations 30 -m "not long"
+
+test-long: check programs  ## before a release: the tests that take minutes each, and a real vLLM with `make test-vllm`
+	$(PYTEST) --durations 30 -m long
 
 check: $(READY)          ## lint, types, import contracts and the documentation, two at a time
 	$(MAKE) --jobs 2 types docs lint
@@ -39,10 +45,13 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)           ## the fast tests, without the real model
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 attack: $(READY)         ## the tests that attack: a table of what was tried and what happened
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m attack
+	$(PYTEST) -m attack
+
+programs: $(READY)       ## Chromium and what else some tests need: installed where that is possible, else they are skipped
+	$(BIN)/python -m tests.programs
 
 test-vllm: $(READY) $(VLLM)/.ready  ## a real vLLM, in an environment of its own (x86-64, 4 GB of disk)
 	TUNESMITH_VLLM="$(CURDIR)/$(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model" \

@@ -51,8 +51,10 @@ def _rows(reports: dict[str, list]) -> Iterator[tuple[str, str, Counter[str], in
         yield *attack, outcomes[attack], broken[attack]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table where tests of attacks ran."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table of `make attack`."""
+    if config.getoption("markexpr") != ATTACK:
+        return
     rows = list(_rows(terminalreporter.stats))
     if not rows:
         return

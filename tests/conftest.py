@@ -20,7 +20,7 @@ from tunesmith.core.system.memory import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE
 
-pytest_plugins = ["tests.attack_table", "tests.made_once", "tests.postgresql_server"]
+pytest_plugins = ["tests.attack_table", "tests.made_once", "tests.postgresql_server", "tests.spread"]
 
 # Tiny models gain nothing from a second thread, and spinning threads of several test processes would fight for cores.
 os.environ.setdefault("TUNESMITH_THREADS", "1")
@@ -48,29 +48,6 @@ if "PYTEST_DEBUG_TEMPROOT" not in os.environ and _in_memory(Path("/dev/shm")):
 # fails there has to fail again where it is mended.
 settings.register_profile("default", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("default")
-
-# Files that take minutes run first, so that no worker is left with one of them at the end.
-_LONGEST = (
-    "slow/test_real_model.py",
-    "server/test_hosted_example.py",
-    "slow/test_real_risks.py",
-    "pipeline/test_together.py",
-    "jobs/test_worker.py",
-    "test_service_benchmark.py",
-    "attacks/test_kill_points.py",
-    "jobs/test_on_ray.py",
-    "data/building/test_ray_runner.py",
-    "console/test_second_half.py",
-    "server/test_fine_tuning_service.py",
-    "server/test_schemathesis.py",
-    "engines/hf/test_support_matrix.py",
-    "training/test_ranks.py",
-    "store/test_two_machines.py",
-    "jobs/test_postgresql.py",
-    "jobs/test_killed_effects.py",
-    "evaluation/probes/test_probes_catch.py",
-)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -137,12 +114,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """More than there are cores, as memory allows: many tests wait for servers, leases and killed processes."""
     return (os.cpu_count() or 1) + (2 if available_memory() > 18e9 else 1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    folder = Path(__file__).parent
-    place = {str(folder / name): number for number, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: place.get(str(item.path), len(place)))
 
 
 def pytest_collection_finish() -> None:
