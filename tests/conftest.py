@@ -49,6 +49,7 @@ if "PYTEST_DEBUG_TEMPROOT" not in os.environ and _in_memory(Path("/dev/shm")):
 settings.register_profile("default", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("default")
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers of several test processes do not wait for each other."""

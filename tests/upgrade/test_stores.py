@@ -17,7 +17,6 @@ import yaml
 
 from tests.commands import call, printed
 from tests.tiny_project import settings
-from tunesmith.core.errors import TunesmithError
 from tunesmith.project import Project
 
 STORES = sorted(Path(__file__).parent.glob("store-*.tar.xz"))
@@ -55,9 +54,3 @@ def test_its_versions_answer_and_its_rollout_goes_on(project: Path) -> None:
     assert call(project, "chat", "tiny@champion", "--message", "turn on hall fan")
     assert call(project, "rollout", "abort", "tiny")["status"] == "aborted"
     assert call(project, "rollout", "start", "tiny@v2")
-
-
-def test_a_setting_that_is_gone_is_named(project: Path, tmp_path: Path) -> None:
-    (tmp_path / "tunesmith.yaml").write_text((project / "old.yaml").read_text())
-    with pytest.raises(TunesmithError, match=r"rude|manners"):
-        Project.load(tmp_path)
