@@ -17,6 +17,7 @@ import yaml
 
 from tests.commands import call, printed
 from tests.tiny_project import settings
+from tunesmith.core.errors import TunesmithError
 from tunesmith.project import Project
 
 STORES = sorted(Path(__file__).parent.glob("store-*.tar.xz"))
@@ -54,3 +55,22 @@ def test_its_versions_answer_and_its_rollout_goes_on(project: Path) -> None:
     assert call(project, "chat", "tiny@champion", "--message", "turn on hall fan")
     assert call(project, "rollout", "abort", "tiny")["status"] == "aborted"
     assert call(project, "rollout", "start", "tiny@v2")
+
+
+def test_reports_name_the_gates_that_are_no_longer_computed(project: Path) -> None:
+    assert "The gate rude is no longer computed" in printed(
+        project, "report", "tiny@v1", "--output", str(project / "r.html")
+    )
+
+
+def test_its_queued_jobs_end_with_a_reason(project: Path) -> None:
+    printed(project, "worker", "--until-empty")
+    jobs = [job for job in call(project, "jobs", "list")["jobs"] if job["job"] in (4, 5)]
+    assert [job["state"] for job in jobs] == ["failed", "failed"]
+    assert all("settings changed" in call(project, "jobs", "show", str(job["job"]))["error"]["what"] for job in jobs)
+
+
+def test_a_setting_that_is_gone_is_named(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "tunesmith.yaml").write_text((project / "old.yaml").read_text())
+    with pytest.raises(TunesmithError, match=r"rude|manners"):
+        Project.load(tmp_path)
