@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from typer import BadParameter, Context
+from typer.exceptions import TyperException
+from typer.main import get_command
 
 from tests.tiny_project import settings
+from tunesmith.cli.main import app
 from tunesmith.project import parse_settings
 
 ROOT = Path(__file__).parents[2]
+GUIDES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "generated" not in page.parts and "_build" not in page.parts]
 
@@ -41,8 +46,63 @@ def test_settings_shown_are_valid(block: str) -> None:
     assert parse_settings(yaml.safe_dump({**known, **shown}), "page").candidates
 
 
-def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_commands_shown_exist() -> None:
+    """With their options, and with no more arguments than they take."""
+    every, wrong = get_command(app), []
+    for page in PAGES:
+        for words in commands_shown(page.read_text()):
+            try:
+                parse(every, words)
+            except (KeyError, TyperException) as error:
+                wrong.append(f"{page.relative_to(ROOT)}: {shlex.join(words)}: {error}")
+    assert wrong == []
+
+
+def parse(command: Any, words: list[str]) -> None:
+    """Parse a command's arguments without running it. Raises KeyError for an unknown command, TyperException for an
+    unknown option and for an argument too many.
+
+    command: the one that has all others.
+    """
+    words = words[2:] if words[:1] == ["-C"] else words
+    while hasattr(command, "commands") and words:
+        command, words = command.commands[words[0]], words[1:]
+    context = Context(command, info_name=command.name)
+    _, rest, _ = command.make_parser(context).parse_args(words)
+    if rest:
+        raise BadParameter(f"{rest} are too many arguments")
+
+
+def commands_shown(text: str) -> list[list[str]]:
+    """The words after `tunesmith` of each command in a page's blocks, and of each in backquotes."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for kind, block in blocks if kind in ("", "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if re.match(r"(\S+=\S+ |\$ |\w+=\$\(|torchrun .* -m )?tunesmith ", line)]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += re.findall(r"`(?:torchrun [^`]*-m )?(tunesmith\s[^`]*)`", prose)
+    found = (re.split(r"[|&;)]", line.partition("tunesmith")[2])[0] for line in lines)
+    return [words for line in found if (words := shlex.split(line, comments=True)) and words[0] != "--help"]
+
+
+def test_each_guide_has_an_example_that_is_tested() -> None:
+    """Settings, commands, or Python, which is compiled here."""
+    without = []
+    for page in GUIDES:
+        text = page.read_text()
+        python = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        for block in python:
+            compile(block, str(page), "exec")
+        if not (python or "```yaml" in text or commands_shown(text)):
+            without.append(page.name)
+    assert without == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/how-to/extend.md"])
+def test_modules_named_exist(page: str) -> None:
+    named = set(re.findall(r"`([\w/]+/(?:[\w.]+\.py)?)`", (ROOT / page).read_text()))
+    assert len(named) > 20
+    roots = (ROOT, ROOT / "src" / "tunesmith")
+    assert sorted(path for path in named if not any((root / path).exists() for root in roots)) == []
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

@@ -66,7 +66,7 @@ def test_a_match_maps_back_to_the_hidden_spelling() -> None:
 
 
 def test_how_many_look_alikes_of_latin_letters_are_folded() -> None:
-    """The numbers in docs/how-to/data-steward.md."""
+    """Of all look-alikes that Unicode lists."""
     passed = []
     pairs = 0
     for letter, others in confusables_data.items():
