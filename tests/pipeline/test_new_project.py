@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.attack_table import Happened
+from tests.tiny import write_model
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
@@ -36,7 +37,28 @@ def _made(folder: Path, rows: Sequence[object], **more: object) -> NewProject:
     """The project that `init` makes of these rows."""
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_project(folder / "p", data=folder / "rows.jsonl", licence="MIT", base="model", **more)
+    return make_project(folder / "p", data=folder / "rows.jsonl", licence="MIT", **{"base": "model", **more})
+
+
+def test_rows_with_control_tokens_of_the_base_are_refused_or_dropped(tmp_path: Path) -> None:
+    base = {"base": str(write_model(tmp_path / "base"))}
+    rows = [{"prompt": _words(n), "completion": _words(n + 500)} for n in range(60)]
+    rows[7]["prompt"] += " <|im_end|>"
+    rows[9]["completion"] = "<|im_start|>system"
+    rows[11]["prompt"] += " <b>[INST] <filename>"
+    with pytest.raises(Refused, match="2 rows hold a control token") as caught:
+        _made(tmp_path / "refused", rows, **base)
+    assert "row 8; " in str(caught.value.where)
+    assert str(caught.value.where).endswith("row 10")
+    assert "--control-tokens drop" in str(caught.value.fix)
+    assert not (tmp_path / "refused" / "p").exists()
+    dropped = _made(tmp_path / "dropped", rows, control_tokens="drop", **base)
+    assert (dropped.rows, dropped.unusable) == (58, 2)
+    assert "holds the control token <|im_end|> (1)" in " ".join(dropped.notes)
+    assert Project.load(dropped.root).settings.data.control_tokens == "drop"
+    unknown = _made(tmp_path / "unknown", rows)
+    assert unknown.rows == 60
+    assert "the base cannot be read yet" in " ".join(unknown.notes)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_parameters_at_their_ends_are_answered(tiny: Served, happened: Happened)
 @pytest.mark.attack("rollout", "parameters that make the engine fail, against an arm")
 def test_requests_own_errors_count_against_no_arm(tiny: Served, happened: Happened) -> None:
     before = len(tiny.rows())
-    control = tiny.engine.native._renderer.special_tokens[0]  # type: ignore[attr-defined]
+    control = tiny.engine.native._renderer.control_tokens[0]  # type: ignore[attr-defined]
     own = [
         with_fields(messages=[*HELLO, {"role": "assistant", "content": "on"}]),
         with_fields(messages=[{"role": "user", "content": f"x{control}y"}]),

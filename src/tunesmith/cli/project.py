@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Json, add_commands, draw_table, printed_text
+from tunesmith.cli.terminal import Acting, Here, Json, Terminal, add_commands, draw_table, printed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,12 @@ def init(
         list[str] | None,
         typer.Option("--rename", metavar="KEY=NAME", help="A key of your rows and its name in a format: text=prompt."),
     ] = None,
+    control_tokens: Annotated[
+        Literal["refuse", "drop"],
+        typer.Option(
+            help="Rows with a token by which the base's chat template marks turns: refuse, or leave them out."
+        ),
+    ] = "refuse",
 ) -> None:
     """Start a project from your own rows: write tunesmith.yaml, a schema and prompts."""
     from tunesmith.core.errors import UsageError
@@ -58,7 +64,16 @@ def init(
     if len(data) > 1:
         fix = "name a pattern, such as --data 'rows/*.jsonl', or add the others to data.sources of tunesmith.yaml"
         raise UsageError("--data is given several times", fix=fix)
-    made = make_project(here.directory, data=data[0], licence=licence, name=name, base=base, rename=names)
+    made = make_project(
+        here.directory,
+        data=data[0],
+        licence=licence,
+        name=name,
+        base=base,
+        rename=names,
+        control_tokens=control_tokens,
+        progress=Terminal(),
+    )
     here.emit(made, _draw_project)
 
 

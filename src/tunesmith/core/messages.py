@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
@@ -63,6 +63,18 @@ class Message(BaseModel):
             yield call.arguments
         if self.tools is not None:
             yield self.tools
+
+    def shown_texts(self) -> Iterator[str]:
+        """Every text of the turn as a chat template shows it: JSON is read first, so that no escape hides a text."""
+        yield from self.texts()
+        yield from self.ids()
+        for written in (*(call.arguments for call in self.tool_calls), self.tools):
+            if written is not None:
+                yield json.dumps(parse_json(written), ensure_ascii=False)
+
+    def control_token(self, tokens: Collection[str]) -> str | None:
+        """The first of these tokens that a text of the turn holds, if any."""
+        return next((token for token in tokens if any(token in text for text in self.shown_texts())), None)
 
     def openai(self) -> dict[str, Any]:
         """The turn in OpenAI's form. Its tools are not part of it: they go beside the messages (`tools_of`)."""

@@ -167,13 +167,13 @@ def build_documents(
     settings: DocumentSettings,
     root: Path,
     privacy: Privacy,
-    special_tokens: Sequence[str] = (),
+    control_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
 ) -> str:
     """Read, scan and cut the documents; returns the digest of their record. The same input gives the same digest.
 
     Personal data is treated as in rows (data.privacy); under `remove` a paragraph that holds some is left out and
-    counted. special_tokens: the base's control tokens, with which a document could start another speaker's turn.
+    counted. control_tokens: those of the chat template, with which a document could start another speaker's turn.
     withdrawn: recalled documents are left out. Raises UsageError for documents that cannot be read or hold no text;
     Refused for control tokens, for a recalled licence, and for personal data under `refuse`.
     """
@@ -191,7 +191,7 @@ def build_documents(
         with open_source(file) as opened:
             blocks = list(_read(opened))
             digest, size = opened.digest, opened.bytes
-        _refuse_control_tokens(file.name, blocks, special_tokens)
+        _refuse_control_tokens(file.name, blocks, control_tokens)
         kept, labels = 0, labels_of[file.source.path]
         left = list[tuple[str, str]]()
         for title, section in itertools.groupby(blocks, key=lambda block: block[0]):
@@ -259,9 +259,9 @@ def _private(name: str, found: Iterable[str]) -> Refused:
     )
 
 
-def _refuse_control_tokens(name: str, blocks: Sequence[tuple[str, str]], special_tokens: Sequence[str]) -> None:
+def _refuse_control_tokens(name: str, blocks: Sequence[tuple[str, str]], control_tokens: Sequence[str]) -> None:
     for title, text in blocks:
-        for token in filter(None, special_tokens):
+        for token in control_tokens:
             if token in text or token in title:
                 raise Refused(
                     f"a document holds the base's control token {token!r}", where=name, fix="remove it from the text"

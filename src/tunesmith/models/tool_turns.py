@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.messages import Message
@@ -29,16 +28,6 @@ def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             turn |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id or "", "")}
         turns.append(turn)
     return turns
-
-
-def shown_texts(message: Message) -> Iterator[str]:
-    """Every text of a turn as a template shows it: JSON is read first, so that no escape hides a control token."""
-    yield from message.texts()
-    yield from message.ids()
-    for call in message.tool_calls:
-        yield json.dumps(parse_json(call.arguments), ensure_ascii=False)
-    if message.tools is not None:
-        yield json.dumps(parse_json(message.tools), ensure_ascii=False)
 
 
 def marked_tools(

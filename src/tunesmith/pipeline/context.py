@@ -115,7 +115,7 @@ class PipelineContext:
 
     def _loaded(self, engine: LocalEngine) -> LoadedModel:
         if engine not in self._models:
-            self._models[engine] = load_model(self.base, engine)
+            self._models[engine] = load_model(self.base, engine, self.progress)
         return self._models[engine]
 
     @property
@@ -226,7 +226,7 @@ class PipelineContext:
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 unscorable=references,
-                special_tokens=self.renderer.special_tokens,
+                control_tokens=self.renderer.control_tokens,
                 withdrawn=withdrawn,
                 respell=respell,
                 work=work,
@@ -277,7 +277,7 @@ class PipelineContext:
         project, settings = self.project, self.project.settings.documents
         if settings is None:
             raise UsageError("the project has no documents to retrieve from", where="documents", fix="add documents:")
-        privacy, tokens = project.settings.data.privacy, self.renderer.special_tokens
+        privacy, tokens = project.settings.data.privacy, self.renderer.control_tokens
         withdrawn = self._withdrawn
         recalled = {kind: sorted(withdrawn.values.get(kind, ())) for kind in ("source", "licence")}
         inputs = {

@@ -213,7 +213,7 @@ def test_private_data_and_control_tokens_in_calls_are_seen(tmp_path: Path) -> No
     spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "<|im_end|>"}'
     write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(Refused, match="control token"):
-        build(tmp_path, special_tokens=("<|im_end|>",))
+        build(tmp_path, control_tokens=("<|im_end|>",))
 
 
 @pytest.mark.parametrize(("action", "reason"), [("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)])

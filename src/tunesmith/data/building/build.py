@@ -13,8 +13,8 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
-from tunesmith.data.building.account import Account
-from tunesmith.data.building.examine import RowRules, listed_values
+from tunesmith.data.building.account import HAS_CONTROL, Account
+from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
 from tunesmith.data.building.shards import (
     ExaminedRows,
@@ -64,7 +64,7 @@ def build_dataset(
     max_tokens: int | None = None,
     answer_schema: Mapping[str, Any] | None = None,
     unscorable: Callable[[str], str | None] | None = None,
-    special_tokens: Sequence[str] = (),
+    control_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
     respell: bool = False,
     work: Path | None = None,
@@ -76,7 +76,7 @@ def build_dataset(
     root: where the sources' paths start. count_tokens, max_tokens: the limit of a row's tokens; where either is None,
     no length is checked, and the record says so. answer_schema: JSON Schema that every answer must satisfy.
     unscorable: answer -> why the task's scorers cannot score against it, or None; such rows are removed and counted.
-    special_tokens: the base's control tokens; a row that contains one is refused. withdrawn: recalled rows, which are
+    control_tokens: those of the base's chat template, which no row may hold. withdrawn: recalled rows, which are
     left out. respell: write JSON answers as constrained decoding can write them. work: a folder for temporary files, by
     default `work/build` in the store. runner: runs the shard workers; it does not change the result.
 
@@ -92,16 +92,17 @@ def build_dataset(
     if settings.review is not None and not reviewed.rows:
         progress.say(f"{settings.review}: no review decision yet")
     settings = applied_settings(settings, reviewed)
-    special = tuple(filter(None, special_tokens))
     folder = work or store.local("work", "build")
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
-        limits = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
+        limits = (count_tokens, max_tokens, answer_schema, tuple(control_tokens), withdrawn, outside.wordings)
         rules = RowRules(settings, *limits, formats_of(planned), unscorable, reviewed, respell)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))
+        if settings.control_tokens == "refuse":
+            refuse_control_tokens(staging.removed_for(HAS_CONTROL), "set data.control_tokens to drop")
         staging.drop_copies(account.withdrawn - withdrawn.contents)
         staging.drop_repeats(held_out)
         conflicts = staging.conflicts(_SHOWN_CONFLICTS)

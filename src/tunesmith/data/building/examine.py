@@ -16,6 +16,7 @@ from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import (
     EDITED,
+    HAS_CONTROL,
     OFF_SCHEMA,
     OUTSIDE_WORDING,
     OVERLONG,
@@ -41,13 +42,33 @@ from tunesmith.data.splitting.assignment import time_of
 from tunesmith.data.splitting.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.splitting.groups import wording_group
 
+_SHOWN_ROWS = 5  # of those that are refused together
+
+
+def refuse_control_tokens(rows: Sequence[str], otherwise: str) -> None:
+    """Raise Refused where rows hold control tokens. rows: their places. otherwise: what leaves these rows out."""
+    if rows:
+        more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+        count = "1 row holds" if len(rows) == 1 else f"{len(rows)} rows hold"
+        raise Refused(
+            f"{count} a control token of the base's chat template: a model would read it as the start or end of a turn",
+            where="; ".join(rows[:_SHOWN_ROWS]) + more,
+            fix=f"remove the tokens from these rows, or leave the rows out: {otherwise}",
+        )
+
+
+def control_token(messages: Sequence[Message], tokens: Sequence[str]) -> str | None:
+    """Why a row with one of these tokens is removed; None for other rows."""
+    found = next(filter(None, (turn.control_token(tokens) for turn in messages)), None) if tokens else None
+    return None if found is None else f"{HAS_CONTROL} {found}"
+
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
     """The rules that every row of a build is examined by.
 
     count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
-    text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
+    text. control_tokens: those of the base's chat template. withdrawn: recalled rows. outside: wordings of outside
     test sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score
     against it, or None. reviewed: what reviewers decided. respell: whether JSON answers are written as constrained
     decoding writes them.
@@ -57,7 +78,7 @@ class RowRules:
     count_tokens: CountTokens | None = None
     max_tokens: int | None = None
     answer_schema: Mapping[str, Any] | None = None
-    special_tokens: tuple[str, ...] = ()
+    control_tokens: tuple[str, ...] = ()
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
     outside: Set[str] = frozenset()
     formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)
@@ -135,7 +156,8 @@ class Examiner:
         licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
         original = conversation(turns)
         self.account.ignored.update([AFTER_THE_LAST] if ends_unlearned(turns) else ())
-        self._refuse_control_tokens(original, row)
+        if (reason := control_token(original, self.rules.control_tokens)) is not None:
+            return _Removed(reason)
         spelled = self._spelled(original)
         self.account.respelled += spelled != original
         fitting = self._fit(spelled, row)
@@ -212,22 +234,12 @@ class Examiner:
         turns = [Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id) for turn in edited]
         if (reason := objection(turns)) is not None:
             return _Removed(f"{reason} {EDITED}", review.row)
-        self._refuse_control_tokens(edited, one.row)
+        if (reason := control_token(edited, self.rules.control_tokens)) is not None:
+            return _Removed(f"{reason} {EDITED}", review.row)
         fitting = self._fit(self._spelled(edited), one.row)
         if fitting is None:
             return _Removed(OVERLONG, review.row)
         return self._after_scan(replace(one, fitting=fitting), self.scanner.scan(fitting), applied)
-
-    def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
-        for turn in messages if self.rules.special_tokens else ():
-            texts = [*turn.texts(), *turn.ids()]
-            for token in self.rules.special_tokens:
-                if any(token in text for text in texts):
-                    raise Refused(
-                        f"the {turn.role} turn holds the control token {token}",
-                        where=row.where,
-                        fix="remove or spell out the token: the model would read it as the start or end of a turn",
-                    )
 
     def _spelled(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if not self.rules.respell:

@@ -13,7 +13,6 @@ from tunesmith.core.text.folding import fold, fold_with_offsets
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item
-from tunesmith.models.tool_turns import shown_texts
 
 CONTROL, TRAINED, HELD_OUT = "control", "trained on", "held out"  # arms
 _GONE = "…"
@@ -132,7 +131,7 @@ def _cleared(turn: Message, values: Sequence[str]) -> Message:
 
 def repeats_personal_data(item: Item, text: str) -> bool:
     """Whether an answer contains personal data of its row that the request, calls and tools included, does not."""
-    given, told = fold(" ".join(text for turn in item.messages for text in shown_texts(turn))), fold(text)
+    given, told = fold(" ".join(text for turn in item.messages for text in turn.shown_texts())), fold(text)
     return any(one.search(told) and not one.search(given) for one in map(_word, filter(None, map(fold, item.personal))))
 
 

@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import View
@@ -22,6 +23,7 @@ from tunesmith.data.governance.licences import custom_ids, permitted
 from tunesmith.data.settings import Licences, Source
 from tunesmith.data.sources.remote import protocol_of
 from tunesmith.project import FILE, STORE, Project, parse_settings
+from tunesmith.services.starting.control_tokens import ControlTokens
 from tunesmith.services.starting.notes import notes
 from tunesmith.services.starting.prompts import long_prompt, short_prompt
 from tunesmith.services.starting.rows import RowFindings, examine_rows, shares
@@ -63,14 +65,17 @@ def make_project(
     name: str | None = None,
     base: str,
     rename: Mapping[str, str] | None = None,
+    control_tokens: Literal["refuse", "drop"] = "refuse",
+    progress: Progress = SILENT,
 ) -> NewProject:
     """Write a project around a file of rows. Leaves nothing behind where it is refused, and overwrites nothing: only a
     .gitignore that is there gets a line.
 
     data: a path, a pattern or a URL. licence: of the rows; the project admits each LicenseRef-... in it. name: of the
-    versions, by default the folder's. rename: a key of the rows -> the key that a format knows.
+    versions, by default the folder's. rename: a key of the rows -> the key that a format knows. control_tokens: what is
+    done with rows that hold one of the base's chat template.
     Raises UsageError where there is a project already or the rows cannot be read, Refused for another licence that the
-    default policy does not allow.
+    default policy does not allow, and for rows with control tokens.
     """
     root = directory.absolute()
     if (root / FILE).exists():
@@ -84,7 +89,7 @@ def make_project(
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)  # the rows are found from there
     try:
-        return _make(root, data, licence, name, base, dict(rename or {}))
+        return _make(root, data, licence, name, base, dict(rename or {}), control_tokens, progress)
     except TunesmithError:
         with contextlib.suppress(OSError):
             for folder in new:
@@ -93,18 +98,28 @@ def make_project(
 
 
 def _make(
-    root: Path, data: Path | str, licence: str, name: str | None, base: str, rename: dict[str, str]
+    root: Path,
+    data: Path | str,
+    licence: str,
+    name: str | None,
+    base: str,
+    rename: dict[str, str],
+    control_tokens: Literal["refuse", "drop"],
+    progress: Progress,
 ) -> NewProject:
     named = str(data) if protocol_of(str(data)) else os.path.relpath(Path(data).absolute(), root)
     source = Source(path=named, licence=licence, rename=rename)
-    found = examine_rows(root, source)
-    source = source.model_copy(update={"rename": dict(found.rename)})
     if not base.startswith(("pypi:", "hf:")):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
+    otherwise = None if control_tokens == "drop" else "run init with --control-tokens drop"
+    found = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
+    source = source.model_copy(update={"rename": dict(found.rename)})
     if name is None:
         plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
         name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
     settings, files = _compose(name, base, source, found)
+    if control_tokens == "drop":
+        settings["data"]["control_tokens"] = control_tokens
     plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
     files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
     parse_settings(files[FILE], str(root / FILE))

@@ -26,6 +26,11 @@ def _on_what_is_read(found: RowFindings) -> Iterator[str]:
     if found.unusable:
         why = ", ".join(f"{reason} ({count})" for reason, count in found.unusable.items())
         yield f"rows without a usable conversation: {why}"
+    if found.unchecked:
+        yield (
+            f"some rows hold texts in angle brackets or marks such as [INST], and the base cannot be read yet "
+            f"({found.unchecked}): `data build` refuses rows with control tokens of the base's chat template"
+        )
     if found.long:
         yield (
             f"about {found.long} rows have more than {MAX_LENGTH} tokens: `data build` refuses them. Raise "

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.building.examine import renamed, unread_keys
+from tunesmith.data.building.examine import refuse_control_tokens, renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.formats.row_formats import RowFormat, format_of, read_turns
 from tunesmith.data.formats.turns import conversation, objection
@@ -22,6 +22,7 @@ from tunesmith.data.splitting.duplicates import answer_key, request_key, request
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
 from tunesmith.services.starting.answers import AnswerFindings, examine_answers, is_json, json_objects
+from tunesmith.services.starting.control_tokens import ControlTokens
 from tunesmith.training.settings import TrainSettings
 
 MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default
@@ -50,7 +51,7 @@ class RowFindings:
     key_values: keys that could group the rows and do not -> how many values they have, 0 where not every row has one.
     rename: of the source. one_instruction: whether all rows have one instruction, which `rename` makes their system
     turn. system: the one system turn of all rows, "" where none has one; None: they differ. unread: keys that are not
-    read -> how often.
+    read -> how often. unchecked: why it is not known whether rows hold control tokens of the base.
     """
 
     rows: int
@@ -70,11 +71,15 @@ class RowFindings:
     one_instruction: bool
     system: str | None
     unread: Mapping[str, int]
+    unchecked: str | None
 
 
-def examine_rows(root: Path, source: Source) -> RowFindings:
-    """What the source's rows are. Raises UsageError where they cannot be read, or too few are usable."""
-    read = _read(root, source)
+def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: str | None = None) -> RowFindings:
+    """What the source's rows are. otherwise: what leaves out rows with control tokens; None where they are left out.
+
+    Raises UsageError where rows cannot be read, or too few are usable, and Refused for rows with control tokens.
+    """
+    read = _read(root, source, control)
     if unknown := sorted(source.rename.keys() - read.keys):
         raise UsageError(
             f"no row has the key {unknown[0]}",
@@ -84,7 +89,9 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
     one_instruction = len(read.instructions) == 1 and None not in read.instructions
     if one_instruction:
         source = source.model_copy(update={"rename": _instruction_as_system(source.rename)})
-        read = _read(root, source)
+        read = _read(root, source, control)
+    if otherwise is not None:
+        refuse_control_tokens(read.controlled, otherwise)
     # A call is an answer by its row's tools, not by a schema of the task.
     called = any(one[-1].tool_calls for one in read.conversations)
     values, broken = ([], 0) if called else json_objects([one[-1].text for one in read.conversations])
@@ -123,6 +130,7 @@ def examine_rows(root: Path, source: Source) -> RowFindings:
         one_instruction=one_instruction,
         system=systems.pop() if len(systems) == 1 else None,
         unread={key: count for key, count in read.unread.most_common() if key != group_by},
+        unchecked=control.unknown,
     )
 
 
@@ -132,7 +140,8 @@ class _Read:
 
     keys: of the rows, as the files name them. without_nulls: answers that are objects or lists of Parquet or Arrow,
     which are read without the keys that are null. groups: a key -> its value in each row; None where not every row has
-    one. instructions: of Alpaca's rows with an input; None for a row that has none.
+    one. instructions: of Alpaca's rows with an input; None for a row that has none. controlled: the places of rows with
+    control tokens, which are unusable.
     """
 
     keys: set[str] = field(default_factory=set)
@@ -141,10 +150,11 @@ class _Read:
     unusable: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     instructions: set[str | None] = field(default_factory=set)
+    controlled: list[str] = field(default_factory=list)
     groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
 
 
-def _read(root: Path, source: Source) -> _Read:
+def _read(root: Path, source: Source, control: ControlTokens) -> _Read:
     found = _Read()
     row_format = None  # a source has one, whatever its files
     for file in find_files([source], root):
@@ -166,8 +176,13 @@ def _read(root: Path, source: Source) -> _Read:
                     else:
                         known.append(str(value))
                 if (reason := objection(turns)) is None:
-                    found.conversations.append(conversation(turns))
-                else:
+                    spoken = conversation(turns)
+                    reason = control.reason(spoken)
+                    if reason is None:
+                        found.conversations.append(spoken)
+                    else:
+                        found.controlled.append(read.where)
+                if reason is not None:
                     found.unusable[reason] += 1
     return found
 

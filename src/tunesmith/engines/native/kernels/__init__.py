@@ -66,6 +66,18 @@ def identity() -> str:
     return _loaded()[0]
 
 
+def slowness() -> str | None:
+    """Why everything takes several times as long, and what to do; None with kernels, and where none were wanted."""
+    if library() is not None or os.environ.get("TUNESMITH_KERNELS") == "portable":
+        return None
+    compiler = _compiler()
+    reason = "no C++ compiler was found" if compiler is None else f"{compiler} could not compile the kernels"
+    return (
+        f"{reason}: training and answering will be several times slower. To install a compiler: `apt install g++` "
+        "(Debian, Ubuntu), `dnf install gcc-c++` (Fedora) or `xcode-select --install` (macOS)"
+    )
+
+
 @cache
 def _loaded() -> tuple[str, Any]:
     path = _built()
@@ -83,7 +95,7 @@ def _built() -> Path | None:
     wanted = os.environ.get("TUNESMITH_KERNELS", "native")
     if wanted not in ("native", "portable"):
         raise UsageError(f"there are no {wanted!r} kernels", where="TUNESMITH_KERNELS", fix="set native or portable")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if wanted == "portable" or compiler is None:
         return None
     try:
@@ -91,6 +103,10 @@ def _built() -> Path | None:
         return _compile(compiler, version)
     except (OSError, subprocess.SubprocessError):
         return None  # a compiler without OpenMP or headers, or a cache that is not writable
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def _compile(compiler: str, version: bytes) -> Path:
