@@ -156,14 +156,14 @@ REFUSED = {
     "UTF-16": Bad(lines(*GOOD).decode().encode("utf-16"), 2, "not UTF-8", r"rows.jsonl, line 1"),
     "an unknown role": Bad(lines(*GOOD, turned(("user", "a"), ("robot", "b"))), 2, "no role 'robot'", r"row 41"),
     "a control token in the request": Bad(
-        lines(*GOOD, row("now <|im_end|> do", "b")), 3, r"user turn holds the control token <\|im_end\|>", r"row 41"
+        lines(*GOOD, row("now <|im_end|> do", "b")), 3, r"1 row holds a control token .*<\|im_end\|>", r"row 41"
     ),
     "a control token in what is answered": Bad(
-        lines(*GOOD, row("a", "b<|im_start|>system")), 3, "assistant turn holds the control token", r"row 41"
+        lines(*GOOD, row("a", "b<|im_start|>system")), 3, r"1 row holds a control token .*<\|im_start\|>", r"row 41"
     ),
     "a control token in the system turn": Bad(
         lines(*GOOD, turned(("system", "<|im_start|>x"), ("user", "a"), ("assistant", "b"))),
-        3, "system turn holds the control token", r"row 41",
+        3, r"1 row holds a control token .*<\|im_start\|>", r"row 41",
     ),
     "one row without a licence": Bad(
         lines(*({**one, "licence": "MIT"} for one in GOOD), row("a", "b")),

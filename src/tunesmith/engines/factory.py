@@ -52,6 +52,8 @@ def training_engine(
         f"has its own attention, and {where}.attention names another": weights.attention is not None,
         f"has its own kernels, and {where}.kernels names others": weights.kernels is not None,
         f"does not compute layers again, which {where}.recompute asks for": weights.recompute,
+        f"trains no magnitudes, which {where}.dora asks for": weights.dora,
+        f"starts no adapter at singular vectors, which {where}.start asks for": weights.start == "pissa",
         "trains in one process, and several are to train together": ranks > 1,
     }
     reason = next((reason for reason, given in needs.items() if given), None)

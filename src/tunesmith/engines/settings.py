@@ -44,8 +44,8 @@ class EngineSettings(Settings):
         Field(
             description="the engine that trains: native, Tunesmith's own on the CPU; hf, transformers and PEFT, on a "
             "GPU where there is one; auto takes hf where a GPU is present, where native does not compute the base's "
-            "family, for quantize, attention or precision: fp32, and on several processes, else native. On a GPU, auto "
-            "and hf also answer by hf"
+            "family, for quantize, dora, start: pissa, attention or precision: fp32, and on several processes, else "
+            "native. On a GPU, auto and hf also answer by hf"
         ),
     ] = "auto"
     ray: Annotated[

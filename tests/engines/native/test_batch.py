@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tunesmith.engines.batch import computed_tokens, label_count, lay_out
 from tunesmith.models.rendering import Rendered
+from tunesmith.training.batches.batch_plan import plan
 
 
 @st.composite
@@ -35,6 +36,15 @@ def test_every_label_is_predicted_from_its_row(rows: list[Rendered]) -> None:
             assert int(batch.labels[seen + label]) == row.ids[at + 1]
         start, seen = start + length, seen + label_count(row)
     assert seen == batch.labels.numel()
+
+
+def test_plan_is_a_function_of_seed_and_epoch() -> None:
+    many = [_row(length) for length in range(20, 50)]
+    first = plan(many, 4, seed=1, epoch=0)
+    assert first == plan(many, 4, seed=1, epoch=0)
+    assert first != plan(many, 4, seed=1, epoch=1)
+    assert first != plan(many, 4, seed=2, epoch=0)
+    assert sorted(place for batch in first for place in batch) == list(range(30))
 
 
 def test_many_lengths_give_few_shapes() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -24,15 +24,11 @@ from tests.trained import (
 )
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.native import kernels as native
-from tunesmith.engines.native.adapters import dora as dora_module
 from tunesmith.engines.native.adapters import lora as lora_module
-from tunesmith.engines.native.adapters.adapter import read_adapter
 from tunesmith.engines.native.network import products
-from tunesmith.engines.native.network.network import frozen_linear
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
-from tunesmith.training.batches.batch_plan import plan
 from tunesmith.training.schedule import learning_rate
 from tunesmith.training.settings import TrainSettings
 
@@ -85,7 +81,7 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
     assert off <= 0.01 * sum(value.numel() for value in end.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_bf16_gradients_are_as_exact_as_portable_ones(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +112,9 @@ def test_bf16_gradients_are_as_exact_as_portable_ones(
         assert off < 0.1
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(("family", "portable"), [("llama", False), ("llama", True), ("gemma2", False)])
 def test_recomputed_activations_equal_kept_ones(
-    tmp_path: Path, family: str, dora: bool, portable: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, portable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, and it is not kept beside: a layer's norms and its gated middle, once each."""
     if portable:
@@ -132,7 +126,7 @@ def test_recomputed_activations_equal_kept_ones(
     network = load_network(folder)
 
     def step() -> tuple[list[torch.Tensor], int]:
-        trained = lora_model(network, TrainSettings(rank=4, dora=dora))
+        trained = lora_model(network, TrainSettings(rank=4))
         set_low_rank(trained, 0.1)
         kept: dict[int, int] = {}
 
@@ -145,8 +139,7 @@ def test_recomputed_activations_equal_kept_ones(
         return [master.grad for master in trained.masters if master.grad is not None], sum(kept.values())
 
     again, less = step()
-    for module in (lora_module, dora_module):
-        monkeypatch.setattr(module, "recompute", lambda x: None)
+    monkeypatch.setattr(lora_module, "recompute", lambda x: None)
     before, more = step()
     products._tile_library.cache_clear()
     assert all(map(torch.equal, again, before))
@@ -155,36 +148,6 @@ def test_recomputed_activations_equal_kept_ones(
     middle = network.layers[0].linear["down"].into
     made = (2 * shape.layers - 1) * shape.width + shape.layers * middle  # the first norm's input needs no gradient
     assert more - less == 2 * batch.tokens * made
-
-
-def test_adapter_gives_the_same_loss_in_peft(tmp_path: Path) -> None:
-    folder, rows = _setting(tmp_path, "llama")
-    base = base_of(folder)
-    network = load_network(folder, torch.float32)
-    lora = lora_model(network, TrainSettings(rank=4, targets=("q_proj", "v_proj", "down_proj")), base)
-    set_low_rank(lora, 0.2)
-    path = saved(lora, tmp_path / "adapter")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(path))
-    batch = lay_out(rows)
-    with torch.no_grad():
-        expected = reference_loss(model, rows)
-        assert float(batch_loss(lora, batch, batch.labels.numel())) == pytest.approx(float(expected), rel=1e-5)
-        without = reference_loss(model.unload(), rows)
-    assert abs(float(without) - float(expected)) > 0.01, "the adapter changes something"
-    again = read_adapter(path, network, base)
-    for place, value in lora.adapter().a.items():
-        assert torch.equal(again.a[place], value)
-        assert torch.equal(again.b[place], lora.adapter().b[place])
-
-
-def test_batch_loss_is_the_sum_over_its_rows(tmp_path: Path) -> None:
-    folder, rows = _setting(tmp_path, "qwen3")
-    network = load_network(folder, torch.float32)
-    lora = lora_model(network, TrainSettings(rank=2))
-    with torch.no_grad():
-        together = float(batch_loss(lora, lay_out(rows), 1.0))
-        alone = sum(float(batch_loss(lora, lay_out([one]), 1.0)) for one in rows)
-    assert together == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
@@ -207,40 +170,15 @@ def test_loss_equals_transformers_over_the_same_labels(tmp_path: Path, loss_on: 
         ours = float(batch_loss(lora_model(network, TrainSettings(rank=2)), batch, float(labels)))
     assert batch.labels.numel() == labels
     assert (labels == sum(len(one.ids) - 1 for one in rows)) == (loss_on == "all")
+    marked = [token for one in rows for token, learned in zip(one.ids[1:], one.trained[1:], strict=True) if learned]
+    assert batch.labels.tolist() == marked, "none is lost between rendering and batch"
     assert ours == pytest.approx(total / labels, rel=1e-5)
 
 
-def test_no_label_is_lost_between_rendering_and_batch(tmp_path: Path) -> None:
-    folder, rows = _setting(tmp_path, "llama")
-    batch = lay_out(rows)
-    labels = [token for one in rows for token, marked in zip(one.ids, one.trained, strict=True) if marked]
-    assert batch.labels.tolist() == labels
-    end = Renderer(folder).stop_ids
-    assert sum(token in end for token in labels) == len(rows), "every answer's end token is learned"
-
-
-def test_plan_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
-    _, rows = _setting(tmp_path, "llama")
-    many = rows * 10
-    first = plan(many, 4, seed=1, epoch=0)
-    assert first == plan(many, 4, seed=1, epoch=0)
-    assert first != plan(many, 4, seed=1, epoch=1)
-    assert first != plan(many, 4, seed=2, epoch=0)
-    assert sorted(place for batch in first for place in batch) == list(range(30))
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedule_rises_then_falls(schedule: str) -> None:
-    settings = TrainSettings(epochs=1, learning_rate=0.5, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
-    rates = [learning_rate(step, 20, settings) for step in range(20)]
-    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
-    assert max(rates) == 0.5
-    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
-    assert (rates[-1] < 0.05) == (schedule != "constant")
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("steps", "warmup"), [(20, 0.2), (7, 0.05), (100, 0.0), (4, 0.25)])
+@pytest.mark.parametrize(
+    ("schedule", "steps", "warmup"),
+    [("cosine", 20, 0.2), ("linear", 7, 0.05), ("cosine", 100, 0.0), ("linear", 100, 0.0), ("constant", 4, 0.25)],
+)
 def test_learning_rates_equal_transformers(schedule: str, steps: int, warmup: float) -> None:
     """But for the warm-up's start: transformers' first step has a rate of zero and learns nothing, ours goes first."""
     settings = TrainSettings(epochs=1, learning_rate=0.5, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
@@ -278,21 +216,3 @@ def test_trainer_equals_torch_adamw_with_clipping(tmp_path: Path, clip: float) -
     assert (max(norms) > clip) == (clip < 1)
     for one, other in zip(ours.masters, theirs.masters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_frozen_linear_adds_biases(tmp_path: Path) -> None:
-    network = load_network(write_model(tmp_path / "m", "qwen2"), torch.float32)
-    assert {group for group, product in network.layers[0].linear.items() if product.bias is not None} == {"qkv"}
-    zero = frozen_linear(network)(0, "qkv", torch.zeros(1, 32))
-    assert torch.equal(zero[0], network.layers[0].linear["qkv"].bias)
-
-
-def test_trainer_lowers_the_loss(tmp_path: Path) -> None:
-
-    folder, rows = _setting(tmp_path, "llama")
-    network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=8, epochs=1, learning_rate=0.02, warmup=0.1)
-    steps = [[lay_out(rows)]] * 120
-    course = fit(lora_model(network, settings), steps, steps[0], settings, tmp_path / "w")
-    assert course.curve[-1]["loss"] < 0.5 * course.curve[0]["loss"]
-    assert len(course.validation) == settings.validations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.compiled import needs_kernels
 from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native import kernels as native
@@ -23,7 +23,13 @@ from tunesmith.engines.native.network.weights import load_network
 
 DTYPES = [torch.float32, torch.bfloat16]
 
-needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here: only the portable path")
+BOTH = pytest.mark.parametrize("dtype", DTYPES)
+F32, BF16 = DTYPES
+# Sizes that fit whole registers and tiles, and some that do not.
+PAGED = pytest.mark.parametrize(("dtype", "prefix", "group", "size", "page"), [
+    (F32, 0, 2, 8, 16), (F32, 21, 3, 64, 32), (F32, 64, 1, 40, 48), (BF16, 21, 2, 8, 16), (BF16, 0, 3, 64, 32),
+    (BF16, 64, 3, 64, 32), (BF16, 21, 5, 32, 32), (BF16, 64, 1, 40, 48),
+])  # fmt: skip
 
 
 def _both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
@@ -50,15 +56,8 @@ def _in_pages(k: Tensor, v: Tensor, page: int) -> ops.PrefixPages:
     return ops.PrefixPages(keys.contiguous(), v.unflatten(2, (-1, packing)).transpose(3, 4).contiguous(), length)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_with_a_compiler_there_are_kernels() -> None:
-    """A source that does not compile would leave everything to the portable path, without a word."""
-    assert native.library() is not None
-
-
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 16, 33, 576])
+@pytest.mark.parametrize(("dtype", "width"), [(F32, 1), (BF16, 7), (F32, 16), (F32, 33), (BF16, 33), (BF16, 576)])
 def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
     x, y, weight = _random(dtype, 5, width), _random(dtype, 5, width, seed=1), _random(dtype, width, seed=2)
     above, gradient = _random(dtype, 5, width, seed=3), _random(dtype, 5, width, seed=4)
@@ -78,8 +77,7 @@ def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) 
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 15, 64])
+@pytest.mark.parametrize(("dtype", "width"), [(F32, 1), (BF16, 15), (F32, 15), (BF16, 64)])
 def test_gated_with_large_values(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
     gate_up, gradient = _random(dtype, 4, 2 * width) * 30, _random(dtype, 4, width, seed=1)
 
@@ -96,8 +94,9 @@ def test_gated_with_large_values(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("prefix", "longest"), [(0, 1), (0, 19), (5, 16), (17, 33)])
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "longest"), [(F32, 0, 1), (BF16, 0, 19), (F32, 5, 16), (F32, 17, 33), (BF16, 17, 33)]
+)
 def test_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, longest: int) -> None:
     heads, rows, group = 2, 3, 2
     scores = _random(dtype, heads, rows * group * longest, prefix, seed=1) * 20
@@ -135,8 +134,9 @@ def test_results_written_past_the_caches() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("prefix", "lengths"), [(0, (3,)), (4, (2, 5, 1)), (3, (4, 4))])
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "lengths"), [(F32, 0, (3,)), (BF16, 4, (2, 5, 1)), (F32, 4, (2, 5, 1)), (BF16, 3, (4, 4))]
+)
 def test_tokens_are_copied_to_blocks_and_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...]
 ) -> None:
@@ -158,7 +158,7 @@ def test_tokens_are_copied_to_blocks_and_back(
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@BOTH
 def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     scores, labels = _random(dtype, 6, 301) * 8, torch.arange(6) * 50
     share = torch.tensor([0.5, 0.25, 0.0, 1.0, 0.125, 0.1])
@@ -174,13 +174,10 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> N
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix", [0, 21, 64])
-@pytest.mark.parametrize(("group", "size", "page"), [(2, 8, 16), (3, 64, 32), (5, 32, 32), (1, 40, 48)])
+@PAGED
 def test_a_decoding_step(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, group: int, size: int, page: int
 ) -> None:
-    """Of sizes that fit whole registers and tiles, and of some that do not."""
     rows, kv, behind = 14, 2, slice(1, 14)  # more rows than one block of tiles holds
     qkv, angles = _random(dtype, rows, kv * (group + 2) * size), torch.randn(rows, size // 2)
     table = torch.tensor(
@@ -214,7 +211,7 @@ def test_a_decoding_step(
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@BOTH
 def test_decoding_a_row_does_not_depend_on_other_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """To the last bit, by any number of threads, and whatever another row left behind it in its page."""
     rows, kv, group, size, page = 25, 2, 3, 64, 32
@@ -249,9 +246,7 @@ def test_decoding_a_row_does_not_depend_on_other_rows(monkeypatch: pytest.Monkey
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix", [0, 21, 64])
-@pytest.mark.parametrize(("group", "size", "page"), [(2, 8, 16), (3, 64, 32), (5, 32, 32), (1, 40, 48)])
+@PAGED
 def test_a_prompt_in_parts(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, group: int, size: int, page: int
 ) -> None:
@@ -293,38 +288,30 @@ def test_a_prompt_in_parts(
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_largest_is_the_first_of_equal_scores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+@BOTH
+def test_the_largest_score_and_disallowed_tokens(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     scores = _random(dtype, 4, 100)
     scores[1] = 2.0
     scores[2, [7, 90]] = 50.0
     scores[3] = float("-inf")
-    compiled, portable = _both(monkeypatch, lambda: ops.largest(scores))
-    assert compiled.tolist() == portable.tolist()
-    assert compiled[1:].tolist() == [0, 7, 0]
+    bits = torch.tensor([[0b101, -1, 0, 0], [-1, 1 << 31 - 1, 7, 0]], dtype=torch.int32)
+
+    def run() -> tuple[Tensor, Tensor]:
+        made = scores[:3].clone()
+        ops.forbid_(made, torch.tensor([2, 0]), bits)
+        return ops.largest(scores), made
+
+    for largest, masked in _both(monkeypatch, run):
+        assert largest[1:].tolist() == [0, 7, 0], "the first of equal ones"
+        assert largest[0] == scores[0].argmax()
+        allowed = [[*range(32), 62, 64, 65, 66], list(range(100)), [0, 2, *range(32, 64)]]
+        assert [row.isfinite().nonzero()[:, 0].tolist() for row in masked] == allowed
 
 
-@needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_disallowed_tokens_are_masked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    scores, rows = _random(dtype, 3, 75), torch.tensor([2, 0])
-    bits = torch.tensor([[0b101, -1, 0], [-1, 1 << 31 - 1, 7]], dtype=torch.int32)
-
-    def run() -> list[Tensor]:
-        made = scores.clone()
-        ops.forbid_(made, rows, bits)
-        return [made]
-
-    (compiled,), (portable,) = _both(monkeypatch, run)
-    assert torch.equal(compiled, portable)
-    allowed = [[*range(32), 62, 64, 65, 66], list(range(75)), [0, 2, *range(32, 64)]]
-    for row, places in enumerate(allowed):
-        assert compiled[row].isfinite().nonzero()[:, 0].tolist() == places
-
-
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("rows", [1, 31, 32, 77])
-@pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (256, 320), (64, 4160)])
+@pytest.mark.parametrize(("rows", "out", "into", "plain"), [
+    (1, 32, 32, False), (31, 96, 320, False), (32, 256, 320, False), (77, 64, 4160, False), (1, 64, 4160, False),
+    (77, 32, 32, False), (77, 256, 320, False), (31, 96, 320, True), (32, 64, 4160, True),
+])  # fmt: skip
 def test_products_with_and_without_factors(rows: int, out: int, into: int, plain: bool) -> None:
     """On processors with tiles this is their test; elsewhere of their stand-in. 4160 is deeper than a group."""
     weight, bias = _random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1)
@@ -345,8 +332,10 @@ def test_products_with_and_without_factors(rows: int, out: int, into: int, plain
     torch.testing.assert_close(product.input_gradient(gradient, up, pair).float(), both, rtol=2e-2, atol=0.1)
 
 
-@pytest.mark.parametrize("rows", [1, 31, 64, 77, 300])
-@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160), (512, 832)])
+@pytest.mark.parametrize(
+    ("rows", "rank", "width"),
+    [(1, 32, 32), (31, 96, 160), (64, 512, 832), (77, 96, 160), (300, 512, 832), (300, 32, 32)],
+)
 def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
     low, x = _random(torch.bfloat16, rows, rank), _random(torch.bfloat16, rows, width, seed=1)
     out = torch.full((rank, width), float("nan"), dtype=torch.bfloat16)
@@ -401,32 +390,47 @@ print([hashlib.sha256(each.view(torch.int16).numpy().tobytes()).hexdigest() for 
     assert told(OMP_THREAD_LIMIT="1") == told()
 
 
-@pytest.mark.slow
-def test_the_identity_of_kernels(tmp_path: Path) -> None:
-    def told(**environment: str) -> str:
+def test_which_kernels_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is said where there are none, though nobody chose that."""
+
+    def found(**environment: str) -> tuple[str, str | None]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            return str(native._loaded.__wrapped__()[0])  # as a new process finds it
+            loaded = native._loaded.__wrapped__()  # as a new process finds it
+            patch.setattr(native, "_loaded", lambda: loaded)
+            return native.identity(), native.slowness()
 
-    assert told(TUNESMITH_KERNELS="portable") == "portable"
-    assert told(CXX=str(tmp_path / "no-compiler")) == "portable", "a missing compiler is no error"
-    assert told(CXX="false") == "portable", "nor is one that fails"
-    made = told(TUNESMITH_CACHE=str(tmp_path))
-    assert made == "portable" or [path.stem for path in (tmp_path / "kernels").iterdir()] == [made]
-
-
-def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNESMITH_KERNELS", "fast")
-    with pytest.raises(UsageError, match="fast"):
-        native._built()
-
-
-def test_a_damaged_library_falls_back_to_portable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(TUNESMITH_KERNELS="portable") == ("portable", None)
+    identity, slow = found(CXX="false")
+    assert identity == "portable"
+    assert slow is not None
+    assert slow.startswith("false could not compile the kernels: training and answering will be several times slower")
     (tmp_path / "damaged.so").write_bytes(b"no library")
-    monkeypatch.setattr(native, "_built", lambda: tmp_path / "damaged.so")
-    native._loaded.cache_clear()
-    try:
-        assert (native.identity(), native.library()) == ("portable", None)
-    finally:
-        native._loaded.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_built", lambda: tmp_path / "damaged.so")
+        assert found()[0] == "portable"
+    with monkeypatch.context() as patch:
+        patch.delenv("CXX", raising=False)
+        patch.setattr(native.shutil, "which", lambda _: None)
+        identity, slow = found()
+        assert identity == "portable", "a missing compiler is no error"
+        assert slow is not None
+        assert "no C++ compiler was found" in slow
+        assert "apt install g++" in slow
+    with pytest.raises(UsageError, match="fast"):
+        found(TUNESMITH_KERNELS="fast")
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_a_library_is_compiled_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    made = native._built()
+    assert made is not None
+    assert native.slowness() is None
+    assert made.stem == native.identity(), "of this machine's compiler and processor"
+    written = made.stat().st_mtime_ns
+    assert native._built() == made
+    assert made.stat().st_mtime_ns == written
+    assert [*(tmp_path / "kernels").iterdir()] == [made]

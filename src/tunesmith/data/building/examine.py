@@ -45,14 +45,16 @@ from tunesmith.data.splitting.groups import wording_group
 _SHOWN_ROWS = 5  # of those that are refused together
 
 
-def refuse_control_tokens(rows: Sequence[str], otherwise: str) -> None:
-    """Raise Refused where rows hold control tokens. rows: their places. otherwise: what leaves these rows out."""
+def refuse_control_tokens(rows: Sequence[tuple[str, str]], otherwise: str) -> None:
+    """Raise Refused where rows hold control tokens. rows: (place, reason). otherwise: what leaves these rows out."""
     if rows:
         more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
         count = "1 row holds" if len(rows) == 1 else f"{len(rows)} rows hold"
+        found = {reason.removeprefix(f"{HAS_CONTROL} ").removesuffix(f" {EDITED}") for _, reason in rows}
         raise Refused(
-            f"{count} a control token of the base's chat template: a model would read it as the start or end of a turn",
-            where="; ".join(rows[:_SHOWN_ROWS]) + more,
+            f"{count} a control token of the base's chat template ({', '.join(sorted(found))}), which a model reads as "
+            "the start or end of a turn",
+            where="; ".join(place for place, _ in rows[:_SHOWN_ROWS]) + more,
             fix=f"remove the tokens from these rows, or leave the rows out: {otherwise}",
         )
 

@@ -281,11 +281,12 @@ class StagingDatabase:
         """Reason -> removed rows."""
         return dict(sorted(self._database.execute("SELECT reason, COUNT(*) FROM removed GROUP BY reason")))
 
-    def removed_for(self, reason: str) -> list[str]:
-        """The places of the rows that were removed for reasons which begin like this, in the order of the files."""
+    def removed_for(self, beginning: str) -> list[tuple[str, str]]:
+        """(place, reason) of the rows whose reason begins like this, in the order of the files."""
         query = "SELECT line FROM removed WHERE substr(reason, 1, ?) = ?"
-        found = [parse_json(line) for (line,) in self._database.execute(query, (len(reason), reason))]
-        return [f"{source}, row {row}" for source, row in sorted((line["source"], line["row"]) for line in found)]
+        lines = [parse_json(line) for (line,) in self._database.execute(query, (len(beginning), beginning))]
+        found = sorted((line["source"], line["row"], line["reason"]) for line in lines)
+        return [(f"{source}, row {row}", reason) for source, row, reason in found]
 
     def lines(self, split: str) -> Iterator[bytes]:
         """The split's rows as canonical JSON lines, sorted by id."""

@@ -140,8 +140,8 @@ class _Read:
 
     keys: of the rows, as the files name them. without_nulls: answers that are objects or lists of Parquet or Arrow,
     which are read without the keys that are null. groups: a key -> its value in each row; None where not every row has
-    one. instructions: of Alpaca's rows with an input; None for a row that has none. controlled: the places of rows with
-    control tokens, which are unusable.
+    one. instructions: of Alpaca's rows with an input; None for a row that has none. controlled: places of rows with
+    control tokens, which are unusable, and why.
     """
 
     keys: set[str] = field(default_factory=set)
@@ -150,7 +150,7 @@ class _Read:
     unusable: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     instructions: set[str | None] = field(default_factory=set)
-    controlled: list[str] = field(default_factory=list)
+    controlled: list[tuple[str, str]] = field(default_factory=list)
     groups: dict[str, list[str] | None] = field(default_factory=lambda: {key: [] for key in _GROUP_KEYS})
 
 
@@ -181,7 +181,7 @@ def _read(root: Path, source: Source, control: ControlTokens) -> _Read:
                     if reason is None:
                         found.conversations.append(spoken)
                     else:
-                        found.controlled.append(read.where)
+                        found.controlled.append((read.where, reason))
                 if reason is not None:
                     found.unusable[reason] += 1
     return found

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.native.adapters.adapter import Adapter, Place, blocks, save_adapter
-from tunesmith.engines.native.adapters.dora import Dora, dora_linear
-from tunesmith.engines.native.adapters.pissa import Pissa, principal_factors
-from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen, write_factor_gradients
+from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network, recompute
-from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear
+from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear, outer
 from tunesmith.engines.settings import TARGETS, WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
@@ -43,9 +41,8 @@ class LoraModel(NativeTrainable):
     A place is a layer and a group of linear layers that read the same input. Its a [n r, in] holds the A of its n
     adapted layers concatenated by rows, its c [r, out of those layers] their transposed B concatenated by columns.
 
-    masters: flat fp32 tensors: every a, every c and, with DoRA, every magnitude. Copies are as products take them: a
-    [R, in] and c [R, out], where R is n r rounded up to what tiles multiply. There, each layer's c is scaled and
-    has separate rows.
+    masters: flat fp32 tensors: every a, every c. Copies are as products take them: a [R, in] and c [R, out], where R is
+    n r rounded up to what tiles multiply. There, each layer's c is scaled and has separate rows.
 
     An adapter of N numbers takes 12 N bytes while it is trained (master weights and AdamW's moments), and 4 N more
     during an update (gradients). Its copies take 2 bytes a number, the zeros between them included, and twice that
@@ -54,7 +51,7 @@ class LoraModel(NativeTrainable):
     """
 
     def __init__(self, base: Base, network: Network, settings: WeightSettings, seed: int) -> None:
-        """Raises UsageError for targets that the network does not have, and for a rank too high for PiSSA."""
+        """Raises UsageError for targets that the network does not have."""
         self._base, self.network, self._b_rate = base, network, settings.b_rate
         layers = network.shape.layers
         self.first = 0 if settings.layers is None else max(0, layers - settings.layers)
@@ -63,7 +60,6 @@ class LoraModel(NativeTrainable):
             alpha=settings.adapter_alpha(),
             targets=frozenset(match_layers(settings.targets, TARGETS, "train.targets")),
             root=settings.scaling == "root",
-            dora=settings.dora,
             layers=tuple(range(self.first, layers)) if self.first else None,
         )
         self.places: list[Place] = [
@@ -78,27 +74,17 @@ class LoraModel(NativeTrainable):
         self.masters = [torch.zeros(sum(rows * columns for rows, columns in each)) for each in shapes]
         self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
         self._start(seed)
-        self._pissa: Pissa | None = None
-        if settings.start == "pissa":
-            self._start_at_principal_factors()
-            self._pissa = Pissa(self._a, [self._spread(place) for place in range(len(self.places))])
         self._copies: dict[Place, Adapted] = {}
         self._anchor = torch.zeros((), requires_grad=True)
-        self.dora: Dora | None = None
-        if settings.dora:
-            self.dora = Dora(network, {place: self._adapted_rows(*place) for place in self.places})
-            self.masters.append(self.dora.master)
 
     @property
     def trained_numbers(self) -> int:
         """How many numbers are trained."""
-        magnitudes = 0 if self.dora is None else self.dora.trained.count_nonzero()
-        return int(sum(len(master) for master in self.masters[:2]) + magnitudes)
+        return sum(map(len, self.masters))
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """a, c and the magnitudes. LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate."""
-        multiples = (1.0, self._b_rate, 1.0)
-        return [ParameterGroup([master], each) for master, each in zip(self.masters, multiples, strict=False)]
+        """a and c. LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate."""
+        return [ParameterGroup([master], each) for master, each in zip(self.masters, (1.0, self._b_rate), strict=True)]
 
     def linear(self) -> Linear:
         """The linear layers with the adapter; a backward pass leaves gradients for collect_gradients()."""
@@ -109,9 +95,6 @@ class LoraModel(NativeTrainable):
             if (number, group) not in copies:
                 return frozen(product, x)
             factors, ga, gc = copies[number, group]
-            if self.dora is not None:
-                into = (ga, gc, self.dora.gradients[number, group])
-                return dora_linear(x, self._anchor, product, factors, self.dora.row_scales[number, group], into)
             return _LoraLinear.apply(x, self._anchor, product, factors, ga, gc)  # type: ignore[no-any-return]
 
         return apply
@@ -119,18 +102,14 @@ class LoraModel(NativeTrainable):
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the last backward pass's gradients, unpacked and in fp32, to those of the master weights."""
-        found = [torch.empty_like(master) for master in self.masters[:2]]
+        found = [torch.empty_like(master) for master in self.masters]
         gradients = [(ga, gc) for _, ga, gc in self._copies.values()]
-        if self._pissa is not None:
-            gradients = self._pissa.gradients(*zip(*gradients, strict=True))
         views = zip(*map(_views, found, (map(_shape, self._a), map(_shape, self._c))), strict=True)
         for (_, group), (ga, gc), (into_a, into_c) in zip(self.places, gradients, views, strict=True):
             into_a.copy_(ga[: len(into_a)])
             for mine, columns, rows in self._parts[group]:
                 into_c[:, mine].copy_(gc[columns, rows])
         found[1].mul_(self.config.scale)
-        if self.dora is not None:
-            found.append(self.dora.master_gradient())
         for master, gradient in zip(self.masters, found, strict=True):
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
@@ -142,8 +121,6 @@ class LoraModel(NativeTrainable):
         for place, (factors, _, _) in enumerate(self._copies.values()):
             self._round(place, factors.a, factors.c)
             factors.refresh()
-        if self.dora is not None:
-            self.dora.refresh({place: factors for place, (factors, _, _) in self._copies.items()})
 
     @torch.no_grad()
     def copies(self) -> dict[Place, Adapted]:
@@ -158,8 +135,6 @@ class LoraModel(NativeTrainable):
                 factors = LowRankFactors(a, c)
                 into = (a, c) if product.tiles is not None else (torch.empty_like(a), torch.empty_like(c))
                 self._copies[number, group] = Adapted(factors, *into)
-            if self.dora is not None:
-                self.dora.refresh({place: factors for place, (factors, _, _) in self._copies.items()})
         return self._copies
 
     def save(self, folder: Path) -> None:
@@ -167,30 +142,13 @@ class LoraModel(NativeTrainable):
         save_adapter(self.adapter(), self.network, self._base, folder)
 
     def adapter(self) -> Adapter:
-        """The master weights as an adapter of the base; one that started by PiSSA has twice the rank."""
-        config, a = self.config, self._a
-        c = [self._spread(place) for place in range(len(self.places))]
-        if self._pissa is not None:
-            a, c = self._pissa.adapter(a, c, config.rank)
-            config = config.of_twice_the_rank()
-        return Adapter(
-            config,
-            a=dict(zip(self.places, a, strict=True)),
-            b={place: each.t() for place, each in zip(self.places, c, strict=True)},
-            m={} if self.dora is None else self.dora.values,
-        )
-
-    def memory_estimate(self, batch: Batch) -> int:
-        """As for every method; DoRA also multiplies the widest layer's gradient and product in fp32."""
-        wide = max(self.network.layers[number].linear[group].out for number, group in self.places)
-        narrow = self.network.dtype.itemsize < 4
-        return super().memory_estimate(batch) + (2 * 4 * batch.tokens * wide if self.dora is not None and narrow else 0)
+        """The master weights as an adapter of the base."""
+        b = {place: self._spread(number).t() for number, place in enumerate(self.places)}
+        return Adapter(self.config, a=dict(zip(self.places, self._a, strict=True)), b=b, m={})
 
     def kept_numbers(self) -> int:
-        """Numbers that the adapter keeps of each token: the low-rank values, and with DoRA the products unscaled."""
-        low = sum(self._copied_rows(group) for _, group in self.places)
-        outs = (self.network.layers[number].linear[group].out for number, group in self.places)
-        return low + (sum(outs) if self.dora is not None else 0)
+        """Numbers that the adapter keeps of each token: the low-rank values."""
+        return sum(self._copied_rows(group) for _, group in self.places)
 
     def missing_bytes(self) -> int:
         """Bytes of copies, what is laid out of them and their gradients; 0 once they exist."""
@@ -208,9 +166,6 @@ class LoraModel(NativeTrainable):
 
     def _round(self, place: int, a: Tensor, c: Tensor) -> None:
         """Write a place's master weights into its copies."""
-        if self._pissa is not None:
-            self._pissa.refresh(place, self._a[place], self._spread(place), self.config.scale, a, c)
-            return
         size = len(self._a[place])
         a[:size].copy_(self._a[place])
         a[size:].zero_()
@@ -219,7 +174,7 @@ class LoraModel(NativeTrainable):
             torch.mul(self._c[place][:, mine], self.config.scale, out=c[columns, rows])
 
     def _copied_rows(self, group: str) -> int:
-        return -(-self._columns(group) // TILE) * TILE * (2 if self._pissa else 1)
+        return -(-self._columns(group) // TILE) * TILE
 
     def _columns(self, group: str) -> int:
         return len(blocks(self.network, group, self.config)) * self.config.rank
@@ -233,13 +188,6 @@ class LoraModel(NativeTrainable):
     def _shapes(self, number: int, group: str) -> tuple[tuple[int, int], tuple[int, int]]:
         product = self.network.layers[number].linear[group]
         return (self._columns(group), product.into), (self.config.rank, self._parts[group][-1][0].stop)
-
-    def _adapted_rows(self, number: int, group: str) -> Tensor:
-        """Which rows [out] of a place's weight have an adapter."""
-        adapted = torch.zeros(self.network.layers[number].linear[group].out, dtype=torch.bool)
-        for _, _, rows in self._parts[group]:
-            adapted[rows] = True
-        return adapted
 
     def _spread(self, place: int) -> Tensor:
         """A place's c [n r, out]: each layer's in rows of its own, zeros elsewhere."""
@@ -256,12 +204,6 @@ class LoraModel(NativeTrainable):
         for a in self._a:
             bound = 1.0 / math.sqrt(a.shape[1])
             a.uniform_(-bound, bound, generator=generator)
-
-    def _start_at_principal_factors(self) -> None:
-        for (number, group), a, c in zip(self.places, self._a, self._c, strict=True):
-            weight = self.network.layers[number].linear[group].weight.float()
-            for mine, columns, rows in self._parts[group]:
-                a[columns], c[:, mine] = principal_factors(weight[rows], self.config.rank, self.config.scale)
 
 
 def _views(flat: Tensor, shapes: Iterable[tuple[int, int]]) -> list[Tensor]:
@@ -293,5 +235,12 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         low, x = ctx.saved_tensors
-        gx = write_factor_gradients(ctx, low, x, gradient, ctx.into)
+        (product, factors), (into_a, into_c) = ctx.products, ctx.into
+        low_gradient = factors.low_gradient(gradient)
+        if ctx.recompute is None:
+            outer(low_gradient, x, into_a)
+        else:  # x is computed again
+            ctx.recompute.ask(lambda again: outer(low_gradient, again, into_a))
+        outer(low, gradient, into_c)
+        gx = product.input_gradient(gradient, low_gradient, factors) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None

@@ -15,7 +15,7 @@ from tunesmith.engines.native.adapters import costs
 from tunesmith.engines.native.adapters.loss import cross_entropy, label_losses
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, final, forward
-from tunesmith.engines.native.network.products import PackedLinear, outer
+from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.settings import NATIVE
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 
@@ -102,18 +102,3 @@ class _FrozenLinear(torch.autograd.Function):
 def frozen(product: PackedLinear, x: Tensor) -> Tensor:
     """A frozen linear layer that passes gradients on to x [T, in]."""
     return _FrozenLinear.apply(x, product)  # type: ignore[no-any-return]
-
-
-def write_factor_gradients(ctx: Any, low: Tensor, x: Tensor, gradient: Tensor, into: tuple[Tensor, Tensor]) -> Any:
-    """Write the gradients of the low-rank factors a and c; returns that of the input x, None if it needs none.
-
-    low: x A^T. gradient: of x W^T + x A^T C. x is None where it is computed again.
-    """
-    (product, factors), (a_gradient, c_gradient) = ctx.products, into
-    low_gradient = factors.low_gradient(gradient)
-    if ctx.recompute is None:
-        outer(low_gradient, x, a_gradient)
-    else:
-        ctx.recompute.ask(lambda again: outer(low_gradient, again, a_gradient))
-    outer(low, gradient, c_gradient)
-    return product.input_gradient(gradient, low_gradient, factors) if ctx.needs_input_grad[0] else None
