@@ -53,8 +53,9 @@ def _weights(trained: FullModel, work: Path) -> dict[str, torch.Tensor]:
     return load_file(saved(trained, work / "saved") / "model.safetensors")
 
 
-@pytest.mark.parametrize("layers", [None, 2])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "layers"), [*((family, None) for family in FAMILIES), *((family, 2) for family in ("qwen2", "gemma3"))]
+)
 def test_gradients_and_steps_equal_transformers(tmp_path: Path, family: str, layers: int | None) -> None:
     folder = write_model(tmp_path / family, family)
     rows = _rows(folder)
@@ -100,7 +101,7 @@ def test_gradients_and_steps_equal_transformers(tmp_path: Path, family: str, lay
     assert torch.equal(end["model.embed_tokens.weight"], untouched.embedding) == (layers is not None)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-untied", "qwen2", "qwen3"])
 def test_every_weight_has_its_own_gradient(tmp_path: Path, family: str) -> None:
     folder = write_model(tmp_path / family, family)
     rows = _rows(folder)
@@ -155,14 +156,9 @@ def test_too_little_memory_is_refused_with_advice(tmp_path: Path, monkeypatch: p
     assert told.value.fix == "set train.method to lora"
 
 
-@pytest.mark.parametrize("key", [{"rank": 16}, {"alpha": 2}, {"dora": False}, {"b_rate": 1}, {"targets": ["all"]}])
-def test_adapter_settings_are_refused_with_full(key: dict) -> None:
-    (name,) = key
-    with pytest.raises(ValueError, match=f"{name} applies to adapters only"):
-        TrainSettings(method="full", **key)
-
-
-def test_default_rate_is_a_tenth_of_lora() -> None:
+def test_settings_of_adapters_are_refused_with_full() -> None:
+    with pytest.raises(ValueError, match="b_rate applies to adapters only"):
+        TrainSettings(method="full", b_rate=1)
     full = TrainSettings(method="full")
     assert TrainSettings().learning_rate == pytest.approx(10 * full.learning_rate)
     assert TrainSettings(method="full", learning_rate=0.5).learning_rate == 0.5
@@ -170,7 +166,7 @@ def test_default_rate_is_a_tenth_of_lora() -> None:
 
 
 def test_resumed_training_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    settings = TrainSettings(method="full", batch=4, epochs=2, learning_rate=0.01, checkpoint_seconds=1e-9)
+    settings = TrainSettings(method="full", batch=4, epochs=1, learning_rate=0.01, checkpoint_seconds=1e-9)
     rows = [TrainingRow(str(n), row(f"turn on light {n}", f'{{"n":{n}}}')) for n in range(16)]
 
     def run(name: str) -> str:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.compiled import needs_kernels
 from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native import kernels as native
@@ -22,6 +21,7 @@ from tunesmith.engines.native.network.attention import Layout
 from tunesmith.engines.native.network.weights import load_network
 
 DTYPES = [torch.float32, torch.bfloat16]
+needs_kernels = pytest.mark.usefixtures("compiled_kernels")
 
 BOTH = pytest.mark.parametrize("dtype", DTYPES)
 F32, BF16 = DTYPES
