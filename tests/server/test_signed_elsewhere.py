@@ -87,7 +87,7 @@ def test_a_signature_does_not_wait_for_next_month(ada: Approver) -> None:
         (stamp(timedelta(days=30)), "The time of the signed statement ends too late"),
         ("2999-01-01T00:00:00", "does not say until when"),
         ("soon", "does not say until when"),
-        (None, "does not say until when"),
+        (None, "is not an approval or refusal"),
     ):
         changed = {key: value for key, value in predicate.items() if key != "until"}
         changed |= {"until": until} if until else {}

@@ -240,7 +240,7 @@ def _check_time(approval: Approval) -> None:
     """
     fix = "prepare and sign it again"
     try:
-        left = datetime.fromisoformat(approval.until or "") - clock.now()
+        left = datetime.fromisoformat(approval.until) - clock.now()
     except (ValueError, TypeError):
         raise Refused("the signed statement does not say until when it may be submitted", fix=fix) from None
     if left <= timedelta():
@@ -254,7 +254,7 @@ def _check_unused(session: Session, version: Version, approval: Approval) -> Non
 
     A statement names its version, so the nonces of other versions do not matter.
     """
-    if not _NONCE.fullmatch(approval.nonce or ""):
+    if not _NONCE.fullmatch(approval.nonce):
         raise Refused("the signed statement has no nonce", fix="prepare and sign it again")
     entries = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject == version.digest)
     for row in session.scalars(entries):

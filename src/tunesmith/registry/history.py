@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -16,7 +15,6 @@ from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.people import identities
-from tunesmith.store.people.tokens import FIRST
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, TokenRow, UserRow, VersionRow
 
@@ -118,25 +116,10 @@ def _replay(session: Session) -> State:
 
 def _replay_user(row: AuditRow, found: State) -> None:
     """Put what an entry says of a user and of their tokens into found."""
-    user, tokens = row.detail.get("user"), row.detail.get("tokens", [])
-    if isinstance(user, dict):
-        if "token" in user:  # an entry from when a user had one token, without a name
-            user = dict(user)
-            tokens = _only_token(row, user.pop("token"), found)
+    if isinstance(user := row.detail.get("user"), dict):
         found["user", row.subject] = user
-    for token in tokens:
+    for token in row.detail.get("tokens", []):
         found["token", f"{token.get('name')} of {row.subject}"] = token
-
-
-def _only_token(row: AuditRow, token: str | None, found: State) -> list[dict[str, Any]]:
-    """The state that a user's only token has as their first one, after an entry that changed it or left it."""
-    if token is None:
-        found.pop(("token", f"{FIRST} of {row.subject}"), None)
-    if token is None or row.action != "user.token":
-        return []
-    created = datetime.fromisoformat(row.at).timestamp()
-    ends = {"expires": None, "revoked": None}
-    return [{"user": row.subject, "name": FIRST, "token": token, "scopes": ["all"], "created": created, **ends}]
 
 
 def _actual(session: Session) -> State:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.files import disk_full, is_disk_full
-from tunesmith.store.tables import HEAD_REVISION, Table
+from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, Table
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
@@ -63,17 +63,20 @@ def connect(url: str) -> Engine:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the tables to HEAD_REVISION. Alembic is slow to import, so it is imported only if needed."""
+    """Bring the tables to HEAD_REVISION: make those of a new store, and change those of one that has them.
+
+    Alembic is slow to import, so it is imported only if needed.
+    """
     with engine.connect() as connection:
-        known = inspect(connection).has_table("alembic_version")
-        current = connection.execute(text("select version_num from alembic_version")).scalar() if known else None
+        current = _revision(connection)
     if current == HEAD_REVISION:
         return
-    if current is not None and current > HEAD_REVISION:
+    if current is not None and not OLDEST_REVISION <= current < HEAD_REVISION:
+        known = f"{OLDEST_REVISION} to {HEAD_REVISION}"
         raise TunesmithError(
-            f"the database is at revision {current}, this version of tunesmith knows revisions up to {HEAD_REVISION}",
+            f"the database is at revision {current}, this version of tunesmith reads revisions {known}",
             where=engine.url.render_as_string(hide_password=True),
-            fix="install the version of tunesmith that wrote it, or a newer one",
+            fix="install the version of tunesmith that wrote it",
         )
     from alembic import command
     from alembic.config import Config
@@ -82,7 +85,19 @@ def migrate(engine: Engine) -> None:
     config.set_main_option("script_location", str(_MIGRATIONS))
     with _write(engine) as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")  # nothing to do where another process was faster
+        if _revision(connection) is None:  # no other process was faster
+            Table.metadata.create_all(connection)
+            command.stamp(config, "head")
+        else:
+            command.upgrade(config, "head")
+
+
+def _revision(connection: Connection) -> str | None:
+    """The revision of a database's tables; None for one without tables."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.execute(text("select version_num from alembic_version")).scalar()
+    return found
 
 
 @contextlib.contextmanager

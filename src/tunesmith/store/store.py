@@ -301,14 +301,6 @@ class Store:
             yield session
             audit.append(session, actor=actor, action=action, subject=subject, detail=detail)
 
-    def reindex(self) -> int:
-        """Rebuild the index of records from the records themselves; returns how many there are."""
-        keys = list(self.blobs.keys("records/"))
-        with database.writing(self.engine) as session:
-            for key in keys:
-                self.index_record(decode(self.blobs.get(key), _digest_of_key(key), self.blobs.where(key)), session)
-        return len(keys)
-
 
 def _blobs(root: Path) -> BlobStore:
     """Where $TUNESMITH_BLOBS_URL says, else the files in root."""

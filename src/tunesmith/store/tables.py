@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-# Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0012"
+# The newest revision: raise it with each new file in migrations/versions. And the oldest one from which they lead to it.
+HEAD_REVISION, OLDEST_REVISION = "0012", "0012"
 
 
 class Table(DeclarativeBase):
@@ -18,7 +18,7 @@ class Table(DeclarativeBase):
 
 
 class RecordRow(Table):
-    """An index of the records; `Store.reindex` rebuilds it."""
+    """An index of the records."""
 
     __tablename__ = "records"
     digest: Mapped[str] = mapped_column(String(71), primary_key=True)

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.core.view import Omitted
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
 from tunesmith.store.audit import Head
@@ -27,8 +26,6 @@ from tunesmith.store.records import Record
 ENVELOPE = "envelope.json"
 _APPROVAL = "urn:tunesmith:approval:v1"
 _KEY_CHANGE = "urn:tunesmith:key-change:v1"
-
-
 Decision = Literal["approve", "refuse"]
 
 
@@ -37,7 +34,7 @@ class Approval(BaseModel):
 
     override: why the version was registered although its gates did not pass, so that the approver knows of it.
     audit: the newest entry of the audit log when it was signed. until: when it may be submitted last; nonce: random, so
-    that it is recorded once. Both are None in records that are older than these fields.
+    that it is recorded once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -49,8 +46,8 @@ class Approval(BaseModel):
     override: str | None
     at: str
     audit: Head
-    until: Omitted[str] = None
-    nonce: Omitted[str] = None
+    until: str
+    nonce: str
 
 
 def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
