@@ -37,12 +37,12 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def run_elsewhere(work: Callable[..., object], *given: Any) -> int | None:
+def run_elsewhere(work: Callable[..., object], *given: Any, seconds: float = _SECONDS) -> int | None:
     """The exit code of another process that does the work, a function of a module: 0, 1 after an error, or minus the
     signal; None where it has not ended in time."""
     worker = forkserver().Process(target=work, args=given)
     worker.start()
-    worker.join(_SECONDS)
+    worker.join(seconds)
     code = worker.exitcode
     worker.kill()
     worker.join()

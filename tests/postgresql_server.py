@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import tempfile
 import uuid
@@ -18,6 +19,8 @@ from sqlalchemy import create_engine, inspect, make_url, text
 from tunesmith.store import database
 from tunesmith.store.copying import export_rows, import_rows
 from tunesmith.store.store import Store
+
+_FOLDER = "TUNESMITH_TEST_POSTGRESQL"
 
 
 @contextlib.contextmanager
@@ -109,15 +112,31 @@ def moved_to_postgresql(store: Store, url: str) -> Store:
     return target
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that starts the others makes the folder of the server that all of them share, and removes it."""
+    if not hasattr(config, "workerinput"):
+        folder = Path(tempfile.mkdtemp(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
+        os.environ[_FOLDER] = str(folder)
+        config.add_cleanup(lambda: _remove(folder))
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder, and end a server that a killed test process left there."""
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        psutil.Process(int((folder / "server" / "postmaster.pid").read_text().split()[0])).kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def _postgresql() -> Iterator[str]:
-    with _new_folder() as folder, postgresql_server(folder) as url:
+    """A server that all test processes share. It is stopped by the last one: the wheel counts its users."""
+    with postgresql_server(Path(os.environ[_FOLDER]) / "server") as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def postgresql(_postgresql: str) -> Iterator[str]:
-    """The address of a new database on a server that all files share: making a server takes seconds."""
+    """The address of a new database of this file's own."""
     name = f"tests_{uuid.uuid4().hex}"
     admin = create_engine(_postgresql, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:

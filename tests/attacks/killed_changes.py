@@ -1,19 +1,14 @@
-"""Kills changes of the store at every write: `python -m tests.attacks.killed_changes`, which test_kill_points.py runs.
+"""Kills changes of the store at the writes that others can see. test_kill_points.py runs it.
 
-The store must then be as before the change or as after it, and go on. Children are forked, so this is a process of one
-thread: in a process with more, a child can wait for a lock that no thread of its own holds.
+The store must then be as before the change or as after it, and go on. Children are forked, so this is done in a process
+of one thread: in a process with more, a child can wait for a lock that no thread of its own holds.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import select
 
-from tests.attacks.kill_points import Moment, Operation, Point, record, run_killed
+from tests.attacks.kill_points import Moment, Operation, record, run_killed
 from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
 from tests.statements import share_compiled
 from tunesmith.core.errors import TunesmithError
@@ -56,47 +51,12 @@ from tunesmith.store.tables import (
     VersionRow,
 )
 
-# How many writes each operation has, at least: fewer would mean that the harness does not see all of them.
-LEAST: Mapping[str, int] = {
-    "register, with a first key": 95,
-    "approve": 20,
-    "start: champion at once": 8,
-    "promote": 8,
-    "abort": 5,
-    "roll back a live rollout": 5,
-    "roll back a promotion": 8,
-    "recall": 8,
-    "users add, with a key": 22,
-    "users roles": 21,
-    "users deactivate": 16,
-    "users token": 7,
-    "users revoke-token": 7,
-    "keys create": 32,
-    "keys enrol": 21,
-    "keys retire": 16,
-    "keys revoke": 16,
-    "jobs add": 4,
-    "jobs cancel": 5,
-    "jobs claim": 3,
-    "jobs finish": 3,
-    "jobs cancel, while it runs": 5,
-    "jobs take back": 4,
-    "jobs begin": 5,
-    "jobs renew": 3,
-    "jobs log": 3,
-    "jobs fail": 3,
-    "jobs try again": 3,
-    "jobs stop": 3,
-    "files put": 20,
-    "files delete": 5,
-}
-WORKERS = 2
 _ERROR = {"code": "internal", "what": "no"}
 
 
 @dataclass(frozen=True)
 class Made:
-    """The store that each run copies, and the digests that the operations need."""
+    """The store that each run copies, and the operations."""
 
     root: Path
     operations: Mapping[str, Operation]
@@ -139,7 +99,10 @@ def make(folder: Path) -> Made:
     operations: dict[str, Operation] = {
         "register, with a first key": lambda s: register(s, name="home", verdict=verdict, actor="eve"),
         "approve": lambda s: submit_approval(s, envelope),
-        "start: champion at once": lambda s: commands.start(s, name="fresh", version=waiting, steps=steps, actor=OWNER),
+        "start: champion at once": (
+            8,
+            lambda s: commands.start(s, name="fresh", version=waiting, steps=steps, actor=OWNER),
+        ),
         "promote": lambda s: commands.promote(s, live.id, actor=OWNER),
         "abort": lambda s: commands.abort(s, live.id, actor=OWNER, reason="no"),
         "roll back a live rollout": lambda s: commands.rollback(s, name="home", actor=OWNER, reason="no"),
@@ -182,36 +145,22 @@ def keep(store: Store, file: str) -> uploads.StoredFile:
 
 def snapshot(store: Store) -> Any:
     """What the store says, without what differs from run to run."""
+    shown: tuple[tuple[Any, ...], ...] = (
+        (VersionRow.name, VersionRow.number),
+        (AliasRow.name, AliasRow.alias, AliasRow.version, AliasRow.revision),
+        (RolloutRow.id, RolloutRow.status, RolloutRow.step, RolloutRow.weight, RolloutRow.revision),
+        (RecallRow.digest, RecallRow.cause),
+        (KeyRow.user, KeyRow.label, KeyRow.status, KeyRow.until),
+        (JobRow.id, JobRow.state, JobRow.wanted, JobRow.attempts, JobRow.fence),
+        (JobRow.id, JobRow.progress, JobRow.result, JobRow.error),
+        (FileRow.file, FileRow.size, FileRow.digest),
+        (JobEventRow.job, JobEventRow.number, JobEventRow.message),
+        (UserRow.name, UserRow.roles, UserRow.active),
+        (TokenRow.user, TokenRow.name, TokenRow.revoked.is_not(None)),
+    )
     with database.reading(store.engine) as session:
-        tables = {
-            "log": session.execute(select(AuditRow.actor, AuditRow.action).order_by(AuditRow.seq)),
-            "versions": session.execute(select(VersionRow.name, VersionRow.number)),
-            "aliases": session.execute(select(AliasRow.name, AliasRow.alias, AliasRow.version, AliasRow.revision)),
-            "rollouts": session.execute(
-                select(RolloutRow.id, RolloutRow.status, RolloutRow.step, RolloutRow.weight, RolloutRow.revision)
-            ),
-            "recalls": session.execute(select(RecallRow.digest, RecallRow.cause)),
-            "keys": session.execute(select(KeyRow.user, KeyRow.label, KeyRow.status, KeyRow.until)),
-            "jobs": session.execute(
-                select(
-                    JobRow.id,
-                    JobRow.state,
-                    JobRow.wanted,
-                    JobRow.attempts,
-                    JobRow.fence,
-                    JobRow.progress,
-                    JobRow.result,
-                    JobRow.error,
-                )
-            ),
-            "files": session.execute(select(FileRow.file, FileRow.size, FileRow.digest)),
-            "job log": session.execute(select(JobEventRow.job, JobEventRow.number, JobEventRow.message)),
-            "users": session.execute(select(UserRow.name, UserRow.roles, UserRow.active)),
-            "tokens": session.execute(select(TokenRow.user, TokenRow.name, TokenRow.revoked.is_not(None))),
-        }
-        return {
-            name: sorted(map(repr, rows)) if name != "log" else list(map(repr, rows)) for name, rows in tables.items()
-        }
+        log = session.execute(select(AuditRow.actor, AuditRow.action).order_by(AuditRow.seq))
+        return [list(map(repr, log)), *(sorted(map(repr, session.execute(select(*each)))) for each in shown)]
 
 
 def check_killed(store: Store, states: list[Any], *, writes_files: bool) -> None:
@@ -259,10 +208,10 @@ def check_goes_on(store: Store, operation: Operation, states: list[Any]) -> None
     assert is_written(store.blobs, identities.trusted_keys(store))
 
 
-def states_of(made: Made, folder: Path, operation: Operation, points: list[Point]) -> list[Any]:
+def states_of(made: Made, folder: Path, operation: Operation, points: list[str]) -> list[Any]:
     """The states before the operation and after each of its transactions."""
     states = []
-    for number in (None, *(point.number for point in points if point.what == "commit")):
+    for number in (None, *(number for number, what in enumerate(points) if what == "commit")):
         root = folder / f"state-{number}"
         shutil.copytree(made.root, root)
         if number is not None:
@@ -275,12 +224,8 @@ def states_of(made: Made, folder: Path, operation: Operation, points: list[Point
     return states
 
 
-_SHARED: list[Made] = []
-
-
-def run_all(name: str) -> Counter[str]:
-    """Kill an operation at each of its points; returns how often at which moment, and how many writes it has."""
-    made = _SHARED[-1]
+def run_all(made: Made, name: str) -> int:
+    """Kill an operation before each of its points and after the last one; returns how often."""
     operation = made.operations[name]
     folder = made.root.parent / name.replace(" ", "-")
     folder.mkdir()
@@ -288,45 +233,29 @@ def run_all(name: str) -> Counter[str]:
     shutil.copytree(made.root, whole)
     points = record(whole, operation)
     states = states_of(made, folder, operation, points)
-    writes_files = any(not point.what.startswith(("execute ", "commit")) for point in points)
-    # An fsync is not done here, and a statement inside a transaction leaves nothing before the commit: before them is
-    # before the point that comes next.
-    written = [point for point in points if not point.what.startswith(("fsync ", "execute "))]
-    moments: list[tuple[Point, Moment]] = [(point, "before") for point in written]
-    moments += [(point, "half") for point in points if point.half]
-    moments.append((points[-1], "after"))  # after any other point is before the next one
-    for point, moment in moments:
-        root = folder / f"{point.number}-{moment}"
+    assert len(states) > 1, f"{name} commits nothing that is looked at"
+    writes_files = any(what != "commit" for what in points)
+    moments: list[tuple[int, Moment]] = [(number, "before") for number in range(len(points))]
+    moments.append((len(points) - 1, "after"))  # after any other point is before the next one
+    for number, moment in moments:
+        root = folder / f"{number}-{moment}"
         shutil.copytree(made.root, root)
-        run_killed(root, operation, point.number, moment)
+        run_killed(root, operation, number, moment)
         store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
         try:
             check_killed(store, states, writes_files=writes_files)
             check_goes_on(store, operation, states)
         except BaseException as error:
-            raise AssertionError(f"{name}, killed {moment} {point.what} (number {point.number}): {error}") from error
+            raise AssertionError(f"{name}, killed {moment} {points[number]} (number {number}): {error}") from error
         store.engine.dispose()
         shutil.rmtree(root)
-    return Counter(moment for _, moment in moments) + Counter(writes=len(points))
+    return len(moments)
 
 
-def main() -> None:
-    """Kill every operation at every write. Prints name -> how often at which moment, and how many writes it has."""
-    # In memory where that is possible: SIGKILL loses nothing of what was written, so the disk adds only time.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with (
-        tempfile.TemporaryDirectory(prefix="kill-points-", dir=memory) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+def kill_all(folder: Path) -> None:
+    """Kill every operation. Writes to folder/killed.json: name -> how often."""
+    with pytest.MonkeyPatch.context() as patch:
         share_compiled(patch)
-        made = make(Path(folder))
-        names = sorted(made.operations, key=lambda name: -LEAST[name])
-        # A forked worker knows `made`, whose functions cannot be sent to it.
-        forked = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(WORKERS, mp_context=forked, initializer=_SHARED.append, initargs=(made,)) as pool:
-            runs = {name: pool.submit(run_all, name) for name in names}
-            print(json.dumps({name: run.result() for name, run in runs.items()}))
-
-
-if __name__ == "__main__":
-    main()
+        made = make(folder)
+        killed = {name: run_all(made, name) for name in made.operations}
+        (folder / "killed.json").write_text(json.dumps(killed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.commands import Forked, first_line
-from tests.fabricate import APPROVER, NAME, OWNER, STEWARD, Scene, approve, put_chain
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_chain
 from tests.rollout.conftest import made, scene, versions
 from tests.server.conftest import HELLO, Served, engine, running, served
 from tests.server.fake_engine import FakeEngine
+from tests.server.test_costs import neighbour
 from tests.server.test_serve_command import command, folder
 from tests.waiting import SECONDS, until
 from tunesmith.core.clock import now
@@ -364,3 +366,38 @@ def test_commands_of_another_process_count_at_the_next_request(folder: Path, hap
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
+
+
+SHUT_OUT: dict[str, tuple[Callable[[Store], object], int]] = {
+    "deactivated": (lambda store: deactivate(store, "neighbour", actor=OWNER), 401),
+    "new token": (lambda store: issue_token(store, "neighbour", actor=OWNER), 401),
+}
+
+
+@pytest.mark.attack("people", "a user is shut out while their request waits")
+@pytest.mark.parametrize("change", SHUT_OUT)
+def test_who_is_shut_out_while_waiting_is_not_answered(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened, change: str
+) -> None:
+    shut_out, status = SHUT_OUT[change]
+    with running(scene, engine, together=1) as served, ThreadPoolExecutor(2) as pool:
+        served.begin(versions[1])
+        served.ask()
+        token = neighbour(served)
+
+        def ask(token: str) -> httpx.Response:
+            with served.http(token) as http:
+                return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+
+        engine.gate.clear()
+        first = pool.submit(ask, served.token)
+        until(lambda: engine.calls == 2)
+        second = pool.submit(ask, token)
+        until(lambda: served.worker.waiting() == 1)
+        shut_out(scene.store)
+        engine.gate.set()
+        assert first.result(300).status_code == 200
+        assert second.result(300).status_code == status
+        assert engine.calls == 2
+    assert {row.caller for row in served.rows()} == {OPERATOR}
+    happened(f"refused, {status}, and not recorded")

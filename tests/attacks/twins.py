@@ -9,8 +9,6 @@ TEXTS = [
     "find the five office files for the final offer",
     "please flag the first flight to florence for me",
     "would you kindly water the ficus on the fifth floor",
-    "move my coffee break to half past three on friday",
-    "the traffic report says which bridges are shut",
 ]
 
 
@@ -22,10 +20,6 @@ def mapped(letters: str, others: str) -> Callable[[str], str]:
     return lambda text: text.translate(str.maketrans(letters, others))
 
 
-def styled(capital: int) -> Callable[[str], str]:
-    return lambda text: "".join(chr(capital + ord(one) - 65) if "A" <= one <= "Z" else one for one in text.upper())
-
-
 def ligatures(text: str) -> str:
     for letters, one in (("ffi", "ﬃ"), ("fi", "ﬁ"), ("fl", "ﬂ"), ("ff", "ﬀ"), ("st", "ﬆ")):
         text = text.replace(letters, one)
@@ -35,31 +29,20 @@ def ligatures(text: str) -> str:
 MADE: dict[str, Callable[[str], str]] = {
     "zero-width characters": after_each("\u200b", "\u200c", "\u200d", "\u2060", "\ufeff"),
     "soft hyphens": after_each("\u00ad"),
-    "variation selectors": after_each("\ufe0f", "\U000e0100"),
     "tag characters": after_each("\U000e0061", "\U000e007f"),
-    "direction marks": after_each("\u202e", "\u202c", "\u2066", "\u2069", "\u200f", "\u061c"),
-    "fillers": after_each("\u115f", "\u3164", "\uffa0", "\u034f", "\u180e"),
-    "control characters": after_each("\x01", "\x08", "\x7f", "\x9f"),
     "combining accents": lambda text: after_each("\u0301", "", "\u20dd", "\u0489")(text).replace(" \u0301", " "),
     "accented letters": mapped("aeioucnl", "áèîõüçñł"),
     "full-width letters": lambda text: "".join("\u3000" if one == " " else chr(ord(one) + 0xFEE0) for one in text),
-    "mixed case": lambda text: "".join(one.upper() if place % 2 else one for place, one in enumerate(text)),
     "ligatures": ligatures,
     "Cyrillic letters": mapped("aceopxysijhkmt", "асеорхуѕіјһкмт"),
-    "Cyrillic capitals": lambda text: mapped("ACEOPXYBHKMTSIJ", "АСЕОРХУВНКМТЅІЈ")(text.upper()),
     "Greek letters": mapped("aoviukt", "αονιυκτ"),
-    "Armenian and Cherokee": mapped("ouhngs", "օսհոցꭚ"[:5] + "ѕ"),
     "mathematical letters": lambda text: "".join(
         chr(0x1D5BA + ord(one) - 97) if "a" <= one <= "z" else one for one in text
     ),
-    "small capitals": mapped("abcdehkmnortu", "ᴀʙᴄᴅᴇʜᴋᴍɴᴏʀᴛᴜ"),
     "letters in circles": lambda text: "".join(
         chr(0x24D0 + ord(one) - 97) if "a" <= one <= "z" else one for one in text
     ),
-    "letters in boxes": styled(0x1F170),
-    "flag letters": styled(0x1F1E6),
     "other spaces": mapped(" ", "\u2003"),
-    "blank symbols": mapped(" ", "\u2800"),
     "decomposed text": lambda text: unicodedata.normalize("NFD", mapped("aeo", "äéö")(text)),
 }
 

@@ -21,7 +21,6 @@ from tunesmith.monitoring.cases import (
     Case,
     add_cases,
     correct_case,
-    delete_case,
     delete_expired,
     drop_cases,
     list_cases,
@@ -117,29 +116,6 @@ def test_a_case_without_an_answer_waits_for_one(store: Store, tmp_path: Path) ->
         correct_case(store, left.request, "x", actor=acting(store))
 
 
-def test_what_was_withdrawn_after_the_list_was_read_is_not_added(store: Store, tmp_path: Path) -> None:
-    put_case(store, case(1))
-    waiting = list_cases(store)
-    assert delete_case(store, case(1).request)
-    options: dict[str, Any] = {"licence": "CC0-1.0", "split": Split(group_by="template"), "actor": acting(store)}
-    assert add_cases(store, waiting, tmp_path / "c.jsonl", **options) == 0
-    assert (tmp_path / "c.jsonl").read_bytes() == b""
-
-
-def test_what_is_withdrawn_while_the_list_is_read_is_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_case(store, case(1))
-    put_case(store, case(2))
-    keys = store.blobs.keys
-
-    def withdrawn(prefix: str) -> list[str]:
-        found = list(keys(prefix))
-        delete_case(store, case(1).request)
-        return found
-
-    monkeypatch.setattr(store.blobs, "keys", withdrawn)
-    assert [one.request for one in list_cases(store)] == [case(2).request]
-
-
 def test_what_has_expired_is_neither_shown_nor_added(store: Store, tmp_path: Path) -> None:
     put_case(store, case(1, until="2026-01-02T00:00:00Z"))
     put_case(store, case(2))
@@ -232,22 +208,6 @@ def test_a_case_with_tools_becomes_a_row_with_them(store: Store, tmp_path: Path)
     assert row.request == with_tools(turns, [tool])
     assert row.answer == case(1).expected
     assert dataset.record.body["ignored_keys"] == {"case": 1}, "no tool is ignored"
-
-
-def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path) -> None:
-    _rows(tmp_path / "rows.jsonl", 30)
-    source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
-    plain = {"sources": [source], **DATA}
-    before = load_dataset(store, build_dataset(store, DataSettings.model_validate(plain), tmp_path))
-    moved = before.examples("train")[0]
-    row = {"prompt": "wholly other", "completion": "{}", "template": moved.group}
-    (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
-    both = {**plain, "sources": [source, {"path": "held.jsonl", "licence": "MIT", "split": "test"}]}
-    digest = build_dataset(store, DataSettings.model_validate(both), tmp_path)
-    dataset = load_dataset(store, digest)
-    assert moved.id in {one.id for one in dataset.examples("test")}
-    assert moved.group not in {one.group for one in dataset.examples("train")}
-    assert verify_dataset(store, digest).ok
 
 
 def test_the_verbs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -57,7 +58,10 @@ def like_the_test_split(count: int, shift: float = 0.0) -> list[float]:
 
 def test_traffic_like_the_test_split_is_stable(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1], like_the_test_split(400))
+    serve(scene, versions[1], like_the_test_split(150, shift=99), hours_ago=25, prefix="old")
+    serve(scene, versions[2], like_the_test_split(150, shift=99), hours_ago=1, prefix="other")
     report = look(scene, versions[1])
+    assert json.loads(json.dumps(report.document(), allow_nan=False))["findings"][0]["bound"] == SETTINGS.shift_at_most
     assert (report.verdict, report.requests, report.recommendation) == ("stable", 400, None)
     assert {finding.name: finding.outcome for finding in report.findings} == {
         "characters": "stable", "nearest": "stable", "unlike": "stable", "json_valid": "stable",
@@ -88,9 +92,9 @@ def test_a_new_topic_of_few_requests_is_drift_although_the_distributions_hardly_
         return {finding.name: finding.outcome for finding in compare(rows, baseline, SETTINGS)}
 
     assert verdicts(0.2) == {"nearest": "stable", "unlike": "drift"}
-    alarms = [verdicts(0.0)["unlike"] for _ in range(40)]
+    alarms = [verdicts(0.0)["unlike"] for _ in range(10)]
     assert "drift" not in alarms
-    assert alarms.count("stable") > 30
+    assert alarms.count("stable") > 6
 
 
 def test_a_small_shift_is_stable_for_any_number_of_requests() -> None:
@@ -117,13 +121,6 @@ def test_a_window_with_few_requests_is_inconclusive(
     report = look(scene, versions[1], measure=lambda: pytest.fail("measured in vain"))
     assert report.verdict == "inconclusive"
     assert report.reason.startswith(says)
-
-
-def test_only_the_window_and_the_version_count(scene: Scene, versions: dict[int, Version]) -> None:
-    serve(scene, versions[1], like_the_test_split(150), hours_ago=1, prefix="in")
-    serve(scene, versions[1], like_the_test_split(150, shift=99), hours_ago=25, prefix="old")
-    serve(scene, versions[2], like_the_test_split(150, shift=99), hours_ago=1, prefix="other")
-    assert look(scene, versions[1]).requests == 150
 
 
 def test_one_flooding_tenant_does_not_change_the_verdict(scene: Scene, versions: dict[int, Version]) -> None:
@@ -179,11 +176,3 @@ def test_served_and_measured_requests_have_the_same_features() -> None:
     assert {name: values[2] for name, values in measured.items()} == one
     assert one == {"characters": 26.0, "nearest": 0.1}
     assert set(request_features(rows[2].request, None)) == {"characters"}
-
-
-def test_the_report_is_json(scene: Scene, versions: dict[int, Version]) -> None:
-    import json
-
-    serve(scene, versions[1], like_the_test_split(200))
-    document = json.loads(json.dumps(look(scene, versions[1]).document(), allow_nan=False))
-    assert document["findings"][0]["bound"] == SETTINGS.shift_at_most

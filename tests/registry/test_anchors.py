@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tests.http_server import answering
-from tests.s3_server import s3_environment, s3_server
+from tests.s3_server import s3_environment
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.services.releases.audit import anchor_audit, verify_audit
@@ -323,25 +323,17 @@ def test_roots_that_are_no_certificates(store: Store, tmp_path: Path) -> None:
 # A bucket with Object Lock
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    pytest.importorskip("s3fs", reason="s3fs is not installed (extra: s3)")
-    pytest.importorskip("moto", reason="moto is not installed")
-    with s3_server() as url:
-        yield url
-
-
 @pytest.fixture
 def client(s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of the server, with the buckets `locked` and `plain`."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (extra: s3)")
     import boto3
-    import s3fs
 
     for name, value in s3_environment(s3).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     client = boto3.client("s3")
-    if not client.list_buckets()["Buckets"]:
+    if "locked" not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
         client.create_bucket(Bucket="plain")
     return client

@@ -72,10 +72,7 @@ def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain) -> No
     assert (verified["ok"], verified["problems"]) == (True, [])
     assert verified["checked"] > 15
     assert document(store, "verify", registered["digest"])["ok"]
-
-
-def test_the_last_verdict_is_registered_even_if_another_is_newer(store: Store, chain: Chain) -> None:
-    """A gate whose inputs did not change gives the record of before."""
+    # A gate whose inputs did not change gives the record of before, even if another one is newer.
     put_chain(store, verdict="fail")
     store.keep_memo(digest_of({"latest": "verdict", "project": "intents"}), chain.verdict)
     assert document(store, "register", "--name", "intents")["verdict"] == chain.verdict
@@ -140,19 +137,11 @@ def test_a_failed_verification_exits_3_with_its_document(store: Store, version: 
     shown = run(store, "verify", "intents@v1")
     assert shown.exit_code == 3
     assert "adapter_model.safetensors: its bytes are not the ones that were signed" in shown.stdout
-
-
-def test_verifying_opens_no_database(store: Store, version: Version) -> None:
-    (store.root / "tunesmith.db").unlink()
-    assert document(store, "verify", "intents@v1")["ok"]
-    assert not (store.root / "tunesmith.db").exists()
-
-
-def test_a_verifier_brings_their_own_keys(store: Store, version: Version, tmp_path: Path) -> None:
-    mine = tmp_path / "keys.json"
-    mine.write_text("[]")
-    found = document(store, "verify", "intents@v1", "--trust", str(mine), exit_code=3)
+    (store.root / "tunesmith.db").unlink()  # verifying opens no database
+    (store.root / "mine.json").write_text("[]")
+    found = document(store, "verify", "intents@v1", "--trust", str(store.root / "mine.json"), exit_code=3)
     assert "not trusted here" in found["problems"][0]["reason"]
+    assert not (store.root / "tunesmith.db").exists()
 
 
 def test_an_override_is_said_wherever_the_version_is(store: Store) -> None:
@@ -232,12 +221,9 @@ def test_tokens_are_made_listed_and_revoked(store: Store) -> None:
     ("arguments", "what"),
     [
         (("token", "bob", "--expires", "soon"), "no time until a token expires"),
-        (("token", "bob", "--expires", "0d"), "no time until a token expires"),
         (("token", "bob", "--expires", "999999d"), "no time until a token expires"),
         (("token", "bob", "--scope", "root"), "is not a scope"),
-        (("token", "bob", "--name", "a b"), "is not a token name"),
         (("token", "nobody"), "there is no user nobody"),
-        (("tokens", "nobody"), "there is no user nobody"),
         (("revoke-token", "bob", "ci"), "bob has no token of that name"),
     ],
 )

@@ -133,12 +133,14 @@ def test_peft_and_transformers_agree_with_the_merged_export(approved: Path, tmp_
     assert tokenizer.apply_chat_template([{"role": "user", "content": "turn on"}], tokenize=False).startswith("<|im_")
 
 
-def test_what_nobody_approved_is_not_exported(released: Path, tmp_path: Path) -> None:
+def test_what_nobody_approved_is_not_exported(released: Path, approved: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not approved"):
         call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
     with pytest.raises(Refused, match=r"version.export|may not|it takes"):
         call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="exists already"):
+        call(approved, "export", "tiny@v1", str(tmp_path), "--as", "merged")
 
 
 @pytest.mark.parametrize("gone", ["ann", "eddy"])
@@ -163,34 +165,13 @@ def test_an_export_is_decided_again_at_its_end(
     assert exports(store) == before
 
 
-def test_an_export_that_is_not_recorded_leaves_no_files(
-    approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise Refused("the database is full")
-
-    monkeypatch.setattr(audit, "append", full)
-    before = exports(Project.load(approved).store)
-    with pytest.raises(Refused, match="full"):
-        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
-    assert list(tmp_path.iterdir()) == []
-    assert exports(Project.load(approved).store) == before
-
-
 def exports(store: Store) -> list[str]:
     """The exports in the audit log."""
     with database.reading(store.engine) as session:
         return [row.detail["record"] for row in audit.entries(session) if row.action == "version.export"]
 
 
-def test_what_is_there_is_not_overwritten(approved: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
-        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
-
-
-@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
-@pytest.mark.parametrize("fault", ["scale", "lost", "NaN"])
+@pytest.mark.parametrize(("form", "fault"), [("peft", "scale"), ("merged", "lost"), ("gguf", "NaN")])
 def test_an_export_that_is_not_what_was_measured_is_refused(
     form: str, fault: str, approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

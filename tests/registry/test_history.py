@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.fabricate import Chain, approve
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
 from tunesmith.store import audit, database
 from tunesmith.store.people import identities, tokens
@@ -33,30 +31,14 @@ def rewrite(store: Store, change: dict[int, dict[str, Any]], keep: int | None = 
             audit.append(session, **{**entry, **change.get(number, {})})
 
 
-def test_an_honest_log_is_whole(store: Store, version: Version) -> None:
-    approve(store, version, approver="ann")
-    assert verify_log(store) == []
-
-
 def test_a_rewritten_log_contradicts_signed_heads(store: Store, version: Version) -> None:
     rewrite(store, {2: {"actor": "someone-else"}})
     with database.reading(store.engine) as session:
         assert audit.verify(session) == []  # it is whole and reaches its head: the trap
     assert any("the log was rewritten" in problem and "version" in problem for problem in verify_log(store))
-
-
-def test_a_version_outside_the_index_still_checks_the_log(store: Store, version: Version) -> None:
-    rewrite(store, {2: {"actor": "someone-else"}})
-    with database.writing(store.engine) as session:
+    with database.writing(store.engine) as session:  # the folders of versions name it too
         session.execute(delete(RecordRow))
     assert any("the log was rewritten" in problem and "version" in problem for problem in verify_log(store))
-
-
-def test_a_tail_cut_with_its_head_contradicts_an_approval(store: Store, version: Version) -> None:
-    approve(store, version, approver="ann")
-    rewrite(store, {}, keep=2)
-    problems = verify_log(store)
-    assert any("the tail was cut" in problem or "was rewritten" in problem for problem in problems)
 
 
 def test_a_head_kept_elsewhere_shows_a_missing_newest_entry(store: Store, version: Version) -> None:
@@ -74,8 +56,7 @@ def test_a_head_kept_elsewhere_shows_a_missing_newest_entry(store: Store, versio
     ("values", "what"),
     [
         ({"roles": ["admin", "approver"]}, "roles"),
-        ({"tenant": "acme"}, "tenant"),
-        ({"active": False}, "active"),
+        ({"tenant": "acme", "active": False}, "active, tenant"),
     ],
 )
 def test_a_user_changed_behind_the_logs_back_shows(
@@ -90,10 +71,7 @@ def test_a_user_changed_behind_the_logs_back_shows(
     ("values", "what"),
     [
         ({"digest": "sha256:" + "0" * 64}, "token"),
-        ({"scopes": ["all"]}, "scopes"),
-        ({"expires": None}, "expires"),
-        ({"created": 7.0}, "created"),
-        ({"revoked": None}, "revoked"),
+        ({"scopes": ["all"], "expires": None, "created": 7.0, "revoked": None}, "created, expires, revoked, scopes"),
     ],
 )
 def test_a_token_changed_behind_the_logs_back_shows(
@@ -110,23 +88,17 @@ def test_a_token_changed_behind_the_logs_back_shows(
     assert verify_log(store) == [f"token ci of ann differs between the log and the database: {what}"]
 
 
-def test_a_token_slipped_in_or_taken_out_shows(store: Store, version: Version) -> None:
+def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> None:
     tokens.issue_token(store, "ann", actor="ann")
     with database.writing(store.engine) as session:
         session.execute(delete(TokenRow))
         session.add(TokenRow(digest="sha256:x", user="ann", name="mine", scopes=["all"], created=1.0))
-    assert verify_log(store) == [
-        "token first of ann is in the log but not in the database",
-        "token mine of ann is in the database but not in the log",
-    ]
-
-
-def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> None:
-    with database.writing(store.engine) as session:
         session.add(UserRow(name="mallory", roles=["admin"], tenant="", region="", groups=[], active=True))
         session.add(VersionRow(name="intents", number=9, digest="sha256:" + "0" * 64, key=""))
         session.execute(delete(UserRow).where(UserRow.name == "ann"))
     assert verify_log(store) == [
+        "token first of ann is in the log but not in the database",
+        "token mine of ann is in the database but not in the log",
         "user ann is in the log but not in the database",
         "user mallory is in the database but not in the log",
         "version intents@v9 is in the database but not in the log",
@@ -146,25 +118,3 @@ def test_an_emptied_users_table_makes_nobody_owner(store: Store, monkeypatch: py
 def test_a_version_whose_record_is_gone_is_said_to_be(store: Store, version: Version) -> None:
     Path(store.record_where(version.digest)).unlink()
     assert any("cannot be compared with the log" in problem for problem in verify_log(store))
-
-
-def test_every_change_leaves_its_entry(store: Store, chain: Chain) -> None:
-    with database.reading(store.engine) as session:
-        before = len(audit.entries(session))
-    version = register(store, name="intents", verdict=chain.verdict, actor="olive")
-    approve(store, version, approver="ann", reason="fine")
-    identities.set_roles(store, "ann", ["approver", "steward"], actor="olive")
-    tokens.issue_token(store, "ann", actor="ann")
-    identities.deactivate(store, "ann", actor="olive")
-    with database.reading(store.engine) as session:
-        rows = audit.entries(session)[before:]
-    assert [(row.actor, row.action) for row in rows] == [
-        ("olive", "user.key"),
-        ("olive", "version.register"),
-        ("ann", "user.key"),
-        ("ann", "version.approve"),
-        ("olive", "user.roles"),
-        ("ann", "user.token"),
-        ("olive", "user.deactivate"),
-    ]
-    assert verify_log(store) == []

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from sqlalchemy import select
 
-from tests.fabricate import approve
+from tests.attack_table import Happened
+from tests.fabricate import approve, put_chain
+from tunesmith.core import clock
+from tunesmith.core.clock import now
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.opening import verified_copy
+from tunesmith.registry.registration import register
+from tunesmith.registry.serving import Permission, may_serve
 from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import ENVELOPE, Approval, key_statement, seal
+from tunesmith.registry.signing.signatures import SIGNATURE, Untrusted, sign_folder
+from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.store.people import user_keys
+from tunesmith.services.accounts import users
+from tunesmith.store import audit, database
+from tunesmith.store.people import identities, user_keys
+from tunesmith.store.people.trust import signature_entry
+from tunesmith.store.people.user_keys import Proof
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow
 
 
 def pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
@@ -43,19 +62,6 @@ def test_nobody_but_an_admin_makes_a_key_for_another(store: Store) -> None:
     keys.create_key(store, "ann", actor="olive")
 
 
-def test_an_interrupted_enrolment_continues_with_its_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(user_keys, "enrol_key", stop)
-        with pytest.raises(KeyboardInterrupt):
-            keys.create_key(store, "ann", actor="ann")
-    made = (store.root / "keys" / "ann.pem").read_bytes()
-    keys.create_key(store, "ann", actor="ann")
-    assert (store.root / "keys" / "ann.pem").read_bytes() == made
-
-
 def test_a_key_open_to_others_or_not_the_users_is_not_used(store: Store) -> None:
     ann = keys.ensure_key(store, "ann")
     path = keys.signing_key(store, ann)
@@ -69,7 +75,18 @@ def test_a_key_open_to_others_or_not_the_users_is_not_used(store: Store) -> None
         keys.signing_key(store, ann)
 
 
-@pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n", None])
+def test_public_keys_are_p256_keys_in_one_spelling(store: Store) -> None:
+    public = pem(ec.generate_private_key(ec.SECP256R1()))
+    enrolled = keys.enrol_public_key(store, "ann", b"a comment\n" + public.replace(b"\n", b"\r\n"), actor="ann")
+    assert enrolled.public_key.encode() == public
+    with pytest.raises(Refused, match="this key is ann's"):
+        keys.enrol_public_key(store, "olive", public, actor="olive")
+    for other in (pem(ec.generate_private_key(ec.SECP384R1())), pem(ed25519.Ed25519PrivateKey.generate()), b"x"):
+        with pytest.raises(UsageError):
+            keys.enrol_public_key(store, "ann", other, actor="ann")
+
+
+@pytest.mark.parametrize("content", [b"-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n", None])
 def test_a_broken_private_key_is_refused_without_quoting_it(store: Store, content: bytes | None) -> None:
     ann = keys.ensure_key(store, "ann")
     path = store.root / "keys" / "ann.pem"
@@ -82,30 +99,6 @@ def test_a_broken_private_key_is_refused_without_quoting_it(store: Store, conten
     with pytest.raises(Refused) as caught:
         keys.signing_key(store, ann)
     assert "secret" not in str(caught.value)
-
-
-def test_a_public_key_is_enrolled_in_one_spelling(store: Store) -> None:
-    public = pem(ec.generate_private_key(ec.SECP256R1()))
-    enrolled = keys.enrol_public_key(store, "ann", b"a comment\n" + public.replace(b"\n", b"\r\n"), actor="ann")
-    assert enrolled.public_key.encode() == public
-    with pytest.raises(Refused, match="this key is ann's"):
-        keys.enrol_public_key(store, "olive", public, actor="olive")
-
-
-def test_other_kinds_of_keys_are_wrong_usage(store: Store) -> None:
-    others = [pem(ec.generate_private_key(ec.SECP384R1())), pem(ed25519.Ed25519PrivateKey.generate()), b"", b"x"]
-    for public in others:
-        with pytest.raises(UsageError):
-            keys.enrol_public_key(store, "ann", public, actor="ann")
-
-
-def test_the_folder_of_private_keys_can_be_ones_own(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TUNESMITH_KEYS", str(tmp_path / "mine"))
-    keys.ensure_key(store, "ann")
-    assert os.listdir(tmp_path / "mine") == ["ann.pem"]
-    assert not (store.root / "keys").exists()
 
 
 def test_an_openssl_key_signs_from_outside_the_store(
@@ -126,3 +119,325 @@ def test_an_openssl_key_signs_from_outside_the_store(
     approve(store, version, approver="ann")
     assert require_approved(store, version).approver == "ann"
     assert not (store.root / "keys" / "ann.pem").exists()
+
+
+# Keys that are replaced or stolen: what an old key signed before its end counts, what it signs after does not
+
+
+def serving(store: Store, version: Version) -> Permission:
+    with database.reading(store.engine) as session:
+        return may_serve(session, version)
+
+
+def rotate(store: Store, user: str) -> None:
+    """Replace a user's key-1 by key-2, by themself."""
+    keys.ensure_key(store, user)
+    keys.create_key(store, user, actor=user)
+    keys.retire_key(store, user, "key-1", actor=user)
+
+
+def another(store: Store, seed: int) -> Version:
+    return register(store, name="intents", verdict=put_chain(store, seed=seed).verdict, actor="olive")
+
+
+def head(store: Store) -> int:
+    with database.reading(store.engine) as session:
+        return audit.newest(session).seq
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], datetime]:
+    """Set the clock that the audit log reads, in hours from noon."""
+    noon = datetime(2031, 5, 6, 12, tzinfo=UTC)
+
+    def set_clock(hours: float) -> datetime:
+        moment = noon + timedelta(hours=hours)
+        monkeypatch.setattr(clock, "now", lambda: moment)
+        monkeypatch.setattr(user_keys, "now", lambda: moment)
+        return moment
+
+    return set_clock
+
+
+def test_what_the_old_key_signed_before_it_was_retired_counts(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    rotate(store, "olive")
+    rotate(store, "ann")
+    assert serving(store, version).granted
+    assert require_approved(store, version).approver == "ann"
+    with verified_copy(store, version) as loaded:
+        assert loaded.version == version
+    offline = verify_version(store, version.label)
+    assert offline.ok
+    assert any("approved by ann" in note for note in offline.notes)
+    newer = another(store, 1)
+    approve(store, newer, approver="ann")
+    assert serving(store, newer).granted
+    assert verify_version(store, newer.label).ok
+    assert verify_log(store) == []
+    # The same verdict again is the same version, whichever key signed it.
+    assert register(store, name="intents", verdict=version.verdict, actor="olive") == version
+
+
+@pytest.mark.attack("signing", "a retired key signs a version or an approval")
+def test_what_a_retired_key_signs_does_not_count(store: Store, version: Version, happened: Happened) -> None:
+    keys.ensure_key(store, "ann")
+    prepared = prepare_approval(store, version, "ann")
+    old = sign(prepared, keys.load_signing_key(store, identities.get_user(store, "ann")))
+    signer = keys.signing_key(store, identities.get_user(store, "olive"))
+    rotate(store, "ann")
+    rotate(store, "olive")
+
+    # An approval that was prepared and signed before, but submitted after.
+    with pytest.raises(Untrusted, match="ann's key key-1, which was retired before"):
+        submit_approval(store, old)
+    # The same, put into the store and its log by somebody who can write both.
+    envelope = json.loads(old)
+    statement = Approval.model_validate(prepared.statement["predicate"])
+    body = {"parents": {"version": version.digest}, "body": statement.model_dump(mode="json")}
+    record = Record(kind="approval", blobs={ENVELOPE: store.put_bytes(old)}, **body)
+    key = f"sha256:{envelope['signatures'][0]['keyid']}"
+    with store.change("ann", "version.approve", version.digest, signature_entry(key, record.digest)) as session:
+        store.put_record(record, session)
+    assert "which was retired before" in serving(store, version).message
+    with pytest.raises(Refused, match="which was retired before"):
+        require_approved(store, version)
+    # The old signature of the version, replaced by a new one of the old key over a changed release.
+    newer = another(store, 1)
+    folder = store.version_folder(newer.ref)
+    (folder / SIGNATURE).unlink()
+    sign_folder(folder, signer)
+    with pytest.raises(Untrusted, match="olive's key key-1, which was retired before"), verified_copy(store, newer):
+        pass
+    assert not verify_version(store, newer.label).ok
+    happened("refused", 4)
+
+
+@pytest.mark.attack("signing", "an old signature is passed off as the new key's")
+def test_an_old_signature_is_not_the_new_keys(store: Store, version: Version, happened: Happened) -> None:
+    approve(store, version, approver="ann")
+    with database.reading(store.engine) as session:
+        entry = session.scalars(select(AuditRow).where(AuditRow.action == "version.approve")).one()
+    old = store.record(entry.detail["signature"]["digest"])
+    rotate(store, "ann")
+    rotate(store, "olive")
+    new = {name: identities.get_user(store, name).fingerprint or "" for name in ("ann", "olive")}
+    envelope = json.loads(store.read_blob(old.blobs[ENVELOPE]))
+    envelope["signatures"][0]["keyid"] = new["ann"].removeprefix("sha256:")
+    with pytest.raises(Refused, match="the signature is not ann's"):
+        submit_approval(store, canonical(envelope))
+    path = store.version_folder(version.ref) / SIGNATURE
+    bundle = json.loads(path.read_bytes())
+    bundle["verificationMaterial"]["publicKey"]["hint"] = new["olive"].removeprefix("sha256:")
+    path.write_bytes(canonical(bundle))
+    with pytest.raises(Refused, match="the signature is not olive's"), verified_copy(store, version):
+        pass
+    happened("refused", 2)
+
+
+@pytest.mark.attack("signing", "a stolen key is revoked from a time on, back-dated")
+def test_a_stolen_key_is_revoked_from_a_time_on(
+    store: Store, version: Version, at: Callable[[float], datetime], happened: Happened
+) -> None:
+    at(0)
+    approve(store, version, approver="ann")  # noon
+    at(1)
+    second = another(store, 1)
+    approve(store, second, approver="ann")
+    theft = at(2)
+    third = another(store, 2)
+    approve(store, third, approver="ann")
+    at(3)
+    approve(store, another(store, 3), approver="ann")
+    at(8)
+    ended = users.revoke_key(store, "olive", "key-1", since=theft.isoformat())
+    assert ended.invalidated == ("intents@v3", "intents@v4")
+    assert serving(store, version).granted
+    assert serving(store, second).granted
+    for label in ("intents@v1", "intents@v2"):
+        assert verify_version(store, label).ok
+    assert serving(store, third).reason == "signer"
+    assert not verify_version(store, "intents@v3").ok
+    # Back-dated once more: further versions stop serving. It cannot be taken back.
+    ended = users.revoke_key(store, "olive", "key-1", since=at(0.5).isoformat())
+    at(9)
+    assert ended.invalidated == ("intents@v2", "intents@v3", "intents@v4")
+    assert (serving(store, version).granted, serving(store, second).reason) == (True, "signer")
+    with pytest.raises(UsageError, match="already"):
+        users.revoke_key(store, "olive", "key-1", since=theft.isoformat())
+    # An approval by a stolen key: the same rule.
+    ended = users.revoke_key(store, "ann", "key-1", since=at(0.2).isoformat())
+    assert ended.unapproved == ("intents@v2", "intents@v3", "intents@v4")
+    assert serving(store, version).granted
+    # With a new key, the same verdict is the next version.
+    keys.create_key(store, "olive", actor="olive")
+    again = register(store, name="intents", verdict=second.verdict, actor="olive")
+    assert again.label == "intents@v5"
+    assert verify_log(store) == []
+    happened("stopped serving", 3)
+    happened("went on, as signed before", 1)
+
+
+@pytest.mark.attack("signing", "the clock is set back while a stolen key signs")
+def test_a_clock_set_back_does_not_help_a_thief(
+    store: Store, version: Version, at: Callable[[float], datetime], happened: Happened
+) -> None:
+    at(0)
+    approve(store, version, approver="ann")
+    theft = at(2)
+    at(-20)  # the thief sets the clock back before they sign
+    stolen = another(store, 1)
+    approve(store, stolen, approver="ann")
+    at(8)
+    ended = users.revoke_key(store, "olive", "key-1", since=theft.isoformat())
+    assert ended.invalidated == ("intents@v2",)
+    # A clock that was set back for a while long before does not void what came between.
+    ended = users.revoke_key(store, "ann", "key-1", since=at(5).isoformat())
+    assert ended.unapproved == ("intents@v2",)
+    assert serving(store, version).reason is None
+    happened("does not count", 2)
+
+
+def test_an_entry_can_be_named_where_no_clock_can_be_believed(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    entry = head(store) + 1
+    stolen = another(store, 1)
+    ended = users.revoke_key(store, "olive", "key-1", since=str(entry))
+    assert (ended.until, ended.invalidated) == (entry, (stolen.label,))
+    assert serving(store, version).granted
+    for wrong in ("0", "100000", "yesterday", "2031-01-01T00:00:00", (now() + timedelta(days=1)).isoformat()):
+        with pytest.raises(UsageError):
+            users.revoke_key(store, "olive", "key-1", since=wrong)
+
+
+@pytest.mark.attack("people", "a thief enrols a key of their own with a stolen key")
+def test_a_key_enrolled_by_a_thief_falls_with_the_stolen_one(
+    store: Store, version: Version, happened: Happened
+) -> None:
+    identities.add_user(store, "eve", ["engineer"], actor="olive")
+    keys.ensure_key(store, "eve")
+    entry = head(store) + 1
+    keys.create_key(store, "eve", actor="eve", label="thief")
+    (store.root / "keys" / "eve.pem").unlink()
+    keys.create_key(store, "eve", actor="eve", label="second")  # proved with the thief's key
+    stolen = register(store, name="other", verdict=put_chain(store, seed=5).verdict, actor="eve")
+    ended = users.revoke_key(store, "eve", "key-1", since=str(entry))
+    assert (ended.also_revoked, ended.invalidated) == (("thief", "second"), (stolen.label,))
+    assert serving(store, stolen).reason == "signer"
+    with pytest.raises(Refused, match="all keys of eve were retired or revoked"):
+        keys.ensure_key(store, "eve")
+    assert verify_log(store) == []
+    happened("revoked too", 2)
+
+
+@pytest.mark.attack("people", "a thief enrols keys as an admin whose key was stolen")
+def test_keys_that_a_thief_gave_as_an_admin_are_named(store: Store, happened: Happened) -> None:
+    def pem() -> str:
+        public = ec.generate_private_key(ec.SECP256R1()).public_key()
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        return public.public_bytes(serialization.Encoding.PEM, form).decode()
+
+    keys.ensure_key(store, "olive")
+    user_keys.enrol_key(store, "ann", pem(), actor="olive", label="before")
+    entry = head(store) + 1
+    keys.create_key(store, "olive", actor="olive", label="proven")
+    user_keys.enrol_key(store, "olive", pem(), actor="olive", label="own")
+    user_keys.enrol_key(store, "ann", pem(), actor="olive", label="hers")
+    identities.add_user(store, "eve", ["approver"], actor="olive", public_key=pem())
+    identities.add_user(store, "zoe", ["approver"], actor="olive")
+    ended = users.revoke_key(store, "olive", "key-1", since=str(entry))
+    assert ended.also_revoked == ("proven",)
+    assert ended.to_look_at == tuple(
+        f"{key} (entry {entry + number})"
+        for number, key in enumerate(("own of olive", "hers of ann", "key-1 of eve"), 1)
+    )
+    assert identities.get_user(store, "eve").active_keys, "named, not revoked"
+    happened("named", 3)
+
+
+@pytest.mark.attack("people", "somebody changes a user's keys without holding one")
+def test_only_a_holder_of_an_active_key_or_an_admin_changes_keys(
+    store: Store, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    keys.ensure_key(store, "ann")
+    keys.ensure_key(store, "olive")
+    monkeypatch.setenv("TUNESMITH_KEYS", str(store.root / "elsewhere"))
+    tries: list[Callable[[], object]] = [
+        lambda: keys.create_key(store, "ann", actor="ann"),
+        lambda: keys.retire_key(store, "ann", "key-1", actor="ann"),
+        lambda: keys.retire_key(store, "olive", "key-1", actor="ann"),
+        lambda: users.revoke_key(store, "ann", "key-1", since="1", actor="ann"),
+        lambda: users.revoke_key(store, "olive", "key-1", since="1", actor="ann"),
+        lambda: user_keys.retire_key(store, "ann", "key-1", actor="ann"),
+    ]
+    stranger = identities.get_user(store, "olive").fingerprint or ""
+    tries.append(lambda: user_keys.retire_key(store, "ann", "key-1", actor="ann", proof=Proof(stranger, "{}")))
+    for attempt in tries:
+        with pytest.raises(Refused):
+            attempt()
+    assert not (store.root / "elsewhere").exists()
+    happened("refused", len(tries))
+    keys.create_key(store, "ann", actor="olive")  # an admin may
+    keys.retire_key(store, "ann", "key-1", actor="olive")
+    monkeypatch.delenv("TUNESMITH_KEYS")
+    with pytest.raises(Refused, match="ann's key key-1 was retired"):
+        keys.create_key(store, "ann", actor="ann")  # only the retired private key is here
+
+
+def test_a_changed_proof_shows_in_the_log(store: Store) -> None:
+    rotate(store, "ann")
+    assert verify_log(store) == []
+    key = keys.load_signing_key(store, identities.get_user(store, "ann"))
+    detail = {"proof": seal(key_statement("ann", "user.key", "other", "sha256:" + "0" * 64), key).decode()}
+    user = {"user": store_state(store, "ann")}
+    with store.change("ann", "user.key", "ann", {**detail, **user, "key": "sha256:" + "1" * 64, "label": "other"}):
+        pass
+    with store.change("ann", "user.key", "ann", {**user, "proof": "{}"}):
+        pass
+    first, second = verify_log(store)
+    assert "is not of this change" in first
+    assert "does not hold" in second
+
+
+def store_state(store: Store, name: str) -> dict[str, object]:
+    with database.reading(store.engine) as session:
+        return identities.state(identities.user_row(session, name))
+
+
+@pytest.mark.attack("people", "an old or another user's key is enrolled again")
+def test_a_key_is_enrolled_once_for_ever(store: Store, happened: Happened) -> None:
+    old = keys.create_key(store, "ann", actor="ann")
+    rotate(store, "ann")
+    public = identities.get_user(store, "ann").keys[1].public_key
+    identities.add_user(store, "eve", ["approver"], actor="olive")
+    for user, key, what in (
+        ("eve", old.public_key, "this key is ann's and was retired"),
+        ("ann", old.public_key, "this key is ann's and was retired"),
+        ("eve", public, "this key is ann's"),
+        ("ann", public, "this key is ann's"),
+    ):
+        with pytest.raises(Refused, match=what):
+            keys.enrol_public_key(store, user, key.encode(), actor="olive", label="again")
+    with pytest.raises(UsageError, match="has a key key-1 already"):
+        keys.create_key(store, "ann", actor="ann", label="key-1")
+    happened("refused", 4)
+
+
+def test_a_key_made_elsewhere_takes_over(store: Store, version: Version) -> None:
+    """ann signs with the newest active key whose private half is here, under any label."""
+    keys.ensure_key(store, "ann")
+    pair = ec.generate_private_key(ec.SECP256R1())
+    formats = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = pair.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    made = keys.enrol_public_key(store, "ann", public, actor="ann", label="card")
+    assert keys.signing_key(store, identities.get_user(store, "ann")).name == "ann.pem"  # the new one is not here
+    path = store.root / "keys" / "ann@card.pem"
+    path.write_bytes(pair.private_bytes(*formats))
+    path.chmod(0o600)
+    approve(store, version, approver="ann")
+    with database.reading(store.engine) as session:
+        entry = session.scalars(select(AuditRow).where(AuditRow.action == "version.approve")).one()
+    assert entry.detail["signature"]["key"] == made.fingerprint
+    assert sorted(file.name for file in (store.root / "trust").iterdir()) == [
+        "ann.pem", "ann@card.pem", "keys.json", "olive.pem",
+    ]  # fmt: skip

@@ -11,25 +11,15 @@ import pytest
 from tests.postgresql_server import moved_to_postgresql
 from tests.registry.conftest import Template
 from tests.registry.test_aliases import (  # noqa: F401
-    test_a_champion_needs_an_approval,
-    test_a_decision_on_an_older_state_is_refused,
-    test_an_alias_changed_behind_the_logs_back_shows,
     test_an_alias_cleared_in_between_counts_as_changed,
-    test_of_two_promoters_at_once_one_wins_and_one_is_told,
 )
 from tests.registry.test_approvals import (  # noqa: F401
-    test_a_role_taken_away_in_the_same_transaction_counts,
     test_a_role_taken_away_takes_the_approval_with_it,
     test_a_second_person_approves_and_once_is_enough,
-    test_no_approval_without_its_audit_entry,
 )
 from tests.registry.test_versions import (  # noqa: F401
-    test_a_number_that_a_folder_bears_is_never_given_again,
-    test_a_version_is_found_by_label_alias_and_digest,
     test_a_version_of_another_scope_does_not_exist,
-    test_no_registration_without_its_audit_entry,
     test_registering_a_verdict_twice_at_once_gives_one_version,
-    test_the_same_verdict_again_is_the_same_version,
 )
 from tunesmith.store.store import Store
 

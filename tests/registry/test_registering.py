@@ -1,9 +1,9 @@
-"""What a registration does before its transaction, and what counts that changes meanwhile."""
+"""What changes while a registration works counts, and a killed one is carried on by the next call."""
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,23 +15,26 @@ from typing import Any
 import pytest
 from sqlalchemy import delete
 
-from tests.fabricate import Chain, put_chain, put_verdict
+from tests.fabricate import Chain, approve, put_chain, put_verdict
+from tests.forked import run_forked
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.data.dataset import load_dataset
-from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
+from tunesmith.models.weight_files import ADAPTER_FILE
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry import registration
+from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
+from tunesmith.registry.signing import keys
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import list_versions
+from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services.releases import versions
-from tunesmith.store import database
+from tunesmith.store import audit, database
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.people import identities
 from tunesmith.store.store import RELEASE, Store
-from tunesmith.store.tables import LockRow, VersionRow
+from tunesmith.store.tables import LockRow
 
 
 class Interrupted(LocalBlobs):
@@ -46,63 +49,6 @@ class Interrupted(LocalBlobs):
         if key.startswith("versions/") and key.endswith(f"/{self._name}"):
             self._name = ""
             self._meanwhile()
-
-
-class Watched(LocalBlobs):
-    """Another writer takes its turn whenever a blob, a record or a version's file is read or written."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.root, self.touched = root, list[str]()
-
-    def path(self, key: str) -> Path:
-        self._watch(key)
-        return super().path(key)
-
-    def folder(self, prefix: str) -> Path:
-        self._watch(prefix)
-        return super().folder(prefix)
-
-    def _watch(self, key: str) -> None:
-        if key.startswith(("blobs/", "records/", "versions/")):  # not the small list of trusted keys
-            self.touched.append(key.rsplit("/", 1)[-1])
-            take_turn(self.root)
-
-
-def take_turn(root: Path) -> None:
-    """Write as another process would. Raises where somebody holds the lock of writers."""
-    with contextlib.closing(sqlite3.connect(root / "tunesmith.db", timeout=0)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        other.rollback()
-
-
-def test_other_writers_never_wait_for_weights(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
-
-    def watch(name: str) -> None:
-        whole = getattr(registration, name)
-
-        def watched(*arguments: Any) -> Any:
-            take_turn(store.root)
-            used.append(name)
-            return whole(*arguments)
-
-        monkeypatch.setattr(registration, name, watched)
-
-    for name in ("check_replay", "check_release", "sign_folder"):
-        watch(name)
-    blobs = Watched(store.root)
-    own = Store(store.root, blobs=blobs)
-    with monkeypatch.context() as patch:
-        patch.setattr(registration, "private_copy", None)  # what was copied once is not copied again to be verified
-        version = register(own, name="intents", verdict=chain.verdict, actor="olive")
-    assert set(blobs.touched) >= {ADAPTER_FILE, CONFIG_FILE, RELEASE}
-    assert used == ["check_replay", "sign_folder", "check_release"]
-    with database.writing(store.engine) as session:  # as after a process that was killed before its transaction
-        session.execute(delete(VersionRow))
-    assert register(own, name="intents", verdict=chain.verdict, actor="olive") == version
-    assert used[3:] == ["check_replay", "check_release"]
-    assert verify_version(store, version.label).ok
 
 
 def test_registrations_of_one_name_take_turns(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,16 +84,21 @@ def test_registrations_of_one_name_take_turns(store: Store, chain: Chain, monkey
     [
         (["engineer"], "pass", None, ["steward"], "it takes engineer"),
         (["engineer", "admin"], "fail", "a drill", ["engineer"], "it takes admin"),
+        (["engineer"], "pass", None, None, "recalled: consent withdrawn"),
     ],
 )
-def test_a_role_that_is_lost_while_weights_are_uploaded_counts(
-    store: Store, roles: list[str], outcome: str, override: str | None, left: list[str], said: str
+def test_what_is_lost_while_weights_are_uploaded_counts(
+    store: Store, roles: list[str], outcome: str, override: str | None, left: list[str] | None, said: str
 ) -> None:
     identities.add_user(store, "eve", roles, actor="olive")
-    verdict = put_chain(store, verdict=outcome).verdict
+    chain = put_chain(store, verdict=outcome)
+    verdict = chain.verdict
 
     def lose() -> None:
-        identities.set_roles(store, "eve", left, actor="olive")
+        if left is None:
+            _recall_row(store, chain)
+        else:
+            identities.set_roles(store, "eve", left, actor="olive")
 
     own = Store(store.root, blobs=Interrupted(store.root, RELEASE, lose))
     with pytest.raises(Refused, match=said):
@@ -194,15 +145,6 @@ def test_a_recalled_verdict_is_not_signed(store: Store, chain: Chain) -> None:
     assert store.version_folders("intents") == []
 
 
-def test_what_is_recalled_while_weights_are_uploaded_is_not_registered(store: Store, chain: Chain) -> None:
-    own = Store(store.root, blobs=Interrupted(store.root, RELEASE, lambda: _recall_row(store, chain)))
-    with pytest.raises(Refused, match="recalled: consent withdrawn"):
-        register(own, name="intents", verdict=chain.verdict, actor="olive")
-    assert store.version_folders("intents") == []
-    assert list_versions(store) == []
-    assert verify_log(store) == []
-
-
 def test_the_weights_of_a_recalled_version_are_not_registered_under_another_name(store: Store, chain: Chain) -> None:
     assert chain.training is not None
     version = register(store, name="intents", verdict=chain.verdict, actor="olive")
@@ -215,3 +157,72 @@ def test_the_weights_of_a_recalled_version_are_not_registered_under_another_name
             register(store, name="others", verdict=verdict, actor="olive")
     # What was only compared with it may be registered.
     assert register(store, name="others", verdict=put_chain(store, seed=1).verdict, actor="olive").number == 1
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after(module: Any, name: str) -> None:
+    real = getattr(module, name)
+
+    def then_die(*given: Any, **named: Any) -> None:
+        real(*given, **named)
+        die()
+
+    setattr(module, name, then_die)
+
+
+def killed(store: Store, prepare: Callable[[], None], work: Callable[[Store], object]) -> bool:
+    """Whether a forked child that does prepare() and then the work was killed; it has everything imported already."""
+
+    def both() -> None:
+        prepare()
+        work(Store(store.root))
+
+    store.engine.dispose()
+    status = run_forked(both)
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    return status != 0
+
+
+def registered(store: Store, chain: Chain) -> Version:
+    return register(store, name="intents", verdict=chain.verdict, actor="olive")
+
+
+def check_registered(store: Store, chain: Chain) -> Version:
+    version = registered(store, chain)
+    assert version.label == "intents@v1"
+    assert list_versions(store) == [version]
+    assert verify_version(store, version.label).ok
+    Store(store.root).engine.dispose()  # opening it, as each command does, removes what the killed process left
+    assert list((store.root / "work").iterdir()) == []
+    return version
+
+
+def check_whole(store: Store, chain: Chain) -> None:
+    version = check_registered(store, chain)
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+    assert verify_log(store) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "times"),
+    [("signed aside", 3), ("partly in place", 3), ("in place", 1), ("before commit", 3), ("committed", 1)],
+)
+def test_a_killed_registration_is_carried_on(store: Store, chain: Chain, moment: str, times: int) -> None:
+    keys.ensure_key(store, "olive")  # it has an audit entry, at which the child must not be killed
+    prepare = {
+        "signed aside": lambda: die_after(registration, "sync_files"),
+        "partly in place": lambda: die_after(LocalBlobs, "put_file"),
+        "in place": lambda: die_after(Store, "put_version"),
+        "before commit": lambda: setattr(audit, "append", die),
+        "committed": lambda: setattr(identities, "publish_trust", die),
+    }[moment]
+    for _ in range(times):
+        assert killed(store, prepare, lambda own: registered(own, chain))
+    assert bool(store.version_folders("intents")) == (moment not in ("signed aside", "partly in place"))
+    assert len(list_versions(store)) == (1 if moment == "committed" else 0)
+    check_whole(store, chain)

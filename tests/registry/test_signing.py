@@ -67,12 +67,6 @@ def test_a_folder_as_signed_names_its_signer(store: Store, folder: Path) -> None
     assert check(store, folder).user == "olive"
 
 
-def test_model_signings_own_command_verifies_our_folder(store: Store, folder: Path) -> None:
-    config = verifying.Config().use_elliptic_key_verifier(public_key=store.root / "trust" / "olive.pem")
-    hashes = hashing.Config().set_ignored_paths(paths=["model.sig"], ignore_git_paths=False)
-    config.set_hashing_config(hashes).verify(folder, folder / "model.sig")
-
-
 def test_an_ignore_list_that_covers_the_weights_is_refused(store: Store, folder: Path) -> None:
     (folder / "model.sig").unlink()
     hashes = hashing.Config().set_ignored_paths(paths=["adapter_model.safetensors", "model.sig"])
@@ -101,25 +95,13 @@ def edit(path: tuple[str | int, ...], value: object) -> Callable[[dict[str, Any]
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "empty manifest": edit(("predicate", "resources"), []),
     "no manifest": lambda statement: statement["predicate"].pop("resources"),
-    "manifest of nothing": edit(("predicate",), None),
     "one file left out": lambda statement: statement["predicate"]["resources"].pop(),
-    "a name twice": lambda statement: statement["predicate"]["resources"].append(
-        statement["predicate"]["resources"][0]
-    ),
     "another digest": edit(("predicate", "resources", 0, "digest"), "0" * 64),
     "another name": edit(("predicate", "resources", 0, "name"), "../release.json"),
-    "no name": edit(("predicate", "resources", 0, "name"), None),
-    "another algorithm": edit(("predicate", "resources", 0, "algorithm"), "blake2"),
-    "other order": lambda statement: statement["predicate"]["resources"].reverse(),
     "other folder": edit(("subject", 0, "name"), "v2"),
-    "two subjects": lambda statement: statement["subject"].append(statement["subject"][0]),
     "no subject": edit(("subject",), []),
-    "root digest": edit(("subject", 0, "digest", "sha256"), "0" * 64),
     "older format": edit(("predicateType",), "https://model_signing/Digests/v0.1"),
-    "other type": edit(("_type",), "https://in-toto.io/Statement/v0.1"),
     "links allowed": edit(("predicate", "serialization", "allow_symlinks"), True),
-    "ignored paths": edit(("predicate", "serialization", "ignore_paths"), ["model.sig"]),
-    "shards": edit(("predicate", "serialization", "method"), "shards"),
     "more than asked": edit(("predicate", "note"), "trust me"),
 }
 
@@ -133,7 +115,7 @@ def test_a_signed_statement_about_other_files_is_refused(store: Store, folder: P
         check(store, folder)
 
 
-@pytest.mark.parametrize("statement", [None, [], "x", 1, {}, {"predicate": {"resources": [1]}}])
+@pytest.mark.parametrize("statement", [None, {}, {"predicate": {"resources": [1]}}])
 def test_a_signature_over_no_statement_is_refused(store: Store, folder: Path, statement: object) -> None:
     sign_statement(store, folder, statement)
     with pytest.raises(Refused):
@@ -156,12 +138,8 @@ def test_a_signature_under_another_users_hint_is_refused(store: Store, folder: P
     [
         edit(("mediaType",), "application/vnd.dev.sigstore.bundle+json;version=0.2"),
         edit(("verificationMaterial", "publicKey", "hint"), None),
-        edit(("verificationMaterial", "publicKey", "rawBytes"), "AA=="),
-        edit(("verificationMaterial", "tlogEntries"), [{}]),
         edit(("dsseEnvelope", "payloadType"), "application/json"),
         edit(("dsseEnvelope", "signatures"), []),
-        edit(("dsseEnvelope", "payload"), 5),
-        edit(("extra",), 1),
         lambda bundle: bundle["dsseEnvelope"]["signatures"].append(bundle["dsseEnvelope"]["signatures"][0]),
     ],
 )
@@ -189,16 +167,11 @@ def test_the_same_signature_spelled_otherwise_is_refused(store: Store, folder: P
 
 
 def test_a_private_copy_is_private_and_goes_away(store: Store, folder: Path) -> None:
-    with private_copy(folder) as copy:
+    with pytest.raises(Refused) as caught, private_copy(folder) as copy:  # noqa: PT012
         assert copy.parent.stat().st_mode & 0o777 == 0o700
         assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
         shutil.rmtree(folder)
         assert verify_signature(copy, identities.trusted_keys(store)).user == "olive"
-        seen = copy
-    assert not seen.exists()
-
-
-def test_errors_inside_a_private_copy_name_the_original(store: Store, folder: Path) -> None:
-    with pytest.raises(Refused) as caught, private_copy(folder) as copy:
         raise Refused("no", where=f"{copy / 'release.json'}")
+    assert not copy.exists()
     assert caught.value.where == str(folder / "release.json")

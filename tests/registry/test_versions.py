@@ -19,6 +19,7 @@ from tests.fabricate import (
     adapter_config,
     adapter_files,
     adapter_tensors,
+    approve,
     encode,
     put_base,
     put_chain,
@@ -34,12 +35,13 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry import registration
 from tunesmith.registry.aliases import set_alias
 from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.lineage import tree
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import Version, count_versions, list_versions, load_version, resolve
+from tunesmith.registry.versions import Version, list_versions, load_version, resolve
 from tunesmith.store import database
 from tunesmith.store.people import identities
 from tunesmith.store.records import Record
@@ -91,23 +93,6 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
     assert register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=end) == limited
 
 
-def test_a_list_reads_the_newest_versions_only(
-    store: Store, version: Version, chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a_b", "axb", "zed"):
-        register(store, name=name, verdict=chain.verdict, actor="olive")
-    read: list[str] = []
-    record = Store.record
-    monkeypatch.setattr(
-        Store, "record", lambda self, digest, **kind: read.append(digest) or record(self, digest, **kind)
-    )
-    assert [found.label for found in list_versions(store, newest=2)] == ["axb@v1", "zed@v1"]
-    assert len(read) == 2
-    assert [found.label for found in list_versions(store, containing="a_")] == ["a_b@v1"]
-    assert list_versions(store, containing="%") == []
-    assert (count_versions(store), count_versions(store, containing="b")) == (4, 2)
-
-
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
 def test_a_failed_candidate_needs_an_admins_override(store: Store, outcome: str) -> None:
     verdict = put_chain(store, verdict=outcome).verdict
@@ -129,32 +114,22 @@ def test_a_failed_candidate_needs_an_admins_override(store: Store, outcome: str)
     assert newest.detail["override"] == "a drill"
 
 
-def test_a_pass_is_not_overridden(store: Store, chain: Chain) -> None:
-    with pytest.raises(UsageError, match="nothing to override"):
-        register(store, name="intents", verdict=chain.verdict, actor="olive", override="just in case")
-
-
 def test_only_engineers_register(store: Store, chain: Chain) -> None:
     with pytest.raises(Refused, match="it takes engineer"):
         register(store, name="intents", verdict=chain.verdict, actor="ann")
     with pytest.raises(Refused, match="not a user"):
         register(store, name="intents", verdict=chain.verdict, actor="nobody")
+    with pytest.raises(UsageError, match="nothing to override"):
+        register(store, name="intents", verdict=chain.verdict, actor="olive", override="just in case")
     assert not (store.root / "versions").exists()
-
-
-def test_an_engineer_of_one_tenant_registers_for_it_alone(store: Store, chain: Chain) -> None:
     identities.add_user(store, "eve", ["engineer"], actor="olive", scope=Scope("acme", "eu"))
-    for tenant, region in (("", ""), ("other", "eu"), ("acme", "us")):
+    for scope in (Scope(), Scope("other", "eu"), Scope("acme", "us")):
         with pytest.raises(Refused, match="may act only within acme/eu"):
-            register(store, name="intents", verdict=chain.verdict, actor="eve", scope=Scope(tenant, region))
+            register(store, name="intents", verdict=chain.verdict, actor="eve", scope=scope)
     assert register(store, name="intents", verdict=chain.verdict, actor="eve", scope=Scope("acme", "eu")).number == 1
 
 
-BAD_NAMES = ["", ".", "..", "../x", "/etc", "a/b", "a\0b", "a..b", "A", "Intents", "-a", "a\n", "a@v1", "a" * 64]
-TWINS = ["ıntents", "intents\u0301", "іntents", "ｉntents", "intent\u200bs"]
-
-
-@pytest.mark.parametrize("name", BAD_NAMES + TWINS)
+@pytest.mark.parametrize("name", ["", "../x", "a@v1", "ｉntents"])
 def test_names_that_look_or_lead_elsewhere_are_wrong_usage(store: Store, chain: Chain, name: str) -> None:
     with pytest.raises(UsageError):
         register(store, name=name, verdict=chain.verdict, actor="olive")
@@ -195,12 +170,9 @@ def candidate_with(store: Store, chain: Chain, **changes: Any) -> str:
     return put_verdict(store, name="tuned", candidate=candidate, tuned=True, dataset=chain.dataset)[1]
 
 
-def test_an_adapter_of_another_base_is_refused(store: Store, chain: Chain) -> None:
+def test_an_adapter_of_another_base_or_rendering_is_refused(store: Store, chain: Chain) -> None:
     with pytest.raises(Refused, match="another base"):
         register(store, name="intents", verdict=candidate_with(store, chain, base=put_base(store, 1)), actor="olive")
-
-
-def test_an_adapter_under_another_rendering_is_refused(store: Store, chain: Chain) -> None:
     files = adapter_files(chain.base, 5)
     training = put_training(store, chain.base, chain.dataset, files, digest_bytes(b"another template"))
     with pytest.raises(Refused, match="another tokenizer or chat template"):
@@ -326,14 +298,6 @@ def test_a_row_that_was_pointed_elsewhere_is_noticed(store: Store, version: Vers
 # Opening
 
 
-def test_what_is_opened_is_a_private_verified_copy(store: Store, version: Version) -> None:
-    with verified_copy(store, version) as loaded:
-        assert loaded.adapter is not None
-        assert not loaded.adapter.is_relative_to(store.root)
-        assert loaded.version == version
-        assert loaded.candidate.tuned
-
-
 def test_files_swapped_after_verification_have_no_effect(store: Store, version: Version) -> None:
     folder = store.root / "versions" / "intents" / "v1"
     good = (folder / ADAPTER_FILE).read_bytes()
@@ -342,9 +306,16 @@ def test_files_swapped_after_verification_have_no_effect(store: Store, version: 
         (folder / CONFIG_FILE).unlink()
         (folder / CONFIG_FILE).symlink_to("/etc/passwd")
         assert loaded.adapter is not None
+        assert not loaded.adapter.is_relative_to(store.root)
+        assert (loaded.version, loaded.candidate.tuned) == (version, True)
         assert (loaded.adapter / ADAPTER_FILE).read_bytes() == good
-    with pytest.raises(Refused), verified_copy(store, version):
-        pass
+    for use in (
+        lambda: verified_copy(store, version).__enter__(),
+        lambda: register(store, name="intents", verdict=version.verdict, actor="olive"),
+    ):
+        with pytest.raises(Refused):
+            use()
+    assert len(list_versions(store)) == 1
 
 
 def test_a_file_swapped_before_verification_is_refused(
@@ -376,14 +347,6 @@ def test_another_versions_folder_is_not_served_instead(store: Store, version: Ve
         pass
 
 
-def test_opening_checks_the_candidates_digest(store: Store, version: Version) -> None:
-    path = Path(store.record_where(version.candidate))
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes().replace(b"Answer.", b"Obey me"))
-    with pytest.raises(Refused, match="do not have its digest"), verified_copy(store, version):
-        pass
-
-
 def test_recalled_versions_or_parents_are_not_opened(store: Store, version: Version, chain: Chain) -> None:
     for digest in (version.digest, chain.dataset, store.record(chain.dataset).blobs["train.jsonl"]):
         with database.writing(store.engine) as session:
@@ -407,13 +370,6 @@ def test_a_colleague_can_sign_for_a_signer_without_role(store: Store, chain: Cha
     assert (again.label, again.signer) == ("intents@v2", "olive")
 
 
-def test_registering_again_does_not_hide_damage(store: Store, version: Version, chain: Chain) -> None:
-    (store.root / "versions" / "intents" / "v1" / ADAPTER_FILE).write_bytes(b"x")
-    with pytest.raises(Refused, match="not the ones that were signed"):
-        register(store, name="intents", verdict=chain.verdict, actor="olive")
-    assert len(list_versions(store)) == 1
-
-
 # Cut short, and at once
 
 
@@ -435,21 +391,6 @@ def test_registering_a_verdict_twice_at_once_gives_one_version(store: Store, cha
         thread.join()
     assert found == ["intents@v1"] * 3
     assert [path.name for path in (store.root / "versions" / "intents").iterdir()] == ["v1"]
-
-
-def test_no_registration_without_its_audit_entry(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    registration.keys.ensure_key(store, "olive")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tunesmith.store.audit.append", full)
-        with pytest.raises(OSError, match="No space"):
-            register(store, name="intents", verdict=chain.verdict, actor="olive")
-    assert list_versions(store) == []
-    assert not verify_version(store, "intents@v1").ok
-    assert register(store, name="intents", verdict=chain.verdict, actor="olive").label == "intents@v1"
 
 
 def test_a_number_that_a_folder_bears_is_never_given_again(store: Store, version: Version) -> None:
@@ -476,3 +417,30 @@ def test_no_half_version_is_ever_a_traceback(store: Store, version: Version) -> 
             session.execute(update(VersionRow).values(digest=digest))
         with pytest.raises(TunesmithError):
             resolve(store, "intents@v1")
+
+
+def kinds(nodes: list[dict[str, Any]], key: str) -> set[str]:
+    return {node["kind"] for node in nodes} | {kind for node in nodes for kind in kinds(node[key], key)}
+
+
+def test_a_tree_shows_each_record_in_full_once(store: Store, version: Version, chain: Chain) -> None:
+    approve(store, version, approver="ann")
+    node = tree(store, chain.training or "").document()
+    assert kinds(node["parents"], "parents") == {"base", "dataset"}
+    assert kinds(node["children"], "children") == {
+        "candidate",
+        "answers",
+        "evaluation",
+        "verdict",
+        "version",
+        "approval",
+    }
+    assert node["says"] == "262 steps, loss 0.069068"
+
+    def spelled_out(nodes: list[dict[str, Any]], key: str) -> list[str]:
+        whole = [inner["digest"] for inner in nodes if not inner["seen"]]
+        return whole + [digest for inner in nodes for digest in spelled_out(inner[key], key)]
+
+    for way in ("parents", "children"):
+        found = spelled_out(tree(store, version.digest if way == "parents" else chain.base).document()[way], way)
+        assert len(found) == len(set(found))

@@ -18,22 +18,27 @@ def arm(ones: int, total: int, failed: int = 0) -> Arm:
     return Arm(scores=[1.0] * ones + [0.0] * (total - ones), requests=total + failed, failed=failed)
 
 
-def test_a_bad_canary_fails_within_40_requests_at_10_percent() -> None:
-    assert judge(Analysis(metric="exact_match"), arm(0, 40), arm(108, 360)).outcome == "fail"
-
-
-def test_a_bad_canary_fails_within_45_requests_at_50_percent() -> None:
-    assert judge(Analysis(metric="exact_match"), arm(0, 45), arm(14, 45)).outcome == "fail"
-
-
-def test_a_much_better_canary_passes_within_40_requests() -> None:
-    few = Analysis(metric="exact_match", min_requests=10)
-    assert judge(few, arm(26, 40), arm(10, 40)).outcome == "pass"
-    assert judge(few, arm(24, 40), arm(100, 360)).outcome == "pass"
-
-
-def test_two_faultless_arms_pass_within_150_requests() -> None:
-    assert judge(Analysis(metric="json_valid"), arm(130, 130), arm(1170, 1170)).outcome == "pass"
+@pytest.mark.parametrize(
+    ("metric", "least", "canary", "stable", "outcome"),
+    [
+        ("exact_match", None, arm(0, 40), arm(108, 360), "fail"),
+        ("exact_match", None, arm(0, 45), arm(14, 45), "fail"),
+        ("exact_match", None, arm(26, 40), arm(10, 40), "pass"),
+        ("exact_match", None, arm(24, 40), arm(100, 360), "pass"),
+        ("json_valid", None, arm(130, 130), arm(1170, 1170), "pass"),
+        ("exact_match", None, arm(120, 200), arm(0, 200), "pass"),
+        ("exact_match", 0.9, arm(120, 200), arm(0, 200), "fail"),
+    ],
+)
+def test_few_requests_decide_clear_cases(
+    metric: str, least: float | None, canary: Arm, stable: Arm, outcome: str
+) -> None:
+    found = judge(Analysis(metric=metric, min_requests=10, at_least=least), canary, stable)
+    assert found.outcome == outcome
+    document = found.as_json()
+    assert (document["canary"]["n"], document["evidence"]["needed"]) == (len(canary.scores), 20)
+    assert document["canary"]["low"] <= np.mean(canary.scores) <= document["canary"]["high"]
+    assert "allowed to be worse by 0.05" in document["reason"]
 
 
 def test_a_pass_waits_for_min_requests_and_a_failure_does_not() -> None:
@@ -115,24 +120,10 @@ def test_a_floor_decides_alone_where_stable_has_no_traffic() -> None:
     assert judge(floor, arm(91, 100), Arm()).outcome == "inconclusive"
 
 
-def test_a_floor_holds_beside_the_comparison() -> None:
-    better_but_low = arm(120, 200), arm(0, 200)
-    assert judge(Analysis(metric="exact_match"), *better_but_low).outcome == "pass"
-    assert judge(Analysis(metric="exact_match", at_least=0.9), *better_but_low).outcome == "fail"
-
-
-def test_the_judgement_is_json_with_its_numbers() -> None:
-    document = judge(Analysis(metric="exact_match"), arm(40, 50), arm(10, 50)).as_json()
-    assert document["canary"]["n"] == 50
-    assert document["canary"]["low"] < 0.8 < document["canary"]["high"]
-    assert document["evidence"]["needed"] == 20
-    assert "allowed to be worse by 0.05, 95% confidence" in document["reason"]
-
-
 scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1), max_size=60)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(scores, scores, st.sampled_from([0.0, 0.05, 0.5, 0.99]))
 def test_evidence_is_finite_one_sided_and_ignores_order(
     canary: list[float], stable: list[float], margin: float
@@ -145,7 +136,7 @@ def test_evidence_is_finite_one_sided_and_ignores_order(
     assert evidence_worse([ours[::-1]], [theirs[::-1]], margin)[0] == pytest.approx(worse, rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(scores.filter(bool))
 def test_the_interval_holds_the_mean_of_what_was_seen(values: list[float]) -> None:
     low, high = interval(np.array(values), 0.95)
@@ -165,21 +156,16 @@ def looks_until(fires: Any, rng: np.random.Generator, canary: float, stable: flo
     return False
 
 
-@pytest.mark.parametrize(("mean", "share"), [(0.3, 0.5), (0.95, 0.1)])
-def test_peeking_at_equal_arms_rarely_raises_an_alarm(mean: float, share: float) -> None:
+def test_peeking_rarely_raises_an_alarm_at_equal_arms_or_passes_a_worse_canary() -> None:
+    """A cheap guard: benchmarks/canary_false_alarms.py measures the rates."""
     rng = np.random.default_rng(7)
     alarms = sum(
-        looks_until(lambda ours, theirs: evidence_worse([ours], [theirs], 0.0)[0] >= 10, rng, mean, mean, share, 120)
-        for _ in range(40)
+        looks_until(lambda ours, theirs: evidence_worse([ours], [theirs], 0.0)[0] >= 10, rng, 0.3, 0.3, 0.5, 60)
+        for _ in range(15)
     )
-    # At most 1 in 10 by the theorem: 9 or more of 40 would then have a probability of 0.02 at most.
-    assert alarms <= 8
-
-
-def test_peeking_rarely_passes_a_worse_canary() -> None:
-    rng = np.random.default_rng(8)
     passes = sum(
-        looks_until(lambda ours, theirs: evidence_not_worse([ours], [theirs], 0.1)[0] >= 10, rng, 0.4, 0.5, 0.5, 120)
-        for _ in range(40)
+        looks_until(lambda ours, theirs: evidence_not_worse([ours], [theirs], 0.1)[0] >= 10, rng, 0.4, 0.5, 0.5, 60)
+        for _ in range(15)
     )
-    assert passes <= 8
+    # At most 1 in 10 by the theorem: 5 or more of 15 would then have a probability of 0.02 at most.
+    assert max(alarms, passes) <= 4

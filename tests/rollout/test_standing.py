@@ -179,28 +179,6 @@ def test_a_promotion_under_an_override_serves_by_it(scene: Scene, versions: Vers
     assert len(logged(scene, "rollout.override")) == 1
 
 
-def test_an_override_is_kept_for_the_way_back(scene: Scene, versions: Versions) -> None:
-    serve(scene, versions[4], actor=OWNER, override="a drill")
-    serve(scene, versions[1])
-    rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
-    alias = get_alias(scene.store, NAME, "champion")
-    assert alias is not None
-    assert (alias.version, alias.override_by) == (versions[4].digest, OWNER)
-
-
-def test_a_champion_that_lost_its_approval_is_started_again_under_an_override(scene: Scene, versions: Versions) -> None:
-    serve(scene, versions[1], versions[2])
-    with pytest.raises(Refused, match="serves all of home's traffic already"):
-        begin(scene, versions[2], actor=OWNER, override="again")
-    deactivate(scene.store, APPROVER, actor=OWNER)
-    assert begin(scene, versions[2], actor=OWNER, override="again").status == "promoted"
-    alias = get_alias(scene.store, NAME, "champion")
-    assert alias is not None
-    assert (alias.version, alias.override_by) == (versions[2].digest, OWNER)
-    rollback(scene.store, name=NAME, actor=OWNER, reason="bad", override="one before")
-    assert champion(scene) == versions[1].digest
-
-
 @pytest.mark.attack("rollout", "abort onto a champion that lost its standing")
 def test_an_abort_leaves_the_canary_and_says_that_nothing_serves(
     scene: Scene, versions: Versions, tmp_path: Path, happened: Happened

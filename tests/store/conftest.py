@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.s3_server import create_bucket, s3_environment, s3_server
+from tests.s3_server import new_bucket, s3_environment
 from tunesmith.store.store import Store
 
 
@@ -19,21 +18,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(tmp_path / "store")
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """The URL of an S3 server."""
-    pytest.importorskip("obstore", reason="obstore is not installed")
-    with s3_server() as url:
-        yield url
-
-
 @pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Opens a new bucket with a cache in a folder: `bucket(cache, limit)`; again for another cache of it."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
     from tunesmith.store.blobs.s3 import S3Blobs
 
+    s3 = str(request.getfixturevalue("s3"))
     for name, value in s3_environment(s3).items():
         monkeypatch.setenv(name, value)
-    made = f"b{uuid.uuid4().hex}"
-    create_bucket(s3, made)
+    made = new_bucket(s3)
     return lambda cache, limit=1 << 30: S3Blobs(f"s3://{made}/some/prefix", cache, limit)

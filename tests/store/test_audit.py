@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,6 @@ def problems(store: Store, *pins: Pin) -> list[str]:
 def execute(store: Store, statement: str) -> None:
     with database.writing(store.engine) as session:
         session.execute(text(statement))
-
-
-def test_an_honest_log_is_whole(store: Store) -> None:
-    assert problems(store) == []
-    write(store, 5)
-    assert problems(store) == []
-    with database.reading(store.engine) as session:
-        assert [row.seq for row in audit.entries(session)] == [1, 2, 3, 4, 5]
-        assert audit.newest(session).seq == 5
 
 
 def test_a_cut_tail_shows(store: Store) -> None:
@@ -121,14 +111,6 @@ def test_the_next_entry_does_not_hide_a_cut_tail(store: Store) -> None:
     assert problems(store) == ["entry 5 is not the one that the log's head names: the log was rewritten"]
 
 
-def test_a_changed_head_is_reported_and_not_moved(store: Store) -> None:
-    write(store, 3)
-    execute(store, "update audit_head set digest = 'x'")
-    assert problems(store) == ["entry 3 is not the one that the log's head names: the log was rewritten"]
-    write(store, 1, actor="ann")
-    assert problems(store) == ["entry 3 is not the one that the log's head names: the log was rewritten"]
-
-
 def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
     write(store, 3)
     with database.reading(store.engine) as session:
@@ -160,18 +142,6 @@ def test_two_processes_write_one_chain(store: Store) -> None:
     with database.reading(store.engine) as session:
         assert audit.newest(session).seq == 21
         assert session.scalar(select(AuditHeadRow.seq)) == 21
-
-
-def test_many_threads_write_one_chain(store: Store) -> None:
-    write(store, 1)
-    threads = [threading.Thread(target=write, args=(store, 5, f"user-{number}")) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert problems(store) == []
-    with database.reading(store.engine) as session:
-        assert audit.newest(session).seq == 31
 
 
 def test_on_a_full_disk_the_action_does_not_happen(store: Store) -> None:
@@ -217,7 +187,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(detail=st.dictionaries(TEXT, JSON, max_size=4))
 def test_any_json_survives_the_way_through_the_database(store: Store, detail: dict[str, object]) -> None:
     with store.change("olive", "memo.keep", "key", detail):

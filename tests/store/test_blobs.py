@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from sqlalchemy import delete
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.version_ref import VersionRef
-from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.records import Record
 from tunesmith.store.store import RELEASE, Store
-from tunesmith.store.tables import EdgeRow, RecordRow
 
 DIGEST = digest_bytes(b"")
 
@@ -128,15 +125,11 @@ def test_a_folder_that_the_store_did_not_make_is_not_a_version(store: Store) -> 
     assert store.version_folders() == []
 
 
-def test_records_are_found_and_indexed_again(store: Store) -> None:
+def test_records_are_found_by_their_digests_and_parents(store: Store) -> None:
     first = store.put_record(Record(kind="base", body={"family": "llama"}))
     second = store.put_record(Record(kind="search", parents={"base": first}))
     assert store.record(second).parents == {"base": first}
     assert store.find_record(second[7:19]) == second
-    with database.writing(store.engine) as session:
-        session.execute(delete(EdgeRow))
-        session.execute(delete(RecordRow))
-    assert store.reindex() == 2
     assert store.children(first) == [("base", "search", second)]
 
 

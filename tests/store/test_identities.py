@@ -55,23 +55,23 @@ def test_the_first_to_use_a_store_owns_it(store: Store, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("login", "name"),
-    [("Olive", "olive"), ("DOMAIN\\First Last", "domain-first-last"), ("..", "owner"), ("", "owner"), ("ö", "owner")],
+    [("DOMAIN\\First Last", "domain-first-last"), ("..", "owner"), ("", "owner"), ("SYSTEM", "owner"), (None, "owner")],
 )
 def test_an_operating_systems_name_is_brought_to_our_spelling(
-    store: Store, monkeypatch: pytest.MonkeyPatch, login: str, name: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, login: str | None, name: str
 ) -> None:
+    def user() -> str:
+        if login is None:  # as in a container
+            raise KeyError("getpwuid(): uid not found: 1234")
+        return login
+
+    monkeypatch.setattr(getpass, "getuser", user)
+    if login == "SYSTEM":
+        monkeypatch.setenv("TUNESMITH_USER", "system")
+        with pytest.raises(UsageError, match="reserved"):
+            identities.ensure_owner(store)
     monkeypatch.delenv("TUNESMITH_USER")
-    monkeypatch.setattr(getpass, "getuser", lambda: login)
     assert identities.ensure_owner(store).name == name
-
-
-def test_a_container_without_a_user_name_has_an_owner_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> str:
-        raise KeyError("getpwuid(): uid not found: 1234")
-
-    monkeypatch.delenv("TUNESMITH_USER")
-    monkeypatch.setattr(getpass, "getuser", nobody)
-    assert identities.ensure_owner(store).name == "owner"
 
 
 def test_many_first_comers_make_one_owner(store: Store) -> None:
@@ -99,17 +99,26 @@ def test_each_role_may_exactly_what_the_table_says(team: Store) -> None:
                     identities.require(team, f"the-{role}", action)
 
 
-def test_who_proposes_cannot_approve_by_any_single_role() -> None:
-    assert ACTIONS["version.register"].isdisjoint(ACTIONS["version.approve"])
-    assert "admin" not in ACTIONS["version.approve"]
-
-
 def test_what_no_table_names_nobody_may(team: Store) -> None:
     for user in ("olive", "the-admin"):
         with pytest.raises(Refused, match="it takes no role"):
             identities.require(team, user, "store.destroy")
     with pytest.raises(Refused, match="not a user"):
         identities.require(team, "nobody", "model.use")
+    for name, roles in (
+        ("new", ["root"]),
+        ("new", []),
+        ("../x", ["admin"]),
+        ("A", ["admin"]),
+        ("the-admin", ["admin"]),
+    ):
+        with pytest.raises(UsageError):
+            identities.add_user(team, name, roles, actor="olive")
+    identities.add_user(team, "eve", ["engineer"], actor="olive", scope=Scope("acme", "eu"))
+    identities.require(team, "eve", "version.register", scope=Scope("acme", "eu"))
+    for scope in (Scope(), Scope("acme"), Scope("other", "eu"), Scope("acme", "us")):
+        with pytest.raises(Refused, match="acme/eu"):
+            identities.require(team, "eve", "version.register", scope=scope)
 
 
 def test_a_role_taken_away_inside_a_transaction_counts_at_once(team: Store) -> None:
@@ -124,14 +133,6 @@ def test_a_role_taken_away_inside_a_transaction_counts_at_once(team: Store) -> N
             identities.require(session, "the-approver", "version.approve")
 
 
-def test_a_scope_limits_what_a_role_may(team: Store) -> None:
-    identities.add_user(team, "eve", ["engineer"], actor="olive", scope=Scope("acme", "eu"))
-    identities.require(team, "eve", "version.register", scope=Scope("acme", "eu"))
-    for tenant, region in (("", ""), ("acme", ""), ("other", "eu"), ("acme", "us")):
-        with pytest.raises(Refused, match="acme/eu"):
-            identities.require(team, "eve", "version.register", scope=Scope(tenant, region))
-
-
 def test_only_admins_change_users(team: Store) -> None:
     for role in set(ROLES) - {"admin"}:
         for change in (
@@ -144,15 +145,6 @@ def test_only_admins_change_users(team: Store) -> None:
             with pytest.raises(Refused):
                 change(f"the-{role}")
     assert identities.get_user(team, "the-engineer").roles == ("engineer",)
-
-
-def test_the_last_admin_stays(team: Store) -> None:
-    identities.deactivate(team, "the-admin", actor="olive")
-    with pytest.raises(Refused, match="without an admin"):
-        identities.set_roles(team, "olive", ["engineer"], actor="olive")
-    with pytest.raises(Refused, match="without an admin"):
-        identities.deactivate(team, "olive", actor="olive")
-    assert identities.get_user(team, "olive").active
 
 
 @pytest.mark.attack("people", "the last admin goes, but for one of a tenant or region")
@@ -182,20 +174,6 @@ def test_a_deactivated_user_does_nothing_any_more(team: Store) -> None:
             change()
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "A", "a b", "a\0", "ａnn", "аnn", "a" * 64, "ann\n"])
-def test_names_that_look_or_lead_elsewhere_are_wrong_usage(team: Store, name: str) -> None:
-    with pytest.raises(UsageError):
-        identities.add_user(team, name, ["engineer"], actor="olive")
-
-
-def test_bad_roles_and_twins_are_wrong_usage(team: Store) -> None:
-    for roles in (["root"], [], ["admin", "x"]):
-        with pytest.raises(UsageError):
-            identities.add_user(team, "new", roles, actor="olive")
-    with pytest.raises(UsageError, match="already"):
-        identities.add_user(team, "the-admin", ["engineer"], actor="olive")
-
-
 # Tokens
 
 
@@ -211,14 +189,6 @@ def test_a_token_is_shown_once_and_kept_as_its_digest_alone(team: Store) -> None
         if path.is_file():
             assert secret not in path.read_bytes(), path
     assert token not in details(team)
-
-
-def test_a_new_token_replaces_the_old_one(team: Store) -> None:
-    old = tokens.issue_token(team, "the-engineer", actor="olive")
-    new = tokens.issue_token(team, "the-engineer", actor="olive")
-    assert old != new
-    assert tokens.authenticate(team, old) is None
-    assert tokens.authenticate(team, new) is not None
 
 
 @pytest.mark.parametrize("guess", ["", "tsk_", "x" * 10_000_000, "\0", "\ud800", "é", "' or 1=1 --"])
@@ -259,15 +229,6 @@ def test_the_list_of_trusted_keys_follows_every_change(team: Store) -> None:
     assert not (team.root / "trust" / "the-approver.pem").exists()
 
 
-def test_a_published_list_that_was_lost_is_written_again(team: Store, tmp_path: Path) -> None:
-    user_keys.enrol_key(team, "the-approver", "key", actor="olive")
-    path = team.root / "trust" / "keys.json"
-    whole = path.read_bytes()
-    path.unlink()
-    identities.publish_trust(team)
-    assert path.read_bytes() == whole
-
-
 @pytest.mark.attack("people", "a user takes a name that stands for the system")
 def test_names_of_automatic_actors_are_reserved(team: Store, happened: Happened) -> None:
     names = ("controller", "contr0ller", "control1er", "con-troller", "rollout_controller", "system", "sy.stem",
@@ -287,18 +248,6 @@ def test_twins_of_a_users_name_are_refused(team: Store, happened: Happened) -> N
         with pytest.raises(UsageError, match="looks like the user" if name in twins else "is not a user name"):
             identities.add_user(team, name, ["engineer"], actor="olive")
     happened("refused", len(twins) + len(others))
-
-
-@pytest.mark.parametrize("login", ["controller", "SYSTEM"])
-def test_an_operating_systems_name_that_is_reserved_is_not_the_owners(
-    store: Store, monkeypatch: pytest.MonkeyPatch, login: str
-) -> None:
-    monkeypatch.setattr(getpass, "getuser", lambda: login)
-    monkeypatch.setenv("TUNESMITH_USER", login.lower())
-    with pytest.raises(UsageError, match="reserved"):
-        identities.ensure_owner(store)
-    monkeypatch.delenv("TUNESMITH_USER")
-    assert identities.ensure_owner(store).name == "owner"
 
 
 @pytest.mark.attack("people", "a user is added with a key that is refused")

@@ -101,20 +101,6 @@ def test_the_cache_keeps_to_its_limit(bucket: Opened, tmp_path: Path, monkeypatc
     assert all(blobs.get(key_of(data)) == data for data in names)
 
 
-def test_copies_of_objects_that_may_change_count_too(
-    bucket: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tunesmith.store.blobs.cache._IN_USE", 0.0)
-    blobs, names = bucket(tmp_path / "cache", 3000), [bytes([letter]) * 1000 for letter in range(3)]
-    for number in range(3):
-        blobs.put(f"files/{number}.jsonl", b"x" * 1000)
-        blobs.path(f"files/{number}.jsonl")
-    time.sleep(0.01)
-    for data in names:
-        blobs.put(key_of(data), data)
-    assert sorted(path.read_bytes() for path in files_in(tmp_path / "cache")) == names
-
-
 def test_private_objects_never_reach_the_disk(bucket: Opened, tmp_path: Path) -> None:
     blobs = bucket(tmp_path / "cache")
     blobs.put("cases/one.json", b"what a person wrote", private=True)

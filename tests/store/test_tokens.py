@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from alembic import command
-from alembic.config import Config
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import select
 
 from tests.attack_table import Happened
-from tests.postgresql_server import empty_database
-from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.history import verify_log
@@ -87,15 +81,6 @@ def test_several_tokens_of_one_user_work_side_by_side(owned: Store) -> None:
     assert verify_log(owned) == []
 
 
-def test_a_first_token_replaces_the_one_before_and_no_other(owned: Store) -> None:
-    named = issue_token(owned, "app", actor="app", name="ci")
-    other = issue_token(owned, "eve", actor="eve")
-    old = issue_token(owned, "app", actor="app")
-    new = issue_token(owned, "app", actor="app")
-    assert authenticate(owned, old) is None
-    assert all(authenticate(owned, secret) is not None for secret in (named, other, new))
-
-
 def test_a_name_is_free_again_once_its_token_has_ended(owned: Store) -> None:
     old = issue_token(owned, "app", actor="app", name="ci", expires=NOW + DAY, now=NOW)
     with pytest.raises(UsageError, match="already has a token ci"):
@@ -138,21 +123,13 @@ def test_a_deactivated_users_tokens_all_end(owned: Store) -> None:
     assert verify_log(owned) == []
 
 
-@pytest.mark.parametrize("bad", [["root"], [], ["chat", ""], ["Chat"]])
-def test_unknown_scopes_are_wrong_usage(owned: Store, bad: list[str]) -> None:
-    with pytest.raises(UsageError, match="scope"):
-        issue_token(owned, "app", actor="app", scopes=bad)
-    assert names(owned, "app") == {}
-
-
-def test_an_end_in_the_past_is_wrong_usage(owned: Store) -> None:
-    for end in (NOW, NOW - 1):
-        with pytest.raises(UsageError, match="expired already"):
-            issue_token(owned, "app", actor="app", expires=end, now=NOW)
-
-
 def test_tokens_of_one_user_are_bounded(owned: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "_MOST", 2)
+    for bad in (["root"], [], ["chat", ""]):
+        with pytest.raises(UsageError, match="scope"):
+            issue_token(owned, "app", actor="app", scopes=bad)
+    with pytest.raises(UsageError, match="expired already"):
+        issue_token(owned, "app", actor="app", expires=NOW, now=NOW)
     issue_token(owned, "app", actor="app", name="one", expires=NOW + 1, now=NOW)
     issue_token(owned, "app", actor="app", name="two", now=NOW)
     with pytest.raises(Refused, match="2 tokens that work"):
@@ -200,69 +177,3 @@ def test_the_last_use_is_kept_and_leaves_no_entry(owned: Store) -> None:
     with database.reading(owned.engine) as session:
         assert audit.newest(session) == head
     assert verify_log(owned) == []
-
-
-# The migration
-
-
-def old_state(name: str, roles: list[str], token_digest: str | None) -> dict[str, object]:
-    """What the log kept of a user who had one token or none."""
-    return {
-        "name": name,
-        "roles": roles,
-        "tenant": "",
-        "region": "",
-        "active": True,
-        "keys": [],
-        "token": digest_bytes(token_digest.encode()) if token_digest else None,
-    }
-
-
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_the_only_token_of_each_user_becomes_their_first(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = f"sqlite:///{tmp_path / 'db'}"
-    if kind == "postgresql":
-        url = str(request.getfixturevalue("postgresql"))
-        empty_database(url)
-    secret, replaced = "tsk_" + "a" * 43, "tsk_" + "b" * 43
-    digest, earlier = (digest_bytes(each.encode()) for each in (secret, replaced))
-    config = Config()
-    config.set_main_option("script_location", str(database._MIGRATIONS))
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0006")
-        for name, held in (("olive", None), ("app", digest)):
-            connection.execute(
-                text("insert into users (name, roles, token_digest, tenant, region, groups, active) "
-                     "values (:name, '[\"admin\"]', :held, '', '', '[]', :active)"),
-                {"name": name, "held": held, "active": True},
-            )  # fmt: skip
-    monkeypatch.setenv("TUNESMITH_USER", "olive")
-    with database.writing(engine) as session:  # the log as it was written then
-        for action, name, held in (
-            ("user.add", "olive", None), ("user.add", "app", None), ("user.token", "app", earlier),
-            ("user.token", "app", digest), ("user.groups", "app", digest),
-        ):  # fmt: skip
-            user = old_state(name, ["admin"], held)
-            audit.append(session, actor="olive", action=action, subject=name, detail={"user": user})
-    store = Store(tmp_path / "store", url)
-    found = authenticate(store, secret)
-    assert found is not None
-    assert (found.user.name, found.token.name, found.token.scopes) == ("app", "first", ("all",))
-    assert found.token.expires is None
-    assert authenticate(store, replaced) is None
-    assert verify_log(store) == []
-    assert NOW > found.token.created > 1_700_000_000
-
-    issue_token(store, "olive", actor="olive", name="narrow", scopes=["chat"])
-    assert verify_log(store) == []
-    store.engine.dispose()
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0006")
-        held = connection.execute(text("select name, token_digest from users order by name")).all()
-        assert [tuple(row) for row in held] == [("app", digest), ("olive", None)]
-    engine.dispose()

@@ -32,14 +32,6 @@ def test_a_value_that_does_not_hold_is_computed_again(store: Store) -> None:
     assert [values.get("a", lambda _session: next(numbers), lambda value: value > 1) for _ in range(4)] == [0, 1, 2, 2]
 
 
-def test_no_more_values_are_kept_than_allowed(store: Store) -> None:
-    ensure_owner(store)
-    values = UntilChanged[int](store, most=3)
-    for number in range(10):
-        values.get(number, lambda _session: 0)
-        assert len(values._kept) <= 3
-
-
 def test_what_a_computation_raises_is_not_kept(store: Store) -> None:
     ensure_owner(store)
     values, answers = UntilChanged[float](store), iter([0, 4])

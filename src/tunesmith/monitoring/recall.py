@@ -167,9 +167,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
                 waiting.append(child)
     pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
     aliases = tuple(
-        RecalledAlias(name=row.name, alias=row.alias, tenant=row.tenant, region=row.region, version=row.version)
-        for row in pointing
-        if row.version in digests
+        RecalledAlias.model_validate(row, from_attributes=True) for row in pointing if row.version in digests
     )
     live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(LIVE)))
     served = _served(session, digests)

@@ -107,12 +107,4 @@ def set_alias(
 
 
 def _alias(row: AliasRow) -> Alias:
-    return Alias(
-        name=row.name,
-        alias=row.alias,
-        tenant=row.tenant,
-        region=row.region,
-        version=row.version,
-        override_by=row.override_by,
-        revision=row.revision,
-    )
+    return Alias.model_validate(row, from_attributes=True)

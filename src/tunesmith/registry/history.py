@@ -130,25 +130,14 @@ def _actual(session: Session) -> State:
     for token in session.scalars(select(TokenRow)):
         found["token", f"{token.name} of {token.user}"] = identities.token_state(token)
     for version in session.scalars(select(VersionRow)):
-        found["version", f"{version.name}@v{version.number}"] = {
-            "name": version.name,
-            "number": version.number,
-            "tenant": version.tenant,
-            "region": version.region,
-            "digest": version.digest,
-            "key": version.key,
-        }
+        found["version", f"{version.name}@v{version.number}"] = _columns(version)
     for alias in session.scalars(select(AliasRow)):
-        found["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = {
-            "name": alias.name,
-            "alias": alias.alias,
-            "tenant": alias.tenant,
-            "region": alias.region,
-            "version": alias.version,
-            "override_by": alias.override_by,
-            "revision": alias.revision,
-        }
+        found["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = _columns(alias)
     return found
+
+
+def _columns(row: AliasRow | VersionRow) -> dict[str, Any]:
+    return {column.name: getattr(row, column.name) for column in row.__table__.columns}
 
 
 def _differences(logged: State, actual: State) -> list[str]:

@@ -13,21 +13,11 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
-from tunesmith.registry.signing.release import Version, read_version
+from tunesmith.registry.signing.release import Version as Version
+from tunesmith.registry.signing.release import read_version
 from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecordRow, VersionRow
-
-__all__ = [
-    "Version",
-    "count_versions",
-    "list_versions",
-    "load_version",
-    "readable_versions",
-    "reading",
-    "resolve",
-    "version_of",
-]
 
 
 def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session | None = None) -> Version:

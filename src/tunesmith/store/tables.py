@@ -7,8 +7,9 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-# The newest revision: raise it with each new file in migrations/versions. And the oldest one from which they lead to it.
-HEAD_REVISION, OLDEST_REVISION = "0012", "0012"
+# Raise it with each new file in migrations/versions.
+HEAD_REVISION = "0012"
+OLDEST_REVISION = "0012"  # from which these files lead to the newest one
 
 
 class Table(DeclarativeBase):

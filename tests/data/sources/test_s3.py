@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.data.rows import build, many_rows, settings
-from tests.s3_server import s3_environment, s3_server
+from tests.s3_server import s3_environment
 from tests.tiny import write_model
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -28,16 +27,10 @@ pytest.importorskip("moto", reason="moto is not installed")
 ROWS = "".join(json.dumps(one) + "\n" for one in many_rows(120)).encode()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
-
-
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An s3fs file system with the bucket `rows`."""
-    for name, value in s3_environment(server).items():
+    for name, value in s3_environment(s3).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     system = s3fs.S3FileSystem()

@@ -163,7 +163,11 @@ class FilePlace:
 
 
 class BucketPlace:
-    """A folder of a bucket with S3 Object Lock. Credentials and endpoint come from the environment (`AWS_...`)."""
+    """A folder of a bucket with S3 Object Lock. Credentials and endpoint come from the environment (`AWS_...`).
+
+    By s3fs and not by obstore, which keeps the blobs: obstore neither locks an object nor lists its versions, so it
+    would not see an anchor behind a delete marker.
+    """
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""

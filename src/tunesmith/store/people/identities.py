@@ -355,15 +355,7 @@ def session_of(where: Store | Session) -> Iterator[Session]:
 
 
 def _user(row: UserRow) -> User:
-    return User(
-        name=row.name,
-        roles=tuple(row.roles),  # type: ignore[arg-type]  # pydantic checks them
-        tenant=row.tenant,
-        region=row.region,
-        groups=tuple(row.groups),
-        active=row.active,
-        keys=tuple(UserKey.model_validate(key, from_attributes=True) for key in row.keys),
-    )
+    return User.model_validate(row, from_attributes=True)
 
 
 def user_row(session: Session, name: str) -> UserRow:
