@@ -28,7 +28,7 @@ from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
-from tunesmith.registry.versions import Version, load_version
+from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.services.releases.versions import refuse
 from tunesmith.store import audit, database
@@ -56,10 +56,8 @@ def revoked(user: str) -> Callable[[Store], object]:
 
 
 def second_approval(store: Store) -> None:
-    champion = get_alias(store, NAME, "champion")
-    assert champion is not None
     add_user(store, "cat", ["approver"], actor=OWNER)
-    approve(store, load_version(store, champion.version), approver="cat")
+    approve(store, resolve(store, f"{NAME}@champion"), approver="cat")
 
 
 def refused(store: Store) -> None:
@@ -68,15 +66,12 @@ def refused(store: Store) -> None:
 
 
 def first_approver_again(store: Store) -> None:
-    champion = get_alias(store, NAME, "champion")
-    assert champion is not None
-    approve(store, load_version(store, champion.version), approver=APPROVER)
+    approve(store, resolve(store, f"{NAME}@champion"), approver=APPROVER)
 
 
 def recalled(store: Store) -> None:
-    champion = get_alias(store, NAME, "champion")
-    assert champion is not None
-    recall(store, Cause(kind="version", value=champion.version), reason="a licence ended", actor=STEWARD)
+    champion = resolve(store, f"{NAME}@champion")
+    recall(store, Cause(kind="version", value=champion.digest), reason="a licence ended", actor=STEWARD)
 
 
 # What takes the standing away, what the caller reads, and what gives the standing back, where that is possible.

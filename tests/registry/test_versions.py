@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,11 +238,15 @@ def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.Monke
 # Finding
 
 
-def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Version) -> None:
+def point(store: Store, version: Version) -> None:
+    """Make it the champion of its scope, under an override."""
+    how: dict[str, Any] = {"expected": 0, "actor": "olive", "override_by": "olive", "scope": version.scope}
     with store.change("olive", "test.point", "intents", {}) as session:
-        set_alias(
-            session, name="intents", alias="champion", version=version, expected=0, actor="olive", override_by="olive"
-        )
+        set_alias(session, name="intents", alias="champion", version=version, **how)
+
+
+def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Version) -> None:
+    point(store, version)
     for text in ("intents@v1", "intents@champion", version.digest, version.digest[7:15], version.digest[:15]):
         assert resolve(store, text) == version
     for text in ("intents@v2", "others@v1", "others@champion", "f" * 64):
@@ -256,17 +259,7 @@ def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Ver
 
 def test_a_version_of_another_scope_does_not_exist(store: Store, chain: Chain) -> None:
     version = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
-    with store.change("olive", "test.point", "intents", {}) as session:
-        set_alias(
-            session,
-            name="intents",
-            alias="champion",
-            version=version,
-            expected=0,
-            actor="olive",
-            override_by="olive",
-            scope=Scope("acme", "eu"),
-        )
+    point(store, version)
     nothing = {
         "intents@v1": "intents@v9",
         "intents@champion": "others@champion",
@@ -371,26 +364,6 @@ def test_a_colleague_can_sign_for_a_signer_without_role(store: Store, chain: Cha
 
 
 # Cut short, and at once
-
-
-def test_registering_a_verdict_twice_at_once_gives_one_version(store: Store, chain: Chain) -> None:
-    found: list[str] = []
-    gate = threading.Barrier(3)
-
-    def work() -> None:
-        own = Store(store.root)
-        gate.wait()
-        found.append(register(own, name="intents", verdict=chain.verdict, actor="olive").label)
-
-    identities.acting(store)
-    register(store, name="warm", verdict=put_chain(store, seed=9).verdict, actor="olive")
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == ["intents@v1"] * 3
-    assert [path.name for path in (store.root / "versions" / "intents").iterdir()] == ["v1"]
 
 
 def test_a_number_that_a_folder_bears_is_never_given_again(store: Store, version: Version) -> None:

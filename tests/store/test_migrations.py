@@ -42,7 +42,7 @@ def test_a_new_database_has_the_stated_tables_and_the_newest_revision(url: str) 
     for revision in ("0011", "9999"):
         with engine.begin() as connection:
             connection.execute(text(f"update alembic_version set version_num = '{revision}'"))  # noqa: S608
-        with pytest.raises(TunesmithError, match=f"at revision {revision}, this version of tunesmith reads"):
+        with pytest.raises(TunesmithError, match=f"at revision {revision}, this tunesmith reads"):
             database.connect(url)
     engine.dispose()
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.retrieval import example_index
 from tunesmith.core.messages import Message
-from tunesmith.data.dataset import Example
+from tunesmith.data.dataset import Example, load_dataset
+from tunesmith.monitoring.drift import Baseline
+from tunesmith.registry.versions import Version
+from tunesmith.store.store import Store
 
 Nearest = Callable[[Sequence[Message]], float]
 
@@ -24,6 +29,27 @@ def measured_features(examples: Sequence[Example], nearest: Nearest | None) -> d
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
-def last_request(messages: Sequence[Message]) -> str:
+def measured_baseline(store: Store, version: Version) -> Baseline:
+    """The features of the test rows that a version was evaluated on, and its share of valid JSON on them."""
+    candidate = load_candidate(store, version.candidate)
+    evaluation = store.record(version.evaluation, kind="evaluation")
+    nearest: Nearest | None = None
+    if candidate.dataset is not None:
+        index = example_index(load_dataset(store, candidate.dataset).examples("train"))
+
+        def similarity(messages: Sequence[Message]) -> float:
+            return index.similarity(_last_request(messages))
+
+        nearest = similarity
+    rows = load_dataset(store, evaluation.parents["dataset"]).examples("test")
+    measured = [one for one in evaluation.body["candidates"].values() if one["candidate"] == version.candidate]
+    valid = measured[0]["metrics"].get("json_valid") if measured else None
+    return Baseline(
+        features=measured_features(rows, nearest),
+        json_valid=None if valid is None else (valid["mean"], valid["low"], valid["high"]),
+    )
+
+
+def _last_request(messages: Sequence[Message]) -> str:
     """The text of the last user turn, "" if there is none."""
     return next((message.content for message in reversed(messages) if message.role == "user"), "")

@@ -66,7 +66,7 @@ def may_serve(
     """
     permission = may_load(session, version, scope)
     if permission.granted:
-        permission = _approved(session, version)
+        permission = unmet(version, *_decisions(session, version))
         if permission.reason == "not_approved" and override_by is not None:
             try:
                 require(session, override_by, "rollout.override", scope=scope)
@@ -168,11 +168,6 @@ def unmet(version: Version, found: Approvals, problems: Sequence[str]) -> Permis
         "is not approved" + (f": {why}" if why else ""),
         f"ask {person} to run: tunesmith approve {version.label} --as NAME",
     )
-
-
-def _approved(session: Session, version: Version) -> Permission:
-    """Whether the users who approved a version since its newest refusal are as many as it takes."""
-    return unmet(version, *_decisions(session, version))
 
 
 def _decisions(session: Session, version: Version) -> tuple[Approvals, list[str]]:

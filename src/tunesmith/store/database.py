@@ -72,9 +72,8 @@ def migrate(engine: Engine) -> None:
     if current == HEAD_REVISION:
         return
     if current is not None and not OLDEST_REVISION <= current < HEAD_REVISION:
-        known = f"{OLDEST_REVISION} to {HEAD_REVISION}"
         raise TunesmithError(
-            f"the database is at revision {current}, this version of tunesmith reads revisions {known}",
+            f"the database is at revision {current}, this tunesmith reads {OLDEST_REVISION} to {HEAD_REVISION}",
             where=engine.url.render_as_string(hide_password=True),
             fix="install the version of tunesmith that wrote it",
         )

@@ -58,11 +58,6 @@ class FileGone(Refused):
     """There is no such file, or not for this caller, or its bytes are missing or damaged."""
 
 
-def new_id() -> str:
-    """An id that nobody can guess."""
-    return f"file-{secrets.token_hex(12)}"
-
-
 def put(
     store: Store,
     source: Path,
@@ -80,7 +75,7 @@ def put(
     the file that is there. Raises Refused where the actor may not do this.
     """
     require(store, actor, "file.change", scope=scope)
-    file, name = file or new_id(), _cut(name)
+    file, name = file or f"file-{secrets.token_hex(12)}", _cut(name)  # nobody can guess it
     if (known := find(store, file, scope)) is not None:
         return known
     remove_leftovers(store)

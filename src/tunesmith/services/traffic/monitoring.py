@@ -14,8 +14,8 @@ from tunesmith.core.view import View
 from tunesmith.data.governance.licences import spelled
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
-from tunesmith.monitoring.baseline import measured_baseline
 from tunesmith.monitoring.drift import Report, watch
+from tunesmith.monitoring.features import measured_baseline
 from tunesmith.monitoring.pending_retrains import PendingRetrain
 from tunesmith.monitoring.recall import Cause, CauseKind, Recall
 from tunesmith.monitoring.recall_status import RecallStatus

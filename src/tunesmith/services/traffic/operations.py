@@ -9,10 +9,9 @@ from sqlalchemy import func, select
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
-from tunesmith.monitoring.baseline import measured_baseline
 from tunesmith.monitoring.cases import Case, list_cases
 from tunesmith.monitoring.drift import Report
-from tunesmith.monitoring.features import last_request
+from tunesmith.monitoring.features import last_request, measured_baseline
 from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
 from tunesmith.services.traffic.monitoring import monitor
