@@ -99,10 +99,7 @@ def make(folder: Path) -> Made:
     operations: dict[str, Operation] = {
         "register, with a first key": lambda s: register(s, name="home", verdict=verdict, actor="eve"),
         "approve": lambda s: submit_approval(s, envelope),
-        "start: champion at once": (
-            8,
-            lambda s: commands.start(s, name="fresh", version=waiting, steps=steps, actor=OWNER),
-        ),
+        "start: champion at once": lambda s: commands.start(s, name="fresh", version=waiting, steps=steps, actor=OWNER),
         "promote": lambda s: commands.promote(s, live.id, actor=OWNER),
         "abort": lambda s: commands.abort(s, live.id, actor=OWNER, reason="no"),
         "roll back a live rollout": lambda s: commands.rollback(s, name="home", actor=OWNER, reason="no"),

@@ -9,6 +9,8 @@ TEXTS = [
     "find the five office files for the final offer",
     "please flag the first flight to florence for me",
     "would you kindly water the ficus on the fifth floor",
+    "move my coffee break to half past three on friday",
+    "the traffic report says which bridges are shut",
 ]
 
 

@@ -38,7 +38,7 @@ def measured_baseline(store: Store, version: Version) -> Baseline:
         index = example_index(load_dataset(store, candidate.dataset).examples("train"))
 
         def similarity(messages: Sequence[Message]) -> float:
-            return index.similarity(_last_request(messages))
+            return index.similarity(last_request(messages))
 
         nearest = similarity
     rows = load_dataset(store, evaluation.parents["dataset"]).examples("test")
@@ -50,6 +50,6 @@ def measured_baseline(store: Store, version: Version) -> Baseline:
     )
 
 
-def _last_request(messages: Sequence[Message]) -> str:
+def last_request(messages: Sequence[Message]) -> str:
     """The text of the last user turn, "" if there is none."""
     return next((message.content for message in reversed(messages) if message.role == "user"), "")
