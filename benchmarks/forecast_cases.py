@@ -6,46 +6,34 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from claims import claimed
 from leakage import Row
 from learning_parts.kept import append_line, read_lines
-from task_training import Loaded, answer_losses, answers, load, scores
+from task_training import Loaded, answers, load, scores
 from tasks import Task, tasks
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Generation
-from tunesmith.evaluation.forecasting.extrapolate import worth
-from tunesmith.evaluation.stats.learning_curve import Subsets
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.estimates.subsets import subset_settings
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.train import make_spec, run_training
 
-GOAL = 0.05  # the lift from which tuning pays
-CORPUS = {"intents": "snips", "music": "snips", "wording": "snips", "snips": "snips", "home": "home",
-          "banking77": "banking77", "clinc150": "clinc150", "choices": "bbq", "relevance": "bfcl", "calls": "bfcl",
-          "masking": "presidio", "personal": "presidio", "xquad": "xquad"}  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "forecast.jsonl"
 CLAIMS = Path(tempfile.gettempdir()) / "tunesmith-forecast"
 EPOCHS = 3
-LONG = 10  # epochs of a second training on all rows of the smallest case
 HELD = 200  # rows held out of all trainings, at most
 TEST = 400  # test requests, at most
 BATCH = 16  # of the training on 800 rows; the others' are as subset_settings has them, so that cases share trainings
 SMALLEST = 12  # rows of the smallest subset; each further one has twice as many
-RATIOS = (2, 4, 8)  # rows of a case, as a multiple of its largest subset's
-SUBSETS = 3  # besides the smallest
-LEAST_SUBSETS = 3  # of a case
 
 
 @dataclass(frozen=True)
@@ -141,7 +129,6 @@ def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
     yield {**common, "who": "start", "rows": 0, "epochs": 0}
     for size in ladder.sizes:
         yield {**common, "who": "tuned", "rows": size, "epochs": EPOCHS}
-    yield {**common, "who": "tuned", "rows": ladder.cases[0], "epochs": LONG}
     train = rows_of(ladder).train
     for size in ladder.cases:
         yield {**common, "who": "nearest", "rows": size, "epochs": 0}
@@ -158,7 +145,7 @@ def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, A
     """Train and ask one part; returns its result line."""
     rows, task, size = rows_of(ladder), ladder.task, part["rows"]
     asked = {"held": rows.held, "test": rows.test if size in (0, *ladder.cases) else ()}
-    began, passes, losses = time.perf_counter(), 0, {}
+    began, passes = time.perf_counter(), 0
     if part["who"] in ("nearest", "classifier"):
         given = {split: _baseline(part["who"], rows.train[:size], some) for split, some in asked.items()}
     else:
@@ -171,16 +158,18 @@ def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, A
                 )
             trained = time.perf_counter() - began
             given = {split: answers(loaded, task, some, folder) if some else [] for split, some in asked.items()}
-            losses = {"losses": [round(each, 4) for each in answer_losses(loaded, task, rows.held, folder)]}
     found = {split: scores(task, some, given[split]) for split, some in asked.items()}
     line = {"key": digest_of(part), **part, "limits": task.limits_digest, "passes": passes}
     line["seconds"] = round(time.perf_counter() - began, 2)
     line |= {"training_seconds": round(trained, 2)} if passes else {}
-    return {**line, **losses, "scores": {split: _packed(values) for split, values in found.items()}}
+    if part["who"] == "start":
+        known = dict(zip(task.rows, task.groups, strict=True))
+        line["groups"] = [known.get(row, f"row {place}") for place, row in enumerate(rows.held)]
+    return {**line, "scores": {split: _packed(values) for split, values in found.items()}}
 
 
 def _train(loaded: Loaded, task: Task, rows: Sequence[Row], epochs: int, work: Path) -> Path:
-    settings = subset_settings(_settings(), len(rows), 800, epochs)
+    settings = subset_settings(_settings(), len(rows), 800).model_copy(update={"schedule": "wsd", "epochs": epochs})
     told = [
         TrainingRow(f"row-{place}", (*task.messages(request), Message(role="assistant", content=answer)))
         for place, (request, answer) in enumerate(rows)
@@ -209,15 +198,15 @@ def _packed(values: Sequence[float]) -> str | list[float]:
     return [round(value, 4) for value in values]
 
 
-def collected() -> dict[str, dict[str, Any]]:
-    """Result lines by key."""
-    return {line["key"]: line for line in read_lines(RESULTS)}
+def results() -> list[dict[str, Any]]:
+    """The result lines."""
+    return list(read_lines(RESULTS))
 
 
 def collect(plan: Sequence[Ladder], minutes: float) -> None:
     """Train and ask what is missing, for so long."""
     ends = time.monotonic() + 60 * minutes
-    known = collected()
+    known = {line["key"] for line in results()}
     due = [(ladder, part) for ladder in plan for part in parts(ladder) if digest_of(part) not in known]
     print(f"{len(due)} parts are missing")
     if not due:
@@ -229,98 +218,16 @@ def collect(plan: Sequence[Ladder], minutes: float) -> None:
                 return
             key = digest_of(part)
             with claimed(CLAIMS, key) as ours:
-                if not ours or key in collected():
+                if not ours or key in {line["key"] for line in results()}:
                     continue
                 line = measure(loaded, ladder, part)
                 append_line(RESULTS, line)
-            means = {split: round(_mean(values), 3) for split, values in line["scores"].items() if values}
+            means = {
+                split: round(sum(map(float, values)) / len(values), 3)
+                for split, values in line["scores"].items()
+                if values
+            }
             print(
                 f"{ladder.name} {part['who']} {part['rows']} x {part['epochs']}: {means} in {line['seconds']} s",
                 flush=True,
             )
-
-
-def unpacked(values: str | list[float]) -> list[float]:
-    """Scores of a result line."""
-    return [float(value) for value in values]
-
-
-def _mean(values: str | list[float]) -> float:
-    return sum(unpacked(values)) / len(values)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A task with so many rows, `ratio` times the largest subset's or more.
-
-    measured: what its forecast sees. score, lift: what came, on the test requests.
-    """
-
-    ladder: Ladder
-    rows: int
-    epochs: int
-    ratio: int
-    measured: Subsets
-    test: int
-    score: float
-    lift: float
-    rival: str
-
-    @property
-    def corpus(self) -> str:
-        """Cases of one corpus are not independent."""
-        return CORPUS[self.ladder.task.name]
-
-    @property
-    def pays(self) -> bool:
-        return self.lift >= GOAL
-
-
-def finished(plan: Sequence[Ladder]) -> list[Case]:
-    """The cases of which every part was measured."""
-    known = collected()
-    found = []
-    for ladder in plan:
-        lines = {(part["who"], part["rows"], part["epochs"]): known.get(digest_of(part)) for part in parts(ladder)}
-        wholes = [*((size, EPOCHS) for size in ladder.cases), (ladder.cases[0], LONG)]
-        every = (_case(ladder, size, epochs, ratio, lines) for size, epochs in wholes for ratio in RATIOS)
-        found += [case for case in every if case is not None]
-    return found
-
-
-def _case(
-    ladder: Ladder, size: int, epochs: int, ratio: int, lines: Mapping[tuple[str, int, int], dict[str, Any] | None]
-) -> Case | None:
-    smaller = [each for each in ladder.sizes if each * ratio <= size]
-    if len(smaller) < LEAST_SUBSETS:
-        return None
-    sizes = sorted({smaller[0], *smaller[-SUBSETS:]})
-    untuned = {"base": ("start", 0, 0), **{key[0]: key for key in lines if key[1] == size and key[0] != "tuned"}}
-    subsets = [("tuned", each, EPOCHS) for each in sizes]
-    whole = ("tuned", size, epochs)
-    if any(lines[key] is None for key in (whole, *subsets, *untuned.values())):
-        return None
-
-    def scored(key: tuple[str, int, int], split: str) -> list[float]:
-        line = lines[key]
-        assert line is not None
-        return unpacked(line["scores"][split])
-
-    held = {name: scored(key, "held") for name, key in untuned.items()}
-    test = {name: scored(key, "test") for name, key in untuned.items()}
-    rival = max(test, key=lambda name: sum(test[name]))
-    came = scored(whole, "test")
-    score = sum(came) / len(came)
-    measured = Subsets(
-        sizes=tuple(worth(each, EPOCHS) for each in sizes),
-        losses=np.array([lines[key]["losses"] for key in subsets]).T,
-        scores=np.array([scored(key, "held") for key in subsets]).T,
-        untuned=np.array(list(held.values())).T,
-        groups=_groups(ladder),
-    )
-    return Case(ladder, size, epochs, ratio, measured, len(came), score, score - sum(test[rival]) / len(came), rival)
-
-
-def _groups(ladder: Ladder) -> list[str]:
-    known = dict(zip(ladder.task.rows, ladder.task.groups, strict=True))
-    return [known.get(row, f"row {place}") for place, row in enumerate(rows_of(ladder).held)]

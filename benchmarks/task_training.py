@@ -18,7 +18,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
-from tunesmith.engines.protocol import Generation, Question
+from tunesmith.engines.protocol import Generation
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.models.base import Base, resolve_base
@@ -110,19 +110,6 @@ def answers(
         for (request, _), most in zip(rows, lengths or [task.max_tokens] * len(rows), strict=True)
     ]
     return [one.text for one in engine.generate(asked, name)]
-
-
-def answer_losses(loaded: Loaded, task: Task, rows: Sequence[Row], folder: Path | None) -> list[float]:
-    """The loss of each row's expected answer, summed over its tokens, in nats.
-
-    folder: of the adapter that is asked; None asks the base.
-    """
-    engine, name = loaded.model.engine(), None
-    if folder is not None:
-        name = "answering"
-        engine.load_adapter(name, folder)
-    asked = [Question(task.messages(request), (answer,)) for request, answer in rows]
-    return [-found[0] for found in engine.choose(asked, name)]
 
 
 def scores(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:

@@ -15,7 +15,7 @@ from learning_parts.ours import RECIPE, Bench
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.project import Project
 
-MINUTES, RIGHT, RAG, FORECAST = 20, 0.88, 140, 0.10
+MINUTES, RIGHT, RAG, FORECAST = 20, 0.88, 140, 0.15
 
 
 def demo(bench: Bench) -> list[Line]:

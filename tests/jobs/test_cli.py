@@ -96,7 +96,7 @@ def test_settings_of_one_run_and_two_runs_compared(folder: Path) -> None:
     assert set(found) == {"candidates.tuned.train.epochs", "candidates.tuned.train.learning_rate"}
     assert "candidates.tuned.train.epochs" in told(folder, "jobs", "compare", "1", "2")
     assert document(folder, "forecast", "--queue")["kind"] == "forecast"
-    assert told(folder, "forecast", "--queue", "--days", "3").startswith("2: a queued forecast takes the defaults")
+    assert told(folder, "forecast", "--queue", "--rows", "300").startswith("2: a queued forecast takes the defaults")
     for wrong, said in (
         ("tuned.epochs", "changes no setting"),
         ("plain.epochs=2", "no candidate 'plain' is trained"),

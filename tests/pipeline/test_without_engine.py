@@ -18,7 +18,7 @@ from tunesmith.data.documents import Documents
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.pipeline import context as context_module
-from tunesmith.pipeline import forecast, training_search
+from tunesmith.pipeline import training_search
 from tunesmith.pipeline.candidates import answerer, better_settings, candidate, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import composed_rows
@@ -169,16 +169,13 @@ def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, m
     monkeypatch.setattr(training_search, "search_body", lambda *_: {})
     monkeypatch.setattr(training_search, "_lines", lambda *_: [])
     searched = better_settings(context, "tuned", 60.0)
-    monkeypatch.setattr(forecast, "_reserved", lambda *_: None)
-    monkeypatch.setattr(forecast, "_measured", lambda _: ({}, b""))
-    forecast.curve(context, "tuned", 60.0)
-    for kind in ("training", "search", "training_search", "curve"):
+    for kind in ("training", "search", "training_search"):
         (digest,) = store.records_of(kind)
         assert store.record(digest).parents["documents"] == context.documents, kind
 
     cause = Cause(kind="source", value="rooms.md")
     found = recall(store, cause, reason="asked to", actor=context.stages.acting)
-    assert {"documents", "training", "search", "training_search", "curve"} <= {one.kind for one in found.reached}
+    assert {"documents", "training", "search", "training_search"} <= {one.kind for one in found.reached}
     assert len(found.adapters) == 1
     assert {*made.values(), searched} <= {one.digest for one in found.reached}
     with pytest.raises(Refused, match="was recalled"):

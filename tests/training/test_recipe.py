@@ -34,9 +34,8 @@ def test_stated_rates_full_training_and_other_starts_are_left_alone() -> None:
 
 def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
-    assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50, 576).b_rate == 4.0
-    assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50, 576).b_rate == 1.0
-    assert subset_settings(TrainSettings(budget=60, rehearse=0.02), 50, 2000, 3).rehearse == 0.0
+    assert fit_to_rows(subset_settings(left_open, 50, 2000), 50, 576).b_rate == 4.0
+    assert fit_to_rows(subset_settings(stated, 50, 2000), 50, 576).b_rate == 1.0
 
 
 def test_few_rows_are_read_more_often() -> None:

@@ -15,7 +15,6 @@ from tunesmith.core.errors import UsageError
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import match_layers
 from tunesmith.training.estimates.estimate import too_few_numbers
-from tunesmith.training.estimates.subsets import subset_settings
 from tunesmith.training.settings import TrainSettings, changed_training
 
 PROJECT = """
@@ -70,10 +69,6 @@ def test_a_budget_replaces_epochs() -> None:
     assert changed_training(read, {"budget": "10m"}, "here") == TrainSettings(budget=600, batch=8)
     with pytest.raises(UsageError, match="set either budget or epochs"):
         changed_training(read, {"budget": "10m", "epochs": 2}, "here")
-
-
-def test_a_subset_s_training_validates_as_often_as_within_a_budget() -> None:
-    assert subset_settings(TrainSettings(budget=900), 50, 2000, 3).validations == 16
 
 
 @given(rank=st.integers(1, 1024), each=st.integers(1, 10_000), labels=st.integers(1, 10**9))

@@ -8,14 +8,13 @@ from typing import Any
 
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.composing import Composer, compose
+from tunesmith.candidates.composing import Composer
 from tunesmith.candidates.endpoint import Endpoint
 from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Engine, Generation, Responder
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
@@ -149,10 +148,3 @@ class Answerer:
             raise UsageError(
                 f"{self.name} {why}, so it cannot call functions", where="tools", fix="send tool_choice: none"
             )
-
-    def generation_without_group(self, example: Example) -> Generation:
-        """What the responder generates from for a row that may be a training row: its own group is not retrieved."""
-        found = self.composer.retrieved_without_group(example, self.composer.asked_as)
-        composed = compose(self._candidate, example.request, found)
-        request = Generation(messages=composed, max_tokens=self._candidate.max_tokens)
-        return self._constraint.hold(request, example.request)

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.core.settings import Settings
 from tunesmith.store.records import Record
@@ -72,11 +71,6 @@ class Candidate(Settings):
     def documents_parent(self) -> dict[str, str]:
         """The documents that it retrieves from, as a parent of records that its prompts went into; empty without."""
         return {} if self.documents is None else {"documents": self.documents}
-
-    @property
-    def untrained_digest(self) -> str:
-        """Digest of all that it states but its training: two that differ in nothing else have the same."""
-        return digest_of(self.model_dump(mode="json", by_alias=True, exclude={"training"}))
 
     @property
     def kind(self) -> Kind:

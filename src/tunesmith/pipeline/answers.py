@@ -25,8 +25,13 @@ _MOST_LABELS = 64
 
 def answers(context: PipelineContext, name: str, split: str = "test") -> str:
     """Digest of a candidate's answers to the rows of a split."""
-    digest, endpoint = candidate(context, name), context.settings_of(name).endpoint
+    return answers_of(context, candidate(context, name), split)
+
+
+def answers_of(context: PipelineContext, digest: str, split: str, title: str | None = None) -> str:
+    """Digest of the answers of a candidate record to the rows of a split. title: names it; by default its name."""
     asked = load_candidate(context.store, digest)
+    endpoint, named = context.settings_of(asked.name).endpoint, title or asked.name
     choices = _choices(context) if asked.asks_base else ()
     parents = {"candidate": digest, "dataset": context.dataset.digest}
     inputs = {
@@ -45,10 +50,10 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
     def answer(work: Path) -> str:
         if split == "test":
             _show_plan(context)
-        return _ask(context, asked, parents, split, choices, work)
+        return _ask(context, asked, named, parents, split, choices, work)
 
-    title = f"answer {name}" if split == "test" else f"answer {name} {split}"
-    return context.stages.run(title, "answer", inputs, answer)
+    stage = f"answer {named}" if split == "test" else f"answer {named} {split}"
+    return context.stages.run(stage, "answer", inputs, answer)
 
 
 def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer) -> str:
@@ -118,13 +123,14 @@ def _show_plan(context: PipelineContext) -> None:
 def _ask(
     context: PipelineContext,
     asked: Candidate,
+    name: str,
     parents: Mapping[str, str],
     split: str,
     choices: Sequence[str],
     work: Path,
 ) -> str:
-    """Ask a candidate all rows of a split; returns the digest of its answers."""
-    name, rows = asked.name, context.dataset.examples(split)
+    """Ask a candidate all rows of a split; returns the digest of its answers. name: for people."""
+    rows = context.dataset.examples(split)
     if asked.endpoint is not None:
         context.progress.say(f"{name}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
     counted = count_prompts(asked, (row.request for row in rows))

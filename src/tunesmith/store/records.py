@@ -84,15 +84,15 @@ KINDS: Mapping[str, RecordKind] = {
         "pipeline/forecast.py",
         ("base", "dataset", "documents", "candidate:NAME"),
         ("scores.jsonl",),
-        "trainings on nested subsets of the training rows, the splits that could be read, the held-out rows that were "
-        "asked, each one's mean score, tokens and seconds",
+        "of forecasts that earlier versions made: trainings on subsets of the rows, each one's mean score, tokens and "
+        "seconds",
     ),
     "forecast": RecordKind(
         "pipeline/forecast.py",
-        ("curve",),
+        ("dataset", "answers:NAME", "subset:ROWS"),
         (),
-        "score and lift that all rows are expected to give, each with its interval; the decision; rows that the goal "
-        "takes; time, price and the requests a day from which it pays",
+        "score and lift that all rows are expected to give, each with its interval; the decision; the scores of the "
+        "subsets; time and price of the training, and the requests that repay it",
     ),
     "evaluation": RecordKind(
         "evaluation/evaluate.py",

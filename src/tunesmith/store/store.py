@@ -237,11 +237,6 @@ class Store:
             rows = session.execute(query.order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(most))
             return [(row.digest, row.created_at) for row in rows]
 
-    def made_at(self, digest: str) -> str | None:
-        """When a record was made, as ISO 8601; None where the index does not hold it."""
-        with database.reading(self.engine) as session:
-            return session.scalar(select(RecordRow.created_at).where(RecordRow.digest == digest))
-
     # Version folders
 
     def version_folder(self, ref: VersionRef) -> Path:

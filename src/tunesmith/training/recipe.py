@@ -23,24 +23,11 @@ def fit_to_rows(settings: TrainSettings, rows: int, width: int | None) -> TrainS
     """
     if settings.canaries:
         rows -= settings.canaries.added
-    settings = settings.model_copy(update={"epochs": epochs_for(settings, rows)})
+    if settings.budget is None and "epochs" not in settings.model_fields_set:
+        epochs = round(min(_MOST_EPOCHS, max(_LEAST_EPOCHS, _READ / rows)))
+        settings = settings.model_copy(update={"epochs": epochs})
     stated = settings.model_fields_set & {"learning_rate", "b_rate"}
     plain = settings.method == "lora" and (settings.start, settings.scaling, settings.dora) == ("zero", "rank", False)
     if stated or not plain or width is None or width > _WIDEST:
         return settings
     return settings.model_copy(update={"b_rate": _B_RATE})
-
-
-def epochs_for(settings: TrainSettings, rows: int) -> int:
-    """How often a training with these settings reads so many rows, at most."""
-    return round(usual_epochs(rows)) if leaves_epochs_open(settings) else settings.epochs
-
-
-def leaves_epochs_open(settings: TrainSettings) -> bool:
-    """Whether the number of rows decides how often they are read."""
-    return settings.budget is None and "epochs" not in settings.model_fields_set
-
-
-def usual_epochs(rows: float) -> float:
-    """How often a training that states neither epochs nor a budget reads so many rows, before rounding."""
-    return min(_MOST_EPOCHS, max(_LEAST_EPOCHS, _READ / rows))

@@ -13,7 +13,6 @@ from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
-from tunesmith.evaluation.forecasting.outcome import find_forecast, outcome
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
@@ -21,7 +20,7 @@ from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
 from tunesmith.evaluation.report.behaviour import policy_report, style_report
 from tunesmith.evaluation.report.risks import risks
-from tunesmith.evaluation.scores import GENERAL, Column, as_body, difference, read_scores
+from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
@@ -90,7 +89,7 @@ def report_data(
         "lineage": _lineage(store, record, evaluation, focus, verdict, version),
         "trail": [dict(entry) for entry in trail],
     }
-    return {**data, **_forecast(store, record, columns, data), "advice": advise(data)}
+    return {**data, "advice": advise(data)}
 
 
 def release_trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
@@ -202,29 +201,6 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
              "notices")  # fmt: skip
     told = {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
     return told | {"more_time": more_time(body)}
-
-
-def _forecast(
-    store: Store, record: Record, columns: Mapping[tuple[str, str], Column], data: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The forecast of the training in focus and what came of it; both None where none was made."""
-    training, focus = data["training"], data["focus"]
-    found = None
-    if training is not None and "settings" in training:
-        candidate = load_candidate(store, record.body["candidates"][focus]["candidate"])
-        found = find_forecast(store, record.parents["dataset"], candidate, training["settings"])
-    if found is None or found["metric"] != data["primary"]:
-        return {"forecast": None, "forecast_outcome": None}
-    primary, candidates = data["primary"], record.body["candidates"]
-    # The forecast's own rival, which need not be the report's: its named one, else the best on the test rows.
-    over, lift = None, None
-    if found["rival"] in candidates:
-        known = [name for name in sorted(found["rivals"]) if name in candidates]
-        over = max(known, key=lambda name: candidates[name]["metrics"][primary]["mean"])
-        sides = columns[focus, primary], columns[over, primary]
-        lift = as_body(difference(*sides, confidence=data["confidence"], seed=data["seed"]).interval)
-    score = candidates[focus]["metrics"][primary]
-    return {"forecast": found, "forecast_outcome": outcome(found, score, over, lift, training["seconds"])}
 
 
 def _forgetting(

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import short
-from tunesmith.evaluation.report import evidence_plots, forecast_plot, plots, risk_plots, wording
+from tunesmith.evaluation.report import evidence_plots, plots, risk_plots, wording
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.store.store import Store
 
@@ -38,11 +38,6 @@ def render(data: Mapping[str, Any]) -> str:
     """The page. data: as report_data returns it."""
     by_name = {row["name"]: row for row in data["candidates"]}
     return _environment().get_template("report.html.jinja").render(**data, by_name=by_name)
-
-
-def render_forecast(found: Mapping[str, Any]) -> str:
-    """The page of a forecast. found: as services.forecast states it."""
-    return _environment().get_template("forecast_page.html.jinja").render(forecast=found)
 
 
 @cache
@@ -74,7 +69,6 @@ def _environment() -> Environment:
         gigabytes=wording.gigabytes,
         plots=plots,
         evidence_plots=evidence_plots,
-        forecast_chart=forecast_plot.forecast_chart,
         risk_plots=risk_plots,
     )
     return environment

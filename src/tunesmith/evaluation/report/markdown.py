@@ -31,10 +31,6 @@ def report_markdown(data: Mapping[str, Any]) -> str:
             *_table(("gate", "outcome", "why"), ((g["name"], g["outcome"], g["reason"]) for g in verdict["gates"])),
         ]
     lines += _behaviour(data)
-    if data["forecast"]:
-        said = " ".join(data["forecast_outcome"]["sentences"])
-        when = "before" if data["forecast"]["before_training"] else "made after"
-        lines += ["", f"Forecast {when} the training: {_text(data['forecast']['headline'])} {_text(said)}"]
     lines += ["", *_risks(data)]
     lines += ["", f"{data['n']} held-out requests in {data['groups']} groups; {data['confidence']:.0%} intervals. "]
     lines[-1] += f"Evaluation `{short(data['evaluation'])}`" + (

@@ -74,7 +74,7 @@ class EvidenceReport(View):
 
     rival_gate: the gate that names the rival, None where it is the best untuned candidate. evaluation: its
     record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift by group of rows;
-    forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the focus becomes
+    break_even: when the focus becomes
     cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
     rows where the two differ; trail: entries of the audit log, the oldest first.
     """
@@ -94,8 +94,6 @@ class EvidenceReport(View):
     candidates: tuple[ReportedCandidate, ...]
     lift: Comparison | None
     training: dict[str, Any] | None
-    forecast: dict[str, Any] | None
-    forecast_outcome: dict[str, Any] | None
     currency: str | None
     break_even: dict[str, Any] | None
     ladder: dict[str, Any]

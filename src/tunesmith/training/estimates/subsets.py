@@ -1,46 +1,31 @@
-"""The short trainings of a forecast: nested subsets of the training rows, and the settings of each."""
+"""The trainings on subsets of the rows from which a learning curve is read."""
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Sequence
 
-from tunesmith.data.dataset import Example
 from tunesmith.training.settings import TrainSettings
 
 _LEAST_BATCH = 2
+_SMALLEST, _MOST = 12, 4  # rows of the smallest subset, and how many subsets there are
+_SHARE, _LEAST = 1 / 16, 100  # of the rows, in the largest subset by default; and rows, where half of all are as many
 
 
-def nested(rows: Sequence[Example], seed: int) -> list[Example]:
-    """The rows in the order in which subsets grow: a subset of n rows is the first n.
-
-    Whole groups follow each other, as they would be collected: rows drawn one by one would show nearly every group
-    early, and make a small subset look better than it is.
-    """
-    members: dict[str, list[Example]] = {}
-    for row in sorted(rows, key=lambda row: row.id):
-        members.setdefault(row.group, []).append(row)
-    groups = sorted(members)
-    random.Random(seed).shuffle(groups)
-    return [row for group in groups for row in members[group]]
+def subset_sizes(rows: int, largest: int | None = None) -> list[int]:
+    """The rows of up to four subsets, each half of the next. largest: rows of the largest one."""
+    top = min(largest or max(_LEAST, round(_SHARE * rows)), rows // 2)
+    return [top >> step for step in reversed(range(_MOST)) if top >> step >= _SMALLEST]
 
 
-def subset_settings(
-    settings: TrainSettings, rows: int, whole: int, epochs: int, budget: float | None = None
-) -> TrainSettings:
-    """How a candidate with these settings is trained on so many of all rows: for a number of epochs, with the learning
-    rate falling at the end. budget: seconds after which it ends in any case.
+def subset_settings(settings: TrainSettings, rows: int, whole: int) -> TrainSettings:
+    """How a candidate with these settings is trained on so many of all rows.
 
-    Batches shrink with the square root of the rows. So both the steps and the rows of a step grow evenly up to the
-    whole training's: with batches of one size small subsets would measure that they have few steps, and with one number
-    of steps the curve would bend where the batches cease to grow. What the settings leave open stays open, and is made
-    to fit the subset's rows. Nothing is rehearsed: drawing it would take much of so short a training.
+    The recipe is the whole training's: its share of the budget, or the epochs that the settings state or leave open.
+    Batches shrink with the square root of the rows, so that both the steps and the rows of a step grow evenly. The last
+    weights are kept, and nothing is validated or rehearsed: that would take much of so short a training.
     """
     batch = max(min(_LEAST_BATCH, settings.batch), round(settings.batch * math.sqrt(rows / whole)))
-    changes = {"budget": None, "epochs": epochs, "schedule": "wsd", "keep": "last", "patience": None, "rows": None,
-               "batch": batch, "validate_by": "loss", "canaries": None, "rehearse": 0.0,
-               "validations": settings.validations}  # fmt: skip
-    made = TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})
-    # A project states one of the two, epochs or a budget. Here the budget only cuts short what has few epochs.
-    return made.model_copy(update={"budget": budget})
+    budget = None if settings.budget is None else settings.budget * rows / whole
+    changes = {"rows": rows, "budget": budget, "batch": batch, "rehearse": 0.0, "keep": "last", "patience": None,
+               "validate_by": "loss", "validations": 1, "validation_rows": 1}  # fmt: skip
+    return TrainSettings.model_validate({**settings.model_dump(exclude_unset=True), **changes})

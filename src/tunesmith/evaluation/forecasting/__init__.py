@@ -1,1 +1,0 @@
-"""Forecasts: held-out rows and subsets, what their scores say about the whole training, and what it costs."""

@@ -1,0 +1,129 @@
+"""What a learning curve says of scores that follow a known curve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tunesmith.evaluation.learning_curve import CONFIDENCE, Forecast, Measured, extrapolate
+
+SIZES = (25, 50, 100, 200)
+
+
+def curve(rows: float, most: float = 0.9, half: float = 100.0) -> float:
+    return most / (1 + half / rows)
+
+
+def measured(means: list[float], untuned: float | None = 0.1, *, rows: int = 200, each: int = 1, seed: int = 0) -> Any:
+    """Answers of which about these shares are right; the rows of a group are all as hard."""
+    draw = np.random.RandomState(seed)
+    hard = np.repeat(draw.random_sample(-(-rows // each)), each)[:rows]
+    scores = (hard[:, None] < np.array(means)).astype(float)
+    others = np.empty((rows, 0)) if untuned is None else (draw.random_sample(rows) < untuned).astype(float)[:, None]
+    return Measured(SIZES[-len(means) :], scores, others, [str(place // each) for place in range(rows)])
+
+
+def test_intervals_hold_the_score_that_comes() -> None:
+    """A cheap guard; `python benchmarks/forecast.py --table` measures it on corpora."""
+    inside = []
+    for seed in range(12):
+        half = 30.0 * 2 ** (seed % 6)
+        found = extrapolate(measured([curve(n, half=half) for n in SIZES], seed=seed), 800, 400, 0.05, seed)
+        inside.append(found.score.low <= curve(800, half=half) <= found.score.high)
+        assert found.score.low < found.score.median < found.score.high
+    assert sum(inside) >= 10, "nine of ten are expected"
+    assert CONFIDENCE == 0.9
+
+
+def test_what_widens_the_interval() -> None:
+    def width(given: Measured, rows: int = 400, test: int = 400) -> float:
+        found = extrapolate(given, rows, test, 0.05).score
+        return found.high - found.low
+
+    means = [curve(n) for n in SIZES]
+    usual = width(measured(means))
+    assert width(measured(means), rows=3200) > usual, "more rows beyond the largest subset"
+    assert width(measured(means), test=30) > usual, "fewer test rows"
+    assert width(measured(means, each=10)) > usual, "fewer groups"
+    assert width(measured(means[-3:])) > 0.9 * usual
+
+
+def test_more_rows_give_no_lower_score() -> None:
+    found = extrapolate(measured([curve(n) for n in SIZES]), 1000, 400, 0.05)
+    assert [point.rows for point in found.curve] == [*SIZES, 1000, 2000]
+    medians = [point.median for point in found.curve]
+    assert all(low <= high + 0.02 for low, high in zip(medians, medians[1:], strict=False))
+    assert found == extrapolate(measured([curve(n) for n in SIZES]), 1000, 400, 0.05), "the same scores, the same draws"
+
+
+@pytest.mark.parametrize(
+    ("untuned", "goal", "decision"),
+    [(0.1, 0.05, "train"), (0.97, 0.05, "don't"), (0.7, 0.0, "undecided"), (None, 0.05, None)],
+)
+def test_decisions(untuned: float | None, goal: float, decision: str | None) -> None:
+    found = extrapolate(measured([curve(n) for n in SIZES], untuned), 400, 400, goal)
+    assert found.decision == decision
+    assert (found.lift is None) == (found.likely is None) == (untuned is None)
+    assert (found.said, found.from_rows) == (True, None)
+
+
+def test_scores_at_the_floor_say_nothing_yet() -> None:
+    """However far the goal is."""
+    for rows, larger in ((10_000, 800), (1000, 400), (410, None)):
+        found = extrapolate(measured([0.0, 0.0, 0.01, 0.01]), rows, 400, 0.5)
+        assert (found.said, found.decision, found.from_rows) == (False, "undecided", larger)
+
+
+def test_a_wide_interval_says_from_how_many_rows_the_score_could_be_said() -> None:
+    steep = measured([0.02, 0.04, 0.1, 0.2])
+    found = extrapolate(steep, 6400, 400, 0.05)
+    assert not found.said
+    assert found.score.high - found.score.low > 0.3
+    assert found.decision == "train", "that it pays can be said"
+    assert found.from_rows in (800, 1600, 3200)
+    assert extrapolate(steep, 410, 400, 0.05).from_rows is None, "half of the rows are trained on"
+
+
+def forecast(**changes: Any) -> Forecast:
+    interval = {"median": 0.5, "low": 0.4, "high": 0.6}
+    return Forecast.model_validate({
+        "name": "tuned", "metric": "exact_match", "rows": 1400, "held": {"validation": 200}, "seconds": 9.0,
+        "confidence": 0.9, "goal": 0.05, "rival": "plain", "rivals": {"plain": 0.1}, "score": interval, "lift": interval,
+        "likely": 0.97, "decision": "train", "curve": [], "subsets": [{"rows": 12, "epochs": 3.0, "mean": 0.02}],
+        "training": {"seconds": 90.0, "epochs": 3.0, "money": None}, **changes,
+    })  # fmt: skip
+
+
+def test_what_is_said() -> None:
+    found = forecast()
+    assert found.headline == "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
+    assert found.reasons[0].startswith("With all 1,400 training rows, exact_match on the test rows will be about 50.0%")
+    assert "a lift of +50.0 points (90% interval +40.0 to +60.0) over plain (10.0%)" in found.reasons[1]
+    assert found.reasons[-1] == "Training on all rows takes about 90 s."
+    assert forecast(decision="don't").headline.startswith("Don't train tuned")
+    assert forecast(decision="undecided").headline.startswith("Undecided: tuned")
+    alone = forecast(decision=None, lift=None, likely=None, rival=None, rivals={})
+    assert alone.headline.startswith("No decision on tuned: there is no untuned candidate")
+    assert len(alone.reasons) == 2
+    priced = {"training": {"seconds": 90.0, "epochs": 3.0, "money": 0.09}, "currency": "EUR"}
+    for requests, told in ((1200, "repay it from 1,200 requests on."), (None, "never repay the training.")):
+        reasons = forecast(**priced, break_even={"requests": requests}).reasons
+        assert reasons[-2] == "Training on all rows takes about 90 s and 0.09 EUR."
+        assert reasons[-1] == f"Against plain, lower running costs {told}"
+
+
+def test_what_cannot_be_said_yet() -> None:
+    unsaid = {"said": False, "from_rows": 700, "from_seconds": 240.0}
+    floor = forecast(**unsaid)
+    assert floor.headline.startswith("The score cannot be said yet. Train tuned")
+    assert floor.reasons[2].startswith(
+        "No subset scores more than 2.0%. It could be said from subsets of up to 700 rows"
+    )
+    assert "(--rows 700), which train for about 4 min" in floor.reasons[2]
+    subsets = [{"rows": 12, "epochs": 3.0, "mean": 0.03}]
+    wide = forecast(**{**unsaid, "from_rows": None}, subsets=subsets)
+    assert wide.reasons[2] == (
+        "Its interval is over 30 points wide, and larger subsets would not change that: train, or collect more rows."
+    )
