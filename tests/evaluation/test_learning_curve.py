@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_more_rows_give_no_lower_score() -> None:
     found = extrapolate(measured([curve(n) for n in SIZES]), 1000, 400, 0.05)
     assert [point.rows for point in found.curve] == [*SIZES, 1000, 2000]
     medians = [point.median for point in found.curve]
-    assert all(low <= high + 0.02 for low, high in zip(medians, medians[1:], strict=False))
+    assert all(low <= high + 0.02 for low, high in pairwise(medians))
     assert found == extrapolate(measured([curve(n) for n in SIZES]), 1000, 400, 0.05), "the same scores, the same draws"
 
 
@@ -90,8 +91,9 @@ def forecast(**changes: Any) -> Forecast:
     interval = {"median": 0.5, "low": 0.4, "high": 0.6}
     return Forecast.model_validate({
         "name": "tuned", "metric": "exact_match", "rows": 1400, "held": {"validation": 200}, "seconds": 9.0,
-        "confidence": 0.9, "goal": 0.05, "rival": "plain", "rivals": {"plain": 0.1}, "score": interval, "lift": interval,
-        "likely": 0.97, "decision": "train", "curve": [], "subsets": [{"rows": 12, "epochs": 3.0, "mean": 0.02}],
+        "confidence": 0.9, "goal": 0.05, "rival": "plain", "rivals": {"plain": 0.1}, "score": interval,
+        "lift": interval, "likely": 0.97, "decision": "train", "curve": [],
+        "subsets": [{"rows": 12, "epochs": 3.0, "mean": 0.02}],
         "training": {"seconds": 90.0, "epochs": 3.0, "money": None}, **changes,
     })  # fmt: skip
 

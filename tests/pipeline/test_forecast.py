@@ -232,14 +232,14 @@ def test_what_cannot_be_forecast(tmp_path: Path, project: Project) -> None:
         forecast(write_large(tmp_path / "p", data=data))
     assert caught.value.where == "data.split.validation"
     judge = {"name": "kind", "judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}, "question": "Is it kind?"}
-    with pytest.raises(UsageError, match="no judge|judge"):
+    with pytest.raises(UsageError, match="judge"):
         forecast(write_large(tmp_path / "p", task={"scorers": [judge]}, gates={}))
     assert not Project.load(tmp_path / "p").store.records_of("answers")
 
 
-def test_a_share_of_a_budget_may_be_too_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = {"tuned": {"prompt": "prompt.txt", "train": {"rank": 2, "budget": "1s"}, "max_tokens": 8}}
-    with pytest.raises(Refused, match="its share of the budget, 0.0.. s, is too short") as caught:
+def test_a_share_of_a_budget_may_be_too_short(tmp_path: Path) -> None:
+    candidates = {"tuned": {"prompt": "prompt.txt", "train": {"rank": 2, "budget": 0.1}, "max_tokens": 8}}
+    with pytest.raises(Refused, match="12 rows: its share of the budget, ") as caught:
         forecast(write_large(tmp_path / "p", candidates=candidates, gates={}))
     assert caught.value.where == "--rows"
 
