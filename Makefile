@@ -67,7 +67,6 @@ bench: $(READY)          ## measurements, as ratios to other tools and to this m
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/leakage.py
 	$(BIN)/python benchmarks/corpora.py
-	$(BIN)/python benchmarks/toxicity.py
 	$(BIN)/python benchmarks/alike.py
 	$(BIN)/python benchmarks/statistics_simulations.py
 	$(BIN)/python benchmarks/risk_probes.py

@@ -91,8 +91,6 @@ def draw_quality(console: Console, found: QualityReport) -> None:
     """The number of flagged rows, the balance of the rows, and the first flags."""
     for what, rows in found.flagged.items():
         console.print(f"{what}: {rows} of {found.rows} rows")
-    if found.toxicity:
-        console.print(f"  {_detector_error(found.toxicity)}")
     for what, counts in found.balance.items():
         if set(counts) not in (set(), {""}):
             most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
@@ -164,21 +162,8 @@ def _scan_rows(scan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         least = min(float(one["recall_at_least"]) for one in whole)
         yield f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)"
     if measured:
-        hidden = [one["obfuscated"] for one in measured.values()]
-        inserted, seen = (sum(one[key] for one in hidden) for key in ("inserted", "found"))
-        yield "obfuscated values", f"finds {seen} of {inserted} synthetic values that are spelled to hide them"
         left = scan["left"]["at_most"]
         yield "probably left", "no bound" if left is None else f"at most {left:g} values (95%)"
-
-
-def _detector_error(found: dict[str, Any]) -> str:
-    measured = found["measured"]
-    roles = ", ".join(f"{role} {rows}" for role, rows in found["rows"].items()) or "none"
-    return (
-        f"toxic by role: {roles}. On {measured['sentences']} sentences, half of them toxic and half only similar, "
-        f"{found['package']} {found['version']} finds {measured['recall']:.0%} of the toxic ones "
-        f"and flags {measured['false_rate']:.0%} of the others (precision {measured['precision'] or 0:.0%})"
-    )
 
 
 def _draw_names(console: Console, names: dict[str, Any], rows: int) -> None:

@@ -164,9 +164,7 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
 
 def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
     """How often each candidate broke each policy check, and how much of its answers is in the references' style."""
-    from tunesmith.evaluation.policy.refusals import error_told
-
-    policy = found.policy or {"candidates": {}, "refusals": None}
+    policy = found.policy or {"candidates": {}}
     for name, told in policy["candidates"].items():
         if "unusable" in told:
             console.print(f"policy, {name}: {told['unusable']}", style="yellow")
@@ -176,8 +174,6 @@ def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
             kept = not (cell["broke"] or cell["undecided"] or cell["leaked"])
             said = f"policy check {check}: {name} broke it on {cell['broke']} of {cell['n']} requests{extra}{leaked}"
             console.print(said, style="dim" if kept else "red" if cell["broke"] else "yellow")
-    if policy["refusals"]:
-        console.print(error_told(policy["refusals"]), style="dim")
     style = found.style or {"candidates": {}}
     if "unusable" in style:
         console.print(f"style was not measured: {style['unusable']}", style="yellow")

@@ -14,7 +14,6 @@ from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.gates.test_set_uses import record_evaluation
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.metrics.declared import function_digests
-from tunesmith.evaluation.policy import refusals
 from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.style.evidence import REVISION as STYLE_REVISION
@@ -47,7 +46,7 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
         "probes": probes,
         "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
         "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
-        "policy": None if held is None else {**held.parents, "checks": held.rules, "refusals": refusals.REVISION},
+        "policy": None if held is None else {**held.parents, "checks": held.rules},
         "style": None if plain is None else [plain, STYLE_REVISION],
         "prices": settings.prices.model_dump(mode="json") if settings.prices else None,
         "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},

@@ -15,7 +15,8 @@ import regex
 
 from tests.attack_table import Happened
 from tests.data.privacy.pumping import own_texts, pumped, short_units
-from tunesmith.data.privacy import addresses, check_digits, credentials, entities, names, scan, views
+from tunesmith.core.text import folding
+from tunesmith.data.privacy import addresses, check_digits, credentials, entities, names, scan
 from tunesmith.data.privacy.entities import Finder
 from tunesmith.data.settings import Privacy
 
@@ -26,7 +27,7 @@ SECONDS = 1.0  # of computing: linear patterns take milliseconds, quadratic ones
 def own_patterns() -> dict[str, Any]:
     """Every pattern that the scan runs over texts, by a name."""
     found: dict[str, Any] = {}
-    for module in (addresses, check_digits, credentials, entities, names, scan, views):
+    for module in (addresses, check_digits, credentials, entities, folding, names, scan):
         for name, value in vars(module).items():
             if isinstance(value, re.Pattern) and value is not names._FIELD:  # matched with one line of a name
                 found[f"{module.__name__.rpartition('.')[2]}.{name}"] = value
@@ -92,7 +93,7 @@ FINDERS: dict[str, Callable[[str], Any]] = {
     "addresses": lambda text: list(addresses.find_addresses(text)),
     "cards": lambda text: list(check_digits.find_cards(text)),
     "IBANs": lambda text: list(check_digits.find_ibans(text)),
-    "views": lambda text: list(views.views_of(text)),
+    "plain spelling": lambda text: folding.plain_with_offsets(f"\N{FULLWIDTH DIGIT ONE}{text}"),
 }
 
 

@@ -2,7 +2,8 @@
 
 `visible` keeps every difference that a reader can see except case, width and spacing: 2⁵ is not 25. `fold` also
 removes accents and replaces look-alike letters, so it is for grouping and searching: it makes some different words
-equal, "résumé" and "resume" for example. Neither is for showing or training.
+equal, "résumé" and "resume" for example. `plain` is for patterns: the text as it stands, without hidden
+characters and with plain ones for those that only look different. None is for showing or training.
 
 Unicode's data: default-ignorable characters and scripts from `regex`, decompositions from `unicodedata`, look-alikes
 (confusables.txt, UTS 39) from `confusable_homoglyphs`.
@@ -36,6 +37,7 @@ _FORGED_WITH = regex.compile(
     regex.V1,
 )
 _LATIN = regex.compile(r"\p{Latin}")
+_PHONETIC = regex.compile(r"[\u0250-\u02AF\u1D00-\u1DBF\uA720-\uA7FF]")  # Latin letters of no alphabet
 # England, Scotland and Wales: a black flag and hidden letters, which choose the flag that is shown.
 _FLAG = regex.compile(
     "(\U0001f3f4\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067|\U000e0073\U000e0063\U000e0074"
@@ -65,6 +67,37 @@ def fold(text: str) -> str:
     if text.isascii():
         return _ascii(text)
     return _spaced(unicodedata.normalize("NFC", _MARKS.sub("", text.translate(_FOLDED))))
+
+
+def plain(text: str) -> str:
+    """The text without hidden characters and combining accents, with ASCII for what looks like it or counts as it.
+
+    Case, spacing, accented Latin letters, raised characters and fractions stay. So do words in other scripts: a letter
+    is replaced by the Latin one that it looks like only in a word with Latin letters or digits.
+    """
+    return text if text.isascii() else "".join(_plain_spellings(text))
+
+
+def plain_with_offsets(text: str) -> tuple[str, Sequence[int]]:
+    """(plain(text), offsets): the place in the text that each plain character comes from."""
+    if text.isascii():
+        return text, range(len(text))
+    spellings = _plain_spellings(text)
+    return "".join(spellings), [place for place, spelling in enumerate(spellings) for _ in spelling]
+
+
+_TOKEN = regex.compile(r"\S+|[^\S \t\r\n]+", regex.V1)
+_LATIN_OR_DIGIT = regex.compile(r"[A-Za-z0-9@]", regex.V1)
+
+
+def _plain_spellings(text: str) -> list[str]:
+    """For each character of the text what stands for it in the plain text."""
+    spellings = list(text)
+    for token in _TOKEN.finditer(text):
+        if not token[0].isascii():
+            table = _PLAIN if _LATIN_OR_DIGIT.search(token[0]) else _COMPATIBLE_ONLY
+            spellings[token.start() : token.end()] = map(table.__getitem__, token[0])
+    return spellings
 
 
 def fold_with_offsets(text: str) -> tuple[str, Sequence[int]]:
@@ -148,6 +181,33 @@ def _plain(letter: str) -> str:
     return styled[1].lower() if styled else _lookalikes().get(letter, letter)
 
 
+class _Plain(dict[str, str]):
+    """Character -> how it is written plainly. alike: whether a letter of another script becomes the Latin one that it
+    looks like."""
+
+    def __init__(self, *, alike: bool) -> None:
+        super().__init__()
+        self._alike = alike
+
+    def __missing__(self, letter: str) -> str:
+        self[letter] = found = self._spelling(letter)
+        return found
+
+    def _spelling(self, letter: str) -> str:
+        if letter.isascii() or letter.isspace():
+            return letter if letter.isascii() else " "
+        folded = fold(letter)
+        if not folded or unicodedata.decimal(letter, None) is not None:
+            return folded
+        if unicodedata.decomposition(letter).startswith(_RAISED):
+            return letter
+        compatible = unicodedata.normalize("NFKC", letter)
+        accented = unicodedata.name(letter, "").startswith("LATIN") and not _PHONETIC.match(letter)
+        if compatible != letter or accented or not self._alike:
+            return compatible
+        return folded.upper() if letter.isupper() else folded
+
+
 @cache
 def _lookalikes() -> dict[str, str]:
     """Character in lower case -> the ASCII text that it looks like, or that its capital letter looks like.
@@ -176,3 +236,4 @@ def _lookalikes() -> dict[str, str]:
 
 
 _COMPATIBLE, _VISIBLE, _FOLDED = _Compatible(), _Visible(), _Folded()
+_PLAIN, _COMPATIBLE_ONLY = _Plain(alike=True), _Plain(alike=False)

@@ -2,8 +2,7 @@
 
 The number of values that a scan finds says nothing about those it misses. So synthetic values are inserted
 into copies of the dataset's texts, at fitting places and in fitting case, and the scan runs over them. This measures
-recall on these texts; recall and the number of findings bound how many values remain. A fifth of the values are written
-in obfuscated spellings (obfuscation.py), so that the bound covers such values up to that share. The values are seeded,
+recall on these texts; recall and the number of findings bound how many values remain. The values are seeded,
 so the same rows give the same figures.
 """
 
@@ -16,13 +15,11 @@ from typing import Any
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
-from tunesmith.data.privacy.obfuscation import obfuscated
 from tunesmith.data.privacy.scan import Scanner, texts_of
 from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
 from tunesmith.data.settings import Privacy
 
 CONFIDENCE = 0.95
-OBFUSCATED_EVERY = 5  # of so many synthetic values, one is obfuscated
 # Half of the values are inserted alone, half after words that announce them.
 _CARRIERS: Mapping[str, tuple[str, ...]] = {
     "EMAIL_ADDRESS": ("my email is {}", "write to {}"),
@@ -45,8 +42,7 @@ _CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # 
 class Measured:
     """The synthetic values of one entity: their number, those found whole, their characters, the characters found.
 
-    new: characters that were found only after the insertion. right: those of them within a synthetic value. obfuscated,
-    obfuscated_found: of inserted and found, those in obfuscated spellings.
+    new: characters that were found only after the insertion. right: those of them within a synthetic value.
     """
 
     inserted: int
@@ -55,8 +51,6 @@ class Measured:
     covered: int
     new: int
     right: int
-    obfuscated: int = 0
-    obfuscated_found: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +60,6 @@ class _Insertion:
     start: int
     end: int
     cut: tuple[int, int]  # the span of `before` that the value replaced
-    obfuscated: bool
     keys: tuple[str, str]  # the JSON keys of `before` and of `text`, or ""
 
 
@@ -79,13 +72,7 @@ def measure(scanner: Scanner, settings: Privacy, conversations: Sequence[Sequenc
     for entity in scanner.finder.entities:
         if entity in makers:
             insertions = [
-                _insert(
-                    random.Random(f"{entity} {number}"),
-                    entity,
-                    makers[entity],
-                    conversations,
-                    obfuscate=entity in MAKERS and number % OBFUSCATED_EVERY == OBFUSCATED_EVERY - 1,
-                )
+                _insert(random.Random(f"{entity} {number}"), entity, makers[entity], conversations)
                 for number in range(settings.synthetic_values)
             ]
             measured[entity] = _scanned(scanner, insertions)
@@ -105,8 +92,6 @@ def _insert(
     entity: str,
     make: Callable[[random.Random], str],
     conversations: Sequence[Sequence[Message]],
-    *,
-    obfuscate: bool,
 ) -> _Insertion:
     texts = [(key, text) for _, key, text in texts_of(chance.choice(conversations))]
     keyed = [one for one in texts if one[0]]
@@ -116,23 +101,21 @@ def _insert(
     value = SECRETS["password"](chance) if under else make(chance)
     if entity in _CASED and text.islower():
         value = value.lower()
-    if obfuscate:
-        value = obfuscated(chance, entity, value)
     if under or " " not in text.strip():  # a key or value of JSON, or a single word: replace it
-        return _Insertion(text, value, 0, len(value), (0, len(text)), obfuscate, (key, under or key))
+        return _Insertion(text, value, 0, len(value), (0, len(text)), (key, under or key))
     carrier = chance.choice(("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER))))
     place = chance.choice([0, *(at for at, letter in enumerate(text) if letter == " "), len(text)])
     before, after = text[:place], text[place:]
     lead = before + (" " if before and not before.endswith(" ") else "") + carrier[: carrier.index("{}")]
     tail = "" if not after or after.startswith(" ") else " "
     whole, end = lead + value + tail + after, len(lead) + len(value)
-    return _Insertion(text, whole, len(lead), end, (place, place), obfuscate, (key, key))
+    return _Insertion(text, whole, len(lead), end, (place, place), (key, key))
 
 
 def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> Measured:
     before = scanner.findings([one.before for one in insertions], [one.keys[0] for one in insertions])
     after = scanner.findings([one.text for one in insertions], [one.keys[1] for one in insertions])
-    whole = covered = new = right = disguised = 0
+    whole = covered = new = right = 0
     for insertion, old, found in zip(insertions, before, after, strict=True):
         known = {place for one in old for place in range(one.start, one.end)}
         seen = {place for one in found for place in range(one.start, one.end)}
@@ -140,12 +123,11 @@ def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> Measured:
         covered += inside
         right += inside
         whole += inside == insertion.end - insertion.start
-        disguised += insertion.obfuscated and inside == insertion.end - insertion.start
         shift = len(insertion.text) - len(insertion.before)
         outside = [place for place in seen if not insertion.start <= place < insertion.end]
         new += inside + sum((place if place < insertion.cut[0] else place - shift) not in known for place in outside)
-    characters, obfuscations = sum(one.end - one.start for one in insertions), sum(one.obfuscated for one in insertions)
-    return Measured(len(insertions), whole, characters, covered, new, right, obfuscations, disguised)
+    characters = sum(one.end - one.start for one in insertions)
+    return Measured(len(insertions), whole, characters, covered, new, right)
 
 
 def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
@@ -154,7 +136,6 @@ def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
         entity: {
             "inserted": one.inserted,
             "found": one.found,
-            "obfuscated": {"inserted": one.obfuscated, "found": one.obfuscated_found},
             "recall": one.found / one.inserted,
             "recall_at_least": recall_at_least(one.found, one.inserted, 1 - CONFIDENCE),
             "recall_by_character": one.covered / one.characters,

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.text.folding import plain_with_offsets
 from tunesmith.data.privacy.addresses import find_addresses
 from tunesmith.data.privacy.check_digits import find_cards, find_ibans
 from tunesmith.data.privacy.credentials import find_secrets
 from tunesmith.data.privacy.lean_imports import without_torch
 from tunesmith.data.privacy.names import NAME_ENTITIES, Names
-from tunesmith.data.privacy.views import views_of
 from tunesmith.data.settings import Privacy, Recogniser
 
 # Entity -> the presidio class that recognises it.
@@ -99,7 +99,7 @@ _JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one 
 
 
 class Finding(NamedTuple):
-    """text[start:end] is an entity. plain: the value, where the text has it in another spelling (views.py)."""
+    """text[start:end] is an entity. plain: the value in plain spelling, where the text differs."""
 
     start: int
     end: int
@@ -136,45 +136,27 @@ class Finder:
     def find(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
         """For each text its findings, in order and without overlaps.
 
-        The forms are searched in the text and in its views: in what obfuscated values look like in plain spelling.
-        keys: the JSON key of each text, or "", which counts as words before the text.
+        Texts are searched in plain spelling (core/text/folding.py). keys: the JSON key of each text, or "", which
+        counts as words before the text.
         """
+        spelled = [plain_with_offsets(text) for text in texts]
         pieces = [
-            (number, start, text[start : start + _WINDOW])
-            for number, text in enumerate(texts)
-            for start in _starts(text)
+            (number, start, seen[start : start + _WINDOW])
+            for number, (seen, _) in enumerate(spelled)
+            for start in _starts(seen)
         ]
-        views = [(number, start, view) for number, start, piece in pieces for view in views_of(piece)]
-        searched = self._searched(
-            [piece for *_, piece in pieces] + [view.text for *_, view in views],
-            [keys[number][-_NEAR:] if keys and not start else "" for number, start, _ in (*pieces, *views)],
-        )
-        found: list[set[Finding]] = [set() for _ in texts]
-        for (number, offset, _), spans in zip(pieces, searched, strict=False):
-            found[number].update(_shifted(one, offset) for one in spans)
-        disguised: dict[int, list[Finding]] = {}
-        for (number, offset, view), spans in zip(views, searched[len(pieces) :], strict=True):
-            for one in _reconciled(spans, len(view.text)):
-                seen = one._replace(plain=view.text[one.start : one.end])
-                start, end = view.span(one.start, one.end)
-                seen = _shifted(seen._replace(start=start, end=end), offset)
-                if seen.plain == texts[number][seen.start : seen.end]:
-                    found[number].add(seen._replace(plain=""))
-                else:
-                    disguised.setdefault(number, []).append(seen)
-        for number, hidden in disguised.items():
-            found[number] = _united(found[number], hidden)
-        return [_reconciled(spans, len(text)) for text, spans in zip(texts, found, strict=True)]
-
-    def _searched(self, texts: Sequence[str], keys: Sequence[str]) -> list[list[Finding]]:
-        """For each text the findings of all recognisers, which may overlap."""
-        named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in texts]
+        named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in pieces]
         if self.names is not None:
-            named = self.names.find(texts)
+            named = self.names.find([piece for *_, piece in pieces])
+        found: list[set[Finding]] = [set() for _ in texts]
+        for (number, offset, piece), names in zip(pieces, named, strict=True):
+            key = keys[number][-_NEAR:] if keys and not offset else ""
+            spans = [Finding(*span) for span in names if span[2] in self.entities]
+            spans += [span for span in self._forms(piece, key) if span.score >= self._minimum]
+            found[number].update(one._replace(start=one.start + offset, end=one.end + offset) for one in spans)
         return [
-            [Finding(*span) for span in names if span[2] in self.entities]
-            + [span for span in self._forms(text, key) if span.score >= self._minimum]
-            for text, key, names in zip(texts, keys, named, strict=True)
+            [_placed(one, text, *plain) for one in _reconciled(spans, len(plain[0]))]
+            for text, plain, spans in zip(texts, spelled, found, strict=True)
         ]
 
     def _forms(self, text: str, key: str) -> Iterator[Finding]:
@@ -246,45 +228,10 @@ def _telephone_not_figure(text: str, start: int, end: int) -> bool:
 _CHECKS: Final = {"IP_ADDRESS": _address_not_code, "PHONE_NUMBER": _telephone_not_figure}
 
 
-def _shifted(one: Finding, offset: int) -> Finding:
-    return one._replace(start=one.start + offset, end=one.end + offset)
-
-
-def _united(plain: Collection[Finding], disguised: Iterable[Finding]) -> set[Finding]:
-    """Findings of a text and of its views: a value that is plain only in a view is one finding, with all its parts.
-
-    Views find a value in several stages of decoding, and the text's recognisers may find a part of it.
-    """
-    joined: list[Finding] = []
-    for one in sorted(disguised):
-        if joined and one.start < joined[-1].end:
-            joined[-1] = _wider(joined[-1], one)
-        else:
-            joined.append(one)
-    united = set(plain)
-    waiting = sorted(plain, reverse=True)
-    near: list[Finding] = []  # may overlap with the next one
-    for one in joined:
-        while waiting and waiting[-1].start < one.end:
-            near.append(waiting.pop())
-        near = [other for other in near if other.end > one.start]
-        whole, hidden = one, True
-        for other in near:
-            contains = other.start <= one.start and one.end <= other.end
-            if contains and _rank(other) <= _rank(one):
-                hidden = False
-            elif not contains and (other.entity not in _JOINED or (one.start <= other.start and other.end <= one.end)):
-                united.discard(other)
-                whole = whole._replace(start=min(whole.start, other.start), end=max(whole.end, other.end))
-        if hidden:
-            united.add(whole)
-    return united
-
-
-def _wider(one: Finding, other: Finding) -> Finding:
-    """Both findings as one, of the entity that ranks first and, of equal ones, of the longer value."""
-    best = min(one, other, key=lambda each: (_rank(each), each.start - each.end))
-    return best._replace(start=min(one.start, other.start), end=max(one.end, other.end))
+def _placed(one: Finding, text: str, seen: str, offsets: Sequence[int]) -> Finding:
+    """A finding in the plain spelling of a text as one in the text."""
+    start, end, value = offsets[one.start], offsets[one.end - 1] + 1, seen[one.start : one.end]
+    return one._replace(start=start, end=end, plain="" if value == text[start:end] else value)
 
 
 def _rank(one: Finding) -> int:

@@ -1,1 +1,1 @@
-"""Rows to look at: label noise, languages, toxicity, names of people, near-identical requests."""
+"""Rows to look at: label noise, languages, names of people, near-identical requests."""

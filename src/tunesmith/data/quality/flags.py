@@ -12,7 +12,6 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.folding import visible
 from tunesmith.data.dataset import SPLITS, Dataset, Example
-from tunesmith.data.quality import toxicity
 from tunesmith.data.quality.languages import other_languages
 from tunesmith.data.quality.people import CAVEAT, balance_of_names, found_people
 from tunesmith.data.quality.similar_requests import Embed, alike
@@ -28,7 +27,6 @@ NOISE = "label that the other rows contradict"
 
 LANGUAGE = "another language than the others"
 ALIKE = "same meaning as another request"
-TOXIC = "may insult, threaten or demean"
 
 _GENDERED = {
     "he": frozenset(("he", "him", "his", "himself", "mr", "man", "men", "boy", "father", "son", "brother", "husband")),
@@ -57,7 +55,6 @@ def examine_quality(
     *,
     label_noise: bool = False,
     language: bool = False,
-    toxic: bool = False,
     names: bool = False,
     embed: Embed | None = None,
 ) -> str:
@@ -65,17 +62,15 @@ def examine_quality(
 
     label_noise: also look for wrong labels of a classification task, by cleanlab's confident learning (Northcutt,
     Jiang, Chuang, JAIR 70, 2021). It uses out-of-fold probabilities of a linear model of the requests' words.
-    language: also look for texts in another language than the others. toxic: also look for toxic turns; the record
-    states the detector's error (toxicity.py). names: also count the people that the privacy scan's model finds. embed:
-    texts -> vectors, to find requests with the same meaning. Raises UsageError where a needed extra is not installed or
-    the answers are not labels.
+    language: also look for texts in another language than the others. names: also count the people that the privacy
+    scan's model finds. embed: texts -> vectors, to find requests with the same meaning. Raises UsageError where a
+    needed extra is not installed or the answers are not labels.
     """
     rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
     flags = [*_plain_flags(rows), *(_noisy(rows) if label_noise else ())]
     languages = _languages(rows, flags) if language else {}
     clusters = _alike(rows, flags, embed) if embed else []
-    found_toxic = _toxic(rows, flags) if toxic else {}
-    asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None, TOXIC: toxic}
+    asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None}
     conversations = [one.messages for _, one in rows]
     labels = sorted({key for _, one in rows for key in one.labels})
     flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
@@ -92,7 +87,6 @@ def examine_quality(
         | balance_of_names(conversations),
         "names": {"caveat": CAVEAT, **({"found": found_people(conversations)} if names else {})},
         **({"languages": languages} if language else {}),
-        **({"toxicity": found_toxic} if toxic else {}),
         **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
     }
     blob = store.put_bytes(b"".join(canonical(flag) + b"\n" for flag in flags))
@@ -119,21 +113,6 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]])
         other, found[what] = other_languages(texts)
         flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
     return found
-
-
-def _toxic(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, Any]:
-    """Flag rows by their most toxic turn; returns the detector, and role -> rows with a toxic turn of that role."""
-    texts = sorted({turn.text for _, one in rows for turn in one.messages})
-    told = dict(zip(texts, toxicity.worst(texts), strict=True))
-    roles: Counter[str] = Counter()
-    for split, example in rows:
-        found = [(*told[turn.text], str(turn.role)) for turn in example.messages]
-        hits = [one for one in found if one[0] >= toxicity.AT_LEAST]
-        roles.update({role for *_, role in hits})
-        if hits:
-            score, sentence, role = max(hits)
-            flags.append(_flag(split, example, TOXIC, f"{role}, {score:.2f}: {sentence[:80]}"))
-    return {**toxicity.detector(), "rows": dict(sorted(roles.items()))}
 
 
 def _prose(answer: str) -> bool:

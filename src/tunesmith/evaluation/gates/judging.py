@@ -67,9 +67,8 @@ class Evidence:
     is judged; kind: what answers for it. test_set_use: how many candidates have used these test rows, with this one.
     measured, told: (suite, candidate) -> a risk probe's measurements, and the evaluation record's account of them.
     primary: the primary metric. labelled: (candidate, metric) -> labels. policy: (candidate, check) -> outcomes of a
-    policy check; told holds its account under the suite "policy". refusing: the checks that ask whether an answer
-    refuses; refusals: the error of the rule that decides it, in words. style: which answers are taken for references,
-    or no_style: why not.
+    policy check; told holds its account under the suite "policy". style: which answers are taken for references, or
+    no_style: why not.
     """
 
     columns: Mapping[tuple[str, str], Column]
@@ -82,8 +81,6 @@ class Evidence:
     primary: str = ""
     labelled: Mapping[tuple[str, str], Labelled] = field(default_factory=dict)
     policy: Mapping[tuple[str, str], Tally] = field(default_factory=dict)
-    refusing: frozenset[str] = frozenset()
-    refusals: str = ""
     style: Classified | None = None
     no_style: str = ""
     kind: Kind = "model"
@@ -235,8 +232,6 @@ def _policy(gate: PolicyGate, evidence: Evidence) -> Finding:
     found = findings[worst]
     reason = found.reason + (f"; the worst of {len(checks)} checks" if len(checks) > 1 else "")
     reason += f"; not passed either: {', '.join(others)}" if others else ""
-    refusing = [check for check in checks if check in evidence.refusing]
-    reason += f"; {', '.join(refusing)}: {evidence.refusals}" if refusing else ""
     counts = {check: evidence.policy[name, check].counts for check in checks}
     return replace(found, reason=reason, extra={"check": worst, "checks": counts, **found.extra})
 

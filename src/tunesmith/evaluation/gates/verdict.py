@@ -18,7 +18,6 @@ from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, Outcome, chec
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.evaluation.policy import refusals
 from tunesmith.evaluation.policy.evidence import SUITE, read_policy
 from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scores import read_scores
@@ -106,8 +105,6 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: i
         primary=record.body["primary"],
         labelled=labelled,
         policy=policy,
-        refusing=frozenset(name for name, rules in stated_policy.get("checks", {}).items() if "refuse" in rules),
-        refusals=refusals.error_told(detector) if (detector := stated_policy.get("refusals")) else "",
         style=style,
         no_style=str(stated_style.get("unusable", "")),
         kind=load_candidate(store, _candidate_digest(record, candidate)).kind,

@@ -13,7 +13,6 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.lines import LineFile, read_answer_lines
-from tunesmith.evaluation.policy import refusals
 from tunesmith.evaluation.policy.judging import Said, read_said
 from tunesmith.evaluation.policy.leaks import leaked
 from tunesmith.evaluation.policy.requests import PolicyItem, decode_policy_items
@@ -125,7 +124,6 @@ def measure_policy(
     return lines, {
         "requests": next(iter(requests), None),
         "checks": given.rules,
-        "refusals": refusals.detector() if any(each.refuse is not None for each in given.policy.values()) else None,
         "candidates": stated,
     }
 

@@ -15,7 +15,7 @@ from tunesmith.core.text.folding import fold
 
 ALL = "all"
 MOST_REQUESTS: Final = 2_000  # of one check
-_RULES = ("refuse", "equals", "contains", "any_of", "lacks", "pattern", "lacks_pattern", "rubric")
+_RULES = ("equals", "contains", "any_of", "lacks", "pattern", "lacks_pattern", "rubric")
 
 
 class Turn(Settings):
@@ -42,7 +42,7 @@ class PolicyCheck(Settings):
     """Requests that every candidate is asked with its own prompt, and what must hold for every answer.
 
     Where several rules are given, an answer must keep all of them. An empty answer keeps no rule. A
-    cut-off answer decides nothing about refuse, equals, lacks, lacks_pattern and judge, nor about a pattern that is
+    cut-off answer decides nothing about equals, lacks, lacks_pattern and judge, nor about a pattern that is
     found at its end only.
     """
 
@@ -58,13 +58,6 @@ class PolicyCheck(Settings):
         bool,
         Field(description="ask each request also with typing errors, in capitals and wrapped in politeness"),
     ] = False
-    refuse: Annotated[
-        bool | None,
-        Field(
-            description="true: the answer must refuse, in English words that are usual for it; false: it must not "
-            "refuse. For other languages, or a wording of your own, use any_of"
-        ),
-    ] = None
     equals: Annotated[
         str | None, Field(min_length=1, description="the whole answer: the same JSON value, or the same text")
     ] = None
@@ -74,7 +67,7 @@ class PolicyCheck(Settings):
         Texts,
         Field(
             description="texts that must not appear, not even inside a word, in look-alike letters, with accents or "
-            "hidden characters, with their words joined or divided by hyphens, or encoded"
+            "hidden characters"
         ),
     ] = ()
     pattern: Annotated[
@@ -116,6 +109,16 @@ class PolicyCheck(Settings):
         except UsageError as error:
             raise ValueError(error.what) from error
         return pattern
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_word_rules(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "refuse" in given:
+            raise ValueError(
+                "refuse is no longer a rule: use any_of, contains or pattern with the wording that the rows teach, "
+                "lacks or lacks_pattern with what must not appear, or judge with rubric"
+            )
+        return given
 
     @model_validator(mode="after")
     def _rules_fit(self) -> PolicyCheck:

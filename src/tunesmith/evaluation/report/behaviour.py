@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.policy.evidence import read_lines
-from tunesmith.evaluation.policy.refusals import error_told
 from tunesmith.evaluation.policy.requests import decode_policy_items
 from tunesmith.evaluation.policy.rules import CUT
 from tunesmith.evaluation.probes.items import ITEMS
@@ -29,12 +28,12 @@ _RULES: Final = {
 
 
 def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | None:
-    """{"checks", "undecided", "refusals", "unusable"}; None where there is no policy.
+    """{"checks", "undecided", "unusable"}; None where there is no policy.
 
     checks: [{name, rule, n, cells: {candidate: counts and share}, shown: [{request, turns, answer, outcome, why}]}].
     shown: answers of the candidate in focus that broke the rule, then those that decide nothing. undecided: why -> how
-    many of its answers decide nothing. refusals: the error of the rule for refusals, in words. unusable: candidate ->
-    why its answers decide nothing. Raises Inconclusive for outcomes that are not consistent.
+    many of its answers decide nothing. unusable: candidate -> why its answers decide nothing. Raises Inconclusive for
+    outcomes that are not consistent.
     """
     stated = record.body.get("policy")
     if stated is None:
@@ -51,11 +50,9 @@ def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | 
         many = max((sum(cell[key] for key in ("n", "leaked")) for cell in cells.values()), default=0)
         checks.append({"name": name, "rule": rule_told(rules), "n": many, "cells": cells, "shown": shown.get(name, [])})
     unusable = {name: told["unusable"] for name, told in stated["candidates"].items() if "unusable" in told}
-    error = error_told(stated["refusals"]) if stated["refusals"] else None
     return {
         "checks": checks,
         "undecided": dict(Counter(line["why"] for line in own if line["outcome"] == "undecided")),
-        "refusals": error and error[0].upper() + error[1:],
         "unusable": unusable,
     }
 
@@ -63,8 +60,8 @@ def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | 
 def rule_told(rules: Mapping[str, Any]) -> str:
     """A check's rules in words: what every answer must do."""
     said = []
-    if "refuse" in rules:
-        said.append("refuses" if rules["refuse"] else "does not refuse")
+    if "refuse" in rules:  # a rule of earlier releases
+        said.append(("refuses" if rules["refuse"] else "does not refuse") + ", by words: no longer computed")
     for key, form in _RULES.items():
         if key in rules:
             value = rules[key]

@@ -52,7 +52,6 @@ def _behaviour(data: Mapping[str, Any]) -> list[str]:
         lines += ["", *_table(heads, rows)]
         for name, reason in sorted(policy["unusable"].items()):
             lines += ["", f"{_text(name)}: {_text(reason)}."]
-        lines += ["", f"{_text(policy['refusals'])}."] if policy["refusals"] else []
     if style and "unusable" not in style:
         lines += ["", _text(style["sentence"]), ""]
         for name in names:

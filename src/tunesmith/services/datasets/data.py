@@ -59,7 +59,7 @@ class SignedDataset(View):
 class QualityReport(View):
     """Rows that a person should look at. quality: the record's digest; flags: flag -> rows; examples: some flags.
 
-    flagged: flag -> distinct rows. balance: attribute -> value -> rows. names, languages, toxicity, alike: what the
+    flagged: flag -> distinct rows. balance: attribute -> value -> rows. names, languages, alike: what the
     options asked for.
     """
 
@@ -71,7 +71,6 @@ class QualityReport(View):
     balance: dict[str, dict[str, Any]]
     names: dict[str, Any]
     languages: Omitted[dict[str, Any]] = None
-    toxicity: Omitted[dict[str, Any]] = None
     alike: Omitted[dict[str, Any]] = None
     examples: tuple[dict[str, Any], ...]
     flagged: Annotated[dict[str, int], Field(exclude=True)]
@@ -158,7 +157,6 @@ def quality(
     *,
     label_noise: bool = False,
     language: bool = False,
-    toxicity: bool = False,
     names: bool = False,
     alike: bool = False,
     limit: int = 0,
@@ -166,8 +164,8 @@ def quality(
 ) -> QualityReport:
     """Flag rows that a person should look at. Drops none. limit: flags to return; 0 for all.
 
-    label_noise, language, toxicity, names and alike also look for wrong labels, other languages, toxic turns, people's
-    names and requests that say the same.
+    label_noise, language, names and alike also look for wrong labels, other languages, people's names and requests that
+    say the same.
     """
     from tunesmith.data.quality.flags import FLAGS, examine_quality
 
@@ -176,7 +174,7 @@ def quality(
         from tunesmith.models.embedding import find_embedder
 
         embed = find_embedder(progress).embed
-    options = {"label_noise": label_noise, "language": language, "toxic": toxicity, "names": names}
+    options = {"label_noise": label_noise, "language": language, "names": names}
     record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **options))
     flags = [parse_json(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
     flagged = {what: len({flag["id"] for flag in flags if flag["flag"] == what}) for what in record.body["looked_for"]}
