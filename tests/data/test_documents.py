@@ -183,7 +183,9 @@ def test_personal_data_is_treated_as_in_the_rows(folder: Path, action: str) -> N
 
 @pytest.mark.attack("privacy", "personal data in the headings of documents")
 def test_headings_are_scanned_too(folder: Path, happened: Happened) -> None:
-    (folder / "docs" / "mail.md").write_text("# Write to jane&#64;acme.org\n\nThe desk answers within a day or two.\n")
+    (folder / "docs" / "mail.md").write_text(
+        "# Write to jane\u200b@acme.org\n\nThe desk answers within a day.\n"
+    )
     built = _built(folder, Privacy(action="pseudonymise", entities=("EMAIL_ADDRESS",)))
     (title,) = [one.title for one in built.passages if one.source.endswith("mail.md")]
     assert title == "Write to person1@example.com"

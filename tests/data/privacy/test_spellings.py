@@ -99,7 +99,7 @@ def test_one_pseudonym_for_all_spellings() -> None:
     assert found.messages is not None
     assert found.messages[1].content == '{"to": "person1@example.com", "copy": "person1@example.com"}'
     assert found.found == {"EMAIL_ADDRESS": 1}
-    assert SCANNER.values([Message(role="user", content="ｊane＠acme.org")]) == ["ｊane＠acme.org", "jane@acme.org"]
+    assert SCANNER.values([Message(role="user", content="ｊane＠acme.org")]) == ["ｊane＠acme.org"]
 
 
 def test_a_value_to_keep_is_kept_in_every_spelling() -> None:

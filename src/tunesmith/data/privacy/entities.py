@@ -99,13 +99,12 @@ _JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one 
 
 
 class Finding(NamedTuple):
-    """text[start:end] is an entity. plain: the value in plain spelling, where the text differs."""
+    """text[start:end] is an entity."""
 
     start: int
     end: int
     entity: str
     score: float
-    plain: str = ""
 
 
 class Finder:
@@ -155,8 +154,11 @@ class Finder:
             spans += [span for span in self._forms(piece, key) if span.score >= self._minimum]
             found[number].update(one._replace(start=one.start + offset, end=one.end + offset) for one in spans)
         return [
-            [_placed(one, text, *plain) for one in _reconciled(spans, len(plain[0]))]
-            for text, plain, spans in zip(texts, spelled, found, strict=True)
+            [
+                one._replace(start=offsets[one.start], end=offsets[one.end - 1] + 1)
+                for one in _reconciled(spans, len(seen))
+            ]
+            for (seen, offsets), spans in zip(spelled, found, strict=True)
         ]
 
     def _forms(self, text: str, key: str) -> Iterator[Finding]:
@@ -226,12 +228,6 @@ def _telephone_not_figure(text: str, start: int, end: int) -> bool:
 
 
 _CHECKS: Final = {"IP_ADDRESS": _address_not_code, "PHONE_NUMBER": _telephone_not_figure}
-
-
-def _placed(one: Finding, text: str, seen: str, offsets: Sequence[int]) -> Finding:
-    """A finding in the plain spelling of a text as one in the text."""
-    start, end, value = offsets[one.start], offsets[one.end - 1] + 1, seen[one.start : one.end]
-    return one._replace(start=start, end=end, plain="" if value == text[start:end] else value)
 
 
 def _rank(one: Finding) -> int:

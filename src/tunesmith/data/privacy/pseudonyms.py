@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from tunesmith.core.text.folding import plain
+
 _GIVEN = (  # noqa: SIM905  shorter than a name a line
     "Alex|Robin|Sam|Jordan|Casey|Morgan|Taylor|Jamie|Riley|Avery|Quinn|Rowan|Skyler|Emery|Finley|Harper|"
     "Kendall|Logan|Marlow|Noel|Oakley|Parker|Reese|Sage|Tatum|Arden|Blake|Corey|Devon|Ellis"
@@ -67,7 +69,8 @@ class Pseudonyms:
         self._people: list[tuple[str, ...]] = []
 
     def add(self, entity: str, value: str) -> bool:
-        """Add a value; returns whether it is new. Add the longest names of people first."""
+        """Add a value in any spelling; returns whether it is new. Add the longest names of people first."""
+        value = plain(value)
         if entity == "PERSON":
             if self._person(value) is not None:
                 return False
@@ -81,6 +84,7 @@ class Pseudonyms:
 
     def of(self, entity: str, value: str) -> str:
         """The pseudonym of an added value, in the value's case and layout."""
+        value = plain(value)
         if entity == "PERSON":
             number = self._person(value)
             parts = _parts(value)

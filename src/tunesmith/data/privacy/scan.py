@@ -12,10 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.core.reading.strict_json import parse_json, unique_keys
+from tunesmith.core.text.folding import plain
 from tunesmith.data.privacy.entities import Finder, Finding
 from tunesmith.data.privacy.names import NAME_ENTITIES
 from tunesmith.data.privacy.pseudonyms import Pseudonyms
@@ -53,7 +54,7 @@ class Scanner:
     def __init__(self, settings: Privacy, keep: Collection[str] = ()) -> None:
         self.finder = Finder(settings)
         self._own = tuple(settings.recognisers)
-        self._keep = frozenset(value.casefold() for value in keep)
+        self._keep = frozenset(plain(value).casefold() for value in keep)
 
     def scan(self, messages: Sequence[Message]) -> Scan:
         """The scan of one conversation."""
@@ -72,11 +73,7 @@ class Scanner:
     def findings(self, texts: Sequence[str], keys: Sequence[str] = ()) -> list[list[Finding]]:
         """The findings of each text, without the values to keep. keys: the JSON key of each text, or ""."""
         return [
-            [
-                one
-                for one in found
-                if self._keep.isdisjoint((text[one.start : one.end].casefold(), one.plain.casefold()))
-            ]
+            [one for one in found if plain(text[one.start : one.end]).casefold() not in self._keep]
             for text, found in zip(texts, self.finder.find(texts, keys), strict=True)
         ]
 
@@ -88,8 +85,8 @@ class Scanner:
         counts: Counter[str] = Counter()
         values = self._values(messages, findings)
         # The longest names of people first, so that "Ann" is recognised as a part of "Ann Lee".
-        for one in sorted(values, key=lambda one: -len(one.plain.split()) if one.entity == "PERSON" else 0):
-            counts[one.entity] += names.add(one.entity, one.plain)
+        for entity, value in sorted(values, key=lambda one: -len(one[1].split()) if one[0] == "PERSON" else 0):
+            counts[entity] += names.add(entity, value)
         replace = _Replacer(names, values, findings)
         changed: tuple[Message, ...] | None
         try:
@@ -97,30 +94,22 @@ class Scanner:
         except ValueError:
             changed = None
         originals: dict[str, str] = {}
-        for one in values:
-            originals.setdefault(names.of(one.entity, one.plain), one.spelled)
+        for entity, value in values:
+            originals.setdefault(names.of(entity, value), value)
         return Scan(changed, counts, fields, originals)
 
     def values(self, messages: Sequence[Message]) -> list[str]:
-        """Everything found in the messages, as written there and, where that is another spelling, plainly."""
-        found = self._values(messages, self._found([messages]))
-        return list(dict.fromkeys(value for one in found for value in (one.spelled, one.plain)))
+        """Everything found in the messages, as written there."""
+        return list(dict.fromkeys(value for _, value in self._values(messages, self._found([messages]))))
 
     @staticmethod
-    def _values(messages: Sequence[Message], findings: _Findings) -> list[_Value]:
+    def _values(messages: Sequence[Message], findings: _Findings) -> list[tuple[str, str]]:
+        """(entity, value) of every finding."""
         return [
-            _Value(one.entity, text[one.start : one.end], one.plain or text[one.start : one.end])
+            (one.entity, text[one.start : one.end])
             for _, key, text in texts_of(messages)
             for one in findings[key, text]
         ]
-
-
-class _Value(NamedTuple):
-    """A value as the text spells it, and plainly: "jane (at) acme.org" and "jane@acme.org"."""
-
-    entity: str
-    spelled: str
-    plain: str
 
 
 def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str, str]]:
@@ -175,30 +164,29 @@ def _json_in(text: str) -> Any:
 class _Replacer:
     """Puts pseudonyms into a conversation's texts."""
 
-    def __init__(self, names: Pseudonyms, values: Sequence[_Value], findings: _Findings) -> None:
+    def __init__(self, names: Pseudonyms, values: Sequence[tuple[str, str]], findings: _Findings) -> None:
         self._names, self._findings = names, findings
         self._spellings: dict[str, str] = {}
-        self._whole: dict[str, _Value] = {}  # for texts that consist of a name only, in any case
+        self._whole: dict[str, str] = {}  # a name in lower case -> its entity, for texts that consist of it only
         patterns: dict[str, str] = {}
-        for one in values:
-            entity, value = one.entity, one.spelled
+        for entity, value in values:
             if entity in _IN_PLACE:
                 continue
-            self._spellings.setdefault(value, names.of(entity, one.plain))
+            self._spellings.setdefault(value, names.of(entity, value))
             patterns.setdefault(value, rf"(?<!\w){re.escape(value)}(?!\w)" if entity in _WORDS else re.escape(value))
             if entity in _WORDS:
-                self._whole.setdefault(value.casefold(), one)
+                self._whole.setdefault(value.casefold(), entity)
         ordered = sorted(patterns, key=lambda value: (-len(value), value))
         self._pattern = re.compile("|".join(patterns[value] for value in ordered)) if ordered else None
 
     def __call__(self, text: str, key: str = "") -> str:
-        known = self._whole.get(text.casefold())
-        if known is not None:
-            return self._names.of(known.entity, text if known.plain == known.spelled else known.plain)
+        entity = self._whole.get(text.casefold())
+        if entity is not None:
+            return self._names.of(entity, text)
         pieces, done = [], 0
         for one in self._findings.get((key, text), ()):
             if one.entity in _IN_PLACE:
-                value = one.plain or text[one.start : one.end]
+                value = text[one.start : one.end]
                 pieces += [self._swept(text[done : one.start]), self._names.of(one.entity, value)]
                 done = one.end
         return "".join((*pieces, self._swept(text[done:])))
