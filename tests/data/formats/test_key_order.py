@@ -30,19 +30,16 @@ def _ordered(request: str, answer: str) -> str:
         ),
         # Objects in lists and objects; the first of several values; numbers; letter case.
         ("for 4 at the Heron", '{"a": {"name": "The heron", "n": 4}}', '{"a": {"n": 4, "name": "The heron"}}'),
-        ("b then a", '[{"x": "a", "y": "b"}]', '[{"x": "a", "y": "b"}]'),
         ("b then a", '{"l": [{"x": "a", "y": "b"}]}', '{"l": [{"y": "b", "x": "a"}]}'),
         ("one two", '{"x": ["two"], "y": ["three", "one"]}', '{"y": ["three", "one"], "x": ["two"]}'),
         # Whole words only: "art" is not mentioned by "start".
         ("start with jazz, then art", '{"a": "jazz", "b": "art"}', '{"a": "jazz", "b": "art"}'),
         # Written as the rows write it.
         ("ä b", '{"x":"b","y":"ä"}', '{"y":"ä","x":"b"}'),
-        ("ä b", '{"x": "b", "y": "\\u00e4"}', '{"y": "\\u00e4", "x": "b"}'),
         ("a b", '{\n  "x": "b",\n  "y": "a"\n}', '{\n  "y": "a",\n  "x": "b"\n}'),
         ("a b", '{ "x" :"b", "y": "a"}', '{ "x" :"b", "y": "a"}'),
         # Not an object.
         ("a b", '{"x": "b", "x": "a"}', '{"x": "b", "x": "a"}'),
-        ("a b", "{b, a}", "{b, a}"),
         ("a b", "", ""),
     ],
 )

@@ -27,21 +27,16 @@ def test_allowed(given: str, spelling: str) -> None:
     ("given", "why"),
     [
         (None, "without a licence"),
-        ("", "without a licence"),
         ("  ", "without a licence"),
         ("CC-BY-NC-4.0", "non-commercial"),
-        ("MIT AND CC-BY-NC-SA-4.0", "non-commercial"),
         ("CC-BY-SA-4.0", "share-alike"),
-        ("GPL-3.0-only", "share-alike"),
         ("CC-BY-ND-4.0", "forbids sharing derived"),
         ("SSPL-1.0", "are not known"),
         ("Apache-2.0 WITH LLVM-exception", "are not known"),
         ("LicenseRef-Our-Own", r"data\.licences\.allow does not list LicenseRef-Our-Own"),
         ("MIT AND LicenseRef-Our-Own", r"data\.licences\.allow does not list LicenseRef-Our-Own"),
         ("licenseref-our-own", "not an SPDX licence id"),
-        ("free for all", "no"),
         ("MIT AND", "not an SPDX expression"),
-        ("MIT; rm -rf /", "not an SPDX expression"),
     ],
 )
 def test_refused(given: str | None, why: str) -> None:
@@ -73,7 +68,6 @@ def test_the_policy_is_by_use_and_by_name() -> None:
         ("LicenseRef-Own", ("LicenseRef-Own",)),
         ("MIT AND LicenseRef-Own", ("LicenseRef-Own",)),
         ("MIT OR LicenseRef-Own", ()),  # MIT is enough
-        ("MIT", ()),
         ("", ()),
         ("LicenseRef-Own AND Foo", ()),
         ("MIT AND", ()),
@@ -86,11 +80,9 @@ def test_custom_ids(given: str, custom: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("named", "licence"),
     [
-        ("mit", "MIT"),
         ("cc-by-4.0", "CC-BY-4.0"),
         ("GPL-3.0", "GPL-3.0-only"),
         ("llvm-exception", "Apache-2.0 WITH LLVM-exception"),
-        ("LicenseRef-Own", "LicenseRef-Own"),
     ],
 )
 def test_a_policy_may_spell_ids_in_its_way(named: str, licence: str) -> None:
@@ -99,8 +91,7 @@ def test_a_policy_may_spell_ids_in_its_way(named: str, licence: str) -> None:
         permitted(licence, Licences(allow=(named,), refuse=(named,)), "rows")
 
 
-@pytest.mark.parametrize("key", ["allow", "refuse"])
-@pytest.mark.parametrize("name", ["MITT", "MIT OR ISC", ""])
+@pytest.mark.parametrize(("key", "name"), [("allow", "MITT"), ("refuse", "MIT OR ISC"), ("allow", "")])
 def test_a_policy_with_an_unknown_id_is_an_error(key: str, name: str) -> None:
     with pytest.raises(UsageError, match="not an SPDX licence id") as caught:
         permitted("ISC", Licences.model_validate({key: [name]}), "rows")
@@ -114,7 +105,6 @@ def test_a_policy_with_an_unknown_id_is_an_error(key: str, name: str) -> None:
         ("GPL-2.0-or-later", "GPL-3.0-or-later", True),
         ("GPL-2.0-or-later", "GPL-3.0-only", True),
         ("GPL-2.0-only", "GPL-3.0-or-later", False),
-        ("GFDL-1.2-only", "GFDL-1.3-only", False),
         ("GPL-2.0-only", "LGPL-2.1-only", False),
     ],
 )
@@ -162,7 +152,6 @@ def test_two_licences_that_each_bind_the_adapter_are_refused() -> None:
     [
         ("CC-BY-4.0", "cc-by-4.0", True),
         ("MIT AND CC-BY-4.0", "CC-BY-4.0", True),
-        ("MIT AND (Zlib AND CC-BY-4.0)", "CC-BY-4.0", True),
         ("MIT OR CC-BY-4.0", "CC-BY-4.0", False),
         ("(MIT AND CC-BY-4.0) OR (Zlib AND CC-BY-4.0)", "CC-BY-4.0", True),
         ("MIT AND (Zlib OR CC-BY-4.0)", "CC-BY-4.0", False),
@@ -171,13 +160,10 @@ def test_two_licences_that_each_bind_the_adapter_are_refused() -> None:
         ("GPL-2.0-only", "GPL-2.0-only WITH Classpath-exception-2.0", False),
         ("Zlib AND CC-BY-4.0 AND MIT", "MIT AND CC-BY-4.0", True),
         ("CC-BY-4.0", "MIT AND CC-BY-4.0", False),
-        ("MIT OR CC-BY-4.0", "MIT OR CC-BY-4.0", True),
         ("CC-BY-4.0 OR MIT", "MIT OR CC-BY-4.0", True),
         ("Zlib OR (CC-BY-4.0 AND MIT)", "(MIT AND CC-BY-4.0) OR Zlib", True),
         ("CC-BY-4.0 OR MIT OR Zlib", "MIT OR CC-BY-4.0", False),
         ("Zlib AND (MIT OR CC-BY-4.0)", "MIT OR CC-BY-4.0", True),
-        ("MIT", "MIT OR CC-BY-4.0", False),
-        ("LicenseRef-Own AND MIT", "LicenseRef-Own", True),
         ("no expression, such", "no expression, such", True),
         ("no expression, such", "MIT", False),
     ],

@@ -32,21 +32,18 @@ def two(tmp_path: Path) -> tuple[Store, Dataset, Dataset]:
     return Store(tmp_path / "store"), first, build(tmp_path)
 
 
-def test_rows_added_removed_and_changed(two: tuple[Store, Dataset, Dataset]) -> None:
+def test_rows_added_removed_changed_and_moved(two: tuple[Store, Dataset, Dataset], tmp_path: Path) -> None:
     store, first, second = two
     found = difference(store, first.digest, second.digest).document()
     assert found["rows"] == {"same": 78, "moved": 0, "added": 1, "removed": 1, "changed": 1}
     assert found["balance"]["licence"] == {"CC0-1.0": [0, 1], "MIT": [80, 79]}
     again = difference(store, second.digest, second.digest).document()
     assert again["rows"] == {"same": 80, "moved": 0, "added": 0, "removed": 0, "changed": 0}
-
-
-def test_rows_that_moved_to_another_split(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
-    first, second = build(tmp_path), build(tmp_path, settings(split={"seed": 1}))
-    found = difference(Store(tmp_path / "store"), first.digest, second.digest).document()
+    other = build(tmp_path, settings(split={"seed": 1}))
+    found = difference(store, second.digest, other.digest).document()
     assert found["rows"]["moved"] > 0
     assert found["rows"]["moved"] + found["rows"]["same"] == 80
+    assert found["settings"] == {"split.seed": [0, 1]}
 
 
 def test_a_sample_of_each_removed_class_with_what_stood_there(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ def test_a_persons_rows_are_recalled_with_copies_that_name_nobody(tmp_path: Path
     write_jsonl(tmp_path / "old.jsonl", PLAIN)
     write_jsonl(tmp_path / "new.jsonl", people(PLAIN))
     both = chosen("old.jsonl", "new.jsonl")
+    at_once = build(tmp_path, both, withdrawn=Withdrawn({"subject": frozenset(["p3"])}))
+    assert {one.answer for one in rows(at_once)} == {f"answer {n}" for n in range(100) if n % 10 != 3}
+    assert at_once.record.body["rows"]["removed"][WITHDRAWN] == 20
+    assert verify_dataset(Store(tmp_path / "store"), at_once.digest).ok
     first = build(tmp_path, both)
     texts = {one.wording for one in rows(first) if one.subject == "p3"}
     found = withdraw(store, "subject", "p3")
@@ -73,16 +77,6 @@ def test_a_persons_rows_are_recalled_with_copies_that_name_nobody(tmp_path: Path
     assert gone(store, "subject", "p3")
     build(tmp_path, chosen("old.jsonl"))
     assert not gone(store, "subject", "p3"), "this version holds the text again"
-
-
-def test_a_row_that_a_person_comes_to_later_takes_its_copies_with_it(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "old.jsonl", PLAIN)
-    write_jsonl(tmp_path / "new.jsonl", people(PLAIN))
-    known = Withdrawn({"subject": frozenset(["p3"])})
-    dataset = build(tmp_path, chosen("old.jsonl", "new.jsonl"), withdrawn=known)
-    assert {one.answer for one in rows(dataset)} == {f"answer {n}" for n in range(100) if n % 10 != 3}
-    assert dataset.record.body["rows"]["removed"][WITHDRAWN] == 20
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 def test_a_recalled_source_leaves_the_copies_of_other_sources(tmp_path: Path) -> None:
@@ -192,6 +186,13 @@ def test_a_twin_under_another_system_turn_does_not_take_a_recalled_rows_place(tm
     same = [one for one in rows(first) if one.answer == "noted"]
     assert len(same) == 4
     assert len(set(map(content_key, same))) == 1
+    spoken = [turn for turn in same[0].messages if turn.role != "system"]
+    turned = (*spoken[:1], spoken[0], *spoken[1:])
+    asked = same[0].model_copy(update={"messages": turned})
+    answered = asked.model_copy(
+        update={"messages": (turned[0], turned[1].model_copy(update={"role": "assistant"}), turned[2])}
+    )
+    assert content_key(asked) != content_key(answered), "roles of turns make other contents"
     withdraw(store, "row", same[0].id)
     left = build(tmp_path, loose, withdrawn=load_withdrawn(store))
     assert all(one.answer != "noted" for one in rows(left))
@@ -210,19 +211,3 @@ def test_a_person_whose_row_was_dropped_as_a_near_duplicate_is_found(tmp_path: P
         assert withdraw(store, "subject", name).reached
     left = build(tmp_path, withdrawn=load_withdrawn(store))
     assert all(one.answer != "noted" for one in rows(left))
-
-
-def test_the_roles_of_turns_make_other_contents() -> None:
-    one, other = (
-        Example.model_validate(
-            {
-                "id": "",
-                "source": "",
-                "licence": "",
-                "group": "",
-                "messages": [*said, {"role": "assistant", "content": "z"}],
-            }
-        )
-        for said in (turns("x", "y"), [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}])
-    )
-    assert content_key(one) != content_key(other)

@@ -29,12 +29,9 @@ def whole(inserted: int, found: int) -> Measured:
     return Measured(inserted, found, inserted, found, found, found)
 
 
-def test_every_default_entity_can_be_made_up_and_measured() -> None:
-    assert {*ENTITIES, *MODEL_ENTITIES} <= MAKERS.keys()
-
-
 @pytest.mark.parametrize("entity", sorted(set(ENTITIES) - {"SECRET", "PHONE_NUMBER"}))
 def test_made_up_values_are_of_their_kind(entity: str) -> None:
+    assert {*ENTITIES, *MODEL_ENTITIES} <= MAKERS.keys()
     finder = Finder(Privacy(entities=(entity,)))
     values = [MAKERS[entity](Random(n)) for n in range(30)]
     assert len(set(values)) > 25
@@ -82,15 +79,6 @@ def test_passwords_under_keys_of_json_are_inserted_too() -> None:
     assert 30 < missed < 70  # half of the values are passwords, which are found by their keys only
 
 
-def test_no_password_of_a_json_answer_is_sealed(tmp_path: Path) -> None:
-    said = [one["messages"][0]["content"] for one in many_rows(60)]
-    write_jsonl(tmp_path / "rows.jsonl", [row(text, json.dumps(login(n))) for n, text in enumerate(said)])
-    dataset = build(tmp_path, settings(privacy={"entities": ["SECRET"], "left_at_most": 20}))
-    answers = [json.loads(one.answer) for split in ("train", "validation", "test") for one in dataset.examples(split)]
-    assert answers
-    assert {answer["password"] for answer in answers} == {"secret_1"}
-
-
 def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
     assert recall_at_least(18, 20, 0.05) == pytest.approx(beta.ppf(0.05, 18, 3))
     assert binom.sf(17, 20, recall_at_least(18, 20, 0.05)) == pytest.approx(0.05)
@@ -106,14 +94,14 @@ def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
 
 def test_the_bound_holds_as_often_as_it_says() -> None:
     held = 0
-    for n in range(300):
+    for n in range(100):
         chance = Random(n)
         recall, total = chance.uniform(0.6, 0.95), chance.randint(0, 60)
         found = sum(chance.random() < recall for _ in range(total))
         seen = sum(chance.random() < recall for _ in range(60))
         bound = probably_remaining({"A": found}, {"A": whole(60, seen)})
         held += bound is not None and total - found <= bound
-    assert held / 300 >= 0.95
+    assert held / 100 >= 0.95
 
 
 def test_the_record_carries_fields_measured_error_and_bound(tmp_path: Path) -> None:
@@ -187,7 +175,7 @@ SENTENCES = ("please use {} for the upload", "i pasted {} into the chat", "the d
 @pytest.mark.parametrize("kind", sorted(SECRETS))
 def test_secrets_of_every_kind_in_sentences(kind: str) -> None:
     scanner = Scanner(Privacy(entities=("SECRET",)))
-    for n in range(20):
+    for n in range(8):
         value = SECRETS[kind](Random(n))
         frame = "my password is {}" if kind == "password" else SENTENCES[n % len(SENTENCES)]
         found = scanner.scan(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import socket
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,10 +22,12 @@ from tunesmith.data.privacy.names import RECOMMENDED, Names
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import ENTITIES, Privacy
 
+SCANNER = Scanner(Privacy())
+
 
 @pytest.fixture(scope="module")
 def scanner() -> Scanner:
-    return Scanner(Privacy())
+    return SCANNER
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,6 @@ def test_a_word_for_a_secret_before_another_hides_nothing(scanner: Scanner, text
     assert scan(scanner, text.format("kX9fLq27RmZt")).messages[0].content == text.format("secret_1")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "turn on the kitchen lights at 7:30 and set them to 45 percent",
-        "set the color temperature to 2700 kelvin for 1.5 hours",
-        "kubectl get pods -n prod | grep web-7d4b9c && tail -n 100 /var/log/syslog",
-        "play bohemian rhapsody on the sonos one",
-    ],
-)
-def test_ordinary_requests_hold_nothing(scanner: Scanner, text: str) -> None:
-    assert not scan(scanner, text, '{"intent":"HassTurnOn","slots":{"brightness":45}}').found
-
-
 def test_one_name_for_one_value_in_the_whole_conversation(scanner: Scanner) -> None:
     found = scan(
         scanner,
@@ -112,10 +99,7 @@ def test_one_name_for_one_value_in_the_whole_conversation(scanner: Scanner) -> N
         "again to person1@example.com",
         "ok",
     ]
-
-
-def test_different_addresses_stay_different(scanner: Scanner) -> None:
-    assert scan(scanner, "a.b@acme.org ab@acme.org", "x").found == {"EMAIL_ADDRESS": 2}
+    assert scan(scanner, "a.b@acme.org ab@acme.org", "x").found == {"EMAIL_ADDRESS": 2}, "a dot counts"
 
 
 def test_escapes_and_numbers_in_json_hide_nothing(scanner: Scanner) -> None:
@@ -148,32 +132,24 @@ def test_a_key_of_json_announces_its_value(scanner: Scanner, answer: str, entity
     json.loads(found.messages[1].content)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        '{"token": "re-elected", "tokens": ["U.S.", "COVID-19", "e-mail"]}',
-        '{"password": "required", "secret": "<your secret>", "api_key": "your-api-key-1"}',
-        '{"properties": {"password": {"type": "string", "description": "8-64 characters"}}, "required": ["password"]}',
-        '{"order_number": 12345678, "orderNumber": "123456789"}',
-        '{"keyboard": "qwerty-2000x", "passenger": "seat-12A", "max_tokens": 128000}',
-        '{"name": "kitchen lamp", "intent": "reset_password"}',
-    ],
+NOTHING = (
+    "turn on the kitchen lights at 7:30 and set them to 45 percent for 1.5 hours",
+    "kubectl get pods -n prod | grep web-7d4b9c && tail -n 100 /var/log/syslog",
+    '{"token": "re-elected", "tokens": ["U.S.", "COVID-19", "e-mail"]}',
+    '{"password": "required", "secret": "<your secret>", "api_key": "your-api-key-1"}',
+    '{"properties": {"password": {"type": "string", "description": "8-64 characters"}}, "required": ["password"]}',
+    '{"order_number": 12345678, "orderNumber": "123456789"}',
+    '{"keyboard": "qwerty-2000x", "passenger": "seat-12A", "max_tokens": 128000}',
+    '{"name": "kitchen lamp", "intent": "reset_password"}',
+    '{"total": 16427.77, "share": 0.227725, "at": [37.3696, 164.8257], "day": "06.04.2002"}',
+    "31033.18 euros, or 3107069.50, or 1,016.47",
+    "on 08.11.1996, 8/12/1991 or 2/16/1942",
+    "card AB-1648 of 1990-01-28 and version 3.10.1237",
 )
-def test_keys_of_json_that_announce_nothing(scanner: Scanner, answer: str) -> None:
-    assert not scan(scanner, "hello", answer).found
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"total": 16427.77, "share": 0.227725, "at": [37.3696, 164.8257], "day": "06.04.2002"}',
-        "31033.18 euros, or 3107069.50, or 1,016.47",
-        "on 08.11.1996, 8/12/1991 or 2/16/1942",
-        "card AB-1648 of 1990-01-28",
-        "version 3.10.1237",
-    ],
-)
-def test_figures_are_no_telephone_numbers(scanner: Scanner, text: str) -> None:
+@pytest.mark.parametrize("text", NOTHING)
+def test_keys_that_announce_nothing_and_figures_hold_nothing(scanner: Scanner, text: str) -> None:
     assert not scan(scanner, "hello", text).found
 
 
@@ -226,14 +202,10 @@ def test_the_id_of_a_call_hides_nothing(scanner: Scanner) -> None:
     assert found.messages[1].tool_calls[0].id == found.messages[2].tool_call_id == "person1@example.com"
 
 
-def test_a_secret_inside_a_longer_word_is_replaced_too(scanner: Scanner) -> None:
+def test_a_secret_inside_a_longer_word_or_a_url_is_replaced_too(scanner: Scanner) -> None:
     assert "AKIA" not in scan(scanner, "key=xxAKIAIOSFODNN7EXAMPLEyy", "ok").messages[0].content
-
-
-def test_password_in_a_url(scanner: Scanner) -> None:
-    assert scan(scanner, "open https://bob:hunter22@db.acme.org/x", "ok").messages[0].content == (
-        "open https://bob:secret_1@db.acme.org/x"
-    )
+    found = scan(scanner, "open https://bob:hunter22@db.acme.org/x", "ok")
+    assert found.messages[0].content == "open https://bob:secret_1@db.acme.org/x"
 
 
 def test_untouched_messages_keep_their_bytes(scanner: Scanner) -> None:
@@ -273,11 +245,10 @@ document = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["to", "note", "list"]), document, min_size=1), st.booleans())
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=30)
 def test_json_answers_stay_json_and_hold_no_planted_value(value: dict, compact: bool) -> None:
     answer = json.dumps(value, separators=(",", ":") if compact else None)
-    shared = Scanner(Privacy())
-    changed = scan(shared, "here", answer).messages[1].content
+    changed = scan(SCANNER, "here", answer).messages[1].content
     assert isinstance(json.loads(changed), dict)
     decoded = json.dumps(json.loads(changed), ensure_ascii=False)
     for _, planted, _ in PLANTED:
@@ -347,14 +318,10 @@ def test_addresses_in_several_forms(reader: Scanner) -> None:
         found = scan(reader, f"Please send it to {address}.", "ok")
         assert "STREET_ADDRESS" in found.found, address
         assert address not in found.messages[0].content
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["play track 5 of Top 100 at 3 pm", "book a table for 2 at the olive garden", "is it 12 times 85 or 213 by 3"],
-)
-def test_numbers_in_requests_are_no_addresses(reader: Scanner, text: str) -> None:
-    assert "STREET_ADDRESS" not in scan(reader, text, "ok").found
+    for text in ("play track 5 of Top 100 at 3 pm", "book a table for 2 at the olive garden", "is it 213 by 3"):
+        assert "STREET_ADDRESS" not in scan(reader, text, "ok").found, text
+    for ending in ("Street", "Trace", "Throughway", "Track"):
+        assert max(score for *_, score in find_addresses(f"we met near 12 Maple {ending} today")) >= SURE, ending
 
 
 STAFF = {"STAFF_ID": {"regex": r"\bE\d{6}\b", "context": ["employee", "staff"], "score": 0.2}}
@@ -377,16 +344,13 @@ def test_a_recogniser_that_is_no_pattern_or_never_ends() -> None:
     assert "recognisers.SLOW.regex" in (caught.value.where or "")
 
 
-def test_a_model_whose_files_were_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_are_changed_unknown_or_missing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(names.PINNED, RECOMMENDED, "sha256:" + "0" * 64)
     with pytest.raises(Refused, match="not the pinned ones"):
         Names(RECOMMENDED, None)
     monkeypatch.delitem(names.PINNED, RECOMMENDED)
     with pytest.raises(UsageError, match="no digest is known"):
         Names(RECOMMENDED, None)
-
-
-def test_a_model_that_is_not_there_and_names_without_one() -> None:
     with pytest.raises(UsageError, match="not installed"):
         Scanner(Privacy(model="no_such_model"))
     with pytest.raises(UsageError, match="needs a model of names"):
@@ -399,13 +363,9 @@ def test_a_batch_finds_what_single_rows_find(reader: Scanner) -> None:
             Message(role="user", content=f"Ask Maria Novak at {n} Church Street about {n} eggs."),
             Message(role="assistant", content="ok"),
         ]
-        for n in range(40)
+        for n in range(8)
     ]
     assert reader.scan_many(rows) == [reader.scan(one) for one in rows]
-
-
-SYNTH = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
-SYNTH /= "presidio-research-synth"
 
 
 def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
@@ -417,19 +377,6 @@ def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
     assert told is not None
     assert told["entities"].keys() == {"PERSON"}
     assert reference("another_model", ["PERSON"]) is None
-
-
-@pytest.mark.skipif(not SYNTH.is_dir(), reason="presidio-research's texts are not here ($TUNESMITH_TEST_DATA)")
-def test_shipped_recall_and_precision_are_measured_again() -> None:
-    rows = [row for row in json.loads((SYNTH / "data_synth_dataset_v2.json").read_text()) if row["template_id"] % 2]
-    marked = found = both = 0
-    for row, spans in zip(rows, finder().find([row["full_text"] for row in rows]), strict=True):
-        gold = {place for span in row["spans"] for place in range(span["start_position"], span["end_position"])}
-        ours = {place for span in spans for place in range(span.start, span.end)}
-        marked, found, both = marked + len(gold), found + len(ours), both + len(gold & ours)
-    shipped = _shipped()["setups"][RECOMMENDED]
-    assert both / marked == pytest.approx(shipped["recall"], abs=0.02)
-    assert both / found == pytest.approx(shipped["precision"], abs=0.02)
 
 
 def test_a_long_text_is_looked_through_to_its_end(reader: Scanner) -> None:
@@ -453,15 +400,9 @@ def finder() -> Finder:
 
 
 @given(st.text(max_size=300))
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=30)
 def test_findings_never_overlap_and_lie_in_the_text(text: str) -> None:
     text = f"Ann Lee {text} 12 Mill Road, Leeds +1 212-456-7890 {text}"
     (found,) = finder().find([text])
     assert all(0 <= one.start < one.end <= len(text) for one in found)
     assert all(one.end <= other.start for one, other in itertools.pairwise(found))
-
-
-@pytest.mark.parametrize("ending", ["Street", "Trace", "Throughway", "Track"])
-def test_street_names_are_found_by_their_ending(ending: str) -> None:
-    found = list(find_addresses(f"we met near 12 Maple {ending} today"))
-    assert max(score for _, _, score in found) >= SURE

@@ -17,12 +17,6 @@ def said(*texts: str) -> list[tuple[Message, ...]]:
     return [(Message(role="user", content=text), Message(role="assistant", content="ok")) for text in texts]
 
 
-def test_every_name_of_the_list_stands_once_and_in_fours() -> None:
-    names = [name for four in people.FIRST_NAMES for name in four]
-    assert {len(four) for four in people.FIRST_NAMES} == {4}
-    assert len(names) == len(set(names))
-
-
 @pytest.mark.parametrize(
     ("text", "found"),
     [

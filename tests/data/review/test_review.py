@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from tunesmith.data.quality.flags import examine_quality
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import agreements, cohen_kappa
 from tunesmith.data.review.decisions import ReviewedRow, encode_reviewed, read_reviewed
-from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.cases import delete_expired, find_case, put_case
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
@@ -76,9 +76,22 @@ def project_in(root: Path, **data: Any) -> Project:
     return Project.load(root)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A desk's folder, which tests copy."""
+    root = tmp_path_factory.mktemp("desk")
+    with pytest.MonkeyPatch.context() as patch:
+        made_desk(root, Store(root / "store"), patch).store.engine.dispose()
+    return root
+
+
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return made_desk(tmp_path, Store(tmp_path / "store"), monkeypatch)
+def desk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setenv("TUNESMITH_USER", "ann")
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    project, store = Project.load(tmp_path), Store(tmp_path / "store")
+    project.store = store
+    return Desk(project, store, load_dataset(store, store.records_of("dataset")[-1]))
 
 
 def made_desk(root: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Desk:
@@ -132,29 +145,8 @@ def test_the_next_build_does_what_was_decided(desk: Desk) -> None:
         entries = [one for one in audit.entries(session) if one.action == "review.decide"]
     assert [one.detail["decision"] for one in entries] == ["accept", "edit", "reject"]
     assert "a real answer" not in str([one.detail for one in entries])
-
-
-def test_a_copy_does_not_take_the_place_of_a_rejected_row(desk: Desk) -> None:
-    review.fill(desk.store)
-    number = numbers(desk)[0]
-    review.decide(desk.store, number, "reject", reason="refuses")
-    review.export(desk.project)
-    turns = review.show(desk.store, number).messages
-    copy = row(turns[0].content.upper(), turns[1].content)
-    with (desk.project.root / "rows.jsonl").open("a") as stream:
-        stream.write(json.dumps(copy) + "\n")
-    assert all(one.answer != turns[1].content for one in rows(desk.build()).values())
-
-
-def test_an_edited_row_is_withdrawn_with_the_row_that_it_was(desk: Desk) -> None:
-    review.fill(desk.store)
-    number = numbers(desk)[0]
-    subject = review.show(desk.store, number).subject
-    review.decide(desk.store, number, "edit", contents=edited(desk, number, "a real answer"))
-    review.export(desk.project)
-    assert any(one.answer == "a real answer" for one in rows(desk.build()).values())
-    left = desk.build(withdrawn=Withdrawn({"row": frozenset([subject])}))
-    assert all(one.answer != "a real answer" for one in rows(left).values())
+    left = desk.build(withdrawn=Withdrawn({"row": frozenset([items[changed].subject])}))
+    assert all(one.answer != "a real answer" for one in rows(left).values()), "withdrawn with the row that it was"
 
 
 @pytest.mark.parametrize("named", ["before", "after"])
@@ -204,6 +196,7 @@ def test_a_copy_under_another_system_turn_keeps_it_when_it_is_edited(tmp_path: P
     changed, rejected = numbers(desk)[:2]
     texts = {number: [turn.content for turn in review.show(desk.store, number).messages] for number in numbers(desk)}
     copies = [{"messages": turns(*texts[number], system="Be brief.")} for number in (changed, rejected)]
+    copies.append(row(texts[rejected][0].upper(), texts[rejected][-1]))
     with (tmp_path / "rows.jsonl").open("a") as stream:
         stream.writelines(json.dumps(one) + "\n" for one in copies)
     review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
@@ -270,6 +263,7 @@ def test_a_damaged_file_of_decisions(tmp_path: Path, line: str) -> None:
 
 def test_a_file_without_decisions_changes_no_dataset_version(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
+    assert "review" not in desk.first.record.body
     monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
     assert desk.build().digest == desk.first.digest
     assert "review.jsonl: no review decision yet" in said
@@ -421,9 +415,3 @@ def test_the_command_line(desk: Desk, tmp_path: Path) -> None:
     assert line["messages"][-1]["content"] == "a real answer"
     for command in (["list"], ["show", str(number)], ["fill"], ["export"]):
         printed(tmp_path, "review", *command)
-
-
-def test_a_project_builds_without_a_review(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(40))
-    assert "review" not in build_rows(tmp_path).record.body
-    assert DataSettings.model_validate({"sources": [{"path": "x"}]}).review is None

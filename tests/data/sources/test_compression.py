@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.data.rows import build, failure, many_rows, read, settings, write_jsonl
+from tests.data.rows import failure, many_rows, read
 from tunesmith.core.errors import UsageError
 
 Pack = Callable[[bytes], bytes]
@@ -30,7 +30,7 @@ def zstd(data: bytes) -> bytes:
 
 
 PACKERS: dict[str, Pack] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
-LINES = "".join(json.dumps(one) + "\n" for one in many_rows(2000)).encode()
+LINES = "".join(json.dumps(one) + "\n" for one in many_rows(500)).encode()
 
 
 @pytest.mark.parametrize("ending", PACKERS)
@@ -39,9 +39,9 @@ def test_a_compressed_file_has_the_rows_it_had(tmp_path: Path, ending: str) -> N
     (tmp_path / f"a.jsonl{ending}").write_bytes(pack(LINES))
     (tmp_path / f"twice.jsonl{ending}").write_bytes(pack(LINES) + pack(LINES))  # as `cat` joins them
     rows = read(tmp_path, f"a.jsonl{ending}")
-    assert [one.fields for one in rows] == many_rows(2000)
-    assert [one.number for one in rows] == list(range(1, 2001))
-    assert len(read(tmp_path, f"twice.jsonl{ending}")) == 4000
+    assert [one.fields for one in rows] == many_rows(500)
+    assert [one.number for one in rows] == list(range(1, 501))
+    assert len(read(tmp_path, f"twice.jsonl{ending}")) == 1000
     (tmp_path / f"a.csv{ending}").write_bytes(pack(b"prompt,completion\na,b\n"))
     (tmp_path / f"a.json{ending}").write_bytes(pack(b'[{"prompt": "a", "completion": "b"}]'))
     for kind in ("csv", "json"):
@@ -60,7 +60,7 @@ def test_truncated_damaged_and_empty_files(tmp_path: Path, ending: str) -> None:
     failure(tmp_path, name, bytes(damaged))
     assert failure(tmp_path, name, b"").what == "the file is empty"
     assert failure(tmp_path, name, PACKERS[ending](b"")).what == "the file holds no rows"
-    assert failure(tmp_path, name, PACKERS[ending](LINES + b'{"a": ]\n')).where.startswith(f"{name}, line 2001")
+    assert failure(tmp_path, name, PACKERS[ending](LINES + b'{"a": ]\n')).where.startswith(f"{name}, line 501")
 
 
 @pytest.mark.parametrize("ending", PACKERS)
@@ -92,19 +92,14 @@ def _tar() -> bytes:
     ("name", "data", "said"),
     [
         ("a.jsonl", gzip.compress(LINES), "the name says jsonl, but the content is gzip"),
-        ("a.csv", zstd(LINES), "the content is Zstandard"),
         ("a.json", bz2.compress(LINES), "the content is bzip2"),
         ("a.jsonl.gz", LINES, "the name says gzip, but the content is something else"),
-        ("a.jsonl.gz", lzma.compress(LINES), "the name says gzip, but the content is xz"),
         ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "the content is gzip"),
         ("a.jsonl.gz", gzip.compress(_tar()), "the content is a tar archive"),
         ("a.jsonl", _tar(), "the content is a tar archive"),
-        ("a.jsonl", b"PK\3\4" + bytes(60), "the content is a zip archive"),
         ("a.jsonl", b"PAR1" + bytes(60), "the content is Parquet"),
-        ("a.parquet", b"ARROW1\0\0" + bytes(60), "the content is Arrow"),
         ("a.parquet", gzip.compress(LINES), "the content is gzip"),
         ("a.tar.gz", gzip.compress(_tar()), ".tar may hold several files"),
-        ("a.zip", b"PK\3\4", ".zip may hold several files"),
         ("a.parquet.gz", gzip.compress(LINES), "Parquet is compressed inside"),
         ("a.gz", gzip.compress(LINES), "rows cannot be read from a file without a suffix"),
     ],
@@ -124,18 +119,8 @@ def test_json_of_the_other_kind_is_told(tmp_path: Path) -> None:
     assert "name the file .json" in failure(tmp_path, "a.jsonl", b'[\n{"a": 1}\n]').fix
 
 
-def test_compressed_rows_give_the_same_dataset(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(120))
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes(), mtime=0))
-    plain, packed = build(tmp_path), build(tmp_path, settings("rows.jsonl.gz"))
-    assert packed.record.body["rows"] == plain.record.body["rows"]
-    told = packed.record.body["sources"][0]
-    assert told["bytes"] == (tmp_path / "rows.jsonl.gz").stat().st_size
-    assert told["digest"] != plain.record.body["sources"][0]["digest"]
-
-
 @given(st.binary(max_size=200), st.sampled_from(list(PACKERS)), st.booleans(), st.integers(0, 2**32))
-@examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_give_rows_or_an_error_with_a_place(
     tmp_path: Path, data: bytes, ending: str, real: bool, seed: int
 ) -> None:

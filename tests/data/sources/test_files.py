@@ -42,17 +42,8 @@ def test_a_source_names_its_file_for_records(tmp_path: Path) -> None:
         Source(path="s3://bucket/a.jsonl", name="c.jsonl")
 
 
-def test_broken_json_on_line_7(tmp_path: Path) -> None:
-    error = failure(tmp_path, "a.jsonl", (f"{GOOD}\n" * 6 + '{"messages": [}\n' + f"{GOOD}\n").encode())
-    assert error.where == "a.jsonl, line 7, column 15"
-
-
-def test_a_last_line_cut_off_is_an_error(tmp_path: Path) -> None:
-    assert failure(tmp_path, "a.jsonl", f"{GOOD}\n{GOOD[:-9]}".encode()).where.startswith("a.jsonl, line 2")
-
-
 @pytest.mark.parametrize(
-    "line", ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1, "a": 2}', "[1]", '"text"', "null", "[" * 100_000]
+    "line", [GOOD[:-9], f"\ufeff{GOOD}", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\0"}', "[1]", "null", "[" * 100_000]
 )
 def test_what_strict_json_rows_are_not(tmp_path: Path, line: str) -> None:
     assert failure(tmp_path, "a.jsonl", f"{GOOD}\n{line}\n".encode()).where.startswith("a.jsonl, line 2")
@@ -63,17 +54,9 @@ def test_byte_order_mark_and_crlf_are_read_as_any_editor_would(tmp_path: Path) -
     assert [one.fields for one in read(tmp_path, "a.jsonl")] == [json.loads(GOOD)] * 2
 
 
-def test_a_byte_order_mark_further_on_is_an_error(tmp_path: Path) -> None:
-    assert "line 2" in failure(tmp_path, "a.jsonl", f"{GOOD}\n\ufeff{GOOD}\n".encode()).where
-
-
 @pytest.mark.parametrize("data", [GOOD.encode("utf-16"), GOOD.encode() + b"\n" + '{"a": "é"}'.encode("latin-1")])
 def test_other_and_mixed_encodings(tmp_path: Path, data: bytes) -> None:
     assert "not UTF-8" in failure(tmp_path, "a.jsonl", data).what
-
-
-def test_raw_nul_bytes(tmp_path: Path) -> None:
-    assert "line 1" in failure(tmp_path, "a.jsonl", b'{"a": "x\x00y"}\n').where
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
@@ -84,11 +67,6 @@ def test_empty_file(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.csv", b"prompt,completion\n")])
 def test_file_without_rows(tmp_path: Path, name: str, data: bytes) -> None:
     assert failure(tmp_path, name, data).what == "the file holds no rows"
-
-
-def test_one_row_of_ten_megabytes_is_read(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [row("x" * 10_000_000, "y")])
-    assert len(read(tmp_path, "a.jsonl")[0].fields["messages"][0]["content"]) == 10_000_000
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,14 +236,11 @@ def test_unknown_ending_and_overlapping_sources(tmp_path: Path) -> None:
     assert "convert it to one of .arrow, .csv" in str(unknown.fix)
     assert "the list under data" in str(failure(tmp_path, "a.json", b'{"version": 1, "data": []}').fix)
     write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
+    write_jsonl(tmp_path / "a[1].jsonl", [row("a", "b")])
+    assert [one.source for one in read(tmp_path, "a[1].jsonl")] == ["a[1].jsonl"], "a name is no pattern"
     both = [Source(path="a.jsonl", licence="MIT"), Source(path="*.jsonl", licence="MIT")]
     with pytest.raises(UsageError, match="two sources"):
         find_files(both, tmp_path)
-
-
-def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a[1].jsonl", [row("a", "b")])
-    assert [one.source for one in read(tmp_path, "a[1].jsonl")] == ["a[1].jsonl"]
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
@@ -283,7 +258,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from(["a.jsonl", "a.json", "a.csv"]))
-@examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_give_rows_or_an_error_with_a_place(tmp_path: Path, data: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(data)
     error, rows = None, []
@@ -296,7 +271,7 @@ def test_any_bytes_give_rows_or_an_error_with_a_place(tmp_path: Path, data: byte
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text())), min_size=1))
-@examples(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_written_is_read(tmp_path: Path, rows: list[dict]) -> None:
     write_jsonl(tmp_path / "a.jsonl", rows)
     written = [{key: value for key, value in row.items() if value is not None} for row in rows]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,8 +15,6 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.splitting import similarity_join as join
 from tunesmith.data.splitting.duplicates import answer_key, near_pairs, normalise, request_key, request_text
-
-SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "snips"
 
 
 def pairs(texts: list[str], threshold: float) -> list[tuple[int, int]]:
@@ -59,29 +54,28 @@ thresholds = st.sampled_from([0.5, 0.6, 0.75, 0.8, 0.9, 1.0])
 
 
 @given(st.lists(st.lists(word, min_size=1, max_size=7).map(" ".join), unique=True, max_size=25), thresholds)
-@examples(max_examples=80, deadline=None)
+@examples(max_examples=40)
 def test_near_pairs_are_those_of_brute_force(texts: list[str], threshold: float) -> None:
     assert pairs(texts, threshold) == brute_force(texts, threshold)
 
 
 def test_a_short_text_is_not_what_it_would_be_padded_with() -> None:
     texts = ["", "\0", "\0\0", "\0\0\0", " ", "a", "a\0", "a ", "ab", "ab\0", "ab "]
-    assert pairs(texts, 0.5) == brute_force(texts, 0.5) == []
+    assert pairs(texts, 0.5) == brute_force(texts, 0.5) == pairs([], 0.8) == []
 
 
 @given(st.lists(st.text(max_size=12), unique=True, max_size=12), thresholds)
-@examples(max_examples=80, deadline=None)
+@examples(max_examples=40)
 def test_any_text_at_all(texts: list[str], threshold: float) -> None:
     assert pairs(texts, threshold) == brute_force(texts, threshold)
 
 
-@pytest.mark.parametrize("words", [6, 40, 300])
-@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize(("words", "threshold"), [(6, 0.5), (6, 0.95), (40, 0.8), (300, 0.5), (300, 0.95)])
 def test_short_and_long_rows_of_many_sizes(words: int, threshold: float) -> None:
     """Long rows are compared all with all, short ones by parts; sizes vary so that several classes meet."""
     rng = random.Random(words)
     texts = []
-    for _ in range(150):
+    for _ in range(100):
         text = ["".join(rng.choices("abcdefghiklmnopqrst", k=4)) for _ in range(rng.randint(2, words))]
         texts.append(" ".join(text))
         text[rng.randrange(len(text))] = "changed"
@@ -109,45 +103,8 @@ def test_what_is_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPat
     assert pairs(texts, 0.7) == whole == brute_force(texts, 0.7)
 
 
-def test_short_and_empty_texts() -> None:
-    assert pairs([], 0.8) == []
-    assert pairs(["a"], 0.8) == []
-    assert pairs(["", "a", "ab", "abc", "abcd"], 0.8) == []
-
-
 def test_too_many_near_pairs_are_refused() -> None:
     shared = "classify the sentiment of the following review as positive or negative and explain briefly: " * 3
     with pytest.raises(Refused, match="too similar") as caught:
         pairs([f"{shared}{n}" for n in range(600)], 0.8)
     assert "system turn" in str(caught.value.fix)
-
-
-@pytest.mark.skipif(not SNIPS.is_dir(), reason="the snips requests are not here ($TUNESMITH_TEST_DATA)")
-def test_nothing_is_missed_or_made_up_on_real_requests() -> None:
-    texts = []
-    for path in sorted(SNIPS.glob("*.json")):
-        for rows in json.loads(path.read_bytes().decode("utf-8", errors="replace")).values():
-            texts.extend(normalise("".join(part["text"] for part in one["data"])) for one in rows)
-    texts = sorted(set(texts))[:7000]
-    true = _by_matrix(texts, 0.8)
-    assert len(true) > 100
-    assert set(pairs(texts, 0.8)) == true
-
-
-def _by_matrix(texts: list[str], threshold: float) -> set[tuple[int, int]]:
-    """Brute force as a product of sparse matrices (texts x trigrams): shared trigrams of every pair."""
-    import numpy
-    from scipy import sparse
-
-    columns: dict[str, int] = {}
-    cells = [(i, columns.setdefault(gram, len(columns))) for i, text in enumerate(texts) for gram in shingles(text)]
-    places = numpy.array(cells).T
-    holds = sparse.csr_matrix((numpy.ones(len(cells), dtype=numpy.float32), (places[0], places[1])))
-    sizes = numpy.asarray(holds.sum(axis=1)).ravel()
-    pairs: set[tuple[int, int]] = set()
-    for start in range(0, len(texts), 1000):
-        shared = (holds[start : start + 1000] @ holds.T).tocoo()
-        left, right = shared.row + start, shared.col
-        near = (right > left) & (shared.data / (sizes[left] + sizes[right] - shared.data) >= threshold - 1e-6)
-        pairs.update(zip(left[near].tolist(), right[near].tolist(), strict=True))
-    return pairs

