@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,22 +13,16 @@ from typing import Any
 
 import pytest
 
-from tests.data.rows import many_rows, row
+from tests.data.rows import many_rows, row, turns
 from tunesmith.cli.main import main
 from tunesmith.core.system.scratch import SCRATCH
-from tunesmith.data.dataset import load_dataset
 from tunesmith.store.store import Store
 
 GOOD = many_rows(40)
-SECOND = [{"path": "train.jsonl", "licence": "MIT"}, {"path": "held.jsonl", "licence": "MIT", "split": "test"}]
 
 
 def lines(*rows: Mapping[str, Any]) -> bytes:
     return b"".join(json.dumps(one).encode() + b"\n" for one in rows)
-
-
-def turned(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,6 @@ REFUSED = {
     "broken JSON on line 7": Bad(
         lines(*GOOD[:6]) + b'{"messages": [\n' + lines(*GOOD[6:]), 2, "broken JSON", r"rows.jsonl, line 7, column 15"
     ),
-    "an escaped NUL": Bad(lines(*GOOD, row("a\0b", "c")), 2, "NUL character", r"row 41, messages\[0\].content"),
     "half a surrogate pair in an attribute": Bad(
         lines(*GOOD, {**row("a", "b"), "channel": "\ud83d"}),
         2, "surrogate", r"rows.jsonl, line 41", {"attributes": ["channel"]},
@@ -116,20 +105,16 @@ REFUSED = {
     "half a surrogate pair in a key": Bad(
         lines(*GOOD, {**row("a", "b"), "k\ud83d": 1}), 2, "surrogate", r"rows.jsonl, (row|line) 41"
     ),
-    "an unknown role": Bad(lines(*GOOD, turned(("user", "a"), ("robot", "b"))), 2, "no role 'robot'", r"row 41"),
     "a control token in what is answered": Bad(
         lines(*GOOD, row("a", "b<|im_start|>system")), 3, r"1 row holds a control token .*<\|im_start\|>", r"row 41"
     ),
     "a control token in the system turn": Bad(
-        lines(*GOOD, turned(("system", "<|im_start|>x"), ("user", "a"), ("assistant", "b"))),
+        lines(*GOOD, {"messages": turns("a", "b", system="<|im_start|>x")}),
         3, r"1 row holds a control token .*<\|im_start\|>", r"row 41",
     ),
     "one row without a licence": Bad(
         lines(*({**one, "licence": "MIT"} for one in GOOD), row("a", "b")),
         3, "without a licence", r"row 41", {"sources": [{"path": "rows.jsonl"}]},
-    ),
-    "one non-commercial row": Bad(
-        lines(*GOOD[1:], {**GOOD[0], "licence": "CC-BY-NC-4.0"}), 3, "CC-BY-NC-4.0", r"rows.jsonl, row 40"
     ),
     "a row longer than the base reads": Bad(lines(*GOOD, row("word " * 9_000, "b")), 3, "tokens or more, ", r"row 41"),
 }  # fmt: skip
@@ -158,39 +143,6 @@ def test_a_row_of_ten_megabytes(project: Callable[..., Path]) -> None:
     ended = ask(root)
     assert ended.document is not None
     assert (ended.document["rows"]["kept"], ended.document["ignored_keys"]) == (41, {"note": 1})
-
-
-def said(root: Path, *splits: str) -> set[str]:
-    store = Store(root / ".tunesmith")
-    dataset = load_dataset(store, store.records_of("dataset")[-1])
-    return {one.request[-1].text for name in splits or dataset.splits for one in dataset.examples(name)}
-
-
-def _slots(track: str, room: str) -> dict[str, Any]:
-    answer = json.dumps({"track": track, "room": room})
-    return row(f"play {track} loudly in the {room} for all our guests of tonight", answer)
-
-
-HELD = [_slots("yesterday", "kitchen"), row("is the heating on in the cellar today", "yes")]
-PASTED = {
-    "reworded": (row("please, is the heating on in the cellar today", "yes"), "near a held-out row"),
-    # What has the template of a held-out row is held out with it.
-    "with another answer": (row("is the heating on in the cellar today", "no"), None),
-    "with other values": (_slots("bohemian rhapsody", "winter garden"), None),
-}
-
-
-@pytest.mark.parametrize("how", PASTED)
-def test_a_test_set_pasted_into_the_training_rows(project: Callable[..., Path], how: str) -> None:
-    pasted, reason = PASTED[how]
-    files = {"train.jsonl": lines(*GOOD, pasted), "held.jsonl": lines(*HELD)}
-    root = project(files, sources=SECOND, split={"test": 0, "validation": 0})
-    ended = ask(root)
-    assert ended.document is not None, ended
-    if reason is not None:
-        assert ended.document["rows"]["removed"] == {reason: 1}
-    assert said(root, "train") == {one["messages"][0]["content"] for one in GOOD}
-    assert said(root, "test") >= {one["messages"][0]["content"] for one in HELD}
 
 
 def _replaced(path: Path) -> None:
@@ -228,72 +180,22 @@ def test_a_file_that_changes_while_it_is_read(
     require_nothing_left(root)
 
 
-@pytest.fixture
-def unprivileged(project: Callable[..., Path]) -> Iterator[Callable[..., Path]]:
-    """A project of a user who is not root, as whom the test goes on."""
-    root = Path(tempfile.mkdtemp())
-    was = os.geteuid()
-
-    def make(files: Mapping[str, bytes], change: Callable[[Path], None]) -> Path:
-        project(files, root)
-        change(root)
-        if was == 0:
-            for path in (root, *root.rglob("*")):
-                os.chown(path, 65534, 65534)
-            os.seteuid(65534)
-        return root
-
-    yield make
-    os.seteuid(was)
-    for path in root.rglob("*"):
-        path.chmod(0o700)
-    shutil.rmtree(root)
-
-
-def test_a_folder_that_may_not_be_looked_into(unprivileged: Callable[..., Path]) -> None:
-    def hide(root: Path) -> None:
-        (root / "closed").mkdir()
-        (root / "rows.jsonl").rename(root / "closed" / "rows.jsonl")
-        settings = json.loads((root / "tunesmith.yaml").read_text())
-        settings["data"]["sources"][0]["path"] = "closed/rows.jsonl"
-        (root / "tunesmith.yaml").write_text(json.dumps(settings))
-        (root / "closed").chmod(0)
-
-    ended = ask(unprivileged({"rows.jsonl": lines(*GOOD)}, hide))
-    assert (ended.code, ended.where) == (2, "closed/rows.jsonl"), ended
-    assert "Permission denied" in ended.what
-
-
-LIMIT = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
-TIGHT = {
-    "by command": """
-        sys.argv[1:] = ["data", "build", "-C", sys.argv[1], "--json"]
-        from tunesmith.cli.main import main
-        main()
-    """,
-    "from Python": """
-        import json, tunesmith
-        from tunesmith.services.datasets.data import build
-        from tunesmith.core.errors import TunesmithError
-        try:
-            build(tunesmith.Project.load(sys.argv[1] + "/tunesmith.yaml"))
-        except (TunesmithError, OSError) as error:  # the command line tells of either
-            print(json.dumps({"error": {"exit": getattr(error, "exit_code", 1)}}))
-            sys.exit(getattr(error, "exit_code", 1))
-    """,
-}
+TIGHT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.argv[1:] = ["data", "build", "-C", sys.argv[1], "--json"]
+from tunesmith.cli.main import main
+main()
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "most"), [("by command", 50_000), ("from Python", 200_000)])
-def test_a_disk_that_is_full(project: Callable[..., Path], most: int, how: str) -> None:
+@pytest.mark.parametrize("most", [50_000, 200_000])
+def test_a_disk_that_is_full(project: Callable[..., Path], most: int) -> None:
     """No file may grow beyond most bytes: the store's database, or that of the rows. What was there stays."""
     root = project({"rows.jsonl": lines(*many_rows(1500))})
     done = subprocess.run(
-        [sys.executable, "-c", LIMIT + textwrap.dedent(TIGHT[how]), str(root), str(most)],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", TIGHT, str(root), str(most)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

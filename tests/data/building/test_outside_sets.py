@@ -102,17 +102,3 @@ def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -
     blobs = {name: digest for name, digest in dataset.record.blobs.items() if name != "outside.jsonl"}
     bare = store.put_record(Record(kind="dataset", blobs=blobs, body=dataset.record.body))
     assert not verify_dataset(store, bare).ok
-
-
-def test_an_outside_set_that_is_not_there(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(60))
-    with pytest.raises(UsageError, match="no file"):
-        build(tmp_path, settings(**OUTSIDE))
-
-
-def test_system_turns_are_ignored_in_comparisons(tmp_path: Path) -> None:
-    said = {"messages": turns("switch the lamp in the attic off now", "ok", system="one")}
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), said])
-    write_jsonl(tmp_path / "more.jsonl", [{"messages": turns("switch the lamp in the attic off now", "no")}])
-    dataset = build(tmp_path, settings(decontaminate=[{"path": "more.jsonl"}]))
-    assert sum(dataset.record.body["rows"]["removed"].values()) == 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tests.data.rows import build, many_rows, settings, turns, write_jsonl
 from tunesmith.core.messages import Message
-from tunesmith.data.building.account import OUTSIDE_WORDING
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, NEAR_OUTSIDE, Leakage, Nearness, leakage, rows_to_remove
@@ -81,13 +80,3 @@ def test_beginnings_are_held_against_outside_requests() -> None:
     outside = [" open the door "]
     assert leakage(splits, Nearness(splits, 0.8, outside)).near_outside == 1
     assert rows_to_remove(splits, 0.8, outside) == {"leaks": NEAR_OUTSIDE}
-
-
-def test_a_conversation_that_begins_as_an_outside_row_is_left_out(tmp_path: Path) -> None:
-    rows = many_rows(60)
-    begun = [longer(row(f"tell me how far {n} miles are", "far"), n) for n in (7, 12)]
-    write_jsonl(tmp_path / "rows.jsonl", [*rows, *begun])
-    write_jsonl(tmp_path / "bench.jsonl", [row("tell me how far 30 miles are", "far")])
-    dataset = build(tmp_path, settings(decontaminate=[{"path": "bench.jsonl"}]))
-    assert dataset.record.body["rows"]["removed"] == {OUTSIDE_WORDING: 2}
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,6 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
         return
     matches = _matches(pattern, root)
     if not matches:
-        _require_readable(pattern, root, source.path)
         raise UsageError("no file matches this source", where=source.path, fix=f"paths start at {root.absolute()}")
     for match in matches:
         name = source.name or Path(os.path.relpath(root / match, root)).as_posix()
@@ -89,20 +87,6 @@ def _matches(pattern: str, root: Path) -> list[str]:
     if os.path.lexists(root / pattern):  # a file name may contain brackets and stars
         return [pattern]
     return sorted(glob.glob(pattern, root_dir=root, recursive=True))
-
-
-def _require_readable(pattern: str, root: Path, name: str) -> None:
-    """Raise UsageError where the user may not read a folder that the pattern begins with."""
-    plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-    last, *above = (root / plain).parents
-    for folder in [*reversed(above), last]:
-        needed = os.X_OK | (os.R_OK if folder == last else 0)
-        if folder.is_dir() and not os.access(folder, needed, effective_ids=True):
-            raise UsageError(
-                f"the folder {folder.name} cannot be read: Permission denied",
-                where=name,
-                fix="give the user that runs this permission to read the folder",
-            )
 
 
 class OpenSource:
