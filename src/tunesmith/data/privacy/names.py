@@ -7,13 +7,14 @@ against its digest and loaded as data.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import UsageError
-from tunesmith.data.pinned_packages import folder_digest, package_folders, require_digest
+from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.privacy.lean_imports import without_torch
 
 # Package -> digest of its model's files. en_core_web_sm 3.8.0: English, MIT, NER F1 0.846 on OntoNotes by its card.
@@ -49,7 +50,9 @@ class Names:
     def __init__(self, package: str, digest: str | None) -> None:
         self.package = package
         self._folder = _model_folder(package)
-        self.digest = folder_digest(self._folder)
+        # Of the files by name, without byte code.
+        files = (path for path in self._folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        self.digest = digest_of({path.relative_to(self._folder).as_posix(): digest_file(path) for path in files})
         expected = digest or PINNED.get(package)
         if expected is None:
             raise UsageError(
@@ -57,7 +60,12 @@ class Names:
                 where="data.privacy.model_digest",
                 fix=f"set model_digest: {self.digest} if you trust these files",
             )
-        require_digest(self._folder, self.digest, expected, f"the spaCy package {package!r}")
+        if self.digest != expected:
+            raise Refused(
+                f"the files of the spaCy package {package!r} are not the pinned ones",
+                where=str(self._folder),
+                fix=f"install it again; its digest is {self.digest}, not {expected}",
+            )
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -92,7 +100,9 @@ def _spans(found: Any) -> Iterator[tuple[int, int, str, float]]:
 
 
 def _model_folder(package: str) -> Path:
-    configs = sorted(path for place in package_folders(package) for path in place.glob("*/config.cfg"))
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = (found.submodule_search_locations or ()) if found else ()
+    configs = sorted(path for place in places for path in Path(place).glob("*/config.cfg"))
     if not configs:
         raise UsageError(
             f"the spaCy package {package!r} is not installed",
