@@ -96,7 +96,8 @@ def draw_quality(console: Console, found: QualityReport) -> None:
             most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
             shown = ", ".join(f"{value or '(none)'} {number}" for value, number in most)
             console.print(f"balance by {what}: {shown}")
-    _draw_names(console, found.names, found.rows)
+    if found.names:
+        _draw_names(console, found.names, found.rows)
     for flag in found.examples:
         console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}")
 
@@ -166,14 +167,13 @@ def _scan_rows(scan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "probably left", "no bound" if left is None else f"at most {left:g} values (95%)"
 
 
-def _draw_names(console: Console, names: dict[str, Any], rows: int) -> None:
-    if found := names.get("found"):
-        genders = ", ".join(f"{gender} {number}" for gender, number in found["genders"].items())
-        error = found["reference"]["entities"]["PERSON"] if found["reference"] else None
-        accuracy = f"; on annotated text recall {error['recall']}, precision {error['precision']}" if error else ""
-        console.print(
-            f"people named: in {found['rows']} of {rows} rows, {found['mentions']} mentions of {found['distinct']} "
-            f"names, the most frequent {found['most']} times; suggested: {genders} "
-            f"({found['model']['package']}{accuracy})",
-        )
-    console.print(f"  ({names['caveat']})")
+def _draw_names(console: Console, found: dict[str, Any], rows: int) -> None:
+    genders = ", ".join(f"{gender} {number}" for gender, number in found["genders"].items())
+    error = found["reference"]["entities"]["PERSON"] if found["reference"] else None
+    accuracy = f"; on annotated text recall {error['recall']}, precision {error['precision']}" if error else ""
+    console.print(
+        f"people named: in {found['rows']} of {rows} rows, {found['mentions']} mentions of {found['distinct']} "
+        f"names, the most frequent {found['most']} times; suggested: {genders} "
+        f"({found['model']['package']}{accuracy})",
+    )
+    console.print(f"  ({found['caveat']})")

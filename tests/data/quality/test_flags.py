@@ -93,15 +93,13 @@ def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.Monke
     assert similar_requests.alike([], lambda _: np.empty((0, 16), np.float32)) == []
 
 
-def test_balance_of_what_rows_declare_and_of_gendered_words(tmp_path: Path) -> None:
+def test_balance_of_what_rows_declare(tmp_path: Path) -> None:
     rows = [{**one, **({"channel": "mail"} if n % 4 else {})} for n, one in enumerate(many_rows(80))]
-    rows += [row("where did she leave her keys", "in the hall"), row("where is the theatre", "ask him")]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     dataset = build(tmp_path, settings(attributes=["channel"]))
     store = Store(tmp_path / "store")
     balance = store.record(examine_quality(store, dataset)).body["balance"]
-    assert balance["channel"] == {"": 22, "mail": 60}
-    assert balance["gendered words"] == {"he": 1, "she": 1, "they, of one": 0}
+    assert balance["channel"] == {"": 20, "mail": 60}
 
 
 def test_answers_that_are_no_labels(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.text.folding import visible
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.quality.languages import other_languages
-from tunesmith.data.quality.people import CAVEAT, balance_of_names, found_people
+from tunesmith.data.quality.people import found_people
 from tunesmith.data.quality.similar_requests import Embed, alike
 from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.store.records import Record
@@ -28,13 +28,6 @@ NOISE = "label that the other rows contradict"
 LANGUAGE = "another language than the others"
 ALIKE = "same meaning as another request"
 
-_GENDERED = {
-    "he": frozenset(("he", "him", "his", "himself", "mr", "man", "men", "boy", "father", "son", "brother", "husband")),
-    "she": frozenset(
-        ("she", "her", "hers", "herself", "mrs", "ms", "woman", "women", "girl", "mother", "daughter", "sister", "wife")
-    ),
-    "they, of one": frozenset(("themself", "mx")),
-}
 _SHOWN = 20
 _REFUSAL = re.compile(
     r"^\W*(?:i['’]?m sorry|i am sorry|sorry,? but|i apologi[sz]e|unfortunately,? i|as an ai\b"
@@ -71,7 +64,6 @@ def examine_quality(
     languages = _languages(rows, flags) if language else {}
     clusters = _alike(rows, flags, embed) if embed else []
     asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None}
-    conversations = [one.messages for _, one in rows]
     labels = sorted({key for _, one in rows for key in one.labels})
     flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
     body = {
@@ -82,25 +74,13 @@ def examine_quality(
             name: dict(sorted(Counter(str(getattr(one, name) or "") for _, one in rows).items()))
             for name in ("licence", "source", "tenant", "region")
         }
-        | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels}
-        | {"gendered words": _gendered(rows)}
-        | balance_of_names(conversations),
-        "names": {"caveat": CAVEAT, **({"found": found_people(conversations)} if names else {})},
+        | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels},
+        **({"names": found_people([one.messages for _, one in rows])} if names else {}),
         **({"languages": languages} if language else {}),
         **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
     }
     blob = store.put_bytes(b"".join(canonical(flag) + b"\n" for flag in flags))
     return store.put_record(Record(kind="quality", parents={"dataset": dataset.digest}, blobs={FLAGS: blob}, body=body))
-
-
-def _gendered(rows: Sequence[tuple[str, Example]]) -> dict[str, int]:
-    """Rows with a gendered word in any turn. It counts words and does not know whom they refer to."""
-    counts = dict.fromkeys(_GENDERED, 0)
-    for _, example in rows:
-        words = set(re.findall(r"\w+", " ".join(turn.text for turn in example.messages).casefold()))
-        for name, those in _GENDERED.items():
-            counts[name] += not those.isdisjoint(words)
-    return counts
 
 
 def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, dict[str, int]]:

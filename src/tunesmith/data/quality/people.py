@@ -1,7 +1,7 @@
 """Counts the people named in rows, and the gender that their names suggest.
 
 A name does not state a person's gender; it only shows to whom a name is mostly given. Without a title or a listed name,
-nothing is guessed. Records are permanent, so this module returns counts only, and names only from its list.
+nothing is guessed. Records are permanent, so this module returns counts only, and no name.
 """
 
 from __future__ import annotations
@@ -50,35 +50,16 @@ CAVEAT = (
 HE, SHE, UNTOLD = "he", "she", "not told"
 
 _SUGGESTS = {name: (HE, SHE)[place % 2] for row in FIRST_NAMES for place, name in enumerate(row)}
-_IN_ANY_CASE = {name.lower(): name for name in _SUGGESTS if name not in ("Mark", "Grace", "Jack")}  # words too
 _TITLES = {"mr": HE, "sir": HE, "mrs": SHE, "ms": SHE, "miss": SHE, "madam": SHE, "lady": SHE, "lord": HE}
 _PERSON = "PERSON"
 _TOGETHER = 2048
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def listed_names(text: str) -> set[str]:
-    """The listed names in a text: capitalised, or in lower case where the text has no capital letter."""
-    if any(map(str.isupper, text)):
-        return {word for word in _WORD.findall(text) if word in _SUGGESTS}
-    return {_IN_ANY_CASE[word] for word in _WORD.findall(text) if word in _IN_ANY_CASE}
-
-
-def balance_of_names(conversations: Sequence[Sequence[Message]]) -> dict[str, dict[str, int]]:
-    """Number of conversations that contain each listed name, and that contain a name of either gender."""
-    names: Counter[str] = Counter()
-    genders = Counter({HE: 0, SHE: 0})
-    for messages in conversations:
-        held = {name for *_, text in texts_of(messages) for name in listed_names(text)}
-        names.update(held)
-        genders.update({_SUGGESTS[name] for name in held})
-    return {"listed first names": dict(sorted(names.items())), "listed first names, by gender": dict(genders)}
-
-
 def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
-    """People that the privacy scan's model finds: {"model": package and digest, "reference": its error on annotated
-    text, "rows": rows with a person, "mentions", "distinct": different names, "most": mentions of the most frequent
-    name, "genders": mentions by the gender that a title or the list suggests}.
+    """People that the privacy scan's model finds: {"caveat", "model": package and digest, "reference": its error on
+    annotated text, "rows": rows with a person, "mentions", "distinct": different names, "most": mentions of the most
+    frequent name, "genders": mentions by the gender that a title or the list suggests}.
 
     Raises UsageError where the extra `privacy` is not installed.
     """
@@ -94,6 +75,7 @@ def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
             seen.update(text[one.start : one.end].casefold() for one in spans)
             genders.update(_suggested(text, one.start, one.end) for one in spans)
     return {
+        "caveat": CAVEAT,
         "model": described(finder)["model"],
         "reference": reference(RECOMMENDED, [_PERSON]),
         "rows": len(rows),

@@ -69,7 +69,7 @@ class QualityReport(View):
     flags: dict[str, int]
     looked_for: tuple[str, ...]
     balance: dict[str, dict[str, Any]]
-    names: dict[str, Any]
+    names: Omitted[dict[str, Any]] = None
     languages: Omitted[dict[str, Any]] = None
     alike: Omitted[dict[str, Any]] = None
     examples: tuple[dict[str, Any], ...]
