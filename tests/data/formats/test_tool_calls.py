@@ -177,7 +177,7 @@ def test_private_data_and_control_tokens_in_calls_are_seen(tmp_path: Path) -> No
     spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "ada@lovelace.org", "at": "noon"}'
     spoken[2]["content"] = "mail to ada@lovelace.org"
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(privacy={"action": "pseudonymise"}))
+    dataset = build(tmp_path, settings(privacy={"entities": ["EMAIL_ADDRESS"]}))
     assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 1}
     held = [one for name in dataset.splits for one in dataset.examples(name)]
     changed = next(one for one in held if "person1" in one.messages[2].content)
@@ -198,7 +198,7 @@ def test_a_call_that_pseudonyms_would_break_is_left_out(tmp_path: Path, action: 
     given = '{"ada@lovelace.org": 1, "ADA@lovelace.org": 2}'
     rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = given
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(privacy={"action": action}))
+    dataset = build(tmp_path, settings(privacy={"action": action, "entities": ["EMAIL_ADDRESS"]}))
     assert dataset.record.body["rows"]["removed"][reason] == 1
 
 

@@ -106,5 +106,5 @@ def test_what_is_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPat
 def test_too_many_near_pairs_are_refused() -> None:
     shared = "classify the sentiment of the following review as positive or negative and explain briefly: " * 3
     with pytest.raises(Refused, match="too similar") as caught:
-        pairs([f"{shared}{n}" for n in range(600)], 0.8)
+        pairs([f"{shared}{n}" for n in range(260)], 0.8)
     assert "system turn" in str(caught.value.fix)
