@@ -34,47 +34,32 @@ def home(tmp_path: Path) -> tuple[Path, Dataset]:
     return tmp_path / "store", build(tmp_path)
 
 
-def test_build_makes_a_project_s_dataset(tmp_path: Path) -> None:
-    from tests.tiny import write_model
-
-    write_model(tmp_path / "base")
-    write_jsonl(tmp_path / "rows.jsonl", [{**one, "note": 1} for one in many_rows(80)])
-    (tmp_path / "tunesmith.yaml").write_text(
-        "name: demo\nbase: ./base\ndata: {sources: [{path: '*.jsonl', licence: MIT}], privacy: {entities: []}}\n"
-        "candidates: {zero-shot: {prompt: p.txt}}\n"
-    )
-    (tmp_path / "p.txt").write_text("answer")
-    code, printed = run("build", "-C", str(tmp_path), "--json")
-    assert code == 0
-    document = json.loads(printed)
-    assert document.keys() >= DOCUMENT
-    assert document["rows"] == {"read": 80, "kept": 80, "changed": 0, "removed": {}}
-    assert document["ignored_keys"] == {"note": 80}
-    assert document["tokens"]["longest"] > 0
-    code, printed = run("build", "-C", str(tmp_path), "--json")
-    assert json.loads(printed)["dataset"] == document["dataset"]
-
-
-def test_a_changed_template_makes_another_version(tmp_path: Path) -> None:
+def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path: Path) -> None:
     from tests.tiny import TEMPLATE, write_model
 
     write_model(tmp_path / "base")
     talk = row("turn on the lamp", "said at length " * 60)
     talk["messages"] += row("and the fan", "on")["messages"]
     rows = [*many_rows(80), *(row(f"say {n}", "x" * 2000) for n in range(2)), talk]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", [{**one, "note": 1} for one in rows])
     (tmp_path / "tunesmith.yaml").write_text(
         "name: demo\nbase: ./base\ndata: {sources: [{path: '*.jsonl', licence: MIT}], overlong: truncate, "
         "privacy: {entities: []}}\ncandidates: {tuned: {prompt: p.txt, train: {max_length: 200}}}\n"
     )
     (tmp_path / "p.txt").write_text("answer")
-    code, printed = run("build", "-C", str(tmp_path), "--json")
-    assert code == 0
-    sealed = json.loads(printed)
-    assert sealed["rows"] == {"read": 83, "kept": 81, "changed": 1, "removed": {"overlong": 2}}
-    (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
-    other = json.loads(run("build", "-C", str(tmp_path), "--json")[1])
-    assert other["dataset"] != sealed["dataset"], "rows are counted as the template renders them"
+    built = []
+    for template in (TEMPLATE, TEMPLATE, TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")):
+        (tmp_path / "base" / "chat_template.jinja").write_text(template)
+        code, printed = run("build", "-C", str(tmp_path), "--json")
+        assert code == 0
+        built.append(json.loads(printed))
+    first, again, other = built
+    assert first.keys() >= DOCUMENT
+    assert first["rows"] == {"read": 83, "kept": 81, "changed": 1, "removed": {"overlong": 2}}
+    assert first["ignored_keys"] == {"note": 83}
+    assert first["tokens"]["longest"] > 0
+    assert again["dataset"] == first["dataset"]
+    assert other["dataset"] != first["dataset"], "rows are counted as the template renders them"
 
 
 def test_show_gives_the_account_and_rows(home: tuple[Path, Dataset]) -> None:

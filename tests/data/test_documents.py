@@ -222,21 +222,18 @@ def test_labels_in_doubt_are_refused(folder: Path, settings: dict[str, Any], say
     happened("refused")
 
 
-def test_documents_that_cannot_be_read(folder: Path) -> None:
-    (folder / "docs" / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
-    with pytest.raises(UsageError, match="not readable as PDF"):
-        _built(folder)
-    (folder / "docs" / "broken.pdf").unlink()
-    (folder / "docs" / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UsageError, match="not UTF-8"):
-        _built(folder)
-    (folder / "docs" / "latin.txt").unlink()
-    (folder / "docs" / "empty.md").write_text("\n\n---\n")
-    with pytest.raises(UsageError, match="holds no text"):
-        _built(folder)
-    (folder / "docs" / "empty.md").unlink()
-    (folder / "docs" / "x.docx").write_bytes(b"PK")
-    with pytest.raises(UsageError, match="of this type"):
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("broken.pdf", b"%PDF-1.4 nothing", "not readable as PDF"),
+        ("latin.txt", b"caf\xe9", "not UTF-8"),
+        ("empty.md", b"\n\n---\n", "holds no text"),
+        ("x.docx", b"PK", "of this type"),
+    ],
+)
+def test_documents_that_cannot_be_read(folder: Path, name: str, data: bytes, says: str) -> None:
+    (folder / "docs" / name).write_bytes(data)
+    with pytest.raises(UsageError, match=says):
         _built(folder)
 
 
