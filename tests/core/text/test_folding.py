@@ -10,7 +10,7 @@ from confusable_homoglyphs.confusables import confusables_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.core.text.folding import fold, fold_with_offsets, visible
+from tunesmith.core.text.folding import fold, fold_with_offsets, plain, plain_with_offsets, visible
 
 TAGS = tuple(
     "".join(chr(0xE0000 + ord(letter)) for letter in f"{name}\x7f") for name in ("gbeng", "gbsct", "gbwls", "x")
@@ -111,3 +111,27 @@ def test_what_a_reader_tells_apart_stays_apart(left: str, right: str) -> None:
 
 def test_hidden_tags_that_choose_no_flag_are_not_visible() -> None:
     assert visible(f"\U0001f3f4{TAGS[3]} a{TAGS[0]}") == "\U0001f3f4 a"
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("j\u0430ne\u200b ПРИВЕТ мир", "jane ПРИВЕТ мир"),  # a Cyrillic а; words in another script stay
+        ("А1 ᴀb ｗｉｄｅ 𝐛𝐨𝐥𝐝 ﬁ…", "A1 ab wide bold fi..."),
+        ("Müller, straße 5 m² ½ cafe\u0301", "Müller, straße 5 m² ½ cafe"),
+        ("٣ ৪ a\u00a0b\tc\u2028d 1914–18", "3 4 a b\tc d 1914-18"),
+        ("数据集 is 3。❤️", "数据集 is 3。❤"),
+    ],
+)
+def test_plain_texts_keep_case_and_words(text: str, spelled: str) -> None:
+    assert plain(text) == spelled
+
+
+@given(_ANY)
+def test_places_of_plain_characters(text: str) -> None:
+    spelled, places = plain_with_offsets(text)
+    assert spelled == plain(text)
+    assert len(places) == len(spelled)
+    assert list(places) == sorted(places)
+    assert all(0 <= place < len(text) for place in places)
+    assert all(text[place] == letter for place, letter in zip(places, spelled, strict=True) if text.isascii())
