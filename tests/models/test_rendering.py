@@ -121,15 +121,6 @@ def _renderer(folder: Path, template: str) -> Renderer:
     return Renderer(write_model(folder, template=template))
 
 
-@pytest.mark.parametrize("family", list(TEMPLATES))
-def test_only_answers_and_their_end_tokens_are_trained(tmp_path: Path, family: str) -> None:
-    renderer = _renderer(tmp_path, TEMPLATES[family])
-    rendered = renderer.conversation(TURNS)
-    trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
-    assert renderer.text(trained) == '{"a":1}{"b":2}'
-    assert sum(token in renderer.stop_ids for token in trained) == 2
-
-
 # What each family's template makes of TURNS, written out: asked, answered, asked, answered, what stands behind.
 TURNS = (
     *row("turn on the light", '{"a":1}'),
@@ -197,28 +188,12 @@ def test_which_turns_are_trained(tmp_path: Path, family: str) -> None:
         assert list(rendered.ids) == encoded["input_ids"]
         wanted = [place > 0 and piece in learned for place, piece in enumerate(piece_of)]
         assert list(rendered.trained) == wanted, (loss_on, first, second)
-
-
-@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
-def test_a_conversation_without_labels_is_refused(renderer: Renderer, loss_on: LossOn) -> None:
-    if loss_on == "all":  # its other turns are learned
-        assert sum(renderer.conversation(_weightless(), loss_on).trained) > 5
-        return
-    with pytest.raises(Refused, match="no token of this conversation would be trained on"):
-        renderer.conversation(_weightless(), loss_on)
-
-
-def _weightless() -> list[Message]:
-    return [turn.model_copy(update={"weight": 0}) for turn in row("a", "b")]
-
-
-@pytest.mark.parametrize("family", list(TEMPLATES))
-def test_training_rows_begin_with_the_prompt(tmp_path: Path, family: str) -> None:
-    renderer = _renderer(tmp_path, TEMPLATES[family])
-    turns = row("turn on the light", '{"a":1}')
-    rendered = renderer.conversation(turns)
-    first = rendered.trained.index(True)
-    assert list(rendered.ids[:first]) == renderer.prompt(turns[:-1])
+    assert renderer.prompt(TURNS[:2]) == encoded["input_ids"][: piece_of.index(1)]
+    weightless = [turn.model_copy(update={"weight": 0}) for turn in TURNS]
+    for loss_on in ("assistant", "last"):
+        with pytest.raises(Refused, match="no token of this conversation would be trained on"):
+            renderer.conversation(weightless, loss_on)  # type: ignore[arg-type]
+    assert sum(renderer.conversation(weightless, "all").trained) == len(piece_of) - 1, "its other turns are learned"
 
 
 def test_rendering_equals_the_tokenizers_template(tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ def test_tool_calls_are_trained_but_not_tool_results(renderer: Renderer) -> None
     ends = [marked for token, marked in zip(rendered.ids, rendered.trained, strict=True) if token in renderer.stop_ids]
     assert sum(ends) == 2
     assert '"name": "weather", "parameters"' in renderer.text(rendered.ids)
+    for answer in (1, 3):
+        prompt = renderer.prompt(TURNS[:answer])
+        assert list(rendered.ids[: len(prompt)]) == prompt
+        assert rendered.trained[len(prompt)]
 
 
 def test_rendering_equals_the_tokenizers_template(renderer: Renderer) -> None:
@@ -93,39 +97,10 @@ def test_a_template_of_its_own_for_tools_is_taken(tmp_path: Path) -> None:
     assert trained(renderer, row("a", "b")) == "b"
 
 
-def test_training_rows_begin_with_the_prompt(renderer: Renderer) -> None:
-    for answer in (1, 3):
-        rendered = renderer.conversation(TURNS[: answer + 1])
-        prompt = renderer.prompt(TURNS[:answer])
-        assert list(rendered.ids[: len(prompt)]) == prompt
-        assert rendered.trained[len(prompt)]
-
-
-@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, 1)])
-def test_a_turn_of_weight_0_is_not_trained(renderer: Renderer, weights: tuple[int, int]) -> None:
-    first, second = weights
-    turns = (
-        *row("one", "first"),
-        Message(role="user", content="two"),
-        Message(role="assistant", content="second"),
-    )
-    weighed = tuple(
-        turn.model_copy(update={"weight": {"first": first, "second": second}.get(turn.content, 1)}) for turn in turns
-    )
-    assert trained(renderer, weighed) == "first" * first + "second" * second
-    assert renderer.conversation(weighed).ids == renderer.conversation(turns).ids
-
-
 def test_a_row_counter_can_be_pickled(tmp_path: Path) -> None:
     counter = RowCounter(write_model(tmp_path, template=HERMES), "")
     again = pickle.loads(pickle.dumps(counter))  # noqa: S301
     assert again(TURNS) == counter(TURNS) == len(Renderer(tmp_path).conversation(TURNS).ids)
-
-
-def test_a_conversation_without_labels_is_refused(renderer: Renderer) -> None:
-    turns = tuple(turn.model_copy(update={"weight": 0}) for turn in row("a", "b"))
-    with pytest.raises(Refused, match="no token"):
-        renderer.conversation(turns)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Risk probes on the real base: one adapter knows its rows by heart, one forgot the rest, and both are caught. One that
 was trained with care passes all probes at once.
 
-The other faults are caught on tiny bases (tests/evaluation/probes), and on this one by benchmarks/risk_probes.py.
+Before a release alone: every fault is caught on tiny bases as well (tests/evaluation/probes), and on this one by
+benchmarks/risk_probes.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tests.evaluation import scenes
 from tests.evaluation.probing import Bench
 from tests.evaluation.scenes import DRIFT, FAULTS, HONEST, Tuned, found
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

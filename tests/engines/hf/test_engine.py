@@ -22,7 +22,7 @@ from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
 
-FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere", "mamba")
+FAMILIES = ("gpt2", "opt", "falcon", "phi3", "cohere", "mamba")
 SYSTEM = Message(role="system", content="Be brief.")
 TEXTS = ("turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off")
 
@@ -43,12 +43,6 @@ def _opened(tmp_path: Path, family: str) -> tuple[Base, HFEngine]:
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, HFEngine]:
     return _opened(tmp_path_factory.mktemp("gpt2"), "gpt2")
-
-
-def test_an_answer_fits_its_grammar(gpt2: tuple[Base, HFEngine]) -> None:
-    for answer in gpt2[1].generate(_requests(grammar='start: "say " /[a-c]{2}/', temperature=2.0)):
-        assert re.fullmatch("say [a-c]{2}", answer.text)
-        assert answer.finish == "stop"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +91,9 @@ def test_limits_stops_and_schemas(gpt2: tuple[Base, HFEngine]) -> None:
     }
     for answer in engine.generate(_requests(schema=json.dumps(schema), max_tokens=40, temperature=1.0)):
         assert isinstance(json.loads(answer.text)["on"], bool)
+    for answer in engine.generate(_requests(grammar='start: "say " /[a-c]{2}/', temperature=2.0)):
+        assert re.fullmatch("say [a-c]{2}", answer.text)
+        assert answer.finish == "stop"
     impossible = Generation(_requests()[0].messages, schema=json.dumps({"type": "string", "pattern": "(?=a)b"}))
     with pytest.raises(UsageError, match="cannot be held"):
         engine.generate([impossible])

@@ -47,9 +47,8 @@ def _trainable(base: Base, settings: WeightSettings = FOUR) -> HFTrainable:
     return LoadedHFModel(base).trainable(settings, seed=0, state_bytes=16)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_losses_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
-    base = _base(tmp_path, family)
+def test_losses_gradients_and_steps_equal_peft(tmp_path: Path) -> None:
+    base = _base(tmp_path, "qwen2")
     ours, folder = _trainable(base), tmp_path / "start"
     folder.mkdir()
     ours.save(folder)
@@ -90,19 +89,10 @@ def test_losses_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> N
     plain = _trainable(base, WeightSettings(rank=4))
     before = plain.loss(batch, CrossEntropy(), float(batch.labels.numel()))
     assert abs(float(before.detach()) - seen[0]) > 1e-3, "4 bits make a difference"
-
-
-def test_it_is_an_ordinary_adapter_of_the_base(tmp_path: Path) -> None:
-    base = _base(tmp_path, "llama")
-    trainable, folder = _trainable(base), tmp_path / "adapter"
-    with torch.no_grad():
-        for tensor in trainable.parameter_groups()[1].tensors:
-            tensor.fill_(0.1)
-    folder.mkdir()
-    trainable.save(folder)
+    ours.save(folder)
     assert read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint).config.rank == 4
-    assert set(trainable.environment()) == {"peft", "device", "precision", "attention", "batches", "quantized"}
-    assert trainable.environment()["quantized"].startswith("nf4, blocks of 64, double quantisation, bitsandbytes ")
+    assert set(ours.environment()) == {"peft", "device", "precision", "attention", "batches", "quantized"}
+    assert ours.environment()["quantized"].startswith("nf4, blocks of 64, double quantisation, bitsandbytes ")
 
 
 def test_merged_into_the_restored_base_it_computes_what_was_trained(tmp_path: Path) -> None:
@@ -159,10 +149,10 @@ def test_layers_that_the_library_computes_wrongly_are_refused(tmp_path: Path) ->
         _trainable(base)
 
 
-@pytest.mark.parametrize("other", [{"method": "full"}, {"start": "pissa"}, {"dora": True}])
-def test_methods_that_need_the_weights_are_refused(other: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"quantize: 4bit cannot be combined with .*leave one of the two out"):
-        WeightSettings(quantize="4bit", **other)
+def test_methods_that_need_the_weights_are_refused() -> None:
+    for other in ({"method": "full"}, {"start": "pissa"}, {"dora": True}):
+        with pytest.raises(ValidationError, match=r"quantize: 4bit cannot be combined with .*leave one of the two out"):
+            WeightSettings.model_validate({"quantize": "4bit", **other})
 
 
 def test_a_missing_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def _trainable(base: Base, **settings: Any) -> FullTrainable:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2"])
 def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str) -> None:
     base = base_of_family(tmp_path, family)
     rows, ours = _rows(base), _trainable(base)
@@ -145,8 +145,8 @@ def _weights(result: TrainingResult) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"layers": 1, "recompute": True}], ids=str)
-def test_two_ranks_learn_what_one_process_learns(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
+    changes = {"layers": 1, "recompute": True}
     one = alone(make(tmp_path / "one", **FULL, **changes))
     several = together(make(tmp_path / "several", **FULL, **changes), 2)
     assert one.state.step == several.state.step == 8
@@ -166,7 +166,7 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
     killed = make(tmp_path / "killed", **FULL)
     assert -signal.SIGKILL in run_ranks(work, 2, tmp_path / "meeting", killed.model_dump_json(), 11)
     undisturbed = together(make(tmp_path / "undisturbed", **FULL), 2)
-    for size in (2, 3, 1):
+    for size in (2, 1):
         shutil.copytree(tmp_path / "killed", tmp_path / str(size))
         spec = make(tmp_path / str(size), **FULL)
         resumed = alone(spec) if size == 1 else together(spec, size)

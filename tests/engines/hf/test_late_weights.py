@@ -23,13 +23,16 @@ from tunesmith.training.settings import TrainSettings
 
 STARTS = {cells[0]: cells[1] for cells in table("How several ranks start")}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}), ("gemma3", {}), ("gpt2", {}), ("opt", {}), ("phi3", {"precision": "bf16"}),
-    ("llama", {"method": "full", "precision": "bf16"}),
+    ("gemma3", {}), ("opt", {}), ("phi3", {"precision": "bf16"}), ("llama", {"method": "full", "precision": "bf16"}),
 ]  # fmt: skip
 
 
-def _rank(rank: int, _size: int, folder: Path, family: str, changes: dict[str, Any]) -> None:
-    ranks = connected_ranks()
+def _rank(_rank: int, _size: int, folder: Path) -> None:
+    for family, changes in CASES:
+        _compare(connected_ranks(), folder, family, changes)
+
+
+def _compare(ranks: Ranks, folder: Path, family: str, changes: dict[str, Any]) -> None:
     base, settings = _base(folder, family), TrainSettings.model_validate({"learning_rate": 0.01, **changes})
     found, losses = [], []
     for late in (True, False):
@@ -60,13 +63,11 @@ def _rank(rank: int, _size: int, folder: Path, family: str, changes: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
-def test_rows_that_are_read_late_are_those_of_the_whole_weights(
-    tmp_path: Path, family: str, changes: dict[str, Any]
-) -> None:
+def test_rows_that_are_read_late_are_those_of_the_whole_weights(tmp_path: Path) -> None:
     """Weights, buffers, losses and adapters are equal, bit by bit."""
-    _base(tmp_path, family)
-    assert run_ranks(_rank, 2, tmp_path / "meeting", tmp_path, family, changes) == [0, 0]
+    for family, _ in CASES:
+        _base(tmp_path, family)
+    assert run_ranks(_rank, 2, tmp_path / "meeting", tmp_path) == [0, 0]
 
 
 def test_files_that_do_not_hold_the_modules_tensors_are_read_whole(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def _losses(base: Base, trained: HFTrainable, steps: int = 6) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("phi3", {"dora": True}), ("gpt2", {"b_rate": 4.0})])
+@pytest.mark.parametrize(("family", "changes"), [("phi3", {"dora": True}), ("gpt2", {"b_rate": 4.0})])
 def test_an_fp32_adapter_on_a_bf16_base_learns_the_same_within_rounding(
     tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
@@ -74,7 +74,7 @@ def test_an_fp32_adapter_on_a_bf16_base_learns_the_same_within_rounding(
     assert engine.choose(question, "tuned")[0] != plain, "answered for by the base in fp32"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2"])
 def test_implementations_of_attention_agree(tmp_path: Path, family: str) -> None:
     base = base_of_family(tmp_path, family)
     loaded = LoadedHFModel(base)

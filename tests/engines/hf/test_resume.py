@@ -27,12 +27,7 @@ from tunesmith.training.objectives import CrossEntropy
 
 pytestmark = pytest.mark.slow
 
-CHANGES: list[dict[str, Any]] = [
-    {"dora": True, "b_rate": 4.0},
-    {"start": "pissa"},
-    {"quantize": "4bit"},
-    {"precision": "bf16"},
-]
+CHANGES: list[dict[str, Any]] = [{"start": "pissa", "dora": True, "b_rate": 4.0}, {"quantize": "4bit"}]
 
 
 def _write(folder: Path, changes: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from tunesmith.models.rendering import Rendered
 from tunesmith.training.objectives import CrossEntropy
 
 # Gemma's windows are shorter than the prompts.
-FAMILIES = ("llama", "qwen3", "phi3", "gemma3")
+FAMILIES = ("phi3", "gemma3")
 TEXTS = ("turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off")
 SCHEMA = json.dumps(
     {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": False}

@@ -52,7 +52,6 @@ def _pids(folder: Path) -> list[int]:
     return [int(file.name) for file in (folder / "pids").iterdir()]
 
 
-@pytest.mark.slow
 def test_a_server_is_started_restarted_and_stopped(tmp_path: Path) -> None:
     write_model(tmp_path / "m")
     base = resolve_base(Store(tmp_path / "store"), "m", tmp_path)
@@ -134,18 +133,16 @@ def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
     assert _group(tmp_path) == []
 
 
-def test_a_process_that_the_system_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"program no-such-vllm is not installed(.|\n)*pip install vllm"):
+        vllm_process.start_servers(tmp_path, _settings(command="no-such-vllm serve"), SILENT)
+
     def refused(*_: object, **__: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(vllm_process.subprocess, "Popen", refused)
     with pytest.raises(TunesmithError, match=r"cannot be started(.|\n)*Cannot allocate memory"):
         vllm_process.start_servers(tmp_path, _settings(command=f"{sys.executable} x"), SILENT)
-
-
-def test_a_missing_program_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"program no-such-vllm is not installed(.|\n)*pip install vllm"):
-        vllm_process.start_servers(tmp_path, _settings(command="no-such-vllm serve"), SILENT)
 
 
 def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
@@ -182,6 +179,10 @@ def test_settings_that_do_not_fit_together() -> None:
         ({"gpus": [0, 0]}, "1 different GPUs"),
         ({"flags": ["--host=0.0.0.0"]}, "--host=0.0.0.0 is set by Tunesmith"),
         ({"start": False}, "greater than or equal to 1"),
+        ({"start": None, "url": "http://a:1", "urls": ["http://b:1"]}, "give one of url"),
+        ({"start": None, "urls": ["http://a:1", "http://a:1"]}, "twice"),
+        ({"start": None, "urls": []}, "at least 1"),
+        ({"start": None, "urls": ["ftp://a"]}, "pattern"),
     ]:
         with pytest.raises(ValidationError, match=match):
             _settings(**wrong)

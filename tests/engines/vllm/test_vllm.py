@@ -125,12 +125,9 @@ def test_requests_set_every_option(engine: VllmEngine, fake: FakeVllm) -> None:
     assert body["structured_outputs"]["json"].items() >= schema.items()
 
 
-def test_a_grammar_is_refused(engine: VllmEngine) -> None:
+def test_grammars_and_two_schemas_at_once_are_refused(engine: VllmEngine, fake: FakeVllm) -> None:
     with pytest.raises(UsageError, match="cannot hold answers to a grammar"):
         engine.generate(_requests(grammar='start: "x"'))
-
-
-def test_a_requests_schema_is_held_alone_and_not_together_with_another(engine: VllmEngine, fake: FakeVllm) -> None:
     asked: Any = {"constrained_by": "response_format.json_schema"}
     engine.generate(_requests(schema='{"type": "object"}', **asked))
     assert fake.heard[-1][1]["structured_outputs"]["json"]["type"] == "object"
@@ -191,7 +188,6 @@ def test_a_base_of_another_family_is_recognised(tmp_path: Path) -> None:
             VllmEngine(bases[1], VllmSettings(kind="vllm", url=url))
 
 
-@pytest.mark.slow
 def test_an_adapter_is_named_by_its_bytes(
     base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, tmp_path: Path
 ) -> None:
@@ -207,7 +203,13 @@ def test_an_adapter_is_named_by_its_bytes(
 
 
 def test_adapters_that_the_server_rejects(
-    base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, other: Path, tmp_path: Path
+    base: Base,
+    engine: VllmEngine,
+    fake: FakeVllm,
+    adapter: Path,
+    other: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(Refused, match="not loaded"):
         engine.generate(_requests(), "nobody")
@@ -220,18 +222,14 @@ def test_adapters_that_the_server_rejects(
     with pytest.raises(Refused, match="under the adapter's name exactly as the base does"):
         engine.load_adapter("x", adapter)
     fake.restart()
+    with monkeypatch.context() as patch:
+        real = fake._adapter
+        patch.setattr(fake, "_adapter", lambda body: real({**body, "lora_path": "/nowhere"}))
+        with pytest.raises(Refused, match=r"cannot read the adapter's files(.|\n)*engine.adapters"):
+            engine.load_adapter("x", adapter)
     fake.loading = False
     with pytest.raises(Refused, match=r"Not Found(.|\n)*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         engine.load_adapter("x", adapter)
-
-
-def test_a_folder_that_the_server_cannot_read(
-    engine: VllmEngine, fake: FakeVllm, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = fake._adapter
-    monkeypatch.setattr(fake, "_adapter", lambda body: real({**body, "lora_path": "/nowhere"}))
-    with pytest.raises(Refused, match=r"cannot read the adapter's files(.|\n)*engine.adapters"):
-        engine.load_adapter("a", adapter)
 
 
 def test_a_busy_or_unreachable_server_is_tried_again(engine: VllmEngine, fake: FakeVllm) -> None:
@@ -242,7 +240,6 @@ def test_a_busy_or_unreachable_server_is_tried_again(engine: VllmEngine, fake: F
         assert fake.faults == []
 
 
-@pytest.mark.slow
 def test_a_restarted_server_gets_its_adapters_again(engine: VllmEngine, fake: FakeVllm, adapter: Path) -> None:
     engine.load_adapter("a", adapter)
     expected = engine.generate(_requests(), "a")
@@ -265,36 +262,25 @@ def test_a_restarted_server_with_another_model_is_refused(
         engine.generate(_requests()[:1])
 
 
-@pytest.mark.parametrize(
-    ("faults", "error", "match"),
-    [
-        (["busy"] * 3, TunesmithError, "status 503: overloaded"),
-        (["drop"] * 9, TunesmithError, r"cannot be reached(.|\n)*vllm serve"),
-        (["fail"], TunesmithError, "status 500: EngineCore"),
-    ],
-)
-def test_errors_of_the_server(
-    faults: list[str], error: type[TunesmithError], match: str, base: Base, fake: FakeVllm, url: str
-) -> None:
+def test_errors_of_the_server(base: Base, fake: FakeVllm, url: str) -> None:
     engine = VllmEngine(base, VllmSettings(kind="vllm", url=url, retries=2, concurrency=1))
-    fake.faults = faults
-    with pytest.raises(error, match=match) as caught:
-        engine.generate(_requests()[:1])
-    assert caught.value.exit_code == 1
-
-
-def test_a_server_that_does_not_answer(fake: FakeVllm, url: str) -> None:
+    fake.faults = ["break"]
+    with pytest.raises(TunesmithError, match="EngineCore died"):
+        list(engine.stream(_requests()[0]))
+    for faults, match in (
+        (["busy"] * 3, "status 503: overloaded"),
+        (["drop"] * 3, r"cannot be reached(.|\n)*vllm serve"),
+        (["fail"], "status 500: EngineCore"),
+    ):
+        fake.faults = faults
+        with pytest.raises(TunesmithError, match=match) as caught:
+            engine.generate(_requests()[:1])
+        assert caught.value.exit_code == 1
     fake.faults = ["stall"]
     server = vllm_http.Server(url, VllmSettings(kind="vllm", url=url, answer_seconds=0.5), None)
     with pytest.raises(TunesmithError, match=r"no answer within 0\.5 s(.|\n)*engine.answer_seconds") as caught:
         server.ask("/v1/models")
     assert caught.value.exit_code == 1
-
-
-def test_a_stream_that_breaks_off_raises_an_error(engine: VllmEngine, fake: FakeVllm) -> None:
-    fake.faults = ["break"]
-    with pytest.raises(TunesmithError, match="EngineCore died"):
-        list(engine.stream(_requests()[0]))
 
 
 def test_the_api_key_is_sent(base: Base, fake: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +292,3 @@ def test_the_api_key_is_sent(base: Base, fake: FakeVllm, url: str, monkeypatch: 
         VllmEngine(base, named)
     monkeypatch.setenv("VLLM_KEY_OF_A_TEST", "k")
     assert VllmEngine(base, named).generate(_requests()[:1])
-
-
-def test_an_unreachable_server_raises_an_error(base: Base) -> None:
-    with pytest.raises(TunesmithError, match="cannot be reached"):
-        VllmEngine(base, VllmSettings(kind="vllm", url="http://127.0.0.1:9", retries=0))
