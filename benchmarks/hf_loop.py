@@ -87,9 +87,8 @@ def plain(found: Any) -> Contender:
 def trl(found: Any) -> Contender:
     """TRL's SFTTrainer with PEFT on the same token ids and labels, padded as it does by itself."""
     import torch
+    from tests.engines.hf.trl_steps import trl_steps
     from transformers import AutoModelForCausalLM
-
-    from tunesmith.training.gpu_check.trl_steps import trl_steps
 
     model: Any = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)
     how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}

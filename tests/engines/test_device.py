@@ -10,21 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.hf_models import base_of_family
-from tests.tiny import row
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.system import memory
 from tunesmith.engines import device
-from tunesmith.engines.batch import lay_out
 from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present
-from tunesmith.engines.hf import model
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.protocol import Generation
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.rendering import Renderer
 from tunesmith.services.doctor import examine
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import Trainer
 
@@ -108,24 +102,3 @@ def test_doctor_lists_gpus_with_driver_and_nccl(tmp_path: Path, monkeypatch: pyt
     assert wrong is None
     assert found.startswith("NVIDIA H100 80GB HBM3, 80 GiB; NVIDIA H100 80GB HBM3, 80 GiB; NVRM version: 550.54.15; ")
     assert found.endswith("; NCCL 2.26.2")
-
-
-@pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
-def test_a_gpu_computes_what_a_cpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = base_of_family(tmp_path, "phi3")
-    batch = lay_out([Renderer(base.folder).conversation(row("turn on", '{"on":1}'))], share=False)
-    losses, gradients, texts = [], [], []
-    for place in (computing_device(), CPU):
-        monkeypatch.setattr(model, "computing_device", lambda place=place: place)
-        loaded = LoadedHFModel(base)
-        trained = loaded.trainable(WeightSettings(rank=2), seed=1, state_bytes=16)
-        loss = trained.loss(batch, CrossEntropy(), 8.0)
-        loss.backward()
-        assert trained.device.type == place.type == loss.device.type
-        losses.append(float(loss))
-        gradients.append(torch.cat([each.grad.cpu().flatten() for each in trained.parameter_groups()[1].tensors]))
-        asked = [Generation((row("turn on", "")[1],), max_tokens=n) for n in (3, 7)]
-        texts.append([answer.text for answer in loaded.engine().generate(asked)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
-    assert texts[0] == texts[1]

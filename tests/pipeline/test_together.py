@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.services.runs.training import repeat, run, train
 from tunesmith.store.people import identities
+from tunesmith.store.records import Record
 from tunesmith.training.launchers import on_ray
 
 
@@ -49,7 +49,7 @@ def _project(folder: Path, **engine: object) -> Path:
             "tokens": 256,
             "validations": 2,
             "validation_rows": 30,
-            "epochs": 6,
+            "epochs": 4,
             "learning_rate": 0.01,
             "checkpoint_seconds": 0.001,
         },
@@ -98,62 +98,44 @@ def _has_checkpoint(folder: Path) -> Callable[[], bool]:
     return lambda: any(folder.glob(".tunesmith/work/train-*/checkpoints/step-*"))
 
 
-@dataclass(frozen=True)
-class _Released:
-    """A project whose version serves. training: the record's digest. answers: to the test rows, by row."""
-
-    project: Project
-    training: str
-    answers: dict[str, str]
-
-
-def _release(folder: Path, document: Mapping[str, Any]) -> _Released:
-    """Approve the version that a run has registered, and ask it. document: what the run printed."""
-    project = Project.load(folder)
-    assert document["register"]["version"] == "tiny@v1"
-    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    for words in (
-        ["approve", "tiny@v1", "--as", "ann"],
-        ["verify", "tiny@v1"],
-        ["chat", "tiny@v1", "-m", "turn on hall fan"],
-    ):
-        call(folder, *words)
-    evaluation = project.store.record(document["gate"]["evaluation"], kind="evaluation")
-    lines = project.store.record(evaluation.parents["answers:tuned"], kind="answers").blobs["answers.jsonl"]
-    answers = [json.loads(line) for line in project.store.read_blob(lines).splitlines()]
-    return _Released(project, document["train"]["tuned"]["training"], {each["id"]: each["text"] for each in answers})
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> _Released:
-    """Trained, evaluated and released by one process."""
-    folder = _project(tmp_path_factory.mktemp("alone"))
-    return _release(folder, run(Project.load(folder)).document())
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Trained by one process."""
+    project = Project.load(_project(tmp_path_factory.mktemp("alone")))
+    train(project, "tuned")
+    return project
 
 
-def _check_same(alone: _Released, other: _Released) -> None:
-    """The test rows' answers have the same log-probabilities under both adapters, and one of both answers differs
-    at most."""
-    context = PipelineContext(alone.project)
+def _training(project: Project) -> Record:
+    (digest,) = project.store.records_of("training")
+    return project.store.record(digest, kind="training")
+
+
+def _check_same(alone: Project, other: Project) -> None:
+    """The test rows' answers have the same log-probabilities under both adapters."""
+    context = PipelineContext(alone)
     asked = [Question(row.request, (row.answer,)) for row in context.dataset.examples("test")]
     found = []
     for each in (alone, other):
-        record = each.project.store.record(each.training, kind="training")
-        with alone.project.store.scratch() as folder:
-            for name, blob in record.blobs.items():
-                (folder / name).write_bytes(each.project.store.read_blob(blob))
-            context.engine.load_adapter(str(each.project.root), folder)
-        found.append([sums[0] for sums in context.engine.choose(asked, str(each.project.root))])
+        with alone.store.scratch() as folder:
+            for name, blob in _training(each).blobs.items():
+                (folder / name).write_bytes(each.store.read_blob(blob))
+            context.engine.load_adapter(str(each.root), folder)
+        found.append([sums[0] for sums in context.engine.choose(asked, str(each.root))])
     base = [sums[0] for sums in context.engine.choose(asked)]
     assert found[1] == pytest.approx(found[0], abs=1e-2)
     assert max(abs(one - before) for one, before in zip(found[0], base, strict=True)) > 1, "training changed nothing"
-    assert other.answers.keys() == alone.answers.keys()
-    flipped = sum(alone.answers[row] != other.answers[row] for row in alone.answers)
-    assert flipped <= 1, f"{flipped} of {len(alone.answers)} answers differ"
+
+
+def _answers(project: Project, evaluation: str) -> dict[str, str]:
+    """The tuned candidate's answers to the test rows, by row."""
+    parents = project.store.record(evaluation, kind="evaluation").parents
+    lines = project.store.record(parents["answers:tuned"], kind="answers").blobs["answers.jsonl"]
+    return {each["id"]: each["text"] for each in map(json.loads, project.store.read_blob(lines).splitlines())}
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun(tmp_path: Path, alone: _Released) -> None:
+def test_two_processes_of_torchrun(tmp_path: Path, alone: Project) -> None:
     """One of them is killed: torchrun starts both again, and they go on from the newest checkpoint."""
     folder = _project(tmp_path / "project")
 
@@ -178,18 +160,18 @@ def test_two_processes_of_torchrun(tmp_path: Path, alone: _Released) -> None:
     assert "resuming from step" in done.stderr
     assert found["score"] == {"metric": "exact_match", "rows": 30}
     project = Project.load(folder)
-    record = project.store.record(found["training"], kind="training")
-    assert record.body["environment"]["ranks"] == 2
+    record = _training(project)
+    assert (record.digest, record.body["environment"]["ranks"]) == (found["training"], 2)
     assert record.blobs.keys() == {ADAPTER_FILE, CONFIG_FILE}
-    released = _release(folder, run(project).document())
-    assert released.training == found["training"]  # skipped: the same training, whoever computes it
-    _check_same(alone, released)
+    assert train(project, "tuned").training == found["training"], "the same training, whoever computes it"
+    _check_same(alone, project)
     with pytest.raises(Refused, match="2 processes made this training"):
         repeat(project, "tuned")
 
 
 @pytest.mark.slow
-def test_two_workers_of_ray(tmp_path: Path, alone: _Released) -> None:
+@pytest.mark.long
+def test_two_workers_of_ray(tmp_path: Path, alone: Project) -> None:
     """One is killed while they train: Ray starts both again, and they go on from the newest checkpoint. One is killed
     while they answer: the other one and a new one answer what it was asked."""
     pytest.importorskip("ray.train.torch", reason="the extra `ray` is not installed")
@@ -208,10 +190,18 @@ def test_two_workers_of_ray(tmp_path: Path, alone: _Released) -> None:
     assert done.stderr.count("2 ranks train together") == 2
     assert "resuming from step" in done.stderr
     assert "a worker that answers ended" in done.stderr
-    released = _release(folder, json.loads(done.stdout))
-    record = released.project.store.record(released.training, kind="training")
-    assert record.body["environment"]["ranks"] == 2
-    _check_same(alone, released)
+    project, document = Project.load(folder), json.loads(done.stdout)
+    assert _training(project).body["environment"]["ranks"] == 2
+    _check_same(alone, project)
+    assert document["register"]["version"] == "tiny@v1"
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    for words in (["approve", "tiny@v1", "--as", "ann"], ["chat", "tiny@v1", "-m", "turn on hall fan"]):
+        call(folder, *words)
+    mine = _answers(project, document["gate"]["evaluation"])
+    theirs = _answers(alone, run(alone).document()["gate"]["evaluation"])
+    assert mine.keys() == theirs.keys()
+    flipped = sum(mine[row] != theirs[row] for row in mine)
+    assert flipped <= 1, f"{flipped} of {len(mine)} answers differ"
 
 
 def test_rank_0_on_ray_trains_on_the_rows_of_a_fine_tuning_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +231,7 @@ def test_one_process_has_one_copy() -> None:
     ("arguments", "said"),
     [
         (["run"], "torchrun starts `tunesmith train` only"),
-        (["train", "tuned", "--find-rate"], "--find-rate runs in one process"),
+        (["train", "tuned", "--repeat"], "--repeat runs in one process"),
         (["train", "tuned", "--search"], "--search runs in one process"),
         (["train", "tuned", "--copies", "3"], "2 processes cannot hold 3 copies"),
     ],
@@ -258,7 +248,7 @@ def test_torchrun_starts_trainings_only(monkeypatch: pytest.MonkeyPatch, argumen
     ("command", "changes", "said"),
     [
         (["train"], {"resources": {"GPU": 2}}, "a worker computes on one GPU"),
-        (["train", "--find-rate"], {}, "this trains in one process, and engine.ray is for"),
+        (["train", "--search"], {}, "this trains in one process, and engine.ray is for"),
         (["train"], {"train": "native"}, "trains in one process, and several are to train together"),
         (["train"], {}, 'pip install "tunesmith[ray]"'),
     ],

@@ -1,383 +1,296 @@
-"""A search over a tiny model: it finds the good rate, leaves out what cannot be trained, and goes on after a kill."""
+"""A search finds the good rate, prunes what is worse, leaves out what cannot be trained, and goes on after a kill."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
-import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.forked import run_elsewhere
-from tests.said import SaidAndNoted
+from tests.said import Said
 from tests.tiny import write_model
 from tests.training.test_resume import ROWS
-from tests.training.test_schedule import ticking
-from tunesmith.core.errors import Inconclusive, Refused
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError
+from tunesmith.core.progress import Stopped, Task
 from tunesmith.core.system import memory
-from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.engines.batch import label_count, lay_out
+from tunesmith.engines.factory import load_model
 from tunesmith.models.base import resolve_base
-from tunesmith.models.rendering import Rendered
 from tunesmith.store.store import Store
-from tunesmith.training.batches.batch_plan import plan
-from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.search import halving, search
-from tunesmith.training.search.halving import Measured, ranking
-from tunesmith.training.search.search import SearchOutcome
+from tunesmith.training import search
+from tunesmith.training.batches.batch_plan import validation_parts
+from tunesmith.training.search import Trial, search_space
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.spec import TrainingSpec
 from tunesmith.training.state import TrainerState
 from tunesmith.training.steps import validation_fit
+from tunesmith.training.train import make_spec
 
 HOPELESS = TrainSettings(rank=4, batch=4, epochs=2, learning_rate=1e-7)
+TRIALS = 6
 
 
-@pytest.fixture(autouse=True)
-def few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing depends on the machine."""
-    _shorten(monkeypatch)
+def written(folder: Path) -> TrainingSpec:
+    """A training of a tiny model on 24 rows, with 10 validation rows."""
+    base = resolve_base(Store(folder / "store"), str(write_model(folder / "model")), folder)
+    given = {"dataset": "", "rows": ROWS[:24], "validation": ROWS[50:]}
+    return make_spec(base=base, settings=HOPELESS, work=folder / "rows", **given)  # type: ignore[arg-type]
 
 
-def _shorten(patch: pytest.MonkeyPatch) -> None:
-    """Three other settings at most, trials of a few steps, and no measuring."""
-    patch.setattr(halving, "_OTHERS", (3,))
-    patch.setattr(halving, "LEAST_STEPS", 3)
-    measured = Measured(row=1.8, loss=1.0, answer=0.01, total=1.0)
-    patch.setattr(search, "_measure", lambda *_: measured)
-
-
-def find(
-    folder: Path,
-    settings: TrainSettings = HOPELESS,
-    work: str = "work",
-    scores: search.RowScores | None = None,
-    progress: Progress = SILENT,
-    clock: Callable[[], float] | None = None,
-) -> SearchOutcome:
-    if not (folder / "model").exists():
-        write_model(folder / "model")
-    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
-    return search.search(
-        base=base,
-        rows=ROWS[:40],
-        validation=ROWS[50:],
-        settings=settings,
-        within=300.0,
-        work=folder / work,
-        scorable=len(ROWS[50:]) if scores else 0,
-        scores=scores,
-        progress=progress,
-        clock=clock or ticking(0.5),
-    )
+def find(spec: TrainingSpec, work: Path, **more: Any) -> list[Trial]:
+    work.mkdir(exist_ok=True)
+    return search.search(spec, load_model(spec.base), work, **{"trials": TRIALS, **more})
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchOutcome]:
-    """A folder with a model, and an uninterrupted search in it."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        _shorten(patch)
-        return folder, find(folder)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingSpec, list[Trial]]:
+    """A training, and an uninterrupted search for its settings."""
+    spec = written(tmp_path_factory.mktemp("whole"))
+    return spec, find(spec, spec.work.parent / "found")
 
 
-def comparable(outcome: SearchOutcome) -> list[dict[str, Any]]:
-    """What must not depend on the clock or on memory."""
-    machine = {"seconds", "checking", "expected_bytes", "peak_bytes"}
-    return [each.model_dump(exclude=machine) for each in outcome.results]
+def comparable(trials: list[Trial]) -> list[Trial]:
+    """What must not depend on the clock."""
+    return [each.model_copy(update={"seconds": 0.0}) for each in trials]
 
 
-def test_it_finds_the_good_rate_among_hopeless_ones(whole: tuple[Path, SearchOutcome]) -> None:
-    _, done = whole
-    rates = [each["learning_rate"] for each in done.trials]
-    assert rates == [1e-7, 1e-3, 3e-7, 3.3e-8]
-    best = ranking(halving.final_results(done.results))[0]
-    assert rates[best] == 1e-3
-    losses = {each.trial: each.loss for each in done.results if each.rung == 0}
-    assert max(losses.values()) - losses[0] < 1e-3 < losses[0] - losses[best]  # type: ignore[operator, type-var]
-    assert [len(rung.trials) for rung in done.decisions.rungs] == [4, 2]
-    for each in done.results:
-        batch = done.trials[each.trial]["batch"]
-        assert each.steps == math.ceil(done.decisions.rungs[each.rung].rows / batch)
-        assert each.rows == each.steps * batch
-        assert len(each.probabilities) == 10
-        assert each.expected_bytes is not None
-        assert each.peak_bytes is not None
-        assert each.peak_bytes <= 1.1 * each.expected_bytes
+def test_it_finds_the_good_rate_and_prunes_what_is_worse(whole: tuple[TrainingSpec, list[Trial]]) -> None:
+    spec, done = whole
+    assert [each.number for each in done] == list(range(TRIALS))
+    assert [each.settings["learning_rate"] for each in done[:2]] == [1e-7, 1e-3]
+    assert {key: done[0].settings[key] for key in ("rank", "batch", "b_rate")} == {"rank": 4, "batch": 4, "b_rate": 1.0}
+    complete = [each for each in done if each.outcome == "complete"]
+    assert max(complete, key=lambda each: each.value or 0).settings["learning_rate"] >= 1e-3
+    assert {each.outcome for each in done} == {"complete", "pruned"}
+    for each in done:
+        assert len(each.reports) == 4 if each in complete else len(each.reports) in (1, 3)
+        assert each.seconds > 0
+        assert len(each.probabilities) == 10 * (each in complete)
+        assert each.probability is None or each.probability == pytest.approx(each.reports[-1], rel=1e-3)
+    work = spec.work.parent / "found"
+    assert not [*work.glob("trial-*/")], "what the trainings wrote is deleted"
+    journal = optuna.storages.journal.JournalFileBackend(str(work / "optuna.journal"))
+    (study,) = optuna.get_all_study_summaries(optuna.storages.JournalStorage(journal))
+    assert study.n_trials == TRIALS
 
 
-def test_same_decisions_give_the_same_trials(whole: tuple[Path, SearchOutcome]) -> None:
-    """The second search finds the first one's decisions, and none of its results; its clock runs otherwise."""
-    folder, one = whole
-    copied = folder / "again"
-    copied.mkdir()
-    shutil.copy(folder / "work" / "search.json", copied)
-    again = find(folder, work="again", clock=ticking(0.01))
-    assert comparable(again) == comparable(one)
-    assert again.decisions == one.decisions
+def killed(spec: TrainingSpec, work: Path) -> None:
+    """Search, and be killed by the third step of the third trial."""
+    real, count = search.run_training, [0]
 
+    def killing(given: TrainingSpec, *, model: Any, watch: Callable[[TrainerState, Any], None]) -> Any:
+        count[0] += 1
 
-@pytest.mark.parametrize("given", [{"epochs": 3}, {"epochs": 3, "schedule": "linear"}, {"budget": "60s"}])
-def test_trials_are_annealed(given: dict[str, Any]) -> None:
-    """A trial ends with a low rate, however many steps it has, and takes no decision of its own."""
-    settings = TrainSettings(learning_rate=0.01, warmup=0.1, **given)
-    for steps in (1, 2, 20, 500):
-        schedule, state = search._schedule(settings, steps, Path("/nowhere")), TrainerState()
-        rates = []
-        while state.ended is None and state.step < steps:
-            rates.append(schedule.rate(state.step))
-            state.step += 1
-            state.seconds += 1e9
-            schedule.decide(state)
-        assert len(rates) == steps
-        assert max(rates) <= 0.01
-        assert steps < 20 or (rates[0] < max(rates) > 0.0099 and rates[-1] < 0.003)
-
-
-@pytest.mark.parametrize(
-    ("given", "warmup"),
-    [({"epochs": 3, "schedule": "wsd"}, 250), ({"budget": 60}, 100), ({"budget": 60, "warmup": 0.1}, 500)],
-)
-def test_trials_warm_up_as_the_training_does(given: dict[str, Any], warmup: int) -> None:
-    schedule = search._schedule(TrainSettings.model_validate(given), 5000, Path("/nowhere"))
-    highest = max(map(schedule.rate, range(5000)))
-    assert next(step for step in range(5000) if schedule.rate(step) == highest) == warmup - 1
-
-
-def test_scores_come_before_the_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def scores(model: TrainableModel | None, count: int) -> list[float]:
-        asked.append(count)
-        return [1.0] * 5 + [0.0] * (count - 5) if len(asked) in (3, 6) else [0.0] * count
-
-    assert find(tmp_path, scores=scores).decisions.scored_rows == 0, "10 rows are too few to choose by"
-    assert not asked
-    monkeypatch.setattr(halving, "LEAST_SCORED", 10)
-    done = find(tmp_path, scores=scores, work="other")
-    assert asked == [10] * 6
-    assert [each.score for each in done.results] == [0.0, 0.0, 0.5, 0.0, 0.0, 0.5]
-    assert ranking(halving.final_results(done.results)) == [2, 0], (
-        "although trial 1 gives the answers a far higher probability"
-    )
-
-
-def test_what_exceeds_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial with twice the present rank does not fit; it is counted with the reason, and never tried again."""
-    needs: dict[int, int] = {}
-    real = search.memory_needs
-
-    def watched(model: TrainableModel, settings: TrainSettings, *, validates: bool) -> Any:
-        found = real(model, settings, validates=validates)
-        needs[settings.rank] = found.later
-        room = 10**12 if settings.rank <= HOPELESS.rank else found.later // 2
-        monkeypatch.setattr(memory, "available_memory", lambda: room)
-        return found
-
-    monkeypatch.setattr(search, "memory_needs", watched)
-    settings = next(
-        each
-        for each in (HOPELESS.model_copy(update={"seed": seed}) for seed in range(20))
-        if any(trial["rank"] == 8 for trial in search.draw_trials(each, 40)[1:4])
-    )
-    said = SaidAndNoted()
-    done = find(tmp_path, settings, progress=said)
-    large = [number for number, each in enumerate(done.trials) if each["rank"] == 8]
-    assert large
-    for each in done.results:
-        assert (each.failed is not None) == (each.trial in large)
-        assert each.rung == 0 or each.trial not in large
-    assert any("left out: the largest part of a step" in line for line in said.lines)
-
-
-def test_a_trial_that_diverges_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = search._row_fits
-    calls: list[int] = []
-
-    def fits(*given: Any) -> tuple[list[float], list[float]]:
-        calls.append(1)
-        return ([math.nan] * 10, [math.nan] * 10) if len(calls) == 2 else real(*given)
-
-    monkeypatch.setattr(search, "_row_fits", fits)
-    done = find(tmp_path)
-    assert [each.failed for each in done.results[:3]] == [None, "the validation loss became nan", None]
-    assert 1 not in {each.trial for each in done.results[4:]}
-    assert ranking(halving.final_results(done.results))[0] != 1
-
-
-def test_a_trial_is_ended_where_the_time_is_used(tmp_path: Path) -> None:
-    """From the fifth trial on, which is in the last rung, the clock runs a hundred times as fast."""
-    said, now = SaidAndNoted(), [0.0]
-
-    def clock() -> float:
-        now[0] += 50.0 if _ran(said) >= 4 else 0.5
-        return now[0]
-
-    done = find(tmp_path, progress=said, clock=clock)
-    last = done.results[-1]
-    assert last.cut is not None
-    planned = math.ceil(done.decisions.rungs[1].rows / done.trials[last.trial]["batch"])
-    assert last.cut == f"ended at step {last.steps} of {planned}: the time of the search was used"
-    assert 0 < last.steps < planned
-    assert (last.loss, last.failed, last.probabilities) == (None, None, ())
-    assert {each.rung for each in halving.final_results(done.results)} == {0}
-    assert last.cut in said.lines[-1]
-    again = find(tmp_path, clock=ticking(0.01))
-    assert again == done, "it is on the disk, and not trained for longer"
-
-
-@pytest.mark.parametrize(("rows", "batch", "count"), [(200, 32, 2000), (200, 32, 2100), (24, 16, 240), (20, 64, 45)])
-def test_trials_read_the_rows_that_they_are_given(
-    rows: int, batch: int, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each epoch ends with what is left of its rows, so that steps times the batch would be more than what is read."""
-    some = [Rendered((1,) * (2 + place % 7), (True,) * (2 + place % 7)) for place in range(rows)]
-    shared: Any = SimpleNamespace(rows=some, settings=HOPELESS, trials=[{"batch": batch}], clock=ticking(1.0))
-    monkeypatch.setattr(search, "_train_and_check", lambda _shared, _settings, _scored, result, *_: result)
-    result = search._run_trial(shared, 0, 0, 0, count, 1.0, Path("/nowhere"))
-    settings = HOPELESS.model_copy(update={"batch": batch})
-    order = [step for epoch in range(11) for step in plan(some, batch, settings.seed, epoch)]
-    assert result.rows == sum(map(len, order[: result.steps]))
-    assert abs(result.rows - count) < batch
-    assert count % rows or result.rows == count
-
-
-def test_losses_in_batches_are_those_of_each_row_alone(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    base = resolve_base(Store(tmp_path / "store"), str(tmp_path / "model"), tmp_path)
-    settings = TrainSettings(epochs=1, rank=4, batch=8)
-    model = search.load_model(base).trainable(settings, seed=0, state_bytes=0)
-    rows = search.render_rows(search.Renderer(base.folder), ROWS[:21], settings, base.context_length)
-    (losses, probabilities), alone = (search._row_fits(model, some, settings) for some in (rows, rows[:1]))
-    one_by_one = [search._row_fits(model, [row], settings)[0][0] for row in rows]
-    assert losses == pytest.approx(one_by_one, rel=1e-2), "the rounding of bf16 depends on the batch"
-    assert len({round(each, 2) for each in one_by_one}) > 10, "or a wrong order would not be seen"
-    assert alone[0] == one_by_one[:1]
-    parts = search.validation_parts(rows, settings)
-    with torch.no_grad():
-        batches = [search.lay_out([rows[row] for row in part]) for part in parts]
-        total = sum(float(model.loss(batch, CrossEntropy(), 1.0)) for batch in batches)
-    assert sum(losses) == pytest.approx(total, rel=1e-5)
-    assert len(batches) == 3
-    labels = sum(map(search.label_count, rows))
-    assert sum(probabilities) / labels == pytest.approx(validation_fit(model, batches)["probability"], rel=1e-5)
-
-
-def test_a_metric_without_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scores(model: TrainableModel | None, count: int) -> list[float]:
-        raise Inconclusive("the scorer 'own' gave nan", where="validation row r41")
-
-    monkeypatch.setattr(halving, "LEAST_SCORED", 10)
-    with pytest.raises(Inconclusive, match="gave nan"):
-        find(tmp_path, scores=scores)
-
-
-class Stopped(Exception):
-    """What stops a search in the middle."""
-
-
-@pytest.mark.parametrize("stops", [(0, 1, 1, 2), (3, 1)])
-def test_stopped_it_goes_on(
-    whole: tuple[Path, SearchOutcome], monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
-) -> None:
-    folder, uninterrupted = whole
-    work = f"stopped-{len(stops)}"
-    real, left = search._train_and_check, [0]
-    trained: list[tuple[int, int]] = []
-
-    def stopping(shared: Any, settings: Any, scored: int, result: Any, seconds: float, folder: Path) -> Any:
-        if left[0] == 0:
-            raise Stopped
-        left[0] -= 1
-        trained.append((result.rung, result.trial))
-        return real(shared, settings, scored, result, seconds, folder)
-
-    monkeypatch.setattr(search, "_train_and_check", stopping)
-    for stop in stops:
-        left[0] = stop
-        with pytest.raises(Stopped):
-            find(folder, work=work)
-    left[0] = 99
-    done = find(folder, work=work)
-    assert comparable(done) == comparable(uninterrupted)
-    assert done.decisions == uninterrupted.decisions
-    assert sorted(set(trained)) == sorted(trained), "no finished trial is repeated"
-
-
-def _ran(said: SaidAndNoted) -> int:
-    """How many trials ran."""
-    return sum(line.startswith("rung ") and " steps (" in line for line in said.lines)
-
-
-def test_damaged_results_run_again(whole: tuple[Path, SearchOutcome]) -> None:
-    folder, uninterrupted = whole
-    shutil.copytree(folder / "work", folder / "damaged")
-    (folder / "damaged" / "rung-0-trial-2.json").write_text("{")
-    said = SaidAndNoted()
-    assert comparable(find(folder, work="damaged", progress=said)) == comparable(uninterrupted)
-    assert any("rung-0-trial-2.json is damaged" in line for line in said.lines)
-    assert _ran(said) == 1
-
-
-@pytest.mark.parametrize("change", ["damaged", "environment", "missing"])
-def test_what_cannot_be_compared_starts_over(whole: tuple[Path, SearchOutcome], change: str) -> None:
-    folder, uninterrupted = whole
-    work = folder / f"over-{change}"
-    shutil.copytree(folder / "work", work)
-    kept = uninterrupted.decisions.model_copy(update={"environment": {"threads": 64}}).model_dump_json()
-    (work / "search.json").write_text(kept if change == "environment" else kept[:-1])
-    if change == "missing":
-        (work / "search.json").unlink()
-    said = SaidAndNoted()
-    assert comparable(find(folder, work=work.name, progress=said)) == comparable(uninterrupted)
-    told = any("in another environment, or is damaged: starting over" in line for line in said.lines)
-    assert told == (change != "missing")
-    assert _ran(said) == 6
-
-
-def test_present_settings_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # measures
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(Refused, match="the largest part of a step"):
-        find(tmp_path)
-
-
-def _find_killed(folder: Path, steps: int) -> None:
-    """Search, and kill this process before the trials' step of this number."""
-    with pytest.MonkeyPatch.context() as patch:
-        _shorten(patch)
-        real, left = search.Trainer._step, iter(range(steps))
-
-        def step(*given: Any) -> Any:
-            if next(left, None) is None:
-                (folder / "reached").touch()
+        def watching(state: TrainerState, now: Any) -> None:
+            if (count[0], state.step) == (3, 3):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(*given)
+            watch(state, now)
 
-        patch.setattr(search.Trainer, "_step", step)
-        find(folder, work="killed")
+        return real(given, model=model, watch=watching)
 
-
-@pytest.mark.slow
-def test_killed_it_goes_on(whole: tuple[Path, SearchOutcome]) -> None:
-    """kill -9 between two steps of the first trial, and of a later one."""
-    folder, uninterrupted = whole
-    for steps in (3, 20):
-        assert run_elsewhere(_find_killed, folder, steps) == -signal.SIGKILL
-        (folder / "reached").unlink()
-    said = SaidAndNoted()
-    done = find(folder, work="killed", progress=said)
-    assert 0 < _ran(said) < 6, "finished trials are not repeated"
-    assert comparable(done) == comparable(uninterrupted)
-    assert done.decisions == uninterrupted.decisions
+    search.run_training = killing
+    find(spec, work)
 
 
-def test_the_present_settings_are_those_that_the_training_would_have(tmp_path: Path) -> None:
-    """A rate of B that is left open fits the base."""
-    found = find(tmp_path, TrainSettings(rank=4, batch=4, epochs=2))
-    assert found.trials[0]["b_rate"] == 4.0
+def test_killed_it_goes_on_with_the_trial_that_had_not_ended(
+    whole: tuple[TrainingSpec, list[Trial]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, expected = whole
+    assert run_elsewhere(killed, spec, tmp_path) == -signal.SIGKILL
+    assert {path.name for path in tmp_path.glob("trial-*")} == {"trial-0.json", "trial-1.json", "trial-2"}
+    (tmp_path / "optuna.journal").write_bytes(b'{"damaged')
+    (tmp_path / "optuna.journal.lock").symlink_to("nobody")
+    (tmp_path / "trial-1.json").write_bytes(b"{}")
+    trained, real = list[str](), search.run_training
+    monkeypatch.setattr(
+        search, "run_training", lambda given, **more: trained.append(given.work.name) or real(given, **more)
+    )
+    said = Said()
+    assert comparable(find(spec, tmp_path, progress=said)) == comparable(expected)
+    assert trained == ["trial-1", *(f"trial-{number}" for number in range(2, TRIALS))]
+    assert said.lines[0].startswith("trial 1 (learning_rate 0.001, batch 4, b_rate 1, rank 4): probability 0.")
+    assert any(line.endswith("pruned after 1 validations") for line in said.lines)
+    assert find(spec, tmp_path)[:2] == find(spec, tmp_path, trials=2), "what ended is not trained again"
+    assert len(trained) == TRIALS - 1
+
+
+class World:
+    """Trainings that take no time: after the n-th of four validations the probability is quality(settings, n)."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, quality: Callable[[TrainSettings, int], float]) -> None:
+        self.quality, self.trained = quality, list[TrainSettings]()
+        patch.setattr(search, "run_training", self.run)
+        patch.setattr(search, "_validated", lambda *_: self.validated())
+
+    def run(self, given: TrainingSpec, *, model: Any, watch: Callable[[TrainerState, Any], None]) -> None:
+        self.trained.append(given.settings)
+        state = TrainerState()
+        for turn in range(1, given.settings.validations + 1):
+            state.validation.append({"step": turn, "probability": self.quality(given.settings, turn)})
+            watch(state, model)
+
+    def validated(self) -> dict[str, Any]:
+        found = self.quality(self.trained[-1], 4)
+        return {"probability": found, "probabilities": [found] * 10}
+
+
+def pretend(folder: Path, settings: TrainSettings = HOPELESS, **more: Any) -> list[Trial]:
+    """A search over trainings that are not real."""
+    rows = SimpleNamespace(read=lambda: [None] * 24)
+    spec: Any = TrainingSpec.model_construct(settings=settings, rows=rows, work=folder)
+    return search.search(spec, None, folder, **{"trials": 12, **more})  # type: ignore[arg-type]
+
+
+def by_rate(settings: TrainSettings, turn: int) -> float:
+    return 0.1 * turn / (1 + abs(settings.learning_rate / 3e-3 - 1))
+
+
+def test_two_thirds_are_pruned_where_they_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, by_rate)
+    done = pretend(tmp_path, TrainSettings(learning_rate=1e-4, batch=4, keep="best", rehearse=0.5))
+    assert 2 <= sum(each.outcome == "complete" for each in done) <= 6 < sum(each.outcome == "pruned" for each in done)
+    best = max((each for each in done if each.value), key=lambda each: each.value or 0)
+    assert 1.5e-3 < best.settings["learning_rate"] < 6e-3
+    assert len({each.settings["learning_rate"] for each in done}) == 12
+    assert {(each.keep, each.rehearse) for each in world.trained} == {("last", 0.0)}
+    (tmp_path / "other").mkdir()
+    once = pretend(tmp_path / "other", HOPELESS.model_copy(update={"validations": 1}))
+    assert {each.outcome for each in once} == {"complete"}, "after the last validation nothing is pruned"
+
+
+def test_the_seed_draws_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    World(monkeypatch, by_rate)
+    found = []
+    for name, seed in (("one", 0), ("same", 0), ("other", 7)):
+        (tmp_path / name).mkdir()
+        found.append(comparable(pretend(tmp_path / name, HOPELESS.model_copy(update={"seed": seed}))))
+    assert found[0] == found[1] != found[2]
+
+
+def test_no_trial_begins_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    World(monkeypatch, by_rate)
+    assert len(pretend(tmp_path, within=1e-9)) == 1
+    assert len(pretend(tmp_path, trials=3, within=3600.0)) == 3
+
+
+def test_the_score_goes_before_the_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, by_rate)
+    done = pretend(tmp_path, scores=lambda _: [1.0, float(world.trained[-1].learning_rate < 1e-6)])
+    whole = [each for each in done if each.outcome == "complete"]
+    assert [each.score for each in whole] == [1.0, *[0.5] * (len(whole) - 1)]
+    assert all((whole[0].value or 0) > (each.value or 1) for each in whole[1:]), "although their probability is higher"
+    assert Trial(number=0, params={}, settings={}, probability=0.4, scores=(1.0, 0.0)).value == 0.5 + 0.4e-6
+
+
+def test_what_its_own_settings_keep_from_training_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, said = World(monkeypatch, by_rate), Said()
+    errors: dict[int, Exception] = {
+        1: TunesmithError("the loss became nan", where="train.learning_rate"),
+        2: Refused("too little memory", where="train"),
+        3: torch.OutOfMemoryError("full"),
+    }
+
+    def failing(*given: Any, **more: Any) -> None:
+        world.run(*given, **more)
+        if error := errors.get(len(world.trained) - 1):
+            raise error
+
+    monkeypatch.setattr(search, "run_training", failing)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda _: False)
+    done = pretend(tmp_path, trials=5, progress=said)
+    assert [each.outcome for each in done] == ["complete", "failed", "failed", "failed", "complete"]
+    assert [each.why for each in done[1:4]] == ["the loss became nan", "too little memory", "full"]
+    assert said.lines[1].endswith("): the loss became nan")
+    assert pretend(tmp_path, trials=5) == done, "they are not tried again"
+    for other in (Inconclusive("nan", where="validation row r1"), Refused("x", where="training.x"), Stopped()):
+        errors[len(world.trained)] = other
+        with pytest.raises(type(other)):
+            pretend(tmp_path, trials=6)
+
+
+def test_a_search_that_was_told_to_stop_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, by_rate)
+
+    class Stopping(Said):
+        @contextlib.contextmanager
+        def task(self, name: str, total: float) -> Iterator[Task]:
+            with super().task(name, total) as task:
+                task.advance = self.advance  # type: ignore[method-assign]
+                yield task
+
+        def advance(self, _: float = 1.0) -> None:
+            if len(world.trained) == 2:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        pretend(tmp_path, progress=Stopping())
+    assert [path.name for path in tmp_path.glob("trial-*.json")] == ["trial-0.json"]
+
+
+def test_too_little_memory_leaves_a_larger_rank_out(
+    whole: tuple[TrainingSpec, list[Trial]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _ = whole
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    (only,) = find(spec, tmp_path, trials=1)
+    assert only.outcome == "failed"
+    assert "GB of memory, but only 0.0 GB are free" in str(only.why)
+
+
+def test_each_row_is_fitted_as_it_is_alone(whole: tuple[TrainingSpec, list[Trial]]) -> None:
+    spec, _ = whole
+    model = load_model(spec.base).trainable(HOPELESS, seed=0, state_bytes=0)
+    rows = spec.validation.read()
+    found = search._validated(model, spec)
+    alone = [float(model.label_losses(lay_out([row])).neg().exp().sum()) for row in rows]
+    assert found["probabilities"] == pytest.approx(alone, rel=1e-2), "the rounding of bf16 depends on the batch"
+    assert len({round(each, 3) for each in alone}) > 5, "or a wrong order would not be seen"
+    parts = validation_parts(rows, HOPELESS)
+    fit = validation_fit(model, [lay_out([rows[row] for row in part]) for part in parts])
+    assert found["probability"] == pytest.approx(fit["probability"], rel=1e-5)
+    assert len(parts) == 3
+    assert found["probability"] == pytest.approx(sum(found["probabilities"]) / sum(map(label_count, rows)))
+
+
+@given(
+    st.floats(1e-8, 0.9),
+    st.integers(1, 1024),
+    st.integers(1, 4096),
+    st.sampled_from(["lora", "full"]),
+    st.integers(1, 99),
+)
+def test_the_present_settings_and_the_default_rate_are_in_the_space(
+    rate: float, rank: int, batch: int, method: str, rows: int
+) -> None:
+    stated = {"learning_rate": rate, "batch": batch, "method": method} | ({"rank": rank} if method == "lora" else {})
+    settings = TrainSettings.model_validate(stated)
+    space = search_space(settings, rows)
+    default = {"lora": 1e-3, "full": 1e-4}[method]
+    for key, drawn in space.items():
+        assert drawn._contains(drawn.to_internal_repr(getattr(settings, key)))
+    rates: Any = space["learning_rate"]
+    assert 0 < rates.low <= default / 10 < 10 * default <= rates.high < 1
+    assert set(space) == {"learning_rate", "batch"} | ({"rank", "b_rate"} if method == "lora" else set())
+    batches: Any = space["batch"]
+    assert max(batches.choices) <= max(batch, min(rows, 4096))
+    assert 1 <= min(batches.choices) <= max(1, batch // 2)
+
+
+def test_usual_values_are_around_the_present_ones() -> None:
+    space: Any = search_space(TrainSettings(rank=16, batch=16), 1000)
+    assert {key: each.choices for key, each in space.items() if key != "learning_rate"} == {
+        "rank": (8, 16, 32),
+        "batch": (8, 16, 32),
+        "b_rate": (1.0, 4.0),
+    }
+    assert "rank" not in search_space(TrainSettings(rank=16, alpha=32), 1000), "an alpha belongs to its rank"

@@ -17,7 +17,6 @@ from tunesmith.cli import (
     data,
     evaluation,
     forecast,
-    gpu_check,
     held,
     jobs,
     lookups,
@@ -63,7 +62,6 @@ _GROUPS = (
         monitoring,
         copies,
     ),
-    gpu_check,
     held,
     webhooks,
 )

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
     from tunesmith.services.runs.training import Repeated, RunSummary, TrainingSummary
     from tunesmith.services.runs.training_search import SettingsSearch, Trial
-    from tunesmith.training.search.range_test import RateSearch
-
-_HEIGHT = 9  # lines of a curve
 
 
 def register(app: typer.Typer) -> None:
@@ -67,17 +64,17 @@ def train(
     here: Here,
     candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Train again from the start.")] = False,
-    find_rate: Annotated[
-        bool, typer.Option("--find-rate", help="Only try 40 steps at rising learning rates, and suggest one.")
-    ] = False,
     repeat: Annotated[
         bool, typer.Option("--repeat", help="Only train again as its record says, and compare the weights' bytes.")
     ] = False,
     search: Annotated[
         bool, typer.Option("--search", help="Only search for better training settings on validation rows.")
     ] = False,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="How many settings --search tries; 12 by default.")
+    ] = None,
     within: Annotated[
-        str | None, typer.Option("--within", metavar="TIME", help="How long --search may take; 20m by default.")
+        str | None, typer.Option("--within", metavar="TIME", help="After that --search begins no further trial.")
     ] = None,
     copies: Annotated[
         int, typer.Option("--copies", min=1, help="Copies of the model that torchrun's processes hold (HSDP).")
@@ -89,7 +86,7 @@ def train(
     from tunesmith.core.system.threads import started_by_torchrun
     from tunesmith.services.runs import training, training_search
 
-    _check_train_options(restart=restart, find_rate=find_rate, repeat=repeat, search=search, within=within)
+    _check_train_options(restart, repeat, search, limited=trials is not None or within is not None)
     if copies > 1 and not started_by_torchrun():
         raise UsageError(
             "one process holds one copy of the model", where="--copies", fix="leave it out, or use torchrun"
@@ -103,35 +100,33 @@ def train(
         return
     project = here.project
     if search:
-        found = training_search.search_settings(project, candidate, within=within or "20m", progress=Terminal())
+        number = training_search.TRIALS if trials is None else trials
+        found = training_search.search_settings(project, candidate, trials=number, within=within, progress=Terminal())
         here.emit(found, _draw_search)
         return
     if repeat:
         done = training.repeat(project, candidate, progress=Terminal())
         here.emit(done, _draw_repeated)
         raise typer.Exit(0 if done.same else 1)
-    if find_rate:
-        here.emit(training.find_rate(project, candidate, progress=Terminal()), _draw_rates)
-        return
     here.emit(training.train(project, candidate, restart=restart, progress=Terminal()), _draw_training)
 
 
-def _check_train_options(*, restart: bool, find_rate: bool, repeat: bool, search: bool, within: str | None) -> None:
-    """Raise UsageError for options of `train` that exclude each other."""
+def _check_train_options(restart: bool, repeat: bool, search: bool, *, limited: bool) -> None:
+    """Raise UsageError for options of `train` that exclude each other. limited: --trials or --within is given."""
     from tunesmith.core.errors import UsageError
     from tunesmith.core.system.threads import started_by_torchrun
 
-    only = [name for name, given in (("--search", search), ("--find-rate", find_rate), ("--repeat", repeat)) if given]
+    only = [name for name, given in (("--search", search), ("--repeat", repeat)) if given]
     if only and started_by_torchrun():
         raise UsageError(f"{only[0]} runs in one process", fix="start it without torchrun")
     if len(only) > 1:
         raise UsageError(f"{only[0]} and {only[1]} exclude each other", fix=f"run one after the other: {only[0]} first")
-    if within is not None and not search:
-        raise UsageError("--within says how long --search may take", fix="add --search, or leave --within out")
+    if limited and not search:
+        raise UsageError("--trials and --within are for --search", fix="add --search, or leave them out")
     if restart and search:
         raise UsageError(
             "a search cannot be restarted: a finished one is looked up, a stopped one goes on",
-            fix="leave --restart out; another --within searches again",
+            fix="leave --restart out; another --trials searches again",
         )
     if restart and only:
         raise UsageError(f"{only[0]} keeps nothing that could be restarted", fix="leave --restart out")
@@ -176,49 +171,27 @@ def _draw_repeated(console: Console, done: Repeated) -> None:
     draw_table(console, (("steps", str(done.steps)), ("weights", said), ("record", done.training)), title="repeated")
 
 
-def _draw_rates(console: Console, found: RateSearch) -> None:
-    high, low = max(found.smoothed), min(found.smoothed)
-    # A column for each step: its mark is in the line of its loss, the highest loss at the top.
-    lines = [round((high - loss) / ((high - low) or 1.0) * (_HEIGHT - 1)) for loss in found.smoothed]
-    console.print("smoothed loss by learning rate")
-    for line in range(_HEIGHT):
-        marks = "".join("*" if place == line else " " for place in lines)
-        console.print(f"{high - (high - low) * line / (_HEIGHT - 1):8.3f} |{marks}".rstrip())
-    console.print(f"{'':9}{found.rates[0]:.0e}{f'{found.rates[-1]:.0e}':>{max(6, len(found.rates) - 4)}}\n")
-    if found.suggestion is None:
-        console.print("no rate made the loss fall: look at the rows (`tunesmith data`), not at the rate")
-        return
-    console.print(f"train.learning_rate: {found.suggestion:.1e}   ({found.rule})")
-    if found.b_rate != 1:
-        console.print(f"train.b_rate: {found.b_rate:g}   (as it was tried: write down both)")
-
-
 def _draw_search(console: Console, found: SettingsSearch) -> None:
     import yaml
 
-    from tunesmith.services.runs.training_search import PRESENT
     from tunesmith.training.settings import PROBABILITY
 
-    keys = list(found.trials[0].settings)
-    scored = found.scored_rows > 0
+    keys, scored = list(found.trials[0].settings), found.scored_rows > 0
     names = (key.replace("learning_", "learning_\n") for key in keys)  # so that 80 columns suffice
-    headings = ("#", *names, "rows", *([found.metric] if scored else []), "probability")
-    # The trials that got furthest first, then those with the better score and the higher probability.
-    ordered = sorted(found.trials, key=lambda trial: _reached(trial))
-    rows = [_trial_row(trial, keys, scored) for trial in ordered]
+    headings = ("#", *names, "outcome", *([found.metric] if scored else []), "probability")
+    # Complete trials first, the best ones at the top.
+    ordered = sorted(
+        found.trials, key=lambda each: (each.outcome, -(each.score or 0.0), -(each.probability or 0.0), each.number)
+    )
     title = f"settings of {found.candidate}, on {found.validation_rows} validation rows"
-    draw_table(console, rows, *headings, title=title)
-    best = "" if found.best in (None, PRESENT) else f", and trial {found.best} those that did best"
-    console.print(f"trial {PRESENT} has the present settings{best}", soft_wrap=True)
+    draw_table(console, [_trial_row(each, keys, scored) for each in ordered], *headings, title=title)
+    best = f", and trial {found.best} those that did best" if found.best else ""
+    console.print(f"trial 0 has the present settings{best}", soft_wrap=True)
     for trial in ordered:
-        if trial.failed or trial.cut:
-            console.print(f"trial {trial.trial}: {trial.failed or trial.cut}", soft_wrap=True)
-    by = PROBABILITY if found.by == "probability" else "the score"
-    console.print(f"compared by {by}: {found.why}" if found.by else found.why, soft_wrap=True)
-    console.print(f"{found.seconds:.0f} of {found.within:.0f} s; ended because {found.ended}", soft_wrap=True)
-    if found.failed or found.cut or found.not_run:
-        told = f"{found.failed} trials failed, {found.cut} were ended early, {found.not_run} were not run"
-        console.print(told, soft_wrap=True)
+        if trial.why:
+            console.print(f"trial {trial.number}: {trial.why}", soft_wrap=True)
+    why = "" if found.unscored is None else f": {found.unscored}"
+    console.print(f"compared by {'the score' if found.by == 'score' else PROBABILITY}{why}", soft_wrap=True)
     console.print(f"record {found.search}\n", soft_wrap=True)
     console.print(found.conclusion, soft_wrap=True)
     if found.suggestion is not None:
@@ -228,22 +201,13 @@ def _draw_search(console: Console, found: SettingsSearch) -> None:
         )
 
 
-def _reached(trial: Trial) -> tuple[float, ...]:
-    if not trial.runs:
-        return (1, trial.failed is None, 0, trial.trial)
-    last = trial.runs[-1]
-    return (-last.rung, -(last.score.mean if last.score else 0.0), -last.probability, trial.trial)
-
-
 def _trial_row(trial: Trial, keys: list[str], scored: bool) -> list[str]:
-    """A trial's line: its settings, and how it did in the last rung that it was in. Few rows are scored, so that tenths
-    of points would say nothing."""
-    values = [str(trial.trial), *(f"{trial.settings[key]:g}" for key in keys)]
-    if not trial.runs:
-        return [*values, "none", *([""] if scored else []), ""]
-    last = trial.runs[-1]
-    score = f"{last.score.mean:.0%} [{100 * last.score.low:.0f}, {100 * last.score.high:.0f}]" if last.score else ""
-    return [*values, str(last.rows), *([score] if scored else []), f"{last.probability:.4f}"]
+    """A trial's line: its settings, and how it did; of one that was pruned its last probability. Few rows are scored,
+    so that tenths of points would say nothing."""
+    values = [str(trial.number), *(f"{trial.settings[key]:g}" for key in keys), trial.outcome]
+    probability = trial.probability if trial.probability is not None else next(reversed(trial.reports), None)
+    score = [] if not scored else ["" if trial.score is None else f"{trial.score:.0%}"]
+    return [*values, *score, "" if probability is None else f"{probability:.4f}"]
 
 
 def _draw_run(console: Console, done: RunSummary) -> None:

@@ -92,11 +92,16 @@ def schema(as_json: Json = False) -> None:
     Here(as_json=as_json).emit(document, printed_text(settings_text(document)))
 
 
-def doctor(here: Here) -> None:
+def doctor(
+    here: Here,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Only compute a training step on the GPU, and compare it with the CPU's.")
+    ] = False,
+) -> None:
     """Check this machine and the project, and say how to fix what is missing."""
-    from tunesmith.services.doctor import examine
+    from tunesmith.services.doctor import examine, examine_gpu
 
-    found = examine(here.directory)
+    found = examine_gpu() if gpu else examine(here.directory)
     here.emit(found, _draw_checks)
     raise typer.Exit(0 if found.ok else 1)
 

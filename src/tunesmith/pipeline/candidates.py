@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
@@ -23,7 +23,6 @@ from tunesmith.evaluation.metrics.declared import checked
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import (
     RepeatedTraining,
-    find_rate,
     leading_inputs,
     leading_scoring,
     named_documents,
@@ -37,9 +36,6 @@ from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve
 from tunesmith.store import database
 from tunesmith.store.recalls import recalled
-
-if TYPE_CHECKING:
-    from tunesmith.training.search.range_test import RateSearch
 
 
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
@@ -80,21 +76,13 @@ def training(context: PipelineContext, name: str, restart: bool = False) -> str:
     return found
 
 
-def learning_rates(context: PipelineContext, name: str) -> RateSearch:
-    """A range test of a candidate's learning rate. Raises UsageError for a candidate that is not trained."""
-    settings = context.settings_of(name)
-    if settings.train is None:
-        raise _no_training(context, name)
-    return find_rate(context, name, untrained_candidate(context, name, settings), settings.train)
-
-
-def better_settings(context: PipelineContext, name: str, within: float) -> str:
+def better_settings(context: PipelineContext, name: str, trials: int, within: float | None) -> str:
     """Digest of a search for better training settings of a candidate. Raises UsageError for one that is not trained."""
     settings = context.settings_of(name)
     if settings.train is None:
         raise _no_training(context, name)
     found = untrained_candidate(context, name, settings)
-    return search_settings(context, name, found, settings.train, within)
+    return search_settings(context, name, found, settings.train, trials, within)
 
 
 def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedTraining]:

@@ -31,7 +31,7 @@ REVISIONS = {
     "documents": 8,
     "train": 9,
     "search": 5,
-    "training_search": 7,
+    "training_search": 8,
     "forecast": 7,
     "answer": 4,
     "judge": 2,

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from tunesmith.engines.training_protocol import TrainableModel
     from tunesmith.training.schedule import Decisions
     from tunesmith.training.scoring import AnswerScore
-    from tunesmith.training.search.range_test import RateSearch
     from tunesmith.training.spec import TrainingSpec
 
 _CHECKPOINTS = "checkpoints"  # in a training's work folder
@@ -89,7 +88,7 @@ def _train(context: PipelineContext, name: str, candidate: Candidate, settings: 
     from tunesmith.training.train import train
 
     context = context.without_test_rows()
-    spec = _spec(context, name, candidate, settings, work)
+    spec = training_spec(context, name, candidate, settings, work)
     score = _answer_score(context, candidate, settings, work)
     ranks = context.together or ALONE
     begin(ranks, spec, score)
@@ -145,7 +144,7 @@ def repeat_decided(
     work = context.store.local("work", f"repeat-{short(digest)}")
     with context.store.lock(work.name, f"repeating {name}"):
         try:
-            spec = _spec(context, name, candidate, settings, work, decisions=decisions)
+            spec = training_spec(context, name, candidate, settings, work, decisions=decisions)
             score = _answer_score(context, candidate, settings, work)
             done = run_training(spec, context.progress, model=context.trained_model(settings), score=score)
             weights = {path.name: digest_file(path) for path in sorted(done.folder.iterdir())}
@@ -154,7 +153,7 @@ def repeat_decided(
     return RepeatedTraining(weights, done.state.step, done.state.seconds)
 
 
-def _spec(
+def training_spec(
     context: PipelineContext,
     name: str,
     candidate: Candidate,
@@ -275,18 +274,6 @@ def leading_inputs(context: PipelineContext) -> dict[str, Any]:
 def _leading(context: PipelineContext) -> Declared:
     task = context.project.settings.task
     return next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
-
-
-def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> RateSearch:
-    """The result of a range test over the first steps of a candidate's training. Keeps nothing."""
-    from tunesmith.training.train import find_rate as search
-
-    context.require_one_process()
-    training_inputs(context, name, candidate, settings)  # raises for what cannot be trained
-    rows, _validation = composed_rows(context, candidate, settings)
-    settings = fitted(context, settings)
-    model, progress = context.trained_model(settings), context.progress
-    return search(base=context.base, rows=rows, settings=settings, model=model, progress=progress)
 
 
 def _metrics(context: PipelineContext) -> MetricsSettings | None:

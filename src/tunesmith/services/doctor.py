@@ -10,14 +10,14 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.system import memory
 from tunesmith.core.system.threads import wanted_threads
 from tunesmith.core.view import View
 from tunesmith.project import Project
 
-# For quantize: 4bit, attention: flash_attention_2, clusters, and `tunesmith gpu-check`'s comparison.
-_EXTRAS = ("bitsandbytes", "flash-attn", "liger-kernel", "ray", "trl")
+# For quantize: 4bit, attention: flash_attention_2, and clusters.
+_EXTRAS = ("bitsandbytes", "flash-attn", "liger-kernel", "ray")
 
 
 class Check(View):
@@ -43,7 +43,28 @@ def examine(directory: Path) -> Checks:
     return Checks(ok=all(check.ok for check in found), checks=found)
 
 
-def installed_version(name: str) -> str | None:
+def examine_gpu() -> Checks:
+    """Compute a training step of a tiny random base on the GPU and on the CPU, and compare its figures. Downloads
+    nothing. Raises Refused where torch sees no GPU."""
+    from tunesmith.engines.device import computing_device, describe_gpus, device_name, gpu_present
+    from tunesmith.training.gpu_step import ACCEPTED, compare_step
+
+    described, fix = describe_gpus()
+    if not gpu_present():
+        fix = fix or "run it on a machine with a GPU and a build of PyTorch for it"
+        raise Refused(f"torch sees no GPU ({described})", where="--gpu", fix=fix)
+    found = [_check("gpu", device_name(computing_device()))]
+    for precision, figures in compare_step().items():
+        most = max(figure.difference for figure in figures)
+        said = "; ".join(f"{each.name} {each.gpu:.6g}, on the CPU {each.cpu:.6g}" for each in figures)
+        accepted = ACCEPTED[precision]
+        detail = f"{said}: they differ by at most {most:.1e} (accepted: {accepted:g})"
+        fix = "try another driver or build of PyTorch: what this GPU trains is not what the CPU would"
+        found.append(_check(f"a step in {precision}", detail, most <= accepted, fix))
+    return Checks(ok=all(check.ok for check in found), checks=tuple(found))
+
+
+def _installed_version(name: str) -> str | None:
     """The version of a package in this environment; None where it is not installed."""
     try:
         return version(name)
@@ -85,7 +106,7 @@ def _gpus(_directory: Path) -> Check:
 
 def _extras(_directory: Path) -> Check:
     """Which libraries are there that only some settings need."""
-    found = (f"{name} {installed_version(name) or '(not installed)'}" for name in _EXTRAS)
+    found = (f"{name} {_installed_version(name) or '(not installed)'}" for name in _EXTRAS)
     return _check("extras", ", ".join((*found, f"vllm {shutil.which('vllm') or '(not on PATH)'}")))
 
 

@@ -64,8 +64,8 @@ KINDS: Mapping[str, RecordKind] = {
         "pipeline/training_search.py",
         ("base", "dataset", "documents"),
         ("trials.jsonl",),
-        "training settings that were tried on validation rows: each trial's score, loss, time and memory, what was "
-        "decided when, how the best differs from the present ones",
+        "training settings that were tried on validation rows: each trial's outcome, score, probability and time, how "
+        "the best differs from the present ones",
     ),
     "candidate": RecordKind(
         "candidates/candidate.py",

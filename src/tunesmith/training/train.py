@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
+from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_validation, step_tokens
 from tunesmith.training.batches.rehearsal import Rehearsal, prepare_rehearsal
 from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
@@ -48,7 +47,6 @@ from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import DECISIONS, Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
-from tunesmith.training.search.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
@@ -113,6 +111,7 @@ def run_training(
     score: AnswerScore | None = None,
     clock: Callable[[], float] = time.perf_counter,
     ranks: Ranks = ALONE,
+    watch: Callable[[TrainerState, TrainableModel], None] | None = None,
 ) -> TrainingResult:
     """Train as spec says, in this process. It needs the spec's files and no store.
 
@@ -120,9 +119,10 @@ def run_training(
 
     A training that was killed resumes from its work folder. model: the base's weights where they are loaded already.
     score: scores generated answers to validation rows; None: none are scored (see TrainerState.best). clock: seconds
-    since some moment. Raises Refused where the base's files are not the spec's, where memory or disk do not suffice,
-    where a budget is too short for a step and a validation, and where the work folder holds another training;
-    TunesmithError for a loss that is not finite.
+    since some moment. watch: called with the state and the model after each step, and at the start of a resumed
+    training; what it raises ends the training. Raises Refused where the base's files are not the spec's, where memory
+    or disk do not suffice, where a budget is too short for a step and a validation, and where the work folder holds
+    another training; TunesmithError for a loss that is not finite.
     """
     settings, objective = spec.settings, CrossEntropy()
     rows, checked = spec.rows.read(), spec.validation.read()
@@ -150,6 +150,13 @@ def run_training(
     measured_first = schedule.decisions.seconds if isinstance(schedule, Annealed) else 0.0
     run = checkpoints.identity | ({"measured": measured_first} if measured_first else {})
     curves = follower(spec.metrics, spec.name, digest_of(run), settings, progress)
+    reporter = Reporter(spec.name, DeviceMemory(trained.device).peak, progress)
+
+    def on_step(state: TrainerState) -> None:
+        reporter.report(state)
+        if watch is not None:
+            watch(state, trained)
+
     trainer = Trainer(
         trained,
         plan,
@@ -159,7 +166,7 @@ def run_training(
         objective=objective,
         validate=validation.measure if batches else None,
         on_checkpoint=curves.follow,
-        on_step=Reporter(spec.name, DeviceMemory(trained.device).peak, progress).report,
+        on_step=on_step,
         progress=progress,
         clock=now,
         ranks=ranks,
@@ -211,29 +218,6 @@ def train(
     Raises what run_training raises.
     """
     return record_training(store, spec, run_training(spec, progress, model=model, score=score, ranks=ranks))
-
-
-def find_rate(
-    *,
-    base: Base,
-    rows: Sequence[TrainingRow],
-    settings: TrainSettings,
-    model: LoadedModel | None = None,
-    progress: Progress = SILENT,
-) -> RateSearch:
-    """A range test over a training's first steps, continued with further epochs where one has too few. Keeps nothing.
-
-    Raises Refused for rows that cannot be trained on.
-    """
-    rendered = render_rows(Renderer(base.folder), rows, settings, require_context_length(base))
-    loaded = load_model(base, training_engine(base.family, settings)) if model is None else model
-    trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
-    every = (
-        step for epoch in count() for step in lay_out_epoch(rendered, settings, epoch, share=trained.shares_prefix)
-    )
-    steps = list(islice(every, STEPS))
-    check_memory(steps, memory_needs(trained, settings, validates=False))
-    return range_test(trained, CrossEntropy(), steps, settings, progress)
 
 
 def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from tests.engines.hf.trl_steps import trl_steps
 from tests.hf_models import base_of_family, change_adapter, write_hf_model
 from tests.tiny import ROWS
 from tests.trained import gradients, reference_loss
@@ -27,7 +28,6 @@ from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
-from tunesmith.training.gpu_check.trl_steps import trl_steps
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer, update

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from pydantic import TypeAdapter
 
 from tunesmith.core.errors import TunesmithError
@@ -31,14 +32,15 @@ _REQUESTS, _ANSWERS = TypeAdapter(list[Generation]), TypeAdapter(list[Completion
 class LoadedHFModel:
     """Implements engines.training_protocol.LoadedModel."""
 
-    def __init__(self, base: Base) -> None:
-        """The weights are read when they are first needed; for trainings that keep them otherwise, once more."""
+    def __init__(self, base: Base, device: torch.device | None = None) -> None:
+        """The weights are read when they are first needed; for trainings that keep them otherwise, once more. device:
+        that computes, by default this process's."""
         prepare_process()
-        self._base = base
+        self._base, self._device = base, device
 
     @cached_property
     def _model(self) -> HFModel:
-        return HFModel(self._base, model_settings(WeightSettings()))
+        return HFModel(self._base, model_settings(WeightSettings()), device=self._device)
 
     def engine(self) -> HFEngine:
         """The engine that answers with these weights."""
@@ -55,7 +57,8 @@ class LoadedHFModel:
         # Neither PiSSA, which takes its start out of the base's weights, nor full training leaves the base as it is.
         keeps = settings.start != "pissa" and settings.method != "full"
         shares = wanted == model_settings(WeightSettings()) and keeps
-        return build_trainable(self._model if shares else HFModel(self._base, wanted), settings, seed)
+        model = self._model if shares else HFModel(self._base, wanted, device=self._device)
+        return build_trainable(model, settings, seed)
 
 
 class ShardedHFModel:

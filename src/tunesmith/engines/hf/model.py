@@ -58,13 +58,15 @@ class HFModel:
         *,
         late: bool = False,
         weights: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """late: read the weights in shard(), if the files hold them as the module does; until then they are zeros.
-        weights: a file of tensors by the base's names, to read instead of its own.
+        weights: a file of tensors by the base's names, to read instead of its own. device: that computes, by default
+        this process's.
 
         Raises Refused for a base that transformers cannot run without code from its folder or with these settings,
         for incomplete weights, and for a model whose tokens see later ones."""
-        self.base, self.settings, self.ranks, self.device = base, settings, ALONE, computing_device()
+        self.base, self.settings, self.ranks, self.device = base, settings, ALONE, device or computing_device()
         self._rounding = 50.0 if settings.dtype == torch.bfloat16 else 1.0  # of logits, against fp32
         require_context_length(base)
         self.module, self.late = load(base.folder, self.device, settings, late=late, weights=weights)

@@ -1,10 +1,10 @@
-"""Run the whole pipeline, train candidates, and test learning rates."""
+"""Run the whole pipeline, and train candidates."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
-from tunesmith.pipeline.candidates import learning_rates, repeat_training, training
+from tunesmith.pipeline.candidates import repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
 from tunesmith.pipeline.training import tuned_names
@@ -23,9 +23,6 @@ from tunesmith.project import Project
 from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
 from tunesmith.training.estimates.more_time import more_time
-
-if TYPE_CHECKING:
-    from tunesmith.training.search.range_test import RateSearch
 
 
 class ExpectedCost(View):
@@ -154,11 +151,6 @@ def repeat(project: Project, name: str | None = None, *, progress: Progress = SI
     digest, found = repeat_training(PipelineContext(project, progress), name or only_tuned(project))
     record = project.store.record(digest, kind="training")
     return Repeated(training=digest, same=found.weights == dict(record.blobs), steps=found.steps, seconds=found.seconds)
-
-
-def find_rate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> RateSearch:
-    """Run a few steps at rising learning rates. Keeps nothing."""
-    return learning_rates(PipelineContext(project, progress), name or only_tuned(project))
 
 
 def run(

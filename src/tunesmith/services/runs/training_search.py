@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,49 +11,36 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.settings import Duration
 from tunesmith.core.view import View
-from tunesmith.evaluation.summary import MetricInterval
 from tunesmith.pipeline.candidates import better_settings
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.project import Project
 from tunesmith.services.runs.training import only_tuned
 from tunesmith.store.records import Record
 from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings
 
-PRESENT = 0  # the number of the trial with the present settings
-_SHORT = 3  # the training is said to be longer than the trials from so many times on
-
-
-class TrialRun(View):
-    """A trial in one rung (from 0). rows: trained on, with repetitions; seconds: of the training; checking: of its
-    validation. score: None where answers were not scored. probability, loss: means over the labels of validation rows.
-    expected_bytes, peak_bytes: memory of the process."""
-
-    rung: int
-    rows: int
-    steps: int
-    seconds: float
-    checking: float
-    score: MetricInterval | None
-    probability: float
-    loss: float
-    expected_bytes: int
-    peak_bytes: int
+TRIALS = 12  # by default
+_MOST_TRIALS = 100
 
 
 class Trial(View):
-    """Settings that were tried; trial 0 has the present ones. runs: none where it failed at once or was not run.
-    failed: why it could not be trained. cut: why and at which step its last run was ended."""
+    """Settings that were tried; trial 0 has the present ones. outcome: complete, pruned or failed; why it failed.
+    reports: the mean probability of the expected answers' tokens at each validation; probability: at the end. score:
+    None where answers were not scored."""
 
-    trial: int
+    number: int
     settings: dict[str, Any]
-    runs: tuple[TrialRun, ...]
-    failed: str | None
-    cut: str | None
+    outcome: str
+    why: str | None
+    seconds: float
+    reports: tuple[float, ...]
+    probability: float | None
+    score: float | None
 
 
 class Difference(View):
-    """The best trial minus the present settings in the last rung. p: of a permutation test over groups of validation
-    rows, times the number of other settings. real: whether p is at most 0.05."""
+    """The best trial minus the present settings. p: of a permutation test over groups of validation rows, times the
+    number of other settings. real: whether p is at most 0.05."""
 
     mean: float
     p: float
@@ -63,33 +50,25 @@ class Difference(View):
 class SettingsSearch(View):
     """A search for better training settings.
 
-    search: its record's digest. method: with its source. within, seconds: allowed and taken. splits: the rows that it
-    could read. scored_rows: validation rows that each trial answered. longest: rows that the training itself is
-    expected to see. ended: why there was no further trial. by: what the last rung is compared by, score or probability
-    (of the expected answers), and why; None where nothing tells its trials apart. best: the number of the best trial.
-    suggestion: settings to write under `train:`; None where the present ones should stay. conclusion: the same in
-    words.
+    search: its record's digest. planned: trials; fewer were run where the time `within` was used. splits: the rows that
+    it could read. scored_rows: validation rows that each complete trial answered; unscored: why none were. by: what the
+    complete trials are compared by, score or probability (of the expected answers). best: the number of the best trial,
+    None where none is complete. suggestion: settings to write under `train:`; None where the present ones should stay.
+    conclusion: the same in words.
     """
 
     search: str
     candidate: str
     method: str
-    within: float
-    seconds: float
+    planned: int
+    within: float | None
     splits: tuple[str, ...]
-    rows: int
     validation_rows: int
     metric: str
     scored_rows: int
-    longest: int
-    ended: str
+    unscored: str | None
     trials: tuple[Trial, ...]
-    failed: int
-    cut: int
-    not_run: int
-    final_rung: int | None
-    by: str | None
-    why: str
+    by: str
     best: int | None
     difference: Difference | None
     suggestion: dict[str, Any] | None
@@ -97,34 +76,36 @@ class SettingsSearch(View):
 
 
 def search_settings(
-    project: Project, name: str | None = None, *, within: str | float = "20m", progress: Progress = SILENT
+    project: Project,
+    name: str | None = None,
+    *,
+    trials: int = TRIALS,
+    within: str | float | None = None,
+    progress: Progress = SILENT,
 ) -> SettingsSearch:
     """Search for better training settings of a candidate, by default the only one that is trained.
 
-    within: seconds, or a duration such as 20m. A finished search of the same inputs is looked up; a search that was
-    stopped goes on. Raises UsageError for a wrong duration.
+    within: seconds, or a duration such as 20m, after which no further trial begins. A finished search of the same
+    inputs is looked up; a search that was stopped goes on. Raises UsageError for a wrong duration or number of trials.
     """
-    allowed = _duration(within)
-    digest = better_settings(PipelineContext(project, progress), name or only_tuned(project), allowed)
+    if not 2 <= trials <= _MOST_TRIALS:
+        raise UsageError(f"a search has 2 to {_MOST_TRIALS} trials", where=f"--trials {trials}")
+    allowed = None if within is None else _duration(within)
+    digest = better_settings(PipelineContext(project, progress), name or only_tuned(project), trials, allowed)
     return settings_search(digest, project.store.record(digest, kind="training_search"))
 
 
 def settings_search(digest: str, record: Record) -> SettingsSearch:
     """A search's result, from its record."""
-    body = record.body
-    stated = {key: value for key, value in body.items() if key in SettingsSearch.model_fields}
-    stated["trials"] = [{**each, "settings": _ordered(each["settings"])} for each in body["trials"]]
-    if body["suggestion"] is not None:
-        stated["suggestion"] = _ordered(body["suggestion"])
-    decisions = body["decisions"]
-    return SettingsSearch(
-        search=digest,
-        scored_rows=decisions["scored_rows"],
-        longest=decisions["longest"],
-        ended=decisions["ended"],
-        conclusion=_conclusion(body),
-        **stated,
-    )
+    stated = {key: value for key, value in record.body.items() if key in SettingsSearch.model_fields}
+    stated["trials"] = [
+        {**{key: each[key] for key in Trial.model_fields}, "settings": _ordered(each["settings"])}
+        for each in stated["trials"]
+    ]
+    if stated["suggestion"] is not None:
+        stated["suggestion"] = _ordered(stated["suggestion"])
+    found = SettingsSearch(search=digest, conclusion="", **stated)
+    return found.model_copy(update={"conclusion": _conclusion(found)})
 
 
 def _ordered(values: dict[str, Any]) -> dict[str, Any]:
@@ -144,40 +125,29 @@ def _duration(given: str | float) -> float:
     return seconds
 
 
-def _conclusion(body: Mapping[str, Any]) -> str:
+def _conclusion(found: SettingsSearch) -> str:
     """What follows from a search, in words."""
-    best, difference, corrected = body["best"], body["difference"], body["decisions"]["others"]
-    tried = sum(bool(trial["runs"]) for trial in body["trials"] if trial["trial"] != PRESENT)
-    not_run = f", and {body['not_run']} not" if body["not_run"] else ""
-    others = f"the other settings that were tried ({tried}{not_run})"
-    if best is None:
-        return f"Keep what you have: {body['why']}."
-    what = "score" if body["by"] == "score" else PROBABILITY.removeprefix("the ")
-    if best == PRESENT:
+    if found.best is None:
+        return "Keep what you have: no setting could be trained."
+    outcomes = Counter(each.outcome for each in found.trials if each.number != PRESENT)
+    counted = [f"{outcomes[name]} {name}" for name in ("complete", "pruned", "failed") if outcomes[name]]
+    if found.planned > len(found.trials):
+        counted.append(f"{found.planned - len(found.trials)} not run for want of time")
+    others = f"the other settings ({', '.join(counted)})"
+    what = "score" if found.by == "score" else PROBABILITY.removeprefix("the ")
+    if found.best == PRESENT:
         return f"Keep what you have: none of {others} had a higher {what} on validation rows."
-    if body["suggestion"] is None:
-        return (
-            f"Keep what you have: the best of {others} differs by {_by(difference['mean'], what)} from the present "
-            f"ones, which is within noise (p {difference['p']:.2g} after correction for {corrected} settings)."
-        )
     said = "The present settings could not be trained; the best others are written below."
-    if difference is not None:
-        said = (
-            f"The best of {others} is better by {_by(abs(difference['mean']), what)} on validation rows "
-            f"(p {difference['p']:.2g} after correction for {corrected} settings)."
-        )
-    said += (
-        f" Its {what} is optimistic, because the best was chosen by the same rows: only an evaluation on test rows "
-        "says what it is worth."
+    if (difference := found.difference) is not None:
+        by = f"{100 * difference.mean:.1f} points" if found.by == "score" else f"{difference.mean:.3f}"
+        p = f"(p {difference.p:.2g} after correction for {len(found.trials) - 1} settings)"
+        if not difference.real:
+            return (
+                f"Keep what you have: the best of {others} has a {what} that is higher by {by}, which is within noise "
+                f"{p}."
+            )
+        said = f"The best of {others} has a {what} that is higher by {by} on validation rows {p}."
+    return (
+        f"{said} It is optimistic, because the best was chosen by the same rows: only an evaluation on test rows says "
+        "what it is worth."
     )
-    final = max(run["rows"] for trial in body["trials"] for run in trial["runs"])
-    if body["decisions"]["longest"] >= _SHORT * final:
-        said += (
-            f" The longest trial saw {final:,} rows, your training sees about {body['decisions']['longest']:,}: it may "
-            "prefer a lower rate. A search with a longer --within shows that."
-        )
-    return said
-
-
-def _by(difference: float, what: str) -> str:
-    return f"{100 * difference:.1f} points" if what == "score" else f"{difference:.3f} in the probability of a token"

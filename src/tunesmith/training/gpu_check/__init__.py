@@ -1,1 +1,0 @@
-"""Checks of training on this machine's device, with random bases."""

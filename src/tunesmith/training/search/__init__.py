@@ -1,1 +1,0 @@
-"""Search for better training settings: which to try, how long, and which go on."""

@@ -1,0 +1,180 @@
+"""`pytest -m gpu`: training, answers and servers on a GPU, compared with the CPU. Skipped where torch sees none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hf_models import base_of_family
+from tests.tiny import row
+from tests.training.test_resume import ROWS
+from tunesmith.core.progress import Stopped
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.device import DeviceMemory, backends, computing_device, gpu_present
+from tunesmith.engines.factory import load_model, load_sharded, open_engine
+from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.engines.ranks import connected_ranks
+from tunesmith.engines.settings import VllmSettings
+from tunesmith.engines.training_protocol import LoadedModel
+from tunesmith.models.base import Base
+from tunesmith.models.rendering import Renderer
+from tunesmith.services.doctor import examine_gpu
+from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.spec import TrainingResult
+from tunesmith.training.state import TrainerState
+from tunesmith.training.train import make_spec, run_training
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu_present(), reason="torch sees no GPU here")]
+
+FAMILIES = ("llama", "phi3")
+PRECISIONS = {"fp32": 1e-3, "bf16": 0.05}  # accepted relative difference of a loss
+REQUESTS = [Generation((row(f"turn on light {n}", "")[1],), max_tokens=12) for n in range(8)]
+QUESTIONS = [Question((row(f"is light {n} on?", "")[1],), ("yes", "not")) for n in range(4)]
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
+    return base_of_family(tmp_path, request.param)
+
+
+def train(
+    base: Base, work: Path, loaded: LoadedModel | None = None, *, stop_at: int | None = None, **settings: Any
+) -> TrainingResult:
+    """Two epochs of 24 rows. stop_at: the step after which it is stopped."""
+    stated = {
+        "rank": 4,
+        "batch": 4,
+        "epochs": 2,
+        "learning_rate": 0.01,
+        "precision": "fp32",
+        "checkpoint_seconds": 1e-9,
+    }
+    made = make_spec(
+        base=base,
+        dataset="",
+        rows=ROWS[:24],
+        validation=ROWS[50:],
+        settings=TrainSettings.model_validate({**stated, **settings}),
+        work=work,
+        engine="hf",
+    )
+
+    def watch(state: TrainerState, _: object) -> None:
+        if state.step == stop_at:
+            raise Stopped
+
+    return run_training(made, model=loaded, watch=watch)
+
+
+def losses(result: TrainingResult) -> list[float]:
+    return [step["loss"] for step in result.state.curve]
+
+
+def saved(result: TrainingResult, engine: Engine) -> list[str]:
+    """The answers with the trained adapter."""
+    engine.load_adapter("adapter", result.folder)
+    return [each.text for each in engine.generate(REQUESTS, "adapter")]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_training_has_the_losses_of_the_cpu(base: Base, tmp_path: Path, precision: str) -> None:
+    gpu = LoadedHFModel(base)
+    assert gpu.trainable(TrainSettings(rank=4), seed=0, state_bytes=16).device.type == "cuda"
+    expected = losses(train(base, tmp_path / "cpu", LoadedHFModel(base, torch.device("cpu"))))
+    found = train(base, tmp_path / "gpu", gpu, precision=precision)
+    assert losses(found) == pytest.approx(expected, rel=PRECISIONS[precision])
+    assert losses(found)[-1] < 0.9 * losses(found)[0]
+    used = DeviceMemory(computing_device()).peak()
+    assert 0 < used <= found.peak_memory_bytes <= torch.cuda.get_device_properties(0).total_memory
+
+
+def test_gradients_and_scores_are_those_of_the_cpu(base: Base) -> None:
+    batch = lay_out([Renderer(base.folder).conversation(row("turn on", '{"on":1}'))], share=False)
+    gradients, scores = [], []
+    for device in (computing_device(), torch.device("cpu")):
+        loaded = LoadedHFModel(base, device)
+        trained = loaded.trainable(TrainSettings(rank=2, precision="fp32"), seed=1, state_bytes=16)
+        trained.loss(batch, CrossEntropy(), 8.0).backward()
+        moved = [each for group in trained.parameter_groups() for each in group.tensors]
+        gradients.append(torch.cat([each.grad.cpu().flatten() for each in moved if each.grad is not None]))
+        scores.append(torch.tensor(loaded.engine().choose(QUESTIONS)))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*scores, rtol=0.04, atol=0.4)  # a GPU answers in bf16
+
+
+def test_a_stopped_training_goes_on(base: Base, tmp_path: Path) -> None:
+    expected = losses(train(base, tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        train(base, tmp_path / "stopped", stop_at=5)
+    assert [*(tmp_path / "stopped").glob("step-*")], "a checkpoint is there"
+    assert losses(train(base, tmp_path / "stopped")) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_base_in_4_bits_learns_and_its_adapter_answers(tmp_path: Path) -> None:
+    base = base_of_family(tmp_path, "llama")
+    found = train(base, tmp_path / "work", quantize="4bit", precision="bf16")
+    assert losses(found)[-1] < 0.95 * losses(found)[0]
+    assert all(saved(found, load_model(base, "hf").engine()))
+
+
+@pytest.mark.parametrize("settings", [{"recompute": True}, {"attention": "eager"}, {"method": "full"}])
+def test_other_ways_have_the_losses_of_the_cpu(tmp_path: Path, settings: dict[str, Any]) -> None:
+    base = base_of_family(tmp_path, "llama")
+    expected = losses(train(base, tmp_path / "cpu", LoadedHFModel(base, torch.device("cpu")), **settings))
+    assert losses(train(base, tmp_path / "gpu", **settings)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_compiled_static_cache_gives_the_answers_of_the_dynamic_one(base: Base) -> None:
+    engine, found = LoadedHFModel(base).engine(), []
+    for static in (False, True):
+        engine.use_static_cache(static)
+        found.append(engine.generate(REQUESTS))
+    for one, other in zip(*found, strict=True):
+        for mine, theirs in zip(one.scores, other.scores, strict=False):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=0.25)
+            if mine.data != theirs.data:  # two tokens that are nearly as likely
+                break
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    place = (tmp_path / "meeting").as_uri()
+    torch.distributed.init_process_group(backends(), init_method=place, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_on_one_gpu_has_the_losses_of_one_process(base: Base, tmp_path: Path, one_rank: None) -> None:
+    ranks = connected_ranks()
+    expected, trained = (
+        losses(train(base, tmp_path / "alone")),
+        train(base, tmp_path / "ranks", load_sharded(base, ranks)),
+    )
+    assert losses(trained) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("vllm") is None, reason="vLLM is not on PATH")
+def test_vllm_scores_an_adapter_as_hf_does(tmp_path: Path) -> None:
+    base = base_of_family(tmp_path, "llama")
+    trained = train(base, tmp_path / "work", precision="bf16")
+    flags = ("--gpu-memory-utilization", "0.5")  # this process has some of it, too
+    settings = VllmSettings(kind="vllm", start=1, flags=flags, adapters=str(tmp_path / "adapters"))
+    engines: list[Engine] = [open_engine(base, settings), load_model(base, "hf").engine()]
+    for engine in engines:
+        assert len(saved(trained, engine)) == len(REQUESTS)
+    mine, theirs = (torch.tensor(engine.choose(QUESTIONS, "adapter")) for engine in engines)
+    torch.testing.assert_close(mine, theirs, rtol=0.04, atol=0.4)
+
+
+def test_doctor_accepts_the_gpu() -> None:
+    found = examine_gpu()
+    assert found.ok, found
