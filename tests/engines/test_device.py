@@ -13,7 +13,7 @@ from tests.hf_models import base_of_family
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.system import memory
 from tunesmith.engines import device
-from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present
+from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present, stated_peak
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.settings import WeightSettings
@@ -102,3 +102,11 @@ def test_doctor_lists_gpus_with_driver_and_nccl(tmp_path: Path, monkeypatch: pyt
     assert wrong is None
     assert found.startswith("NVIDIA H100 80GB HBM3, 80 GiB; NVIDIA H100 80GB HBM3, 80 GiB; NVRM version: 550.54.15; ")
     assert found.endswith("; NCCL 2.26.2")
+
+
+def test_a_card_has_the_peak_that_its_maker_states() -> None:
+    assert stated_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert stated_peak("NVIDIA H100 PCIe") == 756e12
+    assert stated_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    for unknown in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G", "L"):
+        assert stated_peak(unknown) is None

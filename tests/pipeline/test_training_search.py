@@ -142,14 +142,6 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         printed(write(tmp_path / "p", permute_answers=True), "train", "tuned", *SEARCH)
 
 
-def test_a_search_of_an_earlier_method_still_opens(tmp_path: Path) -> None:
-    trials = [{"trial": 0, "settings": {"learning_rate": 0.001}, "runs": [], "failed": None, "cut": None}]
-    old = Record(kind="training_search", body={"method": "successive halving", "trials": trials, "validation_rows": 9})
-    store = Store(tmp_path)
-    opened = store.record(store.put_record(old), kind="training_search")
-    assert (opened, summary_line(opened)) == (old, "1 settings on 9 rows")
-
-
 def test_validation_rows_come_from_as_many_groups_as_there_are() -> None:
     rows = [Example(id=f"r{n}", messages=(), source="", licence="", group=group) for n, group in enumerate("aaabac")]
     assert [row.id for row in in_turns(rows)] == ["r0", "r3", "r5", "r1", "r2", "r4"]

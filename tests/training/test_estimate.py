@@ -96,11 +96,13 @@ def _existing(model: NativeTrainable, network: Network, batch: Batch) -> set[int
     return {_storage(tensor) for tensor in found}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral-window"])
+WAYS: list[dict[str, Any]] = [{}, {"layers": 1}, {"method": "full"}, {"method": "full", "layers": 2}]
+FAMILIES, DTYPES = ("llama", "qwen3", "gemma2", "mistral-window"), (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"layers": 1}, {"method": "full"}, {"method": "full", "layers": 2}],
+    ("settings", "family", "dtype"),
+    [(way, FAMILIES[(n + turn) % 4], DTYPES[turn]) for n, way in enumerate(WAYS) for turn in (0, 1)],
 )
 def test_kept_bytes_are_what_autograd_saves(
     tmp_path: Path, settings: dict[str, Any], family: str, dtype: torch.dtype
@@ -120,8 +122,7 @@ def test_kept_bytes_are_what_autograd_saves(
     assert costs.kept_bytes(model.network, batch, model.first, model.kept_numbers()) == sum(saved.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"layers": 1}])
+@pytest.mark.parametrize(("settings", "dtype"), [(way, DTYPES[n % 2]) for n, way in enumerate(WAYS[:2])])
 def test_memory_estimate_covers_what_is_allocated(tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype) -> None:
     folder = write_model(tmp_path / "model", sizes=TILED)
     network = load_network(folder, dtype)

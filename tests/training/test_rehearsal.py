@@ -177,16 +177,17 @@ def test_a_share_of_the_rows() -> None:
 def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = SETTINGS.model_copy(update={"rehearse": 0.1})
-    for name in ("whole", "stopped", "changed", "cut", "emptied"):
-        write_model(tmp_path / name / "model")
+    chosen = SETTINGS.model_copy(update={"rehearse": 0.1, "epochs": 1})
+    write_model(tmp_path / "whole" / "model")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     whole = run(tmp_path / "whole", chosen)
-    for name in ("stopped", "changed", "cut", "emptied"):
-        with pytest.raises(Stopped):
-            run(tmp_path / name, chosen, progress=StoppedAfter(9))
-    kept = tmp_path / "cut" / "work" / "rehearsal.jsonl"
-    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[1:]))
-    (tmp_path / "emptied" / "work" / "rehearsal.jsonl").write_bytes(b"")
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", chosen, progress=StoppedAfter(9))
+    kept = {name: tmp_path / name / "work" / "rehearsal.jsonl" for name in ("changed", "cut", "emptied")}
+    for name in kept:
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+    kept["cut"].write_bytes(b"".join(kept["cut"].read_bytes().splitlines(keepends=True)[1:]))
+    kept["emptied"].write_bytes(b"")
     for name in ("cut", "emptied"):
         assert run(tmp_path / name, chosen) == whole, "they are drawn again"
 
@@ -195,15 +196,14 @@ def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
 
     monkeypatch.setattr(rehearsal, "rehearse", again)
     assert run(tmp_path / "stopped", chosen) == whole
-    kept = tmp_path / "changed" / "work" / "rehearsal.jsonl"
-    kept.write_bytes(kept.read_bytes().replace(b'"answer": "', b'"answer": "x', 1))
+    kept["changed"].write_bytes(kept["changed"].read_bytes().replace(b'"answer": "', b'"answer": "x', 1))
     with pytest.raises(Refused, match="other rehearsed answers"):
         run(tmp_path / "changed", chosen)
 
 
 def test_damaged_answers_are_drawn_again_as_many_as_a_budget_allowed(tmp_path: Path) -> None:
     """Later, the machine may draw more in the same time."""
-    made = spec(tmp_path, TRAINED.model_copy(update={"rehearse": 1.0, "checkpoint_seconds": 1e9}))
+    made = spec(tmp_path, TRAINED.model_copy(update={"rehearse": 1.0, "checkpoint_seconds": 1e9, "budget": 100.0}))
     slow, quick = count(step=2.6), count(step=2.0)  # 5% of the budget are five seconds
     with pytest.raises(Stopped):
         run_training(made, StoppedAfter(3), clock=lambda: next(slow))
@@ -218,7 +218,7 @@ def test_damaged_answers_are_drawn_again_as_many_as_a_budget_allowed(tmp_path: P
 
 def test_rehearsing_leaves_epochs_and_rates_and_repeats(tmp_path: Path) -> None:
     tuned = {"prompt": "prompt.txt", "max_tokens": 8}
-    train = {"rank": 2, "batch": 8, "rows": 24}
+    train = {"rank": 2, "batch": 12, "rows": 24}
     folder = write_project(
         tmp_path / "p",
         candidates={

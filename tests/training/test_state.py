@@ -35,10 +35,19 @@ def test_a_score_below_the_error_never_takes_the_place_of_the_best() -> None:
     assert _state([(0.8, 0.5), (0.9, 0.1)]).best == 1
 
 
+def test_among_equal_scores_the_probability_decides() -> None:
+    """A metric that is 0 or 100% from the start decides nothing."""
+    for flat in (0.0, 1.0):
+        assert _state([(flat, 0.5), (flat, 0.8), (flat, 0.7)]).best == 1
+    rising = [(1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.0, 0.8)]
+    assert _state(rising).exhausted(2) is None
+    assert _state([*rising, (1.0, 0.8), (1.0, 0.8)]).exhausted(2) == "no better score in 2 validations"
+
+
 def test_the_best_is_one_whose_weights_are_held() -> None:
     """Each validation replaces the best one before it or does not; an earlier one never comes back."""
     drawn = random.Random(5)
-    for _ in range(200):
+    for _ in range(50):
         points = [(drawn.choice((0.0, 0.5, 0.8, 0.85, 0.9, 1.0)), drawn.random()) for _ in range(12)]
         kept = [_state(points[: end + 1]).best for end in range(len(points))]
         for end, best in enumerate(kept):
@@ -46,22 +55,6 @@ def test_the_best_is_one_whose_weights_are_held() -> None:
             assert best is not None
             highest = max(score for score, _ in points[: end + 1])
             assert points[best][0] >= highest - math.sqrt(highest * (1 - highest) / ROWS)
-
-
-def test_it_keeps_better_weights_than_the_highest_score_does() -> None:
-    """A model that improves until its rate has fallen, scored on 100 rows: the mean true score of what is kept."""
-    drawn, ours, highest = random.Random(7), [], []
-    for _ in range(400):
-        true = [0.9 - 0.3 * math.exp(-place / 4) for place in range(14)] + [0.91, 0.92, 0.93]
-        points = [
-            (sum(drawn.random() < each for _ in range(ROWS)) / ROWS, 1 - (1 - each) / 3 + drawn.gauss(0, 0.002))
-            for each in true
-        ]
-        best = _state(points).best
-        assert best is not None
-        ours.append(true[best])
-        highest.append(true[max(range(len(points)), key=lambda place: points[place][0])])
-    assert sum(ours) / 400 > sum(highest) / 400 + 0.008
 
 
 # Of a training that reads 200 requests for music 20 times, and whose learning rate falls at the end: loss, mean
@@ -101,12 +94,12 @@ def test_a_score_s_error_counts_rows_of_one_group_together() -> None:
         return [score for _ in range(40) for score in [float(drawn.random() < 0.7)] * 5]
 
     means, errors = [], []
-    for _ in range(500):
+    for _ in range(150):
         found = mean_score(rows(), names)
         means.append(found.mean)
         errors.append(found.error)
-    spread = (sum((each - sum(means) / 500) ** 2 for each in means) / 499) ** 0.5
-    assert abs(sum(errors) / 500 / spread - 1) < 0.1
+    spread = (sum((each - sum(means) / 150) ** 2 for each in means) / 149) ** 0.5
+    assert abs(sum(errors) / 150 / spread - 1) < 0.15
     alone = mean_score(rows(), [str(place) for place in range(200)])
     assert abs(alone.error - math.sqrt(alone.mean * (1 - alone.mean) / 199)) < 1e-12
     assert mean_score([1.0, 1.0], ["a", "b"]) == (1.0, 0.0)
@@ -120,9 +113,3 @@ def test_patience_lasts_while_the_score_rises_within_its_error() -> None:
     later = [*rising, (0.54, 0.90), (0.53, 0.90), (0.52, 0.89)]
     assert _state(later).exhausted(4) is None
     assert _state([*later, (0.54, 0.88)]).exhausted(4) == "no better score in 4 validations"
-
-
-def test_patience_lasts_while_the_probability_rises_at_the_same_score() -> None:
-    rising = [(1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.0, 0.8)]
-    assert _state(rising).exhausted(2) is None
-    assert _state([*rising, (1.0, 0.8), (1.0, 0.8)]).exhausted(2) == "no better score in 2 validations"

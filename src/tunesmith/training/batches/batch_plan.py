@@ -109,8 +109,8 @@ def lay_out_epoch(
 
 class TrainingPlan(Sequence[Step]):
     """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
-    budget ends before most of them. rehearsal: further rows, of which each epoch has the next ones. most: leaves out
-    the steps after so many. ranks: whose rank's part of each step it gives."""
+    budget ends before most of them. rehearsal: further rows, of which each epoch has the next ones. ranks: whose
+    rank's part of each step it gives."""
 
     def __init__(
         self,
@@ -119,10 +119,9 @@ class TrainingPlan(Sequence[Step]):
         *,
         rehearsal: Sequence[Rendered] = (),
         share: bool = True,
-        most: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._rows, self._settings, self._share, self._most, self._ranks = rows, settings, share, most, ranks
+        self._rows, self._settings, self._share, self._ranks = rows, settings, share, ranks
         self._rehearsal = rehearsal
         self._each = rehearsed_each_epoch(settings, len(rows)) if rehearsal else 0
         self._epochs: dict[int, list[list[Batch]]] = {}
@@ -142,8 +141,7 @@ class TrainingPlan(Sequence[Step]):
         return self._epochs[number]
 
     def __len__(self) -> int:
-        steps = self.epoch_steps * self._settings.epochs
-        return steps if self._most is None else min(steps, self._most)
+        return self.epoch_steps * self._settings.epochs
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
