@@ -36,7 +36,7 @@ from tunesmith.store.records import Record
 from tunesmith.training.launchers import on_ray
 
 
-def _project(folder: Path, **engine: object) -> Path:
+def _project(folder: Path, epochs: int = 6, **engine: object) -> Path:
     """With validation rows enough to score generated answers, on a base that the native engine does not run."""
     write_hf_model(folder / "model", "phi3")
     given: dict[str, Any] = settings()
@@ -49,7 +49,7 @@ def _project(folder: Path, **engine: object) -> Path:
             "tokens": 256,
             "validations": 2,
             "validation_rows": 30,
-            "epochs": 4,
+            "epochs": epochs,
             "learning_rate": 0.01,
             "checkpoint_seconds": 0.001,
         },

@@ -133,13 +133,13 @@ def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path:
 
 
 def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None:
-    made = spec(tmp_path)
+    made = spec(tmp_path, SETTINGS.model_copy(update={"budget": 100.0}))
     with pytest.raises(Stopped):
-        train(made, stopping(stepping(1.0), 4 * 32))
+        train(made, stopping(stepping(1.0), 4 * 80))
     done = train(made, stepping(1.5))
     assert done.decisions is not None
     first, second, *_ = done.decisions.decays
-    assert second.start < second.stop < first.stop == 40
+    assert second.start < second.stop < first.stop == 100
     assert done.state.step == done.decisions.decays[-1].stop
     rates = [each["learning_rate"] for each in done.state.curve]
     assert rates[-1] < rates[second.start] < rates[first.start]
@@ -203,7 +203,7 @@ def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
     assert weights(one) == weights(other)
     assert one.state.step == 30
     assert one.decisions is not None
-    assert [(each.start, each.stop) for each in one.decisions.decays] == [(22, 30)]
+    assert [(each.start, each.stop) for each in one.decisions.decays] == [(23, 30)]
     assert len(one.state.validation) == 4
 
 
@@ -332,7 +332,9 @@ def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, budget:
         return Score(0.5, 0.1)
 
     given = {"epochs": 1, "validations": 2} if budget is None else {"budget": budget}
-    settings = TrainSettings.model_validate({"rank": 4, "batch": 4, "learning_rate": 0.01, **given})
+    settings = TrainSettings.model_validate(
+        {"rank": 4, "batch": 4, "learning_rate": 0.01, "checkpoint_seconds": 1e-9, **given}
+    )
     scored, said = AnswerScore("exact_match", 40, score), SaidAndNoted()
     done = train(spec(tmp_path, settings), stepping(1.0), before=None, score=scored, progress=said)
     assert asked[: len(timed)] == [(False, rows) for rows in timed]

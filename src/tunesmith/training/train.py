@@ -126,7 +126,9 @@ def run_training(
     """
     settings, objective = spec.settings, CrossEntropy()
     rows, checked = spec.rows.read(), spec.validation.read()
-    loaded = model or _load_checked(spec)
+    if model is None:
+        check_base(spec.base)
+    loaded = model or load_model(spec.base, spec.engine)
     trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     now, measured = ranks.clock(clock), ranks.clock(time.perf_counter)
     if not rows:
@@ -174,13 +176,14 @@ def run_training(
     state = trainer.run()
     curves.finish()
     epochs = state.step / plan.epoch_steps
+    paused = [f"the training was paused for {state.paused:.0f} s, which do not count"] if state.paused else []
     return TrainingResult(
         folder=_save(trained, spec.work / "result", ranks),
         engine=trained.engine_name,
         environment=checkpoints.identity["environment"],
         state=state,
         estimate=expected,
-        notices=[*notices, *validation.notices(), *_pause(state), *checkpoints.moved],
+        notices=[*notices, *validation.notices(), *paused, *checkpoints.moved],
         decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
         score=validation.described(),
         epochs=epochs,
@@ -246,11 +249,6 @@ def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal
         "environment": environment(model, ranks),
         **({"rehearsed answers": rehearsal.digest} if rehearsal.answers else {}),
     }
-
-
-def _load_checked(spec: TrainingSpec) -> LoadedModel:
-    check_base(spec.base)
-    return load_model(spec.base, spec.engine)
 
 
 def _schedule(
@@ -342,11 +340,6 @@ def _announce(
     )
     for notice in notices:
         progress.say(notice)
-
-
-def _pause(state: TrainerState) -> list[str]:
-    """A notice of the time in which the training was paused, where it was."""
-    return [f"the training was paused for {state.paused:.0f} s, which do not count"] if state.paused else []
 
 
 def _save(model: TrainableModel, folder: Path, ranks: Ranks) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -95,18 +95,6 @@ def lay_out_rank(steps: Sequence[Sequence[Rendered]], tokens: int, ranks: Ranks,
     )
 
 
-def lay_out_epoch(
-    rows: Sequence[Rendered], settings: TrainSettings, epoch: int, *, share: bool = True, ranks: Ranks = ALONE
-) -> Iterator[list[Batch]]:
-    """The steps of an epoch, in order."""
-    for step in plan(rows, settings.batch, settings.seed, epoch):
-        chosen = [rows[row] for row in step]
-        if ranks.size == 1:
-            yield lay_out_step(chosen, settings.tokens, share=share)
-        else:
-            yield lay_out_rank([chosen], settings.tokens, ranks, share=share)
-
-
 class TrainingPlan(Sequence[Step]):
     """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
     budget ends before most of them. rehearsal: further rows, of which each epoch has the next ones. ranks: whose
@@ -136,9 +124,15 @@ class TrainingPlan(Sequence[Step]):
         """The steps of one epoch."""
         if number not in self._epochs:
             self._epochs.pop(number - 2, None)
-            laid = lay_out_epoch(self._of_epoch(number), self._settings, number, share=self._share, ranks=self._ranks)
-            self._epochs[number] = list(laid)
+            rows, settings = self._of_epoch(number), self._settings
+            steps = plan(rows, settings.batch, settings.seed, number)
+            self._epochs[number] = [self._laid_out([rows[row] for row in step]) for step in steps]
         return self._epochs[number]
+
+    def _laid_out(self, rows: Sequence[Rendered]) -> list[Batch]:
+        if self._ranks.size == 1:
+            return lay_out_step(rows, self._settings.tokens, share=self._share)
+        return lay_out_rank([rows], self._settings.tokens, self._ranks, share=self._share)
 
     def __len__(self) -> int:
         return self.epoch_steps * self._settings.epochs
