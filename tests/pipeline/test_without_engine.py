@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from tunesmith.data.documents import Documents
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.pipeline import context as context_module
-from tunesmith.pipeline import training_search
 from tunesmith.pipeline.candidates import answerer, better_settings, candidate, training, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import composed_rows
@@ -164,11 +162,8 @@ def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, m
     context = PipelineContext(Project.load(folder))
     store = context.store
     made = {name: candidate(context, name) for name in ("reused", "found")}
-    outcome = SimpleNamespace()
-    monkeypatch.setattr("tunesmith.training.search.search.search", lambda **_: outcome)
-    monkeypatch.setattr(training_search, "search_body", lambda *_: {})
-    monkeypatch.setattr(training_search, "_lines", lambda *_: [])
-    searched = better_settings(context, "tuned", 60.0)
+    monkeypatch.setattr("tunesmith.training.search.search", lambda *_, **__: [])
+    searched = better_settings(context, "tuned", 2, None)
     for kind in ("training", "search", "training_search"):
         (digest,) = store.records_of(kind)
         assert store.record(digest).parents["documents"] == context.documents, kind
