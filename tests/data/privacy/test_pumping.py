@@ -19,7 +19,7 @@ from tunesmith.data.privacy import addresses, check_digits, credentials, entitie
 from tunesmith.data.privacy.entities import Finder
 from tunesmith.data.settings import Privacy
 
-SIZE, FINDERS_SIZE = 30_000, 15_000
+SIZE, FINDERS_SIZE = 30_000, 10_000
 SECONDS = 1.0  # of computing: linear patterns take milliseconds, quadratic ones more than this
 
 
