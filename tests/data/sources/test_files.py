@@ -220,6 +220,13 @@ def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> N
 def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no file matches"):
         read(tmp_path, "none/*.jsonl")
+    (tmp_path / "closed").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda folder, *_, **__: Path(folder).name != "closed")
+        with pytest.raises(UsageError) as caught:
+            read(tmp_path, "closed/*.jsonl")
+    assert caught.value.fix is not None
+    assert "may not read the folder closed" in caught.value.fix
     write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
 
     def denied(*_: object) -> int:  # the tests' own user may be allowed everything

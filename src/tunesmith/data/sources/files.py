@@ -70,7 +70,18 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
         return
     matches = _matches(pattern, root)
     if not matches:
-        raise UsageError("no file matches this source", where=source.path, fix=f"paths start at {root.absolute()}")
+        folders = (
+            each
+            for each in (root / pattern).parents
+            if each.is_dir() and not os.access(each, os.R_OK | os.X_OK, effective_ids=True)
+        )
+        closed = next(folders, None)
+        fix = (
+            f"paths start at {root.absolute()}"
+            if closed is None
+            else f"this user may not read the folder {closed.name}"
+        )
+        raise UsageError("no file matches this source", where=source.path, fix=fix)
     for match in matches:
         name = source.name or Path(os.path.relpath(root / match, root)).as_posix()
         mode = os.lstat(root / match).st_mode
