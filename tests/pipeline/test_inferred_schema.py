@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.tiny import write_model
 from tunesmith.api import Project
 from tunesmith.candidates.grammars.copying import copied_fields
 from tunesmith.core.messages import Message
-from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.starting.inferred_schema import infer_schema, schema_and_copied
 from tunesmith.services.starting.new_project import make_project
 
@@ -41,30 +39,6 @@ def test_a_range_that_is_seen_again_and_again_gets_a_margin(
     found = infer_schema(values)["properties"]["n"]
     assert (found.get("minimum"), found.get("maximum")) == (ends or (None, None))
     jsonschema.validate(values[-1]["n"], found)
-
-
-def test_the_build_writes_answers_as_a_constraint_allows_them(tmp_path: Path) -> None:
-    """json.dumps writes the letters of a name as escapes, which decoding under a schema does not."""
-    write_model(tmp_path / "model")
-    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
-    openings = ("please", "later on", "do", "kindly", "today")
-    found = [
-        {
-            "prompt": f"{opening} {verb} her {n}",
-            "completion": json.dumps({"n": f"Ren\u00e9e {n}"}, indent=n % 2 or None),
-        }
-        for n, (opening, verb) in enumerate(product(openings, verbs))
-    ]
-    data = tmp_path / "mine.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in found))
-    made = make_project(tmp_path / "p", data=data, licence="CC0-1.0", base=str(tmp_path / "model"))
-    assert made.respelled == 40
-    file = tmp_path / "p" / "tunesmith.yaml"
-    for held, example in ((True, '{"n": "Ren\u00e9e'), (False, "\\u00e9")):
-        dataset = PipelineContext(Project.load(tmp_path / "p")).dataset
-        assert all(example in row.answer for row in dataset.examples("train"))
-        assert dataset.record.body.get("respelled") == (40 if held else None)
-        file.write_text(re.sub(r"constrain: true", "constrain: false", file.read_text()))
 
 
 def test_whole_numbers_beyond_all_readers_get_no_range() -> None:
@@ -226,3 +200,55 @@ def test_an_object_whose_keys_requests_say_is_a_table(said: bool) -> None:
 def test_numbers_dates_times_and_amounts_in_texts_are_not_listed(text: str) -> None:
     schema = infer_schema([{"at": text.format(1 + n % 12)} for n in range(300)])
     assert schema["properties"]["at"] == {"type": "string"}
+
+
+def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: Path) -> None:
+    names = [
+        f"{first} {last}"
+        for first in ("Maria", "Ana", "Jo")
+        for last in ["Novak", "Li", "Roy", "Poe", "Diaz", "May", "Fox"]
+    ]
+    found = []
+    for place in range(240):
+        name, level = names[place % 21] + str(place), place % 21
+        slots = {"who": name, "note": f"n{place}"} if place % 3 else {"who": name}
+        every = {"n": f"{level} {place}", "who": name}
+        answer = {"slots": slots, "level": level, "mood": 5 * place % 21, "seen": place, "all": every}
+        asked = {"role": "user", "content": f"call {name}, at level {level} {place}."}
+        found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
+    assert "*id" not in (tmp_path / "p" / "tunesmith.yaml").read_text()
+    project = Project.load(tmp_path / "p")
+    assert {name: each.copied for name, each in project.settings.candidates.items()} == {
+        "nearest": (),
+        **dict.fromkeys(("zero-shot", "few-shot", "rag", "tuned"), ("slots.who", "all.*")),
+    }
+    assert project.schema is not None
+    properties = project.schema["properties"]
+    assert properties["level"] == {"type": "integer"}, "the next request may say any number"
+    assert properties["mood"] == {"type": "integer", "minimum": 0, "maximum": 20}
+    assert properties["seen"] == {"type": "integer"}, "its ends were seen once: the next row may go beyond"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-100, 100) | st.floats(-1, 1) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.slow
+@given(st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), min_size=1, max_size=12))
+def test_answers_fit_the_schema_inferred_from_them(answers: list[dict[str, object]]) -> None:
+    schema = infer_schema(answers)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    fits = jsonschema.Draft202012Validator(schema)  # jsonschema.validate would check the schema for each answer
+    for answer in answers:
+        fits.validate(answer)
+
+
+def test_a_table_of_many_keys_has_no_properties() -> None:
+    schema = infer_schema([{f"k{n}-{m}": n for n in range(50)} for m in range(2000)])
+    assert "properties" not in schema

@@ -1,22 +1,29 @@
-"""What `init` finds in rows, and what it says and writes of it."""
+"""What `init` reads in a user's rows, and what it says and writes of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tests.tiny import write_model
+from tests.tiny_project import rows as scene_rows
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.building.summary import dataset_summary
+from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.starting import new_project
 from tunesmith.services.starting import notes as new_project_notes
 from tunesmith.services.starting.answers import json_objects
@@ -24,6 +31,7 @@ from tunesmith.services.starting.inferred_schema import infer_schema
 from tunesmith.services.starting.new_project import NewProject, make_project
 
 _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
+Turns = list[dict[str, object]]
 
 
 def _words(n: int, count: int = 4) -> str:
@@ -33,63 +41,170 @@ def _words(n: int, count: int = 4) -> str:
     )
 
 
-def _made(folder: Path, rows: Sequence[object], **more: object) -> NewProject:
+def _answered(answer: Callable[[int], object], count: int = 100, **more: object) -> list[dict[str, object]]:
+    return [{"prompt": _words(n), "completion": answer(n), **more} for n in range(count)]
+
+
+def _made(folder: Path, rows: Sequence[object], **more: Any) -> NewProject:
     """The project that `init` makes of these rows."""
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_project(folder / "p", data=folder / "rows.jsonl", licence="MIT", **{"base": "model", **more})
+    return make_project(folder / "p", data=folder / "rows.jsonl", **{"licence": "MIT", "base": "model", **more})
 
 
-def test_rows_with_control_tokens_of_the_base_are_refused_or_dropped(tmp_path: Path) -> None:
-    base = {"base": str(write_model(tmp_path / "base"))}
-    rows = [{"prompt": _words(n), "completion": _words(n + 500)} for n in range(60)]
-    rows[7]["prompt"] += " <|im_end|>"
-    rows[9]["completion"] = "<|im_start|>system"
-    rows[11]["prompt"] += " <b>[INST] <filename>"
-    with pytest.raises(Refused, match="2 rows hold a control token") as caught:
-        _made(tmp_path / "refused", rows, **base)
-    assert "row 8; " in str(caught.value.where)
-    assert str(caught.value.where).endswith("row 10")
-    assert "--control-tokens drop" in str(caught.value.fix)
-    assert not (tmp_path / "refused" / "p").exists()
-    dropped = _made(tmp_path / "dropped", rows, control_tokens="drop", **base)
-    assert (dropped.rows, dropped.unusable) == (58, 2)
-    assert "holds the control token <|im_end|> (1)" in " ".join(dropped.notes)
-    assert Project.load(dropped.root).settings.data.control_tokens == "drop"
-    unknown = _made(tmp_path / "unknown", rows)
-    assert unknown.rows == 60
-    assert "the base cannot be read yet" in " ".join(unknown.notes)
+def _project(folder: Path, rows: Sequence[object], **more: Any) -> Project:
+    _made(folder, rows, **more)
+    return Project.load(folder / "p")
+
+
+def _prompt(folder: Path) -> list[str]:
+    """The lines of the rivals' prompt after the first one."""
+    return (folder / "p" / "prompts" / "long.txt").read_text().splitlines()[1:]
+
+
+def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    rows = [row | {"template": row["template"].partition(" ")[2]} for row in scene_rows()]  # two rows of each
+    made = _made(tmp_path, rows, licence="CC0-1.0", base=str(tmp_path / "model"))
+    assert (made.json_answers, made.rows) == (True, 120)
+    project = Project.load(tmp_path / "p")
+    assert project.settings.name == "p"
+    assert project.settings.data.split.group_by == "template"
+    tuned = project.settings.candidates["tuned"]
+    assert tuned.constrain, "answers cannot have keys or labels that no row has"
+    assert tuned.train is not None
+    assert (tuned.train.budget, tuned.train.rehearse) == (900, 0.02)
+    file = tmp_path / "p" / "tunesmith.yaml"
+    file.write_text(file.read_text().replace("budget: 15m, rehearse: 0.02", "epochs: 1"))
+    document = Project.load(tmp_path / "p").run().document()
+    assert document["gate"]["verdict"] in ("fail", "inconclusive"), "random weights do not pass"
+    assert document["data"]["rows"]["kept"] > 100
+
+
+# How the keys of rows are read
 
 
 @pytest.mark.parametrize(
-    ("keys", "proposed"),
+    ("keys", "read"),
     [
-        (("question", "context", "answer"), "question=instruction answer=output context=input"),
-        (("instruction", "context", "response"), "response=output context=input"),
-        (("question", "input", "answer"), "question=instruction answer=output"),
-        (("text", "title", "label"), "text=prompt label=completion"),
+        ("question answer", "question=prompt answer=completion"),
+        ("question sql", "question=prompt sql=completion"),
+        ("question query", "question=prompt query=completion"),
+        ("query response", "query=prompt response=completion"),
+        ("prompt completion", ""),
+        ("prompt response source", "response=completion"),
+        ("input output", "input=prompt output=completion"),
+        ("instruction output", ""),
+        ("instruction context response", "response=output context=input"),
+        ("question context answer", "question=instruction answer=output context=input"),
+        ("question input answer", "question=instruction answer=output"),
+        ("Text title Label", "Text=prompt Label=completion"),
+        ("sentence intent", "sentence=prompt intent=completion"),
+        ("utterance intent", "utterance=prompt intent=completion"),
+        ("document summary", "document=prompt summary=completion"),
     ],
 )
-def test_a_passage_beside_request_and_answer_is_kept_by_the_proposed_names(
-    tmp_path: Path, keys: tuple[str, ...], proposed: str
-) -> None:
-    rows = [dict(zip(keys, (_words(n), _words(n + 500), _words(n + 900)), strict=True)) for n in range(60)]
-    with pytest.raises(UsageError, match="fits no known format") as caught:
+def test_usual_keys_are_recognised(tmp_path: Path, keys: str, read: str) -> None:
+    rows = [{key: _words(n + 300 * place) for place, key in enumerate(keys.split())} for n in range(60)]
+    made = _made(tmp_path, [{key: value for key, value in rows[0].items() if key != "context"}, *rows[1:]])
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.data.sources[0].rename == dict(each.split("=") for each in read.split()), "as `data build` reads it"
+    assert any("not read" in note for note in made.notes) == (keys.split()[-2] == "title" or keys.endswith("source"))
+
+
+def test_two_readings_are_both_named(tmp_path: Path) -> None:
+    rows = [{"question": _words(n), "answer": _words(n, 2), "category": "a b"} for n in range(60)]
+    with pytest.raises(UsageError, match="can be read in 2 ways") as caught:
         _made(tmp_path, rows)
-    options = "".join(f" --rename {each}" for each in proposed.split())
-    assert f"here{options} (" in str(caught.value.fix)
-    names = dict(each.split("=") for each in proposed.split())
-    unread = [note for note in _made(tmp_path, rows, rename=names).notes if "not read" in note]
-    assert bool(unread) == ("title" in keys)
+    first, second = str(caught.value.fix).split("; or ")
+    assert first.endswith("--rename question=prompt --rename answer=completion")
+    assert second == "--rename question=prompt --rename category=completion"
+    chosen = {"question": "prompt", "category": "completion"}
+    assert _made(tmp_path, rows, rename=chosen).rows == 60
+    both = [{**row, "messages": _turns(_words(n), "yes")} for n, row in enumerate(_answered(str, 60))]
+    with pytest.raises(UsageError, match="fits several formats: messages or prompt-completion") as caught:
+        _made(tmp_path / "b", both)
+    assert "as messages: --rename completion=unused; as prompt-completion: --rename messages=unused" in str(
+        caught.value.fix
+    )
+    with pytest.raises(UsageError, match="fits no known format") as caught:
+        _made(tmp_path / "c", [{"a": _words(n), "b": "yes"} for n in range(60)])
+    assert "--rename KEY=NAME" in str(caught.value.fix)
 
 
-def test_init_says_which_keys_are_not_read(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": _words(n), "completion": str(n), "context": "c", "licence": "MIT", **({"id": n} if n else {})}
-        for n in range(60)
-    ]
-    notes = _made(tmp_path, rows).notes
-    assert "keys that are not read, so nothing is learned from them: `context` (60 times), `id` (59 times)" in notes
+def test_a_rename_is_of_a_key_and_has_a_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no row has the key promt") as caught:
+        _made(tmp_path, _answered(str, 60), rename={"promt": "prompt"})
+    assert "completion, prompt" in str(caught.value.fix)
+    words = ["init", "--data", "x.csv", "--licence", "MIT", "-C", str(tmp_path), "--rename"]
+    for said in ("text", "=prompt", "text="):
+        refused = CliRunner().invoke(app, [*words, said]).exception
+        assert isinstance(refused, UsageError)
+        assert "--rename text=prompt" in str(refused)
+
+
+@pytest.mark.parametrize("keys", [("instruction", "input", "output"), ("task", "text", "label")])
+def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """As a part of each request it would make the rows near duplicates, which the build removes."""
+    told = "Is the review positive or negative? Answer with one word, in lower case."
+    rows = [dict(zip(keys, (told, _words(n), ("positive", "negative")[n % 2]), strict=True)) for n in range(200)]
+    names = {key: name for key, name in zip(keys, ("instruction", "input", "output"), strict=True) if key != name}
+    made = _made(tmp_path, rows, rename=names)
+    assert any(note.startswith("all rows have one instruction") for note in made.notes)
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.data.sources[0].rename == dict(zip(keys, ("system", "prompt", "completion"), strict=True))
+    assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == f"{told}\n"
+
+
+@pytest.mark.parametrize("change", [{"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}])
+def test_other_instructions_stay_in_the_request(tmp_path: Path, change: dict[str, str]) -> None:
+    rows = [{"instruction": "Say it again.", "input": _words(n), "output": _words(n)} for n in range(60)]
+    assert _project(tmp_path, [*rows, rows[0] | change]).settings.data.sources[0].rename == {}
+
+
+def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
+    chats = [{"messages": _turns(_words(n), str(n))} for n in range(60)]
+    for name, rows in (("a", _answered(str, 60)), ("b", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="it looks like messages") as caught:
+        make_project(tmp_path / "p", data=tmp_path / "*.jsonl", licence="MIT", base="model", rename={"x": "y"})
+    assert "b.jsonl" in str(caught.value.where)
+    assert "move the others into another source" in str(caught.value.fix)
+    assert not (tmp_path / "p").exists()
+
+
+# Licences
+
+
+@pytest.mark.parametrize(
+    ("licence", "fix", "written"),
+    [
+        ("CC-BY-SA-4.0", "{share_alike: true}, which binds the models too", {"share_alike": True}),
+        ("CC-BY-NC-4.0", "{use: non-commercial}", {"use": "non-commercial"}),
+        ("CC-BY-NC-SA-4.0", "{use: non-commercial}", {"use": "non-commercial", "share_alike": True}),
+        ("SSPL-1.0 AND LicenseRef-A", "{allow: [LicenseRef-A, SSPL-1.0]}", {"allow": ["LicenseRef-A", "SSPL-1.0"]}),
+        ("proprietary", "LicenseRef-NAME for rows of your own", None),
+        ("MIT License", "LicenseRef-NAME for rows of your own", None),
+    ],
+)
+def test_a_refused_licence_says_how_to_accept_it(
+    tmp_path: Path, licence: str, fix: str, written: dict[str, object] | None
+) -> None:
+    rows = _answered(str, 60)
+    with pytest.raises(Refused) as caught:
+        _made(tmp_path, rows, licence=licence)
+    assert fix in str(caught.value.fix)
+    assert ("init --accept-licence" in str(caught.value.fix)) is (written is not None)
+    if written is None:
+        with pytest.raises(Refused, match="not an SPDX"):
+            _made(tmp_path, rows, licence=licence, accept_licence=True)
+        return
+    words = ["init", "--data", str(tmp_path / "rows.jsonl"), "--licence", licence, "--base", "model"]
+    assert CliRunner().invoke(app, [*words, "-C", str(tmp_path / "p"), "--accept-licence"]).exit_code == 0
+    assert yaml.safe_load((tmp_path / "p" / "tunesmith.yaml").read_text())["data"]["licences"] == written
+
+
+# Answers and the metric that decides
 
 
 def test_answers_that_are_not_all_objects_have_no_schema() -> None:
@@ -114,84 +229,86 @@ def test_broken_answers_are_counted_and_do_not_hide_the_schema(happened: Happene
     happened("counted, the schema is that of the sound ones", len(bad))
 
 
-def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
-    known = verbs.split()
-    return [
-        {"prompt": f"{known[n % len(known)]} at {n} o clock", "completion": json.dumps({"at": n})} for n in range(rows)
-    ]
-
-
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("answer", "metric", "scorers"),
     [
+        (lambda n: f"Dear {_words(n, 8)}, good bye.", "chrf", ("exact_match", "chrf")),
         (
-            [{"prompt": _words(n), "completion": str(n), "conversation_id": f"c{n // 10}"} for n in range(400)],
-            "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
+            lambda n: json.dumps({"kind": n % 2, "reply": f"Dear {_words(n, 8)}"}),
+            "field_f1",
+            ("json_valid", "exact_match", "field_f1"),
         ),
-        (
-            _asked_at("call text"),
-            "`data build` will probably refuse the rows: none is left to test. They are in 2 groups (a group",
-        ),
-        (
-            _asked_at("go", 900) + _asked_at("call text mail wake ask", 100),
-            "which are 920 rows, and 80 rows are left to train on. A gate decides nothing by fewer groups than 20: "
-            "give rows of more groups, or set data.split.group_by",
-        ),
-        (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
-        ([{"prompt": _words(n), "completion": str(n)} for n in range(400)], None),
+        (_words, "exact_match", ("exact_match",)),
+        (lambda n: f"Please say the words again: {n % 100}", "exact_match", ("exact_match",)),
     ],
-    ids=["conversations", "two wordings", "most rows held out", "five wordings", "a wording each"],
+    ids=["sentences", "sentences in JSON", "words of the request", "a hundred sentences"],
 )
-def test_init_says_that_too_few_groups_will_be_held_out(
-    tmp_path: Path, rows: list[dict[str, str]], told: str | None
+def test_a_draft_measures_what_a_real_gain_can_pass(
+    tmp_path: Path, answer: Callable[[int], str], metric: str, scorers: tuple[str, ...]
 ) -> None:
-    notes = _made(tmp_path, rows).notes
-    assert (not notes) if told is None else any(told in note for note in notes), notes
+    made = _made(tmp_path, [{"prompt": f"to {_words(n)}", "completion": answer(n)} for n in range(400)])
+    assert any("exact_match does not decide" in note for note in made.notes) is (metric != "exact_match")
+    assert made.measured.startswith(f"measured: {metric}, ")
+    assert "2 points more than the best untuned candidate" in made.measured
+    settings = Project.load(tmp_path / "p").settings
+    assert (settings.task.leading, settings.task.scorers) == (metric, scorers)
+    lift = settings.gates["lift"].model_dump()
+    assert (lift["metric"], lift["over"], lift["at_least"]) == (metric, "best-untuned", 0.02)
+    steps = [step.analysis.metric for step in settings.rollout.steps if step.analysis]
+    assert steps == ["success_rate" if metric in ("chrf", "exact_match") else "json_valid"] * 2
 
 
-@pytest.mark.parametrize(("answer", "told"), [("abc " * 1500, True), ("\u6f22" * 1200, True), ("abc " * 800, False)])
-def test_init_says_that_rows_are_too_long(tmp_path: Path, answer: str, told: bool) -> None:
-    rows = [{"prompt": _words(n), "completion": f"{n} {answer if n % 2 else 'yes'}"} for n in range(120)]
-    notes = _made(tmp_path, rows).notes
-    assert any(note.startswith("about 60 rows have more than 1024 tokens") for note in notes) is told, notes
+def test_chrf_tells_a_closer_sentence_from_one_of_other_words() -> None:
+    reference = "Dear Ann, your lamp will be sent on Monday."
+    near, far = "Dear Ann, the lamp will be sent Monday.", "I am a language model and cannot send a lamp."
+    assert score("chrf", near, reference) > score("chrf", far, reference) + 0.2
+    assert score("exact_match", near, reference) == score("exact_match", far, reference) == 0.0
 
 
-def test_copies_of_rows_do_not_count(tmp_path: Path) -> None:
-    made = _made(tmp_path, [{"prompt": _words(n % 150), "completion": "yes"} for n in range(400)])
-    assert made.rows == 150
-    assert "250 more rows are copies of these: `data build` keeps one of each" in made.notes
-    with pytest.raises(UsageError, match="12 usable rows are too few"):
-        _made(tmp_path / "few", [{"prompt": _words(n % 12), "completion": "yes"} for n in range(400)])
-
-
-def _turns(*texts: str) -> list[dict[str, object]]:
+def _turns(*texts: str) -> Turns:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
-def _asks_back(n: int) -> list[dict[str, object]]:
+def _asks_back(n: int) -> Turns:
     answer = json.dumps({"size": ("large", "small")[n % 2], "name": f"Ann{n}"})
     return _turns(f"a pizza {_words(n)}", "What size would you like?", f"large for Ann{n}", answer)
 
 
-def _calls(n: int) -> list[dict[str, object]]:
-    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"n": n})}}
+def _called(n: int) -> dict[str, object]:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"n": n})}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def _calls(n: int) -> Turns:
     asked, said = _turns(f"{_words(n)} {n}", json.dumps({"n": n}))
-    made = {"role": "assistant", "content": None, "tool_calls": [called]}
-    return [asked, made, {"role": "tool", "tool_call_id": "a", "content": "done"}, said]
+    return [asked, _called(n), {"role": "tool", "tool_call_id": "a", "content": "done"}, said]
+
+
+_TOOLS = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
 
 
 @pytest.mark.parametrize("turns", [_asks_back, _calls])
 def test_no_schema_holds_answers_where_earlier_ones_are_texts_or_calls(
-    tmp_path: Path, turns: Callable[[int], list[dict[str, object]]]
+    tmp_path: Path, turns: Callable[[int], Turns]
 ) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    tools = {"tools": [tool]} if turns is _calls else {}
+    tools = _TOOLS if turns is _calls else {}
     made = _made(tmp_path, [{"messages": turns(n), **tools} for n in range(100)])
     assert any(note.startswith("100 answers before a row's last one are texts or calls") for note in made.notes)
+    assert any(note.startswith("100 rows hold tools, which the base's") for note in made.notes) is bool(tools)
     project = Project.load(tmp_path / "p")
     assert project.schema is not None
     assert {each.constrain for each in project.settings.candidates.values()} == {False}
     assert (tmp_path / "p" / "prompts" / "short.txt").read_text() == "Answer as in the examples.\n"
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["calls alone", "calls and JSON texts"])
+def test_calls_of_tools_have_no_schema_of_the_task(tmp_path: Path, texts: bool) -> None:
+    said = [_turns(f"lamp {n}", json.dumps({"n": n})) for n in range(120)]
+    chats = [turns if texts and n % 2 else [turns[0], _called(n)] for n, turns in enumerate(said)]
+    made = _made(tmp_path, [{"messages": turns, **_TOOLS} for turns in chats])
+    assert (made.json_answers, made.broken, "answer.schema.json" in made.files) == (False, 0, False)
+    assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
+    assert any(note.startswith(f"{60 if texts else 120} rows end in calls of tools") for note in made.notes)
 
 
 def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:
@@ -199,67 +316,80 @@ def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:
         {"messages": _turns(f"open {_words(n)}", json.dumps({"open": n}), f"shut {n}", json.dumps({"shut": n}))}
         for n in range(100)
     ]
-    _made(tmp_path, rows)
-    project = Project.load(tmp_path / "p")
+    project = _project(tmp_path, rows)
     assert project.schema is not None
     assert set(project.schema["properties"]) == {"open", "shut"}
     assert project.schema["required"] == []
     assert project.settings.candidates["tuned"].constrain is True
 
 
-def _long_prompt(folder: Path, asked: Callable[[int], str], answer: Callable[[int], object]) -> str:
-    _made(folder, [{"prompt": asked(n), "completion": json.dumps(answer(n))} for n in range(100)])
-    return (folder / "p" / "prompts" / "long.txt").read_text()
-
-
-@pytest.mark.parametrize(("rare", "told"), [(3, True), (1, False)])
-def test_init_says_that_later_answers_may_have_other_keys(tmp_path: Path, rare: int, told: bool) -> None:
-    rows = [
-        {"prompt": _words(n), "completion": {"all": [{"n": n} | ({f"k{n}": n} if n < rare else {})]}}
-        for n in range(200)
+def test_the_build_writes_answers_in_the_order_of_requests_and_as_a_constraint_allows(tmp_path: Path) -> None:
+    """json.dumps writes the letters of a name as escapes, which decoding under a schema does not."""
+    write_model(tmp_path / "model")
+    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
+    openings = ("please", "later on", "do", "kindly", "today")
+    found = [
+        {"prompt": f"{opening} at {n}pm {verb} Ren\u00e9e{n}", "completion": json.dumps(answer, indent=n % 2 or None)}
+        for n, (opening, verb) in enumerate(product(openings, verbs))
+        for answer in ({"who": f"Ren\u00e9e{n}", "at": f"{n}pm"},)
     ]
-    notes = [note for note in _made(tmp_path, rows).notes if "one answer alone" in note]
-    assert [note.split(". ")[0] for note in notes] == (
-        ["keys that one answer alone has: `all[].k0`, `all[].k1`, `all[].k2`"] if told else []
-    )
+    made = _made(tmp_path, found, base=str(tmp_path / "model"))
+    assert (made.reordered, made.respelled) == (40, 40)
+    file = tmp_path / "p" / "tunesmith.yaml"
+    for held, example in ((True, "Ren\u00e9e"), (False, "\\u00e9")):
+        project = Project.load(tmp_path / "p")
+        assert project.settings.data.key_order == "request"
+        dataset = PipelineContext(project).dataset
+        answers = [row.answer for split in ("train", "validation", "test") for row in dataset.examples(split)]
+        assert {tuple(json.loads(answer)) for answer in answers} == {("at", "who")}
+        assert all(example in answer for answer in answers)
+        assert dataset.record.body.get("respelled") == (40 if held else None)
+        assert dataset_summary(project.store, dataset.digest).rows.changed == len(answers)
+        settings = yaml.safe_load(file.read_text())
+        for candidate in settings["candidates"].values():
+            candidate.pop("constrain", None)
+        file.write_text(yaml.safe_dump(settings))
+
+
+# The rivals: their prompt, and a classifier
 
 
 def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
-    first = "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
-    dates = _long_prompt(
-        tmp_path / "a", lambda n: f"{_words(n)} on {n % 28 + 1} May", lambda n: {"day": f"5-{n % 28 + 1:02}"}
+    def said(name: str, asked: Callable[[int], str], answer: Callable[[int], object]) -> list[str]:
+        _made(tmp_path / name, [{"prompt": asked(n), "completion": json.dumps(answer(n))} for n in range(100)])
+        return _prompt(tmp_path / name)
+
+    dates = said("a", lambda n: f"{_words(n)} on {n % 28 + 1} May", lambda n: {"day": f"5-{n % 28 + 1:02}"})
+    assert dates == ['"day": string'], "nothing is copied, and each answer has the key"
+    first = (tmp_path / "a" / "p" / "prompts" / "long.txt").read_text().splitlines()[0]
+    assert first == (
+        "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
     )
-    assert dates.splitlines() == [first, '"day": string'], "nothing is copied, and each answer has the key"
-    nulls = _long_prompt(
-        tmp_path / "b",
+    assert said(
+        "b",
         lambda n: f"{_words(n)} Ann{n}",
         lambda n: {"who": f"Ann{n}", "why": "because " * (n % 9), "at": f"{n}pm" if n % 2 else None},
-    )
-    assert nulls.splitlines()[1:] == [
+    ) == [
         '"who": string, copied from the request',
         '"why": string',
         '"at": null where the request says nothing, or string',
     ]
-    others = _long_prompt(
-        tmp_path / "c",
+    assert said(
+        "c",
         lambda n: f"{_words(n)} Ann{n}",
         lambda n: {
             "who": f"Ann{n}" if n % 4 == 0 else "",
             "kind": "boss" if n % 2 else f"Ann{n}",
             "any": [n, {"a": n}],
         },
-    )
-    assert others.splitlines()[1:] == [
+    ) == [
         '"who": string, copied from the request, or ""',
         '"kind": string, copied from the request, or "boss"',
         '"any": array of integer or an object with',
         '  "a": integer',
     ]
-
-
-def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> None:
-    prompt = _long_prompt(
-        tmp_path,
+    assert said(
+        "d",
         lambda n: f"{_words(n)} apples{n} for Ann{n}",
         lambda n: {
             "order": {
@@ -268,8 +398,7 @@ def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> N
                 **({"tags": [f"Ann{n}"]} if n % 2 else {}),
             }
         },
-    )
-    assert prompt.splitlines()[1:] == [
+    ) == [
         '"order": an object with',
         '  "customer": an object with',
         '    "name": string',
@@ -282,189 +411,129 @@ def test_the_prompt_of_the_rivals_names_every_key_and_label(tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.parametrize(
-    ("answer", "primary", "told"),
-    [
-        (lambda n: f"Dear {_words(n, 8)}, good bye.", None, "set task: {scorers: [chrf, exact_match], primary: chrf}"),
-        (
-            lambda n: json.dumps({"kind": n % 2, "reply": f"Dear {_words(n, 8)}"}),
-            "field_f1",
-            "compares fields (field_f1)",
-        ),
-        (lambda n: _words(n), None, None),
-        (lambda n: f"Please say the words again: {n % 100}", None, None),
-    ],
-    ids=["sentences", "sentences in JSON", "words of the request", "a hundred sentences"],
-)
-def test_exact_match_does_not_decide_over_sentences(
-    tmp_path: Path, answer: Callable[[int], str], primary: str | None, told: str | None
-) -> None:
-    notes = _made(tmp_path, [{"prompt": f"to {_words(n)}", "completion": answer(n)} for n in range(400)]).notes
-    assert (not notes) if told is None else any(told in note for note in notes), notes
-    settings = Project.load(tmp_path / "p").settings
-    assert settings.task.primary == primary
-    lift = settings.gates["lift"].model_dump()
-    assert lift["metric"] == (primary or "exact_match")
-
-
-_LABELS = ("refund", "shipping", "other")
-
-
 @pytest.mark.parametrize("installed", [True, False])
-def test_labels_have_a_classifier_as_rival_and_a_prompt_that_names_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
+def test_labels_have_a_classifier_as_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     for module in (new_project, new_project_notes):
         monkeypatch.setattr(module, "find_spec", lambda name: name if installed else None)
-    made = _made(tmp_path, [{"prompt": _words(n), "completion": _LABELS[n % 3]} for n in range(300)])
+    made = _made(tmp_path, _answered(lambda n: ("refund", "shipping", "other")[n % 3], 300))
     assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is installed
     assert any("tunesmith[classifier]" in note for note in made.notes) is not installed
-    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(_LABELS)
+    assert _prompt(tmp_path) == ["other", "refund", "shipping"]
 
 
-@pytest.mark.parametrize(("labels", "rows"), [(77, 400), (150, 3000)])
-def test_many_labels_are_named_too(tmp_path: Path, labels: int, rows: int) -> None:
-    """Banking77 has 77 intents and CLINC150 has 150. A prompt without them would flatter tuning."""
-    intents = [f"intent_{_SYLLABLES[n // 10 % 10]}_{_SYLLABLES[n % 10]}_{n // 100}" for n in range(labels)]
-    _made(tmp_path, [{"prompt": _words(n), "completion": intents[n % labels]} for n in range(rows)])
-    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == sorted(intents)
-    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is bool(find_spec("sklearn"))
+def _intents(count: int) -> list[str]:
+    """As many as Banking77 or CLINC150 have. A prompt without them would flatter tuning."""
+    return [f"intent_{_SYLLABLES[n // 10 % 10]}_{_SYLLABLES[n % 10]}_{n // 100}" for n in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("answer", "asked", "labels"),
-    [
-        (lambda n: 1 + n % 5, _words, ["1", "2", "3", "4", "5"]),
-        (lambda n: n % 3 - 1, _words, ["-1", "0", "1"]),
-        (lambda n: f"{n % 3}", lambda n: f"{_words(n)} {n % 3}", None),
-        (lambda n: f"{n % 3}:30", _words, None),
-        (lambda n: n % 3 / 2, _words, None),
-    ],
-    ids=["stars", "signs", "said", "times", "decimals"],
-)
-def test_whole_numbers_may_be_labels(
-    tmp_path: Path, answer: Callable[[int], object], asked: Callable[[int], str], labels: list[str] | None
-) -> None:
-    _made(tmp_path, [{"prompt": asked(n), "completion": answer(n)} for n in range(300)])
-    assert ("classifier" in Project.load(tmp_path / "p").settings.candidates) is bool(labels and find_spec("sklearn"))
-    assert (tmp_path / "p" / "prompts" / "long.txt").read_text().splitlines()[1:] == (labels or [])
-
-
-def test_answers_that_are_objects_or_lists(tmp_path: Path) -> None:
-    for name, answer in (("objects", lambda n: {"n": n, "who": None}), ("lists", lambda n: [n, _words(n, 1)])):
-        rows = [{"prompt": _words(n), "completion": answer(n)} for n in range(200)]
-        made = _made(tmp_path / name, rows)
-        assert made.json_answers is (name == "objects")
-        assert any(note.startswith("200 of 200 answers are JSON lists") for note in made.notes) is (name == "lists")
-
-
-def test_init_says_that_objects_of_parquet_lose_their_nulls(tmp_path: Path) -> None:
-    rows = [{"prompt": _words(n), "completion": {"n": n, "who": None if n % 2 else _words(n, 1)}} for n in range(60)]
-    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    made = make_project(tmp_path / "p", data=tmp_path / "rows.parquet", licence="MIT", base="model")
-    assert any(note.startswith("60 answers are objects of Parquet or Arrow") for note in made.notes)
-    project = Project.load(tmp_path / "p")
-    assert project.schema is not None
-    assert project.schema["required"] == ["n"]
-    assert not any("Parquet" in note for note in _made(tmp_path / "lines", rows).notes)
-
-
-def test_a_rename_of_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
-    rows = [{"prompt": _words(n), "completion": str(n)} for n in range(60)]
-    with pytest.raises(UsageError, match="no row has the key promt") as caught:
-        _made(tmp_path, rows, rename={"promt": "prompt"})
-    assert "completion, prompt" in str(caught.value.fix)
-
-
-def test_init_says_which_bases_know_tools(tmp_path: Path) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    notes = _made(tmp_path, [{"messages": _calls(n), "tools": [tool]} for n in range(60)]).notes
-    assert any(note.startswith("60 rows hold tools, which the base's chat template must render") for note in notes)
-
-
-def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps({"prompt": _words(n), "completion": str(n)}) + "\n" for n in range(60))
-    )
-    url = f"file://{tmp_path}/rows.jsonl"
-    words = ["init", "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"), "--data", url]
-    twice = CliRunner().invoke(app, [*words, "--data", "more.jsonl"]).exception
-    assert isinstance(twice, UsageError)
-    assert "pattern" in str(twice.fix)
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert Project.load(tmp_path / "p").settings.data.sources[0].path == url
+def _said(n: int) -> str:
+    return str(n % 3)
 
 
 @pytest.mark.parametrize(
-    ("licence", "told"),
+    ("rows", "named", "labels"),
     [
-        ("proprietary", "LicenseRef-NAME for rows of your own"),
-        ("MIT License", "LicenseRef-NAME for rows of your own"),
-        ("CC-BY-NC-4.0", "run init with --licence LicenseRef-NAME, then write both into tunesmith.yaml"),
+        (_answered(lambda n: _intents(77)[n % 77], 400), sorted(_intents(77)), True),
+        (_answered(lambda n: _intents(150)[n % 150], 800), sorted(_intents(150)), True),
+        (_answered(lambda n: 1 + n % 5, 300), ["1", "2", "3", "4", "5"], True),
+        (_answered(lambda n: n % 3 - 1, 300), ["-1", "0", "1"], True),
+        (_answered(lambda n: f"{n % 3}:30", 300), [], False),
+        (_answered(lambda n: n % 3 / 2, 300), [], False),
+        ([{"prompt": f"{_words(n)} {_said(n)}", "completion": _said(n)} for n in range(300)], [], False),
+        (_answered(lambda n: json.dumps({"n": n % 3}), 300), ['"n": integer'], True),
+        (_answered(lambda n: json.dumps({"n": n}), 300), ['"n": integer'], False),
+    ],
+    ids=["77", "150", "stars", "signs", "times", "decimals", "said", "labels in JSON", "numbers in JSON"],
+)
+def test_which_answers_are_labels(tmp_path: Path, rows: list[object], named: list[str], labels: bool) -> None:
+    rival = "classifier" in _project(tmp_path, rows).settings.candidates
+    assert rival is (labels and bool(find_spec("sklearn")))
+    assert _prompt(tmp_path) == named
+
+
+# What init says
+
+
+def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
+    known = verbs.split()
+    return [
+        {"prompt": f"{known[n % len(known)]} at {n} o clock", "completion": json.dumps({"at": n})} for n in range(rows)
+    ]
+
+
+def _keyed(key: str, value: Callable[[int], str], count: int = 400) -> list[dict[str, object]]:
+    return [{**row, key: value(n)} for n, row in enumerate(_answered(str, count))]
+
+
+def _sentence(n: int) -> str:
+    return json.dumps({"n": n, "said": f"The words are {_words(n)}"})
+
+
+def _every_second(text: str) -> Callable[[int], str]:
+    return lambda n: f"{n} {text if n % 2 else 'yes'}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (_answered(str, 400), None),
+        (
+            _keyed("conversation_id", lambda n: f"c{n // 10}"),
+            "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
+        ),
+        (
+            _asked_at("call text"),
+            "`data build` will probably refuse the rows: none is left to test. They are in 2 groups (a group",
+        ),
+        (
+            _asked_at("go", 900) + _asked_at("call text mail wake ask", 100),
+            "which are 920 rows, and 80 rows are left to train on. A gate decides nothing by fewer groups than 20: "
+            "give rows of more groups, or set data.split.group_by",
+        ),
+        (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
+        (_keyed("template", lambda n: f"part {n % 5}", 60), "`template` has 5 values, too few to hold out whole"),
+        (
+            _answered(str, 60),
+            "about 12 rows will be held out to test, and a gate decides nothing by fewer than 20",
+        ),
+        (_keyed("template", lambda n: f"part {n % 120}", 240), None),
+        (_answered(_every_second("abc " * 1500), 120), "about 60 rows have more than 1024 tokens"),
+        (
+            _answered(_every_second("\u6f22" * 1200), 120),
+            "about 60 rows have more than 1024 tokens",
+        ),
+        (_answered(_every_second("abc " * 800), 400), None),
+        (_answered(lambda n: {"n": n % 150, "who": None}, 400)[:150] * 2, "150 more rows are copies of these"),
+        (
+            [
+                {**row, "context": "c", "licence": "MIT", **({"id": n} if n else {})}
+                for n, row in enumerate(_answered(str, 60))
+            ],
+            "keys that are not read, so nothing is learned from them: `context` (60 times), `id` (59 times)",
+        ),
+        (
+            _answered(lambda n: {"all": [{"n": n} | ({f"k{n}": n} if n < 3 else {})]}, 200),
+            "keys that one answer alone has: `all[].k0`, `all[].k1`, `all[].k2`. ",
+        ),
+        (_answered(lambda n: {"all": [{"n": n} | ({f"k{n}": n} if n < 1 else {})]}, 400), None),
+        (_answered(lambda n: [n, _words(n, 1)], 200), "200 of 200 answers are JSON lists"),
+        (_answered(lambda n: {"n": n, "who": None}, 400), None),
+        (_answered(lambda n: {"label": "yes"}, 200), "all answers are the same"),
+        (
+            _answered(lambda n: _sentence(n) if n else "I cannot say"),
+            "99 of 100 answers hold a JSON object, but not every answer is one and no more, so all are taken as text. "
+            "For a schema, remove code fences, and correct or remove the other rows, such as the one with 'I cannot ",
+        ),
+        (
+            _answered(lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n"),
+            "100 of 100 answers hold a JSON object",
+        ),
+        (_answered(lambda n: json.dumps({"n": n}) if n < 160 else f"no {n}", 400), None),
     ],
 )
-def test_a_refused_licence_says_what_to_name(tmp_path: Path, licence: str, told: str) -> None:
-    with pytest.raises(Refused) as caught:
-        make_project(tmp_path / "p", data="rows.jsonl", licence=licence, base="model")
-    assert told in str(caught.value.fix)
-
-
-def test_labels_in_json_have_a_classifier_as_rival_and_other_answers_have_none(tmp_path: Path) -> None:
-    for name, answer in (("labels", lambda n: n % 3), ("open", lambda n: n)):
-        rows = [{"prompt": _words(n), "completion": json.dumps({"n": answer(n)})} for n in range(300)]
-        _made(tmp_path / name, rows)
-        candidates = Project.load(tmp_path / name / "p").settings.candidates
-        assert ("classifier" in candidates) is (name == "labels")
-
-
-def test_init_says_that_one_answer_for_all_teaches_nothing(tmp_path: Path) -> None:
-    notes = _made(
-        tmp_path, [{"prompt": _words(n), "completion": json.dumps({"label": "yes"})} for n in range(200)]
-    ).notes
-    assert any(note.startswith("all answers are the same") for note in notes)
-    assert "classifier" not in Project.load(tmp_path / "p").settings.candidates
-
-
-@pytest.mark.parametrize("keys", [("instruction", "input", "output"), ("task", "text", "label")])
-def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, keys: tuple[str, ...]) -> None:
-    """As a part of each request it would make the rows near duplicates, which the build removes."""
-    told = "Is the review positive or negative? Answer with one word, in lower case."
-    rows = [dict(zip(keys, (told, _words(n), ("positive", "negative")[n % 2]), strict=True)) for n in range(200)]
-    names = {key: name for key, name in zip(keys, ("instruction", "input", "output"), strict=True) if key != name}
-    made = _made(tmp_path, rows, rename=names)
-    assert any(note.startswith("all rows have one instruction") for note in made.notes)
-    settings = Project.load(tmp_path / "p").settings
-    assert settings.data.sources[0].rename == dict(zip(keys, ("system", "prompt", "completion"), strict=True))
-    assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == f"{told}\n"
-
-
-@pytest.mark.parametrize("change", [{"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}])
-def test_other_instructions_stay_in_the_request(tmp_path: Path, change: dict[str, str]) -> None:
-    rows = [{"instruction": "Say it again.", "input": _words(n), "output": _words(n)} for n in range(60)]
-    _made(tmp_path, [*rows, rows[0] | change])
-    assert Project.load(tmp_path / "p").settings.data.sources[0].rename == {}
-
-
-def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
-    plain = [{"prompt": _words(n), "completion": str(n)} for n in range(60)]
-    chats = [{"messages": _turns(_words(n), str(n))} for n in range(60)]
-    for name, rows in (("a", plain), ("b", chats)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UsageError, match="it looks like messages") as caught:
-        make_project(tmp_path / "p", data=tmp_path / "*.jsonl", licence="MIT", base="model")
-    assert "b.jsonl" in str(caught.value.where)
-    assert "move the others into another source" in str(caught.value.fix)
-    assert not (tmp_path / "p").exists()
-
-
-@pytest.mark.parametrize("known", ["*.pyc\n", "*.pyc", "*.pyc\n.tunesmith/\n"])
-def test_a_gitignore_that_is_there_gets_a_line(tmp_path: Path, known: str) -> None:
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / ".gitignore").write_text(known)
-    made = _made(tmp_path, [{"prompt": _words(n), "completion": str(n)} for n in range(60)])
-    assert (tmp_path / "p" / ".gitignore").read_text() == "*.pyc\n.tunesmith/\n"
-    assert (".gitignore" in made.files) is (".tunesmith/" not in known)
+def test_notes(tmp_path: Path, rows: list[dict[str, object]], told: str | None) -> None:
+    notes = _made(tmp_path, rows).notes
+    assert (not notes) if told is None else any(told in note for note in notes), notes
 
 
 def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
@@ -480,23 +549,163 @@ def test_init_says_why_rows_are_not_usable(tmp_path: Path) -> None:
     assert made.unusable == 51
     why = "roles out of order (50), no assistant turn at the end (1)"
     assert f"rows without a usable conversation: {why}" in made.notes
+    with pytest.raises(UsageError, match="12 usable rows are too few"):
+        _made(tmp_path / "c", _answered(lambda n: "yes", 12) * 30)
+
+
+def test_init_says_that_objects_of_parquet_lose_their_nulls(tmp_path: Path) -> None:
+    rows = _answered(lambda n: {"n": n, "who": None if n % 2 else _words(n, 1)}, 60)
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    made = make_project(tmp_path / "p", data=tmp_path / "rows.parquet", licence="MIT", base="model")
+    assert any(note.startswith("60 answers are objects of Parquet or Arrow") for note in made.notes)
+    project = Project.load(tmp_path / "p")
+    assert project.schema is not None
+    assert project.schema["required"] == ["n"]
+    assert not any("Parquet" in note for note in _made(tmp_path / "lines", rows).notes)
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("system", "prompt"),
     [
-        (lambda n: json.dumps({"n": n, "said": f"The words are {_words(n)}"}) if n else "I cannot say", 99),
-        (lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n", 100),
-        (lambda n: json.dumps({"n": n}) if n < 40 else "I cannot say", None),
+        (lambda n: "Be brief. ", "Be brief.\n"),
+        (lambda n: f"You help in shop {n % 3}.", None),
+        (lambda n: "Be brief." if n % 2 else "", None),
     ],
-    ids=["one text", "fences", "mostly texts"],
+    ids=["the same", "others", "some"],
 )
-def test_init_says_that_nearly_all_answers_are_json(
-    tmp_path: Path, answer: Callable[[int], str], told: int | None
+def test_system_turns_of_rows_are_not_replaced(
+    tmp_path: Path, system: Callable[[int], str], prompt: str | None
 ) -> None:
-    made = _made(tmp_path, [{"prompt": _words(n), "completion": answer(n)} for n in range(100)])
-    assert not made.json_answers
-    found = [note for note in made.notes if "hold a JSON object" in note]
-    assert all(note.endswith("such as the one with 'I cannot say'") is (told == 99) for note in found)
-    assert [note.split(" hold")[0] for note in found] == ([] if told is None else [f"{told} of 100 answers"])
-    assert not any("a sentence of their own" in note for note in made.notes)
+    rows = [
+        {"messages": [*([{"role": "system", "content": system(n)}] if system(n) else []), *_turns(_words(n), str(n))]}
+        for n in range(120)
+    ]
+    made = _made(tmp_path, rows)
+    candidates = Project.load(tmp_path / "p").settings.candidates
+    if prompt is None:
+        assert {each.prompt for each in candidates.values()} == {None}
+        assert not [name for name in made.files if name.startswith("prompts/")]
+        assert "uses the row's own" in " ".join(made.notes)
+    else:
+        assert candidates["zero-shot"].prompt == "prompts/long.txt"
+        assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == prompt
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [(lambda n: f"row {n}", None), (lambda n: f"part {n % 5}", None), (lambda n: f"talk {n // 4}", "conversation_id")],
+    ids=["one a row", "five", "sixty"],
+)
+def test_rows_are_grouped_by_a_key_that_groups_them(
+    tmp_path: Path, key: Callable[[int], str], found: str | None
+) -> None:
+    assert _project(tmp_path, _keyed("conversation_id", key, 240)).settings.data.split.group_by == found
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("\u6253\u5f00\u5ba2\u5385\u7684\u706f" * 20, 140),
+        ("4711 0815 " * 20, 160),
+        ("turn on the kitchen light " * 8, 40),
+    ],
+    ids=["Chinese", "digits", "English"],
+)
+def test_answers_have_room_in_every_script(tmp_path: Path, text: str, least: int) -> None:
+    """least: about one token a character for Chinese and digits, which many tokenizers take."""
+    answers = [json.dumps({"n": f"{text}{n}"}, ensure_ascii=False) for n in range(60)]
+    room = _project(tmp_path, _answered(lambda n: answers[n], 60)).settings.candidates["tuned"].max_tokens
+    assert least <= room <= len(answers[-1].encode()) + 24
+    if text.isascii() and not text[0].isdigit():
+        assert room <= 0.7 * len(text) + 32
+
+
+# The folder
+
+
+def test_init_overwrites_nothing_and_names_the_project_by_its_folder(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in _answered(str, 60)))
+    given: dict[str, Any] = {"data": data, "licence": "MIT", "base": "model"}
+    folder = tmp_path / "..My...Rows.."
+    make_project(folder, **given)
+    assert Project.load(folder).settings.name == "my.rows"
+    with pytest.raises(UsageError, match="already"):
+        make_project(folder, **given)
+    (tmp_path / "q" / "prompts").mkdir(parents=True)
+    (tmp_path / "q" / "prompts" / "long.txt").write_text("mine")
+    with pytest.raises(UsageError, match="this file is there already"):
+        make_project(tmp_path / "q", **given)
+    for name in ("Not a name", "n" * 64, ""):
+        with pytest.raises(UsageError, match="name"):
+            make_project(tmp_path / "new" / "p", name=name, **given)
+        assert not (tmp_path / "new").exists(), "a refused project leaves nothing behind"
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UsageError):
+        make_project(tmp_path / "old", name="", **given)
+    assert not list((tmp_path / "old").iterdir())
+
+
+@pytest.mark.parametrize("known", ["*.pyc\n", "*.pyc", "*.pyc\n.tunesmith/\n"])
+def test_a_gitignore_that_is_there_gets_a_line(tmp_path: Path, known: str) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".gitignore").write_text(known)
+    made = _made(tmp_path, _answered(str, 60))
+    assert (tmp_path / "p" / ".gitignore").read_text() == "*.pyc\n.tunesmith/\n"
+    assert (".gitignore" in made.files) is (".tunesmith/" not in known)
+
+
+def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _answered(str, 60)))
+    url = f"file://{tmp_path}/rows.jsonl"
+    words = ["init", "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"), "--data", url]
+    twice = CliRunner().invoke(app, [*words, "--data", "more.jsonl"]).exception
+    assert isinstance(twice, UsageError)
+    assert "pattern" in str(twice.fix)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    for told in ("60 rows, with answers in text", "measured: exact_match", "about 12 rows will be held out", "wrote"):
+        assert told in done.stdout
+    assert Project.load(tmp_path / "p").settings.data.sources[0].path == url
+
+
+def _deep(depth: int, inner: object) -> object:
+    for _ in range(depth):
+        inner = {"a": inner}
+    return inner
+
+
+@pytest.mark.attack("input", "init: rows of which a strange project would follow")
+@pytest.mark.parametrize(
+    ("answers", "more"),
+    [
+        ([_deep(50, n) for n in range(60)], {}),
+        ([{"k": "a\0b" if n % 2 else "c\n\u202e", "n\0\n": n} for n in range(60)], {}),
+        ([{"n": 10**300 + n % 2} for n in range(250)], {}),
+        ([{"n": "word " * (1 if n else 60_000)} for n in range(60)], {}),
+        ([{"n": "x" * 400_000 + str(n % 3)} for n in range(60)], {}),
+        ([{"n": n} for n in range(60)], {"group": None}),
+        ([{"n": n} for n in range(60)], {"template": ["a"], "group": "", "conversation_id": True}),
+        ([{"n": n} for n in range(60)], {"template": "the only one"}),
+        (['{"n": 1}'] * 59 + ['{"n": ' + "9" * 100_000], {}),
+    ],
+    ids=["deep", "control", "large", "long", "long-labels", "null-group", "odd-groups", "one-group", "broken"],
+)
+def test_strange_rows_make_a_project_that_loads(
+    tmp_path: Path, answers: list[object], more: dict[str, object], happened: Happened
+) -> None:
+    texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in _answered(lambda n: texts[n], len(texts), **more))
+    )
+    folder = tmp_path / ("p" * 100)
+    make_project(folder, data=tmp_path / "rows.jsonl", licence="MIT", base="model")
+    project = Project.load(folder)
+    assert project.settings.name == "p" * 63
+    assert project.schema is not None
+    assert project.settings.data.split.group_by is None
+    assert len(json.dumps(project.schema)) < 20_000
+    assert project.settings.candidates["tuned"].max_tokens <= (32 if isinstance(answers[0], str) else 32_768)
+    prompt = (folder / "prompts" / "long.txt").read_text()
+    assert all(line.isprintable() for line in prompt.split("\n"))
+    happened("a project that loads")

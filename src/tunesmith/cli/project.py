@@ -50,6 +50,10 @@ def init(
             help="Rows with a token by which the base's chat template marks turns: refuse, or leave them out."
         ),
     ] = "refuse",
+    accept_licence: Annotated[
+        bool,
+        typer.Option("--accept-licence", help="Accept a licence that binds the models (share-alike) or their use."),
+    ] = False,
 ) -> None:
     """Start a project from your own rows: write tunesmith.yaml, a schema and prompts."""
     from tunesmith.core.errors import UsageError
@@ -72,6 +76,7 @@ def init(
         base=base,
         rename=names,
         control_tokens=control_tokens,
+        accept_licence=accept_licence,
         progress=Terminal(),
     )
     here.emit(made, _draw_project)
@@ -232,6 +237,7 @@ def _draw_project(console: Console, made: NewProject) -> None:
             [f"`data build` will write {made.respelled} answers as a schema allows: in one line, letters unescaped"]
             * bool(made.respelled)
         ),
+        made.measured,
         *made.notes,
         *(f"wrote {made.root / name}" for name in made.files),
         "",

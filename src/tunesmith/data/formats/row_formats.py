@@ -61,11 +61,12 @@ def format_of(name: str, row: Row) -> RowFormat:
     keys = f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'}"
     if fitting:
         names = " or ".join(one.name for one in fitting)
-        other = sorted(fitting[-1].needs)[0]
+        hidden = {one.name: {sorted(other.needs)[0]: "unused" for other in fitting if other != one} for one in fitting}
+        fixes = [f"as {name}: {_options(others)}" for name, others in hidden.items()]
         raise UsageError(
             f"{keys} fits several formats: {names}",
             where=row.where,
-            fix=f"set the source's format, or rename a key of the other, as with `init` --rename {other}=unused",
+            fix=f"set the source's format, or rename a key of the other with `init`: {'; '.join(fixes)}",
         )
     if row.fields.keys() == {"text"}:
         raise UsageError(
@@ -74,7 +75,7 @@ def format_of(name: str, row: Row) -> RowFormat:
             fix="divide each text: the request under prompt, and the answer that is to be learned under completion",
         )
     known = "; ".join(f"{one.name}: {', '.join(sorted(one.needs))}" for one in detected)
-    likely = _likely_renames(row.fields)
+    likely = readings(row.fields)
     half = next((one for one in detected if one.needs & row.fields.keys()), None)
     if half is not None and not likely:
         missing = ", ".join(sorted(half.needs - row.fields.keys()))
@@ -84,51 +85,75 @@ def format_of(name: str, row: Row) -> RowFormat:
             fix=f"fill it in, or remove the row (null counts as absent); where another key is the {missing}, add "
             f"`--rename KEY={missing}` to `init`",
         )
+    if len(likely) > 1:
+        raise UsageError(
+            f"{keys} can be read in {len(likely)} ways",
+            where=row.where,
+            fix="choose one of them, with `init` or as the source's rename: " + "; or ".join(map(_options, likely)),
+        )
     raise UsageError(
         f"{keys} fits no known format",
         where=row.where,
         fix="set the source's format or rename, with `init` --rename KEY=NAME"
-        + (f", here {likely}" if likely else "")
+        + (f", here {_options(likely[0])}" if likely else "")
         + f" ({known}); a key that is null counts as absent",
     )
 
 
-def _likely_renames(fields: Mapping[str, Any]) -> str:
-    """The options of `init` that would make a row fit a format, by names that rows often have; "" for none."""
+def inferred_rename(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The renames by which rows fit a format, where one reading alone is possible; {} for other rows."""
+    if any(one.needs <= fields.keys() for one in FORMATS.values()) or _preference(fields) is not None:
+        return {}
+    found = readings(fields)
+    return dict(found[0]) if len(found) == 1 else {}
+
+
+def readings(fields: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The ways to read a row by names that rows often have, each as the renames that make it fit a format."""
     for key, value in fields.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for turn, name in (("role", "messages"), ("from", "conversations")):
                 if turn in value[0]:
-                    return f"--rename {key}={name}"
+                    return [{key: name}]
     keys = {key.strip().casefold(): key for key in fields}  # spreadsheets often write `Question`
-    asked = next((key for key in _REQUESTS if key in keys), None)
-    said = next((key for key in _ANSWERS if key in keys), None)
-    if asked is None or said is None:
-        return ""
-    found: dict[str, str] = {asked: "prompt", said: "completion"}
-    passage = next((key for key in _PASSAGES if key != asked and isinstance(fields.get(keys.get(key, "")), str)), None)
-    if asked == "instruction" or passage is not None:  # Alpaca's rows have a place for the passage
-        found = {asked: "instruction", said: "output"} | ({passage: "input"} if passage else {})
-    renames = [f"{keys[key]}={name}" for key, name in found.items() if keys[key] != name]
-    return " ".join(f"--rename {shlex.quote(each)}" for each in renames)
+    texts = [name for name in _REQUESTS if isinstance(fields.get(keys.get(name, "")), str)]
+    passages = [name for name in _PASSAGES if isinstance(fields.get(keys.get(name, "")), str)]
+    asked = [name for name in texts if name not in passages] or texts  # a passage is asked about, if anything else is
+    said = [name for name in _ANSWERS if name in keys]
+    asked = [name for name in asked if name not in _SELDOM] or asked
+    if len(asked) > 1:  # a query that answers a question is SQL, and one beside a response is the request
+        asked = [name for name in asked if name not in said] or asked
+    return [
+        _renames(keys, request, answer, [name for name in passages if name not in (request, answer)])
+        for request in asked
+        for answer in said
+        if request != answer
+    ]
+
+
+def _renames(keys: Mapping[str, str], request: str, answer: str, passages: Sequence[str]) -> dict[str, str]:
+    found = {request: "prompt", answer: "completion"}
+    if request == "instruction" or passages:  # Alpaca's rows have a place for the passage
+        found = {request: "instruction", answer: "output"} | ({passages[0]: "input"} if passages else {})
+    return {keys[key]: name for key, name in found.items() if keys[key] != name}
+
+
+def _options(renames: Mapping[str, str]) -> str:
+    return " ".join(f"--rename {shlex.quote(f'{key}={name}')}" for key, name in renames.items())
 
 
 # What rows of other formats often call the request, the text that it is about, and the answer.
 _REQUESTS: Final = (
-    "instruction",
-    "prompt",
-    "question",
-    "query",
-    "text",
-    "input",
-    "utterance",
-    "sentence",
-    "document",
-    "source",
+    *("instruction", "prompt", "question", "query", "text", "input", "utterance", "sentence", "document", "source"),
+    *("request", "user"),
 )
+_SELDOM: Final = ("source", "user")  # requests only where no other key is: often, they say where a row is from
 _PASSAGES: Final = ("input", "context", "passage", "document", "article")
+_ANSWERS: Final = (
+    *("completion", "output", "response", "answer", "reply", "label", "intent", "category", "class", "summary"),
+    *("target", "sql", "query", "assistant"),
+)
 _NOT_TEXT: Final[Mapping[type, str]] = {list: "write turns under messages", dict: "write it as text, such as JSON"}
-_ANSWERS: Final = ("completion", "output", "response", "answer", "label", "intent", "category", "summary", "target")
 
 
 def format_evidence(name: str, *, told: bool) -> str:

@@ -30,6 +30,27 @@ class Terms:
     known: bool = True
 
 
+class LicenceRefused(Refused):
+    """The policy does not accept a licence. accept: the settings of `data.licences` that would; None where no such
+    licence is known, {} where the policy refuses it by name."""
+
+    def __init__(self, what: str, *, where: str, accept: Mapping[str, Any] | None) -> None:
+        settings = ", ".join(f"{key}: {_as_yaml(value)}" for key, value in (accept or {}).items())
+        fix = _NAMES if accept is None else "remove these rows"
+        fix += f", or set data.licences: {{{settings}}}" if accept else ""
+        if "share_alike" in (accept or {}):
+            fix += ", which binds the models too"
+        super().__init__(what, where=where, fix=fix)
+        self.accept = accept
+
+
+class _Objection(NamedTuple):
+    """Why a licence must not be used, and the settings that would accept it."""
+
+    why: str
+    accept: Mapping[str, Any] | None
+
+
 class Credit(NamedTuple):
     """A required attribution: a source, the licence of its rows, and the credit line if one is given."""
 
@@ -73,7 +94,7 @@ _TERMS: Mapping[str, Terms] = {
 
 
 def permitted(expression: str | None, policy: Licences, where: str) -> str:
-    """The licence expression in SPDX's spelling. Raises Refused for a missing or forbidden licence.
+    """The licence expression in SPDX's spelling. Raises Refused for a missing or forbidden licence (LicenceRefused).
 
     Of `A OR B` one must be allowed; of `A AND B` and `A WITH B` both must, since some exceptions restrict.
     """
@@ -83,11 +104,16 @@ def permitted(expression: str | None, policy: Licences, where: str) -> str:
             where=where,
             fix="state the source's licence, for example `licence: Apache-2.0`, or one in each row",
         )
-    normal, problem, ids = _judge(expression, policy)
+    normal, problem, _ = _judge(expression, policy)
     if problem is not None:
-        fix = "remove these rows, or accept the licence under data.licences" if ids else _NAMES
-        raise Refused(f"licence {expression!r}: {problem}", where=where, fix=fix)
+        raise LicenceRefused(f"licence {expression!r}: {problem.why}", where=where, accept=problem.accept)
     return normal
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else f"[{', '.join(value)}]"
 
 
 def spelled(expression: str) -> str:
@@ -183,37 +209,38 @@ def _spelled(name: str, where: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[str, ...]]:
+def _judge(expression: str, policy: Licences) -> tuple[str, _Objection | None, tuple[str, ...]]:
     """(SPDX's spelling, why the licence must not be used or None, the licences relied on)."""
     from license_expression import ExpressionError, ExpressionParseError
 
     try:
         parsed = _spdx().parse(expression, validate=False, strict=True)
     except (ExpressionError, ExpressionParseError) as error:
-        return expression, f"not an SPDX expression ({error})", ()
+        return expression, _Objection(f"not an SPDX expression ({error})", None), ()
     if parsed is None:
-        return expression, "it is empty", ()
+        return expression, _Objection("it is empty", None), ()
     allow, refuse = _named(policy)
     unknown = [key for key in _spdx().unknown_license_keys(parsed) if not key.startswith(_CUSTOM)]
     if unknown:
-        return expression, f"{', '.join(unknown)} is not an SPDX licence id", ()
+        return expression, _Objection(f"{', '.join(unknown)} is not an SPDX licence id", None), ()
 
-    def objection(key: str) -> str | None:
+    def objection(key: str) -> _Objection | None:
         terms = _TERMS.get(key)
         if key in refuse:
-            return f"{key} is refused by data.licences.refuse"
+            return _Objection(f"{key} is refused by data.licences.refuse", {})
         if key in allow:
             return None
+        listed = {"allow": (*policy.allow, key)}
         if key.startswith(_CUSTOM):
-            return f"data.licences.allow does not list {key}"
+            return _Objection(f"data.licences.allow does not list {key}", listed)
         if terms is None:
-            return f"the terms of {key} are not known"
+            return _Objection(f"the terms of {key} are not known", listed)
         if not terms.derivatives:
-            return f"{key} forbids sharing derived works"
+            return _Objection(f"{key} forbids sharing derived works", listed)
         if terms.use == "non-commercial" and policy.use == "commercial":
-            return f"{key} is non-commercial, and data.licences.use is commercial"
+            return _Objection(f"{key} is for non-commercial use", {"use": "non-commercial"})
         if terms.share_alike and not policy.share_alike:
-            return f"{key} is share-alike and would bind the model, and data.licences.share_alike is false"
+            return _Objection(f"{key} is share-alike and would bind the model", {"share_alike": True})
         return None
 
     problem, ids = _relied_on(parsed, objection)
@@ -258,7 +285,7 @@ def _keys(symbol: Any) -> tuple[str, ...]:
     return (symbol.key,)
 
 
-def _relied_on(node: Any, objection: Any) -> tuple[str | None, tuple[str, ...]]:
+def _relied_on(node: Any, objection: Any) -> tuple[_Objection | None, tuple[str, ...]]:
     """(why a part of an expression must not be used, or None; the licences relied on)."""
     kind = type(node).__name__
     if kind in ("OR", "AND"):

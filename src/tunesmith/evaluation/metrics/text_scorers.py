@@ -57,8 +57,6 @@ def _rouge_scorer(kind: str) -> Any:
 
 @cache
 def _sacrebleu(kind: str, **options: Any) -> Any:
-    try:
-        from sacrebleu import metrics
-    except ImportError as error:
-        raise UsageError(f"{kind.lower()} needs sacrebleu", where="task.scorers", fix=_EXTRA) from error
+    from sacrebleu import metrics
+
     return getattr(metrics, kind)(**options)

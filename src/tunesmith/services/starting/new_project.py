@@ -14,17 +14,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import View
-from tunesmith.data.governance.licences import custom_ids, permitted
+from tunesmith.data.governance.licences import LicenceRefused, custom_ids, permitted
 from tunesmith.data.settings import Licences, Source
 from tunesmith.data.sources.remote import protocol_of
 from tunesmith.project import FILE, STORE, Project, parse_settings
 from tunesmith.services.starting.control_tokens import ControlTokens
-from tunesmith.services.starting.notes import notes
+from tunesmith.services.starting.notes import LIFT, measured, notes, primary
 from tunesmith.services.starting.prompts import long_prompt, short_prompt
 from tunesmith.services.starting.rows import RowFindings, examine_rows, shares
 
@@ -41,7 +41,8 @@ class NewProject(View):
     are meant as JSON but are not: `data build` will remove them. reordered: rows in whose answers `data build` will
     put the keys in the order of the request. respelled: rows whose answers it will write as constrained decoding
     can write them. project: path of the project file. json_answers: whether the answers are JSON, so that a schema
-    was inferred. files: what was written, from the project's folder. notes: what the rows lack, and what follows
+    was inferred. files: what was written, from the project's folder. measured: what `run` measures, and what a version
+    takes. notes: what the rows lack, and what follows
     from them that a user may not expect.
     """
 
@@ -53,6 +54,7 @@ class NewProject(View):
     respelled: int
     json_answers: bool
     files: tuple[str, ...]
+    measured: str
     notes: tuple[str, ...]
     root: Annotated[Path, Field(exclude=True)]
 
@@ -66,6 +68,7 @@ def make_project(
     base: str,
     rename: Mapping[str, str] | None = None,
     control_tokens: Literal["refuse", "drop"] = "refuse",
+    accept_licence: bool = False,
     progress: Progress = SILENT,
 ) -> NewProject:
     """Write a project around a file of rows. Leaves nothing behind where it is refused, and overwrites nothing: only a
@@ -73,23 +76,19 @@ def make_project(
 
     data: a path, a pattern or a URL. licence: of the rows; the project admits each LicenseRef-... in it. name: of the
     versions, by default the folder's. rename: a key of the rows -> the key that a format knows. control_tokens: what is
-    done with rows that hold one of the base's chat template.
-    Raises UsageError where there is a project already or the rows cannot be read, Refused for another licence that the
-    default policy does not allow, and for rows with control tokens.
+    done with rows that hold one of the base's chat template. accept_licence: write the settings that accept a licence
+    which the default policy refuses.
+    Raises UsageError where there is a project already or the rows cannot be read, Refused for a licence that is not
+    accepted, and for rows with control tokens.
     """
     root = directory.absolute()
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
-    try:
-        permitted(licence, Licences(allow=custom_ids(licence)), "--licence")
-    except Refused as refused:
-        if "data.licences" in (refused.fix or ""):  # which no file can hold yet
-            refused.fix = f"{refused.fix}: run init with --licence LicenseRef-NAME, then write both into {FILE}"
-        raise
+    licences = _accepted_licences(licence, accept_licence)
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)  # the rows are found from there
     try:
-        return _make(root, data, licence, name, base, dict(rename or {}), control_tokens, progress)
+        return _make(root, data, licence, licences, name, base, dict(rename or {}), control_tokens, progress)
     except TunesmithError:
         with contextlib.suppress(OSError):
             for folder in new:
@@ -97,10 +96,27 @@ def make_project(
         raise
 
 
+def _accepted_licences(licence: str, accept: bool) -> Licences:
+    """The settings that accept a licence. accept: also those that the default policy refuses."""
+    policy = Licences(allow=custom_ids(licence))
+    while True:
+        try:
+            permitted(licence, policy, "--licence")
+            return policy
+        except LicenceRefused as refused:
+            if not refused.accept:
+                raise
+            if not accept:
+                refused.fix = f"{refused.fix}: `init --accept-licence` writes that"
+                raise
+            policy = policy.model_copy(update=dict(refused.accept))
+
+
 def _make(
     root: Path,
     data: Path | str,
     licence: str,
+    licences: Licences,
     name: str | None,
     base: str,
     rename: dict[str, str],
@@ -117,7 +133,7 @@ def _make(
     if name is None:
         plain_name = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()))
         name = plain_name.strip("-._")[:_LONGEST_NAME] or "project"
-    settings, files = _compose(name, base, source, found)
+    settings, files = _compose(name, base, source, licences, found)
     if control_tokens == "drop":
         settings["data"]["control_tokens"] = control_tokens
     plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
@@ -141,6 +157,7 @@ def _make(
         respelled=found.answers.respelled,
         json_answers=found.answers.schema is not None,
         files=tuple(written),
+        measured=measured(found),
         notes=notes(found),
         root=root,
     )
@@ -161,7 +178,9 @@ _HEADER = """\
 """
 
 
-def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[dict[str, Any], dict[str, str]]:
+def _compose(
+    name: str, base: str, source: Source, licences: Licences, found: RowFindings
+) -> tuple[dict[str, Any], dict[str, str]]:
     answers, is_json = found.answers, found.answers.schema is not None
     files, long, short = dict[str, str](), dict[str, Any](), dict[str, Any]()
     if found.system is not None:  # a prompt replaces the rows' own system turns
@@ -179,21 +198,20 @@ def _compose(name: str, base: str, source: Source, found: RowFindings) -> tuple[
     task: dict[str, Any] = {"scorers": ["exact_match"]}
     if is_json:
         task = {"schema": "answer.schema.json", "scorers": ["json_valid", "exact_match", "field_f1"]}
-    if is_json and answers.sentences:  # no two people write the same sentence, but other fields can be right
-        task["primary"] = "field_f1"
-    gates: dict[str, Any] = {
-        "lift": {"metric": task.get("primary", "exact_match"), "over": "best-untuned", "at_least": 0.02}
-    }
+    if (metric := primary(found)) != "exact_match":
+        task["scorers"] = list(dict.fromkeys([*task["scorers"], metric]))
+        task["primary"] = metric
+    gates: dict[str, Any] = {"lift": {"metric": metric, "over": "best-untuned", "at_least": LIFT}}
     if is_json:
         gates["valid"] = {"metric": "json_valid", "at_least": 0.99}
     gates["forgetting"] = {"suite": "general", "drop_at_most": 0.10}
-    custom = list(custom_ids(source.licence or ""))
+    policy = licences.model_dump(mode="json", exclude_defaults=True)
     settings = {
         "name": name,
         "base": base,
         "data": {
             "sources": [source.model_dump(mode="json", exclude_defaults=True)],
-            **({"licences": {"allow": custom}} if custom else {}),
+            **({"licences": policy} if policy else {}),
             **({"key_order": "request"} if answers.reordered else {}),
             "split": split,
             "review": "review.jsonl",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.building.examine import refuse_control_tokens, renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.formats.row_formats import RowFormat, format_of, read_turns
+from tunesmith.data.formats.row_formats import RowFormat, format_of, inferred_rename, read_turns
 from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.settings import Source, Split
 from tunesmith.data.sources.files import find_files, open_source
@@ -28,6 +29,7 @@ from tunesmith.training.settings import TrainSettings
 MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default
 FEWEST_GROUPS = 20  # as many held-out groups as a gate needs
 _FEWEST = 20
+_LOOKED_AT = 100  # rows from which the names of keys are understood
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
 # An instruction that all requests begin with would make them near duplicates of each other.
 _AS_SYSTEM = {"instruction": "system", "input": "prompt", "output": "completion"}
@@ -79,6 +81,8 @@ def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: 
 
     Raises UsageError where rows cannot be read, or too few are usable, and Refused for rows with control tokens.
     """
+    if not source.rename:
+        source = source.model_copy(update={"rename": inferred_rename(_first_fields(root, source))})
     read = _read(root, source, control)
     if unknown := sorted(source.rename.keys() - read.keys):
         raise UsageError(
@@ -184,6 +188,16 @@ def _read(root: Path, source: Source, control: ControlTokens) -> _Read:
                         found.controlled.append((read.where, reason))
                 if reason is not None:
                     found.unusable[reason] += 1
+    return found
+
+
+def _first_fields(root: Path, source: Source) -> dict[str, Any]:
+    """The keys of the first rows, each with its first value: a row may lack some of them."""
+    found: dict[str, Any] = {}
+    for file in find_files([source], root):
+        with open_source(file) as opened:
+            for read in islice(opened.rows(), _LOOKED_AT):
+                found = {**read.fields, **found}
     return found
 
 
