@@ -1,4 +1,4 @@
-"""The tutorial's commands on the real base model, then what a reviewer would try on what they leave."""
+"""The real base model, and the tutorial's commands: on a tiny base, and before a release on the real one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from tests.commands import call
 from tests.docs.test_pages import ROOT, executed_blocks
 from tests.own_group import run_whole_group
+from tests.tiny import SIZES, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.models.base import Base, resolve_base
@@ -36,11 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return resolve_base(Store(folder), BASE, folder)
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _run_the_tutorial(folder: Path, base: Path | None) -> Path:
     """The project that the tutorial's commands leave, which ran in order, in one shell, as a reader would run them. A
-    block of YAML becomes tunesmith.yaml."""
-    folder = tmp_path_factory.mktemp("tutorial")
+    block of YAML becomes tunesmith.yaml. base: a model that learns nothing, so that its gate asks for nothing."""
     blocks = executed_blocks("docs/tutorial.md")
     assert blocks
     command = folder / "bin" / "tunesmith"
@@ -49,6 +48,9 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command.chmod(0o755)
     script = ["set -eu"]
     for kind, text in blocks:
+        if base is not None and kind != "bash":
+            settings = text.replace(BASE, str(base)).partition("gates:\n")[0]
+            text = f"{settings}gates:\n  valid: {{metric: json_valid, at_least: 0.0}}\n"
         script.append(text if kind == "bash" else f"cat > tunesmith.yaml <<'YAML'\n{text}YAML")
     shutil.copytree(ROOT / "examples" / "tickets", folder / "examples" / "tickets")
     path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -59,7 +61,20 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tickets"
 
 
-def test_the_tutorial_leaves_a_report_and_two_versions(released: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = write_model(tmp_path_factory.mktemp("tiny") / "m", sizes={**SIZES, "max_position_embeddings": 8192})
+    return _run_the_tutorial(tmp_path_factory.mktemp("tutorial"), base)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_the_tutorial(tmp_path_factory.mktemp("tutorial"), None)
+
+
+@pytest.mark.parametrize("project", ["tiny", pytest.param("released", marks=pytest.mark.long)])
+def test_the_tutorial_leaves_a_report_and_two_versions(request: pytest.FixtureRequest, project: str) -> None:
+    released = request.getfixturevalue(project)
     assert (released / "report.html").stat().st_size > 10_000
     assert {path.name for path in (released / ".tunesmith" / "versions" / "tickets").iterdir()} == {"v1", "v2"}
 
@@ -71,9 +86,16 @@ def test_the_gguf_became_a_plain_base(base: Base) -> None:
     assert base.context_length == 8192
 
 
-def test_its_template_knows_no_tools(base: Base) -> None:
+def test_its_template_knows_no_tools_and_writes_two_of_its_special_tokens(base: Base) -> None:
+    renderer = Renderer(base.folder)
     with pytest.raises(Refused, match="does not render tools"):
-        _ = Renderer(base.folder).call_format
+        _ = renderer.call_format
+    assert renderer.control_tokens == ("<|im_end|>", "<|im_start|>")
+    text = "rename <filename>  to\n<|endoftext|>"
+    ids = renderer.prompt([Message(role="user", content=text)])
+    assert text in renderer.text(ids)
+    special = renderer.tokenizer.convert_tokens_to_ids(["<filename>", "<|endoftext|>"])
+    assert not {*special} & {*ids}
 
 
 def test_logits_are_those_of_transformers(base: Base) -> None:
@@ -83,7 +105,6 @@ def test_logits_are_those_of_transformers(base: Base) -> None:
     from tunesmith.engines.native.network.attention import shared_prefix_attention
     from tunesmith.engines.native.network.network import forward, frozen_linear, logits
     from tunesmith.engines.native.network.weights import load_network
-    from tunesmith.models.rendering import Renderer
 
     renderer = Renderer(base.folder)
     rows = [
@@ -102,6 +123,7 @@ def test_logits_are_those_of_transformers(base: Base) -> None:
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
+@pytest.mark.long
 def test_the_estimate_was_of_use(released: Path) -> None:
     store = Store(released / ".tunesmith")
     training = store.record(store.records_of("training")[0], kind="training").body
@@ -109,10 +131,10 @@ def test_the_estimate_was_of_use(released: Path) -> None:
     assert training["estimate"]["peak_memory_bytes"] / training["peak_memory_bytes"] == pytest.approx(1.0, abs=0.5)
 
 
-def test_a_copied_store_verifies_unless_a_byte_changed(released: Path, tmp_path: Path) -> None:
+def test_a_copied_store_verifies_unless_a_byte_changed(tiny: Path, tmp_path: Path) -> None:
     """A byte of the adapter; every byte of every file: tests/registry/test_verification.py."""
     copy = tmp_path / "elsewhere"
-    shutil.copytree(released / ".tunesmith", copy)
+    shutil.copytree(tiny / ".tunesmith", copy)
     (copy / "tunesmith.db").unlink()
     found = call(copy, "verify", "tickets@v1")
     assert found["ok"]
@@ -125,6 +147,7 @@ def test_a_copied_store_verifies_unless_a_byte_changed(released: Path, tmp_path:
     assert any(blob.name in problem.path for problem in problems)
 
 
+@pytest.mark.long
 def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -151,10 +174,12 @@ def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tm
     assert ours == pytest.approx(theirs, abs=0.35), "bf16 against fp32 over some thirty tokens"
 
 
+@pytest.mark.long
 def test_a_version_is_talked_to_as_verified(released: Path) -> None:
     assert call(released, "chat", "tickets@v1", "--message", REQUEST)["answer"] == ANSWER
 
 
+@pytest.mark.long
 def test_tuning_lifts_and_a_control_does_not(released: Path) -> None:
     """The control trains on shuffled answers, of which it can learn the form only. Changes the project: it is last."""
     settings = yaml.safe_load((released / "tunesmith.yaml").read_text())
