@@ -41,7 +41,7 @@ def ours(found: Any, *, packed: bool) -> Contender:
     settings = TrainSettings(rank=RANK, learning_rate=RATE, batch=BATCH, schedule="constant", checkpoint_seconds=1e6)
     model = LoadedHFModel(found).trainable(settings, seed=0, state_bytes=16)
     if not packed:
-        model.pad_rows()
+        model._model.packs = False
 
     def run(steps: Sequence[Sequence[Any]]) -> list[float]:
         plan = [lay_out_step(step, settings.tokens, share=model.shares_prefix) for step in steps]
@@ -87,8 +87,9 @@ def plain(found: Any) -> Contender:
 def trl(found: Any) -> Contender:
     """TRL's SFTTrainer with PEFT on the same token ids and labels, padded as it does by itself."""
     import torch
-    from tests.engines.hf.trl_steps import trl_steps
     from transformers import AutoModelForCausalLM
+
+    from engine_parts.trl_steps import trl_steps
 
     model: Any = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)
     how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}

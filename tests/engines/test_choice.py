@@ -21,6 +21,8 @@ FOUR_BITS = {"quantize": "4bit"}
         ("llama", "auto", {}, 1, True, "hf", "hf"),
         ("llama", "auto", FOUR_BITS, 1, False, "hf", "native"),
         ("llama", "auto", {"dora": True}, 1, False, "hf", "native"),
+        ("llama", "auto", {"precision": "fp32"}, 1, False, "hf", "native"),
+        ("llama", "native", {"precision": "bf16"}, 1, False, "native", "native"),
         ("llama", "auto", {"start": "pissa"}, 1, False, "hf", "native"),
         ("llama", "auto", {}, 2, False, "hf", "native"),
         ("gpt2", "auto", {}, 1, False, "hf", "hf"),

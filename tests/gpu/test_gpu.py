@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hf_models import base_of_family
+from tests.hf_models import base_of_family, use_static_cache
 from tests.tiny import WIDE, row, write_model
 from tests.training.test_resume import ROWS
 from tunesmith.core.progress import Stopped
@@ -135,7 +135,7 @@ def test_other_ways_have_the_losses_of_the_cpu(tmp_path: Path, settings: dict[st
 def test_the_compiled_static_cache_gives_the_answers_of_the_dynamic_one(base: Base) -> None:
     engine, found = LoadedHFModel(base).engine(), []
     for static in (False, True):
-        engine.use_static_cache(static)
+        use_static_cache(engine, static)
         found.append(engine.generate(REQUESTS))
     for one, other in zip(*found, strict=True):
         for mine, theirs in zip(one.scores, other.scores, strict=False):

@@ -7,14 +7,9 @@ package of the name vllm, `PYTHON -m vllm.entrypoints.openai.api_server --model`
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,6 @@ import pytest
 
 from tests.adapters import write_adapter
 from tests.tiny import write_model
-from tests.tiny_project import write_project
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT
@@ -35,9 +29,6 @@ from tunesmith.engines.vllm.engine import VllmEngine
 from tunesmith.engines.vllm.model_server import ModelServer
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
-from tunesmith.pipeline.answers import answers
-from tunesmith.pipeline.context import PipelineContext
-from tunesmith.project import Project
 from tunesmith.store.store import Store
 
 COMMAND = os.environ.get("TUNESMITH_VLLM", "")
@@ -153,64 +144,3 @@ def test_another_base_and_what_it_cannot_serve_are_refused(engine: VllmEngine, b
         ModelServer(engine._pool._servers[0]._http, other, Renderer(other.folder)).check()
     with pytest.raises(Refused, match="max_lora_rank 8"):
         engine.load_adapter("big", write_adapter(tmp_path / "big", base, rank=16))
-
-
-def test_a_server_killed_in_the_middle_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is lost and nothing is answered twice. Which request shares a batch with which changes, and with it the
-    last bits of bf16, so a few greedy answers may differ."""
-    found: list[dict[str, str]] = []
-    engine = None
-    for name in ("killed", "undisturbed"):
-        settings = _started(2, tmp_path / "adapters")
-        candidates = {"plain": {"prompt": "prompt.txt", "max_tokens": 8}}
-        folder = write_project(tmp_path / name, base=BASE, candidates=candidates, engine=settings)
-        context = PipelineContext(Project.load(folder))
-        engine = context.engine = engine or context.engine
-        assert isinstance(engine, VllmEngine)
-        if name == "killed":
-            _kill_after(engine, 8)
-        record = context.store.record(answers(context, "plain"))
-        lines = [json.loads(line) for line in context.store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
-        rows = [row.id for row in context.dataset.examples("test")]
-        assert Counter(line["id"] for line in lines) == Counter(rows), "each row once"
-        found.append({line["id"]: line["text"] for line in lines})
-        _wait_for_all(engine)
-    apart = sum(found[0][row] != found[1][row] for row in found[1])
-    with capsys.disabled():
-        print(f"{apart} of {len(found[1])} answers differ from those of an undisturbed run")
-    assert apart <= len(found[1]) // 4
-
-
-def _kill_after(engine: VllmEngine, number: int) -> None:
-    """Kill the first server of an engine, with all its processes, when so many requests were answered."""
-    answered, lock, ask = 0, threading.Lock(), engine._pool.ask
-
-    def counting(*given: Any) -> dict[str, Any]:
-        nonlocal answered
-        choice = ask(*given)
-        with lock:
-            answered += 1
-            if answered == number:
-                _kill(engine._processes[0].log)
-        return choice
-
-    engine._pool.ask = counting  # type: ignore[method-assign]
-
-
-def _kill(log: Path) -> None:
-    """kill -9 every process that prints into a log."""
-    killed = 0
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and os.readlink(entry / "fd" / "1") == str(log):
-                os.kill(int(entry.name), signal.SIGKILL)
-                killed += 1
-    assert killed >= 2, "the server and its guard"
-
-
-def _wait_for_all(engine: VllmEngine) -> None:
-    """Wait until the server that was killed is used again."""
-    limit = time.monotonic() + 1200
-    while not all(server.usable for server in engine._pool._servers):
-        assert time.monotonic() < limit
-        time.sleep(1)

@@ -13,16 +13,16 @@ import torch
 from tests.hf_models import base_of_family
 from tests.tiny import row
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.engines import device, factory
+from tunesmith.engines import factory
 from tunesmith.engines.batch import lay_out
-from tunesmith.engines.factory import check_weight_settings, training_engine
+from tunesmith.engines.factory import check_weight_settings
 from tunesmith.engines.hf import support
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Question
-from tunesmith.engines.settings import EngineSettings, WeightSettings
+from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Renderer
 from tunesmith.training.objectives import CrossEntropy
@@ -125,18 +125,3 @@ def test_liger_patches_the_families_that_it_knows(tmp_path: Path, monkeypatch: p
     with pytest.raises(Refused, match="no kernels for the family 'gpt2'") as refused:
         HFModel(base_of_family(tmp_path, "gpt2"), settings)
     assert refused.value.where == "train.kernels"
-
-
-@pytest.mark.skipif(device.gpu_present(), reason="about machines without a GPU")
-def test_what_the_native_engine_does_not_honour_goes_to_hf_or_is_refused() -> None:
-    native = EngineSettings(train="native")
-    for stated, said in [
-        ({"precision": "fp32"}, "keeps the base in bf16"),
-        ({"attention": "eager"}, "has its own attention"),
-        ({"kernels": "liger"}, "has its own kernels"),
-    ]:
-        weights = WeightSettings.model_validate(stated)
-        assert training_engine("llama", weights) == "hf"
-        with pytest.raises(Refused, match=f"the native engine .*{said}"):
-            training_engine("llama", weights, native)
-    assert training_engine("llama", WeightSettings(precision="bf16"), native) == "native"

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.engines.hf.trl_steps import trl_steps
 from tests.hf_models import base_of_family, change_adapter, write_hf_model
 from tests.tiny import ROWS
 from tests.trained import gradients, reference_loss
@@ -179,6 +178,11 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
 @pytest.mark.slow
 def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
     """On the same token ids and labels, from the same adapter, with rows of uneven lengths one at a time."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
     base, rate = base_of_family(tmp_path, "llama"), 0.01
     ours = _trainable(base)
     start, rows = _save(ours, tmp_path / "start"), _rows(base)
@@ -188,9 +192,31 @@ def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
     for _ in range(8):
         losses.append(gradients(ours, [lay_out(rows, share=False)]))
         update(ours, optimizer, rate, 1.0)
-    how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
-    found = trl_steps(theirs, base.folder, [rows] * 8, rank=4, rate=rate, at_once=1, **how)
-    assert found.losses == pytest.approx(losses, rel=1e-3)
+    config = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(rows),
+        max_length=None,
+        num_train_epochs=1,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        completion_only_loss=True,
+        train_sampling_strategy="sequential",
+        disable_tqdm=True,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+    )
+    told = [{"input_ids": list(one.ids), "completion_mask": [int(mark) for mark in one.trained]} for one in rows] * 8
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    trainer = SFTTrainer(model=theirs, args=config, train_dataset=Dataset.from_list(told), processing_class=tokenizer)
+    trainer.train()
+    found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert found == pytest.approx(losses, rel=1e-3)
     assert losses[-1] < 0.9 * losses[0]
 
 

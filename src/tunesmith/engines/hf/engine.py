@@ -49,11 +49,6 @@ class HFEngine(InProcessEngine[str]):
     def _vocabulary(self) -> int:
         return self._model.vocabulary
 
-    def use_static_cache(self, static: bool) -> None:
-        """Decode with the static cache or with the dynamic one from now on, whatever the device: to compare the two."""
-        self._model.static = static
-        self._model.release_cache()
-
     def _open_whole(self, folder: Path) -> HFEngine:
         read_model_file(folder, self._base, self._model.repeated)  # refuses what does not belong to the base
         model = HFModel(self._base, self._model.settings, weights=folder / MODEL_FILE)

@@ -59,10 +59,6 @@ class HFTrainable(TrainableModel):
         attention, which reads whole rows."""
         return self._model.packs and self._model.attention != packing.FLASH
 
-    def pad_rows(self) -> None:
-        """Compute batches padded from now on, as for a family that cannot be packed: to compare the two."""
-        self._model.packs = False
-
     @property
     def trained_numbers(self) -> int:
         """How many numbers are trained."""
