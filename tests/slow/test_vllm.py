@@ -22,7 +22,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT
 from tunesmith.engines.native.engine import NativeEngine
-from tunesmith.engines.native.export_check import SERVED_TOLERANCE, Probe, answer_probes, compare
+from tunesmith.engines.native.export_check import SERVED_TOLERANCE, answer_probes, compare
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.engine import VllmEngine
@@ -128,7 +128,7 @@ def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: NativeEngine) ->
 
 
 def test_what_is_served_is_what_was_trained(engine: VllmEngine, here: NativeEngine, base: Base, adapter: Path) -> None:
-    probes = [Probe(str(number), _asked(text)) for number, text in enumerate(TEXTS)]
+    probes = [_asked(text) for text in TEXTS]
     for each in (engine, here):
         answered = answer_probes(each, "a", base, probes, 12, SILENT)
         figures = compare(each, "a", base=base, trained=adapter, form="peft", exported=adapter, answered=answered)

@@ -205,14 +205,14 @@ def _compare(
     folder: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    from tunesmith.engines.native.export_check import Probe, answer_probes, compare
+    from tunesmith.engines.native.export_check import answer_probes, compare
 
     if candidate.dataset is None or candidate.training is None:
         raise Refused(f"candidate {candidate.name} names no dataset with held-out requests to compare on")
     held_out = load_dataset(store, candidate.dataset).examples("test")[:_PROBES]
     if not held_out:
         raise Inconclusive("the dataset has no held-out rows to compare on", fix="set data.split.test")
-    probes = [Probe(example.id, compose(candidate, example.request)) for example in held_out]
+    probes = [compose(candidate, example.request) for example in held_out]
     engine.load_adapter(candidate.training, adapter)
     length = min(candidate.max_tokens, _PROBE_TOKENS)
     answered = answer_probes(engine, candidate.training, base, probes, length, progress)

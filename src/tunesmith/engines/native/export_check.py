@@ -23,11 +23,12 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system import memory
 from tunesmith.engines.batch import lay_out
-from tunesmith.engines.native.adapters.model_file import tuned
+from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.engines.weights.whole_model import read_model_file
 from tunesmith.models.base import Base, weight_files
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import Dtype, merged_shards
@@ -50,18 +51,10 @@ _UNLIKELY = math.log(0.01)  # tokens with less than this are not compared: they 
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """A held-out request as the candidate composes it. id: its example's id."""
-
-    id: str
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Answered:
-    """A probe with the engine's greedy answer. row: ids of both. ended: whether the engine decoded the end token."""
+    """A request with the engine's greedy answer. row: ids of both. ended: whether the engine decoded the end token."""
 
-    probe: Probe
+    messages: tuple[Message, ...]
     text: str
     row: Rendered
     ended: bool
@@ -84,16 +77,21 @@ Scorer = Callable[[Sequence[int], int], Tensor]
 
 
 def answer_probes(
-    engine: Engine, adapter: str, base: Base, probes: Sequence[Probe], max_tokens: int, progress: Progress
+    engine: Engine,
+    adapter: str,
+    base: Base,
+    probes: Sequence[tuple[Message, ...]],
+    max_tokens: int,
+    progress: Progress,
 ) -> list[Answered]:
-    """The engine's greedy answers, as ids of the base's tokenizer."""
+    """The engine's greedy answers to held-out requests as the candidate composes them, as ids of the base's
+    tokenizer."""
     renderer = Renderer(base.folder)
-    asked = [Generation(probe.messages, max_tokens=max_tokens) for probe in probes]
-    found = []
-    for probe, given in zip(probes, engine.generate(asked, adapter, progress), strict=True):
-        row = renderer.answered(probe.messages, given.text)
-        found.append(Answered(probe, given.text, row, given.finish == "stop"))
-    return found
+    given = engine.generate([Generation(each, max_tokens=max_tokens) for each in probes], adapter, progress)
+    return [
+        Answered(messages, answer.text, renderer.answered(messages, answer.text), answer.finish == "stop")
+        for messages, answer in zip(probes, given, strict=True)
+    ]
 
 
 def compare(
@@ -128,10 +126,10 @@ def compare(
             _places(one.row, scores)
             for one, scores in zip(answered, score(_native(*tuned(trained, network, base))), strict=True)
         ]
-        untuned = _figures(answered, reference, score(_native(network, frozen_linear(network))))
+        untuned = _figures(reference, score(_native(network, frozen_linear(network))))
         del network
         gc.collect()
-        export = _figures(answered, reference, score(_transformers(form, exported, base)))
+        export = _figures(reference, score(_transformers(form, exported, base)))
     gc.collect()
     return {
         "probes": len(answered),
@@ -149,7 +147,7 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
     if form == "merged":
         renderer = Renderer(exported)
         for one in answered:
-            if renderer.answered(one.probe.messages, one.text) != one.row:
+            if renderer.answered(one.messages, one.text) != one.row:
                 raise Refused(
                     "the export's tokenizer encodes a request differently from the base's", where=str(exported)
                 )
@@ -166,64 +164,53 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
         raise Refused("the GGUF's chat template or end token differs from the base's", where=str(exported / GGUF))
 
 
-def _figures(answered: Sequence[Answered], reference: Sequence[Places], scores: Sequence[Tensor]) -> dict[str, Any]:
+def _figures(reference: Sequence[Places], scores: Sequence[Tensor]) -> dict[str, Any]:
     """How far an export's log-probabilities [N, vocabulary] of each answer differ from the reference."""
-    largest, total, count = 0.0, 0.0, 0
-    first: dict[str, Any] | None = None
-    equal = 0
-    for one, expected, found in zip(answered, reference, scores, strict=True):
+    largest, total, count, equal = 0.0, 0.0, 0, 0
+    for expected, found in zip(reference, scores, strict=True):
         difference = (found.gather(1, expected.tokens) - expected.scores).abs()
         difference = difference[expected.scores > _UNLIKELY]
         largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
         total, count = total + float(difference.sum()), count + difference.numel()
-        chosen = found.argmax(-1)
-        differs = (chosen != expected.tokens[:, 0]).nonzero()[:, 0].tolist()
-        if not differs:
-            equal += 1
-        elif first is None:
-            first = _divergence(one, expected, differs[0], int(chosen[differs[0]]))
+        equal += torch.equal(found.argmax(-1), expected.tokens[:, 0])
     if not math.isfinite(largest + total):
         largest = total = math.inf
     return {
         "max_difference": _rounded(largest),
         "mean_difference": _rounded(total / max(count, 1)),
         "equal_answers": equal,
-        "first_divergence": first,
     }
 
 
 def _served(engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]) -> dict[str, Any]:
     """How far the serving engine differs from the reference, in log-probabilities and in greedy answers."""
     scored = answered[:_SCORED]
-    questions = [Question(one.probe.messages, (one.text,)) for one in scored]
+    questions = [Question(one.messages, (one.text,)) for one in scored]
     largest, equal = 0.0, 0
-    first: dict[str, Any] | None = None
     for expected, (total,) in zip(reference, engine.choose(questions, adapter), strict=False):
         difference = abs(total - float(expected.answer.sum())) / len(expected.answer)
         largest = max(largest, difference) if math.isfinite(difference) else math.inf
     for one, expected in zip(answered, reference, strict=True):
         answer = torch.tensor(one.row.ids[-len(expected.answer) :])
-        decoded = len(answer) - (
-            not one.ended
-        )  # the engine did not choose the end token of an answer that reached max_tokens
-        differs = (answer != expected.tokens[:, 0])[:decoded].nonzero()[:, 0].tolist()
-        if not differs:
-            equal += 1
-        elif first is None:
-            first = _divergence(one, expected, differs[0], int(answer[differs[0]]))
+        # The engine did not choose the end token of an answer that reached max_tokens.
+        decoded = len(answer) - (not one.ended)
+        equal += torch.equal(answer[:decoded], expected.tokens[:decoded, 0])
     return {
         "scored": len(scored),
         "max_difference": _rounded(largest),
         "equal_answers": equal,
-        "first_divergence": first,
     }
 
 
-def _divergence(one: Answered, expected: Places, place: int, token: int) -> dict[str, Any]:
-    """Where another token was chosen, and by how many nats the reference prefers its choice."""
-    at = (expected.tokens[place] == token).nonzero()[:, 0].tolist()
-    margin = float(expected.scores[place, 0] - expected.scores[place, at[0]]) if at else math.inf
-    return {"example": one.probe.id, "token": place, "margin": _rounded(margin)}
+def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
+    """The network and linear layers that a training's folder describes: the base's with an adapter, or a new network.
+
+    Raises Refused where the files belong to another base.
+    """
+    if not has_whole_model(folder):
+        return network, adapted_linear(network, read_adapter(folder, network, base))
+    own = load_network(base.folder, network.dtype, read_model_file(folder, base, network.repeated))
+    return own, frozen_linear(own)
 
 
 def _places(row: Rendered, scores: Tensor) -> Places:
