@@ -218,7 +218,7 @@ def test_damaged_answers_are_drawn_again_as_many_as_a_budget_allowed(tmp_path: P
 
 def test_rehearsing_leaves_epochs_and_rates_and_repeats(tmp_path: Path) -> None:
     tuned = {"prompt": "prompt.txt", "max_tokens": 8}
-    train = {"rank": 2, "batch": 12, "rows": 24}
+    train = {"rank": 2, "batch": 12, "rows": 24, "validate_by": "loss"}
     folder = write_project(
         tmp_path / "p",
         candidates={

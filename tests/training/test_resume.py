@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forked import forkserver, run_elsewhere
+from tests.forked import run_elsewhere
 from tests.said import SaidAndNoted
 from tests.tiny import row, write_model
 from tunesmith.core.digests import digest_bytes, digest_file
@@ -132,19 +132,24 @@ def test_told_to_stop_it_keeps_the_step_and_ends_in_the_same_bytes(folder: Path,
     assert run(folder, rare) == uninterrupted
 
 
+def _run_until(folder: Path, wanted: int) -> None:
+    """Run a training that is killed soon after a step: while the next one is computed or written."""
+    step = Trainer._step
+
+    def stepping(trainer: Trainer, task: Task) -> None:
+        step(trainer, task)
+        if trainer.state.step == wanted:
+            threading.Timer(0.003, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    Trainer._step = stepping  # type: ignore[method-assign]
+    run(folder)
+
+
 @pytest.mark.slow
 def test_killed_during_steps_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
-    """Killed as soon as a checkpoint is there: while the next step is computed or written."""
     reached = []
-    for wanted in (1, 14):
-        worker = forkserver().Process(target=run, args=(folder,))
-        worker.start()
-        until = time.monotonic() + 300
-        while worker.is_alive() and time.monotonic() < until and _newest(folder) < wanted:
-            time.sleep(0.001)
-        worker.kill()
-        worker.join()
-        assert worker.exitcode == -signal.SIGKILL, "the training ended before it was killed"
+    for wanted in (2, 12):
+        assert run_elsewhere(_run_until, folder, wanted) == -signal.SIGKILL
         reached.append(_newest(folder))
         assert wanted <= reached[-1] < 30
     assert reached == sorted(set(reached)), "each training went on from where the one before it was killed"

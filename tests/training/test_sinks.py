@@ -21,7 +21,7 @@ from tunesmith.training.sinks import Follower, Point, follower, points
 from tunesmith.training.state import TrainerState
 
 Series = dict[str, list[tuple[int, float]]]
-TRAIN = {"rank": 2, "batch": 8, "epochs": 2, "checkpoint_seconds": 1e-9, "validations": 2}
+TRAIN = {"rank": 2, "batch": 8, "epochs": 2, "checkpoint_seconds": 1e-9, "validations": 2, "validate_by": "loss"}
 
 
 class _Killed(BaseException):
