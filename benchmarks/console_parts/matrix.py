@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
-from tests.console.conftest import chromium
+from tests.browser import chromium
 
 from console_parts.asking import Console, middle_and_p95, page
 from engine_parts.report import Line

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
+from tests.browser import chromium
 from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.server.conftest import Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
@@ -21,7 +20,7 @@ from tunesmith.store.people.sessions import make_link
 __all__ = ["engine", "made", "scene", "served", "versions"]
 
 Login = Callable[..., Page]
-WIDTHS = {"phone": 360, "laptop": 1280, "wall": 2560}
+WIDTHS = {"phone": 360, "laptop": 1280}
 # By theme: the rules of WCAG 2.2 AA and what axe recommends beside them; and those about colours, which are all that a
 # theme changes (static/console.css). Only what is wrong is told with every element.
 _RULES: dict[str, dict[str, Any]] = {
@@ -30,13 +29,6 @@ _RULES: dict[str, dict[str, Any]] = {
 }
 
 expect.set_options(timeout=60_000)  # milliseconds: a machine that is not idle is the normal case
-
-
-def chromium() -> str:
-    """The browser that tests use."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert found, "the console's tests need Chromium: apt-get install chromium"
-    return found
 
 
 @pytest.fixture
@@ -50,10 +42,14 @@ def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> It
 # Of one module: while Playwright runs, no test of this process can start an event loop of its own.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    path = chromium()
+    if path is None:
+        said = "there is no Chromium: install one, or name one in $CHROMIUM"
+        pytest.fail(said) if os.environ.get("CI") else pytest.skip(said)
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium(), args=flags)
+        found = playwright.chromium.launch(executable_path=path, args=flags)
         yield found
         found.close()
 
@@ -89,6 +85,16 @@ def login(browser: Browser, served: Served) -> Iterator[Login]:
     assert not refused, refused
 
 
+def follow(link: Locator) -> None:
+    """Click something that leads to a page, and wait until that is loaded.
+
+    A click returns before that, and a page shows its text before its scripts run: keys that a test presses then go to a
+    page that does not listen yet.
+    """
+    with link.page.expect_navigation():
+        link.click()
+
+
 def check_accessible(page: Page) -> None:
     """axe finds nothing wrong with the page, in both themes."""
     for theme, rules in _RULES.items():
@@ -98,16 +104,11 @@ def check_accessible(page: Page) -> None:
         assert not told, (theme, told)
 
 
-def take_pictures(page: Page, name: str) -> None:
-    """Keep pictures of a page in both themes at three widths, in the folder $TUNESMITH_PICTURES if that is set."""
-    folder = os.environ.get("TUNESMITH_PICTURES")
-    if not folder:
-        return
-    for theme in ("light", "dark"):
-        page.evaluate("name => { document.documentElement.dataset.theme = name }", theme)
-        for width, pixels in WIDTHS.items():
-            page.set_viewport_size({"width": pixels, "height": 900})
-            page.screenshot(path=Path(folder) / f"{name}-{theme}-{width}.png", full_page=True)
+def check_page(page: Page) -> None:
+    """The page is accessible, and fits a phone."""
+    check_accessible(page)
+    assert fits(page)
+    page.set_viewport_size({"width": WIDTHS["laptop"], "height": 900})
 
 
 def fits(page: Page) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import Login
+from tests.console.conftest import Login, check_accessible
 from tests.console.evidence_rows import put_evaluation
 from tests.fabricate import OWNER
 from tests.server.conftest import Served
@@ -84,9 +82,6 @@ def stretch(page: Page, place: str) -> None:
     assert page.evaluate(FITS), place
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 720, "height": 1000})  # a sheet of A4 between its margins
-    if folder := os.environ.get("TUNESMITH_PICTURES"):
-        name = place.strip("/").replace("/", "-") or "home"
-        page.screenshot(path=Path(folder) / f"print-{name}.png", full_page=True)
     assert page.evaluate(FITS), f"{place} on paper"
     page.emulate_media(media="screen")
     page.evaluate(FILL, HOSTILE)
@@ -107,6 +102,7 @@ def test_every_page_by_keyboard_at_200_percent_with_hostile_texts_and_on_paper(
     walked = []
     for place in pages(page, served.url):
         walked.append(place)
+        check_accessible(page)
         walk(page, place)
         stretch(page, place)
     for place in ("/console/jobs", "/console/evidence/x", "/console/rollouts/x", "/console/rows/review"):

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from typer.testing import CliRunner
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.console.evidence_rows import HOSTILE, SECRET, Evaluated, put_evaluation
 from tests.console.test_login import cookie_of, plain
 from tests.data.review.test_review import project_in
@@ -64,26 +64,17 @@ def rows(page: Page) -> int:
 
 def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, evaluated: Evaluated, login: Login) -> None:
     page = login(APPROVER, "/console/evidence")
-    page.get_by_role("link", name="Evidence").first.click()
-    check_accessible(page)
-    take_pictures(page, "evidence-list")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
-    page.locator("tbody th a").first.click()
+    follow(page.get_by_role("link", name="Evidence").first)
+    check_page(page)
+    follow(page.locator("tbody th a").first)
     expect(page.get_by_role("heading", level=1)).to_contain_text("pass")
     expect(page.get_by_role("heading", name="Risks of tuning tuned")).to_be_visible()
-    check_accessible(page)
-    take_pictures(page, "evidence-evaluation")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
 
-    page.get_by_role("link", name="Requests by candidates").click()
+    follow(page.get_by_role("link", name="Requests by candidates"))
     expect(page.locator(".matrix tbody tr a").first).to_be_visible()
     assert page.locator("td.change").first.inner_text() == "loss", "what got worse comes first"
-    check_accessible(page)
-    take_pictures(page, "evidence-matrix")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
     page.get_by_label("Show").select_option("losses")
     expect(page.locator("#results td.change.win")).to_have_count(0)
     page.wait_for_url("**show=losses**")
@@ -96,9 +87,7 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     expect(page.get_by_role("heading", name="Reference answer")).to_be_visible()
     expect(page.locator("pre").nth(1)).to_have_text("{{ 7 * 7 }} [click](javascript:alert(1))")
     assert page.locator(".answers ins").count() > 0
-    check_accessible(page)
-    take_pictures(page, "evidence-request")
-    assert fits(page)
+    check_page(page)
     assert page.locator("a[href^=javascript]").count() == 0
 
 
@@ -212,7 +201,7 @@ def test_rows_are_windowed_and_reached_by_keys(served: Served, login: Login) -> 
     expect(page.get_by_text("400 of 400")).to_be_visible()
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_text("399 of 400")).to_be_visible()
-    page.get_by_role("link", name="Requests by candidates").click()
+    follow(page.get_by_role("link", name="Requests by candidates"))
     expect(page.locator("tr[aria-rowindex='400'] a")).to_be_focused()
 
 
@@ -225,15 +214,13 @@ def test_the_playground_asks_side_by_side_and_keeps_nothing(served: Served, eval
     version = register(served.scene.store, name=NAME, verdict=evaluated.verdict, actor=OWNER)
     page.reload()
     expect(page.get_by_text(f"as {version.label}")).to_be_visible()
-    check_accessible(page)
+    check_page(page)
     page.get_by_label("Question").fill("turn on <b>everything</b>")
     page.get_by_role("button", name="Ask").click()
     expect(page.get_by_text("asked turn on <b>everything</b>").first).to_be_visible()
     expect(page.locator("#answers pre", has_text="document.title")).to_have_text(HOSTILE[0])
     expect(page.locator("#answers section")).to_have_count(4)
-    check_accessible(page)
-    take_pictures(page, "evidence-playground")
-    assert fits(page)
+    check_page(page)
     assert served.rows() == []
 
 
@@ -250,7 +237,7 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
     page.get_by_role("button", name="Register tuned as a version").click()
     page.wait_for_url("**/console/versions/desk/1")
     expect(page.get_by_text("by amy, who signed it")).to_be_visible()
-    page.get_by_role("link", name="The evaluation", exact=True).click()
+    follow(page.get_by_role("link", name="The evaluation", exact=True))
     expect(page.get_by_role("link", name="desk@v1")).to_be_visible()
     expect(page.get_by_role("button", name="Register tuned as a version")).to_have_count(0)
     sent = {"verdict": evaluated.verdict}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, plain
 from tests.fabricate import OPERATOR, OWNER
 from tests.server.conftest import Served
@@ -34,16 +34,12 @@ def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: 
     first = held(served, messages=messages(HOSTILE))
     second = held(served)
     page = login(STEWARD)
-    page.get_by_role("link", name="2 held answers wait for a reviewer").click()
+    follow(page.get_by_role("link", name="2 held answers wait for a reviewer"))
     page.wait_for_url(f"**{PAGE}")
-    check_accessible(page)
-    take_pictures(page, "held")
-    assert fits(page)
+    check_page(page)
     page.goto(f"{served.url}{PAGE}/{first['id']}")
     expect(page.locator("pre").first).to_contain_text('<script>document.title = "taken"</script>')
-    check_accessible(page)
-    take_pictures(page, "held-one")
-    assert fits(page)
+    check_page(page)
     page.get_by_label("Reason").fill("the payee is unclear")
     page.get_by_label("Edited answer").fill("no JSON")
     page.get_by_role("button", name="Send the edited answer").click()

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import expect
 from sqlalchemy import event, insert
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve
 from tests.server.conftest import Served
 from tunesmith.core.clock import now
@@ -64,16 +64,14 @@ def test_the_first_page_says_what_serves_what_is_rolled_out_and_what_needs_actio
     rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
     expect(page.get_by_role("link", name=f"{NAME}@v2 gets 10%")).to_be_visible(timeout=60_000)
     expect(waits).to_contain_text(f"rollout {rollout.id} of {NAME} is paused", timeout=60_000)
-    check_accessible(page)
-    take_pictures(page, "home")
-    assert fits(page)
+    check_page(page)
     approve(store, versions[4], approver=APPROVER)
     expect(waits).not_to_contain_text("@v4", timeout=60_000)
 
     mine = login(OPERATOR)
     first = mine.locator("#waiting li").first
     expect(first).to_contain_text("for you")
-    first.get_by_role("link", name="is paused").click()
+    follow(first.get_by_role("link", name="is paused"))
     mine.wait_for_url(f"{served.url}/console/rollouts/{rollout.id}")
 
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page
 from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.server.conftest import CERTIFICATES, Served
 from tunesmith.core.errors import Refused
@@ -34,9 +34,7 @@ def test_a_person_logs_in_looks_and_logs_out(served: Served, login: Login) -> No
     expect(page.get_by_role("heading", level=1)).to_have_text("Home")
     (cookie,) = page.context.cookies()
     assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (COOKIE, True, "Strict")
-    check_accessible(page)
-    take_pictures(page, "home")
-    assert fits(page)
+    check_page(page)
     page.get_by_text(OPERATOR, exact=True).first.click()
     page.get_by_label("Dark").check()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
@@ -45,7 +43,7 @@ def test_a_person_logs_in_looks_and_logs_out(served: Served, login: Login) -> No
     page.get_by_text(OPERATOR, exact=True).first.click()
     page.get_by_role("button", name="Log out").click()
     page.wait_for_url("**/console/login")
-    check_accessible(page)
+    check_page(page)
     with plain(served, cookie["value"]) as http:
         assert http.get("/").status_code == 303, "the cookie of a session that was ended"
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.console.conftest import check_accessible
+from tests.console.conftest import check_page, follow
 from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import CERTIFICATES, Served, running
 from tests.server.fake_engine import FakeEngine
@@ -81,13 +81,13 @@ def page(browser: Browser) -> Iterator[Page]:
 def ask(page: Page, served: Served, person: str, where: str = "/") -> None:
     """Go to a page without a session, and be that person at the provider."""
     page.goto(served.url + where)
-    page.get_by_role("link", name="Log in with your organisation's account").click()
+    follow(page.get_by_role("link", name="Log in with your organisation's account"))
     page.get_by_role("button", name=person, exact=True).click()
 
 
 def test_a_person_of_the_provider_gets_to_the_page_that_they_wanted(served: Served, page: Page) -> None:
     page.goto(served.url)
-    check_accessible(page)
+    check_page(page)
     ask(page, served, "olga-at-work", "/console/rollouts")
     page.wait_for_url("**/console/rollouts")
     expect(page.get_by_text(OPERATOR, exact=True).first).to_be_visible()

@@ -13,7 +13,7 @@ import yaml
 from playwright.sync_api import Page, expect
 from sqlalchemy import text
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
@@ -57,9 +57,7 @@ def served(scene: Any, versions: dict[int, Version], engine: FakeEngine, project
 def harmless(page: Page) -> None:
     """Nothing that strangers wrote became an element, and the page fits a phone."""
     assert page.locator("main script, main img").count() == 0
-    check_accessible(page)
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
 
 
 def test_an_admin_searches_and_verifies_the_audit_log(
@@ -74,7 +72,7 @@ def test_an_admin_searches_and_verifies_the_audit_log(
     rows = page.get_by_role("region", name="Entries").locator("tbody tr")
     expect(rows).to_have_count(50)
     expect(rows.nth(2)).to_contain_text("person-59")
-    page.get_by_role("link", name="Next").click()
+    follow(page.get_by_role("link", name="Next"))
     expect(page.get_by_role("link", name="Previous")).to_be_visible()
     page.get_by_label("Search users").fill("Onerror")
     page.get_by_role("button", name="Search").click()
@@ -83,7 +81,6 @@ def test_an_admin_searches_and_verifies_the_audit_log(
     rows.first.locator("summary").click()
     expect(rows.first).to_contain_text(OPERATOR)
     harmless(page)
-    take_pictures(page, "audit")
     assert audit.show_audit(store, containing="100%").total == 0, "% is a character, not a wildcard"
     assert audit.show_audit(store, containing="person-5", limit=3).total == 11
 
@@ -111,7 +108,6 @@ def test_an_admin_adds_a_person_changes_roles_ends_a_token_and_deactivates(serve
     issue_token(store, "zoe", actor="zoe", name="laptop")
     page.reload()
     harmless(page)
-    take_pictures(page, "people")
     page.get_by_role("button", name="Revoke laptop of zoe").click()
     expect(page.get_by_role("button", name="Revoke laptop of zoe")).to_have_count(0, timeout=60_000)
     assert [token.status for token in users.list_tokens(store, "zoe").tokens] == ["revoked"]
@@ -147,7 +143,7 @@ def test_others_see_themselves_only_and_change_nobody(served: Served, login: Log
     assert get_user(store, STEWARD).roles == ("steward",)
     # What concerns all tenants is no page for a user of one.
     eve = login("eve")
-    eve.get_by_role("link", name="Operations").click()
+    follow(eve.get_by_role("link", name="Operations"))
     eve.wait_for_url("**/console/operations/people")
     for path in ("audit", "audit?search=home", "drift", "recall?cause=version+home@v1", "impact?base=tiny"):
         assert eve.request.get(f"{served.url}/console/operations/{path}").status == 404
@@ -205,7 +201,6 @@ def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
     page.get_by_role("button", name="Show").click()
     expect(page.get_by_role("alert")).not_to_be_empty(timeout=60_000)
     harmless(page)
-    take_pictures(page, "operations")
 
     status = home.status(project, OPERATOR)
     assert any("drifted" in one.says for one in status.waiting)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import OWNER, Login, check_accessible, fits, take_pictures
+from tests.console.conftest import OWNER, Login, check_page, follow
 from tests.data.review.test_review import project_in
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tests.fabricate import APPROVER, STEWARD, Scene
@@ -70,17 +70,14 @@ def test_ten_rows_by_keys_and_the_build_that_follows(served: Served, login: Logi
     page = login(STEWARD, QUEUE)
     expect(page.get_by_text("Nothing waits for you.")).to_be_visible()
     page.get_by_label("Two people decide").check()
-    page.get_by_role("button", name="Fill the queue").click()
-    page.get_by_role("link", name="Begin to review").click()
+    follow(page.get_by_role("button", name="Fill the queue"))
+    follow(page.get_by_role("link", name="Begin to review"))
     expect(page.get_by_text("refusing answer", exact=False).first).to_be_visible()
     expect(page.locator("mark")).to_have_text("person1@example.com")
     assert "owned" not in page.title()
     page.keyboard.press("?")
     expect(page.get_by_text("Single keys work on this page")).to_be_visible()
-    check_accessible(page)
-    take_pictures(page, "review-item")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
     first = page.url
     page.keyboard.press("j")
     page.wait_for_url(lambda url: url != first)
@@ -89,23 +86,19 @@ def test_ten_rows_by_keys_and_the_build_that_follows(served: Served, login: Logi
     decide(page, served, "aaaeeerrrr")
 
     other = login("eve", QUEUE)
-    other.get_by_role("link", name="Begin to review").click()
+    follow(other.get_by_role("link", name="Begin to review"))
     decide(other, served, "aaaeeerrra")
     expect(other.get_by_text("the same decision on 9 of 10 items")).to_be_visible()
     expect(other.get_by_text("Cohen's kappa 0.85")).to_be_visible()
-    check_accessible(other)
-    take_pictures(other, "review")
-    assert fits(other)
+    check_page(other)
 
     page.goto(f"{served.url}{QUEUE}")
-    page.get_by_role("link", name="Begin to review").click()
+    follow(page.get_by_role("link", name="Begin to review"))
     expect(page.get_by_text("in conflict")).to_be_visible()
-    take_pictures(page, "review-conflict")
-    page.set_viewport_size({"width": 1280, "height": 900})
     decide(page, served, "r")
     page.get_by_role("button", name="Write the decisions").click()
     expect(page.get_by_text("3 accepted, 3 edited, 4 rejected rows")).to_be_visible()
-    check_accessible(page)
+    check_page(page)
 
     before = store.records_of("dataset")[-1]
     after = build(tmp_path, settings(review="review.jsonl", **ALIKE))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, plain
 from tests.fabricate import NAME, OPERATOR, OWNER
 from tests.server.conftest import Served
@@ -43,9 +43,8 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert rolling.digest == versions[2].digest
     page = login(OPERATOR, "/console/rollouts")
     answers_yes(page)
-    check_accessible(page)
-    take_pictures(page, "rollouts")
-    page.get_by_role("link", name=f"{rollout.id} · {NAME}").click()
+    check_page(page)
+    follow(page.get_by_role("link", name=f"{rollout.id} · {NAME}"))
     expect(page.get_by_text("No request yet.")).to_be_visible()
     for _ in range(24):
         assert served.post().status_code == 200
@@ -67,10 +66,7 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert decides is not None
     assert (evidence.points[-1].not_worse, evidence.points[-1].worse) == (decides.not_worse, decides.worse)
     page.get_by_text("The numbers").first.click()
-    check_accessible(page)
-    take_pictures(page, "rollout")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
 
     # An analysis that has not passed stops a promotion; the page says so and what to do.
     page.get_by_text("Promote", exact=True).click()
@@ -102,12 +98,10 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     expect(who).to_contain_text("<script>alert(1)</script>")
     expect(who).to_contain_text("the old version is broken")
     assert page.locator("main script, main img").count() == 0
-    check_accessible(page)
-    assert fits(page)
+    check_page(page)
     page.goto(f"{served.url}/console/rollouts")
     assert page.locator("main script, main img").count() == 0
-    check_accessible(page)
-    assert fits(page)
+    check_page(page)
 
 
 def test_another_tenant_sees_and_changes_nothing(served: Served, versions: dict[int, Version], login: Login) -> None:

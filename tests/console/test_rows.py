@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from tests.console.conftest import OPERATOR, OWNER, Login, check_accessible, fits, take_pictures
+from tests.console.conftest import OPERATOR, OWNER, Login, check_page, follow
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tests.fabricate import APPROVER, STEWARD
 from tests.server.conftest import Served
@@ -31,12 +31,9 @@ def test_a_steward_reads_compares_and_signs(served: Served, login: Login, tmp_pa
 
     page = login(STEWARD, "/console/rows")
     expect(page.get_by_role("table").get_by_role("link")).to_have_count(3)
-    check_accessible(page)
-    take_pictures(page, "rows")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
 
-    page.get_by_role("link", name=first.digest[7:19]).click()
+    follow(page.get_by_role("link", name=first.digest[7:19]))
     expect(page.get_by_role("cell", name="exact duplicate")).to_be_visible()
     page.get_by_label("Text").fill("HOSTILE")
     page.get_by_role("combobox", name="Split").select_option(split_with(first, "hostile"))
@@ -44,10 +41,7 @@ def test_a_steward_reads_compares_and_signs(served: Served, login: Login, tmp_pa
     expect(page.locator("#rows .pager")).to_have_text("1 row")
     expect(page.get_by_text("⟨U+202E⟩ {{7*7}}").first).to_be_visible()
     assert "owned" not in page.title()
-    check_accessible(page)
-    take_pictures(page, "rows-version")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
     page.get_by_role("combobox", name="Split").select_option("removed")
     page.get_by_label("Text").fill("")
     page.get_by_label("Left out because").select_option("exact duplicate")
@@ -64,9 +58,7 @@ def test_a_steward_reads_compares_and_signs(served: Served, login: Login, tmp_pa
     expect(page.get_by_text("another answer")).to_be_visible()
     expect(page.get_by_text("Added rows (1)")).to_be_visible()
     expect(page.get_by_text("attributes.0")).to_be_visible()
-    check_accessible(page)
-    take_pictures(page, "rows-compare")
-    assert fits(page)
+    check_page(page)
 
 
 def test_who_sees_what(served: Served, login: Login, tmp_path: Path) -> None:

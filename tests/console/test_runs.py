@@ -1,4 +1,4 @@
-"""Jobs in the console: the list, one job, two compared, and what another tenant's browser sees of them."""
+"""Jobs in the console: the list, one job, and what another tenant's browser sees of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import OWNER, Scene, put_training
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
@@ -85,15 +85,15 @@ def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> N
     leases.renew(store, lease, progress(), curve(30))
     page = login(path="/console/jobs")
     expect(page.get_by_role("row")).to_have_count(51)
-    page.get_by_role("link", name="Next").click()
+    follow(page.get_by_role("link", name="Next"))
     row = page.get_by_role("row").filter(has_text="running")
     expect(row).to_contain_text("training 25%")
     expect(row).to_contain_text("60 s")
     page.get_by_label("State").select_option("running")
     page.get_by_role("button", name="Filter").click()
     expect(page.get_by_role("row")).to_have_count(2)
-    check_accessible(page)
-    page.get_by_role("link", name=str(lease.job), exact=True).click()
+    check_page(page)
+    follow(page.get_by_role("link", name=str(lease.job), exact=True))
     expect(page.get_by_text("60 s, for this stage")).to_be_visible()
     expect(page.get_by_text("tuned: exact_match")).to_have_count(0)
     expect(page.get_by_text("tuned: score on validation rows")).to_be_visible()
@@ -107,10 +107,8 @@ def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> N
     expect(page.get_by_text("training 51%")).to_be_visible()
     page.get_by_text("The numbers").click()
     expect(page.get_by_role("row").filter(has_text="60")).to_have_count(1)
-    check_accessible(page)
-    take_pictures(page, "run-live")
-    assert fits(page)
-    page.get_by_role("link", name="Older lines").click()
+    check_page(page)
+    follow(page.get_by_role("link", name="Older lines"))
     expect(page.locator(".log li").last).to_contain_text("started by host:1")
 
 
@@ -148,30 +146,27 @@ def csrf(page: Page) -> str:
     return found
 
 
-def test_two_runs_laid_over_each_other(served: Served, login: Login) -> None:
+def test_a_run_that_ended_and_a_job_of_a_kind_that_is_gone(served: Served, login: Login) -> None:
     scene, store = served.scene, served.scene.store
-    numbers = []
-    for seed, mean, slope in ((1, 0.73, 28.0), (2, 0.68, 60.0)):
-        numbers.append(added(store, changes={"tuned": {"epochs": seed}}))
-        lease = claimed(store)
-        leases.renew(store, lease, progress(), curve(240, slope))
-        leases.finish(store, lease, result(scene, seed=seed, mean=mean, verdict="pass" if seed == 1 else "fail"))
-    page = login(path=f"/console/jobs/{numbers[0]}")
+    number = added(store)
+    lease = claimed(store)
+    leases.renew(store, lease, progress(), curve(240))
+    leases.finish(store, lease, result(scene, seed=1, mean=0.73))
+    page = login(path=f"/console/jobs/{number}")
     expect(page.get_by_text("home@v1")).to_be_visible()
     expect(page.get_by_text("0.12 over plain, at least 0.05")).to_be_visible()
     expect(page.get_by_text("tuned: exact_match on validation rows")).to_be_visible()
-    check_accessible(page)
-    take_pictures(page, "run-ended")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
-    page.get_by_role("button", name="Compare").click()
-    expect(page.locator(".charts canvas")).to_have_count(2)
-    expect(page.locator(".charts")).to_contain_text(f"job {numbers[1]}: validation loss")
-    expect(page.get_by_role("row").filter(has_text="tuned: exact_match")).to_contain_text("0.730")
-    expect(page.get_by_role("row").filter(has_text="verdict")).to_contain_text("fail")
-    check_accessible(page)
-    take_pictures(page, "runs-compare")
-    assert fits(page)
+    expect(page.get_by_role("region", name="Candidates").get_by_role("row").filter(has_text="tuned")).to_contain_text(
+        "0.730 0.690 to 0.770"
+    )
+    check_page(page)
+    gone = added(store, "distil")
+    assert leases.claim(store, "host:1", ["run"], project="p") is None
+    page.goto(f"{served.url}/console/jobs/{gone}")
+    expect(page.get_by_role("heading", level=1)).to_contain_text(f"Job {gone}: distil failed")
+    expect(page.get_by_text("jobs of the kind distil are no longer performed").first).to_be_visible()
+    page.goto(f"{served.url}/console/jobs")
+    expect(page.get_by_role("row").filter(has_text="distil")).to_contain_text("are no longer performed")
 
 
 def interval_of(median: float) -> dict[str, float]:
@@ -198,9 +193,7 @@ def test_the_newest_forecast_stands_before_the_button(scene: Scene, tmp_path: Pa
         headline = "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
         expect(page.get_by_text(headline)).to_be_visible()
         expect(page.get_by_text("for tuned, 1,200 training rows")).to_be_visible()
-        check_accessible(page)
-        take_pictures(page, "run-forecast")
-        assert fits(page)
+        check_page(page)
         page.get_by_role("button", name="Forecast it first").click()
         expect(page.get_by_role("heading", level=1)).to_contain_text("Job 1: forecast queued")
         page.context.close()
@@ -216,10 +209,8 @@ def test_hostile_texts(served: Served, login: Login) -> None:
     leases.renew(store, lease, {**progress(), "step": HOSTILE, "note": HOSTILE}, curves)
     page = login(path="/console/jobs")
     expect(page.get_by_role("row").filter(has_text="running")).to_have_count(1)
-    assert fits(page)
     page.goto(f"{served.url}/console/jobs/{number}")
     expect(page.locator(".charts canvas")).to_have_count(2)
-    assert fits(page)
     found = result(scene, seed=1, mean=0.7)
     found["gate"]["gates"][0] |= {"name": HOSTILE, "reason": HOSTILE}
     found["gate"]["candidate"] = HOSTILE
@@ -228,13 +219,9 @@ def test_hostile_texts(served: Served, login: Login) -> None:
     found["register"]["version"] = HOSTILE
     leases.finish(store, lease, found, {"code": "x", "what": HOSTILE, "where": HOSTILE, "fix": HOSTILE})
     expect(page.get_by_role("heading", level=1)).to_contain_text("failed")
-    assert fits(page)
-    page.goto(f"{served.url}/console/jobs/compare?a={number}&b={number}")
-    expect(page.locator(".charts canvas")).to_have_count(3)
-    assert fits(page)
     assert page.locator("main script, main img").count() == 0
     assert "\u202e" not in page.content()
-    assert "{{7*7}}" in page.locator(".pair").last.inner_text()
+    assert "{{7*7}}" in page.get_by_role("region", name="Gates").inner_text()
 
 
 @pytest.mark.attack("console", "another tenant's runs by their addresses")
@@ -248,8 +235,7 @@ def test_another_tenant_sees_nothing(served: Served, login: Login) -> None:
     page.goto(f"{served.url}/console/jobs/{own}")
     mark = csrf(page)
     for number in (others, everybodys, 999_999):
-        for path in (f"{number}", f"compare?a={own}&b={number}"):
-            assert page.request.get(f"{served.url}/console/jobs/{path}").status == 404
+        assert page.request.get(f"{served.url}/console/jobs/{number}").status == 404
         sent = page.request.post(f"{served.url}/console/jobs/{number}/cancel", headers={"X-CSRF": mark})
         assert sent.status == 404
     for path in ("start", "forecast"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import Login, check_accessible, fits, take_pictures
+from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
@@ -129,11 +129,11 @@ def test_people_go_on_without_a_terminal(served: Served, login: Login) -> None:
     look_at_lost_requests(amy)
     correct_ten_rows(served, amy)
     start_the_next_run(served, amy)
-    cancel_and_compare(served, amy)
+    cancel_and_forecast(served, amy)
     olga.goto(f"{served.url}/console/jobs/start")
     expect(olga.get_by_text("needs the role engineer")).to_be_visible()
     expect(olga.get_by_role("button", name="Start the run")).to_have_count(0)
-    owner.get_by_role("link", name="Home", exact=True).click()
+    follow(owner.get_by_role("link", name="Home", exact=True))
     expect(owner.get_by_role("link", name=re.compile("^tiny@v3 waits for"))).to_be_visible()
 
 
@@ -141,12 +141,12 @@ def approve(owner: Page, ada: Page, served: Served) -> None:
     """The approver makes a key, the owner confirms it; the approver refuses, then approves."""
     ada.get_by_role("button", name="Make a key in this browser").click()
     told = re.sub(r"\s", "", ada.locator(".fingerprint").first.inner_text())
-    owner.get_by_role("link", name=re.compile("key of ada waits")).click()
+    follow(owner.get_by_role("link", name=re.compile("key of ada waits")))
     owner.get_by_label("Its fingerprint, as ada told it to you").fill(told[:20])
     owner.get_by_role("button", name="Confirm").click()
     expect(owner.get_by_text("None.", exact=True)).to_be_visible()
-    ada.get_by_role("link", name="Home", exact=True).click()
-    ada.get_by_role("link", name=re.compile("^tiny@v2 waits for")).click()
+    follow(ada.get_by_role("link", name="Home", exact=True))
+    follow(ada.get_by_role("link", name=re.compile("^tiny@v2 waits for")))
     decide(ada, "refuse", "its answers are no JSON")
     expect(ada.get_by_role("heading", level=1)).to_contain_text("refused")
     decide(ada, "approve", "a trial")
@@ -157,7 +157,7 @@ def approve(owner: Page, ada: Page, served: Served) -> None:
 def roll_out_and_back(served: Served, page: Page) -> None:
     """The operator starts a rollout, watches it under traffic, resumes, promotes and rolls back."""
     store = served.scene.store
-    page.get_by_role("link", name="Start its rollout").click()
+    follow(page.get_by_role("link", name="Start its rollout"))
     expect(page.get_by_label("Version")).to_have_value("tiny@v2")
     page.get_by_role("button", name="Start", exact=True).click()
     page.wait_for_url("**/console/rollouts/2")
@@ -182,21 +182,21 @@ def roll_out_and_back(served: Served, page: Page) -> None:
 
 def look_at_lost_requests(page: Page) -> None:
     """From the rollout, one click leads to the requests that the new version lost, a second opens one."""
-    page.get_by_role("link", name=re.compile(r"tiny@v2 lost against tiny@v1")).click()
+    follow(page.get_by_role("link", name=re.compile(r"tiny@v2 lost against tiny@v1")))
     expect(page.get_by_label("Show")).to_have_value("losses")
     lost = page.locator(".matrix tbody tr")
     expect(lost.first).to_contain_text("loss")
-    check_accessible(page)
-    lost.first.get_by_role("link").click()
+    check_page(page)
+    follow(lost.first.get_by_role("link"))
     expect(page.get_by_role("heading", name="tuned", exact=False).first).to_be_visible()
 
 
 def correct_ten_rows(served: Served, page: Page) -> None:
     """Keys alone: what is right is accepted; of the wrong rows three are edited and two rejected."""
     page.goto(f"{served.url}/console/rows")
-    page.get_by_role("link", name="Review queue").click()
-    page.get_by_role("button", name="Fill").click()
-    page.get_by_role("link", name="Begin to review").click()
+    follow(page.get_by_role("link", name="Review queue"))
+    follow(page.get_by_role("button", name="Fill"))
+    follow(page.get_by_role("link", name="Begin to review"))
     wrong = 0
     for place in range(2 * WRONG):
         here = page.url
@@ -217,21 +217,16 @@ def correct_ten_rows(served: Served, page: Page) -> None:
         page.wait_for_url(f"{served.url}/console/rows/review" if last else lambda url, here=here: url != here)
     page.get_by_role("button", name="Write the decisions").click()
     expect(page.get_by_text("5 accepted, 3 edited, 2 rejected rows")).to_be_visible()
-    check_accessible(page)
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
 
 
 def start_the_next_run(served: Served, page: Page) -> None:
     """The form refuses what is no setting; then the run is watched to its end."""
     store = served.scene.store
     before = store.records_of("dataset")[-1]
-    page.get_by_role("link", name="Start the next run").click()
+    follow(page.get_by_role("link", name="Start the next run"))
     expect(page.get_by_text("Nobody has made a forecast yet.")).to_be_visible()
-    check_accessible(page)
-    take_pictures(page, "run-start")
-    assert fits(page)
-    page.set_viewport_size({"width": 1280, "height": 900})
+    check_page(page)
     epochs = page.get_by_label("Epochs")
     epochs.fill("many")
     page.get_by_role("button", name="Start the run").click()
@@ -256,8 +251,8 @@ def start_the_next_run(served: Served, page: Page) -> None:
     assert made.body["settings"]["epochs"] == 2
 
 
-def cancel_and_compare(served: Served, page: Page) -> None:
-    """Another run is cancelled and compared with the first, and a forecast says why it cannot be made."""
+def cancel_and_forecast(served: Served, page: Page) -> None:
+    """Another run is cancelled, and a forecast says why it cannot be made."""
     title = page.get_by_role("heading", level=1)
     page.goto(f"{served.url}/console/jobs/start")
     page.get_by_label("Epochs").fill("100")
@@ -266,8 +261,6 @@ def cancel_and_compare(served: Served, page: Page) -> None:
     expect(title).to_contain_text("running", timeout=_LONG)
     page.get_by_role("button", name="Cancel").click()
     expect(title).to_contain_text("cancelled", timeout=_LONG)
-    page.get_by_role("button", name="Compare").click()
-    expect(page.get_by_role("row").filter(has_text="candidates.tuned.train.epochs")).to_contain_text("2")
     page.goto(f"{served.url}/console/jobs/start")
     page.get_by_role("button", name="Forecast it first").click()
     page.wait_for_url("**/console/jobs/3")

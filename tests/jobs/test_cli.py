@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from tests.tiny_project import write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError
-from tunesmith.jobs import leases
+from tunesmith.jobs import leases, queue
+from tunesmith.project import Project
+from tunesmith.services.runs.run_settings import project_of
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -86,15 +88,14 @@ def test_wrong_usage(folder: Path) -> None:
     assert told(folder, "jobs", "resume", "1").startswith("3: it is queued, not paused")
 
 
-def test_settings_of_one_run_and_two_runs_compared(folder: Path) -> None:
-    document(folder, "run", "--queue")
+def test_settings_of_one_run(folder: Path) -> None:
     queued = document(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", "tuned.learning_rate=0.01")
     assert queued["changes"] == {"tuned": {"epochs": 2, "learning_rate": 0.01}}
-    assert "tuned.epochs=2" in told(folder, "jobs", "show", "2")
-    found = {each["name"]: (each["a"], each["b"]) for each in document(folder, "jobs", "compare", "1", "2")["settings"]}
-    assert found["candidates.tuned.train.epochs"] == (1, 2)
-    assert set(found) == {"candidates.tuned.train.epochs", "candidates.tuned.train.learning_rate"}
-    assert "candidates.tuned.train.epochs" in told(folder, "jobs", "compare", "1", "2")
+    assert "tuned.epochs=2" in told(folder, "jobs", "show", "1")
+    project = Project.load(folder)
+    train = project_of(project, queue.get(project.store, 1)).settings.candidates["tuned"].train
+    assert train is not None
+    assert (train.epochs, train.learning_rate) == (2, 0.01)
     assert document(folder, "forecast", "--queue")["kind"] == "forecast"
     assert told(folder, "forecast", "--queue", "--rows", "300").startswith("2: a queued forecast takes the defaults")
     for wrong, said in (
@@ -106,7 +107,19 @@ def test_settings_of_one_run_and_two_runs_compared(folder: Path) -> None:
     ):
         assert said in told(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", wrong)
     document(folder, "run", "--queue", "--set", "tuned.budget=20m")
-    found = {each["name"]: each["b"] for each in document(folder, "jobs", "compare", "1", "4")["settings"]}
-    assert found["candidates.tuned.train.budget"] == 1200, "it replaces the file's epochs"
-    assert found["candidates.tuned.train.epochs"] == 20
-    assert len(document(folder, "jobs", "list")["jobs"]) == 4
+    train = project_of(project, queue.get(project.store, 3)).settings.candidates["tuned"].train
+    assert train is not None
+    assert (train.budget, train.epochs) == (1200, 20), "it replaces the file's epochs"
+    assert len(document(folder, "jobs", "list")["jobs"]) == 3
+
+
+def test_a_job_of_a_kind_that_is_gone(folder: Path) -> None:
+    store = Store(folder / ".tunesmith")
+    identities.ensure_owner(store)
+    queue.add(store, "distil", {"n": 1}, project="tiny", actor="olive")
+    assert "distil" in told(folder, "jobs", "list")
+    told(folder, "worker", "--until-empty")
+    assert document(folder, "jobs", "show", "1")["error"]["code"] == "unknown_kind"
+    shown = told(folder, "jobs", "show", "1")
+    assert "jobs of the kind distil are no longer performed" in shown
+    assert "performs run, forecast, fine_tuning" in shown

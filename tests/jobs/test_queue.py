@@ -46,10 +46,25 @@ def test_the_highest_priority_is_taken_first_and_then_the_oldest(store: Store, c
     assert claim(store, clock) is None
 
 
-def test_a_worker_takes_jobs_of_its_project_and_kinds_only(store: Store, clock: SetClock) -> None:
+def test_a_worker_takes_jobs_of_its_project_only(store: Store, clock: SetClock) -> None:
     add(store, clock)
     assert claim(store, clock, project="other") is None
-    assert leases.claim(store, "w", ["other"], project="p", clock=clock) is None
+
+
+def test_jobs_of_a_kind_that_is_gone_end_with_a_reason(store: Store, clock: SetClock) -> None:
+    gone = [queue.add(store, "distil", {"n": 1}, project=name, actor="olive", clock=clock).id for name in "ppo"]
+    number = add(store, clock, priority=-1).id
+    assert claimed(store, clock).job == number
+    for each in gone[:2]:
+        job = queue.get(store, each)
+        assert (job.state, job.attempts, job.ended, job.error["code"]) == ("failed", 0, clock.at, "unknown_kind")
+        assert job.error["what"] == "jobs of the kind distil are no longer performed"
+        assert "performs run" in job.error["fix"]
+        assert log(store, each) == [f"failed: {job.error['what']}"]
+    assert queue.get(store, gone[2]).state == "queued", "it is another project's"
+    with database.reading(store.engine) as session:
+        ends = [entry.subject for entry in audit.entries(session) if entry.action == "job.end"]
+        assert ends == [f"job {each}" for each in gone[:2]]
 
 
 def test_an_idempotency_key_gives_the_same_job_again(store: Store, clock: SetClock) -> None:

@@ -1,4 +1,4 @@
-"""`worker`, `retrain` and `jobs list|show|log|compare|cancel|pause|resume`: add, perform, show and change jobs."""
+"""`worker`, `retrain` and `jobs list|show|log|cancel|pause|resume`: add, perform, show and change jobs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from tunesmith.services.runs.jobs import JobList, JobLog, JobView
     from tunesmith.services.runs.retraining import Retraining
-    from tunesmith.services.runs.run_curves import JobComparison
 
 Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
 
@@ -25,7 +24,7 @@ Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's numbe
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Show jobs that are queued, running or ended, and change them.")
-    add_commands(group, show, log, cancel, pause, resume, compare, list=list_jobs)
+    add_commands(group, show, log, cancel, pause, resume, list=list_jobs)
     app.add_typer(group, name="jobs")
     add_commands(app, worker, retrain)
 
@@ -168,27 +167,6 @@ def resume(here: Acting, job: Number) -> None:
     from tunesmith.services.runs import jobs
 
     here.emit(jobs.resume(here.store, job, actor=here.actor), draw_job)
-
-
-def compare(
-    here: Here, job: Number, other: Annotated[int, typer.Argument(metavar="OTHER", min=1, help="Another job's number.")]
-) -> None:
-    """Show two jobs side by side: their results, and the settings that differ."""
-    from tunesmith.services.runs import run_curves
-
-    here.emit(run_curves.compare(here.store, job, other), _draw_comparison)
-
-
-def _draw_comparison(console: Console, found: JobComparison) -> None:
-    for title, rows in (("settings that differ", found.settings), ("results", found.results)):
-        drawn = [(each.name, _value(each.a), _value(each.b)) for each in rows]
-        draw_table(console, drawn, "", f"job {found.a.job}", f"job {found.b.job}", title=title)
-
-
-def _value(found: Any) -> str:
-    if isinstance(found, dict) and "mean" in found:
-        return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
-    return "-" if found is None else f"{found:.4g}" if isinstance(found, float) else str(found)
 
 
 def draw_job(console: Console, job: JobView) -> None:

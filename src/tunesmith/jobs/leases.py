@@ -32,12 +32,7 @@ _BUSY_DELAY = 5.0
 _NOW: BindParameter[float] = bindparam("now")
 _IN_PROJECT = JobRow.project == bindparam("in_project")
 _LOST = _IN_PROJECT, JobRow.state == "running", JobRow.until < _NOW
-_READY = (
-    _IN_PROJECT,
-    JobRow.state == "queued",
-    JobRow.due <= _NOW,
-    JobRow.kind.in_(bindparam("of_kinds", expanding=True)),
-)
+_READY = _IN_PROJECT, JobRow.state == "queued", JobRow.due <= _NOW
 # In two steps, each of which reads a few rows of the index jobs_by_state however long the queue is. With the order of
 # that index: with "==" and ordered by the number alone, PostgreSQL reads every job that ended before the next one.
 _HIGHEST = select(func.max(JobRow.priority)).where(*_READY).scalar_subquery()
@@ -75,15 +70,19 @@ def claim(
 ) -> Lease | None:
     """Take the next job of a project: the oldest of the highest priority that is due. None where there is none.
 
-    First takes back the jobs whose lease ran out.
+    First takes back the jobs whose lease ran out. A job of none of these kinds ends as failed: an earlier version of
+    tunesmith queued it.
     """
     with database.writing(store.engine) as session:
         now = clock(session)
-        given = {"in_project": project, "of_kinds": list(kinds), "now": now}
+        given = {"in_project": project, "now": now}
         rows = session.scalars(_NEXT_AND_LOST, given).all()
         if any(row.state == "running" for row in rows):
             _take_back(session, project, now)
             rows = session.scalars(_NEXT_AND_LOST, given).all()  # one that was taken back may be the next
+        while rows and rows[0].kind not in kinds:
+            _end_unknown(session, rows[0], kinds, now)
+            rows = session.scalars(_NEXT_AND_LOST, given).all()
         return _start(session, rows[0], worker, now, seconds, own=False) if rows else None
 
 
@@ -242,6 +241,17 @@ def _obey(session: Session, row: JobRow, now: float) -> None:
     else:
         row.wanted = ""
         _end(session, row, "cancelled", now)
+
+
+def _end_unknown(session: Session, row: JobRow, kinds: Collection[str], now: float) -> None:
+    """End a job of a kind that no worker of this version performs."""
+    row.error = {
+        "code": "unknown_kind",
+        "what": f"jobs of the kind {row.kind} are no longer performed",
+        "where": f"job {row.id}",
+        "fix": f"this version of tunesmith performs {', '.join(kinds)}; queue one of these",
+    }
+    _end(session, row, "failed", now)
 
 
 def _end(session: Session, row: JobRow, state: State, now: float) -> None:

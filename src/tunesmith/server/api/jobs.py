@@ -65,19 +65,6 @@ async def curves(request: Request, number: str) -> Response:
     return await call.answer(lambda: run_curves.curves(call.store, _seen(call, number).job))
 
 
-@routes.get(_AT + "/compare/{other}", dependencies=[needs("read", "jobs")], **shows(run_curves.JobComparison))
-async def compare(request: Request, number: str, other: str) -> Response:
-    """Two jobs: their curves, the settings that differ, and their results side by side."""
-    call = call_of(request)
-
-    def look() -> run_curves.JobComparison:
-        a, b = (_seen(call, each).job for each in (number, other))
-        found = run_curves.compare(call.store, a, b, scope=call.user.scope)
-        return found.model_copy(update={"a": job_for(call.user, found.a), "b": job_for(call.user, found.b)})
-
-    return await call.answer(look)
-
-
 class JobRequest(BaseModel):
     """A job for a worker: a run of the project's pipeline, or a forecast of the training of a candidate.
 

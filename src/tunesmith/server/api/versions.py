@@ -90,12 +90,12 @@ async def version(request: Request, name: Name, number: Number) -> Response:
     return await call.answer(partial(version_pages.details, call.store, call.user, found))
 
 
-@routes.get(_AT + "/lineage", dependencies=[needs("read")], **shows(lineage_pages.Picture))
+@routes.get(_AT + "/lineage", dependencies=[needs("read")], **shows(lineage_pages.Lineage))
 async def lineage(request: Request, name: Name, number: Number) -> Response:
     """What a version was made from, and what was made from it: records, each with its parents."""
     call = call_of(request)
     found = await _version(call, name, number)
-    return await call.answer(partial(lineage_pages.picture, call.store, found))
+    return await call.answer(partial(lineage_pages.lineage, call.store, found))
 
 
 @routes.get(_AT + "/records/{digest}", dependencies=[needs("read")], **shows(lineage_pages.RecordDetails))

@@ -29,7 +29,6 @@ from tunesmith.services.releases import versions as service
 routes = router()
 Result = TypeVar("Result")
 Text = Annotated[str, Query(max_length=200)]
-_BOX = {"width": 178, "height": 52, "column": 222, "line": 66}  # pixels of the picture of a lineage
 
 
 @routes.get("/console/versions")
@@ -49,13 +48,13 @@ async def one(request: Request, viewer: Looking, name: Name, number: Number) -> 
     def look() -> dict[str, Any]:
         return {
             "found": version_pages.details(viewer.store, viewer.user, version),
-            "picture": lineage_pages.picture(viewer.store, version),
+            "lineage": lineage_pages.lineage(viewer.store, version),
         }
 
     server = f"{request.url.scheme}://{request.url.netloc}"
     shown = {**await viewer.run(look), "server": server, "options": version.scope.options()}
     shown["losses"] = await lost(viewer, version.digest)
-    return viewer.page("version.html.jinja", **shown, at=_at(name, number), box=_BOX)
+    return viewer.page("version.html.jinja", **shown, at=_at(name, number))
 
 
 @routes.get("/console/versions/{name}/{number}/records/{digest}")

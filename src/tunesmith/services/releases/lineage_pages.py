@@ -1,4 +1,4 @@
-"""What the console shows of a version's lineage: the picture, one of its records, and the rows of a dataset.
+"""What the console shows of a version's lineage: its records, one of them, and the rows of a dataset.
 
 A person of one tenant or region sees the records of the versions that they may see, and not what else was made from
 them; a person who acts for all sees everything that was made from a record.
@@ -6,7 +6,7 @@ them; a person who acts for all sees everything that was made from a record.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from graphlib import TopologicalSorter
 from typing import Any
 
 from tunesmith.core.scope import Scope
@@ -22,25 +22,6 @@ ROWS = 50
 _MOST = 100  # descendants of a record that are listed
 
 
-class Placed(View):
-    """A record in the picture. column: 0 is the oldest; row: its place in the column. parents: their digests."""
-
-    digest: str
-    kind: str
-    says: str
-    column: int
-    row: int
-    parents: tuple[str, ...]
-
-
-class Picture(View):
-    """A version's lineage: what it was made from in columns to the left, what was made from it to the right."""
-
-    records: tuple[Placed, ...]
-    columns: int
-    rows: int
-
-
 class Related(View):
     """A record that another one names, or that names it, under a role."""
 
@@ -48,6 +29,21 @@ class Related(View):
     digest: str
     kind: str
     says: str
+
+
+class LineageRecord(View):
+    """A record of a lineage, with those that it was made from."""
+
+    digest: str
+    kind: str
+    says: str
+    made_from: tuple[Related, ...]
+
+
+class Lineage(View):
+    """A version, what it was made from, and what was made from it directly. Each record comes after its parents."""
+
+    records: tuple[LineageRecord, ...]
 
 
 class RecordDetails(View):
@@ -86,31 +82,12 @@ class OriginPage(View):
     pages: int
 
 
-def picture(store: Store, version: Version) -> Picture:
-    """The lineage of a version, placed in columns."""
+def lineage(store: Store, version: Version) -> Lineage:
+    """The lineage of a version."""
     records = ancestors(store, [version.digest])
-    after = {digest: store.record(digest) for _, _, digest in store.children(version.digest)[:_MOST]}
-    depth: dict[str, int] = {}
-    _deepen(records, version.digest, 0, depth)
-    columns = max(depth.values()) + 1
-    taken: dict[int, int] = {}
-    placed = []
-    order = sorted(records, key=lambda digest: (-depth[digest], records[digest].kind, digest))
-    for digest, record in [*((one, records[one]) for one in order), *after.items()]:
-        column = columns - 1 - depth[digest] if digest in records else columns
-        row = taken.get(column, 0)
-        taken[column] = row + 1
-        placed.append(
-            Placed(
-                digest=digest,
-                kind=record.kind,
-                says=summary_line(record),
-                column=column,
-                row=row,
-                parents=tuple(dict.fromkeys(parent for parent in record.parents.values() if parent in records)),
-            )
-        )
-    return Picture(records=tuple(placed), columns=columns + bool(after), rows=max(taken.values()))
+    graph = {digest: record.parents.values() for digest, record in records.items()}
+    after = [digest for _, _, digest in store.children(version.digest)[:_MOST]]
+    return Lineage(records=tuple(_listed(store, each) for each in [*TopologicalSorter(graph).static_order(), *after]))
 
 
 def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails | None:
@@ -136,7 +113,7 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
         licences={str(name): int(count) for name, count in body.get("licences", {}).items()}
         if record.kind == "dataset"
         else {},
-        made_from=tuple(_related(store, role, parent) for role, parent in sorted(record.parents.items())),
+        made_from=_parents(store, record),
         used_for=tuple(_related(store, role, child) for role, _, child in below[:_MOST]),
         further=max(0, len(below) - _MOST),
     )
@@ -169,13 +146,13 @@ def _own(store: Store, version: Version) -> set[str]:
     return own | {digest for _, _, digest in store.children(version.digest)}
 
 
-def _deepen(records: Mapping[str, Record], digest: str, at: int, depth: dict[str, int]) -> None:
-    """Give each record the length of the longest way from it to the version."""
-    if depth.get(digest, -1) >= at:
-        return
-    depth[digest] = at
-    for parent in records[digest].parents.values():
-        _deepen(records, parent, at + 1, depth)
+def _listed(store: Store, digest: str) -> LineageRecord:
+    record = store.record(digest)
+    return LineageRecord(digest=digest, kind=record.kind, says=summary_line(record), made_from=_parents(store, record))
+
+
+def _parents(store: Store, record: Record) -> tuple[Related, ...]:
+    return tuple(_related(store, role, parent) for role, parent in sorted(record.parents.items()))
 
 
 def _related(store: Store, role: str, digest: str) -> Related:

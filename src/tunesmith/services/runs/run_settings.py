@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunesmith.core.digests import canonical
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
-from tunesmith.store.store import Store
 from tunesmith.training.settings import changed_training
 
 # What a run may change, by candidate: values of keys of `train:`.
@@ -122,16 +119,12 @@ def with_changes(project: Project, changes: Changes) -> Project:
 
 
 def run_arguments(project: Project, changes: Changes) -> dict[str, Any]:
-    """The arguments of a job that takes a project's settings. The settings themselves are kept as a blob."""
-    found: dict[str, Any] = {"settings": _keep(project)}
+    """The arguments of a job that takes a project's settings, named by their digest."""
+    found: dict[str, Any] = {"settings": project.settings.digest}
     if changes:
         found["changes"] = {name: dict(values) for name, values in changes.items()}
-        found["changed_settings"] = _keep(with_changes(project, changes))
+        found["changed_settings"] = with_changes(project, changes).settings.digest
     return found
-
-
-def _keep(project: Project) -> str:
-    return project.store.put_bytes(canonical(project.settings.document()))
 
 
 def project_of(project: Project, job: Job) -> Project:
@@ -147,13 +140,3 @@ def project_of(project: Project, job: Job) -> Project:
         fix="queue it again: `tunesmith run --queue`. For a fine-tuning job, restart `tunesmith serve` and create "
         "another one",
     )
-
-
-def settings_of(store: Store, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings that a job's arguments name; None where the store has not kept them."""
-    digest = arguments.get("changed_settings", arguments.get("settings"))
-    with contextlib.suppress(Refused, UsageError):
-        if isinstance(digest, str):
-            found: dict[str, Any] = json.loads(store.read_blob(digest))
-            return found
-    return None

@@ -1,1 +1,1 @@
-"""Pages on runs: the list of jobs, one job with its curves and log, the form that starts one, and two compared."""
+"""Pages on runs: the list of jobs, one job with its curves and log, and the form that starts one."""

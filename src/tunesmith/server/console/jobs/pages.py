@@ -1,4 +1,4 @@
-"""The list of jobs, one job, and two jobs compared."""
+"""The list of jobs, and one job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from tunesmith.services.runs.jobs import JobView
 routes = router()
 _PAGE = 50  # jobs on a page
 _LINES = 100  # of a log on a page
-_OTHERS = 30  # jobs that the form for a comparison names
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
 Asked = Annotated[int, Query(ge=1, le=999_999_999)]
 
@@ -59,33 +58,22 @@ async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "",
     )
 
 
-@routes.get("/console/jobs/compare")
-async def compare(viewer: Looking, a: Asked, b: Asked) -> Response:
-    """Two jobs side by side."""
-    found = await viewer.run(partial(_compared, viewer, a, b))
-    labels = [f"{each}" if a != b else f"{each} {side}" for each, side in zip((a, b), "ab", strict=True)]
-    drawn = charts({f"job {label}": each for label, each in zip(labels, found.curves, strict=True)})
-    return viewer.page("jobs_compare.html.jinja", found=found, charts=drawn, numbers=numbers)
-
-
 @routes.get("/console/jobs/{number}")
 async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
     """One job. lines: the log's lines before this one instead of the newest."""
 
     def read() -> dict[str, Any]:
         job = _seen(viewer, number)
-        others = jobs.list_jobs(viewer.store, kinds=[job.kind], most=_OTHERS + 1, scope=viewer.user.scope)
         return {
             "job": job,
             "ended": job.state in ENDED,
             "curves": run_curves.curves(viewer.store, number),
             "log": log_for(viewer.user, jobs.newest_lines(viewer.store, number, before=lines, most=_LINES)).lines,
-            "others": [each for each in others.jobs if each.job != number][:_OTHERS],
         }
 
     found = await viewer.run(read)
     may = viewer.user.may("job.change")
-    drawn = charts({"": found["curves"]})
+    drawn = charts(found["curves"])
     return viewer.page("jobs_one.html.jinja", **found, charts=drawn, may=may, paged=lines is not None, numbers=numbers)
 
 
@@ -114,12 +102,6 @@ def _seen(viewer: Viewer, number: int) -> JobView:
         return job_for(viewer.user, jobs.show(viewer.store, number, scope=viewer.user.scope))
     except UsageError as error:
         raise ApiError(404, f"There is no job {number}.", code="job_not_found") from error
-
-
-def _compared(viewer: Viewer, a: int, b: int) -> run_curves.JobComparison:
-    for number in (a, b):
-        _seen(viewer, number)
-    return run_curves.compare(viewer.store, a, b, scope=viewer.user.scope)
 
 
 def no_start(viewer: Viewer) -> str:
