@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 from typer.testing import CliRunner
 
 from tests.console.conftest import Login, check_page, follow
@@ -58,23 +58,16 @@ def evaluated(measured: tuple[Scene, Evaluated]) -> Evaluated:
     return measured[1]
 
 
-def rows(page: Page) -> int:
-    return page.locator(".matrix tbody tr").count()
-
-
 def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, evaluated: Evaluated, login: Login) -> None:
     page = login(APPROVER, "/console/evidence")
     follow(page.get_by_role("link", name="Evidence").first)
-    check_page(page)
     follow(page.locator("tbody th a").first)
     expect(page.get_by_role("heading", level=1)).to_contain_text("pass")
     expect(page.get_by_role("heading", name="Risks of tuning tuned")).to_be_visible()
-    check_page(page)
 
     follow(page.get_by_role("link", name="Requests by candidates"))
     expect(page.locator(".matrix tbody tr a").first).to_be_visible()
     assert page.locator("td.change").first.inner_text() == "loss", "what got worse comes first"
-    check_page(page)
     page.get_by_label("Show").select_option("losses")
     expect(page.locator("#results td.change.win")).to_have_count(0)
     page.wait_for_url("**show=losses**")
@@ -87,19 +80,7 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     expect(page.get_by_role("heading", name="Reference answer")).to_be_visible()
     expect(page.locator("pre").nth(1)).to_have_text("{{ 7 * 7 }} [click](javascript:alert(1))")
     assert page.locator(".answers ins").count() > 0
-    check_page(page)
-    assert page.locator("a[href^=javascript]").count() == 0
-
-
-def test_hostile_texts_are_shown_as_text(evaluated: Evaluated, login: Login) -> None:
-    page = login(APPROVER, evaluated.path + "/requests?show=all")
-    expect(page.locator(".matrix tbody tr a").first).to_be_visible()
-    for row in evaluated.rows:
-        if row.messages[-2].content in HOSTILE:
-            page.goto(page.url.partition("/requests")[0] + f"/requests/{row.id}")
-            expect(page).to_have_title(f"Request {row.id} · Tunesmith")
-            assert page.locator("main script, main img").count() == 0
-            assert "\u202e" not in page.content()
+    assert page.locator("a[href^=javascript], main script, main img").count() == 0
 
 
 def test_prices_are_exact_and_only_a_training_is_repaid(served: Served) -> None:
@@ -140,8 +121,7 @@ def test_what_a_reader_may_not_see_is_withheld(served: Served, evaluated: Evalua
     assert seen["leo"] == (False, False, 60 - len(told)), "neither shown nor found by a search"
     with plain(served, cookie_of(served, "mia")) as http:
         assert http.get("/console/evidence").text.count("<tr") == 0
-        for path in ("", "/findings", "/requests", "/matrix", "/rows", f"/requests/{told[0]}", "/playground"):
-            assert http.get(evaluated.path + path).status_code == 404, path
+        assert http.get(evaluated.path).status_code == 404
 
 
 def test_rows_of_another_tenant_are_left_out(served: Served, evaluated: Evaluated) -> None:
@@ -160,7 +140,7 @@ def test_rows_of_another_tenant_are_left_out(served: Served, evaluated: Evaluate
 def test_texts_take_the_permission(served: Served, evaluated: Evaluated) -> None:
     with plain(served, cookie_of(served, OPERATOR)) as http:
         assert "engineers, stewards and approvers" in http.get(evaluated.path).text
-        for path in ("/requests", "/matrix", "/rows", f"/requests/{evaluated.rows[0].id}", "/playground"):
+        for path in ("/requests", "/matrix", f"/requests/{evaluated.rows[0].id}", "/playground"):
             answer = http.get(evaluated.path + path)
             assert answer.status_code in (403, 409), path
             assert evaluated.rows[0].answer not in answer.text
@@ -177,32 +157,26 @@ def test_bad_addresses_are_answered(served: Served, evaluated: Evaluated) -> Non
         assert http.get("/console/evidence/nothing").status_code == 404
         assert status("?verdict=nothing") == 404
         assert status("/requests/nothing") == 404
-        assert status("/rows?first=-1") == 400
-        assert http.get(evaluated.path + "/rows?first=999").text.strip() == ""
+        assert status("/matrix?page=0") == 400
+        assert '<tr><th scope="row">' not in http.get(evaluated.path + "/matrix?page=9").text
         for query in ("focus=nobody", "rival=nobody", "metric=none", "show=everything"):
-            assert status(f"/rows?{query}") == 409, query
+            assert status(f"/matrix?{query}") == 409, query
         assert status(f"/requests/{evaluated.rows[0].id}?compared=nobody") == 409
 
 
-def test_rows_are_windowed_and_reached_by_keys(served: Served, login: Login) -> None:
-    evaluated = put_evaluation(served.scene, 400)
+def test_requests_come_in_pages(evaluated: Evaluated, login: Login) -> None:
     page = login(APPROVER, evaluated.path + "/requests")
-    first = page.locator(".matrix tbody tr a").first
-    expect(first).to_be_visible()
-    assert rows(page) < 400
-    assert page.locator(".matrix table").get_attribute("aria-rowcount") == "401"
-    first.focus()
-    page.keyboard.press("ArrowDown")
-    expect(page.locator("tr[aria-rowindex='3'] a")).to_be_focused()
-    page.keyboard.press("End")
-    expect(page.locator("tr[aria-rowindex='401'] a")).to_be_focused()
-    assert page.locator("tr[aria-rowindex='2']").count() == 0 or rows(page) < 400
-    page.keyboard.press("Enter")
-    expect(page.get_by_text("400 of 400")).to_be_visible()
+    rows = page.locator(".matrix tbody tr")
+    expect(rows).to_have_count(50)
+    follow(page.get_by_role("link", name="Next"))
+    expect(page.get_by_text("Page 2 of 2, 60 requests")).to_be_visible()
+    expect(rows).to_have_count(10)
+    follow(rows.last.get_by_role("link"))
+    expect(page.get_by_text("60 of 60")).to_be_visible()
     page.keyboard.press("ArrowLeft")
-    expect(page.get_by_text("399 of 400")).to_be_visible()
+    expect(page.get_by_text("59 of 60")).to_be_visible()
     follow(page.get_by_role("link", name="Requests by candidates"))
-    expect(page.locator("tr[aria-rowindex='400'] a")).to_be_focused()
+    expect(rows).to_have_count(10)
 
 
 def test_the_playground_asks_side_by_side_and_keeps_nothing(served: Served, evaluated: Evaluated, login: Login) -> None:
@@ -214,7 +188,6 @@ def test_the_playground_asks_side_by_side_and_keeps_nothing(served: Served, eval
     version = register(served.scene.store, name=NAME, verdict=evaluated.verdict, actor=OWNER)
     page.reload()
     expect(page.get_by_text(f"as {version.label}")).to_be_visible()
-    check_page(page)
     page.get_by_label("Question").fill("turn on <b>everything</b>")
     page.get_by_role("button", name="Ask").click()
     expect(page.get_by_text("asked turn on <b>everything</b>").first).to_be_visible()
@@ -234,6 +207,12 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
     add_user(store, "mia", ["engineer"], actor=OWNER, scope=Scope("umbrella"))
     page = login("amy", evaluated.path)
     page.on("dialog", lambda dialog: dialog.accept())
+    gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
+    endpoint = judge(store, evaluation=evaluated.evaluation, candidate="remote", gates=gates)
+    page.goto(f"{served.url}{evaluated.path}?verdict={endpoint[7:]}")
+    expect(page.get_by_text("remote is an endpoint: it can be compared with, but not registered.")).to_be_visible()
+    expect(page.get_by_role("button", name="Register remote as a version")).to_have_count(0)
+    page.goto(f"{served.url}{evaluated.path}?verdict={evaluated.verdict[7:]}")
     page.get_by_role("button", name="Register tuned as a version").click()
     page.wait_for_url("**/console/versions/desk/1")
     expect(page.get_by_text("by amy, who signed it")).to_be_visible()
@@ -274,18 +253,6 @@ def test_what_was_recalled_is_registered_neither_on_a_page_nor_over_http(
         answer = http.post(f"{evaluated.path}/versions", data=sent)
         assert (answer.status_code, "recalled: consent withdrawn" in answer.text) == (409, True), answer.text
     assert list_versions(store, "desk") == []
-
-
-def test_an_endpoint_that_passed_is_not_offered_for_registration(
-    served: Served, evaluated: Evaluated, login: Login, tmp_path: Path
-) -> None:
-    store = served.scene.store
-    served.serving.project = project_in(tmp_path)
-    gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
-    judge(store, evaluation=evaluated.evaluation, candidate="remote", gates=gates)
-    page = login(OWNER, evaluated.path)
-    expect(page.get_by_text("remote is an endpoint: it can be compared with, but not registered.")).to_be_visible()
-    expect(page.get_by_role("button", name="Register remote as a version")).to_have_count(0)
 
 
 @pytest.mark.attack("people", "questions of the playground beyond its bounds, without the form's mark, and at once")
@@ -369,6 +336,6 @@ def test_a_recalled_evaluation_shows_no_texts(served: Served, evaluated: Evaluat
     with plain(served, cookie_of(served, APPROVER)) as http:
         assert "recalled" in http.get("/console/evidence").text
         assert "consent withdrawn" in http.get(evaluated.path).text
-        for path in ("/matrix", "/rows", f"/requests/{evaluated.rows[0].id}"):
+        for path in ("/matrix", f"/requests/{evaluated.rows[0].id}"):
             answer = http.get(evaluated.path + path)
             assert (answer.status_code, evaluated.rows[0].answer in answer.text) == (409, False), path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +21,12 @@ class View(BaseModel):
     """A typed result. Its JSON is `model_dump(mode="json", by_alias=True)`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    @classmethod
+    def of(cls, source: object, **more: Any) -> Self:
+        """The view of an object: its attributes that are named as fields are, and what else is given."""
+        named = [name for name in cls.model_fields if name not in more and hasattr(source, name)]
+        return cls(**{name: getattr(source, name) for name in named}, **more)
 
     def document(self) -> dict[str, Any]:
         """The result as JSON values, under the keys that scripts rely on."""

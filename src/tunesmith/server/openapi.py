@@ -19,7 +19,7 @@ _MEANINGS = {
     403: "The user lacks the permission, or the token the scope; or the answer waits for a reviewer (answer_held) or "
     "was refused (answer_refused).",
     404: "There is no such model, request, rollout, job, file, token or held answer for this user (model_not_found, "
-    "request_not_found, rollout_not_found, job_not_found, fine_tune_not_found, file_not_found, token_not_found, "
+    "request_not_found, job_not_found, fine_tune_not_found, file_not_found, token_not_found, "
     "held_not_found), no such version, record or the like (not_found), or no version of the model may serve now "
     "(model_not_available); or the server has no project (no_project).",
     408: "The body arrived too slowly.",

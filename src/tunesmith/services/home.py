@@ -258,13 +258,10 @@ def _serving(one: _Champion, viewer: Scope, requests: _Requests) -> ServingNow:
         for (digest, scope), each in requests.items()
         if digest == one.digest and one.scope.covers(scope) and viewer.covers(scope)
     ]
-    return ServingNow(
-        name=one.name,
+    return ServingNow.of(
+        one,
         **one.scope.fields(),
         version=one.label,
-        digest=one.digest,
-        since=one.since,
-        refused=one.refused,
         requests=sum(n for n, _ in counted),
         failed=sum(failed for _, failed in counted),
     )

@@ -143,21 +143,11 @@ def list_webhooks(project: Project) -> WebhookList:
     """The project's webhooks, and what did not arrive."""
     found = deliveries.count(project.store, project.settings.name)
     shown = tuple(
-        WebhookView(
-            name=name,
-            host=webhook.host,
-            events=webhook.events,
-            waiting=found.get((name, False), 0),
-            given_up=found.get((name, True), 0),
-        )
+        WebhookView.of(webhook, name=name, waiting=found.get((name, False), 0), given_up=found.get((name, True), 0))
         for name, webhook in project.settings.webhooks.items()
     )
-    stated = FailedDelivery.model_fields
     failed = deliveries.failed(project.store, project.settings.name)
-    return WebhookList(
-        webhooks=shown,
-        failed=tuple(FailedDelivery(**{key: getattr(each, key) for key in stated}) for each in failed),
-    )
+    return WebhookList(webhooks=shown, failed=tuple(FailedDelivery.of(each) for each in failed))
 
 
 def retry(project: Project, name: str, *, actor: str | None = None) -> Retried:

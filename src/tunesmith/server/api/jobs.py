@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import Request
+from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Call, call_of, changes, router, shows
+from tunesmith.server.api.routing import Call, Number, call_of, changes, router, shows
 from tunesmith.server.client_text import job_for, log_for
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import ApiError
 from tunesmith.services.runs import jobs as service
 from tunesmith.services.runs import run_curves, run_settings
 
 routes = router(code="job_state")
+Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
 _AT = "/jobs/{number}"
-_NUMBER = re.compile("[1-9][0-9]{0,8}")
 _MOST = 100
 
 
 @routes.get("/jobs", dependencies=[needs("read", "jobs")], **shows(service.JobList))
-async def jobs(request: Request, before: str | None = None, most: str | None = None) -> Response:
+async def jobs(request: Request, before: Asked | None = None, most: Annotated[int, Query(ge=1)] = _MOST) -> Response:
     """The jobs of the caller's tenant and region, newest first. before: only those with a lower number; most: how many,
     100 by default and at most."""
     call = call_of(request)
-    earlier = None if before is None else _number(before, "before")
-    count = _MOST if most is None else min(_MOST, _number(most, "most"))
 
     def look() -> service.JobList:
-        found = service.list_jobs(call.store, before=earlier, most=count, scope=call.user.scope)
+        found = service.list_jobs(call.store, before=before, most=min(most, _MOST), scope=call.user.scope)
         return found.model_copy(update={"jobs": tuple(job_for(call.user, each) for each in found.jobs)})
 
     return await call.answer(look)
 
 
 @routes.get(_AT, dependencies=[needs("read", "jobs")], **shows(service.JobView))
-async def job(request: Request, number: str) -> Response:
+async def job(request: Request, number: Number) -> Response:
     """One job: its state, the step that it is at, the time left for this step, its result or its error. Another
     tenant's job is answered like one that does not exist."""
     call = call_of(request)
@@ -50,16 +46,15 @@ async def job(request: Request, number: str) -> Response:
 
 
 @routes.get(_AT + "/log", dependencies=[needs("read", "jobs")], **shows(service.JobLog))
-async def log(request: Request, number: str, after: str | None = None) -> Response:
+async def log(request: Request, number: Number, after: Asked = 0) -> Response:
     """The lines of a job's log, oldest first. after: only those with a higher number. Tracebacks and paths of the
     server are shown to its engineers, operators and admins, and not to those of one tenant or region."""
     call = call_of(request)
-    known = 0 if after is None else _number(after, "after")
-    return await call.answer(lambda: log_for(call.user, service.log(call.store, _seen(call, number).job, known)))
+    return await call.answer(lambda: log_for(call.user, service.log(call.store, _seen(call, number).job, after)))
 
 
 @routes.get(_AT + "/curves", dependencies=[needs("read", "jobs")], **shows(run_curves.JobCurves))
-async def curves(request: Request, number: str) -> Response:
+async def curves(request: Request, number: Number) -> Response:
     """The losses and scores of a job's trainings, also while it runs, with the time and memory that were predicted."""
     call = call_of(request)
     return await call.answer(lambda: run_curves.curves(call.store, _seen(call, number).job))
@@ -105,24 +100,24 @@ async def add(request: Request) -> Response:
 
 
 @routes.post(_AT + "/cancel", dependencies=[needs("jobs")], **changes(service.JobView))
-async def cancel(request: Request, number: str) -> Response:
+async def cancel(request: Request, number: Number) -> Response:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
     return await _changed(request, number, service.cancel)
 
 
 @routes.post(_AT + "/pause", dependencies=[needs("jobs")], **changes(service.JobView))
-async def pause(request: Request, number: str) -> Response:
+async def pause(request: Request, number: Number) -> Response:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
     return await _changed(request, number, service.pause)
 
 
 @routes.post(_AT + "/resume", dependencies=[needs("jobs")], **changes(service.JobView))
-async def resume(request: Request, number: str) -> Response:
+async def resume(request: Request, number: Number) -> Response:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
     return await _changed(request, number, service.resume)
 
 
-async def _changed(request: Request, number: str, change: Callable[..., service.JobView]) -> Response:
+async def _changed(request: Request, number: Number, change: Callable[..., service.JobView]) -> Response:
     call = call_of(request, "job.change")
 
     def changed() -> service.JobView:
@@ -135,18 +130,9 @@ async def _changed(request: Request, number: str, change: Callable[..., service.
     return await call.answer(changed, threads=call.serving.noting)
 
 
-def _seen(call: Call, number: str) -> service.JobView:
+def _seen(call: Call, number: int) -> service.JobView:
     """A job of the caller's tenant and region, as they may read it. Raises ApiError 404 for any other number."""
-    found = None
-    if _NUMBER.fullmatch(number):
-        with contextlib.suppress(UsageError):
-            found = service.show(call.store, int(number), scope=call.user.scope)
-    if found is None:
-        raise ApiError(404, f"There is no job {number[:20]!r}.", code="job_not_found")
-    return job_for(call.user, found)
-
-
-def _number(text: str, name: str) -> int:
-    if not _NUMBER.fullmatch(text):
-        raise bad_request(f"{name} must be a whole number from 1 to 999999999.", param=name)
-    return int(text)
+    try:
+        return job_for(call.user, service.show(call.store, number, scope=call.user.scope))
+    except UsageError as error:
+        raise ApiError(404, f"There is no job {number}.", code="job_not_found") from error

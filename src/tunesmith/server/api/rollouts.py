@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs, stated_scope
 from tunesmith.server.api.routing import Call, Number, Reason, Short, call_of, changes, router, shows
-from tunesmith.server.errors import ApiError, missing
+from tunesmith.server.errors import missing
 from tunesmith.services.releases import rollout_course
 from tunesmith.services.releases import rollouts as service
 from tunesmith.services.releases.rollouts import RolloutList, RolloutView, Seen
@@ -86,18 +85,10 @@ async def rollouts(request: Request) -> Response:
 
 
 @routes.get(_AT, dependencies=[needs("read")], **shows(RolloutView))
-async def rollout(request: Request, number: str) -> Response:
+async def rollout(request: Request, number: Number) -> Response:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
     call = call_of(request)
-
-    def look() -> RolloutView:
-        known = re.fullmatch("[1-9][0-9]{0,17}", number)
-        found = service.one_visible_to(call.store, call.user, int(number)) if known else None
-        if found is None:
-            raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
-        return found
-
-    return await call.answer(look)
+    return await call.answer(partial(service.one_visible_to, call.store, call.user, number), none="rollout")
 
 
 @routes.post("/rollouts", dependencies=[needs("operate")], **changes(RolloutView, RolloutRequest))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Final
+from typing import Final
 from urllib.parse import urlencode
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
 
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, forbidden, missing
 from tunesmith.services.evaluations import evidence, held_out_requests
@@ -19,7 +18,7 @@ from tunesmith.services.releases import versions
 
 routes = router()
 _AT: Final = "/console/evidence"
-_PIECE: Final = 20  # rows of the matrix that stand in the page or are taken out of it together
+_ROWS: Final = 50  # requests on a page of the matrix
 _FILTER: Final = ("focus", "rival", "metric", "show", "group", "label", "search")
 SHOWN: Final = {
     "all": "all requests",
@@ -32,8 +31,6 @@ SHOWN: Final = {
 CHANGES: Final = {"loss": "loss", "win": "win", "differs": "others differ", "same": "all alike"}
 
 Digest = str
-Place = Annotated[int, Query(ge=0, le=10**9)]
-Most = Annotated[int, Query(ge=1, le=200)]
 
 
 @routes.get(_AT)
@@ -59,7 +56,7 @@ async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
 async def register(request: Request, viewer: Changing, digest: Digest) -> Response:
     """Register the candidate of a verdict as the next version of the project's name."""
     project, fields = viewer.serving.project, await form(request)
-    verdict = fields.get("verdict", [""])[0]
+    verdict = field(fields, "verdict")
     if project is None:
         raise ApiError(409, "This server runs without a project file, which states the name.", code="no_project")
     page = await shown(viewer, digest, verdict.removeprefix("sha256:"))
@@ -72,7 +69,7 @@ async def register(request: Request, viewer: Changing, digest: Digest) -> Respon
         name=project.settings.name,
         risk=project.settings.risk,
         actor=viewer.user.name,
-        override=fields.get("override", [""])[0].strip() or None,
+        override=field(fields, "override") or None,
         scope=viewer.user.scope,
     )
     version = await viewer.serving.files.run(viewer.user.name, made)
@@ -96,19 +93,23 @@ async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Respon
 
 
 @routes.get(_AT + "/{digest}/requests")
-async def requests(request: Request, viewer: Looking, digest: Digest) -> Response:
+async def requests(request: Request, viewer: Looking, digest: Digest, page: Page = 1) -> Response:
     """The page of the matrix. What it shows is fetched by it: reading many rows for the first time takes seconds."""
     found = await shown(viewer, digest)
-    _require_texts(viewer)
-    given = {**_chosen(request), **({"at": request.query_params["at"]} if "at" in request.query_params else {})}
-    return viewer.page("evidence_requests.html.jinja", found=found, digest=digest, query=urlencode(given))
+    if not viewer.user.may(evidence.READ_PERMISSION):
+        raise forbidden("Requests and answers are for engineers, stewards and approvers.")
+    query = urlencode({**_chosen(request), "page": page})
+    return viewer.page("evidence_requests.html.jinja", found=found, digest=digest, query=query)
 
 
 @routes.get(_AT + "/{digest}/matrix")
-async def matrix(request: Request, viewer: Looking, digest: Digest, at: Place = 0) -> Response:
-    """The filters and the matrix with its first rows. at: the place of the row to begin with."""
-    chosen = _chosen(request)
-    found = await _rows(viewer, digest, chosen, 0, _PIECE)
+async def matrix(request: Request, viewer: Looking, digest: Digest, page: Page = 1) -> Response:
+    """The filters, and a page of the requests with every candidate's answer."""
+    region, first = viewer.serving.settings.region, (page - 1) * _ROWS
+    look = partial(held_out_requests.show_requests, viewer.store, viewer.user, region, _full(digest))
+    found = await viewer.run(partial(look, _chosen(request), first, _ROWS))
+    if found is None:
+        raise missing("evaluation")
     query = urlencode({key: value for key, value in found.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
@@ -117,19 +118,11 @@ async def matrix(request: Request, viewer: Looking, digest: Digest, at: Place = 
         query=query,
         shown=SHOWN,
         changes=CHANGES,
-        piece=_PIECE,
-        at=at,
+        page=page,
+        pages=max(1, -(-found.chosen // _ROWS)),
     )
-    response.headers["HX-Replace-Url"] = f"{_AT}/{digest}/requests?{query}"
+    response.headers["HX-Replace-Url"] = f"{_AT}/{digest}/requests?{query}&page={page}"
     return response
-
-
-@routes.get(_AT + "/{digest}/rows")
-async def rows(request: Request, viewer: Looking, digest: Digest, first: Place = 0, most: Most = _PIECE) -> Response:
-    """Rows of the matrix from a place on."""
-    found = await _rows(viewer, digest, _chosen(request), first, most)
-    query = urlencode({key: value for key, value in found.filter.items() if value})
-    return viewer.page("evidence_rows.html.jinja", found=found, digest=digest, query=query, changes=CHANGES)
 
 
 @routes.get(_AT + "/{digest}/requests/{row}")
@@ -145,7 +138,8 @@ async def opened(
     if found is None:
         raise missing("request")
     query = urlencode(chosen)
-    return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen)
+    page = (found.place or 0) // _ROWS + 1
+    return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen, page=page)
 
 
 async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str] | None:
@@ -177,18 +171,6 @@ async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPag
     return found
 
 
-async def _rows(
-    viewer: Viewer, digest: str, chosen: Mapping[str, str], first: int, most: int
-) -> held_out_requests.RequestMatrix:
-    region = viewer.serving.settings.region
-    found = await viewer.run(
-        partial(held_out_requests.show_requests, viewer.store, viewer.user, region, _full(digest), chosen, first, most)
-    )
-    if found is None:
-        raise missing("evaluation")
-    return found
-
-
 def _chosen(request: Request) -> dict[str, str]:
     return {key: value for key in _FILTER if (value := request.query_params.get(key, ""))}
 
@@ -204,9 +186,3 @@ def _compared(found: EvaluationPage) -> dict[str, str]:
 
 def _full(hexadecimal: str) -> str:
     return f"sha256:{hexadecimal}"
-
-
-def _require_texts(viewer: Viewer) -> None:
-    if not viewer.user.may(evidence.READ_PERMISSION):
-        what = "Requests and answers are shown to engineers, stewards and approvers."
-        raise forbidden(what)

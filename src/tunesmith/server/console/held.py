@@ -9,7 +9,7 @@ from functools import partial
 from fastapi import Request, Response
 
 from tunesmith.holding.queue import Decision, UnknownAnswer
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.services.traffic import held
@@ -41,7 +41,7 @@ async def decide(request: Request, viewer: Changing, identifier: str) -> Respons
     """Release, replace or refuse it. The request that waits for it is answered at once."""
     _check(viewer)
     fields = await form(request)
-    decision = _DECISIONS.get(fields.get("decision", [""])[0])
+    decision = _DECISIONS.get(field(fields, "decision"))
     if decision is None:
         raise bad_request("Choose a decision.", "decision")
     edited = fields.get("answer", [""])[0].replace("\r\n", "\n") if decision == "replace" else None
@@ -51,7 +51,7 @@ async def decide(request: Request, viewer: Changing, identifier: str) -> Respons
         viewer.user,
         identifier,
         decision,
-        reason=fields.get("reason", [""])[0],
+        reason=field(fields, "reason"),
         answer=edited,
     )
     with _known(identifier):

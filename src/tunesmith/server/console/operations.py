@@ -10,7 +10,7 @@ from fastapi import Query, Request, Response
 
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import json_text
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, bad_request, missing
 from tunesmith.services import webhooks
@@ -133,7 +133,7 @@ async def people(viewer: Looking) -> Response:
 async def add_person(request: Request, viewer: Changing) -> Response:
     """Add a user."""
     said = await form(request)
-    name, tenant, region = (said.get(key, [""])[0].strip() for key in ("name", "tenant", "region"))
+    name, tenant, region = (field(said, key) for key in ("name", "tenant", "region"))
     scope = Scope(tenant, region)
     add = partial(users.add_user, viewer.store, name, said.get("role", []), actor=viewer.user.name, scope=scope)
     await viewer.run(add)
@@ -148,7 +148,7 @@ async def change_person(request: Request, viewer: Changing, name: str, action: s
     calls: dict[str, Callable[[], object]] = {
         "roles": partial(users.set_roles, store, name, said.get("role", []), actor=by),
         "deactivation": partial(users.deactivate, store, name, actor=by),
-        "revocation": partial(users.revoke_token, store, name, said.get("token", [""])[0], actor=by),
+        "revocation": partial(users.revoke_token, store, name, field(said, "token"), actor=by),
     }
     if action not in calls:
         raise missing("page")

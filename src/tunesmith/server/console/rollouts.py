@@ -16,7 +16,7 @@ from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.parts.charts import BAD, CANARY, GOOD, STABLE, Line, chart
 from tunesmith.server.console.parts.shared import Shared
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.rendering import private, rendered
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, bad_request, missing
@@ -51,13 +51,13 @@ async def start(request: Request, viewer: Changing) -> Response:
     project, said = viewer.serving.project, await form(request)
     if project is None:
         raise ApiError(409, "This server runs without a project file, which states the steps.", code="no_project")
-    tenant, region = (_field(said, key) or None for key in ("tenant", "region"))
+    tenant, region = (field(said, key) or None for key in ("tenant", "region"))
     begin = partial(
         rollouts.start,
         project,
-        _field(said, "version"),
+        field(said, "version"),
         actor=viewer.user.name,
-        override=_field(said, "override") or None,
+        override=field(said, "override") or None,
         scope=stated_scope(viewer.user, tenant, region),
     )
     started = await viewer.run(begin)
@@ -95,8 +95,8 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
 async def change(request: Request, viewer: Changing, number: int, action: str) -> Response:
     """Resume, promote, abort or roll back."""
     found, said = await _find(viewer, number), await form(request)
-    reason, override = _field(said, "reason"), _field(said, "override") or None
-    step = _field(said, "step")
+    reason, override = field(said, "reason"), field(said, "override") or None
+    step = field(said, "step")
     if step and not (step.isascii() and step.isdecimal() and len(step) < 9):
         raise bad_request("The form cannot be read.", code="invalid_form")
     seen = Seen(number, int(step) if step else None, said["champion"][0] if "champion" in said else None)
@@ -123,16 +123,16 @@ def traffic_charts(found: Traffic) -> list[dict[str, Any]]:
     times = [datetime.fromisoformat(span.at).timestamp() for span in found.spans]
     per = "minute" if found.minutes == 1 else f"{found.minutes} minutes"
 
-    def lines(field: str) -> list[Line]:
+    def lines(what: str) -> list[Line]:
         spans = list(zip(times, found.spans, strict=True))
         return [
-            Line(arm, {at: getattr(getattr(span, arm), field) for at, span in spans}, colour, dashed=arm == "stable")
+            Line(arm, {at: getattr(getattr(span, arm), what) for at, span in spans}, colour, dashed=arm == "stable")
             for arm, colour in ARMS
         ]
 
     shown = [
-        chart(f"{title} per {per}", lines(field), x="time", y=title.lower(), scale="count")
-        for title, field in (("Requests", "requests"), ("Failed requests", "failed"))
+        chart(f"{title} per {per}", lines(what), x="time", y=title.lower(), scale="count")
+        for title, what in (("Requests", "requests"), ("Failed requests", "failed"))
     ]
     score = lines("score")
     scored = any(y is not None for line in score for y in line.points.values())
@@ -168,7 +168,3 @@ async def _find(viewer: Viewer, number: int) -> RolloutView:
     if found is None:
         raise ApiError(404, f"There is no rollout {number}.", code="rollout_not_found")
     return found
-
-
-def _field(said: dict[str, list[str]], name: str) -> str:
-    return said.get(name, [""])[0].strip()

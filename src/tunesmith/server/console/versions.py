@@ -18,7 +18,7 @@ from tunesmith.core.text.display import json_text
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.api.versions import REPORT_POLICY
 from tunesmith.server.console.evidence import lost
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import bad_request, missing
@@ -93,7 +93,7 @@ async def prepare(request: Request, viewer: Changing, name: Name, number: Number
     """Verify a version, and say what its approver signs."""
     version = await _version(viewer, name, number)
     fields = await form(request)
-    decision, reason = fields.get("decision", [""])[0], fields.get("reason", [""])[0]
+    decision, reason = field(fields, "decision"), field(fields, "reason")
     if decision not in ("approve", "refuse") or len(reason) > 2000:
         raise bad_request("A decision is approve or refuse, with a reason of at most 2000 characters.")
     chosen: Any = decision

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from tunesmith.core.view import View
 from tunesmith.registry.signing import keys
 from tunesmith.store.people import proposed_keys as proposals
-from tunesmith.store.people.identities import User, acting
-from tunesmith.store.people.proposed_keys import ProposedKey
+from tunesmith.store.people.identities import acting
 from tunesmith.store.store import Store
 
 
@@ -32,33 +29,23 @@ class ConfirmedKey(View):
 
 def waiting(store: Store, user: str | None = None) -> tuple[ProposedKeyView, ...]:
     """The keys that wait, the oldest first. user: only theirs."""
-    return tuple(_view(key) for key in proposals.waiting_keys(store, user))
+    return tuple(ProposedKeyView.of(key) for key in proposals.waiting_keys(store, user))
 
 
 def propose(store: Store, public_key: str, *, actor: str, session: str | None = None) -> ProposedKeyView:
     """Propose a public key (PEM, P-256) of the actor's own. session: the console's, in which they do so."""
     pem = keys.read_public_key(public_key.encode())
-    return _view(proposals.propose_key(store, actor, pem, actor=actor, session=session))
+    return ProposedKeyView.of(proposals.propose_key(store, actor, pem, actor=actor, session=session))
 
 
 def confirm(
     store: Store, user: str, fingerprint: str, *, actor: str | None = None, session: str | None = None
 ) -> ConfirmedKey:
     """Let a proposed key count. fingerprint: its first 20 digits or more, as the user told them. session: as above."""
-    return _newest(proposals.confirm_key(store, user, fingerprint, actor=acting(store, actor), session=session))
+    owner = proposals.confirm_key(store, user, fingerprint, actor=acting(store, actor), session=session)
+    return ConfirmedKey.of(owner.keys[-1], user=owner.name)
 
 
 def reject(store: Store, user: str, fingerprint: str, *, actor: str | None = None) -> ProposedKeyView:
     """End a proposal, as its user or as an admin."""
-    return _view(proposals.reject_key(store, user, fingerprint, actor=acting(store, actor)))
-
-
-def _newest(user: User) -> ConfirmedKey:
-    key = user.keys[-1]
-    return ConfirmedKey(user=user.name, label=key.label, fingerprint=key.fingerprint)
-
-
-def _view(key: ProposedKey) -> ProposedKeyView:
-    stated = asdict(key)
-    del stated["public_key"]
-    return ProposedKeyView(**stated)
+    return ProposedKeyView.of(proposals.reject_key(store, user, fingerprint, actor=acting(store, actor)))

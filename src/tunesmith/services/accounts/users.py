@@ -231,24 +231,13 @@ def revoke_token(store: Store, user: str, name: str, *, actor: str | None = None
 
 def list_keys(store: Store) -> KeyList:
     """Every enrolled key, retired and revoked ones included, and the proposed ones."""
-    return KeyList(
-        keys=tuple(
-            KeyView(
-                user=user.name,
-                label=key.label,
-                fingerprint=key.fingerprint,
-                roles=user.roles,
-                active=user.active,
-                status=key.status,
-                enrolled=key.enrolled,
-                until=key.until,
-                private=key.fingerprint in keys.private_keys(store, user),
-            )
-            for user in identities.list_users(store)
-            for key in user.keys
-        ),
-        proposed=waiting(store),
+    enrolled = (
+        KeyView.of(key, user=user.name, roles=user.roles, active=user.active, private=key.fingerprint in private)
+        for user in identities.list_users(store)
+        for private in [keys.private_keys(store, user)]
+        for key in user.keys
     )
+    return KeyList(keys=tuple(enrolled), proposed=waiting(store))
 
 
 def create_key(
@@ -304,16 +293,8 @@ def _iso(at: float | None) -> str | None:
 
 
 def _token(token: tokens.Token) -> TokenView:
-    return TokenView(
-        user=token.user,
-        name=token.name,
-        scopes=token.scopes,
-        status=token.status(time.time()),
-        created=_iso(token.created) or "",
-        expires=_iso(token.expires),
-        revoked=_iso(token.revoked),
-        used=_iso(token.used),
-    )
+    times = {name: _iso(getattr(token, name)) for name in ("created", "expires", "revoked", "used")}
+    return TokenView.of(token, status=token.status(time.time()), **times)
 
 
 def _read_key(file: Path) -> bytes:
@@ -341,12 +322,9 @@ def _ended(store: Store, user: User, labels: list[str]) -> EndedKey:
     prints = {key.fingerprint for key in ended.values()}
     invalidated, unapproved, unrefused = lost_signatures(store, prints)
     key = ended[labels[0]]
-    return EndedKey(
+    return EndedKey.of(
+        key,
         user=user.name,
-        label=key.label,
-        fingerprint=key.fingerprint,
-        status=key.status,
-        until=key.until,
         also_revoked=tuple(labels[1:]),
         invalidated=tuple(invalidated),
         unapproved=tuple(unapproved),
@@ -355,16 +333,7 @@ def _ended(store: Store, user: User, labels: list[str]) -> EndedKey:
 
 
 def _view(user: User, invalidated: tuple[str, ...] = ()) -> UserView:
-    return UserView(
-        user=user.name,
-        roles=user.roles,
-        tenant=user.tenant,
-        region=user.region,
-        groups=user.groups,
-        active=user.active,
-        fingerprint=user.fingerprint,
-        invalidated=invalidated,
-    )
+    return UserView.of(user, user=user.name, invalidated=invalidated)
 
 
 def _changed(store: Store, user: User) -> UserView:

@@ -170,7 +170,7 @@ def list_items(store: Store, *, state: str = "waiting", page: int = 1, actor: st
     pages = max(1, -(-total // EACH_PAGE))
     page = min(max(1, page), pages)
     found = queue.list_items(store, states, (page - 1) * EACH_PAGE, EACH_PAGE)
-    lines = tuple(ReviewLine(**_line(row)) for row in found)
+    lines = tuple(ReviewLine.of(row, item=row.id, reviewers=row.wanted) for row in found)
     return ReviewList(items=lines, total=total, page=page, pages=pages, counts=counts, agreements=tuple(agreed))
 
 
@@ -182,26 +182,9 @@ def show(store: Store, number: int, *, actor: str | None = None) -> ReviewItem:
         may = number in queue.waiting_for(session, who, _is_steward(store, who))
     messages, more = _text(store, row)
     seen = row.state not in ("open",) or any(one.reviewer == who for one in decisions)
-    shown = tuple(
-        ShownDecision(
-            reviewer=one.reviewer,
-            decision=one.decision,
-            reason=one.reason,
-            messages=queue.messages_of(one.messages),
-            settles=one.settles,
-            at=one.at,
-        )
-        for one in decisions
-        if seen
-    )
-    facts: dict[str, Any] = {
-        "dataset": row.dataset,
-        "messages": messages,
-        "revision": row.revision,
-        "decisions": shown,
-        "may": may,
-    }
-    return ReviewItem(**_line(row), **facts, **more)
+    shown = tuple(ShownDecision.of(one, messages=queue.messages_of(one.messages)) for one in decisions if seen)
+    facts = {"item": row.id, "reviewers": row.wanted, "messages": messages, "decisions": shown, "may": may}
+    return ReviewItem.of(row, **facts, **more)
 
 
 def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: bool = False) -> int | None:
@@ -291,11 +274,6 @@ def _reviewer(store: Store, actor: str | None) -> str:
 
 def _is_steward(store: Store, who: str) -> bool:
     return "steward" in require(store, who, queue.ACTION).roles
-
-
-def _line(row: ReviewItemRow) -> dict[str, Any]:
-    facts = {"kind": row.kind, "subject": row.subject, "split": row.split, "why": row.why, "state": row.state}
-    return {"item": row.id, "reviewers": row.wanted, **facts}
 
 
 def _text(store: Store, row: ReviewItemRow) -> tuple[tuple[Message, ...], dict[str, Any]]:

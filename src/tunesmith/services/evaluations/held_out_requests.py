@@ -288,7 +288,7 @@ def _opened(matrix: Matrix, sight: Sight, name: str, place: int, start: str | No
         prompt_tokens=line.get("prompt_tokens", 0),
         completion_tokens=line.get("completion_tokens", 0),
         changes=() if start is None or text is None else tuple(differences(start, text)),
-        retrieved=tuple(FoundText(source=one.source, title=one.title, text=one.text) for one in found),
+        retrieved=tuple(FoundText.of(one) for one in found),
     )
 
 

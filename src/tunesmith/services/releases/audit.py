@@ -189,9 +189,7 @@ def show_audit(
     with database.reading(store.engine) as session:
         rows = session.scalars(query.offset(skip).limit(limit) if limit else query).all()
         total = session.scalar(select(func.count()).select_from(AuditRow).where(*wanted)) or 0
-    stated = AuditEntry.model_fields
-    entries = (AuditEntry(**{key: getattr(row, key) for key in stated}) for row in reversed(rows))
-    return AuditLog(entries=tuple(entries), total=total)
+    return AuditLog(entries=tuple(AuditEntry.of(row) for row in reversed(rows)), total=total)
 
 
 def _head(text: str) -> Head:

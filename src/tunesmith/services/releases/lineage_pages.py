@@ -130,7 +130,7 @@ def dataset_rows(
     if found is None or found.kind != "dataset" or split not in SPLITS:
         return None
     rows = [
-        DatasetRow(id=row.id, split=split, source=row.source, licence=row.licence, group=row.group)
+        DatasetRow.of(row, split=split)
         for row in load_dataset(store, digest).examples(split)
         if user.scope.covers(Scope(row.tenant or user.scope.tenant, row.region or user.scope.region))
     ]

@@ -180,14 +180,13 @@ def live_lines(session: Session, scope: Scope) -> list[RolloutLine]:
 def _lines(session: Session, query: Select[RolloutRow]) -> list[RolloutLine]:
     found = [from_row(row) for row in session.scalars(query)]
     labels = labels_of(session, {digest for one in found for digest in (one.stable, one.canary)})
-    own = {"rollout", "stable", "canary", "waits"}
     return [
-        RolloutLine(
+        RolloutLine.of(
+            one,
             rollout=one.id,
             stable=labels.get(one.stable, ""),
             canary=labels.get(one.canary, ""),
             waits=_waits(one),
-            **one.model_dump(include=RolloutLine.model_fields.keys() - own),
         )
         for one in found
     ]
@@ -306,15 +305,7 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
         if place % width == 0 or place == len(rows):
             last = _judged(analysis, rows[:place], main, seen)
             points.append(_point(place, last))
-    return Evidence(
-        step=step + 1,
-        metric=analysis.metric,
-        needed=last.needed,
-        outcome=last.outcome,
-        reason=last.reason,
-        points=tuple(points),
-        whole=whole,
-    )
+    return Evidence.of(last, step=step + 1, metric=analysis.metric, points=tuple(points), whole=whole)
 
 
 def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
@@ -326,10 +317,7 @@ def changes_of(store: Store, rollout: Rollout) -> tuple[RolloutChange, ...]:
     )
     with database.reading(store.engine) as session:
         rows = session.scalars(query.order_by(AuditRow.seq.desc()).limit(_CHANGES)).all()
-    return tuple(
-        RolloutChange(seq=row.seq, at=row.at, actor=row.actor, action=row.action, reason=_reason(row.detail))
-        for row in rows
-    )
+    return tuple(RolloutChange.of(row, reason=_reason(row.detail)) for row in rows)
 
 
 def _judged(analysis: Analysis, rows: Sequence[traffic.Counted], main: frozenset[str], data: int) -> Judgement:

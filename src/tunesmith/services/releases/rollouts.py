@@ -202,26 +202,15 @@ def view_of(
             champions = list_champions(session, store, rollout.name)
     champion = next((one for one in champions if (one.name, one.scope) == (rollout.name, rollout.scope)), None)
     judgement = controller.look(store, rollout) if judged else None
-    return RolloutView(
+    return RolloutView.of(
+        rollout,
         rollout=rollout.id,
-        name=rollout.name,
-        tenant=rollout.tenant,
-        region=rollout.region,
-        status=rollout.status,
-        weight=rollout.weight,
-        step=rollout.step,
         steps=tuple(step.model_dump(mode="json", exclude_none=True) for step in rollout.steps),
         stable=_arm(store, rollout.stable),
         canary=_arm(store, rollout.canary),
-        started_by=rollout.started_by,
-        main_callers=rollout.main_callers,
-        started_at=rollout.started_at,
         step_began_at=rollout.began_at,
-        override=rollout.override,
-        reason=rollout.reason,
         analysis=None if judgement is None else AnalysisView.model_validate(judgement.as_json()),
         champion=champion,
-        history=rollout.history,
     )
 
 

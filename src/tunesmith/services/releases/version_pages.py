@@ -232,8 +232,7 @@ def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[
             state = "serving"
         elif version.digest in canaries and state in ("approved", "waiting"):
             state = "rolling out"
-        kept = version.model_dump(include=set(ListedVersion.model_fields))
-        listed.append(ListedVersion(version=version.label, state=state, why=permission.message, **kept))
+        listed.append(ListedVersion.of(version, version=version.label, state=state, why=permission.message))
     return listed
 
 

@@ -232,14 +232,11 @@ def _decide(
 
 
 def _recorded(store: Store, version: Version, recorded: approvals.RecordedApproval) -> RecordedDecision:
-    approval = recorded.approval
-    return RecordedDecision(
+    return RecordedDecision.of(
+        recorded.approval,
         record=recorded.digest,
         version=version.label,
         digest=version.digest,
-        decision=approval.decision,
-        approver=approval.approver,
-        reason=approval.reason,
         missing=approvals_for(store, version).missing,
     )
 

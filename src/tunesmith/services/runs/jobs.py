@@ -375,14 +375,14 @@ def log(store: Store, number: int, after: int = 0) -> JobLog:
     """The log of a job. after: only lines with a higher number."""
     state = queue.get(store, number).state  # before the lines, so that an ended job's log is whole
     lines = queue.events(store, number, after)
-    return JobLog(job=number, state=state, lines=tuple(LogLine(**vars(line)) for line in lines))
+    return JobLog(job=number, state=state, lines=tuple(LogLine.of(line) for line in lines))
 
 
 def newest_lines(store: Store, number: int, *, before: int | None = None, most: int = 100) -> JobLog:
     """The newest lines of a job's log, newest first. before: only lines with a lower number."""
     state = queue.get(store, number).state
     lines = queue.newest_events(store, number, before=before, most=most)
-    return JobLog(job=number, state=state, lines=tuple(LogLine(**vars(line)) for line in lines))
+    return JobLog(job=number, state=state, lines=tuple(LogLine.of(line) for line in lines))
 
 
 def cancel(store: Store, number: int, *, actor: str | None = None) -> JobView:
@@ -406,6 +406,5 @@ def view_of(store: Store, job: Job) -> JobView:
 
 
 def _view(job: Job, now: float) -> JobView:
-    stated = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)}
     silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
-    return JobView(job=job.id, silent=silent, cause=cause_of(job), changes=job.arguments.get("changes", {}), **stated)
+    return JobView.of(job, job=job.id, silent=silent, cause=cause_of(job), changes=job.arguments.get("changes", {}))

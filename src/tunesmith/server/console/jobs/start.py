@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from tunesmith.project import Project
 from tunesmith.server.console.jobs.pages import no_start
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import bad_request, forbidden
 from tunesmith.services.runs import jobs, run_settings
@@ -51,7 +51,7 @@ async def forecast(request: Request, viewer: Changing) -> Response:
 
     def queued() -> int:
         project = _may_start(viewer)
-        name = _field(given, "candidate") or None
+        name = field(given, "candidate") or None
         changes = _changes(project, given)
         return jobs.queue_forecast(
             project, name, changes=changes, priority=_priority(given), actor=viewer.user.name
@@ -66,7 +66,7 @@ def _queued(viewer: Viewer, given: Form) -> int:
         project,
         changes=_changes(project, given),
         priority=_priority(given),
-        key=_field(given, "key") or None,
+        key=field(given, "key") or None,
         actor=viewer.user.name,
     ).job
 
@@ -89,22 +89,18 @@ def _changes(project: Project, given: Form) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for candidate in run_settings.changeable(project):
         for setting in candidate.settings:
-            text = _field(given, f"{candidate.name}.{setting.key}")
+            text = field(given, f"{candidate.name}.{setting.key}")
             if text and text != _shown(setting):
                 found.setdefault(candidate.name, {})[setting.key] = run_settings.value_of(text)
     return found
 
 
 def _priority(given: Form) -> int:
-    text = _field(given, "priority") or "0"
+    text = field(given, "priority") or "0"
     try:
         return int(text)
     except ValueError as error:
         raise bad_request("The priority is a whole number.", param="priority") from error
-
-
-def _field(given: Form, name: str) -> str:
-    return given.get(name, [""])[0].strip()
 
 
 def _shown(setting: Setting) -> str:

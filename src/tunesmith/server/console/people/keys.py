@@ -6,7 +6,7 @@ from functools import partial
 
 from fastapi import Request, Response
 
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.services.accounts import proposed_keys
 from tunesmith.services.accounts.people import is_admin
@@ -27,7 +27,7 @@ async def keys(viewer: Looking) -> Response:
 @routes.post(_PAGE)
 async def propose(request: Request, viewer: Changing) -> Response:
     """Propose a public key whose private half is in the person's browser."""
-    public_key = (await form(request)).get("public_key", [""])[0]
+    public_key = field(await form(request), "public_key")
     await viewer.run(partial(proposed_keys.propose, viewer.store, public_key, **_by(viewer)))
     return gone_to(request, _PAGE)
 
@@ -50,7 +50,7 @@ async def reject(request: Request, viewer: Changing) -> Response:
 
 async def _named(request: Request) -> tuple[str, str]:
     fields = await form(request)
-    return fields.get("user", [""])[0], fields.get("fingerprint", [""])[0]
+    return field(fields, "user"), field(fields, "fingerprint")
 
 
 def _by(viewer: Viewer) -> dict[str, str]:

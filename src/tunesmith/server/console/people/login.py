@@ -8,7 +8,7 @@ from functools import partial
 from fastapi import Request, Response
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console.people.session import Changing, check_origin, drop_cookie, form, set_cookie
+from tunesmith.server.console.people.session import Changing, check_origin, drop_cookie, field, form, set_cookie
 from tunesmith.server.console.rendering import html
 from tunesmith.server.console.routing import LOGIN, gone_to, local_page, router
 from tunesmith.server.errors import ApiError
@@ -45,7 +45,7 @@ async def follow_link(request: Request, link: str) -> Response:
     store = serving_of(request).store
     if await asyncio.to_thread(sessions.link_user, store, link) is None:  # before a stranger's form is read
         raise _ended()
-    where = local_page((await form(request)).get("next", [""])[0])
+    where = local_page(field(await form(request), "next"))
     opened = await asyncio.to_thread(sessions.follow_link, store, link)
     if opened is None or opened.secret is None:
         raise _ended()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import parse_qs
@@ -97,7 +97,7 @@ async def changing_viewer(request: Request) -> Viewer:
     """Who changes something. Raises NotLoggedIn without a session, ApiError 403 for a form that is not of its pages."""
     check_origin(request)
     found = await viewer(request)
-    sent = request.headers.get("x-csrf") or (await form(request)).get("csrf", [""])[0]
+    sent = request.headers.get("x-csrf") or field(await form(request), "csrf")
     if not hmac.compare_digest(sent.encode(), found.csrf.encode()):
         raise ApiError(403, "This form is not of your session. Load the page again.", code="form_refused")
     return found
@@ -116,6 +116,11 @@ async def form(request: Request) -> dict[str, list[str]]:
             raise bad_request("The form cannot be read.", code="invalid_form") from error
     found: dict[str, list[str]] = request.state.form
     return found
+
+
+def field(given: Mapping[str, Sequence[str]], name: str) -> str:
+    """A field of a form without spaces at its ends; "" where it is not there."""
+    return given.get(name, [""])[0].strip()
 
 
 Looking = Annotated[Viewer, Depends(viewer)]

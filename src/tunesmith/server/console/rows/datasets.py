@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 from fastapi import Request, Response
 
 from tunesmith.core.scope import Scope
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import missing
 from tunesmith.services.datasets import data, dataset_rows
@@ -75,7 +75,7 @@ async def dataset_version(
 async def sign(request: Request, viewer: Changing, dataset: str) -> Response:
     """Verify the version and sign it off as its steward."""
     digest = _digest(viewer, dataset)
-    reason = (await form(request)).get("reason", [""])[0][:2000]
+    reason = field(await form(request), "reason")[:2000]
     await viewer.run(partial(data.sign, viewer.store, digest, reason=reason, actor=viewer.user.name))
     return gone_to(request, f"/console/rows/{digest[7:]}")
 

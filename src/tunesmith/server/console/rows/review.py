@@ -10,7 +10,7 @@ from fastapi import Query, Request, Response
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.server.console.jobs.pages import no_start
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, bad_request, missing
 from tunesmith.services.datasets import review
@@ -38,7 +38,7 @@ async def fill(request: Request, viewer: Changing) -> Response:
     _check(viewer)
     fields = await form(request)
     reviewers = 2 if fields.get("reviewers") == ["2"] else 1
-    search = fields.get("search", [""])[0][:200]
+    search = field(fields, "search")[:200]
     call = partial(review.fill, viewer.store, reviewers=reviewers, pseudonyms="pseudonyms" in fields, search=search)
     done = await viewer.run(partial(call, actor=viewer.user.name))
     return gone_to(request, f"/console/rows/review?added={done.added}")
