@@ -123,15 +123,18 @@ def test_a_queue_that_nobody_works_on_is_not_well(served: Served) -> None:
     assert (worker.ok, "tunesmith worker" in worker.says) == (False, True)
 
 
+def put_champions(scene: Scene, version: Version, *tenants: str) -> None:
+    row = {"name": NAME, "alias": "champion", "region": "", "revision": 1, "version": version.digest}
+    with scene.store.change(OWNER, "test.aliases", NAME, {}) as session:
+        session.add_all(AliasRow(**row, tenant=tenant) for tenant in tenants)
+
+
 def test_more_champions_take_no_more_queries(scene: Scene, versions: dict[int, Version]) -> None:
     store, said = scene.store, list[str]()
     event.listen(store.engine, "before_cursor_execute", lambda *told: said.append(told[2]))
     counted = []
     for count in (2, 20):
-        with store.change(OWNER, "test.aliases", NAME, {}) as session:
-            for number in range(count):
-                row = {"name": NAME, "alias": "champion", "tenant": f"t{count}-{number}", "region": "", "revision": 1}
-                session.add(AliasRow(**row, version=versions[1].digest))
+        put_champions(scene, versions[1], *(f"t{count}-{number}" for number in range(count)))
         said.clear()
         found = home.home(store, OWNER).serving
         counted.append((len(found), len(said)))
@@ -143,10 +146,7 @@ def test_more_champions_take_no_more_queries(scene: Scene, versions: dict[int, V
 
 def test_a_list_that_is_cut_says_so(scene: Scene, versions: dict[int, Version]) -> None:
     assert home.home(scene.store, OWNER).champions is None
-    with scene.store.change(OWNER, "test.aliases", NAME, {}) as session:
-        for number in range(51):
-            row = {"name": NAME, "alias": "champion", "tenant": f"t{number}", "region": "", "revision": 1}
-            session.add(AliasRow(**row, version=versions[1].digest))
+    put_champions(scene, versions[1], *(f"t{number}" for number in range(51)))
     found = home.home(scene.store, OWNER)
     assert (found.champions, len(found.serving)) == (50, 50)
     assert found.versions is None

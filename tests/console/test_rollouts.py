@@ -11,9 +11,9 @@ from playwright.sync_api import Page, expect
 
 from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, plain
+from tests.console.test_runs import csrf
 from tests.fabricate import NAME, OPERATOR, OWNER
 from tests.server.conftest import Served
-from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
@@ -21,7 +21,7 @@ from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
 from tunesmith.services.releases import rollout_course, version_pages
 from tunesmith.store import database
-from tunesmith.store.people.identities import add_user, get_user
+from tunesmith.store.people.identities import get_user
 from tunesmith.store.tables import RequestRow
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 2000
@@ -43,7 +43,6 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert rolling.digest == versions[2].digest
     page = login(OPERATOR, "/console/rollouts")
     answers_yes(page)
-    check_page(page)
     follow(page.get_by_role("link", name=f"{rollout.id} · {NAME}"))
     expect(page.get_by_text("No request yet.")).to_be_visible()
     for _ in range(24):
@@ -98,42 +97,17 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     expect(who).to_contain_text("<script>alert(1)</script>")
     expect(who).to_contain_text("the old version is broken")
     assert page.locator("main script, main img").count() == 0
-    check_page(page)
     page.goto(f"{served.url}/console/rollouts")
     assert page.locator("main script, main img").count() == 0
-    check_page(page)
 
 
-def test_another_tenant_sees_and_changes_nothing(served: Served, versions: dict[int, Version], login: Login) -> None:
-    store = served.scene.store
-    add_user(store, "eve", ["operator"], actor=OWNER, scope=Scope("beta"))
-    served.begin(versions[1], scope=Scope("acme"))
-    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100}, scope=Scope("acme"))
-    page = login("eve", "/console/rollouts")
-    expect(page.get_by_text("No rollout yet")).to_be_visible()
-    assert rollout_course.list_page(store, get_user(store, "eve")).total == 0
-    for path in (f"/console/rollouts/{rollout.id}", f"/console/rollouts/{rollout.id}/course", "/console/rollouts/99"):
-        answer = page.request.get(served.url + path)
-        assert answer.status == 404
-        assert NAME not in answer.text()
-    csrf = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['X-CSRF']")
-    for action in ("resume", "promote", "abort", "rollback"):
-        url = f"{served.url}/console/rollouts/{rollout.id}/{action}"
-        form = {"csrf": csrf, "reason": "mine now"}
-        assert page.request.post(url, form=form).status == 404
-    assert get_rollout(store, rollout.id).live
-
-
-def test_an_approver_looks_but_has_no_buttons(served: Served, versions: dict[int, Version], login: Login) -> None:
+def test_an_approver_looks_but_has_no_buttons(served: Served, versions: dict[int, Version]) -> None:
     rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
-    page = login("bob", f"/console/rollouts/{rollout.id}")
-    expect(page.get_by_role("heading", name="Steps")).to_be_visible()
-    assert page.get_by_text("Abort", exact=True).count() == 0
-    csrf = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['X-CSRF']")
-    url = f"{served.url}/console/rollouts/{rollout.id}/abort"
-    answer = page.request.post(url, form={"csrf": csrf, "reason": "no"})
-    assert answer.status == 409
-    assert "may not do this" in answer.text()
+    with plain(served, cookie_of(served, "bob")) as http:
+        page = http.get(f"/console/rollouts/{rollout.id}").text
+        assert ("Steps" in page, "Abort" in page) == (True, False)
+        answer = http.post(f"/console/rollouts/{rollout.id}/abort", data={"csrf": csrf(page), "reason": "no"})
+        assert (answer.status_code, "may not do this" in answer.text) == (409, True)
 
 
 @pytest.mark.parametrize(("hours", "minutes"), [(4, 1), (40, 10), (250, 60), (2000, 1440)])
@@ -150,18 +124,11 @@ def test_traffic_has_some_hundred_spans_however_long_it_lasts(
             at = began + (ended - began) * place / 50
             session.add(
                 RequestRow(
-                    id=f"r{place}",
-                    at=at.isoformat(timespec="microseconds"),
-                    name=NAME,
-                    version=versions[2].digest,
-                    rollout=rollout.id,
-                    arm="canary" if place % 2 else "stable",
-                    ok=place % 5 != 0,
-                    seconds=0.1,
-                    scores={"json_valid": 0.5},
-                    features={"step": 1},
+                    id=f"r{place}", at=at.isoformat(timespec="microseconds"), name=NAME, version=versions[2].digest,
+                    rollout=rollout.id, arm="canary" if place % 2 else "stable", ok=place % 5 != 0, seconds=0.1,
+                    scores={"json_valid": 0.5}, features={"step": 1},
                 )
-            )
+            )  # fmt: skip
     old = get_rollout(store, rollout.id).model_copy(update={"started_at": began.isoformat()})
     found = rollout_course.traffic_of(store, old)
     assert found.minutes == minutes
@@ -179,13 +146,11 @@ def test_a_button_changes_only_what_its_page_showed(served: Served, versions: di
     with plain(served, cookie_of(served)) as http:
         here = f"/console/rollouts/{rollout.id}"
         page = http.get(here).text
-        mark = re.search(r'"X-CSRF": "([0-9a-f]+)"', page)
-        assert mark is not None
         fields = dict(re.findall(r'<input type="hidden" name="(step|champion)" value="([^"]*)">', page))
         assert fields == {"step": "1", "champion": versions[1].digest}
 
         def press(action: str) -> tuple[int, str]:
-            sent = {"csrf": mark[1], "reason": "seen", **fields}
+            sent = {"csrf": csrf(page), "reason": "seen", **fields}
             answer = http.post(f"{here}/{action}", data=sent)
             return answer.status_code, answer.text
 

@@ -96,6 +96,10 @@ def test_a_link_says_in_the_audit_log_who_made_it(served: Served) -> None:
     with database.reading(store.engine) as session:
         newest = audit.entries(session)[-1]
     assert (newest.action, newest.actor, newest.detail["by"]) == ("session.open", OPERATOR, OWNER)
+    users.login_link(store, OPERATOR, url="http://127.0.0.1", actor=OPERATOR)
+    with database.reading(store.engine) as session:
+        newest = audit.entries(session)[-1]
+    assert (newest.action, newest.actor, newest.detail["account"]) == ("session.link", OPERATOR, getpass.getuser())
 
 
 def test_evidence_that_does_not_decide_is_no_trouble_of_the_database(
@@ -152,14 +156,6 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served, happ
     with database.reading(store.engine) as session:
         proposals = [row.detail for row in audit.entries(session) if row.action == "user.key.propose"]
     assert [detail["link_by"] for detail in proposals] == [OWNER, APPROVER]
-
-
-def test_a_link_of_the_command_line_says_on_which_account_it_was_made(served: Served) -> None:
-    store = served.scene.store
-    users.login_link(store, OPERATOR, url="http://127.0.0.1", actor=OPERATOR)
-    with database.reading(store.engine) as session:
-        newest = audit.entries(session)[-1]
-    assert (newest.action, newest.actor, newest.detail["account"]) == ("session.link", OPERATOR, getpass.getuser())
 
 
 def csrf(http: httpx.Client) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def test_settings_of_one_run(folder: Path) -> None:
     assert len(document(folder, "jobs", "list")["jobs"]) == 3
 
 
-def test_a_job_of_a_kind_that_is_gone(folder: Path) -> None:
+def test_a_job_of_a_kind_that_is_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     store = Store(folder / ".tunesmith")
     identities.ensure_owner(store)
     queue.add(store, "distil", {"n": 1}, project="tiny", actor="olive")

@@ -17,7 +17,7 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LeaseLost
 from tunesmith.store.store import Store
 
-JOBS, WORKERS, KILLS = 60, 3, 12
+JOBS, WORKERS, KILLS = 24, 3, 6
 
 
 def work(root: Path, url: str) -> None:

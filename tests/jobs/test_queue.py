@@ -167,23 +167,14 @@ def test_errors_are_tried_again_later_and_later_until_no_attempt_is_left(store: 
         clock.at = max(clock.at, job.due)
     assert waited == [10.0, 20.0, "failed"]
     assert queue.get(store, number).error == ERROR
-    assert claim(store, clock) is None
-
-
-def test_a_final_error_is_not_tried_again(store: Store, clock: SetClock) -> None:
-    number = add(store, clock).id
+    final, vanishing = add(store, clock, priority=1).id, add(store, clock, attempts=2).id
     leases.fail(store, claimed(store, clock), ERROR, retry=False, clock=clock)
-    assert queue.get(store, number).state == "failed"
-
-
-def test_workers_that_vanish_use_up_the_attempts(store: Store, clock: SetClock) -> None:
-    number = add(store, clock, attempts=2).id
+    assert queue.get(store, final).state == "failed"
     for _ in range(2):
         claimed(store, clock)
         clock.at += 11
     assert claim(store, clock) is None
-    job = queue.get(store, number)
-    assert (job.state, job.error["code"]) == ("failed", "worker_lost")
+    assert queue.get(store, vanishing).error["code"] == "worker_lost"
 
 
 def test_stopping_a_worker_uses_up_no_attempt(store: Store, clock: SetClock) -> None:

@@ -126,6 +126,13 @@ def drifting(folder: Path) -> None:
     project.store.engine.dispose()
 
 
+def recalled(folder: Path) -> None:
+    project = Project.load(folder)
+    set_roles(project.store, "olive", ["admin", "engineer", "steward"])
+    monitoring.recall(project.store, monitoring.cause_of(project.store, {"version": "tiny@v1"}), reason="wrong")
+    project.store.engine.dispose()
+
+
 def test_nothing_is_due_where_nothing_changed(folder: Path) -> None:
     found = look(folder)
     assert (found.version, found.causes) == ("tiny@v1", ())
@@ -142,27 +149,18 @@ def test_nothing_is_due_where_nothing_changed(folder: Path) -> None:
         ("base", 0.0, lambda folder: (write_model(folder / "other", seed=9), change(folder, base="other"))),
         ("evidence", 181.0, lambda folder: change(folder, retraining={"causes": ["evidence"]})),
         ("schedule", 91.0, lambda folder: change(folder, retraining={"causes": ["schedule"]})),
+        ("recall", 0.0, lambda folder: recalled(folder)),
     ],
 )
 def test_a_cause_queues_one_run(folder: Path, cause: str, days: float, act: Callable[[Path], Any]) -> None:
     act(folder)
     assert causes(first := look(folder, days)) == [cause]
+    assert cause != "recall" or "tiny@v1 was recalled" in first.causes[0].says
     assert first.causes[0].job == 1
     assert look(folder, days).causes == first.causes
     end_job(folder)
     assert look(folder, days).causes == first.causes, "whatever came of it"
     assert [job.cause.split(":")[0] for job in jobs.list_jobs(Project.load(folder).store).jobs] == [cause]
-
-
-def test_a_recall_queues_a_run(folder: Path) -> None:
-    store = Project.load(folder).store
-    set_roles(store, "olive", ["admin", "engineer", "steward"])
-    cause = monitoring.cause_of(store, {"version": "tiny@v1"})
-    monitoring.recall(store, cause, reason="wrong")
-    store.engine.dispose()
-    found = look(folder)
-    assert [(each.cause, each.job) for each in found.causes] == [("recall", 1)]
-    assert "tiny@v1 was recalled" in found.causes[0].says
 
 
 def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,17 +276,13 @@ def test_a_worker_deletes_texts_before_it_looks_for_causes(folder: Path, monkeyp
     def failing(*_: object) -> None:
         raise UsageError("the project file cannot be read")
 
-    def make(*_: object, also: Callable[[], None], **__: object) -> None:
-        with pytest.raises(UsageError, match="cannot be read"):
-            also()
-        raise SystemExit
-
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(retraining, "look_again", failing)
     monkeypatch.setattr(cases, "delete_expired", lambda _store: done.append("kept texts"))
     monkeypatch.setattr(held, "tidy", lambda _store: done.append("held answers"))
-    monkeypatch.setattr(jobs, "make_worker", make)
-    CliRunner().invoke(app, ["worker", "-C", str(folder)])
+    result = CliRunner().invoke(app, ["worker", "--until-empty", "-C", str(folder)])
     assert done == ["kept texts", "held answers"]
+    assert "nothing was added: the project file cannot be read" in result.stderr
 
 
 def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,19 +61,17 @@ def test_a_slot_is_taken_as_a_whole_or_not_at_all() -> None:
     taken(BOTH).release()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TUNESMITH_SLOTS", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="cannot be used") as refused:
-        LEFT.take()
-    assert refused.value.where == str(tmp_path / "file" / "slots")
-
-
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_is_named_and_a_link_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "locks").mkdir()
     (tmp_path / "locks" / "slots").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="cannot be used"):
-        LEFT.take()
+    (tmp_path / "file").touch()
+    for folder in ("locks", "file"):
+        monkeypatch.setenv("TUNESMITH_SLOTS", str(tmp_path / folder))
+        with pytest.raises(UsageError, match="cannot be used") as refused:
+            LEFT.take()
+        assert refused.value.where == str(tmp_path / folder / "slots")
     assert not (tmp_path / "elsewhere").exists()
 
 

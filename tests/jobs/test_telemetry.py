@@ -56,26 +56,20 @@ for given in ({{}}, {{"{ENDPOINT}": ""}}, {{"{ENDPOINT}": "http://127.0.0.1:9", 
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
+def test_what_is_not_honoured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_is_installed", lambda: True)
+    for name, value, said in (
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf"),
         ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/json", "http/protobuf"),
         ("OTEL_TRACES_EXPORTER", "console", "not an exporter"),
-    ],
-)
-def test_what_is_not_honoured_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
-    monkeypatch.setattr(telemetry, "_is_installed", lambda: True)
-    monkeypatch.setenv(name, value)
-    assert telemetry.check() == ()
-    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
-    with pytest.raises(UsageError, match=said) as refused:
-        telemetry.check()
-    assert refused.value.where == name
-
-
-def test_one_signal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_is_installed", lambda: True)
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert telemetry.check() == ()
+            patch.setenv(ENDPOINT, "http://127.0.0.1:9")
+            with pytest.raises(UsageError, match=said) as refused:
+                telemetry.check()
+            assert refused.value.where == name
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:9")
     assert telemetry.check() == ("traces",)
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")

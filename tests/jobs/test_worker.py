@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -130,7 +129,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("TUNESMITH_THREADS", "1")
     known: Any = settings()["candidates"]
-    tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 12, "checkpoint_seconds": 0.001}}
+    tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 4, "checkpoint_seconds": 0.001}}
     return write_project(tmp_path / "p", candidates={"plain": known["plain"], "tuned": tuned})
 
 
@@ -139,8 +138,8 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
     """Starts workers, of which none stays."""
     started: list[Running] = []
 
-    def one(*options: str, project: Path = folder) -> Running:
-        started.append(Running(project, *options))
+    def one(*options: str) -> Running:
+        started.append(Running(folder, *options))
         return started[-1]
 
     yield one
@@ -190,33 +189,6 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     assert training.repeat(project).same, "the bytes are those of an undisturbed training"
     assert project.run().registered is not None
     assert [job["state"] for job in call(folder, "jobs", "list")["jobs"]] == ["succeeded"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(len(usable_cores()) < 2, reason="one core")
-def test_trainings_of_two_projects_compute_on_different_cores(
-    folder: Path, start: Callable[..., Running], tmp_path: Path
-) -> None:
-    other = shutil.copytree(folder, tmp_path / "other")
-    workers = [start("--at-once", "2", "--until-empty", project=each) for each in (folder, other)]
-    for each in (folder, other):
-        call(each, "run", "--queue")
-
-    def trains(each: Path) -> bool:
-        return any(each.glob(".tunesmith/work/train-*/checkpoints/step-*"))
-
-    until(lambda: trains(folder) and trains(other))
-    (one,), (another,) = (worker.jobs() for worker in workers)
-    used = [{*psutil.Process(process).cpu_affinity()} for process in (one, another)]
-    assert not used[0] & used[1]
-    assert all(used)
-    workers[0].end(signal.SIGKILL)
-    until(lambda: gone(one))
-    (slot,) = divide(1, [*used[0]], ())
-    held = slot.take()
-    assert held is not None, "kill -9 of the worker frees its job's cores"
-    held.release()
-    assert workers[1].end(signal.SIGTERM) == 0
 
 
 def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

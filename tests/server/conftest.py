@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.postgresql_server import moved_to_postgresql
 from tests.rollout.conftest import copied, made, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS
+from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.commands import start
 from tunesmith.rollout.settings import RolloutSettings
@@ -36,6 +37,7 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.services.evaluations.served_scorers import served_scorers
 from tunesmith.store import database
 from tunesmith.store.audit import revision
+from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import RequestRow
 
@@ -82,6 +84,11 @@ class Served:
         """One request, as it is."""
         with self.http() as http:
             return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO, **body})
+
+    def person(self, name: str, *roles: str, tenant: str = "", region: str = "", groups: Sequence[str] = ()) -> str:
+        """A token of a new user."""
+        add_user(self.scene.store, name, roles, actor=OWNER, scope=Scope(tenant, region), groups=groups)
+        return issue_token(self.scene.store, name, actor=OWNER)
 
     def change(self, **settings: Any) -> None:
         """Set limits of the running server, for the requests that come from now on."""

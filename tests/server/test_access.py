@@ -6,18 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.staticfiles import StaticFiles
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Mount
 
 from tests.attack_table import Happened
 from tests.fabricate import OWNER, Scene
 from tests.server.conftest import Served, running_copy
-from tunesmith.server.access import PUBLIC, decides, needs
 from tunesmith.store.people.identities import add_user, deactivate
 from tunesmith.store.people.roles import ROLES, TOKEN_SCOPES
 from tunesmith.store.people.tokens import issue_token, revoke_token
@@ -58,49 +54,11 @@ def undecided(routes: Iterable[BaseRoute]) -> list[str]:
     ]
 
 
-async def plain(request: Request) -> PlainTextResponse:
-    return PlainTextResponse("")
-
-
-@decides("session")
-async def viewer() -> str:
-    return "ann"
-
-
 def test_every_route_of_the_application_declares_who_may_call_it(shared: Served) -> None:
     found = list(decisions(shared.app.routes))
     assert len(found) > 25
     assert undecided(shared.app.routes) == []
     assert {path for path, _, made in found if made == ["public"] and "static" not in path} >= OPEN
-
-
-@pytest.mark.parametrize(
-    ("add", "complaint"),
-    [
-        (lambda app: app.add_api_route("/a", plain), ["/a"]),
-        (lambda app: app.add_route("/a", plain), ["/a"]),
-        (lambda app: app.mount("/a", FastAPI(openapi_url=None)), ["/a"]),
-        (lambda app: app.mount("/a", plain), ["/a"]),
-        (lambda app: app.router.routes.append(Mount("/a", routes=[Route("/b", plain)])), ["/a/b"]),
-        (lambda app: app.add_api_route("/a", plain, dependencies=[PUBLIC, needs("chat")]), ["/a"]),
-        (lambda app: app.mount("/a", StaticFiles(directory="/")), []),
-        (lambda app: app.add_api_route("/a", plain, dependencies=[needs("read", "jobs")]), []),
-        (lambda app: app.add_api_route("/a", plain, dependencies=[needs()]), []),
-        (lambda app: app.include_router(included()), ["/sub/a"]),
-    ],
-)
-def test_a_route_without_one_decision_is_found(add: Any, complaint: list[str]) -> None:
-    app = FastAPI(openapi_url=None)
-    add(app)
-    assert undecided(app.routes) == complaint
-
-
-def included() -> APIRouter:
-    """A router with a route that decides and one that does not."""
-    router = APIRouter(prefix="/sub")
-    router.add_api_route("/a", plain)
-    router.add_api_route("/b", plain, dependencies=[Depends(viewer)])
-    return router
 
 
 def by_token(served: Served) -> list[tuple[str, str, set[str]]]:

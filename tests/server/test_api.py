@@ -21,9 +21,13 @@ from tests.rollout.conftest import copied
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_access import decisions
+from tests.server.test_held import holder
+from tests.server.test_held_by_two import held_answer
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
 from tunesmith.data.review.queue import NewItem, add_items
+from tunesmith.holding import queue as holding
+from tunesmith.jobs import queue as jobs
 from tunesmith.registry.versions import Version
 from tunesmith.server.app import openapi_document
 from tunesmith.store.people.identities import add_user, get_user
@@ -43,18 +47,21 @@ class World:
     evaluated: Evaluated
     version: Version
     rollout: int
+    held: str
 
     @property
     def there(self) -> dict[str, str]:
         """A value for each part of an address, of things that there are."""
         dataset, digest = self.served.scene.dataset, self.evaluated.evaluation
         rollout = str(self.rollout)
-        return {"digest": digest, "other": dataset, "row": self.evaluated.rows[0].id, "name": ACME, "number": rollout}
+        row, held = self.evaluated.rows[0].id, self.held
+        return {"digest": digest, "other": dataset, "row": row, "name": ACME, "number": rollout, "identifier": held}
 
     @property
     def nowhere(self) -> dict[str, str]:
         """The same of things that there are not."""
-        return {"digest": NOWHERE, "other": NOWHERE, "row": "no-row", "name": "nobodys", "number": "4096"}
+        empty = {"digest": NOWHERE, "other": NOWHERE, "row": "no-row", "name": "nobodys", "number": "4096"}
+        return {**empty, "identifier": "0" * 32}
 
     def token(self, user: str) -> str:
         """A token of a user for everything."""
@@ -79,7 +86,12 @@ def world(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
         add_items(copy.store, items, wanted=1, actor=OWNER)
         with running(copy, FakeEngine(copy.base), project=project) as served:
             served.begin(served.scene.version(8), {"setWeight": 100})
-            yield World(served, evaluated, version, served.begin(version, scope=Scope("acme")).id)
+            rollout = served.begin(version, scope=Scope("acme")).id
+            for _ in range(rollout):  # a job of acme with the rollout's number, too
+                jobs.add(copy.store, "run", {"cause": ACME}, project="p", actor="amy", scope=Scope("acme"))
+            answer = held_answer(copy, 7, version)
+            holding.put(copy.store, answer, holder().settings, 100)
+            yield World(served, evaluated, version, rollout, answer.id)
 
 
 @pytest.fixture(scope="module")
@@ -222,40 +234,97 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
+FORM = {
+    "decision": "refuse",
+    "reason": "why",
+    "version": f"{ACME}@v1",
+    "role": "admin",
+    "question": "x",
+    "candidate": "a",
+}
+
+
+def same_as_nothing(world: World, http: httpx.Client, method: str, path: str, form: Mapping[str, str]) -> None:
+    """A person of another tenant gets the same answer for what there is as for what there is not."""
+    answers = []
+    for values in (world.there, world.nowhere):
+        ids = {key: values.get(key, "x") for key in re.findall(r"\{(\w+)", path)}
+        if "versions" in path:
+            ids["number"] = "1"
+        if "{document}" in path:
+            ids["document"] = "report.md"
+        if "/datasets/" in path or "/rows/" in path:
+            ids["digest"] = values["other"]
+        if path.startswith("/console") and "digest" in ids and "records" not in path:
+            ids["digest"] = ids["digest"].removeprefix("sha256:")
+        url = re.sub(r"\{(\w+)(:path)?\}", lambda found: ids[found[1]], path)  # noqa: B023
+        query = {"base": "tiny", "kind": "row", "value": "x", "cause": "row x"}
+        sent: dict[str, Any] = {"data": form} if form else {"json": BODIES.get(path, {})}
+        answer = http.request(method, url, params=query, **({} if method == "GET" else sent))
+        said = answer.text
+        for text in (ACME, SECRET, REVIEWED):
+            assert text not in said.replace(url, "") or text in str(BODIES.get(path)), (method, url, said)
+        for known in ids.values():
+            said = re.sub(rf"(?<!\w){re.escape(known)}(?!\w)", "ID", said)
+        answers.append((answer.status_code, said))
+    assert answers[0] == answers[1], f"{method} {path}: other answers for what there is"
+    assert answers[0][0] < 500, (method, path, answers)
+
+
+def changed_by_eve(world: World, since: int) -> set[str]:
+    """What eve, of another tenant, has changed since an entry of the audit log."""
+    with world.served.http(world.token("every")) as http:
+        entries = http.get("/api/audit?most=1000").json()["entries"]
+    return {one["action"] for one in entries if one["seq"] > since and one["actor"] == "eve"}
+
+
 @pytest.mark.attack("people", "another tenant's token on every route, with ids of things that there are")
 def test_another_tenant_learns_and_changes_nothing(world: World, happened: Happened) -> None:
-    token = world.token("eve")
-    before = world.served.http(world.token("every")).get("/api/audit?most=1").json()["entries"][0]["seq"]
-    with world.served.http(token) as http:
+    before = audit_head(world)
+    with world.served.http(world.token("eve")) as http:
         for method, path in api_routes(world.served):
-            answers = []
-            for values in (world.there, world.nowhere):
-                ids = {key: values.get(key, "x") for key in re.findall(r"\{(\w+)", path)}
-                if "versions" in path:
-                    ids["number"] = "1"
-                if "{document}" in path:
-                    ids["document"] = "report.md"
-                if "/datasets/" in path:
-                    ids["digest"] = values["other"]
-                url = re.sub(r"\{(\w+)(:path)?\}", lambda found: ids[found[1]], path)  # noqa: B023
-                query = {"base": "tiny", "kind": "row", "value": "x"}
-                answer = http.request(method, url, params=query, json=BODIES.get(path, {}))
-                said = answer.text
-                for text in (ACME, SECRET, REVIEWED):
-                    assert text not in said.replace(url, "") or text in str(BODIES.get(path)), (method, url, said)
-                for known in ids.values():
-                    said = said.replace(known, "ID")
-                answers.append((answer.status_code, said))
-            assert answers[0] == answers[1], f"{method} {path}: other answers for what there is"
-            assert answers[0][0] < 500, (method, path, answers)
+            same_as_nothing(world, http, method, path, {})
             happened("the same as for nothing")
-    entries = world.served.http(world.token("every")).get("/api/audit?most=1000").json()["entries"]
-    assert {one["action"] for one in entries if one["seq"] > before and one["actor"] == "eve"} <= {"user.token"}
+    assert changed_by_eve(world, before) <= {"user.token"}
     with world.served.http(world.token("amy")) as http:
         listed = [one["name"] for one in http.get("/api/versions").json()["versions"]]
         assert ACME in listed
         assert http.get(f"/api/versions/{ACME}/1").status_code == 200
         assert http.get("/api/datasets").status_code == 403
+
+
+@pytest.mark.attack("console", "another tenant's session on every page and form, with ids of things that there are")
+def test_another_tenants_pages_tell_and_change_nothing(world: World, happened: Happened) -> None:
+    pages = [(method, path) for path, method, made in decisions(world.served.app.routes) if made == ["session"]]
+    with plain(world.served, cookie_of(world.served, "eve")) as http:
+        csrf, before = mark(http), audit_head(world)
+        for method, path in pages:
+            if path not in ("/console/changes", "/console/logout"):
+                same_as_nothing(world, http, method, path, {**FORM, "csrf": csrf})
+                happened("the same as for nothing")
+    assert len(pages) > 50
+    assert changed_by_eve(world, before) == set()
+    with plain(world.served, cookie_of(world.served, "amy")) as http:
+        for path in (
+            f"/console/versions/{ACME}/1",
+            f"/console/jobs/{world.rollout}",
+            f"/console/rollouts/{world.rollout}",
+        ):
+            assert ACME in http.get(path).text, path
+
+
+def audit_head(world: World) -> int:
+    """The number of the audit log's newest entry."""
+    with world.served.http(world.token("every")) as http:
+        found: int = http.get("/api/audit?most=1").json()["entries"][0]["seq"]
+    return found
+
+
+def mark(http: httpx.Client) -> str:
+    """What the forms of a session carry."""
+    found = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/console/keys").text)
+    assert found
+    return found[1]
 
 
 @pytest.mark.parametrize(
@@ -273,9 +342,7 @@ def test_a_stated_tenant_that_is_not_the_callers_tells_nothing(world: World, pat
 
 def test_a_form_with_a_tenant_that_is_not_the_persons_tells_nothing(world: World) -> None:
     with plain(world.served, cookie_of(world.served, "eve")) as http:
-        csrf = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/console/keys").text)
-        assert csrf
-        fields = {"csrf": csrf[1], "tenant": "acme"}
+        fields = {"csrf": mark(http), "tenant": "acme"}
         answers = [http.post("/console/rollouts", data={**fields, "version": f"{ACME}@v{n}"}) for n in (1, 99)]
         assert [answer.status_code for answer in answers] == [403, 403]
         assert answers[0].text == answers[1].text
@@ -296,16 +363,15 @@ def test_cookies_open_no_route_and_forms_need_their_mark(world: World, happened:
             if methods == "POST" and made == ["session"]
         ]
         assert len(forms) > 20
-        csrf = re.search(r'name="csrf" value="([0-9a-f]+)"', http.get("/console/keys").text)
-        assert csrf
+        csrf = mark(http)
         for path in forms:
             url = re.sub(r"\{(\w+)(:path)?\}", "1", path)
             for fields, headers in (
                 ({}, {}),
                 ({"csrf": "0" * 64}, {}),
-                ({"csrf": csrf[1]}, {"Sec-Fetch-Site": "cross-site"}),
-                ({"csrf": csrf[1]}, {"Sec-Fetch-Site": "same-site"}),
-                ({"csrf": csrf[1]}, {"Origin": "https://elsewhere.example"}),
+                ({"csrf": csrf}, {"Sec-Fetch-Site": "cross-site"}),
+                ({"csrf": csrf}, {"Sec-Fetch-Site": "same-site"}),
+                ({"csrf": csrf}, {"Origin": "https://elsewhere.example"}),
             ):
                 answer = http.post(url, data=fields, headers=headers)
                 assert answer.status_code == 403, (path, headers, answer.status_code)

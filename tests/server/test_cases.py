@@ -82,7 +82,7 @@ def test_without_opting_in_no_text_is_on_the_disk(
     keeper = CaseKeeper(scene.store, CaseSettings(), Privacy()) if allowed else None
     with running(scene, engine, keeper=keeper) as served:
         served.begin(versions[1])
-        for more in ({}, {"store": False}, {"metadata": {"store": "true"}}, {"user": "zoe"}):
+        for more in ({}, {"store": False}, {"metadata": {"store": "okapi"}}, {"user": "hippo"}):
             answer = _ask(served, **more)
             assert _feedback(served, request_id=answer.json()["id"], expected=WRONG).json()["scores"]
         engine.answer = lambda _request, _adapter: f"no JSON, zebra {SECRET}"
@@ -90,7 +90,7 @@ def test_without_opting_in_no_text_is_on_the_disk(
         engine.answer = _crash
         assert _ask(served).status_code == 500
     assert len(served.rows()) == 6
-    assert _holding(scene.store.root, "zebra", SECRET) == []
+    assert _holding(scene.store.root, "zebra", SECRET, "okapi", "hippo", served.token) == []
     happened("nothing kept", 6)
 
 
@@ -182,35 +182,38 @@ def test_what_is_kept_is_scanned(
     happened("replaced", 4)
 
 
-@pytest.mark.parametrize("action", ["refuse", "remove"])
-def test_texts_with_personal_data_are_not_kept_where_such_rows_are_not(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, action: Any
+LONG = [{"role": "user", "content": "z" * 70_000}]  # one token of this engine
+NO_DATA = "it holds EMAIL_ADDRESS, and this project keeps no such text"
+
+
+@pytest.mark.parametrize(
+    ("at_most", "action", "messages", "reason"),
+    [
+        (9, "refuse", ASK, NO_DATA),
+        (9, "remove", ASK, NO_DATA),
+        (9, "report", LONG, "it is longer than 65,536 characters"),
+        (1, "report", ASK, "1 requests wait for a review"),
+    ],
+)
+def test_what_is_not_kept_is_scored_and_says_why(
+    scene: Scene,
+    versions: dict[int, Version],
+    engine: FakeEngine,
+    at_most: int,
+    action: Any,
+    messages: Any,
+    reason: str,
 ) -> None:
-    keeper = CaseKeeper(scene.store, CaseSettings(), Privacy(action=action))
+    keeper = CaseKeeper(scene.store, CaseSettings(at_most=at_most), Privacy(action=action))
     with running(scene, engine, keeper=keeper) as served:
         served.begin(versions[1])
-        answer = _ask(served).json()["id"]
-        given = _feedback(served, request_id=answer, expected=WRONG, keep=True).json()
-        assert given["kept"] is False
-        assert given["not_kept"] == "it holds EMAIL_ADDRESS, and this project keeps no such text"
-        assert given["scores"]["exact_match"] == 0.0, "the score counts all the same"
-    assert _holding(scene.store.root, "zebra") == []
-
-
-def test_no_more_is_kept_than_may_wait(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> None:
-    with running(scene, engine, keeper=CaseKeeper(scene.store, CaseSettings(at_most=1), Privacy())) as served:
-        served.begin(versions[1])
-        given = [_feedback(served, request_id=_ask(served).json()["id"], expected=WRONG, keep=True) for _ in range(2)]
-        assert [one.json()["kept"] for one in given] == [True, False]
-        assert "wait for a review" in given[1].json()["not_kept"]
-    _cases(served)
-
-
-def test_a_very_long_request_is_not_kept(keeping: Served) -> None:
-    answer = keeping.post(messages=[{"role": "user", "content": "z" * 70_000}]).json()["id"]  # one token of this engine
-    given = _feedback(keeping, request_id=answer, expected=WRONG, keep=True).json()
-    assert (given["kept"], given["not_kept"]) == (False, "it is longer than 65,536 characters")
-    _cases(keeping, 0)
+        asked = [ASK, messages] if at_most == 1 else [messages]
+        answers = [served.post(messages=each).json()["id"] for each in asked]
+        given = [_feedback(served, request_id=each, expected=WRONG, keep=True).json() for each in answers]
+        assert [each["kept"] for each in given] == [True, False][-len(asked) :]
+        assert (reason in given[-1]["not_kept"], given[-1]["scores"]["exact_match"]) == (True, 0.0)
+    _cases(served, len(asked) - 1)
+    assert action == "report" or _holding(scene.store.root, "zebra") == []
 
 
 def test_a_caller_withdraws_a_request(keeping: Served) -> None:

@@ -22,8 +22,6 @@ from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry import opening
 from tunesmith.registry.versions import Version
 from tunesmith.server.answering import routing
-from tunesmith.store.people.identities import add_user, deactivate
-from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 
 Versions = dict[int, Version]
@@ -51,15 +49,11 @@ def test_a_stream_is_openais(served: Served) -> None:
     assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 2)
     assert {chunk.usage for chunk in chunks[:-1]} == {None}
     assert len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks}) == 1
-
-
-def test_a_stream_without_usage_ends_with_done(served: Served) -> None:
     response = served.post(stream=True)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.text.endswith("data: [DONE]\n\n")
     events = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
-    assert all("usage" not in event for event in events)
-    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert {("usage" in event, event["object"]) for event in events} == {(False, "chat.completion.chunk")}
 
 
 def test_every_honoured_field_reaches_the_engine(served: Served) -> None:
@@ -73,6 +67,12 @@ def test_every_honoured_field_reaches_the_engine(served: Served) -> None:
     assert completion.choices[0].finish_reason == "length"
     assert completion.choices[0].message.content == "one two three"
     assert completion.metadata == {"k": "v"}
+    parts = [{"type": "text", "text": "switch "}, {"type": "text", "text": "on"}]
+    nulls = dict.fromkeys(("temperature", "top_p", "stop", "max_tokens", "stream", "n"))
+    served.post(messages=[{"role": "user", "content": parts}], **nulls)
+    asked = served.engine.seen[-1]
+    assert asked.messages[-1].content == "switch on"
+    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed, asked.stop) == (32, 0.0, 1.0, 0, ())
 
 
 def test_log_probabilities_are_openais_whole_and_streamed(served: Served) -> None:
@@ -92,28 +92,14 @@ def test_log_probabilities_are_openais_whole_and_streamed(served: Served) -> Non
     assert "".join(one.token for one in streamed) == "".join(c.choices[0].delta.content or "" for c in chunks)
 
 
-def test_left_out_and_null_fields_take_the_defaults(served: Served) -> None:
-    served.post(temperature=None, top_p=None, stop=None, max_tokens=None, stream=None, n=None)
-    asked = served.engine.seen[-1]
-    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed, asked.stop) == (32, 0.0, 1.0, 0, ())
-
-
-def test_text_parts_are_joined(served: Served) -> None:
-    parts = [{"type": "text", "text": "switch "}, {"type": "text", "text": "on"}]
-    served.post(messages=[{"role": "user", "content": parts}])
-    assert served.engine.seen[-1].messages[-1].content == "switch on"
-
-
 @pytest.mark.parametrize(
     ("field", "value", "param", "code"),
     [
-        ("logprobs", 1, "logprobs", "invalid_value"),
         ("top_logprobs", 2, None, "invalid_value"),
         ("top_logprobs", 21, "top_logprobs", "invalid_value"),
         ("tools", [], "tools", "invalid_value"),
         ("temprature", 0.1, "temprature", "unknown_parameter"),
         ("messages", [{"role": "user", "content": "x", "name": "n"}], "messages[0].name", "unknown_parameter"),
-        ("messages", [{"role": "function", "content": "x"}], "messages[0].role", "invalid_value"),
         ("messages", [{"role": "user"}], "messages[0].content", "missing_required_parameter"),
         ("messages", [{"role": "user", "content": None}], "messages[0].content", "invalid_value"),
         ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content", None),
@@ -122,20 +108,14 @@ def test_text_parts_are_joined(served: Served) -> None:
         ("n", 2, "n", "invalid_value"),
         ("temperature", 2.1, "temperature", "invalid_value"),
         ("temperature", "0", "temperature", "invalid_value"),
-        ("temperature", True, "temperature", "invalid_value"),
         ("top_p", 0, "top_p", "invalid_value"),
         ("max_tokens", 0, "max_tokens", "invalid_value"),
         ("max_tokens", True, "max_tokens", "invalid_value"),
-        ("max_tokens", 1.5, "max_tokens", "invalid_value"),
         ("seed", 2**64, "seed", "invalid_value"),
         ("stop", ["a"] * 5, "stop", "invalid_value"),
         ("stop", "", "stop", "invalid_value"),
-        ("stream", "yes", "stream", "invalid_value"),
         ("stream_options", {"include_usage": True}, None, "invalid_value"),
-        ("response_format", {"type": "grammar"}, "response_format.type", "invalid_value"),
-        ("metadata", {"k": 1}, "metadata.k", "invalid_value"),
         ("model", "", "model", "invalid_value"),
-        ("model", None, "model", "invalid_value"),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(
@@ -173,26 +153,14 @@ def test_prompt_of_context_length_is_refused(served: Served) -> None:
 # Who may ask for what
 
 
-@pytest.mark.parametrize("token", ["", "wrong", "tsk_" + "A" * 43])
-def test_an_invalid_token_is_401_and_not_repeated(served: Served, token: str) -> None:
+def test_an_invalid_token_is_401_before_the_body_is_read(served: Served) -> None:
     with served.http() as http:
-        for header in (f"Bearer {token}".strip(), f"Basic {token}".strip(), ""):
-            headers = {"Authorization": header}
-            response = http.post("/v1/chat/completions", headers=headers, content=b"{" * 99)
-            assert response.status_code == 401
-            assert response.json()["error"]["code"] == "invalid_api_key"
-            assert not token or token not in response.text
+        for header in ("Bearer wrong", f"Basic {served.token}", "Bearer", ""):
+            response = http.post("/v1/chat/completions", headers={"Authorization": header}, content=b"{" * 99)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert served.token not in response.text
     with pytest.raises(openai.AuthenticationError):
         served.client("nope").models.list()
-
-
-def test_a_deactivated_users_token_is_no_longer_valid(served: Served) -> None:
-    add_user(served.scene.store, "cy", ["engineer"], actor=OWNER)
-    token = issue_token(served.scene.store, "cy", actor=OWNER)
-    assert served.client(token).models.list().data
-    deactivate(served.scene.store, "cy", actor=OWNER)
-    with pytest.raises(openai.AuthenticationError):
-        served.client(token).models.list()
 
 
 def test_models_lists_what_can_be_asked_and_nothing_else(served: Served) -> None:
@@ -235,12 +203,9 @@ def test_any_other_name_is_the_same_404(shared: Served, model: str) -> None:
 
 
 def test_another_tenants_model_looks_nonexistent(served: Served) -> None:
-    store = served.scene.store
     theirs = served.scene.version(21, name="theirs", scope=Scope("acme"))
     served.begin(theirs, scope=Scope("acme"))
-    add_user(store, "al", ["operator"], actor=OWNER, scope=Scope("acme"))
-    add_user(store, "bo", ["operator"], actor=OWNER, scope=Scope("umbra"))
-    tokens = {user: issue_token(store, user, actor=OWNER) for user in ("al", "bo")}
+    tokens = {user: served.person(user, "operator", tenant=of) for user, of in (("al", "acme"), ("bo", "umbra"))}
     for model in ("theirs", "theirs@champion", "theirs@v1"):
         assert served.client(tokens["al"]).chat.completions.create(model=model, messages=HELLO).model == "theirs@v1"
         with served.http(tokens["bo"]) as http:

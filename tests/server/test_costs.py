@@ -14,15 +14,11 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
-from tests.fabricate import NAME, OWNER, Scene
+from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.tiny_engine import TinyEngine
-from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version
 from tunesmith.server.intake import limits
-from tunesmith.store.people.identities import add_user
-from tunesmith.store.people.tokens import issue_token
 
 MIB = 1 << 20
 SECONDS = 60  # for an honest request meanwhile; without limits some of these hold it up for minutes
@@ -41,9 +37,7 @@ def tiny(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> Iterator
 
 def neighbour(served: Served) -> str:
     """The token of another tenant's user."""
-    store = served.scene.store
-    add_user(store, "neighbour", ["engineer"], actor=OWNER, scope=Scope("acme"))
-    return issue_token(store, "neighbour", actor=OWNER)
+    return served.person("neighbour", "engineer", tenant="acme")
 
 
 def meanwhile(served: Served, attacks: list[Callable[[], httpx.Response]]) -> tuple[list[httpx.Response], float]:
@@ -224,12 +218,3 @@ def test_requests_own_errors_count_against_no_arm(tiny: Served, happened: Happen
             assert response.json()["error"]["type"] == "invalid_request_error"
     assert len(tiny.rows()) == before
     happened("refused, 400, and not recorded", 2 * len(own))
-
-
-def test_a_versions_own_error_counts_against_its_arm(served: Served) -> None:
-    def unsupported(_request: Any, _adapter: Any) -> str:
-        raise UsageError("answers cannot be held to this schema", where="task.schema")
-
-    served.engine.answer = unsupported
-    assert served.post().status_code == 500
-    assert [row.ok for row in served.rows()] == [False]

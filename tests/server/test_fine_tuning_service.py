@@ -5,14 +5,10 @@ The caller is an engineer of one tenant.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import os
-import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,15 +72,6 @@ class Service:
     def job(self, identifier: str) -> Job:
         return queue.get(self.project.store, int(identifier.removeprefix("ftjob-")))
 
-    @contextlib.contextmanager
-    def worker(self) -> Iterator[Forked]:
-        process = Forked(self.folder, "worker", "--lease", "20")
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=120)
-
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
@@ -145,87 +132,6 @@ def test_a_model_on_another_base_that_knows_tools_is_served_by_a_server_of_that_
         held: Any = {"tools": [SWITCH], "tool_choice": "required", "parallel_tool_calls": False}
         (call,) = other.chat.completions.create(model=name, messages=QUESTION, **held).choices[0].message.tool_calls  # type: ignore[arg-type]
         assert (call.function.name, type(json.loads(call.function.arguments)["on"])) == ("switch", bool)
-
-
-SCRIPT = """
-import OpenAI, { toFile } from "openai";
-import fs from "fs";
-const client = new OpenAI({ baseURL: process.env.URL, apiKey: process.env.TOKEN, maxRetries: 0 });
-const said = {};
-const file = await client.files.create({ file: fs.createReadStream(process.env.ROWS), purpose: "fine-tune" });
-const asked = { model: process.env.MODEL, training_file: file.id, metadata: { from: "node" },
-                method: { type: "supervised", supervised: { hyperparameters: { n_epochs: 60 } } } };
-const jobs = client.fineTuning.jobs;
-let job = await jobs.create(asked);
-said.created = job.status;
-said.paused_while_queued = (await jobs.pause(job.id)).status;
-said.resumed = (await jobs.resume(job.id)).status;
-console.log(JSON.stringify(job.id));
-const wait = async (status) => {
-  while ((job = await jobs.retrieve(job.id)).status !== status) await new Promise((done) => setTimeout(done, 50));
-};
-const trains = async () => (await jobs.listEvents(job.id)).data.some((event) => event.message.startsWith("training "));
-while (!(await trains())) await new Promise((done) => setTimeout(done, 50));
-await jobs.pause(job.id);
-await wait("paused");
-said.paused_while_running = job.status;
-await jobs.resume(job.id);
-await wait("running");
-await jobs.cancel(job.id);
-await wait("cancelled");
-said.cancelled_while_running = [job.status, job.fine_tuned_model, job.error];
-said.listed = [];
-for await (const each of jobs.list({ limit: 1, metadata: { from: "node" } })) said.listed.push(each.id === job.id);
-said.events = 0;
-for await (const event of jobs.listEvents(job.id, { limit: 2 })) said.events += 1;
-said.checkpoints = (await jobs.checkpoints.list(job.id)).data;
-try { await jobs.create({ ...asked, model: "gpt-9" }); } catch (error) { said.refused = [error.status, error.code]; }
-try { await client.chat.completions.create({ model: `ft:${asked.model}:tiny::${job.id.slice(6)}`,
-  messages: [{ role: "user", content: "x" }] }); } catch (error) { said.not_there = [error.status, error.code]; }
-said.content = (await (await client.files.content(file.id)).text()).length;
-said.deleted = (await client.files.delete(file.id)).deleted;
-console.log(JSON.stringify(said));
-"""
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the official client for Node."""
-    if shutil.which("npm") is None:
-        pytest.skip("there is no npm")
-    folder = tmp_path_factory.mktemp("node")
-    if (known := os.environ.get("TUNESMITH_NODE_MODULES")) is not None:
-        (folder / "node_modules").symlink_to(known)
-        return folder
-    if subprocess.run(["npm", "install", "--silent", "openai@>=6"], cwd=folder, capture_output=True).returncode:
-        pytest.skip("the package openai cannot be installed")
-    return folder
-
-
-def test_the_client_for_node_pauses_resumes_and_cancels(service: Service, node: Path) -> None:
-    (node / "client.mjs").write_text(SCRIPT)
-    (node / "rows.jsonl").write_bytes(examples())
-    given = {"URL": service.url, "TOKEN": service.token, "MODEL": MODEL, "ROWS": str(node / "rows.jsonl")}
-    with service.worker():
-        done = subprocess.run(
-            ["node", "client.mjs"], cwd=node, env={**os.environ, **given}, capture_output=True, text=True, timeout=_WAIT
-        )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said.pop("events") > 5
-    assert said == {
-        "created": "queued",
-        "paused_while_queued": "paused",
-        "resumed": "queued",
-        "paused_while_running": "paused",
-        "cancelled_while_running": ["cancelled", None, None],
-        "listed": [True],
-        "checkpoints": [],
-        "refused": [404, "model_not_found"],
-        "not_there": [404, "model_not_available"],
-        "content": len(examples()),
-        "deleted": True,
-    }
 
 
 def test_a_server_starts_a_worker_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.server.conftest import HELLO, SCHEMA, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.scope import Scope
+from tunesmith.engines.protocol import Completion, TokenScore
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
@@ -27,7 +27,6 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version
 from tunesmith.services.releases.versions import refuse
 from tunesmith.store import database
-from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
@@ -76,6 +75,17 @@ def held(served: Served, **more: Any) -> dict[str, Any]:
 
 def decide(http: httpx.Client, notice: dict[str, Any], decision: str, **more: Any) -> httpx.Response:
     return http.post(f"{notice['url']}/decide", json={"decision": decision, "reason": "looked at it", **more})
+
+
+def decided(served: Served, decision: str, more: dict[str, Any], **asked: Any) -> Any:
+    """What a request that waits gets, once a reviewer has decided."""
+    with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
+        answer = threads.submit(lambda: served.ask(**asked))
+        until(lambda: steward.get("/api/held").json()["held"])
+        assert not answer.done()  # no token left before the decision
+        (one,) = steward.get("/api/held").json()["held"]
+        assert decide(steward, {"url": f"/api/held/{one['id']}"}, decision, **more).status_code == 200
+        return answer.result(300)
 
 
 def row_of(served: Served, notice: dict[str, Any]) -> HeldRow | None:
@@ -131,33 +141,31 @@ def test_other_answers_leave_at_once_and_stream(hold: Callable[..., Served], eng
     assert [row.ok for row in served.rows()] == [True, True]
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("decision", "more", "said"),
-    [("release", {}, MONEY), ("replace", {"answer": '{"intent": "ask"}'}, '{"intent": "ask"}'), ("refuse", {}, None)],
+    ("stream", "decision", "more", "said"),
+    [
+        (False, "release", {}, MONEY),
+        (True, "replace", {"answer": '{"intent": "ask"}'}, '{"intent": "ask"}'),
+        (False, "replace", {"answer": '{"intent": "ask"}'}, '{"intent": "ask"}'),
+        (True, "refuse", {}, None),
+    ],
 )
 def test_a_request_that_waits_is_answered_as_decided(
     hold: Callable[..., Served], stream: bool, decision: str, more: dict[str, Any], said: str | None
 ) -> None:
     served = hold(wait=120)
-    with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
-        asked = threads.submit(lambda: served.ask(stream=stream, logprobs=True))
-        until(lambda: steward.get("/api/held").json()["held"])
-        assert not asked.done()  # no token left before the decision
-        (one,) = steward.get("/api/held").json()["held"]
-        assert decide(steward, {"url": f"/api/held/{one['id']}"}, decision, **more).status_code == 200
-        if said is None:
-            with pytest.raises(openai.PermissionDeniedError, match="looked at it") as refused:
-                asked.result(300)
-            assert refused.value.code == "answer_refused"
-        elif stream:
-            chunks = list(asked.result(300))
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
-            assert chunks[-1].choices[0].finish_reason == "stop"
-        else:
-            choice = asked.result(300).choices[0]
-            assert (choice.message.content, choice.finish_reason) == (said, "stop")
-            assert (choice.logprobs is None) == (decision == "replace")
+    if said is None:
+        with pytest.raises(openai.PermissionDeniedError, match="looked at it") as refused:
+            decided(served, decision, more, stream=stream)
+        assert refused.value.code == "answer_refused"
+    elif stream:
+        chunks = list(decided(served, decision, more, stream=True, logprobs=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        choice = decided(served, decision, more, logprobs=True).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (said, "stop")
+        assert (choice.logprobs is None) == (decision == "replace")
 
 
 def test_openai_clients_do_not_send_a_held_request_again(hold: Callable[..., Served], engine: FakeEngine) -> None:
@@ -196,14 +204,10 @@ def test_only_the_caller_and_reviewers_of_the_tenant_see_it(
 ) -> None:
     served = hold()
     store = served.scene.store
-    for name, role, scope in (
-        ("amy", "operator", Scope("acme")),
-        ("bea", "operator", Scope("acme")),
-        ("sam", "steward", Scope("acme")),
-        ("oz", "steward", Scope("other")),
-        ("eu", "steward", Scope("acme", "eu")),
-    ):
-        add_user(store, name, [role], actor=OWNER, scope=scope)
+    for name, role, tenant in (("amy", "operator", "acme"), ("bea", "operator", "acme"), ("oz", "steward", "other")):
+        served.person(name, role, tenant=tenant)
+    served.person("sam", "steward", tenant="acme")
+    served.person("eu", "steward", tenant="acme", region="eu")
     with reviewer(served, "amy") as amy:
         asked = amy.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
         notice = asked.json()["error"]["held"]
@@ -390,18 +394,18 @@ def test_one_caller_does_not_fill_the_queue(
         ({"policy": "quiet"}, "fine", None),
     ],
 )
-def test_which_answers_wait(
-    hold: Callable[..., Served], engine: FakeEngine, rule: dict[str, Any], answer: str, reason: str | None
+def test_which_answers_wait(rule: dict[str, Any], answer: str, reason: str | None) -> None:
+    scores = (TokenScore(answer, answer.encode(), -0.5, ()),)
+    found = holder(rule, policy={"quiet": {"lacks": ["home"]}}).reasons(Completion(answer, "stop", 1, 1, scores=scores))
+    assert found == (() if reason is None else (reason,))
+
+
+def test_a_rule_on_confidence_has_tokens_scored_and_shows_no_scores(
+    hold: Callable[..., Served], engine: FakeEngine
 ) -> None:
-    served = hold(rule, policy={"quiet": {"lacks": ["home"]}})
-    engine.answer = lambda _request, _adapter: answer
-    if reason is None:
-        found = served.ask()
-        assert found.choices[0].message.content == answer
-        assert found.choices[0].logprobs is None
-    else:
-        with served.http() as caller:
-            assert caller.get(held(served)["url"]).json()["reasons"] == [reason]
+    assert hold({"confidence_below": 0.6}).ask().choices[0].logprobs is None
+    assert engine.seen[-1].top_logprobs == 0
+    held(hold({"confidence_below": 0.7}))
 
 
 CALL = '<call>{"name": "pay", "arguments": {"sum": 5}}</call>'
@@ -424,22 +428,17 @@ def test_calls_of_functions_wait_too(hold: Callable[..., Served], engine: FakeEn
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("decision", "more"), [("release", {}), ("replace", {"answer": "ask a person"})])
-def test_streamed_calls_leave_as_decided(
-    hold: Callable[..., Served], engine: FakeEngine, decision: str, more: dict[str, Any]
-) -> None:
+def test_streamed_calls_leave_as_decided(hold: Callable[..., Served], engine: FakeEngine) -> None:
     served = hold(wait=120)
     engine.answer = lambda _request, _adapter: CALL
-    with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
-        asked = threads.submit(lambda: list(served.ask(stream=True, tools=TOOLS)))
-        until(lambda: steward.get("/api/held").json()["held"])
-        (one,) = steward.get("/api/held").json()["held"]
-        assert decide(steward, {"url": f"/api/held/{one['id']}"}, decision, **more).status_code == 200
-        choices = [chunk.choices[0] for chunk in asked.result(300)]
-    text = "".join(choice.delta.content or "" for choice in choices)
-    called = [call.function.name for choice in choices for call in choice.delta.tool_calls or ()]
-    expected = ("", ["pay"], "tool_calls") if decision == "release" else ("ask a person", [], "stop")
-    assert (text, called, choices[-1].finish_reason) == expected
+    for decision, more, expected in (
+        ("release", {}, ("", ["pay"], "tool_calls")),
+        ("replace", {"answer": "ask a person"}, ("ask a person", [], "stop")),
+    ):
+        choices = [chunk.choices[0] for chunk in decided(served, decision, more, stream=True, tools=TOOLS)]
+        text = "".join(choice.delta.content or "" for choice in choices)
+        called = [call.function.name for choice in choices for call in choice.delta.tool_calls or ()]
+        assert (text, called, choices[-1].finish_reason) == expected
 
 
 def test_a_stopping_server_keeps_no_request_open(hold: Callable[..., Served]) -> None:

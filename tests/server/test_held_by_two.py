@@ -24,7 +24,7 @@ from tests.waiting import until
 from tunesmith.core.errors import Refused
 from tunesmith.holding import queue
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import list_versions
+from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services.traffic import held
 from tunesmith.store import database
 from tunesmith.store.people.identities import get_user
@@ -112,10 +112,10 @@ def test_an_answer_outlives_its_server_and_any_server_decides(
     assert verify_log(serving.store) == []
 
 
-def held_answer(scene: Scene, number: int) -> queue.HeldAnswer:
-    version = list_versions(scene.store)[0]
+def held_answer(scene: Scene, number: int, version: Version | None = None) -> queue.HeldAnswer:
+    version = version or list_versions(scene.store)[0]
     return queue.HeldAnswer(
-        id=f"{number:032x}", name=NAME, version=version.digest, scope=version.scope, caller=OPERATOR,
+        id=f"{number:032x}", name=version.name, version=version.digest, scope=version.scope, caller=OPERATOR,
         reasons=("r",), messages=(), text=MONEY, response={"choices": [{"message": {}}]},
     )  # fmt: skip
 

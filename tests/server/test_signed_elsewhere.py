@@ -44,10 +44,9 @@ def said(ada: Approver, signed: dict[str, Any], signature: bytes | None = None) 
     return answer.status_code, answer.json().get("error", {}).get("message", "")
 
 
-@pytest.mark.parametrize("raw", [False, True], ids=["DER", "r and s"])
-def test_other_software_verifies_what_is_recorded(served: Served, ada: Approver, raw: bool) -> None:
+def test_other_software_verifies_what_is_recorded(served: Served, ada: Approver) -> None:
     prepared = ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()
-    answer = ada.submit(ada.signed(prepared, raw)).json()
+    answer = ada.submit(ada.signed(prepared)).json()
     store = served.scene.store
     document = json.loads(store.read_blob(store.record(answer["record"]).blobs[ENVELOPE]))
     public = ada.key.public_key()
@@ -94,8 +93,7 @@ def test_a_signature_does_not_wait_for_next_month(ada: Approver) -> None:
         statement = {**prepared["statement"], "predicate": changed}
         payload = base64.b64encode(signed_bytes(statement)).decode()
         status, message = said(ada, ada.signed({**prepared, "statement": statement, "payload": payload}))
-        assert status == 409
-        assert why in message
+        assert (status, why in message) == (409, True)
     assert said(ada, ada.signed(prepared))[0] == 200
 
 
@@ -104,13 +102,10 @@ def test_keys_that_do_not_count(served: Served, ada: Approver, tmp_path: Path) -
     foreign = ec.generate_private_key(ec.SECP256R1())
     signature = foreign.sign(base64.b64decode(prepared["payload"]), ec.ECDSA(hashes.SHA256()))
     status, message = said(ada, {**ada.signed(prepared), "key": fingerprint_of(foreign)}, signature)
-    assert status == 409
-    assert "key that is not trusted here" in message
-    assert said(ada, ada.signed(prepared), signature) == (409, "The signature is not ada's.")
+    assert (status, "key that is not trusted here" in message) == (409, True)
     eve = Approver(served, "eve", tmp_path)
     assert said(ada, {**eve.signed(prepared), "key": fingerprint_of(eve.key)})[0] == 409
     revoke_key(served.scene.store, "ada", "key-1", since=1, actor=OWNER)
     status, message = said(ada, ada.signed(prepared))
-    assert status == 409
-    assert "revoked" in message
+    assert (status, "revoked" in message) == (409, True)
     assert ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()["keys"] == []

@@ -99,6 +99,8 @@ def test_a_large_body_to_nobody_is_answered(served: Served, happened: Happened) 
         for path, status in (("/v1/chat/completions", 401), ("/api/feedback", 401), ("/nothing", 404)):
             assert client.post(path, content=body).status_code == status
             assert client.get("/healthz").status_code == 200
+    with raw(served, head(served, 10**12)) as connection:  # it says how large it is, and nothing of it comes
+        assert b" 413 " in connection.recv(4096)
     happened("refused, 401 or 404", 3)
 
 

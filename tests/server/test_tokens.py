@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -14,12 +13,11 @@ from tests.attack_table import Happened
 from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import until
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import Version
 from tunesmith.server.answering.routing import Router
 from tunesmith.server.errors import ApiError
-from tunesmith.store.people.identities import add_user
-from tunesmith.store.people.tokens import Token, authenticate, issue_token, list_tokens
+from tunesmith.store.people.tokens import Token, issue_token, list_tokens
 from tunesmith.store.store import Store
 
 DAY = 86_400
@@ -108,11 +106,8 @@ def test_a_token_gives_no_more_than_it_has(served: Served, happened: Happened) -
         {"scopes": ["root"]},
         {"scopes": []},
         {"name": "A b"},
-        {"name": ""},
         {"expires": "soon"},
         {"expires": "0d"},
-        {"expires": "-1d"},
-        {"expires": 7},
         {"secret": "mine"},
     ],
 )
@@ -157,27 +152,14 @@ def test_a_token_that_expires_between_two_requests_is_refused(served: Served) ->
     assert caught.value.status == 401
 
 
-@pytest.fixture
-def quiet(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> Callable[[], Served]:
-    """A server that was stopped after one request of each of two tokens."""
-
-    def ran() -> Served:
-        with running(scene, engine) as served:
-            for name in ("one", "two"):
-                with served.http(issue_token(scene.store, OPERATOR, actor=OPERATOR, name=name)) as http:
-                    assert http.get("/v1/models").status_code == 200
-            issue_token(scene.store, OPERATOR, actor=OPERATOR, name="idle")
-            with served.http("tsk_nobody") as http:
-                http.get("/v1/models")
-        return served
-
-    return ran
-
-
-def test_when_a_token_was_used_is_kept_at_the_latest_when_the_server_stops(quiet: Callable[[], Served]) -> None:
+def test_when_a_token_was_used_is_kept_at_the_latest_when_the_server_stops(scene: Scene, engine: FakeEngine) -> None:
     before = time.time()
-    served = quiet()
-    used = {name: get_token(served.scene.store, OPERATOR, name).used for name in ("one", "two", "idle")}
+    with running(scene, engine) as served:
+        for name in ("one", "two"):
+            with served.http(issue_token(scene.store, OPERATOR, actor=OPERATOR, name=name)) as http:
+                assert http.get("/v1/models").status_code == 200
+        issue_token(scene.store, OPERATOR, actor=OPERATOR, name="idle")
+    used = {name: get_token(scene.store, OPERATOR, name).used for name in ("one", "two", "idle")}
     assert used["idle"] is None
     assert all(before <= (used[name] or 0) <= time.time() for name in ("one", "two"))
     assert served.serving.used == {}
@@ -190,17 +172,4 @@ def test_when_a_token_was_used_is_written_while_the_server_runs(
     with running(scene, engine) as served:
         with served.http() as http:
             http.get("/v1/models")
-        end = time.monotonic() + 300
-        while all(token.used is None for token in list_tokens(scene.store, OPERATOR)):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-
-def test_a_token_from_before_scopes_existed_still_does_what_it_did(served: Served) -> None:
-    """One without a name and scopes, as the command line made them."""
-    add_user(served.scene.store, "app", ["operator"], actor=OWNER)
-    token = issue_token(served.scene.store, "app", actor=OWNER)
-    found = authenticate(served.scene.store, token)
-    assert found is not None
-    assert found.token.scopes == ("all",)
-    assert served.client(token).models.list().data
+        until(lambda: any(token.used for token in list_tokens(scene.store, OPERATOR)))

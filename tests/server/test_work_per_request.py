@@ -56,13 +56,14 @@ def test_requests_that_end_together_share_transactions(served: Served, monkeypat
         nonlocal begun
         begun += 1
         if begun == 1:
-            until(lambda: rows.waiting() == many - 1 and served.worker.answering() == 1)
+            first = len(given[2])  # more than one where another row came before this one was taken
+            until(lambda: rows.waiting() + first == many and served.worker.answering() == 1)
         append(*given)
 
     monkeypatch.setattr(database, "append", waiting_for_the_others)
     with ThreadPoolExecutor(many) as pool:
         assert [answer.status_code for answer in pool.map(lambda _: served.post(), range(many))] == [200] * many
-    assert begun == 2
+    assert begun <= 2
     monkeypatch.undo()
     assert len(served.rows()) == many + 1
 
