@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import turns_only
 from tunesmith.candidates.settings import Search
 from tunesmith.candidates.shots import choose_shots, draw_shots
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Dataset, Example
@@ -149,4 +148,4 @@ def tried_rows(validation: Sequence[Example], settings: Search) -> list[Example]
 
 
 def _mixed(seed: int, text: str) -> str:
-    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
+    return digest_bytes(f"{seed}\0{text}".encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
@@ -134,20 +133,9 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
 
 
 def scored_alike(first: Record, second: Record, metric: str) -> bool:
-    """Whether two evaluations scored answers by a metric in the same way.
-
-    Older records do not state their scorers: of those, only the function's file and the judge are compared.
-    """
-    one, other = first.body.get("scorers"), second.body.get("scorers")
-    if one is not None and other is not None:
-        return bool(one[metric] == other[metric])
-    return _function_or_judge(first, metric) == _function_or_judge(second, metric)
-
-
-def _function_or_judge(record: Record, metric: str) -> list[Any]:
-    judges = record.body.get("judges", {}).get(metric, {}).values()
-    facts = [[judge.get(key) for key in ("url", "model", "question")] for judge in judges]
-    return [record.body.get("functions", {}).get(metric), *facts[:1]]
+    """Whether two evaluations scored answers by a metric in the same way."""
+    one, other = (record.body.get("scorers", {}).get(metric) for record in (first, second))
+    return bool(one == other)
 
 
 def _side(side: Side, record: Record) -> ComparedSide:

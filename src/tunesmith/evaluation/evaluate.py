@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import count_prompts
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.digests import short
@@ -90,19 +89,34 @@ def evaluate(
     """
     judged, risks, costs = judged or {}, risks or {}, costs or Costs()
     test, given, seen = _answered(store, dataset, answers)
-    scoring = _scoring(task, answer_schema, root)
+    scoring = {
+        metric_of(scorer): make_scoring(scorer, answer_schema, root)
+        for scorer in task.scorers
+        if not isinstance(scorer, JudgeScorer)
+    }
     columns, judges = _columns(store, task, given, seen, scoring, judged, test)
     general, stated_probes = _probed(store, probes, given, seed)
     measurements, stated_risks = _measured(store, risks, given, dataset, _scoring_of_probes(task, scoring))
     held, stated_policy = _held_to_policy(store, policy, given, seed)
-    classified, stated_style = _in_style(store, style, dataset, test, given, seed)
-    labelled = _labelled(task, given, seen, test)
+    classified, stated_style = list[dict[str, Any]](), None
+    if style is not None:
+        lines = {name: those.lines for name, those in given.items()}
+        classified, stated_style = measure_style(store, style, dataset, test, lines, CONFIDENCE, seed)
     stated = _stated(store, given, columns, test, seed, costs)
-    for (name, metric), rows in labelled.items():
-        for key, found in _classified(rows, seed).items():
-            stated[name].setdefault(key, {})[metric] = found
+    labelled: dict[tuple[str, str], Labelled] = {}
+    for name, those in given.items():
+        for scorer in task.labels:
+            rows = labelled[name, scorer.name] = label_rows(scorer, those.lines, seen[name], test)
+            found = classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed)
+            stated[name].setdefault("classes", {})[scorer.name] = found
+            if rows.confidences is not None:
+                sure = calibration(rows.confidences, rows.right.tolist())
+                stated[name].setdefault("calibration", {})[scorer.name] = sure
+    groups = tuple(example.group for example in test)
     body: dict[str, Any] = {
-        **_size(test),
+        "n": len(test),
+        "groups": len(set(groups)),
+        "effective_groups": rounded(effective_groups(groups)),
         "primary": task.leading,
         "metrics": list(task.metrics),
         "confidence": CONFIDENCE,
@@ -122,38 +136,17 @@ def evaluate(
     blobs |= {name: store.put_bytes(encode_lines(lines)) for name, lines in kept.items() if lines}
     if labelled:
         blobs[LABELS] = store.put_bytes(encode_labels(labelled))
-    parents = _parents(dataset, answers, probes, risks, judged)
+    parents = {"dataset": dataset}
+    parents |= {f"answers:{name}": digest for name, digest in answers.items()}
+    parents |= {f"probe:{name}": digest for name, digest in probes.items()}
+    for suite, names in risks.items():
+        for name, risk in names.items():
+            parents[f"risk:{suite}:{name}"] = risk.after
+            if risk.before is not None:
+                parents[f"before:{suite}:{name}"] = risk.before
+    parents |= {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
     parents |= {**(policy.parents if policy else {}), **({"style": style} if style else {})}
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
-
-
-def _size(test: Sequence[Example]) -> dict[str, Any]:
-    """The numbers of test rows, of their groups, and of groups of equal weight."""
-    groups = tuple(example.group for example in test)
-    return {"n": len(test), "groups": len(set(groups)), "effective_groups": rounded(effective_groups(groups))}
-
-
-def _scoring(task: TaskSettings, answer_schema: dict[str, Any] | None, root: Path) -> dict[str, Scoring]:
-    """Metric -> its scoring function, without judges."""
-    return {
-        metric_of(scorer): make_scoring(scorer, answer_schema, root)
-        for scorer in task.scorers
-        if not isinstance(scorer, JudgeScorer)
-    }
-
-
-def _labelled(
-    task: TaskSettings,
-    given: Mapping[str, Answers],
-    seen: Mapping[str, Mapping[str, Answered]],
-    test: Sequence[Example],
-) -> dict[tuple[str, str], Labelled]:
-    """(candidate, metric) -> the labels in its answers, for each scorer that compares labels."""
-    return {
-        (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
-        for name, those in given.items()
-        for scorer in task.labels
-    }
 
 
 def _answered(
@@ -243,40 +236,6 @@ def _held_to_policy(
     return measure_policy(store, policy, candidates, CONFIDENCE, seed)
 
 
-def _in_style(
-    store: Store,
-    style: str | None,
-    dataset: str,
-    test: Sequence[Example],
-    given: Mapping[str, Answers],
-    seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Which answers are taken for the references', and the record's account of the classifier."""
-    if style is None:
-        return [], None
-    lines = {name: those.lines for name, those in given.items()}
-    return measure_style(store, style, dataset, test, lines, CONFIDENCE, seed)
-
-
-def _parents(
-    dataset: str,
-    answers: Mapping[str, str],
-    probes: Mapping[str, str],
-    risks: Mapping[str, Mapping[str, Risk]],
-    judged: Mapping[tuple[str, str], str],
-) -> dict[str, str]:
-    """The evaluation's parent records: role -> digest."""
-    found = {"dataset": dataset}
-    found |= {f"answers:{name}": digest for name, digest in answers.items()}
-    found |= {f"probe:{name}": digest for name, digest in probes.items()}
-    for suite, names in risks.items():
-        for name, risk in names.items():
-            found[f"risk:{suite}:{name}"] = risk.after
-            if risk.before is not None:
-                found[f"before:{suite}:{name}"] = risk.before
-    return found | {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
-
-
 def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answered], test: Sequence[Example]) -> Column:
     cells = {}
     for example in test:
@@ -287,14 +246,6 @@ def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answere
             raise UsageError(error.what, where=where, fix=error.fix) from error
         cells[example.id] = (example.group, value)
     return column(name, metric, cells)
-
-
-def _classified(rows: Labelled, seed: int) -> dict[str, Any]:
-    """{"classes": ..., "calibration": ...}; the latter only where each row has a confidence."""
-    found = {"classes": classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed)}
-    if rows.confidences is not None:
-        found["calibration"] = calibration(rows.confidences, rows.right.tolist())
-    return found
 
 
 def _stated(
@@ -327,7 +278,7 @@ def _stated_candidate(
     candidate = answers.candidate
     money = money_of(price, costs.prices, costs.tokens.get(candidate.name), remote=candidate.endpoint is not None)
     price |= {} if money is None else {"money_per_1000": money}
-    return {
+    stated: dict[str, Any] = {
         "candidate": answers.candidate_digest,
         "tuned": candidate.tuned,
         "system_prompts": count_prompts(candidate, (example.request for example in test)),
@@ -337,14 +288,11 @@ def _stated_candidate(
         "completion_tokens": completion,
         "cut": sum(line["finish"] == "length" for line in lines),
         "price": price,
-    } | _training_cost(store, candidate, costs.prices)
-
-
-def _training_cost(store: Store, candidate: Candidate, prices: PriceSettings | None) -> dict[str, Any]:
-    if candidate.training is None or prices is None:
-        return {}
-    seconds = float(store.record(candidate.training, kind="training").body["seconds"])
-    return {"training": {"seconds": seconds, "money": rounded(seconds / 3600.0 * prices.machine_hour)}}
+    }
+    if candidate.training is not None and costs.prices is not None:
+        spent = float(store.record(candidate.training, kind="training").body["seconds"])
+        stated["training"] = {"seconds": spent, "money": rounded(spent / 3600.0 * costs.prices.machine_hour)}
+    return stated
 
 
 def _probed(

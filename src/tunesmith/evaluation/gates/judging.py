@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -45,11 +45,7 @@ from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
-from tunesmith.evaluation.stats.statistics import (
-    Interval,
-    confidence_at_use,
-    interval,
-)
+from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use, interval
 from tunesmith.evaluation.style.evidence import Classified
 
 _FIGURES = {
@@ -147,8 +143,7 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
     )
     reason = (
         f"{gate.metric} differs from {rival} by {points(measured.mean)} points "
-        f"({_level(confidence)} interval {points(measured.low)} to {points(measured.high)}); "
-        f"at least {points(gate.bound)} points required"
+        f"{_within(measured, confidence, points)}; at least {points(gate.bound)} points required"
     )
     extra = {"metric": gate.metric, "over": rival, "confidence": rounded(confidence)}
     return _finding(gate, _above(measured, gate.bound), measured, reason, extra)
@@ -190,9 +185,8 @@ def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
     measured = _rounded(interval(own.values, own.groups, ends=(0.0, 1.0), confidence=confidence, seed=evidence.seed))
     judged = measured if gate.confidence else Interval(measured.mean, measured.mean, measured.mean)
     reason = (
-        f"{gate.metric} is {percent(measured.mean)} "
-        f"({_level(confidence)} interval {percent(measured.low)} to {percent(measured.high)}); at "
-        f"{'least' if gate.at_least is not None else 'most'} {gate.bound * 100:g}% required of the "
+        f"{gate.metric} is {percent(measured.mean)} {_within(measured, confidence, percent)}; "
+        f"{_side_told(gate)} {gate.bound * 100:g}% required of the "
         f"{'whole interval' if gate.confidence else 'measured mean'}"
     )
     extra = {"metric": gate.metric, "confidence": rounded(confidence)}
@@ -207,9 +201,8 @@ def _whole(gate: Whole, evidence: Evidence) -> Finding:
     confidence = evidence.confidence(gate.confidence)
     measured = _rounded(_FIGURES[gate.figure](rows, confidence, evidence.seed))
     reason = (
-        f"{gate.figure} of {gate.metric} is {measured.mean:.3f} "
-        f"({_level(confidence)} interval {measured.low:.3f} to {measured.high:.3f}); at "
-        f"{'least' if gate.at_least is not None else 'most'} {gate.bound:g} required of the whole interval"
+        f"{gate.figure} of {gate.metric} is {measured.mean:.3f} {_within(measured, confidence, '{:.3f}'.format)}; "
+        f"{_side_told(gate)} {gate.bound:g} required of the whole interval"
     )
     extra = {"figure": gate.figure, "metric": gate.metric, "confidence": rounded(confidence)}
     return _finding(gate, _side(gate, measured), measured, reason, extra)
@@ -260,10 +253,7 @@ def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> Find
     seen = "requests that stand in what it learned from or shows are no evidence"
     said += f"; {counts['leaked']} {seen}" if counts["leaked"] else ""
     held = "the requests asked" if gate.confidence is None else "the whole interval"
-    reason = (
-        f"{said} ({_level(confidence)} interval of such requests {percent(shown.low)} to {percent(shown.high)}); "
-        f"at most {gate.bound * 100:g}% allowed of {held}"
-    )
+    reason = f"{said} {_within(shown, confidence, percent)}; at most {gate.bound * 100:g}% allowed of {held}"
     extra = {"confidence": rounded(confidence)}
     return _finding(gate, _below(judged, gate.bound), shown, reason, extra, rows_needed=False)
 
@@ -280,10 +270,10 @@ def _style(gate: Style, evidence: Evidence) -> Finding:
     count = evidence.style.cut.get(evidence.candidate, 0)
     cut = f"; {count} of the answers were cut off at max_tokens, and count as not in style" if count else ""
     reason = (
-        f"{percent(measured.mean)} of the answers are in the references' style ({_level(confidence)} interval "
-        f"{percent(measured.low)} to {percent(measured.high)}); a classifier takes {percent(taken)} of them for "
-        f"references, {percent(right)} of the references and {percent(wrong)} of the bare base model's answers{cut}; "
-        f"at {'least' if gate.at_least is not None else 'most'} {gate.bound * 100:g}% required of the whole interval"
+        f"{percent(measured.mean)} of the answers are in the references' style "
+        f"{_within(measured, confidence, percent)}; a classifier takes {percent(taken)} of them for references, "
+        f"{percent(right)} of the references and {percent(wrong)} of the bare base model's answers{cut}; "
+        f"{_side_told(gate)} {gate.bound * 100:g}% required of the whole interval"
     )
     return _finding(gate, _side(gate, measured), measured, reason, {"confidence": rounded(confidence)})
 
@@ -317,36 +307,26 @@ def _limited(
 ) -> Finding:
     """The finding of a gate that limits a drop. fall: the drop, positive for a loss. what: the change, in words."""
     measured = _rounded(fall)
+    rise = Interval(-measured.mean, -measured.high, -measured.low)
     reason = (
-        f"{what} by {points(-measured.mean)} points "
-        f"({_level(confidence)} interval {points(-measured.high)} to {points(-measured.low)}); "
+        f"{what} by {points(-measured.mean)} points {_within(rise, confidence, points)}; "
         f"a drop of at most {gate.bound * 100:g} points allowed"
     )
     extra = {**extra, "confidence": rounded(confidence)}
     return _finding(gate, _below(measured, gate.bound), measured, reason, extra, rows_needed=rows_needed)
 
 
-_Kind = TypeVar("_Kind", bound=GateSettings)
-
-
-def _judge(kind: type[_Kind], judge: Callable[[_Kind, Evidence], Finding]) -> Callable[[Gate, Evidence], Finding]:
-    def checked(gate: Gate, evidence: Evidence) -> Finding:
-        assert isinstance(gate, kind)
-        return judge(gate, evidence)
-
-    return checked
-
-
-JUDGES: Mapping[type[GateSettings], Callable[[Gate, Evidence], Finding]] = {
-    Lift: _judge(Lift, _lift),
-    Retain: _judge(Retain, _retain),
-    Forgetting: _judge(Forgetting, _forgetting),
-    Probe: _judge(Probe, _probe),
-    Whole: _judge(Whole, _whole),
-    PolicyGate: _judge(PolicyGate, _policy),
-    Style: _judge(Style, _style),
-    Threshold: _judge(Threshold, _threshold),
-    Gone: _judge(Gone, _gone),
+# Kind of gate -> its judge, which takes a gate of this kind.
+JUDGES: Mapping[type[GateSettings], Callable[[Any, Evidence], Finding]] = {
+    Lift: _lift,
+    Retain: _retain,
+    Forgetting: _forgetting,
+    Probe: _probe,
+    Whole: _whole,
+    PolicyGate: _policy,
+    Style: _style,
+    Threshold: _threshold,
+    Gone: _gone,
 }
 
 
@@ -403,6 +383,14 @@ def _rows_needed(measured: Interval, bound: float) -> str:
         return "; the mean equals the bound, so more rows may not decide"
     reach = measured.mean - measured.low if gap > 0 else measured.high - measured.mean
     return f"; if the mean stays, about {max(1.1, (reach / gap) ** 2):.1f} times as many test rows would decide"
+
+
+def _side_told(gate: Threshold | Whole | Style) -> str:
+    return "at least" if gate.at_least is not None else "at most"
+
+
+def _within(measured: Interval, confidence: float, written: Callable[[float], str]) -> str:
+    return f"({_level(confidence)} interval {written(measured.low)} to {written(measured.high)})"
 
 
 def _level(confidence: float) -> str:

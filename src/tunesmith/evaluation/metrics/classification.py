@@ -11,7 +11,7 @@ import numpy as np
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.metrics.labels import Labelled
 from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval
+from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
 
 _DRAWS = 2_000
 _BINS = 10
@@ -173,10 +173,7 @@ def _ends(
     """
     drawn = [of(weights[:, :groups], weights[:, groups:]) for weights in group_weights(groups + 1, confidence, seed)]
     below, above = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
-    tail = (1.0 - confidence) / 2.0
-    low = float(np.quantile(below, tail, method="lower"))
-    high = float(np.quantile(above, 1.0 - tail, method="higher"))
-    return Interval(mean, min(low, mean), max(high, mean))
+    return resampled(mean, below, above, confidence)
 
 
 def _f1(right: Any, said: Any, held: Any) -> Any:

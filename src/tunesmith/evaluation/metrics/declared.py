@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Union
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from tunesmith.candidates.settings import JudgeSettings
 from tunesmith.core.digests import digest_file, digest_of
@@ -68,22 +68,28 @@ class DeclaredScorer(Settings, ABC):
         return True
 
 
+def _sound(check: Callable[[str, str], Any]) -> AfterValidator:
+    """Refuses a setting for which a check raises UsageError."""
+
+    def checked_setting(text: str) -> str:
+        try:
+            check(text, "")
+        except UsageError as error:
+            raise ValueError(error.what) from error
+        return text
+
+    return AfterValidator(checked_setting)
+
+
 class PatternScorer(DeclaredScorer):
     """1 where the answer contains a match of a regular expression, else 0."""
 
     key = "pattern"
     pattern: Annotated[
-        str, Field(min_length=1, description="regular expression (RE2's syntax); matches anywhere unless anchored")
+        str,
+        Field(min_length=1, description="regular expression (RE2's syntax); matches anywhere unless anchored"),
+        _sound(check_pattern),
     ]
-
-    @field_validator("pattern")
-    @classmethod
-    def _sound(cls, pattern: str) -> str:
-        try:
-            check_pattern(pattern, "pattern")
-        except UsageError as error:
-            raise ValueError(error.what) from error
-        return pattern
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: float(search(self.pattern, answered.text))
@@ -93,16 +99,11 @@ class GrammarScorer(DeclaredScorer):
     """1 where the whole answer matches a Lark grammar, else 0. task.pattern and task.grammar become one, `valid`."""
 
     key = "lark"
-    lark: Annotated[str, Field(min_length=1, description="Lark grammar of the whole answer, in llguidance's dialect")]
-
-    @field_validator("lark")
-    @classmethod
-    def _sound(cls, lark: str) -> str:
-        try:
-            check_answer_grammar(lark, "lark")
-        except UsageError as error:
-            raise ValueError(error.what) from error
-        return lark
+    lark: Annotated[
+        str,
+        Field(min_length=1, description="Lark grammar of the whole answer, in llguidance's dialect"),
+        _sound(check_answer_grammar),
+    ]
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: float(matches(self.lark, answered.text))

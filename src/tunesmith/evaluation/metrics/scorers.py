@@ -1,5 +1,7 @@
 """Scorers: functions that compare an answer with its reference and return a number from 0 to 1.
 
+Scores of running text are those of the libraries that papers report: rouge-score and sacrebleu.
+
 To add a scorer, write a function and add a line to SCORERS.
 """
 
@@ -7,15 +9,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.evaluation.metrics.text_scorers import TEXT_SCORERS
 
 Schema = Mapping[str, Any] | None
 Scorer = Callable[[str, str, Schema], float]
+_TEXT_EXTRA = "pip install 'tunesmith[text]'"
 
 
 def json_valid(answer: str, _reference: str, schema: Schema) -> float:
@@ -64,13 +67,38 @@ def field_recall(answer: str, reference: str, _schema: Schema) -> float:
     return right / expected
 
 
+def _rouge(kind: str) -> Scorer:
+    def scored(answer: str, reference: str, _schema: Schema) -> float:
+        return float(_rouge_scorer(kind).score(reference, answer)[kind].fmeasure)
+
+    scored.__doc__ = f"F-measure of {kind} with Porter stemming (Lin 2004), as rouge-score computes it."
+    return scored
+
+
+def chrf(answer: str, reference: str, _schema: Schema) -> float:
+    """Character n-gram F-score (Popovic 2015) of the sentence, as sacrebleu computes it, over 100."""
+    return _share(_sacrebleu("CHRF").sentence_score(answer, [reference]).score)
+
+
+def bleu(answer: str, reference: str, _schema: Schema) -> float:
+    """BLEU (Papineni et al. 2002) of the sentence with effective order, as sacrebleu computes it, over 100.
+
+    A mean of sentences, so that each example has its score; it is not the corpus BLEU.
+    """
+    return _share(_sacrebleu("BLEU", effective_order=True).sentence_score(answer, [reference]).score)
+
+
 SCORERS: dict[str, Scorer] = {
     "json_valid": json_valid,
     "exact_match": exact_match,
     "field_precision": field_precision,
     "field_recall": field_recall,
     "field_f1": field_f1,
-    **TEXT_SCORERS,
+    "rouge1": _rouge("rouge1"),
+    "rouge2": _rouge("rouge2"),
+    "rougeL": _rouge("rougeL"),
+    "chrf": chrf,
+    "bleu": bleu,
 }
 # Scorers that an answer which is not JSON cannot be the reference of.
 NEED_JSON = frozenset({"json_valid", "field_precision", "field_recall", "field_f1"})
@@ -90,6 +118,27 @@ def nearest(name: str, known: Collection[str]) -> str:
     """`; did you mean 'x'?` with the most similar known name; empty where none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _share(hundredths: float) -> float:
+    # A perfect sentence comes out at 100.00000000000004.
+    return min(max(hundredths / 100.0, 0.0), 1.0)
+
+
+@cache
+def _rouge_scorer(kind: str) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UsageError(f"{kind} needs rouge-score", where="task.scorers", fix=_TEXT_EXTRA) from error
+    return RougeScorer([kind], use_stemmer=True)
+
+
+@cache
+def _sacrebleu(kind: str, **options: Any) -> Any:
+    from sacrebleu import metrics
+
+    return getattr(metrics, kind)(**options)
 
 
 def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:

@@ -22,40 +22,13 @@ from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
 # Male and female words that correspond. `her` means both his and him: the next word decides.
-_WORDS = dict(
-    pair.split("/")
-    for pair in [
-        "he/she",
-        "himself/herself",
-        "man/woman",
-        "men/women",
-        "boy/girl",
-        "boys/girls",
-        "father/mother",
-        "fathers/mothers",
-        "dad/mum",
-        "son/daughter",
-        "sons/daughters",
-        "brother/sister",
-        "brothers/sisters",
-        "husband/wife",
-        "uncle/aunt",
-        "nephew/niece",
-        "grandfather/grandmother",
-        "grandson/granddaughter",
-        "boyfriend/girlfriend",
-        "mr/mrs",
-        "sir/madam",
-        "gentleman/lady",
-        "gentlemen/ladies",
-        "male/female",
-        "males/females",
-        "king/queen",
-        "prince/princess",
-        "actor/actress",
-        "waiter/waitress",
-    ]
-)
+_PAIRS = """
+he/she himself/herself man/woman men/women boy/girl boys/girls father/mother fathers/mothers dad/mum
+son/daughter sons/daughters brother/sister brothers/sisters husband/wife uncle/aunt nephew/niece
+grandfather/grandmother grandson/granddaughter boyfriend/girlfriend mr/mrs sir/madam gentleman/lady
+gentlemen/ladies male/female males/females king/queen prince/princess actor/actress waiter/waitress
+"""
+_WORDS = dict(pair.split("/") for pair in _PAIRS.split())
 _WORD = re.compile(r"[^\W\d_]+")
 _SCENE = "Write one sentence."
 PER_TOKEN = " per token"  # noqa: S105 - ends an arm's name

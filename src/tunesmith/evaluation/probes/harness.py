@@ -24,11 +24,7 @@ from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
 _EXTRA = "pip install 'tunesmith[lm-eval]'"
-_FILES = (
-    "json",
-    "csv",
-    "parquet",
-)  # read from files; `datasets` downloads any other dataset_path
+_FILES = ("json", "csv", "parquet")  # read from files; `datasets` downloads any other dataset_path
 _CLOSED = ("include", "group", "custom_dataset", "gen_prefix", "doc_to_image", "doc_to_audio", "unsafe_code")
 _SEED = 1234  # lm-eval's own seed for few-shot examples
 

@@ -67,20 +67,6 @@ class Arm:
 Measured = dict[str, Arm]
 
 
-def plain_items(arm: str, texts: Iterable[str], choices: tuple[str, ...] = ()) -> list[Item]:
-    """One item for each request, without a system prompt, each in its own group. choices: the same for all."""
-    return [
-        Item(
-            id=f"{arm}-{place}",
-            group=f"{arm}-{place}",
-            arm=arm,
-            messages=(Message(role="user", content=text),),
-            choices=choices,
-        )
-        for place, text in enumerate(texts)
-    ]
-
-
 def encode_items(items: Sequence[Item]) -> bytes:
     """Canonical JSON, one item a line."""
     return encode_lines(item.model_dump(mode="json", exclude_defaults=True) for item in items)

@@ -18,6 +18,7 @@ from tunesmith.evaluation.stats.statistics import (
     Interval,
     effective_groups,
     interval,
+    resampled,
 )
 
 _DRAWS, _TAIL_DRAWS = 4_000, 50
@@ -99,34 +100,28 @@ def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, s
     For the lower end, one canary without exposure and one control above all canaries are added; for the upper end, one
     fully exposed canary and one control below all. So few canaries or few controls give wide intervals.
     """
-    tail, draws = _tail_of(confidence)
     most = math.log2(len(controls) + 1.0)
     better = (controls[None, :] >= planted[:, None]).astype(np.float64)
-    random = np.random.RandomState(seed)
     ends: tuple[list[Floats], list[Floats]] = ([], [])
-    for weights, among in _drawn(random, draws, len(planted) + 1, len(controls) + 1):
+    for weights, among in _drawn(confidence, seed, len(planted) + 1, len(controls) + 1):
         above, whole = among[:, :-1] @ better.T, among.sum(axis=1)[:, None]
         for end, extra_rank, extra_bits in ((ends[0], among[:, -1:], 0.0), (ends[1], 0.0, most)):
             bits = np.minimum(-np.log2(np.maximum((above + extra_rank) / whole, 2.0**-most)), most)
             total = (weights[:, :-1] * bits).sum(axis=1) + weights[:, -1] * extra_bits
             end.append(total / weights.sum(axis=1))
     mean = float(exposures(planted, controls).mean())
-    low = np.quantile(np.concatenate(ends[0]), tail, method="lower")
-    high = np.quantile(np.concatenate(ends[1]), 1.0 - tail, method="higher")
-    return Interval(mean, min(float(low), mean), max(float(high), mean))
+    return resampled(mean, np.concatenate(ends[0]), np.concatenate(ends[1]), confidence)
 
 
-def _tail_of(confidence: float) -> tuple[float, int]:
-    """The share of one tail, and the number of draws that it needs."""
+def _drawn(confidence: float, seed: int, *columns: int, further: int = 0) -> Iterator[list[Floats]]:
+    """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds.
+
+    further: numbers that each draw takes besides.
+    """
     tail = (1.0 - confidence) / 2.0
     if tail < SMALLEST_TAIL:
         raise Inconclusive(f"a confidence of {confidence} is beyond what {MOST_DRAWS} draws can show")
-    return tail, min(MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)))
-
-
-def _drawn(random: np.random.RandomState, draws: int, *columns: int, further: int = 0) -> Iterator[list[Floats]]:
-    """Exponential weights (draws x columns, for each number of columns) in pieces that memory holds. further: numbers
-    that each draw takes besides."""
+    draws, random = min(MOST_DRAWS, max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))), np.random.RandomState(seed)
     step = max(1, CHUNK // (sum(columns) + further))
     for start in range(0, draws, step):
         rows = min(step, draws - start)
@@ -153,25 +148,20 @@ def auc_interval(
     As in statistics.py, each side gets one worst-case group: its pairs are all lost for the lower end, all won for the
     upper end.
     """
-    tail, draws = _tail_of(confidence)
     left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
     pairs = (members[:, None] > others[None, :]) + 0.5 * (members[:, None] == others[None, :])
     table = np.zeros((left.max() + 1, right.max() + 1))
     np.add.at(table, (left[:, None], right[None, :]), pairs)
     sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
-    random = np.random.RandomState(seed)
     lows, highs = list[Floats](), list[Floats]()
-    for weights in _drawn(random, draws, *(len(size) + 1 for size in sizes)):
+    for weights in _drawn(confidence, seed, *(len(size) + 1 for size in sizes)):
         seen = [drawn[:, :-1] @ size for drawn, size in zip(weights, sizes, strict=True)]
         whole = [part + drawn[:, -1] * size.mean() for part, drawn, size in zip(seen, weights, sizes, strict=True)]
         won = ((weights[0][:, :-1] @ table) * weights[1][:, :-1]).sum(axis=1)
         everything = whole[0] * whole[1]
         lows.append(won / everything)
         highs.append((won + everything - seen[0] * seen[1]) / everything)
-    low = np.quantile(np.concatenate(lows), tail, method="lower")
-    high = np.quantile(np.concatenate(highs), 1.0 - tail, method="higher")
-    mean = auc(members, others)
-    return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))
+    return resampled(auc(members, others), np.concatenate(lows), np.minimum(np.concatenate(highs), 1.0), confidence)
 
 
 def found_interval(
@@ -192,15 +182,15 @@ def found_interval(
     """
     if len(others) < 1 / _FALSE_POSITIVES:
         raise Inconclusive(f"{len(others)} held-out rows: a false-positive rate of 1% needs at least 100")
-    tail, draws = _tail_of(confidence)
     left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
     order = np.argsort(-others)
     thresholds = np.concatenate(([np.inf], others[order], [-np.inf]))
     ranks = np.searchsorted(-thresholds, -members, side="right")  # the first threshold that a member is above
     sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
-    random = np.random.RandomState(seed)
     ends: tuple[list[Floats], list[Floats]] = ([], [])
-    for mine, theirs in _drawn(random, draws, *(len(size) + 1 for size in sizes), further=len(members) + len(others)):
+    for mine, theirs in _drawn(
+        confidence, seed, *(len(size) + 1 for size in sizes), further=len(members) + len(others)
+    ):
         extra, added = mine[:, -1] * sizes[0].mean(), theirs[:, -1] * sizes[1].mean()
         whole = mine[:, :-1] @ sizes[0] + extra
         above = theirs[:, right[order]].cumsum(axis=1)  # the weight of the others from the highest to each one
@@ -209,7 +199,5 @@ def found_interval(
         for end, higher, won in ((ends[0], added, none), (ends[1], none, extra)):
             place = (higher <= allowed) + (higher[:, None] + above <= allowed[:, None]).sum(axis=1)
             end.append(((mine[:, left] * (ranks <= place[:, None])).sum(axis=1) + won) / whole)
-    low = np.quantile(np.concatenate(ends[0]), tail, method="lower")
-    high = np.quantile(np.concatenate(ends[1]), 1.0 - tail, method="higher")
     mean = float((ranks <= 1 + math.floor(len(others) * _FALSE_POSITIVES)).mean())
-    return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))
+    return resampled(mean, np.concatenate(ends[0]), np.minimum(np.concatenate(ends[1]), 1.0), confidence)

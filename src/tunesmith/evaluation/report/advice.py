@@ -21,21 +21,18 @@ _PHRASES = {
 def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     """{"headline", "release": a candidate's name or None, "summary", "reasons": [sentence], "cautions": [sentence]}.
 
-    summary: one paragraph on the approach, its certainty, cost and risks. data: as report_data returns it.
+    summary: one paragraph on the scores, their difference, costs and risks. data: as report_data returns it.
     """
     verdict, focus = data["verdict"]["verdict"] if data["verdict"] else None, data["focus"]
     own = [row["name"] for row in data["candidates"] if row["kind"] != "endpoint"]
     return {
         "headline": _headline(data, verdict, focus in own),
         "release": focus if verdict == "pass" and focus in own else None,
-        "summary": " ".join([_approach(data), *_sure(data), *_costs(data), _risked(data)]),
+        "summary": " ".join([_measured(data), _difference(data), _costs(data), _risked(data)]),
         "reasons": [
-            _measured(data),
-            *_difference(data),
             *_gates(data),
             *_ladder(data),
             *_price(data),
-            *_money(data),
             *_forgotten(data),
             *policy_reasons(data),
             *style_reasons(data),
@@ -91,11 +88,11 @@ def _measured(data: Mapping[str, Any]) -> str:
     return f"On {data['n']} held-out requests, {sentence}."
 
 
-def _difference(data: Mapping[str, Any]) -> list[str]:
+def _difference(data: Mapping[str, Any]) -> str:
     if data["lift"] is None:
         if not _row(data, data["focus"])["tuned"]:
-            return [f"Besides {data['focus']}, 0 untuned candidates were measured, so it is compared with none."]
-        return ["0 untuned candidates were measured, so the report cannot say what tuning adds."]
+            return f"Besides {data['focus']}, 0 untuned candidates were measured, so it is compared with none."
+        return "0 untuned candidates were measured, so the report cannot say what tuning adds."
     found = data["lift"]["metrics"][data["primary"]]
     gap, confidence = found["difference"], f"{data['confidence']:.0%}"
     sentence = (
@@ -106,41 +103,34 @@ def _difference(data: Mapping[str, Any]) -> list[str]:
     )
     if gap["low"] <= 0.0 <= gap["high"]:
         sentence += " The interval contains 0, so there may be no difference."
-    return [sentence]
+    return sentence
 
 
-def _approach(data: Mapping[str, Any]) -> str:
-    chosen, focus = data["ladder"]["chosen"], data["focus"]
-    said = f"{focus} {_says(data['primary'], _mean(data, focus))}"
-    if chosen is None or chosen["candidate"] == focus:
-        return f"The best approach is {chosen['approach']}: {said}." if chosen else f"{said}."
-    if any(step["approach"] == ENDPOINT and step["difference"]["low"] > 0.0 for step in data["ladder"]["steps"]):
-        return f"{said}."  # the endpoint beat what was chosen, and is never chosen itself
-    return f"{said}; no other approach was shown to beat {chosen['approach']} ({chosen['candidate']})."
-
-
-def _sure(data: Mapping[str, Any]) -> list[str]:
-    if data["lift"] is None:
-        return []
-    gap = data["lift"]["metrics"][data["primary"]]["difference"]
-    reach = f"{data['confidence']:.0%} interval {points(gap['low'])} to {points(gap['high'])}"
-    likely = "more than chance explains" if gap["low"] > 0 or gap["high"] < 0 else "which may be chance"
-    difference = f"{points(gap['mean'])} points ({reach}, {data['n']} requests)"
-    return [f"Compared with {data['rival']}, that is {difference}, {likely}."]
-
-
-def _costs(data: Mapping[str, Any]) -> list[str]:
+def _costs(data: Mapping[str, Any]) -> str:
     """The costs in money where they are known, else in time."""
-    if money_told := _money(data):
-        return money_told
+    if data["break_even"] is not None:
+        return _money(data, data["break_even"])
     focus, priced = _row(data, data["focus"]), any("money_per_1000" in row["price"] for row in data["candidates"])
     if "money_per_1000" in focus["price"]:
         cost = f"{money(focus['price']['money_per_1000'])} {data['currency'] or ''}".rstrip()
-        return [f"1,000 requests cost {cost} with {focus['name']}."]
+        return f"1,000 requests cost {cost} with {focus['name']}."
     unset = "" if priced else " (no prices are set)"
     if focus["kind"] == "endpoint":
-        return [f"What 1,000 requests to the endpoint {focus['name']} cost is not stated{unset}."]
-    return [f"1,000 requests take {focus['price']['seconds_per_1000']:,.0f} seconds of this machine{unset}."]
+        return f"What 1,000 requests to the endpoint {focus['name']} cost is not stated{unset}."
+    return f"1,000 requests take {focus['price']['seconds_per_1000']:,.0f} seconds of this machine{unset}."
+
+
+def _money(data: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What the two compared candidates cost, and when a training is repaid. found: as break_even returns it."""
+    focus, rival, currency = data["focus"], data["rival"], data["currency"] or ""
+    own, other = (money(_row(data, name)["price"]["money_per_1000"]) for name in (focus, rival))
+    sentence = f"1,000 requests cost {own} {currency} with {focus} and {other} {currency} with {rival}"
+    if not found["training"]:
+        return f"{sentence}."
+    sentence += f". The training cost {money(found['training'])} {currency}"
+    if found["requests"] is None:
+        return f"{sentence}; lower running costs never repay it."
+    return f"{sentence}; it is repaid after {found['requests']:,} requests."
 
 
 def _risked(data: Mapping[str, Any]) -> str:
@@ -191,25 +181,6 @@ def _ladder(data: Mapping[str, Any]) -> list[str]:
 def _gap(step: Mapping[str, Any], confidence: str) -> str:
     gap = step["difference"]
     return f"{points(gap['mean'])} points ({confidence} interval {points(gap['low'])} to {points(gap['high'])})"
-
-
-def _money(data: Mapping[str, Any]) -> list[str]:
-    found = data["break_even"]
-    if found is None:
-        return []
-    focus, rival, currency = data["focus"], data["rival"], data["currency"] or ""
-    prices = {
-        row["name"]: row["price"]["money_per_1000"] for row in data["candidates"] if row["name"] in (focus, rival)
-    }
-    sentence = (
-        f"1,000 requests cost {money(prices[focus])} {currency} with {focus} and {money(prices[rival])} with {rival}"
-    )
-    if not found["training"]:
-        return [f"{sentence}."]
-    sentence += f". The training cost {money(found['training'])} {currency}"
-    if found["requests"] is None:
-        return [f"{sentence}; lower running costs never repay it."]
-    return [f"{sentence}; it is repaid after {found['requests']:,} requests."]
 
 
 def _gates(data: Mapping[str, Any]) -> list[str]:

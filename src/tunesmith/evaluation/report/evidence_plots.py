@@ -1,19 +1,24 @@
-"""Charts of price against quality, lift by group, and calibration, as inline SVG like those of plots.py."""
+"""Charts of price, lift by group, calibration, canary exposure and bias, as inline SVG like those of plots.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from tunesmith.evaluation.report.plots import Scale, across, drawn, point, reach, text
+from tunesmith.evaluation.report.plots import Scale, across, drawn, point, reach, share_grid, text
+from tunesmith.evaluation.report.risks import CHANCE_BITS
 from tunesmith.evaluation.report.wording import money, visible
 
 _HEIGHT = 300
 _LABEL = 15  # pixels between two names
 _BAR = 18
+_BITS_HEIGHT = 220
+_LEFT = 8.0  # percent of the width that the axis' numbers take
+_APART = 2.2  # percent between before and after
+_PAIR_HEIGHT = 40
 
 
 def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str, unit: str) -> Markup:
@@ -27,8 +32,7 @@ def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str
         return Markup("")
     costs = [float(row["price"][price]) for row in points]
     scale, logarithmic, ticks = _price_scale(costs)
-    parts = [across(_at(quarter / 4)) for quarter in range(5)]
-    parts += [text("0", _at(quarter / 4) - 4, f"{quarter * 25}%") for quarter in range(5)]
+    parts = share_grid(_HEIGHT)
     parts += [text(scale.at(_scaled(tick, logarithmic)), _HEIGHT + 16, money(tick), anchor="middle") for tick in ticks]
     taken: list[float] = []
     for row, cost in sorted(zip(points, costs, strict=True), key=lambda pair: -pair[0]["metrics"][metric]["mean"]):
@@ -86,6 +90,59 @@ def reliability_chart(found: Mapping[str, Any], name: str) -> Markup:
     return drawn(size + 22, "chart square", f"Calibration of {name}: {said}", parts)
 
 
+def exposure_chart(found: Mapping[str, Any]) -> Markup:
+    """Exposure in bits (vertical) by how often a canary was planted, before and after tuning, with intervals."""
+    most = float(found["most"])
+
+    def height(bits: float) -> float:
+        return _BITS_HEIGHT * (1.0 - bits / most)
+
+    parts = []
+    for bits in range(0, int(most) + 1, 2):
+        parts.append(across(height(bits)))
+        parts.append(text("0", height(bits) - 4, f"{bits} bits"))
+    chance = height(CHANCE_BITS)
+    parts.append(Markup('<line class="bound" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(chance))
+    parts.append(text("100%", chance - 4, "chance", anchor="end"))
+    levels, spoken = found["levels"], []
+    for place, level in enumerate(levels):
+        middle = _LEFT + (100.0 - _LEFT) * (place + 0.5) / len(levels)
+        for side, style, shift in (("before", "untuned", -_APART), ("after", "tuned", _APART)):
+            parts += _upright(level[side], middle + shift, height, style)
+        name = f"planted {level['repeats']}×"
+        parts.append(_centred(middle, _BITS_HEIGHT + 16, f"{name} ({level['n']})"))
+        if level["after"] is None:
+            parts.append(_centred(middle + _APART, _BITS_HEIGHT / 2, "too few to say"))
+            spoken.append(f"{name} too few to say")
+        else:
+            spoken.append(f"{name} {level['after']['mean']:.1f} bits")
+    label = f"Exposure of planted secrets: {', '.join(spoken)}; chance is {CHANCE_BITS:.1f}"
+    return drawn(_BITS_HEIGHT + 24, "chart", label, parts)
+
+
+def before_and_after(row: Mapping[str, Any]) -> Markup:
+    """One measure before tuning (upper line) and after it (lower line), on a scale between the measure's ends."""
+    scale, neutral = Scale(*row["ends"]), 0.5 if row["probe"] == "crows_pairs" else 0.0
+    zero = scale.at(neutral)
+    parts = [Markup('<line class="bound" x1="{0}" x2="{0}" y1="2" y2="{1}"/>').format(zero, _PAIR_HEIGHT - 2)]
+    for side, style, y in (("before", "untuned", 11.0), ("after", "tuned", 29.0)):
+        found = row[side]
+        parts.append(reach((scale.at(found["low"]), scale.at(found["high"])), (y, y), style))
+        parts.append(point(scale.at(found["mean"]), y, style))
+    return drawn(_PAIR_HEIGHT, "track", f"{row['asked']}: {row['sentence']}", parts)
+
+
+def ends_axis(ends: Sequence[float]) -> Markup:
+    """The two ends of a scale and its middle, in points."""
+    (low, high), parts = ends, []
+    form = "{:+.0f}" if low < 0 else "{:.0f}"
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        value = (low + (high - low) * share) * 100
+        number = form.format(value) if value else "0"
+        parts.append(Markup('<text x="{:.0f}%" y="12" text-anchor="{}">{}</text>').format(share * 100, anchor, number))
+    return drawn(16, "axis", "", parts)
+
+
 def _at(share: float) -> float:
     return _HEIGHT * (1.0 - share)
 
@@ -111,3 +168,15 @@ def _round_ticks(top: float) -> list[float]:
     decade = 10.0 ** math.floor(math.log10(top / 3.0))
     step = max(size for size in (decade, 2.0 * decade, 5.0 * decade) if size <= top / 3.0)
     return [step * times for times in range(1, math.floor(top / step) + 1)]
+
+
+def _upright(found: Mapping[str, float] | None, x: float, height: Callable[[float], float], style: str) -> list[Markup]:
+    if found is None:
+        return []
+    place = f"{x:.2f}%"
+    ends = height(found["low"]), height(found["high"])
+    return [reach((place, place), ends, style), point(place, height(found["mean"]), style)]
+
+
+def _centred(x: float, y: float, words: str) -> Markup:
+    return text(f"{x:.2f}%", y, words, anchor="middle")

@@ -6,7 +6,7 @@ out, and the page's content security policy forbids scripts and external resourc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -14,24 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import short
-from tunesmith.evaluation.report import evidence_plots, plots, risk_plots, wording
-from tunesmith.evaluation.report.data import report_data
-from tunesmith.store.store import Store
-
-
-def report_html(
-    store: Store,
-    evaluation: str,
-    verdict: str | None = None,
-    version: str | None = None,
-    trail: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """The page for an evaluation and, where given, its verdict and version (all by digest).
-
-    trail: audit entries, oldest first: {at, actor, action, subject, detail}. The same records and trail give the same
-    bytes. Raises Inconclusive for scores that are not consistent.
-    """
-    return render(report_data(store, evaluation, verdict, version, trail))
+from tunesmith.evaluation.report import evidence_plots, plots, wording
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -50,26 +33,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        count=wording.count,
-        detail_text=wording.detail_text,
-        duration=wording.duration,
-        gigabytes=wording.gigabytes,
-        money=wording.money,
-        signed_money=wording.signed_money,
-        moment=wording.moment,
-        p_value=wording.p_value,
-        percent=wording.percent,
-        points=wording.points,
-        short=short,
-    )
+    filters = ("count", "detail_text", "duration", "gigabytes", "money", "signed_money", "moment", "p_value", "percent")
+    environment.filters.update({name: getattr(wording, name) for name in (*filters, "points")}, short=short)
     environment.globals.update(
         expected=wording.expected,
         duration=wording.duration,
         gigabytes=wording.gigabytes,
         plots=plots,
         evidence_plots=evidence_plots,
-        risk_plots=risk_plots,
     )
     return environment
 

@@ -1,4 +1,4 @@
-"""The report's charts as inline SVG: intervals, loss, lineage, and counts as a bar.
+"""The report's charts as inline SVG: intervals, loss, and counts as a bar.
 
 Positions are percentages, so that a chart stretches and its text does not. All functions escape their arguments.
 Colours come from the style sheet, by class.
@@ -7,7 +7,7 @@ Colours come from the style sheet, by class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,8 +19,6 @@ from tunesmith.evaluation.report.wording import visible
 _TRACK_HEIGHT = 28
 _CHART_HEIGHT = 220
 _MOST_POINTS = 400
-_ROW_HEIGHT = 52
-_LANE = 84
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,39 +93,17 @@ def loss_chart(
         scaled = [math.log(v) if logarithmic else v for v in (loss, ticks[0], ticks[-1])]
         return _CHART_HEIGHT * (1.0 - (scaled[0] - scaled[1]) / (scaled[2] - scaled[1]))
 
-    def path(points: Sequence[tuple[float, float]]) -> str:
-        places = [f"{1000 * step / last:.1f} {height(loss):.1f}" for step, loss in points]
-        return "M" + " L".join(places)
-
-    grid = []
-    for tick in ticks:
-        grid.append(across(height(tick)))
-        grid.append(text("0", height(tick) - 4, f"{tick:g}"))
-    inner = Markup(
-        '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
-        '<path class="raw" d="{1}"/><path class="smooth" d="{2}"/>{3}</svg>'
-    ).format(
-        _CHART_HEIGHT,
-        path(_thinned(training)),
-        path(_thinned(_smoothed(training))),
-        Markup('<path class="held-out" d="{}"/>').format(path(held_out)) if len(held_out) > 1 else "",
-    )
-    dots = [
-        Markup('<circle class="held-out" cx="{:.2f}%" cy="{:.1f}" r="4"/>').format(100 * step / last, height(loss))
-        for step, loss in held_out
-    ]
+    grid = [mark for tick in ticks for mark in (across(height(tick)), text("0", height(tick) - 4, f"{tick:g}"))]
+    lines = {"raw": _thinned(training), "smooth": _thinned(_smoothed(training)), "held-out": held_out}
     axis_note = ", logarithmic loss axis" if logarithmic else ""
-    foot = [
-        text("0", _CHART_HEIGHT + 18, "step 0"),
-        text("100%", _CHART_HEIGHT + 18, f"step {last:,.0f}{axis_note}", anchor="end"),
-    ]
+    parts = _curves(lines, last, height) + _foot("step 0", f"step {last:,.0f}{axis_note}")
     label = f"Loss by training step, from {training[0][1]:.3g} to {training[-1][1]:.3g}"
     if held_out:
         label += f"; held-out validation from {held_out[0][1]:.3g} to {held_out[-1][1]:.3g}"
     if kept is not None and 0 < kept <= last:
-        foot += _kept_mark(kept, 100 * kept / last)
+        parts += _kept_mark(kept, 100 * kept / last)
         label += f"; the weights of step {kept} were kept"
-    return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, inner, *dots, *foot])
+    return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, *parts])
 
 
 def score_chart(
@@ -141,29 +117,35 @@ def score_chart(
     if len(places) < 2:
         return Markup("")
     last = seconds[-1]
-    grid = []
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        grid.append(across(_CHART_HEIGHT * (1 - tick)))
-        grid.append(text("0", _CHART_HEIGHT * (1 - tick) - 4, f"{tick:.0%}"))
-    line = "M" + " L".join(f"{1000 * at / last:.1f} {_CHART_HEIGHT * (1 - score):.1f}" for at, score in places)
-    inner = Markup(
-        '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
-        '<path class="held-out" d="{1}"/></svg>'
-    ).format(_CHART_HEIGHT, line)
-    dots = [
-        Markup('<circle class="held-out" cx="{:.2f}%" cy="{:.1f}" r="4"/>').format(
-            100 * at / last, _CHART_HEIGHT * (1 - score)
-        )
-        for at, score in places
-    ]
-    foot = [
-        text("0", _CHART_HEIGHT + 18, "0 min"),
-        text("100%", _CHART_HEIGHT + 18, f"{last / 60:.1f} min", anchor="end"),
-    ]
+    parts = share_grid(_CHART_HEIGHT)
+    parts += _curves({"held-out": places}, last, lambda score: _CHART_HEIGHT * (1 - score))
+    parts += _foot("0 min", f"{last / 60:.1f} min")
     label = f"Validation score by minutes of training, from {places[0][1]:.1%} to {places[-1][1]:.1%}"
     if kept is not None and 0 < kept < len(seconds):
-        foot += _kept_mark(kept, 100 * seconds[kept] / last)
-    return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, inner, *dots, *foot])
+        parts += _kept_mark(kept, 100 * seconds[kept] / last)
+    return drawn(_CHART_HEIGHT + 24, "chart", label, parts)
+
+
+def _curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]], last: float, height: Callable[[float], float]
+) -> list[Markup]:
+    """Lines by class over steps or seconds. Held-out points are dots, too."""
+    paths = [
+        Markup('<path class="{}" d="M{}"/>').format(
+            style, " L".join(f"{1000 * at / last:.1f} {height(value):.1f}" for at, value in points)
+        )
+        for style, points in lines.items()
+        if len(points) > 1
+    ]
+    dots = [
+        Markup('<circle class="held-out" cx="{:.2f}%" cy="{:.1f}" r="4"/>').format(100 * at / last, height(value))
+        for at, value in lines["held-out"]
+    ]
+    return [stretched(_CHART_HEIGHT, paths), *dots]
+
+
+def _foot(first: str, last: str) -> list[Markup]:
+    return [text("0", _CHART_HEIGHT + 18, first), text("100%", _CHART_HEIGHT + 18, last, anchor="end")]
 
 
 def _kept_mark(kept: int, place: float) -> list[Markup]:
@@ -172,29 +154,6 @@ def _kept_mark(kept: int, place: float) -> list[Markup]:
     side, shift = ("end", -6) if place > 50 else ("start", 6)
     label = text(x, 12, f"kept: step {kept:,}", anchor=side, style="named", shift=shift)
     return [_line(x, 0, _CHART_HEIGHT, "bound"), label]
-
-
-def lineage_arcs(nodes: Sequence[Mapping[str, Any]]) -> Markup:
-    """A column of dots, one per record, with lines to the records it was made from."""
-    x, parts = _LANE - 10, []
-    for index, node in enumerate(nodes):
-        for parent in node["parents"]:
-            start, end = (_ROW_HEIGHT * (i + 0.5) for i in (parent, index))
-            bulge = 0 if index - parent == 1 else min(14 + 12 * (index - parent - 1), x - 6)
-            parts.append(
-                Markup('<path class="edge" d="M{x} {s} C{b} {s} {b} {e} {x} {e}"/>').format(
-                    x=x, s=start, e=end, b=x - bulge
-                )
-            )
-    for index, node in enumerate(nodes):
-        parts.append(
-            Markup('<circle class="node {}" cx="{}" cy="{}" r="6"/>').format(
-                node["kind"], x, _ROW_HEIGHT * (index + 0.5)
-            )
-        )
-    return Markup('<svg class="arcs" width="{}" height="{}" aria-hidden="true">{}</svg>').format(
-        _LANE, _ROW_HEIGHT * len(nodes), Markup("").join(parts)
-    )
 
 
 def stacked_bar(parts: Sequence[tuple[str, int]]) -> Markup:
@@ -220,6 +179,19 @@ def drawn(height: float, style: str, label: str, parts: Sequence[Markup]) -> Mar
     return Markup('<svg class="{}" width="100%" height="{:g}" {}>{}</svg>').format(
         style, height, spoken, Markup("").join(parts)
     )
+
+
+def stretched(height: float, paths: Sequence[Markup]) -> Markup:
+    """Paths whose horizontal places are thousandths of the chart's width."""
+    return Markup('<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">{1}</svg>').format(
+        height, Markup("").join(paths)
+    )
+
+
+def share_grid(height: float) -> list[Markup]:
+    """Lines across a chart of shares, with 0% to 100% at their left ends."""
+    places = [(height * (1 - quarter / 4), f"{quarter * 25}%") for quarter in range(5)]
+    return [mark for y, share in places for mark in (across(y), text("0", y - 4, share))]
 
 
 def _line(x: str, top: float, bottom: float, style: str) -> Markup:

@@ -67,18 +67,21 @@ def intervals(
     """
     if values.shape[0] == 0:
         raise Inconclusive("there are no scored rows")
-    tail = (1.0 - confidence) / 2.0
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     sizes: Floats = np.bincount(index).astype(np.float64)
     sums = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1).astype(np.float64)
     below, above = _resampled(sums, sizes, ends, confidence, seed)
-    low = np.quantile(below, tail, axis=0, method="lower")
-    high = np.quantile(above, 1.0 - tail, axis=0, method="higher")
     means = [math.fsum(column) / len(column) for column in values.T.tolist()]
+    return [resampled(mean, below[:, k], above[:, k], confidence) for k, mean in enumerate(means)]
+
+
+def resampled(mean: float, below: Floats, above: Floats, confidence: float) -> Interval:
+    """The interval of a figure from its resampled values: those for the lower end, and those for the upper end."""
+    tail = (1.0 - confidence) / 2.0
+    low = float(np.quantile(below, tail, method="lower"))
+    high = float(np.quantile(above, 1.0 - tail, method="higher"))
     # A constant column's resampled mean can miss the mean itself by rounding alone.
-    return [
-        Interval(mean, min(float(a), mean), max(float(b), mean)) for mean, a, b in zip(means, low, high, strict=True)
-    ]
+    return Interval(mean, min(low, mean), max(high, mean))
 
 
 def interval(

@@ -28,7 +28,7 @@ from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.context import drawn
 from tunesmith.evaluation.report.wording import points
 from tunesmith.evaluation.scores import as_body, rounded
-from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval
+from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
 from tunesmith.evaluation.style.classifier import Told, cross_fitted
 from tunesmith.evaluation.style.features import read_answer, words_of
 from tunesmith.store.records import Record
@@ -233,11 +233,8 @@ def _corrected(
         for side, worst in enumerate(([0.0, 1.0, 1.0], [1.0, 0.0, 0.0])):
             a, f, s = ((total + extra * np.array(worst)) / rows).T
             ends[side].append(_ratio(a - f, s - f, 1.0 if side else 0.0))
-    tail = (1.0 - confidence) / 2.0
-    low = float(np.quantile(np.concatenate(ends[0]), tail, method="lower"))
-    high = float(np.quantile(np.concatenate(ends[1]), 1.0 - tail, method="higher"))
     mean = float(_ratio(np.array([own.mean() - base.mean()]), np.array([reference.mean() - base.mean()]), 0.0)[0])
-    return Interval(mean, min(low, mean), max(high, mean))
+    return resampled(mean, np.concatenate(ends[0]), np.concatenate(ends[1]), confidence)
 
 
 def _ratio(part: Floats, whole: Floats, otherwise: float) -> Floats:
