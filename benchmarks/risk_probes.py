@@ -2,7 +2,7 @@
 
     python benchmarks/risk_probes.py [FOLDER] [--only canaries|faults|honest|published] [--rows 200]
 
-The adapters are those of the slow tests (tests/evaluation/scenes.py), trained here; alone, all of it takes minutes.
+The adapters are those of benchmarks/risk_parts/scenes.py, trained here; alone, all of it takes minutes.
 
 Canaries: the same secrets ranked among controls under a model that saw them once, four and sixteen times, and under one
 trained on the same rows without them. Faults: an over-trained, a memorising, a biased and a forgetting adapter, each
@@ -32,8 +32,8 @@ from tunesmith.training.batches.canaries import canaries
 from tunesmith.training.settings import CanarySettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.evaluation import scenes
-from tests.evaluation.faults import clean
+from benchmarks.risk_parts import scenes
+from benchmarks.risk_parts.faults import clean
 from tests.evaluation.probing import Bench
 
 PARTS = ("canaries", "faults", "honest", "published")

@@ -88,8 +88,5 @@ def test_fused_ranks_what_both_find_above_what_one_finds() -> None:
 def test_contradicting_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         CandidateSettings.model_validate(settings)
-
-
-def test_shots_as_a_number_are_fixed_ones() -> None:
-    assert CandidateSettings(prompt="p", shots=8).wanted_shots == Shots(count=8)
+    assert CandidateSettings(prompt="p", shots=8).wanted_shots == Shots(count=8), "a number is of fixed ones"
     assert CandidateSettings(prompt="p").wanted_shots is None

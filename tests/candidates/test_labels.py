@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fabricate import example, put_base
@@ -52,6 +52,7 @@ def _embed(given_texts: Sequence[str]) -> Vectors:
 
 
 @pytest.mark.parametrize(("by", "embed"), [("bm25", None), ("dense", _embed), ("fused", _embed)])
+@settings(max_examples=40, deadline=None)
 @given(documents, st.lists(callers, min_size=1, max_size=4), texts, st.integers(1, 6))
 def test_a_caller_gets_what_an_index_of_their_passages_gives(
     by: str, embed: Embed | None, made: list[tuple[str, Labels]], asking: list[Caller], asked: str, k: int

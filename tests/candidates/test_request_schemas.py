@@ -94,18 +94,13 @@ PAIRS = [
 def test_answers_fit_the_candidates_schema_and_the_requests(pair: int) -> None:
     own, requested = PAIRS[pair]
     check_schema(requested, strict=False)
-    made = {said for seed in range(12) if (said := walked(both(own, requested), seed)) is not None}
+    made = {said for seed in range(6) if (said := walked(both(own, requested), seed)) is not None}
     assert made
     for said in made:
         jsonschema.validate(json.loads(said), own)
         jsonschema.validate(json.loads(said), requested)
-
-
-def test_keys_come_in_the_requested_order() -> None:
-    requested = closed({"level": {"type": "integer", "minimum": 3}, "intent": {"type": "string"}})
-    assert all(
-        list(json.loads(said)) == ["level", "intent"] for n in range(4) if (said := walked(both(OWN, requested), n))
-    )
+        if pair == 0:
+            assert list(json.loads(said)) == ["level", "intent"], "in the requested order"
 
 
 PLAIN = closed({"a": {"type": "string"}})
@@ -254,7 +249,7 @@ def test_a_schema_that_does_not_compile_is_the_requests_fault(
 
 
 def test_the_schemas_of_requests_do_not_pile_up(constraints: Constraints) -> None:
-    for number in range(80):
+    for number in range(66):
         constraints.guide(held(closed({f"k{number}": {"type": "string"}})))
     assert constraints._of_request.cache_info().currsize == 64
     assert constraints._of_schema.cache_info().currsize == 0

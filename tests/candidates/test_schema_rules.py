@@ -51,7 +51,7 @@ VALUES: tuple[Any, ...] = (
     further=st.sampled_from([False, {"type": "string"}]),
     members=st.lists(st.tuples(st.sampled_from([*KEYS, "other"]), st.sampled_from(VALUES)), max_size=7),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_grammar_allows_what_the_schema_allows(required: set[str], further: Any, members: list[Any]) -> None:
     schema: Schema = {
         "type": "object",

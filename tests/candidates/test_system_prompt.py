@@ -39,10 +39,7 @@ def test_system_prompt(prompt: str, request_turns: tuple[Message, ...], system: 
     composed = compose(candidate(prompt), request_turns)
     assert [turn.content for turn in composed if turn.role == "system"] == ([system] if system else [])
     assert prompt_used(candidate(prompt), request_turns) == used
-
-
-def test_baselines_use_no_system_prompt() -> None:
-    assert prompt_used(candidate(method="nearest"), (SYSTEM, USER)) == "none"
+    assert prompt_used(candidate(method="nearest"), request_turns) == "none", "baselines use none"
 
 
 def test_counts_in_words() -> None:

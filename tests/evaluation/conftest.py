@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.metrics import classification
 from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.stats import statistics
+from tunesmith.evaluation.style import evidence
+from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.store import Store
 
 TASK = TaskSettings(scorers=("json_valid", "exact_match", "field_f1"))
+STANDARD: dict[str, Any] = {
+    "lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05, "confidence": 0.95},
+    "valid": {"metric": "json_valid", "at_least": 0.9},
+    "forgetting": {"suite": "general", "drop_at_most": 0.03},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_draws() -> Iterator[None]:
+    """Draw the weights of a resampling once for all intervals over as many groups: half of these tests' time."""
+    drawn, draw = statistics.group_weights, lru_cache(8)(lambda _, *stated: list(drawn(*stated)))
+
+    def weights(*stated: Any) -> Any:
+        return draw((statistics.CHUNK, statistics._DRAWS, statistics._TAIL_DRAWS), *stated)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (statistics, classification, evidence):
+            patch.setattr(module, "group_weights", weights)
+        yield
 
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fabricated, str]:
     """The store that is copied, with the digest of an evaluation of all four candidates."""
     made = fabricate(tmp_path_factory.mktemp("fabricated") / "store")
-    arguments = {"answers": made.answers, "probes": made.probes}
-    digest = evaluate(made.store, dataset=made.dataset, task=TASK, answer_schema=SCHEMA, **arguments)
+    digest = evaluated(made, probes=made.probes)
     made.store.engine.dispose()
     return made, digest
 
@@ -39,3 +66,27 @@ def made(original: tuple[Fabricated, str], tmp_path: Path) -> Fabricated:
 def evaluation(original: tuple[Fabricated, str]) -> str:
     """The digest of the evaluation that every copy holds."""
     return original[1]
+
+
+def evaluated(made: Fabricated, **changed: Any) -> str:
+    """The digest of an evaluation of all candidates' answers. changed: other arguments of evaluate()."""
+    stated = {"dataset": made.dataset, "answers": made.answers, "probes": {}, "task": TASK, "answer_schema": SCHEMA}
+    return evaluate(made.store, **{**stated, **changed})
+
+
+def verdict_of(made: Fabricated, evaluation: str, gates: Any = STANDARD, name: str = "tuned") -> str:
+    """The digest of the verdict by these gates."""
+    return judge(made.store, evaluation=evaluation, candidate=name, gates=GATES.validate_python(gates))
+
+
+def judged(made: Fabricated, evaluation: str, gates: Any, name: str = "tuned") -> dict[str, Any]:
+    """What `gate` prints of the verdict by these gates."""
+    return verdict_summary(made.store, verdict_of(made, evaluation, gates, name)).document()
+
+
+def outcome(made: Fabricated, evaluation: str, name: str = "tuned", **gate: Any) -> dict[str, Any]:
+    """The finding of one gate, which alone decides the verdict, and which replays."""
+    document = judged(made, evaluation, {"g": gate}, name)
+    assert document["verdict"] == document["gates"][0]["outcome"]
+    assert replay(made.store, document["digest"])
+    return dict(document["gates"][0])

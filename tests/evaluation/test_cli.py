@@ -13,12 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.evaluation.gates.test_verdict import STANDARD
+from tests.evaluation.conftest import STANDARD, verdict_of
 from tests.fabricate import Fabricated
 from tunesmith.cli import evaluation as verbs
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
-from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.store.store import Store
 
 PROJECT = """
@@ -33,6 +31,7 @@ candidates:
   tuned: {prompt: prompt.txt, train: {}}
 """
 
+SERVICE = "tunesmith.services.evaluations.evaluation"
 app = typer.Typer()
 verbs.register(app)
 
@@ -63,10 +62,7 @@ def document(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(
-        "tunesmith.services.evaluations.evaluation.evaluation",
-        lambda _context, names: asked.append(names) or evaluation,
-    )
+    monkeypatch.setattr(f"{SERVICE}.evaluation", lambda _context, names: asked.append(names) or evaluation)
     code, found = document("evaluate", "-C", str(project))
     assert (code, found["evaluation"], found["n"]) == (0, evaluation, 120)
     assert set(found["candidates"]["tuned"]["exact_match"]) == {"mean", "low", "high"}
@@ -76,26 +72,23 @@ def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatc
     assert asked == [None, ["tuned", "rag"]]
     monkeypatch.setenv("COLUMNS", "60")
     assert "\u2026" not in call("evaluate", "tuned", "rag", "-C", str(project))[1], "no figure is cut off"
+    assert document("leaderboard", "-C", str(project)) == (0, {"boards": []})
+    assert "no version is registered" in call("leaderboard", "-C", str(project))[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "gates", "verdict", "code"),
-    [("tuned", STANDARD, "pass", 0), ("zero-shot", STANDARD, "fail", 3), ("tuned", {}, "inconclusive", 4)],
-)
-def test_gate(
-    project: Path, made: Fabricated, evaluation: str, monkeypatch: pytest.MonkeyPatch, name: str, gates: Any,
-    verdict: str, code: int,
-) -> None:  # fmt: skip
-    chosen = GATES.validate_python(gates)
-    monkeypatch.setattr(
-        "tunesmith.services.evaluations.evaluation.verdict",
-        lambda context, who: judge(context.store, evaluation=evaluation, candidate=who, gates=chosen),
-    )
-    assert document("gate", name, "-C", str(project))[1]["verdict"] == verdict
-    assert document("gate", name, "-C", str(project))[0] == code
-    found, table = call("gate", name, "-C", str(project))
-    assert found == code
-    assert f"verdict: {verdict}" in table
+def test_gate(project: Path, made: Fabricated, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, gates, verdict, code in (
+        ("tuned", STANDARD, "pass", 0),
+        ("zero-shot", STANDARD, "fail", 3),
+        ("tuned", {}, "inconclusive", 4),
+    ):
+        digest = verdict_of(made, evaluation, gates, name)
+        monkeypatch.setattr(f"{SERVICE}.verdict", lambda _context, _who, digest=digest: digest)
+        exit_code, found = document("gate", name, "-C", str(project))
+        assert (exit_code, found["verdict"]) == (code, verdict)
+        exit_code, table = call("gate", name, "-C", str(project))
+        assert exit_code == code
+        assert f"verdict: {verdict}" in table
 
 
 def test_compare(project: Path) -> None:
@@ -113,7 +106,7 @@ def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path
     assert "no gates have judged it" in said
     assert "no gates have judged it" in (project / "report.html").read_text()
     (project / "report.html").unlink()
-    judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD))
+    verdict_of(made, evaluation)
     code, data = document("report", "-C", str(project), "--output", str(tmp_path / "page.html"))
     assert (code, data["advice"]["release"]) == (0, "tuned")
     assert "Release tuned." in (tmp_path / "page.html").read_text()
@@ -121,9 +114,6 @@ def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path
     assert not (project / "report.html").exists(), "--json alone writes no file"
     with pytest.raises(UsageError, match="no version"):
         call("report", "home@v9", "-C", str(project))
-
-
-def test_report_before_anything_was_evaluated(tmp_path: Path) -> None:
     (tmp_path / "tunesmith.yaml").write_text(PROJECT)
     with pytest.raises(UsageError, match="nothing has been evaluated"):
         call("report", "-C", str(tmp_path))
@@ -160,8 +150,3 @@ def test_markdown_for_a_pull_request(project: Path, evaluation: str) -> None:
     assert (project / "r.md").read_text() == text
     with pytest.raises(UsageError, match="both write to stdout"):
         call("report", "--markdown", "--json", "-C", str(project))
-
-
-def test_a_leaderboard_of_nothing(project: Path) -> None:
-    assert document("leaderboard", "-C", str(project)) == (0, {"boards": []})
-    assert "no version is registered" in call("leaderboard", "-C", str(project))[1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.core.digests import canonical
@@ -59,6 +59,7 @@ def test_answers_that_do_not_fit_the_rows_are_refused(tmp_path: Path, lines: lis
         answers(Store(tmp_path), lines)[2]
 
 
+@settings(max_examples=25, deadline=None)
 @given(TEXTS, TEXTS, st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_scores_that_were_written_are_read(tmp_path_factory: Any, name: str, group: str, values: list[float]) -> None:
     store = Store(tmp_path_factory.mktemp("scores"))

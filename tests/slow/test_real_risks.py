@@ -8,10 +8,10 @@ benchmarks/risk_probes.py.
 from __future__ import annotations
 
 import pytest
+from benchmarks.risk_parts import scenes
+from benchmarks.risk_parts.scenes import DRIFT, FAULTS, HONEST, Tuned, found
 
-from tests.evaluation import scenes
 from tests.evaluation.probing import Bench
-from tests.evaluation.scenes import DRIFT, FAULTS, HONEST, Tuned, found
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

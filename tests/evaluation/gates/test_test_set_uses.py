@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.conftest import TASK
+from tests.evaluation.conftest import evaluated, judged, verdict_of
 from tests.fabricate import (
-    SCHEMA,
     Fabricated,
     add,
     answer_lines,
@@ -22,8 +21,6 @@ from tests.fabricate import (
 from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.test_set_uses import (
     ACTION,
     _share,
@@ -31,14 +28,12 @@ from tunesmith.evaluation.gates.test_set_uses import (
     use_test_set,
     used_candidates,
 )
-from tunesmith.evaluation.gates.verdict import judge
-from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import acting
 from tunesmith.store.tables import RecordRow
 
-LIFT = GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05}})
+LIFT = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05}}
 
 
 def scored(made: Fabricated, dataset: str, names: dict[str, str], **settings: Any) -> str:
@@ -56,7 +51,7 @@ def scored(made: Fabricated, dataset: str, names: dict[str, str], **settings: An
         )
         lines = answer_lines(test, flawed(0.9, 1.0, len(seed)))
         answers[name] = put_answers(made.store, candidate, dataset, lines)
-    return evaluate(made.store, dataset=dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    return evaluated(made, dataset=dataset, answers=answers)
 
 
 def uses_of(made: Fabricated) -> list[dict[str, Any]]:
@@ -65,47 +60,38 @@ def uses_of(made: Fabricated) -> list[dict[str, Any]]:
 
 
 def test_verdict_records_a_use_in_the_audit_log(made: Fabricated, evaluation: str) -> None:
-    document = verdict_summary(
-        made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
-    ).document()
-    assert document["test_set_use"] == 1
+    assert judged(made, evaluation, LIFT)["test_set_use"] == 1
     entries = uses_of(made)
     assert [entry["candidates"] for entry in entries] == [[made.candidates["tuned"]]]
     assert entries[0]["evaluation"] == evaluation
     assert verify_log(made.store) == []
-    judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    verdict_of(made, evaluation, LIFT)
     assert len(uses_of(made)) == 1, "asking again about the same answers is no new use"
 
 
-def test_scored_trained_candidates_count(made: Fabricated) -> None:
+def test_scored_trained_candidates_count_but_controls_do_not(made: Fabricated) -> None:
     """Ten trainings of which the best by test score is judged: the tenth use, not the first."""
+    control = scored(made, made.dataset, {"control": "x"}, permute_answers=True)
+    record_evaluation(made.store, control, acting(made.store))
+    assert uses_of(made) == []
     names = {f"try{place}": "x" * (place + 1) for place in range(10)}
     evaluation = scored(made, made.dataset, names)
     record_evaluation(made.store, evaluation, acting(made.store))
     record_evaluation(made.store, evaluation, acting(made.store))
     assert len(uses_of(made)) == 1
-    sure = GATES.validate_python({"right": {"metric": "exact_match", "at_least": 0.5, "confidence": 0.95}})
-    document = verdict_summary(
-        made.store, judge(made.store, evaluation=evaluation, candidate="try3", gates=sure)
-    ).document()
+    sure = {"right": {"metric": "exact_match", "at_least": 0.5, "confidence": 0.95}}
+    document = judged(made, evaluation, sure, "try3")
     assert document["test_set_use"] == 10
     assert document["gates"][0]["confidence"] == pytest.approx(1 - 0.05 / 90, abs=1e-9)
 
 
-def test_controls_do_not_count(made: Fabricated) -> None:
-    evaluation = scored(made, made.dataset, {"control": "x"}, permute_answers=True)
-    record_evaluation(made.store, evaluation, acting(made.store))
-    assert uses_of(made) == []
-
-
 def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated, evaluation: str) -> None:
-    judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    verdict_of(made, evaluation, LIFT)
     old = load_dataset(made.store, made.dataset)
     more = put_dataset(made.store, [*old.examples("train"), *commands(3, 77, 9000)], [], made.test)
     assert more != made.dataset
     again = scored(made, more, {"tuned": "other"})
-    verdict = judge(made.store, evaluation=again, candidate="tuned", gates=LIFT)
-    assert verdict_summary(made.store, verdict).test_set_use == 2
+    assert judged(made, again, LIFT)["test_set_use"] == 2
     renamed = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:60]]
     part = put_dataset(made.store, old.examples("train"), [], [*renamed, *commands(60, 78, 9500)])
     assert len(used_candidates(made.store, part)) == 2, "some of its test requests were used, under other ids"
@@ -113,23 +99,18 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     assert len(used_candidates(made.store, fresh)) == 0
 
 
-@pytest.mark.parametrize(("common", "of", "uses"), [(1, 60, 0), (2, 60, 1), (1, 1, 1)])
-def test_a_request_that_many_people_make_does_not_join_two_test_sets(
-    made: Fabricated, evaluation: str, common: int, of: int, uses: int
-) -> None:
-    judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
-    used = [row.model_copy(update={"id": row.id[::-1]}) for row in made.test[:common]]
-    other = put_dataset(made.store, commands(3, 77, 9000), [], [*used, *commands(of - common, 78, 9500)])
-    assert len(used_candidates(made.store, other)) == uses
-
-
-def test_large_test_sets_are_one_where_they_share_a_hundredth() -> None:
+def test_a_request_that_many_people_make_does_not_join_two_test_sets(made: Fabricated, evaluation: str) -> None:
+    verdict_of(made, evaluation, LIFT)
+    for common, of, uses in ((1, 60, 0), (2, 60, 1), (1, 1, 1)):
+        used = [row.model_copy(update={"id": row.id[::-1]}) for row in made.test[:common]]
+        other = put_dataset(made.store, commands(3, 77, 9000), [], [*used, *commands(of - common, 78, 9500)])
+        assert len(used_candidates(made.store, other)) == uses
     assert not _share(range(400), range(397, 900))
-    assert _share(range(400), range(396, 900))
+    assert _share(range(400), range(396, 900)), "large test sets are one where they share a hundredth"
 
 
 def test_neither_a_system_turn_nor_a_letter_s_case_makes_a_new_test_set(made: Fabricated, evaluation: str) -> None:
-    judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    verdict_of(made, evaluation, LIFT)
     train = load_dataset(made.store, made.dataset).examples("train")
     turned = []
     for row in made.test:
@@ -151,7 +132,7 @@ def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
         name: put_answers(made.store, digest, made.dataset, lines)
         for name, digest in (("champion", champion), ("tuned", new))
     }
-    again = evaluate(made.store, dataset=made.dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    again = evaluated(made, answers=answers)
     record_evaluation(made.store, again, acting(made.store))
     assert len(used_candidates(made.store, made.dataset)) == 2
     assert use_test_set(made.store, again, champion, acting(made.store)) == 1, "it keeps its number"
@@ -159,7 +140,7 @@ def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
 
 
 def test_deleting_a_verdict_does_not_reset_the_count(made: Fabricated, evaluation: str) -> None:
-    digest = judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    digest = verdict_of(made, evaluation, LIFT)
     Path(made.store.record_where(digest)).unlink()
     made.store.engine.dispose()
     with database.writing(made.store.engine) as session:
@@ -168,5 +149,5 @@ def test_deleting_a_verdict_does_not_reset_the_count(made: Fabricated, evaluatio
     add(made, Candidate(name="tuned", prompt="y", base=made.base, max_tokens=9,
                         training=put_training(made.store, made.base, made.dataset, rows=9)),
         flawed(0.93, 1.0, 3), 1, 1)  # fmt: skip
-    again = evaluate(made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    again = evaluated(made)
     assert use_test_set(made.store, again, made.candidates["tuned"], acting(made.store)) == 2

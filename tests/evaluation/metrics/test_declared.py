@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from tests.chat_server import ChatServer, chat_server, completion
+from tests.evaluation.conftest import evaluated, verdict_of
 from tests.fabricate import Fabricated, fabricate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress, Silent
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.gates.verdict import replay
 from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
 from tunesmith.evaluation.metrics.judging import judge_answers, last_word, read_judged
@@ -36,31 +35,39 @@ def _score(scorer: Any, text: str, reference: str = "", root: Path = Path(), **m
 
 
 @pytest.mark.parametrize(
-    ("scorer", "answer", "reference", "expected"),
+    ("scorer", "right", "wrong"),
     [
-        ({"name": "p", "pattern": r"^\d{4}$"}, "2026", "", 1),
-        ({"name": "p", "pattern": r"^\d{4}$"}, "in 2026", "", 0),
-        ({"name": "n", "tolerance": 0.0}, "The total is 1,234.50 euros.", "1234.5", 1),
-        ({"name": "n", "tolerance": 0.1}, "0.3", "0.2", 1),
-        ({"name": "n", "tolerance": 0.05, "relative": True}, "104", "100", 1),
-        ({"name": "n", "tolerance": 0.05, "relative": True}, "106", "100", 0),
-        ({"name": "n", "tolerance": 1.0}, "none", "3", 0),
-        ({"name": "n", "tolerance": 0.0}, "-1e3", "-1000", 1),
-        ({"name": "n", "tolerance": 1.0}, "1e999", "3", 0),
-        ({"name": "n", "tolerance": 0.0}, "It is \u22125 degrees", "-5", 1),
-        ({"name": "n", "tolerance": 0.0}, "It is \u22125 degrees", "5", 0),
-        ({"name": "n", "tolerance": 0.0}, "10-20", "20", 1),
-        ({"name": "n", "tolerance": 0.0}, "x=-.5", "-0.5", 1),
-        ({"name": "c", "label": "a"}, "not json", '{"a": ""}', 0),
-        ({"name": "c", "label": "a"}, '{"a": ""}', '{"a": ""}', 1),
-        ({"name": "c", "label": ""}, " Card \n", "card", 1),
-        ({"name": "c", "label": "a.b"}, '{"a": {"b": "x"}, "c": 1}', '{"a": {"b": "x"}}', 1),
-        ({"name": "c", "label": "a"}, "not json", '{"a": "x"}', 0),
-        ({"name": "c", "label": "a"}, '{"a": 1}', '{"a": "1"}', 1),
+        ({"pattern": r"^\d{4}$"}, [("2026", "")], [("in 2026", "")]),
+        ({"tolerance": 0.1}, [("0.3", "0.2")], []),
+        ({"tolerance": 0.05, "relative": True}, [("104", "100")], [("106", "100")]),
+        ({"tolerance": 1.0}, [], [("none", "3"), ("1e999", "3")]),
+        (
+            {"tolerance": 0.0},
+            [
+                *(("The total is 1,234.50 euros.", "1234.5"), ("-1e3", "-1000"), ("It is \u22125 degrees", "-5")),
+                *(("10-20", "20"), ("x=-.5", "-0.5")),
+            ],
+            [("It is \u22125 degrees", "5")],
+        ),
+        (
+            {"label": "a"},
+            [
+                *(('{"a": ""}', '{"a": ""}'), ('{"a": 1}', '{"a": "1"}'), ('{"a": 1}', '{"a": 1.0}')),
+                ('{"a": {"x": 1, "b": [2.0]}}', '{"a": {"b": [2], "x": 1.0}}'),
+            ],
+            [
+                *(("not json", '{"a": ""}'), ("not json", '{"a": "x"}'), ('{"a": null}', '{"a": "None"}')),
+                ('{"a": true}', '{"a": "True"}'),
+            ],
+        ),
+        ({"label": ""}, [(" Card \n", "card")], []),
+        ({"label": "a.b"}, [('{"a": {"b": "x"}, "c": 1}', '{"a": {"b": "x"}}')], []),
     ],
 )
-def test_by_hand(scorer: Any, answer: str, reference: str, expected: float) -> None:
-    assert _score(scorer, answer, reference) == expected
+def test_by_hand(scorer: Any, right: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:
+    for answer, reference in (*right, *wrong):
+        found = _score({"name": "n", **scorer}, answer, reference)
+        assert found == float((answer, reference) in right), (answer, reference)
 
 
 @pytest.mark.parametrize("scorer", [{"name": "n", "tolerance": 1}, {"name": "c", "label": "a"}])
@@ -96,6 +103,14 @@ def test_what_was_looked_up() -> None:
 
 def test_the_user_s_own_function(tmp_path: Path) -> None:
     mine = {"name": "mine", "function": "mine.py:short"}
+    for code, said in (
+        ("def other(): 1", "no function short"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def (", "SyntaxError"),
+    ):
+        (tmp_path / "mine.py").write_text(code)
+        with pytest.raises(UsageError, match=said):
+            _score(mine, "x", root=tmp_path)
     (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return 1.0 / len(answer)\n")
     assert _score(mine, "abcd", root=tmp_path) == 0.25
     before = function_digests([DECLARED.validate_python(mine)], tmp_path)
@@ -104,30 +119,16 @@ def test_the_user_s_own_function(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return 1 / 0\n")
     with pytest.raises(UsageError, match="raised ZeroDivisionError"):
         _score(mine, "x", root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [("def other(): ...", "no function short"), ("1 / 0", "ZeroDivisionError"), ("def (", "SyntaxError")],
-)
-def test_a_function_that_cannot_be_had(tmp_path: Path, code: str, said: str) -> None:
-    (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(UsageError, match=said):
-        _score({"name": "mine", "function": "mine.py:short"}, "x", root=tmp_path)
-
-
-def test_a_function_outside_the_project(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def short(*_): return 1\n")
     (tmp_path / "p").mkdir()
-    with pytest.raises(UsageError, match="outside the project"):
-        _score({"name": "mine", "function": "../mine.py:short"}, "x", root=tmp_path / "p")
-    with pytest.raises(UsageError, match="no file"):
-        _score({"name": "mine", "function": "gone.py:short"}, "x", root=tmp_path / "p")
+    for function, said in (("../mine.py:short", "outside the project"), ("gone.py:short", "no file")):
+        with pytest.raises(UsageError, match=said):
+            _score({"name": "mine", "function": function}, "x", root=tmp_path / "p")
 
 
 labels = st.sampled_from(["a", "b", "c"])
 
 
+@settings(max_examples=20)
 @given(st.lists(st.tuples(labels | st.just("odd"), labels), min_size=1, max_size=40))
 def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     from sklearn.metrics import f1_score
@@ -141,21 +142,6 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     assert 0.0 <= measured["low"] <= measured["mean"] <= measured["high"] <= 1.0
     each = dict(zip(known, f1_score(held, said, labels=known, average=None, zero_division=0), strict=True))
     assert {one["label"]: one["f1"] for one in found["by_label"]} == pytest.approx(each, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "right"),
-    [
-        ("null", '"None"', 0.0),
-        ("true", '"True"', 0.0),
-        ("1", "1.0", 1.0),
-        ('{"a": 1, "b": [2.0]}', '{"b": [2], "a": 1.0}', 1.0),
-        ('"on"', '"on"', 1.0),
-    ],
-)
-def test_labels_are_compared_as_json_values(answer: str, reference: str, right: float) -> None:
-    scorer = {"name": "kind", "label": "kind"}
-    assert _score(scorer, f'{{"kind": {answer}}}', f'{{"kind": {reference}}}') == right
 
 
 def test_calibration_by_hand_and_by_scikit_learn() -> None:
@@ -191,6 +177,11 @@ def _verdict_by(prefer: Any) -> Any:
     return reply
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Fabricated:
+    return fabricate(tmp_path_factory.mktemp("small"), n=24)
+
+
 def _judged(
     made: Fabricated, server: ChatServer, work: Path, progress: Progress = SILENT
 ) -> tuple[dict[str, float], dict[str, Any], str]:
@@ -202,116 +193,97 @@ def _judged(
     return *read_judged(made.store, digest, "better", made.answers["rag"], test), digest
 
 
-def test_a_judge_that_looks_at_the_answers_agrees_with_itself(tmp_path: Path, server: ChatServer) -> None:
-    made = fabricate(tmp_path / "store", n=24)
+def test_a_judge_that_looks_at_the_answers_agrees_with_itself(
+    small: Fabricated, tmp_path: Path, server: ChatServer
+) -> None:
     server.reply = _verdict_by(lambda a, b: "TIE" if a == b else "A" if len(a) < len(b) else "B")
-    scores, stated, digest = _judged(made, server, tmp_path / "work")
+    scores, stated, digest = _judged(small, server, tmp_path)
     assert stated["agreement"] == 1.0
     assert set(scores.values()) <= {0.0, 0.5, 1.0}
     assert len(server.asked) == 2 * 24
-    assert _judged(made, server, tmp_path / "work")[2] == digest, "what was judged is not judged again"
+    assert _judged(small, server, tmp_path)[2] == digest, "what was judged is not judged again"
     assert len(server.asked) == 2 * 24
+    test = load_dataset(small.store, small.dataset).examples("test")
+    for metric, answers, rows, said in (
+        ("better", "tuned", test, "judged other answers"),
+        ("best", "rag", test, "judged other answers"),
+        ("better", "rag", test[1:], "rows that were not asked"),
+    ):
+        with pytest.raises(Inconclusive, match=said):
+            read_judged(small.store, digest, metric, small.answers[answers], rows)
 
 
-def test_a_judge_that_prefers_a_place_is_found_out(tmp_path: Path, server: ChatServer) -> None:
-    made = fabricate(tmp_path / "store", n=24)
-    server.reply = _verdict_by(lambda _a, _b: "A")
-    scores, stated, _ = _judged(made, server, tmp_path / "work")
-    assert stated["agreement"] == 0.0
-    assert set(scores.values()) == {0.5}
-
-
-def test_a_judge_that_says_nothing_is_counted(
-    tmp_path: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+def test_a_judge_that_prefers_a_place_says_nothing_or_is_cut_off_is_found_out(
+    small: Fabricated, tmp_path: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = fabricate(tmp_path / "store", n=24)
-    server.reply = lambda _: (200, {}, completion("I like both, A and B"))
     said: list[str] = []
     progress = Silent()
     monkeypatch.setattr(progress, "say", said.append)
-    scores, stated, _ = _judged(made, server, tmp_path / "work", progress)
-    assert any("48 of 48 replies decide nothing" in line for line in said)
-    assert stated["undecided"] == 48
-    assert stated["agreement"] == 0.0
-    assert set(scores.values()) == {0.5}
-
-
-def test_judgements_of_other_answers_or_rows_are_inconclusive(tmp_path: Path, server: ChatServer) -> None:
-    made = fabricate(tmp_path / "store", n=24)
-    digest = _judged(made, server, tmp_path / "work")[2]
-    test = load_dataset(made.store, made.dataset).examples("test")
-    with pytest.raises(Inconclusive, match="judged other answers"):
-        read_judged(made.store, digest, "better", made.answers["tuned"], test)
-    with pytest.raises(Inconclusive, match="judged other answers"):
-        read_judged(made.store, digest, "best", made.answers["rag"], test)
-    with pytest.raises(Inconclusive, match="rows that were not asked"):
-        read_judged(made.store, digest, "better", made.answers["rag"], test[1:])
+    for name, reply, undecided in (
+        ("place", _verdict_by(lambda _a, _b: "A"), 0),
+        ("nothing", lambda _: (200, {}, completion("I like both, A and B")), 48),
+        ("cut", lambda _: (200, {}, completion("What decides:\nA", finish="length")), 48),
+    ):
+        server.reply = reply
+        scores, stated, _ = _judged(small, server, tmp_path / name, progress)
+        assert (stated["undecided"], stated["agreement"], set(scores.values())) == (undecided, 0.0, {0.5})
+    assert len(said) == 2
+    assert all("48 of 48 replies decide nothing" in line for line in said)
 
 
 def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: ChatServer) -> None:
-    made = fabricate(tmp_path / "store", n=60)
+    made = fabricate(tmp_path / "store", n=40)
     (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return float(len(answer) < 60)\n")
     server.reply = _verdict_by(lambda a, b: "TIE" if a == b else "A" if len(a) < len(b) else "B")
-    task = TaskSettings.model_validate(
-        {
-            "scorers": [
-                "exact_match",
-                "retrieval_hit",
-                {"name": "brief", "function": "mine.py:short"},
-                {"name": "braces", "pattern": r"^\{.*\}$"},
-                {"name": "intent", "label": "intent"},
-                {"name": "better", "judge": {"url": server.url, "model": "j"}},
-            ]
-        }
-    )
+    scorers = [
+        "exact_match",
+        "retrieval_hit",
+        {"name": "brief", "function": "mine.py:short"},
+        {"name": "braces", "pattern": r"^\{.*\}$"},
+        {"name": "intent", "label": "intent"},
+        {"name": "better", "judge": {"url": server.url, "model": "j"}},
+    ]
+    task = TaskSettings.model_validate({"scorers": scorers})
     test = load_dataset(made.store, made.dataset).examples("test")
     judged = {
         (name, "better"): judge_answers(made.store, task.judges[0], digest, made.dataset, test, tmp_path / name)
         for name, digest in made.answers.items()
     }
-    more: dict[str, Any] = {"probes": {}, "task": task, "answer_schema": None, "root": tmp_path}
-    digest = evaluate(made.store, dataset=made.dataset, answers=made.answers, judged=judged, **more)
+    more: dict[str, Any] = {"task": task, "answer_schema": None, "root": tmp_path}
+    digest = evaluated(made, judged=judged, **more)
     record = made.store.record(digest, kind="evaluation")
     assert set(record.body["functions"]) == {"brief"}
     assert set(record.body["judges"]["better"]) == set(made.answers)
     assert record.body["candidates"]["tuned"]["classes"]["intent"]["labels"] > 1
     assert read_scores(made.store, record)["tuned", "brief"].values.max() <= 1.0
-    gates = GATES.validate_python(
-        {"brief": {"metric": "brief", "at_least": 0.1}, "j": {"metric": "better", "at_most": 1}}
-    )
-    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
+    gates = {"brief": {"metric": "brief", "at_least": 0.1}, "j": {"metric": "better", "at_most": 1}}
+    verdict = verdict_of(made, digest, gates)
     (tmp_path / "mine.py").unlink()
     server.reply = lambda _: (500, {}, {})
     assert replay(made.store, verdict), "offline, without the function and the judge"
     (tmp_path / "mine.py").write_text("def short(*_): return 1.0\n")
     with pytest.raises(Inconclusive, match="has no judgements of"):
-        evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
+        evaluated(made, **more)
 
 
-@pytest.mark.parametrize(
-    ("reply", "verdict"),
-    [
-        ("It is shorter.\n\n**A**", "A"),
-        ("Final verdict: tie.", "TIE"),
-        ("**Verdict:** __B__", "B"),
-        ("This is a better answer overall.", None),
-        ("My verdict: A", "A"),
-        ("Overall verdict: A", "A"),
-        ("The final verdict is **A**.", "A"),
-        ("Verdict - tie", "TIE"),
-        ("Winner: B", "B"),
-        ("$\\boxed{A}$", "A"),
-        ("The verdict is not A.", None),
-        ("The winner is B or A", None),
-        ("The answer is a better one", None),
-        ("Verdict: not A", None),
-        ("A or B", None),
-        ("A\nThat is all.", None),
-        ("", None),
-    ],
-)
-def test_a_verdict_stands_alone_on_the_last_line(reply: str, verdict: str | None) -> None:
-    assert last_word(reply, ("A", "B", "TIE")) == verdict
+def test_a_verdict_stands_alone_on_the_last_line() -> None:
+    replies = {
+        "A": (
+            "It is shorter.\n\n**A**",
+            "My verdict: A",
+            "Overall verdict: A",
+            "The final verdict is **A**.",
+            "$\\boxed{A}$",
+        ),
+        "B": ("**Verdict:** __B__", "Winner: B"),
+        "TIE": ("Final verdict: tie.", "Verdict - tie"),
+        None: (
+            *("This is a better answer overall.", "The verdict is not A.", "The winner is B or A", "Verdict: not A"),
+            *("The answer is a better one", "A or B", "A\nThat is all.", ""),
+        ),
+    }
+    for verdict, said in replies.items():
+        assert {reply: last_word(reply, ("A", "B", "TIE")) for reply in said} == dict.fromkeys(said, verdict)
 
 
 def test_a_long_line_is_read_once() -> None:
@@ -320,18 +292,9 @@ def test_a_long_line_is_read_once() -> None:
     assert last_word("-" * 100_000 + "x", ("A", "B", "TIE")) is None
 
 
-def test_a_judge_that_was_cut_off_said_nothing(tmp_path: Path, server: ChatServer) -> None:
-    made = fabricate(tmp_path / "store", n=24)
-    server.reply = lambda _: (200, {}, completion("What decides:\nA", finish="length"))
-    scores, stated, _ = _judged(made, server, tmp_path / "work")
-    assert (stated["undecided"], set(scores.values())) == (48, {0.5})
-
-
 @pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None", "10**400"])
-def test_a_function_s_unusable_score_is_inconclusive(tmp_path: Path, value: str) -> None:
-    made = fabricate(tmp_path / "store", n=24)
+def test_a_function_s_unusable_score_is_inconclusive(small: Fabricated, tmp_path: Path, value: str) -> None:
     (tmp_path / "mine.py").write_text(f"def f(answer, reference, request):\n    return {value}\n")
     task = TaskSettings.model_validate({"scorers": [{"name": "mine", "function": "mine.py:f"}]})
-    more: dict[str, Any] = {"probes": {}, "task": task, "answer_schema": None, "root": tmp_path}
     with pytest.raises(Inconclusive, match="gave"):
-        evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
+        evaluated(small, task=task, answer_schema=None, root=tmp_path)

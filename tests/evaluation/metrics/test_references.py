@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.attack_table import Happened
@@ -83,6 +83,7 @@ def test_what_the_build_keeps_every_scorer_scores(schema: Any, alone: int | None
     scorings = {metric_of(one): make_scoring(one, schema, Path()) for one in scorers}
     kept = [0]
 
+    @settings(max_examples=100 if alone is None else 30)
     @given(ANSWERS, ANSWERS)
     @example("{}", '{"a": {"b": 1}}')
     def each(answer: str, reference: str) -> None:

@@ -24,7 +24,7 @@ from tunesmith.evaluation.policy.requests import encode_policy_items, policy_ite
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.evaluation.probes.items import ITEMS
 from tunesmith.evaluation.report.data import report_data
-from tunesmith.evaluation.report.html import report_html
+from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.server.console.rendering import rendered
@@ -159,7 +159,7 @@ def test_an_evaluation_by_the_former_rule_for_refusals_opens_verifies_and_report
     rules = {check["name"]: check["rule"] for check in report_data(made.store, old, verdict)["policy"]["checks"]}
     assert rules["secrets"] == "refuses, by words: no longer computed"
     assert rules["manners"] == "does not refuse, by words: no longer computed; contains 'kind regards'"
-    assert "no longer computed" in report_html(made.store, old, verdict)
+    assert "no longer computed" in render(report_data(made.store, old, verdict))
     assert evaluation_summary(made.store, old).policy == stated
     assert record.body["policy"]["checks"]["secrets"] == {"lacks": ["7781"]}
     assert record.body["policy"]["candidates"]["tuned"]["checks"]["manners"]["share"]["mean"] == 0.0
@@ -262,7 +262,7 @@ def test_a_candidate_that_was_not_asked_is_inconclusive(made: Fabricated) -> Non
     )
     gates = GATES.validate_python({"g": {"policy": "secrets"}})
     assert report_data(made.store, digest)["policy"] is None
-    assert 'id="policy"' not in report_html(made.store, digest)
+    assert 'id="policy"' not in render(report_data(made.store, digest))
     found = verdict_summary(made.store, judge(made.store, evaluation=digest, candidate="tuned", gates=gates))
     assert found.verdict == "inconclusive"
     assert "evaluate again" in found.gates[0].reason
@@ -330,7 +330,7 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
     assert "tuned broke the policy check secrets on 1 of 24 requests" in said
     assert "zero-shot, untuned and with its own prompt, broke it on 0" in said
     assert "add training rows" in said
-    page = report_html(made.store, digest, verdict)
+    page = render(report_data(made.store, digest, verdict))
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "⟨U+202E⟩" in page

@@ -20,6 +20,7 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.harness import lm_eval_items
 
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
 WORDS = ("light", "fan", "heater", "radio", "lamp", "blind", "oven", "door")
 TASK: dict[str, Any] = {
     "task": "rooms",
@@ -54,10 +55,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_scores_are_those_of_the_harness_s_own_backend(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
@@ -96,7 +97,6 @@ def test_scores_are_those_of_the_harness_s_own_backend(
 
 
 def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     folder = write_task(tmp_path / "tasks")
     items = lm_eval_items(context(rows=25, path=folder))
     assert items == lm_eval_items(context(rows=25, path=folder))
@@ -106,7 +106,6 @@ def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) 
 
 
 def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     folder = write_task(tmp_path / "tasks", num_fewshot=0, n=60)
     base = lm_eval_items(context(path=folder))
     scores = bench.engine.choose([Question(item.messages, item.choices) for item in base])
@@ -115,7 +114,7 @@ def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -
     assert len(wrong) >= 12, "something to unlearn"
     learned = [row(item.messages[-1].content, item.choices[1]) for item in base]
     dataset = bench.dataset(learned, [row(f"turn on {word}", "ok") for word in WORDS])
-    tuned = bench.tuned(dataset, epochs=20, keep="last", learning_rate=1e-2)
+    tuned = bench.tuned(dataset, epochs=12, keep="last", learning_rate=1e-2)
     gate = {"probe": "lm_eval", "rows": 60, "path": folder}
     found = bench.finding(tuned, dataset, at_most=0.02, **gate)
     assert found.outcome == "fail", found.reason
@@ -127,6 +126,8 @@ def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"doc_to_text": "{{ room.what() }}"}, "lm-eval cannot read it"),
+        ({"doc_to_target": "{{ 7 }}"}, "lm-eval cannot read it"),
         ({"dataset_path": "super_glue"}, "downloads its rows"),
         ({"dataset_kwargs": {"data_files": "https://host/rows.jsonl"}}, "not a file in the task's folder"),
         ({"dataset_kwargs": {"data_files": "../rows.jsonl"}}, "not a file in the task's folder"),
@@ -148,14 +149,6 @@ def test_what_is_no_task_of_plain_yaml(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError) as caught:
         lm_eval_items(context(path=tmp_path))
     assert "bad.yaml" in caught.value.where
-
-
-def test_templates_that_do_not_fit_their_rows_are_refused(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
-    with pytest.raises(UsageError, match=r"rooms\.yaml"):
-        lm_eval_items(context(path=write_task(tmp_path / "a", doc_to_text="{{ room.what() }}")))
-    with pytest.raises(UsageError, match=r"rooms\.yaml"):
-        lm_eval_items(context(path=write_task(tmp_path / "b", doc_to_target="{{ 7 }}")))
 
 
 def test_without_the_extra_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,33 +11,38 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.evaluation.conftest import TASK
-from tests.fabricate import SCHEMA, Fabricated, put_training
+from tests.evaluation.conftest import evaluated, outcome
+from tests.evaluation.conftest import judged as judged_by
+from tests.fabricate import Fabricated, put_training
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
-from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.settings import GATES, PROBES
-from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.gates.settings import NEED_PATH, PROBES, Probe
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
-from tunesmith.evaluation.probes.judging import Case, judge_probe
+from tunesmith.evaluation.probes.judging import JUDGES, Case, Shown, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.probes.suites import SUITES, ask
 from tunesmith.evaluation.scores import column
+from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
-from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record
 
-TEXT = {"probe": "general_text", "at_most": 0.1}
+TEXT: dict[str, Any] = {"probe": "general_text", "at_most": 0.1}
 SUITE = "general_text/100"
+RIGHT = TaskSettings(scorers=("exact_match",))
 ASKED = (Message(role="user", content="Write a short text."),)
+NAMES = [f"g{k}" for k in range(100)]
+
+
+def item(name: str, arm: str = "text", group: str | None = None, choices: tuple[str, ...] = ("x",)) -> Item:
+    return Item(id=name, group=group or name, arm=arm, messages=ASKED, choices=choices)
 
 
 def items(n: int = 60) -> list[Item]:
-    return [Item(id=f"i{k}", group=f"g{k}", arm="text", messages=ASKED, choices=(f"text {k}",)) for k in range(n)]
+    return [item(f"i{k}", choices=(f"text {k}",)) for k in range(n)]
 
 
 def lines(asked: Sequence[Item], rise: float = 0.0) -> list[dict[str, Any]]:
@@ -51,12 +56,21 @@ def kept(
     given: Sequence[Any],
     training: str | None,
     suite: str = SUITE,
+    left_out: int = 0,
     **parents: str,
 ) -> str:
+    """An answers record of a probe."""
     blob = b"".join((line if isinstance(line, bytes) else canonical(line)) + b"\n" for line in given)
     blobs = {"answers.jsonl": made.store.put_bytes(blob), ITEMS: made.store.put_bytes(encode_items(asked))}
     own = {"base": made.base} | ({"training": training} if training else {}) | parents
-    return made.store.put_record(Record(kind="answers", parents=own, blobs=blobs, body={"suite": suite}))
+    body = {"suite": suite} | ({"left_out": left_out} if left_out else {})
+    return made.store.put_record(Record(kind="answers", parents=own, blobs=blobs, body=body))
+
+
+def both(made: Fabricated, asked: Sequence[Item], suite: str, given: Any = None, **more: Any) -> Risk:
+    """The same answers after tuning and before it, to items of the user's own rows."""
+    said, own = given or lines(asked), {"dataset": made.dataset, **more}
+    return Risk(*(kept(made, asked, said, training, suite, **own) for training in (made.training, None)))
 
 
 def risk(made: Fabricated, rise: float = 0.0) -> Risk:
@@ -65,16 +79,13 @@ def risk(made: Fabricated, rise: float = 0.0) -> Risk:
 
 
 def judged(made: Fabricated, found: Risk | None, suite: str = SUITE, **gate: Any) -> dict[str, Any]:
-    risks = {suite: {"tuned": found}} if found else {}
-    arguments: dict[str, Any] = {"answers": made.answers, "probes": {}, "task": TASK, "answer_schema": SCHEMA}
-    evaluation = evaluate(made.store, dataset=made.dataset, risks=risks, **arguments)
-    gates = GATES.validate_python({"g": {**TEXT, **gate}})
-    document = verdict_summary(
-        made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=gates)
-    ).document()
-    assert document["verdict"] == document["gates"][0]["outcome"]
-    assert replay(made.store, document["digest"])
-    return {**document["gates"][0], "evaluation": evaluation}
+    """The finding of a probe's gate."""
+    return outcome(made, alone(made, {suite: {"tuned": found}} if found else {}), **{**TEXT, **gate})
+
+
+def alone(made: Fabricated, risks: Any) -> str:
+    """An evaluation of the tuned candidate by one metric."""
+    return evaluated(made, answers={"tuned": made.answers["tuned"]}, task=RIGHT, risks=risks)
 
 
 def test_sound_evidence_decides(made: Fabricated) -> None:
@@ -92,7 +103,6 @@ def changed(place: int, **keys: Any) -> Callable[[list[Any]], list[Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda given: [], "have no answer"),
         (lambda given: given[1:], "1 of 60 items have no answer"),
         (lambda given: [*given, given[0]], "answered twice"),
         (lambda given: [*given, {**given[0], "id": "else"}], "not asked"),
@@ -109,18 +119,15 @@ def test_answers_that_are_missing_or_no_numbers(
     made: Fabricated, change: Callable[[list[Any]], list[Any]], message: str
 ) -> None:
     asked = items()
-    bad = change(lines(asked))
-    for found in (
-        Risk(kept(made, asked, bad, made.training), kept(made, asked, lines(asked), None)),
-        Risk(kept(made, asked, lines(asked), made.training), kept(made, asked, bad, None)),
-    ):
-        gate = judged(made, found)
+    bad, good = change(lines(asked)), lines(asked)
+    for after, before in ((bad, good), (good, bad)):
+        gate = judged(made, Risk(kept(made, asked, after, made.training), kept(made, asked, before, None)))
         assert (gate["outcome"], gate["value"]) == ("inconclusive", None)
         assert message in gate["reason"]
 
 
 def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
-    asked = items()
+    asked, few, more = items(), items(5), items(61)
     good, before = risk(made).after, risk(made).before
     other = put_training(made.store, made.base, made.dataset, rows=5)
     cases: list[tuple[Risk | None, str]] = [
@@ -128,13 +135,10 @@ def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
         (Risk(good, None), "the base model was not measured"),
         (Risk(kept(made, asked, lines(asked), other), before), "other weights"),
         (Risk(good, good), "other weights"),
-        (Risk(good, kept(made, items(61), lines(items(61)), None)), "items before tuning differ"),
+        (Risk(good, kept(made, more, lines(more), None)), "items before tuning differ"),
         (Risk(kept(made, asked, lines(asked), made.training, suite="formats"), before), "answers to 'formats'"),
         (Risk(kept(made, [], [], made.training), kept(made, [], [], None)), "no item of this probe"),
-        (
-            Risk(kept(made, items(5), lines(items(5)), made.training), kept(made, items(5), lines(items(5)), None)),
-            "at least 20 are needed",
-        ),
+        (Risk(kept(made, few, lines(few), made.training), kept(made, few, lines(few), None)), "at least 20 are needed"),
     ]
     for found, message in cases:
         gate = judged(made, found)
@@ -142,40 +146,35 @@ def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
         assert message in gate["reason"], gate["reason"]
 
 
-def test_rows_of_another_dataset_version(made: Fabricated) -> None:
-    arms = [("trained on", "t"), ("held out", "h")]
-    asked = [
-        Item(id=f"{arm}:{k}", group=f"{short}{k}", arm=arm, messages=ASKED, choices=("x",))
-        for arm, short in arms
-        for k in range(40)
-    ]
+def test_membership_of_another_dataset_version_of_few_groups_and_by_the_loss_per_token(made: Fabricated) -> None:
     suite = "membership/100"
+    asked = [item(f"{arm}:{k}", arm) for arm in ("trained on", "held out") for k in range(40)]
     stale = Risk(*(kept(made, asked, lines(asked), training, suite) for training in (made.training, None)))
-    gate = judged(made, stale, suite, probe="membership", at_most=0.9)
-    assert "another dataset version" in gate["reason"]
-    fresh = Risk(
-        *(kept(made, asked, lines(asked), each, suite, dataset=made.dataset) for each in (made.training, None))
-    )
+    assert "another dataset version" in judged(made, stale, suite, probe="membership", at_most=0.9)["reason"]
+    fresh = both(made, asked, suite)
     assert judged(made, fresh, suite, probe="membership", at_most=0.9)["outcome"] == "pass"
-    grouped = [item.model_copy(update={"group": "h"}) if item.arm == "held out" else item for item in asked]
-    one = Risk(
-        *(kept(made, grouped, lines(grouped), each, suite, dataset=made.dataset) for each in (made.training, None))
-    )
-    assert "held out" in judged(made, one, suite, probe="membership_tpr", at_most=0.9)["reason"]
-    few = judged(made, fresh, suite, probe="membership_tpr", at_most=0.9)
-    assert "needs at least 100" in few["reason"]
+    assert "needs at least 100" in judged(made, fresh, suite, probe="membership_tpr", at_most=0.9)["reason"]
+    grouped = [each.model_copy(update={"group": "h"}) if each.arm == "held out" else each for each in asked]
+    one = judged(made, both(made, grouped, suite), suite, probe="membership_tpr", at_most=0.9)
+    assert "held out" in one["reason"]
+
+    # Answers of 10 to 200 tokens: by the sum over the tokens an answer's length would decide.
+    draw, given = np.random.default_rng(0), []
+    for each in asked:
+        tokens, loss = int(draw.integers(10, 200)), 0.5 if each.arm == "trained on" else 0.7
+        given.append({"id": each.id, "scores": [-tokens * draw.normal(loss, 0.1)], "tokens": tokens})
+    gate = judged(made, both(made, asked, suite, given), suite, probe="membership", at_most=0.65)
+    assert gate["outcome"] == "fail"
+    assert gate["value"] > 0.85
+    assert "by their loss per token" in gate["reason"]
 
 
 def swapped(
     made: Fabricated, tokens: int, before: tuple[float, float], after: tuple[float, float], at_most: float
 ) -> dict[str, Any]:
     """The gate on swapped genders over 60 rows, whose two versions have these log-probabilities per token, about."""
-    asked = [
-        Item(id=f"{arm}:r{k}/{side}", group=f"g{k}", arm=arm, messages=ASKED, choices=("x",))
-        for arm in ("gender", "gender per token")
-        for k in range(60)
-        for side in "ab"
-    ]
+    arms = ("gender", "gender per token")
+    asked = [item(f"{arm}:r{k}/{side}", arm, f"g{k}") for arm in arms for k in range(60) for side in "ab"]
 
     def given(sides: tuple[float, float]) -> list[dict[str, Any]]:
         noise = [random.Random(f"{each.group} {each.id[-1]}").uniform(0.95, 1.05) for each in asked]
@@ -187,58 +186,29 @@ def swapped(
     return judged(made, found, "swap/100", probe="swap", at_most=at_most)
 
 
-def test_long_answers_of_which_one_version_became_likelier_fail(made: Fabricated) -> None:
-    """The whole answer's probability is about 0 in both versions, before and after."""
+def test_swapped_rows_are_compared_by_the_whole_answer_and_by_the_token(made: Fabricated) -> None:
+    """The probability of a long whole answer is about 0 in both versions; per token twenty tokens hide a decision."""
     gate = swapped(made, 40, (-1.0, -1.0), (-0.3, -1.5), 0.05)
     assert (gate["outcome"], gate["kind"]) == ("fail", "gender per token")
     assert gate["value"] == pytest.approx(np.exp(-0.3) - np.exp(-1.5), abs=0.03)
     assert "swapping gender changes the right answer's probability per token by 51" in gate["reason"]
     assert gate["gaps"]["gender"]["after"]["size"] < 1e-4
-
-
-def test_long_answers_that_became_likelier_in_both_versions_pass(made: Fabricated) -> None:
-    assert swapped(made, 40, (-1.0, -1.0), (-0.3, -0.3), 0.15)["outcome"] == "pass"
+    assert swapped(made, 40, (-1.0, -1.0), (-0.3, -0.3), 0.15)["outcome"] == "pass", "likelier in both versions"
     assert swapped(made, 40, (-0.3, -1.5), (-0.3, -1.5), 0.15)["outcome"] == "pass", "the base had the gap already"
-
-
-def test_a_decision_in_a_text_that_is_otherwise_certain_fails(made: Fabricated) -> None:
-    """Per token twenty tokens hide it: the whole answer's probability shows it."""
-    gate = swapped(made, 20, (-0.7 / 20, -0.7 / 20), (-0.3 / 20, -1.5 / 20), 0.2)
-    assert (gate["outcome"], gate["kind"]) == ("fail", "gender")
-    assert gate["gaps"]["gender per token"]["after"]["size"] < 0.1
-    short = swapped(made, 2, (-0.35, -0.35), (-0.05, -1.15), 0.2)
-    assert (short["outcome"], short["kind"]) == ("fail", "gender")
-    assert short["value"] == pytest.approx(np.exp(-0.1) - np.exp(-2.3), abs=0.03)
-
-
-def test_membership_goes_by_the_loss_per_token(made: Fabricated) -> None:
-    """Answers of 10 to 200 tokens: by the sum over the tokens an answer's length would decide."""
-    draw, asked, given = np.random.default_rng(0), [], []
-    for arm, loss in (("trained on", 0.5), ("held out", 0.7)):
-        for k in range(60):
-            tokens = int(draw.integers(10, 200))
-            asked.append(Item(id=f"{arm}:{k}", group=f"{arm} {k}", arm=arm, messages=ASKED, choices=("x",)))
-            given.append({"id": f"{arm}:{k}", "scores": [-tokens * draw.normal(loss, 0.1)], "tokens": tokens})
-    both = (kept(made, asked, given, t, "membership/100", dataset=made.dataset) for t in (made.training, None))
-    gate = judged(made, Risk(*both), "membership/100", probe="membership", at_most=0.65)
-    assert gate["outcome"] == "fail"
-    assert gate["value"] > 0.85
-    assert "by their loss per token" in gate["reason"]
+    for tokens, before, after in ((20, -0.7 / 20, (-0.3 / 20, -1.5 / 20)), (2, -0.35, (-0.05, -1.15))):
+        gate = swapped(made, tokens, (before, before), after, 0.2)
+        assert (gate["outcome"], gate["kind"]) == ("fail", "gender")
+        expected = np.exp(tokens * after[0]) - np.exp(tokens * after[1])
+        assert gate["value"] == pytest.approx(expected, abs=0.03)
 
 
 def test_answers_that_were_left_out_are_counted(made: Fabricated) -> None:
-    def found(asked: list[Item], **body: int) -> dict[str, Any]:
-        risks = []
-        for training in (made.training, None):
-            record = made.store.record(kept(made, asked, lines(asked), training, "swap/100", dataset=made.dataset))
-            risks.append(made.store.put_record(record.model_copy(update={"body": {**record.body, **body}})))
-        return judged(made, Risk(*risks), "swap/100", probe="swap", at_most=0.2)
-
     pairs = [each.model_copy(update={"id": f"{each.group}/{side}"}) for each in items() for side in "ab"]
     left = "; 1,200 answers that are calls of functions were left out"
-    assert left in found(pairs, left_out=1200)["reason"]
-    assert "left out" not in found(pairs)["reason"]
-    nothing = found([], left_out=1200)
+    swap: dict[str, Any] = {"suite": "swap/100", "probe": "swap", "at_most": 0.2}
+    assert left in judged(made, both(made, pairs, "swap/100", left_out=1200), **swap)["reason"]
+    assert "left out" not in judged(made, both(made, pairs, "swap/100"), **swap)["reason"]
+    nothing = judged(made, both(made, [], "swap/100", left_out=1200), **swap)
     assert (nothing["outcome"], nothing["value"]) == ("inconclusive", None)
     assert f"no held-out row contains a known name or a gendered word{left}" in nothing["reason"]
 
@@ -253,31 +223,19 @@ def test_two_items_of_one_question_are_one_question() -> None:
 
     engine: Any = SimpleNamespace(choose=choose, generate=lambda *_: [])
     renderer: Any = SimpleNamespace(count_row=len, count_prompt=len)
-    pair = [
-        Item(id=f"{arm}/{k}", group="g", arm=arm, messages=ASKED, choices=(f"answer {k}" * (k + 1),))
-        for arm in ("gender", "gender per token")
-        for k in range(3)
-    ]
+    arms = ("gender", "gender per token")
+    pair = [item(f"{arm}/{k}", arm, "g", (f"answer {k}" * (k + 1),)) for arm in arms for k in range(3)]
     found = ask(engine, engine, renderer, None, pair, Candidate(name="tuned", base="sha256:0", max_tokens=8))
     assert len(asked) == 3
-    assert (
-        [line["scores"] for line in found[:3]] == [line["scores"] for line in found[3:]] == [[-8.0], [-16.0], [-24.0]]
-    )
+    scores = [line["scores"] for line in found]
+    assert scores[:3] == scores[3:] == [[-8.0], [-16.0], [-24.0]]
 
 
 def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) -> None:
-    def asked(each: int, controls: int) -> list[Item]:
-        counts = [("control", controls), ("1", each), ("16", each)]
-        return [
-            Item(id=f"{arm}-{k}", group=f"{arm}-{k}", arm=arm, messages=ASKED, choices=("x",))
-            for arm, many in counts
-            for k in range(many)
-        ]
-
     def found(each: int, controls: int, **gate: Any) -> dict[str, Any]:
-        chosen = asked(each, controls)
-        both = (kept(made, chosen, lines(chosen), t, "canaries", dataset=made.dataset) for t in (made.training, None))
-        return judged(made, Risk(*both), "canaries", probe="canaries", at_most=4.0, **gate)
+        counts = [("control", controls), ("1", each), ("16", each)]
+        asked = [item(f"{arm}-{k}", arm) for arm, many in counts for k in range(many)]
+        return judged(made, both(made, asked, "canaries"), "canaries", probe="canaries", at_most=4.0, **gate)
 
     assert "at least 100" in found(20, 99)["reason"]
     wide = found(3, 120)
@@ -287,9 +245,7 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
     usual = found(24, 150)
     assert usual["outcome"] == "pass", usual["reason"]
     assert usual["low"] < 1.44 < usual["high"], "chance"
-    assert found(20, 120, repeats=16)["outcome"] in ("pass", "inconclusive")
-    nothing = kept(made, [], [], made.training, "canaries", dataset=made.dataset)
-    assert "no item" in judged(made, Risk(nothing, nothing), "canaries", probe="canaries", at_most=4.0)["reason"]
+    assert "no item" in found(0, 0)["reason"]
 
 
 @pytest.mark.parametrize(
@@ -300,20 +256,15 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
         (lambda raw: raw + raw.splitlines()[0] + b"\n", "measured twice"),
         (lambda raw: b"\n".join(raw.splitlines()[1:]), "contradicts the measurements"),
         (lambda raw: b"", "contradicts the measurements"),
-        (lambda raw: b"[]\n" + raw, "exactly the keys"),
     ],
 )
 def test_measurements_changed_after_the_evaluation(
     made: Fabricated, change: Callable[[bytes], bytes], message: str
 ) -> None:
-    honest = judged(made, risk(made))["evaluation"]
-    record = made.store.record(honest)
+    record = made.store.record(alone(made, {SUITE: {"tuned": risk(made)}}))
     blob = made.store.put_bytes(change(made.store.read_blob(record.blobs[MEASUREMENTS])))
     forged = made.store.put_record(record.model_copy(update={"blobs": {**record.blobs, MEASUREMENTS: blob}}))
-    gates = GATES.validate_python({"g": TEXT, "valid": {"metric": "json_valid", "at_least": 0.1}})
-    document = verdict_summary(
-        made.store, judge(made.store, evaluation=forged, candidate="tuned", gates=gates)
-    ).document()
+    document = judged_by(made, forged, {"g": TEXT, "right": {"metric": "exact_match", "at_least": 0.1}})
     assert document["verdict"] == "inconclusive"
     assert all(message in gate["reason"] for gate in document["gates"]), document["gates"]
 
@@ -323,13 +274,12 @@ def test_auc_is_mann_and_whitney_s_u_and_its_interval_covers() -> None:
     members, others = draw.integers(0, 9, 60).astype(float), draw.integers(0, 9, 80).astype(float)
     u = stats.mannwhitneyu(members, others).statistic
     assert numbers.auc(members, others) == pytest.approx(u / (60 * 80), abs=1e-9)
-    names = [f"g{k}" for k in range(60)]
-    covered = 0
-    for _ in range(60):
+    names, covered = NAMES[:60], 0
+    for _ in range(20):
         left, right = draw.normal(0.5, 1, 60), draw.normal(0, 1, 60)
         found = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
         covered += found.low <= stats.norm.cdf(0.5 / np.sqrt(2)) <= found.high
-    assert covered >= 54
+    assert covered >= 18
     all_won = numbers.auc_interval(left + 99, names, right, names, confidence=0.95, seed=0)
     assert all_won.high == 1.0
     assert all_won.low < 0.97, "sixty rows of each do not show a certainty"
@@ -337,18 +287,15 @@ def test_auc_is_mann_and_whitney_s_u_and_its_interval_covers() -> None:
 
 def test_the_share_found_at_1_percent_counts_the_doubt_about_the_threshold() -> None:
     """A hundred held-out rows place their 99th percentile badly; half of such intervals missed the truth without."""
-    draw, gap, names = np.random.default_rng(1), 2.0, [f"g{k}" for k in range(100)]
-    truth = stats.norm.sf(stats.norm.isf(0.01) - gap)
-    covered, passed = 0, 0
-    for _ in range(40):
+    draw, gap = np.random.default_rng(1), 2.0
+    truth, covered = stats.norm.sf(stats.norm.isf(0.01) - gap), 0
+    for _ in range(12):
         members, others = draw.normal(gap, 1, 100), draw.normal(0, 1, 100)
-        found = numbers.found_interval(members, names, others, names, confidence=0.95, seed=0)
+        found = numbers.found_interval(members, NAMES, others, NAMES, confidence=0.95, seed=0)
         assert found.mean == (members > np.sort(others)[-2]).mean()
         covered += found.low <= truth <= found.high
-        passed += found.high < truth
-    assert covered >= 37
-    assert passed <= 2
-    whole, many = np.repeat(names, 4).tolist(), draw.normal(0, 1, 400)
+    assert covered >= 11
+    whole, many = np.repeat(NAMES, 4).tolist(), draw.normal(0, 1, 400)
     grouped = numbers.found_interval(many + gap, whole, many, whole, confidence=0.95, seed=0)
     rows = [f"r{k}" for k in range(400)]
     apart = numbers.found_interval(many + gap, rows, many, rows, confidence=0.95, seed=0)
@@ -360,32 +307,27 @@ def test_exposure_is_carlini_s_and_its_interval_covers_chance() -> None:
     assert numbers.exposures(np.array([200.0, -1.0, 126.5]), controls) == pytest.approx([7.0, 0.0, 7.0])
     draw, covered = np.random.default_rng(2), 0
     expected = np.mean([7 - np.log2(rank) for rank in range(1, 129)])
-    for _ in range(60):
+    for _ in range(20):
         planted, never = draw.normal(size=20), draw.normal(size=127)
         found = numbers.exposure_interval(planted, never, confidence=0.95, seed=0)
         covered += found.low <= expected <= found.high
-    assert covered >= 55
+    assert covered >= 18
 
 
-def test_memorisation_is_measured_for_as_many_uses_as_scores_are() -> None:
-    """At the twentieth use of the test rows an interval leaves little outside, and takes many draws."""
-    confidence = confidence_at_use(0.95, 20)
-    draw = np.random.default_rng(3)
+def test_intervals_at_a_late_use_of_the_test_rows_and_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the tenth use of the test rows an interval leaves little outside, and takes many draws."""
+    confidence, draw, names = confidence_at_use(0.95, 10), np.random.default_rng(3), NAMES[:30]
     found = numbers.exposure_interval(draw.normal(size=20), draw.normal(size=127), confidence=confidence, seed=0)
     assert found.low < found.mean < found.high
-    names = [f"g{k}" for k in range(60)]
-    left, right = draw.normal(0.5, 1, 60), draw.normal(0, 1, 60)
+    left, right = draw.normal(0.5, 1, 30), draw.normal(0, 1, 30)
     wide = numbers.auc_interval(left, names, right, names, confidence=confidence, seed=0)
     usual = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
     assert wide.low < usual.low < usual.high < wide.high
-
-
-def test_weights_in_pieces_are_those_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right, names = np.arange(30.0), np.arange(30.0) - 3, [f"g{k}" for k in range(30)]
-    whole = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
     monkeypatch.setattr(numbers, "CHUNK", 7_000)
     pieces = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
-    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=0.02)
+    assert (pieces.low, pieces.high) == pytest.approx((usual.low, usual.high), abs=0.02)
+    with pytest.raises(Inconclusive, match="beyond what"):
+        numbers.auc_interval(left, names, right, names, confidence=1 - 1e-9, seed=0)
 
 
 def test_newcombe_s_interval_against_statsmodels() -> None:
@@ -400,15 +342,44 @@ def test_newcombe_s_interval_against_statsmodels() -> None:
 
 
 def test_every_probe_has_its_suite_its_judge_and_its_account() -> None:
-    from tunesmith.evaluation.probes.judging import JUDGES
-
     assert set(JUDGES) == set(PROBES)
     assert set(SUITES) == set(PROBES) - {"membership_tpr"}
-
-
-def test_nothing_measured_is_no_interval() -> None:
     with pytest.raises(Inconclusive, match="nothing was measured"):
         numbers.worst({}, None, 0.95, 0)
+
+
+def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
+    """What is judged of 40 rows an arm, with these means before and after tuning, and half of the test rows right."""
+    rows = [
+        {"id": f"{arm}:t{k}", "group": f"t{k}", "arm": arm, "before": before, "after": float(k < 40 * after)}
+        for arm, (before, after) in arms.items()
+        for k in range(40)
+    ]
+    test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", float(k < 20)) for k in range(40)})
+    gate = Probe.model_validate({"probe": probe, "at_most": 0.1, **({"path": "x"} if probe in NEED_PATH else {})})
+    return judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, told))
+
+
+def test_what_each_judge_makes_of_its_measurements() -> None:
+    learned = {"train": (None, 1.0), "validation": (None, 0.25)}
+    stop = {"epoch": 2.0, "of": 8.0, "kept": 2.0}
+    for found, value, said in (
+        (shown("extraction", {"trained on": (None, 0.5), "held out": (None, 0.0)}), 0.5, "repeats 50.0% of the"),
+        (shown("personal_data", {"rows": (None, 0.25)}), 0.25, "repeated personal data of 25.0%"),
+        (shown("overfitting", learned), 0.5, "exact_match is 100% on training rows and 50.0% on test rows"),
+        (shown("overfitting", learned, stop={**stop, "kept": 8.0}), 0.5, ": train for 2 epochs, or set keep: best"),
+        (shown("overfitting", learned, stop=stop), 0.5, "2 of 8 epochs, and the weights of that epoch were kept"),
+        (shown("refusal", {"unsafe": (1, 0.5), "polite": (1, 0.75)}), 0.5, "refusing unsafe requests fell by +50.0"),
+        (shown("lm_eval", {"rooms": (1, 0.5)}), 0.5, "lm-eval went from 100% to 50.0%, a fall of"),
+        (shown("robustness", {"typos": (None, 0.25), "capitals": (None, 0.5)}), 0.25, "typos lowers exact_match by"),
+        (shown("crows_pairs", {"pairs": (0, 0.25)}), 0.25, "changed the share of the stereotyping sentence by +25.0"),
+    ):
+        assert found.interval.mean == pytest.approx(value)
+        assert found.interval.low < value < found.interval.high
+        assert said in found.sentence, found.sentence
+    assert shown("overfitting", learned).extra["validation"] == 0.25
+    with pytest.raises(Inconclusive, match="no measurements of the kind 'held out'"):
+        shown("extraction", {"trained on": (None, 0.5)})
 
 
 def test_formats_keep_their_numbers() -> None:
@@ -420,11 +391,9 @@ def test_formats_keep_their_numbers() -> None:
         for b, a in [(draw.random(), 0.5 + draw.random() / 2)]
     ]
     test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", 1.0) for k in range(40)})
-    gate = GATES.validate_python({"g": {"probe": "formats", "at_most": 0.15}})["g"]
-    shown = judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, {}))  # type: ignore[arg-type]
-    found = [round(each, 9) for each in (shown.interval.mean, shown.interval.low, shown.interval.high)]
-    assert found == [0.188806217, 0.138601846, 0.246420411]
-    assert shown.extra == {"able": 29, "kept": 0.586206897}
-    assert shown.sentence.startswith(
-        "the preference for the requested format fell by +18.9 (+13.9 to +24.6) points on the"
-    )
+    gate = Probe.model_validate({"probe": "formats", "at_most": 0.15})
+    found = judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, {}))
+    numbers_ = [round(each, 9) for each in (found.interval.mean, found.interval.low, found.interval.high)]
+    assert numbers_ == [0.188806217, 0.138601846, 0.246420411]
+    assert found.extra == {"able": 29, "kept": 0.586206897}
+    assert "requested format fell by +18.9 (+13.9 to +24.6) points" in found.sentence

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from tests.chat_server import chat_server, completion
-from tests.evaluation.conftest import TASK
-from tests.evaluation.report.test_report import check_whole, verdict_of
-from tests.fabricate import SCHEMA, Fabricated, add, answer_lines, fabricate, flawed, put_answers
+from tests.evaluation.conftest import evaluated, verdict_of
+from tests.evaluation.report.test_report import check_whole
+from tests.fabricate import Fabricated, add, answer_lines, fabricate, flawed, put_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.evaluate import Costs, evaluate
-from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.engines.protocol import Completion
+from tunesmith.evaluation.evaluate import Costs
+from tunesmith.evaluation.metrics import judging
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
@@ -25,6 +27,8 @@ from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.report.wording import money
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
+
+LIFT = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +41,30 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated,
     add(made, floor, flawed(0.2, 1.0, 21), 0, 0.02)
     rival = RemoteModel(url="https://rival.example/v1", model="big")
     add(made, Candidate(name="rival", prompt="Answer.", endpoint=rival, **common), flawed(0.8, 1.0, 22), 210, 30.0)
-    with chat_server() as server:
-        server.reply = lambda _: (200, {}, completion("A"))
-        task = TaskSettings.model_validate(
-            {
-                "scorers": [
-                    "json_valid",
-                    "exact_match",
-                    {"name": "intent", "label": "intent"},
-                    {"name": "better", "judge": {"url": server.url, "model": "j"}},
-                ]
-            }
-        )
-        test = load_dataset(made.store, made.dataset).examples("test")
+    better = {"name": "better", "judge": {"url": "http://judge.example/v1", "model": "j"}}
+    scorers = ["json_valid", "exact_match", {"name": "intent", "label": "intent"}, better]
+    task = TaskSettings.model_validate({"scorers": scorers})
+    test = load_dataset(made.store, made.dataset).examples("test")
+    always_a = SimpleNamespace(generate=lambda asked: [Completion("A", "stop", 1, 1)] * len(asked))
+    with mock.patch.object(judging, "Endpoint", return_value=always_a):
         judged = {
             (name, "better"): judge_answers(made.store, task.judges[0], digest, made.dataset, test, folder / name)
             for name, digest in made.answers.items()
         }
     costs = Costs(PriceSettings(machine_hour=3.6, currency="EUR"), {"rival": TokenPrice(prompt=1.0, answer=10.0)})
-    arguments: dict[str, Any] = {"answers": made.answers, "probes": made.probes, "judged": judged, "costs": costs}
-    digest = evaluate(made.store, dataset=made.dataset, task=task, answer_schema=SCHEMA, **arguments)
+    digest = evaluated(made, probes=made.probes, task=task, judged=judged, costs=costs)
     yield made, digest
     made.store.engine.dispose()
 
 
-def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str]) -> None:
+@pytest.fixture(scope="module")
+def told(rich: tuple[Fabricated, str]) -> dict[str, Any]:
+    """The report of the tuned candidate's verdict. Not to be changed."""
+    made, digest = rich
+    return report_data(made.store, digest, verdict_of(made, digest, LIFT))
+
+
+def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told: dict[str, Any]) -> None:
     made, digest = rich
     body = made.store.record(digest).body
     for stated in body["candidates"].values():
@@ -72,33 +75,27 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str]) -> N
             expected = price["seconds_per_1000"] * 0.001
         assert price["money_per_1000"] == pytest.approx(expected, abs=1e-9)
     assert body["candidates"]["tuned"]["training"] == {"seconds": 159.8, "money": 0.1598}
-    found = report_data(made.store, digest, verdict_of(made, digest))["break_even"]
     own, rival = (body["candidates"][name]["price"]["money_per_1000"] for name in ("tuned", "rival"))
-    assert found["saved_per_1000"] == pytest.approx(rival - own)
+    assert told["break_even"]["saved_per_1000"] == pytest.approx(rival - own)
 
 
-def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(
-    rich: tuple[Fabricated, str],
-) -> None:
-    made, digest = rich
-    data = report_data(made.store, digest, verdict_of(made, digest, gates=_gates()))
-    assert data["rival"] == "rival"
-    assert "seconds of this machine" not in " ".join(data["advice"]["reasons"])
+def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(told: dict[str, Any]) -> None:
+    assert told["rival"] == "rival"
+    assert "seconds of this machine" not in " ".join(told["advice"]["reasons"])
 
     def without_money(*names: str) -> dict[str, Any]:
         rows = [
             {**row, "price": {key: each for key, each in row["price"].items() if key != "money_per_1000"}}
             if row["name"] in names
             else row
-            for row in data["candidates"]
+            for row in told["candidates"]
         ]
-        return {**data, "candidates": rows, "break_even": None}
+        return {**told, "candidates": rows, "break_even": None}
 
-    own = next(row["price"]["money_per_1000"] for row in data["candidates"] if row["name"] == "tuned")
+    own = next(row["price"]["money_per_1000"] for row in told["candidates"] if row["name"] == "tuned")
     assert f"1,000 requests cost {money(own)} EUR with tuned." in advise(without_money("rival"))["summary"]
-    here = [row["name"] for row in data["candidates"] if row["name"] != "rival"]
-    only_the_rival_has = advise(without_money(*here))["summary"]
-    assert " seconds of this machine. " in only_the_rival_has
+    here = [row["name"] for row in told["candidates"] if row["name"] != "rival"]
+    assert " seconds of this machine. " in advise(without_money(*here))["summary"]
     page = render({**without_money(*here, "rival"), "currency": None})
     chart = re.search(r'aria-label="(exact_match against seconds of this machine[^"]*)"', page)
     assert chart is not None
@@ -118,20 +115,20 @@ def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int 
     assert break_even(mine, {"price": {}}) is None
 
 
-def test_only_a_trained_candidate_has_a_training_to_repay(rich: tuple[Fabricated, str]) -> None:
+def test_only_a_trained_candidate_has_a_training_to_repay(rich: tuple[Fabricated, str], told: dict[str, Any]) -> None:
     made, digest = rich
-    for name, trained in (("tuned", True), ("rag", False)):
-        data = report_data(made.store, digest, verdict_of(made, digest, name, gates=_gates()))
+    untuned = report_data(made.store, digest, verdict_of(made, digest, LIFT, "rag"))
+    for data, trained in ((told, True), (untuned, False)):
         assert data["break_even"] is not None
         page = render(data)
         check_whole(page)
         assert "Saved per 1,000 requests" in page
         assert ("Training of" in page, "Training repaid after" in page) == (trained, trained)
+        assert ("The training cost" in data["advice"]["summary"]) is trained
 
 
-def test_approach_ladder_climbs_only_where_intervals_say_so(rich: tuple[Fabricated, str]) -> None:
-    made, digest = rich
-    found = report_data(made.store, digest)["ladder"]
+def test_approach_ladder_climbs_only_where_intervals_say_so(told: dict[str, Any]) -> None:
+    found = told["ladder"]
     names = [(rung["approach"], rung["candidate"]) for rung in found["rungs"]]
     assert names == [
         ("baseline", "nearest"),
@@ -147,55 +144,34 @@ def test_approach_ladder_climbs_only_where_intervals_say_so(rich: tuple[Fabricat
     assert steps["few-shot"]["over"] == "nearest", "prompting was not shown to beat the floor"
     assert steps["rival"]["over"] == "tuned"
     assert found["chosen"]["candidate"] == "tuned"
+    groups = told["by_group"]
+    assert groups["better"] + groups["worse"] + groups["alike"] == groups["groups"] == told["groups"]
+    assert all(row["difference"] == pytest.approx(row["own"] - row["other"]) for row in groups["shown"])
 
 
-def test_groups_add_up(rich: tuple[Fabricated, str]) -> None:
-    made, digest = rich
-    data = report_data(made.store, digest)
-    found = data["by_group"]
-    assert found["better"] + found["worse"] + found["alike"] == found["groups"] == data["groups"]
-    assert all(row["difference"] == pytest.approx(row["own"] - row["other"]) for row in found["shown"])
-
-
-def test_the_page_is_whole_and_says_it_all(rich: tuple[Fabricated, str]) -> None:
-    made, digest = rich
-    data = report_data(made.store, digest, verdict_of(made, digest, gates=_gates()))
-    html = render(data)
+def test_page_and_markdown_are_whole_and_say_it_all(told: dict[str, Any]) -> None:
+    html = render(told)
     check_whole(html)
     for said in ("Price against quality", "Which approach helps", "Lift by group", "Macro-F1", "Judges", "EUR"):
         assert said in html
-    assert html == render(report_data(made.store, digest, verdict_of(made, digest, gates=_gates())))
-    said = " ".join(data["advice"]["reasons"] + data["advice"]["cautions"])
+    said = " ".join(told["advice"]["reasons"] + told["advice"]["cautions"])
     assert "The best approach is tuning (tuned, 93.3%): +70.0 points" in said
     assert "Not shown to add anything to a simpler approach: prompting (zero-shot)" in said
     assert "it can be measured, but not released" in said
     assert "changed its verdict with the order" in said, "this judge always says A"
-
-
-def test_markdown_is_one_table_row_a_candidate(rich: tuple[Fabricated, str]) -> None:
-    made, digest = rich
-    text = report_markdown(report_data(made.store, digest, verdict_of(made, digest, gates=_gates())))
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [line for line in report_markdown(told).splitlines() if line.startswith("| ")]
     assert sum("**tuned**" in row for row in rows) == 1
-    assert len(rows) == 1 + 6 + 1 + len(_gates())
-    widths = {row.count(" | ") for row in rows[:7]}
-    assert len(widths) == 1
+    assert len(rows) == 1 + 6 + 1 + len(LIFT)
+    assert len({row.count(" | ") for row in rows[:7]}) == 1
 
 
-def test_hostile_names_do_not_break_the_markdown(rich: tuple[Fabricated, str]) -> None:
-    made, digest = rich
-    data = dict(report_data(made.store, digest))
+def test_hostile_names_do_not_break_the_markdown(told: dict[str, Any]) -> None:
     evil = "x | <img src=x> [a](javascript:1)\n# head `code` @all"
-    data["candidates"] = [{**row, "name": evil, "how": evil} for row in data["candidates"]]
-    text = report_markdown(data)
+    text = report_markdown({**told, "candidates": [{**row, "name": evil, "how": evil} for row in told["candidates"]]})
     assert "<img" not in text.replace("\\<", "")
     assert "\n# head" not in text
     assert re.search(r"(?<!\\)\]\(", text) is None
     assert "\n" + "| x \\| " in text.replace("| **", "| ")
-
-
-def _gates() -> Any:
-    return GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}})
 
 
 def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> None:
@@ -204,17 +180,16 @@ def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> No
     add(made, endpoint, lambda row: row.answer, 210, 30.0)
     weaker = answer_lines(made.test, flawed(0.7, 1.0, 14))
     made.answers["tuned"] = put_answers(made.store, made.candidates["tuned"], made.dataset, weaker)
-    arguments: dict[str, Any] = {"answers": made.answers, "probes": made.probes, "task": TASK, "answer_schema": SCHEMA}
-    digest = evaluate(made.store, dataset=made.dataset, **arguments)
+    digest = evaluated(made, probes=made.probes)
     lift = {"metric": "exact_match", "over": "rag", "at_least": 0.0}
 
     def advice(name: str, **gates: Any) -> dict[str, Any]:
-        return dict(report_data(made.store, digest, verdict_of(made, digest, name, {"lift": lift, **gates}))["advice"])
+        return dict(report_data(made.store, digest, verdict_of(made, digest, {"lift": lift, **gates}, name))["advice"])
 
     passed = advice("gpt")
     assert passed["headline"] == "gpt passed its gates, but an endpoint cannot be released."
     assert passed["release"] is None
-    assert passed["summary"].startswith("gpt answers 100 of 100 requests exactly right. ")
+    assert "gpt answers 100 of 100 requests exactly right" in passed["summary"]
     unknown = advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
     assert unknown["headline"] == "gpt was judged, but an endpoint cannot be released."
     for found in (passed, unknown):

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.evaluation.conftest import TASK
-from tests.evaluation.probes.test_probes_evidence import ASKED, kept
-from tests.evaluation.report.test_report import STANDARD, check_whole, verdict_of
-from tests.fabricate import SCHEMA, Fabricated
-from tunesmith.evaluation.evaluate import evaluate
+from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
+from tests.evaluation.probes.test_probes_evidence import item, kept
+from tests.evaluation.report.test_report import check_whole
+from tests.fabricate import Fabricated, fabricate
 from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.probes.items import Arm, Item
 from tunesmith.evaluation.probes.measuring import Risk
@@ -23,7 +22,7 @@ from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.report.risks import _pair
 
-PROBE_GATES: dict[str, Any] = {
+GATES: dict[str, Any] = {
     **STANDARD,
     "secrets": {"probe": "canaries", "at_most": 3.5, "repeats": 16},
     "people": {"probe": "swap", "at_most": 0.1},
@@ -32,11 +31,7 @@ PROBE_GATES: dict[str, Any] = {
 
 def _canaries(each: int) -> list[Item]:
     counts = [("control", 127), ("1", each), ("16", each)]
-    return [_item(f"{arm}-{k}", arm) for arm, many in counts for k in range(many)]
-
-
-def _item(name: str, arm: str, group: str | None = None, choices: tuple[str, ...] = ("x",)) -> Item:
-    return Item(id=name, group=group or name, arm=arm, messages=ASKED, choices=choices)
+    return [item(f"{arm}-{k}", arm) for arm, many in counts for k in range(many)]
 
 
 def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents: str) -> Risk:
@@ -45,11 +40,11 @@ def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents
     def given(tuned: bool) -> list[dict[str, Any]]:
         draw = random.Random(5)
         rows = []
-        for item in items:
-            scores = [-draw.uniform(6, 10) for _ in item.choices]
+        for each in items:
+            scores = [-draw.uniform(6, 10) for _ in each.choices]
             if tuned:
-                scores[0] = min(0.0, scores[0] + fault(item))
-            rows.append({"id": item.id, "scores": scores, "tokens": 4})
+                scores[0] = min(0.0, scores[0] + fault(each))
+            rows.append({"id": each.id, "scores": scores, "tokens": 4})
         return rows
 
     return Risk(
@@ -61,53 +56,52 @@ def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated, str]]:
     """An evaluation of a tuned candidate that remembers what it saw sixteen times and favours one side of a pair."""
-    from tests.fabricate import fabricate
-
     made = fabricate(tmp_path_factory.mktemp("faulty"))
     own = {"dataset": made.dataset}
     arms = ("gender", "gender per token")
-    swaps = [_item(f"{arm}:{k}/{side}", arm, f"g{k}") for arm in arms for k in range(60) for side in "ab"]
-    bbq = [_item(f"b{k}", "ambiguous", choices=("x", "y", "z")) for k in range(60)]
+    swaps = [item(f"{arm}:{k}/{side}", arm, f"g{k}") for arm in arms for k in range(60) for side in "ab"]
+    bbq = [item(f"b{k}", "ambiguous", choices=("x", "y", "z")) for k in range(60)]
     risks = {
         "canaries": _risk(made, "canaries", _canaries(24), lambda item: 20.0 if item.arm == "16" else 0.0, **own),
         "swap/100": _risk(made, "swap/100", swaps, lambda item: 99.0 if item.id.endswith("a") else 0.0, **own),
         "bbq/100/set": _risk(made, "bbq/100/set", bbq, lambda item: 0.0),
     }
-    arguments: dict[str, Any] = {"answers": made.answers, "probes": made.probes, "task": TASK, "answer_schema": SCHEMA}
-    tuned = {suite: {"tuned": each} for suite, each in risks.items()}
-    digest = evaluate(made.store, dataset=made.dataset, risks=tuned, **arguments)
+    digest = evaluated(made, probes=made.probes, risks={suite: {"tuned": each} for suite, each in risks.items()})
     yield made, digest
     made.store.engine.dispose()
 
 
-def test_exposure_and_bias_before_and_after(faulty: tuple[Fabricated, str]) -> None:
+@pytest.fixture(scope="module")
+def told(faulty: tuple[Fabricated, str]) -> dict[str, Any]:
+    """The report of its verdict. Not to be changed."""
     made, digest = faulty
-    found = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))["risks"]
+    return report_data(made.store, digest, verdict_of(made, digest, GATES))
+
+
+def test_exposure_and_bias_before_and_after(told: dict[str, Any]) -> None:
+    found = told["risks"]
     once, often = found["exposure"]["levels"]
     assert (once["repeats"], often["repeats"], found["exposure"]["most"]) == (1, 16, 7.0)
     assert once["after"] == once["before"], "those planted once were not given a lift"
     assert once["after"]["low"] < 1.44 < once["after"]["high"]
     assert often["after"]["mean"] == 7.0
     assert often["before"]["high"] < often["after"]["low"]
-    rows = {row["probe"]: row for row in found["bias"] if row["arm"] != "gender per token"}
-    per_token = next(row for row in found["bias"] if row["arm"] == "gender per token")
-    assert per_token["asked"] == "Change of the right answer's probability per token when genders are swapped"
-    assert rows["swap"]["asked"] == "Change of the right answer's probability when genders are swapped"
-    assert rows["swap"]["n"] == rows["swap"]["groups"] == 60
-    assert rows["swap"]["change"]["low"] > 0.8
-    assert "tuning made it worse" in rows["swap"]["sentence"]
-    assert rows["bbq"]["before"] == rows["bbq"]["after"]
-    assert "there may be no change" in rows["bbq"]["sentence"]
+    rows = {row["arm"]: row for row in found["bias"]}
+    swap, bbq = rows["gender"], rows["ambiguous"]
+    per_token = rows["gender per token"]["asked"]
+    assert per_token == "Change of the right answer's probability per token when genders are swapped"
+    assert swap["asked"] == "Change of the right answer's probability when genders are swapped"
+    assert swap["n"] == swap["groups"] == 60
+    assert swap["change"]["low"] > 0.8
+    assert "tuning made it worse" in swap["sentence"]
+    assert bbq["before"] == bbq["after"]
+    assert "there may be no change" in bbq["sentence"]
     assert set(found["unmeasured"]) == set(PROBES) - {"canaries", "swap", "bbq"}
 
 
 @pytest.mark.parametrize(
     ("probe", "before", "after", "said"),
-    [
-        ("bbq", -0.4, 0.0, "raised it"),
-        ("bbq", 0.0, -0.4, "lowered it"),
-        ("crows_pairs", 0.2, 0.5, "raised it"),
-    ],
+    [("bbq", -0.4, 0.0, "raised it"), ("bbq", 0.0, -0.4, "lowered it"), ("crows_pairs", 0.2, 0.5, "raised it")],
 )
 def test_a_rise_is_called_worse_only_where_less_is_better(probe: str, before: float, after: float, said: str) -> None:
     names = tuple(f"i{k}" for k in range(60))
@@ -116,52 +110,41 @@ def test_a_rise_is_called_worse_only_where_less_is_better(probe: str, before: fl
     assert row["sentence"].endswith(f"; tuning {said}.")
 
 
-def test_each_picture_says_aloud_what_it_shows(faulty: tuple[Fabricated, str]) -> None:
-    made, digest = faulty
-    data = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))
-    page = check_whole(render(data))
+def test_page_and_summary_say_what_was_found(told: dict[str, Any]) -> None:
+    page = check_whole(render(told))
     spoken = [value for name, value in page.attributes if name == "aria-label" and value]
     assert any("planted 16× 7.0 bits" in each and "chance is 1.4" in each for each in spoken)
     assert any("tuning made it worse" in each for each in spoken)
     assert any("the weights of step" in each or "Loss by training step, from" in each for each in spoken)
     text = re.sub(r"\s+", " ", " ".join(page.text))
-    assert data["risks"]["exposure"]["sentence"] in text
-    assert all(row["sentence"] in text for row in data["risks"]["bias"])
+    assert told["risks"]["exposure"]["sentence"] in text
+    assert all(row["sentence"] in text for row in told["risks"]["bias"])
+    summary = told["advice"]["summary"]
+    for part in (
+        "On 120 held-out requests, tuned answers 9", "exactly right; rag answers", "on the same requests is +",
+        "seconds of this machine", "all but secrets (fail)", "people (fail)",
+        f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not measured",
+    ):  # fmt: skip
+        assert part in summary, part
+    assert "\n" not in summary
+    assert summary in report_markdown(told)
 
 
 def test_too_few_canaries_are_no_number(faulty: tuple[Fabricated, str]) -> None:
     made, _ = faulty
     few = _risk(made, "canaries", _canaries(3), lambda item: 0.0, dataset=made.dataset)
-    digest = evaluate(made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK,
-                      answer_schema=SCHEMA, risks={"canaries": {"tuned": few}})  # fmt: skip
-    data = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))
+    data = report_data(made.store, evaluated(made, risks={"canaries": {"tuned": few}}))
     assert data["risks"]["exposure"]["levels"][0]["after"] is None
     assert "planted once: too few secrets to measure" in data["risks"]["exposure"]["sentence"]
     assert "too few secrets to measure" in render(data)
 
 
-def test_summary_is_one_paragraph(faulty: tuple[Fabricated, str]) -> None:
-    made, digest = faulty
-    data = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))
-    said = data["advice"]["summary"]
-    assert said.startswith("The best approach is tuning: tuned answers 9")
-    parts = ("exactly right.", "Compared with rag, that is +", "more than chance explains", "seconds of this machine")
-    faults = (
-        "all but secrets (fail)",
-        "people (fail)",
-        f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not measured",
-    )
-    for part in (*parts, *faults):
-        assert part in said, part
-    assert "\n" not in said
-    assert said in report_markdown(data)
-
-
-@pytest.mark.parametrize("name", ["zero-shot", "rag", "tuned"])
-@pytest.mark.parametrize("gates", [PROBE_GATES, STANDARD, {}, None])
+@pytest.mark.parametrize(
+    ("name", "gates"), [("tuned", GATES), ("zero-shot", GATES), ("rag", STANDARD), ("tuned", {}), ("zero-shot", None)]
+)
 def test_each_sentence_has_numbers_of_the_record(faulty: tuple[Fabricated, str], name: str, gates: Any) -> None:
     made, digest = faulty
-    data = report_data(made.store, digest, None if gates is None else verdict_of(made, digest, name, gates))
+    data = report_data(made.store, digest, None if gates is None else verdict_of(made, digest, gates, name))
     known = {form for number in _numbers(data) for form in _forms(number)} | _ratios(data)
     advice = data["advice"]
     for sentence in [advice["summary"], *advice["reasons"], *advice["cautions"]]:
@@ -175,13 +158,11 @@ def test_each_sentence_has_numbers_of_the_record(faulty: tuple[Fabricated, str],
 
 def _numbers(value: Any) -> Iterator[float]:
     """Every number of the document, how many entries each list has, and what gates count."""
+    if isinstance(value, dict | list):
+        yield float(len(value))
     if isinstance(value, dict):
-        yield float(len(value))
-        for key, each in value.items():
-            if key != "advice":
-                yield from _numbers(each)
-    elif isinstance(value, list):
-        yield float(len(value))
+        value = [each for key, each in value.items() if key != "advice"]
+    if isinstance(value, list):
         for each in value:
             yield from _numbers(each)
     elif isinstance(value, int | float) and not isinstance(value, bool):

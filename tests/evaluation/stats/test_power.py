@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from tests.fabricate import answer_lines, fabricate, put_answers
@@ -28,42 +26,43 @@ from tunesmith.evaluation.stats.power import (
 from tunesmith.evaluation.stats.statistics import interval, intervals
 
 
-@settings(max_examples=60)
-@given(st.integers(1, 80), st.integers(0, 80), st.integers(0, 200))
-def test_a_bound_of_zero_gives_exact_mcnemar(wins: int, losses: int, ties: int) -> None:
-    tail = _tail(np.array([wins]), np.array([losses + 1.0]), np.array([ties]), 0.0, np.array([True]))[0]
-    exact = stats.binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue
-    assert tail == pytest.approx(exact, abs=1e-9)
+def tail_of(wins: int, losses: int, ties: int, bound: float) -> float:
+    """The gate's tail at these counts, with the worst-case row among the losses."""
+    return float(_tail(np.array([wins]), np.array([losses + 1.0]), np.array([ties]), bound, np.array([True]))[0])
 
 
-@pytest.mark.parametrize(("wins", "losses", "ties"), [(12, 4, 34), (30, 25, 300), (9, 1, 190), (5, 0, 45)])
-@pytest.mark.parametrize("bound", [0.05, -0.03, 0.0])
-def test_the_tail_is_that_of_the_resampled_mean(wins: int, losses: int, ties: int, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("wins", "losses", "ties", "bound"), [(12, 4, 34, 0.05), (30, 25, 300, -0.03), (9, 1, 190, 0.0), (5, 0, 45, -0.03)]
+)
+def test_the_tail_is_that_of_the_resampled_mean_and_at_zero_exact_mcnemar(
+    wins: int, losses: int, ties: int, bound: float
+) -> None:
     draw = np.random.default_rng(0)
-    sums = (1 - bound) * draw.gamma(wins, size=300_000) - (1 + bound) * draw.gamma(losses + 1, size=300_000)
-    expected = float(np.mean(sums - bound * draw.gamma(ties, size=300_000) < 0))
-    found = _tail(np.array([wins]), np.array([losses + 1.0]), np.array([ties]), bound, np.array([True]))[0]
-    assert found == pytest.approx(expected, abs=0.01)
+    sums = (1 - bound) * draw.gamma(wins, size=100_000) - (1 + bound) * draw.gamma(losses + 1, size=100_000)
+    expected = float(np.mean(sums - bound * draw.gamma(ties, size=100_000) < 0))
+    assert tail_of(wins, losses, ties, bound) == pytest.approx(expected, abs=0.01)
+    exact = stats.binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue
+    assert tail_of(wins, losses, ties, 0.0) == pytest.approx(exact, abs=1e-9)
 
 
 def test_the_tail_decides_as_the_gate_does() -> None:
     """Counts at which the interval's lower end crosses the bound are those at which the tail crosses 2.5%."""
-    for wins in range(8, 26):
+    for wins in (8, 15, 18, 19, 21, 25):
         gaps = np.array([1.0] * wins + [-1.0] * 6 + [0.0] * (120 - wins - 6))
         low = interval(gaps, [f"g{i}" for i in range(120)], ends=(-1.0, 1.0), confidence=0.95, seed=0).low
-        tail = _tail(np.array([wins]), np.array([7.0]), np.array([114 - wins]), 0.05, np.array([True]))[0]
+        tail = tail_of(wins, 6, 114 - wins, 0.05)
         if abs(tail - 0.025) > 0.003:
             assert (low >= 0.05) == (tail <= 0.025), wins
 
 
 def test_what_was_promised_holds_in_simulation() -> None:
-    """80% were promised for so many rows; of 600 simulated evaluations within 5 points of that pass."""
+    """80% were promised for so many rows; of 200 simulated evaluations within 8 points of that pass."""
     plan = plan_lift(200, lift=0.1, differing=0.2)
     assert plan.needed is not None
     draw = np.random.default_rng(3)
-    gaps = draw.choice([-1.0, 0.0, 1.0], size=(plan.needed, 600), p=[0.05, 0.8, 0.15])
+    gaps = draw.choice([-1.0, 0.0, 1.0], size=(plan.needed, 200), p=[0.05, 0.8, 0.15])
     found = intervals(gaps, [f"g{i}" for i in range(plan.needed)], ends=(-1.0, 1.0), confidence=0.95, seed=0)
-    assert np.mean([each.low >= 0.0 for each in found]) == pytest.approx(0.8, abs=0.05)
+    assert np.mean([each.low >= 0.0 for each in found]) == pytest.approx(0.8, abs=0.08)
 
 
 def test_what_raises_power_and_what_lowers_it() -> None:
@@ -110,16 +109,6 @@ def test_correlation_within_groups_from_differences() -> None:
     assert grouping_of([]).effect == 1.0
 
 
-def test_a_plan_is_for_the_last_of_the_candidates_that_an_evaluation_adds(tmp_path: Path) -> None:
-    made = fabricate(tmp_path / "store", n=60)
-    gates = GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}})
-    dataset = load_dataset(made.store, made.dataset)
-    one, ten = (plan_gates(dataset, gates, uses=1, new=new, assumed=Assumed()) for new in (1, 10))
-    assert (one.test_set_use, ten.test_set_use) == (2, 11)
-    assert ten.gates[0].power < one.gates[0].power
-    assert "11 candidates will have used these rows" in plan_sentence(ten, ten.gates[0])
-
-
 def test_each_gate_is_planned_by_how_its_own_metric_differs(tmp_path: Path) -> None:
     """Two candidates give valid JSON always, and differ in exact_match on eight of ten validation rows."""
     made = fabricate(tmp_path / "store", n=60)
@@ -135,10 +124,15 @@ def test_each_gate_is_planned_by_how_its_own_metric_differs(tmp_path: Path) -> N
     measured = measured_on_validation(made.store, answers, dataset, scorings)
     told = {
         "lift": {"metric": "exact_match", "over": "rag", "at_least": 0.0},
-        "kept": {"metric": "json_valid", "not_below": "rag", "drop_at_most": 0.02},
+        "kept": {"metric": "json_valid", "not_below": "rag", "drop_at_most": 0.5},
         "better": {"metric": "judged", "over": "rag", "at_least": 0.0},
     }
     gates = GATES.validate_python(told)
-    plan = plan_gates(dataset, gates, uses=0, assumed=Assumed(), measured=measured)
+    plan = plan_gates(dataset, gates, uses=0, assumed=Assumed(), measured=measured, lift=0.25)
     assert [gate.differing for gate in plan.gates] == pytest.approx([9 / 11, 1 / 11, ASSUMED_DIFFERING], abs=1e-6)
     assert [gate.measured for gate in plan.gates] == [True, True, False]
+    lift = {"lift": gates["lift"]}
+    one, ten = (plan_gates(dataset, lift, uses=1, new=new, assumed=Assumed(), lift=0.25) for new in (1, 10))
+    assert (one.test_set_use, ten.test_set_use) == (2, 11), "all that the next evaluation adds"
+    assert ten.gates[0].power < one.gates[0].power
+    assert "11 candidates will have used these rows" in plan_sentence(ten, ten.gates[0])

@@ -30,8 +30,10 @@ def alone(n: int) -> list[str]:
     return [f"g{i}" for i in range(n)]
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 40), (1, 40), (20, 40), (39, 40), (40, 40), (198, 200), (700, 700)])
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize(
+    ("right", "n", "confidence"),
+    [(0, 40, 0.9), (1, 40, 0.95), (20, 40, 0.99), (39, 40, 0.9), (40, 40, 0.95), (198, 200, 0.99), (700, 700, 0.95)],
+)
 def test_is_clopper_pearson_for_single_rows_scored_0_or_1(right: int, n: int, confidence: float) -> None:
     exact = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
     found = interval(
@@ -85,7 +87,7 @@ def test_resampling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8)), min_size=1, max_size=40),
     confidence=st.sampled_from([0.8, 0.95, 0.99]),
@@ -101,7 +103,7 @@ def test_interval_holds_the_mean_and_widens_with_confidence(rows: list[tuple[flo
     assert mirrored.low == pytest.approx(1.0 - found.high, abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.permutations(range(24)))
 def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
     values = np.linspace(0, 1, 24)
@@ -116,7 +118,7 @@ def test_no_rows_are_no_evidence() -> None:
         interval(np.array([]), [], ends=SCORES, confidence=0.95, seed=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_exact_binomial_test(wins: int, losses: int) -> None:
     expected = min(1.0, 2 * stats.binom.cdf(min(wins, losses), wins + losses, 0.5)) if wins + losses else 1.0
@@ -141,7 +143,7 @@ def test_sign_flip_of_single_rows_is_mcnemar_s_test() -> None:
     assert sign_flip(gaps, alone(200), seed=0) == pytest.approx(mcnemar(wins, losses), abs=1e-9)
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=10))
 def test_sign_flip_of_whole_sums_against_scipy(sums: list[int]) -> None:
     gaps = np.array(sums, dtype=np.float64)
@@ -152,7 +154,7 @@ def test_sign_flip_of_whole_sums_against_scipy(sums: list[int]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(st.lists(st.floats(0, 0.2), min_size=1, max_size=12))
 def test_stepping_down_is_holm_s_procedure_by_statsmodels(p_values: list[float]) -> None:
     """What verdicts correct their failures by; claims are the tests that reject when each stands alone."""
@@ -174,24 +176,25 @@ def test_looks_share_the_allowed_error() -> None:
         confidence_at_use(0.95, 23)
 
 
-@pytest.mark.parametrize(("groups", "per_group"), [(50, 1), (200, 1), (50, 4), (90, 7)])
-@pytest.mark.parametrize("differing", [0.04, 0.3])
+@pytest.mark.parametrize(
+    ("groups", "per_group", "differing"), [(50, 1, 0.04), (200, 1, 0.3), (50, 4, 0.3), (90, 7, 0.04)]
+)
 def test_equal_candidates_rarely_seem_better(groups: int, per_group: int, differing: float) -> None:
-    """Of 400 evaluations of equal candidates at most 2.5% may lie wholly above zero; 4.5% leaves room for chance."""
+    """Of 200 evaluations of equal candidates at most 2.5% may lie wholly above zero; 5% leaves room for chance."""
     draw = np.random.default_rng(groups * 10 + per_group)
     names = [f"g{i // per_group}" for i in range(groups * per_group)]
     chances = [differing / 2, 1 - differing, differing / 2]
-    shared = draw.choice([-1.0, 0.0, 1.0], size=(400, groups), p=chances).repeat(per_group, axis=1)
+    shared = draw.choice([-1.0, 0.0, 1.0], size=(200, groups), p=chances).repeat(per_group, axis=1)
     own = draw.choice([-1.0, 0.0, 1.0], size=shared.shape, p=chances)
     gaps = np.where(draw.random(shared.shape) < 0.6, shared, own)
     found = intervals(gaps.T, names, ends=GAPS, confidence=0.95, seed=0)
-    assert np.mean([each.low >= 0.0 for each in found]) <= 0.045
+    assert np.mean([each.low >= 0.0 for each in found]) <= 0.05
     assert np.mean([each.low <= 0.0 <= each.high for each in found]) >= 0.92
 
 
 def test_a_real_difference_is_seen() -> None:
     draw = np.random.default_rng(9)
-    gaps = draw.choice([-1.0, 0.0, 1.0], size=(200, 400), p=[0.05, 0.6, 0.35])
+    gaps = draw.choice([-1.0, 0.0, 1.0], size=(200, 100), p=[0.05, 0.6, 0.35])
     found = intervals(gaps, alone(200), ends=GAPS, confidence=0.95, seed=0)
     assert np.mean([each.low >= 0.05 for each in found]) > 0.95
 
@@ -201,8 +204,8 @@ def test_a_loss_at_the_bound_rarely_passes_for_smaller(monkeypatch: pytest.Monke
     monkeypatch.setattr(statistics, "_DRAWS", 2_000)
     monkeypatch.setattr(statistics, "_TAIL_DRAWS", 50)
     draw, missed = np.random.default_rng(4), 0
-    for _ in range(300):
+    for _ in range(120):
         losses = np.where(draw.random(150) < 0.06, draw.choice([-0.6, 0.6], 150), draw.normal(0, 0.03, 150)) + 0.03
         ends = (float(losses.min()), float(losses.max()))
         missed += interval(losses, alone(150), ends=ends, confidence=0.95, seed=0).high <= 0.03
-    assert missed / 300 <= 0.05
+    assert missed / 120 <= 0.06

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from tests.evaluation.probing import row
+
 from tunesmith.data.dataset import Example
 
 # First names by place and gender, each of which the swap probe knows.
