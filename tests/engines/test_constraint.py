@@ -101,17 +101,12 @@ def test_answers_of_rows_are_spelled_as_constrained_answers_can_be(renderer: Ren
     assert json.loads(as_decoded(answer)) == json.loads(answer)
 
 
-def test_the_error_names_every_setting_that_can_be_at_fault(renderer: Renderer) -> None:
-    guides = Constraints(renderer.tokenizer, len(renderer.tokenizer), renderer.stop_ids)
-    with pytest.raises(UsageError, match=r"task\.schema, task\.pattern or task\.grammar"):
-        guides.guide(Generation((), grammar="start: nothing\n"))
-
-
 def test_an_answer_may_end_or_go_on(renderer: Renderer) -> None:
     vocabulary = len(renderer.tokenizer)
-    guide = Constraints(renderer.tokenizer, vocabulary, renderer.stop_ids).guide(
-        Generation((), grammar="start: /[a-z]+/\n")
-    )
+    guides = Constraints(renderer.tokenizer, vocabulary, renderer.stop_ids)
+    with pytest.raises(UsageError, match=r"task\.schema, task\.pattern or task\.grammar"):
+        guides.guide(Generation((), grammar="start: nothing\n"))
+    guide = guides.guide(Generation((), grammar="start: /[a-z]+/\n"))
     guide.follow(renderer.tokenizer.convert_tokens_to_ids("a"))
     scores = torch.zeros(1, vocabulary)
     mask_disallowed_(scores, [guide])

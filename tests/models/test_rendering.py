@@ -229,19 +229,6 @@ def test_control_tokens_in_content_are_refused(renderer: Renderer, token: str) -
         renderer.prompt([Message(role="user", content=token)])
 
 
-def test_a_turn_without_an_end_token_is_refused(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(Refused, match="no end token"):
-        _renderer(tmp_path, template).conversation(row("a", "b"))
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    template = "{{ messages | length }}" + TEMPLATE
-    with pytest.raises(Refused, match="cannot be "):
-        _renderer(tmp_path, template).conversation(row("a", "b"))
-
-
 def _learned(renderer: Renderer, turns: tuple[Message, ...], loss_on: LossOn = "assistant") -> str:
     rendered = renderer.conversation(turns, loss_on)
     return renderer.text([token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked])
@@ -305,20 +292,23 @@ def test_the_date_is_the_same_every_day(tmp_path: Path, today: str, written: str
     assert today in renderer.tokenizer.chat_template, "an export is compared with it"
 
 
-def test_a_date_that_the_template_computes_is_refused(tmp_path: Path) -> None:
-    renderer = _renderer(tmp_path, "{% set form = '%Y' %}{{ strftime_now(form) }}" + TEMPLATE)
-    with pytest.raises(Refused, match=r"today's date(.|\n)*write a date into the template"):
-        renderer.prompt(row("a", "b")[:2])
-
-
-def test_a_double_bos_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="two beginning-of-text tokens"):
-        _renderer(tmp_path, "<|im_start|>" + TEMPLATE).conversation(row("a", "b"))
-
-
-def test_a_template_that_raises_an_error(tmp_path: Path) -> None:
-    template = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + TEMPLATE
-    with pytest.raises(UsageError, match="too long"):
+@pytest.mark.parametrize(
+    ("template", "error", "said"),
+    [
+        (TEMPLATE.replace("<|im_end|>", "."), Refused, "no end token"),
+        ("{{ messages | length }}" + TEMPLATE, Refused, "cannot be located"),
+        ("<|im_start|>" + TEMPLATE, Refused, "two beginning-of-text tokens"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + TEMPLATE, Refused, r"today's date(.|\n)*write a date into"),
+        (
+            TEMPLATE + "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}",
+            UsageError,
+            "too long",
+        ),
+        ("", Refused, "no chat template"),
+    ],
+)
+def test_a_template_that_cannot_be_used(tmp_path: Path, template: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
         _renderer(tmp_path, template).conversation(row("a", "b"))
 
 
@@ -327,13 +317,6 @@ def test_a_prompt_without_a_request_is_refused(renderer: Renderer) -> None:
         renderer.prompt([])
     with pytest.raises(UsageError, match="nothing to answer"):
         renderer.prompt(row("a", "b"))
-
-
-def test_a_base_without_a_template_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(Refused, match="no chat template"):
-        Renderer(tmp_path)
 
 
 GEMMA = (
@@ -366,28 +349,18 @@ def test_answers_end_as_the_template_ends_turns(tmp_path: Path) -> None:
     assert Renderer(folder).answered(row("turn on", "done")[:2], "done").ids[-1] in ends
 
 
-@pytest.mark.parametrize("family", TEMPLATES)
-@pytest.mark.parametrize("choice", ["done", "no lamp", ""])
-def test_a_scored_answer_has_the_tokens_of_a_training_row(tmp_path: Path, family: str, choice: str) -> None:
-    """Encoded alone a text begins with a space here, as with most tokenizers of SentencePiece."""
-    folder = write_model(tmp_path / "m", template=TEMPLATES[family])
-    told = json.loads((folder / "tokenizer.json").read_text())
-    told["pre_tokenizer"]["add_prefix_space"] = True
-    (folder / "tokenizer.json").write_text(json.dumps(told))
-    renderer, turns = Renderer(folder), row("turn on", choice)
-    scored, trained = renderer.answered(turns[:2], choice), renderer.conversation(turns)
-    assert scored.ids == trained.ids[: len(scored.ids)]
-    assert scored.trained == trained.trained[: len(scored.trained)]
-    assert not any(trained.trained[len(scored.trained) :])
-    labels = [token for token, label in zip(scored.ids, scored.trained, strict=True) if label]
-    assert renderer.text(labels) == choice
-    assert labels[-1] in renderer.stop_ids
-    assert not choice or renderer.tokenizer.encode(choice, add_special_tokens=False) != labels[:-1]
-
-
-@pytest.mark.parametrize("family", TEMPLATES)
-@pytest.mark.parametrize("pre_tokenizer", ["spaced", "plain", "sentencepiece"])
-def test_choices_have_the_tokens_of_single_answers(tmp_path: Path, family: str, pre_tokenizer: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "pre_tokenizer"),
+    [
+        *(
+            (family, "spaced") for family in TEMPLATES
+        ),  # as most tokenizers of SentencePiece: a text begins with a space
+        ("chatml", "plain"),
+        *((family, "sentencepiece") for family in ("chatml", "mistral", "gemma")),
+    ],
+)
+def test_scored_answers_have_the_tokens_of_training_rows(tmp_path: Path, family: str, pre_tokenizer: str) -> None:
+    """One by one and together, where the request is encoded once."""
     folder = write_model(tmp_path / "m", template=TEMPLATES[family])
     told = json.loads((folder / "tokenizer.json").read_text())
     if pre_tokenizer == "sentencepiece":
@@ -400,6 +373,16 @@ def test_choices_have_the_tokens_of_single_answers(tmp_path: Path, family: str, 
     for asked in (row("turn on", "")[:2], [*row("turn on", "done"), *row("and off", "")[1:2]]):
         assert renderer.answered_each(asked, choices) == [renderer.answered(asked, choice) for choice in choices]
     assert renderer.answered_each(row("turn on", "")[:2], []) == []
+    for choice in choices[:3] if pre_tokenizer == "spaced" else ():
+        turns = row("turn on", choice)
+        scored, trained = renderer.answered(turns[:2], choice), renderer.conversation(turns)
+        assert scored.ids == trained.ids[: len(scored.ids)]
+        assert scored.trained == trained.trained[: len(scored.trained)]
+        assert not any(trained.trained[len(scored.trained) :])
+        labels = [token for token, label in zip(scored.ids, scored.trained, strict=True) if label]
+        assert labels[-1] in renderer.stop_ids
+        assert renderer.text(labels) == choice
+        assert not choice or renderer.tokenizer.encode(choice, add_special_tokens=False) != labels[:-1]
 
 
 def test_choices_share_the_encoded_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
