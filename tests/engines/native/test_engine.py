@@ -15,14 +15,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.said import Said
 from tests.tiny import write_model
 from tests.trained import lora_model, saved
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.engines.factory import open_engine
 from tunesmith.engines.native import engine as embedded
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.engines.settings import EngineSettings
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Rendered
 from tunesmith.store.store import Store
@@ -211,6 +214,13 @@ def test_a_constrained_answer_fits_its_schema(engine: NativeEngine) -> None:
 def test_an_unsupported_schema_is_refused(engine: NativeEngine) -> None:
     with pytest.raises(UsageError, match="cannot be held to this schema"):
         engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
+
+
+def test_opening_says_that_there_is_no_compiler(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Said()
+    monkeypatch.setattr("tunesmith.engines.native.kernels.slowness", lambda: "several times slower")
+    assert open_engine(base, EngineSettings(train="native"), said).base == base.digest
+    assert said.lines == ["several times slower"]
 
 
 @pytest.mark.slow
