@@ -29,7 +29,7 @@ class Program:
 PROGRAMS = {
     "chromium": Program(("chromium", "chromium-browser", "google-chrome"), ("chromium",), "the console's tests"),
     "c++": Program(("g++", "clang++"), ("g++",), "the tests of the compiled kernels"),
-    "node": Program(("npm",), ("nodejs", "npm"), "the tests with OpenAI's Node client"),
+    "node": Program(("npm",), ("nodejs", "npm"), "the part of `make test-long` with OpenAI's Node client"),
     "openssl": Program(("openssl",), ("openssl",), "the tests of timestamp authorities"),
 }
 
@@ -37,9 +37,7 @@ PROGRAMS = {
 def find(name: str) -> str | None:
     """The path of a program, if it is installed."""
     found = next(filter(None, map(shutil.which, PROGRAMS[name].names)), None)
-    if found is None and name == "chromium":
-        return _browser_of_playwright()
-    return found
+    return _browser_of_playwright() if found is None and name == "chromium" else found
 
 
 def program(name: str) -> str:

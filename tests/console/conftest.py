@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.browser import chromium
 from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.programs import program
 from tests.server.conftest import Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tunesmith.registry.versions import Version
@@ -42,10 +41,7 @@ def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> It
 # Of one module: while Playwright runs, no test of this process can start an event loop of its own.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = chromium()
-    if path is None:
-        said = "there is no Chromium: install one, or name one in $CHROMIUM"
-        pytest.fail(said) if os.environ.get("CI") else pytest.skip(said)
+    path = program("chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tests.http_server import answering
+from tests.programs import program
 from tests.s3_server import s3_environment
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -227,6 +228,7 @@ def authority(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def authorities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
     """(URL of a server, home of its authority, home of an authority that nobody trusts); /other is the latter."""
+    program("openssl")
     folder = tmp_path_factory.mktemp("tsa")
     good, other = authority(folder, "good"), authority(folder, "other")
 
@@ -251,10 +253,6 @@ def authorities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
         yield url, good, other
 
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-
-
-@needs_openssl
 @pytest.mark.attack("audit", "a time-stamped anchor is forged or edited")
 def test_a_time_stamp_is_checked_whenever_the_anchor_is(
     store: Store, tmp_path: Path, authorities: tuple[str, Path, Path], happened: Happened
@@ -287,7 +285,6 @@ def test_a_time_stamp_is_checked_whenever_the_anchor_is(
     happened("old copy noticed")
 
 
-@needs_openssl
 @pytest.mark.attack("audit", "an authority answers with something else")
 @pytest.mark.parametrize(
     ("path", "error", "says"),
