@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tests.tiny import write_model
+from tests.tiny_project import PRIVACY
 from tests.tiny_project import rows as scene_rows
 from tunesmith.api import Project
 from tunesmith.cli.main import app
@@ -75,7 +76,10 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     assert tuned.train is not None
     assert (tuned.train.budget, tuned.train.rehearse) == (900, 0.02)
     file = tmp_path / "p" / "tunesmith.yaml"
-    file.write_text(file.read_text().replace("budget: 15m, rehearse: 0.02", "epochs: 1"))
+    shorter = yaml.safe_load(file.read_text())  # the tutorial runs with the default scan for personal data
+    shorter["candidates"]["tuned"]["train"] = {"rank": 2, "epochs": 1}
+    shorter["data"]["privacy"] = PRIVACY
+    file.write_text(yaml.safe_dump(shorter))
     document = Project.load(tmp_path / "p").run().document()
     assert document["gate"]["verdict"] in ("fail", "inconclusive"), "random weights do not pass"
     assert document["data"]["rows"]["kept"] > 100
@@ -154,12 +158,9 @@ def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, k
     settings = Project.load(tmp_path / "p").settings
     assert settings.data.sources[0].rename == dict(zip(keys, ("system", "prompt", "completion"), strict=True))
     assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == f"{told}\n"
-
-
-@pytest.mark.parametrize("change", [{"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}])
-def test_other_instructions_stay_in_the_request(tmp_path: Path, change: dict[str, str]) -> None:
-    rows = [{"instruction": "Say it again.", "input": _words(n), "output": _words(n)} for n in range(60)]
-    assert _project(tmp_path, [*rows, rows[0] | change]).settings.data.sources[0].rename == {}
+    for change in ({"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}) if not names else ():
+        other = _project(tmp_path / "-".join(change), [*rows, rows[0] | change])
+        assert other.settings.data.sources[0].rename == {}, "then it stays in the request"
 
 
 def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,15 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
     return second, found
 
 
-def test_second_run_takes_the_memo_it_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    second, _ = _run_two(project, monkeypatch, recall=False)
+def test_a_second_run_takes_the_memo_that_it_waited_for_unless_it_was_recalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project.load(write_project(tmp_path / "p"))
+    with monkeypatch.context() as patch:
+        second, _ = _run_two(project, patch, recall=False)
     assert [(stage.name, stage.skipped) for stage in second.done] == [("answer plain", True)]
-
-
-def test_memo_recalled_while_waiting_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, (error,) = _run_two(project, monkeypatch, recall=True)
+    with monkeypatch.context() as patch:
+        _, (error,) = _run_two(Project.load(write_project(tmp_path / "q")), patch, recall=True)
     assert isinstance(error, Refused)
     assert "was recalled: asked to" in str(error)
 
@@ -112,8 +114,13 @@ def test_what_was_made_from_a_recalled_record_is_refused(project: Project) -> No
         Stages(project).run("answer plain", "answer", {"x": 1}, make)
 
 
-def test_a_stage_that_is_run_again_goes_on_where_it_was_killed(project: Project) -> None:
-    store, inputs = project.store, {"x": 1}
+def test_a_stage_that_is_run_again_goes_on_where_it_was_stopped(project: Project) -> None:
+    """Killed, or refused for a cause that may pass, such as too little memory. One that is refused at once keeps its
+    earlier result."""
+    store = project.store
+
+    def run(make: Callable[[Path], str], *, again: bool = False) -> str:
+        return Stages(project).run("answer plain", "answer", {"x": 1}, make, again=again)
 
     def record(n: int) -> str:
         return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": n}))
@@ -122,55 +129,25 @@ def test_a_stage_that_is_run_again_goes_on_where_it_was_killed(project: Project)
         (work / "half").touch()
         raise KeyboardInterrupt
 
+    def refuse(_work: Path) -> str:
+        raise Refused("there is no room")
+
     def go_on(work: Path) -> str:
         assert (work / "half").exists()
         return record(2)
 
-    first = Stages(project).run("answer plain", "answer", inputs, lambda _: record(1))
+    first = run(lambda _: record(1))
+    with pytest.raises(Refused, match="no room"):
+        run(refuse, again=True)
+    assert run(refuse) == first
     with pytest.raises(KeyboardInterrupt):
-        Stages(project).run("answer plain", "answer", inputs, killed, again=True)
-    assert Stages(project).known("answer", inputs) is None
-    second = Stages(project).run("answer plain", "answer", inputs, go_on)
+        run(killed, again=True)
+    assert Stages(project).known("answer", {"x": 1}) is None
+    with pytest.raises(Refused, match="no room"):
+        run(refuse)
+    second = run(go_on)
     assert second == record(2) != first
-    assert Stages(project).known("answer", inputs) == Stages(project).run("answer plain", "answer", inputs, killed)
-
-
-def test_a_stage_that_is_refused_when_it_is_run_again_keeps_its_result(project: Project) -> None:
-    def make(_work: Path) -> str:
-        return project.store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
-
-    def refuse(_work: Path) -> str:
-        raise Refused("there is no room")
-
-    first = Stages(project).run("answer plain", "answer", {"x": 1}, make)
-    with pytest.raises(Refused, match="no room"):
-        Stages(project).run("answer plain", "answer", {"x": 1}, refuse, again=True)
-    assert Stages(project).run("answer plain", "answer", {"x": 1}, refuse) == first
-
-
-def test_a_restarted_stage_that_is_refused_later_goes_on(project: Project) -> None:
-    """The cause of a refusal may pass, such as too little memory: what was made until then is not given up."""
-
-    def make(work: Path) -> str:
-        (work / "begun").touch()
-        raise KeyboardInterrupt
-
-    def refuse(_work: Path) -> str:
-        raise Refused("there is no room")
-
-    def finish(work: Path) -> str:
-        assert (work / "begun").exists()
-        return project.store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 2}))
-
-    def first(_work: Path) -> str:
-        return project.store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
-
-    earlier = Stages(project).run("answer plain", "answer", {"x": 1}, first)
-    with pytest.raises(KeyboardInterrupt):
-        Stages(project).run("answer plain", "answer", {"x": 1}, make, again=True)
-    with pytest.raises(Refused, match="no room"):
-        Stages(project).run("answer plain", "answer", {"x": 1}, refuse)
-    assert Stages(project).run("answer plain", "answer", {"x": 1}, finish) != earlier
+    assert Stages(project).known("answer", {"x": 1}) == run(killed)
 
 
 def test_a_named_source_counts_by_its_bytes_and_not_by_its_path(tmp_path: Path) -> None:
