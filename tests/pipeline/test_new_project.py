@@ -684,7 +684,7 @@ def _deep(depth: int, inner: object) -> object:
         ([{"k": "a\0b" if n % 2 else "c\n\u202e", "n\0\n": n} for n in range(60)], {}),
         ([{"n": 10**300 + n % 2} for n in range(250)], {}),
         ([{"n": "word " * (1 if n else 60_000)} for n in range(60)], {}),
-        ([{"n": "x" * 400_000 + str(n % 3)} for n in range(60)], {}),
+        ([{"n": "x" * 40_000 + str(n % 3)} for n in range(60)], {}),
         ([{"n": n} for n in range(60)], {"group": None}),
         ([{"n": n} for n in range(60)], {"template": ["a"], "group": "", "conversation_id": True}),
         ([{"n": n} for n in range(60)], {"template": "the only one"}),
