@@ -159,7 +159,9 @@ def _starts(batch: Any) -> list[int]:
 
 def test_no_probe_asks_what_is_rehearsed() -> None:
     probed = {each.messages[-1].content for each in general_questions()}
-    probed |= {question for question, _ in drift._FACTS} | {*drift._UNSAFE, *drift._HARMLESS, *drift._RUDE}
+    packaged = [drift._packaged(kind) for kind in ("fact", "unsafe", "harmless", "polite")]
+    assert all(packaged)
+    probed |= {each["request"] for listed in packaged for each in listed}
     requests = [each.lower() for each in general_requests()]
     assert len(requests) == len(set(requests))
     assert all(requests)
