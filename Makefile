@@ -31,6 +31,7 @@ test: check programs     ## everything CI runs: lint, types, contracts, document
 	$(PYTEST) --durations 30 -m "not long"
 
 test-long: check programs  ## before a release: the tests that take minutes each, and a real vLLM with `make test-vllm`
+	$(BIN)/python -m tests.programs node
 	$(PYTEST) --durations 30 -m long
 
 check: $(READY)          ## lint, types, import contracts and the documentation, two at a time
@@ -51,7 +52,7 @@ attack: $(READY)         ## the tests that attack: a table of what was tried and
 	$(PYTEST) -m attack
 
 programs: $(READY)       ## Chromium and what else some tests need: installed where that is possible, else they are skipped
-	$(BIN)/python -m tests.programs
+	$(BIN)/python -m tests.programs chromium c++ openssl
 
 test-vllm: $(READY) $(VLLM)/.ready  ## a real vLLM, in an environment of its own (x86-64, 4 GB of disk)
 	TUNESMITH_VLLM="$(CURDIR)/$(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model" \

@@ -1,6 +1,6 @@
 """Programs that tests need beside Python: looked for, and installed where that is possible.
 
-    python -m tests.programs        # `make test` calls it: installs what is missing, and says what it could not install
+    python -m tests.programs chromium c++ openssl    # as `make test` calls it: installs what is missing, or says so
 
 A test that needs one calls `program("chromium")`. Without it the test is skipped, and the end of the run says so; where
 the environment variable CI is `true` it fails.
@@ -72,8 +72,8 @@ def _install(missing: list[str]) -> None:
 
 
 def main() -> None:
-    """Install what is missing."""
-    missing = [name for name in PROGRAMS if find(name) is None]
+    """Install those of the named programs that are missing."""
+    missing = [name for name in sys.argv[1:] if find(name) is None]
     if missing:
         _install(missing)
     for name in missing:
