@@ -79,9 +79,7 @@ def test_it_finds_the_good_rate_and_prunes_what_is_worse(whole: tuple[TrainingSp
         assert each.probability is None or each.probability == pytest.approx(each.reports[-1], rel=1e-3)
     work = spec.work.parent / "found"
     assert not [*work.glob("trial-*/")], "what the trainings wrote is deleted"
-    journal = optuna.storages.journal.JournalFileBackend(str(work / "optuna.journal"))
-    (study,) = optuna.get_all_study_summaries(optuna.storages.JournalStorage(journal))
-    assert study.n_trials == TRIALS
+    assert len([*work.glob("trial-*.json")]) == TRIALS
 
 
 def killed(spec: TrainingSpec, work: Path) -> None:
@@ -108,8 +106,6 @@ def test_killed_it_goes_on_with_the_trial_that_had_not_ended(
     spec, expected = whole
     assert run_elsewhere(killed, spec, tmp_path) == -signal.SIGKILL
     assert {path.name for path in tmp_path.glob("trial-*")} == {"trial-0.json", "trial-1.json", "trial-2"}
-    (tmp_path / "optuna.journal").write_bytes(b'{"damaged')
-    (tmp_path / "optuna.journal.lock").symlink_to("nobody")
     (tmp_path / "trial-1.json").write_bytes(b"{}")
     trained, real = list[str](), search.run_training
     monkeypatch.setattr(

@@ -1,7 +1,7 @@
 """Searches for better training settings with Optuna: each trial is a training, and most are pruned where they validate.
 
 The sampler is seeded by the trial's number, so that a trial's settings follow from the results before it. A search that
-was killed gives Optuna its finished trials again, from their files: the journal may be damaged.
+was killed gives Optuna its finished trials again, from their files, so Optuna's study is kept in memory only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, Literal
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from pydantic import BaseModel
 
@@ -106,7 +105,7 @@ def search(
     stopped goes on with the trial that had not ended. Raises what run_training raises for other reasons than a trial's
     own settings.
     """
-    study, space = _new_study(work / "optuna.journal"), search_space(spec.settings, len(spec.rows.read()))
+    study, space = _new_study(), search_space(spec.settings, len(spec.rows.read()))
     present = {key: getattr(spec.settings, key) for key in space}
     first = {0: present, 1: {**present, "learning_rate": _default_rate(spec.settings)}}
     done: list[Trial] = []
@@ -136,15 +135,10 @@ def search(
     return done
 
 
-def _new_study(journal: Path) -> optuna.Study:
+def _new_study() -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for file in (journal, Path(f"{journal}.lock")):  # a process that was killed leaves its lock
-        file.unlink(missing_ok=True)
-    return optuna.create_study(
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal))),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_KEPT_SHARE),
-        direction="maximize",
-    )
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_KEPT_SHARE)
+    return optuna.create_study(pruner=pruner, direction="maximize")
 
 
 def _default_rate(settings: TrainSettings) -> float:
