@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, update
@@ -15,9 +18,11 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.project import parse_settings
 from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import lost_signatures, verify_log
 from tunesmith.registry.registration import register
+from tunesmith.registry.risk import Requirement, RiskSettings, missing
 from tunesmith.registry.serving import may_serve
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, Decision, seal, statement_of
@@ -27,14 +32,25 @@ from tunesmith.services.releases import versions as service
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities, user_keys
+from tunesmith.store.people.roles import Role
 from tunesmith.store.people.trust import signature_entry
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, RecallRow, UserRow
 
+HIGH = Requirement(risk_class="high", approvers=2, roles=("steward",))
+EVERYBODY: dict[str, tuple[Role, ...]] = {
+    "ann": ("approver",),
+    "cat": ("approver",),
+    "stu": ("approver", "steward"),
+    "oli": ("approver", "operator", "steward"),
+}
 
-def put_approval(store: Store, version: Version, approval: Approval, envelope: bytes, *, logged: bool = True) -> str:
-    """Slip an approval's record into the store as someone who can write it would."""
+
+def put_approval(
+    store: Store, version: Version, approval: Approval, envelope: bytes, *, logged: bool = True, key: str | None = None
+) -> str:
+    """Slip an approval's record into the store as someone who can write it would. key: the approver's newest one."""
     record = Record(
         kind="approval",
         parents={"version": version.digest},
@@ -43,8 +59,7 @@ def put_approval(store: Store, version: Version, approval: Approval, envelope: b
     )
     if not logged:
         return store.put_record(record)
-    key = identities.get_user(store, approval.approver).fingerprint or ""
-    detail = signature_entry(key, record.digest)
+    detail = signature_entry(key or identities.get_user(store, approval.approver).fingerprint or "", record.digest)
     with store.change(approval.approver, "version.approve", version.digest, detail) as session:
         return store.put_record(record, session)
 
@@ -59,6 +74,12 @@ def approval_by(store: Store, user: str, **changes: object) -> Approval:
 def sealed(store: Store, user: str, statement: object) -> bytes:
     known = keys.ensure_key(store, user)
     return seal(statement, keys.load_signing_key(store, known))  # type: ignore[arg-type]
+
+
+def slip(store: Store, version: Version, user: str, *, logged: bool = True, **changes: object) -> None:
+    """Slip a user's signed approval into the store."""
+    approval = approval_by(store, user, **changes)
+    put_approval(store, version, approval, sealed(store, user, statement_of(version, approval)), logged=logged)
 
 
 def approval_count(store: Store) -> int:
@@ -89,7 +110,8 @@ def test_a_signed_statement_is_recorded_once(store: Store, version: Version) -> 
     assert len(nonces) == 2
     signed = [sign(request, key) for request in requests]
     submit_approval(store, signed[0])
-    approve(store, version, approver="ann")  # the refusal no longer stands
+    first, kept = (envelope(store, version, "ann", "approve") for _ in range(2))
+    submit_approval(store, first)  # the refusal no longer stands
     for _ in range(2):
         with pytest.raises(Refused, match="was recorded before, on "):
             submit_approval(store, signed[0])
@@ -101,45 +123,47 @@ def test_a_signed_statement_is_recorded_once(store: Store, version: Version) -> 
         statement = statement_of(version, approval_by(store, "ann", nonce=nonce))
         with pytest.raises(Refused, match="has no nonce"):
             submit_approval(store, seal(statement, key))
+    submit_approval(store, envelope(store, version, "ann", "refuse"))
+    with pytest.raises(Refused, match="was recorded before"):
+        submit_approval(store, first)
+    with pytest.raises(Refused, match="ann refused the version after this was prepared: why"):
+        submit_approval(store, kept)
+    assert reason_of(store, version) == "refused"
     assert approval_count(store) == 1
     assert verify_log(store) == []
 
 
-def test_submit_checks_role_and_recall_again(store: Store, version: Version) -> None:
-    key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
-    envelope = sign(prepare_approval(store, version, "ann"), key)
+def test_what_submit_refuses(store: Store, version: Version) -> None:
+    for name, roles in (("cat", ["approver"]), ("eve", ["engineer"])):
+        identities.add_user(store, name, roles, actor="olive")
+    heads = [Head(seq=seq, digest=version.digest) for seq in (10_000, 1)]
+    nothing = {"subject": [{"digest": {"sha256": "0" * 64}}], "predicate": {}}
+    for user, statement, said in (
+        ("cat", approval_by(store, "ann"), "the record says ann, the key is cat's"),
+        *(("ann", approval_by(store, "ann", audit=head), "prepared on another audit log") for head in heads),
+        ("ann", approval_by(store, "ann", decision="refuse"), "needs a reason"),
+        ("eve", approval_by(store, "eve"), "it takes approver"),
+        ("eve", approval_by(store, "eve", decision="refuse", reason="why"), "it takes approver"),
+        *(("ann", each, "not an approval") for each in ({}, [], "text", nothing)),
+    ):
+        stated = statement_of(version, statement) if isinstance(statement, Approval) else statement
+        with pytest.raises((Refused, UsageError), match=said):
+            submit_approval(store, sealed(store, user, stated))
+    with pytest.raises(UsageError, match="needs a reason"):
+        prepare_approval(store, version, "ann", "  ", "refuse")
+    for user, said in (("eve", "it takes approver"), ("olive", "olive may not do this"), ("nobody", "not a user")):
+        with pytest.raises(Refused, match=said):
+            prepare_approval(store, version, user, "why", "refuse")
+    signed = envelope(store, version, "ann", "approve")
     identities.set_roles(store, "ann", ["operator"], actor="olive")
     with pytest.raises(Refused, match="ann may not do this"):
-        submit_approval(store, envelope)
+        submit_approval(store, signed)
     identities.set_roles(store, "ann", ["approver"], actor="olive")
     with database.writing(store.engine) as session:
         session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))
     with pytest.raises(Refused, match="recalled: withdrawn"):
-        submit_approval(store, envelope)
+        submit_approval(store, signed)
     assert approval_count(store) == 0
-
-
-def test_submit_refuses_a_statement_for_another_user(store: Store, version: Version) -> None:
-    identities.add_user(store, "cat", ["approver"], actor="olive")
-    statement = statement_of(version, approval_by(store, "ann"))
-    with pytest.raises(Refused, match="the record says ann, the key is cat's"):
-        submit_approval(store, sealed(store, "cat", statement))
-
-
-def test_submit_refuses_an_unknown_audit_head(store: Store, version: Version) -> None:
-    for head in (Head(seq=10_000, digest=version.digest), Head(seq=1, digest=version.digest)):
-        statement = statement_of(version, approval_by(store, "ann", audit=head))
-        with pytest.raises(Refused, match="prepared on another audit log"):
-            submit_approval(store, sealed(store, "ann", statement))
-    assert approval_count(store) == 0
-
-
-@pytest.mark.parametrize(
-    "statement", [{}, [], "text", {"subject": [{"digest": {"sha256": "0" * 64}}], "predicate": {}}]
-)
-def test_submit_refuses_what_is_not_an_approval(store: Store, version: Version, statement: object) -> None:
-    with pytest.raises(Refused, match="not an approval"):
-        submit_approval(store, sealed(store, "ann", statement))
 
 
 def test_a_second_person_approves_and_once_is_enough(store: Store, version: Version) -> None:
@@ -155,27 +179,87 @@ def test_a_second_person_approves_and_once_is_enough(store: Store, version: Vers
     assert verify_log(store) == []
 
 
-def test_the_one_who_registered_cannot_approve(store: Store, version: Version) -> None:
+def test_who_may_not_approve_does_not_count_whichever_way(store: Store, version: Version, chain: Chain) -> None:
+    """Not by preparing, not by a signed statement, and not by a record that was slipped into the store."""
+    theirs = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
     identities.set_roles(store, "olive", ["admin", "approver", "engineer"], actor="olive")
-    with pytest.raises(Refused, match="olive registered intents@v1"):
-        approve(store, version, approver="olive")
-    statement = approval_by(store, "olive")
-    signed = sealed(store, "olive", statement_of(version, statement))
-    with pytest.raises(Refused, match="olive registered intents@v1"):
-        submit_approval(store, signed)
-    put_approval(store, version, statement, signed)
-    with pytest.raises(Refused, match="olive registered intents@v1"):
-        require_approved(store, version)
-
-
-def test_without_the_role_nobody_approves(store: Store, version: Version) -> None:
     identities.add_user(store, "eve", ["engineer", "operator"], actor="olive")
-    for user, reason in (("eve", "it takes approver"), ("nobody", "not a user")):
-        with pytest.raises(Refused, match=reason):
-            approve(store, version, approver=user)
-    statement = approval_by(store, "eve")
-    put_approval(store, version, statement, sealed(store, "eve", statement_of(version, statement)))
-    with pytest.raises(Refused, match="eve may not approve"):
+    identities.add_user(store, "bob", ["approver"], actor="olive", scope=Scope("other"))
+    identities.add_user(store, "cat", ["approver"], actor="olive", scope=Scope("acme", "eu"))
+    for user, at, said, later in (
+        ("olive", version, "olive registered intents@v1", "olive registered intents@v1"),
+        ("eve", version, "it takes approver", "eve may not approve"),
+        ("bob", theirs, "may act only within", "bob does not speak for"),
+    ):
+        for decision in ("approve", "refuse"):
+            with pytest.raises(Refused, match=said):
+                prepare_approval(store, at, user, "why", decision)  # type: ignore[arg-type]
+        with pytest.raises(Refused, match=said):
+            submit_approval(store, sealed(store, user, statement_of(at, approval_by(store, user))))
+        slip(store, at, user)
+        with pytest.raises(Refused, match=later):
+            require_approved(store, at)
+    approve(store, theirs, approver="cat")
+    assert require_approved(store, theirs).approver == "cat"
+    slip(store, version, "ann", logged=False)
+    with pytest.raises(Refused, match="the audit log has no entry"):
+        require_approved(store, version)
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+
+
+def test_an_approval_of_one_version_is_none_of_another(store: Store, version: Version) -> None:
+    given = store.record(approve(store, version, approver="ann"))
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
+    with pytest.raises(Refused, match="intents@v2 is not approved"):
+        require_approved(store, other)
+    for forged in (
+        other.model_copy(update={"digest": version.digest}),
+        version.model_copy(update={"digest": other.digest}),
+        version.model_copy(update={"risk": HIGH}),
+    ):
+        with pytest.raises(Refused, match="not the version of that digest"):
+            require_approved(store, forged)
+    body = Approval.model_validate(dict(given.body))
+    put_approval(store, other, body, store.read_blob(given.blobs[ENVELOPE]))
+    with pytest.raises(Refused, match="not about this version"):
+        require_approved(store, other)
+    assert any("does not count" in note for note in verify_version(store, other.label).notes)
+
+
+def test_an_overridden_version_is_approved_with_a_reason_by_who_knows(store: Store) -> None:
+    verdict = put_chain(store, verdict="fail").verdict
+    version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
+    with pytest.raises(UsageError, match=r"were overridden \(a drill\): an approval of it needs a reason"):
+        approve(store, version, approver="ann", reason=" ")
+    slip(store, version, "ann", reason="fine")
+    with pytest.raises(Refused, match="not about this version, or not what the record says"):
+        require_approved(store, version)
+    approve(store, version, approver="ann", reason="only for the drill")
+    assert require_approved(store, version).override == "a drill"
+
+
+def test_damage_or_a_recall_prevents_and_ends_an_approval(store: Store, version: Version, chain: Chain) -> None:
+    path = store.blob_path(store.record(chain.dataset).blobs["train.jsonl"])
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(whole + b"{}\n")
+    with pytest.raises(Refused, match="does not verify: its bytes"):
+        approve(store, version, approver="ann")
+    path.write_bytes(whole)
+    for digest, use in (
+        (chain.dataset, lambda: approve(store, version, approver="ann")),
+        (version.digest, lambda: require_approved(store, version)),
+    ):
+        with database.writing(store.engine) as session:
+            session.add(RecallRow(digest=digest, cause="row x", reason="withdrawn", at=stamp()))
+        with pytest.raises(Refused, match="recalled"):
+            use()
+        with database.writing(store.engine) as session:
+            session.execute(delete(RecallRow))
+        approve(store, version, approver="ann")
+    (store.root / "versions" / "intents" / "v1" / "model.sig").write_bytes(b"")
+    with pytest.raises(Refused, match="not a signature"):
         require_approved(store, version)
 
 
@@ -209,60 +293,21 @@ def test_a_role_taken_away_takes_the_approval_with_it(store: Store, version: Ver
         require_approved(store, version)
 
 
-def test_an_approver_of_another_tenant_does_not_count(store: Store, chain: Chain) -> None:
-    version = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
-    identities.add_user(store, "bob", ["approver"], actor="olive", scope=Scope("other"))
-    identities.add_user(store, "cat", ["approver"], actor="olive", scope=Scope("acme", "eu"))
-    with pytest.raises(Refused, match="may act only within"):
-        approve(store, version, approver="bob")
-    statement = approval_by(store, "bob")
-    put_approval(store, version, statement, sealed(store, "bob", statement_of(version, statement)))
-    with pytest.raises(Refused, match="bob does not speak for"):
-        require_approved(store, version)
-    approve(store, version, approver="cat")
-    assert require_approved(store, version).approver == "cat"
+DOCTORED: dict[str, Callable[[Any], object]] = {
+    "reason": lambda stated: stated["predicate"].update(reason="another"),
+    "decision": lambda stated: stated["predicate"].update(decision="reject"),
+    "label": lambda stated: stated["subject"][0].update(name="intents@v2"),
+    "digest": lambda stated: stated["subject"][0]["digest"].update(sha256="0" * 64),
+    "type": lambda stated: stated.update(predicateType="https://slsa.dev/provenance/v1"),
+}
 
 
-def test_an_approval_of_one_digest_is_none_of_another(store: Store, version: Version) -> None:
-    approve(store, version, approver="ann")
-    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
-    with pytest.raises(Refused, match="intents@v2 is not approved"):
-        require_approved(store, other)
-    with pytest.raises(Refused, match="not the version of that digest"):
-        require_approved(store, other.model_copy(update={"digest": version.digest}))
-    with pytest.raises(Refused, match="not the version of that digest"):
-        require_approved(store, version.model_copy(update={"digest": other.digest}))
-
-
-def test_a_replayed_approval_does_not_count(store: Store, version: Version) -> None:
-    given = store.record(approve(store, version, approver="ann"))
-    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
-    body = Approval.model_validate(dict(given.body))
-    put_approval(store, other, body, store.read_blob(given.blobs[ENVELOPE]))
-    with pytest.raises(Refused, match="not about this version"):
-        require_approved(store, other)
-    notes = verify_version(store, other.label).notes
-    assert any("does not count" in note for note in notes)
-
-
-@pytest.mark.parametrize(
-    "attack", ["reason", "decision", "label", "digest", "type", "unsigned", "other key", "spelling", "none"]
-)
+@pytest.mark.parametrize("attack", [*DOCTORED, "unsigned", "other key", "spelling", "none"])
 def test_a_doctored_approval_does_not_count(store: Store, version: Version, attack: str) -> None:
     approval = approval_by(store, "ann")
     statement = statement_of(version, approval)
-    if attack == "reason":
-        statement["predicate"]["reason"] = "another"
-    elif attack == "decision":
-        statement["predicate"]["decision"] = "reject"
-    elif attack == "label":
-        statement["subject"][0]["name"] = "intents@v2"
-    elif attack == "digest":
-        statement["subject"][0]["digest"]["sha256"] = "0" * 64
-    elif attack == "type":
-        statement["predicateType"] = "https://slsa.dev/provenance/v1"
-    envelope = sealed(store, "olive" if attack == "other key" else "ann", statement)
-    document = json.loads(envelope)
+    DOCTORED.get(attack, lambda _: None)(statement)
+    document = json.loads(sealed(store, "olive" if attack == "other key" else "ann", statement))
     if attack == "unsigned":
         document["signatures"] = []
     if attack == "other key":
@@ -274,65 +319,12 @@ def test_a_doctored_approval_does_not_count(store: Store, version: Version, atta
         require_approved(store, version)
 
 
-def test_an_approval_without_audit_entry_does_not_count(store: Store, version: Version) -> None:
-    approval = approval_by(store, "ann")
-    put_approval(store, version, approval, sealed(store, "ann", statement_of(version, approval)), logged=False)
-    with pytest.raises(Refused, match="the audit log has no entry"):
-        require_approved(store, version)
-    approve(store, version, approver="ann")
-    assert require_approved(store, version).approver == "ann"
-
-
-def test_approving_an_overridden_version_needs_a_reason(store: Store) -> None:
-    verdict = put_chain(store, verdict="fail").verdict
-    version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
-    with pytest.raises(UsageError, match=r"were overridden \(a drill\): an approval of it needs a reason"):
-        approve(store, version, approver="ann", reason=" ")
-    unaware = approval_by(store, "ann", reason="fine")
-    put_approval(store, version, unaware, sealed(store, "ann", statement_of(version, unaware)))
-    with pytest.raises(Refused, match="not about this version, or not what the record says"):
-        require_approved(store, version)
-    approve(store, version, approver="ann", reason="only for the drill")
-    assert require_approved(store, version).override == "a drill"
-
-
-def test_what_does_not_verify_is_not_approved(store: Store, version: Version, chain: Chain) -> None:
-    path = store.blob_path(store.record(chain.dataset).blobs["train.jsonl"])
-    whole = path.read_bytes()
-    path.chmod(0o644)
-    path.write_bytes(whole + b"{}\n")
-    with pytest.raises(Refused, match="does not verify: its bytes"):
-        approve(store, version, approver="ann")
-    path.write_bytes(whole)
-    with database.writing(store.engine) as session:
-        session.add(RecallRow(digest=chain.dataset, cause="row x", reason="withdrawn", at=stamp()))
-    with pytest.raises(Refused, match="recalled"):
-        approve(store, version, approver="ann")
-
-
-def test_a_recall_or_damage_ends_an_approval(store: Store, version: Version) -> None:
-    approve(store, version, approver="ann")
-    with database.writing(store.engine) as session:
-        session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))
-    with pytest.raises(Refused, match="recalled"):
-        require_approved(store, version)
-    with database.writing(store.engine) as session:
-        session.execute(delete(RecallRow))
-    (store.root / "versions" / "intents" / "v1" / "model.sig").write_bytes(b"")
-    with pytest.raises(Refused, match="not a signature"):
-        require_approved(store, version)
-
-
 # Refusals
 
 
 def envelope(store: Store, version: Version, user: str, decision: Decision, reason: str = "why") -> bytes:
     known = keys.ensure_key(store, user)
     return sign(prepare_approval(store, version, user, reason, decision), keys.load_signing_key(store, known))
-
-
-def decide(store: Store, version: Version, user: str, decision: Decision) -> None:
-    submit_approval(store, envelope(store, version, user, decision))
 
 
 def reason_of(store: Store, version: Version, override_by: str | None = None) -> str | None:
@@ -367,47 +359,13 @@ def test_a_refusal_blocks_until_a_newer_approval(store: Store, version: Version)
     assert verify_log(store) == []
 
 
-def test_a_refusal_needs_a_reason_a_role_and_a_second_person(store: Store, version: Version) -> None:
-    with pytest.raises(UsageError, match="needs a reason"):
-        prepare_approval(store, version, "ann", "  ", "refuse")
-    statement = statement_of(version, approval_by(store, "ann", decision="refuse"))
-    with pytest.raises(UsageError, match="needs a reason"):
-        submit_approval(store, sealed(store, "ann", statement))
-    identities.add_user(store, "eve", ["engineer"], actor="olive")
-    for user, problem in (("eve", "it takes approver"), ("olive", "olive may not do this")):
-        with pytest.raises(Refused, match=problem):
-            prepare_approval(store, version, user, "why", "refuse")
-        statement = statement_of(version, approval_by(store, user, decision="refuse", reason="why"))
-        with pytest.raises(Refused, match=problem):
-            submit_approval(store, sealed(store, user, statement))
-    identities.set_roles(store, "olive", ["admin", "approver", "engineer"], actor="olive")
-    with pytest.raises(Refused, match="olive registered intents@v1"):
-        prepare_approval(store, version, "olive", "why", "refuse")
-    assert reason_of(store, version) == "not_approved"
-
-
-def test_an_older_approval_cannot_be_brought_back(store: Store, version: Version) -> None:
-    identities.add_user(store, "cat", ["approver"], actor="olive")
-    used, kept = envelope(store, version, "ann", "approve"), envelope(store, version, "cat", "approve")
-    submit_approval(store, used)
-    decide(store, version, "ann", "refuse")
-    for old, problem in (
-        (used, "this signed statement was recorded before"),
-        (kept, "ann refused the version after this was prepared: why"),
-    ):
-        with pytest.raises(Refused, match=problem):
-            submit_approval(store, old)
-    assert reason_of(store, version) == "refused"
-    assert approval_count(store) == 1
-
-
 def test_a_refusal_counts_when_its_approver_has_left_and_not_when_the_key_was_stolen(
     store: Store, version: Version
 ) -> None:
     identities.add_user(store, "cat", ["approver"], actor="olive")
     approve(store, version, approver="cat")
     before = verify_version(store, version.label).notes
-    decide(store, version, "ann", "refuse")
+    submit_approval(store, envelope(store, version, "ann", "refuse"))
     identities.set_roles(store, "ann", ["operator"], actor="olive")
     assert reason_of(store, version) == "refused"
     identities.deactivate(store, "ann", actor="olive")
@@ -419,34 +377,120 @@ def test_a_refusal_counts_when_its_approver_has_left_and_not_when_the_key_was_st
     assert before[-1] in verify_version(store, version.label).notes
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_any_order_of_decisions_ends_with_the_newest(store: Store, version: Version, seed: int) -> None:
-    """Two approvers decide, now and from drawers, in any order: held against a rule of four lines."""
-    identities.add_user(store, "cat", ["approver"], actor="olive")
-    draw = random.Random(seed)
-    drawer: list[tuple[bytes, str, Decision, int]] = []
-    log: list[tuple[str, Decision, int]] = []
-    recorded: set[bytes] = set()
-    for turn in range(14):
-        if draw.random() < 0.6 or not drawer:
-            user, decision = draw.choice(("ann", "cat")), draw.choice(("approve", "refuse"))
-            drawer.append((envelope(store, version, user, decision), user, decision, turn))
-        signed, user, decision, prepared = draw.choice(drawer[-3:])
-        since = [entry for entry in log if entry[1] != decision]
-        standing = log[log.index(since[-1]) + 1 :] if since else log
-        if signed in recorded:
-            with pytest.raises(Refused, match="was recorded before"):
-                submit_approval(store, signed)
-        elif user in {who for who, _, _ in standing}:
-            submit_approval(store, signed)  # nothing new
-        elif since and since[-1][2] >= prepared:
-            with pytest.raises(Refused, match="after this was prepared"):
-                submit_approval(store, signed)
-        else:
-            submit_approval(store, signed)
-            log.append((user, decision, turn))
-            recorded.add(signed)
-        expected = {"approve": None, "refuse": "refused"}[log[-1][1]] if log else "not_approved"
-        assert reason_of(store, version) == expected
-    assert len({decision for _, decision, _ in log}) == 2
+# Risk classes: a version serves exactly if those who approved it since its last refusal fill every place
+
+
+@pytest.fixture
+def high(store: Store, chain: Chain) -> Version:
+    for name, roles in EVERYBODY.items():
+        if name != "ann":
+            identities.add_user(store, name, roles, actor="olive")
+    return register(store, name="intents", verdict=chain.verdict, actor="olive", risk=HIGH)
+
+
+def fills(requirement: Requirement, people: Sequence[str]) -> bool:
+    """Whether some way to give the places to different people fills them all: tries every way."""
+    return len(people) >= requirement.approvers and any(
+        all(role in EVERYBODY[name] for role, name in zip(requirement.roles, order, strict=False))
+        for order in itertools.permutations(people, len(requirement.roles))
+    )
+
+
+@pytest.mark.parametrize("roles", [(), ("steward",), ("steward", "steward"), ("operator", "steward")])
+@pytest.mark.parametrize("approvers", [2, 3])
+def test_places_are_filled_as_well_as_they_can_be(roles: tuple[Role, ...], approvers: int) -> None:
+    requirement = Requirement(risk_class="high", approvers=approvers, roles=roles)
+    for count in range(len(EVERYBODY) + 1):
+        for people in itertools.permutations(EVERYBODY, count):
+            needed = missing(requirement, {name: EVERYBODY[name] for name in people})
+            assert (needed == ()) == fills(requirement, people)
+            # As many new people as it says, each with the role that it says, are enough.
+            lacking = sum(int(phrase.split()[0]) for phrase in needed)
+            assert count + lacking >= approvers
+
+
+def test_a_requirement_says_who_is_missing() -> None:
+    assert missing(None, {}) == ("1 more approver",)
+    assert missing(HIGH, {}) == ("1 more approver with the role steward", "1 more approver")
+    assert missing(HIGH, {"ann": ("approver",)}) == ("1 more approver with the role steward",)
+    assert missing(HIGH, {"stu": ("approver", "steward")}) == ("1 more approver",)
+    two = Requirement(risk_class="high", approvers=4, roles=("steward", "steward"))
+    assert missing(two, {}) == ("2 more approvers with the role steward", "2 more approvers")
+
+
+def test_one_person_fills_one_place_whatever_their_roles(store: Store, high: Version) -> None:
+    approve(store, high, approver="stu")
+    assert reason_of(store, high, override_by="olive") is None
+    second = keys.create_key(store, "stu", actor="stu", label="second")
+    statement = statement_of(high, again := approval_by(store, "stu"))
+    signed = sealed(store, "stu", statement)
+    assert second.label != identities.get_user(store, "stu").keys[0].label
+    assert submit_approval(store, signed).approval.approver == "stu"
+    put_approval(store, high, again, signed)  # even recorded with an entry of the log
+    assert reason_of(store, high) == "not_approved"
+    with pytest.raises(Refused, match="intents@v1 is not approved: needs 1 more approver") as refused:
+        require_approved(store, high)
+    assert "ask another person to run" in str(refused.value.fix)
+    approve(store, high, approver="cat")
+    assert reason_of(store, high) is None
+
+
+def test_the_class_is_the_versions_not_the_projects(store: Store, chain: Chain, high: Version) -> None:
+    again = register(store, name="intents", verdict=chain.verdict, actor="olive", risk=HIGH)
+    assert again == high
+    lower = RiskSettings.model_validate({"class": "low"})
+    looser = service.register(store, chain.verdict, name="intents", actor="olive", risk=lower)
+    assert (looser.version, looser.number, high.number) == ("intents@v2", 2, 1)
+    approve(store, high, approver="ann")
+    service.approve(store, "intents@v2", actor="ann")
+    assert reason_of(store, high) == "not_approved"
+    assert service.show(store, "intents@v2").approvals.missing == ()  # type: ignore[union-attr]
+    assert high.risk == HIGH
     assert verify_log(store) == []
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_order_of_decisions_by_anybody(store: Store, high: Version, seed: int) -> None:
+    """It serves exactly if those who approved it since the last refusal, with the roles they have, fill the places."""
+    draw = random.Random(seed)
+    log: list[tuple[str, str]] = []
+    roles = dict(EVERYBODY)
+    served = 0
+    for _ in range(12):
+        name = draw.choice(tuple(EVERYBODY))
+        if draw.random() < 0.2:
+            roles[name] = draw.choice((("approver",), ("approver", "steward"), ("operator",)))
+            identities.set_roles(store, name, roles[name], actor="olive")
+        elif "approver" in roles[name]:
+            decision = "refuse" if draw.random() < 0.2 else "approve"
+            submit_approval(store, envelope(store, high, name, decision))  # type: ignore[arg-type]
+            log.append((name, decision))
+        since = max((place + 1 for place, (_, said) in enumerate(log) if said == "refuse"), default=0)
+        people = {who for who, _ in log[since:] if "approver" in roles[who]}
+        holds = len(people) >= 2 and any("steward" in roles[who] for who in people)
+        expected = None if holds else "refused" if since else "not_approved"
+        assert reason_of(store, high) == expected
+        served += holds
+    with database.reading(store.engine) as session:
+        assert may_serve(session, high).granted == (reason_of(store, high) is None)
+
+
+def test_what_a_project_may_state() -> None:
+    def of(**stated: object) -> Requirement:
+        return RiskSettings.model_validate(stated).requirement
+
+    assert of(**{"class": "low"}) == Requirement(risk_class="low", approvers=1)
+    assert of(**{"class": "limited"}) == Requirement(risk_class="limited", approvers=2)
+    assert of(**{"class": "high"}) == HIGH
+    assert of(**{"class": "high", "approvers": 3, "roles": ["steward", "operator"]}).roles == ("operator", "steward")
+    head = "name: x\nbase: y\ndata: {sources: [{path: a.jsonl, licence: MIT}]}\ncandidates: {a: {}}\nrisk: "
+    for stated, problem in (
+        ("{class: unacceptable}", "low"),
+        ("{class: high, approvers: 1}", "the class high takes 2 or more"),
+        ("{class: low, roles: [steward, operator]}", "2 roles need as many approvers, not 1"),
+        ("{class: low, roles: [king]}", "steward"),
+        ("{approvers: 2}", "class"),
+        ("{class: low, approver: 2}", "did you mean 'approvers'"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            parse_settings(head + stated, "tunesmith.yaml")

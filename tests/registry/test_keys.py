@@ -14,6 +14,7 @@ from sqlalchemy import select
 
 from tests.attack_table import Happened
 from tests.fabricate import approve, put_chain
+from tests.registry.test_approvals import put_approval
 from tunesmith.core import clock
 from tunesmith.core.clock import now
 from tunesmith.core.digests import canonical
@@ -31,9 +32,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.services.accounts import users
 from tunesmith.store import audit, database
 from tunesmith.store.people import identities, user_keys
-from tunesmith.store.people.trust import signature_entry
 from tunesmith.store.people.user_keys import Proof
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -42,7 +41,13 @@ def pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
+def private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
 def test_a_key_pair_is_made_once_and_published(store: Store) -> None:
+    with pytest.raises(Refused, match="it takes admin"):
+        keys.create_key(store, "olive", actor="ann")
     made = keys.create_key(store, "ann", actor="ann")
     path = store.root / "keys" / "ann.pem"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -52,27 +57,49 @@ def test_a_key_pair_is_made_once_and_published(store: Store) -> None:
     [listed] = json.loads((store.root / "trust" / "keys.json").read_bytes())
     assert (listed["user"], listed["fingerprint"]) == ("ann", made.fingerprint)
     assert "PRIVATE" not in (store.root / "trust" / "keys.json").read_text()
-    assert keys.ensure_key(store, "ann").keys == (made,)
-
-
-def test_nobody_but_an_admin_makes_a_key_for_another(store: Store) -> None:
-    with pytest.raises(Refused, match="it takes admin"):
-        keys.create_key(store, "olive", actor="ann")
-    assert not (store.root / "keys" / "olive.pem").exists()
-    keys.create_key(store, "ann", actor="olive")
-
-
-def test_a_key_open_to_others_or_not_the_users_is_not_used(store: Store) -> None:
     ann = keys.ensure_key(store, "ann")
-    path = keys.signing_key(store, ann)
+    assert ann.keys == (made,)
+
     path.chmod(0o640)
     with pytest.raises(Refused, match="open to other users"):
         keys.signing_key(store, ann)
     path.chmod(0o600)
-    keys.ensure_key(store, "olive")
-    path.write_bytes((store.root / "keys" / "olive.pem").read_bytes())
-    with pytest.raises(Refused, match="not the one of ann's public key"):
-        keys.signing_key(store, ann)
+    keys.create_key(store, "olive", actor="olive")
+    for content, why in (
+        ((store.root / "keys" / "olive.pem").read_bytes(), "not the one of ann's public key"),
+        (b"-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n", None),
+        (private(ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.PKCS8), None),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(Refused, match=why) as caught:
+            keys.signing_key(store, ann)
+        assert "secret" not in str(caught.value)
+
+
+def test_keys_made_elsewhere_sign_under_any_label_and_from_any_folder(
+    store: Store, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ann signs with the newest active key whose private half is here."""
+    keys.ensure_key(store, "ann")
+    pair = ec.generate_private_key(ec.SECP256R1())
+    made = keys.enrol_public_key(store, "ann", pem(pair), actor="ann", label="card")
+    assert keys.signing_key(store, identities.get_user(store, "ann")).name == "ann.pem"  # the new one is not here
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o700)
+    monkeypatch.setenv("TUNESMITH_KEYS", str(mine))
+    with pytest.raises(Refused, match="the private key is not here"):
+        approve(store, version, approver="ann")
+    form = serialization.PrivateFormat.TraditionalOpenSSL  # what `openssl ecparam -genkey -noout` writes
+    (mine / "ann@card.pem").write_bytes(private(pair, form))
+    (mine / "ann@card.pem").chmod(0o600)
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+    with database.reading(store.engine) as session:
+        entry = session.scalars(select(AuditRow).where(AuditRow.action == "version.approve")).one()
+    assert entry.detail["signature"]["key"] == made.fingerprint
+    assert sorted(file.name for file in (store.root / "trust").iterdir()) == [
+        "ann.pem", "ann@card.pem", "keys.json", "olive.pem",
+    ]  # fmt: skip
 
 
 def test_public_keys_are_p256_keys_in_one_spelling(store: Store) -> None:
@@ -84,41 +111,6 @@ def test_public_keys_are_p256_keys_in_one_spelling(store: Store) -> None:
     for other in (pem(ec.generate_private_key(ec.SECP384R1())), pem(ed25519.Ed25519PrivateKey.generate()), b"x"):
         with pytest.raises(UsageError):
             keys.enrol_public_key(store, "ann", other, actor="ann")
-
-
-@pytest.mark.parametrize("content", [b"-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n", None])
-def test_a_broken_private_key_is_refused_without_quoting_it(store: Store, content: bytes | None) -> None:
-    ann = keys.ensure_key(store, "ann")
-    path = store.root / "keys" / "ann.pem"
-    if content is None:
-        key = ec.generate_private_key(ec.SECP384R1())
-        content = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    path.write_bytes(content)
-    with pytest.raises(Refused) as caught:
-        keys.signing_key(store, ann)
-    assert "secret" not in str(caught.value)
-
-
-def test_an_openssl_key_signs_from_outside_the_store(
-    store: Store, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pair = ec.generate_private_key(ec.SECP256R1())
-    sec1 = pair.private_bytes(  # what `openssl ecparam -genkey -noout` writes
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-    )
-    mine = tmp_path / "mine"
-    mine.mkdir(mode=0o700)
-    (mine / "ann.pem").write_bytes(sec1)
-    (mine / "ann.pem").chmod(0o600)
-    keys.enrol_public_key(store, "ann", pem(pair), actor="olive")
-    with pytest.raises(Refused, match="the private key is not here"):
-        approve(store, version, approver="ann")
-    monkeypatch.setenv("TUNESMITH_KEYS", str(mine))
-    approve(store, version, approver="ann")
-    assert require_approved(store, version).approver == "ann"
-    assert not (store.root / "keys" / "ann.pem").exists()
 
 
 # Keys that are replaced or stolen: what an old key signed before its end counts, what it signs after does not
@@ -183,6 +175,7 @@ def test_what_the_old_key_signed_before_it_was_retired_counts(store: Store, vers
 def test_what_a_retired_key_signs_does_not_count(store: Store, version: Version, happened: Happened) -> None:
     keys.ensure_key(store, "ann")
     prepared = prepare_approval(store, version, "ann")
+    first = identities.get_user(store, "ann").fingerprint
     old = sign(prepared, keys.load_signing_key(store, identities.get_user(store, "ann")))
     signer = keys.signing_key(store, identities.get_user(store, "olive"))
     rotate(store, "ann")
@@ -192,13 +185,7 @@ def test_what_a_retired_key_signs_does_not_count(store: Store, version: Version,
     with pytest.raises(Untrusted, match="ann's key key-1, which was retired before"):
         submit_approval(store, old)
     # The same, put into the store and its log by somebody who can write both.
-    envelope = json.loads(old)
-    statement = Approval.model_validate(prepared.statement["predicate"])
-    body = {"parents": {"version": version.digest}, "body": statement.model_dump(mode="json")}
-    record = Record(kind="approval", blobs={ENVELOPE: store.put_bytes(old)}, **body)
-    key = f"sha256:{envelope['signatures'][0]['keyid']}"
-    with store.change("ann", "version.approve", version.digest, signature_entry(key, record.digest)) as session:
-        store.put_record(record, session)
+    put_approval(store, version, Approval.model_validate(prepared.statement["predicate"]), old, key=first)
     assert "which was retired before" in serving(store, version).message
     with pytest.raises(Refused, match="which was retired before"):
         require_approved(store, version)
@@ -298,18 +285,6 @@ def test_a_clock_set_back_does_not_help_a_thief(
     happened("does not count", 2)
 
 
-def test_an_entry_can_be_named_where_no_clock_can_be_believed(store: Store, version: Version) -> None:
-    approve(store, version, approver="ann")
-    entry = head(store) + 1
-    stolen = another(store, 1)
-    ended = users.revoke_key(store, "olive", "key-1", since=str(entry))
-    assert (ended.until, ended.invalidated) == (entry, (stolen.label,))
-    assert serving(store, version).granted
-    for wrong in ("0", "100000", "yesterday", "2031-01-01T00:00:00", (now() + timedelta(days=1)).isoformat()):
-        with pytest.raises(UsageError):
-            users.revoke_key(store, "olive", "key-1", since=wrong)
-
-
 @pytest.mark.attack("people", "a thief enrols a key of their own with a stolen key")
 def test_a_key_enrolled_by_a_thief_falls_with_the_stolen_one(
     store: Store, version: Version, happened: Happened
@@ -321,8 +296,11 @@ def test_a_key_enrolled_by_a_thief_falls_with_the_stolen_one(
     (store.root / "keys" / "eve.pem").unlink()
     keys.create_key(store, "eve", actor="eve", label="second")  # proved with the thief's key
     stolen = register(store, name="other", verdict=put_chain(store, seed=5).verdict, actor="eve")
+    for wrong in ("0", "100000", "yesterday", "2031-01-01T00:00:00", (now() + timedelta(days=1)).isoformat()):
+        with pytest.raises(UsageError):
+            users.revoke_key(store, "eve", "key-1", since=wrong)
     ended = users.revoke_key(store, "eve", "key-1", since=str(entry))
-    assert (ended.also_revoked, ended.invalidated) == (("thief", "second"), (stolen.label,))
+    assert (ended.until, ended.also_revoked, ended.invalidated) == (entry, ("thief", "second"), (stolen.label,))
     assert serving(store, stolen).reason == "signer"
     with pytest.raises(Refused, match="all keys of eve were retired or revoked"):
         keys.ensure_key(store, "eve")
@@ -332,18 +310,16 @@ def test_a_key_enrolled_by_a_thief_falls_with_the_stolen_one(
 
 @pytest.mark.attack("people", "a thief enrols keys as an admin whose key was stolen")
 def test_keys_that_a_thief_gave_as_an_admin_are_named(store: Store, happened: Happened) -> None:
-    def pem() -> str:
-        public = ec.generate_private_key(ec.SECP256R1()).public_key()
-        form = serialization.PublicFormat.SubjectPublicKeyInfo
-        return public.public_bytes(serialization.Encoding.PEM, form).decode()
+    def drawn() -> str:
+        return pem(ec.generate_private_key(ec.SECP256R1())).decode()
 
     keys.ensure_key(store, "olive")
-    user_keys.enrol_key(store, "ann", pem(), actor="olive", label="before")
+    user_keys.enrol_key(store, "ann", drawn(), actor="olive", label="before")
     entry = head(store) + 1
     keys.create_key(store, "olive", actor="olive", label="proven")
-    user_keys.enrol_key(store, "olive", pem(), actor="olive", label="own")
-    user_keys.enrol_key(store, "ann", pem(), actor="olive", label="hers")
-    identities.add_user(store, "eve", ["approver"], actor="olive", public_key=pem())
+    user_keys.enrol_key(store, "olive", drawn(), actor="olive", label="own")
+    user_keys.enrol_key(store, "ann", drawn(), actor="olive", label="hers")
+    identities.add_user(store, "eve", ["approver"], actor="olive", public_key=drawn())
     identities.add_user(store, "zoe", ["approver"], actor="olive")
     ended = users.revoke_key(store, "olive", "key-1", since=str(entry))
     assert ended.also_revoked == ("proven",)
@@ -421,23 +397,3 @@ def test_a_key_is_enrolled_once_for_ever(store: Store, happened: Happened) -> No
     with pytest.raises(UsageError, match="has a key key-1 already"):
         keys.create_key(store, "ann", actor="ann", label="key-1")
     happened("refused", 4)
-
-
-def test_a_key_made_elsewhere_takes_over(store: Store, version: Version) -> None:
-    """ann signs with the newest active key whose private half is here, under any label."""
-    keys.ensure_key(store, "ann")
-    pair = ec.generate_private_key(ec.SECP256R1())
-    formats = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    public = pair.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    made = keys.enrol_public_key(store, "ann", public, actor="ann", label="card")
-    assert keys.signing_key(store, identities.get_user(store, "ann")).name == "ann.pem"  # the new one is not here
-    path = store.root / "keys" / "ann@card.pem"
-    path.write_bytes(pair.private_bytes(*formats))
-    path.chmod(0o600)
-    approve(store, version, approver="ann")
-    with database.reading(store.engine) as session:
-        entry = session.scalars(select(AuditRow).where(AuditRow.action == "version.approve")).one()
-    assert entry.detail["signature"]["key"] == made.fingerprint
-    assert sorted(file.name for file in (store.root / "trust").iterdir()) == [
-        "ann.pem", "ann@card.pem", "keys.json", "olive.pem",
-    ]  # fmt: skip

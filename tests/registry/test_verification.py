@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from model_signing import hashing, signing, verifying
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import CryptoSigner
 
 from tests.fabricate import Chain, approve, put_chain, put_verdict
 from tunesmith.core.digests import canonical, digest_bytes
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.registry.registration import register
+from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.signatures import private_copy, verify_signature
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
 from tunesmith.store.people import identities
+from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.store import Store
 
 
@@ -38,7 +46,11 @@ def folder(store: Store, version: Version) -> Path:
     return store.root / "versions" / "intents" / "v1"
 
 
-def test_a_whole_store_verifies_and_says_what_it_looked_at(store: Store, version: Version) -> None:
+def test_a_whole_store_verifies_and_says_what_it_looked_at(store: Store, version: Version, tmp_path: Path) -> None:
+    assert list(problems(tmp_path).values()) == ["the store holds no version intents@v1"]  # nor a list of trusted keys
+    for label in ("intents", "intents@v0", "../x@v1", "Intents@v1", "intents@v1\n", "@v1"):
+        with pytest.raises(UsageError):
+            verify_version(store, label)
     approve(store, version, approver="ann")
     found = verify_version(store, version.label)
     files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
@@ -47,7 +59,7 @@ def test_a_whole_store_verifies_and_says_what_it_looked_at(store: Store, version
     assert any(note.startswith("approved by ann") for note in found.notes)
 
 
-def test_a_flipped_byte_in_any_file_is_found(store: Store, version: Version) -> None:
+def test_a_flipped_byte_in_any_file_is_found(store: Store, version: Version, folder: Path) -> None:
     put_chain(store, seed=1)  # what another version rests on counts too: the whole store is held against its names
     approve(store, version, approver="ann")
     files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
@@ -59,7 +71,13 @@ def test_a_flipped_byte_in_any_file_is_found(store: Store, version: Version) -> 
             flip(path, offset)
             assert str(path.relative_to(store.root)) in problems(store.root), f"byte {offset} of {path}"
             path.write_bytes(whole)
-    release = json.loads((store.root / "versions" / "intents" / "v1" / "release.json").read_bytes())
+    signature = folder / "model.sig"
+    whole = signature.read_bytes()
+    for offset in range(0, len(whole), 41):
+        flip(signature, offset)
+        assert not verify_version(store, "intents@v1", whole_store=False).ok, f"byte {offset}: {whole[offset:][:1]!r}"
+        signature.write_bytes(whole)
+    release = json.loads((folder / "release.json").read_bytes())
     needed = {name.removeprefix("sha256:") for name in (*release["body"]["records"], *release["body"]["blobs"])}
     for path in [each for each in files if each.stem in needed or "versions" in each.parts][::3]:
         whole = path.read_bytes()
@@ -71,20 +89,6 @@ def test_a_flipped_byte_in_any_file_is_found(store: Store, version: Version) -> 
     assert list(problems(store.root)) == ["trust/keys.json"]
     shutil.move(store.root / "keys.json", store.root / "trust" / "keys.json")
     assert problems(store.root) == {}, "a whole store verifies without a database"
-
-
-def test_no_byte_of_a_signature_is_free(store: Store, folder: Path) -> None:
-    path = folder / "model.sig"
-    whole = path.read_bytes()
-    for offset in range(0, len(whole), 41):
-        flip(path, offset)
-        assert not verify_version(store, "intents@v1", whole_store=False).ok, f"byte {offset}: {whole[offset:][:1]!r}"
-        path.write_bytes(whole)
-
-
-def test_a_version_that_was_never_registered_is_named(tmp_path: Path) -> None:
-    """A store without a version has no list of trusted keys either, which would say nothing of it."""
-    assert list(problems(tmp_path).values()) == ["the store holds no version intents@v1"]
 
 
 ADDITIONS: dict[str, Callable[[Path], object]] = {
@@ -132,18 +136,14 @@ def test_a_copy_under_another_name_or_number_is_refused(store: Store, folder: Pa
     assert "versions/intents/v1" in problems(store.root)
 
 
-def test_a_key_that_is_not_trusted_is_refused(store: Store, version: Version, tmp_path: Path) -> None:
-    mine = tmp_path / "mine.json"
-    listed = json.loads((store.root / "trust" / "keys.json").read_bytes())
+def test_the_verifiers_own_key_list_counts(store: Store, version: Version, tmp_path: Path) -> None:
+    theirs, mine = tmp_path / "theirs.json", tmp_path / "mine.json"
+    theirs.write_bytes((store.root / "trust" / "keys.json").read_bytes())
+    assert verify_version(store, version.label, trust=theirs).ok
+    listed = json.loads(theirs.read_bytes())
     mine.write_bytes(canonical([key for key in listed if key["user"] != "olive"]))
-    assert verify_version(store, version.label, trust=store.root / "trust" / "keys.json").ok
     [problem] = verify_version(store, version.label, trust=mine).problems
     assert "not trusted here" in problem.reason
-
-
-def test_the_verifiers_own_key_list_counts(store: Store, version: Version, tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs.json"
-    theirs.write_bytes((store.root / "trust" / "keys.json").read_bytes())
     # An attacker with the whole store makes everything anew with a key of their own, under the same names.
     other = Store(tmp_path / "forged")
     identities.ensure_owner(other)
@@ -211,10 +211,140 @@ def test_what_does_not_belong_into_a_store_is_named(store: Store, version: Versi
     assert any(f"{SCRATCH}left" in note for note in found.notes)
 
 
+# Genuine signatures of a trusted signer about something else than what lies there, which model-signing may pass
+
+
+def check(store: Store, folder: Path) -> TrustedKey:
+    with private_copy(folder) as copy:
+        return verify_signature(copy, identities.trusted_keys(store))
+
+
+def statement_in(folder: Path) -> dict[str, Any]:
+    bundle = json.loads((folder / "model.sig").read_bytes())
+    return json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+
+
+def sign_statement(store: Store, folder: Path, statement: object, user: str = "olive") -> None:
+    """Put a genuine signature of a user over any statement into the folder."""
+    signer = CryptoSigner(keys.load_signing_key(store, identities.get_user(store, user)))
+    envelope = Envelope(canonical(statement), "application/vnd.in-toto+json", {})
+    envelope.sign(signer)
+    dsse = envelope.to_dict()
+    dsse["signatures"][0]["keyid"] = ""
+    hint = (identities.get_user(store, user).fingerprint or "").removeprefix("sha256:")
+    bundle = {
+        "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+        "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+        "dsseEnvelope": dsse,
+    }
+    (folder / "model.sig").write_bytes(canonical(bundle))
+
+
+def stock_verify(store: Store, folder: Path, hashes: hashing.Config | None = None) -> None:
+    """What model-signing does by itself."""
+    how = verifying.Config().use_elliptic_key_verifier(public_key=store.root / "trust" / "olive.pem")
+    (how.set_hashing_config(hashes) if hashes else how).verify(folder, folder / "model.sig")
+
+
+def test_a_folder_as_signed_names_its_signer(store: Store, folder: Path) -> None:
+    assert check(store, folder).user == "olive"
+    sign_statement(store, folder, statement_in(folder))  # the forger of these tests can make a good one
+    assert check(store, folder).user == "olive"
+
+
+def test_an_ignore_list_that_covers_the_weights_is_refused(store: Store, folder: Path) -> None:
+    (folder / "model.sig").unlink()
+    hashes = hashing.Config().set_ignored_paths(paths=["adapter_model.safetensors", "model.sig"])
+    key = keys.signing_key(store, identities.get_user(store, "olive"))
+    signing.Config().use_elliptic_key_signer(private_key=key).set_hashing_config(hashes).sign(
+        folder, folder / "model.sig"
+    )
+    (folder / "model.sig").write_bytes(canonical(json.loads((folder / "model.sig").read_bytes())))
+    (folder / "adapter_model.safetensors").write_bytes(b"anything")
+    stock_verify(store, folder)  # the trap: it is content
+    with pytest.raises(Refused, match="not among the files that were signed") as caught:
+        check(store, folder)
+    assert str(caught.value.where).endswith("v1/adapter_model.safetensors")
+
+
+def edit(path: tuple[str | int, ...], value: object) -> Callable[[dict[str, Any]], None]:
+    def change(statement: dict[str, Any]) -> None:
+        place: Any = statement
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+
+    return change
+
+
+def test_a_private_copy_is_private_and_goes_away(store: Store, folder: Path) -> None:
+    with pytest.raises(Refused) as caught, private_copy(folder) as copy:  # noqa: PT012
+        assert copy.parent.stat().st_mode & 0o777 == 0o700
+        assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
+        shutil.rmtree(folder)
+        assert verify_signature(copy, identities.trusted_keys(store)).user == "olive"
+        raise Refused("no", where=f"{copy / 'release.json'}")
+    assert not copy.exists()
+    assert caught.value.where == str(folder / "release.json")
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "empty manifest": edit(("predicate", "resources"), []),
+    "no manifest": lambda statement: statement["predicate"].pop("resources"),
+    "one file left out": lambda statement: statement["predicate"]["resources"].pop(),
+    "another digest": edit(("predicate", "resources", 0, "digest"), "0" * 64),
+    "another name": edit(("predicate", "resources", 0, "name"), "../release.json"),
+    "other folder": edit(("subject", 0, "name"), "v2"),
+    "no subject": edit(("subject",), []),
+    "older format": edit(("predicateType",), "https://model_signing/Digests/v0.1"),
+    "links allowed": edit(("predicate", "serialization", "allow_symlinks"), True),
+    "more than asked": edit(("predicate", "note"), "trust me"),
+    "nothing": lambda statement: statement.clear(),
+    "no files": edit(("predicate",), {"resources": [1]}),
+}
+
+
+@pytest.mark.parametrize("name", [*EDITS, "no object"])
+def test_a_signed_statement_about_other_files_is_refused(store: Store, folder: Path, name: str) -> None:
+    statement = statement_in(folder)
+    EDITS.get(name, lambda _: None)(statement)
+    sign_statement(store, folder, None if name == "no object" else statement)
+    with pytest.raises(Refused):
+        check(store, folder)
+
+
 @pytest.mark.parametrize(
-    "label",
-    ["intents", "intents@v0", "../x@v1", "Intents@v1", "intents@v1\n", "@v1"],
+    "change",
+    [
+        edit(("mediaType",), "application/vnd.dev.sigstore.bundle+json;version=0.2"),
+        edit(("verificationMaterial", "publicKey", "hint"), None),
+        edit(("dsseEnvelope", "payloadType"), "application/json"),
+        edit(("dsseEnvelope", "signatures"), []),
+        lambda bundle: bundle["dsseEnvelope"]["signatures"].append(bundle["dsseEnvelope"]["signatures"][0]),
+    ],
 )
-def test_a_label_that_is_none_is_wrong_usage(store: Store, label: str) -> None:
-    with pytest.raises(UsageError):
-        verify_version(store, label)
+def test_a_bundle_in_another_form_is_refused(
+    store: Store, folder: Path, change: Callable[[dict[str, Any]], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = json.loads((folder / "model.sig").read_bytes())
+    change(bundle)
+    (folder / "model.sig").write_bytes(canonical(bundle))
+    with pytest.raises(Refused):
+        check(store, folder)
+    assert capsys.readouterr().out == ""  # stdout is the JSON document's alone
+
+
+def test_another_users_hint_or_another_spelling_is_refused(store: Store, folder: Path) -> None:
+    path = folder / "model.sig"
+    whole = json.loads(path.read_bytes())
+    path.write_text(json.dumps(whole, indent=1))
+    stock_verify(store, folder, hashing.Config().set_ignored_paths(paths=["model.sig"], ignore_git_paths=False))
+    with pytest.raises(Refused):
+        check(store, folder)
+    keys.ensure_key(store, "ann")
+    sign_statement(store, folder, statement_in(folder), user="ann")
+    bundle = json.loads(path.read_bytes())
+    bundle["verificationMaterial"] = whole["verificationMaterial"]
+    path.write_bytes(canonical(bundle))
+    with pytest.raises(Refused, match="not olive's"):
+        check(store, folder)
