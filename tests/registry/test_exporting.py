@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,91 +55,82 @@ def approved(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@dataclass
-class _Case:
-    words: tuple[str, ...]
-    files: set[str]
-    largest: float
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+MERGED = {"config.json", "generation_config.json", "chat_template.jinja", "model.safetensors", "tokenizer.json",
+          "tokenizer_config.json"}  # fmt: skip
 
 
-_CASES = {
-    "peft": _Case(("--as", "peft"), {"adapter_config.json", "adapter_model.safetensors"}, 2e-3),
-    "merged": _Case(
-        ("--as", "merged", "--dtype", "fp32"),
-        {
-            "config.json",
-            "generation_config.json",
-            "chat_template.jinja",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        },
-        2e-3,
-    ),
-    "merged-bf16": _Case(("--as", "merged"), set(), 1.0),
-    "gguf": _Case(("--as", "gguf", "--dtype", "fp32"), {"model.gguf"}, 2e-3),
-}
-
-
-@pytest.mark.parametrize("name", _CASES)
-def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp_path: Path) -> None:
-    case = _CASES[name]
-    given = call(approved, "export", "tiny@v1", str(tmp_path / "out"), *case.words)
-    folder = tmp_path / "out"
+@pytest.mark.parametrize(
+    ("form", "dtype", "files", "largest"),
+    [("peft", None, ADAPTER, 2e-3), ("merged", "fp32", MERGED, 2e-3), ("merged", None, set(), 1.0),
+     ("gguf", "fp32", {"model.gguf"}, 2e-3)],
+)  # fmt: skip
+def test_an_export_is_compared_recorded_and_shown(
+    form: str, dtype: str | None, files: set[str], largest: float, approved: Path, tmp_path: Path
+) -> None:
+    folder, words = tmp_path / "out", ("--as", form, *(("--dtype", dtype) if dtype else ()))
+    given = call(approved, "export", "tiny@v1", str(folder), *words)
     assert given["outcome"] == "pass"
     assert {path.name for path in folder.iterdir()} == set(given["files"])
-    assert set(given["files"]) >= case.files | {"tunesmith.json"}
+    assert set(given["files"]) >= files | {"tunesmith.json"}
     for file, facts in given["files"].items():
         assert facts == {"digest": digest_file(folder / file), "bytes": (folder / file).stat().st_size}
         assert (folder / file).stat().st_mode & 0o777 == folder.stat().st_mode & 0o666, "the umask decides who reads it"
     equality = given["equality"]
-    assert equality["export"]["max_difference"] < case.largest
+    assert equality["export"]["max_difference"] < largest
     assert equality["adapter_moves"]["max_difference"] > 10 * equality["export"]["max_difference"]
     assert equality["served"]["max_difference"] < 0.1
     assert equality["engine"] == "native"
     provenance = json.loads((folder / "tunesmith.json").read_text())
     version = call(approved, "show", "tiny@v1")
     assert (provenance["version"], provenance["digest"]) == ("tiny@v1", version["digest"])
-    assert provenance["system"] == "Answer with JSON."
-    assert provenance["copied"] == ["room"]
+    assert (provenance["system"], provenance["copied"]) == ("Answer with JSON.", ["room"])
     assert [" schema: " in given["notes"][0], "copies room from the request" in given["notes"][1]] == [True, True]
     (shown,) = [child for child in version["children"] if child["digest"] == given["export"]]
     assert shown["says"].startswith(f"{given['form']} {given['dtype']}: pass, log-probabilities within ")
     assert exports(Project.load(approved).store)[-1] == given["export"]
-    assert call(approved, "export", "tiny@v1", str(tmp_path / "again"), *case.words)["export"] == given["export"]
     assert call(approved, "verify", "tiny@v1")["ok"]
+    for file in files & ADAPTER:
+        signed = approved / ".tunesmith" / "versions" / "tiny" / "v1" / file
+        assert (folder / file).read_bytes() == signed.read_bytes()
+    if form == "merged" and dtype:
+        _peft_and_transformers_agree(approved, folder)
+        with pytest.raises(UsageError, match="exists already"):
+            call(approved, "export", "tiny@v1", str(folder), *words)
+        again = call(approved, "export", "tiny@v1", str(tmp_path / "again"), *words)
+        assert again["export"] == given["export"]
 
 
-def test_peft_and_transformers_agree_with_the_merged_export(approved: Path, tmp_path: Path) -> None:
-    call(approved, "export", "tiny@v1", str(tmp_path / "a"), "--as", "peft")
-    call(approved, "export", "tiny@v1", str(tmp_path / "m"), "--as", "merged", "--dtype", "fp32")
+@torch.no_grad()
+def _peft_and_transformers_agree(approved: Path, merged: Path) -> None:
     signed = approved / ".tunesmith" / "versions" / "tiny" / "v1"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (signed / name).read_bytes()
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(approved / "model", dtype=torch.float32)
 
-    with torch.no_grad():
-        by_peft = PeftModel.from_pretrained(base(), str(tmp_path / "a")).merge_and_unload().eval()(IDS).logits
-        model = base()
-        model.load_adapter(str(tmp_path / "a"))
-        by_transformers = model.eval()(IDS).logits
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()(IDS).logits
-    assert torch.allclose(by_peft, merged, atol=1e-5)
-    assert torch.allclose(by_transformers, merged, atol=1e-5)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    by_peft = PeftModel.from_pretrained(base(), str(signed)).merge_and_unload().eval()(IDS).logits
+    model = base()
+    model.load_adapter(str(signed))
+    expected = AutoModelForCausalLM.from_pretrained(merged).eval()(IDS).logits
+    assert torch.allclose(by_peft, expected, atol=1e-5)
+    assert torch.allclose(model.eval()(IDS).logits, expected, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "turn on"}], tokenize=False).startswith("<|im_")
 
 
-def test_what_nobody_approved_is_not_exported(released: Path, approved: Path, tmp_path: Path) -> None:
+def test_what_nobody_approved_or_tuned_is_not_exported(released: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not approved"):
         call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
     with pytest.raises(Refused, match=r"version.export|may not|it takes"):
         call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UsageError, match="exists already"):
-        call(approved, "export", "tiny@v1", str(tmp_path), "--as", "merged")
+    folder = write_project(tmp_path / "p", candidates={"plain": settings()["candidates"]["plain"]})  # type: ignore[index]
+    project = Project.load(folder)
+    project.run()
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    call(folder, "approve", "tiny@v1", "--as", "ann")
+    with pytest.raises(UsageError, match="has no weights to export"):
+        call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
 
 
 @pytest.mark.parametrize("gone", ["ann", "eddy"])
@@ -191,25 +181,8 @@ def test_an_export_that_is_not_what_was_measured_is_refused(
         child for child in call(approved, "show", "tiny@v1")["children"] if child["short"] in str(caught.value.where)
     ]
     assert f"{form} fp32: fail" in record["says"], "the figures stay as evidence"
-
-
-def test_an_adapter_too_small_to_be_missed_decides_nothing(
-    approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tunesmith.engines.native import export_check as equality
-
-    monkeypatch.setattr(equality, "TOLERANCE", {"bf16": {"max": 1e6, "mean": 1e6}})
+    # Where a missing adapter would not be noticed, the comparison decides nothing.
+    monkeypatch.setattr(export_check, "TOLERANCE", {"fp32": {"max": 1e6, "mean": 1e6}})
     with pytest.raises(Inconclusive, match="a missing one would not be noticed"):
-        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+        call(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_untuned_version_has_nothing_to_export(tmp_path: Path) -> None:
-    candidates = {"plain": settings()["candidates"]["plain"]}  # type: ignore[index]
-    folder = write_project(tmp_path / "p", candidates=candidates)
-    project = Project.load(folder)
-    project.run()
-    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    call(folder, "approve", "tiny@v1", "--as", "ann")
-    with pytest.raises(UsageError, match="has no weights to export"):
-        call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
