@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from tests.said import SaidAndNoted
 from tests.tiny import write_model
@@ -27,7 +26,7 @@ from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
 from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
 from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
-from tunesmith.training.settings import MetricsSettings, TrainSettings, recorded_settings
+from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
 from tunesmith.training.train import make_spec, run_training
@@ -106,43 +105,32 @@ def stopping(clock: Callable[[], float], reads: int) -> Callable[[], float]:
     return read
 
 
-@pytest.mark.parametrize("stops", [(119,), (121, 10), (60, 30, 20)])
+@pytest.mark.parametrize("stops", [(121, 10), (60, 30, 20), (4 * 30 + 20,)])
 def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path, stops: tuple[int, ...]) -> None:
     """A training is stopped, its machine becomes slower and faster, and its record repeats it without a clock."""
-    made = spec(tmp_path)
+    made, path = spec(tmp_path), tmp_path / "work" / "decisions.json"
     for number, reads in enumerate(stops):
         with pytest.raises(Stopped):
             train(made, stopping(stepping((1.0, 3.0, 0.2)[number]), reads))
-    done = train(made, stepping(0.7))
+    decided, kept = read_decisions(path), path.read_bytes()
+    assert decided is not None
+    path.write_text("{")
+    with pytest.raises(Refused, match="cannot be read") as refused:
+        train(made, stepping(1.0))
+    assert "--restart" in str(refused.value.fix)
+    path.unlink()
+    with pytest.raises(Refused, match="decided before it was stopped is missing") as refused:
+        train(made, stepping(1.0), before=None)  # new decisions would be recorded as those of all steps
+    assert "--restart" in str(refused.value.fix)
+    path.write_bytes(kept)
+    done = train(made, stepping(0.001 if len(stops) == 1 else 0.7))
+    if len(stops) == 1:  # it stands although the machine is faster
+        assert [each.start for each in decided.decays] == [30]
+        assert (done.decisions, done.state.step) == (decided, 40)
     repeated = train(spec(tmp_path, work="again", decisions=done.decisions), stepping(1e9), before=None)
     assert weights(repeated) == weights(done)
     assert repeated.decisions == done.decisions
     assert repeated.state.step == done.state.step
-
-
-def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path: Path) -> None:
-    made = spec(tmp_path)
-    with pytest.raises(Stopped):
-        train(made, stopping(stepping(1.0), 4 * 30 + 20))
-    decided = read_decisions(made.work / "decisions.json")
-    assert decided is not None
-    assert [each.start for each in decided.decays] == [30]
-    done = train(made, stepping(0.001))
-    assert done.decisions == decided
-    assert done.state.step == 40
-
-
-def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None:
-    made = spec(tmp_path, SETTINGS.model_copy(update={"budget": 100.0}))
-    with pytest.raises(Stopped):
-        train(made, stopping(stepping(1.0), 4 * 80))
-    done = train(made, stepping(1.5))
-    assert done.decisions is not None
-    first, second, *_ = done.decisions.decays
-    assert second.start < second.stop < first.stop == 100
-    assert done.state.step == done.decisions.decays[-1].stop
-    rates = [each["learning_rate"] for each in done.state.curve]
-    assert rates[-1] < rates[second.start] < rates[first.start]
 
 
 def _take(state: TrainerState, seconds: float, rate: float = 1.0) -> None:
@@ -152,15 +140,27 @@ def _take(state: TrainerState, seconds: float, rate: float = 1.0) -> None:
     state.curve.append({"step": state.step, "seconds": seconds, "learning_rate": rate})
 
 
-@pytest.mark.parametrize("slower", [1.0, 1.6, 4.0, 10.0, 20.0])
-def test_steps_that_get_slower_in_the_fall_overrun_a_budget_by_five_percent(slower: float) -> None:
-    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=0.0)
-    schedule, state = Annealed(10_000, TrainSettings(budget=1000), before, None, budget=1000.0), TrainerState()
+def _annealed(before: Decisions, budget: float, took: Callable[[TrainerState], float], steps: int = 10_000) -> Any:
+    """The schedule and the state of a training to its end. took: how long its next step takes."""
+    schedule, state = Annealed(steps, TrainSettings(budget=budget), before, None, budget=budget), TrainerState()
     while state.ended is None:
-        _take(state, 1.0 if state.seconds < 760 else slower)
+        _take(state, took(state))
         schedule.decide(state)
-    assert 1000 <= state.seconds <= 1050 + 2 * slower
-    assert len(schedule.decisions.decays) <= 3
+    return schedule, state
+
+
+def test_a_budget_is_spent_and_overrun_by_five_percent_at_most() -> None:
+    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=0.0)
+    for slower in (1.0, 4.0, 20.0):
+        schedule, state = _annealed(before, 1000.0, lambda now: 1.0 if now.seconds < 760 else slower)  # noqa: B023
+        assert 1000 <= state.seconds <= 1050 + 2 * slower
+        assert len(schedule.decisions.decays) <= 3
+    # Three quarters of what measuring left at a constant rate, and the fall in the last one.
+    schedule, _ = _annealed(before.model_copy(update={"seconds": 46.0}), 60.0, lambda _: 1.0)
+    (decay,) = schedule.decisions.decays
+    assert (decay.start, decay.stop) == (11, 15)
+    _, state = _annealed(before, 1e6, lambda _: 1.0, steps=30)
+    assert (state.step, state.ended) == (30, "all epochs are done")
 
 
 def _scores(values: Iterator[float]) -> AnswerScore:
@@ -185,13 +185,6 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     assert done.state.best >= best
     assert any("validation score 70.0%" in line for line in said.lines)
     assert done.score == {"metric": "exact_match", "rows": 40}
-
-
-def test_all_epochs_end_a_budget_that_is_longer(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"budget": 1e6, "patience": None, "epochs": 2})
-    done = train(spec(tmp_path, settings), stepping(1.0))
-    assert done.state.step == 30
-    assert done.state.ended == "all epochs are done"
 
 
 def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
@@ -252,44 +245,22 @@ def _decide(folder: Path, settings: TrainSettings, answer: float) -> tuple[Decis
     ), asked
 
 
-def test_slow_answers_use_up_no_budget(tmp_path: Path) -> None:
-    """Where a few answers show that none will be scored, no more are measured; a budget of which they take more than
-    half is refused."""
-    settings = TrainSettings(budget=60)
-    made, asked = _decide(tmp_path / "quick", settings, 0.001)
-    assert (asked, made.scored_rows) == ([4, 32], 200)
-    made, asked = _decide(tmp_path / "slow", settings, 2.0)
-    assert (asked, made.scored_rows, made.seconds) == ([4], 0, 8.0)
-    with pytest.raises(Refused, match=r"take 44 s, of which measuring took 40 s, more than half of it") as told:
-        _decide(tmp_path / "slower", settings, 10.0)
-    assert told.value.fix == "set budget to 440s or more, or set validate_by: loss, which measures no answers"
-
-
-def test_a_stated_warmup_holds_within_a_budget(tmp_path: Path) -> None:
+def test_what_is_decided_beforehand(tmp_path: Path) -> None:
+    """Sixteen validations in all, where all epochs take less than the budget, too; fewer where they would take more
+    than 0.15 of it. Where a few answers show that none will be scored, no more are measured; a budget of which they
+    take more than half is refused."""
+    for budget, answer, steps in ((1_600.0, 0.001, 100), (100_000.0, 0.001, 625), (100_000.0, 1.0, 625),
+                                  (16_000.0, 1.0, 833)):  # fmt: skip
+        made, asked = _decide(tmp_path / f"{budget} {answer}", TrainSettings(budget=budget), answer)
+        assert (asked, made.scored_rows, made.validate_every) == ([4, 32], 200, steps)
     for share, steps in ((0.2, 2000), (0.05, 100), (0.001, 10)):
         made, _ = _decide(tmp_path / f"{share}", TrainSettings(budget=10_000, warmup=share), 0.001)
         assert made.warmup == steps
-
-
-def test_few_rows_are_validated_as_often_as_many(tmp_path: Path) -> None:
-    """Sixteen times in all, where all epochs take less than the budget, too; fewer times where that would take more
-    than 0.15 of it."""
-    for budget, answer, steps in ((1_600.0, 0.001, 100), (100_000.0, 0.001, 625), (100_000.0, 1.0, 625),
-                                  (16_000.0, 1.0, 833)):  # fmt: skip
-        made, _ = _decide(tmp_path / f"{budget} {answer}", TrainSettings(budget=budget), answer)
-        assert made.scored_rows == 200
-        assert made.validate_every == steps
-
-
-def test_what_measuring_left_of_a_budget_is_spent() -> None:
-    """Three quarters of the time that is left at a constant rate, and the fall in the last one."""
-    before = Decisions(warmup=5, validate_every=1000, scored_rows=0, seconds=46.0)
-    schedule, state = Annealed(10_000, TrainSettings(budget=60), before, None, budget=60.0), TrainerState()
-    while state.ended is None:
-        _take(state, 1.0)
-        schedule.decide(state)
-    (decay,) = schedule.decisions.decays
-    assert (decay.start, decay.stop) == (11, 15)
+    made, asked = _decide(tmp_path / "slow", TrainSettings(budget=60), 2.0)
+    assert (asked, made.scored_rows, made.seconds) == ([4], 0, 8.0)
+    with pytest.raises(Refused, match=r"take 44 s, of which measuring took 40 s, more than half of it") as told:
+        _decide(tmp_path / "slower", TrainSettings(budget=60), 10.0)
+    assert told.value.fix == "set budget to 440s or more, or set validate_by: loss, which measures no answers"
 
 
 def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,56 +268,22 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), SaidAndNoted()
     monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda *_: (0.001, 0.1))
     done = train(made, stepping(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
-    assert any(
-        "validating by the probability of the expected answers: within this budget 5 answers" in line
-        for line in said.lines
-    )
-    assert (
-        "validating by the probability of the expected answers: fewer than 30 answers fit into 2.5% of the budget"
-        in done.notices
-    )
+    assert any("within this budget 5 answers" in line for line in said.lines)
+    assert any("fewer than 30 answers fit into 2.5% of the budget" in notice for notice in done.notices)
     assert done.score is None
     assert all("score" not in each for each in done.state.validation)
 
 
-def test_answers_to_validation_rows_are_part_of_the_expected_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tunesmith.training.scoring.Validation.answer_seconds", lambda *_: 100.0)
-    settings = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=2)
-    score = _scores(itertools.repeat(0.5))
-    scored = train(spec(tmp_path, settings, work="scored"), ticking(1.0), before=None, score=score)
-    assert scored.estimate.seconds >= 2 * 40 * 100.0
-    by_loss = train(spec(tmp_path, settings, work="by-loss"), ticking(1.0), before=None)
-    assert by_loss.estimate.seconds < 2 * 40 * 100.0
-    within = train(spec(tmp_path, work="within"), stepping(1.0), score=score)
-    assert within.estimate.seconds <= 40.0, "a budget counts them"
-
-
 @pytest.mark.parametrize(("budget", "timed"), [(None, [4]), ("40s", [4, 32])])
-def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, budget: str | None, timed: list[int]) -> None:
-    asked: list[tuple[bool, int]] = []
+def test_the_untrained_base_is_asked_to_time_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str | None, timed: list[int]
+) -> None:
+    """They are part of the expected time, and so are the copies of a model that is trained in full."""
+    asked, counted = list[tuple[bool, int]](), list[int]()
 
     def score(model: TrainableModel | None, rows: int) -> Score:
         asked.append((model is not None, rows))
         return Score(0.5, 0.1)
-
-    given = {"epochs": 1, "validations": 2} if budget is None else {"budget": budget}
-    settings = TrainSettings.model_validate(
-        {"rank": 4, "batch": 4, "learning_rate": 0.01, "checkpoint_seconds": 1e-9, **given}
-    )
-    scored, said = AnswerScore("exact_match", 40, score), SaidAndNoted()
-    done = train(spec(tmp_path, settings), stepping(1.0), before=None, score=scored, progress=said)
-    assert asked[: len(timed)] == [(False, rows) for rows in timed]
-    assert set(asked[len(timed) :]) == {(True, 40)}
-    assert any("at most about" in line for line in said.lines) == (budget is None)
-    assert budget is None or (done.decisions is not None and done.decisions.scored_rows == 40)
-
-
-def test_copies_of_a_model_trained_in_full_are_counted_where_answers_are_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = list[int]()
 
     def watched(model: TrainableModel, settings: TrainSettings, **given: Any) -> MemoryNeeds:
         needs = memory_needs(model, settings, **given)
@@ -354,63 +291,25 @@ def test_copies_of_a_model_trained_in_full_are_counted_where_answers_are_scored(
         return needs
 
     monkeypatch.setattr("tunesmith.training.train.memory_needs", watched)
-    full = TrainSettings(method="full", batch=4, epochs=1, learning_rate=0.01, validations=1)
-    lora = TrainSettings(rank=4, batch=4, epochs=1, learning_rate=0.01, validations=1)
-    for name, settings, scored in (("scored", full, True), ("by loss", full, False), ("lora", lora, True)):
-        score = _scores(itertools.repeat(0.5)) if scored else None
-        train(spec(tmp_path, settings, work=name), ticking(1.0), before=None, score=score)
-    assert counted == [2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0, 0]
-
-
-def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
-    made = spec(tmp_path)
-    (made.work / "decisions.json").write_text("{")
-    with pytest.raises(Refused, match="cannot be read") as refused:
-        train(made, stepping(1.0))
-    assert "--restart" in str(refused.value.fix)
-
-
-def test_a_checkpoint_without_the_decisions_that_its_steps_obeyed_is_refused(tmp_path: Path) -> None:
-    """New decisions would be recorded as those of all steps."""
-    made = spec(tmp_path)
-    with pytest.raises(Stopped):
-        train(made, stopping(stepping(1.0), 40))
-    (made.work / "decisions.json").unlink()
-    with pytest.raises(Refused, match="decided before it was stopped is missing") as refused:
-        train(made, stepping(1.0), before=None)
-    assert "--restart" in str(refused.value.fix)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"budget": "20x"}, "write a duration such as 20m"),
-        ({"budget": "0s"}, "greater than 0"),
-        ({"budget": "-5m"}, "write a duration such as 20m"),
-        ({"budget": math.nan}, "finite number|greater than 0"),
-        ({"budget": True}, "not true or false"),
-        ({"budget": "999999h"}, "less than or equal to"),
-        ({"budget": "5m", "decay": 0.99999}, "less than or equal to 0.9"),
-        ({"budget": "5m", "epochs": 2}, "set either budget or epochs"),
-        ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
-    ],
-)
-def test_wrong_budgets_are_named(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said) as refused:
-        TrainSettings(**given)
-    assert refused.value.error_count() == 1
-
-
-def test_settings_of_earlier_records_are_read() -> None:
-    """A budget's most epochs were 40."""
-    assert recorded_settings({"budget": 300, "epochs": 40, "rank": 8}) == TrainSettings(budget=300, rank=8)
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1.5h", 5400), (7, 7)])
-def test_durations(text: Any, seconds: float) -> None:
-    settings = TrainSettings(budget=text)
-    assert settings.budget == seconds
-    assert TrainSettings(**settings.model_dump()) == settings
+    given = {"epochs": 1, "validations": 2} if budget is None else {"budget": budget}
+    stated = {"batch": 4, "learning_rate": 0.01, "checkpoint_seconds": 1e-9, **given}
+    settings = TrainSettings.model_validate({"rank": 4, **stated})
+    scored, said = AnswerScore("exact_match", 40, score), SaidAndNoted()
+    done = train(spec(tmp_path, settings), stepping(1.0), before=None, score=scored, progress=said)
+    assert asked[: len(timed)] == [(False, rows) for rows in timed]
+    assert set(asked[len(timed) :]) == {(True, 40)}
+    assert any("at most about" in line for line in said.lines) == (budget is None)
+    if budget is not None:
+        assert done.decisions is not None
+        assert done.decisions.scored_rows == 40
+        assert done.estimate.seconds <= 40.0, "a budget counts them"
+        return
+    monkeypatch.setattr("tunesmith.training.scoring.Validation.answer_seconds", lambda *_: 100.0)
+    full = TrainSettings.model_validate({"method": "full", **stated})
+    for name, each in (("scored", scored), ("by loss", None)):
+        made = train(spec(tmp_path, full, work=name), ticking(1.0), before=None, score=each)
+        assert (made.estimate.seconds >= 2 * 40 * 100.0) == (each is not None)
+    assert counted == [0, 2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0]
 
 
 @given(

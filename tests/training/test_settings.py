@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tunesmith.cli.main import main
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import match_layers
 from tunesmith.training.estimates.estimate import too_few_numbers
-from tunesmith.training.settings import TrainSettings, changed_training
+from tunesmith.training.settings import TrainSettings, changed_training, recorded_settings
 
 PROJECT = """
 name: lights
@@ -96,3 +99,38 @@ def test_unknown_layer_is_refused(wrong: str) -> None:
         match_layers(["q_proj", wrong], TARGETS, "here")
     assert repr(wrong) in refused.value.what
     assert refused.value.where == "here"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"budget": "20x"}, "write a duration such as 20m"),
+        ({"budget": "0s"}, "greater than 0"),
+        ({"budget": "-5m"}, "write a duration such as 20m"),
+        ({"budget": math.nan}, "finite number|greater than 0"),
+        ({"budget": True}, "not true or false"),
+        ({"budget": "999999h"}, "less than or equal to"),
+        ({"budget": "5m", "decay": 0.99999}, "less than or equal to 0.9"),
+        ({"budget": "5m", "epochs": 2}, "set either budget or epochs"),
+        ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
+        ({"rehearse": True}, "rehearse"),
+        ({"method": "full", "b_rate": 1}, "b_rate applies to adapters only"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said) as refused:
+        TrainSettings(**given)
+    assert refused.value.error_count() == 1
+
+
+def test_what_is_read_and_what_follows() -> None:
+    for text, seconds in (("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1.5h", 5400), (7, 7)):
+        settings = TrainSettings(budget=text)  # type: ignore[arg-type]
+        assert settings.budget == seconds
+        assert TrainSettings(**settings.model_dump()) == settings
+    earlier = {"budget": 300, "epochs": 40, "rank": 8}  # a budget's most epochs were 40
+    assert recorded_settings(earlier) == TrainSettings(budget=300, rank=8)
+    full = TrainSettings(method="full")
+    assert TrainSettings().learning_rate == pytest.approx(10 * full.learning_rate)
+    assert TrainSettings(method="full", learning_rate=0.5).learning_rate == 0.5
+    assert TrainSettings.model_validate(full.model_dump(mode="json")) == full
