@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from tests.said import Said
 from tests.tiny import write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.progress import Silent
 from tunesmith.engines import on_ray
 from tunesmith.engines.factory import open_engine
 from tunesmith.engines.on_ray import RayEngine
@@ -22,6 +25,7 @@ from tunesmith.engines.protocol import Generation, Question
 from tunesmith.engines.settings import RaySettings
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
+from tunesmith.training.launchers.on_ray import _fit, _Written
 
 
 class _Lost(Exception):
@@ -153,3 +157,33 @@ def test_more_workers_than_this_machine_holds(
     cluster(_StandIn())
     with pytest.raises(Refused, match="5 workers with 1 CPU each, and the Ray cluster has 4 CPU"):
         RayEngine(base, "native", RaySettings(workers=5)).generate(_requests(1))
+
+
+# The command that trains on a Ray cluster, while it waits
+
+
+def test_it_shows_what_rank_0_says_and_returns_what_it_returns(tmp_path: Path) -> None:
+    def fit() -> SimpleNamespace:
+        said = _Written(tmp_path / "progress.txt")
+        said.say("step 1")
+        said.say("step 2")
+        return SimpleNamespace(return_value="sha256:1")
+
+    heard = Said()
+    assert _fit(SimpleNamespace(fit=fit), tmp_path, heard) == "sha256:1"
+    assert heard.lines == ["step 1", "step 2"]
+
+
+def test_an_error_of_rank_0_ends_the_wait(tmp_path: Path) -> None:
+    """The other ranks would wait for rank 0, and Ray for them."""
+    never = threading.Event()
+
+    def fit() -> None:
+        error = Refused("the loss is not a number", where="step 3", fix="lower the rate")
+        (tmp_path / "failed.json").write_text(json.dumps(error.as_json()["error"]))
+        never.wait()
+
+    with pytest.raises(Refused, match="not a number") as raised:
+        _fit(SimpleNamespace(fit=fit), tmp_path, Silent())
+    assert (raised.value.where, raised.value.fix) == ("step 3", "lower the rate")
+    never.set()

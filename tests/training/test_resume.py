@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.forked import run_elsewhere
+from tests.hf_models import write_hf_model
 from tests.said import SaidAndNoted
-from tests.tiny import row, write_model
+from tests.tiny import WIDE, row, write_model
 from tunesmith.core.digests import digest_bytes, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Stopped, Task
@@ -27,6 +28,7 @@ from tunesmith.core.system import memory
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
+from tunesmith.engines.hf import four_bits
 from tunesmith.engines.native import kernels as native
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
@@ -326,3 +328,23 @@ def test_validation_batches_obey_the_token_limit(tmp_path: Path) -> None:
     assert max(part.tokens for part in parts) <= 200
     assert sum(len(part.lengths) for part in parts) == 60
     assert sum(part.labels.numel() for part in parts) == sum(map(label_count, rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"start": "pissa", "dora": True, "b_rate": 4.0}, {"quantize": "4bit"}], ids=str)
+def test_resumed_on_the_hf_engine_it_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    settings = SETTINGS.model_copy(update=changes)
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name / "model"
+        write_model(folder, sizes=WIDE) if "quantize" in changes else write_hf_model(folder, "gpt2")
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", settings, progress=StoppedAfter(20))
+    assert run(tmp_path / "stopped", settings) == run(tmp_path / "whole", settings)
+    if "quantize" in changes:
+        with pytest.raises(Refused, match="settings"):
+            run(tmp_path / "whole", SETTINGS)
+        monkeypatch.setattr(four_bits, "version", lambda _: "0.49.1")
+        with pytest.raises(Refused, match="quantized"):
+            run(tmp_path / "whole", settings)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +20,7 @@ from tests.said import Said
 from tests.tiny import write_model
 from tests.training.test_resume import ROWS
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError
-from tunesmith.core.progress import Stopped, Task
-from tunesmith.core.system import memory
+from tunesmith.core.progress import Stopped
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.factory import load_model
 from tunesmith.models.base import resolve_base
@@ -164,19 +162,17 @@ def test_two_thirds_are_pruned_where_they_validate(tmp_path: Path, monkeypatch: 
     assert {each.outcome for each in once} == {"complete"}, "after the last validation nothing is pruned"
 
 
-def test_the_seed_draws_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_draws_the_settings_and_no_trial_begins_after_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     World(monkeypatch, by_rate)
     found = []
-    for name, seed in (("one", 0), ("same", 0), ("other", 7)):
+    for name, seed, within in (("one", 0, None), ("same", 0, 3600.0), ("other", 7, None), ("late", 0, 1e-9)):
         (tmp_path / name).mkdir()
-        found.append(comparable(pretend(tmp_path / name, HOPELESS.model_copy(update={"seed": seed}))))
+        settings = HOPELESS.model_copy(update={"seed": seed})
+        found.append(comparable(pretend(tmp_path / name, settings, within=within)))
     assert found[0] == found[1] != found[2]
-
-
-def test_no_trial_begins_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    World(monkeypatch, by_rate)
-    assert len(pretend(tmp_path, within=1e-9)) == 1
-    assert len(pretend(tmp_path, trials=3, within=3600.0)) == 3
+    assert found[3] == found[0][:1]
 
 
 def test_the_score_goes_before_the_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,35 +210,6 @@ def test_what_its_own_settings_keep_from_training_is_left_out(tmp_path: Path, mo
             pretend(tmp_path, trials=6)
 
 
-def test_a_search_that_was_told_to_stop_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(monkeypatch, by_rate)
-
-    class Stopping(Said):
-        @contextlib.contextmanager
-        def task(self, name: str, total: float) -> Iterator[Task]:
-            with super().task(name, total) as task:
-                task.advance = self.advance  # type: ignore[method-assign]
-                yield task
-
-        def advance(self, _: float = 1.0) -> None:
-            if len(world.trained) == 2:
-                raise Stopped
-
-    with pytest.raises(Stopped):
-        pretend(tmp_path, progress=Stopping())
-    assert [path.name for path in tmp_path.glob("trial-*.json")] == ["trial-0.json"]
-
-
-def test_too_little_memory_leaves_a_larger_rank_out(
-    whole: tuple[TrainingSpec, list[Trial]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, _ = whole
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    (only,) = find(spec, tmp_path, trials=1)
-    assert only.outcome == "failed"
-    assert "GB of memory, but only 0.0 GB are free" in str(only.why)
-
-
 def test_each_row_is_fitted_as_it_is_alone(whole: tuple[TrainingSpec, list[Trial]]) -> None:
     spec, _ = whole
     model = load_model(spec.base).trainable(HOPELESS, seed=0, state_bytes=0)
@@ -277,16 +244,9 @@ def test_the_present_settings_and_the_default_rate_are_in_the_space(
     rates: Any = space["learning_rate"]
     assert 0 < rates.low <= default / 10 < 10 * default <= rates.high < 1
     assert set(space) == {"learning_rate", "batch"} | ({"rank", "b_rate"} if method == "lora" else set())
+    usual: Any = search_space(TrainSettings(rank=16, batch=16), 1000)
+    assert [usual[key].choices for key in ("rank", "batch", "b_rate")] == [(8, 16, 32), (8, 16, 32), (1.0, 4.0)]
+    assert "rank" not in search_space(TrainSettings(rank=16, alpha=32), 1000), "an alpha belongs to its rank"
     batches: Any = space["batch"]
     assert max(batches.choices) <= max(batch, min(rows, 4096))
     assert 1 <= min(batches.choices) <= max(1, batch // 2)
-
-
-def test_usual_values_are_around_the_present_ones() -> None:
-    space: Any = search_space(TrainSettings(rank=16, batch=16), 1000)
-    assert {key: each.choices for key, each in space.items() if key != "learning_rate"} == {
-        "rank": (8, 16, 32),
-        "batch": (8, 16, 32),
-        "b_rate": (1.0, 4.0),
-    }
-    assert "rank" not in search_space(TrainSettings(rank=16, alpha=32), 1000), "an alpha belongs to its rank"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from tests.said import Said
 from tunesmith.core.progress import Task
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.training.schedule import Annealed, Decisions
+from tunesmith.training.scoring import mean_score
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
 
@@ -154,3 +158,112 @@ def test_progress_is_that_of_what_ends_first() -> None:
         assert sum(shares) == pytest.approx(1.0, abs=0.01)
         half = sum(shares[: state.step // 2 + 1])
         assert half == pytest.approx(0.5, abs=0.02), f"{steps} steps"
+
+
+# Which validation's weights are kept
+
+
+ROWS = 100
+
+
+def _state(points: Sequence[tuple[float, float]], rows: int = ROWS) -> TrainerState:
+    """A training with these scores and probabilities of the labels, of so many rows."""
+    return TrainerState(
+        validation=[
+            {"step": step, "probability": each, "score": score, "score_error": math.sqrt(score * (1 - score) / rows)}
+            for step, (score, each) in enumerate(points)
+        ]
+    )
+
+
+def test_a_score_that_is_higher_by_chance_gives_way_to_a_higher_probability() -> None:
+    """Scores of a training on SNIPS, of which the highest was kept, before the rate fell."""
+    losses = [(0.57, 0.0771), (0.84, 0.0352), (0.9, 0.0328), (0.89, 0.0294), (0.81, 0.0345), (0.87, 0.0251)]
+    points = [(score, math.exp(-loss)) for score, loss in losses]
+    assert _state(points).best == 5
+    assert _state(points, rows=10_000).best == 2, "of many rows the difference is none of chance"
+
+
+def test_a_score_below_the_error_never_takes_the_place_of_the_best() -> None:
+    assert _state([(0.9, 0.1), (0.8, 0.5)]).best == 0
+    assert _state([(0.8, 0.5), (0.9, 0.1)]).best == 1
+
+
+def test_among_equal_scores_the_probability_decides() -> None:
+    """A metric that is 0 or 100% from the start decides nothing."""
+    for flat in (0.0, 1.0):
+        assert _state([(flat, 0.5), (flat, 0.8), (flat, 0.7)]).best == 1
+    rising = [(1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.0, 0.8)]
+    assert _state(rising).exhausted(2) is None
+    assert _state([*rising, (1.0, 0.8), (1.0, 0.8)]).exhausted(2) == "no better score in 2 validations"
+
+
+def test_the_best_is_one_whose_weights_are_held() -> None:
+    """Each validation replaces the best one before it or does not; an earlier one never comes back."""
+    drawn = random.Random(5)
+    for _ in range(50):
+        points = [(drawn.choice((0.0, 0.5, 0.8, 0.85, 0.9, 1.0)), drawn.random()) for _ in range(12)]
+        kept = [_state(points[: end + 1]).best for end in range(len(points))]
+        for end, best in enumerate(kept):
+            assert best == end or best == kept[end - 1]
+            assert best is not None
+            highest = max(score for score, _ in points[: end + 1])
+            assert points[best][0] >= highest - math.sqrt(highest * (1 - highest) / ROWS)
+
+
+# Of a training that reads 200 requests for music 20 times, and whose learning rate falls at the end: loss, mean
+# probability of the labels in percent, and the score of other rows.
+MUSIC = [
+    (0.2562, 91.03, 0.180),
+    (0.1357, 94.50, 0.613),
+    (0.1623, 94.36, 0.553),
+    (0.1567, 94.59, 0.573),
+    (0.1963, 95.18, 0.520),
+    (0.2543, 94.06, 0.493),
+    (0.2068, 94.55, 0.620),
+    (0.2100, 94.40, 0.533),
+    (0.1678, 95.41, 0.620),
+    (0.1564, 95.99, 0.660),
+]
+
+
+def test_without_scores_the_highest_probability_of_the_labels_counts() -> None:
+    state = TrainerState(validation=[{"loss": loss, "probability": each} for loss, each, _ in MUSIC])
+    assert state.best == 9, "the loss is lowest at the second, which answers 5 points fewer"
+    assert state.exhausted(4) is None
+    state.validation = state.validation[:9]
+    assert state.best == 8
+    state.validation = state.validation[:8]
+    assert state.best == 4
+    assert state.exhausted(3) == "no higher probability of the expected answers in 3 validations"
+    assert TrainerState().best is None
+
+
+def test_a_score_s_error_counts_rows_of_one_group_together() -> None:
+    """Against what repeated draws show: rows of a group are right or wrong together."""
+    drawn = random.Random(3)
+    names = [f"group {place}" for place in range(40) for _ in range(5)]
+
+    def rows() -> list[float]:
+        return [score for _ in range(40) for score in [float(drawn.random() < 0.7)] * 5]
+
+    means, errors = [], []
+    for _ in range(150):
+        found = mean_score(rows(), names)
+        means.append(found.mean)
+        errors.append(found.error)
+    spread = (sum((each - sum(means) / 150) ** 2 for each in means) / 149) ** 0.5
+    assert abs(sum(errors) / 150 / spread - 1) < 0.15
+    alone = mean_score(rows(), [str(place) for place in range(200)])
+    assert abs(alone.error - math.sqrt(alone.mean * (1 - alone.mean) / 199)) < 1e-12
+    assert mean_score([1.0, 1.0], ["a", "b"]) == (1.0, 0.0)
+    assert mean_score([0.0, 1.0], ["a", "a"]) == (0.5, 0.5), "one group alone counts as rows"
+
+
+def test_patience_lasts_while_the_score_rises_within_its_error() -> None:
+    rising = [(0.50, 0.95), (0.51, 0.94), (0.52, 0.93), (0.53, 0.92), (0.54, 0.91)]
+    assert _state(rising).best == 4
+    assert _state(rising).exhausted(4) is None
+    later = [*rising, (0.54, 0.90), (0.53, 0.90), (0.52, 0.89)]
+    assert _state(later).exhausted(4) is None
+    assert _state([*later, (0.54, 0.88)]).exhausted(4) == "no better score in 4 validations"

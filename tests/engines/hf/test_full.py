@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.hf_models import base_of_family
-from tests.process_group import run_ranks
 from tests.tiny import row
 from tests.trained import reference_loss
-from tests.training.test_ranks import alone, furthest, losses, make, together, work
-from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.full import FullTrainable
@@ -30,7 +25,6 @@ from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import MODEL_FILE
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.spec import TrainingResult
 from tunesmith.training.steps import gradients, make_optimizer, parameters, update
 
 ROWS = [row("turn on the light", '{"intent":"on"}'), row("off", '{"intent":"off","area":"hall"}'), row("x", "y")]
@@ -135,42 +129,3 @@ def test_what_would_not_be_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TunesmithError, match="no weight changed enough"):
         _trainable(base).save(tmp_path / "same")
     assert not list((tmp_path / "same").iterdir())
-
-
-FULL = {"method": "full", "rank": None, "learning_rate": 0.001}
-
-
-def _weights(result: TrainingResult) -> dict[str, torch.Tensor]:
-    return load_file(result.folder / MODEL_FILE)
-
-
-@pytest.mark.slow
-def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
-    changes = {"layers": 1, "recompute": True}
-    one = alone(make(tmp_path / "one", **FULL, **changes))
-    several = together(make(tmp_path / "several", **FULL, **changes), 2)
-    assert one.state.step == several.state.step == 8
-    assert furthest(_weights(one), _weights(several)) < 1e-5
-    assert losses(one) == pytest.approx(losses(several), abs=1e-5)
-    start = load_file(tmp_path / "one" / "model" / MODEL_FILE)
-    assert furthest(_weights(one), start) > 1e-3
-    assert several.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1)
-    sizes = [path.stat().st_size for path in (tmp_path / "several" / "work" / "step-00000008").glob("tensors*")]
-    assert len(sizes) == 2
-    assert max(sizes) < 0.6 * sum(sizes)  # neither rank wrote what the other holds
-    assert {path.name for path in several.folder.iterdir()} == {MODEL_FILE}
-
-
-@pytest.mark.slow
-def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> None:
-    killed = make(tmp_path / "killed", **FULL)
-    assert -signal.SIGKILL in run_ranks(work, 2, tmp_path / "meeting", killed.model_dump_json(), 11)
-    undisturbed = together(make(tmp_path / "undisturbed", **FULL), 2)
-    for size in (2, 1):
-        shutil.copytree(tmp_path / "killed", tmp_path / str(size))
-        spec = make(tmp_path / str(size), **FULL)
-        resumed = alone(spec) if size == 1 else together(spec, size)
-        assert furthest(_weights(undisturbed), _weights(resumed)) < 1e-5
-        assert any("2 ranks trained until step" in notice for notice in resumed.notices) == (size != 2)
-        if size == 2:
-            assert digest_file(resumed.folder / MODEL_FILE) == digest_file(undisturbed.folder / MODEL_FILE)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear4bit
+from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from tests.hf_models import base_of_family, change_adapter, write_hf_model
-from tests.tiny import ROWS
+from tests.tiny import ROWS, WIDE
 from tests.trained import gradients, reference_loss
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.engines.batch import Batch, label_count, lay_out
+from tunesmith.engines import factory
+from tunesmith.engines.batch import Batch, lay_out
+from tunesmith.engines.factory import check_weight_settings
+from tunesmith.engines.hf import libraries, support
 from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Question
@@ -29,11 +38,12 @@ from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.steps import make_optimizer, update
+from tunesmith.training.steps import make_optimizer, parameters, update
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
 NATIVE_TOO = ("llama", "gemma3")  # families that this engine trains on several ranks and in 4 bits
 EXPERTS = ("mixtral", "qwen3_moe")
+FOUR_BITS = "qwen2 in 4 bits"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -58,8 +68,16 @@ def _save(trainable: HFTrainable, folder: Path) -> Path:
     return folder
 
 
-def _model(base: Base) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+def _model(base: Base, quantize: str | None = None) -> torch.nn.Module:
+    how: dict[str, Any] = {}
+    if quantize is not None:
+        bits = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.float32,
+        }
+        how = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **bits), "device_map": {"": "cpu"}}
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, **how)
     return model
 
 
@@ -79,13 +97,15 @@ def _own_logits(trainable: HFTrainable, batch: Batch) -> torch.Tensor:
         return trainable._model._padded_outputs(batch)
 
 
-@pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
+@pytest.mark.parametrize("family", [*FAMILIES, *NATIVE_TOO, *EXPERTS, FOUR_BITS])
 def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
-    base = base_of_family(tmp_path, family)
-    rows, ours = _rows(base), _trainable(base, targets=ATTENTION if family in EXPERTS else ("all",))
+    base = base_of_family(tmp_path, "qwen2", sizes=WIDE) if family == FOUR_BITS else base_of_family(tmp_path, family)
+    quantize, exact = ("4bit", 3e-4) if family == FOUR_BITS else (None, 1e-5)
+    targets = ATTENTION if family in EXPERTS else ("all",)
+    rows, ours = _rows(base), _trainable(base, targets=targets, quantize=quantize)
     start = _save(ours, tmp_path / "start")
     names = json.loads((start / "adapter_config.json").read_text())["target_modules"]
-    plain = _model(base)
+    plain = _model(base, quantize)
     head = plain.get_output_embeddings()  # type: ignore[operator]
     linear = {n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
     if family in EXPERTS:
@@ -98,7 +118,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     assert not [key for key in found.missing_keys if "lora" in key]
     for parameter_name, parameter in reference.named_parameters():
         parameter.requires_grad_("lora_" in parameter_name)
-    reference.eval()  # gradients, without dropout
+    reference.train(family == FOUR_BITS)  # else gradients, without dropout
     theirs = {n.replace(".default", ""): p for n, p in reference.named_parameters() if p.requires_grad}
     assert len(theirs) == 2 * len(linear)
     assert ours.trained_numbers == sum(parameter.numel() for parameter in theirs.values())
@@ -113,8 +133,8 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
         expected.backward()
         each = torch.cat([ours.label_losses(batch) for batch in batches])
         assert not each.requires_grad
-        assert float(each.mean()) == pytest.approx(float(expected.detach()), rel=1e-5)
-        assert gradients(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert float(each.mean()) == pytest.approx(float(expected.detach()), rel=exact)
+        assert gradients(ours, batches) == pytest.approx(float(expected.detach()), rel=exact)
         for tensor, parameter in pairs:
             torch.testing.assert_close(tensor.grad, parameter.grad, rtol=1e-3, atol=1e-6)
         for optimizer in (one, two):
@@ -130,7 +150,13 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     change_adapter(ours)
     end = _save(ours, tmp_path / "end")
     assert set(load_file(end / "adapter_model.safetensors")) == set(theirs)
-    _gives_peft_the_same_logits(base, ours, end, rows)
+    if quantize is None:
+        _gives_peft_the_same_logits(base, ours, end, rows)
+        return
+    assert sum(isinstance(module, Linear4bit) for module in reference.modules()) == 21, "PEFT's are in 4 bits too"
+    own = _own_logits(_trainable(base), lay_out(rows, share=False))
+    assert (own - _logits(plain, rows)).abs().max() > 1e-3, "4 bits make a difference"
+    assert ours.environment()["quantized"].startswith("nf4, blocks of 64, double quantisation, bitsandbytes ")
 
 
 def _gives_peft_the_same_logits(base: Base, trained: HFTrainable, folder: Path, rows: list[Rendered]) -> None:
@@ -173,51 +199,6 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
     file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
     assert file.config.rank == (8 if settings.get("start") == "pissa" else 4)
     assert file.config.layers == ((1,) if "layers" in settings else None)
-
-
-@pytest.mark.slow
-def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
-    """On the same token ids and labels, from the same adapter, with rows of uneven lengths one at a time."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    base, rate = base_of_family(tmp_path, "llama"), 0.01
-    ours = _trainable(base)
-    start, rows = _save(ours, tmp_path / "start"), _rows(base)
-    assert len({label_count(each) for each in rows}) > 1
-    theirs = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True)
-    optimizer, losses = make_optimizer(ours, TrainSettings(learning_rate=rate)), []
-    for _ in range(8):
-        losses.append(gradients(ours, [lay_out(rows, share=False)]))
-        update(ours, optimizer, rate, 1.0)
-    config = SFTConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=len(rows),
-        max_length=None,
-        num_train_epochs=1,
-        learning_rate=rate,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        completion_only_loss=True,
-        train_sampling_strategy="sequential",
-        disable_tqdm=True,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-    )
-    told = [{"input_ids": list(one.ids), "completion_mask": [int(mark) for mark in one.trained]} for one in rows] * 8
-    tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    trainer = SFTTrainer(model=theirs, args=config, train_dataset=Dataset.from_list(told), processing_class=tokenizer)
-    trainer.train()
-    found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert found == pytest.approx(losses, rel=1e-3)
-    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_b_has_its_own_rate(tmp_path: Path) -> None:
@@ -336,3 +317,122 @@ def test_an_adapter_in_the_bases_folder_is_not_applied(tmp_path: Path) -> None:
     trainable.save(base.folder)
     with torch.no_grad():
         assert torch.equal(HFModel(base)._padded_outputs(batch), before)
+
+
+# Bases in bf16 under fp32 adapters, and implementations of attention
+
+
+def _losses(base: Base, trained: HFTrainable, steps: int = 6) -> list[float]:
+    settings = TrainSettings(learning_rate=0.01)
+    batch = lay_out(_rows(base), share=False)
+    optimizer, losses = make_optimizer(trained, settings), []
+    for _ in range(steps):
+        losses.append(gradients(trained, [batch]))
+        update(trained, optimizer, 0.01, 1.0)
+    moments = [each for state in optimizer.state.values() for each in state.values()]
+    assert {each.dtype for each in [*parameters(trained), *moments]} == {torch.float32}
+    return losses
+
+
+@pytest.mark.parametrize(("family", "changes"), [("phi3", {"dora": True}), ("gpt2", {"b_rate": 4.0})])
+def test_an_fp32_adapter_on_a_bf16_base_learns_the_same_within_rounding(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """Losses of six steps are within 1% of those in fp32, and not equal to them."""
+    base = base_of_family(tmp_path, family)
+    loaded = LoadedHFModel(base)
+    rounded, exact = _trainable(base, precision="bf16", **changes), _trainable(base, **changes)
+    frozen = [each for each in rounded._model.module.parameters() if not each.requires_grad]
+    assert {each.dtype for each in frozen} == {torch.bfloat16}
+    assert (rounded.environment()["precision"], exact.environment()["precision"]) == ("bf16", "fp32")
+    found, expected = _losses(base, rounded), _losses(base, exact)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found != pytest.approx(expected, rel=1e-6)
+    assert found[-1] < 0.9 * found[0]
+    assert rounded._model.pads
+    question = [Question(ROWS[0][:-1], ("on", "off"))]
+    (plain,) = loaded.engine().choose(question)
+    engine = loaded.engine()
+    engine.load_adapter("tuned", _save(rounded, tmp_path / "adapter"))
+    assert engine.choose(question, "tuned")[0] != plain, "answered for by the base in fp32"
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_implementations_of_attention_agree(tmp_path: Path, family: str) -> None:
+    base = base_of_family(tmp_path, family)
+    made = {name: _trainable(base, attention=name) for name in ("sdpa", "eager")}
+    assert {name: each.environment()["attention"] for name, each in made.items()} == {"sdpa": "sdpa", "eager": "eager"}
+    losses = {name: _losses(base, each, 3) for name, each in made.items()}
+    assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-4)
+    assert _trainable(base).environment()["attention"] == "sdpa"
+
+
+def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match="does not compute this base with attention: sdpa") as refused:
+        _trainable(base_of_family(tmp_path, "mamba"), attention="sdpa", targets=("in_proj",))
+    assert refused.value.where == "train.attention"
+
+    def check(**settings: Any) -> None:
+        check_weight_settings("phi3", WeightSettings.model_validate(settings), "candidates.a.train")
+
+    with pytest.raises(Refused, match=r"pissa .* bf16 would round") as refused:
+        check(start="pissa", precision="bf16")
+    assert refused.value.where == "candidates.a.train.precision"
+    monkeypatch.setattr(factory, "gpu_present", lambda: False)
+    with pytest.raises(Refused, match="on a GPU and in bf16 only") as refused:
+        check(attention="flash_attention_2")
+    assert refused.value.where == "candidates.a.train.attention"
+    monkeypatch.setattr(factory, "gpu_present", lambda: True)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="flash_attention_2 needs flash_attn"):
+        check(attention="flash_attention_2")
+    with pytest.raises(UsageError, match="kernels: liger needs liger_kernel"):
+        check(kernels="liger")
+
+
+def test_liger_patches_the_families_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its package, whose kernels need a GPU."""
+    patched: list[tuple[str, dict[str, bool]]] = []
+    stand_in = ModuleType("liger_kernel.transformers.monkey_patch")
+    stand_in.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    stand_in._apply_liger_kernel_to_instance = lambda module, **how: patched.append(  # type: ignore[attr-defined]
+        (module.config.model_type, how)
+    )
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    settings = model_settings(WeightSettings(kernels="liger"))
+    assert HFModel(base_of_family(tmp_path, "llama"), settings).settings.liger
+    assert patched == [("llama", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
+    with pytest.raises(Refused, match="no kernels for the family 'gpt2'") as refused:
+        HFModel(base_of_family(tmp_path, "gpt2"), settings)
+    assert refused.value.where == "train.kernels"
+
+
+# Bases in 4 bits
+
+
+def test_four_bits_are_refused_where_they_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes restores rows that are not whole blocks wrongly on a CPU."""
+    for family in ("llama", "gpt2"):
+        with pytest.raises(Refused, match=r"has 32 inputs, and bitsandbytes .* multiples of 64"):
+            _trainable(base_of_family(tmp_path, family), quantize="4bit")
+    for other in ({"method": "full"}, {"start": "pissa"}, {"dora": True}):
+        with pytest.raises(ValidationError, match=r"quantize: 4bit cannot be combined with .*leave one of the two out"):
+            WeightSettings.model_validate({"quantize": "4bit", **other})
+    monkeypatch.setattr("tunesmith.engines.hf.support.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed") as error:
+        _trainable(base_of_family(tmp_path / "wide", "llama", sizes=WIDE), quantize="4bit")
+    assert "tunesmith[qlora]" in str(error.value.fix)
+
+
+def test_importing_bitsandbytes_downloads_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks the package `kernels` for code from a hub, on processors with bf16; PEFT imports it."""
+    monkeypatch.setitem(sys.modules, "kernels", ModuleType("kernels"))
+    with libraries._without_downloads(), pytest.raises(ImportError):
+        import_module("kernels")
+    assert import_module("kernels") is sys.modules["kernels"]
+    imported: list[str] = []
+    monkeypatch.setattr(libraries, "bitsandbytes", lambda: imported.append("bitsandbytes"))
+    libraries.peft.__wrapped__()
+    assert imported == ["bitsandbytes"], "before PEFT does"

@@ -121,20 +121,18 @@ def _of_labels(model: Any, row: Rendered) -> float:
     return float(scores.gather(1, labels[:, None]).sum())
 
 
-def test_choices_score_as_in_transformers(base: Base, engine: NativeEngine) -> None:
-    questions = [Question((Message(role="user", content=text),), ("yes", "no", "the light")) for text in TEXTS[:2]]
+def test_choices_score_as_in_transformers_in_batches_of_any_size(
+    base: Base, engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [Question((Message(role="user", content=text),), ("yes", "no" * 9, "the light")) for text in TEXTS]
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
-    for question, scores in zip(questions, engine.choose(questions), strict=True):
+    whole = engine.choose(questions)
+    for question, scores in zip(questions, whole, strict=True):
         for choice, score in zip(question.choices, scores, strict=True):
             row = engine._renderer.answered(question.messages, choice)
             assert score == pytest.approx(_of_labels(model, row), abs=1e-3)
-
-
-def test_choices_score_the_same_in_smaller_batches(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    questions = [Question((Message(role="user", content=text),), ("yes", "no" * 9, "the light")) for text in TEXTS]
-    whole = engine.choose(questions)
     monkeypatch.setattr(embedded, "_LOGIT_ROWS", 3)
-    for together, tokens in ((2, 100), (64, 1), (64, 100)):
+    for together, tokens in ((2, 100), (64, 1)):
         monkeypatch.setattr(NativeEngine, "choice_rows", together)
         monkeypatch.setattr(NativeEngine, "choice_tokens", tokens)
         for found, expected in zip(engine.choose(questions), whole, strict=True):
@@ -166,9 +164,6 @@ def test_adapters_answer_as_in_peft(tmp_path: Path, base: Base, engine: NativeEn
     ids = torch.tensor([engine._renderer.prompt(_requests()[1].messages)])
     given = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
     assert answers["a"][1].text == engine._renderer.text(given.tolist())
-
-
-def test_an_unknown_adapter_and_another_bases_are_refused(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
     with pytest.raises(Refused, match="not loaded"):
         engine.generate(_requests(), "nobody")
     write_model(tmp_path / "other", "qwen3", seed=5)
@@ -203,17 +198,14 @@ def test_a_constrained_answer_fits_its_schema(engine: NativeEngine) -> None:
         assert answer.finish == "stop"
         jsonschema.validate(json.loads(answer.text), SCHEMA)
     assert answers[3:] == free[3:], "rows without a schema are left alone"
+    with pytest.raises(UsageError, match="cannot be held to this schema"):
+        engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
     drawn = engine.generate(_requests(max_tokens=40, schema=json.dumps(SCHEMA), temperature=2.0, seed=1))
     for answer in drawn:
         jsonschema.validate(json.loads(answer.text), SCHEMA)
     *pieces, last = engine.stream(held[0])
     assert last == answers[0]
     assert "".join(pieces) == answers[0].text  # type: ignore[arg-type]
-
-
-def test_an_unsupported_schema_is_refused(engine: NativeEngine) -> None:
-    with pytest.raises(UsageError, match="cannot be held to this schema"):
-        engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
 
 
 def test_opening_says_that_there_is_no_compiler(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,9 @@ from tunesmith.core.system import memory
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.store.records import Record
-from tunesmith.store.store import Store
-from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer
-from tunesmith.training.train import make_spec, train
 
 # More labels than one chunk of the loss has, so that the head's gradient is a sum.
 MANY = [*ROWS, *(row(f"say {n}", f'{{"n":{n},"said":"{"na" * 40}"}}') for n in range(8))]
@@ -154,32 +148,3 @@ def test_too_little_memory_is_refused_with_advice(tmp_path: Path, monkeypatch: p
     with pytest.raises(Refused) as told:
         _full(folder, layers=1)
     assert told.value.fix == "set train.method to lora"
-
-
-def test_settings_of_adapters_are_refused_with_full() -> None:
-    with pytest.raises(ValueError, match="b_rate applies to adapters only"):
-        TrainSettings(method="full", b_rate=1)
-    full = TrainSettings(method="full")
-    assert TrainSettings().learning_rate == pytest.approx(10 * full.learning_rate)
-    assert TrainSettings(method="full", learning_rate=0.5).learning_rate == 0.5
-    assert TrainSettings.model_validate(full.model_dump(mode="json")) == full
-
-
-def test_resumed_training_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    settings = TrainSettings(method="full", batch=4, epochs=1, learning_rate=0.01, checkpoint_seconds=1e-9)
-    rows = [TrainingRow(str(n), row(f"turn on light {n}", f'{{"n":{n}}}')) for n in range(16)]
-
-    def run(name: str) -> str:
-        folder = tmp_path / name
-        store = Store(folder / "store")
-        base = resolve_base(store, str(write_model(folder / "model")), folder)
-        dataset = store.put_record(Record(kind="dataset", body={"rows": 16}))
-        given = {"rows": rows, "validation": rows[:3], "settings": settings, "work": folder / "work"}
-        spec = make_spec(base=base, dataset=dataset, **given)  # type: ignore[arg-type]
-        return store.record(train(store, spec)).blobs["model.safetensors"]
-
-    whole = run("a")
-    assert run("b") == whole
-    newest = sorted((tmp_path / "b" / "work").glob("step-*"))[-1]
-    shutil.rmtree(newest)
-    assert run("b") == whole

@@ -130,18 +130,10 @@ def test_accumulated_gradients_equal_the_whole_steps(folder: Path, rows: list[Re
 def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], tokens: int) -> None:
     rows = [Rendered((7, 8, 9, *range(100, 100 + n)), (False,) * 3 + (True,) * n) for n in lengths]
     parts = lay_out_step(rows, tokens)
-    assert sorted(n for part in parts for n in _labels(part)) == sorted(lengths)
+    labels = [label for part in parts for label in part.labels.tolist()]
+    assert sorted(labels) == sorted(100 + place for n in lengths for place in range(n))
     for part in parts:
         assert part.tokens <= tokens or len(part.lengths) == 1
-
-
-def _labels(part) -> list[int]:
-    ends = [sum(part.lengths[: place + 1]) + part.prefix for place in range(len(part.lengths))]
-    starts = [part.prefix, *ends]
-    # A row's first label is predicted by the token before it, which may be the prefix's last: no row has that here.
-    return [
-        int(((part.predicts >= start) & (part.predicts < end)).sum()) for start, end in zip(starts, ends, strict=False)
-    ]
 
 
 def test_trial_step_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
@@ -196,6 +188,18 @@ def _kept(work: Path) -> set[str]:
     return {name.partition(".")[2] for name in written}
 
 
+def test_last_weights_and_patience(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+    course, loss, _ = _over_trained(folder, rows, tmp_path / "last", keep="last", checkpoint_seconds=1e-9)
+    assert loss == pytest.approx(course.validation[-1]["loss"], rel=1e-6)
+    assert _kept(tmp_path / "last") == {"parameter", "exp_avg", "exp_avg_sq"}
+    course, loss, _ = _over_trained(folder, rows, tmp_path / "w", patience=2)
+    assert course.step < 60
+    assert "2 validations" in str(course.ended)
+    assert course.best == len(course.validation) - 3
+    again, same, _ = _over_trained(folder, rows, tmp_path / "w", patience=2)
+    assert (again.step, same) == (course.step, pytest.approx(loss, rel=1e-6)), "nothing more is trained"
+
+
 def test_rise_with_the_training_loss_is_not_overfitting() -> None:
     def course(training: list[float], validation: list[float]) -> TrainerState:
         curve = [{"step": n + 1.0, "loss": loss} for n, loss in enumerate(training)]
@@ -205,22 +209,6 @@ def test_rise_with_the_training_loss_is_not_overfitting() -> None:
     assert not course([3.0, 2.0, 4.0], [2.0, 1.5, 1.7]).overfitting
     assert not course([3.0, 2.0, 1.0], [2.0, 1.5, 1.5]).overfitting
     assert not course([], []).overfitting
-
-
-def test_last_weights_are_kept_on_request(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
-    course, loss, _ = _over_trained(folder, rows, tmp_path / "w", keep="last", checkpoint_seconds=1e-9)
-    assert loss == pytest.approx(course.validation[-1]["loss"], rel=1e-6)
-    assert _kept(tmp_path / "w") == {"parameter", "exp_avg", "exp_avg_sq"}
-
-
-def test_patience_ends_a_training_and_its_resume(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
-    course, loss, _ = _over_trained(folder, rows, tmp_path / "w", patience=2)
-    assert course.step < 60
-    assert "2 validations" in str(course.ended)
-    assert course.best == len(course.validation) - 3
-    again, same, _ = _over_trained(folder, rows, tmp_path / "w", patience=2)
-    assert again.step == course.step, "nothing more is trained"
-    assert same == pytest.approx(loss, rel=1e-6)
 
 
 def test_b_rate_moves_b_only(folder: Path, rows: list[Rendered], tmp_path: Path) -> None:

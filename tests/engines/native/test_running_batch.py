@@ -179,22 +179,6 @@ def test_log_probabilities_equal_those_of_transformers(tmp_path: Path) -> None:
         assert [value for _, value in score.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
-def test_a_row_larger_than_the_cache_is_decoded_alone(network: Network) -> None:
-    bound = 4 * PageCache(network, 0).page_bytes
-    batch = RunningBatch(network, frozenset({END}), cache_bytes=bound)
-    heard = [Heard(), Heard(), Heard()]
-    batch.waiting.extend((_row(_prompt(1, 9), heard[0]), _row(_prompt(2, 9 * PAGE), heard[1])))
-    batch.waiting.append(_row(_prompt(3, 9), heard[2]))
-    most = 0
-    while batch:
-        batch.step()
-        most = max(most, batch.cache.pages)
-        assert not (heard[2].tokens and not heard[1].ended), "nobody overtakes"
-    assert all(told.ended == [None] for told in heard)
-    assert most == 10
-    assert batch.cache.pages <= 4
-
-
 def test_pages_are_allocated_in_order_within_the_bound(network: Network) -> None:
     cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
     held = [cache.allocate(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
@@ -204,6 +188,12 @@ def test_pages_are_allocated_in_order_within_the_bound(network: Network) -> None
     rest = cache.allocate(27 * PAGE)
     assert rest == list(range(73, 100))
     assert (cache.pages, cache.allocated) == (100, 100)
+    for end in (lambda: cache.free(range(200)), cache.clear):
+        cache.clear()
+        assert cache.allocate(200 * PAGE) == list(range(200)), "more than the bound, for one row"
+        assert cache.allocate(1) is None
+        end()
+        assert (cache.pages, cache.allocated) == (0, 0)
 
 
 def test_errors_end_one_row_or_the_whole_batch(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
@@ -211,16 +201,31 @@ def test_errors_end_one_row_or_the_whole_batch(monkeypatch: pytest.MonkeyPatch, 
         def take(self, token: int, score: Score | None) -> bool:
             raise ValueError("mine alone")
 
-    good, bad = Heard(), Bad()
-    batch = _decoded(network, _row(_prompt(6, 5), bad), _row(_prompt(1, 9), good))
-    assert [str(error) for error in bad.ended] == ["mine alone"]
-    assert good.tokens == _alone(network, _prompt(1, 9))
-    others = [Heard(), Heard()]
-    batch.waiting.extend(_row(_prompt(1, 9), told) for told in others)
+    def broken(*_: object) -> int:
+        raise RuntimeError("no probabilities")  # as of logits that are NaN
+
+    alone = _alone(network, _prompt(1, 9))
+    near_zero = [_alone(network, _prompt(1, 9), sampling=Sampling(each)) for each in (1e-3, 1e-40, 1e-300)]
+    assert near_zero == [alone] * 3
+    monkeypatch.setattr(running_batch, "sample", broken)
+    good, bad, drawn = Heard(), Bad(), Heard()
+    asked = _row(_prompt(2, 9), drawn, sampling=Sampling(0.7))
+    batch = _decoded(network, _row(_prompt(6, 5), bad), asked, _row(_prompt(1, 9), good))
+    assert [str(error) for error in (*bad.ended, *drawn.ended)] == ["mine alone", "no probabilities"]
+    assert (good.ended, good.tokens) == ([None], alone)
+    others, told = [Heard(), Heard()], Heard()
+    batch.waiting.extend(_row(_prompt(1, 9), each) for each in others)
     batch.step()
+    with torch.inference_mode():
+        for cache in (*batch.cache.keys, *batch.cache.values):
+            cache[batch.rows[0].pages] = float("nan")
     batch.fail(MemoryError("no"))
-    assert all(isinstance(told.ended[0], MemoryError) for told in others)
+    assert all(isinstance(each.ended[0], MemoryError) for each in others)
     assert (batch.cache.allocated, bool(batch)) == (0, False)
+    batch.waiting.append(_row(_prompt(1, 9), told))
+    while batch:
+        batch.step()
+    assert told.tokens == alone, "pages are cleared after an error"
 
 
 def test_a_row_fails_alone_if_there_is_no_memory_for_it(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
@@ -246,20 +251,6 @@ def test_a_row_fails_alone_if_there_is_no_memory_for_it(monkeypatch: pytest.Monk
         f"there is no memory for {51 * PAGE} places of keys and values, {51 * page / 1e6:.0f} MB"
     ]
     assert heard[2].tokens == _alone(network, _prompt(3, 9))
-
-
-def test_pages_are_cleared_after_an_error(network: Network) -> None:
-    batch, told = RunningBatch(network, frozenset({END})), Heard()
-    batch.waiting.append(_row(_prompt(1, 9), Heard()))
-    batch.step()
-    with torch.inference_mode():
-        for cache in (*batch.cache.keys, *batch.cache.values):
-            cache[batch.rows[0].pages] = float("nan")
-    batch.fail(RuntimeError("in the midst"))
-    batch.waiting.append(_row(_prompt(2, 9), told))
-    while batch:
-        batch.step()
-    assert told.tokens == _alone(network, _prompt(2, 9))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -340,23 +331,3 @@ class Slots(RuleBasedStateMachine):
 
 TestSlots = Slots.TestCase
 TestSlots.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
-
-
-def test_a_temperature_near_zero_is_greedy(network: Network) -> None:
-    heard = [Heard() for _ in range(4)]
-    drawn = [Sampling(temperature) for temperature in (0.0, 1e-3, 1e-40, 1e-300)]
-    _decoded(network, *(_row(_prompt(1, 9), told, sampling=how) for told, how in zip(heard, drawn, strict=True)))
-    assert [told.ended for told in heard] == [[None]] * 4
-    assert len({tuple(told.tokens) for told in heard}) == 1
-
-
-def test_nan_logits_end_only_their_row(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> int:
-        raise RuntimeError("no probabilities")
-
-    monkeypatch.setattr(running_batch, "sample", broken)
-    heard = [Heard(), Heard()]
-    _decoded(network, _row(_prompt(1, 9), heard[0], sampling=Sampling(0.7)), _row(_prompt(2, 9), heard[1]))
-    assert [str(error) for error in heard[0].ended] == ["no probabilities"]
-    assert heard[1].ended == [None]
-    assert heard[1].tokens == _alone(network, _prompt(2, 9))

@@ -6,7 +6,8 @@ tests/slow/test_vllm.py asks a real one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 import torch
 
 from tests.adapters import write_adapter
-from tests.engines.vllm.vllm_server import FakeVllm, serving
+from tests.engines.vllm.vllm_server import FakeVllm, serving, serving_process
 from tests.hf_models import write_hf_model
+from tests.said import Said
 from tests.tiny import write_model
+from tests.waiting import until
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.progress import Task
 from tunesmith.engines.factory import open_engine
 from tunesmith.engines.native import engine as embedded
 from tunesmith.engines.native.engine import NativeEngine
@@ -27,6 +31,7 @@ from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm import fingerprint
 from tunesmith.engines.vllm import http as vllm_http
+from tunesmith.engines.vllm import pool as vllm_pool
 from tunesmith.engines.vllm.engine import VllmEngine
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
@@ -60,6 +65,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32, so that a wrong token is a mistake; no waiting; a cache of the test's own."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(vllm_http, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(vllm_pool, "_FIRST_WAIT", 0.01)
     for module in (embedded, fingerprint):
         monkeypatch.setattr(module, "load_network", lambda folder: load_network(folder, torch.float32))
 
@@ -232,27 +238,20 @@ def test_adapters_that_the_server_rejects(
         engine.load_adapter("x", adapter)
 
 
-def test_a_busy_or_unreachable_server_is_tried_again(engine: VllmEngine, fake: FakeVllm) -> None:
-    expected = engine.generate(_requests()[:1])
-    for faults in (["busy", "busy"], ["drop"], ["drop", "busy"]):
-        fake.faults = faults
-        assert engine.generate(_requests()[:1]) == expected, faults
-        assert fake.faults == []
-
-
-def test_a_restarted_server_gets_its_adapters_again(engine: VllmEngine, fake: FakeVllm, adapter: Path) -> None:
+def test_a_busy_or_restarted_server_is_tried_again_and_checked(
+    base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, other: Path
+) -> None:
     engine.load_adapter("a", adapter)
     expected = engine.generate(_requests(), "a")
+    for faults in (["busy", "busy"], ["drop"], ["drop", "busy"]):
+        fake.faults = faults
+        assert engine.generate(_requests()[:1], "a") == expected[:1], faults
+        assert fake.faults == []
     fake.restart()
-    assert engine.generate(_requests(), "a") == expected
+    assert engine.generate(_requests(), "a") == expected, "it gets its adapters again"
     fake.restart()
     *_, last = engine.stream(_requests()[0], "a")
     assert last == expected[0]
-
-
-def test_a_restarted_server_with_another_model_is_refused(
-    base: Base, engine: VllmEngine, fake: FakeVllm, other: Path
-) -> None:
     fake.restart(other)
     with pytest.raises(Refused, match="another model"):
         engine.generate(_requests())
@@ -292,3 +291,150 @@ def test_the_api_key_is_sent(base: Base, fake: FakeVllm, url: str, monkeypatch: 
         VllmEngine(base, named)
     monkeypatch.setenv("VLLM_KEY_OF_A_TEST", "k")
     assert VllmEngine(base, named).generate(_requests()[:1])
+
+
+# Several servers that answer as one: each request is answered once, also where a server ends in the middle
+
+
+REQUESTS = [
+    Generation((Message(role="user", content=f"turn on light {number}"),), max_tokens=8) for number in range(24)
+]
+
+
+class Heard(Said):
+    """Keeps what it is told, and does something when some units are done."""
+
+    def __init__(self, after: int = 0, do: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
+        self.done, self._after, self._do = 0.0, after, do
+
+    @contextmanager
+    def task(self, name: str, total: float) -> Iterator[Task]:
+        with super().task(name, total) as task:
+            task.advance = self._advance  # type: ignore[method-assign]
+            yield task
+
+    def _advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+        if self.done == self._after:
+            self._do()
+
+
+@pytest.fixture
+def two(base: Base) -> Iterator[tuple[list[FakeVllm], list[str]]]:
+    """Two servers and their URLs."""
+    fakes = [FakeVllm(base.folder), FakeVllm(base.folder)]
+    with ExitStack() as stack:
+        yield fakes, [stack.enter_context(serving(fake)) for fake in fakes]
+
+
+def _pool(urls: list[str], concurrency: int = 3) -> VllmSettings:
+    return VllmSettings(kind="vllm", urls=tuple(urls), retries=1, concurrency=concurrency)
+
+
+def _completions(fake: FakeVllm) -> list[tuple[int, ...]]:
+    """The prompts of the requests for answers that a server heard."""
+    return [tuple(body["prompt"]) for path, body in fake.heard if path == "/v1/completions" and "logprobs" not in body]
+
+
+def test_servers_share_the_requests(base: Base, adapter: Path, two: tuple[list[FakeVllm], list[str]]) -> None:
+    fakes, urls = two
+    alone = VllmEngine(base, VllmSettings(kind="vllm", url=urls[0]))
+    alone.load_adapter("a", adapter)
+    expected = alone.generate(REQUESTS, "a")
+    fakes[0].restart()
+    fakes[0].heard.clear()
+    fakes[0].busiest = 0
+    reported = Heard()
+    engine = VllmEngine(base, _pool(urls), reported)
+    engine.load_adapter("a", adapter)
+    assert reported.lines == []
+    assert [len(fake.paths) for fake in fakes] == [1, 1], "each server has the adapter"
+    assert engine.generate(REQUESTS, "a") == expected
+    heard = [_completions(fake) for fake in fakes]
+    assert sorted(heard[0] + heard[1]) == sorted({*heard[0], *heard[1]}), "each was sent once"
+    assert min(map(len, heard)) >= 3, "the least busy server gets the next one"
+    assert max(fake.busiest for fake in fakes) <= 3, "as many at once on each as the settings say"
+    questions = [Question(REQUESTS[0].messages, ("yes", "no", "the light"))]
+    fakes[1].faults = ["drop"] * 3
+    assert engine.choose(questions) == alone.choose(questions)
+
+
+def test_a_server_killed_in_the_middle_loses_nothing(base: Base, adapter: Path) -> None:
+    with serving(FakeVllm(base.folder)) as kept, serving_process(base.folder) as (killed, url):
+        engine = VllmEngine(base, _pool([kept, url]))
+        engine.load_adapter("a", adapter)
+        undisturbed = engine.generate(REQUESTS, "a")
+        heard = Heard(after=4, do=killed.kill)  # SIGKILL
+        engine = VllmEngine(base, _pool([url, kept]), heard)
+        engine.load_adapter("a", adapter)
+        assert engine.generate(REQUESTS, "a", heard) == undisturbed
+        assert heard.done == len(REQUESTS), "each was answered once"
+        killed.join(300)
+        assert killed.exitcode == -9
+        assert any("cannot be reached" in line and line.endswith("the other servers answer") for line in heard.lines)
+        (answer,) = engine.generate(REQUESTS[:1], "a")
+        assert answer == undisturbed[0]
+
+
+def test_a_server_that_comes_back_is_checked_and_used_again(
+    base: Base, other: Path, adapter: Path, two: tuple[list[FakeVllm], list[str]]
+) -> None:
+    fakes, urls = two
+    heard = Heard()
+    fakes[1].faults = ["drop"] * 10_000  # until the engine was opened
+    engine = VllmEngine(base, _pool(urls), heard)
+    assert any(f"{urls[1]}: the vLLM server cannot be reached" in line for line in heard.lines)
+    engine.load_adapter("a", adapter)
+    expected = engine.generate(REQUESTS, "a")
+    for place in (1, 0):
+        if place == 1:
+            fakes[1].faults = []
+        else:
+            fakes[0].faults = ["fail"]  # EngineCore died
+            assert engine.generate(REQUESTS[:6], "a") == expected[:6]
+            fakes[0].restart()  # without the adapter
+        until(lambda: any("answers again" in line for line in heard.lines))
+        heard.lines.clear()
+        fakes[place].heard.clear()
+        assert engine.generate(REQUESTS, "a") == expected
+        assert _completions(fakes[place]), "it is used again"
+        assert len(fakes[place].paths) == 1, "it has the adapter again"
+    fakes[0].restart(other)
+    fakes[0].faults = ["fail"]
+    assert engine.generate(REQUESTS[:6], "a") == expected[:6]
+    until(lambda: any("runs another model" in line and "not used" in line for line in heard.lines))
+    fakes[0].heard.clear()
+    assert engine.generate(REQUESTS, "a") == expected
+    assert _completions(fakes[0]) == []
+    for wrong, error, said in (
+        (urls, Refused, "runs another model"),
+        (["http://127.0.0.1:9", "http://127.0.0.1:10"], TunesmithError, "cannot be reached"),
+    ):
+        with pytest.raises(error, match=said):
+            VllmEngine(base, _pool(wrong))
+
+
+def test_a_request_that_every_server_fails_is_an_error(base: Base, two: tuple[list[FakeVllm], list[str]]) -> None:
+    fakes, urls = two
+    engine = VllmEngine(base, _pool(urls))
+    for fake in fakes:
+        fake.faults = ["fail"]
+    before = sum(len(fake.heard) for fake in fakes)
+    with pytest.raises(TunesmithError, match="status 500: EngineCore"):
+        engine.generate(REQUESTS[:1])
+    heard = [body for fake in fakes for _, body in fake.heard][before:]
+    assert sum(body is not None and "logprobs" not in body for body in heard) <= 2, "once to each"
+
+
+def test_a_stream_is_sent_again_only_before_its_first_text(base: Base, two: tuple[list[FakeVllm], list[str]]) -> None:
+    fakes, urls = two
+    engine = VllmEngine(base, _pool(urls))
+    (expected,) = engine.generate(REQUESTS[:1])
+    fakes[0].faults = ["fail"]
+    *pieces, last = engine.stream(REQUESTS[0])
+    assert (last, "".join(map(str, pieces))) == (expected, expected.text)
+    until(lambda: all(server.usable for server in engine._pool._servers))
+    fakes[0].faults = ["break"]
+    with pytest.raises(TunesmithError, match="EngineCore died"):
+        list(engine.stream(REQUESTS[0]))
