@@ -33,14 +33,25 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(gpu_present(), reason="about machines without a GPU")
-def test_without_a_gpu_the_cpu_computes_and_gloo_sends() -> None:
+def test_without_a_gpu_the_cpu_computes_and_doctor_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (computing_device(), backends(), device_name(CPU)) == (CPU, "gloo", "CPU")
-
-
-def test_memory_of_the_machine_is_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
+    assert device.describe_gpus() == ("none: the CPU computes", None)
+    with pytest.raises(Refused, match="torch sees no GPU") as refused:
+        examine_gpu()
+    assert "on a machine with a GPU" in str(refused.value.fix)
+    (tmp_path / "version").write_text("NVRM version: 550.54.15\nGCC version: 12\n")
+    found, wrong = device.describe_gpus()
+    assert found == f"torch {torch.__version__} sees none, but a driver is here (NVRM version: 550.54.15)"
+    assert wrong is not None
+    with pytest.raises(Refused, match="a driver is here") as refused:
+        examine_gpu()
+    assert "build of PyTorch" in str(refused.value.fix)
+    checks = {check.name: check for check in examine(tmp_path).checks}
+    assert (checks["gpus"].ok, checks["gpus"].fix) == (False, wrong)
+    assert "bitsandbytes" in checks["extras"].detail
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    assert DeviceMemory(CPU).available() == 1000
-    assert DeviceMemory(CPU).available(sharing=4) == 250
+    assert [DeviceMemory(CPU).available(sharing=n) for n in (1, 4)] == [1000, 250], "processes share the machine's"
     DeviceMemory(CPU).reset_peak()
     assert DeviceMemory(CPU).peak() > 1 << 20
 
@@ -80,21 +91,6 @@ def test_memory_that_is_full_during_a_step_is_told(tmp_path: Path, monkeypatch: 
     assert "recompute: true" in str(raised.value.fix)
 
 
-@pytest.mark.skipif(gpu_present(), reason="about machines without a GPU")
-def test_doctor_says_that_a_driver_is_there_and_torch_sees_no_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
-    assert device.describe_gpus() == ("none: the CPU computes", None)
-    (tmp_path / "version").write_text("NVRM version: 550.54.15\nGCC version: 12\n")
-    found, wrong = device.describe_gpus()
-    assert found == f"torch {torch.__version__} sees none, but a driver is here (NVRM version: 550.54.15)"
-    assert wrong is not None
-    checks = {check.name: check for check in examine(tmp_path).checks}
-    assert (checks["gpus"].ok, checks["gpus"].fix) == (False, wrong)
-    assert "bitsandbytes" in checks["extras"].detail
-
-
 def test_doctor_lists_gpus_with_driver_and_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch would say of two GPUs, without any."""
     (tmp_path / "version").write_text("NVRM version: 550.54.15\n")
@@ -120,19 +116,6 @@ def test_a_card_has_the_peak_that_its_maker_states() -> None:
 
 
 # doctor --gpu: the step that it compares, what it says, and that it is refused without a GPU
-
-
-@pytest.mark.skipif(gpu_present(), reason="about machines without a GPU")
-def test_without_a_gpu_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_DRIVERS", ())
-    with pytest.raises(Refused, match="torch sees no GPU") as refused:
-        examine_gpu()
-    assert "on a machine with a GPU" in str(refused.value.fix)
-    (tmp_path / "version").write_text("NVRM version: 550\n")
-    monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
-    with pytest.raises(Refused, match="a driver is here") as refused:
-        examine_gpu()
-    assert "build of PyTorch" in str(refused.value.fix)
 
 
 def test_a_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

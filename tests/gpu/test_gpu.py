@@ -39,7 +39,6 @@ from tunesmith.training.train import make_spec, run_training
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu_present(), reason="torch sees no GPU here")]
 
 FAMILIES = ("llama", "phi3")
-PRECISIONS = {"fp32": 1e-3, "bf16": 0.05}  # accepted relative difference of a loss
 REQUESTS = [Generation((row(f"turn on light {n}", "")[1],), max_tokens=12) for n in range(8)]
 QUESTIONS = [Question((row(f"is light {n} on?", "")[1],), ("yes", "not")) for n in range(4)]
 
@@ -77,34 +76,22 @@ def losses(result: TrainingResult) -> list[float]:
     return [step["loss"] for step in result.state.curve]
 
 
-def saved(result: TrainingResult, engine: Engine) -> list[str]:
-    """The answers with the trained adapter."""
-    engine.load_adapter("adapter", result.folder)
-    return [each.text for each in engine.generate(REQUESTS, "adapter")]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_training_has_the_losses_of_the_cpu(base: Base, tmp_path: Path, precision: str) -> None:
-    gpu = LoadedHFModel(base)
+@pytest.mark.parametrize(
+    ("settings", "apart"),
+    [({}, 1e-3), ({"precision": "bf16"}, 0.05), ({"recompute": True}, 1e-3), ({"attention": "eager"}, 1e-3),
+     ({"method": "full"}, 1e-3)], ids=str,
+)  # fmt: skip
+def test_a_training_has_the_losses_of_the_cpu(
+    base: Base, tmp_path: Path, settings: dict[str, Any], apart: float
+) -> None:
+    gpu, cpu = LoadedHFModel(base), LoadedHFModel(base, torch.device("cpu"))
     assert gpu.trainable(TrainSettings(rank=4), seed=0, state_bytes=16).device == computing_device()
-    expected = losses(train(base, tmp_path / "cpu", LoadedHFModel(base, torch.device("cpu"))))
-    found = train(base, tmp_path / "gpu", gpu, precision=precision)
-    assert losses(found) == pytest.approx(expected, rel=PRECISIONS[precision])
+    expected = losses(train(base, tmp_path / "cpu", cpu, **{**settings, "precision": "fp32"}))
+    found = train(base, tmp_path / "gpu", gpu, **settings)
+    assert losses(found) == pytest.approx(expected, rel=apart)
     assert losses(found)[-1] < 0.9 * losses(found)[0]
     assert 0 < found.peak_memory_bytes <= DeviceMemory(computing_device()).peak()
-
-
-def test_gradients_and_scores_are_those_of_the_cpu(base: Base) -> None:
-    batch = lay_out([Renderer(base.folder).conversation(row("turn on", '{"on":1}'))], share=False)
-    found, scores = [], []
-    for device in (computing_device(), torch.device("cpu")):
-        loaded = LoadedHFModel(base, device)
-        trained = loaded.trainable(TrainSettings(rank=2, precision="fp32"), seed=1, state_bytes=16)
-        trained.loss(batch, CrossEntropy(), 8.0).backward()
-        moved = [each for group in trained.parameter_groups() for each in group.tensors]
-        found.append(torch.cat([each.grad.cpu().flatten() for each in moved if each.grad is not None]))
-        scores.append(torch.tensor(loaded.engine().choose(QUESTIONS)))
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    scores = [torch.tensor(loaded.engine().choose(QUESTIONS)) for loaded in (gpu, cpu)]
     torch.testing.assert_close(*scores, rtol=0.04, atol=0.4)  # a GPU answers in bf16
 
 
@@ -122,14 +109,9 @@ def test_a_base_in_4_bits_learns_and_its_adapter_answers(tmp_path: Path) -> None
     base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
     found = train(base, tmp_path / "work", quantize="4bit", precision="bf16")
     assert losses(found)[-1] < 0.95 * losses(found)[0]
-    assert all(saved(found, load_model(base, "hf").engine()))
-
-
-@pytest.mark.parametrize("settings", [{"recompute": True}, {"attention": "eager"}, {"method": "full"}])
-def test_other_ways_have_the_losses_of_the_cpu(tmp_path: Path, settings: dict[str, Any]) -> None:
-    base = base_of_family(tmp_path, "llama")
-    expected = losses(train(base, tmp_path / "cpu", LoadedHFModel(base, torch.device("cpu")), **settings))
-    assert losses(train(base, tmp_path / "gpu", **settings)) == pytest.approx(expected, rel=1e-3)
+    engine = load_model(base, "hf").engine()
+    engine.load_adapter("adapter", found.folder)
+    assert all(each.text for each in engine.generate(REQUESTS, "adapter"))
 
 
 def test_the_compiled_static_cache_gives_the_answers_of_the_dynamic_one(base: Base) -> None:
@@ -174,7 +156,7 @@ def test_vllm_scores_an_adapter_as_hf_does(tmp_path: Path) -> None:
     settings = VllmSettings(kind="vllm", start=1, flags=flags, adapters=str(tmp_path / "adapters"))
     engines: list[Engine] = [open_engine(base, settings), load_model(base, "hf").engine()]
     for engine in engines:
-        assert len(saved(trained, engine)) == len(REQUESTS)
+        engine.load_adapter("adapter", trained.folder)
     mine, theirs = (torch.tensor(engine.choose(QUESTIONS, "adapter")) for engine in engines)
     torch.testing.assert_close(mine, theirs, rtol=0.04, atol=0.4)
 

@@ -21,7 +21,7 @@ from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.system import memory
 from tunesmith.core.system.threads import wanted_threads
-from tunesmith.engines.batch import Batch, lay_out
+from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
@@ -54,26 +54,41 @@ def _step(folder: Path, more: int = 20) -> Step:
     )
 
 
-def test_too_large_step_is_refused_before_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, tried = _step(folder), 0
+def test_what_does_not_fit_is_refused_before_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = [_step(folder, 200), _step(folder, 40), _step(folder, 20)], list[Step]()
+    large, second = (step[0].tokens for step in plan[:2])
 
-    def trial(_: Step) -> None:
-        nonlocal tried
-        tried += 1
-
-    def free(count: int, later: int) -> None:
+    def free(count: int, later: int, **more: bool) -> None:
         monkeypatch.setattr(memory, "available_memory", lambda: count)
-        estimate([step], 0, 1, trial, MemoryNeeds(CPU, lambda part: 1000 * part.tokens, later, 0, "train.layers"))
+        needs = MemoryNeeds(CPU, lambda part: 1000 * part.tokens, later, 0, "train.layers")._replace(**more)
+        estimate(plan, 0, 1, tried.append, needs)
 
-    needed = 1000 * step[0].tokens
-    with pytest.raises(Refused, match=r"the largest part of a step \(\d+ tokens\) takes about") as refused:
-        free(needed - 1, 0)
-    assert refused.value.where == "train.tokens"
-    with pytest.raises(Refused, match="optimiser's state"):
-        free(needed + 499, 500)
+    largest = r"the largest part of a step \(\d+ tokens\) takes about"
+    for count, later, more, said, fix in (
+        (
+            1000 * large - 1,
+            0,
+            {},
+            r"the largest part of a step \(\d+ tokens\) takes about",
+            f"set tokens to {second}, ",
+        ),
+        (1000 * second, 0, {"may_recompute": True}, "takes", f"set recompute: true, or tokens to {second}, "),
+        (1000 * large + 499, 500, {}, "optimiser's state", ""),
+    ):
+        with pytest.raises(Refused, match=said) as refused:
+            free(count, later, **more)
+        assert (refused.value.where, str(refused.value.fix)[: len(fix)]) == ("train.tokens", fix)
     assert not tried
-    free(needed + 500, 500)
+    free(1000 * large + 500, 500)
     assert tried
+    needs = MemoryNeeds(CPU, lambda part: 1000 * part.tokens, 0, 1000, "train.layers")
+    assert check_memory(plan, needs).tokens == large
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000 * second)
+    check_memory(plan[1:], needs)
+    check_disk(folder, needs)
+    with pytest.raises(Refused, match="2 checkpoints and the next one take") as refused:
+        check_disk(folder / "work" / "not there", needs._replace(checkpoint=1 << 60))
+    assert "train.layers" in str(refused.value.fix)
 
 
 def test_a_step_s_time_has_no_validation_in_it(folder: Path) -> None:
@@ -163,22 +178,6 @@ def test_flops_count_forward_backward_and_trained_products(folder: Path) -> None
     assert lora.peak_flops(batch) == lora.peak_flops(batch), "measured once"
 
 
-def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer = Renderer(folder)
-    plan = [[lay_out([renderer.conversation(row("light", "on" * more))])] for more in (20, 40, 200)]
-    sizes = [step[0].tokens for step in plan]
-    needs = MemoryNeeds(CPU, lambda part: 1000 * part.tokens, 0, 0, "train.layers")
-    assert check_memory(plan, needs).tokens == sizes[2]
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000 * sizes[1])
-    with pytest.raises(Refused) as refused:
-        check_memory(plan, needs)
-    assert str(refused.value.fix).startswith(f"set tokens to {sizes[1]}, ")
-    with pytest.raises(Refused) as refused:
-        check_memory(plan, needs._replace(may_recompute=True))
-    assert str(refused.value.fix).startswith(f"set recompute: true, or tokens to {sizes[1]}, ")
-    check_memory(plan[:2], needs)
-
-
 def test_copies_of_a_scored_validation_take_the_place_of_a_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [_step(folder)]
     batch = 10**6 * plan[0][0].tokens
@@ -191,14 +190,6 @@ def test_copies_of_a_scored_validation_take_the_place_of_a_batch(folder: Path, m
     check_memory(plan, needs._replace(copies=batch))
     with pytest.raises(Refused, match="copies that a scored validation makes"):
         check_memory(plan, needs)
-
-
-def test_full_disk_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    check_disk(tmp_path / "work", MemoryNeeds(CPU, lambda _: 0, 0, 1000, "train.layers"))
-    with pytest.raises(Refused, match="2 checkpoints and the next one take") as refused:
-        check_disk(tmp_path / "work" / "not there", MemoryNeeds(CPU, lambda _: 0, 0, 1 << 60, "train.layers"))
-    assert "train.layers" in str(refused.value.fix)
 
 
 _VERSION_2 = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 500\ninactive_file 100\n"}
@@ -366,25 +357,20 @@ def test_time_has_a_stated_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (here["rate"], "3 TFLOPS, which CPU reached" in here["basis"]) == (pytest.approx(1.2e12), True)
 
 
-def test_experts_count_as_often_as_a_token_is_sent_to_one(tmp_path: Path) -> None:
+def test_experts_and_windows_count_as_they_are_used(tmp_path: Path) -> None:
+    """An expert as often as a token is sent to it; of a sliding window, its own tokens."""
+    with pytest.raises(UsageError, match="no config"):
+        read_shapes(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(Refused, match="transformers cannot run"):
+        read_shapes(tmp_path)
     shapes = read_shapes(write_hf_model(tmp_path / "m", "mixtral"))
     one_expert = (2 * 48 + 32) + (32 + 48)  # gate with up, and down: outputs and inputs
     assert shapes.kept - shapes.adapted == 2 * 2 * one_expert, "two layers, two of four experts"
     assert shapes.computed - shapes.linear == 2 * 2 * (2 * 48 * 32 + 32 * 48)
-
-
-def test_a_sliding_window_keeps_its_own_tokens_only(tmp_path: Path) -> None:
     kinds = [*["sliding_attention"] * 3, "full_attention"]
     AutoConfig.for_model("gemma3_text", **WIDE, sliding_window=64, layer_types=kinds).save_pretrained(tmp_path)
     found = _run(tmp_path, "--device", 1)[1]
     each_layer = 2 * 2 * WIDE["num_key_value_heads"] * WIDE["head_dim"]
     assert found["cache_per_token"] == 4 * each_layer
     assert found["cache_rows"] == 16 * each_layer * (3 * 64 + 2048)
-
-
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no config"):
-        read_shapes(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(Refused, match="transformers cannot run"):
-        read_shapes(tmp_path)

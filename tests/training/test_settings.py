@@ -41,8 +41,6 @@ candidates:
     ("train", "said"),
     [
         ("{rank: 0}", "greater than or equal to 1"),
-        ("{learning_rate: .nan}", "finite"),
-        ("{learning_rate: 3}", "less than 1"),
         ("{clip: .inf}", "finite"),
         ("{rnak: 8}", "did you mean 'rank'?"),
         ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
@@ -122,6 +120,8 @@ def test_unknown_layer_is_refused(wrong: str) -> None:
         ({"budget": "5m", "epochs": 2}, "set either budget or epochs"),
         ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
         ({"rehearse": True}, "rehearse"),
+        ({"learning_rate": 3}, "less than 1"),
+        ({"learning_rate": math.nan}, "finite"),
         ({"method": "full", "b_rate": 1}, "b_rate applies to adapters only"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands import call
 from tests.said import Said
-from tests.tiny_project import settings, write_project
+from tests.tiny_project import write_project
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT
 from tunesmith.store.store import Store
@@ -116,28 +116,27 @@ def test_no_stage_depends_on_metrics(tmp_path: Path) -> None:
     assert _tensorboard(run) == before, "the same training again has the same points"
 
 
-@pytest.mark.parametrize(
-    ("metrics", "module", "extra"),
-    [
-        ({"tensorboard": "b"}, "torch.utils.tensorboard", "tunesmith[tensorboard]"),
-        ({"mlflow": "sqlite:///m.db"}, "mlflow", "tunesmith[mlflow]"),
-    ],
-)
-def test_missing_library_is_refused_before_the_first_step(
-    tmp_path: Path, metrics: dict[str, str], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError) as refused:
-        follower(MetricsSettings(**metrics), "tuned", "sha256:00", TrainSettings(), SILENT)
-    assert extra in str(refused.value.fix)
-
-
-def test_a_wrong_destination_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for metrics in ({"tensorboard": str(tmp_path / "file" / "b")}, {"mlflow": "nonsense://here"}):
-        with pytest.raises(UsageError):
+def test_what_cannot_be_shown_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(fix: str = "", **metrics: str) -> None:
+        with pytest.raises(UsageError) as caught:
             follower(MetricsSettings(**metrics), "tuned", "sha256:00", TrainSettings(), SILENT)
+        assert fix in str(caught.value.fix)
 
+    (tmp_path / "file").write_text("")
+    refused(tensorboard=str(tmp_path / "file" / "b"))
+    refused(mlflow="nonsense://here")
+    for module, metrics, extra in (
+        ("torch.utils.tensorboard", {"tensorboard": "b"}, "tunesmith[tensorboard]"),
+        ("mlflow", {"mlflow": "sqlite:///m.db"}, "tunesmith[mlflow]"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        refused(extra, **metrics)
+    for wrong in ({}, {"tensorboard": "a", "mlflow": "b"}, {"tensorboard": "a", "experiment": "b"}):
+        with pytest.raises(ValueError, match=r"either tensorboard or mlflow|applies to MLflow only"):
+            MetricsSettings(**wrong)
+
+
+def test_points_that_a_server_lost_are_written_again() -> None:
     class Broken:
         held: list[Point] = []  # noqa: RUF012
         works = False
@@ -162,10 +161,3 @@ def test_a_wrong_destination_is_refused(tmp_path: Path) -> None:
     assert len(said.lines) == 2
     assert "the server is gone" in said.lines[0]
     assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(state) if p.series == "train/loss"]
-
-
-def test_metrics_settings_name_one_destination() -> None:
-    for wrong in ({}, {"tensorboard": "a", "mlflow": "b"}, {"tensorboard": "a", "experiment": "b"}):
-        with pytest.raises(ValueError, match=r"either tensorboard or mlflow|applies to MLflow only"):
-            MetricsSettings(**wrong)
-    assert "metrics" not in settings()

@@ -201,12 +201,6 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
     assert file.config.layers == ((1,) if "layers" in settings else None)
 
 
-def test_b_has_its_own_rate(tmp_path: Path) -> None:
-    groups = _trainable(base_of_family(tmp_path, "gpt2"), b_rate=16.0, dora=True).parameter_groups()
-    assert [group.rate_multiple for group in groups] == [1.0, 16.0, 1.0]
-    assert [len(group.tensors) for group in groups] == [8, 8, 8]
-
-
 @pytest.mark.parametrize("loss_on", ["last", "all"])
 def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) -> None:
     base = base_of_family(tmp_path, "gpt2")
@@ -216,7 +210,7 @@ def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) ->
         assert gradients(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_targets_and_seed(tmp_path: Path) -> None:
+def test_targets_seed_and_rates(tmp_path: Path) -> None:
     base = base_of_family(tmp_path, "gpt2")
     loaded = LoadedHFModel(base)
 
@@ -230,6 +224,21 @@ def test_targets_and_seed(tmp_path: Path) -> None:
     assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
     with pytest.raises(UsageError, match="no linear layer called 'q_proj'"):
         made(3, "q_proj")
+    with pytest.raises(UsageError, match="a weight has only 32"):
+        _trainable(base, rank=33, start="pissa")
+    groups = _trainable(base, b_rate=16.0, dora=True).parameter_groups()
+    assert [(group.rate_multiple, len(group.tensors)) for group in groups] == [(1.0, 8), (16.0, 8), (1.0, 8)]
+    mamba = base_of_family(tmp_path, "mamba")
+    with pytest.raises(Refused, match=r"does not run .*dt_proj as a layer"):
+        _trainable(mamba)
+    folder = _save(_trainable(mamba, targets=("in_proj", "x_proj")), tmp_path / "adapter")
+    assert PeftModel.from_pretrained(_model(mamba), str(folder))
+    for family, place in (("mixtral", r"layers\.0"), ("qwen3_moe", r"\(model\.layers\.1\.mlp\.experts\)")):
+        experts = base_of_family(tmp_path, family)  # an adapter beside them would learn, and the experts would not
+        with pytest.raises(Refused, match=place):
+            _trainable(experts)
+        with pytest.raises(UsageError, match="no linear layer called 'experts'"):
+            _trainable(experts, targets=("experts",))
 
 
 def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
@@ -244,30 +253,6 @@ def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
     again = loaded.trainable(WeightSettings(rank=2), seed=0, state_bytes=16)
     change_adapter(again)
     assert loaded.engine().choose(question) == before, "the engine does not see the adapter under training"
-
-
-@pytest.mark.parametrize("family", EXPERTS)
-def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> None:
-    """An adapter beside them would learn, and nobody would know that the experts did not."""
-    base = base_of_family(tmp_path, family)
-    with pytest.raises(Refused, match=r"experts whose weights are fused \(model\.layers\.1\.mlp\.experts\)|layers\.0"):
-        _trainable(base)
-    with pytest.raises(UsageError, match="no linear layer called 'experts'"):
-        _trainable(base, targets=("experts",))
-
-
-def test_high_pissa_ranks_are_refused(tmp_path: Path) -> None:
-    base = base_of_family(tmp_path, "gpt2")
-    with pytest.raises(UsageError, match="a weight has only 32"):
-        _trainable(base, rank=33, start="pissa")
-
-
-def test_layers_that_the_model_does_not_call_are_refused(tmp_path: Path) -> None:
-    base = base_of_family(tmp_path, "mamba")
-    with pytest.raises(Refused, match=r"does not run .*dt_proj as a layer"):
-        _trainable(base)
-    folder = _save(_trainable(base, targets=("in_proj", "x_proj")), tmp_path / "adapter")
-    assert PeftModel.from_pretrained(_model(base), str(folder))
 
 
 def test_a_row_as_long_as_the_context_is_trained_on(tmp_path: Path) -> None:
