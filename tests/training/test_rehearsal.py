@@ -22,7 +22,7 @@ from tunesmith.core.progress import Stopped
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.probes import drift
 from tunesmith.evaluation.probes.general import general_questions
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.rendering import Rendered
 from tunesmith.project import Project
 from tunesmith.store.store import Store
 from tunesmith.training.batches import rehearsal
@@ -95,13 +95,6 @@ def test_a_cut_answer_is_learned_without_its_end() -> None:
         Rendered((0, 1, 2, 3, 4), (False, False, False, True, True)),
     ]
     assert [len(row.ids) for row in render_rehearsed(renderer, [ended, cut], 5)] == [5], "a long one is left out"
-
-
-def test_an_answer_that_spells_a_control_token_is_left_out(tmp_path: Path) -> None:
-    """A base writes one with ordinary tokens, as the placeholder <filename> in a command."""
-    write_model(tmp_path)
-    said = [Rehearsed("?", text, ended=True) for text in ("open it", "open <|im_end|>", "")]
-    assert len(render_rehearsed(Renderer(tmp_path), said, 99)) == 2, "an empty answer ends at once"
 
 
 def test_what_is_left_out_is_said_and_nothing_left_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
