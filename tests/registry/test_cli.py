@@ -232,19 +232,9 @@ def test_users_and_tokens(store: Store, version: Version) -> None:
 def test_keys_are_made_enrolled_and_listed(store: Store, tmp_path: Path) -> None:
     made = document(store, "keys", "create")
     assert made["user"] == "olive"
-    assert document(store, "keys", "list")["keys"] == [
-        {
-            "user": "olive",
-            "label": "key-1",
-            "fingerprint": made["fingerprint"],
-            "roles": ["admin", "engineer"],
-            "active": True,
-            "status": "active",
-            "enrolled": 4,
-            "until": None,
-            "private": True,
-        }
-    ]
+    facts = {"user": "olive", "label": "key-1", "fingerprint": made["fingerprint"], "roles": ["admin", "engineer"]}
+    state = {"active": True, "status": "active", "enrolled": 4, "until": None, "private": True}
+    assert document(store, "keys", "list")["keys"] == [{**facts, **state}]
     (tmp_path / "theirs.pem").write_text((store.root / "trust" / "olive.pem").read_text())
     with pytest.raises(Refused, match="this key is olive's"):
         run(store, "keys", "enrol", "ann", str(tmp_path / "theirs.pem"))

@@ -14,7 +14,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
-from tunesmith.registry.aliases import Alias, get_alias, list_aliases, set_alias
+from tunesmith.registry.aliases import Alias, get_alias, list_aliases, revision_of, set_alias
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.lineage import tree
 from tunesmith.registry.opening import verified_copy
@@ -48,6 +48,8 @@ def test_an_alias_cleared_in_between_counts_as_changed(store: Store, version: Ve
     point(store, None, 1)
     assert get_alias(store, "intents", "champion") is None
     assert list_aliases(store) == []
+    with database.reading(store.engine) as session:
+        assert [revision_of(session, "intents", "champion", Scope(each)) for each in ("", "acme")] == [2, 0]
     for expected in (0, 1, 3):
         with pytest.raises(Refused, match="was changed by somebody else"):
             point(store, version, expected)
