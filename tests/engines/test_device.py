@@ -1,4 +1,4 @@
-"""The device of the hf engine. What needs a GPU runs where one is."""
+"""The device that computes, the engines that train and answer on it, and what doctor says of it."""
 
 from __future__ import annotations
 
