@@ -106,9 +106,9 @@ class Served:
         more = {"actor": OPERATOR, **more}
         return start(self.scene.store, name=version.name, version=version, steps=plan, **more)
 
-    def until(self, rollout: Rollout, done: Callable[[Rollout], bool], seconds: float = SECONDS) -> Rollout:
+    def until(self, rollout: Rollout, done: Callable[[Rollout], bool]) -> Rollout:
         """Wait for the server's controller."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SECONDS
         while not done(now := get_rollout(self.scene.store, rollout.id)):
             assert time.monotonic() < end, f"still {now.status} at step {now.step}: {now.reason}"
             time.sleep(0.02)
@@ -116,16 +116,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Served]:
-    """A server with these settings."""
+def running(scene: Scene, engine: Any, **settings: Any) -> Iterator[Served]:
+    """A server with these settings. engine: a FakeEngine or a TinyEngine."""
     schema, root = settings.pop("answer_schema", SCHEMA), settings.pop("root", Path())
-    project, keeper = settings.pop("project", None), settings.pop("keeper", None)
-    holder = settings.pop("holder", None)
+    parts = {name: settings.pop(name, None) for name in ("project", "keeper", "holder")}
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
     bounds = ServerSettings.model_validate({"check_seconds": 0.05, "grace_seconds": 2, **settings})
-    app = create_app(
-        scene.store, engine, engine, bounds, scorers=scorers, project=project, keeper=keeper, holder=holder
-    )
+    app = create_app(scene.store, engine, engine, bounds, scorers=scorers, **parts)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = DrainingServer(app)
@@ -161,6 +158,16 @@ def engine(scene: Scene) -> FakeEngine:
 def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Served]:
     """A server whose champion is version 1."""
     with running(scene, engine) as server:
+        server.begin(versions[1])
+        yield server
+
+
+@pytest.fixture
+def tiny(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> Iterator[Served]:
+    """The same answering by a tiny random model."""
+    from tests.server.tiny_engine import TinyEngine
+
+    with running(scene, TinyEngine(scene.base, tmp_path / "tiny")) as server:
         server.begin(versions[1])
         yield server
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class TinyEngine:
         write_model(folder / "m", template=template)
         self.native = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
         self.base, self.context_length = base, self.native.context_length
-        self.count_prompt = self.native._renderer.count_prompt
+        self.count_prompt, self.gate = self.native._renderer.count_prompt, threading.Event()
         self._loaded: set[str] = set()
 
     @property
