@@ -141,43 +141,51 @@ def test_other_answers_leave_at_once_and_stream(hold: Callable[..., Served], eng
     assert [row.ok for row in served.rows()] == [True, True]
 
 
+CALL = '<call>{"name": "pay", "arguments": {"sum": 5}}</call>'
+TOOLS = [{"type": "function", "function": {"name": "pay", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("stream", "decision", "more", "said"),
+    ("decision", "given", "said", "called"),
     [
-        (False, "release", {}, MONEY),
-        (True, "replace", {"answer": '{"intent": "ask"}'}, '{"intent": "ask"}'),
-        (False, "replace", {"answer": '{"intent": "ask"}'}, '{"intent": "ask"}'),
-        (True, "refuse", {}, None),
+        ("release", MONEY, MONEY, []),
+        ("replace", MONEY, '{"intent": "ask"}', []),
+        ("release", CALL, "", ["pay"]),
+        ("replace", CALL, "ask a person", []),
     ],
 )
 def test_a_request_that_waits_is_answered_as_decided(
-    hold: Callable[..., Served], stream: bool, decision: str, more: dict[str, Any], said: str | None
+    hold: Callable[..., Served],
+    engine: FakeEngine,
+    stream: bool,
+    decision: str,
+    given: str,
+    said: str,
+    called: list[str],
 ) -> None:
-    served = hold(wait=120)
-    if said is None:
-        with pytest.raises(openai.PermissionDeniedError, match="looked at it") as refused:
-            decided(served, decision, more, stream=stream)
-        assert refused.value.code == "answer_refused"
-    elif stream:
-        chunks = list(decided(served, decision, more, stream=True, logprobs=True))
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
-        assert chunks[-1].choices[0].finish_reason == "stop"
-    else:
-        choice = decided(served, decision, more, logprobs=True).choices[0]
-        assert (choice.message.content, choice.finish_reason) == (said, "stop")
-        assert (choice.logprobs is None) == (decision == "replace")
+    served, asked = hold(wait=120), {"tools": TOOLS} if given == CALL else {"logprobs": True}
+    engine.answer = lambda _request, _adapter: given
+    more = {"answer": said} if decision == "replace" else {}
+    found = decided(served, decision, more, stream=stream, **asked)
+    choices = [chunk.choices[0] for chunk in found] if stream else found.choices
+    parts = [choice.delta if stream else choice.message for choice in choices]
+    assert "".join(part.content or "" for part in parts) == said
+    assert [call.function.name for part in parts for call in part.tool_calls or ()] == called
+    assert choices[-1].finish_reason == ("tool_calls" if called else "stop")
+    assert any(choice.logprobs for choice in choices) == (decision == "release" and given == MONEY)
 
 
-def test_openai_clients_do_not_send_a_held_request_again(hold: Callable[..., Served], engine: FakeEngine) -> None:
-    served = hold()
-    for stream in (False, True):
-        before = engine.calls
-        with pytest.raises(openai.PermissionDeniedError) as error:
-            served.client(retries=3).chat.completions.create(model=NAME, messages=HELLO, stream=stream)
-        assert error.value.code == "answer_held"
-        assert isinstance(error.value.body, dict)
-        assert error.value.body["held"]["url"].startswith("/api/held/")
-        assert engine.calls == before + 1
+def test_a_refusal_is_said_and_a_stopping_server_keeps_no_request_open(hold: Callable[..., Served]) -> None:
+    served = hold(wait=300)
+    with pytest.raises(openai.PermissionDeniedError, match="looked at it") as refused:
+        decided(served, "refuse", {}, stream=True)
+    assert refused.value.code == "answer_refused"
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(served.post)
+        until(lambda: served.serving.awaited._waiting)
+        served.stop()
+        assert asked.result(300).json()["error"]["code"] == "answer_held"
 
 
 @pytest.mark.attack("people", "an edited answer breaks the version's schema")
@@ -266,38 +274,13 @@ def test_of_two_reviewers_one_decides(hold: Callable[..., Served], happened: Hap
         happened("one decision")
 
 
-@pytest.mark.parametrize(("at_deadline", "state"), [("refuse", "refused"), ("release", "released")])
-def test_at_the_deadline_the_server_decides(hold: Callable[..., Served], at_deadline: str, state: str) -> None:
-    served = hold(deadline=0.3, at_deadline=at_deadline)
-    notice = held(served)
-    with served.http() as caller, reviewer(served) as steward:
-        until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
-        found = caller.get(notice["url"]).json()
-        assert (found["state"], "completion" in found) == (state, state == "released")
-        assert decide(steward, notice, "release").status_code == 409
-    assert [entry.action for entry in audited(served, notice)] == ["answer.expire"]
-
-
-def test_at_the_deadline_a_refused_version_releases_nothing(hold: Callable[..., Served]) -> None:
-    served = hold(deadline=3600, at_deadline="release")
-    notice = held(served)
-    refuse(served.scene.store, f"{NAME}@v1", reason="it leaks", actor=APPROVER)
-    with reviewer(served) as steward:
-        refused = decide(steward, notice, "release")
-        assert refused.status_code == 403
-        assert "it leaks" in refused.json()["error"]["message"]
-    with database.writing(served.scene.store.engine) as session:
-        session.get_one(HeldRow, notice["id"]).deadline = time.time() - 1
-    with served.http() as caller:
-        until(lambda: caller.get(notice["url"]).json()["state"] != "waiting")
-        assert caller.get(notice["url"]).json()["state"] == "refused"
-
-
-def test_at_the_deadline_an_answer_waits_while_its_versions_record_cannot_be_read(
+def test_at_the_deadline_the_server_releases_what_may_leave(
     hold: Callable[..., Served], versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = hold(deadline=3600, at_deadline="release")
-    unread, other = held(served, model=f"{NAME}@v2"), held(served)
+    """Not an answer of a version that was refused, and none while its version's record cannot be read."""
+    served = hold(at_deadline="release")
+    other, unread, withdrawn = held(served), held(served, model=f"{NAME}@v2"), held(served, model=f"{NAME}@v3")
+    refuse(served.scene.store, f"{NAME}@v3", reason="it leaks", actor=APPROVER)
     whole = Store.record
 
     def reading(store: Store, digest: str, *kind: Any, **named: Any) -> Any:
@@ -305,15 +288,25 @@ def test_at_the_deadline_an_answer_waits_while_its_versions_record_cannot_be_rea
             raise TunesmithError("the bucket cannot be used")
         return whole(store, digest, *kind, **named)
 
-    with served.http() as caller:
+    with served.http() as caller, reviewer(served) as steward:
+
+        def state(notice: dict[str, Any]) -> Any:
+            return caller.get(notice["url"]).json()["state"]
+
+        refused = decide(steward, withdrawn, "release")
+        assert (refused.status_code, "it leaks" in refused.json()["error"]["message"]) == (403, True)
         with monkeypatch.context() as patch:
             patch.setattr(Store, "record", reading)
             with database.writing(served.scene.store.engine) as session:
-                for notice in (unread, other):
+                for notice in (other, unread, withdrawn):
                     session.get_one(HeldRow, notice["id"]).deadline = time.time() - 1
-            until(lambda: caller.get(other["url"]).json()["state"] == "released")
-            assert caller.get(unread["url"]).json()["state"] == "waiting"
-        until(lambda: caller.get(unread["url"]).json()["state"] == "released")
+            until(lambda: state(other) != "waiting" != state(withdrawn))
+            assert (state(other), state(withdrawn), state(unread)) == ("released", "refused", "waiting")
+        until(lambda: state(unread) == "released")
+        assert "completion" in caller.get(other["url"]).json()
+        assert "completion" not in caller.get(withdrawn["url"]).json()
+        assert decide(steward, other, "release").status_code == 409
+    assert [entry.action for entry in audited(served, other)] == ["answer.expire"]
 
 
 @pytest.mark.attack("privacy", "the texts of held answers after their time")
@@ -343,16 +336,24 @@ def test_texts_are_deleted_and_never_logged(
     happened("nothing left, nothing logged")
 
 
-def test_a_full_queue_refuses_answers(hold: Callable[..., Served]) -> None:
-    served = hold(at_most=2)
-    first, _ = held(served), held(served)
+def test_openai_clients_do_not_send_a_held_request_again_until_the_queue_is_full(
+    hold: Callable[..., Served], engine: FakeEngine
+) -> None:
+    served, notices = hold(at_most=2), []
+    for stream in (False, True):
+        before = engine.calls
+        with pytest.raises(openai.PermissionDeniedError) as error:
+            served.client(retries=3).chat.completions.create(model=NAME, messages=HELLO, stream=stream)
+        assert (error.value.code, engine.calls) == ("answer_held", before + 1)
+        assert isinstance(error.value.body, dict)
+        notices.append(error.value.body["held"])
     full = served.post()
     assert (full.status_code, full.json()["error"]["code"]) == (503, "held_queue_full")
     with served.http() as http:
         until(lambda: "tunesmith_held_waiting 2.0" in http.get("/metrics").text)
         assert 'tunesmith_held_answers_total{outcome="held"} 2.0' in http.get("/metrics").text
     with reviewer(served) as steward:
-        decide(steward, first, "refuse")
+        decide(steward, notices[0], "refuse")
     held(served)
 
 
@@ -408,10 +409,6 @@ def test_a_rule_on_confidence_has_tokens_scored_and_shows_no_scores(
     held(hold({"confidence_below": 0.7}))
 
 
-CALL = '<call>{"name": "pay", "arguments": {"sum": 5}}</call>'
-TOOLS = [{"type": "function", "function": {"name": "pay", "parameters": {"type": "object"}}}]
-
-
 def test_calls_of_functions_wait_too(hold: Callable[..., Served], engine: FakeEngine) -> None:
     served = hold()
     engine.answer = lambda _request, _adapter: CALL
@@ -426,25 +423,3 @@ def test_calls_of_functions_wait_too(hold: Callable[..., Served], engine: FakeEn
         assert (choice["finish_reason"], choice["message"]) == (
             "stop", {"role": "assistant", "content": "ask a person", "refusal": None},
         )  # fmt: skip
-
-
-def test_streamed_calls_leave_as_decided(hold: Callable[..., Served], engine: FakeEngine) -> None:
-    served = hold(wait=120)
-    engine.answer = lambda _request, _adapter: CALL
-    for decision, more, expected in (
-        ("release", {}, ("", ["pay"], "tool_calls")),
-        ("replace", {"answer": "ask a person"}, ("ask a person", [], "stop")),
-    ):
-        choices = [chunk.choices[0] for chunk in decided(served, decision, more, stream=True, tools=TOOLS)]
-        text = "".join(choice.delta.content or "" for choice in choices)
-        called = [call.function.name for choice in choices for call in choice.delta.tool_calls or ()]
-        assert (text, called, choices[-1].finish_reason) == expected
-
-
-def test_a_stopping_server_keeps_no_request_open(hold: Callable[..., Served]) -> None:
-    served = hold(wait=300)
-    with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(served.post)
-        until(lambda: served.serving.awaited._waiting)
-        served.stop()
-        assert asked.result(300).json()["error"]["code"] == "answer_held"

@@ -15,7 +15,7 @@ from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.commands import abort, resume, rollback
+from tunesmith.rollout.commands import abort, resume
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server import app as server_app
@@ -54,41 +54,26 @@ def rounds(served: Served, number: int) -> None:
 
 
 def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versions: Versions) -> None:
-    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
-    arms = [served.post().headers["x-tunesmith-arm"] for _ in range(60)]
-    assert 12 < arms.count("canary") < 48
-    for user in ("ada", "bea", "cleo", "dora"):
-        assert len({served.post(user=user).headers["x-tunesmith-version"] for _ in range(4)}) == 1
-    rows = served.rows()
-    assert {(row.rollout, row.features["step"]) for row in rows} == {(rollout.id, 1)}
-    assert {row.version for row in rows if row.arm == "canary"} == {versions[2].digest}
-    assert {row.version for row in rows if row.arm == "stable"} == {versions[1].digest}
-
-
-def test_requests_record_their_caller_and_a_hash_of_the_end_user(served: Served, versions: Versions) -> None:
     served.post(user="ada@example.org")
     rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
     assert rollout.main_callers == (OPERATOR,)  # it made all requests so far
-    for user in ("ada@example.org", "ada@example.org", "bea"):
-        served.post(user=user)
-    served.post()
-    before, *during = served.rows()
-    assert {row.caller for row in (before, *during)} == {OPERATOR}
-    first, again, other, nobody = (row.end_user for row in during)
-    assert (before.end_user, nobody, len(first)) == ("", "", 16)
-    assert first == again != other
-
-
-@pytest.mark.slow
-def test_a_good_canary_is_promoted_by_its_own_traffic(served: Served, versions: Versions) -> None:
-    analysis = {"analysis": {"metric": "json_valid", "worse_by_at_most": 0.15}}
-    rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})
-    ask_until(served, lambda: get_rollout(served.scene.store, rollout.id).status == "promoted")
-    assert served.until(rollout, lambda now: not now.live).status == "promoted"
-    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v2"
-    rollback(served.scene.store, name=NAME, actor=OPERATOR, reason="complaints")
-    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
+    served.until(rollout, lambda now: now.status == "paused")
+    arms = [served.post().headers["x-tunesmith-arm"] for _ in range(60)]
+    assert 12 < arms.count("canary") < 48
+    for user in ("ada@example.org", "bea", "cleo", "dora"):
+        assert len({served.post(user=user).headers["x-tunesmith-version"] for _ in range(4)}) == 1
+    before, *rows = served.rows()
+    assert {row.caller for row in (before, *rows)} == {OPERATOR}
+    assert {(row.rollout, row.features["step"]) for row in rows} == {(rollout.id, 1)}
+    assert {row.version for row in rows if row.arm == "canary"} == {versions[2].digest}
+    assert {row.version for row in rows if row.arm == "stable"} == {versions[1].digest}
+    assert {row.end_user for row in (before, *rows[:60])} == {""}
+    hashes = [{row.end_user for row in rows[at : at + 4]} for at in range(60, 76, 4)]
+    assert [len(each) for each in hashes] == [1] * 4
+    assert [len(each) for each in set[str]().union(*hashes)] == [16] * 4
+    canary = next(user for user in map(str, range(99)) if served.post(user=user).headers["x-tunesmith-arm"] == "canary")
+    abort(served.scene.store, rollout.id, actor=OPERATOR, reason="complaints")
+    assert served.post(user=canary).headers["x-tunesmith-version"] == f"{NAME}@v1", "from the next request on"
 
 
 def test_analysis_rolls_back_a_bad_overridden_canary(served: Served, versions: Versions) -> None:
@@ -106,27 +91,6 @@ def test_analysis_rolls_back_a_bad_overridden_canary(served: Served, versions: V
     assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
 
 
-def test_a_canary_that_only_fails_is_aborted(served: Served, versions: Versions) -> None:
-    good = served.scene.store.record(versions[1].candidate).parents["training"]
-
-    def answer(_request: Any, adapter: str | None) -> str:
-        if adapter != good:
-            raise RuntimeError("boom")
-        return VALID
-
-    served.engine.answer = answer
-    analysis = {"analysis": {"metric": "exact_match"}}
-    rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})
-    served.until(rollout, lambda now: now.step == 1)
-    for _ in range(200):
-        served.post()
-        if not get_rollout(served.scene.store, rollout.id).live:
-            break
-    ended = served.until(rollout, lambda now: not now.live)
-    assert ended.status == "aborted"
-    assert "failed" in ended.reason
-
-
 def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) -> None:
     served.engine.broken.add(served.scene.store.record(versions[2].candidate).parents["training"])
     rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
@@ -140,7 +104,8 @@ def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) 
     )  # fmt: skip
 
 
-def test_a_canary_that_another_server_can_load_keeps_its_rollout(served: Served, versions: Versions) -> None:
+def test_a_canary_that_another_server_can_load_keeps_its_rollout(served: Served) -> None:
+    """As one that needs grammars, where the engine follows none."""
     canary = served.scene.version(9, answer_grammar='start: "a"\n')
     rollout = served.begin(canary, {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
     served.until(rollout, lambda now: now.status == "paused")
@@ -148,16 +113,11 @@ def test_a_canary_that_another_server_can_load_keeps_its_rollout(served: Served,
     answer = served.post()
     assert (answer.status_code, answer.headers["x-tunesmith-version"]) == (200, f"{NAME}@v1")
     assert get_rollout(served.scene.store, rollout.id).status == "paused"
-
-
-def test_a_version_that_needs_grammars_is_refused_where_the_engine_follows_none(served: Served) -> None:
-    version = served.scene.version(9, answer_grammar='start: "a"\n')
-    served.engine.follows_grammars = False
-    answer = served.post(model=version.label)
+    answer = served.post(model=canary.label)
     assert answer.status_code == 404
     assert "a grammar, which this server's engine cannot follow" in answer.json()["error"]["message"]
     served.engine.follows_grammars = True
-    assert served.post(model=version.label).status_code == 200
+    assert served.post(model=canary.label).status_code == 200
 
 
 @pytest.mark.parametrize("error", [TunesmithError("the disk is full"), OSError(24, "Too many open files")])
@@ -230,14 +190,6 @@ def test_a_rollout_that_cannot_be_checked_keeps_nothing_else_waiting(
     assert len(failed) == 1, "its weights are not copied again each second"
 
 
-def test_an_abort_counts_from_the_next_request_on(served: Served, versions: Versions) -> None:
-    rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
-    assert served.post().headers["x-tunesmith-arm"] == "canary"
-    abort(served.scene.store, rollout.id, actor=OPERATOR, reason="complaints")
-    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
-
-
 # Feedback
 
 
@@ -247,38 +199,28 @@ def give(served: Served, token: str | None = None, **body: Any) -> tuple[int, An
         return response.status_code, response.json()
 
 
-def test_feedback_scores_the_kept_answer(served: Served) -> None:
+def test_feedback_scores_the_kept_answer_once_and_only_for_its_tenant(served: Served) -> None:
     right, wrong = served.ask(), served.ask()
-    assert give(served, request_id=right.id, expected='{ "intent":"on" }') == (
-        200, {"request_id": right.id.removeprefix("chatcmpl-"), "scores": {"exact_match": 1.0}},
-    )  # fmt: skip
-    assert give(served, request_id=wrong._request_id, expected='{"intent": "off"}')[1]["scores"] == {"exact_match": 0.0}
-    assert [row.scores for row in served.rows()] == [
-        {"json_valid": 1.0, "exact_match": 1.0}, {"json_valid": 1.0, "exact_match": 0.0},
-    ]  # fmt: skip
-
-
-def test_feedback_never_replaces_a_measured_score(served: Served) -> None:
-    answer = served.ask()
-    assert give(served, request_id=answer.id, score={"thumbs": 1.0})[0] == 200
-    for again in ({"score": {"thumbs": 0.0}}, {"score": {"json_valid": 0.0}}, {"score": {"new": 1.0, "thumbs": 0.0}}):
-        status, document = give(served, request_id=answer.id, **again)
-        assert (status, document["error"]["code"]) == (409, "already_scored")
-    assert served.rows()[0].scores == {"json_valid": 1.0, "thumbs": 1.0}
-    assert served.rows()[0].features["feedback_by"] == OPERATOR
-
-
-def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None:
-    answer = served.ask()
     eve = served.person("eve", "operator", tenant="acme")
     said = [
-        give(served, eve, request_id=answer.id, expected="x"),
-        give(served, eve, request_id=answer.id, score={"thumbs": 0.0}),
+        give(served, eve, request_id=right.id, expected="x"),
+        give(served, eve, request_id=right.id, score={"thumbs": 0.0}),
         give(served, request_id="chatcmpl-nothing", expected="x"),
         give(served, request_id="nothing", score={"thumbs": 0.0}),
     ]
     assert {(status, document["error"]["code"]) for status, document in said} == {(404, "request_not_found")}
-    assert served.rows()[0].scores == {"json_valid": 1.0}
+    assert give(served, request_id=right.id, expected='{ "intent":"on" }') == (
+        200, {"request_id": right.id.removeprefix("chatcmpl-"), "scores": {"exact_match": 1.0}},
+    )  # fmt: skip
+    assert give(served, request_id=wrong._request_id, expected='{"intent": "off"}')[1]["scores"] == {"exact_match": 0.0}
+    assert give(served, request_id=right.id, score={"thumbs": 1.0})[0] == 200
+    for again in ({"score": {"thumbs": 0.0}}, {"score": {"json_valid": 0.0}}, {"score": {"new": 1.0, "thumbs": 0.0}}):
+        status, document = give(served, request_id=right.id, **again)
+        assert (status, document["error"]["code"]) == (409, "already_scored")
+    assert [row.scores for row in served.rows()] == [
+        {"json_valid": 1.0, "exact_match": 1.0, "thumbs": 1.0}, {"json_valid": 1.0, "exact_match": 0.0},
+    ]  # fmt: skip
+    assert {row.features["feedback_by"] for row in served.rows()} == {OPERATOR}
 
 
 def test_a_forgotten_answer_is_scored_by_number(scene: Scene, engine: FakeEngine, versions: Versions) -> None:
@@ -307,16 +249,6 @@ def test_feedback_that_is_not_well_formed_is_400(shared: Served, body: dict[str,
     assert give(shared, **body)[0] == 400
 
 
-def test_an_expected_text_that_a_scorer_cannot_read_is_400(
-    scene: Scene, engine: FakeEngine, versions: Versions
-) -> None:
-    with running(scene, engine, scorers=("json_valid", "exact_match", "field_f1")) as served:
-        served.begin(versions[1])
-        answer = served.ask()
-        assert give(served, request_id=answer.id, expected="not json")[1]["error"]["param"] == "expected"
-        assert give(served, request_id=answer.id, expected=VALID)[1]["scores"] == {"exact_match": 1.0, "field_f1": 1.0}
-
-
 # Control
 
 
@@ -331,7 +263,6 @@ def test_rollouts_are_shown_with_the_analysis_so_far(served: Served, versions: V
         assert (one["stable"]["version"], one["canary"]["version"]) == (f"{NAME}@v1", f"{NAME}@v2")
         for number, status in (("999", 404), ("x", 400), ("-1", 400)):
             assert http.get(f"/api/rollouts/{number}").status_code == status
-        assert http.get("/api/rollouts", headers={"Authorization": ""}).status_code == 401
 
 
 PAUSES = ({"setWeight": 10}, {"pause": {}}, {"setWeight": 20}, {"pause": {}}, {"setWeight": 100})
@@ -371,8 +302,9 @@ def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Ve
     assert champion.version == versions[1].digest
 
 
-def test_health_and_metrics_need_no_token(served: Served) -> None:
+def test_health_and_metrics_need_no_token_and_features_are_recorded(served: Served) -> None:
     served.ask()
+    served.ask(messages=[{"role": "user", "content": "zzz qqq"}])
     with served.http() as http:
         for path in ("/healthz", "/readyz", "/metrics"):
             response = http.get(path, headers={"Authorization": ""})
@@ -380,14 +312,9 @@ def test_health_and_metrics_need_no_token(served: Served) -> None:
             assert NAME not in response.text
             assert OPERATOR not in response.text
         text = http.get("/metrics").text
-    assert 'tunesmith_requests_total{arm="stable",outcome="answered"} 1.0' in text
-    assert 'tunesmith_tokens_total{arm="stable",kind="completion"} 2.0' in text
+    assert 'tunesmith_requests_total{arm="stable",outcome="answered"} 2.0' in text
+    assert 'tunesmith_tokens_total{arm="stable",kind="completion"} 4.0' in text
     assert "tunesmith_waiting_requests 0.0" in text
-
-
-def test_features_for_the_drift_watch_are_recorded(served: Served) -> None:
-    served.ask()
-    served.ask(messages=[{"role": "user", "content": "zzz qqq"}])
     near, far = (row.features for row in served.rows())
     assert (near["characters"], far["characters"]) == (18.0, 7.0)
     assert near["nearest"] > 0.3
