@@ -138,15 +138,25 @@ def test_a_scope_permits_nothing_that_the_roles_do_not(every: Served, happened: 
     store = every.scene.store
     add_user(store, "reader", ["operator"], actor=OWNER)
     token = issue_token(store, "reader", actor=OWNER)
-    asked = {
-        ("POST", "/api/decisions"): {},
-        ("GET", "/v1/files"): {},
-        ("POST", "/v1/fine_tuning/jobs"): {},
-        ("POST", "/api/tokens"): {"user": "every", "name": "mine"},
-        ("DELETE", "/api/tokens/every/expired"): {},
-    }
+    dataset, post = every.scene.dataset, "POST"
+    asked = [
+        (post, "/api/decisions", {}),
+        (post, "/api/decisions/prepare", {}),
+        (post, "/api/jobs", {}),
+        (post, "/api/review/1/decide", {"decision": "accept", "revision": 0}),
+        (post, f"/api/datasets/{dataset}/sign-offs", {"reason": "read it"}),
+        (post, "/api/recalls", {"kind": "row", "value": "x", "reason": "why"}),
+        (post, "/api/users", {"name": "mallory", "roles": ["admin"]}),
+        (post, "/api/users/reader/roles", {"roles": ["admin"]}),
+        (post, "/api/tokens", {"user": "every", "name": "mine"}),
+        ("DELETE", "/api/tokens/every/expired", {}),
+        ("GET", "/v1/files", {}),
+        (post, "/v1/files", {}),
+        ("DELETE", "/v1/files/file-x", {}),
+        (post, "/v1/fine_tuning/jobs", {}),
+    ]
     with every.http(token) as http:
-        for (method, path), body in asked.items():
+        for method, path, body in asked:
             answer = http.request(method, path, json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied"), path
             happened("refused, 403")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]
 from typer.testing import CliRunner
 
 from tests.fabricate import NAME, OWNER
 from tests.server.conftest import Served
 from tunesmith.cli.main import app
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.registry.signing.attestations import ENVELOPE, public_pem, signed_bytes
+from tunesmith.registry.signing.keys import fingerprint_of
 from tunesmith.registry.versions import Version
 from tunesmith.services.releases import remote_decisions
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
+from tunesmith.store.people.user_keys import revoke_key
 
 Versions = dict[int, Version]
 
@@ -50,11 +57,9 @@ class Approver:
         asked = {"version": version, "decision": decision, **more}
         return self.http.post("/api/decisions/prepare", json=asked)
 
-    def signed(self, prepared: dict[str, Any], raw: bool = False) -> dict[str, Any]:
-        """What a client sends back. raw: r and s as WebCrypto gives them."""
+    def signed(self, prepared: dict[str, Any]) -> dict[str, Any]:
+        """What a client sends back."""
         signature = self.key.sign(base64.b64decode(prepared["payload"]), ec.ECDSA(hashes.SHA256()))
-        if raw:
-            signature = b"".join(half.to_bytes(32, "big") for half in decode_dss_signature(signature))
         encoded = base64.b64encode(signature).decode()
         return {"statement": prepared["statement"], "key": prepared["keys"][0], "signature": encoded}
 
@@ -67,14 +72,21 @@ def ada(served: Served, tmp_path: Path) -> Approver:
     return Approver(served, "ada", tmp_path)
 
 
-@pytest.mark.parametrize("raw", [False, True], ids=["DER", "r and s"])
-def test_refused_and_approved_again_with_a_key_that_never_came(served: Served, ada: Approver, raw: bool) -> None:
+def said(approver: Approver, signed: dict[str, Any], signature: bytes | None = None) -> tuple[int, str]:
+    """How the server answers. signature: in place of the right one."""
+    if signature is not None:
+        signed = {**signed, "signature": base64.b64encode(signature).decode()}
+    answer = approver.submit(signed)
+    return answer.status_code, answer.json().get("error", {}).get("message", "")
+
+
+def test_refused_and_approved_again_with_a_key_that_never_came(served: Served, ada: Approver) -> None:
     assert served.post().status_code == 200
     for decision, status in (("refuse", 404), ("approve", 200)):
         prepared = ada.prepare(f"{NAME}@champion", decision, reason="a customer's name")
         assert prepared.status_code == 200
         assert served.post().status_code == (200 if decision == "refuse" else 404)  # nothing changed yet
-        answer = ada.submit(ada.signed(prepared.json(), raw))
+        answer = ada.submit(ada.signed(prepared.json()))
         assert (answer.status_code, answer.json()["decision"], answer.json()["approver"]) == (200, decision, "ada")
         assert answer.json()["missing"] == ([] if decision == "approve" else ["1 more approver"])
         assert served.post().status_code == status
@@ -84,28 +96,83 @@ def test_refused_and_approved_again_with_a_key_that_never_came(served: Served, a
     assert not list((served.scene.store.root / "keys").glob("ada*"))
 
 
-def test_only_the_caller_signs_and_only_what_was_prepared(served: Served, ada: Approver, tmp_path: Path) -> None:
+def test_only_the_callers_signature_over_what_was_prepared_is_taken(
+    served: Served, ada: Approver, tmp_path: Path
+) -> None:
     eve = Approver(served, "eve", tmp_path)
     prepared = ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()
-    stolen = eve.submit(ada.signed(prepared))
-    assert (stolen.status_code, stolen.json()["error"]["code"]) == (409, "decision_refused")
-    assert "igned with ada's key, and sent by eve" in stolen.json()["error"]["message"]
-    forged = {**eve.signed(prepared), "key": prepared["keys"][0]}
-    assert "he signature is not ada's" in ada.submit(forged).json()["error"]["message"]
-    for change in ({"decision": "approve"}, {"approver": "eve"}, {"reason": "other"}):
-        statement = {**prepared["statement"], "predicate": {**prepared["statement"]["predicate"], **change}}
-        assert ada.submit({**ada.signed(prepared), "statement": statement}).status_code == 409
-    for body in ({**ada.signed(prepared), "signature": "%%%"}, {**ada.signed(prepared), "more": 1}, {"statement": {}}):
+    signed, foreign = ada.signed(prepared), ec.generate_private_key(ec.SECP256R1())
+    der = base64.b64decode(signed["signature"])
+    r, s = (half.to_bytes(32, "big") for half in decode_dss_signature(der))
+    # Signed was the statement and not DSSE's encoding of it.
+    plain = ada.key.sign(canonical(prepared["statement"]), ec.ECDSA(hashes.SHA256()))
+    of_eve = base64.b64decode(eve.signed(prepared)["signature"])
+    forms = (s + r, r + r, bytes(64), b"\xff" * 64, der[:64], (r + s)[:63], r + s + b"\0", der + b"\0", der[::-1])
+    for wrong in (*forms, plain, of_eve):
+        assert said(ada, signed, wrong) == (409, "The signature is not ada's."), wrong.hex()
+    for sender, sent, why in (
+        (eve, signed, "igned with ada's key, and sent by eve"),
+        (ada, {**eve.signed(prepared), "key": fingerprint_of(eve.key)}, ""),
+        (ada, {**signed, "key": fingerprint_of(foreign)}, "key that is not trusted here"),
+        *((ada, {**signed, "statement": statement}, "") for statement in (
+            {}, {"subject": []}, {"subject": [{"digest": {"sha256": 1}}], "predicate": {}},
+        )),
+    ):  # fmt: skip
+        status, message = said(sender, sent)
+        assert (status, why in message) == (409, True), message
+    for body in ({**signed, "signature": "%%%"}, {**signed, "more": 1}, {"statement": {}}):
         assert ada.submit(body).status_code == 400
-    for statement in ({}, {"subject": []}, {"subject": [{"digest": {"sha256": 1}}], "predicate": {}}):
-        assert ada.submit({**ada.signed(prepared), "statement": statement}).status_code == 409
     assert served.post().status_code == 200
+    assert said(ada, signed, r + s) == (200, "")  # as WebCrypto gives it
+    assert served.post().status_code == 404
+    late = ada.signed(ada.prepare(f"{NAME}@v1", "refuse", reason="why").json())
+    revoke_key(served.scene.store, "ada", "key-1", since=1, actor=OWNER)
+    status, message = said(ada, late)
+    assert (status, "revoked" in message) == (409, True)
+    assert ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()["keys"] == []
 
 
-def test_roles_and_tenants(served: Served, tmp_path: Path) -> None:
-    with served.http() as http:  # the owner registered the versions, and is no approver
-        for path in ("/api/decisions/prepare", "/api/decisions"):
-            assert http.post(path, json={}).status_code == 403
+def test_a_changed_statement_is_refused_even_if_it_is_signed(ada: Approver) -> None:
+    """Its time, above all: a signature does not wait for next month."""
+    prepared = ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()
+    for changed, why in (
+        ({"until": stamp(timedelta(seconds=-1))}, "The time of the signed statement ended"),
+        ({"until": stamp(timedelta(days=30))}, "The time of the signed statement ends too late"),
+        ({"until": "2999-01-01T00:00:00"}, "does not say until when"),
+        ({"until": "soon"}, "does not say until when"),
+        ({"until": None}, "is not an approval or refusal"),
+        ({"approver": "eve"}, ""),
+    ):
+        stated = prepared["statement"]["predicate"] | changed
+        if stated["until"] is None:
+            del stated["until"]
+        statement = {**prepared["statement"], "predicate": stated}
+        unsigned = {**ada.signed(prepared), "statement": statement}
+        payload = base64.b64encode(signed_bytes(statement)).decode()
+        signed = ada.signed({**prepared, "statement": statement, "payload": payload})
+        status, message = said(ada, signed)
+        assert (said(ada, unsigned)[0], status, why in message) == (409, 409, True), message
+    assert said(ada, ada.signed(prepared))[0] == 200
+
+
+def test_other_software_verifies_what_is_recorded(served: Served, ada: Approver) -> None:
+    prepared = ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()
+    answer = ada.submit(ada.signed(prepared)).json()
+    store = served.scene.store
+    document = json.loads(store.read_blob(store.record(answer["record"]).blobs[ENVELOPE]))
+    public = ada.key.public_key()
+    keyid = fingerprint_of(ada.key).removeprefix("sha256:")
+    envelope = Envelope.from_dict(document)
+    assert envelope.verify([SSlibKey.from_crypto(public, keyid=keyid)], threshold=1).keys() == {keyid}
+    assert json.loads(envelope.payload) == prepared["statement"]
+    # And the other way round: what that software signs is taken here.
+    prepared = ada.prepare(f"{NAME}@v1", "approve").json()
+    made = Envelope(canonical(prepared["statement"]), "application/vnd.in-toto+json", {})
+    signature = made.sign(CryptoSigner(ada.key, SSlibKey.from_crypto(public, keyid=keyid)))
+    assert said(ada, ada.signed(prepared), bytes.fromhex(signature.signature))[0] == 200
+
+
+def test_tenants_and_what_cannot_be_prepared(served: Served, tmp_path: Path) -> None:
     amy = Approver(served, "amy", tmp_path, Scope("acme"))
     refused = amy.prepare(f"{NAME}@v1", "refuse", reason="why")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "decision_refused")

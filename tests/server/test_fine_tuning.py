@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import openai
 import pytest
@@ -131,8 +133,9 @@ def test_events_come_as_a_stream_that_openai_does_not_have(
     client: openai.OpenAI, tuner: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_stream, "SECONDS", 0.05)
-    store = tuner.scene.store
-    job = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client)).id
+    monkeypatch.setattr(event_stream, "_STREAMS", 2)
+    store, create = tuner.scene.store, client.fine_tuning.jobs.create
+    job = create(model=MODEL, training_file=uploaded(client)).id
     lease = claimed(tuner)
     with streamed(client, job) as events:
         first = next(events)
@@ -152,21 +155,14 @@ def test_events_come_as_a_stream_that_openai_does_not_have(
     ):
         with pytest.raises(openai.BadRequestError, match=said):
             streamed(client, job, **options)
-
-
-def test_a_stream_of_events_ends_with_its_token_and_its_server(
-    client: openai.OpenAI, tuner: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(event_stream, "SECONDS", 0.05)
-    monkeypatch.setattr(event_stream, "_STREAMS", 2)
-    job = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client)).id
+    job = create(model=MODEL, training_file=uploaded(client)).id
     claimed(tuner)
-    other = tuner.client(issue_token(tuner.scene.store, OWNER, actor=OWNER, name="other"))
+    other = tuner.client(issue_token(store, OWNER, actor=OWNER, name="other"))
     with streamed(client, job) as kept, streamed(other, job) as ending:
         assert next(kept).message == next(ending).message == "started by w"
         with pytest.raises(openai.RateLimitError, match="2 streams of events open"):
             streamed(client, job)
-        revoke_token(tuner.scene.store, OWNER, "other", actor=OWNER)
+        revoke_token(store, OWNER, "other", actor=OWNER)
         with pytest.raises(openai.APIError, match="revoked"):
             next(ending)
         stopped = threading.Thread(target=tuner.stop)
@@ -176,47 +172,33 @@ def test_a_stream_of_events_ends_with_its_token_and_its_server(
         stopped.join()
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param", "said"),
-    [
-        ({"model": "gpt-9"}, 404, "model", "The model 'gpt-9' does not exist or you do not have access to it."),
-        ({"training_file": "file-none"}, 400, "training_file", "invalid training_file: file-none"),
-        ({"training_file": "\0"}, 400, None, "The body holds a NUL character."),
-        ({"validation_file": "file-none"}, 400, "validation_file", "invalid validation_file: file-none"),
-        ({"validation_file": "FILE"}, 400, "validation_file", "must be another file"),
-        ({"method": {"type": "dpo"}}, 400, "method", "the method dpo is not supported"),
-        ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "the integration wandb is not supported"),
-        ({"suffix": "a:b"}, 400, "suffix", "Invalid 'suffix'"),
-        ({"suffix": "v1..2"}, 400, "suffix", "'tiny-v1..2' is not a version name"),
-        ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "greater than or equal to 1"),
-        ({"hyperparameters": {"learning_rate_multiplier": 1000}}, 400, "hyperparameters", "learning_rate"),
-        ({"n_epochs": 3}, 400, "n_epochs", "Unrecognized request argument"),
-        (
-            {"hyperparameters": {}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}},
-            400,
-            None,
-            "give either",
-        ),
-    ],
-)
-def test_what_is_refused(
-    client: openai.OpenAI, tuner: Served, body: dict[str, Any], status: int, param: str | None, said: str
-) -> None:
+def test_what_is_refused(client: openai.OpenAI, tuner: Served, served: Served) -> None:
     file = uploaded(client)
-    sent = {name: file if value == "FILE" else value for name, value in body.items()}
-    with tuner.http(client.api_key) as http:
-        answer = http.post("/v1/fine_tuning/jobs", json={"model": MODEL, "training_file": file, **sent})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (status, param), error
-    assert said in error["message"]
+    both = {"hyperparameters": {}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}}
+    for body, param, said in (
+        ({"model": "gpt-9"}, "model", "The model 'gpt-9' does not exist or you do not have access to it."),
+        ({"training_file": "file-none"}, "training_file", "invalid training_file: file-none"),
+        ({"validation_file": "file-none"}, "validation_file", "invalid validation_file: file-none"),
+        ({"validation_file": file}, "validation_file", "must be another file"),
+        ({"method": {"type": "dpo"}}, "method", "the method dpo is not supported"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "the integration wandb is not supported"),
+        ({"suffix": "a:b"}, "suffix", "Invalid 'suffix'"),
+        ({"suffix": "v1..2"}, "suffix", "'tiny-v1..2' is not a version name"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than or equal to 1"),
+        ({"hyperparameters": {"learning_rate_multiplier": 1000}}, "hyperparameters", "learning_rate"),
+        ({"n_epochs": 3}, "n_epochs", "Unrecognized request argument"),
+        (both, None, "give either"),
+    ):
+        with tuner.http(client.api_key) as http:
+            answer = http.post("/v1/fine_tuning/jobs", json={"model": MODEL, "training_file": file, **body})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (404 if param == "model" else 400, param), error
+        assert said in error["message"]
     assert client.fine_tuning.jobs.list().data == []
-
-
-def test_a_server_without_the_setting_knows_no_model(served: Served) -> None:
-    client = served.client(issue_token(served.scene.store, OWNER, actor=OWNER))
+    without = served.client(issue_token(served.scene.store, OWNER, actor=OWNER))  # a project that takes no jobs
     with pytest.raises(openai.NotFoundError, match="does not exist"):
-        client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client))
-    assert client.fine_tuning.jobs.list().data == []
+        without.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(without))
+    assert without.fine_tuning.jobs.list().data == []
 
 
 def test_who_may(client: openai.OpenAI, tuner: Served) -> None:
@@ -247,38 +229,26 @@ def test_who_may(client: openai.OpenAI, tuner: Served) -> None:
         avi.fine_tuning.jobs.create(model=MODEL, training_file=owners.training_file)
 
 
-@pytest.mark.parametrize(
-    ("data", "code", "said"),
-    [
+def test_files_that_cannot_be_used_end_the_job(client: openai.OpenAI, tuner: Served, project: Project) -> None:
+    few = b"".join(examples().splitlines(True)[:3])
+    for data, code, said in (
         (examples()[:200], "invalid_file_format", "The job failed due to an invalid training file. Expected file"),
-        (
-            b"".join(examples().splitlines(True)[:3]),
-            "invalid_n_examples",
-            "has 3 example(s), but must have at least 10",
-        ),
+        (few, "invalid_n_examples", "has 3 example(s), but must have at least 10"),
         (None, "file_deleted", "the file was deleted"),
-    ],
-)
-def test_files_that_cannot_be_used_end_the_job(
-    client: openai.OpenAI, tuner: Served, project: Project, data: bytes | None, code: str, said: str
-) -> None:
-    file = uploaded(client, data or b"{}\n")
-    made = client.fine_tuning.jobs.create(model=MODEL, training_file=file)
-    if data is None:
-        client.files.delete(file)
-    job = find(tuner.scene.store, int(made.id[6:]), get_user(tuner.scene.store, OWNER))
-    assert job is not None
-
-    def work(progress: JobProgress) -> Any:
-        return perform_fine_tuning(project, job, progress)
-
-    perform(tuner.scene.store, claimed(tuner), work)
-    found = client.fine_tuning.jobs.retrieve(made.id)
-    assert found.status == "failed"
-    assert found.error is not None
-    assert (found.error.code, found.error.param) == (code, "training_file")
-    assert said in found.error.message
-    assert next(iter(client.fine_tuning.jobs.list_events(made.id))).level == "error"
+    ):
+        file = uploaded(client, data or b"{}\n")
+        made = client.fine_tuning.jobs.create(model=MODEL, training_file=file)
+        if data is None:
+            client.files.delete(file)
+        job = find(tuner.scene.store, int(made.id[6:]), get_user(tuner.scene.store, OWNER))
+        assert job is not None
+        perform(tuner.scene.store, claimed(tuner), partial(perform_fine_tuning, project, job))
+        found = client.fine_tuning.jobs.retrieve(made.id)
+        assert found.status == "failed"
+        assert found.error is not None
+        assert (found.error.code, found.error.param) == (code, "training_file")
+        assert said in found.error.message
+        assert next(iter(client.fine_tuning.jobs.list_events(made.id))).level == "error"
 
 
 def test_clients_see_neither_tracebacks_nor_paths(
@@ -291,12 +261,8 @@ def test_clients_see_neither_tracebacks_nor_paths(
         RuntimeError(f"cannot open '{path}'"),
         UsageError(f"the prompt {path} is empty", where=path, fix="see http://a/b"),
     ):
-
-        def work(_progress: JobProgress) -> Outcome:
-            raise error  # noqa: B023
-
         with pytest.raises(type(error)):
-            perform(tuner.scene.store, claimed(tuner), work)
+            perform(tuner.scene.store, claimed(tuner), Mock(side_effect=error))
     sent = [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)]
     assert not any("/srv" in line or "apps" in line for line in sent)
     assert sum(line.startswith("an internal error") for line in sent) == 1
@@ -344,8 +310,6 @@ def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
     plain = Arguments(settings="", model=MODEL, training_file="f")
     untouched = derived(project, plain, Uploaded("/a.jsonl", "a")).settings
     assert untouched.candidates == project.settings.candidates
-    with pytest.raises(UsageError, match="name one with"):
-        opened(tmp_path, candidates={"a": {"train": {}}, "b": {"train": {}}})
 
 
 def test_each_suffix_has_a_series_of_its_own_with_a_name_that_can_be_registered() -> None:
@@ -394,26 +358,23 @@ def test_a_name_means_a_base(tmp_path: Path) -> None:
     names = {MODEL: None, "gpt-4.1-nano": "pypi:other==1"}
     tuning = {"models": names, "licence": "CC0-1.0", "split": {"test": 0.4}}
     project = opened(tmp_path, fine_tuning=tuning)
-    bases = [
-        derived(project, Arguments(settings="", model=name, training_file="f"), Uploaded("/a.jsonl", "a")).settings.base
-        for name in names
-    ]
+    asked = [Arguments(settings="", model=name, training_file="f") for name in names]
+    bases = [derived(project, each, Uploaded("/a.jsonl", "a")).settings.base for each in asked]
     assert bases == [project.settings.base, "pypi:other==1"]
     with pytest.raises(UsageError, match="has no 'gpt-9'"):
         project.on_base("gpt-9")
-    with pytest.raises(UsageError, match="write a map"):
-        opened(tmp_path, fine_tuning={**tuning, "models": [MODEL]})
-    running_servers = {"kind": "vllm", "url": "http://127.0.0.1:1"}
-    with pytest.raises(
-        UsageError, match=r"gpt-4\.1-nano: the vLLM servers of engine\.url run this project's base only"
-    ):
-        opened(tmp_path, fine_tuning=tuning, engine=running_servers)
-    opened(tmp_path, fine_tuning={**tuning, "models": {MODEL: None}}, engine=running_servers)
+    servers = {"kind": "vllm", "url": "http://127.0.0.1:1"}
+    own = {**tuning, "models": {MODEL: None}}
+    opened(tmp_path, fine_tuning=own, engine=servers)
     opened(tmp_path, fine_tuning=tuning, engine={"kind": "vllm", "start": True})
-
-
-def test_a_split_by_a_key_is_not_for_uploaded_rows(tmp_path: Path) -> None:
-    tuning = {"models": {MODEL: None}, "licence": "CC0-1.0"}
-    with pytest.raises(UsageError, match=r"'template', which rows of OpenAI's clients lack: add fine_tuning\.split"):
-        opened(tmp_path, fine_tuning=tuning)
-    opened(tmp_path, fine_tuning={**tuning, "split": {"group_by": "template"}})
+    alone = r"gpt-4\.1-nano: the vLLM servers of engine\.url run this project's base only"
+    unsplit = {"models": {MODEL: None}, "licence": "CC0-1.0"}
+    for said, wrong in (
+        ("write a map", {"fine_tuning": {**tuning, "models": [MODEL]}}),
+        (alone, {"fine_tuning": tuning, "engine": servers}),
+        ("'template', which rows of OpenAI's clients lack", {"fine_tuning": unsplit}),
+        ("name one with", {"candidates": {"a": {"train": {}}, "b": {"train": {}}}}),
+    ):
+        with pytest.raises(UsageError, match=said):
+            opened(tmp_path, **wrong)
+    opened(tmp_path, fine_tuning={**own, "split": {"group_by": "template"}})

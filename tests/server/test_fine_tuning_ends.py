@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,6 @@ class Tuner:
             perform(project.store, lease, work, shown=halt or SILENT)
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")
 
-    def noticed(self) -> None:
-        """Wait until the job's process knows that somebody asked for its end."""
-        progress = self.progress
-        assert progress is not None
-        until(progress.stopping.is_set)
-
     def performed_in_child(self, monkeypatch: pytest.MonkeyPatch) -> FineTuningJob:
         """A job after what a worker's child does, but in this process."""
         lease = self.taken()
@@ -109,31 +103,28 @@ class Tuner:
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")
 
 
-@contextlib.contextmanager
-def opened(folder: Path, **changes: object) -> Iterator[Tuner]:
-    project = Project.load(write_fine_tuning_project(folder, **changes))
-    ensure_owner(project.store)
-    add_user(project.store, OPERATOR, ["operator"], actor=OWNER)
-    with running(Scene(project.store, "", ""), FakeEngine(""), project=project) as served:
-        yield Tuner(folder, served.client(issue_token(project.store, OWNER, actor=OWNER)))
-
-
 @pytest.fixture
 def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tuner]:
     monkeypatch.setenv("TUNESMITH_USER", OWNER)
     monkeypatch.setattr(performing, "_BEAT", 0.02)
-    with opened(tmp_path / "project") as found:
-        yield found
+    project = Project.load(write_fine_tuning_project(tmp_path / "project"))
+    ensure_owner(project.store)
+    add_user(project.store, OPERATOR, ["operator"], actor=OWNER)
+    with running(Scene(project.store, "", ""), FakeEngine(""), project=project) as served:
+        yield Tuner(project.root, served.client(issue_token(project.store, OWNER, actor=OWNER)))
 
 
-def during(tuner: Tuner, phase: str, act: Callable[[str], object]) -> FineTuningJob:
-    """A job that something happens to when it reaches a phase."""
+def cancelled_during(tuner: Tuner, phase: str) -> FineTuningJob:
+    """A job that is cancelled when it reaches a phase."""
     lease, halt, found = tuner.taken(), Halt(phase), list[FineTuningJob]()
     thread = threading.Thread(target=lambda: found.append(tuner.performed(lease, halt)))
     thread.start()
     try:
         assert halt.reached.wait(300), f"it never came to {phase}"
-        act(f"ftjob-{lease.job}")
+        job = tuner.client.fine_tuning.jobs.cancel(f"ftjob-{lease.job}")
+        assert job.status in ("running", "validating_files")
+        # Until its process knows that somebody asked for its end.
+        until(lambda: tuner.progress is not None and tuner.progress.stopping.is_set())
     finally:
         halt.go_on.set()
         thread.join(300)
@@ -142,17 +133,12 @@ def during(tuner: Tuner, phase: str, act: Callable[[str], object]) -> FineTuning
 
 def test_a_job_is_cancelled_in_every_phase_and_the_next_one_goes_on_from_there(tuner: Tuner) -> None:
     calls = tuner.client.fine_tuning.jobs
-
-    def cancel(identifier: str) -> None:
-        assert calls.cancel(identifier).status in ("running", "validating_files")
-        tuner.noticed()
-
     queued = tuner.created()
     assert calls.cancel(queued).status == "cancelled"
     file = calls.retrieve(queued).training_file
     for phase in (VALIDATING, "training", "gate "):
         made = calls.create(model=MODEL, training_file=file, hyperparameters={"n_epochs": 2}).id
-        done = during(tuner, phase, cancel)
+        done = cancelled_during(tuner, phase)
         assert (done.id, done.status, done.error, done.fine_tuned_model) == (made, "cancelled", None, None), phase
         assert done.finished_at is not None
         assert next(each.message for each in calls.list_events(made)) == "cancelled"
@@ -167,52 +153,29 @@ def test_a_job_is_cancelled_in_every_phase_and_the_next_one_goes_on_from_there(t
     assert len(skipped) > 2, "what the cancelled jobs had finished is used"
 
 
-def test_a_file_that_is_deleted_while_the_job_is_performed(tuner: Tuner) -> None:
-    def delete(identifier: str) -> None:
-        tuner.client.files.delete(tuner.client.fine_tuning.jobs.retrieve(identifier).training_file)
+def test_a_job_that_fails_says_why(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that is gone, settings that changed, and rows that are too few to decide."""
 
-    tuner.created()
-    done = during(tuner, VALIDATING, delete)
-    assert done.status == "failed"
-    assert done.error is not None
-    assert (done.error.code, done.error.param) == ("file_deleted", "training_file")
-    assert "upload it again" in done.error.message
-    tuner.created()
-    done = during(tuner, "training", delete)
-    assert done.status == "succeeded", "the rows were read already"
+    def failed(done: FineTuningJob, code: str, *said: str) -> str:
+        assert (done.status, done.fine_tuned_model) == ("failed", None)
+        assert done.error is not None
+        assert done.error.code == code
+        assert all(each in done.error.message for each in said), done.error.message
+        return done.error.message
 
-
-def test_a_base_that_is_gone_and_settings_that_changed(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, base = tuner.client.fine_tuning.jobs, tuner.folder / "model"
+    base = tuner.folder / "model"
     tuner.created()
     shutil.move(base, tuner.folder / "elsewhere")
-    done = tuner.performed_in_child(monkeypatch)
-    assert done.status == "failed"
-    assert done.error is not None
-    assert done.error.code == "wrong_usage"
-    assert "base 'model' is not a folder" in done.error.message
-    assert str(tuner.folder) not in done.error.message, "clients do not see this machine's paths"
+    message = failed(tuner.performed_in_child(monkeypatch), "wrong_usage", "base 'model' is not a folder")
+    assert str(tuner.folder) not in message, "clients do not see this machine's paths"
     shutil.move(tuner.folder / "elsewhere", base)
 
-    identifier = tuner.created()
-    assert during(tuner, "training", lambda job: (calls.pause(job), tuner.noticed())).status == "paused"
-    write_fine_tuning_project(tuner.folder, gates={})
-    assert calls.resume(identifier).status == "queued"
-    done = tuner.performed_in_child(monkeypatch)
-    assert done.status == "failed"
-    assert done.error is not None
-    assert done.error.code == "wrong_usage"
-    assert "settings changed since this job was queued" in done.error.message
-    assert "restart `tunesmith serve` and create another one" in done.error.message
-    assert list_versions(tuner.project.store) == []
-
-
-def test_too_few_rows_to_decide_are_inconclusive(tuner: Tuner) -> None:
     tuner.created(b"".join(examples().splitlines(True)[:12]))
-    done = tuner.performed()
-    assert done.status == "failed"
-    assert done.error is not None
-    assert done.error.code == "evidence_inconclusive"
-    assert "at least 20 are needed" in done.error.message
-    assert "upload more examples and create another job" in done.error.message
-    assert done.fine_tuned_model is None
+    more = "upload more examples and create another job"
+    failed(tuner.performed(), "evidence_inconclusive", "at least 20 are needed", more)
+
+    tuner.created()
+    write_fine_tuning_project(tuner.folder, gates={})
+    more = "restart `tunesmith serve` and create another one"
+    failed(tuner.performed_in_child(monkeypatch), "wrong_usage", "settings changed since this job was queued", more)
+    assert list_versions(tuner.project.store) == []
