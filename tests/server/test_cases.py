@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
-from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS, until
@@ -22,8 +22,6 @@ from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.monitoring.settings import CaseSettings
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
-from tunesmith.store.people.identities import add_user
-from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.tables import AuditRow
 
 SECRET = "jane.doe@example.com"
@@ -75,40 +73,37 @@ def _crash(_request: object, _adapter: object) -> str:
 
 
 @pytest.mark.attack("privacy", "requests whose callers did not ask to keep them")
-@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("server", ["keeping", "served"])
 def test_without_opting_in_no_text_is_on_the_disk(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, allowed: bool, happened: Happened
+    request: pytest.FixtureRequest, server: str, happened: Happened
 ) -> None:
-    keeper = CaseKeeper(scene.store, CaseSettings(), Privacy()) if allowed else None
-    with running(scene, engine, keeper=keeper) as served:
-        served.begin(versions[1])
-        for more in ({}, {"store": False}, {"metadata": {"store": "okapi"}}, {"user": "hippo"}):
-            answer = _ask(served, **more)
-            assert _feedback(served, request_id=answer.json()["id"], expected=WRONG).json()["scores"]
-        engine.answer = lambda _request, _adapter: f"no JSON, zebra {SECRET}"
-        assert _ask(served).status_code == 200
-        engine.answer = _crash
-        assert _ask(served).status_code == 500
-    assert len(served.rows()) == 6
-    assert _holding(scene.store.root, "zebra", SECRET, "okapi", "hippo", served.token) == []
+    served: Served = request.getfixturevalue(server)
+    if server == "served":  # its project keeps nothing: asking for it is refused, and then nothing else is done
+        asked = _ask(served).json()["id"]
+        for param, refused in (
+            ("store", _ask(served, store=True)),
+            ("keep", _feedback(served, request_id=asked, expected=WRONG, keep=True)),
+        ):
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"], error["param"]) == (400, "storing_not_allowed", param)
+        assert _feedback(served, request_id=asked, expected=WRONG).status_code == 200, "no score was added before"
+        assert served.engine.calls == 1
+    for more in ({}, {"store": False}, {"metadata": {"store": "okapi"}}, {"user": "hippo"}):
+        answer = _ask(served, **more)
+        assert _feedback(served, request_id=answer.json()["id"], expected=WRONG).json()["scores"]
+    served.engine.answer = lambda _request, _adapter: f"no JSON, zebra {SECRET}"
+    assert _ask(served).status_code == 200
+    served.engine.answer = _crash
+    assert _ask(served).status_code == 500
+    assert len(served.rows()) == 6 + (server == "served")
+    served.stop()
+    assert _holding(served.scene.store.root, "zebra", SECRET, "okapi", "hippo", served.token) == []
     happened("nothing kept", 6)
 
 
-def test_where_the_project_keeps_nothing_asking_for_it_is_refused(served: Served) -> None:
-    refused = _ask(served, store=True)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "storing_not_allowed")
-    assert refused.json()["error"]["param"] == "store"
-    assert served.engine.calls == 0
-    answer = _ask(served).json()["id"]
-    refused = _feedback(served, request_id=answer, expected=WRONG, keep=True)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "storing_not_allowed")
-    assert _feedback(served, request_id=answer, expected=WRONG).status_code == 200, "no score was added before"
-
-
-def test_feedback_that_asks_for_it_leaves_a_case(keeping: Served) -> None:
-    answer = _ask(keeping)
-    given = _feedback(keeping, request_id=answer.json()["id"], expected=WRONG, keep=True)
-    assert given.json()["kept"] is True
+def test_feedback_that_asks_for_it_leaves_a_case_until_its_caller_withdraws_it(keeping: Served) -> None:
+    store, answer = keeping.scene.store, _ask(keeping).json()["id"]
+    assert _feedback(keeping, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
     (case,) = _cases(keeping)
     assert case.messages[-1].content == "zebra lamp of person1@example.com"
     assert (case.expected, case.answer) == (WRONG, '{"intent": "on"}')
@@ -117,24 +112,35 @@ def test_feedback_that_asks_for_it_leaves_a_case(keeping: Served) -> None:
     (row,) = keeping.rows()
     assert case.at == row.at
     assert datetime.fromisoformat(case.until) - datetime.fromisoformat(row.at) == timedelta(days=30)
-    (path,) = (keeping.scene.store.root / "cases").glob("*.json")
+    (path,) = (store.root / "cases").glob("*.json")
     assert path.stat().st_mode & 0o077 == 0
+    with keeping.http(keeping.person("olaf", "operator")) as http:
+        for request in (answer, "chatcmpl-" + "0" * 32, "..x", "x" * 200):
+            found = http.delete(f"/api/feedback/{request}")
+            assert (found.status_code, found.json()["error"]["code"]) == (404, "request_not_found"), request
+    _cases(keeping)
+    with keeping.http() as http:
+        assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is True
+        assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is False
+    assert _holding(store.root, "zebra") == []
+    again = _feedback(keeping, request_id=answer, score={"helpful": 0.0}, keep=True).json()
+    assert (again["kept"], again["not_kept"]) == (False, "its caller withdrew it")
+    assert _holding(store.root, "zebra") == []
+    (entry,) = _audited(keeping, "cases.withdraw")
+    assert (entry.actor, entry.subject) == (OPERATOR, answer.removeprefix("chatcmpl-"))
 
 
 @pytest.mark.attack("privacy", "a user asks to keep the request of another user")
-def test_only_who_made_a_request_may_let_it_be_kept(keeping: Served, happened: Happened) -> None:
-    store = keeping.scene.store
-    add_user(store, "olaf", ["operator"], actor=OWNER)
+def test_only_who_made_a_request_may_let_it_be_kept(keeping: Served) -> None:
     asked, opted_in = _ask(keeping).json()["id"], _ask(keeping, store=True).json()["id"]
-    with keeping.http(issue_token(store, "olaf", actor=OWNER)) as http:
+    with keeping.http(keeping.person("olaf", "operator")) as http:
         refused = http.post("/api/feedback", json={"request_id": asked, "expected": WRONG, "keep": True})
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "permission_denied")
-        assert _holding(store.root, "zebra") == []
+        assert _holding(keeping.scene.store.root, "zebra") == []
         # Feedback of anybody of the tenant counts for a request whose caller lets it be kept.
         assert http.post("/api/feedback", json={"request_id": opted_in, "expected": WRONG}).json()["kept"] is True
     (case,) = _cases(keeping)
     assert (case.by, case.request) == ("olaf", opted_in.removeprefix("chatcmpl-"))
-    happened("refused")
 
 
 def test_a_request_with_store_is_kept_where_it_went_wrong(keeping: Served) -> None:
@@ -214,28 +220,6 @@ def test_what_is_not_kept_is_scored_and_says_why(
         assert (reason in given[-1]["not_kept"], given[-1]["scores"]["exact_match"]) == (True, 0.0)
     _cases(served, len(asked) - 1)
     assert action == "report" or _holding(scene.store.root, "zebra") == []
-
-
-def test_a_caller_withdraws_a_request(keeping: Served) -> None:
-    store = keeping.scene.store
-    add_user(store, "olaf", ["operator"], actor=OWNER)
-    answer = _ask(keeping, store=True).json()["id"]
-    _feedback(keeping, request_id=answer, expected=WRONG)
-    _cases(keeping)
-    with keeping.http(issue_token(store, "olaf", actor=OWNER)) as http:
-        for request in (answer, "chatcmpl-" + "0" * 32, "..x", "x" * 200):
-            found = http.delete(f"/api/feedback/{request}")
-            assert (found.status_code, found.json()["error"]["code"]) == (404, "request_not_found"), request
-    _cases(keeping)
-    with keeping.http() as http:
-        assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is True
-        assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is False
-    assert _holding(store.root, "zebra") == []
-    again = _feedback(keeping, request_id=answer, score={"helpful": 0.0}, keep=True).json()
-    assert (again["kept"], again["not_kept"]) == (False, "its caller withdrew it")
-    assert _holding(store.root, "zebra") == []
-    (entry,) = _audited(keeping, "cases.withdraw")
-    assert (entry.actor, entry.subject) == (OPERATOR, answer.removeprefix("chatcmpl-"))
 
 
 @pytest.mark.attack("privacy", "a request is kept for longer than was promised")

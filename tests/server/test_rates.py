@@ -23,8 +23,7 @@ from tunesmith.store.people.tokens import issue_token
 class Clock:
     """A time that a test moves."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    now = 1000.0
 
     def __call__(self) -> float:
         return self.now
@@ -54,6 +53,8 @@ def test_a_token_sends_its_requests_and_then_one_after_the_other() -> None:
     found = [taken(limits) for _ in range(3)]
     assert [each["x-ratelimit-remaining-requests"] for each in found] == ["2", "1", "0"]
     assert [each["x-ratelimit-reset-requests"] for each in found] == ["20s", "40s", "1m0s"]
+    written = [rates._duration(seconds) for seconds in (0, 0.0151, 1, 59.2, 61, 360)]
+    assert written == ["0ms", "16ms", "1s", "1m0s", "1m1s", "6m0s"], "as OpenAI writes durations"
     with pytest.raises(ApiError) as caught:
         taken(limits)
     assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "20")
@@ -114,27 +115,17 @@ def test_buckets_take_bounded_memory(monkeypatch: pytest.MonkeyPatch, happened: 
     happened("bounded")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0ms"), (0.0151, "16ms"), (1, "1s"), (59.2, "1m0s"), (61, "1m1s"), (360, "6m0s")]
-)
-def test_durations_are_written_as_openai_writes_them(seconds: float, text: str) -> None:
-    assert rates._duration(seconds) == text
-
-
 def test_openais_client_is_told_of_the_limit(scene: Scene, engine: FakeEngine) -> None:
-    with running(scene, engine, token_rate=2) as served:
+    with running(scene, engine, token_rate=2) as served, served.http() as http:
         served.serving.rates._clock = Clock()
-        with served.http() as http:
-            first = http.get("/v1/models")
-            assert first.headers["x-ratelimit-limit-requests"] == "2"
-            assert first.headers["x-ratelimit-remaining-requests"] == "1"
-            assert "x-ratelimit-limit-requests" not in http.get("/healthz").headers
-            assert http.get("/api/rollouts/99").headers["x-ratelimit-remaining-requests"] == "0"
+        first = http.get("/v1/models").headers
+        assert (first["x-ratelimit-limit-requests"], first["x-ratelimit-remaining-requests"]) == ("2", "1")
+        assert "x-ratelimit-limit-requests" not in http.get("/healthz").headers
+        assert http.get("/api/rollouts/99").headers["x-ratelimit-remaining-requests"] == "0"
         with pytest.raises(openai.RateLimitError) as caught:
             served.client().models.list()
-        assert caught.value.code == "rate_limit_exceeded"
-        assert caught.value.type == "rate_limit_error"
-        assert caught.value.response.headers["retry-after"] == "30"
-        assert caught.value.response.headers["x-ratelimit-remaining-requests"] == "0"
+        assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+        told = caught.value.response.headers
+        assert (told["retry-after"], told["x-ratelimit-remaining-requests"]) == ("30", "0")
         other = issue_token(scene.store, OPERATOR, actor=OPERATOR, name="other")
         assert served.client(other).models.list().data

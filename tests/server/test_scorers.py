@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,18 +26,15 @@ def test_declared_scorers_score_served_answers(
     (tmp_path / "polite.py").write_text(
         "def score(answer, reference, request):\n    return 0.5 if 'lamp' in request else 0\n"
     )
-    scorers = TaskSettings.model_validate(
-        {
-            "scorers": [
-                "exact_match",
-                "groundedness",
-                {"name": "says_on", "pattern": "on"},
-                {"name": "intent", "label": "intent"},
-                {"name": "polite", "function": "polite.py:score"},
-                {"name": "better", "judge": JUDGE},
-            ]
-        }
-    ).scorers
+    declared = [
+        "exact_match",
+        "groundedness",
+        {"name": "says_on", "pattern": "on"},
+        {"name": "intent", "label": "intent"},
+        {"name": "polite", "function": "polite.py:score"},
+        {"name": "better", "judge": JUDGE},
+    ]
+    scorers = TaskSettings.model_validate({"scorers": declared}).scorers
     with running(scene, engine, scorers=scorers, root=tmp_path) as served:
         served.begin(versions[1])
         answer = served.ask()
@@ -52,17 +50,14 @@ def test_declared_scorers_score_served_answers(
         assert "has no 'intent'" in bad.json()["error"]["message"]
 
 
-def test_rollout_refuses_a_metric_that_service_cannot_measure(tmp_path: Path) -> None:
+def test_rollout_refuses_a_metric_that_service_does_not_measure(tmp_path: Path) -> None:
+    """The second step analyses what needs retrieved texts, or json_valid, as by default."""
     steps = [{"setWeight": 10}, {"analysis": {"metric": "groundedness"}}, {"setWeight": 100}]
-    task = {**settings()["task"], "scorers": ["exact_match", "groundedness"]}  # type: ignore[dict-item]
-    project = Project.load(write_project(tmp_path, task=task, gates={}, rollout={"steps": steps}))
+    task: Any = {**settings()["task"], "scorers": ["exact_match", "groundedness"]}  # type: ignore[dict-item]
+    project = Project.load(write_project(tmp_path / "a", task=task, gates={}, rollout={"steps": steps}))
     with pytest.raises(UsageError, match="step 2 analyses groundedness, which service does not measure"):
         rollouts.start(project, "tiny@v1")
-
-
-def test_default_rollout_needs_json_valid_among_the_scorers(tmp_path: Path) -> None:
-    task = {**settings()["task"], "scorers": ["exact_match"]}  # type: ignore[dict-item]
-    project = Project.load(write_project(tmp_path, task=task, gates={}))
+    project = Project.load(write_project(tmp_path / "b", task={**task, "scorers": ["exact_match"]}, gates={}))
     with pytest.raises(UsageError, match=r"step 2 analyses json_valid.*task\.scorers does not list it") as caught:
         rollouts.start(project, "tiny@v1")
     assert "rollout.steps" in str(caught.value.where)
