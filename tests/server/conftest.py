@@ -115,6 +115,9 @@ class Served:
         return now
 
 
+StartServer = Callable[..., Served]
+
+
 @contextlib.contextmanager
 def running(scene: Scene, engine: Any, **settings: Any) -> Iterator[Served]:
     """A server with these settings. engine: a FakeEngine or a TinyEngine."""
@@ -162,14 +165,33 @@ def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> It
         yield server
 
 
+@contextlib.contextmanager
+def starting(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[StartServer]:
+    """A function that starts such a server with settings. The first one gets the champion."""
+    servers: list[Served] = []
+    with contextlib.ExitStack() as stack:
+
+        def started(**settings: Any) -> Served:
+            servers.append(stack.enter_context(running(scene, settings.pop("answers_by", engine), **settings)))
+            if len(servers) == 1:
+                servers[0].begin(versions[1])
+            return servers[-1]
+
+        yield started
+
+
 @pytest.fixture
-def tiny(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> Iterator[Served]:
+def start_server(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[StartServer]:
+    with starting(scene, versions, engine) as started:
+        yield started
+
+
+@pytest.fixture
+def tiny(scene: Scene, start_server: StartServer, tmp_path: Path) -> Served:
     """The same answering by a tiny random model."""
     from tests.server.tiny_engine import TinyEngine
 
-    with running(scene, TinyEngine(scene.base, tmp_path / "tiny")) as server:
-        server.begin(versions[1])
-        yield server
+    return start_server(answers_by=TinyEngine(scene.base, tmp_path / "tiny"))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.fabricate import OPERATOR, Scene
-from tests.server.conftest import Served, running
+from tests.server.conftest import Served, StartServer
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import SECONDS, until
 from tunesmith.data.settings import Privacy
 from tunesmith.monitoring.cases import Case, list_cases
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.monitoring.settings import CaseSettings
-from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.tables import AuditRow
 
@@ -31,11 +29,9 @@ WRONG = '{"intent": "off"}'
 
 
 @pytest.fixture
-def keeping(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Served]:
+def keeping(start_server: StartServer, scene: Scene) -> Served:
     """A server whose project has `cases: {}`."""
-    with running(scene, engine, keeper=CaseKeeper(scene.store, CaseSettings(), Privacy())) as served:
-        served.begin(versions[1])
-        yield served
+    return start_server(keeper=CaseKeeper(scene.store, CaseSettings(), Privacy()))
 
 
 def _feedback(served: Served, **body: Any) -> httpx.Response:
@@ -168,17 +164,16 @@ def test_a_request_with_store_is_kept_where_it_went_wrong(keeping: Served) -> No
 @pytest.mark.attack("privacy", "secrets and addresses in requests that callers ask to keep")
 @pytest.mark.parametrize("settings", [{"action": "report"}, {"action": "pseudonymise", "entities": ["IBAN_CODE"]}])
 def test_what_is_kept_is_scanned(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, settings: dict[str, Any], happened: Happened
+    start_server: StartServer, scene: Scene, engine: FakeEngine, settings: dict[str, Any], happened: Happened
 ) -> None:
     keeper = CaseKeeper(scene.store, CaseSettings(), Privacy.model_validate(settings))
-    with running(scene, engine, keeper=keeper) as served:
-        served.begin(versions[1])
-        token = served.token
-        engine.answer = lambda _request, _adapter: f'{{"intent": "mail {SECRET}"}}'
-        asked = [{"role": "system", "content": f"You are {SECRET}"}, {"role": "user", "content": f"zebra {token}"}]
-        answer = served.post(messages=asked, store=True)
-        expected = f'{{"intent": "write to {SECRET} {token}"}}'
-        assert _feedback(served, request_id=answer.json()["id"], expected=expected).json()["kept"] is True
+    served = start_server(keeper=keeper)
+    token = served.token
+    engine.answer = lambda _request, _adapter: f'{{"intent": "mail {SECRET}"}}'
+    asked = [{"role": "system", "content": f"You are {SECRET}"}, {"role": "user", "content": f"zebra {token}"}]
+    answer = served.post(messages=asked, store=True)
+    expected = f'{{"intent": "write to {SECRET} {token}"}}'
+    assert _feedback(served, request_id=answer.json()["id"], expected=expected).json()["kept"] is True
     (case,) = _cases(served)
     assert "zebra" in case.messages[-1].content
     assert "person1@example.com" in case.messages[0].content
@@ -202,42 +197,34 @@ NO_DATA = "it holds EMAIL_ADDRESS, and this project keeps no such text"
     ],
 )
 def test_what_is_not_kept_is_scored_and_says_why(
-    scene: Scene,
-    versions: dict[int, Version],
-    engine: FakeEngine,
-    at_most: int,
-    action: Any,
-    messages: Any,
-    reason: str,
+    start_server: StartServer, scene: Scene, at_most: int, action: Any, messages: Any, reason: str
 ) -> None:
     keeper = CaseKeeper(scene.store, CaseSettings(at_most=at_most), Privacy(action=action))
-    with running(scene, engine, keeper=keeper) as served:
-        served.begin(versions[1])
-        asked = [ASK, messages] if at_most == 1 else [messages]
-        answers = [served.post(messages=each).json()["id"] for each in asked]
-        given = [_feedback(served, request_id=each, expected=WRONG, keep=True).json() for each in answers]
-        assert [each["kept"] for each in given] == [True, False][-len(asked) :]
-        assert (reason in given[-1]["not_kept"], given[-1]["scores"]["exact_match"]) == (True, 0.0)
+    served = start_server(keeper=keeper)
+    asked = [ASK, messages] if at_most == 1 else [messages]
+    answers = [served.post(messages=each).json()["id"] for each in asked]
+    given = [_feedback(served, request_id=each, expected=WRONG, keep=True).json() for each in answers]
+    assert [each["kept"] for each in given] == [True, False][-len(asked) :]
+    assert (reason in given[-1]["not_kept"], given[-1]["scores"]["exact_match"]) == (True, 0.0)
     _cases(served, len(asked) - 1)
     assert action == "report" or _holding(scene.store.root, "zebra") == []
 
 
 @pytest.mark.attack("privacy", "a request is kept for longer than was promised")
 def test_what_has_expired_is_gone(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, happened: Happened
+    start_server: StartServer, scene: Scene, monkeypatch: pytest.MonkeyPatch, happened: Happened
 ) -> None:
     monkeypatch.setattr("tunesmith.server.app._CLEAN_SECONDS", 0.1)
     seconds = 3.0
     keeper = CaseKeeper(scene.store, CaseSettings(days=seconds / 86_400), Privacy())
-    with running(scene, engine, keeper=keeper) as served:
-        served.begin(versions[1])
-        answer = _ask(served).json()["id"]
-        assert _feedback(served, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
-        until(lambda: not list((scene.store.root / "cases").glob("*.json")))
-        (row,) = served.rows()
-        assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()
-        until(lambda: bool(_audited(served, "cases.expire")))
-        assert _holding(scene.store.root, "zebra") == []
-        (entry,) = _audited(served, "cases.expire")
-        assert entry.detail == {"requests": [row.id]}
+    served = start_server(keeper=keeper)
+    answer = _ask(served).json()["id"]
+    assert _feedback(served, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
+    until(lambda: not list((scene.store.root / "cases").glob("*.json")))
+    (row,) = served.rows()
+    assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()
+    until(lambda: bool(_audited(served, "cases.expire")))
+    assert _holding(scene.store.root, "zebra") == []
+    (entry,) = _audited(served, "cases.expire")
+    assert entry.detail == {"requests": [row.id]}
     happened("deleted")

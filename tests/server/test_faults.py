@@ -13,13 +13,12 @@ import openai
 import pytest
 from sqlalchemy import event
 
-from tests.fabricate import NAME, Scene
-from tests.server.conftest import HELLO, Served, running
+from tests.fabricate import NAME
+from tests.server.conftest import HELLO, Served, StartServer
 from tests.server.fake_engine import VALID, FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.engines.protocol import Completion
-from tunesmith.registry.versions import Version
 from tunesmith.server.intake import limits
 from tunesmith.store import database
 
@@ -42,44 +41,40 @@ def head(served: Served, length: int | str) -> bytes:
 # Clients
 
 
-def test_half_a_request_and_a_slow_body_cost_only_themselves(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
-) -> None:
-    with running(scene, engine, body_seconds=3) as served:
-        served.begin(versions[1])
-        half = raw(served, b"POST /v1/chat/completions HTTP/1.1\r\nHost:")
-        slow = raw(served, head(served, 500) + b'{"model": ')
-        assert served.ask().choices
-        answer = b"".join(iter(lambda: slow.recv(4096), b""))  # head and body may come apart
-        assert b" 408 " in answer
-        assert b"body_too_slow" in answer
-        gone = raw(served, head(served, 500) + b'{"model": ')
-        gone.close()
-        assert served.ask().choices
-        half.close()
-        slow.close()
+def test_half_a_request_and_a_slow_body_cost_only_themselves(start_server: StartServer) -> None:
+    served = start_server(body_seconds=3)
+    half = raw(served, b"POST /v1/chat/completions HTTP/1.1\r\nHost:")
+    slow = raw(served, head(served, 500) + b'{"model": ')
+    assert served.ask().choices
+    answer = b"".join(iter(lambda: slow.recv(4096), b""))  # head and body may come apart
+    assert b" 408 " in answer
+    assert b"body_too_slow" in answer
+    gone = raw(served, head(served, 500) + b'{"model": ')
+    gone.close()
+    assert served.ask().choices
+    half.close()
+    slow.close()
 
 
-def test_a_full_queue_is_429(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
-    with running(scene, engine, waiting=3, together=2) as served:
-        served.begin(versions[1])
-        served.ask()
-        engine.gate.clear()
-        with ThreadPoolExecutor(9) as pool:
-            calls = [pool.submit(served.post)]
-            until(lambda: engine.calls == 2)
-            calls += [pool.submit(served.post) for _ in range(7)]
-            until(lambda: sum(call.done() for call in calls) == 4)
-            engine.gate.set()
-            answers = sorted((call.result() for call in calls), key=lambda answer: answer.status_code)
-        assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 4
-        error = answers[-1].json()["error"]
-        assert (answers[-1].headers["retry-after"], error["code"], error["type"]) == (
-            "1", "queue_full", "rate_limit_error",
-        )  # fmt: skip
-        assert engine.busiest == 1, "the other place is kept for another user"
-        assert len({answer.json()["id"] for answer in answers[:4]}) == 4
-        assert len(served.rows()) == 5
+def test_a_full_queue_is_429(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(waiting=3, together=2)
+    served.ask()
+    engine.gate.clear()
+    with ThreadPoolExecutor(9) as pool:
+        calls = [pool.submit(served.post)]
+        until(lambda: engine.calls == 2)
+        calls += [pool.submit(served.post) for _ in range(7)]
+        until(lambda: sum(call.done() for call in calls) == 4)
+        engine.gate.set()
+        answers = sorted((call.result() for call in calls), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 4
+    error = answers[-1].json()["error"]
+    assert (answers[-1].headers["retry-after"], error["code"], error["type"]) == (
+        "1", "queue_full", "rate_limit_error",
+    )  # fmt: skip
+    assert engine.busiest == 1, "the other place is kept for another user"
+    assert len({answer.json()["id"] for answer in answers[:4]}) == 4
+    assert len(served.rows()) == 5
 
 
 def sent(served: Served, **more: Any) -> socket.socket:
@@ -118,24 +113,23 @@ def test_a_client_that_leaves_stops_the_engine(served: Served, stream: bool) -> 
 
 
 def test_clients_that_leave_the_queue_or_before_the_first_token_cost_no_decoding(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
+    start_server: StartServer, engine: FakeEngine
 ) -> None:
-    with running(scene, engine, together=1) as served:
-        served.begin(versions[1])
-        served.ask()
-        engine.gate.clear()
-        begun = sent(served, stream=True)
-        until(lambda: engine.calls == 2)
-        waiting = [sent(served) for _ in range(20)]
-        until(lambda: served.worker.waiting() == 20)
-        for connection in (begun, *waiting):
-            connection.close()
-        until(lambda: all(job.left for job in [*served.worker._busy_since, *served.worker._turns.waiting()]))
-        engine.gate.set()
-        served.ask()
-        assert engine.calls == 3
-        until(lambda: len(served.rows()) == 3)
-        assert [row.features.get("left") for row in served.rows()] == [None, True, None]
+    served = start_server(together=1)
+    served.ask()
+    engine.gate.clear()
+    begun = sent(served, stream=True)
+    until(lambda: engine.calls == 2)
+    waiting = [sent(served) for _ in range(20)]
+    until(lambda: served.worker.waiting() == 20)
+    for connection in (begun, *waiting):
+        connection.close()
+    until(lambda: all(job.left for job in [*served.worker._busy_since, *served.worker._turns.waiting()]))
+    engine.gate.set()
+    served.ask()
+    assert engine.calls == 3
+    until(lambda: len(served.rows()) == 3)
+    assert [row.features.get("left") for row in served.rows()] == [None, True, None]
 
 
 # The engine
@@ -195,11 +189,9 @@ def test_an_engine_error_mid_stream_ends_the_stream(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_a_hanging_engine_times_out_and_is_not_ready(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
-) -> None:
-    with running(scene, engine, waiting=2, together=2) as served, served.http() as http:
-        served.begin(versions[1])
+def test_a_hanging_engine_times_out_and_is_not_ready(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(waiting=2, together=2)
+    with served.http() as http:
         served.ask()
         until(lambda: http.get("/readyz").status_code == 200)
         engine.gate.clear()
@@ -270,21 +262,20 @@ def test_feedback_that_cannot_be_stored_says_so_and_stores_nothing(
         assert add(len(fitted)).status_code == 200
 
 
-def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
-    with running(scene, engine, together=1) as served:
-        served.begin(versions[1])
-        served.ask()
-        engine.gate.clear()
-        with ThreadPoolExecutor(4) as pool:
-            blocked = pool.submit(served.post)
-            until(lambda: engine.calls == 2)
-            waiting = pool.submit(served.post, model=f"{NAME}@v2")
-            until(lambda: served.worker.waiting() == 1)
-            stop = pool.submit(served.worker.stop, 60)
-            until(lambda: served.worker.waiting() == 0)
-            assert not blocked.done()
-            engine.gate.set()
-            stop.result()
-            assert blocked.result().status_code == 200
-            assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
-            assert served.post().status_code == 503
+def test_stopping_answers_what_waits(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(together=1)
+    served.ask()
+    engine.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        blocked = pool.submit(served.post)
+        until(lambda: engine.calls == 2)
+        waiting = pool.submit(served.post, model=f"{NAME}@v2")
+        until(lambda: served.worker.waiting() == 1)
+        stop = pool.submit(served.worker.stop, 60)
+        until(lambda: served.worker.waiting() == 0)
+        assert not blocked.done()
+        engine.gate.set()
+        stop.result()
+        assert blocked.result().status_code == 200
+        assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
+        assert served.post().status_code == 503

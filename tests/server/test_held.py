@@ -15,7 +15,7 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
-from tests.server.conftest import HELLO, SCHEMA, Served, running
+from tests.server.conftest import HELLO, SCHEMA, Served, StartServer, starting
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
@@ -45,19 +45,8 @@ def holder(*rules: dict[str, Any], policy: dict[str, Any] | None = None, **setti
 def hold(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Callable[..., Served]]:
     """Starts servers whose champion gives an answer that is held."""
     engine.answer = lambda _request, _adapter: MONEY
-    opened = []
-
-    def start(*rules: dict[str, Any], **settings: Any) -> Served:
-        context = running(scene, engine, holder=holder(*rules, **settings))
-        served = context.__enter__()
-        opened.append(context)
-        if len(opened) == 1:
-            served.begin(versions[1])
-        return served
-
-    yield start
-    for context in reversed(opened):
-        context.__exit__(None, None, None)
+    with starting(scene, versions, engine) as start:
+        yield lambda *rules, **settings: start(holder=holder(*rules, **settings))
 
 
 def reviewer(served: Served, name: str = STEWARD) -> httpx.Client:
@@ -358,18 +347,15 @@ def test_openai_clients_do_not_send_a_held_request_again_until_the_queue_is_full
 
 
 @pytest.mark.attack("serving", "one caller fills the queue of held answers")
-def test_one_caller_does_not_fill_the_queue(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, happened: Happened
-) -> None:
+def test_one_caller_does_not_fill_the_queue(start_server: StartServer, engine: FakeEngine, happened: Happened) -> None:
     engine.answer = lambda _request, _adapter: MONEY
-    with running(scene, engine, holder=holder(), per_user=2) as served:
-        served.begin(versions[1])
-        held(served), held(served)
-        full = served.post()
-        assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-        with reviewer(served, APPROVER) as other:
-            again = other.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
-        assert again.json()["error"]["code"] == "answer_held"
+    served = start_server(holder=holder(), per_user=2)
+    held(served), held(served)
+    full = served.post()
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    with reviewer(served, APPROVER) as other:
+        again = other.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+    assert again.json()["error"]["code"] == "answer_held"
     happened("429, and others go on")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.attack_table import Happened
-from tests.fabricate import NAME, OPERATOR, OWNER, Scene
-from tests.server.conftest import HELLO, Served, running
-from tests.server.fake_engine import VALID, FakeEngine
+from tests.fabricate import NAME, OPERATOR, OWNER
+from tests.server.conftest import HELLO, Served, StartServer
+from tests.server.fake_engine import VALID
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.registry.aliases import get_alias
@@ -223,14 +223,13 @@ def test_feedback_scores_the_kept_answer_once_and_only_for_its_tenant(served: Se
     assert {row.features["feedback_by"] for row in served.rows()} == {OPERATOR}
 
 
-def test_a_forgotten_answer_is_scored_by_number(scene: Scene, engine: FakeEngine, versions: Versions) -> None:
-    with running(scene, engine, kept_answers=1) as served:
-        served.begin(versions[1])
-        old, new = served.ask(), served.ask()
-        status, document = give(served, request_id=old.id, expected=VALID)
-        assert (status, document["error"]["code"]) == (409, "answer_gone")
-        assert give(served, request_id=old.id, score={"exact_match": 1.0})[0] == 200
-        assert give(served, request_id=new.id, expected=VALID)[0] == 200
+def test_a_forgotten_answer_is_scored_by_number(start_server: StartServer) -> None:
+    served = start_server(kept_answers=1)
+    old, new = served.ask(), served.ask()
+    status, document = give(served, request_id=old.id, expected=VALID)
+    assert (status, document["error"]["code"]) == (409, "answer_gone")
+    assert give(served, request_id=old.id, score={"exact_match": 1.0})[0] == 200
+    assert give(served, request_id=new.id, expected=VALID)[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,17 @@ from typing import Any
 
 import pytest
 
-from tests.fabricate import Scene
-from tests.server.conftest import running
-from tests.server.fake_engine import FakeEngine
+from tests.server.conftest import StartServer
 from tests.tiny_project import settings, write_project
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.project import Project
-from tunesmith.registry.versions import Version
 from tunesmith.services.releases import rollouts
 
 JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "m"}
 
 
-def test_declared_scorers_score_served_answers(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, tmp_path: Path
-) -> None:
+def test_declared_scorers_score_served_answers(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "polite.py").write_text(
         "def score(answer, reference, request):\n    return 0.5 if 'lamp' in request else 0\n"
     )
@@ -35,19 +30,18 @@ def test_declared_scorers_score_served_answers(
         {"name": "better", "judge": JUDGE},
     ]
     scorers = TaskSettings.model_validate({"scorers": declared}).scorers
-    with running(scene, engine, scorers=scorers, root=tmp_path) as served:
-        served.begin(versions[1])
-        answer = served.ask()
-        assert served.rows()[0].scores == {"says_on": 1.0}
-        with served.http() as http:
-            expected = {"request_id": answer.id, "expected": '{"intent": "on", "room": "hall"}'}
-            found = http.post("/api/feedback", json=expected).json()
-            bad = http.post("/api/feedback", json={"request_id": served.ask().id, "expected": "no JSON"})
-        assert found["scores"] == {"exact_match": 0.0, "intent": 1.0, "polite": 0.5}
-        assert "asks a judge" in found["not_scored"]["better"]
-        assert "retrieved texts" in found["not_scored"]["groundedness"]
-        assert bad.status_code == 400
-        assert "has no 'intent'" in bad.json()["error"]["message"]
+    served = start_server(scorers=scorers, root=tmp_path)
+    answer = served.ask()
+    assert served.rows()[0].scores == {"says_on": 1.0}
+    with served.http() as http:
+        expected = {"request_id": answer.id, "expected": '{"intent": "on", "room": "hall"}'}
+        found = http.post("/api/feedback", json=expected).json()
+        bad = http.post("/api/feedback", json={"request_id": served.ask().id, "expected": "no JSON"})
+    assert found["scores"] == {"exact_match": 0.0, "intent": 1.0, "polite": 0.5}
+    assert "asks a judge" in found["not_scored"]["better"]
+    assert "retrieved texts" in found["not_scored"]["groundedness"]
+    assert bad.status_code == 400
+    assert "has no 'intent'" in bad.json()["error"]["message"]
 
 
 def test_rollout_refuses_a_metric_that_service_does_not_measure(tmp_path: Path) -> None:

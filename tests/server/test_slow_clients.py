@@ -8,7 +8,6 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,26 +15,23 @@ import httpx
 import pytest
 
 from tests.attack_table import Happened
-from tests.fabricate import NAME, Scene
-from tests.server.conftest import HELLO, Served, running
+from tests.fabricate import NAME
+from tests.server.conftest import HELLO, Served, StartServer
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_faults import head, raw
 from tests.waiting import SECONDS, until
 from tunesmith.engines.protocol import Completion
-from tunesmith.registry.versions import Version
 
 LIMIT = 1 << 20
 
 
 @pytest.fixture
-def quick(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> Iterator[Served]:
+def quick(start_server: StartServer) -> Served:
     """A server with short limits."""
-    limits = {"headers_seconds": 3, "body_seconds": 3, "unread_seconds": 3}
-    with running(scene, engine, **limits) as server:
-        server.begin(versions[1])
-        server.ask()
-        yield server
+    server = start_server(headers_seconds=3, body_seconds=3, unread_seconds=3)
+    server.ask()
+    return server
 
 
 def closed(connection: socket.socket) -> bool:
@@ -144,11 +140,9 @@ def test_dribbled_requests_are_closed(quick: Served, happened: Happened) -> None
 
 
 @pytest.mark.attack("serving", "more idle connections than the server keeps")
-def test_the_oldest_idle_connections_make_room(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
-) -> None:
-    with running(scene, engine, idle_connections=20) as served, contextlib.ExitStack() as stack:
-        served.begin(versions[1])
+def test_the_oldest_idle_connections_make_room(start_server: StartServer, happened: Happened) -> None:
+    served = start_server(idle_connections=20)
+    with contextlib.ExitStack() as stack:
         half = [stack.enter_context(raw(served, b"GET / HTT")) for _ in range(60)]
         assert served.ask().choices
         until(lambda: sum(closed(connection) for connection in half) >= 40)
@@ -190,24 +184,23 @@ def test_a_stream_that_nobody_reads_is_closed(quick: Served, happened: Happened)
 @pytest.mark.attack("serving", "a large answer that is read slowly but steadily")
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
 def test_a_steady_reader_gets_the_whole_answer(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened, connection: str
+    start_server: StartServer, engine: FakeEngine, happened: Happened, connection: str
 ) -> None:
     engine.answer = lambda _request, _adapter: "x" * (24 * LIMIT)
-    with running(scene, engine, unread_seconds=2) as served:
-        served.begin(versions[1])
-        body = json.dumps({"model": NAME, "messages": HELLO}).encode()
-        start = head(served, len(body)).replace(b"\r\n\r\n", b"\r\nConnection: %s\r\n\r\n" % connection.encode())
-        steady = socket.socket()
-        steady.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 262_144)
-        host, port = served.url.removeprefix("http://").split(":")
-        got = 0
-        with steady:
-            steady.connect((host, int(port)))
-            steady.sendall(start + body)
-            steady.settimeout(120)
-            while got < 24 * LIMIT:
-                piece = steady.recv(1 << 20)
-                assert piece, f"cut after {got} bytes"
-                got += len(piece)
-                time.sleep(0.1)  # five seconds in all, more than twice what may pass unread
+    served = start_server(unread_seconds=2)
+    body = json.dumps({"model": NAME, "messages": HELLO}).encode()
+    start = head(served, len(body)).replace(b"\r\n\r\n", b"\r\nConnection: %s\r\n\r\n" % connection.encode())
+    steady = socket.socket()
+    steady.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 262_144)
+    host, port = served.url.removeprefix("http://").split(":")
+    got = 0
+    with steady:
+        steady.connect((host, int(port)))
+        steady.sendall(start + body)
+        steady.settimeout(120)
+        while got < 24 * LIMIT:
+            piece = steady.recv(1 << 20)
+            assert piece, f"cut after {got} bytes"
+            got += len(piece)
+            time.sleep(0.1)  # five seconds in all, more than twice what may pass unread
     happened("read to its end")

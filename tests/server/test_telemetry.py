@@ -7,12 +7,11 @@ import threading
 
 import pytest
 
-from tests.fabricate import NAME, Scene
+from tests.fabricate import NAME
 from tests.otlp_receiver import attributes, otlp_receiver
-from tests.server.conftest import running
+from tests.server.conftest import StartServer
 from tests.server.fake_engine import FakeEngine
 from tunesmith.core import telemetry
-from tunesmith.registry.versions import Version
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -20,22 +19,22 @@ SECRET = "the sentence nobody else may read"
 
 
 def test_requests_are_spans_and_measured(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages = [{"role": "user", "content": SECRET}]
-    with otlp_receiver(monkeypatch) as receiver, telemetry.sending(), running(scene, engine) as server:
-        server.begin(versions[1])
+    body = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 30, "seed": 7}
+    carried = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    with otlp_receiver(monkeypatch) as receiver, telemetry.sending():
+        server = start_server()
         with server.http() as http:
-            body = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 30, "seed": 7}
-            carried = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
             assert http.post("/v1/chat/completions", json=body, headers=carried).status_code == 200
-            streamed = http.post("/v1/chat/completions", json={**body, "stream": True})
-            assert "[DONE]" in streamed.text
+            assert "[DONE]" in http.post("/v1/chat/completions", json={**body, "stream": True}).text
             assert http.post("/v1/chat/completions", json={**body, "model": "other"}).status_code == 404
             assert http.get("/healthz").status_code == 200
             engine.answer = lambda *_: 1 / 0  # type: ignore[return-value]
             assert http.post("/v1/chat/completions", json=body).status_code == 500
             shown = http.get("/metrics").text
+        server.stop()
     plain, streams, failed = receiver.named(f"chat {NAME}")
     stated = attributes(plain)
     expected = {
@@ -76,18 +75,16 @@ def test_requests_are_spans_and_measured(
     assert SECRET.encode() not in receiver.raw
 
 
-def test_a_receiver_that_hangs_slows_no_request(
-    scene: Scene, versions: dict[int, Version], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_receiver_that_hangs_slows_no_request(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hang = threading.Event()
     with otlp_receiver(monkeypatch) as receiver:
-        hang = threading.Event()
         monkeypatch.setattr(receiver, "finish_request", lambda *_: hang.wait(120))
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
-        monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
-        monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
-        with telemetry.sending(), running(scene, engine) as server:
-            server.begin(versions[1])
+        for name, value in (("SCHEDULE_DELAY", "10"), ("MAX_QUEUE_SIZE", "8"), ("MAX_EXPORT_BATCH_SIZE", "4")):
+            monkeypatch.setenv(f"OTEL_BSP_{name}", value)
+        with telemetry.sending():
+            server = start_server()
             for _ in range(40):
                 assert server.post().status_code == 200
+            server.stop()
         hang.set()
     assert telemetry.active() is None
