@@ -22,8 +22,7 @@ from tests.rollout.conftest import copied
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_access import OPEN, decisions
-from tests.server.test_held import holder
-from tests.server.test_held_by_two import held_answer
+from tests.server.test_held import held_answer, holder
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
 from tunesmith.data.review.queue import NewItem, add_items

@@ -21,10 +21,11 @@ from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engines.protocol import Completion, TokenScore
 from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.holding.queue import HeldAnswer
 from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services.releases.versions import refuse
 from tunesmith.store import database
 from tunesmith.store.people.tokens import issue_token
@@ -39,6 +40,14 @@ def holder(*rules: dict[str, Any], policy: dict[str, Any] | None = None, **setti
     checks = {name: PolicyCheck.model_validate({"requests": ["x"], **each}) for name, each in (policy or {}).items()}
     given = {"wait": 0, "deadline": 3600, **settings, "rules": list(rules) or [RULE]}
     return Holder(HoldSettings.model_validate(given), checks, SCHEMA)
+
+
+def held_answer(scene: Scene, number: int, version: Version | None = None) -> HeldAnswer:
+    version = version or list_versions(scene.store)[0]
+    return HeldAnswer(
+        id=f"{number:032x}", name=version.name, version=version.digest, scope=version.scope, caller=OPERATOR,
+        reasons=("r",), messages=(), text=MONEY, response={"choices": [{"message": {}}]},
+    )  # fmt: skip
 
 
 @pytest.fixture

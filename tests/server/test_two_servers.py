@@ -1,26 +1,110 @@
-"""Two server processes on one database: they share a rollout, one is killed, and both show a change at once."""
+"""Two server processes on one database: one is killed, and both show a change at once, of rollouts and held answers."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.fabricate import NAME, OPERATOR, Scene
-from tests.server.two_servers import ask, two_servers
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
+from tests.forked import forkserver
+from tests.server.conftest import CERTIFICATES, HELLO, running
+from tests.server.fake_engine import FakeEngine
+from tests.server.test_held import MONEY, decide, held_answer, holder
 from tests.waiting import until
+from tunesmith.core.errors import Refused
+from tunesmith.holding import queue
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.history import verify_log
-from tunesmith.rollout import commands
-from tunesmith.rollout.state import get_rollout
+from tunesmith.registry.versions import list_versions
+from tunesmith.rollout import commands, transitions
+from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.rollout.state import Rollout, get_rollout
+from tunesmith.services.traffic import held
 from tunesmith.store import audit, database
+from tunesmith.store.people.identities import get_user
+from tunesmith.store.people.tokens import issue_token
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, HeldRow
 
 pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Servers:
+    """Two running servers. processes: kill -9 them as you like."""
+
+    scene: Scene
+    urls: list[str]
+    processes: list[BaseProcess]
+
+    def begin(self, number: int, *steps: dict[str, Any]) -> Rollout:
+        version = list_versions(self.scene.store)[number - 1]
+        plan = RolloutSettings.model_validate({"steps": list(steps)}).steps
+        return commands.start(self.scene.store, name=NAME, version=version, steps=plan, actor=OPERATOR)
+
+    def http(self, server: int = 0, user: str = OPERATOR) -> httpx.Client:
+        """A client of one server. A user's next client ends the token of the one before."""
+        headers = {"Authorization": f"Bearer {issue_token(self.scene.store, user, actor=OWNER)}"}
+        return httpx.Client(base_url=self.urls[server], headers=headers, timeout=300, verify=CERTIFICATES)
+
+
+def ask(http: httpx.Client, url: str = "") -> httpx.Response:
+    return http.post(f"{url}/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+
+
+def serve(root: Path, url: str, base: str, said: Connection, killed_at: int, holds: bool) -> None:
+    """A server's process. killed_at: it is killed inside the transaction of this transition of its own; 0: in none.
+    holds: all its answers wait for a reviewer."""
+    apply, made, engine = transitions.apply, 0, FakeEngine(base)
+
+    def counted(*given: Any) -> Rollout:
+        nonlocal made
+        found, made = apply(*given), made + 1
+        if made == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    transitions.apply = counted
+    if holds:
+        engine.answer = lambda _request, _adapter: MONEY
+    more: dict[str, Any] = {"holder": holder(wait=120)} if holds else {"check_seconds": 0.02}
+    with running(Scene(Store(root, url), base, ""), engine, **more) as served:
+        said.send(served.url)
+        said.recv()
+
+
+@contextlib.contextmanager
+def two_servers(scene: Scene, killed_at: int = 0, *, holds: bool = False) -> Iterator[Servers]:
+    """Two servers, of which the first may be killed."""
+    processes, urls, pipes = [], [], []
+    try:
+        for number in (killed_at, 0):
+            here, there = forkserver().Pipe()
+            given = (scene.store.root, scene.store.url, scene.base, there, number, holds)
+            processes.append(forkserver().Process(target=serve, args=given, daemon=True))
+            processes[-1].start()
+            assert here.poll(120)
+            urls.append(here.recv())
+            pipes.append(here)
+        yield Servers(scene, urls, processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
 
 STEPS: list[dict[str, Any]] = [
     step for weight in range(10, 70, 10) for step in ({"setWeight": weight}, {"pause": {"seconds": 0.1}})
@@ -105,3 +189,88 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
         assert seen <= {version}, "a request that began afterwards was answered by the version before"
         during += len(seen)
     assert during == len(changes), "no request came between two changes: the test did not test"
+
+
+@pytest.mark.attack("crash", "kill -9 of a server while an answer waits for a reviewer")
+def test_an_answer_outlives_its_server_and_any_server_decides(serving: Scene) -> None:
+    answers: list[httpx.Response] = []
+
+    def send() -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            answers.append(ask(caller, servers.urls[0]))
+
+    with (
+        two_servers(serving, holds=True) as servers,
+        servers.http(1) as caller,
+        servers.http(1, STEWARD) as steward,
+    ):
+        # A request that is open on the first server is answered by a decision on the second one.
+        asking = threading.Thread(target=send)
+        asking.start()
+        until(lambda: steward.get("/api/held").json()["held"])
+        (waiting,) = steward.get("/api/held").json()["held"]
+        assert decide(steward, {"url": f"/api/held/{waiting['id']}"}, "release").status_code == 200
+        asking.join(120)
+        assert answers[0].json()["choices"][0]["message"]["content"] == MONEY
+        assert answers[0].headers["x-tunesmith-review"] == "released"
+
+        # The next one waits when its server is killed.
+        asking = threading.Thread(target=send)
+        asking.start()
+        until(lambda: steward.get("/api/held").json()["held"])
+        servers.processes[0].kill()
+        asking.join(120)
+        assert len(answers) == 1
+        (left,) = caller.get("/api/held").json()["held"]  # the caller finds it by their list
+        with database.writing(serving.store.engine) as session:
+            session.get_one(HeldRow, left["id"]).deadline = time.time() - 1
+        until(lambda: caller.get(f"/api/held/{left['id']}").json()["state"] == "refused")
+    with database.reading(serving.store.engine) as session:
+        made = [row.action for row in session.query(AuditRow).where(AuditRow.subject == left["id"])]
+    assert made == ["answer.expire"]
+    assert verify_log(serving.store) == []
+
+
+def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
+    """Two reviewers and the deadline, in threads, on each kind of database."""
+    settings = holder(at_most=10).settings
+    for number in range(10):
+        queue.put(serving.store, held_answer(serving, number), settings, 100)
+    with pytest.raises(queue.QueueFull):
+        queue.put(serving.store, held_answer(serving, 10), settings, 100)
+    with database.writing(serving.store.engine) as session:
+        for row in session.query(HeldRow):
+            row.deadline = time.time() + 0.3
+    barrier = threading.Barrier(4)
+
+    def review(name: str, decision: queue.Decision) -> None:
+        user = get_user(serving.store, name)
+        barrier.wait(300)
+        for number in range(10):
+            with contextlib.suppress(Refused):
+                held.decide(serving.store, user, f"{number:032x}", decision, reason="why")
+
+    def tidy() -> None:
+        barrier.wait(300)
+        end = time.monotonic() + 300
+        while held.waiting(serving.store):
+            assert time.monotonic() < end
+            held.tidy(serving.store)
+
+    threads = [
+        threading.Thread(target=review, args=(STEWARD, "release")),
+        threading.Thread(target=review, args=(APPROVER, "refuse")),
+        threading.Thread(target=tidy),
+        threading.Thread(target=tidy),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    with database.reading(serving.store.engine) as session:
+        entries = list(session.query(AuditRow).where(AuditRow.action.like("answer.%")))
+        rows = {row.id: row for row in session.query(HeldRow)}
+    assert sorted(entry.subject for entry in entries) == sorted(rows)
+    for entry in entries:
+        assert (entry.detail["state"], entry.actor) == (rows[entry.subject].state, rows[entry.subject].decided_by)
+    assert verify_log(serving.store) == []
