@@ -96,22 +96,17 @@ def test_failed_cases_wait_until_they_are_added(store: Store, tmp_path: Path) ->
     assert entry.detail["requests"] == [case(1).request, case(2).request]
 
 
-def test_a_case_is_in_the_file_once(store: Store, tmp_path: Path) -> None:
-    put_case(store, case(1))
-    assert _added(store, tmp_path / "c.jsonl") == 1
-    put_case(store, case(1))  # as after a kill between the file and the folder
-    assert _added(store, tmp_path / "c.jsonl") == 0
-    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
-
-
-def test_a_case_without_an_answer_waits_for_one(store: Store, tmp_path: Path) -> None:
+def test_a_case_is_in_the_file_once_and_without_an_answer_waits_for_one(store: Store, tmp_path: Path) -> None:
     put_case(store, case(1).model_copy(update={"expected": None, "answer": None, "scores": {}}))
     put_case(store, case(2))
     assert [one.failed for one in list_cases(store)] == [True, True]
     assert _added(store, tmp_path / "c.jsonl") == 1
+    put_case(store, case(2))  # as after a kill between the file and the folder
+    assert _added(store, tmp_path / "c.jsonl") == 0
     (left,) = list_cases(store)
     correct_case(store, left.request, '{"odd": 1}', actor=acting(store))
     assert _added(store, tmp_path / "c.jsonl") == 1
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UsageError, match="no case of request"):
         correct_case(store, left.request, "x", actor=acting(store))
 
@@ -129,27 +124,19 @@ def test_what_has_expired_is_neither_shown_nor_added(store: Store, tmp_path: Pat
     assert (entry.actor, entry.action, entry.detail) == ("controller", "cases.expire", {"requests": [case(1).request]})
 
 
-def test_who_may_not_build_data_adds_nothing(store: Store, tmp_path: Path) -> None:
+def test_nothing_is_added_by_others_to_other_files_or_of_damaged_cases(store: Store, tmp_path: Path) -> None:
     add_user(store, "eve", ("approver",), actor=acting(store))
     put_case(store, case(1))
     with pytest.raises(Refused):
         _added(store, tmp_path / "c.jsonl", actor="eve")
     assert not (tmp_path / "c.jsonl").exists()
-    assert len(list_cases(store)) == 1
-
-
-def test_targets_that_are_none(store: Store, tmp_path: Path) -> None:
-    put_case(store, case(1))
     with pytest.raises(UsageError, match="JSONL"):
         _added(store, tmp_path / "c.csv")
     (tmp_path / "c.jsonl").write_text("not json\n")
     with pytest.raises(UsageError, match="line 1"):
         _added(store, tmp_path / "c.jsonl")
     assert (tmp_path / "c.jsonl").read_text() == "not json\n"
-
-
-def test_a_damaged_case_is_said(store: Store) -> None:
-    put_case(store, case(1))
+    assert len(list_cases(store)) == 1
     (path,) = (store.root / "cases").glob("*.json")
     path.write_text("{}")
     with pytest.raises(Refused, match="not a valid case"):
@@ -168,28 +155,13 @@ def _rows(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_cases_are_held_out_and_the_dataset_verifies(store: Store, tmp_path: Path) -> None:
+def test_cases_are_held_out_with_their_tools_and_the_dataset_verifies(store: Store, tmp_path: Path) -> None:
     _rows(tmp_path / "rows.jsonl", 30)
     source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
     plain = {"sources": [source], **DATA}
     before = build_dataset(store, DataSettings.model_validate(plain), tmp_path)
     assert "held_groups" not in store.record(before).body
     assert store.record(before).body["settings"]["sources"][0]["split"] is None
-    for number in range(1, 8):
-        put_case(store, case(number))
-    _added(store, tmp_path / "cases.jsonl")
-    both = {**plain, "sources": [source, {"path": "cases.jsonl", "split": "test"}]}
-    digest = build_dataset(store, DataSettings.model_validate(both), tmp_path)
-    dataset = load_dataset(store, digest)
-    held = [row for row in dataset.examples("test") if row.source == "cases.jsonl"]
-    assert len(held) == 7
-    assert dataset.record.body["ignored_keys"] == {"case": 7}
-    earlier = {row.id for row in load_dataset(store, before).examples("train")}
-    assert {row.id for row in dataset.examples("train")} == earlier, "no earlier row moved"
-    assert verify_dataset(store, digest).ok, verify_dataset(store, digest).problems
-
-
-def test_a_case_with_tools_becomes_a_row_with_them(store: Store, tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
     calls = tuple(ToolCall(id=f"call{n}", name="find", arguments=f'{{"day": {n}}}') for n in (1, 2))
     turns = (
@@ -199,15 +171,19 @@ def test_a_case_with_tools_becomes_a_row_with_them(store: Store, tmp_path: Path)
         Message(role="tool", content="nothing", tool_call_id="call1"),
     )
     put_case(store, case(1).model_copy(update={"messages": with_tools(turns, [tool])}))
+    for number in range(2, 8):
+        put_case(store, case(number))
     _added(store, tmp_path / "cases.jsonl")
-    _rows(tmp_path / "rows.jsonl", 30)
-    sources = [{"path": "rows.jsonl", "licence": "CC0-1.0"}, {"path": "cases.jsonl", "split": "test"}]
-    stated = {"sources": sources, **DATA}
-    dataset = load_dataset(store, build_dataset(store, DataSettings.model_validate(stated), tmp_path))
-    (row,) = (each for each in dataset.examples("test") if each.source == "cases.jsonl")
-    assert row.request == with_tools(turns, [tool])
-    assert row.answer == case(1).expected
-    assert dataset.record.body["ignored_keys"] == {"case": 1}, "no tool is ignored"
+    both = {**plain, "sources": [source, {"path": "cases.jsonl", "split": "test"}]}
+    digest = build_dataset(store, DataSettings.model_validate(both), tmp_path)
+    dataset = load_dataset(store, digest)
+    held = [row for row in dataset.examples("test") if row.source == "cases.jsonl"]
+    assert len(held) == 7
+    assert [row.answer for row in held if row.request == with_tools(turns, [tool])] == [case(1).expected]
+    assert dataset.record.body["ignored_keys"] == {"case": 7}, "no tool is ignored"
+    earlier = {row.id for row in load_dataset(store, before).examples("train")}
+    assert {row.id for row in dataset.examples("train")} == earlier, "no earlier row moved"
+    assert verify_dataset(store, digest).ok, verify_dataset(store, digest).problems
 
 
 def test_the_verbs(tmp_path: Path) -> None:

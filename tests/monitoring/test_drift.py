@@ -68,17 +68,19 @@ def test_traffic_like_the_test_split_is_stable(scene: Scene, versions: dict[int,
     }  # fmt: skip
 
 
-def test_longer_requests_are_drift_and_the_advice_is_to_retrain(scene: Scene, versions: dict[int, Version]) -> None:
+def test_longer_requests_or_fewer_valid_answers_are_drift(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1], like_the_test_split(400, shift=15))
     report = look(scene, versions[1])
     assert report.verdict == "drift"
-    assert report.recommendation is not None
-    assert report.recommendation.startswith("retrain")
+    assert (report.recommendation or "").startswith("retrain")
     moved = next(finding for finding in report.findings if finding.name == "characters")
     assert moved.low is not None
     assert moved.low > SETTINGS.shift_at_most
     assert moved.p_value is not None
     assert moved.p_value < 1e-6
+    serve(scene, versions[2], like_the_test_split(400), valid=0.6, prefix="invalid")
+    report = look(scene, versions[2])
+    assert (report.verdict, "rollback" in (report.recommendation or "")) == ("drift", True)
 
 
 def test_a_new_topic_of_few_requests_is_drift_although_the_distributions_hardly_differ() -> None:
@@ -105,22 +107,15 @@ def test_a_small_shift_is_stable_for_any_number_of_requests() -> None:
     assert found[1].p_value < 0.001  # the test alone would have called it drift
 
 
-def test_fewer_valid_answers_are_drift_and_advise_rollback(scene: Scene, versions: dict[int, Version]) -> None:
-    serve(scene, versions[1], like_the_test_split(400), valid=0.6)
-    report = look(scene, versions[1])
-    assert report.verdict == "drift"
-    assert report.recommendation is not None
-    assert "rollback" in report.recommendation
-
-
-@pytest.mark.parametrize(("count", "says"), [(0, "no request was served"), (30, "30 requests in the window: fewer")])
-def test_a_window_with_few_requests_is_inconclusive(
-    scene: Scene, versions: dict[int, Version], count: int, says: str
-) -> None:
-    serve(scene, versions[1], like_the_test_split(count))
-    report = look(scene, versions[1], measure=lambda: pytest.fail("measured in vain"))
-    assert report.verdict == "inconclusive"
-    assert report.reason.startswith(says)
+def test_few_requests_and_nothing_but_constants_are_inconclusive(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[2], like_the_test_split(30), prefix="few")
+    for version, says in ((1, "no request was served"), (2, "30 requests in the window: fewer")):
+        report = look(scene, versions[version], measure=lambda: pytest.fail("measured in vain"))
+        assert (report.verdict, report.reason[: len(says)]) == ("inconclusive", says)
+    serve(scene, versions[3], [7] * 200, nearest=0.5)
+    constants = Baseline({"characters": [7.0] * 50, "nearest": [0.5] * 50})
+    report = look(scene, versions[3], measure=lambda: constants)
+    assert (report.verdict, "every one is constant" in report.reason) == ("inconclusive", True)
 
 
 def test_one_flooding_tenant_does_not_change_the_verdict(scene: Scene, versions: dict[int, Version]) -> None:
@@ -150,21 +145,11 @@ def test_constant_features_and_dead_embeddings() -> None:
     assert [same.outcome, dead.outcome, moved.outcome] == ["constant", "drift", "drift"]
 
 
-def test_nothing_but_constants_is_inconclusive(scene: Scene, versions: dict[int, Version]) -> None:
-    serve(scene, versions[1], [7] * 200, nearest=0.5)
-    constants = Baseline({"characters": [7.0] * 50, "nearest": [0.5] * 50})
-    report = look(scene, versions[1], measure=lambda: constants)
-    assert report.verdict == "inconclusive"
-    assert "every one is constant" in report.reason
-
-
 @pytest.mark.parametrize("bad", [math.nan, None, True, "long", math.inf])
 def test_unusable_values_are_no_evidence(bad: Any) -> None:
-    assert (
-        compare_feature("characters", [bad] * 500, TEST_SPLIT.features["characters"], SETTINGS).outcome
-        == "inconclusive"
-    )
-    mixed = compare_feature("characters", [*like_the_test_split(400), bad], TEST_SPLIT.features["characters"], SETTINGS)
+    measured = TEST_SPLIT.features["characters"]
+    assert compare_feature("characters", [bad] * 500, measured, SETTINGS).outcome == "inconclusive"
+    mixed = compare_feature("characters", [*like_the_test_split(400), bad], measured, SETTINGS)
     assert (mixed.outcome, mixed.served) == ("stable", 400)
     assert "1 unusable values dropped" in mixed.reason
 

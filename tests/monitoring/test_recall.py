@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, lamp, put_dataset
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, lamp, put_base, put_dataset
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import load_dataset
@@ -18,7 +18,7 @@ from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store import audit, database
 from tunesmith.store.recalls import recalled
-from tunesmith.store.tables import RecallRow, RequestRow
+from tunesmith.store.tables import AuditRow, RecallRow, RequestRow
 
 PLAN = RolloutSettings.model_validate({"steps": [{"setWeight": 10}, {"pause": {}}, {"setWeight": 100}]}).steps
 
@@ -33,6 +33,11 @@ def why(scene: Scene, digest: str) -> str | None:
         return recalled(session, digest)
 
 
+def audited(scene: Scene) -> list[AuditRow]:
+    with database.reading(scene.store.engine) as session:
+        return [row for row in audit.entries(session) if row.action == "recall.start"]
+
+
 CHAIN = {"dataset", "training", "candidate", "answers", "evaluation", "verdict", "version", "approval"}
 
 
@@ -42,6 +47,11 @@ def test_a_row_is_followed_to_everything_that_rests_on_it(
 ) -> None:
     row = load_dataset(scene.store, scene.dataset).examples("train")[0]
     value = {"row": row.id, "source": row.source, "licence": row.licence, "subject": row.subject}[kind]
+    with pytest.raises(UsageError, match=f"no dataset version in this store holds a row of {kind} nowhere"):
+        withdraw(scene, kind, "nowhere")
+    assert withdraw(scene, kind, str(value), dry_run=True) == CHAIN
+    assert {why(scene, version.digest) for version in versions.values()} == {None}
+    assert audited(scene) == []
     assert withdraw(scene, kind, str(value)) == CHAIN
     for version in versions.values():
         assert why(scene, version.digest) == "asked to"
@@ -80,37 +90,38 @@ def test_recalls_of_a_version_and_of_a_base(scene: Scene, versions: dict[int, Ve
     assert why(scene, versions[1].digest) == "asked to"
 
 
-def test_a_dry_run_tells_the_same_and_changes_nothing(scene: Scene, versions: dict[int, Version]) -> None:
-    assert withdraw(scene, "licence", "Apache-2.0", dry_run=True) == CHAIN
-    assert why(scene, versions[1].digest) is None
-    with database.reading(scene.store.engine) as session:
-        assert [row.action for row in audit.entries(session)].count("recall.start") == 0
-
-
-def test_a_recall_names_champions_and_aborts_rollouts(scene: Scene, versions: dict[int, Version]) -> None:
+def test_a_recall_names_champions_and_tenants_and_aborts_rollouts(scene: Scene, versions: dict[int, Version]) -> None:
+    with database.writing(scene.store.engine) as session:
+        for n, tenant in enumerate(("acme", "acme", "zenith")):
+            at = f"2026-01-0{n + 1}T00:00:00Z"
+            which = {"version": versions[1].digest, "name": NAME, "arm": "stable", "ok": True, "seconds": 0.1}
+            session.add(RequestRow(id=f"r{n}", at=at, tenant=tenant, scores={}, features={}, **which))
     for number in (1, 2):
         rollout = start(scene.store, name=NAME, version=versions[number], steps=PLAN, actor=OPERATOR)
-    found = recall(scene.store, Cause(kind="version", value=versions[1].digest), reason="wrong", actor=STEWARD)
+    cause = Cause(kind="version", value=versions[1].digest)
+    with pytest.raises(UsageError, match="never recalled"):
+        recall_status(scene.store, cause)
+    found = recall(scene.store, cause, reason="wrong", actor=STEWARD)
     assert [(one.name, one.version) for one in found.champions] == [(NAME, versions[1].digest)]
     assert found.rollouts == (rollout.id,)
+    served = [(one.tenant, one.requests, one.last[:10]) for one in found.served]
+    assert served == [("acme", 2, "2026-01-02"), ("zenith", 1, "2026-01-03")]
+    assert found.tenants == ("", "acme", "zenith")
     assert advance(scene.store, rollout.id).reason == "the champion was recalled: wrong"
+    status = recall_status(scene.store, cause)
+    assert not status.gone
+    assert status.left == (f"{NAME}@champion still points at it",)
+    assert status.replaced[NAME].startswith(f"{NAME}@v")
 
 
 def test_a_recall_is_one_audited_change_and_may_be_repeated(scene: Scene, versions: dict[int, Version]) -> None:
     withdraw(scene, "version", versions[3].digest)
     withdraw(scene, "version", versions[3].digest)
+    assert len(audited(scene)) == 2
+    assert audited(scene)[0].detail["reached"][0]["digest"] == versions[3].digest
     with database.reading(scene.store.engine) as session:
-        entries = [row for row in audit.entries(session) if row.action == "recall.start"]
-        assert len(entries) == 2
-        assert entries[0].detail["reached"][0]["digest"] == versions[3].digest
         assert audit.verify(session) == []
         assert session.query(RecallRow).count() == 4  # the version, its approval, its candidate and training
-
-
-@pytest.mark.parametrize("kind", ["row", "source", "licence", "subject"])
-def test_a_cause_that_nothing_holds_is_a_usage_error(scene: Scene, kind: str) -> None:
-    with pytest.raises(UsageError, match=f"no dataset version in this store holds a row of {kind} nowhere"):
-        withdraw(scene, kind, "nowhere")
 
 
 def test_the_role_a_reason_and_the_right_kind_are_needed(scene: Scene, versions: dict[int, Version]) -> None:
@@ -125,30 +136,8 @@ def test_the_role_a_reason_and_the_right_kind_are_needed(scene: Scene, versions:
         recall(scene.store, Cause(kind="row", value="x" * 9999), reason="no", actor=OWNER)
 
 
-def test_the_tenants_it_answered_are_named(scene: Scene, versions: dict[int, Version]) -> None:
-    with database.writing(scene.store.engine) as session:
-        for n, tenant in enumerate(("acme", "acme", "zenith")):
-            at = f"2026-01-0{n + 1}T00:00:00Z"
-            which = {"version": versions[1].digest, "name": NAME, "arm": "stable", "ok": True, "seconds": 0.1}
-            session.add(RequestRow(id=f"r{n}", at=at, tenant=tenant, scores={}, features={}, **which))
-    found = recall(scene.store, Cause(kind="version", value=versions[1].digest), reason="wrong", actor=STEWARD)
-    assert [(one.tenant, one.requests, one.last[:10]) for one in found.served] == [
-        ("acme", 2, "2026-01-02"),
-        ("zenith", 1, "2026-01-03"),
-    ]
-    assert found.tenants == ("", "acme", "zenith")
-
-
-def test_a_recall_is_not_gone_while_something_uses_it(scene: Scene, versions: dict[int, Version]) -> None:
-    cause = Cause(kind="version", value=versions[1].digest)
-    with pytest.raises(UsageError, match="never recalled"):
-        recall_status(scene.store, cause)
-    start(scene.store, name=NAME, version=versions[1], steps=PLAN, actor=OPERATOR)
-    recall(scene.store, cause, reason="wrong", actor=STEWARD)
-    status = recall_status(scene.store, cause)
-    assert not status.gone
-    assert status.left == (f"{NAME}@champion still points at it",)
-    assert status.replaced[NAME].startswith(f"{NAME}@v")
+def test_a_recall_is_not_gone_while_something_is_made_of_its_rows(scene: Scene) -> None:
+    serve(scene, scene.version(40))
     row = load_dataset(scene.store, scene.dataset).examples("train")[0]
     by_row = Cause(kind="row", value=row.id)
     recall(scene.store, by_row, reason="asked to", actor=STEWARD)
@@ -226,24 +215,21 @@ def test_a_retrain_stays_pending_after_a_rollback(scene: Scene, versions: dict[i
     assert list_pending_retrains(scene.store) == []
 
 
-def test_a_recalled_version_or_base_asks_for_a_change(scene: Scene, versions: dict[int, Version]) -> None:
+def test_a_recalled_version_or_base_asks_for_a_change_and_each_tenant_is_a_place_of_its_own(
+    scene: Scene, versions: dict[int, Version]
+) -> None:
     serve(scene, versions[3])
     withdraw(scene, "version", versions[4].digest)
     withdraw(scene, "version", versions[3].digest)
     assert only(scene).next == ("change the rows or settings in tunesmith.yaml", "tunesmith run")
-    withdraw(scene, "base", scene.base)
-    assert only(scene).next == ("name another `base` in tunesmith.yaml", "tunesmith run")
-
-
-def test_each_tenant_is_a_place_of_its_own(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1])
     serve(scene, versions[2], scope=Scope("acme"))
-    withdraw(scene, "licence", "Apache-2.0")
-    assert [(one.tenant, one.version) for one in list_pending_retrains(scene.store)] == [
-        ("", f"{NAME}@v1"),
-        ("acme", f"{NAME}@v2"),
+    withdraw(scene, "base", scene.base)
+    assert [(one.tenant, one.version, one.next[0]) for one in list_pending_retrains(scene.store)] == [
+        ("", f"{NAME}@v3", "name another `base` in tunesmith.yaml"),
+        ("acme", f"{NAME}@v2", "name another `base` in tunesmith.yaml"),
     ]
-    scene.dataset = put_dataset(scene.store, [lamp(1, licence="MIT")])
-    new = scene.version(80)
-    serve(scene, new, scope=Scope("acme"))
+    scene.base = put_base(scene.store, seed=1)
+    without(scene)
+    serve(scene, scene.version(80), scope=Scope("acme"))
     assert [one.tenant for one in list_pending_retrains(scene.store)] == [""]
