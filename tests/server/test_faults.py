@@ -76,6 +76,9 @@ def test_a_full_queue_is_429(start_server: StartServer, engine: FakeEngine) -> N
     assert engine.busiest == 1, "the other place is kept for another user"
     assert len({answer.json()["id"] for answer in answers[:4]}) == 4
     assert len(served.rows()) == 5
+    served.worker.stop(60)
+    stopping = served.post()
+    assert (stopping.status_code, stopping.json()["error"]["code"]) == (503, "stopping")
 
 
 def sent(served: Served, **more: Any) -> socket.socket:
@@ -162,22 +165,6 @@ def test_an_engine_error_is_500_without_its_details_unless_the_requests_own_word
     assert served.ask().choices
 
 
-def test_one_bad_request_of_a_batch_does_not_fail_the_others(served: Served) -> None:
-    def answer(request: Any, _adapter: Any) -> str:
-        if "bad" in request.messages[-1].content:
-            raise RuntimeError("no")
-        return VALID
-
-    served.engine.answer = answer
-    served.engine.gate.clear()
-    with ThreadPoolExecutor(9) as pool:
-        texts = ["good", "bad", "good", "good", "bad"]
-        calls = [pool.submit(served.post, messages=[{"role": "user", "content": text}]) for text in texts]
-        until(lambda: served.engine.calls == 5)
-        served.engine.gate.set()
-        assert [call.result().status_code for call in calls] == [200, 500, 200, 200, 500]
-
-
 def test_an_engine_error_mid_stream_ends_the_stream(served: Served) -> None:
     def breaking(_request: Any, _adapter: Any) -> Any:
         yield "one"
@@ -261,25 +248,6 @@ def test_feedback_that_cannot_be_stored_says_so_and_stores_nothing(
         assert kept >= {name for turn in fitted for name in scores(turn)}
         assert not kept & scores(len(fitted)).keys(), "nothing was stored"
         assert add(len(fitted)).status_code == 200
-
-
-def test_stopping_answers_what_waits(start_server: StartServer, engine: FakeEngine) -> None:
-    served = start_server(together=1)
-    served.ask()
-    engine.gate.clear()
-    with ThreadPoolExecutor(4) as pool:
-        blocked = pool.submit(served.post)
-        until(lambda: engine.calls == 2)
-        waiting = pool.submit(served.post, model=f"{NAME}@v2")
-        until(lambda: served.worker.waiting() == 1)
-        stop = pool.submit(served.worker.stop, 60)
-        until(lambda: served.worker.waiting() == 0)
-        assert not blocked.done()
-        engine.gate.set()
-        stop.result()
-        assert blocked.result().status_code == 200
-        assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
-        assert served.post().status_code == 503
 
 
 # What a request costs the server beyond its answer: threads woken, transactions, packets

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs to their ends, which a server and its workers or this process performs: served, cancelled, failed."""
+"""Fine-tuning jobs to their ends, by a server and its workers or by this process: served, cancelled, failed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.server.fine_tuning_project import (
     token_of_engineer,
     write_fine_tuning_project,
 )
-from tests.server.test_refused_requests import closed
+from tests.server.test_costs import closed
 from tests.tiny import write_model
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError

@@ -38,7 +38,7 @@ UNCHECKED = list(HealthCheck)
 
 
 @pytest.fixture(scope="module")
-def served(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def fuzzed(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of this file's own: what is made of the document makes tokens, files and jobs, and ends rollouts."""
     with running_copy(made, tmp_path_factory.mktemp("schemathesis")) as server:
         yield server
@@ -49,9 +49,9 @@ def served(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 @pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_every_route_answers_as_documented(
-    served: Served, operation: Any, mode: GenerationMode, happened: Happened
+    fuzzed: Served, operation: Any, mode: GenerationMode, happened: Happened
 ) -> None:
-    tokens = [f"Bearer {served.token}"] * 6 + ["Bearer tsk_nobody", "Basic x", "Bearer", ""]
+    tokens = [f"Bearer {fuzzed.token}"] * 6 + ["Bearer tsk_nobody", "Basic x", "Bearer", ""]
     sent: Counter[int] = Counter()
 
     # Most of what can go wrong is in bodies.
@@ -67,7 +67,7 @@ def test_every_route_answers_as_documented(
         case.headers = {key: value for key, value in case.headers.items() if key.lower() != "authorization"}
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body = {**case.body, "model": NAME}
-        response = case.call_and_validate(base_url=served.url, headers={"Authorization": token}, checks=CHECKS)
+        response = case.call_and_validate(base_url=fuzzed.url, headers={"Authorization": token}, checks=CHECKS)
         sent[response.status_code] += 1
 
     with contextlib.suppress(Unsatisfiable):  # nothing that is not allowed can be sent to some routes

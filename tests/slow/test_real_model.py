@@ -20,7 +20,6 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
-from tunesmith.registry.verification import verify_version
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
@@ -129,49 +128,6 @@ def test_the_estimate_was_of_use(released: Path) -> None:
     training = store.record(store.records_of("training")[0], kind="training").body
     assert training["peak_memory_bytes"] < 6e9
     assert training["estimate"]["peak_memory_bytes"] / training["peak_memory_bytes"] == pytest.approx(1.0, abs=0.5)
-
-
-def test_a_copied_store_verifies_unless_a_byte_changed(tiny: Path, tmp_path: Path) -> None:
-    """A byte of the adapter; every byte of every file: tests/registry/test_verification.py."""
-    copy = tmp_path / "elsewhere"
-    shutil.copytree(tiny / ".tunesmith", copy)
-    (copy / "tunesmith.db").unlink()
-    found = call(copy, "verify", "tickets@v1")
-    assert found["ok"]
-    assert found["checked"] > 20
-    blob = max((copy / "blobs").glob("??/*"), key=lambda path: path.stat().st_size)
-    content = blob.read_bytes()
-    blob.chmod(0o644)
-    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    problems = verify_version(Store(copy), "tickets@v1").problems
-    assert any(blob.name in problem.path for problem in problems)
-
-
-@pytest.mark.long
-def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from tunesmith.engines.native.engine import NativeEngine
-    from tunesmith.engines.protocol import Question
-
-    version = released / ".tunesmith" / "versions" / "tickets" / "v1"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(version / name, tmp_path / name)
-    engine = NativeEngine(base)
-    engine.load_adapter("tuned", tmp_path)
-    asked = (
-        Message(role="system", content=(released / "prompts" / "short.txt").read_text().strip()),
-        Message(role="user", content=REQUEST),
-    )
-    ((ours,),) = engine.choose([Question(asked, (ANSWER,))], "tuned")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), tmp_path)
-    row = engine._renderer.answered(asked, ANSWER)
-    labels = torch.tensor(row.ids)[torch.tensor(row.trained)]
-    with torch.no_grad():
-        scores = model(torch.tensor([row.ids])).logits[0, -len(labels) - 1 : -1].log_softmax(-1)
-    theirs = float(scores.gather(1, labels[:, None]).sum())
-    assert ours == pytest.approx(theirs, abs=0.35), "bf16 against fp32 over some thirty tokens"
 
 
 @pytest.mark.long
