@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +95,9 @@ def audited(served: Served, notice: dict[str, Any]) -> list[AuditRow]:
         return list(session.query(AuditRow).where(AuditRow.subject == notice["id"]))
 
 
-def test_a_held_answer_leaves_once_a_reviewer_released_it(hold: Callable[..., Served]) -> None:
+def test_a_held_answer_leaves_once_a_reviewer_released_it_and_others_at_once(
+    hold: Callable[..., Served], engine: FakeEngine
+) -> None:
     served = hold()
     notice = held(served)
     assert served.rows()[0].ok  # the version answered
@@ -110,12 +111,9 @@ def test_a_held_answer_leaves_once_a_reviewer_released_it(hold: Callable[..., Se
         seen = steward.get(notice["url"]).json()
         assert (seen["answer"], seen["messages"][-1]["content"]) == (MONEY, HELLO[0]["content"])
         decided = decide(steward, notice, "release")
-        assert (decided.status_code, decided.json()["state"], decided.json()["decided_by"]) == (
-            200,
-            "released",
-            STEWARD,
-        )
-        assert decide(steward, notice, "release").json() == decided.json()  # sent again: the same
+        done = decided.json()
+        assert (decided.status_code, done["state"], done["decided_by"]) == (200, "released", STEWARD)
+        assert decide(steward, notice, "release").json() == done  # sent again: the same
         fetched = caller.get(f"/api/held/chatcmpl-{notice['id']}").json()["completion"]
         assert fetched["choices"][0]["message"]["content"] == MONEY
         assert (fetched["id"], fetched["model"]) == (f"chatcmpl-{notice['id']}", f"{NAME}@v1")
@@ -127,16 +125,11 @@ def test_a_held_answer_leaves_once_a_reviewer_released_it(hold: Callable[..., Se
     assert entry.detail["answer"] == entry.detail["given"] == waiting["digest"]
     assert "transfer_money" not in json.dumps({key: entry.detail[key] for key in entry.detail if key != "rules"})
     assert verify_log(served.scene.store) == []
-
-
-def test_other_answers_leave_at_once_and_stream(hold: Callable[..., Served], engine: FakeEngine) -> None:
-    served = hold()
     engine.answer = lambda _request, _adapter: '{"intent": "switch on"}'
     assert served.ask().choices[0].message.content == '{"intent": "switch on"}'
     chunks = list(served.ask(stream=True, logprobs=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == '{"intent": "switch on"}'
     assert sum(len(chunk.choices[0].logprobs.content) for chunk in chunks if chunk.choices[0].logprobs) == 3
-    assert [row.ok for row in served.rows()] == [True, True]
 
 
 CALL = '<call>{"name": "pay", "arguments": {"sum": 5}}</call>'
@@ -252,26 +245,6 @@ def test_nobody_decides_on_their_own_answer(hold: Callable[..., Served], happene
         assert decide(approver, notice, "release").status_code == 200
 
 
-@pytest.mark.attack("race", "two reviewers decide at once")
-def test_of_two_reviewers_one_decides(hold: Callable[..., Served], happened: Happened) -> None:
-    served = hold()
-    for _ in range(6):
-        notice, barrier = held(served), threading.Barrier(2)
-
-        def at_once(http: httpx.Client, decision: str) -> httpx.Response:
-            barrier.wait(300)  # noqa: B023
-            return decide(http, notice, decision)  # noqa: B023
-
-        with ThreadPoolExecutor(2) as threads, reviewer(served) as one, reviewer(served, APPROVER) as two:
-            answers = list(threads.map(at_once, (one, two), ("release", "refuse")))
-        codes = sorted(answer.status_code for answer in answers)
-        assert codes == [200, 409]
-        lost = next(answer for answer in answers if answer.status_code == 409)
-        assert lost.json()["error"]["code"] == "already_decided"
-        assert len(audited(served, notice)) == 1
-        happened("one decision")
-
-
 def test_at_the_deadline_the_server_releases_what_may_leave(
     hold: Callable[..., Served], versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +276,8 @@ def test_at_the_deadline_the_server_releases_what_may_leave(
         until(lambda: state(unread) == "released")
         assert "completion" in caller.get(other["url"]).json()
         assert "completion" not in caller.get(withdrawn["url"]).json()
-        assert decide(steward, other, "release").status_code == 409
+        late = decide(steward, other, "release")
+        assert (late.status_code, late.json()["error"]["code"]) == (409, "already_decided")
     assert [entry.action for entry in audited(served, other)] == ["answer.expire"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.fabricate import NAME, OPERATOR, OWNER
-from tests.server.conftest import HELLO, Served, StartServer
+from tests.server.conftest import Served, StartServer
 from tests.server.fake_engine import VALID
 from tests.tiny_project import settings, write_project
 from tests.waiting import until
@@ -28,22 +28,6 @@ from tunesmith.store.store import Store
 
 Versions = dict[int, Version]
 ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid"}}
-
-
-def good_only_in(served: Served, *good: Version) -> None:
-    """Answers of the other versions are not valid."""
-    adapters = {served.scene.store.record(version.candidate).parents["training"] for version in good}
-    served.engine.answer = lambda _request, adapter: VALID if adapter in adapters else "not json"
-
-
-def ask_until(served: Served, done: Any, most: int = 600) -> int:
-    """Send requests until done(), or most of them; how many were sent."""
-    with served.http() as http:
-        for sent in range(most):
-            if done():
-                return sent
-            assert http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).status_code == 200
-    return most
 
 
 def rounds(served: Served, number: int) -> None:
@@ -81,17 +65,20 @@ def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versio
 
 
 def test_analysis_rolls_back_a_bad_overridden_canary(served: Served, versions: Versions) -> None:
-    good_only_in(served, versions[1])
-    rollout = served.begin(
-        versions[4], {"setWeight": 30}, ANALYSIS, {"setWeight": 100}, actor=OWNER, override="a drill"
-    )
+    store, good = served.scene.store, served.scene.store.record(versions[1].candidate).parents["training"]
+    served.engine.answer = lambda _request, adapter: VALID if adapter == good else "not json"
+    plan = ({"setWeight": 30}, ANALYSIS, {"setWeight": 100})
+    rollout = served.begin(versions[4], *plan, actor=OWNER, override="a drill")
     served.until(rollout, lambda now: now.step == 1)
-    sent = ask_until(served, lambda: not get_rollout(served.scene.store, rollout.id).live)
-    ended = get_rollout(served.scene.store, rollout.id)
+    sent = 0
+    while get_rollout(store, rollout.id).live:
+        assert served.post().status_code == 200
+        sent += 1
+        assert sent < 200
+    ended = get_rollout(store, rollout.id)
     assert (ended.status, ended.override) == ("aborted", "a drill")
     assert ended.reason.startswith("worse; json_valid: canary 0.000")
     assert sum(row.arm == "canary" for row in served.rows()) <= 40
-    assert sent < 200
     assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
 
 

@@ -231,6 +231,7 @@ def test_an_answer_outlives_its_server_and_any_server_decides(serving: Scene) ->
     assert verify_log(serving.store) == []
 
 
+@pytest.mark.attack("race", "two reviewers decide at once")
 def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
     """Two reviewers and the deadline, in threads, on each kind of database."""
     settings = holder(at_most=10).settings
