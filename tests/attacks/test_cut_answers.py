@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.attack_table import Happened
@@ -15,8 +14,6 @@ from tests.server.conftest import Served, engine, made, running, scene, served, 
 from tests.server.fake_engine import VALID
 from tests.server.tiny_engine import TinyEngine
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.analysis import Arm, judge
-from tunesmith.rollout.settings import Analysis
 from tunesmith.rollout.traffic import arms
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
@@ -84,27 +81,3 @@ def test_the_native_engine_says_what_ended_an_answer(
         served.ask(temperature=1.0, seed=3, max_tokens=100_000)
         assert [row.cut for row in served.rows()] == [False, True, True, False]
     happened("recorded, not scored", 2)
-
-
-def test_a_canary_whose_answers_are_cut_more_often_does_not_pass() -> None:
-    analysis = Analysis(metric="json_valid", worse_by_at_most=0.1)
-    ones = np.ones(400).tolist()
-    stable = Arm(ones, requests=500, cut=100)
-    assert judge(analysis, Arm(ones, requests=500, cut=100), stable).outcome == "pass"
-    assert judge(analysis, Arm(ones, requests=540, cut=140), stable).outcome == "pass"
-    rambling = judge(analysis, Arm(ones, requests=800, cut=400), stable)
-    assert (rambling.outcome, rambling.canary["cut"]) == ("inconclusive", 400)
-    assert "400 of 800 canary answers were cut" in rambling.reason
-    rates = Analysis(metric="success_rate", worse_by_at_most=0.1)
-    assert judge(rates, Arm(ones, requests=800, cut=400), stable).outcome == "pass"
-
-
-def test_a_caller_that_cuts_all_its_answers_cannot_fail_a_canary() -> None:
-    groups = {
-        "the requests of a": Arm([1.0] * 300, requests=300),
-        "the requests of b": Arm([1.0] * 300, requests=300),
-        "the requests of c": Arm([], requests=5000, cut=5000),
-    }
-    canary = Arm([1.0] * 600, requests=5600, cut=5000, groups=groups)
-    stable = Arm([1.0] * 600, requests=600, groups={key: groups[key] for key in list(groups)[:2]})
-    assert judge(Analysis(metric="json_valid"), canary, stable).outcome == "inconclusive"

@@ -5,13 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.fabricate import OWNER, Scene, build_scene
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene, build_scene
+from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
+from tunesmith.rollout.commands import start
+from tunesmith.rollout.controller import advance
+from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.rollout.state import Rollout
+from tunesmith.store import audit, database
 from tunesmith.store.store import Store
+from tunesmith.store.tables import RecallRow
 
+Versions = dict[int, Version]
 _MADE: list[Scene] = []  # pytest makes a fixture again for each module that imports it
 
 
@@ -41,7 +50,7 @@ def scene(made: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.fixture
-def versions(scene: Scene) -> dict[int, Version]:
+def versions(scene: Scene) -> Versions:
     """The scene's versions by number."""
     return {version.number: version for version in list_versions(scene.store)}
 
@@ -50,3 +59,36 @@ def copied(made: Scene, root: Path) -> Scene:
     """The scene under another root."""
     shutil.copytree(made.store.root, root)
     return Scene(Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), made.base, made.dataset)
+
+
+def begin(scene: Scene, version: Version, *steps: dict[str, Any], **more: Any) -> Rollout:
+    """Start a rollout; without steps it is promoted at its second look."""
+    plan = RolloutSettings.model_validate({"steps": list(steps) or [{"setWeight": 100}]}).steps
+    return start(scene.store, **{"name": NAME, "version": version, "steps": plan, "actor": OPERATOR, **more})
+
+
+def serve(scene: Scene, *several: Version) -> None:
+    """Promote versions one after another."""
+    for version in several:
+        rollout = begin(scene, version)
+        while rollout.live:
+            rollout = advance(scene.store, rollout.id)
+        assert rollout.status == "promoted", rollout.reason
+
+
+def champion(scene: Scene) -> str:
+    """The digest of the version that serves, or nothing."""
+    alias = get_alias(scene.store, NAME, "champion")
+    return alias.version if alias else ""
+
+
+def logged(scene: Scene, action: str) -> list[dict[str, Any]]:
+    """The details of the audit entries of an action."""
+    with database.reading(scene.store.engine) as session:
+        return [dict(entry.detail) for entry in audit.entries(session) if entry.action == action]
+
+
+def put_recall(scene: Scene, digest: str) -> None:
+    """Recall a record, as by a licence that was withdrawn."""
+    with database.writing(scene.store.engine) as session:
+        session.add(RecallRow(digest=digest, cause="licence X", reason="a licence was withdrawn", at="2026"))

@@ -18,6 +18,7 @@ from sqlalchemy import delete
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.forked import run_forked
+from tests.rollout.conftest import Versions, begin, champion, put_recall, serve
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry import opening
@@ -26,18 +27,17 @@ from tunesmith.registry.signing.attestations import ENVELOPE
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.analysis import Arm
-from tunesmith.rollout.commands import abort, promote, resume, rollback, start
+from tunesmith.rollout.commands import abort, promote, resume, rollback
 from tunesmith.rollout.controller import advance, give_up, look
-from tunesmith.rollout.settings import RolloutSettings, Step
 from tunesmith.rollout.state import Rollout, get_rollout, list_rollouts
 from tunesmith.rollout.traffic import STEP, UNLOADED
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
-from tunesmith.store.tables import RecallRow, RequestRow, VersionRow
+from tunesmith.store.tables import RequestRow, VersionRow
 
-Versions = dict[int, Version]
 ANALYSIS = {"analysis": {"metric": "json_valid", "timeout": 100, "max_requests": 500}}
+AT_ONCE = {"setWeight": 100}
 
 
 class Time:
@@ -53,10 +53,6 @@ class Time:
         self.at += timedelta(seconds=seconds)
 
 
-def steps(*given: dict[str, Any]) -> tuple[Step, ...]:
-    return RolloutSettings.model_validate({"steps": list(given)}).steps
-
-
 def arm(ones: int, total: int) -> Arm:
     return Arm([1.0] * ones + [0.0] * (total - ones), requests=total)
 
@@ -65,14 +61,12 @@ def measuring(canary: Arm, stable: Arm) -> Callable[..., tuple[Arm, Arm]]:
     return lambda _store, _rollout, _metric: (canary, stable)
 
 
+def dead(*_: Any) -> Any:
+    raise OSError("connection refused")
+
+
 NOTHING = measuring(Arm(), Arm())
 GOOD = measuring(arm(200, 200), arm(200, 200))
-BAD = measuring(arm(0, 60), arm(60, 60))
-
-
-def champion(scene: Scene) -> str:
-    alias = get_alias(scene.store, NAME, "champion")
-    return alias.version if alias else ""
 
 
 def actions(scene: Scene) -> list[str]:
@@ -80,67 +74,42 @@ def actions(scene: Scene) -> list[str]:
         return [row.action for row in audit.entries(session) if row.action.startswith(("rollout.", "alias."))]
 
 
-def begin(scene: Scene, version: Version, *given: dict[str, Any], clock: Time | None = None, **more: Any) -> Rollout:
-    plan = steps(*(given or ({"setWeight": 10}, ANALYSIS, {"setWeight": 100})))
-    more = {"actor": OPERATOR, "clock": clock or Time(), **more}
-    return start(scene.store, name=NAME, version=version, steps=plan, **more)
+def watched(scene: Scene, version: Version, *steps: dict[str, Any], clock: Time | None = None, **more: Any) -> Rollout:
+    """A rollout whose clock stands still, by default with an analysis."""
+    return begin(scene, version, *(steps or ({"setWeight": 10}, ANALYSIS, AT_ONCE)), clock=clock or Time(), **more)
 
 
 @pytest.fixture
 def first(scene: Scene, versions: Versions) -> Scene:
     """Version 1 is champion."""
-    begin(scene, versions[1])
+    watched(scene, versions[1])
     return scene
-
-
-# The straight way
 
 
 def test_a_rollout_goes_through_its_steps_one_at_a_time(first: Scene, versions: Versions) -> None:
     time = Time()
-    plan = (
-        {"setWeight": 10},
-        ANALYSIS,
-        {"setWeight": 50},
-        {"pause": {"seconds": 30}},
-        {"pause": {}},
-        {"setWeight": 100},
-    )
-    rollout = begin(first, versions[2], *plan, clock=time)
-    seen = []
+    pauses = {"pause": {"seconds": 30}}, {"pause": {}}
+    rollout = watched(first, versions[2], {"setWeight": 10}, ANALYSIS, {"setWeight": 50}, *pauses, AT_ONCE, clock=time)
 
-    def go(measure: Any = NOTHING, seconds: float = 1.0) -> None:
+    def check(measure: Any, seconds: float, *expected: object) -> None:
         time.pass_(seconds)
         moved = advance(first.store, rollout.id, clock=time, measure=measure)
-        seen.append((moved.status, moved.step, moved.weight))
+        assert (moved.status, moved.step, moved.weight, moved.revision) == expected
 
-    go()
-    go()
-    go(GOOD)
-    go()
-    go()
-    go()
-    go(seconds=30)
-    go()
-    go()
-    assert seen == [
-        ("running", 1, 10),
-        ("running", 1, 10),  # no traffic: it stays
-        ("running", 2, 10),
-        ("running", 3, 50),
-        ("paused", 3, 50),
-        ("paused", 3, 50),
-        ("running", 4, 50),
-        ("paused", 4, 50),
-        ("paused", 4, 50),
-    ]
+    check(NOTHING, 1, "running", 1, 10, 1)
+    check(NOTHING, 1, "running", 1, 10, 1)  # no traffic: it stays, and nothing is written
+    check(GOOD, 1, "running", 2, 10, 2)
+    check(NOTHING, 1, "running", 3, 50, 3)
+    check(NOTHING, 1, "paused", 3, 50, 4)
+    check(NOTHING, 29, "paused", 3, 50, 4)
+    check(NOTHING, 2, "running", 4, 50, 5)
+    check(NOTHING, 1, "paused", 4, 50, 6)
+    check(NOTHING, 1, "paused", 4, 50, 6)
     assert champion(first) == versions[1].digest
     resume(first.store, rollout.id, actor=OPERATOR, clock=time)
-    seen.clear()
-    go()
-    go()
-    go()
-    assert seen == [("running", 6, 100), ("promoted", 6, 100), ("promoted", 6, 100)]
+    check(NOTHING, 1, "running", 6, 100, 8)
+    check(NOTHING, 1, "promoted", 6, 100, 9)
+    check(NOTHING, 1, "promoted", 6, 100, 9)
     assert champion(first) == versions[2].digest
     with database.reading(first.store.engine) as session:
         assert audit.verify(session) == []
@@ -151,155 +120,105 @@ def test_a_rollout_goes_through_its_steps_one_at_a_time(first: Scene, versions: 
     ]  # fmt: skip
 
 
-def test_advance_without_news_writes_nothing(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2])
-    advance(first.store, rollout.id, clock=Time())
-    before = (get_rollout(first.store, rollout.id), actions(first))
-    for _ in range(3):
-        advance(first.store, rollout.id, clock=Time(), measure=NOTHING)
-    assert (get_rollout(first.store, rollout.id), actions(first)) == before
-
-
 def test_a_worse_canary_is_aborted_with_its_numbers(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2])
-    advance(first.store, rollout.id, clock=Time())
-    ended = advance(first.store, rollout.id, clock=Time(), measure=BAD)
-    assert (ended.status, ended.weight) == ("aborted", 0)
-    assert ended.reason.startswith("worse; json_valid: canary 0.000")
-    assert ended.history[-1]["judgement"]["evidence"]["worse"] >= 20
+    for canary, stable, says in (
+        (arm(0, 60), arm(60, 60), "worse; json_valid: canary 0.000"),
+        (arm(150, 500), arm(165, 500), "no decision within 500 canary requests"),
+    ):
+        rollout = watched(first, versions[2])
+        advance(first.store, rollout.id, clock=Time())
+        ended = advance(first.store, rollout.id, clock=Time(), measure=measuring(canary, stable))
+        assert (ended.status, ended.weight, ended.reason[: len(says)]) == ("aborted", 0, says)
+        assert (ended.history[-1]["judgement"]["evidence"]["worse"] >= 20) == says.startswith("worse")
     assert champion(first) == versions[1].digest
-    again = begin(first, versions[2])
-    advance(first.store, again.id, clock=Time())
-    ended = advance(first.store, again.id, clock=Time(), measure=measuring(arm(150, 500), arm(165, 500)))
-    assert ended.reason.startswith("no decision within 500 canary requests")
 
 
 @pytest.mark.parametrize(
     ("measure", "says"),
     [
-        (NOTHING, "no decision within 100 s: the canary had no traffic"),
-        (
-            measuring(Arm([float("nan")] * 90, requests=90), arm(90, 90)),
-            "no decision within 100 s: no usable score yet",
-        ),
+        (NOTHING, "the canary had no traffic"),
+        (measuring(Arm([float("nan")] * 90, requests=90), arm(90, 90)), "no usable score yet"),
+        (dead, "the metrics could not be read: OSError: connection refused"),
     ],
 )
 def test_an_undecided_analysis_aborts_at_its_timeout(first: Scene, versions: Versions, measure: Any, says: str) -> None:
     time = Time()
-    rollout = begin(first, versions[2], clock=time)
-    advance(first.store, rollout.id, clock=time)
+    rollout = watched(first, versions[2], clock=time)
+    judgement = look(first.store, advance(first.store, rollout.id, clock=time), measure)
+    assert judgement is not None
+    assert (judgement.outcome, judgement.not_worse <= 1, judgement.needed) == ("inconclusive", True, pytest.approx(20))
     time.pass_(99)
     assert advance(first.store, rollout.id, clock=time, measure=measure).status == "running"
     time.pass_(1)
     ended = advance(first.store, rollout.id, clock=time, measure=measure)
     assert ended.status == "aborted"
-    assert ended.reason.startswith(says)
-
-
-def test_a_dead_metrics_source_is_no_evidence(first: Scene, versions: Versions) -> None:
-    def dead(*_: Any) -> Any:
-        raise OSError("connection refused")
-
-    time = Time()
-    rollout = begin(first, versions[2], clock=time)
-    standing = advance(first.store, rollout.id, clock=time)
-    judgement = look(first.store, standing, dead)
-    assert judgement is not None
-    assert (judgement.outcome, judgement.not_worse) == ("inconclusive", 1.0)
-    assert advance(first.store, rollout.id, clock=time, measure=dead).status == "running"
-    time.pass_(101)
-    ended = advance(first.store, rollout.id, clock=time, measure=dead)
-    assert ended.status == "aborted"
-    assert "connection refused" in ended.reason
-
-
-# What start refuses
-
-
-def test_an_override_needs_role_and_reason_and_is_audited(first: Scene, versions: Versions) -> None:
-    with pytest.raises(Refused, match="olga may not do this: it takes admin"):
-        begin(first, versions[4], override="hurry")
-    with pytest.raises(UsageError, match="needs a reason"):
-        begin(first, versions[4], actor=OWNER, override="  ")
-    rollout = begin(first, versions[4], actor=OWNER, override="a drill")
-    assert rollout.override == "a drill"
-    assert actions(first)[-2:] == ["rollout.override", "rollout.start"]
-
-
-def test_someone_without_the_role_may_not_start_or_change(first: Scene, versions: Versions) -> None:
-    with pytest.raises(Refused, match="bob may not do this"):
-        begin(first, versions[2], actor=APPROVER)
-    rollout = begin(first, versions[2])
-    for command in (resume, promote, lambda *a, **k: abort(*a, **k, reason="no")):
-        with pytest.raises(Refused, match="bob may not do this"):
-            command(first.store, rollout.id, actor=APPROVER)
-    with pytest.raises(Refused, match="bob may not do this"):
-        rollback(first.store, name=NAME, actor=APPROVER, reason="no")
-
-
-def test_a_second_live_rollout_of_a_name_is_refused(first: Scene, versions: Versions) -> None:
-    begin(first, versions[2])
-    with pytest.raises(Refused, match="rollout 2 of home is still running"):
-        begin(first, versions[3])
-
-
-def test_a_version_of_another_name_or_region_is_refused(first: Scene, versions: Versions) -> None:
-    with pytest.raises(UsageError, match="is a version of home, not of away"):
-        start(first.store, name="away", version=versions[2], steps=(), actor=OPERATOR)
-    add_user(first.store, "eve", ["operator"], actor=OWNER, scope=Scope("acme"))
-    with pytest.raises(Refused, match="only within acme"):
-        begin(first, versions[2], actor="eve")
-    eu = first.version(9, scope=Scope(region="eu"))
-    with pytest.raises(Refused, match="is for tenant 'any', region 'eu'"):
-        begin(first, eu)
-    with pytest.raises(Refused, match="is for tenant 'any', region 'eu'"):
-        begin(first, eu, scope=Scope(region="us"))
-    assert begin(first, eu, scope=Scope(region="eu")).status == "promoted"
+    assert ended.reason.startswith(f"no decision within 100 s: {says}")
 
 
 # Commands
 
 
+def test_what_start_refuses(first: Scene, versions: Versions) -> None:
+    add_user(first.store, "eve", ["operator"], actor=OWNER, scope=Scope("acme"))
+    eu, us = (first.version(9, scope=Scope(region="eu")), Scope(region="us"))
+    two, four = versions[2], versions[4]
+    tries: list[tuple[Version, dict[str, Any], type[TunesmithError], str]] = [
+        (four, {"override": "hurry"}, Refused, "olga may not do this: it takes admin"),
+        (four, {"actor": OWNER, "override": "  "}, UsageError, "needs a reason"),
+        (two, {"actor": APPROVER}, Refused, "bob may not do this"),
+        (two, {"actor": "eve"}, Refused, "only within acme"),
+        (two, {"name": "away"}, UsageError, "is a version of home, not of away"),
+        (eu, {}, Refused, "is for tenant 'any', region 'eu'"),
+        (eu, {"scope": us}, Refused, "is for tenant 'any', region 'eu'"),
+    ]
+    for version, more, error, says in tries:
+        with pytest.raises(error, match=says):
+            watched(first, version, **more)
+    assert watched(first, eu, scope=Scope(region="eu")).status == "promoted"
+    rollout = watched(first, four, actor=OWNER, override="a drill")
+    assert rollout.override == "a drill"
+    assert actions(first)[-2:] == ["rollout.override", "rollout.start"]
+    with pytest.raises(Refused, match=f"rollout {rollout.id} of home is still running"):
+        watched(first, versions[3])
+
+
 def test_promote_skips_an_analysis_only_with_an_override(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2], {"setWeight": 5}, {"pause": {}}, {"setWeight": 100})
+    rollout = watched(first, versions[2], {"setWeight": 5}, {"pause": {}}, AT_ONCE)
     advance(first.store, rollout.id, clock=Time())
     assert promote(first.store, rollout.id, actor=OPERATOR).status == "promoted"
     assert champion(first) == versions[2].digest
-
-    watched = begin(first, versions[3])
+    late = watched(first, versions[3])
     with pytest.raises(Refused, match="has an analysis that has not passed yet"):
-        promote(first.store, watched.id, actor=OPERATOR)
+        promote(first.store, late.id, actor=OPERATOR)
     with pytest.raises(Refused, match="it takes admin"):
-        promote(first.store, watched.id, actor=OPERATOR, override="it is fine")
-    assert promote(first.store, watched.id, actor=OWNER, override="it is fine").status == "promoted"
+        promote(first.store, late.id, actor=OPERATOR, override="it is fine")
+    assert promote(first.store, late.id, actor=OWNER, override="it is fine").status == "promoted"
 
 
-def test_abort_gives_all_traffic_back(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2])
+def test_abort_gives_all_traffic_back_and_only_an_operator_may(first: Scene, versions: Versions) -> None:
+    rollout = watched(first, versions[2])
     advance(first.store, rollout.id, clock=Time())
+
+    def all_refused(actor: str, says: str) -> None:
+        for command in (resume, promote, lambda *a, **k: abort(*a, **k, reason="no")):
+            with pytest.raises(Refused, match=says):
+                command(first.store, rollout.id, actor=actor)
+
+    all_refused(APPROVER, "bob may not do this")
+    with pytest.raises(Refused, match="bob may not do this"):
+        rollback(first.store, name=NAME, actor=APPROVER, reason="no")
+    with pytest.raises(Refused, match="is not at a pause"):
+        resume(first.store, rollout.id, actor=OPERATOR)
     ended = abort(first.store, rollout.id, actor=OPERATOR, reason="complaints")
     assert (ended.status, ended.weight, ended.reason) == ("aborted", 0, "complaints")
     assert advance(first.store, rollout.id, measure=GOOD) == ended
-    for command in (resume, promote, lambda *a, **k: abort(*a, **k, reason="again")):
-        with pytest.raises(Refused, match="is aborted already"):
-            command(first.store, rollout.id, actor=OPERATOR)
-
-
-def test_a_canary_that_cannot_be_loaded_is_given_up(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2])
-    assert give_up(first.store, rollout.id, "its adapter does not fit").reason == "its adapter does not fit"
-    assert give_up(first.store, rollout.id, "again").reason == "its adapter does not fit"
+    all_refused(OPERATOR, "is aborted already")
+    unloadable = watched(first, versions[2])
+    for reason in ("its adapter does not fit", "again"):
+        assert give_up(first.store, unloadable.id, reason).reason == "its adapter does not fit"
 
 
 # Rollback
-
-
-def promoted(scene: Scene, version: Version) -> Rollout:
-    rollout = begin(scene, version, {"setWeight": 100})
-    while rollout.live:
-        rollout = advance(scene.store, rollout.id, clock=Time())
-    assert rollout.status == "promoted"
-    return rollout
 
 
 def signature_file(scene: Scene, version: Version) -> Path:
@@ -314,19 +233,22 @@ def approval_file(scene: Scene, version: Version) -> Path:
     return scene.store.blob_path(scene.store.record(entry.detail["signature"]["digest"]).blobs[ENVELOPE])
 
 
+def undo(scene: Scene) -> Rollout:
+    return rollback(scene.store, name=NAME, actor=OPERATOR, reason="complaints")
+
+
 def test_rollback_goes_back_one_promotion_at_a_time(first: Scene, versions: Versions) -> None:
-    promoted(first, versions[2])
-    promoted(first, versions[3])
-    undone = rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    serve(first, versions[2], versions[3])
+    undone = undo(first)
     assert (undone.status, undone.canary, champion(first)) == ("rolled_back", versions[3].digest, versions[2].digest)
-    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    undo(first)
     assert champion(first) == versions[1].digest
     with pytest.raises(Refused, match="nothing served before it"):
-        rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+        undo(first)
     assert champion(first) == versions[1].digest
     point(first, versions[3])
     with pytest.raises(Refused, match="no rollout promoted the champion"):
-        rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+        undo(first)
 
 
 @pytest.mark.parametrize(
@@ -334,16 +256,15 @@ def test_rollback_goes_back_one_promotion_at_a_time(first: Scene, versions: Vers
     [
         lambda scene, version: signature_file(scene, version).unlink(),
         lambda scene, version: approval_file(scene, version).unlink(),
-        lambda scene, version: recall(scene, version),
+        lambda scene, version: put_recall(scene, version.digest),
     ],
 )
 def test_rollback_passes_over_a_version_that_was_recalled_or_whose_files_are_gone(
     first: Scene, versions: Versions, lose: Callable[[Scene, Version], object]
 ) -> None:
-    promoted(first, versions[2])
-    promoted(first, versions[3])
+    serve(first, versions[2], versions[3])
     lose(first, versions[2])
-    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    undo(first)
     assert champion(first) == versions[1].digest
     assert [one.status for one in list_rollouts(first.store)] == ["rolled_back", "rolled_back", "promoted"]
 
@@ -370,56 +291,45 @@ def approvals_away(patch: pytest.MonkeyPatch) -> None:
 def test_an_error_that_may_pass_is_no_decision(
     first: Scene, versions: Versions, failing: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    rollout = begin(first, versions[2], {"setWeight": 100})
+    def fails(call: Callable[[], object]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            failing(patch)
+            with pytest.raises(TunesmithError) as met:
+                call()
+        assert not isinstance(met.value, Refused)
+
+    rollout = watched(first, versions[2], AT_ONCE)
     advance(first.store, rollout.id, clock=Time())
-    with pytest.MonkeyPatch.context() as patch:
-        failing(patch)
-        with pytest.raises(TunesmithError) as met:
-            advance(first.store, rollout.id, clock=Time())
-    assert not isinstance(met.value, Refused)
+    fails(lambda: advance(first.store, rollout.id, clock=Time()))
     assert get_rollout(first.store, rollout.id).status == "running"
     assert advance(first.store, rollout.id, clock=Time()).status == "promoted"
-    promoted(first, versions[3])
-    with pytest.MonkeyPatch.context() as patch:
-        failing(patch)
-        with pytest.raises(TunesmithError) as met:
-            rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
-    assert not isinstance(met.value, Refused)
+    serve(first, versions[3])
+    fails(lambda: undo(first))
     assert champion(first) == versions[3].digest
-    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    undo(first)
     assert champion(first) == versions[2].digest
 
 
 def test_a_rollout_whose_canary_cannot_be_loaded_keeps_its_step(first: Scene, versions: Versions) -> None:
-    time = Time()
-    seen = []
-    rollout = begin(first, versions[2], {"setWeight": 10}, {"pause": {"seconds": 5}}, {"setWeight": 100}, clock=time)
+    time, seen = Time(), []
+    rollout = watched(first, versions[2], {"setWeight": 10}, {"pause": {"seconds": 5}}, AT_ONCE, clock=time)
     for number, loads in enumerate((False, False, False, True, False)):
         time.pass_(9)
-        needed(first, rollout, f"r{number}", loads=loads)
+        features = {STEP: rollout.step} if loads else {STEP: rollout.step, UNLOADED: True}
+        with database.writing(first.store.engine) as session:  # a request that was to go to the canary, on some server
+            session.add(
+                RequestRow(
+                    id=f"r{number}", at=f"2026-01-01T00:00:0{number}Z", name=NAME, version=rollout.canary,
+                    rollout=rollout.id, arm="canary" if loads else "stable", ok=True, seconds=0.1, scores={},
+                    features=features,
+                )
+            )  # fmt: skip
         moved = advance(first.store, rollout.id, clock=time)
-        seen.append((moved.status, moved.step, moved.weight))
-    assert seen == [
-        ("running", 1, 10),  # so that somebody tries it
-        ("paused", 1, 10),
-        ("paused", 1, 10),
-        ("running", 2, 10),
-        ("running", 2, 10),
-    ]
-    recall(first, versions[2])
+        seen.append((moved.status, moved.step))
+    # It begins, so that somebody tries the canary.
+    assert seen == [("running", 1), ("paused", 1), ("paused", 1), ("running", 2), ("running", 2)]
+    put_recall(first, versions[2].digest)
     assert advance(first.store, rollout.id, clock=time).status == "aborted"
-
-
-def needed(scene: Scene, rollout: Rollout, key: str, *, loads: bool) -> None:
-    """A request that was to go to the canary, on some server."""
-    with database.writing(scene.store.engine) as session:
-        session.add(
-            RequestRow(
-                id=key, at=f"2026-01-01T00:00:0{key[1:]}Z", name=NAME, version=rollout.canary, rollout=rollout.id,
-                arm="canary" if loads else "stable", ok=True, seconds=0.1, scores={},
-                features={STEP: rollout.step} if loads else {STEP: rollout.step, UNLOADED: True},
-            )
-        )  # fmt: skip
 
 
 # A precondition breaks
@@ -431,16 +341,14 @@ def needed(scene: Scene, rollout: Rollout, key: str, *, loads: bool) -> None:
         (lambda scene, versions: point(scene, versions[3]), "the champion was changed during the rollout"),
         (lambda scene, versions: point(scene, None), "the champion was removed"),
         (lambda scene, versions: unregister(scene, versions[1]), "the champion is not in the registry"),
-        (lambda scene, versions: recall(scene, versions[1]), "the champion was recalled"),
-        (lambda scene, versions: recall(scene, versions[2]), "the canary was recalled"),
+        (lambda scene, versions: put_recall(scene, versions[1].digest), "the champion was recalled"),
+        (lambda scene, versions: put_recall(scene, versions[2].digest), "the canary was recalled"),
     ],
 )
 def test_a_rollout_aborts_when_an_arm_is_lost(
     first: Scene, versions: Versions, happens: Callable[[Scene, Versions], object], says: str
 ) -> None:
-    rollout = begin(first, versions[2])
-    with pytest.raises(Refused, match="is not at a pause"):
-        resume(first.store, rollout.id, actor=OPERATOR)
+    rollout = watched(first, versions[2])
     happens(first, versions)
     ended = advance(first.store, rollout.id, clock=Time(), measure=GOOD)
     assert (ended.status, ended.weight) == ("aborted", 0)
@@ -453,27 +361,23 @@ def unregister(scene: Scene, version: Version) -> None:
         session.execute(delete(VersionRow).where(VersionRow.digest == version.digest))
 
 
-@pytest.mark.parametrize("who", [APPROVER, OPERATOR])
-def test_a_role_revoked_mid_flight_stops_the_promotion(first: Scene, versions: Versions, who: str) -> None:
-    rollout = begin(first, versions[2], {"setWeight": 100})
-    advance(first.store, rollout.id, clock=Time())
-    deactivate(first.store, who, actor=OWNER)
-    ended = advance(first.store, rollout.id, clock=Time())
-    assert ended.status == "aborted"
-    assert champion(first) == versions[1].digest
-
-
-def test_an_override_without_its_role_does_not_promote(first: Scene, versions: Versions) -> None:
+def test_who_lost_the_role_meanwhile_promotes_nothing(first: Scene, versions: Versions) -> None:
     add_user(first.store, "zoe", ["admin"], actor=OWNER)
-    rollout = begin(first, versions[4], {"setWeight": 100}, actor="zoe", override="a drill")
-    advance(first.store, rollout.id, clock=Time())
-    set_roles(first.store, "zoe", ["operator"], actor=OWNER)
-    assert "zoe may not do this" in advance(first.store, rollout.id, clock=Time()).reason
+    overridden = {"actor": "zoe", "override": "a drill"}
+    for version, more, lose, says in (
+        (versions[4], overridden, lambda: set_roles(first.store, "zoe", ["operator"], actor=OWNER), "zoe may not do"),
+        (versions[2], {}, lambda: deactivate(first.store, OPERATOR, actor=OWNER), "olga is deactivated"),
+    ):
+        rollout = watched(first, version, AT_ONCE, **more)
+        advance(first.store, rollout.id, clock=Time())
+        lose()
+        assert says in advance(first.store, rollout.id, clock=Time()).reason
+    assert champion(first) == versions[1].digest
 
 
 def test_a_clock_set_back_never_shortens_a_pause(first: Scene, versions: Versions) -> None:
     time = Time()
-    rollout = begin(first, versions[2], {"setWeight": 5}, {"pause": {"seconds": 60}}, {"setWeight": 100}, clock=time)
+    rollout = watched(first, versions[2], {"setWeight": 5}, {"pause": {"seconds": 60}}, AT_ONCE, clock=time)
     advance(first.store, rollout.id, clock=time)
     assert advance(first.store, rollout.id, clock=time).status == "paused"
     time.pass_(-86_400)
@@ -491,41 +395,29 @@ def test_a_clock_set_back_never_shortens_a_pause(first: Scene, versions: Version
 
 
 @pytest.mark.parametrize(
-    ("dies_in", "before"),
-    [("transitions.point_champion", False), ("audit.append", True), ("store.change", True), ("store.change", False)],
+    ("module", "name", "before"), [(transitions, "point_champion", False), (audit, "append", True)]
 )
-def test_a_killed_promotion_is_carried_on(first: Scene, versions: Versions, dies_in: str, before: bool) -> None:
-    rollout = begin(first, versions[2], {"setWeight": 100})
+def test_a_killed_promotion_is_carried_on(
+    first: Scene, versions: Versions, module: Any, name: str, before: bool
+) -> None:
+    """Inside its transaction. attacks/test_kill_points.py kills it at each write that others can see."""
+    rollout = watched(first, versions[2], AT_ONCE)
     standing = advance(first.store, rollout.id, clock=Time())
     first.store.engine.dispose()
+    whole = getattr(module, name)
+
+    def dying(*arguments: Any, **named: Any) -> None:
+        if not before:
+            whole(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def promoting() -> None:
-        place, name = dies_in.split(".")
-        module = {"transitions": transitions, "audit": audit, "store": Store}[place]
-        whole = getattr(module, name)
-
-        def dying(*arguments: Any, **named: Any) -> None:
-            if not before:
-                whole(*arguments, **named)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        @contextlib.contextmanager
-        def dying_at_an_end(*arguments: Any, **named: Any) -> Iterator[Any]:
-            with whole(*arguments, **named) as session:
-                yield session
-                if before:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(module, name, dying_at_an_end if place == "store" else dying)
+        setattr(module, name, dying)
         advance(first.store, rollout.id, clock=Time())
 
     assert os.WTERMSIG(run_forked(promoting)) == signal.SIGKILL
-    committed = dies_in == "store.change" and not before
-    left = get_rollout(first.store, rollout.id)
-    assert left.status == ("promoted" if committed else "running")
-    assert committed or left == standing
-    assert champion(first) == versions[2 if committed else 1].digest
+    assert get_rollout(first.store, rollout.id) == standing
+    assert champion(first) == versions[1].digest
     assert advance(first.store, rollout.id, clock=Time()).status == "promoted"
     assert champion(first) == versions[2].digest
     with database.reading(first.store.engine) as session:
@@ -547,10 +439,10 @@ def test_other_writers_do_not_wait_for_copies_of_weights(
             yield copy
 
     monkeypatch.setattr(opening, "private_copy", copying)
-    promoted(first, versions[2])
+    serve(first, versions[2])
     assert copied == ["v2", "v2"], "once to start, once to promote"
-    promote(first.store, begin(first, versions[3], {"setWeight": 100}).id, actor=OPERATOR)
-    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    promote(first.store, watched(first, versions[3], AT_ONCE).id, actor=OPERATOR)
+    undo(first)
     assert copied[2:] == ["v3", "v3", "v2"]
     assert champion(first) == versions[2].digest
 
@@ -570,29 +462,37 @@ def test_what_changes_after_the_files_were_verified_counts(
         if lost == "signer":
             set_roles(Store(store.root), OWNER, ["admin"], actor=OWNER)
         else:
-            recall(first, version, version.candidate)
+            put_recall(first, version.candidate)
 
     monkeypatch.setattr(commands, "check_may_serve", checked)
     with pytest.raises(Refused, match="may not sign versions" if lost == "signer" else "was recalled"):
-        begin(first, versions[2])
+        watched(first, versions[2])
     assert before == ["files"]
     assert champion(first) == versions[1].digest
 
 
 def test_two_promoters_at_once_promote_once(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2], {"setWeight": 100})
-    said = together(
-        lambda: promote(first.store, rollout.id, actor=OPERATOR).status,
-        lambda: promote(first.store, rollout.id, actor=OWNER).status,
-        lambda: advance(first.store, rollout.id).status,
-    )
+    rollout, said = watched(first, versions[2], AT_ONCE), list[str]()
+
+    def one(call: Callable[..., Rollout], **named: Any) -> None:
+        try:
+            said.append(call(first.store, rollout.id, **named).status)
+        except TunesmithError as error:
+            said.append(error.what)
+
+    calls = (promote, {"actor": OPERATOR}), (promote, {"actor": OWNER}), (advance, {})
+    threads = [threading.Thread(target=one, args=(call,), kwargs=named) for call, named in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert said.count("promoted") + sum("promoted already" in text for text in said) >= 2
     assert actions(first).count("rollout.promote") == 1
     assert champion(first) == versions[2].digest
 
 
 def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: Versions) -> None:
-    rollout = begin(first, versions[2])
+    rollout = watched(first, versions[2])
 
     def meanwhile_aborted(*_: Any) -> tuple[Arm, Arm]:
         abort(first.store, rollout.id, actor=OPERATOR, reason="first")
@@ -603,32 +503,8 @@ def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: V
     assert (moved.status, moved.reason) == ("aborted", "first")
 
 
-def recall(scene: Scene, version: Version, digest: str | None = None) -> None:
-    row = {"digest": digest or version.digest, "cause": "licence X", "reason": "a licence was withdrawn", "at": "2026"}
-    with database.writing(scene.store.engine) as session:
-        session.add(RecallRow(**row))
-
-
 def point(scene: Scene, version: Version | None) -> None:
     current = get_alias(scene.store, NAME, "champion")
     with scene.store.change(OWNER, "test", NAME, {}) as session:
         expected = current.revision if current else 0
         set_alias(session, name=NAME, alias="champion", version=version, expected=expected, actor=OWNER)
-
-
-def together(*calls: Callable[[], str]) -> list[str]:
-    """Run all at once; what each returned, or the error it raised."""
-    said: list[str] = []
-
-    def one(call: Callable[[], str]) -> None:
-        try:
-            said.append(call())
-        except TunesmithError as error:
-            said.append(error.what)
-
-    threads = [threading.Thread(target=one, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return said

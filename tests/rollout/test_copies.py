@@ -63,8 +63,21 @@ def file(scene: Scene, tmp_path: Path) -> Path:
     return tmp_path / "backup.tar"
 
 
-def test_a_restored_store_is_the_one_that_was_backed_up(scene: Scene, file: Path, tmp_path: Path) -> None:
-    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+@pytest.fixture
+def target(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+
+
+def test_a_restored_store_is_the_one_that_was_backed_up(
+    scene: Scene, file: Path, target: Store, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match="may not"):
+        backup(scene.store, tmp_path / "another.tar", actor=APPROVER)
+    with pytest.raises(Refused, match="may not"):
+        restore(target, file, actor=APPROVER)
+    assert contents(target) == contents(scene.store)  # as where a restore is stopped before its end: it goes on
+    assert not any(rows_of(target).values())
     found = restore(target, file)
     assert contents(target) == contents(scene.store)
     assert rows_of(target) == rows_of(scene.store)
@@ -72,26 +85,16 @@ def test_a_restored_store_is_the_one_that_was_backed_up(scene: Scene, file: Path
     assert (target.blobs.path("cases/one.json").stat().st_mode & 0o077, file.stat().st_mode & 0o077) == (0, 0)
     shutil.copytree(scene.store.root / "keys", target.root / "keys")  # private keys are in no backup
     whole(target)
-    for again in (target, Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'other.db'}")):
-        if again is not target:
-            again.blobs.put("blobs/ab/other", b"of another store")
-        with pytest.raises(Refused, match="already"):
-            restore(again, file)
+    with pytest.raises(Refused, match="rows already"):
+        restore(target, file)
+    target.blobs.put("blobs/ab/other", b"of another store")
+    with pytest.raises(Refused, match=r"the store holds \d objects already"):
+        restore(Store(target.root, url=f"sqlite:///{tmp_path / 'other.db'}"), file)
     with pytest.raises(UsageError, match="exists"):
         backup(scene.store, file)
 
 
-def test_only_an_admin_copies_a_store(scene: Scene, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="may not"):
-        backup(scene.store, tmp_path / "another.tar", actor=APPROVER)
-    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
-    with pytest.raises(Refused, match="may not"):
-        restore(target, file, actor=APPROVER)
-    assert not any(rows_of(target).values())
-    restore(target, file)
-
-
-def test_what_is_deleted_meanwhile_is_left_out(scene: Scene, tmp_path: Path) -> None:
+def test_what_is_deleted_meanwhile_is_left_out(scene: Scene, target: Store, tmp_path: Path) -> None:
     class Goes(LocalBlobs):
         gone: tuple[str, ...] = ("cases/one.json", "files/file-a.jsonl")
 
@@ -100,41 +103,25 @@ def test_what_is_deleted_meanwhile_is_left_out(scene: Scene, tmp_path: Path) -> 
                 self.delete(key)
             return super().pieces(key)
 
-    blobs = Goes(scene.store.root)
+    blobs, file = Goes(scene.store.root), tmp_path / "backup.tar"
     store = Store(scene.store.root, url=scene.store.url, blobs=blobs)
     for key in (*blobs.gone, "cases/two.json"):
         blobs.put(key, b"{}", private=True)
-    count = backup(store, tmp_path / "backup.tar").objects
-    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
-    assert restore(target, tmp_path / "backup.tar").objects == count
+    count = backup(store, file).objects
+    assert restore(target, file).objects == count
     assert contents(target) == contents(scene.store)
     assert "cases/two.json" in contents(target)
+    other = Store(tmp_path / "other", url=f"sqlite:///{tmp_path / 'other.db'}")
+    for place in (blobs, other.blobs):  # the other one from a copy that was stopped
+        place.put("files/file-a.jsonl", b"{}", private=True)
+    everything = copying.Contents(keys_of(blobs), blobs.pieces, None)
+    assert copying.put_objects(other, everything) == (count, sum(map(len, contents(target).values())))
+    assert contents(other) == contents(target)
     blobs.gone = (next(key for key in keys_of(blobs) if key.startswith("blobs/")),)
-    with pytest.raises(FileNotFoundError):
-        backup(store, tmp_path / "another.tar")
+    for copy in (lambda: backup(store, tmp_path / "another.tar"), lambda: copying.put_objects(other, everything)):
+        with pytest.raises(FileNotFoundError):
+            copy()
     assert not (tmp_path / "another.tar").exists()
-
-
-def test_uploads_that_go_while_objects_are_copied_are_left_out(scene: Scene, tmp_path: Path) -> None:
-    blobs = LocalBlobs(scene.store.root)
-    for name in ("a", "b"):
-        blobs.put(f"files/file-{name}.jsonl", b"{}", private=True)
-    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
-    target.blobs.put("files/file-a.jsonl", b"{}", private=True)  # by a copy that was stopped
-
-    def pieces(key: str) -> Iterator[bytes]:
-        blobs.delete("files/file-a.jsonl")
-        return blobs.pieces(key)
-
-    keys = keys_of(blobs)
-    count, size = copying.put_objects(target, copying.Contents(keys, pieces, None))
-    found = contents(target)
-    assert found == contents(scene.store)
-    assert set(keys) - found.keys() == {"files/file-a.jsonl"}
-    assert (count, size) == (len(found), sum(map(len, found.values())))
-    blobs.delete(next(blobs.keys("blobs/")))
-    with pytest.raises(FileNotFoundError):
-        copying.put_objects(target, copying.Contents(keys, blobs.pieces, None))
 
 
 def test_a_migration_names_the_uploads_whose_bytes_are_gone(
@@ -162,25 +149,6 @@ def test_a_migration_names_the_uploads_whose_bytes_are_gone(
         assert entry is not None
         assert (entry.action, entry.detail["missing"]) == ("store.migrate", [kept[0].file])
     assert verify_log(there) == []
-
-
-def test_a_restore_that_was_stopped_goes_on(scene: Scene, file: Path, tmp_path: Path) -> None:
-    class Stops(LocalBlobs):
-        left = 7
-
-        def put_file(self, key: str, source: Path) -> None:
-            self.left -= 1
-            if not self.left:
-                raise KeyboardInterrupt
-            super().put_file(key, source)
-
-    url = f"sqlite:///{tmp_path / 'new.db'}"
-    with pytest.raises(KeyboardInterrupt):
-        restore(Store(tmp_path / "new", url=url, blobs=Stops(tmp_path / "new")), file)
-    target = Store(tmp_path / "new", url=url)
-    assert not any(rows_of(target).values())
-    assert restore(target, file).objects == len(contents(scene.store))
-    assert contents(target) == contents(scene.store)
 
 
 def changed(file: Path, change: Callable[[str, bytes], bytes | None], added: str = "") -> None:
@@ -217,10 +185,9 @@ def with_key(name: str, data: bytes) -> bytes:
     ],
 )
 def test_a_damaged_backup_is_refused_before_anything_is_written(
-    file: Path, damage: Callable[[Path], None], said: str, tmp_path: Path
+    file: Path, damage: Callable[[Path], None], said: str, target: Store
 ) -> None:
     damage(file)
-    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
     with pytest.raises(Refused, match=said):
         restore(target, file)
     assert keys_of(target.blobs) == []

@@ -14,19 +14,15 @@ def steps(*given: dict[str, Any]) -> RolloutSettings:
     return RolloutSettings.model_validate({"steps": list(given)})
 
 
-def test_the_designs_own_steps_are_read() -> None:
+def test_steps_are_read_and_a_pause_without_settings_waits_for_resume() -> None:
     read = steps(
-        {"setWeight": 10}, {"analysis": {"metric": "json_valid"}}, {"setWeight": 50}, {"pause": {}}, {"setWeight": 100}
+        {"setWeight": 0}, {"setWeight": 10}, {"analysis": {"metric": "a"}}, {"pause": None}, {"setWeight": 100}
     )
-    assert [step.kind for step in read.steps] == ["setWeight", "analysis", "setWeight", "pause", "setWeight"]
-    assert read.steps[1].analysis is not None
-    assert read.steps[1].analysis.min_requests == 50
-
-
-def test_a_pause_written_without_settings_waits_for_resume() -> None:
-    read = steps({"setWeight": 5}, {"pause": None}, {"setWeight": 100})
-    assert read.steps[1].pause is not None
-    assert read.steps[1].pause.seconds is None
+    assert [step.kind for step in read.steps] == ["setWeight", "setWeight", "analysis", "pause", "setWeight"]
+    assert (read.steps[2].analysis and read.steps[2].analysis.min_requests) == 50
+    assert (read.steps[3].pause and read.steps[3].pause.seconds) is None
+    last = steps({"setWeight": 100}, {"analysis": {"metric": "a", "at_least": 0.5, "max_requests": 50}}).steps[-1]
+    assert (last.analysis and last.analysis.max_requests) == 50
 
 
 @pytest.mark.parametrize(
@@ -37,18 +33,14 @@ def test_a_pause_written_without_settings_waits_for_resume() -> None:
         ([{"setWeight": 100}, {"setWeight": 50}], "last setWeight must be 100, it is 50"),
         ([{"setWeight": 101}], "less than or equal to 100"),
         ([{"setWeight": -1}, {"setWeight": 100}], "greater than or equal to 0"),
-        ([{"setWeight": True}], "valid integer"),
         ([{"setWeight": 10, "pause": {}}, {"setWeight": 100}], "this one has setWeight, pause"),
         ([{}, {"setWeight": 100}], "this one has none"),
-        ([{"setweight": 10}, {"setWeight": 100}], "setweight"),
         ([{"analysis": {"metric": "json_valid"}}, {"setWeight": 100}], "step 1 is an analysis while the canary has no"),
         ([{"setWeight": 100}, {"analysis": {"metric": "a"}}], "no traffic at weight 100: set at_least"),
-        ([{"setWeight": 9}, {"analysis": {}}, {"setWeight": 100}], "metric"),
         ([{"setWeight": 9}, {"analysis": {"metric": "a", "confidence": 1.0}}, {"setWeight": 100}], "less than 1"),
-        ([{"setWeight": 9}, {"analysis": {"metric": "a", "timeout": float("nan")}}, {"setWeight": 100}], "finite"),
         (
-            [{"setWeight": 9}, {"analysis": {"metric": "a", "max_requests": 10}}, {"setWeight": 100}],
-            "max_requests (10) is below min_requests (50)",
+            [{"setWeight": 9}, {"analysis": {"metric": "a", "max_requests": 49}}, {"setWeight": 100}],
+            "max_requests (49) is below min_requests (50)",
         ),
         (
             [{"setWeight": 9}, {"analysis": {"metric": "error_rate", "at_least": 0.5}}, {"setWeight": 100}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve
+from tests.rollout.conftest import Versions, begin, champion, logged, serve
 from tests.rollout.test_cli import Folder
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.monitoring.recall import Cause, recall
@@ -17,41 +19,15 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import controller, preconditions
-from tunesmith.rollout.commands import abort, promote, rollback, start
+from tunesmith.rollout.commands import abort, promote, rollback
 from tunesmith.rollout.controller import advance
-from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions
 from tunesmith.rollout.state import Rollout
-from tunesmith.store import audit, database
+from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
 
-Versions = dict[int, Version]
 NO_APPROVER = "bob, who is deactivated"
-
-
-def begin(scene: Scene, version: Version, *steps: dict[str, Any], **more: Any) -> Rollout:
-    plan = RolloutSettings.model_validate({"steps": list(steps) or [{"setWeight": 100}]}).steps
-    return start(scene.store, name=NAME, version=version, steps=plan, **{"actor": OPERATOR, **more})
-
-
-def serve(scene: Scene, *several: Version, **more: Any) -> None:
-    """Promote versions one after another."""
-    for version in several:
-        rollout = begin(scene, version, **more)
-        while rollout.live:
-            rollout = advance(scene.store, rollout.id)
-        assert rollout.status == "promoted", rollout.reason
-
-
-def champion(scene: Scene) -> str:
-    alias = get_alias(scene.store, NAME, "champion")
-    return alias.version if alias else ""
-
-
-def logged(scene: Scene, action: str) -> list[dict[str, Any]]:
-    with database.reading(scene.store.engine) as session:
-        return [dict(entry.detail) for entry in audit.entries(session) if entry.action == action]
 
 
 def approved_by_cat(scene: Scene, version: Version) -> None:
@@ -111,6 +87,17 @@ def test_an_override_of_a_rollback_is_an_admins_and_audited(
     assert "the override does not count: ada may not do this" in str(one.refused)
 
 
+def lose(how: str, scene: Scene, patch: pytest.MonkeyPatch, *several: Version) -> None:
+    """Take away what no override replaces. ada is an admin."""
+    if how == "recalled":
+        for version in several:
+            recall(scene.store, Cause(kind="version", value=version.digest), reason="a licence ended", actor=STEWARD)
+    elif how == "expired":
+        patch.setattr(release, "is_over", lambda _expires_at: True)
+    else:
+        set_roles(scene.store, OWNER, ["admin"], actor="ada")
+
+
 @pytest.mark.attack("rollout", "rollback under an override, champion recalled or expired")
 @pytest.mark.parametrize("lost", ["recalled", "expired", "signer"])
 def test_a_rollback_takes_the_canary_out_whatever_the_champion_lost(
@@ -120,13 +107,7 @@ def test_a_rollback_takes_the_canary_out_whatever_the_champion_lost(
     serve(scene, versions[1])
     live = begin(scene, versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
     advance(scene.store, live.id)
-    if lost == "recalled":
-        cause = Cause(kind="version", value=versions[1].digest)
-        recall(scene.store, cause, reason="a licence ended", actor=STEWARD)
-    elif lost == "expired":
-        monkeypatch.setattr(release, "is_over", lambda _expires_at: True)
-    else:
-        set_roles(scene.store, OWNER, ["admin"], actor="ada")
+    lose(lost, scene, monkeypatch, versions[1])
     undone = rollback(scene.store, name=NAME, actor="ada", reason="bad", override="whatever it takes")
     assert (undone.status, undone.weight) == ("rolled_back", 0)
     assert champion(scene) == versions[1].digest
@@ -143,14 +124,7 @@ def test_no_override_lets_these_through(
     add_user(scene.store, "ada", ["admin"], actor=OWNER)
     serve(scene, versions[1], versions[2])
     live = begin(scene, versions[3], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
-    if lost == "recalled":
-        for number in (1, 3):
-            cause = Cause(kind="version", value=versions[number].digest)
-            recall(scene.store, cause, reason="a licence ended", actor=STEWARD)
-    elif lost == "expired":
-        monkeypatch.setattr(release, "is_over", lambda _expires_at: True)
-    else:
-        set_roles(scene.store, OWNER, ["admin"], actor="ada")
+    lose(lost, scene, monkeypatch, versions[1], versions[3])
     with pytest.raises(Refused):
         promote(scene.store, live.id, actor="ada", override="it must")
     abort(scene.store, live.id, actor="ada", reason="stop")
@@ -254,7 +228,6 @@ def test_a_deactivation_waits_for_a_rollback(
 ) -> None:
     serve(scene, versions[1], versions[2])
     whole, order = preconditions.check_may_serve, list[str]()
-    import threading
 
     def deactivating() -> None:
         deactivate(Store(scene.store.root), APPROVER, actor=OWNER)

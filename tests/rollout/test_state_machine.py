@@ -20,9 +20,8 @@ from hypothesis.stateful import (
 )
 
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
-from tests.rollout.conftest import copied
+from tests.rollout.conftest import champion, copied, put_recall
 from tunesmith.core.errors import Refused
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import list_versions
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.commands import abort, promote, resume, rollback, start
@@ -30,19 +29,10 @@ from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import LIVE, Rollout, list_rollouts
 from tunesmith.store import audit, database
-from tunesmith.store.tables import RecallRow
 
-PLAN = RolloutSettings.model_validate(
-    {
-        "steps": [
-            {"setWeight": 10},
-            {"analysis": {"metric": "json_valid", "timeout": 50}},
-            {"pause": {"seconds": 20}},
-            {"pause": {}},
-            {"setWeight": 100},
-        ]
-    }
-).steps
+_PAUSES = [{"pause": {"seconds": 20}}, {"pause": {}}]
+_STEPS = [{"setWeight": 10}, {"analysis": {"metric": "json_valid", "timeout": 50}}, *_PAUSES, {"setWeight": 100}]
+PLAN = RolloutSettings.model_validate({"steps": _STEPS}).steps
 PASSES, FAILS, OPEN = Arm([1.0] * 200, 200), Arm([0.0] * 60, 60), Arm()
 
 
@@ -67,10 +57,6 @@ class Machine(RuleBasedStateMachine):
     def live(self) -> Rollout | None:
         return next(iter(list_rollouts(self.scene.store, live=True)), None)
 
-    def champion(self) -> str:
-        alias = get_alias(self.scene.store, NAME, "champion")
-        return alias.version if alias else ""
-
     @rule(number=st.sampled_from([1, 2, 3, 4]), override=st.sampled_from([None, "a drill"]))
     def start(self, number: int, override: str | None) -> None:
         version, actor = self.versions[number], OWNER if override else OPERATOR
@@ -78,7 +64,7 @@ class Machine(RuleBasedStateMachine):
             self.live() is not None
             or (number == 4 and override is None)
             or version.digest in self.recalled
-            or version.digest == self.champion()
+            or version.digest == champion(self.scene)
         )
         with pytest.raises(Refused) if blocked else contextlib.nullcontext():
             start(
@@ -119,19 +105,18 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def rollback(self) -> None:
-        live, standing = self.live(), self.champion()
+        live, standing = self.live(), champion(self.scene)
         with contextlib.suppress(Refused):
             rollback(self.scene.store, name=NAME, actor=OPERATOR, reason="back", clock=lambda: self.at)
-            assert (self.champion() == standing) == (live is not None)
-            assert live is not None or self.champion() not in self.recalled
+            assert (champion(self.scene) == standing) == (live is not None)
+            assert live is not None or champion(self.scene) not in self.recalled
 
     @rule(number=st.sampled_from([2, 3]))
     def recall(self, number: int) -> None:
         digest = self.versions[number].digest
         if digest not in self.recalled:
             self.recalled.add(digest)
-            with database.writing(self.scene.store.engine) as session:
-                session.add(RecallRow(digest=digest, cause="test", reason="withdrawn", at="2026"))
+            put_recall(self.scene, digest)
 
     @invariant()
     def what_always_holds(self) -> None:
@@ -145,7 +130,7 @@ class Machine(RuleBasedStateMachine):
                 assert (was.status, one.status) == ("promoted", "rolled_back")
             assert was is None or one == was or one.revision > was.revision
             if was is not None and was.status != "promoted" and one.status == "promoted":
-                assert self.champion() == one.canary
+                assert champion(self.scene) == one.canary
                 assert one.canary not in self.recalled
         self.before = {one.id: one for one in rollouts}
         with database.reading(self.scene.store.engine) as session:
