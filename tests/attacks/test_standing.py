@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from tests.attack_table import Happened
 from tests.commands import Forked, first_line
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_chain
-from tests.rollout.conftest import made, scene, versions
+from tests.rollout.conftest import Versions, logged, made, scene, versions
 from tests.server.conftest import HELLO, Served, engine, running, served
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
@@ -25,13 +24,12 @@ from tests.waiting import SECONDS, until
 from tunesmith.core.clock import now
 from tunesmith.core.scope import Scope
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry.aliases import get_alias, set_alias
+from tunesmith.registry.aliases import set_alias
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.services.releases.versions import refuse
-from tunesmith.store import audit, database
 from tunesmith.store.people.identities import add_user, deactivate, get_user, set_roles
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import retire_key, revoke_key
@@ -39,56 +37,7 @@ from tunesmith.store.store import Store
 
 __all__ = ["engine", "folder", "made", "scene", "served", "versions"]
 
-Versions = dict[int, Version]
 ADMIN = "ada"
-
-
-def roles(user: str, *given: str) -> Callable[[Store], object]:
-    return lambda store: set_roles(store, user, given, actor=ADMIN)
-
-
-def deactivated(user: str) -> Callable[[Store], object]:
-    return lambda store: deactivate(store, user, actor=ADMIN)
-
-
-def revoked(user: str) -> Callable[[Store], object]:
-    return lambda store: revoke_key(store, user, get_user(store, user).keys[0].label, since=1, actor=ADMIN)
-
-
-def second_approval(store: Store) -> None:
-    add_user(store, "cat", ["approver"], actor=OWNER)
-    approve(store, resolve(store, f"{NAME}@champion"), approver="cat")
-
-
-def refused(store: Store) -> None:
-    add_user(store, "cat", ["approver"], actor=OWNER)
-    refuse(store, f"{NAME}@champion", reason="names a customer", actor="cat")
-
-
-def first_approver_again(store: Store) -> None:
-    approve(store, resolve(store, f"{NAME}@champion"), approver=APPROVER)
-
-
-def recalled(store: Store) -> None:
-    champion = resolve(store, f"{NAME}@champion")
-    recall(store, Cause(kind="version", value=champion.digest), reason="a licence ended", actor=STEWARD)
-
-
-# What takes the standing away, what the caller reads, and what gives the standing back, where that is possible.
-CHANGES: dict[str, tuple[Callable[[Store], object], str, Callable[[Store], object] | None]] = {
-    "the signer loses the role": (
-        roles(OWNER, "admin"),
-        "has no trusted signature",
-        roles(OWNER, "admin", "engineer"),
-    ),
-    "the signer is deactivated": (deactivated(OWNER), "has no trusted signature", None),
-    "the signer's key is revoked": (revoked(OWNER), "has no trusted signature", None),
-    "the approver loses the role": (roles(APPROVER, "operator"), "is not approved", roles(APPROVER, "approver")),
-    "the approver is deactivated": (deactivated(APPROVER), "is not approved", second_approval),
-    "the approver's key is revoked": (revoked(APPROVER), "is not approved", second_approval),
-    "an approver refuses the version": (refused, "is not approved", first_approver_again),
-    "the version is recalled": (recalled, "was recalled: a licence ended", None),
-}
 
 
 def ways(version: Version) -> list[dict[str, Any]]:
@@ -97,90 +46,103 @@ def ways(version: Version) -> list[dict[str, Any]]:
     return [{"model": name} for name in names] + [{"user": "ida"}, {"stream": True}]
 
 
+def answers(served: Served, version: Version) -> None:
+    """Every way leads to an answer."""
+    assert {served.post(**way).status_code for way in ways(version)} == {200}
+    assert {NAME, f"{NAME}@champion", version.label} <= listed(served)
+
+
+def refuses(served: Served, version: Version, why: str, happened: Happened) -> None:
+    """No way leads to an answer, and nothing is computed."""
+    calls = served.engine.calls
+    for way in ways(version):
+        answer = served.post(**way)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (404, "model_not_available"), way
+        assert f"{version.label} {why}" in error["message"]
+        happened("refused, 404")
+    assert served.engine.calls == calls
+    assert not {NAME, f"{NAME}@champion", version.label} & listed(served)
+
+
 def listed(served: Served) -> set[str]:
     return {model.id for model in served.client().models.list()}
 
 
-def logged(store: Store, action: str) -> list[dict[str, Any]]:
-    with database.reading(store.engine) as session:
-        return [dict(entry.detail) for entry in audit.entries(session) if entry.action == action]
-
-
 @pytest.mark.attack("standing", "lost under a running server, asked in every way")
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_champion_that_loses_its_standing_stops(
-    served: Served, versions: Versions, change: str, happened: Happened
-) -> None:
-    take, why, give_back = CHANGES[change]
+def test_a_champion_that_loses_its_standing_stops(served: Served, versions: Versions, happened: Happened) -> None:
     # Another store on the same files, as another process has it.
     store, champion = Store(served.scene.store.root), versions[1]
     add_user(store, ADMIN, ["admin"], actor=OWNER)
-    assert {served.post(**way).status_code for way in ways(champion)} == {200}
-    assert {NAME, f"{NAME}@champion", champion.label} <= listed(served)
-    take(store)
-    calls = served.engine.calls
-    for way in ways(champion):
-        answer = served.post(**way)
-        error = answer.json()["error"]
-        assert (answer.status_code, error["code"]) == (404, "model_not_available"), way
-        assert error["message"].endswith(f"{champion.label} {why}.")
-        happened("refused, 404")
-    assert served.engine.calls == calls
-    assert not {NAME, f"{NAME}@champion", champion.label} & listed(served)
-    if give_back is not None:
-        give_back(store)
-        assert {served.post(**way).status_code for way in ways(champion)} == {200}
-        assert {NAME, f"{NAME}@champion", champion.label} <= listed(served)
+    add_user(store, "cat", ["approver"], actor=OWNER)
+    answers(served, champion)
+    changes: tuple[tuple[Callable[[], object], str, Callable[[], object]], ...] = (
+        (
+            lambda: set_roles(store, OWNER, ["admin"], actor=ADMIN),
+            "has no trusted signature.",
+            lambda: set_roles(store, OWNER, ["admin", "engineer"], actor=ADMIN),
+        ),
+        (
+            lambda: refuse(store, champion.label, reason="names a customer", actor="cat"),
+            "is not approved.",
+            lambda: approve(store, champion, approver=APPROVER),
+        ),
+        (
+            lambda: revoke_key(store, APPROVER, get_user(store, APPROVER).keys[0].label, since=1, actor=ADMIN),
+            "is not approved.",
+            lambda: approve(store, champion, approver="cat"),
+        ),
+    )
+    for take, why, give_back in changes:
+        take()
+        refuses(served, champion, why, happened)
+        give_back()
+        answers(served, champion)
         happened("answers again once it is given back", len(ways(champion)))
+    recalled(store, champion)
+    refuses(served, champion, "was recalled: a licence ended.", happened)
+
+
+def recalled(store: Store, version: Version) -> None:
+    recall(store, Cause(kind="version", value=version.digest), reason="a licence ended", actor=STEWARD)
 
 
 @pytest.mark.attack("standing", "lost under a running server, asked in every way")
 def test_a_version_that_expires_while_loaded_stops(
     scene: Scene, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, happened: Happened
 ) -> None:
-    until = now() + timedelta(days=1)
-    verdict = put_chain(scene.store, seed=9, name="tuned", base=scene.base, dataset=scene.dataset, tuned=True).verdict
-    version = register(scene.store, name=NAME, verdict=verdict, actor=OWNER, expires_at=until.isoformat())
+    end = now() + timedelta(days=1)
+    verdict = put_chain(scene.store, seed=9, base=scene.base, dataset=scene.dataset).verdict
+    version = register(scene.store, name=NAME, verdict=verdict, actor=OWNER, expires_at=end.isoformat())
     approve(scene.store, version, approver=APPROVER)
     with running(scene, engine) as server:
         server.begin(version)
-        assert {server.post(**way).status_code for way in ways(version)} == {200}
-        moment: list[datetime] = [until]
-        monkeypatch.setattr(release, "now", lambda: moment[0])
-        for way in ways(version):
-            error = server.post(**way).json()["error"]
-            assert error["code"] == "model_not_available"
-            assert f"{version.label} expired on" in error["message"]
-            happened("refused, 404")
-        assert NAME not in listed(server)
+        answers(server, version)
+        monkeypatch.setattr(release, "now", lambda: end)
+        refuses(server, version, "expired on", happened)
 
 
 @pytest.mark.attack("standing", "an override whose user loses the right")
 def test_a_withdrawn_override_stops_its_champion(served: Served, versions: Versions, happened: Happened) -> None:
-    store = Store(served.scene.store.root)
+    store, champion = Store(served.scene.store.root), versions[4]
     add_user(store, ADMIN, ["admin"], actor=OWNER)
-    rollout = served.begin(versions[4], actor=ADMIN, override="a drill")
+    rollout = served.begin(champion, actor=ADMIN, override="a drill")
     served.until(rollout, lambda now: now.status == "promoted")
-    assert {served.post(**way).status_code for way in ways(versions[4])} == {200}
+    answers(served, champion)
     set_roles(store, ADMIN, ["operator"], actor=OWNER)
-    for way in ways(versions[4]):
-        error = served.post(**way).json()["error"]
-        assert (error["code"], "is not approved" in error["message"]) == ("model_not_available", True)
-        happened("refused, 404")
+    refuses(served, champion, "is not approved", happened)
     set_roles(store, ADMIN, ["admin"], actor=OWNER)
-    assert {served.post(**way).status_code for way in ways(versions[4])} == {200}
+    answers(served, champion)
     set_roles(store, ADMIN, ["operator"], actor=OWNER)
-    approve(store, versions[4], approver=APPROVER)  # an approval needs no override
+    approve(store, champion, approver=APPROVER)  # an approval needs no override
     assert served.post().status_code == 200
 
 
 @pytest.mark.attack("standing", "an alias that is moved or removed")
 def test_a_moved_alias_counts_from_the_next_request(served: Served, versions: Versions, happened: Happened) -> None:
     store = Store(served.scene.store.root)
-    for version in (versions[2], None, versions[1]):
-        alias = get_alias(store, NAME, "champion")
+    for expected, version in ((1, versions[2]), (2, None), (3, versions[1])):
         with store.change(OWNER, "test.point", NAME, {}) as session:
-            expected = alias.revision if alias else 3
             set_alias(session, name=NAME, alias="champion", version=version, expected=expected, actor=OWNER)
         answer = served.post()
         if version is None:
@@ -220,33 +182,49 @@ def test_users_of_a_canary_go_back_to_stable(served: Served, versions: Versions,
     assert (ended.status, "cat, who is deactivated" in ended.reason) == ("aborted", True)
 
 
+def one_waits(scene: Scene, engine: FakeEngine, version: Version, happens: Callable[[], object]) -> httpx.Response:
+    """The answer to a request of another user that waits for one under way, which is answered, while something
+    happens."""
+    with running(scene, engine, together=1) as server, ThreadPoolExecutor(2) as pool:
+        server.begin(version)
+        assert server.post().status_code == 200
+
+        def ask(token: str) -> httpx.Response:
+            with server.http(token) as http:
+                return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
+
+        engine.gate.clear()
+        first = pool.submit(ask, server.token)
+        until(lambda: engine.calls == 2)
+        second = pool.submit(ask, neighbour(server))
+        until(lambda: server.worker.waiting() == 1)
+        happens()
+        engine.gate.set()
+        assert first.result(SECONDS).status_code == 200
+        found = second.result(SECONDS)
+        assert engine.calls == 2
+    assert {row.caller for row in server.rows()} == {OPERATOR}, "what was refused is not recorded"
+    return found
+
+
 @pytest.mark.attack("standing", "lost while a request waits, or while it is answered")
 def test_a_waiting_request_is_refused_and_one_under_way_finishes(
     scene: Scene, engine: FakeEngine, versions: Versions, happened: Happened
 ) -> None:
-    with running(scene, engine, together=1) as server:
-        server.begin(versions[1])
-        assert server.post().status_code == 200
-        engine.gate.clear()
-        answers: dict[str, Any] = {}
+    answer = one_waits(scene, engine, versions[1], lambda: recalled(scene.store, versions[1]))
+    assert answer.json()["error"]["code"] == "model_not_available"
+    happened("the one under way finishes")
+    happened("the waiting one is refused, 404")
 
-        def ask(which: str) -> None:
-            answers[which] = server.post(user=which)
 
-        threads = [threading.Thread(target=ask, args=(which,)) for which in ("under way", "waiting")]
-        threads[0].start()
-        until(lambda: engine.calls == 2)
-        threads[1].start()
-        until(lambda: server.worker.waiting() == 1)
-        recalled(scene.store)
-        engine.gate.set()
-        for thread in threads:
-            thread.join()
-        assert answers["under way"].status_code == 200
-        assert answers["waiting"].json()["error"]["code"] == "model_not_available"
-        assert engine.calls == 2
-        happened("the one under way finishes")
-        happened("the waiting one is refused, 404")
+@pytest.mark.attack("people", "a user is shut out while their request waits")
+@pytest.mark.parametrize("shut_out", [deactivate, issue_token])
+def test_who_is_shut_out_while_waiting_is_not_answered(
+    scene: Scene, engine: FakeEngine, versions: Versions, happened: Happened, shut_out: Callable[..., object]
+) -> None:
+    happens = lambda: shut_out(scene.store, "neighbour", actor=OWNER)  # noqa: E731 - a new token ends the old one
+    assert one_waits(scene, engine, versions[1], happens).status_code == 401
+    happened("refused, 401, and not recorded")
 
 
 @pytest.mark.attack("standing", "another tenant asks for a champion that lost it")
@@ -271,18 +249,11 @@ def test_another_tenant_learns_nothing(served: Served, happened: Happened) -> No
 
 @pytest.mark.attack("standing", "digests and names of candidates as models")
 def test_only_versions_answer(served: Served, versions: Versions, happened: Happened) -> None:
-    version = versions[1]
-    for digest in (
-        version.digest,
-        version.candidate,
-        version.verdict,
-        version.evaluation,
-        served.scene.base,
-        served.scene.dataset,
-    ):
-        for model in (digest, digest[7:71], digest[7:27]):
-            assert served.post(model=model).json()["error"]["code"] == "model_not_found"
-            happened("refused, 404")
+    version, scene = versions[1], served.scene
+    digests = (version.digest, version.candidate, version.verdict, version.evaluation, scene.base, scene.dataset)
+    for model in [digest[start:end] for digest in digests for start, end in ((0, 71), (7, 71), (7, 27))]:
+        assert served.post(model=model).json()["error"]["code"] == "model_not_found"
+        happened("refused, 404")
     for model in ("tuned", f"{NAME}:1"):
         assert served.post(model=model).json()["error"]["code"] == "model_not_found"
 
@@ -294,16 +265,17 @@ def test_the_operator_is_told_once(served: Served, happened: Happened) -> None:
     until(lambda: "tunesmith_champions_refused 1.0" in _metrics(served))
     second = ChampionWatch(store)  # another server's controller
     assert [champion.name for champion in second.refused()] == [NAME]
-    (entry,) = logged(store, "champion.refused")
+    (entry,) = logged(served.scene, "champion.refused")
     assert (entry["version"], entry["could_serve"]) == (f"{NAME}@v1", [])
     assert f"{APPROVER}, who is deactivated" in entry["refused"]
     with served.http() as http:
         (rollout,) = http.get("/api/rollouts").json()["rollouts"]
     assert rollout["champion"]["refused"] == entry["refused"]
-    second_approval(store)
+    add_user(store, "cat", ["approver"], actor=OWNER)
+    approve(store, resolve(store, f"{NAME}@v1"), approver="cat")
     until(lambda: "tunesmith_champions_refused 0.0" in _metrics(served))
     second.refused()
-    assert len(logged(store, "champion.restored")) == 1
+    assert len(logged(served.scene, "champion.restored")) == 1
     assert NAME not in _metrics(served)
     happened("audit entry, metric and /api/rollouts")
 
@@ -361,38 +333,3 @@ def test_commands_of_another_process_count_at_the_next_request(folder: Path, hap
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
-
-
-SHUT_OUT: dict[str, tuple[Callable[[Store], object], int]] = {
-    "deactivated": (lambda store: deactivate(store, "neighbour", actor=OWNER), 401),
-    "new token": (lambda store: issue_token(store, "neighbour", actor=OWNER), 401),
-}
-
-
-@pytest.mark.attack("people", "a user is shut out while their request waits")
-@pytest.mark.parametrize("change", SHUT_OUT)
-def test_who_is_shut_out_while_waiting_is_not_answered(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened, change: str
-) -> None:
-    shut_out, status = SHUT_OUT[change]
-    with running(scene, engine, together=1) as served, ThreadPoolExecutor(2) as pool:
-        served.begin(versions[1])
-        served.ask()
-        token = neighbour(served)
-
-        def ask(token: str) -> httpx.Response:
-            with served.http(token) as http:
-                return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
-
-        engine.gate.clear()
-        first = pool.submit(ask, served.token)
-        until(lambda: engine.calls == 2)
-        second = pool.submit(ask, token)
-        until(lambda: served.worker.waiting() == 1)
-        shut_out(scene.store)
-        engine.gate.set()
-        assert first.result(300).status_code == 200
-        assert second.result(300).status_code == status
-        assert engine.calls == 2
-    assert {row.caller for row in served.rows()} == {OPERATOR}
-    happened(f"refused, {status}, and not recorded")
