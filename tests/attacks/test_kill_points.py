@@ -300,4 +300,6 @@ def test_a_change_killed_at_any_write_leaves_a_whole_state(
     assert run_elsewhere(kill_all, tmp_path, seconds=900) == 0
     found = json.loads((tmp_path / "killed.json").read_text())
     assert sum(found.values()) >= 90, found
+    one_commit = {name for name, count in found.items() if count == 2}
+    assert one_commit == {"start: champion at once", "promote", "abort", "roll back a promotion", "recall"}
     happened("whole, and the next command ran", sum(found.values()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from sqlalchemy import event
 
 from tests.fabricate import OPERATOR, OWNER, Scene
 from tests.programs import program
@@ -15,6 +17,7 @@ from tests.server.conftest import Served, engine, made, running, scene, versions
 from tests.server.fake_engine import FakeEngine
 from tunesmith.registry.versions import Version
 from tunesmith.store.people.sessions import make_link
+from tunesmith.store.store import Store
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
 
@@ -75,9 +78,8 @@ def login(browser: Browser, served: Served) -> Iterator[Login]:
     yield opened
     for context in contexts:
         context.close()
-    refused = [
-        line for line in said if "status of 4" not in line and "Error Code 4" not in line
-    ]  # an answer that a test asked for
+    # An answer of 4xx is one that a test asked for.
+    refused = [line for line in said if "status of 4" not in line and "Error Code 4" not in line]
     assert not refused, refused
 
 
@@ -115,6 +117,21 @@ def fits(page: Page) -> bool:
             return True
         page.wait_for_timeout(50)
     return False
+
+
+def statements(store: Store, call: Callable[[], object]) -> int:
+    """How many statements a call sends to the database. The server, in another thread, uses the same one."""
+    sent: list[str] = []
+    own = threading.get_ident()
+
+    def note(*arguments: object) -> None:
+        if threading.get_ident() == own:
+            sent.append(str(arguments[2]))
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    call()
+    event.remove(store.engine, "before_cursor_execute", note)
+    return len(sent)
 
 
 __all__ += ["OPERATOR", "OWNER"]

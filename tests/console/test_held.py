@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from playwright.sync_api import expect
 
 from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, plain
-from tests.fabricate import OPERATOR, OWNER
+from tests.fabricate import OPERATOR
 from tests.server.conftest import Served
 from tests.server.test_held import STEWARD, held, hold
-from tunesmith.core.scope import Scope
-from tunesmith.store.people.identities import add_user
 
 __all__ = ["hold"]
 PAGE = "/console/operations/held"
@@ -26,12 +23,8 @@ def served(hold: Callable[..., Served]) -> Served:
     return hold()
 
 
-def messages(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
 def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: Login) -> None:
-    first = held(served, messages=messages(HOSTILE))
+    first = held(served, messages=[{"role": "user", "content": HOSTILE}])
     second = held(served)
     page = login(STEWARD)
     follow(page.get_by_role("link", name="2 held answers wait for a reviewer"))
@@ -59,16 +52,11 @@ def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: 
 
 @pytest.mark.attack("people", "held answers in the browser, by people who may not review them")
 def test_who_may_not_review_sees_nothing(served: Served) -> None:
+    """server/test_api.py asks as another tenant."""
     notice = held(served)
-    add_user(served.scene.store, "tess", ["steward"], actor=OWNER, scope=Scope("acme", ""))
     with plain(served, cookie_of(served, OPERATOR)) as http:
         assert http.get(PAGE).status_code == 403
         assert http.get(f"{PAGE}/{notice['id']}").status_code == 403
         assert "held answer" not in http.get("/").text
-    with plain(served, cookie_of(served, "tess")) as http:
-        assert notice["id"] not in http.get(PAGE).text
-        assert http.get(f"{PAGE}/{notice['id']}").status_code == 404
-        assert "held answer" not in http.get("/").text
     with plain(served, cookie_of(served, STEWARD)) as http:
         assert http.get(f"{PAGE}/{'0' * 32}").status_code == 404
-        assert http.post(f"{PAGE}/{notice['id']}", data={"decision": "release"}).status_code == 403

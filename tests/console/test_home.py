@@ -8,9 +8,9 @@ from datetime import timedelta
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import expect
-from sqlalchemy import event, insert
+from sqlalchemy import insert
 
-from tests.console.conftest import Login, check_page, follow
+from tests.console.conftest import Login, check_page, follow, statements
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve
 from tests.server.conftest import Served
 from tunesmith.core.clock import now
@@ -123,30 +123,20 @@ def test_a_queue_that_nobody_works_on_is_not_well(served: Served) -> None:
     assert (worker.ok, "tunesmith worker" in worker.says) == (False, True)
 
 
-def put_champions(scene: Scene, version: Version, *tenants: str) -> None:
-    row = {"name": NAME, "alias": "champion", "region": "", "revision": 1, "version": version.digest}
-    with scene.store.change(OWNER, "test.aliases", NAME, {}) as session:
-        session.add_all(AliasRow(**row, tenant=tenant) for tenant in tenants)
+def test_more_champions_take_no_more_queries_and_a_list_that_is_cut_says_so(
+    scene: Scene, versions: dict[int, Version]
+) -> None:
+    store = scene.store
+    row = {"name": NAME, "alias": "champion", "region": "", "revision": 1, "version": versions[1].digest}
 
+    def looked(*tenants: str) -> tuple[Home, int]:
+        with store.change(OWNER, "test.aliases", NAME, {}) as session:
+            session.add_all(AliasRow(**row, tenant=tenant) for tenant in tenants)
+        return home.home(store, OWNER), statements(store, lambda: home.home(store, OWNER))
 
-def test_more_champions_take_no_more_queries(scene: Scene, versions: dict[int, Version]) -> None:
-    store, said = scene.store, list[str]()
-    event.listen(store.engine, "before_cursor_execute", lambda *told: said.append(told[2]))
-    counted = []
-    for count in (2, 20):
-        put_champions(scene, versions[1], *(f"t{count}-{number}" for number in range(count)))
-        said.clear()
-        found = home.home(store, OWNER).serving
-        counted.append((len(found), len(said)))
-        assert all(one.refused == "" for one in found)
-    (few, before), (many, after) = counted
-    assert many == few + 20
-    assert after <= before
-
-
-def test_a_list_that_is_cut_says_so(scene: Scene, versions: dict[int, Version]) -> None:
-    assert home.home(scene.store, OWNER).champions is None
-    put_champions(scene, versions[1], *(f"t{number}" for number in range(51)))
-    found = home.home(scene.store, OWNER)
-    assert (found.champions, len(found.serving)) == (50, 50)
-    assert found.versions is None
+    (few, before), (many, after) = looked("a", "b"), looked(*(f"t{number}" for number in range(48)))
+    assert (len(few.serving), len(many.serving), after <= before) == (2, 50, True)
+    assert all(one.refused == "" for one in many.serving)
+    assert (few.champions, many.champions) == (None, None)
+    cut, _ = looked("one more")
+    assert (cut.champions, len(cut.serving), cut.versions) == (50, 50, None)

@@ -1,18 +1,33 @@
-"""Log in by a link, stay logged in, log out; and what is refused."""
+"""Log in by a link, stay logged in, log out; what is refused; and what strange addresses get."""
 
 from __future__ import annotations
 
+import asyncio
+import getpass
+import re
+from typing import Any
+
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from playwright.sync_api import expect
 
+from tests.attack_table import Happened
 from tests.console.conftest import Login, check_page
-from tests.fabricate import OPERATOR, OWNER, Scene
+from tests.fabricate import APPROVER, OPERATOR, OWNER, Scene
 from tests.server.conftest import CERTIFICATES, Served
-from tunesmith.core.errors import Refused
-from tunesmith.server.console.people.session import COOKIE, Viewer
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Inconclusive, Refused
+from tunesmith.core.scope import Scope
+from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.server.console.changes import Changes
+from tunesmith.server.console.people.session import COOKIE, SECURE_COOKIE, Viewer
+from tunesmith.server.errors import not_stored, passes
+from tunesmith.services.accounts import proposed_keys, users
+from tunesmith.services.releases import version_pages
+from tunesmith.store import audit, database
 from tunesmith.store.people import sessions
-from tunesmith.store.people.identities import deactivate
+from tunesmith.store.people.identities import add_user, deactivate
 
 
 def plain(served: Served, cookie: str = "") -> httpx.Client:
@@ -20,12 +35,24 @@ def plain(served: Served, cookie: str = "") -> httpx.Client:
     return httpx.Client(base_url=served.url, cookies=cookies, timeout=60, verify=CERTIFICATES)
 
 
-def cookie_of(served: Served, name: str = OPERATOR) -> str:
-    store = served.scene.store
-    found = sessions.follow_link(store, sessions.make_link(store, name, actor=name))
+def csrf(page: str) -> str:
+    """What the forms of a session carry."""
+    found = re.search(r'name="csrf" value="([0-9a-f]+)"', page)
+    assert found
+    return found[1]
+
+
+def opened(scene: Scene, name: str = OPERATOR, by: str = "", now: float | None = None) -> str:
+    """The secret of a session that a link opened. by: who made the link."""
+    made = sessions.make_link(scene.store, name, actor=by or name, now=now)
+    found = sessions.follow_link(scene.store, made, now=now)
     assert found is not None
     assert found.secret is not None
     return found.secret
+
+
+def cookie_of(served: Served, name: str = OPERATOR) -> str:
+    return opened(served.scene, name)
 
 
 def test_a_person_logs_in_looks_and_logs_out(served: Served, login: Login) -> None:
@@ -52,61 +79,69 @@ def test_links(scene: Scene) -> None:
     link = sessions.make_link(store, OPERATOR, actor=OPERATOR, now=0)
     assert sessions.follow_link(store, link, now=sessions.LINK_SECONDS + 1) is None
     assert sessions.follow_link(store, link + "x", now=1) is None
-    opened = sessions.follow_link(store, link, now=1)
-    assert opened is not None
-    assert opened.user.name == OPERATOR
+    found = sessions.follow_link(store, link, now=1)
+    assert found is not None
+    assert found.user.name == OPERATOR
     assert sessions.follow_link(store, link, now=1) is None, "used"
     with pytest.raises(Refused):
         sessions.make_link(store, OWNER, actor=OPERATOR)
 
+    def newest() -> tuple[str, str, Any, Any]:
+        with database.reading(store.engine) as session:
+            entry = audit.entries(session)[-1]
+        return entry.action, entry.actor, entry.detail.get("by"), entry.detail.get("account")
+
+    opened(scene, OPERATOR, OWNER)
+    assert newest()[:3] == ("session.open", OPERATOR, OWNER)
+    users.login_link(store, OPERATOR, url="http://127.0.0.1", actor=OPERATOR)
+    assert newest() == ("session.link", OPERATOR, None, getpass.getuser())
+
 
 @pytest.mark.attack("people", "an old cookie of a session, and the session of a user who was deactivated")
 def test_a_session_ends(scene: Scene) -> None:
-    store = scene.store
+    replace, before, idle, whole = (
+        getattr(sessions, f"{each}_SECONDS") for each in ("REPLACE", "BEFORE", "IDLE", "SESSION")
+    )
 
-    def goes_on(secret: str | None, now: float) -> sessions.OpenSession | None:
-        assert secret is not None
-        return sessions.continue_session(store, secret, now=now)
+    def goes_on(secret: str, now: float) -> tuple[bool, str | None]:
+        """Whether it does, and the secret that replaces its own."""
+        found = sessions.continue_session(scene.store, secret, now=now)
+        return found is not None, found and found.secret
 
-    first = sessions.follow_link(store, sessions.make_link(store, OPERATOR, actor=OPERATOR, now=0), now=0)
-    assert first is not None
-    same = goes_on(first.secret, sessions.REPLACE_SECONDS - 1)
-    assert same is not None
-    assert same.secret is None
-    second = goes_on(first.secret, sessions.REPLACE_SECONDS)
-    assert second is not None
-    assert second.secret not in (None, first.secret)
-    assert goes_on(first.secret, sessions.REPLACE_SECONDS + sessions.BEFORE_SECONDS) is not None, "under way"
-    assert goes_on(first.secret, sessions.REPLACE_SECONDS + sessions.BEFORE_SECONDS + 1) is None, "replaced"
-    late = sessions.REPLACE_SECONDS + sessions.BEFORE_SECONDS + sessions.IDLE_SECONDS + 1
-    assert goes_on(second.secret, late) is None, "nobody used it for two hours"
-    third = sessions.follow_link(store, sessions.make_link(store, OPERATOR, actor=OPERATOR, now=0), now=0)
-    assert third is not None
-    secret, now = third.secret, 0.0
-    while now + 3600 <= sessions.SESSION_SECONDS:
+    first = opened(scene, now=0)
+    assert goes_on(first, replace - 1) == (True, None)
+    _, second = goes_on(first, replace)
+    assert second not in (None, first)
+    assert goes_on(first, replace + before)[0], "under way"
+    assert not goes_on(first, replace + before + 1)[0], "replaced"
+    assert not goes_on(second or "", replace + before + idle + 1)[0], "nobody used it for two hours"
+    secret, now = opened(scene, now=0), 0
+    while now + 3600 <= whole:
         now += 3600
-        following = goes_on(secret, now)
+        _, following = goes_on(secret, now)
         assert following is not None
-        secret = following.secret
-    assert goes_on(secret, sessions.SESSION_SECONDS + 1) is None, "twelve hours are over"
-    fourth = sessions.follow_link(store, sessions.make_link(store, OPERATOR, actor=OPERATOR, now=0), now=0)
-    assert fourth is not None
-    deactivate(store, OPERATOR, actor=OWNER)
-    assert goes_on(fourth.secret, 1) is None
+        secret = following
+    assert not goes_on(secret, whole + 1)[0], "twelve hours are over"
+    left = opened(scene, now=0)
+    deactivate(scene.store, OPERATOR, actor=OWNER)
+    assert not goes_on(left, 1)[0]
 
 
 @pytest.mark.attack("people", "forms of another site, without a session, and with another session's mark")
 def test_forms_that_are_refused(served: Served) -> None:
+    """Without their session's mark, and of another site: server/test_api.py sends every form."""
     mine, other = cookie_of(served), cookie_of(served)
     found = sessions.continue_session(served.scene.store, other)
     assert found is not None
     mark = Viewer(found.user, found.id, served.serving, "/").csrf
     with plain(served, mine) as http:
-        assert http.post("/console/logout").status_code == 403
         assert http.post("/console/logout", data={"csrf": mark}).status_code == 403
-        assert http.post("/console/logout", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
-        assert http.post("/console/logout", headers={"Origin": "https://elsewhere.example"}).status_code == 403
-        assert http.get("/").status_code == 200
+        page = http.get("/")
+        assert (page.status_code, page.headers["cache-control"]) == (200, "no-store")
+        policy = page.headers["content-security-policy"]
+        assert ("default-src 'none'" in policy, "frame-ancestors 'none'" in policy, "unsafe" in policy) == (1, 1, 0)
+        assert "<script>" not in page.text
+        assert "style=" not in page.text
     with plain(served) as http:
         assert http.post("/console/logout").status_code == 401
         assert http.get("/").headers["location"] == "/console/login?next=/"
@@ -115,19 +150,142 @@ def test_forms_that_are_refused(served: Served) -> None:
         link = sessions.make_link(served.scene.store, OPERATOR, actor=OPERATOR)
         found_at = http.post(f"/console/login/{link}", data={"next": "//elsewhere.example"})
         assert found_at.headers["location"] == "/"
+        # The cookie goes over HTTPS only where people come by HTTPS.
+        link = sessions.make_link(served.scene.store, OPERATOR, actor=OPERATOR)
+        done = http.post(f"/console/login/{link}", headers={"Origin": served.url.replace("http:", "https:")})
+        (cookie,) = done.headers.get_list("set-cookie")
+        assert (cookie.startswith(f"{SECURE_COOKIE}="), "Secure" in cookie) == (True, True)
+        secret = cookie.partition("=")[2].partition(";")[0]
+        assert http.get("/", headers={"Cookie": f"{SECURE_COOKIE}={secret}"}).status_code == 200
     with plain(served, other) as http:
         done = http.post("/console/logout", data={"csrf": mark})
         assert done.headers["location"] == "/console/login"
         assert http.get("/", headers={"Cookie": f"{COOKIE}={other}"}).status_code == 303
 
 
-def test_pages_may_not_be_kept_framed_or_scripted(served: Served) -> None:
-    with plain(served, cookie_of(served)) as http:
-        page = http.get("/")
-        assert page.headers["cache-control"] == "no-store"
-        policy = page.headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "unsafe" not in policy
-        assert "frame-ancestors 'none'" in policy
-        assert "<script>" not in page.text
-        assert "style=" not in page.text
+@pytest.mark.attack("people", "a person of another region than the server's")
+def test_a_person_of_another_region_sees_nothing(served: Served) -> None:
+    add_user(served.scene.store, "rita", ["engineer"], actor=OWNER, scope=Scope("", "eu"))
+    with plain(served, cookie_of(served, "rita")) as http:
+        for path in ("/", "/console/evidence", "/console/versions", "/console/rollouts"):
+            page = http.get(path)
+            assert (page.status_code, "for the region eu" in page.text) == (403, True)
+
+
+@pytest.mark.attack("input", "addresses and forms of the console with numbers and characters that nothing has")
+def test_strange_addresses_are_no_faults_of_the_server(served: Served) -> None:
+    strange = (
+        "/console/rows/review/9223372036854775808",
+        "/console/rollouts/9223372036854775808",
+        "/console/rollouts/4000000000000000000",
+        "/console/jobs/99999999999999999999",
+        "/console/rollouts?page=9223372036854775808",
+        "/console/rows/review?page=99999999999999999999999",
+        "/console/versions?q=%00",
+        "/console/versions/%00/1",
+        "/console/jobs?by=%00",
+        "/console/operations/recall?cause=x",
+        "/console/operations/recall?cause=row%20",
+        "/console/operations/impact?base=%FF",
+        "/console/operations/audit?search=%00",
+        "/console/evidence/zzz",
+        "/console/evidence/zzz/matrix",
+    )
+    with plain(served, cookie_of(served, OWNER)) as http:
+        for path in strange:
+            assert http.get(path).status_code < 500, path
+        answer = http.post("/console/logout", content=b"csrf=%00")
+        assert answer.status_code in (400, 403)
+
+
+@pytest.mark.attack("people", "live changes after the session has ended")
+def test_changes_end_with_the_session(served: Served) -> None:
+    store, cookie = served.scene.store, cookie_of(served)
+    found = sessions.continue_session(store, cookie)
+    assert found is not None
+    with plain(served, cookie) as http, http.stream("GET", "/console/changes", timeout=120) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == ": open"
+        sessions.end_session(store, found.id, actor=OPERATOR)
+        assert not any(line.startswith("event:") for line in lines), "it ends, and tells nothing more"
+
+
+def test_who_leaves_takes_no_lock_along() -> None:
+    """A client that leaves is cancelled again and again until its task has ended, also while a change is being told."""
+
+    async def leave(together: int) -> bool:
+        nothing: Any = None
+        found = Changes(nothing, _task=asyncio.create_task(asyncio.sleep(60)))
+        known = list(found.numbers)
+        waiting = [asyncio.create_task(found.after(known)) for _ in range(together)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        async with found._changed:
+            found.numbers[0] += 1
+            found._changed.notify_all()
+            for _ in range(5):
+                for task in waiting[::2]:
+                    task.cancel()
+                await asyncio.sleep(0)
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in ended[::2]), ended
+        assert all(each == found.numbers for each in ended[1::2]), ended
+        assert await asyncio.wait_for(found.after(known), 5) == found.numbers, "others hear of it"
+        return found._changed.locked()
+
+    assert not asyncio.run(asyncio.wait_for(leave(8), 60))
+
+
+def test_evidence_that_does_not_decide_is_no_trouble_of_the_database(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*_: Any, **__: Any) -> None:
+        raise Inconclusive("too few requests to say", fix="wait for more")
+
+    monkeypatch.setattr(version_pages, "page_of_versions", undecided)
+    with plain(served, cookie_of(served, OPERATOR)) as http:
+        page = http.get("/console/versions")
+    assert (page.status_code, "too few requests to say" in page.text) == (409, True)
+    assert not passes(Inconclusive("too few requests to say"))
+    assert not_stored(Inconclusive("too few requests to say")).status == 409
+
+
+@pytest.mark.attack("people", "an admin proposes a key as an approver, by a link of their own making, and confirms it")
+def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served, happened: Happened) -> None:
+    store = served.scene.store
+    add_user(store, "amy", ["admin"], actor=OWNER)
+
+    def begun(name: str, by: str) -> str:
+        return opened(served.scene, name, by)
+
+    def mark(http: httpx.Client) -> str:
+        return csrf(http.get("/console/keys").text)
+
+    def proposed(cookie: str) -> str:
+        pem = public_pem(ec.generate_private_key(ec.SECP256R1()).public_key())
+        with plain(served, cookie) as http:
+            assert http.post("/console/keys", data={"csrf": mark(http), "public_key": pem}).status_code == 303
+        return digest_bytes(pem.encode())
+
+    def confirmed(cookie: str, fingerprint: str) -> bool:
+        with plain(served, cookie) as http:
+            fields = {"csrf": mark(http), "user": APPROVER, "fingerprint": fingerprint}
+            answer = http.post("/console/keys/confirm", data=fields)
+        assert answer.status_code == 303 or "the two take different people" in answer.text
+        return answer.status_code == 303
+
+    mine = proposed(begun(APPROVER, OWNER))
+    assert not confirmed(begun(OWNER, OWNER), mine)
+    with plain(served, cookie_of(served, OWNER)) as http:
+        page = http.get("/console/keys").text
+        assert f"a link of {OWNER} opened" in page
+        assert "another admin confirms this key" in page
+    with pytest.raises(Refused, match=f"{OWNER} made the link"):
+        proposed_keys.confirm(store, APPROVER, mine, actor=OWNER)  # on the command line
+    assert not confirmed(begun("amy", OWNER), mine)  # one person, by links for two
+    happened("refused", 3)
+    assert confirmed(begun("amy", "amy"), mine)
+    assert confirmed(begun(OWNER, "amy"), proposed(begun(APPROVER, APPROVER)))
+    with database.reading(store.engine) as session:
+        proposals = [row.detail for row in audit.entries(session) if row.action == "user.key.propose"]
+    assert [detail["link_by"] for detail in proposals] == [OWNER, APPROVER]

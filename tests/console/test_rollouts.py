@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
+from sqlalchemy import delete
 
 from tests.console.conftest import Login, check_page, follow
-from tests.console.test_login import cookie_of, plain
-from tests.console.test_runs import csrf
-from tests.fabricate import NAME, OPERATOR, OWNER
+from tests.console.test_login import cookie_of, csrf, plain
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
+from tests.rollout.conftest import begin, champion
 from tests.server.conftest import Served
-from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
@@ -29,10 +29,6 @@ ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid", "min_requests":
 STEPS = ({"setWeight": 50}, ANALYSIS, {"pause": {}}, {"setWeight": 100})
 
 
-def answers_yes(page: Page) -> None:
-    page.on("dialog", lambda dialog: dialog.accept())
-
-
 def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     served: Served, versions: dict[int, Version], login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,8 +37,11 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     served.until(rollout, lambda now: now.step == 1)
     (rolling,) = version_pages.page_of_versions(store, get_user(store, OWNER), state="rolling out").versions
     assert rolling.digest == versions[2].digest
+    with plain(served, cookie_of(served, APPROVER)) as http:
+        looking = http.get(f"/console/rollouts/{rollout.id}").text
+        assert ("Steps" in looking, "Abort" in looking) == (True, False)
     page = login(OPERATOR, "/console/rollouts")
-    answers_yes(page)
+    page.on("dialog", lambda dialog: dialog.accept())
     follow(page.get_by_role("link", name=f"{rollout.id} · {NAME}"))
     expect(page.get_by_text("No request yet.")).to_be_visible()
     for _ in range(24):
@@ -74,14 +73,12 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert get_rollout(store, rollout.id).live
 
     boss = login(OWNER, f"/console/rollouts/{rollout.id}")
-    answers_yes(boss)
+    boss.on("dialog", lambda dialog: dialog.accept())
     boss.get_by_text("Promote", exact=True).click()
     boss.get_by_label("Override, because").fill("the old version is broken")
     boss.get_by_role("button", name="Promote now").click()
     expect(boss.get_by_text("promoted", exact=True)).to_be_visible(timeout=60_000)
-    promoted = get_alias(store, NAME, "champion")
-    assert promoted is not None
-    assert promoted.version == versions[2].digest
+    assert champion(served.scene) == versions[2].digest
 
     page.reload()
     page.get_by_text("Roll back", exact=True).click()
@@ -90,9 +87,7 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     page.get_by_label("Why").fill(HOSTILE)
     page.get_by_role("button", name="Roll back now").click()
     expect(page.get_by_text("rolled back", exact=True)).to_be_visible(timeout=60_000)
-    back = get_alias(store, NAME, "champion")
-    assert back is not None
-    assert back.version == versions[1].digest
+    assert champion(served.scene) == versions[1].digest
     who = page.locator("section", has=page.get_by_role("heading", name="History"))
     expect(who).to_contain_text("<script>alert(1)</script>")
     expect(who).to_contain_text("the old version is broken")
@@ -101,41 +96,28 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     assert page.locator("main script, main img").count() == 0
 
 
-def test_an_approver_looks_but_has_no_buttons(served: Served, versions: dict[int, Version]) -> None:
-    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
-    with plain(served, cookie_of(served, "bob")) as http:
-        page = http.get(f"/console/rollouts/{rollout.id}").text
-        assert ("Steps" in page, "Abort" in page) == (True, False)
-        answer = http.post(f"/console/rollouts/{rollout.id}/abort", data={"csrf": csrf(page), "reason": "no"})
-        assert (answer.status_code, "may not do this" in answer.text) == (409, True)
-
-
-@pytest.mark.parametrize(("hours", "minutes"), [(4, 1), (40, 10), (250, 60), (2000, 1440)])
-def test_traffic_has_some_hundred_spans_however_long_it_lasts(
-    served: Served, versions: dict[int, Version], hours: int, minutes: int
-) -> None:
-    store = served.scene.store
-    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
-    abort(store, rollout.id, actor=OPERATOR, reason="enough")
-    ended = datetime.now(UTC)
-    began = ended - timedelta(hours=hours)
-    with database.writing(store.engine) as session:
-        for place in range(50):
-            at = began + (ended - began) * place / 50
-            session.add(
+def test_traffic_has_some_hundred_spans_however_long_it_lasts(scene: Scene, versions: dict[int, Version]) -> None:
+    begin(scene, versions[1])
+    rollout, ended = begin(scene, versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100}), datetime.now(UTC)
+    abort(scene.store, rollout.id, actor=OPERATOR, reason="enough")
+    for hours, minutes in ((4, 1), (40, 10), (250, 60), (2000, 1440)):
+        began = ended - timedelta(hours=hours)
+        with database.writing(scene.store.engine) as session:
+            session.execute(delete(RequestRow))
+            session.add_all(
                 RequestRow(
-                    id=f"r{place}", at=at.isoformat(timespec="microseconds"), name=NAME, version=versions[2].digest,
-                    rollout=rollout.id, arm="canary" if place % 2 else "stable", ok=place % 5 != 0, seconds=0.1,
-                    scores={"json_valid": 0.5}, features={"step": 1},
+                    id=f"r{place}", at=(began + (ended - began) * place / 50).isoformat(timespec="microseconds"),
+                    name=NAME, version=versions[2].digest, rollout=rollout.id, arm="canary" if place % 2 else "stable",
+                    ok=place % 5 != 0, seconds=0.1, scores={"json_valid": 0.5}, features={"step": 1},
                 )
+                for place in range(50)
             )  # fmt: skip
-    old = get_rollout(store, rollout.id).model_copy(update={"started_at": began.isoformat()})
-    found = rollout_course.traffic_of(store, old)
-    assert found.minutes == minutes
-    assert 80 <= len(found.spans) <= 300
-    assert sum(span.canary.requests for span in found.spans) == 25
-    assert sum(span.stable.failed + span.canary.failed for span in found.spans) == 10
-    assert {span.canary.score for span in found.spans} == {None, 0.5}
+        old = get_rollout(scene.store, rollout.id).model_copy(update={"started_at": began.isoformat()})
+        found = rollout_course.traffic_of(scene.store, old)
+        assert (found.minutes, 80 <= len(found.spans) <= 300) == (minutes, True)
+        assert sum(span.canary.requests for span in found.spans) == 25
+        assert sum(span.stable.failed + span.canary.failed for span in found.spans) == 10
+        assert {span.canary.score for span in found.spans} == {None, 0.5}
 
 
 @pytest.mark.attack("rollout", "a button of a page that shows an older step or another champion")
@@ -161,14 +143,8 @@ def test_a_button_changes_only_what_its_page_showed(served: Served, versions: di
             assert (status, "went on meanwhile" in text) == (409, True), action
         assert get_rollout(store, rollout.id).step == 3
         promote(store, rollout.id, actor=OPERATOR)
-        fields["champion"] = versions[2].digest
-        fields["step"] = "5"
+        fields |= {"champion": versions[2].digest, "step": "5"}
         served.begin(versions[3], {"setWeight": 100})
-        served.until(
-            rollout,
-            lambda _now: (
-                (found := get_alias(store, NAME, "champion")) is not None and found.version == versions[3].digest
-            ),
-        )
+        served.until(rollout, lambda _now: champion(served.scene) == versions[3].digest)
         assert "Roll back" not in http.get(here).text
         assert press("rollback")[0] == 409

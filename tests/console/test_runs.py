@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import expect
 
 from tests.console.conftest import Login, check_page, follow
-from tests.console.test_login import cookie_of, plain
-from tests.fabricate import OWNER, Scene, put_training
-from tests.server.conftest import Served, running
-from tests.server.fake_engine import FakeEngine
+from tests.console.test_login import cookie_of, csrf, plain
+from tests.fabricate import OPERATOR, OWNER, Scene, put_training
+from tests.server.conftest import Served
 from tests.tiny_project import write_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
@@ -21,7 +19,6 @@ from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.leases import Lease
 from tunesmith.project import Project
 from tunesmith.store.people.identities import add_user
-from tunesmith.store.people.sessions import make_link
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -134,20 +131,11 @@ def test_a_person_cancels_pauses_and_resumes(served: Served, login: Login) -> No
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     add_user(store, "avi", ["approver"], actor=OWNER)
-    looking = login("avi", f"/console/jobs/{second}")
-    expect(looking.get_by_role("heading", level=1)).to_contain_text("queued")
-    expect(looking.get_by_role("button", name="Cancel")).to_have_count(0)
-    sent = looking.request.post(
-        f"{served.url}/console/jobs/{second}/cancel", headers={"X-CSRF": csrf(looking.content())}
-    )
-    assert sent.status == 403
+    with plain(served, cookie_of(served, "avi")) as http:
+        looking = http.get(f"/console/jobs/{second}").text
+        assert ("queued" in looking, "Cancel" in looking) == (True, False)
+        assert http.post(f"/console/jobs/{second}/cancel", data={"csrf": csrf(looking)}).status_code == 403
     assert queue.get(store, second).state == "queued"
-
-
-def csrf(page: str) -> str:
-    found = re.search(r'name="csrf" value="([0-9a-f]+)"', page)
-    assert found
-    return found[1]
 
 
 def test_a_run_that_ended_and_a_job_of_a_kind_that_is_gone(served: Served, login: Login) -> None:
@@ -177,7 +165,10 @@ def interval_of(median: float) -> dict[str, float]:
     return {"median": median, "low": median - 0.05, "high": median + 0.05}
 
 
-def test_the_newest_forecast_stands_before_the_button(scene: Scene, tmp_path: Path, browser: Browser) -> None:
+def test_the_newest_forecast_stands_before_the_button_and_a_run_is_started(
+    served: Served, login: Login, tmp_path: Path
+) -> None:
+    store = served.scene.store
     training = {"seconds": 95.0, "epochs": 3.0, "money": None}
     body: dict[str, Any] = {
         "name": "tuned", "metric": "exact_match", "rows": 1200, "held": {"validation": 80}, "seconds": 55.0,
@@ -187,20 +178,29 @@ def test_the_newest_forecast_stands_before_the_button(scene: Scene, tmp_path: Pa
         "training": training,
     }  # fmt: skip
     for changes in ({}, {"name": "elsewhere"}, {"rivals": {"unknown": 0.6}, "rival": "unknown"}):
-        scene.store.put_record(Record(kind="forecast", body={**body, **changes}))
+        store.put_record(Record(kind="forecast", body={**body, **changes}))
     project = Project.load(write_project(tmp_path / "p"))
-    project.store = scene.store
-    with running(scene, FakeEngine(scene.base), project=project) as served:
-        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-        page.goto(f"{served.url}/console/login/{make_link(scene.store, OWNER, actor=OWNER)}?next=/console/jobs/start")
-        page.get_by_role("button", name="Log in").click()
-        headline = "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
-        expect(page.get_by_text(headline)).to_be_visible()
-        expect(page.get_by_text("for tuned, 1,200 training rows")).to_be_visible()
-        check_page(page)
-        page.get_by_role("button", name="Forecast it first").click()
-        expect(page.get_by_role("heading", level=1)).to_contain_text("Job 1: forecast queued")
-        page.context.close()
+    project.store, served.serving.project = store, project
+    page = login(OWNER, "/console/jobs/start")
+    headline = "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
+    expect(page.get_by_text(headline)).to_be_visible()
+    expect(page.get_by_text("for tuned, 1,200 training rows")).to_be_visible()
+    check_page(page)
+    page.get_by_role("button", name="Forecast it first").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Job 1: forecast queued")
+    page.goto(f"{served.url}/console/jobs/start")
+    epochs = page.get_by_label("Epochs")
+    epochs.fill("many")
+    page.get_by_role("button", name="Start the run").click()
+    expect(page.get_by_role("alert")).to_contain_text("epochs")
+    expect(epochs).to_have_value("many")
+    epochs.fill("2")
+    page.get_by_role("button", name="Start the run").click()
+    page.wait_for_url("**/console/jobs/2")
+    expect(page.get_by_text("tuned: epochs 2")).to_be_visible()
+    with plain(served, cookie_of(served, OPERATOR)) as http:
+        start = http.get("/console/jobs/start").text
+        assert ("needs the role engineer" in start, "Start the run" in start) == (True, False)
 
 
 @pytest.mark.attack("console", "markup, hidden characters and templates in every field of a job")
@@ -230,22 +230,19 @@ def test_hostile_texts(served: Served, login: Login) -> None:
 
 @pytest.mark.attack("console", "another tenant's runs by their addresses")
 def test_another_tenant_sees_and_starts_nothing(served: Served) -> None:
+    """server/test_api.py sends every form."""
     store = served.scene.store
     others, everybodys = added(store, scope=Scope("globex")), added(store)
     added(store, scope=Scope("acme"))
     add_user(store, "amy", ["engineer", "operator"], actor=OWNER, scope=Scope("acme"))
     with plain(served, cookie_of(served, "amy")) as http:
         page = http.get("/console/jobs").text
-        assert page.count("<tr>") == 2
-        assert "you act for one" in page
-        fields = {"csrf": csrf(page)}
+        assert (page.count("<tr>"), "you act for one" in page) == (2, True)
         for number in (others, everybodys, 999_999):
             assert http.get(f"/console/jobs/{number}").status_code == 404
-            assert http.post(f"/console/jobs/{number}/cancel", data=fields).status_code == 404
         for path in ("start", "forecast"):
-            assert http.post(f"/console/jobs/{path}", data=fields).status_code == 403
+            assert http.post(f"/console/jobs/{path}", data={"csrf": csrf(page)}).status_code == 403
         assert http.get("/console/jobs?state=gone").status_code == 409
-    assert {queue.get(store, number).state for number in (others, everybodys)} == {"queued"}
 
 
 def test_curves_are_bounded_and_keep_what_was_validated() -> None:

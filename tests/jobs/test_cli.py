@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -112,16 +111,3 @@ def test_settings_of_one_run(folder: Path) -> None:
     assert train is not None
     assert (train.budget, train.epochs) == (1200, 20), "it replaces the file's epochs"
     assert len(document(folder, "jobs", "list")["jobs"]) == 3
-
-
-def test_a_job_of_a_kind_that_is_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    store = Store(folder / ".tunesmith")
-    identities.ensure_owner(store)
-    queue.add(store, "distil", {"n": 1}, project="tiny", actor="olive")
-    assert "distil" in told(folder, "jobs", "list")
-    told(folder, "worker", "--until-empty")
-    assert document(folder, "jobs", "show", "1")["error"]["code"] == "unknown_kind"
-    shown = told(folder, "jobs", "show", "1")
-    assert "jobs of the kind distil are no longer performed" in shown
-    assert "performs run, forecast, fine_tuning" in shown

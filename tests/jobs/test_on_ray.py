@@ -43,18 +43,16 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Proje
     return one
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_settings_that_cannot_be(made: Callable[..., Project]) -> None:
+    tries: list[tuple[dict[str, Any], str]] = [
         ({"jobs": {"address": "head:6379"}}, "address applies to runner: ray"),
         ({"jobs": {"runner": "ray", "resources": {"CPU": 0}}}, "greater than 0"),
         ({"engine": {"ray": {"workers": 2}}}, r"needs engine\.ray\.address"),
         ({"engine": {"kind": "vllm", "start": True}}, r"cannot be combined with engine\.start"),
-    ],
-)
-def test_settings_that_cannot_be(made: Callable[..., Project], changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        made(**changes)
+    ]
+    for changes, said in tries:
+        with pytest.raises(UsageError, match=said):
+            made(**changes)
     assert made().settings.digest == made(jobs={"runner": "local"}).settings.digest, "who performs jobs changes nothing"
 
 
@@ -205,10 +203,8 @@ def test_a_job_survives_the_loss_of_its_node(made: Callable[..., Project]) -> No
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    job, lines = (
-        queue.get(project.store, number),
-        "\n".join(each.message for each in jobs.log(project.store, number).lines),
-    )
+    job = queue.get(project.store, number)
+    lines = "\n".join(each.message for each in jobs.log(project.store, number).lines)
     assert (job.state, job.attempts) == ("succeeded", 2), lines
     assert lines.count(f"performed on the node {HERE}") == 2
     assert "it was lost with its node" in lines

@@ -16,9 +16,7 @@ from tests.jobs.test_queue import (  # noqa: F401
     test_a_lease_that_ran_out_goes_to_another_worker_and_the_first_can_record_nothing,
     test_an_idempotency_key_gives_the_same_job_again,
     test_errors_are_tried_again_later_and_later_until_no_attempt_is_left,
-    test_many_at_once_with_one_key_make_one_job,
-    test_many_workers_take_each_job_once,
-    test_pages_of_the_list,
+    test_many_at_once_make_one_job_of_a_key_and_take_each_job_once,
     test_the_highest_priority_is_taken_first_and_then_the_oldest,
     test_what_people_ask_for,
 )

@@ -182,59 +182,44 @@ def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch
     assert look(folder, 40).causes[0].job == 3
 
 
-@pytest.fixture
-def file_server(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """A real HTTP server of one file: url, data, headers; downloads: how many there were."""
-    state: dict[str, Any] = {"data": b"", "headers": {}, "downloads": 0}
+def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(folder: Path) -> None:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    content, headers, downloads = (folder / "rows.jsonl").read_bytes(), {"ETag": '"one"'}, 0
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(200)
-            for name, value in {"content-length": str(len(state["data"])), **state["headers"]}.items():
+            for name, value in {"content-length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
 
         def do_GET(self) -> None:
-            state["downloads"] += 1
+            nonlocal downloads
+            downloads += 1
             self.do_HEAD()
-            self.wfile.write(state["data"])
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    with answering(server) as url:
-        state["url"] = f"{url}/rows.jsonl"
-        yield state
-
-
-def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(
-    folder: Path, file_server: dict[str, Any]
-) -> None:
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
-    file_server["data"], file_server["headers"] = (folder / "rows.jsonl").read_bytes(), {"ETag": '"one"'}
-    data = yaml.safe_load((folder / "tunesmith.yaml").read_text())["data"]
-    source = {**data["sources"][0], "path": file_server["url"]}
-    change(folder, data={**data, "sources": [source]}, retraining={"causes": ["rows"]})
+            self.wfile.write(content)
 
     def looked(hour: int) -> tuple[str, int]:
         project = Project.load(folder)
-        try:
-            (found,) = retraining.look(project, clock=lambda: datetime(2031, 5, 1, tzinfo=UTC) + hour * ONE_HOUR).causes
-        finally:
-            project.store.engine.dispose()
-        return found.about, file_server["downloads"]
+        (found,) = retraining.look(project, clock=lambda: datetime(2031, 5, 1, tzinfo=UTC) + hour * ONE_HOUR).causes
+        project.store.engine.dispose()
+        return found.about, downloads
 
-    first = looked(0)
-    assert first[1] >= 1
-    assert looked(100) == first, "the server says that it is the same"
-    file_server["data"], file_server["headers"] = file_server["data"] + b"\n", {"ETag": '"two"'}
-    second = looked(101)
-    assert second[0] != first[0]
-    assert second[1] > first[1]
-    file_server["headers"] = {}
-    third = looked(120)
-    assert third[0] == second[0]
-    assert third[1] > second[1]
-    assert looked(143) == third, "a server that says nothing is asked once a day"
-    assert looked(144)[1] > third[1]
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        data = yaml.safe_load((folder / "tunesmith.yaml").read_text())["data"]
+        source = {**data["sources"][0], "path": f"{url}/rows.jsonl"}
+        change(folder, data={**data, "sources": [source]}, retraining={"causes": ["rows"]})
+        first = looked(0)
+        assert first[1] >= 1
+        assert looked(100) == first, "the server says that it is the same"
+        content, headers = content + b"\n", {"ETag": '"two"'}
+        second = looked(101)
+        assert (second[0] != first[0], second[1] > first[1]) == (True, True)
+        headers = {}
+        third = looked(120)
+        assert (third[0], third[1] > second[1]) == (second[0], True)
+        assert looked(143) == third, "a server that says nothing is asked once a day"
+        assert looked(144)[1] > third[1]
 
 
 def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: Path) -> None:

@@ -86,9 +86,8 @@ def test_one_caller_cannot_abort_a_good_canary(scene: Scene, flood: int, happene
 
 
 @pytest.mark.attack("rollout", "one caller helps a bad canary by both arms")
-@pytest.mark.parametrize("flood", [5000])
-def test_one_caller_cannot_pass_a_bad_canary(scene: Scene, flood: int, happened: Happened) -> None:
-    hostile = [*requests("mallory", "canary", [1.0] * flood), *requests("mallory", "stable", [0.0] * flood)]
+def test_one_caller_cannot_pass_a_bad_canary(scene: Scene, happened: Happened) -> None:
+    hostile = [*requests("mallory", "canary", [1.0] * 5000), *requests("mallory", "stable", [0.0] * 5000)]
     found = judged(scene, [*team(30, 60), *hostile])
     assert (found.outcome, found.canary["uncounted"]) == ("inconclusive", 0)
     happened("no verdict by one caller")
