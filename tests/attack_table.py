@@ -1,7 +1,8 @@
 """The table that `make attack` prints: what was tried, how often, and what happened.
 
-A test of an attack is marked `@pytest.mark.attack(area, what)` and says with the fixture `happened` what came of each
-try. Rows of the same area and attack are added up, so that a parametrised test is one row.
+A test of an attack is marked `@pytest.mark.attack(area, what, outcome)`. One that makes many tries leaves the outcome
+out, and says with the fixture `happened` what came of each. Rows of the same area and attack are added up, so that a
+parametrised test is one row.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def happened(request: pytest.FixtureRequest) -> Happened:
 @pytest.fixture(autouse=True)
 def _named_attack(request: pytest.FixtureRequest) -> None:
     if mark := request.node.get_closest_marker("attack"):
-        area, what = mark.args
-        request.node.user_properties.append((ATTACK, (area, what)))
+        area, what, *outcomes = mark.args
+        request.node.user_properties += [(ATTACK, (area, what)), *((HAPPENED, (each, 1)) for each in outcomes)]
 
 
 def _rows(reports: dict[str, list]) -> Iterator[tuple[str, str, Counter[str], int]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.attack_table import Happened
 from tests.fabricate import Scene
 from tests.server.conftest import Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import VALID
@@ -30,8 +29,8 @@ CUTS: list[dict[str, Any]] = [
 WHOLE: list[dict[str, Any]] = [{}, {"max_tokens": 1000}, {"max_tokens": 2}, {"stop": ["never"]}, {"temperature": 2.0}]
 
 
-@pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid")
-def test_answers_that_the_request_cut_are_not_scored(served: Served, happened: Happened) -> None:
+@pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid", "recorded, not scored")
+def test_answers_that_the_request_cut_are_not_scored(served: Served) -> None:
     for parameters in CUTS:
         answer = served.ask(**parameters)
         assert (list(answer)[-1] if parameters.get("stream") else answer).choices[0].finish_reason
@@ -47,13 +46,10 @@ def test_answers_that_the_request_cut_are_not_scored(served: Served, happened: H
             assert found["scores"] == {}
             assert set(found["not_scored"]) == {"json_valid", "exact_match"}
             assert "max_tokens, stop text" in found["not_scored"]["exact_match"]
-    happened("recorded, not scored", 2 * len(CUTS))
 
 
-@pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid")
-def test_scores_given_for_cut_answers_count_for_no_arm(
-    served: Served, versions: dict[int, Version], happened: Happened
-) -> None:
+@pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid", "counted as cut")
+def test_scores_given_for_cut_answers_count_for_no_arm(served: Served, versions: dict[int, Version]) -> None:
     rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
     for number in range(10):
         answer = served.ask(max_tokens=1, user=f"user {number}")
@@ -64,12 +60,11 @@ def test_scores_given_for_cut_answers_count_for_no_arm(
     found = [arm for step in steps for arm in arms(served.scene.store, rollout.id, step, "exact_match", None)]
     assert [list(arm.scores) for arm in found] == [[]] * len(found)
     assert sum(arm.cut for arm in found) == sum(arm.requests for arm in found) == 10
-    happened("counted as cut", 10)
 
 
-@pytest.mark.attack("rollout", "max_tokens and stop texts, native engine")
+@pytest.mark.attack("rollout", "max_tokens and stop texts, native engine", "recorded, not scored")
 def test_the_native_engine_says_what_ended_an_answer(
-    scene: Scene, versions: dict[int, Version], tmp_path: Path, happened: Happened
+    scene: Scene, versions: dict[int, Version], tmp_path: Path
 ) -> None:
     tiny: Any = TinyEngine(scene.base, tmp_path / "tiny")
     tiny.gate = threading.Event()
@@ -80,4 +75,3 @@ def test_the_native_engine_says_what_ended_an_answer(
         served.ask(temperature=1.0, seed=3, stop=[text[1]])
         served.ask(temperature=1.0, seed=3, max_tokens=100_000)
         assert [row.cut for row in served.rows()] == [False, True, True, False]
-    happened("recorded, not scored", 2)

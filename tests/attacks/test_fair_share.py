@@ -15,7 +15,6 @@ import httpx
 import openai
 import pytest
 
-from tests.attack_table import Happened
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import FakeEngine
@@ -40,10 +39,8 @@ def feedback(served: Served, token: str | None, request: str, **given: object) -
         return http.post("/api/feedback", json={"request_id": request, **given})
 
 
-@pytest.mark.attack("serving", "one caller fills the queue and the threads")
-def test_another_users_request_begins_at_once(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
-) -> None:
+@pytest.mark.attack("serving", "one caller fills the queue and the threads", "429 beyond the caller's share")
+def test_another_users_request_begins_at_once(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
     with running(scene, engine, together=4, waiting=24, per_user=12) as served, ThreadPoolExecutor(41) as pool:
         served.begin(versions[1])
         served.ask()
@@ -64,14 +61,10 @@ def test_another_users_request_begins_at_once(
         assert other.result(SECONDS).status_code == 200
         assert sorted(one.result(SECONDS).status_code for one in flood) == [200] * 12 + [429] * 28
         assert served.ask().choices
-    happened("429 beyond the caller's share", 29)
-    happened("the other user's began at once")
 
 
-@pytest.mark.attack("serving", "one caller fills the queue with requests it leaves")
-def test_who_leaves_holds_no_place(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
-) -> None:
+@pytest.mark.attack("serving", "one caller fills the queue with requests it leaves", "not counted, and never decoded")
+def test_who_leaves_holds_no_place(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
     with running(scene, engine, together=2, waiting=8, per_user=8) as served, ThreadPoolExecutor(1) as pool:
         served.begin(versions[1])
         served.ask()
@@ -85,13 +78,12 @@ def test_who_leaves_holds_no_place(
         engine.gate.set()
         assert served.ask().choices
         assert first.result(SECONDS).status_code == 200
-    happened("not counted, and never decoded", 10)
 
 
 @pytest.mark.slow
 @pytest.mark.attack("serving", "feedback that takes seconds to score")
 def test_feedback_on_long_answers_holds_up_nobody_else(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
     pytest.importorskip("rouge_score")
     engine.answer = lambda _request, _adapter: "a\nb\n" * 200  # one fake token
@@ -104,22 +96,17 @@ def test_feedback_on_long_answers_holds_up_nobody_else(
         engine.answer = lambda _request, _adapter: "a\nb\n" * 2500
         refused = feedback(served, None, served.ask().id, expected="b\nc\n" * 2500)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expected")
-    happened("scored or 429; the other tenant answered meanwhile", 12)
-    happened("refused, 400, with the way out")
 
 
 @pytest.mark.slow
-@pytest.mark.attack("serving", "many long requests of one caller, tiny model")
-def test_a_short_request_next_to_long_ones(
-    scene: Scene, versions: dict[int, Version], tmp_path: Path, happened: Happened
-) -> None:
+@pytest.mark.attack("serving", "many long requests of one caller, tiny model", "the other tenant answered meanwhile")
+def test_a_short_request_next_to_long_ones(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> None:
     tiny: Any = TinyEngine(scene.base, tmp_path / "tiny")
     tiny.gate = threading.Event()
     with running(scene, tiny) as served:
         served.begin(versions[1])
         long, _ = meanwhile(served, [partial(served.post, temperature=2.0, max_tokens=10_000)] * 64)
         assert {answer.status_code for answer in long} <= {200, 429}
-    happened("the other tenant answered meanwhile", 64)
 
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
@@ -138,9 +125,7 @@ class Held:
 
 
 @pytest.mark.attack("serving", "one user's feedback waits to be scored")
-def test_feedback_of_one_user_does_not_stall_others(
-    served: Served, monkeypatch: pytest.MonkeyPatch, happened: Happened
-) -> None:
+def test_feedback_of_one_user_does_not_stall_others(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     held, scored = Held(), Recorder._scored
 
     def slow(self: Recorder, user: object, request: str, expected: str) -> dict[str, float]:
@@ -165,14 +150,11 @@ def test_feedback_of_one_user_does_not_stall_others(
         assert turn.result(SECONDS).status_code == 200
         assert sorted(one.result(SECONDS).status_code for one in given) == [200] * limits.FEEDBACK + [429]
     assert held.begun.index("neighbour") <= 2, held.begun
-    happened("scores at once, expected texts at the next turn", 2)
 
 
 @pytest.mark.attack("serving", "one user's lists of models and rollouts at once")
 @pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{NAME}", "/api/rollouts", "/api/rollouts/1"])
-def test_lists_of_one_user_are_few_at_once(
-    served: Served, monkeypatch: pytest.MonkeyPatch, happened: Happened, path: str
-) -> None:
+def test_lists_of_one_user_are_few_at_once(served: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     held = Held()
     whole = {(Router, "models"): Router.models}
     whole |= {(service, name): getattr(service, name) for name in ("visible_to", "one_visible_to")}
@@ -201,12 +183,11 @@ def test_lists_of_one_user_are_few_at_once(
             held.gate.set()
         assert sorted(one.result(SECONDS) for one in mine) == [200] * limits.LISTS + [429] * (10 - limits.LISTS)
         assert theirs.result(SECONDS) in (200, 404)
-    happened("4 answered, 429 beyond; others begin at once", 10)
 
 
-@pytest.mark.attack("serving", "one user sends bodies that never end")
+@pytest.mark.attack("serving", "one user sends bodies that never end", "429 beyond the user's requests")
 def test_half_sent_bodies_count_and_have_a_budget(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
     def told(several: list[socket.socket]) -> int:
         """On how many an answer waits to be read, or the connection has ended."""
@@ -226,5 +207,3 @@ def test_half_sent_bodies_count_and_have_a_budget(
         much = [stack.enter_context(raw(served, large)) for _ in range(30)]
         until(lambda: told(much) == 30 - limits.BODIES_OF_USER)
         assert chat(served, other).status_code == 200
-    happened("429 beyond the user's requests", 20)
-    happened("429 beyond the user's bytes", 30 - limits.BODIES_OF_USER)

@@ -16,7 +16,6 @@ from rich.text import Text
 from rich.tree import Tree
 
 import tunesmith.cli
-from tests.attack_table import Happened
 from tunesmith.cli.console import PlainConsole
 from tunesmith.cli.data_tables import draw_removed, draw_rows
 from tunesmith.cli.main import main
@@ -39,9 +38,9 @@ def harmless(text: str) -> None:
     assert "[red]h[/] [/nothing] :smile:" in " ".join(text.split())
 
 
-@pytest.mark.attack("terminal", "rows, names and reasons in every kind of output")
+@pytest.mark.attack("terminal", "rows, names and reasons in every kind of output", "shown as code points")
 def test_nothing_that_is_drawn_controls_the_terminal(
-    capsys: pytest.CaptureFixture[str], happened: Happened, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     table = Table(HOSTILE, title=HOSTILE)
@@ -61,7 +60,6 @@ def test_nothing_that_is_drawn_controls_the_terminal(
         task.note(HOSTILE)
     for text in capsys.readouterr():
         harmless(text)
-    happened("shown as code points", 9)
 
 
 @pytest.mark.attack("terminal", "a row that imitates another turn or another row")
@@ -84,7 +82,6 @@ def test_a_turn_with_line_feeds_stays_inside_its_turn() -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_errors_show_hostile_names_safely(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    happened: Happened,
 ) -> None:  # fmt: skip
     hostile = HOSTILE.replace("\ud800", "") + "\nerror: none"
     tries = [
@@ -99,7 +96,6 @@ def test_errors_show_hostile_names_safely(
         for text in capsys.readouterr():
             assert not OBEYED.search(text.replace("\n", ""))
             assert "\nerror: none" not in text
-    happened("refused, and shown as code points", len(tries))
 
 
 def test_commands_print_through_the_safe_console_only() -> None:

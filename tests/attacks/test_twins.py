@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.attack_table import Happened
 from tests.attacks.twins import MADE, TEXTS, twins
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.text.folding import fold
@@ -38,23 +37,20 @@ def made_of(tmp_path: Path, sources: dict[str, list[dict[str, Any]]], **more: An
     return dataset
 
 
-@pytest.mark.attack("leakage", "twins of rows pass as rows of their own")
-def test_twins_are_removed_as_duplicates(tmp_path: Path, happened: Happened) -> None:
+@pytest.mark.attack("leakage", "twins of rows pass as rows of their own", "removed, with the reason")
+def test_twins_are_removed_as_duplicates(tmp_path: Path) -> None:
     rows = [row(text, "done") for text in TEXTS + twins(TEXTS)]
     dataset = made_of(tmp_path, {"rows": many_rows(60) + rows})
     assert sorted(left(dataset)) == sorted(TEXTS)
     reasons = dataset.record.body["rows"]["removed"]
     assert sum(reasons.values()) == len(twins(TEXTS))
-    happened("removed, with the reason", len(twins(TEXTS)))
 
 
-@pytest.mark.attack("leakage", "twins of held-out rows in training")
+@pytest.mark.attack("leakage", "twins of held-out rows in training", "not in training")
 @pytest.mark.parametrize(
     ("wording", "group_by"), [("the same", "author"), ("reworded", None), ("another value", "author")]
 )
-def test_twins_of_held_out_rows_are_not_trained_on(
-    tmp_path: Path, wording: str, group_by: str | None, happened: Happened
-) -> None:
+def test_twins_of_held_out_rows_are_not_trained_on(tmp_path: Path, wording: str, group_by: str | None) -> None:
     change = {
         "the same": lambda text: text,
         "reworded": lambda text: f"{text} now",
@@ -74,11 +70,10 @@ def test_twins_of_held_out_rows_are_not_trained_on(
     trained = [fold(one.request[0].content) for one in dataset.examples("train")]
     own = {fold(one["messages"][0]["content"]) for one in plain}
     assert not [text for text in trained if text not in own]
-    happened("not in training", len(train))
 
 
-@pytest.mark.attack("leakage", "twins of an outside test set in a dataset version")
-def test_twins_of_an_outside_test_set_are_removed(tmp_path: Path, happened: Happened) -> None:
+@pytest.mark.attack("leakage", "twins of an outside test set in a dataset version", "removed, with the reason")
+def test_twins_of_an_outside_test_set_are_removed(tmp_path: Path) -> None:
     outside = [row(text, "done") for text in TEXTS] + [row(f"{text} at 7:30", "done") for text in TEXTS]
     copies = twins(TEXTS) + twins([f"{text} at 10:45" for text in TEXTS]) + twins([f"{text} now" for text in TEXTS])
     rows = [row(text, f"other {n}") for n, text in enumerate(copies)]
@@ -86,11 +81,10 @@ def test_twins_of_an_outside_test_set_are_removed(tmp_path: Path, happened: Happ
         tmp_path, {"rows": many_rows(60) + rows, "outside": outside}, decontaminate=[{"path": "outside.jsonl"}]
     )
     assert left(dataset) == []
-    happened("removed, with the reason", len(rows))
 
 
-@pytest.mark.attack("leakage", "twins of withdrawn rows")
-def test_twins_of_withdrawn_rows_stay_out(tmp_path: Path, happened: Happened) -> None:
+@pytest.mark.attack("leakage", "twins of withdrawn rows", "left out")
+def test_twins_of_withdrawn_rows_stay_out(tmp_path: Path) -> None:
     first = made_of(tmp_path, {"rows": many_rows(60) + [row(text, "all done") for text in TEXTS]})
     known = {fold(text) for text in TEXTS}
     recalled = [one for name in SPLITS for one in first.examples(name) if fold(one.request[0].content) in known]
@@ -99,7 +93,6 @@ def test_twins_of_withdrawn_rows_stay_out(tmp_path: Path, happened: Happened) ->
     rows = [row(text, answers[n % 2]) for n, text in enumerate(twins(TEXTS))]
     write_jsonl(tmp_path / "rows.jsonl", many_rows(60) + rows)
     assert left(build(tmp_path, settings(split={"test": 0.2, "validation": 0}), withdrawn=withdrawn)) == []
-    happened("left out", len(rows))
 
 
 # Pairs that fold alike or share all base letters, and are different words.

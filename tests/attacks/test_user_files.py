@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.attack_table import Happened
 from tests.tiny_project import write_project
 from tunesmith.cli.main import main
 from tunesmith.core.errors import Refused, UsageError
@@ -73,11 +72,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_project(tmp_path_factory.mktemp("project"))
 
 
-@pytest.mark.attack("settings", "no file, a broken or a huge one, by command")
+@pytest.mark.attack("settings", "no file, a broken or a huge one, by command", "refused with its place, exit 2")
 @pytest.mark.parametrize(
     ("what", "file"), [(what, ("tunesmith.yaml", "schema.json")[n % 2]) for n, what in enumerate([*NOT_FILES, *DEEP])]
 )
-def test_a_file_of_the_project(project: Path, file: str, what: str, happened: Happened) -> None:
+def test_a_file_of_the_project(project: Path, file: str, what: str) -> None:
     path = project / file
     kept = path.rename(project / "kept")
     (NOT_FILES | DEEP)[what](path)
@@ -89,12 +88,11 @@ def test_a_file_of_the_project(project: Path, file: str, what: str, happened: Ha
     assert code == 2, error
     assert error["what"]
     assert str(path) in error["where"]
-    happened("refused with its place, exit 2")
 
 
-@pytest.mark.attack("settings", "no file, a broken or a huge one, by reader")
+@pytest.mark.attack("settings", "no file, a broken or a huge one, by reader", "refused with its place")
 @pytest.mark.parametrize("what", NOT_FILES)
-def test_what_is_no_text_file(tmp_path: Path, what: str, happened: Happened) -> None:
+def test_what_is_no_text_file(tmp_path: Path, what: str) -> None:
     path = tmp_path / "file"
     NOT_FILES[what](path)
     with pytest.raises(UsageError) as prompt:
@@ -104,7 +102,6 @@ def test_what_is_no_text_file(tmp_path: Path, what: str, happened: Happened) -> 
         users.enrol_key(Store(tmp_path / "store"), "eve", path, actor="owner")
     with pytest.raises(Refused):
         read_trust(path)
-    happened("refused with its place", 3)
 
 
 @pytest.mark.parametrize("what", DEEP)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import forkserver
-from tests.jobs.test_killed_workers import test_no_job_is_lost_or_ends_twice  # noqa: F401
+from tests.jobs.test_killed import test_no_job_is_lost_or_ends_twice  # noqa: F401
 from tests.jobs.test_queue import (  # noqa: F401
     test_a_fenced_store_writes_nothing_once_the_lease_is_lost,
     test_a_lease_that_ran_out_goes_to_another_worker_and_the_first_can_record_nothing,

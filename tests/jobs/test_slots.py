@@ -166,13 +166,10 @@ def test_by_default_one_job_on_all_cores_or_one_for_each_of_several_gpus(made: C
     assert places(made("0")) == ["cores 0 1 2 3, GPU 0"]
     assert places(made("0", "1")) == ["cores 0 1, GPU 0", "cores 2 3, GPU 1"]
     assert places(made("0", "1"), 1) == ["cores 0 1 2 3, GPU 0 1"]
-
-
-def test_a_job_that_computes_on_several_gpus_has_all_of_them(made: Callable[..., Project]) -> None:
+    # A job that computes on several GPUs has all of them.
     on_ray = made("0", "1", engine={"ray": {"workers": 2, "resources": {"GPU": 1}}})
-    assert places(on_ray) == ["cores 0 1 2 3, GPU 0 1"]
     servers = made("0", "1", engine={"kind": "vllm", "start": 2, "gpus": [0, 1]})
-    assert places(servers) == ["cores 0 1 2 3, GPU 0 1"]
+    assert places(on_ray) == places(servers) == ["cores 0 1 2 3, GPU 0 1"]
     with pytest.raises(UsageError, match=r"starts the servers of engine\.start on the same GPUs"):
         places(servers, 2)
 

@@ -17,14 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.commands import call
-from tests.forked import forkserver
+from tests.commands import Forked, call
 from tests.jobs.conftest import SetClock
 from tests.jobs.processes import obey
 from tests.tiny_project import settings, write_project
-from tests.waiting import gone, until
+from tests.waiting import SECONDS, gone, until
 from tunesmith.api import Project
-from tunesmith.cli.main import main
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
@@ -32,6 +30,7 @@ from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker, _Child
 from tunesmith.services.runs import jobs, training
+from tunesmith.services.runs.own_worker import OwnWorker
 from tunesmith.store.store import Store
 
 
@@ -51,28 +50,22 @@ def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock
     def add(attempts: int, **arguments: Any) -> int:
         return queue.add(store, "run", arguments, project="p", actor="olive", attempts=attempts).id
 
+    def fail() -> None:
+        raise PermissionError("rows.jsonl")
+
     # Longer than a lease. A busy machine may renew one too late, but not ten times.
     dies, lives = add(1, dies=True), [add(10, starts_in=3.0), add(10)]
     said: list[str] = []
-    worker = Worker(store, "p", ["run"], places(store.root), lease_seconds=2.0, say=said.append)
+    worker = Worker(store, "p", ["run"], places(store.root), lease_seconds=2.0, say=said.append, also=fail)
     worker.run(until_empty=True)
     job = queue.get(store, dies)
     assert (job.state, job.error["code"]) == ("failed", "process_ended")
     assert "signal 9" in job.error["what"]
     assert f"job {dies}: failed: its process ended with signal 9" in said
+    assert said[0] == "nothing was added: rows.jsonl", "what adds jobs may fail"
     done = [queue.get(store, number) for number in lives]
     assert [one.state for one in done] == ["succeeded"] * 2
     assert len({os.getpid(), *(one.result["process"] for one in done)}) == 3
-
-
-def test_what_adds_jobs_may_fail_and_jobs_are_performed(store: Store, clock: SetClock) -> None:
-    def fail() -> None:
-        raise PermissionError("rows.jsonl")
-
-    number, said = queue.add(store, "run", {}, project="p", actor="olive").id, list[str]()
-    Worker(store, "p", ["run"], places(store.root), say=said.append, also=fail).run(until_empty=True)
-    assert queue.get(store, number).state == "succeeded"
-    assert said[0] == "nothing was added: rows.jsonl"
 
 
 def test_a_pause_that_is_taken_back_ends_no_process(store: Store, clock: SetClock) -> None:
@@ -92,37 +85,6 @@ def test_a_pause_that_is_taken_back_ends_no_process(store: Store, clock: SetCloc
 # A whole project
 
 
-def work(folder: Path, *options: str) -> None:
-    """What `tunesmith worker` does, silently."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.argv = ["tunesmith", "worker", "-C", str(folder), "--lease", "20", *options]
-    main()
-
-
-class Running:
-    """`tunesmith worker` on a project, as a process that has everything imported already."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.process = forkserver().Process(target=work, args=(folder, *options))
-        self.process.start()
-
-    def jobs(self) -> list[int]:
-        """The processes that perform jobs."""
-        children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
-
-    def end(self, number: signal.Signals) -> int | None:
-        """Send it a signal; returns its exit code."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-        return self.ended()
-
-    def ended(self) -> int | None:
-        """Its exit code, once it has ended."""
-        self.process.join(600)
-        return self.process.exitcode
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose training is long enough to be disturbed."""
@@ -134,57 +96,63 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[Callable[..., Running]]:
+def start(folder: Path) -> Iterator[Callable[[], Forked]]:
     """Starts workers, of which none stays."""
-    started: list[Running] = []
+    started: list[Forked] = []
 
-    def one(*options: str) -> Running:
-        started.append(Running(folder, *options))
+    def one() -> Forked:
+        started.append(Forked(folder, "worker", "--lease", "20"))
         return started[-1]
 
     yield one
-    for running in started:
-        running.process.kill()
-        running.process.join()
+    for worker in started:
+        worker.kill()
+        worker.communicate()
 
 
 @pytest.mark.slow
-def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, start: Callable[..., Running]) -> None:
+def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, start: Callable[[], Forked]) -> None:
     number = call(folder, "run", "--queue")["job"]
     project = Project.load(folder)
-    store = project.store
+    store, said = project.store, list[str]()
 
     def checkpoints() -> list[str]:
         return sorted(path.name for path in store.local("work").glob("train-*/checkpoints/step-*"))
 
-    def lines() -> str:
-        return "\n".join(line.message for line in jobs.log(store, number).lines)
+    def resumed() -> int:
+        return sum("resuming from step" in line.message for line in jobs.log(store, number).lines)
 
     first = start()
     until(checkpoints)
-    (child,) = first.jobs()
-    first.end(signal.SIGKILL)
-    until(lambda: gone(child))
+    (child,) = [each for each in psutil.Process(first.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+    first.kill()
+    until(lambda: gone(child.pid))
     assert queue.get(store, number).state == "running"
 
     second = start()
-    until(lambda: lines().count("resuming from step") == 1)
+    until(lambda: resumed() == 1)
     reached = checkpoints()[-1]
     call(folder, "jobs", "pause", str(number))
     until(lambda: queue.get(store, number).state == "paused")
     assert checkpoints()[-1] >= reached
     call(folder, "jobs", "resume", str(number))
-    until(lambda: lines().count("resuming from step") == 2)
-    assert second.end(signal.SIGTERM) == 0
+    until(lambda: resumed() == 2)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(SECONDS) == 0
     assert queue.get(store, number).state == "queued"
 
-    third = start("--until-empty")
-    assert third.ended() == 0
+    third = OwnWorker(folder, said.append)  # a server's
+    until(lambda: queue.get(store, number).has_ended)
+    assert third._process is not None
+    third._process.kill()
+    until(lambda: "another one is started" in " ".join(said))
+    third.stop(SECONDS)
+    assert not third._process.is_alive()
     done = call(folder, "jobs", "show", str(number))
     assert (done["state"], done["attempts"]) == ("succeeded", 2)
     assert done["result"]["register"]["version"] == "tiny@v1"
     assert str(folder) not in json.dumps(done), "others see the job, and the paths are of the worker's machine"
-    assert lines().count("resuming from step") == 3
+    assert resumed() == 3
     assert training.repeat(project).same, "the bytes are those of an undisturbed training"
 
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.attack_table import Happened
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import Versions, begin, logged
 from tunesmith.core.errors import UsageError
@@ -73,47 +72,41 @@ def team(canary: int, stable: int, callers: int = 5) -> list[RequestRow]:
     ]
 
 
-@pytest.mark.attack("rollout", "one caller sends bad requests to a good canary")
+@pytest.mark.attack("rollout", "one caller sends bad requests to a good canary", "no verdict by one caller")
 @pytest.mark.parametrize("flood", [100, 5000])
-def test_one_caller_cannot_abort_a_good_canary(scene: Scene, flood: int, happened: Happened) -> None:
+def test_one_caller_cannot_abort_a_good_canary(scene: Scene, flood: int) -> None:
     hostile = requests("mallory", "canary", [0.0] * flood)
     pooled = Arm([1.0] * 300 + [0.0] * flood, 300 + flood), Arm([1.0] * 300, 300)
     assert judge(Analysis(metric=METRIC), *pooled).outcome == "fail"  # what it did to all requests together
     found = judged(scene, [*team(60, 60), *hostile])
     assert found.outcome == "inconclusive"
     assert "without the requests of mallory the evidence is too weak" in found.reason
-    happened("no verdict by one caller")
 
 
-@pytest.mark.attack("rollout", "one caller helps a bad canary by both arms")
-def test_one_caller_cannot_pass_a_bad_canary(scene: Scene, happened: Happened) -> None:
+@pytest.mark.attack("rollout", "one caller helps a bad canary by both arms", "no verdict by one caller")
+def test_one_caller_cannot_pass_a_bad_canary(scene: Scene) -> None:
     hostile = [*requests("mallory", "canary", [1.0] * 5000), *requests("mallory", "stable", [0.0] * 5000)]
     found = judged(scene, [*team(30, 60), *hostile])
     assert (found.outcome, found.canary["uncounted"]) == ("inconclusive", 0)
-    happened("no verdict by one caller")
 
 
-@pytest.mark.attack("rollout", "an end user of the only application spoils an arm")
-def test_one_end_user_of_an_application_cannot_decide(scene: Scene, happened: Happened) -> None:
+@pytest.mark.attack("rollout", "an end user of the only application spoils an arm", "no verdict by one end user")
+def test_one_end_user_of_an_application_cannot_decide(scene: Scene) -> None:
     honest = [
         *requests("app", "canary", [1.0] * 300, users=100), *requests("app", "stable", [1.0] * 300, users=100)
     ]  # fmt: skip
     found = judged(scene, [*honest, *requests("app", "canary", [0.0] * 3000, user="mallory")])
     assert found.outcome == "inconclusive"
     assert "without end users" in found.reason
-    happened("no verdict by one end user")
 
 
-@pytest.mark.attack("rollout", "a caller floods beside an application's traffic")
+@pytest.mark.attack("rollout", "a caller floods beside an application's traffic", "not counted")
 @pytest.mark.parametrize(("canary", "outcome"), [(300, "pass"), (150, "fail")])
-def test_other_callers_do_not_count_beside_main_callers(
-    scene: Scene, canary: int, outcome: str, happened: Happened
-) -> None:
+def test_other_callers_do_not_count_beside_main_callers(scene: Scene, canary: int, outcome: str) -> None:
     rows = [*requests("app", "canary", mixed(canary, 300), users=100), *requests("app", "stable", [1.0] * 300)]
     rows += [*requests("mallory", "canary", [0.0] * 2000), *requests("mallory", "stable", [0.0] * 2000)]
     found = judged(scene, rows, ("app",))
     assert (found.outcome, found.canary["n"], found.canary["uncounted"]) == (outcome, 300, 2000)
-    happened("not counted", 4000)
 
 
 @pytest.mark.parametrize(("canary", "stable", "outcome"), [(60, 60, "pass"), (20, 55, "fail")])
@@ -131,17 +124,16 @@ def test_a_single_token_reaches_a_verdict_with_and_without_end_users(scene: Scen
     assert judge(Analysis(metric=METRIC), *arms(scene.store, 1, 0, METRIC, ())).outcome == "inconclusive"
 
 
-@pytest.mark.attack("rollout", "one caller uses up max_requests")
-def test_one_caller_cannot_exhaust_max_requests(scene: Scene, happened: Happened) -> None:
+@pytest.mark.attack("rollout", "one caller uses up max_requests", "not exhausted")
+def test_one_caller_cannot_exhaust_max_requests(scene: Scene) -> None:
     judged(scene, [*team(60, 60, callers=2), *requests("mallory", "canary", [0.0] * 2000)])
     canary, stable = arms(scene.store, 1, 0, METRIC, None)
     assert not judge(Analysis(metric=METRIC, max_requests=500), canary, stable).exhausted
     assert judge(Analysis(metric=METRIC, max_requests=120), canary, stable).exhausted
-    happened("not exhausted")
 
 
-@pytest.mark.attack("rollout", "failures at stable hide those of the canary")
-def test_failures_of_one_caller_at_stable_do_not_allow_more(scene: Scene, happened: Happened) -> None:
+@pytest.mark.attack("rollout", "failures at stable hide those of the canary", "no pass")
+def test_failures_of_one_caller_at_stable_do_not_allow_more(scene: Scene) -> None:
     rows = team(60, 30)
     for row in rows[:30]:  # of app-0's canary requests
         row.ok, row.scores = False, {}
@@ -149,7 +141,6 @@ def test_failures_of_one_caller_at_stable_do_not_allow_more(scene: Scene, happen
         row.ok, row.scores = False, {}
     found = judged(scene, [*rows, *spoilt])
     assert found.outcome == "inconclusive"
-    happened("no pass")
 
 
 def test_the_evidence_is_the_smallest_of_all_and_of_all_but_one_group() -> None:
@@ -190,11 +181,10 @@ def test_the_usual_caller_makes_most_of_the_traffic(scene: Scene) -> None:
     assert kept(scene, *day("other", 100, 2)) == ()
 
 
-@pytest.mark.attack("rollout", "a flood before the rollout, to become main caller")
-def test_a_flood_on_one_day_counts_as_one_day(scene: Scene, happened: Happened) -> None:
+@pytest.mark.attack("rollout", "a flood before the rollout, to become main caller", "the usual caller stays")
+def test_a_flood_on_one_day_counts_as_one_day(scene: Scene) -> None:
     usual = [row for ago in range(1, 7) for row in day("app", 10, ago)]
     assert kept(scene, *usual, *day("mallory", 5000, 1)) == ("app",)
-    happened("the usual caller stays", 5000)
 
 
 def test_a_rollout_keeps_its_main_callers_and_the_audit_log_names_them(scene: Scene, versions: Versions) -> None:

@@ -1,12 +1,15 @@
-"""A governed job is killed after every few effects in the database, until it succeeds: each effect is there once."""
+"""Jobs whose processes are killed again and again: none is lost, none ends twice, and each effect is there once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import pytest
 from sqlalchemy import Connection, Engine, event, update
 
 from tests.forked import forkserver
+from tests.jobs.conftest import SetClock
 from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_tuning_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
-from tunesmith.jobs.leases import Lease
+from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
@@ -27,12 +31,62 @@ from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparam
 from tunesmith.services.runs import jobs
 from tunesmith.store import audit, database, uploads
 from tunesmith.store.people import identities
+from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
 
 pytestmark = pytest.mark.slow
+JOBS, WORKERS, KILLS = 24, 3, 6
 EVERY = 5  # effects after which an attempt is killed
 # What an attempt writes again and again: log, locks and leases.
 _REPEATED = ("job_events", "locks", "jobs SET until")
+
+
+def work(root: Path, url: str) -> None:
+    """Take jobs and finish each, until this process is killed."""
+    store = Store(root, url)
+    while True:
+        lease = leases.claim(store, "w", ["run"], project="p", seconds=1.0)
+        if lease is None:
+            time.sleep(0.05)
+            continue
+        with contextlib.suppress(LeaseLost):  # on a busy machine it may run out before the end
+            leases.log(store, lease, "effect")
+            time.sleep(0.2)
+            leases.finish(store, lease, {"fence": lease.fence})
+
+
+@pytest.mark.attack("crash", "kill -9 of workers again and again")
+def test_no_job_is_lost_or_ends_twice(store: Store, clock: SetClock) -> None:
+    numbers = [queue.add(store, "run", {}, project="p", actor="olive", attempts=100).id for _ in range(JOBS)]
+    url = store.engine.url.render_as_string(hide_password=False)
+    chosen = random.Random(1)
+
+    def started() -> BaseProcess:
+        process = forkserver().Process(target=work, args=(store.root, url))
+        process.start()
+        return process
+
+    workers, killed, deadline = [started() for _ in range(WORKERS)], 0, time.monotonic() + 600
+    try:
+        while left := queue.list_jobs(store, states=["queued", "running"], most=JOBS):
+            assert time.monotonic() < deadline, f"{len(left)} jobs are left"
+            time.sleep(0.05)
+            if killed < KILLS and len(left) < JOBS * (KILLS - killed) / KILLS:  # spread over the jobs
+                place = chosen.randrange(WORKERS)
+                workers[place].kill()
+                workers[place] = started()
+                killed += 1
+    finally:
+        for process in workers:
+            process.kill()
+            process.join()
+    assert killed >= KILLS // 2, "the workers were hardly disturbed: the test did not test"
+    for number in numbers:
+        job, lines = queue.get(store, number), Counter(line.message for line in queue.events(store, number))
+        assert job.state == "succeeded"
+        assert job.result == {"fence": job.fence}
+        assert lines["succeeded"] == 1
+        assert lines["effect"] <= job.attempts
 
 
 def attempt(folder: Path, lease: Lease) -> None:
@@ -90,10 +144,8 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
     (version,) = list_versions(store)
     assert job.result[KIND]["version"] == version.label
     assert verify_version(store, version.label).ok
-    assert [each.file for each in uploads.list_files(store, Scope(), most=9, oldest_first=True)] == [
-        file.file,
-        *job.result[KIND]["result_files"],
-    ]
+    files = [each.file for each in uploads.list_files(store, Scope(), most=9, oldest_first=True)]
+    assert files == [file.file, *job.result[KIND]["result_files"]]
     with database.reading(store.engine) as session:
         effects = Counter((entry.action, entry.subject) for entry in audit.entries(session))
     assert set(effects.values()) == {1}, effects.most_common(3)
