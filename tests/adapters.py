@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.fabricate import adapter_config
 from tunesmith.models.base import Base
 
 
@@ -29,20 +30,7 @@ def write_adapter(folder: Path, base: Base, *, rank: int = 4, strength: float = 
                 tensors[f"{prefix}.lora_A.weight"] = a
                 tensors[f"{prefix}.lora_B.weight"] = b * strength * weight.std() / rank**0.5
                 names.add(name.split(".")[-2])
-    config = {
-        "base_model_name_or_path": base.digest,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": float(rank),
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(names),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    config = adapter_config(base.digest, lora_alpha=float(rank), r=rank, target_modules=sorted(names))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     bound = json.dumps({"base": base.digest, "fingerprint": base.fingerprint})

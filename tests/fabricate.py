@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from tunesmith.candidates.candidate import Candidate, Retrieve, put_candidate
+from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
@@ -30,9 +32,11 @@ from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version
+from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.store.tables import RequestRow
 
 FINGERPRINT = digest_bytes(b"rendering")
 
@@ -230,6 +234,21 @@ def put_dataset(
         ],
     }
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+
+
+def put_requests(store: Store, version: str, several: Iterable[Mapping[str, Any]], name: str = "home") -> None:
+    """Requests that stable answered with a version (its digest) just now. several: what else each of them is."""
+    usual = {
+        "name": name,
+        "version": version,
+        "arm": "stable",
+        "ok": True,
+        "seconds": 0.1,
+        "scores": {"json_valid": 1.0},
+    }
+    with database.writing(store.engine) as session:
+        for one in several:
+            session.add(RequestRow(**{"id": uuid.uuid4().hex, "at": stamp(), "features": {}, **usual, **one}))
 
 
 # Answers

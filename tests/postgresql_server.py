@@ -61,19 +61,9 @@ class Mortal:
     def __init__(self, running: Any) -> None:
         self._running, self.url = running, _address(running)
 
-    def _first(self) -> psutil.Process:
-        return psutil.Process(int((self._running.pgdata / "postmaster.pid").read_text().split()[0]))
-
-    def kill(self) -> None:
-        """kill -9 of all its processes."""
-        processes = [self._first(), *self._first().children()]
-        for process in processes:
-            process.kill()
-        psutil.wait_procs(processes, timeout=120)
-
     def stop_at_once(self) -> None:
         """What `pg_ctl stop -m immediate` does."""
-        first = self._first()
+        first = psutil.Process(int((self._running.pgdata / "postmaster.pid").read_text().split()[0]))
         first.send_signal(signal.SIGQUIT)
         psutil.wait_procs([first], timeout=120)
 

@@ -3,9 +3,8 @@ on.
 
 A point is a write inside the operation that others can see: a file of the store that gets its name or loses it, or a
 commit of the database. What lies in a scratch file or in an open transaction is the same to all others, however much of
-it there is. `record` runs an operation whole in a forked child and lists its points; `run_killed` runs it in another
-child that kills itself (SIGKILL) before or after one of them. Children are forked: they have everything imported. This
-is done in a process of one thread: in one with more, a child can wait for a lock that no thread of its own holds.
+it there is. `record` runs an operation in a forked child, which has everything imported. This is done in a process of
+one thread: in one with more, a child can wait for a lock that no thread of its own holds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -48,15 +47,14 @@ pytestmark = pytest.mark.slow
 # The functions of os by which files get names and lose them. The first argument is a path.
 _CHANGES = ("link", "remove", "rename", "replace", "rmdir", "symlink", "truncate", "unlink")
 
-Moment = Literal["before", "after"]
 Operation = Callable[[Store], object]
 
 
 class _Watch:
-    """Notes the writes under a folder, and kills this process at one of them."""
+    """Notes the writes under a folder, and kills this process before one of them."""
 
-    def __init__(self, root: Path, number: int | None = None, moment: Moment = "before") -> None:
-        self.root, self.number, self.moment = str(root.resolve()), number, moment
+    def __init__(self, root: Path, number: int | None = None) -> None:
+        self.root, self.number = str(root.resolve()), number
         self.points: list[str] = []
 
     def install(self, store: Store) -> None:
@@ -85,33 +83,17 @@ class _Watch:
         return change
 
     def _call(self, what: str, real: Callable[[], Any]) -> Any:
-        mine = len(self.points) == self.number
+        if len(self.points) == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
         self.points.append(what)
-        if mine and self.moment == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real()
-        if mine:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        return real()
 
 
-def record(root: Path, operation: Operation) -> list[str]:
-    """Run an operation whole on the store in root, and return its points: the call and the file of each."""
-    listed = root.parent / f"{root.name}-points.json"
-    watch = _Watch(root)
-    assert _forked(root, operation, watch, lambda: listed.write_text(json.dumps(watch.points))) == 0, "it failed"
-    found: list[str] = json.loads(listed.read_text())
-    return found
+def record(root: Path, operation: Operation, number: int | None = None) -> list[str]:
+    """Run an operation on the store in root, and kill it before a point. Without one run it whole, and return its
+    points: the call and the file of each."""
+    listed, watch = root.parent / f"{root.name}-points.json", _Watch(root, number)
 
-
-def run_killed(root: Path, operation: Operation, number: int, moment: Moment) -> None:
-    """Run an operation on the store in root and kill it at a point. Fails if it was not killed."""
-    status = _forked(root, operation, _Watch(root, number, moment), lambda: None)
-    assert os.WIFSIGNALED(status), f"the operation ended before point {number} {moment}"
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def _forked(root: Path, operation: Operation, watch: _Watch, then: Callable[[], object]) -> int:
     def work() -> None:
         private = root.parent / f"{root.name}-temporary"
         private.mkdir(exist_ok=True)
@@ -119,10 +101,15 @@ def _forked(root: Path, operation: Operation, watch: _Watch, then: Callable[[], 
         store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
         watch.install(store)
         operation(store)
-        watch.number = None
-        then()
+        listed.write_text(json.dumps(watch.points))
 
-    return run_forked(work)
+    status = run_forked(work)
+    if number is not None:
+        assert os.WTERMSIG(status) == signal.SIGKILL, f"the operation ended before point {number}"
+        return []
+    assert status == 0, "it failed"
+    found: list[str] = json.loads(listed.read_text())
+    return found
 
 
 def make(folder: Path) -> dict[str, Operation]:
@@ -240,47 +227,36 @@ def check_goes_on(store: Store, operation: Operation, states: list[Any]) -> None
     assert is_written(store.blobs, identities.trusted_keys(store))
 
 
-def states_of(made: Path, folder: Path, operation: Operation, points: list[str]) -> list[Any]:
-    """The states before the operation and after each of its transactions."""
-    states = []
-    for number in (None, *(number for number, what in enumerate(points) if what == "commit")):
-        root = folder / f"state-{number}"
-        shutil.copytree(made, root)
-        if number is not None:
-            run_killed(root, operation, number, "after")
-        store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
-        state = snapshot(store)
-        store.engine.dispose()
-        if not states or state != states[-1]:
-            states.append(state)
-    return states
-
-
 def run_all(made: Path, name: str, operation: Operation) -> int:
-    """Kill an operation before each of its points and after the last one; returns how often."""
+    """Kill an operation before each of its points, and run it whole; returns how often."""
     folder = made.parent / name.replace(" ", "-")
-    folder.mkdir()
-    whole = folder / "whole"
-    shutil.copytree(made, whole)
-    points = record(whole, operation)
-    states = states_of(made, folder, operation, points)
-    assert len(states) > 1, f"{name} commits nothing that is looked at"
-    writes_files = any(what != "commit" for what in points)
-    moments: list[tuple[int, Moment]] = [(number, "before") for number in range(len(points))]
-    moments.append((len(points) - 1, "after"))  # after any other point is before the next one
-    for number, moment in moments:
-        root = folder / f"{number}-{moment}"
+
+    def run(place: str, number: int | None = None) -> tuple[Store, list[str]]:
+        root = folder / place
         shutil.copytree(made, root)
-        run_killed(root, operation, number, moment)
-        store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
+        points = record(root, operation, number)
+        return Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), points
+
+    before, points = run("points")
+    last = len(points)
+    # The states before it and after each of its transactions.
+    after = [number + 1 for number, what in enumerate(points) if what == "commit"]
+    stores = [run(f"state-{n}", n if n < last else None)[0] for n in (0, *after)]
+    states = [snapshot(store) for store in stores]
+    assert states[0] != states[-1], f"{name} commits nothing that is looked at"
+    writes_files = any(what != "commit" for what in points)
+    for number in range(last + 1):
+        store, _ = run(f"{number}", number if number < last else None)
         try:
             check_killed(store, states, writes_files=writes_files)
             check_goes_on(store, operation, states)
         except BaseException as error:
-            raise AssertionError(f"{name}, killed {moment} {points[number]} (number {number}): {error}") from error
+            raise AssertionError(f"{name}, killed at {[*points, 'its end'][number]} ({number}): {error}") from error
         store.engine.dispose()
-        shutil.rmtree(root)
-    return len(moments)
+    for store in (before, *stores):
+        store.engine.dispose()
+    shutil.rmtree(folder)
+    return last + 1
 
 
 def kill_all(folder: Path) -> None:

@@ -102,10 +102,3 @@ def test_what_is_no_text_file(tmp_path: Path, what: str) -> None:
         users.enrol_key(Store(tmp_path / "store"), "eve", path, actor="owner")
     with pytest.raises(Refused):
         read_trust(path)
-
-
-@pytest.mark.parametrize("what", DEEP)
-def test_a_broken_list_of_keys(tmp_path: Path, what: str) -> None:
-    DEEP[what](tmp_path / "trust.json")
-    with pytest.raises(Refused, match="cannot be read"):
-        read_trust(tmp_path / "trust.json")

@@ -25,7 +25,7 @@ from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.data.dataset import Example
 from tunesmith.data.documents import PASSAGES, Passage
-from tunesmith.evaluation.evaluate import Costs, evaluate
+from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import TaskSettings
@@ -56,7 +56,7 @@ class Evaluated:
         return f"/console/evidence/{self.evaluation[7:]}"
 
 
-def put_evaluation(scene: Scene, n: int = 60, costs: Costs | None = None) -> Evaluated:
+def put_evaluation(scene: Scene, n: int = 60) -> Evaluated:
     """n held-out rows: the first five hostile, five of the tenant acme; six candidates."""
     store = scene.store
     test = [
@@ -75,14 +75,10 @@ def put_evaluation(scene: Scene, n: int = 60, costs: Costs | None = None) -> Eva
     training = put_training(store, scene.base, dataset, adapter_files(scene.base, 77))
     other = put_base(store, 9)
     remote = RemoteModel(url="https://models.example/v1", model="large")
+    retrieve: dict[str, Any] = {"retrieve": Retrieve(**{"from": "documents"})}
     candidates = [
         (Candidate(name="prompt", prompt="Answer in JSON.", **base), flawed(0.2, 0.5, 1)),
-        (
-            Candidate(
-                name="rag", prompt="Answer.", documents=documents, retrieve=Retrieve(**{"from": "documents"}), **base
-            ),
-            _told(flawed(0.5, 0.9, 2)),
-        ),
+        (Candidate(name="rag", prompt="Answer.", documents=documents, **retrieve, **base), _told(flawed(0.5, 0.9, 2))),
         (Candidate(name="tuned", prompt="Answer in JSON.", training=training, dataset=dataset, **base), _hostile()),
         (Candidate(name="nearest", method="nearest", dataset=dataset, **base), flawed(0.3, 1.0, 4)),
         (Candidate(name="remote", endpoint=remote, **base), flawed(0.6, 1.0, 5)),
@@ -92,13 +88,11 @@ def put_evaluation(scene: Scene, n: int = 60, costs: Costs | None = None) -> Eva
     for candidate, answer in candidates:
         lines = answer_lines(test, answer)
         if candidate.documents:
-            lines = [
-                {**line, "retrieved": ["public", "secret"] if n % 2 else ["public"]} for n, line in enumerate(lines)
-            ]
+            lines = [{**line, "retrieved": ["public", "secret"][: 1 + n % 2]} for n, line in enumerate(lines)]
         lines[0]["finish"] = "length"
         answers[candidate.name] = put_answers(store, put_candidate(store, candidate), dataset, lines)
     task = TaskSettings.model_validate({"scorers": ["exact_match", "json_valid"]})
-    arguments: dict[str, Any] = {"answers": answers, "probes": {}, "answer_schema": SCHEMA, "costs": costs}
+    arguments: dict[str, Any] = {"answers": answers, "probes": {}, "answer_schema": SCHEMA}
     found = evaluate(store, dataset=dataset, task=task, **arguments)
     gates = GATES.validate_python({"valid": {"metric": "json_valid", "at_least": 0.5}})
     return Evaluated(found, judge(store, evaluation=found, candidate="tuned", gates=gates), test)

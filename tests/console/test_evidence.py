@@ -20,14 +20,11 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import copied, put_recall
 from tests.server.conftest import Served
 from tests.waiting import until
-from tunesmith.candidates.settings import TokenPrice
 from tunesmith.cli.main import app
 from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion
-from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
-from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import list_versions
 from tunesmith.store.people.identities import add_user
@@ -90,23 +87,6 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     expect(page.get_by_text("60 of 60")).to_be_visible()
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_text("59 of 60")).to_be_visible()
-
-
-def test_prices_are_exact_and_only_a_training_is_repaid(served: Served) -> None:
-    costs = Costs(PriceSettings(machine_hour=0.0144, currency="EUR"), {"remote": TokenPrice(prompt=1.0, answer=10.0)})
-    found = put_evaluation(served.scene, costs=costs)
-    gates = GATES.validate_python({"some": {"metric": "exact_match", "at_least": 0.0}})
-    prompt = judge(served.scene.store, evaluation=found.evaluation, candidate="prompt", gates=gates)
-    with plain(served, cookie_of(served, APPROVER)) as http:
-        page = http.get(found.path).text
-        assert '<td class="number">0.004</td>' in page
-        assert '<td class="number">0.00</td>' not in page
-        trained, untrained = (
-            http.get(f"{found.path}/findings", params={"verdict": each[7:]}).text for each in (found.verdict, prompt)
-        )
-    assert "The training of tuned is repaid after" in trained
-    assert "Risks of tuning prompt" in untrained
-    assert "repaid" not in untrained
 
 
 @pytest.mark.attack("people", "an answer that repeats a document which the reader may not see")
@@ -282,26 +262,23 @@ def test_a_hanging_candidate_is_stopped_and_blocks_nobody(served: Served, evalua
 
 
 def test_the_command_line_prints_the_same(scene: Scene, evaluated: Evaluated) -> None:
-    def call(*words: str) -> tuple[int, str]:
-        folder = str(scene.store.root)
-        done = CliRunner().invoke(app, [*words, "--as", APPROVER, "-C", folder], env={"COLUMNS": "200"})
-        return done.exit_code, done.stdout
+    def printed(*words: str) -> str:
+        words = (*words, "--as", APPROVER, "-C", str(scene.store.root))
+        done = CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
 
-    code, said = call("requests", "--show", "losses", "--json")
-    found = json.loads(said)
-    assert (code, found["evaluation"]) == (0, evaluated.evaluation)
-    losses = found["rows"]
-    assert len(losses) == found["changes"]["loss"] > 0
-    assert {row["change"] for row in losses} == {"loss"}
+    found = json.loads(printed("requests", "--show", "losses", "--json"))
+    assert found["evaluation"] == evaluated.evaluation
+    assert len(found["rows"]) == found["changes"]["loss"] > 0
+    assert {row["change"] for row in found["rows"]} == {"loss"}
     row = evaluated.rows[1]
-    assert row.id in call("requests", "--search", row.messages[-2].content[:20])[1]
-    code, said = call("request", row.id, "--evaluation", evaluated.evaluation[7:20])
-    assert code == 0
-    assert "withheld" in said, "no tenant sees a document of acme's support"
-    code, said = call("request", row.id, "--compared", "tuned", "--json")
-    opened = {one["candidate"]: one for one in json.loads(said)["answers"]}
-    tuned = opened["tuned"]["text"]
+    assert row.id in printed("requests", "--search", row.messages[-2].content[:20])
+    # No tenant sees a document of acme's support.
+    assert "withheld" in printed("request", row.id, "--evaluation", evaluated.evaluation[7:20])
+    answers = json.loads(printed("request", row.id, "--compared", "tuned", "--json"))["answers"]
+    opened = {one["candidate"]: one for one in answers}
     for name in ("prompt", "nearest"):
         changes = opened[name]["changes"]
         assert "".join(text for kind, text in changes if kind != "removed") == opened[name]["text"]
-        assert "".join(text for kind, text in changes if kind != "added") == tuned
+        assert "".join(text for kind, text in changes if kind != "added") == opened["tuned"]["text"]

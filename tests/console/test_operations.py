@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, csrf, plain
-from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD
+from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD, put_requests
 from tests.server.conftest import Served
 from tests.tiny_project import settings
 from tunesmith.core.clock import now
@@ -32,7 +32,7 @@ from tunesmith.services.traffic import monitoring, operations
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.people.tokens import issue_token
-from tunesmith.store.tables import DeliveryRow, RequestRow
+from tunesmith.store.tables import DeliveryRow
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 10_000
 HOOK = {"url": "https://hooks.example.org/x", "secret": "HOOK_SECRET", "events": ["rollout.started"]}
@@ -138,12 +138,11 @@ def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
     store = served.scene.store
     at, until = now() - timedelta(minutes=30), now() + timedelta(days=1)
     kept = hashlib.md5(b"kept", usedforsecurity=False).hexdigest()
-    about = {"name": NAME, "version": versions[1].digest, "arm": "stable", "ok": True, "seconds": 0.1}
-    about |= {"at": at.isoformat(timespec="microseconds"), "scores": {"json_valid": 1.0}}
+    lengths = {f"r{place}": 700.0 + place for place in range(1, 200)} | {kept: 9000.0}
+    asked = {"at": at.isoformat(timespec="microseconds")}
+    rows = [{**asked, "id": each, "features": {"characters": length}} for each, length in lengths.items()]
+    put_requests(store, versions[1].digest, rows)
     with database.writing(store.engine) as session:
-        for place in range(200):
-            features = {"characters": 9000.0 if place == 0 else 700.0 + place}
-            session.add(RequestRow(id=kept if place == 0 else f"r{place}", **about, features=features))
         about = {"project": NAME, "webhook": "chat", "type": "rollout.started", "body": "{}", "due": 0.0}
         session.add(DeliveryRow(**about, event="evt_1", seq=1, attempts=8, given_up=True, error="HTTP 500"))
     stated: dict[str, Any] = {"version": versions[1].digest, "by": OPERATOR, "tenant": "", "region": "", "scores": {}}

@@ -12,7 +12,7 @@ from sqlalchemy import delete
 
 from tests.console.conftest import Login, check_page, follow
 from tests.console.test_login import cookie_of, csrf, plain
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene, put_requests
 from tests.rollout.conftest import begin, champion
 from tests.server.conftest import Served
 from tunesmith.registry.versions import Version
@@ -104,14 +104,10 @@ def test_traffic_has_some_hundred_spans_however_long_it_lasts(scene: Scene, vers
         began = ended - timedelta(hours=hours)
         with database.writing(scene.store.engine) as session:
             session.execute(delete(RequestRow))
-            session.add_all(
-                RequestRow(
-                    id=f"r{place}", at=(began + (ended - began) * place / 50).isoformat(timespec="microseconds"),
-                    name=NAME, version=versions[2].digest, rollout=rollout.id, arm="canary" if place % 2 else "stable",
-                    ok=place % 5 != 0, seconds=0.1, scores={"json_valid": 0.5}, features={"step": 1},
-                )
-                for place in range(50)
-            )  # fmt: skip
+        times = [(began + (ended - began) * place / 50).isoformat(timespec="microseconds") for place in range(50)]
+        rows = [{"at": at, "arm": ("stable", "canary")[n % 2], "ok": n % 5 != 0} for n, at in enumerate(times)]
+        common = {"rollout": rollout.id, "scores": {"json_valid": 0.5}, "features": {"step": 1}}
+        put_requests(scene.store, versions[2].digest, [{**common, **row} for row in rows])
         old = get_rollout(scene.store, rollout.id).model_copy(update={"started_at": began.isoformat()})
         found = rollout_course.traffic_of(scene.store, old)
         assert (found.minutes, 80 <= len(found.spans) <= 300) == (minutes, True)

@@ -138,7 +138,7 @@ def test_a_person_cancels_pauses_and_resumes(served: Served, login: Login) -> No
     assert queue.get(store, second).state == "queued"
 
 
-def test_a_run_that_ended_and_a_job_of_a_kind_that_is_gone(served: Served, login: Login) -> None:
+def test_a_run_that_ended(served: Served, login: Login) -> None:
     scene, store = served.scene, served.scene.store
     number = added(store)
     lease = claimed(store)
@@ -152,13 +152,6 @@ def test_a_run_that_ended_and_a_job_of_a_kind_that_is_gone(served: Served, login
         "0.730 0.690 to 0.770"
     )
     check_page(page)
-    gone = added(store, "distil")
-    assert leases.claim(store, "host:1", ["run"], project="p") is None
-    page.goto(f"{served.url}/console/jobs/{gone}")
-    expect(page.get_by_role("heading", level=1)).to_contain_text(f"Job {gone}: distil failed")
-    expect(page.get_by_text("jobs of the kind distil are no longer performed").first).to_be_visible()
-    page.goto(f"{served.url}/console/jobs")
-    expect(page.get_by_role("row").filter(has_text="distil")).to_contain_text("are no longer performed")
 
 
 def interval_of(median: float) -> dict[str, float]:

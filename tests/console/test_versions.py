@@ -223,7 +223,7 @@ def test_what_is_no_decision_is_refused(served: Served) -> None:
 
 def test_documents_of_a_version(served: Served) -> None:
     store = served.scene.store
-    register(store, name="desk", verdict=put_evaluation(served.scene, n=20).verdict, actor=OWNER)
+    register(store, name="desk", verdict=put_evaluation(served.scene).verdict, actor=OWNER)
     with plain(served, cookie_of(served)) as http, plain(served, cookie_of(served, OWNER)) as reader:
         assert "it lost against" in http.get("/console/versions/desk/1").text
         report = http.get("/console/versions/desk/1/report.html")

@@ -31,7 +31,6 @@ from tests.webhooks.test_deliveries import (  # noqa: F401
     test_a_webhook_gets_what_happens_from_then_on_and_what_it_asked_for,
     test_one_process_sends_at_a_time,
 )
-from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
@@ -43,27 +42,6 @@ from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
 __all__ = ["receiver", "store"]
-
-
-def test_a_database_that_is_killed_loses_no_job(tmp_path: Path, mortal: Mortal) -> None:
-    store = Store(tmp_path / "store", mortal.url)
-    owner = identities.ensure_owner(store).name
-    numbers = [queue.add(store, "run", {}, project="p", actor=owner).id for _ in range(3)]
-    lease = leases.claim(store, "w", ["run"], project="p")
-    assert lease is not None
-
-    def restarted(progress: JobProgress) -> Outcome:
-        mortal.kill()
-        with pytest.raises(TunesmithError, match="database cannot be used"):
-            progress.say("while it is gone")
-        mortal.start()
-        return Outcome({"n": 1})
-
-    perform(store, lease, restarted)
-    assert [queue.get(store, number).state for number in numbers] == ["succeeded", "queued", "queued"]
-    with database.reading(store.engine) as session:
-        assert audit.verify(session) == []
-    store.engine.dispose()
 
 
 def test_workers_on_machines_whose_clocks_differ_agree(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.fabricate import put_requests
 from tests.http_server import answering
 from tests.tiny import write_model
 from tests.tiny_project import write_project
 from tests.webhooks.conftest import Receiver, receiver
 from tunesmith.cli.main import app
-from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
 from tunesmith.monitoring import cases
@@ -39,7 +39,7 @@ from tunesmith.services.runs.retraining import Retraining
 from tunesmith.services.traffic import held, monitoring
 from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
-from tunesmith.store.tables import RequestRow, WebhookRow
+from tunesmith.store.tables import WebhookRow
 
 __all__ = ["receiver"]
 
@@ -115,14 +115,8 @@ def drifting(folder: Path) -> None:
     """Requests to the champion that are much longer than the test rows."""
     project = Project.load(folder)
     (version,) = list_versions(project.store, "tiny")
-    with database.writing(project.store.engine) as session:
-        for number in range(300):
-            session.add(
-                RequestRow(
-                    id=f"r{number}", at=stamp(), name="tiny", version=version.digest, arm="stable", ok=True,
-                    seconds=0.1, scores={"json_valid": 0.0}, features={"characters": 900},
-                )
-            )  # fmt: skip
+    rows = [{"scores": {"json_valid": 0.0}, "features": {"characters": 900}}] * 300
+    put_requests(project.store, version.digest, rows, name="tiny")
     project.store.engine.dispose()
 
 
@@ -131,14 +125,6 @@ def recalled(folder: Path) -> None:
     set_roles(project.store, "olive", ["admin", "engineer", "steward"])
     monitoring.recall(project.store, monitoring.cause_of(project.store, {"version": "tiny@v1"}), reason="wrong")
     project.store.engine.dispose()
-
-
-def test_nothing_is_due_where_nothing_changed(folder: Path) -> None:
-    found = look(folder)
-    assert (found.version, found.causes) == ("tiny@v1", ())
-    change(folder, retraining=None)
-    with pytest.raises(UsageError, match="does not say when to retrain"):
-        look(folder)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +150,11 @@ def test_a_cause_queues_one_run(folder: Path, cause: str, days: float, act: Call
 
 
 def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = look(folder)
+    assert (found.version, found.causes) == ("tiny@v1", ())
+    change(folder, retraining=None)
+    with pytest.raises(UsageError, match="does not say when to retrain"):
+        look(folder)
     change(folder, retraining={"causes": ["rows"], "wait_hours": 24, "runs_in_30_days": 2})
     add_rows(folder)
     assert look(folder, add=False).causes[0].job is None
@@ -222,21 +213,6 @@ def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(folder: P
         assert looked(144)[1] > third[1]
 
 
-def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: Path) -> None:
-    drifting(folder)
-    add_rows(folder)
-    change(folder, retraining={"causes": ["drift"]})
-    said: list[str] = []
-    project = Project.load(folder)
-    jobs.make_worker(project, also=lambda: retraining.look_again(folder, said.append)).run(until_empty=True)
-    (job,) = jobs.list_jobs(project.store).jobs
-    assert (job.state, job.cause) == ("succeeded", "drift: tiny@v1"), job.error
-    assert job.result["register"]["version"] == "tiny@v2"
-    assert "job 1: queued because of drift" in said[0]
-    with pytest.raises(Refused, match="approv"):
-        start(project.store, name="tiny", version=list_versions(project.store, "tiny")[1], steps=AT_ONCE, actor="olive")
-
-
 def test_a_cause_that_cannot_be_looked_for_hides_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(_seen: object) -> None:
         raise UsageError("the server of the rows does not answer")
@@ -273,8 +249,9 @@ def test_a_worker_deletes_texts_before_it_looks_for_causes(folder: Path, monkeyp
 def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drifting(folder)
     change(folder, retraining={"causes": ["drift"]})
-    project = Project.load(folder)
-    retraining.look_again(folder, str)
+    project, said = Project.load(folder), list[str]()
+    retraining.look_again(folder, said.append)
+    assert "job 1: queued because of drift" in said[0]
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
     with monkeypatch.context() as patch:
@@ -282,7 +259,7 @@ def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: 
         patch.setattr(signal, "signal", lambda *_: None)
         jobs.perform_in_child(folder, lease, os.getppid())
     (job,) = jobs.list_jobs(project.store).jobs
-    assert (job.state, job.error["code"]) == ("failed", "nothing_new")
+    assert (job.state, job.error["code"], job.cause) == ("failed", "nothing_new", "drift: tiny@v1")
     result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])
     assert result.exit_code == 0, result.output
     assert "drift: requests to tiny@v1 drifted" in result.stdout

@@ -10,15 +10,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD, Scene, put_requests
 from tunesmith.cli import monitoring, rollout
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import advance
-from tunesmith.store import database
 from tunesmith.store.store import Store
-from tunesmith.store.tables import RequestRow
 
 PROJECT = f"""
 name: {NAME}
@@ -115,32 +113,23 @@ def test_a_number_that_is_none_is_wrong_usage(folder: Folder, number: str) -> No
 
 
 def test_monitor_ends_with_the_code_of_its_verdict(folder: Folder, versions: dict[int, Version]) -> None:
+    def serve_rows(lengths: list[int]) -> None:
+        rows = [{"features": {"characters": length, "nearest": 0.8}} for length in lengths]
+        put_requests(folder.scene.store, versions[1].digest, rows)
+
     folder.run("rollout", "start", f"{NAME}@v1")
     code, empty = folder.run("monitor")
     assert (code, empty["verdict"], empty["requests"]) == (4, "inconclusive", 0)
     test_split = load_dataset(folder.scene.store, folder.scene.dataset).examples("test")
     lengths = [len(row.messages[0].content) for row in test_split]
-    serve_rows(folder, versions[1], [lengths[number % len(lengths)] for number in range(300)])
+    serve_rows([lengths[number % len(lengths)] for number in range(300)])
     code, like = folder.run("monitor", f"{NAME}@v1")
     assert {one["name"] for one in like["findings"]} == {"characters", "nearest", "unlike", "json_valid"}
-    serve_rows(folder, versions[1], [500] * 3000)
+    serve_rows([500] * 3000)
     code, drifted = folder.run("monitor", f"{NAME}@champion", "--hours", "1")
     assert (code, drifted["verdict"]) == (3, "drift")
     assert "retrain" in folder.told("monitor")
     assert folder.run("monitor", "--tenant", "nobody")[0] == 2
-
-
-def serve_rows(folder: Folder, version: Version, lengths: list[int]) -> None:
-    from tunesmith.core.clock import stamp
-
-    with database.writing(folder.scene.store.engine) as session:
-        for number, length in enumerate(lengths):
-            session.add(
-                RequestRow(
-                    id=f"{len(lengths)}-{number}", at=stamp(), name=NAME, version=version.digest, arm="stable", ok=True,
-                    seconds=0.1, scores={"json_valid": 1.0}, features={"characters": length, "nearest": 0.8},
-                )
-            )  # fmt: skip
 
 
 def test_recall_by_row_and_base(folder: Folder) -> None:
@@ -169,7 +158,7 @@ def test_recall_by_row_and_base(folder: Folder) -> None:
 
 def test_impact_lists_what_depends_on_a_base(folder: Folder, versions: dict[int, Version]) -> None:
     folder.run("rollout", "start", f"{NAME}@v1")
-    serve_rows(folder, versions[1], [5] * 3)
+    put_requests(folder.scene.store, versions[1].digest, [{}] * 3)
     base = folder.scene.base
     code, found = folder.run("impact", base.removeprefix("sha256:")[:12])
     assert (code, found["base"]) == (0, base)
