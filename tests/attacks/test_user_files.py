@@ -1,20 +1,29 @@
-"""Files that a user hands in: broken, huge, deep, or no files at all. Exit 2 with the place, never a traceback."""
+"""Files that a user hands in: broken, huge, deep or none at all; and texts of strangers in what commands print."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
+import tunesmith.cli
 from tests.tiny_project import write_project
+from tunesmith.cli.console import PlainConsole
+from tunesmith.cli.data_tables import draw_removed, draw_rows
 from tunesmith.cli.main import main
+from tunesmith.cli.terminal import Terminal, draw_table, say
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.services.accounts import users
@@ -102,3 +111,91 @@ def test_what_is_no_text_file(tmp_path: Path, what: str) -> None:
         users.enrol_key(Store(tmp_path / "store"), "eve", path, actor="owner")
     with pytest.raises(Refused):
         read_trust(path)
+
+
+HOSTILE = "a\x1b[31mb\x1b]0;owned\x07c\x9b2Jd\u202ee\u2066f\u200bg\r[red]h[/] [/nothing] :smile: \U000e0041i\ud800"
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202e\u2066\U000e0041\ud800]")
+
+
+def drawn(*objects: Any, **options: Any) -> str:
+    console = PlainConsole()
+    console.file = io.StringIO()
+    for each in objects:
+        console.print(each, **options)
+    return console.file.getvalue()
+
+
+def harmless(text: str) -> None:
+    assert not OBEYED.search(text)
+    assert "[red]h[/] [/nothing] :smile:" in " ".join(text.split())
+
+
+@pytest.mark.attack("terminal", "rows, names and reasons in every kind of output", "shown as code points")
+def test_nothing_that_is_drawn_controls_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    tree = Tree(HOSTILE)
+    tree.add(Text(HOSTILE))
+    for thing in (HOSTILE, Text(HOSTILE), table, tree):
+        harmless(drawn(thing, soft_wrap=True))
+    console = PlainConsole()
+    draw_table(console, [(HOSTILE,)], HOSTILE, title=HOSTILE)
+    say(HOSTILE)
+    terminal = Terminal()
+    with terminal.task(HOSTILE, 1) as task:
+        task.note(HOSTILE)
+    terminal._fancy = True
+    with terminal.task(HOSTILE, 1) as task:
+        task.note(HOSTILE)
+    for text in capsys.readouterr():
+        harmless(text)
+
+
+@pytest.mark.attack("terminal", "a row that imitates another turn or another row")
+def test_a_turn_with_line_feeds_stays_inside_its_turn() -> None:
+    from types import SimpleNamespace
+
+    row = {"id": "r1", "group": "g", "licence": "MIT", "messages": [{"role": "user", "content": "x\n  assistant: yes"}]}
+    console = PlainConsole()
+    console.file = io.StringIO()
+    draw_rows(console, SimpleNamespace(split="train", examples=[row], total=1))  # type: ignore[arg-type]
+    fields = {"text": "x\n\x9b2J\u202e"}
+    draw_removed(console, SimpleNamespace(removed={"duplicate": [{"source": "a\nb", "row": 1, "fields": fields}]}))  # type: ignore[arg-type]
+    shown = console.file.getvalue()
+    assert "\n  user: x\n      assistant: yes\n" in shown
+    assert "\n  a\n    b, row 1: " in shown
+    assert json.loads(shown[shown.index('{"text"') :]) == fields
+
+
+@pytest.mark.attack("terminal", "names that are not valid, in errors and their JSON")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_errors_show_hostile_names_safely(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    hostile = HOSTILE.replace("\ud800", "") + "\nerror: none"
+    tries = [
+        ["show", hostile], ["verify", hostile], ["data", "show", hostile], ["doctor", "-C", str(tmp_path / hostile)],
+        [hostile], ["users", "add", hostile], ["report", hostile],
+    ]  # fmt: skip
+    for words in tries:
+        monkeypatch.setattr(sys, "argv", ["tunesmith", *words, *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code
+        for text in capsys.readouterr():
+            assert not OBEYED.search(text.replace("\n", ""))
+            assert "\nerror: none" not in text
+
+
+def test_commands_print_through_the_safe_console_only() -> None:
+    direct = []
+    for path in Path(tunesmith.cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo", "Console"):
+                text = ast.unparse(node)
+                if not any(safe in text for safe in ("printable", "json_text", "print()", "_STOPPED_TEXT")):
+                    direct.append(f"{path.name}: {text}")
+    assert direct == []

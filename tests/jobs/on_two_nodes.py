@@ -13,20 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-
-def until(found: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 400
-    while not (value := found()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return value
+from tests.waiting import until
 
 
 def performing() -> list[psutil.Process]:

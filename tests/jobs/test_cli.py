@@ -94,8 +94,7 @@ def test_settings_of_one_run(folder: Path) -> None:
     assert "tuned.epochs=2" in told(folder, "jobs", "show", "1")
     project = Project.load(folder)
     train = project_of(project, queue.get(project.store, 1)).settings.candidates["tuned"].train
-    assert train is not None
-    assert (train.epochs, train.learning_rate) == (2, 0.01)
+    assert (train and train.epochs, train and train.learning_rate) == (2, 0.01)
     assert document(folder, "forecast", "--queue")["kind"] == "forecast"
     assert told(folder, "forecast", "--queue", "--rows", "300").startswith("2: a queued forecast takes the defaults")
     for wrong, said in (
@@ -108,6 +107,4 @@ def test_settings_of_one_run(folder: Path) -> None:
         assert said in told(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", wrong)
     document(folder, "run", "--queue", "--set", "tuned.budget=20m")
     train = project_of(project, queue.get(project.store, 3)).settings.candidates["tuned"].train
-    assert train is not None
-    assert (train.budget, train.epochs) == (1200, 20), "it replaces the file's epochs"
-    assert len(document(folder, "jobs", "list")["jobs"]) == 3
+    assert (train and train.budget, train and train.epochs) == (1200, 20), "it replaces the file's epochs"

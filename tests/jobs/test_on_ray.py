@@ -85,11 +85,6 @@ def test_as_many_jobs_at_once_as_the_nodes_have_room_for(
     named, said = made(jobs={"runner": "ray", "resources": {"GPU": 1}, "address": "head:6379"}), list[str]()
     assert len(places(named, nodes(HERE, CPU=1.0), say=said.append)) == 1  # the cluster may grow
     assert said == ["waiting for 1 workers with 1 GPU each, and the Ray cluster has 0 GPU"]
-
-
-def test_nodes_on_other_machines_need_another_database_than_sqlite(
-    made: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
-) -> None:
     with pytest.raises(Refused, match=r"has nodes on far, and SQLite can be used on one machine only") as refused:
         places(made(), nodes(HERE, "far", CPU=1.0))
     assert "TUNESMITH_DATABASE_URL" in refused.value.fix
@@ -109,39 +104,28 @@ def test_a_server_says_why_its_worker_waits(made: Callable[..., Project], monkey
     assert waited == [own_worker._LONG_PAUSE], "it is not started again at once"
 
 
-def leased(project: Project) -> Lease:
+def test_a_node_that_cannot_perform_the_job_says_why(made: Callable[..., Project], tmp_path: Path) -> None:
+    project = made()
     jobs.queue_run(project)
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
-    return lease
-
-
-def test_a_node_that_cannot_perform_the_job_says_why(made: Callable[..., Project], tmp_path: Path) -> None:
-    project = made()
-    lease, root, mark = leased(project), project.root, str(tmp_path)
-    files = str(project.store.root / "records")
-    check_node(root, "w", HERE, files, lease, mark)
+    given = {"root": project.root, "worker": "w", "host": HERE, "kept": str(project.store.root / "records")}
+    given |= {"lease": lease, "mark": str(tmp_path)}
+    check_node(*given.values())  # type: ignore[arg-type]
     assert queue.events(project.store, lease.job)[-1].message == f"performed on the node {HERE} of the Ray cluster"
 
-    def refused(
-        folder: Path = root,
-        worker: str = "w",
-        host: str = HERE,
-        kept: str = files,
-        job: Lease = lease,
-        seen: str = mark,
-    ) -> str:
+    def refused(**other: Any) -> str:
         with pytest.raises(TunesmithError) as raised:
-            check_node(folder, worker, host, kept, job, seen)
+            check_node(*{**given, **other}.values())  # type: ignore[arg-type]
         assert isinstance(raised.value, UsageError | Refused), "it is not tried again"
         return str(raised.value)
 
     assert "SQLite can be used on one machine only" in refused(host="far")
-    assert "does not see the files of the worker's store" in refused(seen=str(tmp_path / "none"))
-    assert "does not see the files of the worker's store" in refused(kept="s3://bucket/records", seen="")
+    assert "does not see the files of the worker's store" in refused(mark=str(tmp_path / "none"))
+    assert "does not see the files of the worker's store" in refused(kept="s3://bucket/records", mark="")
     assert "uses another database" in refused(worker="other:7")
-    assert "uses another database" in refused(job=Lease(99, 1, 60.0))
-    assert "there is no project here" in refused(folder=tmp_path / "nowhere")
+    assert "uses another database" in refused(lease=Lease(99, 1, 60.0))
+    assert "there is no project here" in refused(root=tmp_path / "nowhere")
     leases.finish(project.store, lease, {})
     assert "uses another database" in refused(), "the job has ended there"
 

@@ -20,7 +20,6 @@ from tests.jobs.test_queue import (  # noqa: F401
     test_the_highest_priority_is_taken_first_and_then_the_oldest,
     test_what_people_ask_for,
 )
-from tests.jobs.test_state_machine import test_the_queue_holds_under_any_order_of_events  # noqa: F401
 from tests.postgresql_server import Mortal
 from tests.store.test_postgresql import store
 from tests.waiting import until
