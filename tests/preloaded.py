@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# ruff: noqa: F401
 import gc
 
 import pytest
@@ -11,29 +12,13 @@ import torch.distributed.tensor
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, Phi3ForCausalLM
 
-from tunesmith import api
-from tunesmith.cli import main
+import tunesmith.api
+import tunesmith.cli.main
+import tunesmith.jobs.worker
+import tunesmith.server.app
+import tunesmith.training.launchers.together
 from tunesmith.engines.hf import libraries, loaded
-from tunesmith.jobs import worker
-from tunesmith.server import app
-from tunesmith.training.launchers import together as training
 
 libraries.transformers()
 libraries.peft()
 gc.freeze()  # a process that collects garbage would copy the memory of all that is loaded here
-
-__all__ = [
-    "GPT2LMHeadModel",
-    "LlamaForCausalLM",
-    "LoraConfig",
-    "Phi3ForCausalLM",
-    "api",
-    "app",
-    "get_peft_model",
-    "loaded",
-    "main",
-    "pytest",
-    "torch",
-    "training",
-    "worker",
-]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.commands import Forked, first_line
+from tests.attacks.test_sigterm import serving
+from tests.commands import Forked
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_chain
 from tests.rollout.conftest import Versions, logged, made, scene, versions
 from tests.server.conftest import HELLO, Served, engine, running, served
@@ -201,7 +201,7 @@ def one_waits(scene: Scene, engine: FakeEngine, version: Version, happens: Calla
     return found
 
 
-@pytest.mark.attack("standing", "lost while a request waits, or while it is answered", "the one under way finishes")
+@pytest.mark.attack("standing", "lost while a request waits, or while it is answered", "the waiting one: 404")
 def test_a_waiting_request_is_refused_and_one_under_way_finishes(
     scene: Scene, engine: FakeEngine, versions: Versions
 ) -> None:
@@ -283,38 +283,30 @@ def _metrics(served: Served) -> str:
         return http.get("/metrics").text
 
 
-def _command(folder: Path, *words: str) -> tuple[int, str]:
-    """(exit code, what it said on stderr) of a command in a process of its own."""
-    process = Forked(folder, *words)
-    said = process.communicate(SECONDS)[1]
-    return process.wait(SECONDS), said
-
-
 @pytest.mark.slow
 @pytest.mark.attack("standing", "lost by a command of another process", "refused, 404; answered")
 def test_commands_of_another_process_count_at_the_next_request(folder: Path) -> None:
     with (folder / "tunesmith.yaml").open("a") as file:
         file.write("rollout: {steps: [{setWeight: 100}]}\n")
-    process = command(folder, "--port", "0")
-    try:
-        url = first_line(process)["url"]
-        headers = {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
+    with serving(folder, command(folder, "--port", "0")) as (url, headers):
         body = {"model": NAME, "messages": HELLO, "max_tokens": 2}
 
         def code() -> str:
             document = httpx.post(f"{url}/chat/completions", headers=headers, json=body, timeout=120).json()
             return str(document.get("error", {}).get("code", "answered"))
 
+        def said(*words: str) -> str:
+            """What a command in a process of its own says on stderr."""
+            process = Forked(folder, *words)
+            text = process.communicate(SECONDS)[1]
+            assert process.returncode == 0, text
+            return text
+
         assert code() == "answered"
-        ended, said = _command(folder, "users", "deactivate", APPROVER, "--as", OWNER)
-        assert (ended, f"nothing serves {NAME}" in said) == (0, True), said
+        assert f"nothing serves {NAME}" in said("users", "deactivate", APPROVER, "--as", OWNER)
         assert code() == "model_not_available"
-        assert _command(folder, "rollout", "start", f"{NAME}@v1", "--override", "drill", "--as", OWNER)[0] == 0
+        said("rollout", "start", f"{NAME}@v1", "--override", "drill", "--as", OWNER)
         assert code() == "answered"
-        recalling = ("recall", "--version", f"{NAME}@v1", "--reason", "wrong", "--as", STEWARD)
-        assert _command(folder, *recalling)[0] == 0
+        said("recall", "--version", f"{NAME}@v1", "--reason", "wrong", "--as", STEWARD)
         assert code() == "model_not_available"
         assert httpx.get(f"{url}/models", headers=headers).json()["data"] == []
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)

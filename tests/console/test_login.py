@@ -1,25 +1,36 @@
-"""Log in by a link, stay logged in, log out; what is refused; and what strange addresses get."""
+"""Log in by a link or at an identity provider, stay logged in, log out; what is refused; what strange addresses get."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import getpass
+import json
 import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.console.conftest import Login, check_page
+from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import APPROVER, OPERATOR, OWNER, Scene
-from tests.server.conftest import CERTIFICATES, Served
-from tests.waiting import SECONDS
+from tests.server.conftest import CERTIFICATES, Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.tiny_project import settings, write_project
+from tests.waiting import SECONDS, until
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Inconclusive, Refused
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console.changes import Changes
 from tunesmith.server.console.people.session import COOKIE, SECURE_COOKIE, Viewer
@@ -280,3 +291,131 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served) -> N
     with database.reading(store.engine) as session:
         proposals = [row.detail for row in audit.entries(session) if row.action == "user.key.propose"]
     assert [detail["link_by"] for detail in proposals] == [OWNER, APPROVER]
+
+
+PEOPLE = (
+    {"sub": "olga-at-work", "email": "olga@example.org", "email_verified": True},
+    {"sub": "liar", "email": "olga@example.org", "email_verified": False},
+    {"sub": "stranger", "email": "stranger@example.org", "email_verified": True},
+)
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[str]:
+    """The issuer of a provider that knows PEOPLE."""
+    port = free_port()
+    claims = [part for person in PEOPLE for part in ("--user-claims", json.dumps(person))]
+    command = [sys.executable, "-W", "ignore", "-m", "oidc_provider_mock", "--port", str(port), *claims]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        issuer = f"http://127.0.0.1:{port}"
+        until(lambda: _answers(f"{issuer}/.well-known/openid-configuration"))
+        yield issuer
+        process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=60, verify=CERTIFICATES).status_code == 200
+    return False
+
+
+@pytest.fixture
+def provided(scene: Scene, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setenv("PROVIDER_SECRET", "secret")
+    login = {"issuer": provider, "client": "tunesmith", "secret": "PROVIDER_SECRET", "url": "http://127.0.0.1:1"}
+    project = Project.load(write_project(tmp_path / "p", login={**login, "users": {"olga@example.org": OPERATOR}}))
+    with running(scene, FakeEngine(scene.base), project=project) as server:
+        found = project.settings.login
+        assert found is not None
+        own = found.model_copy(update={"url": server.url})
+        project.settings = project.settings.model_copy(update={"login": own})
+        yield server
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context()
+    context.set_default_timeout(60_000)
+    yield context.new_page()
+    context.close()
+
+
+def ask(page: Page, provided: Served, person: str, where: str = "/") -> None:
+    """Go to a page without a session, and be that person at the provider."""
+    page.goto(provided.url + where)
+    follow(page.get_by_role("link", name="Log in with your organisation's account"))
+    page.get_by_role("button", name=person, exact=True).click()
+
+
+def test_a_person_of_the_provider_gets_to_the_page_that_they_wanted(provided: Served, page: Page) -> None:
+    page.goto(provided.url)
+    check_page(page)
+    ask(page, provided, "olga-at-work", "/console/rollouts")
+    page.wait_for_url("**/console/rollouts")
+    expect(page.get_by_text(OPERATOR, exact=True).first).to_be_visible()
+    cookies = {cookie["name"]: cookie for cookie in page.context.cookies(provided.url)}
+    assert cookies[COOKIE]["sameSite"] == "Strict"
+    assert "tunesmith-login" not in cookies, "what was remembered meanwhile is gone"
+
+
+@pytest.mark.attack("people", "an e-mail address that the provider has not verified, and a stranger to this store")
+def test_the_provider_knows_them_and_we_do_not(provided: Served, page: Page) -> None:
+    ask(page, provided, "liar")
+    expect(page.get_by_role("heading", level=1)).to_have_text("The provider has not verified your e-mail address.")
+    ask(page, provided, "stranger")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("you are no user here")
+    deactivate(provided.scene.store, OPERATOR, actor="ann")
+    ask(page, provided, "olga-at-work")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("deactivated")
+    assert COOKIE not in {cookie["name"] for cookie in page.context.cookies()}
+
+
+@pytest.mark.attack("people", "an answer of the provider that another browser asked for, or that was used")
+def test_answers_that_nobody_here_asked_for(provided: Served, page: Page) -> None:
+    def done(**query: str) -> httpx.Response:
+        return httpx.get(f"{provided.url}/console/oidc/done", params=query, timeout=60, verify=CERTIFICATES)
+
+    assert done().status_code == 403
+    assert done(code="x", state="y").status_code == 403
+    assert done(error="access_denied", state="y").status_code == 403
+    answers: list[str] = []
+    page.on("request", lambda request: answers.append(request.url) if "/oidc/done" in request.url else None)
+    ask(page, provided, "olga-at-work")
+    page.wait_for_url(provided.url + "/")
+    (answer,) = answers
+    with httpx.Client(timeout=60, verify=CERTIFICATES) as other:
+        assert other.get(answer).status_code == 403, "another browser"
+    page.context.clear_cookies(name=COOKIE)
+    page.goto(answer)
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Log in again")
+
+
+def test_a_provider_that_is_away(provided: Served) -> None:
+    project = provided.serving.project
+    login = project and project.settings.login
+    assert project is not None
+    assert login is not None
+    gone = login.model_copy(update={"issuer": f"http://127.0.0.1:{free_port()}"})
+    project.settings = project.settings.model_copy(update={"login": gone})
+    with httpx.Client(base_url=provided.url, timeout=60, verify=CERTIFICATES) as http:
+        found = http.get("/console/oidc")
+        assert (found.status_code, "does not answer" in found.text) == (503, True)
+        project.settings = project.settings.model_copy(update={"login": None})
+        assert http.get("/console/oidc").status_code == 404
+        assert "organisation" not in http.get("/console/login").text
+
+
+def test_settings_that_are_refused() -> None:
+    login = {"issuer": "https://id.example.org", "client": "c", "secret": "S", "url": "https://here.example.org"}
+    whole = {**login, "users": {"a@example.org": "ann"}}
+    assert parse_settings(yaml.safe_dump({**settings(), "login": whole}), "page").login is not None
+    wrong = ({"issuer": "http://id.example.org"}, {"url": "ftp://x"}, {"users": {}}, {"users": {"a": "No Name"}})
+    for change in (*wrong, {"claim": "name"}):
+        with pytest.raises(UsageError):
+            parse_settings(yaml.safe_dump({**settings(), "login": {**whole, **change}}), "page")

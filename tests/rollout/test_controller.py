@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -397,26 +396,6 @@ def test_what_changes_after_the_files_were_verified_counts(
         watched(first, versions[2])
     assert before == ["files"]
     assert champion(first) == versions[1].digest
-
-
-def test_two_promoters_at_once_promote_once(first: Scene, versions: Versions) -> None:
-    rollout, said = watched(first, versions[2], AT_ONCE), list[str]()
-
-    def one(call: Callable[..., Rollout], **named: Any) -> None:
-        try:
-            said.append(call(first.store, rollout.id, **named).status)
-        except TunesmithError as error:
-            said.append(error.what)
-
-    calls = (promote, {"actor": OPERATOR}), (promote, {"actor": OWNER}), (advance, {})
-    threads = [threading.Thread(target=one, args=(call,), kwargs=named) for call, named in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert said.count("promoted") + sum("promoted already" in text for text in said) >= 2
-    assert actions(first).count("rollout.promote") == 1
-    assert champion(first) == versions[2].digest
 
 
 def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: Versions) -> None:

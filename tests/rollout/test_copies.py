@@ -240,9 +240,6 @@ def test_a_store_moves_to_postgresql_and_a_bucket_and_back(
     assert contents(back) == contents(there)
     assert verify_log(back) == []
     there.engine.dispose()
-    empty_database(team["TUNESMITH_DATABASE_URL"])
-    restore(Store(root), tmp_path / "team.tar")  # the objects are there still, the rows come back
-    assert verify_log(Store(root)) == []
-    with database.reading(Store(root).engine) as session:
+    with database.reading(back.engine) as session:
         newest = list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))[-2:]
     assert newest == ["version.register", "store.restore"]
