@@ -77,13 +77,10 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     assert page.locator(".answers ins").count() > 0
     assert page.locator("a[href^=javascript], main script, main img").count() == 0
 
-    page.goto(f"{served.url}{evaluated.path}/requests")
-    rows = page.locator(".matrix tbody tr")
-    expect(rows).to_have_count(50)
-    follow(page.get_by_role("link", name="Next"))
+    page.goto(f"{served.url}{evaluated.path}/requests?page=2")
     expect(page.get_by_text("Page 2 of 2, 60 requests")).to_be_visible()
-    expect(rows).to_have_count(10)
-    follow(rows.last.get_by_role("link"))
+    expect(page.locator(".matrix tbody tr")).to_have_count(10)
+    follow(page.locator(".matrix tbody tr").last.get_by_role("link"))
     expect(page.get_by_text("60 of 60")).to_be_visible()
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_text("59 of 60")).to_be_visible()

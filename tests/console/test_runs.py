@@ -76,15 +76,14 @@ def result(scene: Scene, *, seed: int, mean: float, verdict: str = "pass") -> di
 
 def test_the_list_and_one_run_while_it_trains(served: Served, login: Login) -> None:
     store = served.scene.store
-    for _ in range(52):
-        added(store, "forecast")
+    for kind in ("run", "forecast"):
+        added(store, kind)
     lease = claimed(store)
-    for text in ("data: 2.1 s", "training 4200 rows in 262 steps: about 95 s, 1.6 GB of memory", *(["more"] * 110)):
-        leases.log(store, lease, text)
+    for _ in range(110):
+        leases.log(store, lease, "more")
     leases.renew(store, lease, progress(), curve(30))
     page = login(path="/console/jobs")
-    expect(page.get_by_role("row")).to_have_count(51)
-    follow(page.get_by_role("link", name="Next"))
+    expect(page.get_by_role("row")).to_have_count(3)
     row = page.get_by_role("row").filter(has_text="running")
     expect(row).to_contain_text("training 25%")
     expect(row).to_contain_text("60 s")

@@ -133,27 +133,22 @@ def test_monitor_ends_with_the_code_of_its_verdict(folder: Folder, versions: dic
 
 
 def test_recall_by_row_and_base(folder: Folder) -> None:
-    row = load_dataset(folder.scene.store, folder.scene.dataset).examples("train")[3]
-    code, found = folder.run("recall", "--row", row.id, "--reason", "erasure request", "--dry-run", user=STEWARD)
-    assert (code, found["cause"]) == (0, f"row {row.id}")
-    assert {one["label"] for one in found["reached"] if one["kind"] == "version"} == {
-        f"{NAME}@v{n}" for n in (1, 2, 3, 4)
-    }
-    for option, value in (("--subject", str(row.subject)), ("--licence", row.licence), ("--source", row.source)):
+    def planned(option: str, value: str) -> dict[str, Any]:
         code, found = folder.run("recall", option, value, "--reason", "asked to", "--dry-run", user=STEWARD)
-        assert (code, found["cause"], found["done"]) == (0, f"{option[2:]} {value}", False)
-    assert folder.run("recall", "--row", row.id, "--check", user=STEWARD)[0] == 2  # nothing was done yet
-    base = folder.scene.base.removeprefix("sha256:")[:12]
-    assert folder.run("recall", "--base", base, "--reason", "x", "--dry-run", user=STEWARD)[0] == 0
-    for words, code in (
-        (["--reason", "x"], 2),
-        (["--row", "a", "--source", "b", "--reason", "x"], 2),
-        (["--row", "a", "--reason", "x"], 2),
-        (["--version", f"{NAME}@v9", "--reason", "x"], 2),
-        (["--row", row.id], 2),
-    ):
-        assert folder.run("recall", *words, user=STEWARD)[0] == code
-    assert folder.run("recall", "--row", row.id, "--reason", "x", user=OPERATOR)[0] == 3
+        assert (code, found["done"]) == (0, False)
+        return dict(found)
+
+    row = load_dataset(folder.scene.store, folder.scene.dataset).examples("train")[3]
+    reached = planned("--row", row.id)["reached"]
+    assert {one["label"] for one in reached if one["kind"] == "version"} == {f"{NAME}@v{n}" for n in (1, 2, 3, 4)}
+    for option, value in (("--subject", str(row.subject)), ("--licence", row.licence), ("--source", row.source)):
+        assert planned(option, value)["cause"] == f"{option[2:]} {value}"
+    planned("--base", folder.scene.base.removeprefix("sha256:")[:12])
+    why = ["--reason", "x"]
+    two, none, unknown = ["--row", "a", "--source", "b", *why], ["--row", "a", *why], ["--version", f"{NAME}@v9", *why]
+    for words in (why, two, none, unknown, ["--row", row.id], ["--row", row.id, "--check"]):  # nothing was done yet
+        assert folder.run("recall", *words, user=STEWARD)[0] == 2, words
+    assert folder.run("recall", "--row", row.id, *why, user=OPERATOR)[0] == 3
 
 
 def test_impact_lists_what_depends_on_a_base(folder: Folder, versions: dict[int, Version]) -> None:
