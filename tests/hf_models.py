@@ -7,23 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    CohereConfig,
-    FalconConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    MambaConfig,
-    MixtralConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen3MoeConfig,
-    StableLmConfig,
-)
+import transformers
 
 from tests.tiny import TEMPLATE, write_model, write_tokenizer
 from tunesmith.engines.hf.engine import HFEngine
@@ -39,10 +23,10 @@ _SIZES = {
     "max_position_embeddings": 256,
 }
 # With the families' own dropout, which training and answering must switch off.
-FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
-    "gpt2": lambda **k: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **k),
-    "gpt_neox": lambda **k: GPTNeoXConfig(hidden_dropout=0.1, attention_dropout=0.1, **_SIZES, **k),
-    "opt": lambda **k: OPTConfig(
+FAMILIES: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
+    "gpt2": lambda **k: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **k),
+    "gpt_neox": lambda **k: transformers.GPTNeoXConfig(hidden_dropout=0.1, attention_dropout=0.1, **_SIZES, **k),
+    "opt": lambda **k: transformers.OPTConfig(
         hidden_size=32,
         word_embed_proj_dim=16,  # with projections around the layers
         ffn_dim=48,
@@ -51,20 +35,20 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
         max_position_embeddings=256,
         **k,
     ),
-    "falcon": lambda **k: FalconConfig(**_SIZES, alibi=True, **k),
-    "phi3": lambda **k: Phi3Config(**_SIZES, **k),
-    "stablelm": lambda **k: StableLmConfig(num_key_value_heads=2, **_SIZES, **k),
-    "olmo2": lambda **k: Olmo2Config(**_SIZES, **k),
-    "granite": lambda **k: GraniteConfig(**_SIZES, logits_scaling=3.0, **k),
-    "cohere": lambda **k: CohereConfig(**_SIZES, logit_scale=0.3, **k),
-    "mamba": lambda **k: MambaConfig(
+    "falcon": lambda **k: transformers.FalconConfig(**_SIZES, alibi=True, **k),
+    "phi3": lambda **k: transformers.Phi3Config(**_SIZES, **k),
+    "stablelm": lambda **k: transformers.StableLmConfig(num_key_value_heads=2, **_SIZES, **k),
+    "olmo2": lambda **k: transformers.Olmo2Config(**_SIZES, **k),
+    "granite": lambda **k: transformers.GraniteConfig(**_SIZES, logits_scaling=3.0, **k),
+    "cohere": lambda **k: transformers.CohereConfig(**_SIZES, logit_scale=0.3, **k),
+    "mamba": lambda **k: transformers.MambaConfig(
         hidden_size=32, state_size=4, num_hidden_layers=2, max_position_embeddings=256, **k
     ),
     # Mixtures of experts, which transformers keeps in fused parameters.
-    "mixtral": lambda **k: MixtralConfig(
+    "mixtral": lambda **k: transformers.MixtralConfig(
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=8, **_SIZES, **k
     ),
-    "qwen3_moe": lambda **k: Qwen3MoeConfig(
+    "qwen3_moe": lambda **k: transformers.Qwen3MoeConfig(
         num_key_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
@@ -74,7 +58,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
         **_SIZES,
         **k,
     ),
-    "bert": lambda **k: BertConfig(**_SIZES, **k),  # its tokens see later ones
+    "bert": lambda **k: transformers.BertConfig(**_SIZES, **k),  # its tokens see later ones
 }
 
 
@@ -84,7 +68,7 @@ def write_hf_model(folder: Path, family: str = "gpt2", seed: int = 0, template: 
     size = write_tokenizer(folder, template)
     torch.manual_seed(seed)
     config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith("A_log"):

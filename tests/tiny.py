@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
 
 from tunesmith.core.messages import Message
 
@@ -48,9 +38,9 @@ SIZES = {
 TILED = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 4-bit numbers
 FAMILIES = {
-    "llama": lambda **k: LlamaConfig(**k),
-    "llama-untied": lambda **k: LlamaConfig(**{**k, "tie_word_embeddings": False}),
-    "llama-rope3": lambda **k: LlamaConfig(
+    "llama": lambda **k: transformers.LlamaConfig(**k),
+    "llama-untied": lambda **k: transformers.LlamaConfig(**{**k, "tie_word_embeddings": False}),
+    "llama-rope3": lambda **k: transformers.LlamaConfig(
         **k,
         rope_parameters={
             "rope_type": "llama3",
@@ -61,16 +51,18 @@ FAMILIES = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "mistral": lambda **k: MistralConfig(**k, sliding_window=None),
-    "qwen2": lambda **k: Qwen2Config(**k, use_sliding_window=False),
-    "qwen3": lambda **k: Qwen3Config(**k, use_sliding_window=False),
+    "mistral": lambda **k: transformers.MistralConfig(**k, sliding_window=None),
+    "qwen2": lambda **k: transformers.Qwen2Config(**k, use_sliding_window=False),
+    "qwen3": lambda **k: transformers.Qwen3Config(**k, use_sliding_window=False),
     # Windows shorter than the tests' rows, and so short that some reach into a shared prefix and some do not.
-    "mistral-window": lambda **k: MistralConfig(**k, sliding_window=7),
-    "qwen2-window": lambda **k: Qwen2Config(**k, use_sliding_window=True, sliding_window=11, max_window_layers=1),
-    "smollm3": lambda **k: SmolLM3Config(**k, no_rope_layers=[1, 0, 1]),
-    "gemma": lambda **k: GemmaConfig(**k),
+    "mistral-window": lambda **k: transformers.MistralConfig(**k, sliding_window=7),
+    "qwen2-window": lambda **k: transformers.Qwen2Config(
+        **k, use_sliding_window=True, sliding_window=11, max_window_layers=1
+    ),
+    "smollm3": lambda **k: transformers.SmolLM3Config(**k, no_rope_layers=[1, 0, 1]),
+    "gemma": lambda **k: transformers.GemmaConfig(**k),
     # Caps so small that they bend the scores of random weights.
-    "gemma2": lambda **k: Gemma2Config(
+    "gemma2": lambda **k: transformers.Gemma2Config(
         **k,
         sliding_window=9,
         query_pre_attn_scalar=5,
@@ -78,7 +70,7 @@ FAMILIES = {
         final_logit_softcapping=2.0,
         attn_implementation="eager",
     ),
-    "gemma3": lambda **k: Gemma3TextConfig(
+    "gemma3": lambda **k: transformers.Gemma3TextConfig(
         **k,
         sliding_window=9,
         query_pre_attn_scalar=5,
@@ -99,7 +91,7 @@ def write_model(
     size = write_tokenizer(folder, template)
     torch.manual_seed(seed)
     config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: a weight of exactly one or zero hides mistakes
             parameter.add_(torch.randn_like(parameter) * 0.1)
