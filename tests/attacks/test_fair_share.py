@@ -115,26 +115,24 @@ __all__ = ["engine", "made", "scene", "served", "versions"]
 
 
 class Held:
-    """A call that waits for the gate. begun: the users whose call began, in order."""
+    """A method whose calls wait for the gate. begun: the users whose call began, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, where: object, name: str) -> None:
         self.begun: list[str] = []
         self.gate = threading.Event()
+        whole = getattr(where, name)
 
-    def wait(self, user: str) -> None:
-        self.begun.append(user)
-        assert self.gate.wait(SECONDS)
+        def slow(first: object, user: Any, *more: object) -> object:
+            self.begun.append(user.name)
+            assert self.gate.wait(SECONDS)
+            return whole(first, user, *more)
+
+        patch.setattr(where, name, slow)
 
 
 @pytest.mark.attack("serving", "one user's feedback waits to be scored")
 def test_feedback_of_one_user_does_not_stall_others(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, scored = Held(), Recorder._scored
-
-    def slow(self: Recorder, user: object, request: str, expected: str) -> dict[str, float]:
-        held.wait(user.name)  # type: ignore[attr-defined]
-        return scored(self, user, request, expected)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Recorder, "_scored", slow)
+    held = Held(monkeypatch, Recorder, "_scored")
     other = neighbour(served)
     mine = [served.ask().id for _ in range(limits.FEEDBACK + 1)]
     theirs = [chat(served, other).json()["id"] for _ in range(2)]
@@ -155,18 +153,19 @@ def test_feedback_of_one_user_does_not_stall_others(served: Served, monkeypatch:
 
 
 @pytest.mark.attack("serving", "one user's lists of models and rollouts at once")
-@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{NAME}", "/api/rollouts", "/api/rollouts/1"])
-def test_lists_of_one_user_are_few_at_once(served: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    held = Held()
-    whole = {(Router, "models"): Router.models}
-    whole |= {(service, name): getattr(service, name) for name in ("visible_to", "one_visible_to")}
-    for (where, name), call in whole.items():
-
-        def slow(first: object, user: object, *more: object, call: object = call) -> object:
-            held.wait(user.name)  # type: ignore[attr-defined]
-            return call(first, user, *more)  # type: ignore[operator]
-
-        monkeypatch.setattr(where, name, slow)
+@pytest.mark.parametrize(
+    ("path", "where", "name"),
+    [
+        ("/v1/models", Router, "models"),
+        (f"/v1/models/{NAME}", Router, "models"),
+        ("/api/rollouts", service, "visible_to"),
+        ("/api/rollouts/1", service, "one_visible_to"),
+    ],
+)
+def test_lists_of_one_user_are_few_at_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch, path: str, where: object, name: str
+) -> None:
+    held = Held(monkeypatch, where, name)
 
     def get(token: str | None) -> int:
         with served.http(token) as http:
