@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 from playwright.sync_api import Page, expect
@@ -225,12 +226,16 @@ def test_documents_of_a_version(served: Served) -> None:
     store = served.scene.store
     register(store, name="desk", verdict=put_evaluation(served.scene).verdict, actor=OWNER)
     with plain(served, cookie_of(served)) as http, plain(served, cookie_of(served, OWNER)) as reader:
-        assert "it lost against" in http.get("/console/versions/desk/1").text
+        lost = r'href="([^"]+show=losses)">the held-out requests that it lost against'
+        assert not re.search(lost, http.get("/console/versions/desk/1").text), "an operator may not read rows"
+        found = re.search(lost, reader.get("/console/versions/desk/1").text)
+        assert found
+        assert ">loss<" in reader.get(html.unescape(found[1])).text
         report = http.get("/console/versions/desk/1/report.html")
         assert report.status_code == 200
         assert "desk@v1" in report.text
         assert "sandbox" in report.headers["content-security-policy"]
-        assert 'id="examples"' not in report.text, "an operator may not read rows"
+        assert 'id="examples"' not in report.text
         assert 'id="examples"' in reader.get("/console/versions/desk/1/report.html").text
         for name, said in (("report.md", "Verdict"), ("datasheet.md", "#"), ("NOTICE.md", "Notice for desk")):
             answer = http.get(f"/console/versions/desk/1/{name}")
