@@ -135,3 +135,13 @@ def postgresql(_postgresql: str) -> Iterator[str]:
     with admin.connect() as connection:
         connection.execute(text(f"drop database {name} with (force)"))
     admin.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'db'}"
+    url = str(request.getfixturevalue("postgresql"))
+    empty_database(url)
+    return url

@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.build import build_dataset
-from tunesmith.data.dataset import Dataset, load_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
@@ -76,7 +76,7 @@ def failure(root: Path, path: str, data: bytes | None = None) -> UsageError:
 
 
 def settings(path: str = "rows.jsonl", **more: Any) -> DataSettings:
-    """Settings for one MIT source; nothing scanned unless asked for."""
+    """Settings for one MIT source, or for sources; nothing scanned unless asked for."""
     source = {"path": path, "licence": "MIT", **more.pop("source", {})}
     return DataSettings.model_validate({"sources": [source], "privacy": NO_SCAN, **more})
 
@@ -85,3 +85,8 @@ def build(root: Path, chosen: DataSettings | None = None, **more: Any) -> Datase
     """Build from root into root/store."""
     store = Store(root / "store")
     return load_dataset(store, build_dataset(store, chosen or settings(), root, **more))
+
+
+def held(dataset: Dataset) -> list[Example]:
+    """The rows of all splits."""
+    return [one for name in SPLITS for one in dataset.examples(name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic import command
@@ -14,28 +14,17 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
-from tests.postgresql_server import empty_database
 from tunesmith.core.errors import TunesmithError
 from tunesmith.store import database
 from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, Table
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'db'}"
-    found = str(request.getfixturevalue("postgresql"))
-    empty_database(found)
-    return found
-
-
-def test_a_new_database_has_the_stated_tables_and_the_newest_revision(url: str) -> None:
+def test_a_new_database_has_the_stated_tables_and_the_newest_revision(any_database: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(database._MIGRATIONS))
     scripts = ScriptDirectory.from_config(config)
     assert (scripts.get_heads(), scripts.get_bases()) == ([HEAD_REVISION], [OLDEST_REVISION])
-    engine = database.connect(url)
+    engine = database.connect(any_database)
     with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
         assert connection.execute(text("select version_num from alembic_version")).scalar() == HEAD_REVISION
@@ -43,11 +32,13 @@ def test_a_new_database_has_the_stated_tables_and_the_newest_revision(url: str) 
         with engine.begin() as connection:
             connection.execute(text(f"update alembic_version set version_num = '{revision}'"))  # noqa: S608
         with pytest.raises(TunesmithError, match=f"at revision {revision}, this tunesmith reads"):
-            database.connect(url)
+            database.connect(any_database)
     engine.dispose()
 
 
-def test_who_finds_another_at_the_first_migration_waits_for_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_finds_another_at_the_first_migration_waits_for_it(
+    any_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stamp, made = command.stamp, threading.Event()
 
     def slow(config: Config, revision: str) -> None:
@@ -56,21 +47,15 @@ def test_who_finds_another_at_the_first_migration_waits_for_it(url: str, monkeyp
         made.set()
         time.sleep(0.5)  # before the transaction ends
 
+    def connect() -> bool:
+        engine = database.connect(any_database)
+        found = inspect(engine).has_table("jobs")
+        engine.dispose()
+        return found
+
     monkeypatch.setattr(command, "stamp", slow)
-    found: list[object] = []
-
-    def connect() -> None:
-        try:
-            engine = database.connect(url)
-            found.append(inspect(engine).has_table("jobs"))
-            engine.dispose()
-        except BaseException as error:  # noqa: BLE001 - shown below
-            found.append(error)
-
-    first, second = threading.Thread(target=connect), threading.Thread(target=connect)
-    first.start()
-    made.wait(300)
-    second.start()
-    first.join()
-    second.join()
-    assert found == [True, True]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(connect)
+        made.wait(300)
+        second = pool.submit(connect)
+        assert first.result() is second.result() is True

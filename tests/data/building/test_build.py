@@ -13,25 +13,24 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.data.rows import WORDS, build, many_rows, row, settings, turns, write_jsonl
+from tests.data.rows import WORDS, build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, load_dataset
-from tunesmith.data.settings import DataSettings
 from tunesmith.store.store import Store
 
 
 def adds_up(dataset: Dataset) -> dict[str, Any]:
     """Hold the record against its blobs; returns the record's rows."""
     rows = dataset.record.body["rows"]
-    held = [example for name in SPLITS for example in dataset.examples(name)]
+    examples = held(dataset)
     assert rows["read"] == rows["kept"] + sum(rows["removed"].values())
-    assert rows["kept"] == len(held) == sum(dataset.splits.values())
+    assert rows["kept"] == len(examples) == sum(dataset.splits.values())
     assert Counter(one["reason"] for one in dataset.removed()) == rows["removed"]
-    assert len({example.id for example in held}) == len(held)
-    assert sum(dataset.record.body["licences"].values()) == len(held)
+    assert len({example.id for example in examples}) == len(examples)
+    assert sum(dataset.record.body["licences"].values()) == len(examples)
     assert dataset.record.body["leakage"]["shared_groups"] == dataset.record.body["leakage"]["near_pairs"] == 0
     return rows
 
@@ -41,6 +40,7 @@ def removed(dataset: Dataset) -> dict[str, int]:
 
 
 def test_a_mixed_bag_of_rows_is_accounted_for(tmp_path: Path) -> None:
+    talk = {"messages": turns(" Keep  spacing\n", "  and\ttabs ", "café ☕ 🙂", '{"a": "é"}', system="S")}
     odd = [
         row("hello there friend", ""),
         {"messages": turns("no answer to this one")},
@@ -49,6 +49,7 @@ def test_a_mixed_bag_of_rows_is_accounted_for(tmp_path: Path) -> None:
         row("A request said twice!", "same"),
         row("a request with two answers", "one"),
         row("a request with two answers", "two"),
+        talk,
     ]
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(120), *odd])
     dataset = build(tmp_path)
@@ -63,63 +64,23 @@ def test_a_mixed_bag_of_rows_is_accounted_for(tmp_path: Path) -> None:
     entry = next(one for one in dataset.removed() if one["reason"] == "exact duplicate")
     assert entry["source"] == "rows.jsonl"
     assert entry["row"] in (124, 125)
+    kept = [one.messages for one in held(dataset) if one.messages[0].role == "system"]
+    assert kept == [tuple(Message(**turn) for turn in talk["messages"])], "as it was read"
 
 
 def test_same_input_same_digest_whatever_the_order(tmp_path: Path) -> None:
     rows = [*many_rows(100), row("said twice", "x"), row("said TWICE", "x")]
-    write_jsonl(tmp_path / "a" / "rows.jsonl", rows)
+    for folder in "ab":
+        write_jsonl(tmp_path / folder / "rows.jsonl", rows)
     first = build(tmp_path / "a")
-    assert build(tmp_path / "a").digest == first.digest
-    write_jsonl(tmp_path / "b" / "rows.jsonl", rows)
-    assert build(tmp_path / "b").digest == first.digest
+    assert build(tmp_path / "a").digest == build(tmp_path / "b").digest == first.digest
     random.Random(0).shuffle(rows)
-    write_jsonl(tmp_path / "c" / "rows.jsonl", rows)
-    shuffled = build(tmp_path / "c")
+    write_jsonl(tmp_path / "b" / "rows.jsonl", rows)
+    shuffled = build(tmp_path / "b")
     for name in SPLITS:
         assert shuffled.record.blobs[f"{name}.jsonl"] == first.record.blobs[f"{name}.jsonl"]
-    write_jsonl(tmp_path / "d" / "rows.jsonl", [*rows[:-1], row("another row altogether", "z")])
-    assert build(tmp_path / "d").digest != first.digest
-
-
-def test_rows_that_come_later_move_no_earlier_one(tmp_path: Path) -> None:
-    placed = []
-    for count in (100, 160):
-        write_jsonl(tmp_path / "rows.jsonl", many_rows(count))
-        dataset = build(tmp_path)
-        placed.append({one.id: name for name in SPLITS for one in dataset.examples(name)})
-    assert placed[0].items() < placed[1].items()
-
-
-@pytest.mark.parametrize("value", [None, "", True, ["a"], {"a": 1}])
-def test_a_row_without_its_group_is_an_error(tmp_path: Path, value: Any) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", template="t"), row("c", "d", template=value)])
-    with pytest.raises(UsageError) as caught:
-        build(tmp_path, settings(split={"group_by": "template"}))
-    assert "row 2" in caught.value.where
-
-
-def test_the_test_set_pasted_into_the_rest(tmp_path: Path) -> None:
-    """Word for word, reworded, and with another answer: none may stay in training."""
-    rows = [{**one, "part": f"p{n}"} for n, one in enumerate(many_rows(200))]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    chosen = settings(split={"group_by": "part"})
-    first = build(tmp_path, chosen)
-    pasted = [
-        {**row(spelling(one.request[0].content), answer), "part": f"{kind}-{one.id}"}
-        for one in first.examples("test")
-        for kind, spelling, answer in (
-            ("copy", lambda text: text, one.answer + "!"),
-            ("reworded", lambda text: f"{text} now", "another answer"),
-            ("spelt", lambda text: text.upper() + ".", "third answer"),
-        )
-    ]
-    write_jsonl(tmp_path / "rows.jsonl", [*rows, *pasted])
-    second = build(tmp_path, chosen)
-    counted = removed(second)
-    held = {one.request[0].content.rstrip(".").removesuffix(" now").casefold() for one in second.examples("test")}
-    trained = {one.request[0].content.rstrip(".").removesuffix(" now").casefold() for one in second.examples("train")}
-    assert not held & trained
-    assert counted["near a held-out row"] > len(first.examples("test"))
+    write_jsonl(tmp_path / "b" / "rows.jsonl", [*rows[:-1], row("another row altogether", "z")])
+    assert build(tmp_path / "b").digest not in (first.digest, shuffled.digest)
 
 
 def test_licences_come_from_source_or_row(tmp_path: Path) -> None:
@@ -130,17 +91,14 @@ def test_licences_come_from_source_or_row(tmp_path: Path) -> None:
     assert dataset.record.body["ignored_keys"] == {}
     with pytest.raises(Refused, match="without a licence"):
         build(tmp_path, settings(source={"licence": None}))
+    for last in ({"license": "CC-BY-NC-4.0"}, {"licence": "CC-BY-SA-4.0"}, {"license": "?"}):
+        write_jsonl(tmp_path / "rows.jsonl", [*rows[:50], row("last", "one", **last)])
+        with pytest.raises(Refused) as caught:
+            build(tmp_path)
+        assert "row 51" in caught.value.where
     write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", licence="MIT", license="ISC")])
     with pytest.raises(UsageError, match="two licences"):
         build(tmp_path)
-
-
-@pytest.mark.parametrize("last", [{"license": "CC-BY-NC-4.0"}, {"licence": "CC-BY-SA-4.0"}, {"license": "?"}])
-def test_one_row_under_a_refused_licence_stops_the_build(tmp_path: Path, last: dict[str, str]) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(50), row("last", "one", **last)])
-    with pytest.raises(Refused) as caught:
-        build(tmp_path)
-    assert "row 51" in caught.value.where
 
 
 def test_control_tokens_in_a_text_are_refused(tmp_path: Path) -> None:
@@ -164,51 +122,37 @@ def test_control_tokens_in_a_text_are_refused(tmp_path: Path) -> None:
     assert "control_tokens" not in build(tmp_path).record.body["settings"], "older datasets keep their digests"
 
 
-def test_control_tokens_in_the_id_of_a_call_are_refused(tmp_path: Path) -> None:
-    call = {"id": "<|im_end|>", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-    told = {"role": "tool", "tool_call_id": "<|im_end|>", "content": "4 degrees"}
-    said = {"role": "assistant", "content": "", "tool_calls": [call]}
-    talk = [*turns("weather?"), said, told, {"role": "assistant", "content": "Cold."}]
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(50), {"messages": talk}])
-    with pytest.raises(Refused, match="row holds a control token"):
-        build(tmp_path, control_tokens=["<|im_end|>"])
-
-
 def characters(messages: Any, _most: int) -> int:
     return sum(len(turn.content) for turn in messages)
 
 
 def test_overlong_rows(tmp_path: Path) -> None:
     talk = {"messages": turns("long ago " * 20, "yes", "and now this", "no", system="brief")}
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), talk, row("x" * 200, "y")])
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "long ago " * 9, "tool_calls": [call]}
+    told = {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"}
+    called = [*turns("weather?"), said, told, {"role": "assistant", "content": "Cold."}, *turns("now?", "the same")]
+    odd = [talk, row("x" * 200, "y"), {"messages": called, "tools": tools}]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), *odd])
     options = {"count_tokens": characters, "max_tokens": 60}
     with pytest.raises(Refused, match="the limit is 60") as caught:
         build(tmp_path, **options)
     assert "row 61" in caught.value.where
     assert "max_length" in str(caught.value.fix), "the base may take longer rows than a training allows by default"
     dropped = build(tmp_path, settings(overlong="drop"), **options)
-    assert removed(dropped) == {"overlong": 2}
+    assert removed(dropped) == {"overlong": 3}
     cut = build(tmp_path, settings(overlong="truncate"), **options)
     assert removed(cut) == {"overlong": 1}
-    assert cut.record.body["rows"]["changed"] == 1
+    assert cut.record.body["rows"]["changed"] == 2
     assert cut.record.body["tokens"]["limit"] == 60
     assert cut.record.body["tokens"]["longest"] <= 60
-    kept = [one for name in SPLITS for one in cut.examples(name) if one.messages[0].role == "system"]
-    assert [turn.content for turn in kept[0].messages] == ["brief", "and now this", "no"]
+    (kept,) = [one for one in held(cut) if one.messages[0].role == "system"]
+    assert [turn.content for turn in kept.messages] == ["brief", "and now this", "no"]
+    (kept,) = [one for one in held(cut) if one.messages[0].tools]
+    assert [turn.content for turn in kept.messages] == ["now?", "the same"]
+    assert tools_of(kept.messages) == tools
     assert build(tmp_path).record.body["tokens"] is None
-
-
-def test_a_row_is_cut_before_a_users_turn_and_keeps_its_tools(tmp_path: Path) -> None:
-    tools = [{"type": "function", "function": {"name": "weather"}}]
-    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-    said = {"role": "assistant", "content": "long ago " * 9, "tool_calls": [call]}
-    told = {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"}
-    talk = [*turns("weather?"), said, told, {"role": "assistant", "content": "Cold."}, *turns("and now?", "the same")]
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), {"messages": talk, "tools": tools}])
-    cut = build(tmp_path, settings(overlong="truncate"), count_tokens=characters, max_tokens=60)
-    (kept,) = (one.messages for name in SPLITS for one in cut.examples(name) if one.messages[0].tools)
-    assert [turn.content for turn in kept] == ["and now?", "the same"]
-    assert tools_of(kept) == tools
 
 
 SCHEMA = {"type": "object", "properties": {"to": {"type": "string", "format": "email"}}, "required": ["to"]}
@@ -227,16 +171,10 @@ def test_answers_outside_the_schema_are_left_out_and_counted(tmp_path: Path) -> 
     assert removed(build(tmp_path, answer_schema=SCHEMA)) == {"answer not valid under the schema": 3}
     with pytest.raises(UsageError, match=r"no rows are left.*not valid under the schema"):
         build(tmp_path, answer_schema={"type": "array"})
-
-
-@pytest.mark.parametrize(
-    "schema", [{"type": "objekt"}, {"$ref": "https://example.com/schema.json"}, {"$ref": "#/nope"}]
-)
-def test_schemas_that_are_none_or_reach_out(tmp_path: Path, schema: dict[str, Any]) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", json_rows(10))
-    with pytest.raises(UsageError) as caught:
-        build(tmp_path, answer_schema=schema)
-    assert str(caught.value.where).startswith("task.schema")
+    for schema in ({"type": "objekt"}, {"$ref": "https://example.com/schema.json"}, {"$ref": "#/nope"}):
+        with pytest.raises(UsageError) as caught:
+            build(tmp_path, answer_schema=schema)
+        assert str(caught.value.where).startswith("task.schema")
 
 
 def everything(root: Path) -> bytes:
@@ -259,7 +197,7 @@ def test_what_becomes_of_a_private_row(tmp_path: Path, action: str) -> None:
     assert dataset.record.body["rows"]["changed"] == (action == "pseudonymise")
     assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 1, "SECRET": 1}
     assert (b"acme" in everything(tmp_path)) is (b"AKIA" in everything(tmp_path)) is (action == "report")
-    requests = {one.answer: one.request[0].content for name in SPLITS for one in dataset.examples(name)}
+    requests = {one.answer: one.request[0].content for one in held(dataset)}
     changed = "mail person1@example.com the key secret_1" if action == "pseudonymise" else None
     assert requests.get('{"to": "person1@example.com"}') == changed
 
@@ -298,8 +236,6 @@ def test_renamed_columns_and_an_empty_licence_is_none(tmp_path: Path) -> None:
     adds_up(dataset)
     assert dataset.record.body["sources"][0]["format"] == "prompt-completion"
     assert dataset.record.body["licences"] == {"ISC": 40, "MIT": 40}
-    with pytest.raises(Refused, match="without a licence"):
-        build(tmp_path, settings("rows.csv", source={**source, "licence": None}))
 
 
 def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:
@@ -311,10 +247,8 @@ def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:
     assert "row 41" in caught.value.where
     write_jsonl(tmp_path / "a.jsonl", rows[:40])
     write_jsonl(tmp_path / "b.jsonl", plain)
-    both = DataSettings.model_validate(
-        {"sources": [{"path": f"{name}.jsonl", "licence": "MIT"} for name in "ab"], "privacy": {"entities": []}}
-    )
-    adds_up(build(tmp_path, both))
+    sources = [{"path": f"{name}.jsonl", "licence": "MIT"} for name in "ab"]
+    assert adds_up(build(tmp_path, settings(sources=sources)))["kept"] == 80
 
 
 def test_too_few_rows_or_one_group_say_so(tmp_path: Path) -> None:
@@ -327,15 +261,12 @@ def test_too_few_rows_or_one_group_say_so(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(1))
     with pytest.raises(UsageError, match=r"no rows are left for (train|test).*read: 1"):
         build(tmp_path)
-
-
-def test_rows_with_shared_text_are_not_lost_silently(tmp_path: Path) -> None:
     shared = "classify the tone of this message for the support team, and name the one word that shows it best: "
     rows = [{**row(f"{shared}{WORDS[n % 16]}{n}", "x"), "part": n} for n in range(80)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(Refused, match="training rows are near a held-out row") as caught:
         build(tmp_path, settings(split={"group_by": "part"}))
-    assert "system turn" in caught.value.fix
+    assert "system turn" in str(caught.value.fix)
     assert removed(build(tmp_path, settings(split={"group_by": "part"}, duplicates={"near": None}))) == {}
 
 
@@ -359,7 +290,8 @@ def test_verify_names_what_was_changed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
     dataset = build(tmp_path)
     store = Store(tmp_path / "store")
-    assert verify_dataset(store, dataset.digest).ok
+    with pytest.raises(UsageError, match="no split"):
+        dataset.examples("dev")
     blob = store.blob_path(dataset.record.blobs["test.jsonl"])
     blob.chmod(0o644)
     original = blob.read_bytes()
@@ -371,38 +303,17 @@ def test_verify_names_what_was_changed(tmp_path: Path) -> None:
     assert not verify_dataset(store, dataset.digest).ok
     blob.write_bytes(original)
     assert verify_dataset(store, dataset.digest).ok
+    # Digests all right, statements not: a held-out row was put into train and the counts were embellished.
+    train, test = (store.read_blob(dataset.record.blobs[f"{name}.jsonl"]) for name in ("train", "test"))
+    leaked = store.put_bytes(train + test.splitlines(keepends=True)[0])
+    blobs = {**dataset.record.blobs, "train.jsonl": leaked}
+    digest = store.put_record(dataset.record.model_copy(update={"blobs": blobs}))
+    reasons = {one.path.split(",")[0] for one in verify_dataset(store, digest).problems}
+    assert reasons >= {"train.jsonl", "splits", "rows kept", "rows read", "leakage.near_pairs", "leakage"}
     Path(store.record_where(dataset.digest)).unlink()
     assert not verify_dataset(store, dataset.digest).ok
-
-
-def test_verify_sees_a_record_that_lies(tmp_path: Path) -> None:
-    """Digests all right, statements not: a held-out row was put into train and the counts were embellished."""
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
-    dataset = build(tmp_path)
-    store = Store(tmp_path / "store")
-    train = store.read_blob(dataset.record.blobs["train.jsonl"])
-    leaked = store.read_blob(dataset.record.blobs["test.jsonl"]).splitlines(keepends=True)[0]
-    blobs = {**dataset.record.blobs, "train.jsonl": store.put_bytes(train + leaked)}
-    digest = store.put_record(dataset.record.model_copy(update={"blobs": blobs}))
-    reasons = {one.path.split(",")[0]: one.reason for one in verify_dataset(store, digest).problems}
-    assert reasons.keys() >= {"train.jsonl", "splits", "rows kept", "rows read", "leakage.near_pairs", "leakage"}
-
-
-def test_a_record_of_another_kind_or_split(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
-    dataset = build(tmp_path)
-    with pytest.raises(UsageError, match="no split"):
-        dataset.examples("dev")
     with pytest.raises(TunesmithError):
-        load_dataset(Store(tmp_path / "store"), "sha256:" + "0" * 64)
-
-
-def test_messages_are_what_was_read(tmp_path: Path) -> None:
-    talk = {"messages": turns(" Keep  spacing\n", "  and\ttabs ", "café ☕ 🙂", '{"a": "é"}', system="S")}
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), talk])
-    dataset = build(tmp_path)
-    kept = [one.messages for name in SPLITS for one in dataset.examples(name) if one.messages[0].role == "system"]
-    assert kept == [tuple(Message(**turn) for turn in talk["messages"])]
+        load_dataset(store, "sha256:" + "0" * 64)
 
 
 def test_json_answers_are_written_as_constrained_answers_can_be(tmp_path: Path) -> None:
@@ -411,7 +322,7 @@ def test_json_answers_are_written_as_constrained_answers_can_be(tmp_path: Path) 
         one["messages"][-1]["content"] = json.dumps({"name": f"Renée {n}", "n": n}, indent=2 if n % 2 else None)
     write_jsonl(tmp_path / "rows.jsonl", found)
     built = build(tmp_path, respell=True)
-    answers = [each.answer for split in SPLITS for each in built.examples(split)]
+    answers = [each.answer for each in held(built)]
     assert len(answers) == built.record.body["rows"]["changed"] == 40
     assert all(answer == json.dumps(json.loads(answer), ensure_ascii=False) for answer in answers)
     assert dataset_summary(Store(tmp_path / "store"), built.digest).respelled == 40

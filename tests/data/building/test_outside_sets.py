@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import SPLITS
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -37,7 +36,7 @@ def contaminated(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_near_rows_and_equal_wordings_are_removed(contaminated: Path) -> None:
+def test_near_rows_and_equal_wordings_are_removed_and_verified_without_the_files(contaminated: Path) -> None:
     dataset = build(contaminated, settings(**OUTSIDE))
     rows = dataset.record.body["rows"]
     assert rows["removed"] == {
@@ -45,14 +44,10 @@ def test_near_rows_and_equal_wordings_are_removed(contaminated: Path) -> None:
         "same wording as a row of an outside test set": 1,
     }
     assert rows["read"] == rows["kept"] + 3
-    left = [one.request[0].content for name in SPLITS for one in dataset.examples(name)]
+    left = [one.request[0].content for one in held(dataset)]
     assert "stop the music" in left
     assert not [text for text in left if text.startswith(("please turn", "Wake", "play "))]
     assert [one["rows"] for one in dataset.record.body["decontaminated"]] == [3]
-
-
-def test_verification_needs_no_outside_files(contaminated: Path) -> None:
-    dataset = build(contaminated, settings(**OUTSIDE))
     (contaminated / "benchmark.csv").unlink()
     store = Store(contaminated / "store")
     assert verify_dataset(store, dataset.digest).ok
@@ -60,45 +55,30 @@ def test_verification_needs_no_outside_files(contaminated: Path) -> None:
     body = dict(clean.record.body) | {"settings": settings(**OUTSIDE).model_dump(mode="json")}
     body["decontaminated"] = dataset.record.body["decontaminated"]
     blobs = {**clean.record.blobs, "outside.jsonl": dataset.record.blobs["outside.jsonl"]}
-    claimed = store.put_record(Record(kind="dataset", blobs=blobs, body=body))
-    found = verify_dataset(store, claimed)
+    found = verify_dataset(store, store.put_record(Record(kind="dataset", blobs=blobs, body=body)))
     assert not found.ok
     assert ("leakage.near_outside", "is 2, and must be 0") in [(one.path, one.reason) for one in found.problems]
     assert any("has the wording of a row" in problem.reason for problem in found.problems)
+    blobs = {name: digest for name, digest in dataset.record.blobs.items() if name != "outside.jsonl"}
+    bare = store.put_record(Record(kind="dataset", blobs=blobs, body=dataset.record.body))
+    assert not verify_dataset(store, bare).ok, "without its outside set"
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        turns("Stop the music, please!", system="You are a house."),
-        turns("stop the music please"),
-        [*turns("stop the music please"), {"role": "assistant", "content": "", "weight": 0}],
-    ],
-    ids=["with a system turn", "alone", "with an answer of weight 0"],
-)
-def test_rows_of_an_outside_set_need_no_answers(tmp_path: Path, asked: list[dict[str, object]]) -> None:
+def test_rows_of_an_outside_set_need_a_request_and_no_answer(tmp_path: Path) -> None:
     talk = {"messages": turns("what plays in the kitchen now", "a song by abba", "turn that one off there", "done")}
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(120), row("stop the music please", "a"), talk])
     longer = turns("what plays in the kitchen now", "a song by abba", "turn that one off there")
-    write_jsonl(tmp_path / "asked.jsonl", [{"messages": asked}, {"messages": longer}])
-    dataset = build(tmp_path, settings(decontaminate=[{"path": "asked.jsonl"}]))
-    removed = dataset.record.body["rows"]["removed"]
-    assert sum(removed.values()) == 2
-    assert all(reason.endswith("of an outside test set") for reason in removed)
-
-
-@pytest.mark.parametrize("messages", [[], turns(system="You are a house."), [{"role": "assistant", "content": "a"}]])
-def test_a_row_of_an_outside_set_without_a_request_is_named(tmp_path: Path, messages: list[dict[str, str]]) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(60))
-    write_jsonl(tmp_path / "asked.jsonl", [row("stop the music", "a"), {"messages": messages}])
-    with pytest.raises(UsageError, match="no user turn") as caught:
-        build(tmp_path, settings(decontaminate=[{"path": "asked.jsonl"}]))
-    assert caught.value.where == "asked.jsonl, row 2"
-
-
-def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -> None:
-    dataset = build(contaminated, settings(**OUTSIDE))
-    store = Store(contaminated / "store")
-    blobs = {name: digest for name, digest in dataset.record.blobs.items() if name != "outside.jsonl"}
-    bare = store.put_record(Record(kind="dataset", blobs=blobs, body=dataset.record.body))
-    assert not verify_dataset(store, bare).ok
+    chosen = settings(decontaminate=[{"path": "asked.jsonl"}])
+    for asked in (
+        turns("Stop the music, please!", system="You are a house."),
+        [*turns("stop the music please"), {"role": "assistant", "content": "", "weight": 0}],
+    ):
+        write_jsonl(tmp_path / "asked.jsonl", [{"messages": asked}, {"messages": longer}])
+        removed = build(tmp_path, chosen).record.body["rows"]["removed"]
+        assert sum(removed.values()) == 2
+        assert all(reason.endswith("of an outside test set") for reason in removed)
+    for messages in ([], turns(system="You are a house."), [{"role": "assistant", "content": "a"}]):
+        write_jsonl(tmp_path / "asked.jsonl", [row("stop the music", "a"), {"messages": messages}])
+        with pytest.raises(UsageError, match="no user turn") as caught:
+            build(tmp_path, chosen)
+        assert caught.value.where == "asked.jsonl, row 2"

@@ -22,12 +22,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.building import shards
 from tunesmith.data.building.account import OUTSIDE_WORDING, WITHDRAWN
 from tunesmith.data.building.shards import LocalRunner
-from tunesmith.data.dataset import SPLITS
+from tunesmith.data.building.staging import StagingDatabase
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.settings import Source
@@ -66,28 +66,25 @@ def test_the_same_dataset_whatever_the_shards_and_workers(
     assert not list((tmp_path / "w").iterdir())
 
 
-def test_workers_apply_recalls_and_return_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [{**one, "subject": one["part"]} for one in mixed(400)])
+def test_workers_apply_recalls_and_outside_sets_and_return_originals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**one, "subject": one["part"]} for one in mixed(400)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "bench.jsonl", many_rows(9))
     monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
     monkeypatch.setenv(KEY, new_key())
-    chosen = settings(**CHOSEN | {"privacy": {**CHOSEN["privacy"], "originals": "back"}})
-    recalled = Withdrawn({"subject": frozenset(["p3"])})
+    privacy = {**CHOSEN["privacy"], "originals": "back"}
+    chosen = settings(**CHOSEN | {"privacy": privacy, "decontaminate": [{"path": "bench.jsonl"}]})
+    recalled = Withdrawn({"subject": frozenset(["p13"])})
     one, two = (build(tmp_path, chosen, runner=LocalRunner(workers), withdrawn=recalled) for workers in (1, 2))
     assert one.digest == two.digest
     assert two.record.body["rows"]["removed"][WITHDRAWN] >= 3
-    changed = [each.id for split in SPLITS for each in two.examples(split) if "person1@" in each.messages[0].content]
+    assert two.record.body["rows"]["removed"][OUTSIDE_WORDING] >= 9
+    changed = [each.id for each in held(two) if "person1@" in each.messages[0].content]
     assert sorted(read_originals(tmp_path / "back")) == sorted(changed) != []
-
-
-def test_workers_hold_rows_against_outside_test_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = many_rows(300)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    write_jsonl(tmp_path / "bench.jsonl", rows[:9])
-    chosen = settings(decontaminate=[{"path": "bench.jsonl"}])
-    whole = build(tmp_path, chosen)
-    assert whole.record.body["rows"]["removed"][OUTSIDE_WORDING] >= 9
-    monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
-    assert build(tmp_path, chosen, runner=LocalRunner(2)).digest == whole.digest
+    with pytest.raises(TunesmithError, match="worker process died"):
+        build(tmp_path, runner=LocalRunner(2), count_tokens=lambda _messages, _most: os._exit(9), max_tokens=9)
 
 
 def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,15 +135,13 @@ def test_the_first_bad_row_is_told_whoever_meets_one(tmp_path: Path, monkeypatch
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(2000))
+    enter = StagingDatabase.__enter__
 
     def tight(self: Any) -> Any:
         entered = enter(self)
         self._database.execute("PRAGMA max_page_count = 20")
         return entered
 
-    from tunesmith.data.building.staging import StagingDatabase
-
-    enter = StagingDatabase.__enter__
     monkeypatch.setattr(StagingDatabase, "__enter__", tight)
     with pytest.raises(TunesmithError, match="the disk is full"):
         build(tmp_path, work=tmp_path / "w")
@@ -182,10 +177,3 @@ def test_killed_it_leaves_no_worker_and_the_next_build_is_whole(tmp_path: Path) 
     _, left = psutil.wait_procs(workers, timeout=120)
     assert not left
     assert build(tmp_path).digest == build(tmp_path, work=tmp_path / "elsewhere").digest
-
-
-def test_a_worker_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(200))
-    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
-    with pytest.raises(TunesmithError, match="worker process died"):
-        build(tmp_path, runner=LocalRunner(2), count_tokens=lambda _messages, _most: os._exit(9), max_tokens=9)

@@ -48,15 +48,9 @@ def test_keys_come_in_the_order_of_the_request(request_text: str, answer: str, o
 
 
 def test_an_answer_follows_the_user_turns_before_it() -> None:
-    turns = [
-        ("system", "b"),
-        ("user", "a"),
-        ("assistant", '{"x": "b", "y": "a"}'),
-        ("user", "b a"),
-        ("assistant", '{"x": "b", "y": "a"}'),
-    ]
+    answer = '{"x": "b", "y": "a"}'
+    turns = [("system", "b"), ("user", "a"), ("assistant", answer), ("user", "b a"), ("assistant", answer)]
     found = in_request_order([Message.model_validate({"role": role, "content": text}) for role, text in turns])
-    assert [json.loads(one.content) for one in found if one.role == "assistant"] == [{"x": "b", "y": "a"}] * 2
     assert [one.content for one in found if one.role == "assistant"] == ['{"x": "b", "y": "a"}', '{"y": "a", "x": "b"}']
 
 

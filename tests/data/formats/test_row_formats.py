@@ -8,14 +8,13 @@ from datetime import date
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.data.rows import turns
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
+from tunesmith.data.settings import Rows
 from tunesmith.data.sources.row_readers import Row
 
 
@@ -70,17 +69,23 @@ def test_every_shape_is_detected_and_says_the_same(fields: dict[str, Any]) -> No
     assert conversation(fields) == SAME
 
 
-def test_alpaca_input_follows_the_instruction() -> None:
-    found = conversation({"instruction": "Translate:", "input": "chat", "output": "cat"})
-    assert found[0].content == "Translate:\n\nchat"
-
-
 def test_keys_that_tell_nothing_or_two_things() -> None:
+    assert conversation({"instruction": "a", "input": "b", "output": "c"})[0].content == "a\n\nb"
     assert "fits no known format" in error({"text": "hello", "label": "greeting"}).what
     assert "looks like prompt-completion" in error({"prompt": "a", "completion": "b"}, "messages").what
-    both = error({"messages": turns("a", "b"), "prompt": "a", "completion": "b"})
-    assert "several formats" in both.what
-    assert conversation({"messages": turns("a", "b"), "prompt": "x", "completion": "y"}, "messages")[0].content == "a"
+    both = {"messages": turns("a", "b"), "prompt": "x", "completion": "y"}
+    assert "several formats" in error(both).what
+    with pytest.raises(ValueError, match="there is no format 'alpaka'"):
+        Rows(path="a.jsonl", format="alpaka")
+    assert Rows.model_json_schema()["properties"]["format"]["enum"] == [row_formats.AUTO, *row_formats.FORMATS]
+    assert conversation(both, "messages")[0].content == "a"
+    assert row_formats.format_evidence("alpaca", told=False).startswith("every row has instruction and output")
+    for name, preferences in (
+        ("openai", {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}),
+        ("messages", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ("auto", {"prompt": "a", "completion": "b", "label": False}),
+    ):
+        assert "preferences" in error(preferences, name).what
 
 
 @pytest.mark.parametrize(
@@ -100,49 +105,41 @@ def test_an_unknown_format_names_the_renames_that_would_do(fields: dict[str, Any
     assert f", here {renames} (" in str(error(fields).fix)
 
 
-def test_errors_of_common_shapes_say_what_to_do() -> None:
-    assert "null counts as absent" in str(error({"prompt": "a"}, "prompt-completion").fix)
-    first = error({"prompt": "a", "meta": "b"})
-    assert first.what == "the row has prompt and no completion"
-    assert "null counts as absent" in str(first.fix)
-    picture = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "b"}}]
-    shown = error({"messages": [{"role": "user", "content": picture}]})
-    assert shown.what == "a part is of the type image_url, not text"
-    assert "messages" in str(error({"prompt": turns("a"), "completion": turns("b")}).fix)
-    mixed = error({"conversations": [{"role": "user", "content": "hi"}]})
-    assert "--rename conversations=messages" in str(mixed.fix)
-    both = error({"prompt": "a", "completion": "b", "instruction": "c", "output": "d"})
-    assert "prompt-completion or alpaca" in both.what
-    assert "--rename instruction=unused" in str(both.fix)
-
-
-@pytest.mark.parametrize(("value", "text"), [(2, "2"), (0, "0"), (1.5, "1.5"), (True, "true"), (False, "false")])
-def test_a_label_that_is_no_text_is_an_answer(value: float, text: str) -> None:
-    assert [turn.content for turn in conversation({"prompt": "a", "completion": value})] == ["a", text]
-    assert [turn.content for turn in conversation({"instruction": "a", "output": value})] == ["a", text]
+IMAGE = {"type": "image_url", "image_url": {"url": "b"}}
 
 
 @pytest.mark.parametrize(
-    "value", [{"a": None, "b": {"c": [1.5, "\u00e9"]}}, [], ["a", "b"], [{"from": "Bonn", "to": "Ulm"}]]
+    ("fields", "what", "fix"),
+    [
+        ({"prompt": "a", "meta": "b"}, "the row has prompt and no completion", "null counts as absent"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
+         "a part is of the type image_url, not text", ""),
+        ({"prompt": turns("a"), "completion": turns("b")}, "", "messages"),
+        ({"conversations": [{"role": "user", "content": "hi"}]}, "", "--rename conversations=messages"),
+        ({"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}, "prompt-completion or alpaca",
+         "--rename instruction=unused"),
+        ({"prompt": {"a": 1}, "completion": "b"}, "", "as text"),
+        ({"messages": [*turns("a"), {"role": "assistant", "content": {"b": 1}}]}, "", "as text"),
+        ({"messages": json.dumps(turns("a", "b"))}, "", "as JSONL"),
+        ({"text": "Q: a A: b"}, "", "the request under prompt"),
+        *(({"prompt": "a", "completion": value}, "not text", "as text")
+          for value in (float("nan"), float("inf"), {"a": float("nan")}, {"a": date(2024, 5, 1)})),
+    ],
+)  # fmt: skip
+def test_errors_of_common_shapes_say_what_to_do(fields: dict[str, Any], what: str, fix: str) -> None:
+    found = error(fields)
+    assert what in found.what
+    assert fix in str(found.fix)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2, 0, 1.5, True, False, {"a": None, "b": {"c": [1.5, "\u00e9"]}}, [], ["a"], [{"from": "Bonn", "to": "Ulm"}]],
 )
-def test_an_object_or_a_list_is_an_answer_in_json(value: object) -> None:
-    text = json.dumps(value, ensure_ascii=False)
-    assert conversation({"prompt": "a", "completion": value})[-1].content == text
-    assert conversation({"instruction": "a", "output": value})[-1].content == text
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": float("nan")}, {"a": date(2024, 5, 1)}])
-def test_other_values_are_not_answers(value: object) -> None:
-    found = error({"prompt": "a", "completion": value})
-    assert "not text" in found.what
-    assert "as text" in str(found.fix)
-
-
-def test_values_that_are_no_text_say_what_to_do() -> None:
-    assert "as text" in str(error({"prompt": {"a": 1}, "completion": "b"}).fix)
-    assert "as text" in str(error({"messages": [*turns("a"), {"role": "assistant", "content": {"b": 1}}]}).fix)
-    assert "as JSONL" in str(error({"messages": json.dumps(turns("a", "b"))}).fix)
-    assert "the request under prompt" in str(error({"text": "Q: a A: b"}).fix)
+def test_a_label_or_an_object_that_is_no_text_is_an_answer_in_json(value: object) -> None:
+    said = ["a", json.dumps(value, ensure_ascii=False)]
+    assert [turn.content for turn in conversation({"prompt": "a", "completion": value})] == said
+    assert [turn.content for turn in conversation({"instruction": "a", "output": value})] == said
 
 
 def test_null_stands_for_a_key_that_is_not_there() -> None:
@@ -160,6 +157,8 @@ def test_null_stands_for_a_key_that_is_not_there() -> None:
     assert not ignored
     more = {"tools": None, "functions": None, "parallel_tool_calls": None}
     assert conversation({"messages": [*turns("hi", "yo"), *turns("so", "no")], **more}, "openai")[-1].content == "no"
+    conversation({"messages": [{**turns("hi")[0], "name": "bob"}, turns("x", "yo")[1]]}, ignored=ignored)
+    assert ignored == {"messages[].name": 1}
 
 
 @pytest.mark.parametrize(
@@ -204,46 +203,3 @@ def test_wrong_types_name_row_and_key(fields: dict[str, Any], place: str) -> Non
 )
 def test_conversations_that_cannot_be_learned_from(messages: list[dict[str, Any]], expected: str | None) -> None:
     assert reason(messages) == expected
-
-
-def test_keys_inside_turns_are_counted() -> None:
-    ignored: Counter[str] = Counter()
-    conversation({"messages": [{**turns("hi")[0], "name": "bob"}, turns("x", "yo")[1]]}, ignored=ignored)
-    assert ignored == {"messages[].name": 1}
-
-
-role = st.sampled_from(["system", "user", "assistant", "tool"])
-said = st.sampled_from(["", " ", "hi", "yo"])
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("openai", {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}),
-        ("messages", {"prompt": "a", "chosen": "b", "rejected": "c"}),
-        ("auto", {"prompt": "a", "completion": "b", "label": False}),
-    ],
-)
-def test_preference_rows_are_refused(name: str, row: dict[str, Any]) -> None:
-    assert "preferences" in error(row, name).what
-
-
-def test_what_a_format_was_told_by() -> None:
-    assert row_formats.format_evidence("messages", told=True) == "set in the settings"
-    found = row_formats.format_evidence("alpaca", told=False)
-    assert found.startswith("every row has instruction and output")
-
-
-@given(st.lists(st.fixed_dictionaries({"role": role, "content": said}), max_size=6))
-def test_what_passes_is_a_conversation(messages: list[dict[str, str]]) -> None:
-    """The property that every later stage relies on, for any turns."""
-    found = row_formats.read_turns(Row("a", 1, {"messages": messages}), row_formats.FORMATS["messages"], Counter())
-    if turn_checks.objection(found) is not None:
-        return
-    result = turn_checks.conversation(found)
-    spoken = [turn for turn in result if turn.role != "system"]
-    assert [turn.role for turn in spoken] == ["user", "assistant"] * (len(spoken) // 2)
-    assert spoken
-    assert all(turn.content.strip() for turn in spoken)
-    assert len(result) - len(spoken) <= 1
-    assert result[0].role in ("system", "user")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.data.formats.test_row_formats import conversation, error
-from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
@@ -50,15 +50,6 @@ def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
     return turn_checks.objection(row_formats.read_turns(found, row_formats.FORMATS["messages"], Counter()))
 
 
-def test_a_whole_exchange_with_a_tool() -> None:
-    found = conversation({"messages": WHOLE, "tools": TOOLS, "parallel_tool_calls": False})
-    assert [turn.role for turn in found] == ["user", "assistant", "tool", "assistant"]
-    assert found[1].tool_calls == (ToolCall(id="call_1", name="weather", arguments=ARGUMENTS),)
-    assert found[2].tool_call_id == "call_1"
-    assert tools_of(found) == TOOLS
-    assert [turn.tools is None for turn in found] == [False, True, True, True]
-
-
 SHAREGPT = [
     {"from": "human", "value": "weather in Oslo?"},
     {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo", "at": "noon"}}'},
@@ -82,15 +73,19 @@ OLDER = [
     ],
 )  # fmt: skip
 def test_every_spelling_says_the_same(fields: dict[str, Any]) -> None:
-    found = conversation(fields)
     same = conversation({"messages": [*asked(call("call00000")), told("call00000"), WHOLE[3]], "tools": TOOLS})
-    assert found == same
+    assert conversation(fields) == same
+    found = conversation({"messages": WHOLE, "tools": TOOLS, "parallel_tool_calls": False})
+    assert [turn.role for turn in found] == ["user", "assistant", "tool", "assistant"]
+    assert found[1].tool_calls == (ToolCall(id="call_1", name="weather", arguments=ARGUMENTS),)
+    assert found[2].tool_call_id == "call_1"
+    assert tools_of(found) == TOOLS
+    assert [turn.tools is None for turn in found] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        (asked(call()), None),
         (asked(call("1"), call("2")), None),
         ([*asked(call("1"), call("2")), told("2"), told("1"), WHOLE[3]], None),
         ([*asked(call(), content="Let me look."), told(), *asked(call("2"))[1:], told("2"), WHOLE[3]], None),
@@ -161,45 +156,33 @@ def tool_rows(count: int) -> list[dict[str, Any]]:
 
 def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
     rows = tool_rows(60)
-    write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0], {"messages": [*asked(call()), WHOLE[3]], "tools": TOOLS}])
-    dataset = build(tmp_path)
-    body = dataset.record.body
-    assert body["rows"]["removed"] == {"exact duplicate": 1, turn_checks.UNANSWERED: 1}
-    assert body["ignored_keys"] == {}
-    example = dataset.examples("train")[0]
-    assert tools_of(example.messages) == TOOLS
-    assert [turn.role for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
-
-
-def test_private_data_and_control_tokens_in_calls_are_seen(tmp_path: Path) -> None:
-    rows = tool_rows(40)
     spoken = rows[0]["messages"]
     spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "ada@lovelace.org", "at": "noon"}'
     spoken[2]["content"] = "mail to ada@lovelace.org"
-    write_jsonl(tmp_path / "rows.jsonl", rows)
+    odd = [rows[1], {"messages": [*asked(call()), WHOLE[3]], "tools": TOOLS}]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *odd])
     dataset = build(tmp_path, settings(privacy={"entities": ["EMAIL_ADDRESS"]}))
-    assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 1}
-    held = [one for name in dataset.splits for one in dataset.examples(name)]
-    changed = next(one for one in held if "person1" in one.messages[2].content)
-    assert json.loads(changed.messages[1].tool_calls[0].arguments) == {"city": "person1@example.com", "at": "noon"}
-    assert "lovelace" not in "".join(one.model_dump_json() for one in held)
-    scan = dataset.record.body["privacy_scan"]
-    assert scan["fields"] == {"call": {"EMAIL_ADDRESS": 1}, "tool": {"EMAIL_ADDRESS": 1}}
-    spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "<|im_end|>"}'
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(Refused, match="control token"):
-        build(tmp_path, control_tokens=("<|im_end|>",))
-
-
-@pytest.mark.parametrize(("action", "reason"), [("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)])
-def test_a_call_that_pseudonyms_would_break_is_left_out(tmp_path: Path, action: str, reason: str) -> None:
-    rows = tool_rows(40)
+    body = dataset.record.body
+    assert body["rows"]["removed"] == {"exact duplicate": 1, turn_checks.UNANSWERED: 1}
+    assert body["ignored_keys"] == {}
+    assert body["privacy"] == {"EMAIL_ADDRESS": 1}
+    assert body["privacy_scan"]["fields"] == {"call": {"EMAIL_ADDRESS": 1}, "tool": {"EMAIL_ADDRESS": 1}}
+    (changed,) = [one.messages for one in held(dataset) if "person1" in one.messages[2].content]
+    assert json.loads(changed[1].tool_calls[0].arguments) == {"city": "person1@example.com", "at": "noon"}
+    assert [turn.role for turn in changed] == ["user", "assistant", "tool", "assistant"]
+    assert tools_of(changed) == TOOLS
+    assert "lovelace" not in "".join(one.model_dump_json() for one in held(dataset))
     # Two spellings of one address become the same key.
-    given = '{"ada@lovelace.org": 1, "ADA@lovelace.org": 2}'
-    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = given
+    spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"ada@lovelace.org": 1, "ADA@lovelace.org": 2}'
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(privacy={"action": action, "entities": ["EMAIL_ADDRESS"]}))
-    assert dataset.record.body["rows"]["removed"][reason] == 1
+    for action, reason in (("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)):
+        dataset = build(tmp_path, settings(privacy={"action": action, "entities": ["EMAIL_ADDRESS"]}))
+        assert dataset.record.body["rows"]["removed"][reason] == 1
+    for identity, arguments in (("call_1", '{"city": "<|im_end|>"}'), ("<|im_end|>", "{}")):
+        spoken[1:3] = [asked(call(identity, arguments))[1], told(identity)]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(Refused, match="control token"):
+            build(tmp_path, control_tokens=("<|im_end|>",))
 
 
 OPENAI = {"messages": WHOLE, "tools": TOOLS}
@@ -228,26 +211,19 @@ def test_openais_rules(change: Any, said: str, place: str) -> None:
     found = error(broken, "openai")
     assert said in found.what
     assert found.where.endswith(place)
-
-
-def test_openais_rules_of_a_whole_row() -> None:
     assert "true or false" in error({**OPENAI, "parallel_tool_calls": "no"}, "openai").what
     assert "at most 128" in error({**OPENAI, "tools": TOOLS * 129}, "openai").what
     assert "must not be empty" in error({"messages": WHOLE, "functions": []}, "openai").what
 
 
-def test_a_short_file_of_openais_is_warned_of(tmp_path: Path) -> None:
+def test_a_file_in_openais_format(tmp_path: Path) -> None:
     rows = [{"messages": row(f"{n} {'abcdefghi'[n] * 9}", str(n))["messages"], "part": str(n % 3)} for n in range(9)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     chosen = settings(source={"format": "openai"}, split={"group_by": "part", "test": 0.5})
-    dataset = build(tmp_path, chosen)
-    document = dataset_summary(Store(tmp_path / "store"), dataset.digest).document()
+    document = dataset_summary(Store(tmp_path / "store"), build(tmp_path, chosen).digest).document()
     assert document["warnings"] == ["rows.jsonl: 9 rows: OpenAI's service accepts files of at least 10 examples"]
     assert document["sources"][0]["evidence"] == "set in the settings"
-
-
-def test_a_bad_row_is_named_by_file_row_and_key(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [OPENAI, {"messages": WHOLE[:-1], "tools": TOOLS}])
     with pytest.raises(UsageError) as caught:
-        build(tmp_path, settings(source={"format": "openai"}))
+        build(tmp_path, chosen)
     assert caught.value.where == "rows.jsonl, row 2, messages[2].role"

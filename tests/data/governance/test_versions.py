@@ -8,6 +8,8 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
@@ -60,9 +62,6 @@ def test_a_sample_of_each_removed_class_with_what_stood_there(tmp_path: Path) ->
 
 
 def test_a_removed_row_of_parquet_is_shown_as_json(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns = {
         "prompt": [one["messages"][0]["content"] for one in many_rows(30)],
         "completion": ["", *("said" for _ in range(29))],
@@ -70,30 +69,24 @@ def test_a_removed_row_of_parquet_is_shown_as_json(tmp_path: Path) -> None:
         "noise": [math.nan] * 30,
         "raw": [b"\xff"] * 30,
     }
-    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     dataset = build(tmp_path, settings("rows.parquet"))
     fields = removed_sample(dataset, tmp_path, 5)["empty assistant turn"][0]["fields"]
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     assert fields["at"].startswith("2026-01-02")
 
 
-def test_a_datasheet_that_a_name_cannot_break(two: tuple[Store, Dataset, Dataset]) -> None:
-    _, first, _ = two
+def test_cards_of_a_dataset(two: tuple[Store, Dataset, Dataset], tmp_path: Path) -> None:
+    store, first, _ = two
     text = datasheet(first, "na|me\n# of it", [])
     assert text.splitlines()[0].startswith("# Datasheet of na\\|me # of it")
     assert "| MIT | 80 |" in text
     assert "No steward" in text
-
-
-def test_croissant_is_what_its_own_library_reads(two: tuple[Store, Dataset, Dataset], tmp_path: Path) -> None:
     mlcroissant = pytest.importorskip("mlcroissant", reason="mlcroissant is not installed (group: dev)")
-    store, first, _ = two
-    folder = tmp_path / "out"
-    folder.mkdir()
     for split in SPLITS:
-        shutil.copy(store.blob_path(first.record.blobs[f"{split}.jsonl"]), folder / f"{split}.jsonl")
-    (folder / "croissant.json").write_text(json.dumps(croissant(first, "rows")))
-    read = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
+        shutil.copy(store.blob_path(first.record.blobs[f"{split}.jsonl"]), tmp_path / f"{split}.jsonl")
+    (tmp_path / "croissant.json").write_text(json.dumps(croissant(first, "rows")))
+    read = mlcroissant.Dataset(jsonld=str(tmp_path / "croissant.json"))
     assert not read.metadata.issues.errors
     said = {one["test/id"].decode(): [text.decode() for text in one["test/messages"]] for one in read.records("test")}
     assert said == {one.id: [turn.content for turn in one.messages] for one in first.examples("test")}

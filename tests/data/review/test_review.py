@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from tests.commands import call, printed
 from tests.data.rows import NO_SCAN, many_rows, row, settings, turns, write_jsonl
 from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
-from tests.postgresql_server import empty_database
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
 from tunesmith.data.building.build import build_dataset
@@ -116,37 +115,45 @@ def edited(desk: Desk, number: int, answer: str) -> list[str]:
     return [*(turn.content for turn in review.show(desk.store, number).messages[:-1]), answer]
 
 
-def test_the_next_build_does_what_was_decided(desk: Desk) -> None:
+def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
+    assert desk.build().digest == desk.first.digest
+    assert "review.jsonl: no review decision yet" in said
     assert review.fill(desk.store).added == 6
     again = review.fill(desk.store)
     assert (again.added, again.waiting, again.found) == (0, 6, {"refusing answer": 6})
+    assert review.export(desk.project).named
+    assert (desk.project.root / "review.jsonl").read_bytes() == b""
+    assert desk.build().digest == desk.first.digest, "without decisions it is no other version"
     accepted, changed, rejected, *_ = numbers(desk)
     review.decide(desk.store, accepted, "accept")
     review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
     review.decide(desk.store, rejected, "reject", reason="refuses")
     items = {number: review.show(desk.store, number) for number in (accepted, changed, rejected)}
     done = review.export(desk.project)
-    assert (done.accept, done.edit, done.reject, done.named) == (1, 1, 1, True)
+    assert (done.accept, done.edit, done.reject) == (1, 1, 1)
     second = desk.build()
     assert verify_dataset(desk.store, second.digest).ok
     found = difference(desk.store, desk.first.digest, second.digest)
     assert found.rows["added"] == 0
     assert found.removed == (items[rejected].subject,)
-    assert [(one.before, rows(second)[one.after].answer) for one in found.changed] == [
-        (items[changed].subject, "a real answer")
-    ]
+    (one,) = found.changed
+    assert (one.before, rows(second)[one.after].answer) == (items[changed].subject, "a real answer")
+    assert rows(second)[one.after].licence == "MIT"
     assert found.removed_reasons == {"rejected in a review: refusing answer": (0, 1)}
     summary = dataset_summary(desk.store, second.digest)
     assert summary.review is not None
     assert (summary.review.accept, summary.review.edit, summary.review.reject) == (1, 1, 1)
-    assert rows(second)[found.changed[0].after].licence == "MIT"
-    assert load_dataset(desk.store, desk.first.digest).record == desk.first.record, "the sealed version"
     with database.reading(desk.store.engine) as session:
         entries = [one for one in audit.entries(session) if one.action == "review.decide"]
     assert [one.detail["decision"] for one in entries] == ["accept", "edit", "reject"]
     assert "a real answer" not in str([one.detail for one in entries])
     left = desk.build(withdrawn=Withdrawn({"row": frozenset([items[changed].subject])}))
     assert all(one.answer != "a real answer" for one in rows(left).values()), "withdrawn with the row that it was"
+    write_jsonl(desk.project.root / "rows.jsonl", many_rows(60))
+    warnings = dataset_summary(desk.store, desk.build().digest).warnings
+    assert warnings == ("review.jsonl: 3 decisions fit no row of the sources",)
 
 
 @pytest.mark.parametrize("named", ["before", "after"])
@@ -191,7 +198,7 @@ def test_an_edited_system_turn_stays_where_the_answer_is_spelled_otherwise(tmp_p
     assert (found.answer, found.messages[0].content) == ('{"name": "Renée"}', "Be kind.")
 
 
-def test_a_copy_under_another_system_turn_keeps_it_when_it_is_edited(tmp_path: Path, desk: Desk) -> None:
+def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk: Desk) -> None:
     review.fill(desk.store)
     changed, rejected = numbers(desk)[:2]
     texts = {number: [turn.content for turn in review.show(desk.store, number).messages] for number in numbers(desk)}
@@ -199,82 +206,51 @@ def test_a_copy_under_another_system_turn_keeps_it_when_it_is_edited(tmp_path: P
     copies.append(row(texts[rejected][0].upper(), texts[rejected][-1]))
     with (tmp_path / "rows.jsonl").open("a") as stream:
         stream.writelines(json.dumps(one) + "\n" for one in copies)
-    review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
+    review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "write to ann@company-mail.org"))
     review.decide(desk.store, rejected, "reject", reason="refuses")
     review.export(desk.project)
-    chosen = settings(review="review.jsonl", duplicates={"near": None})
+    chosen = settings(review="review.jsonl", duplicates={"near": None}, privacy={"entities": ["EMAIL_ADDRESS"]})
     dataset = load_dataset(desk.store, build_dataset(desk.store, chosen, tmp_path))
     answers = [(len(one.messages), one.answer) for one in rows(dataset).values()]
-    assert sorted(said for said in answers if said[1] == "a real answer") == [
-        (2, "a real answer"),
-        (3, "a real answer"),
-    ]
+    scanned = "write to person1@example.com"
+    assert sorted(said for said in answers if said[1] == scanned) == [(2, scanned), (3, scanned)]
     assert not [said for said in answers if said[1] in (texts[changed][-1], texts[rejected][-1])]
-
-
-def test_a_rejection_wins_for_copies_of_two_reviewed_rows(tmp_path: Path) -> None:
-    said = [
-        {"row": row, "content": "sha256:" + "0" * 64, "decision": what}
-        for row, what in (("a", "reject"), ("b", "accept"))
-    ]
-    write_jsonl(tmp_path / "review.jsonl", said)
-    assert [one.row for one in read_reviewed("review.jsonl", tmp_path).contents.values()] == ["a"]
-
-
-def test_an_edited_row_passes_the_checks_that_every_row_passes(desk: Desk) -> None:
-    review.fill(desk.store)
-    number = numbers(desk)[0]
-    review.decide(desk.store, number, "edit", contents=edited(desk, number, "write to ann@company-mail.org"))
-    review.export(desk.project)
-    chosen = settings(review="review.jsonl", privacy={"entities": ["EMAIL_ADDRESS"]})
-    second = load_dataset(desk.store, build_dataset(desk.store, chosen, desk.project.root))
-    assert second.record.body["privacy"] == {"EMAIL_ADDRESS": 1}
-    assert any(one.answer == "write to person1@example.com" for one in rows(second).values())
+    assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 2}
     review.fill(desk.store, pseudonyms=True)
-    marked = [piece for piece, pseudonym in review.marked("write to person1@example.com now") if pseudonym]
-    assert marked == ["person1@example.com"]
-
-
-def test_decisions_that_fit_no_row_are_told(desk: Desk) -> None:
-    review.fill(desk.store)
-    for number in numbers(desk):
-        review.decide(desk.store, number, "accept")
-    review.export(desk.project)
-    write_jsonl(desk.project.root / "rows.jsonl", many_rows(60))
-    assert dataset_summary(desk.store, desk.build().digest).warnings == (
-        "review.jsonl: 6 decisions fit no row of the sources",
-    )
+    assert list(review.marked(f"{scanned} now"))[1] == ("person1@example.com", True)
 
 
 @pytest.mark.parametrize(
     "line",
     ["", "{", '{"row": "x"}', '{"row": "x", "content": "sha256:' + "0" * 64 + '", "decision": "edit"}', "[1]"],
 )
-def test_a_damaged_file_of_decisions(tmp_path: Path, line: str) -> None:
+def test_a_file_of_decisions(tmp_path: Path, line: str) -> None:
+    content = "sha256:" + "0" * 64
+    both = [{"row": row, "content": content, "decision": what} for row, what in (("a", "reject"), ("b", "accept"))]
+    write_jsonl(tmp_path / "review.jsonl", both)
+    assert [one.row for one in read_reviewed("review.jsonl", tmp_path).contents.values()] == ["a"], "a rejection wins"
     (tmp_path / "review.jsonl").write_text(line + "\n")
-    with pytest.raises(UsageError, match="line 1"):
-        read_reviewed("review.jsonl", tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
-    for name in ("folder", "link"):
-        with pytest.raises(UsageError, match="cannot be read"):
+    for name, said in (("review.jsonl", "line 1"), ("folder", "cannot be read"), ("link", "cannot be read")):
+        with pytest.raises(UsageError, match=said):
             read_reviewed(name, tmp_path)
 
 
-def test_a_file_without_decisions_changes_no_dataset_version(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    assert "review" not in desk.first.record.body
-    monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
-    assert desk.build().digest == desk.first.digest
-    assert "review.jsonl: no review decision yet" in said
-    assert review.export(desk.project).named
-    assert (desk.project.root / "review.jsonl").read_bytes() == b""
-    assert desk.build().digest == desk.first.digest
-
-
-def test_two_reviewers_who_disagree(desk: Desk) -> None:
+def test_what_is_refused_and_two_reviewers_who_disagree(desk: Desk) -> None:
     review.fill(desk.store, reviewers=2)
     first, second, third, *_ = numbers(desk)
+    for act in (review.list_items, review.fill):
+        with pytest.raises(Refused, match="may not"):
+            act(desk.store, actor="bob")
+    with pytest.raises(UsageError, match="reason"):
+        review.decide(desk.store, first, "reject")
+    same = [turn.content for turn in review.show(desk.store, first).messages]
+    for contents, said in ((same, "changes nothing"), ([same[0], " "], "empty"), (["x"], "all 2 turns")):
+        with pytest.raises(UsageError, match=said):
+            review.decide(desk.store, first, "edit", contents=contents)
+    with pytest.raises(UsageError, match="no review item"):
+        review.show(desk.store, 999)
     review.decide(desk.store, first, "accept", actor="ann")
     shown = review.show(desk.store, first, actor="eve")
     assert (shown.decisions, shown.may, shown.state) == ((), True, "open"), "the other's decision is not shown yet"
@@ -306,71 +282,46 @@ def test_kappa() -> None:
     assert cohen_kappa([("accept", "accept")] * 12) is None
 
 
-def test_who_may_review_and_what_is_refused(desk: Desk) -> None:
-    review.fill(desk.store)
-    number = numbers(desk)[0]
-    for act in (review.list_items, review.fill):
-        with pytest.raises(Refused, match="may not"):
-            act(desk.store, actor="bob")
-    with pytest.raises(UsageError, match="reason"):
-        review.decide(desk.store, number, "reject")
-    with pytest.raises(UsageError, match="changes nothing"):
-        review.decide(
-            desk.store, number, "edit", contents=[t.content for t in review.show(desk.store, number).messages]
-        )
-    with pytest.raises(UsageError, match="empty"):
-        review.decide(desk.store, number, "edit", contents=edited(desk, number, " "))
-    with pytest.raises(UsageError, match="all 2 turns"):
-        review.decide(desk.store, number, "edit", contents=["x"])
-    with pytest.raises(UsageError, match="no review item"):
-        review.show(desk.store, 999)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    url = None
-    if request.param == "postgresql":
-        url = str(request.getfixturevalue("postgresql"))
-        empty_database(url)
-    found = Store(tmp_path / "store", url=url)
-    yield found
-    found.engine.dispose()
-
-
-def test_two_people_at_once_lose_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = made_desk(tmp_path, store, monkeypatch)
-    review.fill(store)
-    number = numbers(desk)[0]
-    said: list[str] = []
+def test_two_people_at_once_lose_nothing(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store", url=any_database)
+    review.fill(made_desk(tmp_path, store, monkeypatch).store)
+    (number, *_) = [one.item for one in review.list_items(store, state="all").items]
     both = threading.Barrier(2)
 
-    def decide(name: str, choice: Any) -> None:
+    def decide(name: str, choice: Any) -> str:
         both.wait(300)
         try:
             review.decide(store, number, choice, reason="so", revision=0, actor=name)
-            said.append(choice)
         except TunesmithError as error:
-            said.append(error.what)
+            return error.what
+        return str(choice)
 
-    threads = [threading.Thread(target=decide, args=pair) for pair in (("eve", "accept"), ("stu", "reject"))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(decide, ("eve", "stu"), ("accept", "reject")))
     shown = review.show(store, number)
-    assert len(shown.decisions) == 1
-    assert shown.decisions[0].decision == shown.state
+    assert [one.decision for one in shown.decisions] == [shown.state]
     assert shown.state in said
     assert any("decided" in one for one in said)
+    store.engine.dispose()
 
 
 def test_kept_requests(desk: Desk) -> None:
+    put_case(desk.store, case(1))
+    review.fill(desk.store)
+    (number,) = [one.item for one in review.list_items(desk.store).items if one.kind == "case"]
+    review.decide(desk.store, number, "edit", contents=edited(desk, number, "what a reviewer wrote"))
+    put_case(desk.store, case(1, until="2020-01-01T00:00:00Z"))
+    with pytest.raises(Refused, match="no longer kept"):
+        review.show(desk.store, number)
+    delete_expired(desk.store)
+    with pytest.raises(UsageError, match="no review item"):
+        review.show(desk.store, number)
+    with database.reading(desk.store.engine) as session:
+        assert session.query(ReviewDecisionRow).count() == 0, "what the reviewer wrote"
     for one in (case(1), case(2).model_copy(update={"expected": None}), case(3), case(4, until="2020-01-01T00:00:00Z")):
         put_case(desk.store, one)
     review.fill(desk.store)
-    found = [one for one in review.list_items(desk.store).items if one.kind == "case"]
-    assert len(found) == 3, "the fourth one's time was over"
-    first, second, third = (one.item for one in found)
+    first, second, third = (one.item for one in review.list_items(desk.store).items if one.kind == "case")
     with pytest.raises(UsageError, match="nobody said"):
         review.decide(desk.store, second, "accept")
     texts = edited(desk, second, '{"odd": 2}')
@@ -388,30 +339,12 @@ def test_kept_requests(desk: Desk) -> None:
     assert third not in numbers(desk)
 
 
-def test_a_request_whose_time_is_over_leaves_the_queue(desk: Desk) -> None:
-    put_case(desk.store, case(1))
-    review.fill(desk.store, reviewers=2)
-    (number,) = [one.item for one in review.list_items(desk.store).items if one.kind == "case"]
-    review.decide(desk.store, number, "edit", contents=edited(desk, number, "what a reviewer wrote"))
-    put_case(desk.store, case(1, until="2020-01-01T00:00:00Z"))
-    with pytest.raises(Refused, match="no longer kept"):
-        review.show(desk.store, number)
-    delete_expired(desk.store)
-    with pytest.raises(UsageError, match="no review item"):
-        review.show(desk.store, number)
-    with database.reading(desk.store.engine) as session:
-        assert session.query(ReviewDecisionRow).count() == 0, "what the reviewer wrote"
-
-
 def test_the_command_line(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / ".tunesmith").symlink_to(tmp_path / "store")
-
     assert call(tmp_path, "review", "fill")["added"] == 6
-    number = call(tmp_path, "review", "list")["items"][0]["item"]
-    assert call(tmp_path, "review", "show", str(number))["state"] == "open"
-    assert call(tmp_path, "review", "decide", str(number), "edit", "--answer", "a real answer")["state"] == "edit"
+    number = str(call(tmp_path, "review", "list")["items"][0]["item"])
+    assert call(tmp_path, "review", "decide", number, "edit", "--answer", "a real answer")["state"] == "edit"
     assert call(tmp_path, "review", "export")["edit"] == 1
-    line = json.loads((tmp_path / "review.jsonl").read_text())
-    assert line["messages"][-1]["content"] == "a real answer"
-    for command in (["list"], ["show", str(number)], ["fill"], ["export"]):
+    assert json.loads((tmp_path / "review.jsonl").read_text())["messages"][-1]["content"] == "a real answer"
+    for command in (["list"], ["show", number], ["fill"], ["export"]):
         printed(tmp_path, "review", *command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
@@ -10,22 +9,49 @@ import socket
 import threading
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 
 from tests.data.rows import failure, read, row, write_jsonl
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.data.settings import Source
 from tunesmith.data.sources.files import find_files, open_source
 
 GOOD = json.dumps(row("hello", "hi"))
 
 
-def test_jsonl_rows_have_line_numbers(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(f"{GOOD}\n\n  \n{GOOD}\n")
-    assert [(one.source, one.number) for one in read(tmp_path, "a.jsonl")] == [("a.jsonl", 1), ("a.jsonl", 4)]
+def test_rows_of_json_have_numbers_and_no_null_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n\n  \n{GOOD}\n".encode())
+    (tmp_path / "a.json").write_text(f"[{GOOD}, {GOOD}]")
+    for name, numbers in (("a.jsonl", [1, 4]), ("a.json", [1, 2])):
+        assert [(one.source, one.number) for one in read(tmp_path, name)] == [(name, number) for number in numbers]
+        assert [one.fields for one in read(tmp_path, name)] == [json.loads(GOOD)] * 2
+    line = '{"prompt": "a", "system": null, "completion": "b", "kept": {"c": null}}'
+    for name, data in (("a.jsonl", line), ("a.json", f"[{line}]")):
+        (tmp_path / name).write_text(data)
+        assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a", "completion": "b", "kept": {"c": None}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what", "where"),
+    [
+        *(("a.jsonl", f"{GOOD}\n{line}\n".encode(), "", "a.jsonl, line 2")
+          for line in (GOOD[:-9], f"\ufeff{GOOD}", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\0"}', "[1]", "null")),
+        ("a.json", f"[{GOOD}, 3]".encode(), "", "a.json, row 2"),
+        ("a.json", GOOD.encode(), "not a list", "a.json"),
+        ("a.jsonl", GOOD.encode("utf-16"), "not UTF-8", "a.jsonl"),
+        ("a.jsonl", GOOD.encode() + b"\n" + '{"a": "é"}'.encode("latin-1"), "not UTF-8", "a.jsonl"),
+        *((f"a.{kind}", b"", "the file is empty", "a") for kind in ("jsonl", "json", "csv", "parquet")),
+        *((f"a.{kind}", data, "the file holds no rows", "a")
+          for kind, data in (("jsonl", b"\n\n"), ("json", b"[]"), ("csv", b"prompt,completion\n"))),
+        ("a.parquet", b"PAR1 no", "broken Parquet", "a.parquet"),
+    ],
+)  # fmt: skip
+def test_files_that_are_refused(tmp_path: Path, name: str, data: bytes, what: str, where: str) -> None:
+    found = failure(tmp_path, name, data)
+    assert what in found.what
+    assert str(found.where).startswith(where)
 
 
 def test_a_source_names_its_file_for_records(tmp_path: Path) -> None:
@@ -42,49 +68,27 @@ def test_a_source_names_its_file_for_records(tmp_path: Path) -> None:
         Source(path="s3://bucket/a.jsonl", name="c.jsonl")
 
 
-@pytest.mark.parametrize(
-    "line", [GOOD[:-9], f"\ufeff{GOOD}", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\0"}', "[1]", "null", "[" * 100_000]
-)
-def test_what_strict_json_rows_are_not(tmp_path: Path, line: str) -> None:
-    assert failure(tmp_path, "a.jsonl", f"{GOOD}\n{line}\n".encode()).where.startswith("a.jsonl, line 2")
-
-
-def test_byte_order_mark_and_crlf_are_read_as_any_editor_would(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}\r\n".encode())
-    assert [one.fields for one in read(tmp_path, "a.jsonl")] == [json.loads(GOOD)] * 2
-
-
-@pytest.mark.parametrize("data", [GOOD.encode("utf-16"), GOOD.encode() + b"\n" + '{"a": "é"}'.encode("latin-1")])
-def test_other_and_mixed_encodings(tmp_path: Path, data: bytes) -> None:
-    assert "not UTF-8" in failure(tmp_path, "a.jsonl", data).what
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
-def test_empty_file(tmp_path: Path, name: str) -> None:
-    assert failure(tmp_path, name, b"").what == "the file is empty"
-
-
-@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.csv", b"prompt,completion\n")])
-def test_file_without_rows(tmp_path: Path, name: str, data: bytes) -> None:
-    assert failure(tmp_path, name, data).what == "the file holds no rows"
-
-
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.data.sources.row_readers.LONGEST_ROW", 1000)
     assert "longer than" in failure(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 5000).what
 
 
-def test_json_array_names_the_row(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(f"[{GOOD}, {GOOD}]")
-    assert [one.number for one in read(tmp_path, "a.json")] == [1, 2]
-    assert failure(tmp_path, "b.json", f"[{GOOD}, 3]".encode()).where == "b.json, row 2"
-    assert "not a list" in failure(tmp_path, "c.json", GOOD.encode()).what
-
-
-@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.csv", ",")])
-def test_csv_as_spreadsheets_write_it(tmp_path: Path, name: str, mark: str) -> None:
-    (tmp_path / name).write_bytes(f'prompt{mark}completion\r\n"a, b; c\td"{mark}x\r\n'.encode())
-    assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a, b; c\td", "completion": "x"}]
+@pytest.mark.parametrize(
+    ("name", "data", "rows"),
+    [
+        *((name, f'prompt{mark}completion\r\n"a, b; c\td"{mark}x\r\n', [{"prompt": "a, b; c\td", "completion": "x"}])
+          for name, mark in (("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.csv", ","))),
+        ("a.csv", 'prompt,completion\r\n"say ""hi"",\nplease",hi\r\nb,\r\n',
+         [{"prompt": 'say "hi",\nplease', "completion": "hi"}, {"prompt": "b", "completion": ""}]),
+        # Names in quotes do not say what separates the columns.
+        ("a.csv", '"p; a\tb; ""c;"" d;",completion\nx,x\n', [{'p; a\tb; "c;" d;': "x", "completion": "x"}]),
+        ("a.csv", '"a, b, c";completion\nx;x\n', [{"a, b, c": "x", "completion": "x"}]),
+        ("a.csv", '5" screen;size;completion\nx;x;x\n', [{'5" screen': "x", "size": "x", "completion": "x"}]),
+    ],
+)  # fmt: skip
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, name: str, data: str, rows: list[dict[str, str]]) -> None:
+    (tmp_path / name).write_bytes(data.encode())
+    assert [one.fields for one in read(tmp_path, name)] == rows
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
@@ -101,30 +105,6 @@ def test_csv_may_name_its_mark_and_have_empty_columns(tmp_path: Path, mark: str)
 
 
 @pytest.mark.parametrize(
-    ("header", "mark", "names"),
-    [
-        (b'"prompt; a\tb; ""c;"" d;",completion', b",", ['prompt; a\tb; "c;" d;', "completion"]),
-        (b'"a, b, c";completion', b";", ["a, b, c", "completion"]),
-        (b'5" screen;size;completion', b";", ['5" screen', "size", "completion"]),
-    ],
-)
-def test_names_in_quotes_do_not_say_what_separates_columns(
-    tmp_path: Path, header: bytes, mark: bytes, names: list[str]
-) -> None:
-    (tmp_path / "a.csv").write_bytes(header + b"\n" + mark.join([b"x"] * len(names)) + b"\n")
-    assert [one.fields for one in read(tmp_path, "a.csv")] == [dict.fromkeys(names, "x")]
-
-
-def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
-    with (tmp_path / "a.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([["prompt", "completion"], ['say "hi",\nplease', "hi"], ["b", ""]])
-    assert [one.fields for one in read(tmp_path, "a.csv")] == [
-        {"prompt": 'say "hi",\nplease', "completion": "hi"},
-        {"prompt": "b", "completion": ""},
-    ]
-
-
-@pytest.mark.parametrize(
     "data", [b"a,b\n1,2\n1\n", b"a,b\n1,2\n1,2,3\n", b'a,b\n1,2\n"x,2\n', b"a,a\n1,2\n", b"a,\n1,2\n", b"a,b\n1,\xff\n"]
 )
 def test_broken_csv(tmp_path: Path, data: bytes) -> None:
@@ -134,32 +114,16 @@ def test_broken_csv(tmp_path: Path, data: bytes) -> None:
 
 
 def test_parquet_and_its_nulls(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [
-        {"messages": row("a", "b")["messages"], "group": "g"},
-        {"messages": row("c", "d")["messages"], "group": None},
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = [one.fields for one in read(tmp_path, "a.parquet")]
-    assert found == [{"messages": row("a", "b")["messages"], "group": "g"}, {"messages": row("c", "d")["messages"]}]
+    whole = {"messages": row("a", "b")["messages"], "group": "g"}
+    other = {"messages": row("c", "d")["messages"]}
+    table = pyarrow.Table.from_pylist([whole, {**other, "group": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [one.fields for one in read(tmp_path, "a.parquet")] == [whole, other]
     assert "broken Parquet" in failure(tmp_path, "b.parquet", (tmp_path / "a.parquet").read_bytes()[:-20]).what
-    assert "broken Parquet" in failure(tmp_path, "c.parquet", b"PAR1 no").what
-
-
-def test_keys_that_are_null_are_not_there(tmp_path: Path) -> None:
-    line = '{"prompt": "a", "system": null, "completion": "b", "kept": {"c": null}}'
-    for name, data in (("a.jsonl", line), ("a.json", f"[{line}]")):
-        (tmp_path / name).write_text(data)
-        assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a", "completion": "b", "kept": {"c": None}}]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_values_that_python_does_not_have(tmp_path: Path, kind: str) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     starts, letters = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
     columns = {
         "text": pyarrow.StringArray.from_buffers(1, starts, letters),
@@ -185,16 +149,14 @@ def test_what_stands_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
     (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "fifo.jsonl")
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(tmp_path / "socket.jsonl"))
-    for name, kind in {
-        "folder": "a folder", "link": "a link", "dangling": "a link", "fifo": "a FIFO", "socket": "a socket"
-    }.items():  # fmt: skip
-        with pytest.raises(UsageError, match=kind):
-            read(tmp_path, f"{name}.jsonl")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.jsonl"))
+        kinds = {"folder": "a folder", "link": "a link", "dangling": "a link", "fifo": "a FIFO", "socket": "a socket"}
+        for name, kind in kinds.items():
+            with pytest.raises(UsageError, match=kind):
+                read(tmp_path, f"{name}.jsonl")
     with pytest.raises(UsageError, match="a device"):
         find_files([Source(path="/dev/zero", licence="MIT")], tmp_path)
-    listening.close()
 
 
 def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> None:
@@ -202,19 +164,20 @@ def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> N
     (file,) = find_files([Source(path="a.jsonl", licence="MIT")], tmp_path)
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
-    with pytest.raises(UsageError), open_source(file):
-        pass
+
+    def attempt() -> str:
+        with pytest.raises(UsageError) as caught, open_source(file):
+            pass
+        return caught.value.what
+
+    attempt()
     (tmp_path / "a.jsonl").unlink()
     os.mkfifo(tmp_path / "a.jsonl")
-    done = threading.Event()
-
-    def attempt() -> None:
-        with pytest.raises(UsageError), open_source(file):
-            pass
-        done.set()
-
-    threading.Thread(target=attempt, daemon=True).start()
-    assert done.wait(300), "opening a FIFO waited for a writer"
+    answers: list[str] = []
+    opening = threading.Thread(target=lambda: answers.append(attempt()), daemon=True)
+    opening.start()
+    opening.join(300)
+    assert answers, "opening a FIFO waited for a writer"
 
 
 def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,38 +211,3 @@ def test_unknown_ending_and_overlapping_sources(tmp_path: Path) -> None:
     both = [Source(path="a.jsonl", licence="MIT"), Source(path="*.jsonl", licence="MIT")]
     with pytest.raises(UsageError, match="two sources"):
         find_files(both, tmp_path)
-
-
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [row("a", "b")] * 5000)
-    (file,) = find_files([Source(path="a.jsonl", licence="MIT")], tmp_path)
-    with open_source(file) as opened:
-        rows = opened.rows()
-        next(rows)
-        with path.open("r+b") as stream:
-            stream.seek(-20, os.SEEK_END)
-            stream.write(b"X")
-        with pytest.raises(TunesmithError) as caught:
-            list(rows)
-    assert "changed while" in caught.value.what or "broken JSON" in caught.value.what
-
-
-@given(st.binary(max_size=300), st.sampled_from(["a.jsonl", "a.json", "a.csv"]))
-@examples(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_give_rows_or_an_error_with_a_place(tmp_path: Path, data: bytes, name: str) -> None:
-    (tmp_path / name).write_bytes(data)
-    error, rows = None, []
-    try:
-        rows = read(tmp_path, name)
-    except UsageError as raised:
-        error = raised
-    assert rows if error is None else (error.where or "").startswith(name)
-    assert all(isinstance(one.fields, dict) for one in rows)
-
-
-@given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text())), min_size=1))
-@examples(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_was_written_is_read(tmp_path: Path, rows: list[dict]) -> None:
-    write_jsonl(tmp_path / "a.jsonl", rows)
-    written = [{key: value for key, value in row.items() if value is not None} for row in rows]
-    assert [one.fields for one in read(tmp_path, "a.jsonl")] == written

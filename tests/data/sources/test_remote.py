@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pyarrow
@@ -39,23 +40,24 @@ def save_to_disk(folder: Path, rows: list[dict[str, Any]], files: int = 2) -> Pa
 
 def test_a_saved_dataset_is_read_in_order(tmp_path: Path) -> None:
     save_to_disk(tmp_path / "set", ROWS)
+    (tmp_path / "set" / "cache-12.arrow").write_bytes(b"left over by a map()")
     found = read(tmp_path, "set")
     assert [one.fields for one in found] == ROWS
     assert (found[0].source, found[0].number) == ("set/data-00000-of-00002.arrow", 1)
     assert (found[-1].source, found[-1].number) == ("set/data-00001-of-00002.arrow", 1250)
-    (tmp_path / "set" / "cache-12.arrow").write_bytes(b"left over by a map()")
-    assert len(read(tmp_path, "set")) == 2500
-    assert build(tmp_path, settings("set")).record.body["rows"]["read"] == 2500
-
-
-def test_a_dataset_with_splits_is_named_by_one(tmp_path: Path) -> None:
-    save_to_disk(tmp_path / "sets" / "train", ROWS[:10], files=1)
-    save_to_disk(tmp_path / "sets" / "test", ROWS[10:20], files=1)
+    for split in ("train", "test"):
+        save_to_disk(tmp_path / "sets" / split, ROWS[:10], files=1)
     (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     error = failure(tmp_path, "sets")
     assert "train, test" in error.what
     assert "sets/train" in error.fix
     assert len(read(tmp_path, "sets/t*")) == 20
+    table = pyarrow.Table.from_pylist(ROWS[:30])
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:  # Arrow's own file format
+        writer.write_table(table, max_chunksize=7)
+    assert [one.fields for one in read(tmp_path, "a.arrow")] == ROWS[:30]
+    (tmp_path / "b.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-10])
+    assert "broken Arrow" in failure(tmp_path, "b.arrow").what
 
 
 def test_a_folder_whose_list_cannot_be_followed(tmp_path: Path) -> None:
@@ -77,8 +79,7 @@ def test_a_folder_whose_list_cannot_be_followed(tmp_path: Path) -> None:
 
 
 def test_an_arrow_file_that_was_cut_off(tmp_path: Path) -> None:
-    folder = save_to_disk(tmp_path / "set", ROWS, files=1)
-    path = folder / "data-00000-of-00001.arrow"
+    path = save_to_disk(tmp_path / "set", ROWS, files=1) / "data-00000-of-00001.arrow"
     whole = path.read_bytes()
     with pyarrow.ipc.open_stream(whole) as stream:
         schema, batch = stream.schema, stream.read_next_batch()
@@ -86,39 +87,23 @@ def test_an_arrow_file_that_was_cut_off(tmp_path: Path) -> None:
     with pyarrow.ipc.new_stream(target, schema) as writer:
         writer.write_batch(batch)
     between = target.getvalue().to_pybytes()[:-8]  # ends after a whole batch: Arrow itself reads this without a word
-    assert len(pyarrow.ipc.open_stream(between).read_all()) == 1000
     for data in (between, whole[:-8], whole[:-9], whole[: len(whole) // 2], whole[:5]):
         path.write_bytes(data)
-        error = failure(tmp_path, "set")
-        assert "truncated" in error.what
-    damaged = bytearray(whole)
-    damaged[8:40] = bytes(32)
-    path.write_bytes(damaged)
+        assert "truncated" in failure(tmp_path, "set").what
+    path.write_bytes(whole[:8] + bytes(32) + whole[40:])
     assert "broken Arrow" in failure(tmp_path, "set").what
     path.write_bytes(b"")
     assert failure(tmp_path, "set").what == "the file is empty"
 
 
-def test_arrows_own_file_format(tmp_path: Path) -> None:
-    table = pyarrow.Table.from_pylist(ROWS[:30])
-    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
-        writer.write_table(table, max_chunksize=7)
-    assert [one.fields for one in read(tmp_path, "a.arrow")] == ROWS[:30]
-    (tmp_path / "b.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-10])
-    assert "broken Arrow" in failure(tmp_path, "b.arrow").what
-
-
 @pytest.fixture
 def bucket() -> Iterator[Any]:
-    """fsspec's file system in memory, emptied before and after."""
+    """fsspec's file system in memory, which all tests of this process share: emptied before and after."""
     system = fsspec.filesystem("memory")
-    for _ in range(2):
-        system.store.clear()
-        system.pseudo_dirs[:] = [""]
-        if not system.store:
-            yield system
-            break
     system.store.clear()
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
 
 
 def put(system: Any, name: str, data: bytes) -> None:
@@ -137,7 +122,6 @@ def test_urls_and_their_digests(tmp_path: Path, bucket: Any) -> None:
     table = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:9]), table)
     put(bucket, "/b/rows.parquet", table.getvalue().to_pybytes())
-    assert [one.fields for one in read(tmp_path, "memory://b/rows-*.jsonl")] == ROWS[:120]
     assert [one.fields for one in read(tmp_path, "memory://b/rows.parquet")] == ROWS[:9]
     sealed = build(tmp_path, settings("memory://b/rows-*.jsonl")).record.body
     assert [(one["path"], one["digest"]) for one in sealed["sources"]] == [
@@ -151,62 +135,51 @@ def test_urls_and_their_digests(tmp_path: Path, bucket: Any) -> None:
     put(bucket, "/b/rows-1.jsonl", lines([row("a", "b")]) + b"{")
     assert remote.state_of("memory://b/rows-1.jsonl") != first
     assert failure(tmp_path, "memory://b/rows-1.jsonl").where.startswith("memory:///b/rows-1.jsonl, line 2")
-
-
-def test_a_file_url_is_a_path_and_held_to_its_rules(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", ROWS[:3])
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS[:3])  # a file URL is a path, and held to its rules
     assert [one.source for one in read(tmp_path, f"file://{path}")] == ["a.jsonl"] * 3
     (tmp_path / "link.jsonl").symlink_to(path)
     assert "a link" in failure(tmp_path, f"file://{tmp_path}/link.jsonl").what
 
 
-def test_wrong_urls_are_refused(tmp_path: Path, bucket: Any) -> None:
+def test_wrong_urls_are_refused(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     put(bucket, "/b/empty.jsonl", b"")
     put(bucket, "/b/rows.jsonl", lines(ROWS[:3]))
-    assert "no file matches" in failure(tmp_path, "memory://b/none.jsonl").what
-    assert "no file matches" in failure(tmp_path, "memory://b/*.csv").what
-    assert "a folder" in failure(tmp_path, "memory://b").what
-    assert failure(tmp_path, "memory://b/empty.jsonl").what == "the file is empty"
-    assert "cannot be parsed" in failure(tmp_path, "nosuch://b/a.jsonl").what
-    assert "chained" in failure(tmp_path, "memory://b/rows.jsonl::zip://a").what
+    for url, what in (
+        ("memory://b/none.jsonl", "no file matches"),
+        ("memory://b/*.csv", "no file matches"),
+        ("memory://b", "a folder"),
+        ("memory://b/empty.jsonl", "the file is empty"),
+        ("nosuch://b/a.jsonl", "cannot be parsed"),
+        ("memory://b/rows.jsonl::zip://a", "chained"),
+        ("https://ada:pass@example.com/a.jsonl", "credential"),
+        ("https://example.com/a.jsonl?sig=abc", "credential"),
+    ):
+        error = failure(tmp_path, url)
+        assert what in error.what
+        assert "pass" not in str(error)
+        assert "abc" not in str(error)
     (file,) = find_files([Source(path="memory://b/rows.jsonl", licence="MIT")], tmp_path)
     bucket.rm("/b/rows.jsonl")
     with pytest.raises(UsageError, match="does not exist"), open_source(file):
         pass
     with pytest.raises(UsageError, match="does not exist"):
         remote.state_of("memory://b/rows.jsonl")
-
-
-@pytest.mark.parametrize("url", ["https://ada:pass@example.com/a.jsonl", "https://example.com/a.jsonl?sig=abc"])
-def test_a_credential_in_a_url_is_not_kept(tmp_path: Path, url: str) -> None:
-    error = failure(tmp_path, url)
-    assert "credential" in error.what
-    assert "pass" not in str(error)
-    assert "abc" not in str(error)
-
-
-def test_a_protocol_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: object, **__: object) -> None:
-        raise ImportError("Install s3fs to access S3", name="s3fs")
-
+    absent = mock.Mock(side_effect=ImportError("Install s3fs to access S3", name="s3fs"))
     monkeypatch.setattr("fsspec.core.url_to_fs", absent)
     error = failure(tmp_path, "s3://bucket/a.jsonl")
     assert "s3fs" in error.what
     assert "tunesmith[s3]" in error.fix
 
 
-def test_a_store_that_fails_and_a_full_disk(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(PermissionError("denied"), "denied"), (RuntimeError("reset"), "reset"), (OSError(28, "x"), "disk")],
+)
+def test_a_store_that_fails_and_a_full_disk(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     put(bucket, "/b/rows.jsonl", lines(ROWS[:3]))
     (file,) = find_files([Source(path="memory://b/rows.jsonl", licence="MIT")], tmp_path)
-    for error, said in (
-        (PermissionError("denied"), "denied"),
-        (RuntimeError("reset"), "reset"),
-        (OSError(28, "x"), "disk"),
-    ):
-
-        def fails(*_: object, error: Exception = error, **__: object) -> None:
-            raise error
-
-        monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.open", fails)
-        with pytest.raises(TunesmithError, match=said), open_source(file):
-            pass
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.open", mock.Mock(side_effect=error))
+    with pytest.raises(TunesmithError, match=said), open_source(file):
+        pass
