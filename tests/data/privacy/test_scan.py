@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import socket
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -26,20 +27,20 @@ SCANNER = Scanner(Privacy())
 
 
 @pytest.fixture(scope="module")
-def scanner() -> Scanner:
-    return SCANNER
-
-
-@pytest.fixture(scope="module")
 def reader() -> Scanner:
     """With the model of names."""
     return Scanner(Privacy(model=RECOMMENDED))
 
 
-def scan(scanner: Scanner, *contents: str) -> Scan:
+def scan(*contents: str, scanner: Scanner = SCANNER) -> Scan:
     return scanner.scan(
         [Message(role=("user", "assistant")[place % 2], content=text) for place, text in enumerate(contents)]
     )
+
+
+def changed(*contents: str, scanner: Scanner = SCANNER) -> list[str]:
+    """What the turns become."""
+    return [turn.content for turn in scan(*contents, scanner=scanner).messages]
 
 
 # Entity, value, and what stands for it: of the same form.
@@ -62,56 +63,56 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("entity", "value", "pseudonym"), PLANTED)
-def test_planted_values_are_found_and_gone(scanner: Scanner, entity: str, value: str, pseudonym: str) -> None:
-    found = scan(scanner, f"write {value} down", "done")
+def test_planted_values_are_found_and_gone(entity: str, value: str, pseudonym: str) -> None:
+    found = scan(f"write {value} down", "done")
     assert found.found == {entity: 1}
     assert found.messages[0].content == f"write {pseudonym} down"
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("before", "after"),
     [
-        "My secret password is {}",
-        "Secret access key: {}",
-        "Access token secret: {}",
-        "the password was changed to {}",
-        "the password has been reset to {}",
+        *((text.format("kX9fLq27RmZt"), text.format("secret_1"))
+          for text in ("My secret password is {}", "Secret access key: {}", "Access token secret: {}",
+                       "the password was changed to {}", "the password has been reset to {}",
+                       "open https://bob:{}@db.acme.org/x")),
+        ("key=xxAKIAIOSFODNN7EXAMPLEyy", "key=xxsecret_1yy"),
+        ('{ "a" : 1.0,\n"b": [ ] }', '{ "a" : 1.0,\n"b": [ ] }'),
+        ('{"\\ud83d": "write to jane@acme.org"}', '{"\\ud83d": "write to person1@example.com"}'),
+        ('{"mail":"jane\\u0040acme.org","card":4111111111111111,"n":3,"note":"caf\\u00e9"}',
+         '{"mail": "person1@example.com", "card": 1, "n": 3, "note": "caf\u00e9"}'),
     ],
-)
-def test_a_word_for_a_secret_before_another_hides_nothing(scanner: Scanner, text: str) -> None:
-    assert scan(scanner, text.format("kX9fLq27RmZt")).messages[0].content == text.format("secret_1")
+)  # fmt: skip
+def test_what_a_text_becomes(before: str, after: str) -> None:
+    assert changed("note it", before)[1] == after
 
 
-def test_one_name_for_one_value_in_the_whole_conversation(scanner: Scanner) -> None:
-    found = scan(
-        scanner,
-        "mail Jane@Acme.org and bob@acme.org",
-        '{"to": "jane@acme.org", "cc": ["bob@acme.org"]}',
-        "again to jane@acme.org",
-        "ok",
-    )
-    assert found.found == {"EMAIL_ADDRESS": 2}
-    assert [turn.content for turn in found.messages] == [
+def test_one_name_for_one_value_in_the_whole_conversation() -> None:
+    said = ("mail Jane@Acme.org and bob@acme.org", '{"to": "jane@acme.org", "cc": ["bob@acme.org"]}', "jane@acme.org")
+    assert changed(*said) == [
         "mail person1@example.com and person2@example.com",
         '{"to": "person1@example.com", "cc": ["person2@example.com"]}',
-        "again to person1@example.com",
-        "ok",
+        "person1@example.com",
     ]
-    assert scan(scanner, "a.b@acme.org ab@acme.org", "x").found == {"EMAIL_ADDRESS": 2}, "a dot counts"
-
-
-def test_escapes_and_numbers_in_json_hide_nothing(scanner: Scanner) -> None:
-    answer = '{"mail":"jane\\u0040acme.org","card":4111111111111111,"n":3,"note":"caf\\u00e9"}'
-    changed = scan(scanner, "note it", answer).messages[1].content
-    assert json.loads(changed) == {"mail": "person1@example.com", "card": 1, "n": 3, "note": "café"}
-    assert "acme" not in changed
+    found = scan(*said)
+    assert found.found == {"EMAIL_ADDRESS": 2}
+    assert found.fields == {("user", "EMAIL_ADDRESS"): 3, ("assistant", "EMAIL_ADDRESS"): 2}
+    assert found.originals == {"person1@example.com": "Jane@Acme.org", "person2@example.com": "bob@acme.org"}
+    assert scan("a.b@acme.org ab@acme.org", "x").found == {"EMAIL_ADDRESS": 2}, "a dot counts"
+    # A number keeps its layout, so that a schema still fits.
+    assert changed("my card is 4111 1111 1111 1111", '{"card": "4111111111111111"}') == [
+        "my card is 0000 0000 0000 0001",
+        '{"card": "0000000000000001"}',
+    ]
+    zip_codes = Scanner(Privacy(entities=("ZIP_CODE",)))
+    answer = changed("hello", '{"zip": "12345", "year": "12345"}', scanner=zip_codes)[1]
+    assert answer == '{"zip": "00001", "year": "12345"}', "under its key only"
 
 
 @pytest.mark.parametrize(
     ("answer", "entity", "value"),
     [
         ('{"password": "Tr0ub4dor&3x9"}', "SECRET", "Tr0ub4dor&3x9"),
-        ('{"password": "hunter22"}', "SECRET", "hunter22"),
         ('{"login": {"dbPasswords": ["aB3,xY9(q!"]}}', "SECRET", "aB3,xY9(q!"),
         ('{"password": "VHIwdWI0ZG9yJjN4OQ=="}', "SECRET", "VHIw"),
         ('{"api_key": "9f8a7b6c5d4e3f2a1b0c9d8e"}', "SECRET", "9f8a7b"),
@@ -120,8 +121,8 @@ def test_escapes_and_numbers_in_json_hide_nothing(scanner: Scanner) -> None:
         ('{"home_phone": "555 0123 45"}', "PHONE_NUMBER", "0123 45"),
     ],
 )
-def test_a_key_of_json_announces_its_value(scanner: Scanner, answer: str, entity: str, value: str) -> None:
-    found = scan(scanner, "hello", answer)
+def test_a_key_of_json_announces_its_value(answer: str, entity: str, value: str) -> None:
+    found = scan("hello", answer)
     assert found.found == {entity: 1}
     assert value not in found.messages[1].content
     json.loads(found.messages[1].content)
@@ -144,65 +145,41 @@ NOTHING = (
 
 
 @pytest.mark.parametrize("text", NOTHING)
-def test_keys_that_announce_nothing_and_figures_hold_nothing(scanner: Scanner, text: str) -> None:
-    assert not scan(scanner, "hello", text).found
+def test_keys_that_announce_nothing_and_figures_hold_nothing(text: str) -> None:
+    assert not scan("hello", text).found
 
 
 @pytest.mark.parametrize(
     "text", ['{"phone": 2025550123.0}', "415.555.0123", "(415) 555-0123", "030.1234567", "call me at 555.0123 today"]
 )
-def test_telephone_numbers_that_look_like_figures_are_found(scanner: Scanner, text: str) -> None:
-    assert scan(scanner, "hello", text).found == {"PHONE_NUMBER": 1}
+def test_telephone_numbers_that_look_like_figures_are_found(text: str) -> None:
+    assert scan("hello", text).found == {"PHONE_NUMBER": 1}
 
 
-def test_values_in_a_call_are_replaced_wherever_they_come(scanner: Scanner) -> None:
+def test_values_in_a_call_are_replaced_wherever_they_come() -> None:
     call = ToolCall(id="jane@acme.org", name="login", arguments='{"user":"bob","password":"Tr0ub4dor&3x9"}')
-    found = scanner.scan(
+    found = SCANNER.scan(
         [
+            Message(role="system", content="You work for ops@acme.org."),
             Message(role="user", content="log me in"),
             Message(role="assistant", content="", tool_calls=(call,)),
             Message(role="tool", content="Tr0ub4dor&3x9 is right", tool_call_id="jane@acme.org"),
-            Message(role="assistant", content="Done."),
         ]
     )
-    assert found.fields == {("call", "SECRET"): 1, ("call", "EMAIL_ADDRESS"): 2}
+    assert found.fields == {("system", "EMAIL_ADDRESS"): 1, ("call", "SECRET"): 1, ("call", "EMAIL_ADDRESS"): 2}
     assert found.messages is not None
-    assert found.messages[1].tool_calls[0].arguments == '{"user":"bob","password":"secret_1"}'
-    assert found.messages[2].content == "secret_1 is right"
-    assert found.messages[1].tool_calls[0].id == found.messages[2].tool_call_id == "person1@example.com"
-
-
-def test_what_is_replaced_in_place_is_replaced_under_its_key_only() -> None:
-    found = scan(Scanner(Privacy(entities=("ZIP_CODE",))), "hello", '{"zip": "12345", "year": "12345"}')
-    assert found.messages[1].content == '{"zip": "00001", "year": "12345"}'
-
-
-def test_half_a_character_that_json_escapes_stays_escaped(scanner: Scanner) -> None:
-    answer = '{"\\ud83d": "write to jane@acme.org"}'
-    changed = scan(scanner, "note it", answer).messages[1].content
-    assert changed == '{"\\ud83d": "write to person1@example.com"}'
-
-
-def test_a_secret_inside_a_longer_word_or_a_url_is_replaced_too(scanner: Scanner) -> None:
-    assert "AKIA" not in scan(scanner, "key=xxAKIAIOSFODNN7EXAMPLEyy", "ok").messages[0].content
-    found = scan(scanner, "open https://bob:hunter22@db.acme.org/x", "ok")
-    assert found.messages[0].content == "open https://bob:secret_1@db.acme.org/x"
-
-
-def test_untouched_messages_keep_their_bytes(scanner: Scanner) -> None:
-    odd = '{ "a" : 1.0,\n"b": [ ] }'
-    found = scan(scanner, "jane@acme.org", odd)
-    assert found.messages[1].content == odd
+    _, _, asked, told = found.messages
+    assert asked.tool_calls[0].arguments == '{"user":"bob","password":"secret_1"}'
+    assert told.content == "secret_1 is right"
+    assert asked.tool_calls[0].id == told.tool_call_id == "person2@example.com"
 
 
 def test_nothing_goes_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the scan opened a socket")
-
+    refuse = mock.Mock(side_effect=AssertionError("the scan opened a socket"))
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     fresh = Scanner(Privacy(entities=("EMAIL_ADDRESS", "URL")))
-    assert scan(fresh, "jane@acme.co.uk", "x").found == {"EMAIL_ADDRESS": 1}
+    assert scan("jane@acme.co.uk", "x", scanner=fresh).found == {"EMAIL_ADDRESS": 1}
 
 
 def test_every_entity_has_its_recogniser() -> None:
@@ -213,13 +190,7 @@ def test_every_entity_has_its_recogniser() -> None:
         Scanner(Privacy(entities=("EMAIL",)))
 
 
-leaf = (
-    st.text(max_size=12)
-    | st.integers()
-    | st.booleans()
-    | st.none()
-    | st.sampled_from([value for _, value, _ in PLANTED])
-)
+leaf = st.text(max_size=12) | st.integers() | st.booleans() | st.none() | st.sampled_from([one[1] for one in PLANTED])
 document = st.recursive(
     leaf, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
@@ -228,64 +199,33 @@ document = st.recursive(
 @given(st.dictionaries(st.sampled_from(["to", "note", "list"]), document, min_size=1), st.booleans())
 @examples(max_examples=30)
 def test_json_answers_stay_json_and_hold_no_planted_value(value: dict, compact: bool) -> None:
-    answer = json.dumps(value, separators=(",", ":") if compact else None)
-    changed = scan(SCANNER, "here", answer).messages[1].content
-    assert isinstance(json.loads(changed), dict)
-    decoded = json.dumps(json.loads(changed), ensure_ascii=False)
+    answer = json.loads(changed("here", json.dumps(value, separators=(",", ":") if compact else None))[1])
+    assert isinstance(answer, dict)
+    decoded = json.dumps(answer, ensure_ascii=False)
     for _, planted, _ in PLANTED:
         assert json.dumps(planted, ensure_ascii=False)[1:-1] not in decoded
 
 
-def test_a_number_keeps_its_layout_so_that_a_schema_still_fits(scanner: Scanner) -> None:
-    found = scan(scanner, "my card is 4111 1111 1111 1111", '{"card": "4111111111111111"}')
-    assert found.found == {"CREDIT_CARD": 1}
-    assert [turn.content for turn in found.messages] == [
-        "my card is 0000 0000 0000 0001",
-        '{"card": "0000000000000001"}',
-    ]
-
-
-def test_fields_are_told_apart(scanner: Scanner) -> None:
-    found = scanner.scan(
-        [
-            Message(role="system", content="You work for ops@acme.org."),
-            Message(role="user", content="mail jane@acme.org"),
-            Message(role="assistant", content='{"to": "jane@acme.org", "from": "ops@acme.org"}'),
-        ]
-    )
-    assert found.found == {"EMAIL_ADDRESS": 2}
-    assert found.fields == {
-        ("system", "EMAIL_ADDRESS"): 1,
-        ("user", "EMAIL_ADDRESS"): 1,
-        ("assistant", "EMAIL_ADDRESS"): 2,
-    }
-    assert found.originals == {"person1@example.com": "ops@acme.org", "person2@example.com": "jane@acme.org"}
-
-
 def test_names_are_found_and_one_person_stays_one(reader: Scanner) -> None:
-    found = scan(
-        reader,
+    text, answer = changed(
         "Please call Maria Novak in Nairobi. Maria said that Peter Schmidt is in Nairobi too.",
         '{"call": "Maria Novak", "city": "Nairobi", "first": "maria"}',
+        scanner=reader,
     )
-    assert found.found == {"PERSON": 2, "LOCATION": 1}
-    text, answer = (turn.content for turn in found.messages)
     assert not {"Maria", "Novak", "Peter", "Schmidt", "Nairobi"} & {word.strip(".,") for word in text.split()}
     fields = json.loads(answer)
     given, family = fields["call"].split()
     assert text.startswith(f"Please call {given} {family} in {fields['city']}. {given} said that ")
     assert fields["first"] == given.lower()
-
-
-def test_names_are_replaced_as_words_only(reader: Scanner) -> None:
-    found = scan(reader, "Ask Ann Lee about the Annual Leeway report.", "ok")
-    assert "Annual Leeway" in found.messages[0].content
-    assert "Ann " not in found.messages[0].content
-
-
-def test_a_value_that_the_schema_lists_is_no_personal_data() -> None:
-    keep = Scanner(Privacy(model=RECOMMENDED), keep={"Nairobi"})
-    assert not scan(keep, "What is the weather in Nairobi today?", '{"city": "Nairobi"}').found
+    (asked,) = changed("Ask Ann Lee about the Annual Leeway report.", scanner=reader)
+    assert "Annual Leeway" in asked
+    assert "Ann " not in asked, "names are replaced as words"
+    keep = Scanner(Privacy(model=RECOMMENDED), keep={"Nairobi"})  # what a schema lists
+    assert not scan("What is the weather in Nairobi today?", '{"city": "Nairobi"}', scanner=keep).found
+    rows = [[Message(role="user", content=f"Ask Maria Novak at {n} Church Street about {n} eggs.")] for n in range(8)]
+    alone = [reader.scan(one) for one in rows]
+    assert alone[0].found["PERSON"] == 1
+    assert reader.scan_many(rows) == alone
 
 
 def test_addresses_in_several_forms(reader: Scanner) -> None:
@@ -296,11 +236,11 @@ def test_addresses_in_several_forms(reader: Scanner) -> None:
         "1317 Kimberly Way, Apt. 962, Portland 21959",
         "P.O. Box 242",
     ):
-        found = scan(reader, f"Please send it to {address}.", "ok")
+        found = scan(f"Please send it to {address}.", scanner=reader)
         assert "STREET_ADDRESS" in found.found, address
         assert address not in found.messages[0].content
     for text in ("play track 5 of Top 100 at 3 pm", "book a table for 2 at the olive garden", "is it 213 by 3"):
-        assert "STREET_ADDRESS" not in scan(reader, text, "ok").found, text
+        assert "STREET_ADDRESS" not in scan(text, scanner=reader).found, text
     for ending in ("Street", "Trace", "Throughway", "Track"):
         assert max(score for *_, score in find_addresses(f"we met near 12 Maple {ending} today")) >= SURE, ending
 
@@ -310,18 +250,15 @@ STAFF = {"STAFF_ID": {"regex": r"\bE\d{6}\b", "context": ["employee", "staff"], 
 
 def test_a_recogniser_of_ones_own_counts_in_its_context() -> None:
     own = Scanner(Privacy.model_validate({"entities": [], "recognisers": STAFF}))
-    assert scan(own, "part E123456 is missing", "ok").found == {}
-    found = scan(own, "employee E123456 is missing", '{"id": "E123456"}')
-    assert found.found == {"STAFF_ID": 1}
-    assert [turn.content for turn in found.messages] == ["employee E000001 is missing", '{"id": "E000001"}']
-
-
-def test_a_recogniser_that_is_no_pattern_or_never_ends() -> None:
+    assert scan("part E123456 is missing", scanner=own).found == {}
+    said = ("employee E123456 is missing", '{"id": "E123456"}')
+    assert scan(*said, scanner=own).found == {"STAFF_ID": 1}
+    assert changed(*said, scanner=own) == ["employee E000001 is missing", '{"id": "E000001"}']
     with pytest.raises(UsageError, match="not a regular expression"):
         Scanner(Privacy.model_validate({"recognisers": {"BAD_ONE": {"regex": "("}}}))
     slow = Scanner(Privacy.model_validate({"entities": [], "recognisers": {"SLOW": {"regex": r"(?:\w+ ?){3,}\d+$"}}}))
     with pytest.raises(UsageError, match="took more than 1 s") as caught:
-        scan(slow, "word " * 5000 + "!", "ok")
+        scan("word " * 5000 + "!", scanner=slow)
     assert "recognisers.SLOW.regex" in (caught.value.where or "")
 
 
@@ -338,17 +275,6 @@ def test_models_that_are_changed_unknown_or_missing_are_refused(monkeypatch: pyt
         Scanner(Privacy(entities=("LOCATION",)))
 
 
-def test_a_batch_finds_what_single_rows_find(reader: Scanner) -> None:
-    rows = [
-        [
-            Message(role="user", content=f"Ask Maria Novak at {n} Church Street about {n} eggs."),
-            Message(role="assistant", content="ok"),
-        ]
-        for n in range(8)
-    ]
-    assert reader.scan_many(rows) == [reader.scan(one) for one in rows]
-
-
 def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
     for setup, floor in ((None, 0.45), (RECOMMENDED, 0.80)):
         shipped = _shipped()["setups"][setup or "patterns"]
@@ -363,15 +289,10 @@ def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
 def test_a_long_text_is_looked_through_to_its_end(reader: Scanner) -> None:
     filler = "the lamp in the hall is on again and nobody knows why. " * 400
     text = f"{filler}ask Maria Novak, maria@acme.org, about it. {filler}key AKIAIOSFODNN7EXAMPLE here"
-    found = scan(reader, text, "ok")
+    found = scan(text, scanner=reader)
     assert {"EMAIL_ADDRESS": 1, "SECRET": 1}.items() <= found.found.items()
     for gone in ("Maria Novak", "maria@acme", "AKIA"):
         assert gone not in found.messages[0].content
-
-
-def test_a_row_with_thousands_of_findings(scanner: Scanner) -> None:
-    text = " ".join(f"user{n}@acme.org 172.16.{n // 250 % 250}.{n % 250}" for n in range(600))
-    assert scan(scanner, text, "ok").found == {"EMAIL_ADDRESS": 600, "IP_ADDRESS": 600}
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.rows import WORDS, build, many_rows, row, settings, write_jsonl
+from tests.data.rows import WORDS, build, held, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
-from tunesmith.data.dataset import SPLITS, Dataset
+from tunesmith.data.dataset import Dataset
 from tunesmith.data.quality import similar_requests
 from tunesmith.data.quality.flags import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
@@ -27,31 +28,31 @@ def flags(root: Path, dataset: Dataset, **more: Any) -> list[dict[str, str]]:
     return found
 
 
-def test_refusals_and_long_answers(tmp_path: Path) -> None:
+def test_refusals_long_answers_and_the_balance_of_what_rows_declare(tmp_path: Path) -> None:
     odd = [
         row("write a poem about rust", "I'm sorry, but I cannot help with that."),
         row("who is at the door", "As an AI language model, I have no eyes."),
         row("sum the story up", "word " * 400),
         row("what do I say when I am late", "Say: I'm sorry."),
     ]
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
-    found = flags(tmp_path, build(tmp_path))
-    assert sorted(flag["flag"] for flag in found) == [LONG, REFUSING, REFUSING]
+    rows = [*many_rows(20), *many_rows(80, channel="mail")[20:], *odd]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = build(tmp_path, settings(attributes=["channel"]))
+    assert sorted(flag["flag"] for flag in flags(tmp_path, dataset)) == [LONG, REFUSING, REFUSING]
+    store = Store(tmp_path / "store")
+    balance = store.record(examine_quality(store, dataset)).body["balance"]
+    assert balance["channel"] == {"": 24, "mail": 60}
 
 
 def test_another_language_is_flagged_in_requests_and_answers(tmp_path: Path) -> None:
     pytest.importorskip("py3langid", reason="py3langid is not installed (extra: quality)")
-    places = [(one, other) for one in WORDS[:9] for other in WORDS[:9]]
     english = [
         row(f"please tell me what {one} and {other} will be like", "They will be warm and dry tomorrow")
-        for one, other in places
+        for one, other in itertools.product(WORDS[:9], WORDS[:9])
     ]
     odd = [
         row("schalte bitte heute abend das licht in der großen küche wieder aus", "Done"),
-        row(
-            "what is a good name for a ship that sails in the north",
-            "Un beau nom pour ce bateau serait la belle",
-        ),
+        row("what is a good name for a ship that sails north", "Un beau nom pour ce bateau serait la belle"),
         row("ok", "ja"),
     ]
     write_jsonl(tmp_path / "rows.jsonl", [*english, *odd])
@@ -85,50 +86,29 @@ def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.Monke
     whole = similar_requests.alike(texts, lambda _: vectors, 0.95)
     assert sum(map(len, whole)) >= 2400
     assert len(whole) >= 30
-    for at_most in (1, 1000):
-        monkeypatch.setattr(similar_requests, "_PAIRS", at_most)
+    for name, at_most in (("_PAIRS", 1), ("_PAIRS", 1000), ("_BLOCK", 100)):
+        monkeypatch.setattr(similar_requests, name, at_most)
         assert similar_requests.alike(texts, lambda _: vectors, 0.95) == whole
-    monkeypatch.setattr(similar_requests, "_BLOCK", 100)
-    assert similar_requests.alike(texts, lambda _: vectors, 0.95) == whole
     assert similar_requests.alike([], lambda _: np.empty((0, 16), np.float32)) == []
 
 
-def test_balance_of_what_rows_declare(tmp_path: Path) -> None:
-    rows = [{**one, **({"channel": "mail"} if n % 4 else {})} for n, one in enumerate(many_rows(80))]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(attributes=["channel"]))
-    store = Store(tmp_path / "store")
-    balance = store.record(examine_quality(store, dataset)).body["balance"]
-    assert balance["channel"] == {"": 20, "mail": 60}
-
-
-def test_answers_that_are_no_labels(tmp_path: Path) -> None:
+def test_wrong_labels_are_found(tmp_path: Path) -> None:
     pytest.importorskip("cleanlab", reason="cleanlab is not installed (extra: quality)")
     write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
     with pytest.raises(UsageError, match="not labels"):
         flags(tmp_path, build(tmp_path), label_noise=True)
-
-
-def test_planted_wrong_labels_are_found(tmp_path: Path) -> None:
-    pytest.importorskip("cleanlab", reason="cleanlab is not installed (extra: quality)")
     rng = random.Random(0)
-    words = {"lights": "lamp glow bulb shine dim".split(), "music": "song band track album tune".split()}  # noqa: SIM905
-    rows = []
+    words = {"lights": ["lamp", "glow", "bulb", "shine", "dim"], "music": ["song", "band", "track", "album", "tune"]}
+    rows, wrong = [], set()
     for n in range(300):
-        label = ("lights", "music")[n % 2]
+        label, other = ("lights", "music") if n % 2 == 0 else ("music", "lights")
         text = " ".join([*rng.sample(words[label], 3), f"x{n * 7919 % 10007}", f"y{n * 31 % 997}"])
-        rows.append((text, label))
-    wrong = set(range(0, 300, 25))
-    swap = {"lights": "music", "music": "lights"}
-    write_jsonl(
-        tmp_path / "rows.jsonl",
-        [row(text, swap[label] if n in wrong else label) for n, (text, label) in enumerate(rows)],
-    )
+        rows.append(row(text, label if n % 25 else other))
+        wrong |= set() if n % 25 else {text}
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     dataset = build(tmp_path, settings(duplicates={"near": None}))
     found = {flag["id"] for flag in flags(tmp_path, dataset, label_noise=True) if flag["flag"] == NOISE}
-    planted = {rows[n][0] for n in wrong}
-    kept = {one.id: one.request[0].content for name in SPLITS for one in dataset.examples(name)}
-    there = {name for name, text in kept.items() if text in planted}
+    there = {one.id for one in held(dataset) if one.request[0].content in wrong}
     assert there
     assert len(found & there) >= 0.9 * len(there)
     assert len(found - there) <= 3

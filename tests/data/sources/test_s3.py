@@ -65,6 +65,6 @@ def test_missing_credentials_are_named(tmp_path: Path, bucket: Any, monkeypatch:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(TunesmithError, match="(?i)credentials") as caught:
+    with pytest.raises(TunesmithError, match=r"(?i)credentials") as caught:
         build(tmp_path, settings("s3://rows/a.jsonl"))
     assert caught.value.exit_code == 1

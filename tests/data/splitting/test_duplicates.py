@@ -38,13 +38,12 @@ def test_what_is_the_same() -> None:
         assert len(keys) == 2
     assert answer_key("Yes ") == answer_key("Yes") != answer_key("yes")
     assert answer_key('{"a": NaN}') == '{"a": NaN}'
-
-
-def test_the_system_turn_makes_no_two_requests_alike() -> None:
     long = "You are a helpful assistant that answers every question at great length. " * 5
-    one, other = ([Message(role="system", content=long), Message(role="user", content=text)] for text in ("go", "stop"))
-    answer = Message(role="assistant", content="ok")
-    assert not pairs([request_text([*one, answer]), request_text([*other, answer])], 0.8)
+    one, other = (
+        request_text([Message(role="system", content=long), Message(role="user", content=text), answer])
+        for text in ("go", "stop")
+    )
+    assert not pairs([one, other], 0.8), "the system turn makes no two requests alike"
 
 
 word = st.sampled_from("turn switch on off the a light lamp lights in kitchen bedroom please now".split())  # noqa: SIM905
@@ -53,8 +52,8 @@ word = st.sampled_from("turn switch on off the a light lamp lights in kitchen be
 thresholds = st.sampled_from([0.5, 0.6, 0.75, 0.8, 0.9, 1.0])
 
 
-@given(st.lists(st.lists(word, min_size=1, max_size=7).map(" ".join), unique=True, max_size=25), thresholds)
-@examples(max_examples=40)
+@given(st.lists(st.lists(word, min_size=1, max_size=7).map(" ".join) | st.text(max_size=12), unique=True), thresholds)
+@examples(max_examples=60)
 def test_near_pairs_are_those_of_brute_force(texts: list[str], threshold: float) -> None:
     assert pairs(texts, threshold) == brute_force(texts, threshold)
 
@@ -64,12 +63,6 @@ def test_a_short_text_is_not_what_it_would_be_padded_with() -> None:
     assert pairs(texts, 0.5) == brute_force(texts, 0.5) == pairs([], 0.8) == []
 
 
-@given(st.lists(st.text(max_size=12), unique=True, max_size=12), thresholds)
-@examples(max_examples=40)
-def test_any_text_at_all(texts: list[str], threshold: float) -> None:
-    assert pairs(texts, threshold) == brute_force(texts, threshold)
-
-
 @pytest.mark.parametrize(("words", "threshold"), [(6, 0.5), (6, 0.95), (40, 0.8), (300, 0.5), (300, 0.95)])
 def test_short_and_long_rows_of_many_sizes(words: int, threshold: float) -> None:
     """Long rows are compared all with all, short ones by parts; sizes vary so that several classes meet."""
@@ -77,9 +70,8 @@ def test_short_and_long_rows_of_many_sizes(words: int, threshold: float) -> None
     texts = []
     for _ in range(100):
         text = ["".join(rng.choices("abcdefghiklmnopqrst", k=4)) for _ in range(rng.randint(2, words))]
-        texts.append(" ".join(text))
-        text[rng.randrange(len(text))] = "changed"
-        texts.append(" ".join(text))
+        changed = rng.randrange(len(text))
+        texts += [" ".join(text), " ".join([*text[:changed], "changed", *text[changed + 1 :]])]
     texts = list(dict.fromkeys(texts))
     assert pairs(texts, threshold) == brute_force(texts, threshold)
 

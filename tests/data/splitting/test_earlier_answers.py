@@ -8,42 +8,33 @@ from typing import Any
 from tests.data.rows import build, many_rows, settings, turns, write_jsonl
 from tunesmith.core.messages import Message
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import Dataset, Example
+from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, NEAR_OUTSIDE, Leakage, Nearness, leakage, rows_to_remove
 from tunesmith.store.store import Store
 
 
-def longer(one: dict[str, Any], n: int) -> dict[str, Any]:
-    """The row with a second exchange, under a system turn."""
-    first = [turn["content"] for turn in one["messages"]]
-    return {"messages": turns(*first, f"and what follows after step {n}", f"later {n}", system="Be kind.")}
-
-
 def snapshots(count: int) -> list[dict[str, Any]]:
-    """Rows, and each of them as the beginning of a longer conversation."""
+    """Rows, and each of them as the beginning of a longer conversation under a system turn."""
     rows = many_rows(count)
-    return [*rows, *(longer(one, n) for n, one in enumerate(rows))]
+    for n in range(count):
+        first = [turn["content"] for turn in rows[n]["messages"]]
+        rows.append({"messages": turns(*first, f"and what follows after step {n}", f"later {n}", system="Be kind.")})
+    return rows
 
 
-def learned(dataset: Dataset) -> set[tuple[str, str]]:
-    """(request, answer) of every pair of turns that training learns."""
-    talks = [[turn.content for turn in one.messages if turn.role != "system"] for one in dataset.examples("train")]
-    return {("\n".join(talk[:n]), talk[n]) for talk in talks for n in range(1, len(talk), 2)}
+def spoken(one: Example) -> list[str]:
+    return [turn.content for turn in one.messages if turn.role != "system"]
 
 
 def test_no_training_row_begins_with_a_held_out_row(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", snapshots(200))
     dataset = build(tmp_path, settings(split={"test": 0.15, "validation": 0.1}))
-    known = learned(dataset)
-    held = [one for split in ("validation", "test") for one in dataset.examples(split)]
-    assert len(held) > 50
-    assert not [one.id for one in held if (request_of(one), one.answer) in known]
+    learned = {tuple(spoken(one)[:n]) for one in dataset.examples("train") for n in range(2, len(spoken(one)) + 1, 2)}
+    tested = {tuple(spoken(one)) for split in ("validation", "test") for one in dataset.examples(split)}
+    assert len(tested) > 50
+    assert not learned & tested
     assert dataset.record.body["rows"]["removed"][NEAR_HELD_OUT] > 10
     assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
-
-
-def request_of(one: Example) -> str:
-    return "\n".join(turn.content for turn in one.request if turn.role != "system")
 
 
 def talk(name: str, *said: str, weights: dict[int, int] | None = None) -> Example:
@@ -74,8 +65,6 @@ def test_beginnings_are_counted_in_what_learns_them_and_removed_from_it() -> Non
     assert clean == Leakage(shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8)
     assert "beginnings" not in clean.document()
 
-
-def test_beginnings_are_held_against_outside_requests() -> None:
     splits = {"train": [talk("leaks", "open the door", "done", "and the window", "done too")]}
     outside = [" open the door "]
     assert leakage(splits, Nearness(splits, 0.8, outside)).near_outside == 1

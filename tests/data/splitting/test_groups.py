@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -15,50 +14,34 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tests.data.rows import build, held, many_rows, row, settings, write_jsonl
 from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.account import EXACT
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import SPLITS, Dataset, Example
-from tunesmith.data.settings import DataSettings, Split
-from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified, time_of
+from tunesmith.data.dataset import SPLITS, Dataset
+from tunesmith.data.settings import Split
+from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, time_of
 from tunesmith.data.splitting.duplicates import near_text
 from tunesmith.data.splitting.groups import joined_groups, wording_group
 from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Leakage, Nearness, leakage
 from tunesmith.store.store import Store
 
 
-def rows_of(dataset: Dataset) -> list[tuple[str, Example]]:
-    return [(name, one) for name in SPLITS for one in dataset.examples(name)]
-
-
-def holders(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    found: defaultdict[str, set[str]] = defaultdict(set)
-    for split, value in pairs:
-        found[value].add(split)
-    return found
-
-
 def test_authors_conversations_and_near_rows_stay_together(tmp_path: Path) -> None:
     rng = random.Random(0)
     rows = [{**one, "author": f"a{rng.randrange(90)}", "talk": f"t{n // 2}"} for n, one in enumerate(many_rows(300))]
-    rows += [
-        {
-            **row(f"could you please move the {thing} to the other end of the store", f"moved {n}"),
-            "author": f"n{n}",
-            "talk": f"n{n}",
-        }
-        for n, thing in enumerate(["red box", "red boxes", "red box now", "red boxed"])
-    ]
+    for n, thing in enumerate(["red box", "red boxes", "red box now", "red boxed"]):
+        text = f"could you please move the {thing} to the other end of the store"
+        rows.append({**row(text, f"moved {n}"), "author": f"n{n}", "talk": f"n{n}"})
     write_jsonl(tmp_path / "rows.jsonl", rows)
     chosen = settings(split={"group_by": ["talk", "author", "wording", "near"], "test": 0.2, "validation": 0.1})
     dataset = build(tmp_path, chosen)
     assert NEAR_HELD_OUT not in dataset.record.body["rows"]["removed"]
-    placed = rows_of(dataset)
     for key in ("author", "talk", "wording"):
-        assert all(len(splits) == 1 for splits in holders((split, one.labels[key]) for split, one in placed).values())
-    assert len({one.group for _, one in placed if "could you" in one.wording}) == 1
+        placed = {(one.labels[key], split) for split in SPLITS for one in dataset.examples(split)}
+        assert len(placed) == len({value for value, _ in placed})
+    assert len({one.group for one in held(dataset) if "could you" in one.wording}) == 1
     proof = dataset.record.body["leakage"]
     assert proof["shared"] == {"author": 0, "talk": 0, "wording": 0}
     assert (proof["shared_groups"], proof["near_pairs"]) == (0, 0)
@@ -96,27 +79,25 @@ def test_groups_are_the_components_of_what_rows_share(
 
 
 def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
-    def trace(name: str, author: str, talk: str) -> ComparedRow:
-        return ComparedRow(name, name, f"{name} alone", "", {"author": author, "talk": talk})
-
+    said = [("train", "ann", "x"), ("validation", "bob", "y"), ("test", "ann", "z")]
     splits = {
-        "train": [trace("1", "ann", "x")],
-        "validation": [trace("2", "bob", "y")],
-        "test": [trace("3", "ann", "z")],
+        split: [ComparedRow(talk, talk, f"{talk} alone", "", {"author": author, "talk": talk})]
+        for split, author, talk in said
     }
     found = leakage(splits, Nearness(splits, 0.8), Split(group_by=("author", "talk")))
-    assert found == Leakage(
-        shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8, shared={"author": 1, "talk": 0}
-    )
+    shared = {"author": 1, "talk": 0}
+    assert found == Leakage(shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8, shared=shared)
     assert found.faults() == {"shared.author": 1}
 
 
-@pytest.mark.parametrize("more", [{"author": "ann"}, {"author": "ann", "talk": ""}])
-def test_a_row_that_does_not_say_what_it_belongs_to(tmp_path: Path, more: dict[str, Any]) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(9, author="a", talk="t"), row("hello there", "hi", **more)])
-    with pytest.raises(UsageError, match="has no talk") as caught:
-        build(tmp_path, settings(split={"group_by": ["author", "talk"]}))
-    assert caught.value.where == "rows.jsonl, row 10"
+@pytest.mark.parametrize("talk", [None, "", True, ["a"], {"a": 1}])
+def test_a_row_that_does_not_say_what_it_belongs_to(tmp_path: Path, talk: Any) -> None:
+    odd = row("hello there", "hi", author="ann", talk=talk, at=talk or "soon")
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(9, author="a", talk="t", at="2024-01-01"), odd])
+    for split in ({"group_by": ["author", "talk"]}, {"group_by": "talk"}, {"time": "at"}):
+        with pytest.raises(UsageError) as caught:
+            build(tmp_path, settings(split=split))
+        assert str(caught.value.where).startswith("rows.jsonl, row 10")
     write_jsonl(tmp_path / "rows.jsonl", many_rows(9, near="a", author="b"))
     with pytest.raises(UsageError, match="'near'"):
         build(tmp_path, settings(split={"group_by": ["author", "near"]}))
@@ -127,20 +108,20 @@ def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
     assert wording_group("call ann lee at home", "ok", ["Ann Lee"]) == wording_group("call bob at home", "ok", ["Bob"])
     assert wording_group("call annette at home", "ok", ["ann"]) == wording_group("call annette at home", "ok")
     names = ("anna", "boris", "chidi", "dora", "emil", "fatima")
-    write_jsonl(tmp_path / "bench.jsonl", [row("tell konstantinos that dinner is ready", "ok")])
-    dinner = row("tell anna that dinner is ready", "ok")
     calls = [row(f"call {name} and say that i will be there at six", f"call:{name}") for name in names]
     mails = [row(f"write to {name}@corp.net that it rains in the town", f"mail:{n}") for n, name in enumerate(names)]
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), *calls, *mails])
+
+    def groups(said: str, **more: Any) -> int:
+        dataset = build(tmp_path, settings(duplicates={"near": None}, **more))
+        return len({one.group for one in held(dataset) if one.wording.startswith(said)})
+
     for action in ("report", "pseudonymise"):
         privacy = {"entities": ["EMAIL_ADDRESS"], "synthetic_values": 0, "action": action}
-        dataset = build(tmp_path, settings(privacy=privacy, split={"values": names}, duplicates={"near": None}))
-        found = [(one.wording, one.group) for _, one in rows_of(dataset)]
-        assert len({group for text, group in found if text.startswith("call")}) == 1
-        assert len({group for text, group in found if text.startswith("write")}) == 1
-    plain = build(tmp_path, settings(duplicates={"near": None}))
-    assert len({one.group for _, one in rows_of(plain) if one.wording.startswith("call")}) == 6
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), dinner])
+        assert groups("call", split={"values": names}) == groups("write", privacy=privacy) == 1
+    assert groups("call") == 6
+    write_jsonl(tmp_path / "bench.jsonl", [row("tell konstantinos that dinner is ready", "ok")])
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), row("tell anna that dinner is ready", "ok")])
     more = {"decontaminate": [{"path": "bench.jsonl"}], "split": {"values": ["anna", "konstantinos"]}}
     dataset = build(tmp_path, settings(**more))
     assert dataset.record.body["rows"]["removed"] == {"same wording as a row of an outside test set": 1}
@@ -166,28 +147,18 @@ def test_the_newest_rows_are_the_test(tmp_path: Path) -> None:
 
 
 def test_split_by_time_with_equal_times_and_groups(tmp_path: Path) -> None:
-    rows = dated(60)
+    rows = [{**one, "who": f"p{n}"} for n, one in enumerate(dated(60))]
     for one in rows[-9:]:
         one["at"] = "2030-01-01"  # nine rows of one time, six wanted
-    pair = [row(f"{when} train to the city of york", f"{when}", at=at, who="eve") for when, at in
-            (("morning", "2024-01-01"), ("evening", "2031-01-01"))]  # fmt: skip
-    for n, one in enumerate(rows):
-        one["who"] = f"p{n}"
-    write_jsonl(tmp_path / "rows.jsonl", [*rows, *pair])
+    for at in ("2024-01-01", "2031-01-01"):
+        rows.append(row(f"a train of {at} to the city of york", at, at=at, who="eve"))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     dataset = build(tmp_path, settings(split={"time": "at", "group_by": "who", "test": 0.1, "validation": 0}))
     body = dataset.record.body
     assert body["splits"] == {"train": 51, "validation": 0, "test": 10}
     assert body["rows"]["removed"] == {OLDER: 1}
     assert body["time"]["rows_beyond_shares"] == 3
     assert body["leakage"]["shared_groups"] == 0
-
-
-@pytest.mark.parametrize("at", [None, "soon", True])
-def test_a_row_without_a_time_is_told(tmp_path: Path, at: Any) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [*dated(9), row("hello there", "hi", at=at)])
-    with pytest.raises(UsageError) as caught:
-        build(tmp_path, settings(split={"time": "at"}))
-    assert caught.value.where == "rows.jsonl, row 10"
 
 
 def test_times_of_every_kind_are_one_time() -> None:
@@ -209,20 +180,6 @@ def test_a_cut_takes_its_share_and_no_more_than_one_time_beyond(times: dict[str,
     total = sum(times.values())
     assert many["test"] >= test * total
     assert many["test"] - times[found["test"]] < test * total
-
-
-# Two rows of a kind at least: kinds of one row each are refused.
-groups = st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(2, 5), min_size=1), min_size=1, max_size=40)
-
-
-@given(groups, st.integers(0, 3))
-@examples(deadline=None)
-def test_whole_groups_in_like_shares_whatever_their_order(found: list[dict[str, int]], seed: int) -> None:
-    split = Split(stratify="kind", test=0.2, validation=0.1, seed=seed)
-    counts = [(f"g{n}", kind, rows) for n, kinds in enumerate(found) for kind, rows in kinds.items()]
-    placed = stratified(counts, split)
-    assert placed == stratified(counts[::-1], split)
-    assert placed.keys() == {group for group, _, _ in counts}
 
 
 @pytest.mark.parametrize("key", ["kind", "intent", "answer"])
@@ -248,15 +205,12 @@ def test_what_is_no_kind_and_what_is_not_said(tmp_path: Path) -> None:
         build(tmp_path, settings(split={"stratify": "channel"}))
 
 
-def _published(
-    tmp_path: Path, split: dict[str, Any], train: list[dict[str, Any]], held: list[dict[str, Any]]
-) -> Dataset:
-    write_jsonl(tmp_path / "train.jsonl", train)
-    write_jsonl(tmp_path / "held.jsonl", held)
+def _published(root: Path, split: dict[str, Any], train: list[dict[str, Any]], held: list[dict[str, Any]]) -> Dataset:
+    write_jsonl(root / "train.jsonl", train)
+    write_jsonl(root / "held.jsonl", held)
     sources = [{"path": f"{name}.jsonl", "licence": "MIT"} for name in ("train", "held")]
     sources[1]["split"] = "test"
-    chosen = {"sources": sources, "split": split, "privacy": {"entities": []}, "duplicates": {"near": None}}
-    return build(tmp_path, DataSettings.model_validate(chosen))
+    return build(root, settings(sources=sources, split=split, duplicates={"near": None}))
 
 
 @pytest.mark.parametrize("group_by", ["author", ["author", "wording"]])

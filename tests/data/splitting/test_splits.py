@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 
@@ -36,15 +37,12 @@ def trigrams(one: Example) -> frozenset[str]:
 
 
 def test_shares_and_seed() -> None:
-    split = Split(test=0.2, validation=0.1)
     names = [f"group {n}" for n in range(4000)]
-    shares = Counter(split_of(name, split) for name in names)
+    places, others = ([split_of(name, Split(test=0.2, validation=0.1, seed=n)) for name in names] for n in (0, 1))
+    shares = Counter(places)
     assert abs(shares["test"] / 4000 - 0.2) < 0.02
     assert abs(shares["validation"] / 4000 - 0.1) < 0.02
-    other = Split(test=0.2, validation=0.1, seed=1)
-    assert {name for name in names if split_of(name, split) == "test"} != {
-        name for name in names if split_of(name, other) == "test"
-    }
+    assert places != others
 
 
 def test_known_places_do_not_move() -> None:
@@ -75,10 +73,8 @@ def test_wordings_without_their_values() -> None:
 
 
 def test_near_rows_leave_training_first() -> None:
-    test, validation, train = (
-        [example("turn on the lights in the kitchen")],
-        [example("turn on the lights in the kitchen now", "other"), example("what is the weather in lisbon")],
-        [
+    splits = {
+        "train": [
             example("please turn on the lights in the kitchen", "third"),
             example("what is the weather in lisbon today", "x"),
             example("add milk to the list", "same"),
@@ -86,8 +82,12 @@ def test_near_rows_leave_training_first() -> None:
             example("add milk to the lists", "same"),
             example("add silk to the list", "different"),
         ],
-    )
-    splits = {"train": train, "validation": validation, "test": test}
+        "validation": [
+            example("turn on the lights in the kitchen now", "other"),
+            example("what is the weather in lisbon"),
+        ],
+        "test": [example("turn on the lights in the kitchen")],
+    }
     gone = rows_to_remove(splits, 0.75)
     reasons = {one.request[0].content: gone[one.id] for some in splits.values() for one in some if one.id in gone}
     alike = [text for text, reason in reasons.items() if reason == NEAR_SAME_ANSWER]
@@ -100,9 +100,8 @@ def test_near_rows_leave_training_first() -> None:
     ]
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(splits, Nearness(splits, 0.75)).near_pairs > 0
-    assert leakage(staying, Nearness(staying, 0.75)) == Leakage(
-        shared_groups=1, near_pairs=0, near_outside=0, threshold=0.75
-    )  # all are in group "g"
+    clean = Leakage(shared_groups=1, near_pairs=0, near_outside=0, threshold=0.75)  # all are in group "g"
+    assert leakage(staying, Nearness(staying, 0.75)) == clean
 
 
 def test_rows_near_a_removed_held_out_row_are_removed() -> None:
@@ -139,24 +138,17 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(staying, Nearness(staying, threshold)).near_pairs == 0
     # leakage counts what brute force counts
-    flat = [(name, trigrams(one)) for name, some in splits.items() for one in some]
-    true = sum(
-        1
-        for place, (name, one) in enumerate(flat)
-        for other_name, other in flat[:place]
-        if name != other_name and jaccard(one, other) >= threshold
-    )
-    assert leakage(splits, Nearness(splits, threshold)).near_pairs == true
+    flat = [(name, one) for name, some in splits.items() for one in some]
+    near = [
+        (one, other)
+        for (name, one), (other_name, other) in itertools.combinations(flat, 2)
+        if name != other_name and jaccard(trigrams(one), trigrams(other)) >= threshold
+    ]
+    assert leakage(splits, Nearness(splits, threshold)).near_pairs == len(near)
     # a row leaves only for one that stays, or for a repeat of one that is held out
-    for name, some in splits.items():
-        for one in some:
-            if one.id in gone:
-                repeats = splits["test"] + splits["validation"] if gone[one.id] == NEAR_HELD_OUT else []
-                kept = [(n, o) for n, others in staying.items() for o in others]
-                kept += [("repeat", o) for o in repeats if gone.get(o.id) == NEAR_SAME_ANSWER]
-                near = [
-                    (n, o)
-                    for n, o in kept
-                    if jaccard(trigrams(one), shingles(near_text(request_text(o.messages)))) >= threshold
-                ]
-                assert near, (name, one.request)
+    repeats = [one for one in splits["test"] + splits["validation"] if gone.get(one.id) == NEAR_SAME_ANSWER]
+    kept = [one for some in staying.values() for one in some]
+    for _, one in flat:
+        if one.id in gone:
+            others = kept + repeats if gone[one.id] == NEAR_HELD_OUT else kept
+            assert any(jaccard(trigrams(one), trigrams(other)) >= threshold for other in others), one.request
