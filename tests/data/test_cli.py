@@ -8,13 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import typer
 from typer.testing import CliRunner
 
 from tests.data.rows import build, many_rows, row, write_jsonl
+from tests.tiny import TEMPLATE, write_model
 from tunesmith.cli import data
-from tunesmith.data.dataset import Dataset
 from tunesmith.store.store import Store
 
 DOCUMENT = {"dataset", "rows", "splits", "leakage", "licences", "privacy"}
@@ -27,16 +26,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.stdout
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> tuple[Path, Dataset]:
-    """A folder with a store, as a copy of a project's would be."""
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), row("empty", "")])
-    return tmp_path / "store", build(tmp_path)
-
-
 def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path: Path) -> None:
-    from tests.tiny import TEMPLATE, write_model
-
     write_model(tmp_path / "base")
     talk = row("turn on the lamp", "said at length " * 60)
     talk["messages"] += row("and the fan", "on")["messages"]
@@ -62,8 +52,9 @@ def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path
     assert other["dataset"] != first["dataset"], "rows are counted as the template renders them"
 
 
-def test_show_gives_the_account_and_rows(home: tuple[Path, Dataset]) -> None:
-    folder, dataset = home
+def test_show_gives_the_account_and_rows_and_verify_the_problems(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), row("empty", "")])
+    folder, dataset = tmp_path / "store", build(tmp_path)
     code, printed = run("show", "-C", str(folder), "--split", "test", "--limit", "2", "--json")
     document = json.loads(printed)
     assert code == 0
@@ -77,19 +68,13 @@ def test_show_gives_the_account_and_rows(home: tuple[Path, Dataset]) -> None:
     code, printed = run("show", "-C", str(folder))
     assert code == 0
     assert "empty assistant turn" in printed
-
-
-def test_verify_exits_3_when_a_byte_changed(home: tuple[Path, Dataset]) -> None:
-    folder, dataset = home
     code, printed = run("verify", "-C", str(folder), "--json")
-    assert code == 0
-    assert json.loads(printed)["ok"] is True
+    assert (code, json.loads(printed)["ok"]) == (0, True)
     blob = Store(folder).blob_path(dataset.record.blobs["train.jsonl"])
     blob.chmod(0o644)
     blob.write_bytes(blob.read_bytes()[:-1] + b" ")
     code, printed = run("verify", "-C", str(folder), "--json")
-    assert code == 3
-    assert json.loads(printed)["problems"][0]["path"] == str(blob)
+    assert (code, json.loads(printed)["problems"][0]["path"]) == (3, str(blob))
     code, printed = run("verify", "-C", str(folder))
     assert code == 3
     assert str(blob) in printed.replace("\n", "")
@@ -97,29 +82,10 @@ def test_verify_exits_3_when_a_byte_changed(home: tuple[Path, Dataset]) -> None:
 
 def test_the_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
     """Sets and dictionaries are ordered by a seed of the process: no digest may depend on it."""
-    rows = [*many_rows(120)]
-    rows += [row(f"play {n} by the band", json.dumps({"song": str(n), "by": "the band"})) for n in range(40)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    code = (
-        "from tests.data.rows import build; from pathlib import Path; import sys;print(build(Path(sys.argv[1])).digest)"
-    )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(digests) == 1
-    assert digests.pop().startswith("sha256:")
-
-
-def test_the_verbs_import_nothing_heavy() -> None:
-    heavy = ("torch", "pyarrow", "numpy", "sqlalchemy", "presidio_analyzer")
-    code = f"import sys, tunesmith.cli.data; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+    rows = [row(f"play {n} by the band", json.dumps({"song": str(n), "by": "the band"})) for n in range(40)]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(120), *rows])
+    code = "import pathlib, sys; from tests.data.rows import build; print(build(pathlib.Path(sys.argv[1])).digest)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert told.strip() == build(tmp_path).digest

@@ -24,26 +24,22 @@ ROWS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def counter(tmp_path_factory: pytest.TempPathFactory) -> RowCounter:
-    return RowCounter(write_model(tmp_path_factory.mktemp("base") / "m"), "")
-
-
 @pytest.mark.slow
 @pytest.mark.attack("input", "rows of 50 MB and of 30,000 turns")
 @pytest.mark.parametrize(("tried", "overlong"), zip(ROWS, ("drop", "refuse", "truncate"), strict=True))
 def test_huge_rows_are_removed_before_they_are_tokenised(
-    tmp_path: Path, counter: RowCounter, tried: str, overlong: Any, happened: Happened
+    tmp_path: Path, tried: str, overlong: Any, happened: Happened
 ) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), ROWS[tried]()])
+    limits = {"count_tokens": RowCounter(write_model(tmp_path / "base"), ""), "max_tokens": 600}
     if overlong == "refuse":
         with pytest.raises(Refused, match="the limit is 600") as caught:
-            build(tmp_path, count_tokens=counter, max_tokens=600)
+            build(tmp_path, **limits)
         assert "row 61" in caught.value.where
         happened("refused, with its place")
     else:
-        built = build(tmp_path, settings(overlong=overlong), count_tokens=counter, max_tokens=600)
-        kept = overlong == "truncate" and tried == "many turns"
+        built = build(tmp_path, settings(overlong=overlong), **limits)
+        kept = overlong == "truncate"
         assert built.record.body["rows"]["removed"].get("overlong", 0) == (not kept)
         happened("cut to its last turns, counted" if kept else "removed as overlong, counted")
 
