@@ -41,34 +41,23 @@ def test_appended_rows_are_read_as_they_were_given(store: Store) -> None:
         assert without_log.execute("select count(*) from requests").fetchone() == (2,)
 
 
-def test_a_row_that_does_not_fit_appends_nothing(store: Store) -> None:
+def test_a_row_that_does_not_fit_appends_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     database.append(store.engine, RequestRow, [row("a")])
     with pytest.raises(IntegrityError) as raised:
         database.append(store.engine, RequestRow, [row("b"), row("a", name="secret-name")])
     assert "secret-name" not in str(raised.value)
     database.append(store.engine, RequestRow, [row("c")])
+    store.engine.dispose()
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_DIRECT_PRAGMAS", ("max_page_count=1",))  # no more than it has now
+        with pytest.raises(TunesmithError, match="disk is full"):
+            database.append(store.engine, RequestRow, [row(str(number)) for number in range(500)])
     with database.reading(store.engine) as session:
         assert sorted(session.scalars(select(RequestRow.id))) == ["a", "c"]
 
 
-def test_a_full_database_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "_DIRECT_PRAGMAS", ("max_page_count=1",))  # no more than it has now
-    store.engine.dispose()
-    with pytest.raises(TunesmithError, match="disk is full"):
-        database.append(store.engine, RequestRow, [row(str(number)) for number in range(500)])
-
-
-def test_an_engine_that_is_disposed_of_leaves_no_log(store: Store) -> None:
-    """The log may hold texts that were deleted from the tables."""
-    log = store.root / "tunesmith.db-wal"
-    database.append(store.engine, RequestRow, [row("a")])
-    assert log.exists()
-    store.engine.dispose()
-    assert not log.exists()
-    database.append(store.engine, RequestRow, [row("b")])
-
-
 def test_the_log_is_emptied_while_connections_are_open_and_waits_for_nobody(store: Store) -> None:
+    """It may hold texts that were deleted from the tables."""
     log = store.root / "tunesmith.db-wal"
     database.append(store.engine, RequestRow, [row("secret-of-anna")])
     assert b"secret-of-anna" in log.read_bytes()
@@ -79,6 +68,10 @@ def test_the_log_is_emptied_while_connections_are_open_and_waits_for_nobody(stor
     database.empty_log(store.engine)
     assert log.read_bytes() == b""
     assert b"secret-of-anna" not in (store.root / "tunesmith.db").read_bytes()
+    database.append(store.engine, RequestRow, [row("a")])
+    store.engine.dispose()
+    assert not log.exists()
+    database.append(store.engine, RequestRow, [row("b")])
 
 
 def test_a_fence_holds_for_appended_rows(store: Store) -> None:

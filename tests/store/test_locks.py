@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NoReturn
+from unittest import mock
 
 import psutil
 import pytest
@@ -46,7 +46,16 @@ def test_a_held_lock_is_refused_with_its_purpose(store: Store) -> None:
         with store.lock("other", "something else"):
             pass
     with store.lock("stage", "the next one"):
-        pass
+        change(store, host="elsewhere")
+        with pytest.raises(TunesmithError, match="on elsewhere"), store.lock("stage", "mine"):
+            pass
+        change(store, until=time.time() - 1)
+        with store.lock("stage", "after its lease"):
+            pass
+    with store.lock("stage", "the last one"):
+        change(store, started=1.0)
+        with store.lock("stage", "another process has this number now"):
+            pass
     assert row(store) is None
 
 
@@ -66,28 +75,11 @@ def test_a_killed_owner_loses_the_lock_at_once(store: Store) -> None:
         assert found.pid == os.getpid()
 
 
-def test_a_process_number_used_again_is_not_the_owner(store: Store) -> None:
-    with store.lock("stage", "the training"):
-        change(store, started=1.0)
-        with store.lock("stage", "mine"):
-            pass
-
-
 def test_a_clock_that_is_corrected_gives_a_lock_to_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.lock("stage", "the training"):
         moved = psutil.Process().create_time() + 5
         monkeypatch.setattr(psutil.Process, "create_time", lambda _process: moved)
         with pytest.raises(locks.LockHeld), store.lock("stage", "mine"):
-            pass
-
-
-def test_another_machines_lock_holds_until_its_lease_ends(store: Store) -> None:
-    with store.lock("stage", "the training"):
-        change(store, host="elsewhere")
-        with pytest.raises(TunesmithError, match="on elsewhere"), store.lock("stage", "mine"):
-            pass
-        change(store, until=time.time() - 1)
-        with store.lock("stage", "mine"):
             pass
 
 
@@ -111,12 +103,9 @@ def test_a_lease_is_renewed_while_its_owner_works(store: Store, monkeypatch: pyt
 def test_a_lock_that_could_not_be_given_back_keeps_its_own_process_from_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    full = mock.Mock(side_effect=TunesmithError("the disk is full"))
     with pytest.raises(TunesmithError, match="full"), store.lock("a", "first"):
-        monkeypatch.setattr(database, "writing", _full)
+        monkeypatch.setattr(database, "writing", full)
     monkeypatch.undo()
     with store.lock("a", "second"), pytest.raises(locks.LockHeld), store.lock("a", "third"):
         pass
-
-
-def _full(*_: object, **__: object) -> NoReturn:
-    raise TunesmithError("the disk is full")
