@@ -29,8 +29,6 @@ def problems(store: Store, *pins: Pin) -> list[str]:
         return audit.verify(session, pins)
 
 
-
-
 CUT = "entry 5, which the log's head names, is missing: the tail was cut"
 CHANGED = "entry 2 was changed after it was written"
 REWRITTEN = "entry 5 is not the one that the log's head names: the log was rewritten"

@@ -19,7 +19,11 @@ def key(user: str, public: str | None = None) -> TrustedKey:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    keys = (key("ann"), key("bob"))
+    with pytest.raises(Refused, match="no signature can be believed"):
+        read_trust(tmp_path / "keys.json")
+    scoped = key("ann").model_copy(update={"tenant": "acme", "region": "eu"})
+    assert (scoped.scope, key("ann").scope) == (Scope("acme", "eu"), Scope())
+    keys = (scoped, key("bob"))
     blobs = LocalBlobs(tmp_path)
     write_trust(blobs, keys[::-1])
     assert read_trust(blobs.path(TRUST_KEY)) == keys
@@ -49,14 +53,3 @@ def test_a_broken_or_ambiguous_key_list_is_refused(tmp_path: Path, content: byte
     with pytest.raises(Refused) as caught:
         read_trust(path)
     assert caught.value.where == str(path)
-
-
-def test_a_missing_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no signature can be believed"):
-        read_trust(tmp_path / "keys.json")
-
-
-def test_a_key_has_the_scope_of_its_owner() -> None:
-    scoped = key("ann").model_copy(update={"tenant": "acme", "region": "eu"})
-    assert scoped.scope == Scope("acme", "eu")
-    assert key("ann").scope == Scope()
