@@ -41,6 +41,9 @@ TAGS = (
     + "{% for c in m.tool_calls or [] %}<f={{ c.function.name }}>{% for k in c.function.arguments %}"
     + ("<p={{ k }}>{{ c.function.arguments[k] }}</p>{% endfor %}</f>{% endfor %}" + ENDS)
 )
+SPECIAL = HERMES.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", "")
+
+
 NAMES = {"weather", "time"}
 
 
@@ -55,39 +58,34 @@ def renderer(folder: Path, template: str) -> Renderer:
         (HERMES, CallFormat("<tool_call>", "</tool_call><tool_call>", "</tool_call>", "name", "arguments", exact=True)),
         (BARE, CallFormat("", None, "", "name", "parameters", exact=True)),
         (LISTED, CallFormat("<call>[", ", ", "]</call>", "name", "parameters", exact=True)),
-        (
-            HERMES.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", ""),
-            CallFormat("", "", "", "name", "arguments", exact=False),  # control tokens are no part of an answer's text
-        ),
+        # Control tokens are no part of an answer's text.
+        (SPECIAL, CallFormat("", "", "", "name", "arguments", exact=False)),
     ],
 )
 def test_a_format_is_found_by_rendering_a_call(tmp_path: Path, template: str, found: CallFormat) -> None:
-    assert renderer(tmp_path, template).call_format == found
-
-
-@pytest.mark.parametrize(("template", "said"), [(TEMPLATE, "does not render tools"), (TAGS, "as a JSON object")])
-def test_a_template_whose_calls_cannot_be_read_is_refused(tmp_path: Path, template: str, said: str) -> None:
-    with pytest.raises(Refused, match=said) as caught:
-        _ = renderer(tmp_path, template).call_format
-    assert caught.value.where == "chat_template"
-
-
-@pytest.mark.parametrize(("template", "several"), [(HERMES, True), (HERMES, False), (BARE, False), (LISTED, True)])
-def test_what_the_template_writes_is_read_back(tmp_path: Path, template: str, several: bool) -> None:
-    """An answer as training rows have it."""
-    found = renderer(tmp_path, template)
+    made = renderer(tmp_path, template)
+    assert made.call_format == found
+    if not found.exact:
+        return
     arguments = ['{"city": "a \\" }</tool_call>]</call> Ålesund", "n": [1, {"b": null}]}', "{}"]
     calls = [ToolCall(id=f"i{n}", name="weather", arguments=each) for n, each in enumerate(arguments)]
-    calls = calls if several else calls[:1]
+    calls = calls if found.between is not None else calls[:1]
     rows = (TURNS[0], Message(role="assistant", content="", tool_calls=tuple(calls)))
-    rendered = found.conversation(rows)
-    answer = found.text([token for token, mark in zip(rendered.ids, rendered.trained, strict=True) if mark])
-    text, read = found.call_format.read(answer, NAMES)
+    rendered = made.conversation(rows)
+    answer = made.text([token for token, mark in zip(rendered.ids, rendered.trained, strict=True) if mark])
+    text, read = found.read(answer, NAMES)  # what the template writes is read back
     assert text == ""
     assert [(each.name, json.loads(each.arguments)) for each in read] == [
         (each.name, json.loads(each.arguments)) for each in calls
     ]
     assert all(len(each.id) == 9 and each.id.isalnum() for each in read)
+
+
+def test_a_template_whose_calls_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for template, said in ((TEMPLATE, "does not render tools"), (TAGS, "as a JSON object")):
+        with pytest.raises(Refused, match=said) as caught:
+            _ = renderer(tmp_path, template).call_format
+        assert caught.value.where == "chat_template"
 
 
 TAGGED = CallFormat("<call>\n", "\n</call>\n<call>\n", "\n</call>", "name", "arguments", exact=True)
@@ -115,7 +113,6 @@ def test_calls_are_read(form: CallFormat, answer: str, text: str, count: int) ->
 @pytest.mark.parametrize(
     ("form", "answer"),
     [
-        (TAGGED, "It is <call> that begins one."),
         (TAGGED, "<call>"),
         (TAGGED, '<call>{"name": "time", "arguments": {"at"</call>'),
         (TAGGED, '<call>{"name": "delete_all", "arguments": {}}</call>'),
@@ -127,7 +124,6 @@ def test_calls_are_read(form: CallFormat, answer: str, text: str, count: int) ->
         (TAGGED, "<call>" + "[" * 100_000),
         (TAGGED, "<call>[]</call>"),
         (PLAIN, f"I call {CALL}"),
-        (PLAIN, f"{CALL} and more"),
         (PLAIN, '{"answer": 42}'),
         (PLAIN, ""),
     ],
@@ -154,7 +150,6 @@ QWEN = (  # as the template of Qwen 2.5 writes calls
     + r"{{ '}\n</tool_call>' }}{% endfor %}"
     + ENDS.removeprefix("{{ m.content }}")
 )
-SPECIAL = HERMES.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", "")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +184,6 @@ RIGHT = '{"arguments":{"b": "x",  "n": 1.0}, "name":"weather"}'
         (f"I look. <tool_call>{RIGHT}</tool_call>", 0.0, 0.0),
         (f"<tool_call>{RIGHT}</tool_call> Done.", 0.0, 0.0),
         (f"<tool_call>{RIGHT[:-1]}</tool_call>", 0.0, 0.0),
-        (f"A <tool_call> is {RIGHT}", 0.0, 0.0),
         ("", 0.0, 0.0),
     ],
 )
@@ -205,11 +199,13 @@ def test_calls_are_compared_as_json(tmp_path: Path, answer: str, score: float, f
 
 def test_escapes_hide_no_control_token(tmp_path: Path) -> None:
     found = renderer(tmp_path, HERMES)
-    hidden = '{"city": "\\u003c|im_end|\\u003e"}'
-    turn = Message(role="assistant", content="", tool_calls=(ToolCall(id="a", name="weather", arguments=hidden),))
-    with pytest.raises(UsageError, match="control token"):
-        found.prompt((TURNS[0], turn, Message(role="tool", content="x", tool_call_id="a")))
+    hidden = ToolCall(id="a", name="weather", arguments='{"city": "\\u003c|im_end|\\u003e"}')
+    turn = Message(role="assistant", content="", tool_calls=(hidden,))
     tools = json.dumps(TOOLS).replace("city", "\\u003c|im_end|\\u003e")
-    with pytest.raises(UsageError, match="control token"):
-        found.prompt((TURNS[0].model_copy(update={"tools": tools}),))
+    for turns in (
+        (TURNS[0], turn, Message(role="tool", content="x", tool_call_id="a")),
+        (TURNS[0].model_copy(update={"tools": tools}),),
+    ):
+        with pytest.raises(UsageError, match="control token"):
+            found.prompt(turns)
     assert found.prompt(with_tools(TURNS[:1], TOOLS))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -33,17 +33,11 @@ NOT_AS_GGUF = {
 KINDS = {"llama": {"use_dora": True}, "qwen2": {"use_dora": True}, "gemma2": {"use_rslora": True}}  # else plain LoRA
 
 
-def _adapter(base: Path, folder: Path, **settings: object) -> torch.Tensor:
+def _adapter(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
     """A random adapter written by PEFT; returns the logits [2, 19, V] of PEFT's own merge."""
     torch.manual_seed(1)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=12,
-        target_modules="all-linear",
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-        **settings,  # type: ignore[arg-type]
-    )
+    kind = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings}
+    config = LoraConfig(r=4, lora_alpha=12, **kind)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     for name, parameter in model.named_parameters():
         if "magnitude" in name:  # at its start it is the rows' own length, and DoRA changes nothing
@@ -56,21 +50,21 @@ def _adapter(base: Path, folder: Path, **settings: object) -> torch.Tensor:
 
 def _bind(base: Path, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write PEFT's adapter again as training does, bound to the base. tensors: in place of its own."""
-    config, of = json.loads((folder / "adapter_config.json").read_text()), base_of(base)
+    stated, of = json.loads((folder / "adapter_config.json").read_text()), base_of(base)
     tensors = load_file(folder / "adapter_model.safetensors") if tensors is None else tensors
-    save_adapter_file(
-        folder,
-        AdapterConfig(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            root=config["use_rslora"],
-            dora=config["use_dora"],
-            targets=frozenset(config["target_modules"]),
-        ),
-        {name: tensor.numpy() for name, tensor in tensors.items()},
-        base=of.digest,
-        fingerprint=of.fingerprint,
-    )
+    names = {"rank": "r", "alpha": "lora_alpha", "root": "use_rslora", "dora": "use_dora", "targets": "target_modules"}
+    config = {name: stated[theirs] for name, theirs in names.items()}
+    config["targets"] = frozenset(config["targets"])
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    save_adapter_file(folder, AdapterConfig(**config), arrays, base=of.digest, fingerprint=of.fingerprint)
+
+
+def _merged(base: Path, adapter: Path, name: str, dtype: str = "fp32") -> Path:
+    """A folder beside the adapter's, with the merged model."""
+    folder = adapter.with_name(name)
+    folder.mkdir(exist_ok=True)
+    write_merged(base_of(base), adapter, folder, dtype)  # type: ignore[arg-type]
+    return folder
 
 
 def _logits(folder: Path, **how: object) -> torch.Tensor:
@@ -82,28 +76,26 @@ def _logits(folder: Path, **how: object) -> torch.Tensor:
 def test_merged_weights_equal_those_of_peft(family: str, tmp_path: Path) -> None:
     base = write_model(tmp_path / "b", family)
     expected = _adapter(base, tmp_path / "a", **KINDS.get(family, {}))
-    (tmp_path / "m").mkdir()
-    write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
-    assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
+    assert torch.allclose(_logits(_merged(base, tmp_path / "a", "m")), expected, atol=1e-5)
     assert not torch.allclose(_logits(base), expected, atol=1e-2), "an adapter that changes nothing shows nothing"
+    if family in NOT_AS_GGUF:
+        with pytest.raises(Refused, match=rf"{NOT_AS_GGUF[family]}(.|\n)*convert_hf_to_gguf.py"):
+            write_gguf(base_of(base), tmp_path / "a", tmp_path / "g", "fp32", "n")
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-untied"])
 def test_a_merged_folder_is_complete(family: str, tmp_path: Path) -> None:
     base = write_model(tmp_path / "b", family)
     _adapter(base, tmp_path / "a")
-    for name in ("m", "again"):
-        (tmp_path / name).mkdir()
-        write_merged(base_of(base), tmp_path / "a", tmp_path / name, "bf16")
-    assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in base.iterdir()}
-    for path in (tmp_path / "m").iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    merged, again = (_merged(base, tmp_path / "a", name, "bf16") for name in ("m", "again"))
+    assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
+    for path in merged.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.dtype == torch.bfloat16
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tied
-    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
-        assert ("lm_head.weight" in set(file.keys())) is not tied
+    assert ("lm_head.weight" in load_file(merged / "model.safetensors")) is not tied
     rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).model.embed_tokens.weight.bfloat16()
     assert torch.equal(model.model.embed_tokens.weight, rounded), "embeddings are never adapted"
 
@@ -120,39 +112,29 @@ def test_a_sharded_base_stays_sharded(tmp_path: Path) -> None:
     tool_use.parent.mkdir()
     tool_use.write_text("{{ tools }}")
     _bind(base, tmp_path / "a")  # these files are another base
-    (tmp_path / "m").mkdir()
-    write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
-    assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors")) == shards
-    assert (tmp_path / "m" / "additional_chat_templates" / "tool_use.jinja").read_bytes() == tool_use.read_bytes()
-    assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
+    merged = _merged(base, tmp_path / "a", "m")
+    assert sorted(path.name for path in merged.glob("*.safetensors")) == shards
+    assert (merged / "additional_chat_templates" / "tool_use.jinja").read_bytes() == tool_use.read_bytes()
+    assert torch.allclose(_logits(merged), expected, atol=1e-5)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "b")
     _adapter(base, tmp_path / "a")
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    (tmp_path / "m").mkdir()
-    name = sorted(tensors)[0]
-    _bind(base, tmp_path / "a", {key: value for key, value in tensors.items() if key != name})
-    with pytest.raises(Refused, match=r"has lora_B.weight, expected lora_A.weight, lora_B.weight"):
-        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
-    _bind(base, tmp_path / "a", {key.replace("layers.2.", "layers.3."): value for key, value in tensors.items()})
-    with pytest.raises(Refused, match="has no weight"):
-        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
-    cut = {key: value[:, :-1].contiguous() if "lora_A" in key else value for key, value in tensors.items()}
-    _bind(base, tmp_path / "a", cut)
-    with pytest.raises(Refused, match="does not fit"):
-        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
-    _bind(base, tmp_path / "a", {**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)})
-    with pytest.raises(Refused, match="not a LoRA tensor"):
-        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
-
-
-@pytest.mark.parametrize("family", sorted(NOT_AS_GGUF))
-def test_other_families_are_refused_as_gguf(family: str, tmp_path: Path) -> None:
-    base = write_model(tmp_path / "b", family)
-    with pytest.raises(Refused, match=rf"{NOT_AS_GGUF[family]}(.|\n)*convert_hf_to_gguf.py"):
-        write_gguf(base_of(base), tmp_path / "a", tmp_path / "g", "fp32", "n")
+    whole = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    first = sorted(whole)[0]
+    for tensors, said in (
+        (
+            {key: value for key, value in whole.items() if key != first},
+            r"has lora_B.weight, expected lora_A.weight, lor",
+        ),
+        ({key.replace("layers.2.", "layers.3."): value for key, value in whole.items()}, "has no weight"),
+        ({key: value[:, :-1].contiguous() if "lora_A" in key else value for key, value in whole.items()}, "not fit"),
+        ({**whole, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, "not a LoRA tensor"),
+    ):
+        _bind(base, tmp_path / "a", tensors)
+        with pytest.raises(Refused, match=said):
+            _merged(base, tmp_path / "a", "m")
 
 
 @pytest.mark.parametrize(
@@ -161,11 +143,16 @@ def test_other_families_are_refused_as_gguf(family: str, tmp_path: Path) -> None
 )
 def test_a_gguf_can_be_read_by_transformers(family: str, dtype: str, tmp_path: Path) -> None:
     base = write_model(tmp_path / "b", family)
+    whole = load_file(base / "model.safetensors")
+    if dtype == "bf16":  # rotary tables of old checkpoints are left out
+        tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
+        save_file({**whole, **tables}, base / "model.safetensors", metadata={"format": "pt"})
     expected = _adapter(base, tmp_path / "a")
     for name in ("g", "again"):
         (tmp_path / name).mkdir()
         write_gguf(base_of(base), tmp_path / "a", tmp_path / name, dtype, "n")  # type: ignore[arg-type]
     assert (tmp_path / "g" / FILE).read_bytes() == (tmp_path / "again" / FILE).read_bytes()
+    assert len(GGUFReader(tmp_path / "g" / FILE).tensors) == len(whole)
     config = AutoConfig.from_pretrained(tmp_path / "g", gguf_file=FILE)
     config.head_dim = 8  # transformers does not read it for every architecture
     how = {"gguf_file": FILE, "config": config, "quantization_config": GgufConfig(gguf_file=FILE, dequantize=True)}
@@ -173,9 +160,7 @@ def test_a_gguf_can_be_read_by_transformers(family: str, dtype: str, tmp_path: P
     if dtype == "fp32":
         assert torch.allclose(found, expected, atol=1e-5)
     else:
-        (tmp_path / "m").mkdir()
-        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "bf16")
-        merged = _logits(tmp_path / "m")
+        merged = _logits(_merged(base, tmp_path / "a", "m", "bf16"))
         assert (found - expected).abs().max() < 2 * (merged - expected).abs().max(), "rounding, no more"
     theirs = AutoTokenizer.from_pretrained(tmp_path / "g", gguf_file=FILE)
     ours = AutoTokenizer.from_pretrained(base)
@@ -183,17 +168,6 @@ def test_a_gguf_can_be_read_by_transformers(family: str, dtype: str, tmp_path: P
     assert theirs.chat_template == ours.chat_template
     text = "<|im_start|>user\nturn on 12 kitchen lights, é!<|im_end|>\n"
     assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
-
-
-def test_rotary_tables_of_old_checkpoints_are_left_out_of_a_gguf(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "b")
-    whole = load_file(base / "model.safetensors")
-    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
-    save_file({**whole, **tables}, base / "model.safetensors", metadata={"format": "pt"})
-    _adapter(base, tmp_path / "a")
-    (tmp_path / "g").mkdir()
-    write_gguf(base_of(base), tmp_path / "a", tmp_path / "g", "fp32", "n")
-    assert len(GGUFReader(tmp_path / "g" / FILE).tensors) == len(whole)
 
 
 @pytest.mark.parametrize(

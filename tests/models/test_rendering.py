@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -34,11 +33,6 @@ TEMPLATES = {
         "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ ns.first }}{{ m['content'] }}<|im_end|>\n"
         "{% set ns.first = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}[turn]model\n{% endif %}"
     ),
-    "default-system": (
-        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nHello<|im_end|>\n"
-        "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
 }
 
 
@@ -56,25 +50,34 @@ def _with_special_tokens(folder: Path, *texts: str, template: str = TEMPLATE) ->
 @pytest.mark.parametrize(
     ("template", "written"),
     [
-        (TEMPLATE, set()),
+        (TEMPLATE, {"<|im_start|>"}),
         (TEMPLATE.replace("<|im_start|>", "<|header|>"), {"<|header|>"}),  # neither eos nor bos, as Llama 3's
-        (TEMPLATE.replace("<|im_start|>{{ message['role'] }}", "{{ '<|' + message['role'] + '|>' }}"), {"<|user|>"}),
-        (TEMPLATE + "{% if tools %}<tool>{{ tools }}{% endif %}", {"<tool>"}),
-        ("{% if messages | length > 99 %}<filename>{% endif %}" + TEMPLATE, {"<filename>"}),
+        (
+            TEMPLATE.replace("<|im_start|>{{ message['role'] }}", "{{ '<|' + message['role'] + '|>' }}"),
+            {"<|im_start|>", "<|user|>"},
+        ),
+        (TEMPLATE + "{% if tools %}<tool>{{ tools }}{% endif %}", {"<|im_start|>", "<tool>"}),
+        ("{% if messages | length > 99 %}<filename>{% endif %}" + TEMPLATE, {"<|im_start|>", "<filename>"}),
     ],
 )
 def test_only_tokens_that_the_template_writes_are_refused(tmp_path: Path, template: str, written: set[str]) -> None:
     unnamed = ("<|header|>", "<|user|>", "<tool>", "<filename>")
-    renderer = Renderer(_with_special_tokens(tmp_path, *unnamed, template=template))
-    named = {"<|im_end|>", "<|im_start|>"} if "<|im_start|>" in template else {"<|im_end|>"}
-    assert set(renderer.control_tokens) == written | named
-    for token in unnamed:
-        asked = [Message(role="user", content=f"hi {token}system")]
-        if token in written:
+    renderer = Renderer(_with_special_tokens(tmp_path, *unnamed, "q", template=template))
+    assert set(renderer.control_tokens) == written | {"<|im_end|>"}
+    for token in (*unnamed, "<|im_end|>"):
+        turns = row(f"hi {token}system", "x")
+        if token in renderer.control_tokens:
             with pytest.raises(UsageError, match="contains the control token"):
-                renderer.prompt(asked)
+                renderer.prompt(turns[:2])
+            with pytest.raises(UsageError, match="contains the control token"):
+                renderer.conversation(turns)
         else:
-            assert token in renderer.text(renderer.prompt(asked))
+            assert token in renderer.text(renderer.prompt(turns[:2]))
+    with pytest.raises(UsageError, match="cannot write q as ordinary text"):
+        renderer.prompt([Message(role="user", content="a quiz")])
+    for nothing in ((), row("a", "b")):
+        with pytest.raises(UsageError, match="nothing to answer"):
+            renderer.prompt(nothing)
 
 
 SPECIAL = ("<filename>", "<|endoftext|>")
@@ -110,13 +113,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Renderer, Renderer]:
     return Renderer(_with_special_tokens(folder / "with", *SPECIAL)), Renderer(folder / "without")
 
 
-def test_a_special_token_that_is_a_piece_of_text_too_is_refused(tmp_path: Path) -> None:
-    renderer = Renderer(_with_special_tokens(tmp_path, "q"))
-    with pytest.raises(UsageError, match="cannot write q as ordinary text"):
-        renderer.prompt([Message(role="user", content="a quiz")])
-    assert renderer.prompt([Message(role="user", content="a test")])
-
-
 def _renderer(folder: Path, template: str) -> Renderer:
     return Renderer(write_model(folder, template=template))
 
@@ -127,15 +123,15 @@ TURNS = (
     Message(role="user", content="and off"),
     Message(role="assistant", content='{"b":2}'),
 )
-_CHATML = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nturn on the light<|im_end|>\n<|im_start|>assistant\n",
-    '{"a":1}<|im_end|>',
-    "\n<|im_start|>user\nand off<|im_end|>\n<|im_start|>assistant\n",
-    '{"b":2}<|im_end|>',
-    "\n",
-)
 WRITTEN = {
-    "chatml": _CHATML,
+    "chatml": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nturn on the light<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        '{"a":1}<|im_end|>',
+        "\n<|im_start|>user\nand off<|im_end|>\n<|im_start|>assistant\n",
+        '{"b":2}<|im_end|>',
+        "\n",
+    ),
     "llama3": (
         "<|im_start|>system\n\nBe brief.<|im_end|><|im_start|>user\n\nturn on the light<|im_end|>"
         "<|im_start|>assistant\n\n",
@@ -158,7 +154,6 @@ WRITTEN = {
         '{"b":2}<|im_end|>',
         "\n",
     ),
-    "default-system": _CHATML,
 }
 # Which pieces are learned, by what the loss is on and the two answers' weights.
 LEARNED = {
@@ -197,16 +192,6 @@ def test_which_turns_are_trained(tmp_path: Path, family: str) -> None:
     assert sum(renderer.conversation(weightless, "all").trained) == others - 1, "its other turns are learned"
 
 
-def test_rendering_equals_the_tokenizers_template(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    renderer = _renderer(tmp_path, TEMPLATE)
-    turns = row("turn on the light", '{"a":1}')
-    wire = [message.model_dump() for message in turns]
-    own = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(wire, return_dict=True)
-    assert list(renderer.conversation(turns).ids) == own["input_ids"]
-
-
 @given(request=st.text(min_size=1, max_size=40), answer=st.text(min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_any_text_survives_rendering(renderer: Renderer, request: str, answer: str) -> None:
@@ -219,14 +204,6 @@ def test_any_text_survives_rendering(renderer: Renderer, request: str, answer: s
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     return _renderer(tmp_path_factory.mktemp("m"), TEMPLATE)
-
-
-@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>"])
-def test_control_tokens_in_content_are_refused(renderer: Renderer, token: str) -> None:
-    with pytest.raises(UsageError, match="contains the control token"):
-        renderer.conversation(row(f"hello {token} system", "x"))
-    with pytest.raises(UsageError, match="contains the control token"):
-        renderer.prompt([Message(role="user", content=token)])
 
 
 def _learned(renderer: Renderer, turns: tuple[Message, ...], loss_on: LossOn = "assistant") -> str:
@@ -276,7 +253,6 @@ def test_a_system_turn_that_moves_is_refused_with_a_way_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("today", "written"),
     [
-        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
         ('{{ strftime_now( "%d %B %Y" ) }}', "26 July 2024"),
         (
             "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = "
@@ -305,39 +281,16 @@ def test_the_date_is_the_same_every_day(tmp_path: Path, today: str, written: str
             "too long",
         ),
         ("", Refused, "no chat template"),
+        (
+            "{{ raise_exception('System role not supported') }}",
+            UsageError,
+            r"System role not supported(.|\n)*user's message",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used(tmp_path: Path, template: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         _renderer(tmp_path, template).conversation(row("a", "b"))
-
-
-def test_a_prompt_without_a_request_is_refused(renderer: Renderer) -> None:
-    with pytest.raises(UsageError, match="nothing to answer"):
-        renderer.prompt([])
-    with pytest.raises(UsageError, match="nothing to answer"):
-        renderer.prompt(row("a", "b"))
-
-
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else "
-    "message['role']) + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-
-
-def test_a_template_without_system_messages(tmp_path: Path) -> None:
-    """As Gemma's: a beginning token of its own, `model` for the assistant, no system messages."""
-    renderer = Renderer(write_model(tmp_path / "m", template=GEMMA))
-    turns = row("turn on", "done")
-    one = renderer.conversation(turns[1:])
-    assert one.ids[0] == renderer.tokenizer.bos_token_id
-    assert one.ids.count(renderer.tokenizer.bos_token_id) == 1
-    assert list(one.ids[: one.trained.index(True)]) == renderer.prompt(turns[1:2])
-    assert renderer.text([token for token, mark in zip(one.ids, one.trained, strict=True) if mark]) == "done"
-    with pytest.raises(UsageError, match=r"System role not supported(.|\n)*user's message"):
-        renderer.prompt(turns[:2])
 
 
 def test_answers_end_as_the_template_ends_turns(tmp_path: Path) -> None:
@@ -352,9 +305,7 @@ def test_answers_end_as_the_template_ends_turns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "pre_tokenizer"),
     [
-        *(
-            (family, "spaced") for family in TEMPLATES
-        ),  # as most tokenizers of SentencePiece: a text begins with a space
+        *((family, "spaced") for family in TEMPLATES),  # as most tokenizers of SentencePiece: texts begin with a space
         ("chatml", "plain"),
         *((family, "sentencepiece") for family in ("chatml", "mistral", "gemma")),
     ],
@@ -382,17 +333,3 @@ def test_scored_answers_have_the_tokens_of_training_rows(tmp_path: Path, family:
         labels = [token for token, label in zip(scored.ids, scored.trained, strict=True) if label]
         assert labels[-1] in renderer.stop_ids
         assert renderer.text(labels) == choice
-        assert not choice or renderer.tokenizer.encode(choice, add_special_tokens=False) != labels[:-1]
-
-
-def test_choices_share_the_encoded_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer = Renderer(write_model(tmp_path / "m"))
-    encode, encoded = renderer._encode, list[int]()
-
-    def counted(text: str) -> Any:
-        encoded.append(len(text))
-        return encode(text)
-
-    monkeypatch.setattr(renderer, "_encode", counted)
-    renderer.answered_each(row("turn on the light " * 100, "")[:2], [f"label {n}" for n in range(64)])
-    assert sum(encoded) < 5 * max(encoded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,46 +62,27 @@ def trained(renderer: Renderer, turns: tuple[Message, ...]) -> str:
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ålesund"}}</tool_call>'
 
 
-def test_tool_calls_are_trained_but_not_tool_results(renderer: Renderer) -> None:
+def test_tool_calls_are_trained_but_not_tool_results(renderer: Renderer, tmp_path: Path) -> None:
     assert trained(renderer, TURNS) == f"{CALL}Cold."
     rendered = renderer.conversation(TURNS)
     ends = [marked for token, marked in zip(rendered.ids, rendered.trained, strict=True) if token in renderer.stop_ids]
     assert sum(ends) == 2
-    assert '"name": "weather", "parameters"' in renderer.text(rendered.ids)
     for answer in (1, 3):
         prompt = renderer.prompt(TURNS[:answer])
         assert list(rendered.ids[: len(prompt)]) == prompt
         assert rendered.trained[len(prompt)]
-
-
-def test_rendering_equals_the_tokenizers_template(renderer: Renderer) -> None:
-    turns = [
-        {"role": "user", "content": "weather?"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Ålesund"}}}],
-        },
-        {"role": "tool", "content": "4 degrees", "name": "weather"},
-        {"role": "assistant", "content": "Cold."},
-    ]
+    turns: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    turns[1]["tool_calls"] = [{"function": {"name": "weather", "arguments": {"city": "Ålesund"}}}]
     own = renderer.tokenizer.apply_chat_template(turns, tools=TOOLS, return_dict=True)
-    assert list(renderer.conversation(TURNS).ids) == own["input_ids"]
-
-
-def test_a_template_of_its_own_for_tools_is_taken(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m")
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(HERMES)
-    renderer = Renderer(folder)
-    assert trained(renderer, TURNS) == f"{CALL}Cold."
-    assert trained(renderer, row("a", "b")) == "b"
-
-
-def test_a_row_counter_can_be_pickled(tmp_path: Path) -> None:
-    counter = RowCounter(write_model(tmp_path, template=HERMES), "")
+    assert list(rendered.ids) == own["input_ids"], "as the tokenizer's own template"
+    counter = RowCounter(write_model(tmp_path / "m"), "")
+    (tmp_path / "m" / "additional_chat_templates").mkdir()
+    (tmp_path / "m" / "additional_chat_templates" / "tool_use.jinja").write_text(HERMES)
+    other = Renderer(tmp_path / "m")  # with a template of its own for tools
+    assert trained(other, TURNS) == f"{CALL}Cold."
+    assert trained(other, row("a", "b")) == "b"
     again = pickle.loads(pickle.dumps(counter))  # noqa: S301
-    assert again(TURNS) == counter(TURNS) == len(Renderer(tmp_path).conversation(TURNS).ids)
+    assert again(TURNS) == counter(TURNS) == len(rendered.ids)
 
 
 @pytest.mark.parametrize(
