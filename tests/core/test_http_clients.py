@@ -22,24 +22,14 @@ def test_threads_at_once_have_different_clients_and_no_more_than_may_be() -> Non
             assert len(in_use) <= 3
             assert go_on.wait(60)
             in_use.remove(client)
+            raise ZeroDivisionError  # which gives the client back
 
     with ThreadPoolExecutor(8) as pool:
         given = [pool.submit(use, number) for number in range(8)]
         until(lambda: len(in_use) == 3)
         go_on.set()
-        for one in given:
-            one.result()
+        assert [type(one.exception()) for one in given] == [ZeroDivisionError] * 8
     with clients.one() as first:
         pass
     with clients.one() as again:
         assert again is first, "its connection is open already"
-
-
-def test_an_error_gives_the_client_back() -> None:
-    clients = HttpClients(httpx.Client, 1)
-    for _ in range(2):
-        try:
-            with clients.one():
-                raise ZeroDivisionError
-        except ZeroDivisionError:
-            pass

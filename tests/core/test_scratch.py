@@ -67,21 +67,14 @@ def test_only_leftovers_are_removed(tmp_path: Path, happened: Happened) -> None:
     assert (tmp_path / ".tunesmith-old").is_dir()
     remove_leftovers(tmp_path / "nowhere")
     happened("kept", 3)
-
-
-def test_the_umask_decides_who_reads_a_file(tmp_path: Path) -> None:
-    kept = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "open", b"x")
-        write_atomic(tmp_path / "private", b"x", mode=0o600)
-    finally:
-        os.umask(kept)
-    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_file_that_was_renamed_stays(tmp_path: Path) -> None:
-    with scratch_file(tmp_path, 0o666) as (path, stream):
+    with scratch_file(kept, 0o666) as (path, stream):
         stream.write(b"x")
-        path.rename(tmp_path / "done")
-    assert [each.name for each in tmp_path.iterdir()] == ["done"]
+        path.rename(kept / "done")
+    assert (kept / "done").read_bytes() == b"x", "it was renamed"
+    before = os.umask(0o027)  # which decides who reads a file
+    try:
+        write_atomic(kept / "open", b"x")
+        write_atomic(kept / "private", b"x", mode=0o600)
+    finally:
+        os.umask(before)
+    assert [(kept / name).stat().st_mode & 0o777 for name in ("open", "private")] == [0o640, 0o600]

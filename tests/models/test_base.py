@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import TEMPLATE, write_model
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.settings import TARGETS
 from tunesmith.models.base import model_width, open_base, require_context_length, resolve_base, weight_files
 from tunesmith.models.rendering import FIXED, Renderer
 from tunesmith.store.store import Store

@@ -27,6 +27,7 @@ SELECT = 'start: "SELECT " NAME (", " NAME)* " FROM " NAME\nNAME: /[a-z]+/\n'
         ("é+ 北", "éé 北", True),
         ("é+ 北", "e 北", False),
         ("a+", "\ud800", False),
+        ("(a+)+b", "a" * 100_000, False),
     ],
 )
 def test_a_pattern_matches_the_whole_answer(pattern: str, answer: str, valid: bool) -> None:
@@ -43,45 +44,26 @@ def test_a_grammar_matches_the_whole_answer(tmp_path: Path) -> None:
         assert not matches(grammar, wrong)
 
 
-@pytest.mark.parametrize("pattern", ["(", "a(?=b)", r"(a)\1", "a^b"])
-def test_patterns_that_cannot_be_used_are_refused(pattern: str) -> None:
-    with pytest.raises(UsageError, match="not a grammar of answers") as caught:
-        pattern_grammar(pattern, "task.pattern")
-    assert caught.value.where == "task.pattern"
-
-
-@pytest.mark.parametrize("grammar", ["", "hello world", "start: foo", 'start: %json {"type": 3}', "start: <|im_end|>"])
-def test_grammars_that_cannot_be_used_are_refused(grammar: str) -> None:
-    with pytest.raises(UsageError, match="not a grammar of answers"):
-        check_answer_grammar(grammar, "answers.lark")
-
-
 @pytest.mark.parametrize(
-    "grammar",
+    ("grammar", "said"),
     [
-        "start: name\nname[max_tokens=3]: /[a-z]+/\n",
-        'start: "a" <|end|>\n',
-        'start: "a" <[5]>\n',
+        *((grammar, "not a grammar of answers")
+          for grammar in ("", "hello world", "start: foo", 'start: %json {"type": 3}', "start: <|im_end|>")),
+        # Decoding would count a model's tokens, and the scorer bytes.
+        *((grammar, "model's tokens") for grammar in ("start: name\nname[max_tokens=3]: /[a-z]+/\n",
+                                                      'start: "a" <|end|>\n', 'start: "a" <[5]>\n')),
     ],
-)
-def test_grammars_of_tokens_are_refused(grammar: str) -> None:
-    """Decoding would count a model's tokens, and the scorer bytes."""
-    with pytest.raises(UsageError, match="model's tokens"):
+)  # fmt: skip
+def test_grammars_that_cannot_be_used_are_refused(grammar: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
         check_answer_grammar(grammar, "answers.lark")
-
-
-@pytest.mark.parametrize(
-    "grammar",
-    [
+    for pattern in ("(", "a(?=b)", r"(a)\1", "a^b"):
+        with pytest.raises(UsageError, match="not a grammar of answers") as caught:
+            pattern_grammar(pattern, "task.pattern")
+        assert caught.value.where == "task.pattern"
+    for text in (  # texts and comments may speak of tokens
         'start: "<|end|> max_tokens=3"\n',
         'start: "\\"" /<\\/[|]a> max_tokens=3/ // max_tokens=3, "<|end|>\n',
         'start: %json {"const": "<[5]> max_tokens=1"} # <|end|>\n',
-    ],
-)
-def test_texts_and_comments_may_speak_of_tokens(grammar: str) -> None:
-    check_answer_grammar(grammar, "answers.lark")
-
-
-def test_long_answers_are_checked_fast() -> None:
-    assert not matches(pattern_grammar("(a+)+b", "p"), "a" * 100_000)
-    assert not matches('start: a\na: "(" a ")" | ""', "(" * 20_000)
+    ):
+        check_answer_grammar(text, "answers.lark")

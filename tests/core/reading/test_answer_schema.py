@@ -38,11 +38,9 @@ def doubling(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ([], "not a JSON object"),
         (True, "not a JSON object"),
         ({"type": "objekt"}, "not valid JSON Schema"),
         ({"properties": {"a": {"minimum": "low"}}}, r"not valid JSON Schema"),
-        ({"$ref": "https://example.com/answer.json"}, "outside itself"),
         ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "outside itself"),
         ({"allOf": [{"items": {"$dynamicRef": "other.json"}}]}, "outside itself"),
         ({"$ref": "#/$defs/missing"}, "to nothing"),
@@ -60,52 +58,31 @@ def doubling(depth: int) -> dict[str, Any]:
         ({"$schema": "https://example.com/mine"}, "not a known version"),
         ({"$ref": "#/a/b", "a": {"b": {"$ref": "#/c"}}, "c": {"items": {"$ref": "#/nothing"}}}, "to nothing"),
         ({"$schema": DRAFT_3, "properties": {"room": {"type": "foo"}}}, "draft-03"),
-        ({"properties": {"a": {"pattern": "(.?){900}b"}}}, "too large"),
         ({"patternProperties": {"(x.{0,900})y": {}}}, "too large"),
     ],
 )
 def test_refused(schema: Any, message: str, happened: Happened) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         check_answer_schema(schema, "task.schema")
-    assert caught.value.where is not None
-    assert caught.value.where.startswith("task.schema")
+    assert str(caught.value.where).startswith("task.schema")
     happened("refused when it is read")
-
-
-def test_data_inside_a_schema_is_not_taken_for_schema() -> None:
-    check_answer_schema({"const": {"$ref": "https://example.com"}, "examples": [{"pattern": "("}]}, "x")
-    check_answer_schema({"properties": {"pattern": {"type": "string"}, "$ref": {"type": "string"}}}, "x")
 
 
 @pytest.mark.attack("input", "an answer that makes a pattern backtrack")
 @pytest.mark.parametrize(
-    ("pattern", "keyword"),
-    [
-        ("^(ab|a|b|[c-z])*$", "pattern"),
-        ("^(ab|abab)+$", "patternProperties"),
-        ("^(a+)+$", "additionalProperties"),
-        ("(x+x+)+y", "recursion"),
-        (r"^(([a-z])+.)+[A-Z]([a-z])+$", "pattern"),
-        ("(a?){200}a{200}$", "pattern"),
-    ],
+    "pattern", ["^(ab|a|b|[c-z])*$", "^(a+)+$", "(x+x+)+y", r"^(([a-z])+.)+[A-Z]([a-z])+$", "(a?){200}a{200}$"]
 )
-def test_patterns_are_linear_in_the_answer(pattern: str, keyword: str, happened: Happened) -> None:
-    schemas: dict[str, dict[str, Any]] = {
-        "pattern": {"pattern": pattern},
-        "patternProperties": {"patternProperties": {pattern: {}}},
-        "additionalProperties": {"patternProperties": {pattern: {}}, "additionalProperties": False},
-        "recursion": {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            "properties": {"next": {"$ref": "#"}, "text": {"pattern": pattern}},
-        },
-    }
-    schema = schemas[keyword]
-    check_answer_schema(schema, "x")
-    for letters in ("a", "ab", "abab", "x", "z"):
-        text = letters * (50_000 // len(letters)) + "!"
-        value = text if keyword == "pattern" else {"next": {"text": text}} if keyword == "recursion" else {text: 1}
-        assert satisfies(value, schema) is (keyword == "patternProperties")
-    happened("answered in linear time", 5)
+def test_patterns_are_linear_in_the_answer(pattern: str, happened: Happened) -> None:
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    recursive = {"$schema": draft, "properties": {"next": {"$ref": "#"}, "text": {"pattern": pattern}}}
+    named = {"patternProperties": {pattern: {}}}
+    for schema in ({"pattern": pattern}, recursive, named, {**named, "additionalProperties": False}):
+        check_answer_schema(schema, "x")
+        for letters in ("a", "ab", "x"):
+            text = letters * (50_000 // len(letters)) + "!"
+            value = text if "pattern" in schema else {"next": {"text": text}} if schema is recursive else {text: 1}
+            assert satisfies(value, schema) is (schema is named)
+    happened("answered in linear time", 12)
 
 
 @pytest.mark.attack("input", "a long answer to a pattern of many instructions")
@@ -123,12 +100,13 @@ def test_a_search_costs_steps_by_the_pattern_and_the_text(happened: Happened) ->
     assert satisfies("a" * 1000 + "b", {"pattern": pattern})
     assert satisfies(["room 12"] * 5000, {"items": {"pattern": "^[a-z]{1,64} [0-9]{1,3}$"}})
     happened("ended after its steps, not valid", len(schemas))
-
-
-def test_a_schema_that_was_not_checked_ends_in_an_error_of_ours() -> None:
-    for part in ({"$ref": "#/nothing"}, {"type": "foo"}):
-        with pytest.raises(UsageError, match="cannot be followed"):
-            satisfies({"room": 1}, {"properties": {"room": part}})
+    items = [{"n": n} for n in range(10_000)]
+    assert satisfies(items, {"uniqueItems": True})
+    assert not satisfies([*items, {"n": 5}], {"uniqueItems": True})
+    many = {"$schema": "http://json-schema.org/draft-04/schema#", "enum": [f"label {n}" for n in range(20_000)]}
+    check_answer_schema(many, "x")
+    assert all(satisfies("label 19999", many) for _ in range(20))
+    assert not satisfies("label", many)
 
 
 @pytest.mark.attack("input", "an answer that makes a schema's check explode")
@@ -145,19 +123,6 @@ def test_an_exploding_check_ends_and_the_answer_is_not_valid(schema: Any, value:
     check_answer_schema(schema, "x")
     satisfies(value, schema)
     happened("ended after its steps, not valid")
-
-
-def test_many_items_and_many_values_are_fast() -> None:
-    items = [{"n": n} for n in range(10_000)]
-    assert satisfies(items, {"uniqueItems": True})
-    assert not satisfies([*items, {"n": 5}], {"uniqueItems": True})
-    many = {"enum": [f"label {n}" for n in range(20_000)]}
-    check_answer_schema(many, "x")
-    assert all(satisfies("label 19999", many) for _ in range(20))
-    assert not satisfies("label", many)
-    distinct = {"$schema": "http://json-schema.org/draft-04/schema#", "enum": items[:5_000]}
-    check_answer_schema(distinct, "x")
-    assert satisfies({"n": 7}, distinct)
 
 
 @pytest.mark.parametrize(
@@ -195,32 +160,43 @@ def test_any_json_is_a_schema_or_an_error_of_ours(schema: Any) -> None:
         satisfies({"a": [1, {"a": "b"}]}, schema)
 
 
-def test_patterns_work_as_they_do_in_json_schema() -> None:
-    schema = {"properties": {"x": {}}, "patternProperties": {"^s_": {"type": "string"}}, "additionalProperties": False}
+NAMED = {"properties": {"x": {}}, "patternProperties": {"^s_": {"type": "string"}}, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "wrong"),
+    [
+        (NAMED, {"x": 1, "s_a": "b"}, {"s_a": 1}),
+        (NAMED, {}, {"y": 1}),
+        ({"additionalProperties": {"type": "integer"}}, {"y": 1}, {"y": "a"}),
+        ({"additionalProperties": True, "pattern": "ab"}, "xaby", "xay"),
+        # Data inside a schema are not taken for schema.
+        (
+            {"const": {"$ref": "https://example.com"}, "examples": [{"pattern": "("}]},
+            {"$ref": "https://example.com"},
+            1,
+        ),
+        ({"properties": {"pattern": {"type": "string"}, "$ref": {"type": "string"}}}, {"$ref": "a"}, {"pattern": 1}),
+    ],
+)
+def test_schemas_work_as_the_standard_says(schema: dict[str, Any], valid: Any, wrong: Any) -> None:
     check_answer_schema(schema, "x")
-    assert satisfies({"x": 1, "s_a": "b"}, schema)
-    assert not satisfies({"s_a": 1}, schema)
-    assert not satisfies({"y": 1}, schema)
-    assert satisfies({"y": 1}, {"additionalProperties": {"type": "integer"}})
-    assert not satisfies({"y": "a"}, {"additionalProperties": {"type": "integer"}})
-    assert satisfies({"y": "a"}, {"additionalProperties": True})
-    assert satisfies("xaby", {"pattern": "ab"})
-
-
-@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"{} {}", b'{"minimum": NaN}', b'{"a": 1, "a": 2}'])
-def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "answer.schema.json"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match="not JSON") as caught:
-        load_answer_schema(path)
-    assert caught.value.where == str(path)
+    assert satisfies(valid, schema)
+    assert not satisfies(wrong, schema)
+    for part in ({"$ref": "#/nothing"}, {"type": "foo"}):  # which was not checked
+        with pytest.raises(UsageError, match="cannot be followed"):
+            satisfies({"room": 1}, {"properties": {"room": part}})
 
 
 def test_a_file_of_a_schema(tmp_path: Path) -> None:
     path = tmp_path / "answer.schema.json"
-    path.write_text(json.dumps(SCHEMA))
-    assert load_answer_schema(path) == SCHEMA
     with pytest.raises(UsageError, match="does not exist"):
-        load_answer_schema(tmp_path / "missing.json")
+        load_answer_schema(path)
     with pytest.raises(UsageError, match="cannot be read"):
         load_answer_schema(tmp_path)
+    path.write_text(json.dumps(SCHEMA))
+    assert load_answer_schema(path) == SCHEMA
+    path.write_bytes(b'{"a": 1, "a": 2}')
+    with pytest.raises(UsageError, match="not JSON") as caught:
+        load_answer_schema(path)
+    assert caught.value.where == str(path)

@@ -32,12 +32,6 @@ def test_hidden_characters_are_shown_as_code_points(hostile: str, happened: Happ
     happened("shown as code points", 2)
 
 
-@pytest.mark.parametrize("text", SEEN)
-def test_what_people_write_stays_as_it_is(text: str) -> None:
-    assert printable(text) == text
-    assert json.loads(json_text(text)) == text
-
-
 @pytest.mark.attack("terminal", "line feeds that imitate a line")
 def test_a_name_with_line_feeds_stays_one_entry(happened: Happened) -> None:
     assert printable_line("\nreason: x\nhome@v1 verifies\n") == "\nreason: x\n    home@v1 verifies\n"
@@ -45,3 +39,6 @@ def test_a_name_with_line_feeds_stays_one_entry(happened: Happened) -> None:
     record = logging.LogRecord("tunesmith", logging.INFO, "", 0, "no model %s", ("x\r\n2026 INFO promoted",), None)
     assert LogFormatter("%(levelname)s %(message)s").format(record) == "INFO no model x⟨U+000D⟩\n    2026 INFO promoted"
     happened("indented", 2)
+    for text in SEEN:  # what people write stays as it is
+        assert printable(text) == text
+        assert json.loads(json_text(text)) == text
