@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,21 +125,24 @@ def test_a_version_folder_is_read_as_it_is_now(bucket: Opened, tmp_path: Path) -
 
 
 def test_a_named_copy_of_a_store_is_read_whatever_the_environment_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TUNESMITH_BLOBS_URL", "s3://bucket/prefix")
     (tmp_path / "copy" / "records").mkdir(parents=True)
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "tunesmith.yaml").touch()
-    assert isinstance(open_store(tmp_path / "copy").blobs, LocalBlobs)
-    assert isinstance(open_store(tmp_path / "project").blobs, s3.S3Blobs)
-
-
-@pytest.mark.parametrize("url", ["s3:/bucket", "https://bucket/x", "s3://", "s3://Bucket/x", "s3://bucket/x?y=1"])
-def test_a_url_that_is_no_bucket_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNESMITH_BLOBS_URL", url)
-    with pytest.raises(UsageError, match="is not a place for blobs"):
-        Store(tmp_path)
+    project = tmp_path / "project"
+    project.mkdir()
+    lines = ["name: tiny", "base: model", "data: {sources: [{path: rows.jsonl, licence: CC0-1.0}]}"]
+    (project / "tunesmith.yaml").write_text("\n".join([*lines, "candidates: {plain: {}}"]))
+    for url, said in ((bucket(project / "cache").where(""), ""), ("s3://nobody-made-it/x", "there is no bucket")):
+        monkeypatch.setenv("TUNESMITH_BLOBS_URL", url)
+        assert isinstance(open_store(tmp_path / "copy").blobs, LocalBlobs)
+        assert isinstance(open_store(project).blobs, s3.S3Blobs)
+        (found,) = (check for check in examine(project).checks if check.name == "store")
+        assert found.ok == (not said)
+        assert (said or url) in found.detail
+    for url in ("s3:/bucket", "https://bucket/x", "s3://", "s3://Bucket/x", "s3://bucket/x?y=1"):
+        monkeypatch.setenv("TUNESMITH_BLOBS_URL", url)
+        with pytest.raises(UsageError, match="is not a place for blobs"):
+            Store(tmp_path)
 
 
 class _Denies(BaseHTTPRequestHandler):
@@ -153,12 +156,6 @@ class _Denies(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-@pytest.fixture
-def denying() -> Iterator[str]:
-    with answering(ThreadingHTTPServer(("127.0.0.1", 0), _Denies)) as url:
-        yield url
-
-
 @pytest.mark.parametrize(
     ("endpoint", "said", "fix"),
     [
@@ -167,45 +164,18 @@ def denying() -> Iterator[str]:
         ("http://127.0.0.1:9", "cannot be used", "network"),
     ],
 )
+@pytest.mark.usefixtures("bucket")
 def test_a_bucket_that_cannot_be_used(
-    endpoint: str,
-    said: str,
-    fix: str,
-    bucket: Opened,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    endpoint: str, said: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if endpoint:
-        url = request.getfixturevalue(endpoint) if endpoint == "denying" else endpoint
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setattr(s3, "_RETRY", timedelta())
-    blobs = s3.S3Blobs("s3://nobody-made-it/prefix", tmp_path, 1000)
-    for use in (
-        blobs.exists,
-        blobs.get,
-        blobs.path,
-        lambda key: list(blobs.keys(key)),
-        lambda key: blobs.put(key, b""),
-    ):
-        with pytest.raises(TunesmithError, match=said) as caught:
-            use(key_of(b""))
-        assert fix in str(caught.value.fix)
-        assert str(caught.value.where).startswith("s3://nobody-made-it/prefix")
-
-
-def test_doctor_looks_into_the_bucket(bucket: Opened, s3_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blobs = bucket(s3_project / "cache")
-    for url, ok in ((blobs.where(""), True), ("s3://nobody-made-it/x", False)):
-        monkeypatch.setenv("TUNESMITH_BLOBS_URL", url)
-        (found,) = (check for check in examine(s3_project).checks if check.name == "store")
-        assert found.ok == ok
-        assert (url if ok else "there is no bucket") in found.detail
-
-
-@pytest.fixture
-def s3_project(tmp_path: Path) -> Path:
-    """A project's folder with the least that a project file needs."""
-    lines = ["name: tiny", "base: model", "data: {sources: [{path: rows.jsonl, licence: CC0-1.0}]}"]
-    (tmp_path / "tunesmith.yaml").write_text("\n".join([*lines, "candidates: {plain: {}}"]))
-    return tmp_path
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), _Denies)) as denying:
+        if endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", denying if endpoint == "denying" else endpoint)
+        monkeypatch.setattr(s3, "_RETRY", timedelta())
+        blobs = s3.S3Blobs("s3://nobody-made-it/prefix", tmp_path, 1000)
+        uses = (blobs.exists, blobs.get, blobs.path, lambda key: [*blobs.keys(key)], lambda key: blobs.put(key, b""))
+        for use in uses:
+            with pytest.raises(TunesmithError, match=said) as caught:
+                use(key_of(b""))
+            assert fix in str(caught.value.fix)
+            assert str(caught.value.where).startswith("s3://nobody-made-it/prefix")

@@ -7,9 +7,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 
 from tests.attack_table import Happened
 from tunesmith.core.messages import Message, ToolCall
@@ -164,18 +161,3 @@ def test_ordinary_texts_and_numbers_without_valid_check_digits_hold_nothing() ->
 def test_addresses_of_computers_are_found(address: str) -> None:
     assert scan(f"ping {address} now").found == {"IP_ADDRESS": 1}
     assert scan(f"hosts[{address.strip('[]')}]").found == ({} if address[0] == "f" else {"IP_ADDRESS": 1})
-
-
-words = st.lists(
-    st.sampled_from(["hello", "the", "naïve", "“quoted”", "—", "日本", "мир", "50%", "&", "ab\u0301", "x\ny", "½"]),
-    max_size=8,
-)
-
-
-@given(words, st.sampled_from(sorted(FORMS)), words)
-@examples(max_examples=40)
-def test_masking_covers_exactly_the_value(before: list[str], form: str, after: list[str]) -> None:
-    lead, tail = " ".join(("so", *before, "is: ")), " ".join((" ;", *after))
-    found = scan(lead + FORMS[form]("jane.doe@acme.org") + tail)
-    assert found.messages is not None
-    assert found.messages[0].content == f"{lead}person1@example.com{tail}"

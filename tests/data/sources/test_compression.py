@@ -7,19 +7,14 @@ import gzip
 import io
 import json
 import lzma
-import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 
 from tests.data.rows import failure, many_rows, read
-from tunesmith.core.errors import UsageError
 from tunesmith.data.documents import DocumentSettings, document_files
 from tunesmith.data.sources.compression import COMPRESSIONS, content_of
 from tunesmith.data.sources.file_types import BINARY
@@ -121,24 +116,3 @@ def test_json_of_the_other_kind_is_told_and_a_table_may_begin_with_any_letters(t
     for first in ("BZh9 columns", "PAR1", "%PDF-"):
         (tmp_path / "a.csv").write_text(f"{first},completion\n1,2\n")
         assert len(read(tmp_path, "a.csv")) == 1
-
-
-@given(
-    st.binary(max_size=300),
-    st.sampled_from(["a.csv", "a.json", "a.jsonl", *(f"a.jsonl{ending}" for ending in PACKERS)]),
-    st.none() | st.integers(0, 2**32),
-)
-@examples(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_give_rows_or_an_error_with_a_place(
-    tmp_path: Path, data: bytes, name: str, damage: int | None
-) -> None:
-    packed = bytearray(PACKERS.get(Path(name).suffix, bytes)(data))
-    if damage is not None and packed:
-        packed[random.Random(damage).randrange(len(packed))] ^= 1 + damage % 255
-    (tmp_path / name).write_bytes(packed)
-    where = name
-    try:
-        assert all(isinstance(one.fields, dict) for one in read(tmp_path, name))
-    except UsageError as error:
-        where = error.where or ""
-    assert where.startswith(name)

@@ -76,16 +76,6 @@ def test_short_and_long_rows_of_many_sizes(words: int, threshold: float) -> None
     assert pairs(texts, threshold) == brute_force(texts, threshold)
 
 
-def test_long_rows_that_are_all_rather_alike() -> None:
-    """The coarse bitmap rules out few of their pairs, so the fine one is compared for every pair."""
-    rng = random.Random(7)
-    words = ["".join(rng.choices("abcdefghiklmnopqrst", k=5)) for _ in range(120)]
-    texts = [" ".join(rng.sample(words, 90)) for _ in range(120)]
-    near = brute_force(texts, 0.55)
-    assert 100 < len(near) < len(texts) * (len(texts) - 1) / 2 - 100
-    assert pairs(texts, 0.55) == near
-
-
 @pytest.mark.parametrize("limit", ["_CELLS", "_PAIRS"])
 def test_what_is_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     rng = random.Random(0)

@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from tests.data.rows import build, many_rows, settings, turns, write_jsonl
+from tests.data.rows import turns
 from tunesmith.core.messages import Message
-from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, NEAR_OUTSIDE, Leakage, Nearness, leakage, rows_to_remove
-from tunesmith.store.store import Store
-
-
-def snapshots(count: int) -> list[dict[str, Any]]:
-    """Rows, and each of them as the beginning of a longer conversation under a system turn."""
-    rows = many_rows(count)
-    for n in range(count):
-        first = [turn["content"] for turn in rows[n]["messages"]]
-        rows.append({"messages": turns(*first, f"and what follows after step {n}", f"later {n}", system="Be kind.")})
-    return rows
-
-
-def spoken(one: Example) -> list[str]:
-    return [turn.content for turn in one.messages if turn.role != "system"]
-
-
-def test_no_training_row_begins_with_a_held_out_row(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", snapshots(200))
-    dataset = build(tmp_path, settings(split={"test": 0.15, "validation": 0.1}))
-    learned = {tuple(spoken(one)[:n]) for one in dataset.examples("train") for n in range(2, len(spoken(one)) + 1, 2)}
-    tested = {tuple(spoken(one)) for split in ("validation", "test") for one in dataset.examples(split)}
-    assert len(tested) > 50
-    assert not learned & tested
-    assert dataset.record.body["rows"]["removed"][NEAR_HELD_OUT] > 10
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 def talk(name: str, *said: str, weights: dict[int, int] | None = None) -> Example:

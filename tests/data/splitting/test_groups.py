@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from datetime import date, datetime
 from pathlib import Path
@@ -24,32 +23,8 @@ from tunesmith.data.settings import Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, time_of
 from tunesmith.data.splitting.duplicates import near_text
 from tunesmith.data.splitting.groups import joined_groups, wording_group
-from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Leakage, Nearness, leakage
+from tunesmith.data.splitting.leakage import ComparedRow, Leakage, Nearness, leakage
 from tunesmith.store.store import Store
-
-
-def test_authors_conversations_and_near_rows_stay_together(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    rows = [{**one, "author": f"a{rng.randrange(90)}", "talk": f"t{n // 2}"} for n, one in enumerate(many_rows(300))]
-    for n, thing in enumerate(["red box", "red boxes", "red box now", "red boxed"]):
-        text = f"could you please move the {thing} to the other end of the store"
-        rows.append({**row(text, f"moved {n}"), "author": f"n{n}", "talk": f"n{n}"})
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    chosen = settings(split={"group_by": ["talk", "author", "wording", "near"], "test": 0.2, "validation": 0.1})
-    dataset = build(tmp_path, chosen)
-    assert NEAR_HELD_OUT not in dataset.record.body["rows"]["removed"]
-    for key in ("author", "talk", "wording"):
-        placed = {(one.labels[key], split) for split in SPLITS for one in dataset.examples(split)}
-        assert len(placed) == len({value for value, _ in placed})
-    assert len({one.group for one in held(dataset) if "could you" in one.wording}) == 1
-    proof = dataset.record.body["leakage"]
-    assert proof["shared"] == {"author": 0, "talk": 0, "wording": 0}
-    assert (proof["shared_groups"], proof["near_pairs"]) == (0, 0)
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
-    rng.shuffle(rows)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert build(tmp_path, chosen).record.blobs["train.jsonl"] == dataset.record.blobs["train.jsonl"]
-
 
 words = st.lists(st.sampled_from(["turn", "on", "off", "the", "light", "fan", "hall"]), min_size=1, max_size=5)
 members = st.lists(st.tuples(words.map(" ".join), st.sampled_from("abcde"), st.sampled_from("vwxyz")), max_size=14)
@@ -133,19 +108,6 @@ def dated(count: int) -> list[dict[str, Any]]:
     return [{**one, "at": f"2024-{1 + n // 28:02d}-{1 + n % 28:02d}"} for n, one in enumerate(rows)]
 
 
-def test_the_newest_rows_are_the_test(tmp_path: Path) -> None:
-    rows = dated(100)
-    random.Random(1).shuffle(rows)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(split={"time": "at", "test": 0.2, "validation": 0.1}))
-    body = dataset.record.body
-    assert body["splits"] == {"train": 70, "validation": 10, "test": 20}
-    spans = body["time"]["spans"]
-    assert spans["train"][1] < spans["validation"][0] <= spans["validation"][1] < spans["test"][0]
-    assert body["leakage"]["not_older"] == 0
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
-
-
 def test_split_by_time_with_equal_times_and_groups(tmp_path: Path) -> None:
     rows = [{**one, "who": f"p{n}"} for n, one in enumerate(dated(60))]
     for one in rows[-9:]:
@@ -156,9 +118,12 @@ def test_split_by_time_with_equal_times_and_groups(tmp_path: Path) -> None:
     dataset = build(tmp_path, settings(split={"time": "at", "group_by": "who", "test": 0.1, "validation": 0}))
     body = dataset.record.body
     assert body["splits"] == {"train": 51, "validation": 0, "test": 10}
+    assert body["time"]["spans"]["train"][1] < body["time"]["spans"]["test"][0]
+    assert body["leakage"]["not_older"] == 0
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
     assert body["rows"]["removed"] == {OLDER: 1}
     assert body["time"]["rows_beyond_shares"] == 3
-    assert body["leakage"]["shared_groups"] == 0
+    assert body["leakage"]["shared_groups"] == body["leakage"]["near_pairs"] == 0
 
 
 def test_times_of_every_kind_are_one_time() -> None:
@@ -221,6 +186,8 @@ def test_a_held_out_row_is_kept_rather_than_its_copies(tmp_path: Path, group_by:
     held = [{**one, "author": f"h{n}"} for n, one in enumerate(rows[:20])]
     dataset = _published(tmp_path, {"group_by": group_by, "test": 0, "validation": 0}, train, held)
     assert dataset.record.body["splits"] == {"train": 40, "validation": 0, "test": 20}
+    if isinstance(group_by, list):
+        assert dataset.record.body["leakage"]["shared"] == {"author": 0, "wording": 0}
     assert {one.source for one in dataset.examples("test")} == {"held.jsonl"}
     assert {(one["source"], one["reason"]) for one in dataset.removed()} == {("train.jsonl", EXACT)}
     assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok

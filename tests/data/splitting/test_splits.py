@@ -20,7 +20,6 @@ from tunesmith.data.splitting.groups import wording_group
 from tunesmith.data.splitting.leakage import (
     NEAR_HELD_OUT,
     NEAR_SAME_ANSWER,
-    Leakage,
     Nearness,
     leakage,
     rows_to_remove,
@@ -72,38 +71,6 @@ def test_wordings_without_their_values() -> None:
     )
 
 
-def test_near_rows_leave_training_first() -> None:
-    splits = {
-        "train": [
-            example("please turn on the lights in the kitchen", "third"),
-            example("what is the weather in lisbon today", "x"),
-            example("add milk to the list", "same"),
-            example("add milk to the list!!", "same", source="b.jsonl"),
-            example("add milk to the lists", "same"),
-            example("add silk to the list", "different"),
-        ],
-        "validation": [
-            example("turn on the lights in the kitchen now", "other"),
-            example("what is the weather in lisbon"),
-        ],
-        "test": [example("turn on the lights in the kitchen")],
-    }
-    gone = rows_to_remove(splits, 0.75)
-    reasons = {one.request[0].content: gone[one.id] for some in splits.values() for one in some if one.id in gone}
-    alike = [text for text, reason in reasons.items() if reason == NEAR_SAME_ANSWER]
-    assert len(alike) == 2
-    assert all(text.startswith("add milk") for text in alike)
-    assert [text for text, reason in sorted(reasons.items()) if reason == NEAR_HELD_OUT] == [
-        "please turn on the lights in the kitchen",
-        "turn on the lights in the kitchen now",
-        "what is the weather in lisbon today",
-    ]
-    staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
-    assert leakage(splits, Nearness(splits, 0.75)).near_pairs > 0
-    clean = Leakage(shared_groups=1, near_pairs=0, near_outside=0, threshold=0.75)  # all are in group "g"
-    assert leakage(staying, Nearness(staying, 0.75)) == clean
-
-
 def test_rows_near_a_removed_held_out_row_are_removed() -> None:
     """Of a published test set every row counts, whichever of two that say the same stays in ours."""
     said = ["book a table for two people at the harbour", "book a table for two people at the harbour tonight"]
@@ -137,6 +104,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
     gone = rows_to_remove(splits, threshold)
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(staying, Nearness(staying, threshold)).near_pairs == 0
+    assert NEAR_HELD_OUT not in [gone.get(one.id) for one in splits["test"]], "rows of the others leave first"
     # leakage counts what brute force counts
     flat = [(name, one) for name, some in splits.items() for one in some]
     near = [
