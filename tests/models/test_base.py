@@ -60,9 +60,7 @@ def test_a_folder_is_identified_by_its_bytes(tmp_path: Path, store: Store) -> No
         resolve_base(store, "m", tmp_path)
 
 
-def test_what_rendering_fixes_is_part_of_the_fingerprint_where_a_template_reads_it(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fingerprint_covers_fixed_values(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, reading = (resolve_base(store, str(write_model(tmp_path / name)), tmp_path) for name in ("a", "b"))
     (reading.folder / "chat_template.jinja").write_text(TEMPLATE + "{{ strftime_now('%Y') }}{{ enable_thinking }}")
     reading = resolve_base(store, str(reading.folder), tmp_path)

@@ -155,16 +155,12 @@ WRITTEN = {
         "\n",
     ),
 }
-# Which pieces are learned, by what the loss is on and the two answers' weights.
 LEARNED = {
     ("assistant", 1, 1): {1, 3},
     ("assistant", 0, 1): {3},
-    ("assistant", 1, 0): {1},
     ("last", 1, 1): {3},
     ("last", 1, 0): {1},
-    ("last", 0, 1): {3},
     ("all", 1, 1): {0, 1, 2, 3, 4},
-    ("all", 0, 1): {0, 2, 3, 4},
     ("all", 1, 0): {0, 1, 2, 4},
 }
 

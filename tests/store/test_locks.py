@@ -100,9 +100,7 @@ def test_a_lease_is_renewed_while_its_owner_works(store: Store, monkeypatch: pyt
             time.sleep(0.05)
 
 
-def test_a_lock_that_could_not_be_given_back_keeps_its_own_process_from_nothing(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_could_not_be_given_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     full = mock.Mock(side_effect=TunesmithError("the disk is full"))
     with pytest.raises(TunesmithError, match="full"), store.lock("a", "first"):
         monkeypatch.setattr(database, "writing", full)

@@ -36,9 +36,7 @@ def test_a_new_database_has_the_stated_tables_and_the_newest_revision(any_databa
     engine.dispose()
 
 
-def test_who_finds_another_at_the_first_migration_waits_for_it(
-    any_database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_to_migrate_waits(any_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp, made = command.stamp, threading.Event()
 
     def slow(config: Config, revision: str) -> None:

@@ -124,9 +124,7 @@ def test_a_version_folder_is_read_as_it_is_now(bucket: Opened, tmp_path: Path) -
     assert not there.version_folder(ref).exists()
 
 
-def test_a_named_copy_of_a_store_is_read_whatever_the_environment_says(
-    bucket: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_which_blobs_a_store_opens(bucket: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "copy" / "records").mkdir(parents=True)
     project = tmp_path / "project"
     project.mkdir()

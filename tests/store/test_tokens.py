@@ -43,9 +43,7 @@ def token(**more: object) -> Token:
 
 
 @given(st.none() | st.floats(0, 2 * NOW), st.none() | st.floats(0, 2 * NOW), st.floats(0, 2 * NOW), st.floats(0, NOW))
-def test_a_token_that_ended_never_works_again(
-    expires: float | None, revoked: float | None, at: float, later: float
-) -> None:
+def test_an_ended_token_stays_ended(expires: float | None, revoked: float | None, at: float, later: float) -> None:
     found = token(expires=expires, revoked=revoked)
     if found.status(at) != "active":
         assert found.status(at + later) != "active"
@@ -53,9 +51,7 @@ def test_a_token_that_ended_never_works_again(
 
 
 @given(SCOPES, SCOPES)
-def test_a_token_covers_another_if_it_permits_all_that_the_other_permits(
-    own: tuple[str, ...], others: tuple[str, ...]
-) -> None:
+def test_a_token_covers_what_it_permits(own: tuple[str, ...], others: tuple[str, ...]) -> None:
     holder, other = token(scopes=own), token(scopes=others)
     permitted = [scope for scope in TOKEN_SCOPES if other.permits(scope)]
     assert holder.covers(others) == all(holder.permits(scope) for scope in permitted)

@@ -52,9 +52,7 @@ CHOSEN = {"split": {"group_by": "part"}, "privacy": {"entities": ["EMAIL_ADDRESS
 
 
 @pytest.mark.parametrize(("size", "workers"), [(300, 1), (5000, 2), (1 << 30, 2)])
-def test_the_same_dataset_whatever_the_shards_and_workers(
-    tmp_path: Path, size: int, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_shards_and_workers(tmp_path: Path, size: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "rows.jsonl", mixed(400))
     (tmp_path / "rows.jsonl").open("a").write("\n \n")
     whole = build(tmp_path, settings(**CHOSEN))
@@ -66,9 +64,7 @@ def test_the_same_dataset_whatever_the_shards_and_workers(
     assert not list((tmp_path / "w").iterdir())
 
 
-def test_workers_apply_recalls_and_outside_sets_and_return_originals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_do_all_that_a_build_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{**one, "subject": one["part"]} for one in mixed(400)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     write_jsonl(tmp_path / "bench.jsonl", many_rows(9))
@@ -106,9 +102,7 @@ def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.Monkey
     st.booleans(),
 )
 @examples(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_parts_of_lines_are_all_lines_with_their_numbers(
-    tmp_path: Path, texts: list[str], size: int, end: bool
-) -> None:
+def test_parts_of_lines_are_all_lines(tmp_path: Path, texts: list[str], size: int, end: bool) -> None:
     data = "\n".join(json.dumps({"a": text}, ensure_ascii=False) if text else "" for text in texts)
     (tmp_path / "a.jsonl").write_text(data + "\n" * end or "\n", encoding="utf-8")
     (file,) = find_files([Source(path="a.jsonl", licence="MIT")], tmp_path)

@@ -44,9 +44,7 @@ def chosen(*names: str) -> DataSettings:
     return settings(sources=[{"path": name, "licence": "MIT"} for name in names])
 
 
-def test_a_persons_rows_are_recalled_with_copies_that_name_nobody(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recall_of_a_person(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "old.jsonl", PLAIN)
     write_jsonl(tmp_path / "new.jsonl", [{**one, "subject": f"p{n % 10}"} for n, one in enumerate(PLAIN)])
     both = chosen("old.jsonl", "new.jsonl")

@@ -175,7 +175,7 @@ def test_wrong_urls_are_refused(tmp_path: Path, bucket: Any, monkeypatch: pytest
     ("error", "said"),
     [(PermissionError("denied"), "denied"), (RuntimeError("reset"), "reset"), (OSError(28, "x"), "disk")],
 )
-def test_a_store_that_fails_and_a_full_disk(
+def test_a_store_that_fails(
     tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     put(bucket, "/b/rows.jsonl", lines(ROWS[:3]))

@@ -32,9 +32,7 @@ members = st.lists(st.tuples(words.map(" ".join), st.sampled_from("abcde"), st.s
 
 @given(members, st.sampled_from([("a", "b"), ("a", "near"), ("near",), ("a", "b", "near")]))
 @examples(max_examples=40)
-def test_groups_are_the_components_of_what_rows_share(
-    found: list[tuple[str, str, str]], groups: tuple[str, ...]
-) -> None:
+def test_groups_are_components(found: list[tuple[str, str, str]], groups: tuple[str, ...]) -> None:
     rows = [ComparedRow(str(n), "", text, "", {"a": a, "b": b}) for n, (text, a, b) in enumerate(found)]
     told = dict(joined_groups(rows, Split(group_by=groups), 0.6))
 
