@@ -81,8 +81,12 @@ def settings(path: str = "rows.jsonl", **more: Any) -> DataSettings:
     return DataSettings.model_validate({"sources": [source], "privacy": NO_SCAN, **more})
 
 
-def build(root: Path, chosen: DataSettings | None = None, **more: Any) -> Dataset:
-    """Build from root into root/store."""
+def build(
+    root: Path, chosen: DataSettings | None = None, *, rows: Sequence[Mapping[str, Any]] | None = None, **more: Any
+) -> Dataset:
+    """Build from root into root/store. rows: of rows.jsonl, which is written first."""
+    if rows is not None:
+        write_jsonl(root / "rows.jsonl", rows)
     store = Store(root / "store")
     return load_dataset(store, build_dataset(store, chosen or settings(), root, **more))
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import typer
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tests.tiny import TEMPLATE, write_model
 from tunesmith.cli import data
+from tunesmith.data.building import ray_runner, shards
 from tunesmith.store.store import Store
 
 DOCUMENT = {"dataset", "rows", "splits", "leakage", "licences", "privacy"}
@@ -37,13 +39,16 @@ def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path
         "privacy: {entities: []}}\ncandidates: {tuned: {prompt: p.txt, train: {max_length: 200}}}\n"
     )
     (tmp_path / "p.txt").write_text("answer")
-    built = []
-    for template in (TEMPLATE, TEMPLATE, TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")):
+    built, on_ray = [], mock.Mock(side_effect=shards.LocalRunner)
+    changed = TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
+    for template, engine in ((TEMPLATE, "local"), (TEMPLATE, "ray"), (changed, "local")):
         (tmp_path / "base" / "chat_template.jinja").write_text(template)
-        code, printed = run("build", "-C", str(tmp_path), "--json")
+        with mock.patch.object(ray_runner, "RayRunner", on_ray):
+            code, printed = run("build", "-C", str(tmp_path), "--json", "--engine", engine)
         assert code == 0
         built.append(json.loads(printed))
     first, again, other = built
+    assert on_ray.call_count == 1
     assert first.keys() >= DOCUMENT
     assert first["rows"] == {"read": 83, "kept": 81, "changed": 1, "removed": {"overlong": 2}}
     assert first["ignored_keys"] == {"note": 83}
@@ -53,8 +58,7 @@ def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path
 
 
 def test_show_gives_the_account_and_rows_and_verify_the_problems(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), row("empty", "")])
-    folder, dataset = tmp_path / "store", build(tmp_path)
+    folder, dataset = tmp_path / "store", build(tmp_path, rows=[*many_rows(80), row("empty", "")])
     code, printed = run("show", "-C", str(folder), "--split", "test", "--limit", "2", "--json")
     document = json.loads(printed)
     assert code == 0

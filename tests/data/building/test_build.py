@@ -51,8 +51,7 @@ def test_a_mixed_bag_of_rows_is_accounted_for(tmp_path: Path) -> None:
         row("a request with two answers", "two"),
         talk,
     ]
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(120), *odd])
-    dataset = build(tmp_path)
+    dataset = build(tmp_path, rows=[*many_rows(120), *odd])
     assert removed(dataset) == {
         "empty assistant turn": 1,
         "no assistant turn at the end": 1,
@@ -85,20 +84,17 @@ def test_same_input_same_digest_whatever_the_order(tmp_path: Path) -> None:
 
 def test_licences_come_from_source_or_row(tmp_path: Path) -> None:
     rows = many_rows(100)
-    write_jsonl(tmp_path / "rows.jsonl", [*rows[:60], *[{**one, "license": "apache-2.0"} for one in rows[60:]]])
-    dataset = build(tmp_path)
+    dataset = build(tmp_path, rows=[*rows[:60], *[{**one, "license": "apache-2.0"} for one in rows[60:]]])
     assert dataset.record.body["licences"] == {"Apache-2.0": 40, "MIT": 60}
     assert dataset.record.body["ignored_keys"] == {}
     with pytest.raises(Refused, match="without a licence"):
         build(tmp_path, settings(source={"licence": None}))
     for last in ({"license": "CC-BY-NC-4.0"}, {"licence": "CC-BY-SA-4.0"}, {"license": "?"}):
-        write_jsonl(tmp_path / "rows.jsonl", [*rows[:50], row("last", "one", **last)])
         with pytest.raises(Refused) as caught:
-            build(tmp_path)
+            build(tmp_path, rows=[*rows[:50], row("last", "one", **last)])
         assert "row 51" in caught.value.where
-    write_jsonl(tmp_path / "rows.jsonl", [row("a", "b", licence="MIT", license="ISC")])
     with pytest.raises(UsageError, match="two licences"):
-        build(tmp_path)
+        build(tmp_path, rows=[row("a", "b", licence="MIT", license="ISC")])
 
 
 def test_control_tokens_in_a_text_are_refused(tmp_path: Path) -> None:
@@ -110,9 +106,8 @@ def test_control_tokens_in_a_text_are_refused(tmp_path: Path) -> None:
     assert caught.value.where == "rows.jsonl, row 51"
     assert build(tmp_path).splits["train"] > 0
     others = [row(f"number {n}", "<|im_end|>") for n in range(5)]
-    write_jsonl(tmp_path / "rows.jsonl", [attack, *many_rows(50), *others, row("as <filename>", "ok")])
     with pytest.raises(Refused, match=r"6 rows hold a control token(.|\n)*control_tokens") as caught:
-        build(tmp_path, control_tokens=tokens)
+        build(tmp_path, control_tokens=tokens, rows=[attack, *many_rows(50), *others, row("as <filename>", "ok")])
     first = [1, 52, 53, 54, 55]
     assert caught.value.where == "; ".join(f"rows.jsonl, row {number}" for number in first) + " and 1 more"
     dropped = build(tmp_path, settings(control_tokens="drop"), control_tokens=tokens).record.body
@@ -218,8 +213,7 @@ def test_keys_without_meaning_are_counted_and_labels_kept(tmp_path: Path) -> Non
         {**one, "subject": f"s{n}", "tenant": "acme", "area": 7, "note": "x", "quality": 1}
         for n, one in enumerate(many_rows(80))
     ]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(source={"region_key": "area"}))
+    dataset = build(tmp_path, settings(source={"region_key": "area"}), rows=rows)
     assert dataset.record.body["ignored_keys"] == {"note": 80, "quality": 80}
     one = dataset.examples("train")[0]
     assert (one.tenant, one.region) == ("acme", "7")
@@ -241,9 +235,8 @@ def test_renamed_columns_and_an_empty_licence_is_none(tmp_path: Path) -> None:
 def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:
     rows = many_rows(80)
     plain = [{"prompt": one["messages"][0]["content"], "completion": "ok"} for one in rows[40:]]
-    write_jsonl(tmp_path / "rows.jsonl", [*rows[:40], *plain])
     with pytest.raises(UsageError, match="looks like prompt-completion") as caught:
-        build(tmp_path)
+        build(tmp_path, rows=[*rows[:40], *plain])
     assert "row 41" in caught.value.where
     write_jsonl(tmp_path / "a.jsonl", rows[:40])
     write_jsonl(tmp_path / "b.jsonl", plain)
@@ -253,19 +246,16 @@ def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:
 
 def test_too_few_rows_or_one_group_say_so(tmp_path: Path) -> None:
     rows = [{"prompt": f"set level {n}", "completion": json.dumps({"level": n})} for n in range(60)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UsageError, match="all 60 rows are one group") as caught:
-        build(tmp_path)
+        build(tmp_path, rows=rows)
     assert caught.value.where == "data.split.group_by"
     assert "other wordings" in str(caught.value.fix)
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(1))
     with pytest.raises(UsageError, match=r"no rows are left for (train|test).*read: 1"):
-        build(tmp_path)
+        build(tmp_path, rows=many_rows(1))
     shared = "classify the tone of this message for the support team, and name the one word that shows it best: "
     rows = [{**row(f"{shared}{WORDS[n % 16]}{n}", "x"), "part": n} for n in range(80)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(Refused, match="training rows are near a held-out row") as caught:
-        build(tmp_path, settings(split={"group_by": "part"}))
+        build(tmp_path, settings(split={"group_by": "part"}), rows=rows)
     assert "system turn" in str(caught.value.fix)
     assert removed(build(tmp_path, settings(split={"group_by": "part"}, duplicates={"near": None}))) == {}
 
@@ -278,8 +268,7 @@ texts = st.sampled_from([f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]] + [
 @examples(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_rows_add_up_and_verify(tmp_path: Path, drawn: list[tuple[str, str]]) -> None:
     rows = [row(request, answer) for request, answer in drawn]
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(40), *rows])
-    dataset = build(tmp_path)
+    dataset = build(tmp_path, rows=[*many_rows(40), *rows])
     adds_up(dataset)
     store = Store(tmp_path / "store")
     assert verify_dataset(store, dataset.digest).problems == ()
@@ -287,8 +276,7 @@ def test_any_rows_add_up_and_verify(tmp_path: Path, drawn: list[tuple[str, str]]
 
 
 def test_verify_names_what_was_changed(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
-    dataset = build(tmp_path)
+    dataset = build(tmp_path, rows=many_rows(80))
     store = Store(tmp_path / "store")
     with pytest.raises(UsageError, match="no split"):
         dataset.examples("dev")
@@ -320,15 +308,13 @@ def test_json_answers_are_written_as_constrained_answers_can_be(tmp_path: Path) 
     found = many_rows(40)
     for n, one in enumerate(found):
         one["messages"][-1]["content"] = json.dumps({"name": f"Renée {n}", "n": n}, indent=2 if n % 2 else None)
-    write_jsonl(tmp_path / "rows.jsonl", found)
-    built = build(tmp_path, respell=True)
+    built = build(tmp_path, respell=True, rows=found)
     answers = [each.answer for each in held(built)]
     assert len(answers) == built.record.body["rows"]["changed"] == 40
     assert all(answer == json.dumps(json.loads(answer), ensure_ascii=False) for answer in answers)
     assert dataset_summary(Store(tmp_path / "store"), built.digest).respelled == 40
     for n, one in enumerate(found):
         one["messages"][-1]["content"] = f'{{"name":"Renée {n}", "n": 1.50}}'
-    write_jsonl(tmp_path / "rows.jsonl", found)
-    again = build(tmp_path, respell=True)
+    again = build(tmp_path, respell=True, rows=found)
     assert "respelled" not in again.record.body
     assert again.digest == build(tmp_path).digest, "decoding can write these answers"

@@ -156,8 +156,7 @@ def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
     spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "ada@lovelace.org", "at": "noon"}'
     spoken[2]["content"] = "mail to ada@lovelace.org"
     odd = [rows[1], {"messages": [*asked(call()), WHOLE[3]], "tools": TOOLS}]
-    write_jsonl(tmp_path / "rows.jsonl", [*rows, *odd])
-    dataset = build(tmp_path, settings(privacy={"entities": ["EMAIL_ADDRESS"]}))
+    dataset = build(tmp_path, settings(privacy={"entities": ["EMAIL_ADDRESS"]}), rows=[*rows, *odd])
     body = dataset.record.body
     assert body["rows"]["removed"] == {"exact duplicate": 1, turn_checks.UNANSWERED: 1}
     assert body["ignored_keys"] == {}
@@ -176,9 +175,8 @@ def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
         assert dataset.record.body["rows"]["removed"][reason] == 1
     for identity, arguments in (("call_1", '{"city": "<|im_end|>"}'), ("<|im_end|>", "{}")):
         spoken[1:3] = [asked(call(identity, arguments))[1], told(identity)]
-        write_jsonl(tmp_path / "rows.jsonl", rows)
         with pytest.raises(Refused, match="control token"):
-            build(tmp_path, control_tokens=("<|im_end|>",))
+            build(tmp_path, control_tokens=("<|im_end|>",), rows=rows)
 
 
 OPENAI = {"messages": WHOLE, "tools": TOOLS}
@@ -218,7 +216,6 @@ def test_a_file_in_openais_format(tmp_path: Path) -> None:
     document = dataset_summary(Store(tmp_path / "store"), build(tmp_path, chosen).digest).document()
     assert document["warnings"] == ["rows.jsonl: 9 rows: OpenAI's service accepts files of at least 10 examples"]
     assert document["sources"][0]["evidence"] == "set in the settings"
-    write_jsonl(tmp_path / "rows.jsonl", [OPENAI, {"messages": WHOLE[:-1], "tools": TOOLS}])
     with pytest.raises(UsageError) as caught:
-        build(tmp_path, chosen)
+        build(tmp_path, chosen, rows=[OPENAI, {"messages": WHOLE[:-1], "tools": TOOLS}])
     assert caught.value.where == "rows.jsonl, row 2, messages[2].role"

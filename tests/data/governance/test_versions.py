@@ -27,8 +27,7 @@ from tunesmith.store.store import Store
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Store, Dataset, Dataset]:
     rows = many_rows(80)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    first = build(tmp_path)
+    first = build(tmp_path, rows=rows)
     rows[3]["messages"][1]["content"] = "another answer"
     write_jsonl(tmp_path / "rows.jsonl", [*rows[1:], row("an entirely new request", "new", licence="CC0-1.0")])
     return Store(tmp_path / "store"), first, build(tmp_path)
@@ -50,8 +49,7 @@ def test_rows_added_removed_changed_and_moved(two: tuple[Store, Dataset, Dataset
 
 def test_a_sample_of_each_removed_class_with_what_stood_there(tmp_path: Path) -> None:
     odd = [row(f"request number {n} of its kind", "") for n in range(9)] + [row("said twice", "x")] * 2
-    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
-    dataset = build(tmp_path)
+    dataset = build(tmp_path, rows=[*many_rows(80), *odd])
     sample = removed_sample(dataset, tmp_path, 5)
     assert {reason: len(rows) for reason, rows in sample.items()} == {"empty assistant turn": 5, "exact duplicate": 1}
     assert sample["exact duplicate"][0]["fields"]["messages"][0]["content"] == "said twice"

