@@ -35,6 +35,14 @@ def _asked(text: str = "hi", **more: Any) -> Generation:
     return Generation(messages=(Message(role="system", content="s"), Message(role="user", content=text)), **more)
 
 
+def _said(server: ChatServer, document: Any, **more: Any) -> RemoteCompletion:
+    """What is read of this answer."""
+    server.reply = lambda _: (200, {}, document)
+    (given,) = _endpoint(server, **more).generate([_asked()])
+    assert isinstance(given, RemoteCompletion)
+    return given
+
+
 def test_what_is_sent_and_read(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", KEY)
     given = _endpoint(server, key_env="A_KEY").generate([_asked(max_tokens=9, schema='{"type":"object"}')])
@@ -51,12 +59,8 @@ def test_what_is_sent_and_read(server: ChatServer, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("required", [["a", "b"], ["a"]], ids=["all", "one-optional"])
 def test_strict_is_sent_where_openai_takes_it(server: ChatServer, required: list[str]) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"a": {"type": "string"}, "b": {"type": "integer"}},
-        "required": required,
-        "additionalProperties": False,
-    }
+    properties = {"a": {"type": "string"}, "b": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     _endpoint(server).generate([_asked(schema=json.dumps(schema))])
     sent = server.asked[0]["response_format"]["json_schema"]
     assert sent == {"name": "answer", "schema": schema, **({"strict": True} if len(required) == 2 else {})}
@@ -114,10 +118,7 @@ def test_a_refusal_is_not_asked_again_and_does_not_show_the_key(
 @pytest.mark.parametrize(
     "body",
     [
-        b"<html>",
-        {},
-        {"choices": []},
-        {"choices": [{"message": {"content": "x"}}]},
+        *(b"<html>", {}, {"choices": []}, {"choices": [{"message": {"content": "x"}}]}, b"[" * 100_000),
         completion("x", usage={"prompt_tokens": "many", "completion_tokens": 1}),
         completion("x", usage={"prompt_tokens": -1, "completion_tokens": 1}),
         completion("\ud800"),
@@ -125,24 +126,21 @@ def test_a_refusal_is_not_asked_again_and_does_not_show_the_key(
         {**completion("x"), "choices": [{"message": {"content": None, "tool_calls": [{"id": "a"}]}}]},
         {**completion("x"), "choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}}]},
         {**completion("x"), "choices": [{"message": {"content": None, "tool_calls": 7}}]},
-        b"[" * 100_000,
     ],
 )
 def test_what_is_no_completion_is_an_error(server: ChatServer, body: Any) -> None:
-    server.reply = lambda _: (200, {}, body)
     with pytest.raises(TunesmithError, match="not a chat completion"):
-        _endpoint(server).generate([_asked()])
+        _said(server, body)
 
 
 def test_a_refusal_in_a_field_of_its_own_is_the_answer(server: ChatServer) -> None:
-    server.reply = lambda _: (200, {}, completion(None))
-    assert _endpoint(server).generate([_asked()])[0].text == ""
-    document = completion(None)
-    document["choices"][0]["message"]["refusal"] = "I'm sorry, I can't assist with that."
-    server.reply = lambda _: (200, {}, document)
-    assert _endpoint(server).generate([_asked()])[0].text == "I'm sorry, I can't assist with that."
-    document["choices"][0]["message"] = {"content": "Fine.", "refusal": None}
-    assert _endpoint(server).generate([_asked()])[0].text == "Fine."
+    assert _said(server, document := completion(None)).text == ""
+    for message, text in (
+        ({"content": None, "refusal": "I can't assist with that."}, "I can't assist with that."),
+        ({"content": "Fine.", "refusal": None}, "Fine."),
+    ):
+        document["choices"][0]["message"] = message
+        assert _said(server, document).text == text
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -159,26 +157,22 @@ def _called(*calls: tuple[str, str], content: Any = None) -> dict[str, Any]:
 
 
 def test_tools_and_their_turns_are_sent(server: ChatServer) -> None:
-    call = ToolCall(id="call1", name="weather", arguments='{"city": "Rome"}')
+    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
     turns = (
         Message(role="user", content="rain in Rome?"),
-        Message(role="assistant", content="", tool_calls=(call,)),
+        Message(role="assistant", content="", tool_calls=(ToolCall(id="call1", **function),)),
         Message(role="tool", content="dry", tool_call_id="call1"),
     )
     _endpoint(server).generate([Generation(messages=with_tools(turns, TOOLS)), _asked()])
-    with_them = next(body for body in server.asked if "tools" in body)
-    without = next(body for body in server.asked if "tools" not in body)
+    with_them, without = sorted(server.asked, key=lambda body: "tools" not in body)
     assert with_them["tools"] == TOOLS
-    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    calls = [{"id": "call1", "type": "function", "function": function}]
     assert with_them["messages"] == [
         {"role": "user", "content": "rain in Rome?"},
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"id": "call1", "type": "function", "function": function}],
-        },
+        {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "content": "dry", "tool_call_id": "call1"},
     ]
+    assert "tools" not in without
     assert without["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
 
 
@@ -188,28 +182,20 @@ def test_tools_and_their_turns_are_sent(server: ChatServer) -> None:
 def test_calls_are_scored_as_those_of_a_row(server: ChatServer, calls: list[tuple[str, str]]) -> None:
     made = tuple(ToolCall(id=f"call{n}", name=name, arguments=text or "{}") for n, (name, text) in enumerate(calls))
     reference = Message(role="assistant", content="", tool_calls=made).text.replace('":"', '": "')
-    server.reply = lambda _: (200, {}, _called(*calls))
-    (given,) = _endpoint(server).generate([_asked()])
+    given = _said(server, _called(*calls))
     assert exact_match(given.text, reference, None) == 1.0
-    server.reply = lambda _: (200, {}, _called(("weather", '{"city":"Oslo"}')))
-    (other,) = _endpoint(server).generate([_asked()])
-    assert exact_match(other.text, reference, None) == 0.0
-    server.reply = lambda _: (200, {}, _called(*calls, content="I look."))
-    (said,) = _endpoint(server).generate([_asked()])
-    assert said.text == f"I look.\n{given.text}"
+    assert exact_match(_said(server, _called(("weather", '{"city":"Oslo"}'))).text, reference, None) == 0.0
+    assert _said(server, _called(*calls, content="I look.")).text == f"I look.\n{given.text}"
 
 
 def test_how_sure_an_answer_is(server: ChatServer) -> None:
     document = completion("hello")
     document["choices"][0]["logprobs"] = {"content": [{"token": "a", "logprob": -0.1}, {"token": "b", "logprob": -0.2}]}
-    server.reply = lambda _: (200, {}, document)
-    (given,) = _endpoint(server, logprobs=True).generate([_asked()])
-    assert isinstance(given, RemoteCompletion)
-    assert given.confidence == pytest.approx(0.740818, abs=1e-6)
+    assert _said(server, document, logprobs=True).confidence == pytest.approx(0.740818, abs=1e-6)
     assert server.asked[0]["logprobs"] is True
     document["choices"][0]["logprobs"] = None
     with pytest.raises(TunesmithError, match="not a chat completion"):
-        _endpoint(server, logprobs=True).generate([_asked()])
+        _said(server, document, logprobs=True)
 
 
 def test_it_does_not_wait_for_ever(server: ChatServer) -> None:

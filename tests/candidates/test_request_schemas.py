@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import reduce
 from typing import Any
 
 import jsonschema
@@ -52,21 +53,19 @@ def walked(schema: Schema, seed: int, most: int = 120) -> str | None:
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(restricted(schema)), log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     bits, said = allocate_token_bitmask(1, tokenizer.vocab_size), bytearray()
-    for _ in range(most):
+    while len(said) < most:
         fill_next_token_bitmask(matcher, bits)
         allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")[: tokenizer.vocab_size])
         plain = [int(each) for each in allowed if 32 <= each < 127] or [int(each) for each in allowed]
         ends = [each for each in plain if chr(each) in '"}],']
         token = draw.choice(ends if ends and draw.random() < 0.5 else plain)
         if token == tokenizer.eos_token:
-            break
+            return said.decode()
         said.append(token)
         matcher.consume_token(token)
         if matcher.is_stopped():
-            break
-    else:
-        return None
-    return said.decode()
+            return said.decode()
+    return None
 
 
 PAIRS = [
@@ -74,10 +73,7 @@ PAIRS = [
     (OWN, closed({"intent": {"anyOf": [{"const": "dim"}, {"const": "on"}, {"const": "else"}]}})),
     (OWN, dict(ANY_OBJECT)),
     ({"anyOf": [OWN, {"type": "array"}], "$defs": OWN["$defs"]}, dict(ANY_OBJECT)),
-    (
-        {"type": "object", "additionalProperties": {"type": "string", "maxLength": 3}},
-        closed({"a": {"type": ["string", "null"]}}),
-    ),
+    ({"additionalProperties": {"type": "string", "maxLength": 3}}, closed({"a": {"type": ["string", "null"]}})),
     (
         closed({"a": {"type": "array", "items": {"enum": [1, 2, 3]}, "maxItems": 3}}),
         closed({"a": {"type": "array", "items": {"type": "integer", "minimum": 2}, "minItems": 1}}),
@@ -106,7 +102,6 @@ def test_answers_fit_the_candidates_schema_and_the_requests(pair: int) -> None:
 PLAIN = closed({"a": {"type": "string"}})
 REFUSED = [
     ([], "not a schema"),
-    (True, "not a schema"),
     ({"type": "object", "oneOf": []}, "'oneOf' is not supported"),
     (closed({"a": {"not": {}}}), "schema.properties.a: 'not' is not supported"),
     ({"type": "object", "patternProperties": {}}, "'patternProperties' is not supported"),
@@ -116,7 +111,6 @@ REFUSED = [
     (closed({"a": {"type": "array", "items": []}}), "schema.properties.a.items: not a schema"),
     (closed({"a": {"type": "text"}}), "'text' is not a type"),
     (closed({"a": {"type": [["string"]]}}), "not a list of names"),
-    (closed({"a": {"type": 3}}), "not a list of names"),
     ({"type": "object", "required": "a"}, "required: not a list of names"),
     ({"type": "object", "properties": []}, "properties: not an object"),
     (closed({"a": {"enum": "a"}}), "enum: not a list"),
@@ -129,12 +123,10 @@ REFUSED = [
     (closed({"a": {"type": "integer", "multipleOf": 9999991}}), "multipleOf"),
     (closed({"a": {"type": "number", "multipleOf": 0.9999991}}), "multipleOf"),
     (closed({"a": {"type": "number", "multipleOf": 0}}), "multipleOf"),
-    (closed({"a": {"type": "number", "multipleOf": 1e-30}}), "multipleOf"),
     ({"$ref": "#"}, "back to itself"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "back to itself"),
     (closed({"a": {"$ref": "#/$defs/none"}}), "there is no schema"),
     (closed({"a": {"$ref": "https://example.com/s.json"}}), "only '#'"),
-    (closed({"a": {"$ref": 3}}), "only '#'"),
     (closed({"a": {"$ref": "#/properties/b/enum/0"}, "b": {"enum": [{"oneOf": []}]}}), "there is no schema"),
     (closed({"a": {"$ref": "#", "minLength": 2}}), "'minLength' is not supported beside '$ref'"),
     (closed({"a": {"type": "integer", "anyOf": [{"multipleOf": 7}]}}), "'type' is not supported beside 'anyOf'"),
@@ -152,9 +144,7 @@ def test_what_cannot_be_held_is_refused_by_name(place: int) -> None:
 
 
 def test_deep_schemas_are_refused_and_recursive_ones_are_not() -> None:
-    deep: Schema = {"type": "string"}
-    for _ in range(11):
-        deep = closed({"a": deep})
+    deep: Schema = reduce(lambda inner, _: closed({"a": inner}), range(11), {"type": "string"})
     with pytest.raises(ValueError, match="more than 10 levels"):
         check_schema(deep, strict=False)
     check_schema(deep["properties"]["a"], strict=True)
@@ -185,25 +175,18 @@ def held(requested: Schema, **candidate: Any) -> Generation:
     return Constraint(made).hold(Generation(messages=TURNS), TURNS, requested)
 
 
-def test_a_candidate_without_a_rule_follows_the_requests() -> None:
-    request = held(PLAIN)
-    assert json.loads(request.schema or "") == PLAIN
-    assert request.constrained_by == "response_format.json_schema"
-
-
 def test_a_candidates_own_rule_stays_where_it_implies_the_requests() -> None:
+    alone = held(PLAIN)
+    assert (json.loads(alone.schema or ""), alone.constrained_by) == (PLAIN, "response_format.json_schema")
     for requested in (dict(ANY_OBJECT), json.loads(json.dumps(OWN))):
         request = held(requested, answer_schema=json.dumps(OWN))
         assert (request.schema, request.constrained_by) == (json.dumps(OWN), "constrain")
         assert request.grammar is not None, "keys may still come in any order"
     copied = held(dict(ANY_OBJECT), answer_schema=json.dumps(PLAIN), copied=("a",))
     assert copied.constrained_by == "messages"
-
-
-def test_a_candidates_schema_and_another_are_held_together() -> None:
-    request = held(closed({"intent": {"const": "on"}}), answer_schema=json.dumps(OWN))
-    assert (request.grammar, request.constrained_by) == (None, "response_format.json_schema")
-    assert walked(json.loads(request.schema or ""), 0) in ('{"intent":"on"}', '{"intent": "on"}')
+    both_ = held(closed({"intent": {"const": "on"}}), answer_schema=json.dumps(OWN))
+    assert (both_.grammar, both_.constrained_by) == (None, "response_format.json_schema")
+    assert walked(json.loads(both_.schema or ""), 0) in ('{"intent":"on"}', '{"intent": "on"}')
 
 
 @pytest.mark.parametrize(

@@ -32,17 +32,7 @@ PARTS: tuple[Schema, ...] = (
     {"type": ["object", "null"], "properties": {"x": {}, "y": {}}, "additionalProperties": False},
 )
 VALUES: tuple[Any, ...] = (
-    "one",
-    "",
-    3,
-    12,
-    None,
-    {},
-    {"y": "a"},
-    {"y": "b", "x": 1},
-    {"x": 1},
-    [{"y": "b", "x": 2}],
-    [],
+    *("one", "", 3, 12, None, {}, [], {"y": "a"}, {"y": "b", "x": 1}, {"x": 1}, [{"y": "b", "x": 2}]),
 )
 
 
@@ -74,37 +64,6 @@ def test_the_grammar_allows_what_the_schema_allows(required: set[str], further: 
 
 def _written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def test_every_key_once_in_any_order() -> None:
-    schema = {"type": "object", "properties": {f"k{n}": {"type": "null"} for n in range(64)}}
-    schema |= {"required": [f"k{n}" for n in range(0, 64, 2)], "additionalProperties": False}
-    grammar = SchemaRules(schema).write()
-    assert grammar is not None
-    keys = list(schema["properties"])
-    random.Random(0).shuffle(keys)
-    assert fits(grammar, json.dumps(dict.fromkeys(keys)))
-    assert not fits(grammar, json.dumps(dict.fromkeys(key for key in keys if key != "k2"))), "k2 is required"
-    assert not fits(grammar, json.dumps(dict.fromkeys(keys))[:-1] + ', "k1": null}')
-
-
-@pytest.mark.parametrize(
-    ("schema", "expected"),
-    [
-        (INNER, True),
-        ({"type": "array", "items": INNER}, True),
-        ({"type": ["null", "object"], "properties": {"a": INNER}}, True),
-        ({"type": "object", "properties": {"a": {"type": "string"}}}, False),
-        ({"type": "object", "properties": {f"k{n}": {} for n in range(65)}}, False),
-        ({**INNER, "minProperties": 1}, False),
-        ({**INNER, "x-note": "n", "readOnly": True, "$anchor": "inner"}, True),
-        ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, False),
-        ({"type": "string"}, False),
-        (True, False),
-    ],
-)
-def test_which_schemas_have_keys_to_order(schema: Any, expected: bool) -> None:
-    assert orders_keys(schema) is expected
 
 
 def test_what_the_rules_cannot_say_stays_json_schema() -> None:
@@ -145,39 +104,61 @@ def test_a_constrained_candidate_may_write_keys_in_any_order() -> None:
 
 
 def test_an_export_says_what_other_programs_do_not_hold() -> None:
-    facts: dict[str, Any] = {"name": "c", "base": "b", "max_tokens": 9}
+    def notes(**facts: Any) -> tuple[str, ...]:
+        return _notes(Candidate(name="c", base="b", max_tokens=9, **facts))
+
     order = "other programs write keys in the schema's order"
-    schema = json.dumps(INNER)
+    assert order in str(notes(answer_schema=json.dumps(INNER)))
     copying = '{"type": "object", "properties": {"name": {"type": "string"}}}'
-    assert any(order in note for note in _notes(Candidate(**facts, answer_schema=schema)))
-    assert any(order in note for note in _notes(Candidate(**facts, answer_schema=copying, copied=("name",))))
-    assert not any(order in note for note in _notes(Candidate(**facts, answer_schema='{"type": "string"}')))
-    assert len(_notes(Candidate(**facts, answer_grammar='start: "a"\n'))) == 1
-    assert _notes(Candidate(**facts)) == ()
+    assert order in str(notes(answer_schema=copying, copied=("name",)))
+    assert order not in str(notes(answer_schema='{"type": "string"}'))
+    assert len(notes(answer_grammar='start: "a"\n')) == 1
+    assert notes() == ()
+
+
+SIXTY_FOUR: Schema = {"type": "object", "properties": {f"k{n}": {"type": "null"} for n in range(64)}}
+
+
+def test_every_key_once_in_any_order() -> None:
+    schema = {**SIXTY_FOUR, "required": [f"k{n}" for n in range(0, 64, 2)], "additionalProperties": False}
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    keys = list(schema["properties"])
+    random.Random(0).shuffle(keys)
+    assert fits(grammar, json.dumps(dict.fromkeys(keys)))
+    assert not fits(grammar, json.dumps(dict.fromkeys(key for key in keys if key != "k2"))), "k2 is required"
+    assert not fits(grammar, json.dumps(dict.fromkeys(keys))[:-1] + ', "k1": null}')
+
+
+def _object(**properties: Any) -> Schema:
+    return {"type": "object", "properties": properties}
 
 
 @pytest.mark.parametrize(
-    ("schema", "said"),
+    ("schema", "orders", "kept_by"),
     [
-        (INNER, None),
-        ({"type": "string"}, None),
-        ({"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}, None),
-        ({**INNER, "minProperties": 1}, "the answer: minProperties is not supported"),
-        ({"type": "object", "properties": {"a": {**INNER, "minProperties": 1}}}, "a: minProperties is not supported"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, "the answer: $ref is not supported"),
-        ({"type": "object", "properties": {f"k{n}": {} for n in range(65)}}, "an object of more than 64 keys"),
+        (INNER, True, None),
+        ({"type": "array", "items": INNER}, True, None),
+        ({"type": ["null", "object"], "properties": {"a": INNER}}, True, None),
+        ({**INNER, "x-note": "n", "readOnly": True, "$anchor": "inner"}, True, None),
+        (SIXTY_FOUR, True, None),
+        ({"type": "string"}, False, None),
+        (_object(a={"anyOf": [{"type": "string"}, {"type": "null"}]}), False, None),
+        ({**INNER, "minProperties": 1}, False, "the answer: minProperties is not supported"),
+        (_object(a={**INNER, "minProperties": 1}), False, "a: minProperties is not supported"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, False, "the answer: $ref is not supported"),
+        (_object(**{f"k{n}": {} for n in range(65)}), False, "an object of more than 64 keys"),
+        (_object(a={"type": "string"}, b={"$ref": "#/properties/a"}), True, "b: $ref: #/properties/a is not supported"),
         (
-            {"type": "object", "properties": {"a": {"type": "string"}, "b": {"$ref": "#/properties/a"}}},
-            "b: $ref: #/properties/a is not supported",
-        ),
-        (
-            {**INNER, "properties": {"x": {}, "z": {"$ref": "#/$defs/z"}}, "$defs": {"z": {"items": {"$ref": "#"}}}},
+            {**_object(x={}, z={"$ref": "#/$defs/z"}), "$defs": {"z": {"items": {"$ref": "#"}}}},
+            True,
             "z: $ref: # is not supported",
         ),
     ],
 )
-def test_why_keys_keep_the_schemas_order(schema: Schema, said: str | None) -> None:
+def test_why_keys_keep_the_schemas_order(schema: Schema, orders: bool, kept_by: str | None) -> None:
     """In a part of a grammar "#" would mean that part, so another schema would be followed."""
+    assert orders_keys(schema) is orders
     constraint = Constraint(Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema)))
-    assert constraint.order_kept_by is None if said is None else said in str(constraint.order_kept_by)
-    assert constraint.any_order is (schema is INNER)
+    assert constraint.order_kept_by is None if kept_by is None else kept_by in str(constraint.order_kept_by)
+    assert constraint.any_order is (orders and kept_by is None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import reduce
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,6 @@ from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.building.summary import dataset_summary
-from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.starting import new_project
 from tunesmith.services.starting import notes as new_project_notes
@@ -46,11 +46,20 @@ def _answered(answer: Callable[[int], object], count: int = 100, **more: object)
     return [{"prompt": _words(n), "completion": answer(n), **more} for n in range(count)]
 
 
+def _json(**answer: object) -> str:
+    return json.dumps(answer)
+
+
+def _write(file: Path, rows: Sequence[object]) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def _made(folder: Path, rows: Sequence[object], **more: Any) -> NewProject:
     """The project that `init` makes of these rows."""
-    folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_project(folder / "p", data=folder / "rows.jsonl", **{"licence": "MIT", "base": "model", **more})
+    data = _write(folder / "rows.jsonl", rows)
+    return make_project(folder / "p", data=data, **{"licence": "MIT", "base": "model", **more})
 
 
 def _project(folder: Path, rows: Sequence[object], **more: Any) -> Project:
@@ -66,7 +75,7 @@ def _prompt(folder: Path) -> list[str]:
 def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     rows = [row | {"template": row["template"].partition(" ")[2]} for row in scene_rows()]  # two rows of each
-    made = _made(tmp_path, rows, licence="CC0-1.0", base=str(tmp_path / "model"))
+    made = _made(tmp_path, rows, licence="LicenseRef-Acme", base=str(tmp_path / "model"))
     assert (made.json_answers, made.rows) == (True, 120)
     project = Project.load(tmp_path / "p")
     assert project.settings.name == "p"
@@ -77,12 +86,15 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     assert (tuned.train.budget, tuned.train.rehearse) == (900, 0.02)
     file = tmp_path / "p" / "tunesmith.yaml"
     shorter = yaml.safe_load(file.read_text())  # the tutorial runs with the default scan for personal data
+    assert shorter["data"]["licences"] == {"allow": ["LicenseRef-Acme"]}
     shorter["candidates"]["tuned"]["train"] = {"rank": 2, "epochs": 1}
     shorter["data"]["privacy"] = PRIVACY
     file.write_text(yaml.safe_dump(shorter))
-    document = Project.load(tmp_path / "p").run().document()
+    project = Project.load(tmp_path / "p")
+    document = project.run().document()
     assert document["gate"]["verdict"] in ("fail", "inconclusive"), "random weights do not pass"
     assert document["data"]["rows"]["kept"] > 100
+    assert project.store.record(document["data"]["dataset"]).body["duties"]["unknown"] == ["LicenseRef-Acme"]
 
 
 # How the keys of rows are read
@@ -92,20 +104,15 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     ("keys", "read"),
     [
         ("question answer", "question=prompt answer=completion"),
-        ("question sql", "question=prompt sql=completion"),
         ("question query", "question=prompt query=completion"),
         ("query response", "query=prompt response=completion"),
         ("prompt completion", ""),
         ("prompt response source", "response=completion"),
-        ("input output", "input=prompt output=completion"),
         ("instruction output", ""),
         ("instruction context response", "response=output context=input"),
         ("question context answer", "question=instruction answer=output context=input"),
         ("question input answer", "question=instruction answer=output"),
         ("Text title Label", "Text=prompt Label=completion"),
-        ("sentence intent", "sentence=prompt intent=completion"),
-        ("utterance intent", "utterance=prompt intent=completion"),
-        ("document summary", "document=prompt summary=completion"),
     ],
 )
 def test_usual_keys_are_recognised(tmp_path: Path, keys: str, read: str) -> None:
@@ -117,23 +124,22 @@ def test_usual_keys_are_recognised(tmp_path: Path, keys: str, read: str) -> None
 
 
 def test_two_readings_are_both_named(tmp_path: Path) -> None:
+    def fix(place: str, said: str, rows: list[Any]) -> str:
+        with pytest.raises(UsageError, match=said) as caught:
+            _made(tmp_path / place, rows)
+        return str(caught.value.fix)
+
     rows = [{"question": _words(n), "answer": _words(n, 2), "category": "a b"} for n in range(60)]
-    with pytest.raises(UsageError, match="can be read in 2 ways") as caught:
-        _made(tmp_path, rows)
-    first, second = str(caught.value.fix).split("; or ")
+    first, second = fix("a", "can be read in 2 ways", rows).split("; or ")
     assert first.endswith("--rename question=prompt --rename answer=completion")
     assert second == "--rename question=prompt --rename category=completion"
-    chosen = {"question": "prompt", "category": "completion"}
-    assert _made(tmp_path, rows, rename=chosen).rows == 60
+    assert _made(tmp_path / "a", rows, rename={"question": "prompt", "category": "completion"}).rows == 60
     both = [{**row, "messages": _turns(_words(n), "yes")} for n, row in enumerate(_answered(str, 60))]
-    with pytest.raises(UsageError, match="fits several formats: messages or prompt-completion") as caught:
-        _made(tmp_path / "b", both)
-    assert "as messages: --rename completion=unused; as prompt-completion: --rename messages=unused" in str(
-        caught.value.fix
+    assert "as messages: --rename completion=unused; as prompt-completion: --rename messages=unused" in fix(
+        "b", "fits several formats: messages or prompt-completion", both
     )
-    with pytest.raises(UsageError, match="fits no known format") as caught:
-        _made(tmp_path / "c", [{"a": _words(n), "b": "yes"} for n in range(60)])
-    assert "--rename KEY=NAME" in str(caught.value.fix)
+    unknown = [{"a": _words(n), "b": "yes"} for n in range(60)]
+    assert "--rename KEY=NAME" in fix("c", "fits no known format", unknown)
 
 
 def test_a_rename_is_of_a_key_and_has_a_name(tmp_path: Path) -> None:
@@ -164,9 +170,8 @@ def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, k
 
 
 def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
-    chats = [{"messages": _turns(_words(n), str(n))} for n in range(60)]
-    for name, rows in (("a", _answered(str, 60)), ("b", chats)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write(tmp_path / "a.jsonl", _answered(str, 60))
+    _write(tmp_path / "b.jsonl", [{"messages": _turns(_words(n), str(n))} for n in range(60)])
     with pytest.raises(UsageError, match="it looks like messages") as caught:
         make_project(tmp_path / "p", data=tmp_path / "*.jsonl", licence="MIT", base="model", rename={"x": "y"})
     assert "b.jsonl" in str(caught.value.where)
@@ -181,11 +186,9 @@ def test_files_of_two_formats_are_not_one_source(tmp_path: Path) -> None:
     ("licence", "fix", "written"),
     [
         ("CC-BY-SA-4.0", "{share_alike: true}, which binds the models too", {"share_alike": True}),
-        ("CC-BY-NC-4.0", "{use: non-commercial}", {"use": "non-commercial"}),
         ("CC-BY-NC-SA-4.0", "{use: non-commercial}", {"use": "non-commercial", "share_alike": True}),
         ("SSPL-1.0 AND LicenseRef-A", "{allow: [LicenseRef-A, SSPL-1.0]}", {"allow": ["LicenseRef-A", "SSPL-1.0"]}),
         ("proprietary", "LicenseRef-NAME for rows of your own", None),
-        ("MIT License", "LicenseRef-NAME for rows of your own", None),
     ],
 )
 def test_a_refused_licence_says_how_to_accept_it(
@@ -208,62 +211,41 @@ def test_a_refused_licence_says_how_to_accept_it(
 # Answers and the metric that decides
 
 
-def test_answers_that_are_not_all_objects_have_no_schema() -> None:
-    assert json_objects(['{"a":1}', "text"]) == ([], 0)
-    assert json_objects(["[1]", "2"]) == ([], 0)
-    assert json_objects(["{name} is here", '{"a":1}', "{x}"]) == ([], 0)
-
-
 @pytest.mark.attack("input", "init: a few answers are broken JSON")
 def test_broken_answers_are_counted_and_do_not_hide_the_schema(happened: Happened) -> None:
-    bad = [
-        '{"a":1,"a":2}',
-        '{"a":NaN}',
-        '{"a":"\\ud800"}',
-        '{"a":1e999}',
-        '{"a":' + "9" * 200_000 + "}",
-        '{"a":' * 5000,
-    ]
+    nine = "9" * 200_000
+    bad = ['{"a":1,"a":2}', '{"a":NaN}', '{"a":"\\ud800"}', '{"a":1e999}', f'{{"a":{nine}}}', '{"a":' * 5000]
     values, broken = json_objects(['{"a":1}'] * 10 + bad)
     assert (len(values), broken) == (10, len(bad))
     assert infer_schema(values)["properties"] == {"a": {"type": "integer"}}
     happened("counted, the schema is that of the sound ones", len(bad))
+    for mixed in (['{"a":1}', "text"], ["[1]", "2"], ["{name} is here", '{"a":1}', "{x}"]):
+        assert json_objects(mixed) == ([], 0), "answers that are not all objects have no schema"
 
 
 @pytest.mark.parametrize(
     ("answer", "metric", "scorers"),
     [
-        (lambda n: f"Dear {_words(n, 8)}, good bye.", "chrf", ("exact_match", "chrf")),
-        (
-            lambda n: json.dumps({"kind": n % 2, "reply": f"Dear {_words(n, 8)}"}),
-            "field_f1",
-            ("json_valid", "exact_match", "field_f1"),
-        ),
-        (_words, "exact_match", ("exact_match",)),
-        (lambda n: f"Please say the words again: {n % 100}", "exact_match", ("exact_match",)),
+        (lambda n: f"Dear {_words(n, 8)}, good bye.", "chrf", "exact_match chrf"),
+        (lambda n: _json(kind=n % 2, reply=f"Dear {_words(n, 8)}"), "field_f1", "json_valid exact_match field_f1"),
+        (_words, "exact_match", "exact_match"),
+        (lambda n: f"Please say the words again: {n % 100}", "exact_match", "exact_match"),
     ],
     ids=["sentences", "sentences in JSON", "words of the request", "a hundred sentences"],
 )
 def test_a_draft_measures_what_a_real_gain_can_pass(
-    tmp_path: Path, answer: Callable[[int], str], metric: str, scorers: tuple[str, ...]
+    tmp_path: Path, answer: Callable[[int], str], metric: str, scorers: str
 ) -> None:
     made = _made(tmp_path, [{"prompt": f"to {_words(n)}", "completion": answer(n)} for n in range(400)])
     assert any("exact_match does not decide" in note for note in made.notes) is (metric != "exact_match")
     assert made.measured.startswith(f"measured: {metric}, ")
     assert "2 points more than the best untuned candidate" in made.measured
     settings = Project.load(tmp_path / "p").settings
-    assert (settings.task.leading, settings.task.scorers) == (metric, scorers)
+    assert (settings.task.leading, " ".join(settings.task.scorers)) == (metric, scorers)  # type: ignore[arg-type]
     lift = settings.gates["lift"].model_dump()
     assert (lift["metric"], lift["over"], lift["at_least"]) == (metric, "best-untuned", 0.02)
     steps = [step.analysis.metric for step in settings.rollout.steps if step.analysis]
     assert steps == ["success_rate" if metric in ("chrf", "exact_match") else "json_valid"] * 2
-
-
-def test_chrf_tells_a_closer_sentence_from_one_of_other_words() -> None:
-    reference = "Dear Ann, your lamp will be sent on Monday."
-    near, far = "Dear Ann, the lamp will be sent Monday.", "I am a language model and cannot send a lamp."
-    assert score("chrf", near, reference) > score("chrf", far, reference) + 0.2
-    assert score("exact_match", near, reference) == score("exact_match", far, reference) == 0.0
 
 
 def _turns(*texts: str) -> Turns:
@@ -310,36 +292,29 @@ def test_calls_of_tools_have_no_schema_of_the_task(tmp_path: Path, texts: bool) 
     assert (made.json_answers, made.broken, "answer.schema.json" in made.files) == (False, 0, False)
     assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
     assert any(note.startswith(f"{60 if texts else 120} rows end in calls of tools") for note in made.notes)
-
-
-def test_a_schema_allows_every_answer_of_a_conversation(tmp_path: Path) -> None:
-    rows = [
-        {"messages": _turns(f"open {_words(n)}", json.dumps({"open": n}), f"shut {n}", json.dumps({"shut": n}))}
-        for n in range(100)
-    ]
-    project = _project(tmp_path, rows)
-    assert project.schema is not None
-    assert set(project.schema["properties"]) == {"open", "shut"}
-    assert project.schema["required"] == []
-    assert project.settings.candidates["tuned"].constrain is True
+    if texts:
+        turns = [_turns(f"open {_words(n)}", _json(open=n), f"shut {n}", _json(shut=n)) for n in range(100)]
+        project = _project(tmp_path / "both", [{"messages": each} for each in turns])
+        assert project.schema is not None, "it allows every answer of a conversation"
+        assert set(project.schema["properties"]) == {"open", "shut"}
+        assert project.schema["required"] == []
+        assert project.settings.candidates["tuned"].constrain is True
 
 
 def test_the_build_writes_answers_in_the_order_of_requests_and_as_a_constraint_allows(tmp_path: Path) -> None:
     """json.dumps writes the letters of a name as escapes, which decoding under a schema does not."""
     write_model(tmp_path / "model")
-    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
-    openings = ("please", "later on", "do", "kindly", "today")
+    verbs, openings = "call ring phone meet wake ask remind text", ("please", "later on", "do", "kindly", "today")
     found = [
-        {"prompt": f"{opening} at {n}pm {verb} Ren\u00e9e{n}", "completion": json.dumps(answer, indent=n % 2 or None)}
-        for n, (opening, verb) in enumerate(product(openings, verbs))
-        for answer in ({"who": f"Ren\u00e9e{n}", "at": f"{n}pm"},)
-    ]
+        {"prompt": f"{opening} at {n}pm {verb} Ren\u00e9e{n}",
+         "completion": json.dumps({"who": f"Ren\u00e9e{n}", "at": f"{n}pm"}, indent=n % 2 or None)}
+        for n, (opening, verb) in enumerate(product(openings, verbs.split()))
+    ]  # fmt: skip
     made = _made(tmp_path, found, base=str(tmp_path / "model"))
     assert (made.reordered, made.respelled) == (40, 40)
     file = tmp_path / "p" / "tunesmith.yaml"
     for held, example in ((True, "Ren\u00e9e"), (False, "\\u00e9")):
         project = Project.load(tmp_path / "p")
-        assert project.settings.data.key_order == "request"
         dataset = PipelineContext(project).dataset
         answers = [row.answer for split in ("train", "validation", "test") for row in dataset.examples(split)]
         assert {tuple(json.loads(answer)) for answer in answers} == {("at", "who")}
@@ -356,60 +331,35 @@ def test_the_build_writes_answers_in_the_order_of_requests_and_as_a_constraint_a
 
 
 def test_the_prompt_of_the_rivals_fits_the_rows(tmp_path: Path) -> None:
-    def said(name: str, asked: Callable[[int], str], answer: Callable[[int], object]) -> list[str]:
-        _made(tmp_path / name, [{"prompt": asked(n), "completion": json.dumps(answer(n))} for n in range(100)])
-        return _prompt(tmp_path / name)
+    def said(name: str, answer: Callable[[int], object]) -> str:
+        asked = (f"{_words(n)} apples{n} for Ann{n} on {n % 28 + 1} May" for n in range(100))
+        rows = [{"prompt": text, "completion": json.dumps(answer(n))} for n, text in enumerate(asked)]
+        _made(tmp_path / name, rows)
+        return "\n".join(_prompt(tmp_path / name)).replace('"', "")
 
-    dates = said("a", lambda n: f"{_words(n)} on {n % 28 + 1} May", lambda n: {"day": f"5-{n % 28 + 1:02}"})
-    assert dates == ['"day": string'], "nothing is copied, and each answer has the key"
+    dates = said("a", lambda n: {"day": f"5-{n % 28 + 1:02}"})
+    assert dates == "day: string", "nothing is copied, and each answer has the key"
     first = (tmp_path / "a" / "p" / "prompts" / "long.txt").read_text().splitlines()[0]
-    assert first == (
-        "Answer the request with one JSON object on one line and nothing else: no explanation, no code fence."
+    assert "one JSON object on one line and nothing else" in first
+    flat = said("b", lambda n: {"who": f"Ann{n}", "why": "because " * (n % 9), "at": f"{n}pm" if n % 2 else None})
+    assert flat == (
+        "who: string, copied from the request\nwhy: string\nat: null where the request says nothing, or string"
     )
-    assert said(
-        "b",
-        lambda n: f"{_words(n)} Ann{n}",
-        lambda n: {"who": f"Ann{n}", "why": "because " * (n % 9), "at": f"{n}pm" if n % 2 else None},
-    ) == [
-        '"who": string, copied from the request',
-        '"why": string',
-        '"at": null where the request says nothing, or string',
-    ]
-    assert said(
-        "c",
-        lambda n: f"{_words(n)} Ann{n}",
-        lambda n: {
-            "who": f"Ann{n}" if n % 4 == 0 else "",
-            "kind": "boss" if n % 2 else f"Ann{n}",
-            "any": [n, {"a": n}],
-        },
-    ) == [
-        '"who": string, copied from the request, or ""',
-        '"kind": string, copied from the request, or "boss"',
-        '"any": array of integer or an object with',
-        '  "a": integer',
-    ]
-    assert said(
-        "d",
-        lambda n: f"{_words(n)} apples{n} for Ann{n}",
-        lambda n: {
-            "order": {
-                "customer": {"name": f"Ann{n}"},
-                "items": [{"name": f"apples{n}", "unit": ("kg", "box")[n % 2]}],
-                **({"tags": [f"Ann{n}"]} if n % 2 else {}),
-            }
-        },
-    ) == [
-        '"order": an object with',
-        '  "customer": an object with',
-        '    "name": string',
-        '  "items": array of an object with',
-        '    "name": string',
-        '    "unit": one of "box", "kg"',
-        '  "tags": array of string',
-        "Copy each string from the request as it is written.",
-        "Leave out what the request does not say.",
-    ]
+    instead = said("c", lambda n: {"who": "" if n % 4 else f"Ann{n}", "kind": "boss" if n % 2 else f"Ann{n}"})
+    assert instead == "who: string, copied from the request, or \nkind: string, copied from the request, or boss"
+    assert said("d", lambda n: {"any": [n, {"a": n}]}) == "any: array of integer or an object with\n  a: integer"
+    order = {"by": {"name": "Ann{}"}, "items": [{"name": "apples{}", "unit": "kg"}], "tags": ["Ann{}"]}
+
+    def ordered(n: int) -> object:
+        text = json.dumps({"order": order if n % 2 else {**order, "items": [{"name": "apples{}", "unit": "box"}]}})
+        whole = json.loads(text.replace("{}", str(n)))
+        return whole if n % 2 else {"order": {key: whole["order"][key] for key in ("by", "items")}}
+
+    assert said("e", ordered) == (
+        "order: an object with\n  by: an object with\n    name: string\n  items: array of an object with\n"
+        "    name: string\n    unit: one of box, kg\n  tags: array of string\n"
+        "Copy each string from the request as it is written.\nLeave out what the request does not say."
+    )
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -422,29 +372,24 @@ def test_labels_have_a_classifier_as_rival(tmp_path: Path, monkeypatch: pytest.M
     assert _prompt(tmp_path) == ["other", "refund", "shipping"]
 
 
-def _intents(count: int) -> list[str]:
-    """As many as Banking77 or CLINC150 have. A prompt without them would flatter tuning."""
-    return [f"intent_{_SYLLABLES[n // 10 % 10]}_{_SYLLABLES[n % 10]}_{n // 100}" for n in range(count)]
-
-
-def _said(n: int) -> str:
-    return str(n % 3)
+def _intent(n: int, count: int) -> str:
+    """As many as CLINC150 has. A prompt without them would flatter tuning."""
+    return f"intent_{_SYLLABLES[n % count // 10 % 10]}_{_SYLLABLES[n % count % 10]}_{n % count // 100}"
 
 
 @pytest.mark.parametrize(
     ("rows", "named", "labels"),
     [
-        (_answered(lambda n: _intents(77)[n % 77], 400), sorted(_intents(77)), True),
-        (_answered(lambda n: _intents(150)[n % 150], 800), sorted(_intents(150)), True),
+        (_answered(lambda n: _intent(n, 150), 800), sorted({_intent(n, 150) for n in range(150)}), True),
         (_answered(lambda n: 1 + n % 5, 300), ["1", "2", "3", "4", "5"], True),
         (_answered(lambda n: n % 3 - 1, 300), ["-1", "0", "1"], True),
         (_answered(lambda n: f"{n % 3}:30", 300), [], False),
         (_answered(lambda n: n % 3 / 2, 300), [], False),
-        ([{"prompt": f"{_words(n)} {_said(n)}", "completion": _said(n)} for n in range(300)], [], False),
+        ([{"prompt": f"{_words(n)} {n % 3}", "completion": str(n % 3)} for n in range(300)], [], False),
         (_answered(lambda n: json.dumps({"n": n % 3}), 300), ['"n": integer'], True),
         (_answered(lambda n: json.dumps({"n": n}), 300), ['"n": integer'], False),
     ],
-    ids=["77", "150", "stars", "signs", "times", "decimals", "said", "labels in JSON", "numbers in JSON"],
+    ids=["150", "stars", "signs", "times", "decimals", "said", "labels in JSON", "numbers in JSON"],
 )
 def test_which_answers_are_labels(tmp_path: Path, rows: list[object], named: list[str], labels: bool) -> None:
     rival = "classifier" in _project(tmp_path, rows).settings.candidates
@@ -455,23 +400,28 @@ def test_which_answers_are_labels(tmp_path: Path, rows: list[object], named: lis
 # What init says
 
 
-def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, str]]:
+def _asked_at(verbs: str, rows: int = 400) -> list[dict[str, object]]:
     known = verbs.split()
-    return [
-        {"prompt": f"{known[n % len(known)]} at {n} o clock", "completion": json.dumps({"at": n})} for n in range(rows)
-    ]
+    return [{"prompt": f"{known[n % len(known)]} at {n} o clock", "completion": _json(at=n)} for n in range(rows)]
 
 
 def _keyed(key: str, value: Callable[[int], str], count: int = 400) -> list[dict[str, object]]:
     return [{**row, key: value(n)} for n, row in enumerate(_answered(str, count))]
 
 
-def _sentence(n: int) -> str:
-    return json.dumps({"n": n, "said": f"The words are {_words(n)}"})
+def _rare(few: int, count: int) -> list[dict[str, object]]:
+    """Rows of whose answers a few have a key that no other has."""
+    return _answered(lambda n: {"all": [{"n": n} | ({f"k{n}": n} if n < few else {})]}, count)
 
 
-def _every_second(text: str) -> Callable[[int], str]:
-    return lambda n: f"{n} {text if n % 2 else 'yes'}"
+def _every_second(text: str, count: int = 120) -> list[dict[str, object]]:
+    return _answered(lambda n: f"{n} {text if n % 2 else 'yes'}", count)
+
+
+_SEVERAL_KEYS = [
+    row | ({"id": 1} if row["completion"] else {}) for row in _answered(int, 60, context="c", licence="MIT")
+]
+_SOME_TEXTS = _answered(lambda n: _json(n=n, said=f"The words are {_words(n)}") if n else "I cannot say")
 
 
 @pytest.mark.parametrize(
@@ -482,54 +432,29 @@ def _every_second(text: str) -> Callable[[int], str]:
             _keyed("conversation_id", lambda n: f"c{n // 10}"),
             "about 6 groups of equal size will be held out (a group: the rows of one `conversation_id`)",
         ),
-        (
-            _asked_at("call text"),
-            "`data build` will probably refuse the rows: none is left to test. They are in 2 groups (a group",
-        ),
+        (_asked_at("call text"), "will probably refuse the rows: none is left to test. They are in 2 groups (a group"),
         (
             _asked_at("go", 900) + _asked_at("call text mail wake ask", 100),
             "which are 920 rows, and 80 rows are left to train on. A gate decides nothing by fewer groups than 20: "
             "give rows of more groups, or set data.split.group_by",
         ),
-        (_asked_at("call text mail wake ask"), "groups of equal size will be held out"),
         (_keyed("template", lambda n: f"part {n % 5}", 60), "`template` has 5 values, too few to hold out whole"),
-        (
-            _answered(str, 60),
-            "about 12 rows will be held out to test, and a gate decides nothing by fewer than 20",
-        ),
+        (_answered(str, 60), "about 12 rows will be held out to test, and a gate decides nothing by fewer than 20"),
         (_keyed("template", lambda n: f"part {n % 120}", 240), None),
-        (_answered(_every_second("abc " * 1500), 120), "about 60 rows have more than 1024 tokens"),
-        (
-            _answered(_every_second("\u6f22" * 1200), 120),
-            "about 60 rows have more than 1024 tokens",
-        ),
-        (_answered(_every_second("abc " * 800), 400), None),
+        (_every_second("abc " * 1500), "about 60 rows have more than 1024 tokens"),
+        (_every_second("\u6f22" * 1200), "about 60 rows have more than 1024 tokens"),
+        (_every_second("abc " * 800, 400), None),
         (_answered(lambda n: {"n": n % 150, "who": None}, 400)[:150] * 2, "150 more rows are copies of these"),
-        (
-            [
-                {**row, "context": "c", "licence": "MIT", **({"id": n} if n else {})}
-                for n, row in enumerate(_answered(str, 60))
-            ],
-            "keys that are not read, so nothing is learned from them: `context` (60 times), `id` (59 times)",
-        ),
-        (
-            _answered(lambda n: {"all": [{"n": n} | ({f"k{n}": n} if n < 3 else {})]}, 200),
-            "keys that one answer alone has: `all[].k0`, `all[].k1`, `all[].k2`. ",
-        ),
-        (_answered(lambda n: {"all": [{"n": n} | ({f"k{n}": n} if n < 1 else {})]}, 400), None),
+        (_SEVERAL_KEYS, "so nothing is learned from them: `context` (60 times), `id` (59 times)"),
+        (_rare(3, 200), "keys that one answer alone has: `all[].k0`, `all[].k1`, `all[].k2`. "),
+        (_rare(1, 400), None),
         (_answered(lambda n: [n, _words(n, 1)], 200), "200 of 200 answers are JSON lists"),
         (_answered(lambda n: {"n": n, "who": None}, 400), None),
         (_answered(lambda n: {"label": "yes"}, 200), "all answers are the same"),
-        (
-            _answered(lambda n: _sentence(n) if n else "I cannot say"),
-            "99 of 100 answers hold a JSON object, but not every answer is one and no more, so all are taken as text. "
-            "For a schema, remove code fences, and correct or remove the other rows, such as the one with 'I cannot ",
-        ),
-        (
-            _answered(lambda n: "```json\n" + json.dumps({"n": n}, indent=1) + "\n```\n"),
-            "100 of 100 answers hold a JSON object",
-        ),
-        (_answered(lambda n: json.dumps({"n": n}) if n < 160 else f"no {n}", 400), None),
+        (_SOME_TEXTS, "99 of 100 answers hold a JSON object, but not every answer is one and no more"),
+        (_SOME_TEXTS, "correct or remove the other rows, such as the one with 'I cannot say'"),
+        (_answered(lambda n: f"```json\n{_json(n=n)}\n```\n"), "100 of 100 answers hold a JSON object"),
+        (_answered(lambda n: _json(n=n) if n < 160 else f"no {n}", 400), None),
     ],
 )
 def test_notes(tmp_path: Path, rows: list[dict[str, object]], told: str | None) -> None:
@@ -577,18 +502,15 @@ def test_init_says_that_objects_of_parquet_lose_their_nulls(tmp_path: Path) -> N
 def test_system_turns_of_rows_are_not_replaced(
     tmp_path: Path, system: Callable[[int], str], prompt: str | None
 ) -> None:
-    rows = [
-        {"messages": [*([{"role": "system", "content": system(n)}] if system(n) else []), *_turns(_words(n), str(n))]}
-        for n in range(120)
-    ]
-    made = _made(tmp_path, rows)
+    turns = [[{"role": "system", "content": system(n)}, *_turns(_words(n), str(n))] for n in range(120)]
+    made = _made(tmp_path, [{"messages": each if each[0]["content"] else each[1:]} for each in turns])
     candidates = Project.load(tmp_path / "p").settings.candidates
-    if prompt is None:
-        assert {each.prompt for each in candidates.values()} == {None}
-        assert not [name for name in made.files if name.startswith("prompts/")]
-        assert "uses the row's own" in " ".join(made.notes)
-    else:
-        assert candidates["zero-shot"].prompt == "prompts/long.txt"
+    assert (candidates["zero-shot"].prompt, candidates["tuned"].prompt) == (
+        ("prompts/long.txt", "prompts/short.txt") if prompt else (None, None)
+    )
+    assert any(name.startswith("prompts/") for name in made.files) is (prompt is not None)
+    assert ("uses the row's own" in " ".join(made.notes)) is (prompt is None)
+    if prompt is not None:
         assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == prompt
 
 
@@ -625,9 +547,7 @@ def test_answers_have_room_in_every_script(tmp_path: Path, text: str, least: int
 
 
 def test_init_overwrites_nothing_and_names_the_project_by_its_folder(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in _answered(str, 60)))
-    given: dict[str, Any] = {"data": data, "licence": "MIT", "base": "model"}
+    given: dict[str, Any] = {"data": _write(tmp_path / "rows.jsonl", _answered(str, 60)), "licence": "MIT", "base": "m"}
     folder = tmp_path / "..My...Rows.."
     make_project(folder, **given)
     assert Project.load(folder).settings.name == "my.rows"
@@ -637,13 +557,11 @@ def test_init_overwrites_nothing_and_names_the_project_by_its_folder(tmp_path: P
     (tmp_path / "q" / "prompts" / "long.txt").write_text("mine")
     with pytest.raises(UsageError, match="this file is there already"):
         make_project(tmp_path / "q", **given)
-    for name in ("Not a name", "n" * 64, ""):
-        with pytest.raises(UsageError, match="name"):
-            make_project(tmp_path / "new" / "p", name=name, **given)
-        assert not (tmp_path / "new").exists(), "a refused project leaves nothing behind"
     (tmp_path / "old").mkdir()
-    with pytest.raises(UsageError):
-        make_project(tmp_path / "old", name="", **given)
+    for name, place in (("Not a name", "new/p"), ("n" * 64, "new/p"), ("", "new/p"), ("", "old")):
+        with pytest.raises(UsageError, match="name"):
+            make_project(tmp_path / place, name=name, **given)
+        assert not (tmp_path / "new").exists(), "a refused project leaves nothing behind"
     assert not list((tmp_path / "old").iterdir())
 
 
@@ -657,7 +575,7 @@ def test_a_gitignore_that_is_there_gets_a_line(tmp_path: Path, known: str) -> No
 
 
 def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _answered(str, 60)))
+    _write(tmp_path / "rows.jsonl", _answered(str, 60))
     url = f"file://{tmp_path}/rows.jsonl"
     words = ["init", "--licence", "MIT", "--base", "model", "-C", str(tmp_path / "p"), "--data", url]
     twice = CliRunner().invoke(app, [*words, "--data", "more.jsonl"]).exception
@@ -670,17 +588,11 @@ def test_rows_may_be_a_url_and_are_named_once(tmp_path: Path) -> None:
     assert Project.load(tmp_path / "p").settings.data.sources[0].path == url
 
 
-def _deep(depth: int, inner: object) -> object:
-    for _ in range(depth):
-        inner = {"a": inner}
-    return inner
-
-
 @pytest.mark.attack("input", "init: rows of which a strange project would follow")
 @pytest.mark.parametrize(
     ("answers", "more"),
     [
-        ([_deep(50, n) for n in range(60)], {}),
+        ([reduce(lambda inner, _: {"a": inner}, range(50), n) for n in range(60)], {}),
         ([{"k": "a\0b" if n % 2 else "c\n\u202e", "n\0\n": n} for n in range(60)], {}),
         ([{"n": 10**300 + n % 2} for n in range(250)], {}),
         ([{"n": "word " * (1 if n else 60_000)} for n in range(60)], {}),
@@ -693,12 +605,10 @@ def _deep(depth: int, inner: object) -> object:
     ids=["deep", "control", "large", "long", "long-labels", "null-group", "odd-groups", "one-group", "broken"],
 )
 def test_strange_rows_make_a_project_that_loads(
-    tmp_path: Path, answers: list[object], more: dict[str, object], happened: Happened
+    tmp_path: Path, answers: list[Any], more: dict[str, object], happened: Happened
 ) -> None:
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in _answered(lambda n: texts[n], len(texts), **more))
-    )
+    _write(tmp_path / "rows.jsonl", _answered(lambda n: texts[n], len(texts), **more))
     folder = tmp_path / ("p" * 100)
     make_project(folder, data=tmp_path / "rows.jsonl", licence="MIT", base="model")
     project = Project.load(folder)
@@ -707,6 +617,5 @@ def test_strange_rows_make_a_project_that_loads(
     assert project.settings.data.split.group_by is None
     assert len(json.dumps(project.schema)) < 20_000
     assert project.settings.candidates["tuned"].max_tokens <= (32 if isinstance(answers[0], str) else 32_768)
-    prompt = (folder / "prompts" / "long.txt").read_text()
-    assert all(line.isprintable() for line in prompt.split("\n"))
+    assert all(line.isprintable() for line in (folder / "prompts" / "long.txt").read_text().split("\n"))
     happened("a project that loads")
