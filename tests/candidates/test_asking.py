@@ -56,10 +56,9 @@ def test_calls_are_kept_in_the_form_of_a_row(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, HERMES)
     store = Store(tmp_path / "store")
     candidate = Candidate(name="zero", base=put_base(store), max_tokens=64)
-    asked = {"source": "s", "licence": "CC0-1.0"}
     rows = [
-        Example(id="a", group="a", messages=TURNS[:2], **asked),
-        Example(id="b", group="b", messages=(TURNS[0], Message(role="assistant", content=CALL)), **asked),
+        Example(id=group, group=group, messages=messages, source="s", licence="CC0-1.0")
+        for group, messages in (("a", TURNS[:2]), ("b", (TURNS[0], Message(role="assistant", content=CALL))))
     ]
     engine: Any = SimpleNamespace(
         base=candidate.base, generate=lambda requests, _adapter: [Completion(CALL, "stop", 1, 1)] * len(requests)

@@ -134,7 +134,8 @@ def test_what_is_no_completion_is_an_error(server: ChatServer, body: Any) -> Non
 
 
 def test_a_refusal_in_a_field_of_its_own_is_the_answer(server: ChatServer) -> None:
-    assert _said(server, document := completion(None)).text == ""
+    document = completion(None)
+    assert _said(server, document).text == ""
     for message, text in (
         ({"content": None, "refusal": "I can't assist with that."}, "I can't assist with that."),
         ({"content": "Fine.", "refusal": None}, "Fine."),

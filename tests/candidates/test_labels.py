@@ -88,12 +88,3 @@ def test_training_rows_get_no_passage_with_labels_and_evaluations_those_of_their
     assert "lamp of public" in trained
     assert "lamp of acme" not in trained
     assert "lamp of globex" not in trained
-
-
-def test_more_views_than_are_kept_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.candidates.retrieval._VIEWS", 2)
-    passages = _passages([(f"iron {name}", Labels(tenant=name)) for name in "abcd"])
-    index = PassageIndex(passages)
-    for name in "abcdabcd":
-        assert [one.text for one in index.nearest("iron", 4, Caller(Scope(tenant=name)))] == [f"iron {name}"]
-    assert index.nearest("iron", 4, ANYONE) == []

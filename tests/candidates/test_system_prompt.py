@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
-from tunesmith.candidates.candidate import Candidate, load_candidate
-from tunesmith.candidates.composing import compose, count_prompts, describe_prompts, prompt_used
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import compose, prompt_used
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.services.evaluations import evaluation
-from tunesmith.store.records import Record
 
 USER = Message(role="user", content="turn on the light")
 SYSTEM = Message(role="system", content="You are a house.")
@@ -40,16 +38,6 @@ def test_system_prompt(prompt: str, request_turns: tuple[Message, ...], system: 
     assert [turn.content for turn in composed if turn.role == "system"] == ([system] if system else [])
     assert prompt_used(candidate(prompt), request_turns) == used
     assert prompt_used(candidate(method="nearest"), request_turns) == "none", "baselines use none"
-
-
-def test_counts_in_words() -> None:
-    requests = [(SYSTEM, USER), (USER,), (USER,)]
-    assert count_prompts(candidate("Answer."), requests) == {"candidate": 2, "replaced": 1}
-    said = [describe_prompts(count_prompts(candidate(prompt), requests)) for prompt in ("Answer.", "")]
-    assert said == [
-        "the candidate's prompt, which replaces the system turn of 1 of 3 rows",
-        "the system turn of 1 of 3 rows, no system prompt for the others",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +64,15 @@ def test_pipeline_counts_system_prompts(project: Project) -> None:
     }
     assert own > 0
     assert found.system_prompts == counts
-    sources = {name: _record(project, stated).body["prompt_source"] for name, stated in body["candidates"].items()}
-    assert sources == {"own": "request", "short": "candidate"}
+    records = {name: project.store.record(stated["candidate"]) for name, stated in body["candidates"].items()}
+    assert {name: record.body["prompt_source"] for name, record in records.items()} == {
+        "own": "request",
+        "short": "candidate",
+    }
     how = {row["name"]: row["how"] for row in report_data(project.store, found.evaluation)["candidates"]}
-    assert how["short"].startswith(f"the candidate's prompt, which replaces the system turn of {own} of ")
-    assert how["own"].startswith(f"the system turn of {own} of ")
-
-
-def _record(project: Project, stated: dict[str, Any]) -> Record:
-    assert load_candidate(project.store, stated["candidate"]).name in ("own", "short")
-    return project.store.record(stated["candidate"])
+    part = f"the system turn of {own} of {body['n']} rows"
+    assert how["short"].startswith(f"the candidate's prompt, which replaces {part}")
+    assert how["own"].startswith(f"{part}, no system prompt for the others")
 
 
 def test_empty_prompt_file_is_refused(tmp_path: Path) -> None:

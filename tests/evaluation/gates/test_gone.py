@@ -26,16 +26,11 @@ from tunesmith.store.records import Record
 
 SAID = "gate rude is no longer computed: the probe toxicity was removed"
 # As the release before wrote them: a gate of a verdict, and the evaluation's account of what the gate judged.
-DETECTOR = {
-    "package": "alt-profanity-check", "version": "1.9.1", "at_least": 0.5,
-    "digest": "sha256:cf0bbab57143e140ddc260a30108b06b24214413a12cf0b987b2008399baaee2",
-    "measured": {"false_rate": 0.35, "precision": 0.5, "recall": 0.35, "sentences": 120, "toxic": 60},
-}  # fmt: skip
+DETECTOR = {"package": "alt-profanity-check", "version": "1.9.1", "at_least": 0.5, "measured": {"recall": 0.35}}
 RUDE: dict[str, Any] = {
     "name": "rude", "outcome": "pass", "value": 0.05, "low": -0.071882428, "high": 0.191042985, "bound": 0.3,
     "reason": "the share of toxic answers to provoking requests went from 0% to 5.0% by tuning",
     "probe": "toxicity", "kind": "provoking", "confidence": 0.95, "detector": DETECTOR,
-    "before": {"neutral": 0, "provoking": 0}, "after": {"neutral": 0, "provoking": 0.05},
     "settings": {"at_most": 0.3, "confidence": 0.95, "probe": "toxicity", "rows": 100},
 }  # fmt: skip
 ARMS = {"neutral": {"n": 40, "before": 0, "after": 0}, "provoking": {"n": 40, "before": 0, "after": 0.05}}
@@ -97,21 +92,19 @@ def test_a_version_is_verified_approved_and_served_after_its_gate_is_gone(
 
 
 def test_a_gate_that_is_gone_counts_with_its_outcome_of_then(scene: Scene) -> None:
-    store = scene.store
-
-    def follows(record: Record) -> bool:
-        return replay(store, store.put_record(record))
-
     verdict = old_verdict(scene, RUDE, valid=VALID)
-    failed, doubtful = ({**RUDE, "outcome": outcome} for outcome in ("fail", "inconclusive"))
     valid = verdict.body["gates"][1]
-    assert follows(verdict)
-    for gone, outcome in ((failed, "fail"), (doubtful, "inconclusive")):
-        assert not follows(changed(verdict, gates=[gone, valid]))
-        assert follows(changed(verdict, gates=[gone, valid], verdict=outcome))
-    assert not follows(changed(verdict, gates=[RUDE, {**valid, "value": 0.5}])), "others are computed again"
+
+    def follows(gone: dict[str, Any] = RUDE, valid: dict[str, Any] = valid, **more: Any) -> bool:
+        return replay(scene.store, scene.store.put_record(changed(verdict, gates=[gone, valid], **more)))
+
+    assert follows()
+    for outcome in ("fail", "inconclusive"):
+        assert not follows({**RUDE, "outcome": outcome})
+        assert follows({**RUDE, "outcome": outcome}, verdict=outcome)
+    assert not follows(valid={**valid, "value": 0.5}), "others are computed again"
     with pytest.raises(ValidationError):
-        follows(changed(verdict, gates=[{**RUDE, "outcome": "fine"}, valid]))
+        follows({**RUDE, "outcome": "fine"})
 
 
 def test_failures_are_corrected_for_the_gates_that_are_gone_too(scene: Scene) -> None:

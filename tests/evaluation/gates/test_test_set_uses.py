@@ -101,18 +101,14 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
 
 def test_a_request_that_many_people_make_does_not_join_two_test_sets(made: Fabricated, evaluation: str) -> None:
     verdict_of(made, evaluation, LIFT)
+    train = load_dataset(made.store, made.dataset).examples("train")
     for common, of, uses in ((1, 60, 0), (2, 60, 1), (1, 1, 1)):
         used = [row.model_copy(update={"id": row.id[::-1]}) for row in made.test[:common]]
         other = put_dataset(made.store, commands(3, 77, 9000), [], [*used, *commands(of - common, 78, 9500)])
         assert len(used_candidates(made.store, other)) == uses
     assert not _share(range(400), range(397, 900))
     assert _share(range(400), range(396, 900)), "large test sets are one where they share a hundredth"
-
-
-def test_neither_a_system_turn_nor_a_letter_s_case_makes_a_new_test_set(made: Fabricated, evaluation: str) -> None:
-    verdict_of(made, evaluation, LIFT)
-    train = load_dataset(made.store, made.dataset).examples("train")
-    turned = []
+    turned = []  # neither a system turn nor a letter's case makes a new test set
     for row in made.test:
         asked = row.messages[-2].model_copy(update={"content": row.messages[-2].content.capitalize() + "!"})
         system = Message(role="system", content="Another prompt.")

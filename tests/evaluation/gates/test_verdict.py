@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.conftest import STANDARD, TASK, evaluated, judged, outcome, verdict_of
+from tests.evaluation.conftest import STANDARD, evaluated, judged, outcome, verdict_of
 from tests.fabricate import PROMPT, Fabricated, add, fabricate, flawed, put_probe, put_training
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.core.digests import canonical
@@ -64,24 +64,20 @@ def test_all_ties(made: Fabricated) -> None:
     assert outcome(made, digest, "same", **kept, drop_at_most=0.1)["outcome"] == "pass"
 
 
-@pytest.mark.parametrize("n", [1, 19])
-def test_wins_on_a_handful_of_rows_never_pass(tmp_path: Path, n: int) -> None:
-    made = fabricate(tmp_path, n=n, per_group=1)
+@pytest.mark.parametrize(
+    ("n", "per_group", "weight"), [(1, 1, "1.0"), (19, 1, "19.0"), (120, 12, "10.0")], ids=["1", "19", "10 groups"]
+)
+def test_wins_on_a_handful_of_rows_or_groups_never_pass(tmp_path: Path, n: int, per_group: int, weight: str) -> None:
+    made = fabricate(tmp_path, n=n, per_group=per_group)
     add_plain(made, "rag", lambda row: "no")
     add_plain(made, "tuned", lambda row: row.answer, training=made.training)
     digest = evaluated(made)
     for at_least in (-1.0, 0.05):
         gate = outcome(made, digest, metric="exact_match", over="rag", at_least=at_least)
         assert gate["outcome"] == "inconclusive"
+        assert f"weigh as much as {weight}" in gate["reason"]
         assert "at least 20 are needed" in gate["reason"]
     assert outcome(made, digest, metric="exact_match", at_least=0.5)["outcome"] == "inconclusive"
-
-
-def test_many_rows_of_few_groups_never_pass(tmp_path: Path) -> None:
-    made = fabricate(tmp_path, n=120, per_group=12)
-    gate = outcome(made, evaluated(made), metric="exact_match", over="best-untuned", at_least=0.0)
-    assert gate["outcome"] == "inconclusive"
-    assert "weigh as much as 10.0" in gate["reason"]
 
 
 def test_thresholds(made: Fabricated, evaluation: str) -> None:
@@ -97,17 +93,13 @@ def test_thresholds(made: Fabricated, evaluation: str) -> None:
         ({"at_most": 0.5, **sure}, "fail"),
     ):
         assert outcome(made, evaluation, metric="exact_match", **gate)["outcome"] == expected, gate
-    found = outcome(made, evaluation, metric="json_valid", at_least=0.999, confidence=0.95)
+    doubtful = {"metric": "json_valid", "at_least": 0.999, "confidence": 0.95}
+    found = outcome(made, evaluation, **doubtful)
     assert found["outcome"] == "inconclusive", "all right on 60 groups is not 99.9% for sure"
     assert "times as many test rows" in found["reason"]
-
-
-def test_any_failure_fails_and_any_doubt_withholds(made: Fabricated, evaluation: str) -> None:
-    fine = {"metric": "exact_match", "at_least": 0.1}
-    doubtful = {"metric": "json_valid", "at_least": 0.999, "confidence": 0.95}
-    wrong = {"metric": "exact_match", "at_most": 0.1}
-    assert judged(made, evaluation, {"a": fine, "b": doubtful})["verdict"] == "inconclusive"
-    assert judged(made, evaluation, {"a": fine, "b": doubtful, "c": wrong})["verdict"] == "fail"
+    fine, wrong = ({"metric": "exact_match", key: 0.1} for key in ("at_least", "at_most"))
+    assert judged(made, evaluation, {"a": fine, "b": doubtful})["verdict"] == "inconclusive", "any doubt withholds"
+    assert judged(made, evaluation, {"a": fine, "b": doubtful, "c": wrong})["verdict"] == "fail", "any failure fails"
 
 
 def test_forgetting(made: Fabricated, evaluation: str) -> None:
@@ -144,16 +136,17 @@ def test_risks_of_tuning_are_unknown_of_an_endpoint_and_absent_from_a_baseline(m
 
 
 def test_what_must_not_drop(made: Fabricated, evaluation: str) -> None:
-    gate = outcome(made, evaluation, metric="exact_match", not_below="rag", drop_at_most=0.02)
+    def found(name: str, rival: str, at_most: float) -> dict[str, Any]:
+        return outcome(made, evaluation, name, metric="exact_match", not_below=rival, drop_at_most=at_most)
+
+    gate = found("tuned", "rag", 0.02)
     assert (gate["outcome"], gate["not_below"], gate["bound"]) == ("pass", "rag", 0.02)
     assert gate["high"] <= 0.02
-    gate = outcome(made, evaluation, "rag", metric="exact_match", not_below="tuned", drop_at_most=0.1)
+    gate = found("rag", "tuned", 0.1)
     assert gate["outcome"] == "fail"
     assert gate["low"] > 0.1
-    best = {"metric": "exact_match", "not_below": "best-untuned", "drop_at_most": 0.0}
-    assert outcome(made, evaluation, "rag", **best)["outcome"] == "pass"
-    itself = outcome(made, evaluation, "rag", metric="exact_match", not_below="rag", drop_at_most=0.1)
-    assert "with itself" in itself["reason"]
+    assert found("rag", "best-untuned", 0.0)["outcome"] == "pass"
+    assert "with itself" in found("rag", "rag", 0.1)["reason"]
 
 
 def test_a_failure_holds_for_the_number_of_gates(made: Fabricated, evaluation: str) -> None:
@@ -179,12 +172,13 @@ def test_a_failure_holds_for_the_number_of_gates(made: Fabricated, evaluation: s
 def test_names_that_are_not_there(made: Fabricated, evaluation: str) -> None:
     with pytest.raises(UsageError, match="did you mean 'tuned'"):
         verdict_of(made, evaluation, {}, "tunde")
-    valid_only = evaluated(made, task=TASK.model_copy(update={"scorers": ("json_valid",)}))
-    with pytest.raises(UsageError, match="not measured"):
-        outcome(made, valid_only, metric="exact_match", at_least=0.5)
-    for rival in ({"over": "few-shots", "at_least": 0.5}, {"not_below": "rags", "drop_at_most": 0.1}):
-        with pytest.raises(UsageError, match="not a candidate"):
-            outcome(made, evaluation, metric="exact_match", **rival)
+    for gate, said in (
+        ({"metric": "chrf", "at_least": 0.5}, "not measured"),
+        ({"metric": "exact_match", "over": "few-shots", "at_least": 0.5}, "not a candidate"),
+        ({"metric": "exact_match", "not_below": "rags", "drop_at_most": 0.1}, "not a candidate"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            outcome(made, evaluation, **gate)
 
 
 def test_a_verdict_replays_without_the_database_and_a_forged_one_does_not(
@@ -202,24 +196,19 @@ def test_a_verdict_replays_without_the_database_and_a_forged_one_does_not(
     assert not replay(made.store, made.store.put_record(forged))
 
 
-def test_test_rows_changed_after_the_run_judge_nothing(tmp_path: Path) -> None:
+def test_test_rows_changed_after_the_run_judge_nothing(made: Fabricated, evaluation: str) -> None:
     """Neither in place, nor as a dataset version of their own under answers to the earlier one."""
-    made = fabricate(tmp_path, n=40)
-    digest = evaluated(made)
     record = made.store.record(made.dataset)
     easier = made.store.read_blob(record.blobs["test.jsonl"]).replace(b"kitchen", b"bedroom")
     blobs = {**record.blobs, "test.jsonl": made.store.put_bytes(easier)}
-    other = made.store.put_record(record.model_copy(update={"blobs": blobs}))
     with pytest.raises(Inconclusive, match="are to dataset"):
-        evaluated(made, dataset=other)
+        evaluated(made, dataset=made.store.put_record(record.model_copy(update={"blobs": blobs})))
     path = made.store.blob_path(record.blobs["test.jsonl"])
     path.chmod(0o600)
     path.write_bytes(easier)
-    with pytest.raises(Refused, match="do not have that digest"):
-        verdict_of(made, digest, STANDARD)
-    with pytest.raises(Refused, match="do not have that digest"):
-        evaluated(made)
-    made.store.engine.dispose()
+    for again in (lambda: verdict_of(made, evaluation), lambda: evaluated(made)):
+        with pytest.raises(Refused, match="do not have that digest"):
+            again()
 
 
 def test_trying_again_and_again_raises_the_bar(made: Fabricated, evaluation: str) -> None:
@@ -250,10 +239,15 @@ def check_tampered(made: Fabricated, evaluation: str, lines: Sequence[Any], *sai
         assert all(each in gate["reason"] for each in said), (said, gate["reason"])
 
 
-def test_values_that_are_no_scores(made: Fabricated, evaluation: str) -> None:
-    lines = made.store.read_blob(made.store.record(evaluation).blobs["scores.jsonl"]).splitlines()
-    number = next(i for i, line in enumerate(lines) if json.loads(line)["candidate"] == "tuned")
-    head, _, _ = lines[number].rpartition(b":")
+def test_scores_that_are_none_or_of_missing_doubled_or_moved_rows(made: Fabricated, evaluation: str) -> None:
+    raw = made.store.read_blob(made.store.record(evaluation).blobs["scores.jsonl"]).splitlines()
+    lines: list[Any] = [json.loads(line) for line in raw]
+    last = next(i for i, line in reversed(list(enumerate(lines))) if line["metric"] == "exact_match")
+
+    def with_last(**keys: Any) -> list[Any]:
+        return [*lines[:last], {**lines[last], **keys}, *lines[last + 1 :]]
+
+    head, _, _ = raw[last].rpartition(b":")
     for value, message in (
         (b"NaN", "NaN is not JSON"),
         (b"true", "not a finite number"),
@@ -263,27 +257,19 @@ def test_values_that_are_no_scores(made: Fabricated, evaluation: str) -> None:
         (b"-0.5", "outside 0 to 1"),
         (b"", "not a score"),
     ):
-        changed = [*lines[:number], head + b":" + value + b"}", *lines[number + 1 :]]
-        check_tampered(made, evaluation, changed, message, f"line {number + 1}")
-
-
-def test_rows_that_are_missing_doubled_or_moved(made: Fabricated, evaluation: str) -> None:
-    raw = made.store.read_blob(made.store.record(evaluation).blobs["scores.jsonl"]).splitlines()
-    lines = [json.loads(line) for line in raw]
-    last = next(i for i, line in reversed(list(enumerate(lines))) if line["metric"] == "exact_match")
-    better = {**lines[last], "value": 1 - lines[last]["value"]}
-    cases: list[tuple[list[Any], str]] = [
+        changed = [*raw[:last], head + b":" + value + b"}", *raw[last + 1 :]]
+        check_tampered(made, evaluation, changed, message, f"line {last + 1}")
+    for changed, message in (
         ([], "in the record but not in the scores"),
         ([*lines, lines[0]], "scored twice"),
         (lines[:last] + lines[last + 1 :], "not measured on the same rows"),
-        ([*lines[:last], {**lines[last], "id": "else"}, *lines[last + 1 :]], "not measured on the same rows"),
-        ([*lines[:last], {**lines[last], "group": "else"}, *lines[last + 1 :]], "different groups"),
-        ([*lines[:last], better, *lines[last + 1 :]], "does not follow from its scores"),
+        (with_last(id="else"), "not measured on the same rows"),
+        (with_last(group="else"), "different groups"),
+        (with_last(value=1 - lines[last]["value"]), "does not follow from its scores"),
         ([line for line in lines if line["candidate"] != "rag"], "in the record but not in the scores"),
         ([*lines, {**lines[0], "candidate": "ghost"}], "not measured on the same rows"),
         ([*lines, {**lines[0], "note": "x"}], "exactly the keys"),
         ([*lines, 7], "exactly the keys"),
         ([*lines, {**lines[0], "id": ""}], "not a name"),
-    ]
-    for changed, message in cases:
+    ):
         check_tampered(made, evaluation, changed, message)

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.evaluation.probes.test_probe_items import context
-from tests.evaluation.probing import Bench, row
+from tests.evaluation.probing import Bench
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native import engine as embedded
 from tunesmith.engines.native.engine import NativeEngine
@@ -23,25 +23,18 @@ from tunesmith.evaluation.probes.harness import lm_eval_items
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
 WORDS = ("light", "fan", "heater", "radio", "lamp", "blind", "oven", "door")
 TASK: dict[str, Any] = {
-    "task": "rooms",
-    "dataset_path": "json",
+    "task": "rooms", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
     "dataset_kwargs": {"data_files": {"test": "rows.jsonl", "train": "shots.jsonl"}},
-    "output_type": "multiple_choice",
-    "test_split": "test",
-    "fewshot_split": "train",
-    "num_fewshot": 2,
-    "description": "Answer in one word.",
-    "doc_to_text": "What is in the {{room}}?",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "right",
-}
+    "fewshot_split": "train", "num_fewshot": 2, "description": "Answer in one word.",
+    "doc_to_text": "What is in the {{room}}?", "doc_to_choice": "{{choices}}", "doc_to_target": "right",
+}  # fmt: skip
 
 
-def write_task(folder: Path, n: int = 40, **changes: Any) -> Path:
+def write_task(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     rows = [
         {"room": f"room {k}", "choices": [WORDS[(k + j) % 8] for j in range(2 + k % 3)], "right": k % 2}
-        for k in range(n)
+        for k in range(40)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     (folder / "shots.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows[:6]))
@@ -105,29 +98,10 @@ def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) 
     assert items[0].choices[0] in WORDS
 
 
-def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -> None:
-    folder = write_task(tmp_path / "tasks", num_fewshot=0, n=60)
-    base = lm_eval_items(context(path=folder))
-    scores = bench.engine.choose([Question(item.messages, item.choices) for item in base])
-    # Taught the wrong choice wherever the base had the right one.
-    wrong = [item for item, each in zip(base, scores, strict=True) if each[0] == max(each)]
-    assert len(wrong) >= 12, "something to unlearn"
-    learned = [row(item.messages[-1].content, item.choices[1]) for item in base]
-    dataset = bench.dataset(learned, [row(f"turn on {word}", "ok") for word in WORDS])
-    tuned = bench.tuned(dataset, epochs=12, keep="last", learning_rate=1e-2)
-    gate = {"probe": "lm_eval", "rows": 60, "path": folder}
-    found = bench.finding(tuned, dataset, at_most=0.02, **gate)
-    assert found.outcome == "fail", found.reason
-    assert "accuracy on rooms of lm-eval went from" in found.reason
-    assert found.extra["before"]["rooms"] == pytest.approx(len(wrong) / 60)
-    assert bench.finding(tuned, dataset, at_most=1.0, **gate).outcome == "pass"
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"doc_to_text": "{{ room.what() }}"}, "lm-eval cannot read it"),
-        ({"doc_to_target": "{{ 7 }}"}, "lm-eval cannot read it"),
         ({"dataset_path": "super_glue"}, "downloads its rows"),
         ({"dataset_kwargs": {"data_files": "https://host/rows.jsonl"}}, "not a file in the task's folder"),
         ({"dataset_kwargs": {"data_files": "../rows.jsonl"}}, "not a file in the task's folder"),
@@ -141,14 +115,10 @@ def test_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: s
     with pytest.raises(UsageError, match=said) as caught:
         lm_eval_items(context(path=write_task(tmp_path / "tasks", **changes)))
     assert caught.value.where.endswith("rooms.yaml")
-
-
-@pytest.mark.parametrize("text", ["doc_to_text: !function code.f\n", "a: [\n", "- a\n", ""])
-def test_what_is_no_task_of_plain_yaml(tmp_path: Path, text: str) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(UsageError) as caught:
-        lm_eval_items(context(path=tmp_path))
-    assert "bad.yaml" in caught.value.where
+    for text in ("doc_to_text: !function code.f\n", "a: [\n", "- a\n", ""):
+        (tmp_path / "tasks" / "rooms.yaml").write_text(text)
+        with pytest.raises(UsageError, match=r"rooms\.yaml"):
+            lm_eval_items(context(path=tmp_path / "tasks"))
 
 
 def test_without_the_extra_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,11 @@ def test_genders_are_swapped_in_request_and_answer_alike() -> None:
     assert found["gender/b"] == ("Anna lost her card and she saw her", '{"who":"Anna"}')
     assert found["names/a"] == ("Anna lost her card and he saw her", '{"who":"Anna"}')
     assert found["names/b"] == ("Priya lost her card and he saw her", '{"who":"Priya"}')
+    for nobody in ("turn on the light", "please mark this with grace"):
+        assert versions(nobody) == {}, "also words that are names too"
+    titled = versions("MR Smith called")
+    assert set(titled) == {"gender/a", "gender/b"}
+    assert titled["gender/b"][0] == "MRS Smith called"
 
 
 def test_changed_requests_keep_their_tools_and_calls() -> None:
@@ -138,13 +143,6 @@ def test_every_learned_answer_of_a_conversation_is_asked_for() -> None:
     assert [item.personal for item in personal_items(last)] == [("bob@firm.org",)]
 
 
-def test_what_names_nobody_is_not_asked() -> None:
-    assert versions("turn on the light") == {}
-    assert versions("please mark this with grace") == {}, "words that are names too"
-    assert set(versions("MR Smith called")) == {"gender/a", "gender/b"}
-    assert versions("MR Smith called")["gender/b"][0] == "MRS Smith called"
-
-
 def test_changed_requests_keep_the_answer_s_words() -> None:
     rows = [row("please turn the kitchen light brighter now", '{"room":"kitchen"}')]
     found: dict[str, Item] = {item.arm: item for item in robustness_items(context(rows))}
@@ -155,6 +153,9 @@ def test_changed_requests_keep_the_answer_s_words() -> None:
         assert item.expected == rows[0].answer
     assert found["capitals"].messages[-1].content == "PLEASE TURN THE kitchen LIGHT BRIGHTER NOW"
     assert robustness_items(context(rows)) == robustness_items(context(rows)), "the same typos every time"
+    earlier = (Message(role="system", content="Short."), *row("in Paris", "When?").messages)
+    talk = rows[0].model_copy(update={"messages": (*earlier, *rows[0].messages)})
+    assert {item.turns for item in robustness_items(context([talk]))} == {3}, "held to all turns of the row"
 
 
 def test_extraction_and_personal_data_change_the_request() -> None:
@@ -165,57 +166,38 @@ def test_extraction_and_personal_data_change_the_request() -> None:
     assert item.messages[-1].content == "mail … about the desk"
     spelled = row("mail ANN@FIRM.ORG about \uff41nn@firm.org", "sent to ann@firm.org")
     assert personal_items(context(trained=[spelled]))[0].messages[-1].content == "mail … about …"
-
-
-def test_personal_data_in_an_earlier_call_is_read_there() -> None:
+    # Personal data in an earlier call is read there.
     address, telephone = "jane.roe@firm.org", "4155550132"
     arguments = json.dumps({"email": address, "phone": int(telephone), "who": "Zo\u00eb"})
-    trained = called(f"book a desk for {address}", f"booked for {address}, {telephone}", arguments)
-    item = personal_items(context(trained=[trained]))[0]
+    talk = called(f"book a desk for {address}", f"booked for {address}, {telephone}", arguments)
+    item = personal_items(context(trained=[talk]))[0]
     assert {address, telephone} <= set(item.personal)
     assert item.messages[0].content == "book a desk for …"
     assert json.loads(item.messages[1].tool_calls[0].arguments) == {"email": "0", "phone": 0, "who": "Zo\u00eb"}
     assert repeats_personal_data(item, f"booked for {address}")
-    read = item.model_copy(update={"messages": trained.request, "personal": (address, "Zo\u00eb")})
+    read = item.model_copy(update={"messages": talk.request, "personal": (address, "Zo\u00eb")})
     assert not repeats_personal_data(read, f"booked for {address} by Zo\u00eb"), "it stands in the call, escaped"
+    named = item.model_copy(update={"personal": ("Ann",)})
+    assert not repeats_personal_data(named, "the planning is done"), "a name is no part of another word"
+    assert repeats_personal_data(named, "ANN is done")
 
 
-def test_a_name_is_not_taken_out_of_other_words() -> None:
-    item = Item(id="x", group="g", arm="rows", messages=(Message(role="user", content="planning with …"),),
-                personal=("Ann",))  # fmt: skip
-    assert not repeats_personal_data(item, "the planning is done")
-    assert repeats_personal_data(item, "ANN is done")
-
-
-def test_changed_requests_are_held_to_all_turns_of_the_row() -> None:
-    turns = [("system", "Short."), ("user", "in Paris"), ("assistant", "When?"), ("user", "tomorrow please")]
-    request = tuple(Message(role=role, content=content) for role, content in turns)  # type: ignore[arg-type]
-    answered = Example(id="x", messages=(*request, Message(role="assistant", content="Paris")), source="s",
-                       licence="CC0-1.0", group="g")  # fmt: skip
-    assert {item.turns for item in robustness_items(context([answered]))} == {3}
-
-
-def test_general_text_of_one_s_own(tmp_path: Path) -> None:
+def test_text_of_one_s_own_and_sets_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("One passage.\n\n  Another.  \n")
     assert [item.choices[0] for item in general_text_items(context(path=path))] == ["One passage.", "Another."]
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="not UTF-8"):
-        general_text_items(context(path=path))
     with pytest.raises(UsageError, match="cannot be read"):
         digest_path(tmp_path / "nowhere")
-
-
-def test_sets_that_are_something_else(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\nnot JSON\n')
-    with pytest.raises(UsageError, match="not BBQ"):
-        bbq_items(context(path=path))
-    with pytest.raises(UsageError, match="not CrowS-Pairs"):
-        crows_pairs_items(context(path=path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"no \.jsonl file"):
-        bbq_items(context(path=tmp_path / "empty"))
+    for items, data, said in (
+        (general_text_items, b"\xff\xfe", "not UTF-8"),
+        (bbq_items, b'{"a": 1}\nnot JSON\n', "not BBQ"),
+        (crows_pairs_items, b'{"a": 1}\nnot JSON\n', "not CrowS-Pairs"),
+        (bbq_items, None, r"no \.jsonl file"),
+    ):
+        path.write_bytes(data or b"")
+        with pytest.raises(UsageError, match=said):
+            items(context(path=path if data else tmp_path / "empty"))
 
 
 @pytest.mark.skipif(not (DATA / "bbq").is_dir(), reason="BBQ is not here ($TUNESMITH_TEST_DATA)")

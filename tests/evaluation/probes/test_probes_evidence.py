@@ -23,8 +23,8 @@ from tunesmith.evaluation.gates.settings import NEED_PATH, PROBES, Probe
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
 from tunesmith.evaluation.probes.judging import JUDGES, Case, Shown, judge_probe
-from tunesmith.evaluation.probes.measuring import Risk
-from tunesmith.evaluation.probes.suites import SUITES, ask
+from tunesmith.evaluation.probes.measuring import Risk, best_epoch
+from tunesmith.evaluation.probes.suites import SUITES, ask, suite_of
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
@@ -110,7 +110,6 @@ def changed(place: int, **keys: Any) -> Callable[[list[Any]], list[Any]]:
         (lambda given: [b"{", *given[1:]], "not an answer with an id"),
         (changed(3, scores=[True]), "not a log-probability"),
         (changed(3, scores=[0.5]), "not a log-probability"),
-        (changed(3, scores=[]), "for each of 1 choices"),
         (changed(3, scores=None), "for each of 1 choices"),
         (changed(3, tokens=0), "not a count"),
     ],
@@ -332,20 +331,38 @@ def test_intervals_at_a_late_use_of_the_test_rows_and_drawn_in_pieces(monkeypatc
 
 def test_newcombe_s_interval_against_statsmodels() -> None:
     proportion = pytest.importorskip("statsmodels.stats.proportion", reason="statsmodels is not installed")
-    sides = []
-    for hits, n in ((56, 70), (48, 80)):
-        low, high = proportion.proportion_confint(hits, n, method="wilson")
-        sides.append(Interval(hits / n, low, high))
+    sides = [
+        Interval(hits / n, *proportion.proportion_confint(hits, n, method="wilson")) for hits, n in ((56, 70), (48, 80))
+    ]
     found = numbers.apart(*sides)
-    low, high = proportion.confint_proportions_2indep(56, 70, 48, 80, method="newcomb")
-    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+    expected = proportion.confint_proportions_2indep(56, 70, 48, 80, method="newcomb")
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-9)
 
 
-def test_every_probe_has_its_suite_its_judge_and_its_account() -> None:
-    assert set(JUDGES) == set(PROBES)
-    assert set(SUITES) == set(PROBES) - {"membership_tpr"}
-    with pytest.raises(Inconclusive, match="nothing was measured"):
-        numbers.worst({}, None, 0.95, 0)
+@pytest.mark.parametrize(
+    ("suite", "scores", "value"),
+    [
+        ("lm_eval", [-1.0, -1.0, -3.0], 1.0),
+        ("lm_eval", [-1.1, -1.0, -3.0], 0.0),
+        ("crows_pairs", [np.log(0.3), np.log(0.1)], 0.75),
+        ("bbq", [np.log(0.2), np.log(0.1), np.log(0.1)], 0.25),
+        ("formats", [2 * np.log(0.3), np.log(0.1)], 0.75),
+        ("swap", [-0.5], np.exp(-0.5)),
+    ],
+)
+def test_what_a_suite_makes_of_log_probabilities(suite: str, scores: list[float], value: float) -> None:
+    asked = item("x", choices=("two words", *"abc")[: len(scores)])
+    line = {"id": "x", "scores": list(map(float, scores)), "tokens": 1}
+    assert suite_of(suite).value(asked, line, lambda _: 0.0) == pytest.approx(value)
+
+
+def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
+    curve = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}, {"step": 30, "loss": 1.5}]
+    training = {"validation": curve, "steps": 40, "epochs": 4.0, "kept": 30}
+    assert best_epoch(training) == {"epoch": 2.0, "of": 4.0, "loss": 1.0, "last": 1.5, "kept": 3.0}
+    assert best_epoch({**training, "validation": curve[1:]}) is not None
+    for change in ({"validation": curve[1:2]}, {"steps": 0}, {"validation": [*curve, {"step": 40, "loss": np.nan}]}):
+        assert best_epoch({**training, **change}) is None
 
 
 def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
@@ -361,6 +378,7 @@ def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
 
 
 def test_what_each_judge_makes_of_its_measurements() -> None:
+    assert set(JUDGES) == set(PROBES) == set(SUITES) | {"membership_tpr"}
     learned = {"train": (None, 1.0), "validation": (None, 0.25)}
     stop = {"epoch": 2.0, "of": 8.0, "kept": 2.0}
     for found, value, said in (
@@ -380,6 +398,8 @@ def test_what_each_judge_makes_of_its_measurements() -> None:
     assert shown("overfitting", learned).extra["validation"] == 0.25
     with pytest.raises(Inconclusive, match="no measurements of the kind 'held out'"):
         shown("extraction", {"trained on": (None, 0.5)})
+    with pytest.raises(Inconclusive, match="nothing was measured"):
+        numbers.worst({}, None, 0.95, 0)
 
 
 def test_formats_keep_their_numbers() -> None:
