@@ -41,24 +41,18 @@ def _score(scorer: Any, text: str, reference: str = "", root: Path = Path(), **m
         ({"tolerance": 0.1}, [("0.3", "0.2")], []),
         ({"tolerance": 0.05, "relative": True}, [("104", "100")], [("106", "100")]),
         ({"tolerance": 1.0}, [], [("none", "3"), ("1e999", "3")]),
+        ({"tolerance": 0.0}, [("The total is 1,234.50 euros.", "1234.5"), ("-1e3", "-1000")], []),
+        ({"tolerance": 0.0}, [("It is \u22125 degrees", "-5"), ("10-20", "20"), ("x=-.5", "-0.5")], [("\u22125", "5")]),
+        ({"label": "a"}, [('{"a": 1}', '{"a": "1"}'), ('{"a": 1}', '{"a": 1.0}')], [("not json", '{"a": ""}')]),
         (
-            {"tolerance": 0.0},
-            [
-                *(("The total is 1,234.50 euros.", "1234.5"), ("-1e3", "-1000"), ("It is \u22125 degrees", "-5")),
-                *(("10-20", "20"), ("x=-.5", "-0.5")),
-            ],
-            [("It is \u22125 degrees", "5")],
+            {"label": "a"},
+            [('{"a": {"x": 1, "b": [2.0]}}', '{"a": {"b": [2], "x": 1.0}}')],
+            [("not json", '{"a": "x"}')],
         ),
         (
             {"label": "a"},
-            [
-                *(('{"a": ""}', '{"a": ""}'), ('{"a": 1}', '{"a": "1"}'), ('{"a": 1}', '{"a": 1.0}')),
-                ('{"a": {"x": 1, "b": [2.0]}}', '{"a": {"b": [2], "x": 1.0}}'),
-            ],
-            [
-                *(("not json", '{"a": ""}'), ("not json", '{"a": "x"}'), ('{"a": null}', '{"a": "None"}')),
-                ('{"a": true}', '{"a": "True"}'),
-            ],
+            [('{"a": ""}', '{"a": ""}')],
+            [('{"a": null}', '{"a": "None"}'), ('{"a": true}', '{"a": "True"}')],
         ),
         ({"label": ""}, [(" Card \n", "card")], []),
         ({"label": "a.b"}, [('{"a": {"b": "x"}, "c": 1}', '{"a": {"b": "x"}}')], []),
@@ -68,12 +62,9 @@ def test_by_hand(scorer: Any, right: list[tuple[str, str]], wrong: list[tuple[st
     for answer, reference in (*right, *wrong):
         found = _score({"name": "n", **scorer}, answer, reference)
         assert found == float((answer, reference) in right), (answer, reference)
-
-
-@pytest.mark.parametrize("scorer", [{"name": "n", "tolerance": 1}, {"name": "c", "label": "a"}])
-def test_an_unreadable_reference_is_an_error(scorer: Any) -> None:
-    with pytest.raises(UsageError, match="reference"):
-        _score(scorer, "1", "nothing here")
+    if not scorer.get("pattern") and scorer.get("label") != "":
+        with pytest.raises(UsageError, match="reference"):
+            _score({"name": "n", **scorer}, "1", "nothing here")
 
 
 def test_text_scores_are_those_of_the_libraries() -> None:
@@ -91,14 +82,14 @@ def test_text_scores_are_those_of_the_libraries() -> None:
 
 
 def test_what_was_looked_up() -> None:
-    request = (Message(role="user", content="Who made it?"),)
-    found = ("It was made by Ada  Lovelace in 1843.",)
-    assert _score("retrieval_hit", "", "ada lovelace", request=request, retrieved=found) == 1.0
-    assert _score("retrieval_hit", "", "Babbage", request=request, retrieved=found) == 0.0
-    assert _score("retrieval_hit", "", "Ada Lovelace", request=request) == 0.0
-    assert _score("groundedness", "Ada Lovelace made it", request=request, retrieved=found) == 1.0
-    assert _score("groundedness", "Charles Babbage made it", request=request, retrieved=found) == 0.5
-    assert _score("groundedness", "", request=request, retrieved=found) == 0.0
+    asked: dict[str, Any] = {"request": (Message(role="user", content="Who made it?"),)}
+    found = {**asked, "retrieved": ("It was made by Ada  Lovelace in 1843.",)}
+    assert _score("retrieval_hit", "", "ada lovelace", **found) == 1.0
+    assert _score("retrieval_hit", "", "Babbage", **found) == 0.0
+    assert _score("retrieval_hit", "", "Ada Lovelace", **asked) == 0.0
+    assert _score("groundedness", "Ada Lovelace made it", **found) == 1.0
+    assert _score("groundedness", "Charles Babbage made it", **found) == 0.5
+    assert _score("groundedness", "", **found) == 0.0
 
 
 def test_the_user_s_own_function(tmp_path: Path) -> None:
@@ -107,18 +98,17 @@ def test_the_user_s_own_function(tmp_path: Path) -> None:
         ("def other(): 1", "no function short"),
         ("1 / 0", "ZeroDivisionError"),
         ("def (", "SyntaxError"),
+        ("def short(*_): return 1 / 0", "raised ZeroDivisionError"),
     ):
         (tmp_path / "mine.py").write_text(code)
         with pytest.raises(UsageError, match=said):
             _score(mine, "x", root=tmp_path)
-    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return 1.0 / len(answer)\n")
+    digests = []
+    for value in ("len(request)", "1.0 / len(answer)"):
+        (tmp_path / "mine.py").write_text(f"def short(answer, reference, request):\n    return {value}\n")
+        digests.append(function_digests([DECLARED.validate_python(mine)], tmp_path))
+    assert digests[0] != digests[1]
     assert _score(mine, "abcd", root=tmp_path) == 0.25
-    before = function_digests([DECLARED.validate_python(mine)], tmp_path)
-    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return len(request)\n")
-    assert function_digests([DECLARED.validate_python(mine)], tmp_path) != before
-    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return 1 / 0\n")
-    with pytest.raises(UsageError, match="raised ZeroDivisionError"):
-        _score(mine, "x", root=tmp_path)
     (tmp_path / "p").mkdir()
     for function, said in (("../mine.py:short", "outside the project"), ("gone.py:short", "no file")):
         with pytest.raises(UsageError, match=said):
@@ -165,14 +155,17 @@ def server() -> Iterator[ChatServer]:
         yield running
 
 
+def _shorter(first: str, second: str) -> str:
+    return "TIE" if first == second else "A" if len(first) < len(second) else "B"
+
+
 def _verdict_by(prefer: Any) -> Any:
     """A judge that is given both answers: prefer(first, second) -> A, B or TIE."""
 
     def reply(body: dict[str, Any]) -> Any:
         text = body["messages"][-1]["content"]
-        first = text.split("<answer_A>\n")[1].split("\n</answer_A>")[0]
-        second = text.split("<answer_B>\n")[1].split("\n</answer_B>")[0]
-        return 200, {}, completion(f"Because.\n{prefer(first, second)}")
+        sides = [text.split(f"<answer_{side}>\n")[1].split(f"\n</answer_{side}>")[0] for side in "AB"]
+        return 200, {}, completion(f"Because.\n{prefer(*sides)}")
 
     return reply
 
@@ -185,9 +178,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Fabricated:
 def _judged(
     made: Fabricated, server: ChatServer, work: Path, progress: Progress = SILENT
 ) -> tuple[dict[str, float], dict[str, Any], str]:
-    task = TaskSettings.model_validate(
-        {"scorers": ["exact_match", {"name": "better", "judge": {"url": server.url, "model": "j", "retries": 0}}]}
-    )
+    judge = {"name": "better", "judge": {"url": server.url, "model": "j", "retries": 0}}
+    task = TaskSettings.model_validate({"scorers": ["exact_match", judge]})
     test = load_dataset(made.store, made.dataset).examples("test")
     digest = judge_answers(made.store, task.judges[0], made.answers["rag"], made.dataset, test, work, progress)
     return *read_judged(made.store, digest, "better", made.answers["rag"], test), digest
@@ -196,13 +188,12 @@ def _judged(
 def test_a_judge_that_looks_at_the_answers_agrees_with_itself(
     small: Fabricated, tmp_path: Path, server: ChatServer
 ) -> None:
-    server.reply = _verdict_by(lambda a, b: "TIE" if a == b else "A" if len(a) < len(b) else "B")
+    server.reply = _verdict_by(_shorter)
     scores, stated, digest = _judged(small, server, tmp_path)
     assert stated["agreement"] == 1.0
     assert set(scores.values()) <= {0.0, 0.5, 1.0}
-    assert len(server.asked) == 2 * 24
-    assert _judged(small, server, tmp_path)[2] == digest, "what was judged is not judged again"
-    assert len(server.asked) == 2 * 24
+    assert _judged(small, server, tmp_path)[2] == digest
+    assert len(server.asked) == 2 * 24, "what was judged is not judged again"
     test = load_dataset(small.store, small.dataset).examples("test")
     for metric, answers, rows, said in (
         ("better", "tuned", test, "judged other answers"),
@@ -234,13 +225,10 @@ def test_a_judge_that_prefers_a_place_says_nothing_or_is_cut_off_is_found_out(
 def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: ChatServer) -> None:
     made = fabricate(tmp_path / "store", n=40)
     (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return float(len(answer) < 60)\n")
-    server.reply = _verdict_by(lambda a, b: "TIE" if a == b else "A" if len(a) < len(b) else "B")
+    server.reply = _verdict_by(_shorter)
     scorers = [
-        "exact_match",
-        "retrieval_hit",
-        {"name": "brief", "function": "mine.py:short"},
-        {"name": "braces", "pattern": r"^\{.*\}$"},
-        {"name": "intent", "label": "intent"},
+        *("exact_match", "retrieval_hit", {"name": "brief", "function": "mine.py:short"}),
+        *({"name": "braces", "pattern": r"^\{.*\}$"}, {"name": "intent", "label": "intent"}),
         {"name": "better", "judge": {"url": server.url, "model": "j"}},
     ]
     task = TaskSettings.model_validate({"scorers": scorers})
@@ -256,10 +244,8 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
     assert set(record.body["judges"]["better"]) == set(made.answers)
     assert record.body["candidates"]["tuned"]["classes"]["intent"]["labels"] > 1
     assert read_scores(made.store, record)["tuned", "brief"].values.max() <= 1.0
-    gates = {"brief": {"metric": "brief", "at_least": 0.1}, "j": {"metric": "better", "at_most": 1}}
-    verdict = verdict_of(made, digest, gates)
+    verdict = verdict_of(made, digest, {"brief": {"metric": "brief", "at_least": 0.1}})
     (tmp_path / "mine.py").unlink()
-    server.reply = lambda _: (500, {}, {})
     assert replay(made.store, verdict), "offline, without the function and the judge"
     (tmp_path / "mine.py").write_text("def short(*_): return 1.0\n")
     with pytest.raises(Inconclusive, match="has no judgements of"):
@@ -267,29 +253,18 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
 
 
 def test_a_verdict_stands_alone_on_the_last_line() -> None:
+    slow = "verdict" + "-" * 100_000 + "x"  # with three repetitions side by side this would take hours
     replies = {
-        "A": (
-            "It is shorter.\n\n**A**",
-            "My verdict: A",
-            "Overall verdict: A",
-            "The final verdict is **A**.",
-            "$\\boxed{A}$",
-        ),
+        "A": ("It is shorter.\n\n**A**", "My verdict: A", "The final verdict is **A**.", "$\\boxed{A}$"),
         "B": ("**Verdict:** __B__", "Winner: B"),
         "TIE": ("Final verdict: tie.", "Verdict - tie"),
         None: (
             *("This is a better answer overall.", "The verdict is not A.", "The winner is B or A", "Verdict: not A"),
-            *("The answer is a better one", "A or B", "A\nThat is all.", ""),
+            *("The answer is a better one", "A or B", "A\nThat is all.", "", slow, slow[7:]),
         ),
     }
     for verdict, said in replies.items():
         assert {reply: last_word(reply, ("A", "B", "TIE")) for reply in said} == dict.fromkeys(said, verdict)
-
-
-def test_a_long_line_is_read_once() -> None:
-    """With three repetitions side by side this would take hours."""
-    assert last_word("verdict" + "-" * 100_000 + "x", ("A", "B", "TIE")) is None
-    assert last_word("-" * 100_000 + "x", ("A", "B", "TIE")) is None
 
 
 @pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None", "10**400"])

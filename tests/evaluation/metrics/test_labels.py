@@ -38,26 +38,17 @@ def labelled(rows: list[tuple[str, str, float]]) -> Labelled:
 @given(st.lists(st.tuples(WORD, WORD, st.floats(0, 1)), min_size=1, max_size=30))
 def test_figures_match_the_record_and_lie_in_intervals(rows: list[tuple[str, str, float]]) -> None:
     found = labelled(rows)
-    macro = macro_f1_interval(found, 0.9, 0)
+    macro, error, brier = (
+        figure(found, 0.9, 0) for figure in (macro_f1_interval, calibration_error_interval, brier_interval)
+    )
     shown = classes(found.given, found.wanted, found.groups, 0.9, 0)["macro_f1"]
     assert macro.mean == pytest.approx(shown["mean"], abs=1e-9)
     assert macro.low <= shown["low"] + 0.03, "the worst-case group is added"
     assert macro.high >= shown["high"] - 0.03
-    error, stated = (
-        calibration_error_interval(found, 0.9, 0),
-        calibration(found.confidences or (), found.right.tolist()),
-    )
-    assert error.mean == pytest.approx(stated["ece"], abs=1e-8)
-    brier = brier_interval(found, 0.9, 0)
-    assert brier.mean == pytest.approx(stated["brier"], abs=1e-8)
+    stated = calibration(found.confidences or (), found.right.tolist())
+    assert (error.mean, brier.mean) == pytest.approx((stated["ece"], stated["brier"]), abs=1e-8)
     for each in (macro, error, brier):
         assert 0.0 <= each.low <= each.mean <= each.high <= 1.0
-
-
-def test_five_rows_that_are_all_right_prove_little() -> None:
-    found = labelled([("a", "a", 1.0), ("b", "b", 1.0)] * 5)
-    assert macro_f1_interval(found, 0.95, 0).low < 0.7
-    assert calibration_error_interval(found, 0.95, 0).high > 0.3
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.997])
@@ -67,6 +58,9 @@ def test_the_calibration_error_of_sure_answers_is_the_share_of_wrong_ones(confid
     error = calibration_error_interval(found, confidence, 0)
     share = interval(1.0 - found.right, found.groups, ends=(0.0, 1.0), confidence=confidence, seed=0)
     assert (error.mean, error.low, error.high) == pytest.approx((share.mean, share.low, share.high), abs=1e-9)
+    few = labelled([("a", "a", 1.0), ("b", "b", 1.0)] * 5)
+    assert macro_f1_interval(few, 0.95, 0).low < 0.7, "five rows that are all right prove little"
+    assert calibration_error_interval(few, 0.95, 0).high > 0.3
 
 
 @pytest.mark.parametrize(("rows", "off", "least", "most"), [(200, 0.0, 0, 2), (200, 0.15, 6, 10)])
