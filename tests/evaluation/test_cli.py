@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,14 +65,19 @@ def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatc
     code, found = document("evaluate", "-C", str(project))
     assert (code, found["evaluation"], found["n"]) == (0, evaluation, 120)
     assert set(found["candidates"]["tuned"]["exact_match"]) == {"mean", "low", "high"}
+    monkeypatch.setenv("COLUMNS", "60")
     code, table = call("evaluate", "tuned", "rag", "-C", str(project))
     assert code == 0
     assert "120 held-out requests in 60 groups" in table
+    assert "\u2026" not in table, "no figure is cut off"
     assert asked == [None, ["tuned", "rag"]]
-    monkeypatch.setenv("COLUMNS", "60")
-    assert "\u2026" not in call("evaluate", "tuned", "rag", "-C", str(project))[1], "no figure is cut off"
     assert document("leaderboard", "-C", str(project)) == (0, {"boards": []})
     assert "no version is registered" in call("leaderboard", "-C", str(project))[1]
+    code, found = document("compare", "rag", "tuned", "-C", str(project))
+    assert (code, found["metrics"]["exact_match"]["difference"]["low"] > 0) == (0, True)
+    assert "tuned against rag, 120 requests" in call("compare", "rag", "tuned", "-C", str(project))[1]
+    with pytest.raises(UsageError, match="is not a version"):
+        call("compare", "rag", "toned", "-C", str(project))
 
 
 def test_gate(project: Path, made: Fabricated, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,15 +95,6 @@ def test_gate(project: Path, made: Fabricated, evaluation: str, monkeypatch: pyt
         assert f"verdict: {verdict}" in table
 
 
-def test_compare(project: Path) -> None:
-    code, found = document("compare", "rag", "tuned", "-C", str(project))
-    assert code == 0
-    assert found["metrics"]["exact_match"]["difference"]["low"] > 0
-    assert "tuned against rag, 120 requests" in call("compare", "rag", "tuned", "-C", str(project))[1]
-    with pytest.raises(UsageError, match="is not a version"):
-        call("compare", "rag", "toned", "-C", str(project))
-
-
 def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path) -> None:
     code, said = call("report", "-C", str(project))
     assert code == 0
@@ -111,21 +106,22 @@ def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path
     assert (code, data["advice"]["release"]) == (0, "tuned")
     assert "Release tuned." in (tmp_path / "page.html").read_text()
     document("report", "-C", str(project))
-    assert not (project / "report.html").exists(), "--json alone writes no file"
-    with pytest.raises(UsageError, match="no version"):
-        call("report", "home@v9", "-C", str(project))
-    (tmp_path / "tunesmith.yaml").write_text(PROJECT)
-    with pytest.raises(UsageError, match="nothing has been evaluated"):
-        call("report", "-C", str(tmp_path))
-
-
-def test_report_on_damaged_scores_is_inconclusive(project: Path, made: Fabricated, evaluation: str) -> None:
+    code, text = call("report", "--markdown", "-C", str(project))
+    assert (code, text[:8], "| candidate |" in text) == (0, "## tuned", True)
+    assert not (project / "report.html").exists(), "--json or --markdown alone writes no file"
+    call("report", "--markdown", "-o", str(project / "r.md"), "-C", str(project))
+    assert (project / "r.md").read_text() == text
+    for words, refused in ((["--markdown", "--json"], "both write to stdout"), (["home@v9"], "no version")):
+        with pytest.raises(UsageError, match=refused):
+            call("report", *words, "-C", str(project))
     record = made.store.record(evaluation)
     made.store.put_record(record.model_copy(update={"blobs": {"scores.jsonl": made.store.put_bytes(b"")}}))
     with pytest.raises(Inconclusive) as caught:
         call("report", "-C", str(project))
     assert caught.value.exit_code == 4
-    shutil.rmtree(made.store.root)
+    (tmp_path / "tunesmith.yaml").write_text(PROJECT)
+    with pytest.raises(UsageError, match="nothing has been evaluated"):
+        call("report", "-C", str(tmp_path))
 
 
 def test_commands_import_what_they_need() -> None:
@@ -138,15 +134,3 @@ def test_commands_import_what_they_need() -> None:
         code += f"; import tunesmith.{module}; print([m for m in {heavy.split()!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["[]", "[]"]
-
-
-def test_markdown_for_a_pull_request(project: Path, evaluation: str) -> None:
-    code, text = call("report", "--markdown", "-C", str(project))
-    assert code == 0
-    assert text.startswith("## tuned")
-    assert "| candidate |" in text
-    assert not (project / "report.html").exists()
-    call("report", "--markdown", "-o", str(project / "r.md"), "-C", str(project))
-    assert (project / "r.md").read_text() == text
-    with pytest.raises(UsageError, match="both write to stdout"):
-        call("report", "--markdown", "--json", "-C", str(project))

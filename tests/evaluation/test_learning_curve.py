@@ -49,14 +49,10 @@ def test_what_widens_the_interval() -> None:
     assert width(measured(means), test=30) > usual, "fewer test rows"
     assert width(measured(means, each=10)) > usual, "fewer groups"
     assert width(measured(means[-3:])) > 0.9 * usual
-
-
-def test_more_rows_give_no_lower_score() -> None:
-    found = extrapolate(measured([curve(n) for n in SIZES]), 1000, 400, 0.05)
+    found = extrapolate(measured(means), 1000, 400, 0.05)
     assert [point.rows for point in found.curve] == [*SIZES, 1000, 2000]
-    medians = [point.median for point in found.curve]
-    assert all(low <= high + 0.02 for low, high in pairwise(medians))
-    assert found == extrapolate(measured([curve(n) for n in SIZES]), 1000, 400, 0.05), "the same scores, the same draws"
+    assert all(one.median <= more.median + 0.02 for one, more in pairwise(found.curve)), "more rows, no lower score"
+    assert found == extrapolate(measured(means), 1000, 400, 0.05), "the same scores, the same draws"
 
 
 @pytest.mark.parametrize(
@@ -70,13 +66,6 @@ def test_decisions(untuned: float | None, goal: float, decision: str | None) -> 
     assert (found.said, found.from_rows) == (True, None)
 
 
-def test_scores_at_the_floor_say_nothing_yet() -> None:
-    """However far the goal is."""
-    for rows, larger in ((10_000, 800), (1000, 400), (410, None)):
-        found = extrapolate(measured([0.0, 0.0, 0.01, 0.01]), rows, 400, 0.5)
-        assert (found.said, found.decision, found.from_rows) == (False, "undecided", larger)
-
-
 def test_a_wide_interval_says_from_how_many_rows_the_score_could_be_said() -> None:
     steep = measured([0.02, 0.04, 0.1, 0.2])
     found = extrapolate(steep, 6400, 400, 0.05)
@@ -85,6 +74,9 @@ def test_a_wide_interval_says_from_how_many_rows_the_score_could_be_said() -> No
     assert found.decision == "train", "that it pays can be said"
     assert found.from_rows in (800, 1600, 3200)
     assert extrapolate(steep, 410, 400, 0.05).from_rows is None, "half of the rows are trained on"
+    for rows, larger in ((10_000, 800), (1000, 400), (410, None)):  # scores at the floor say nothing yet
+        found = extrapolate(measured([0.0, 0.0, 0.01, 0.01]), rows, 400, 0.5)
+        assert (found.said, found.decision, found.from_rows) == (False, "undecided", larger)
 
 
 def forecast(**changes: Any) -> Forecast:
@@ -100,7 +92,7 @@ def forecast(**changes: Any) -> Forecast:
 
 def test_what_is_said() -> None:
     found = forecast()
-    assert found.headline == "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points."
+    assert found.headline.startswith("Train tuned: it is likely to reach the goal, a lift of at least +5.0 points")
     assert found.reasons[0].startswith("With all 1,400 training rows, exact_match on the test rows will be about 50.0%")
     assert "a lift of +50.0 points (90% interval +40.0 to +60.0) over plain (10.0%)" in found.reasons[1]
     assert found.reasons[-1] == "Training on all rows takes about 90 s."
@@ -112,11 +104,8 @@ def test_what_is_said() -> None:
     priced = {"training": {"seconds": 90.0, "epochs": 3.0, "money": 0.09}, "currency": "EUR"}
     for requests, told in ((1200, "repay it from 1,200 requests on."), (None, "never repay the training.")):
         reasons = forecast(**priced, break_even={"requests": requests}).reasons
-        assert reasons[-2] == "Training on all rows takes about 90 s and 0.09 EUR."
+        assert "90 s and 0.09 EUR." in reasons[-2]
         assert reasons[-1] == f"Against plain, lower running costs {told}"
-
-
-def test_what_cannot_be_said_yet() -> None:
     unsaid = {"said": False, "from_rows": 700, "from_seconds": 240.0}
     floor = forecast(**unsaid)
     assert floor.headline.startswith("The score cannot be said yet. Train tuned")
@@ -124,8 +113,5 @@ def test_what_cannot_be_said_yet() -> None:
         "No subset scores more than 2.0%. It could be said from subsets of up to 700 rows"
     )
     assert "(--rows 700), which train for about 4 min" in floor.reasons[2]
-    subsets = [{"rows": 12, "epochs": 3.0, "mean": 0.03}]
-    wide = forecast(**{**unsaid, "from_rows": None}, subsets=subsets)
-    assert wide.reasons[2] == (
-        "Its interval is over 30 points wide, and larger subsets would not change that: train, or collect more rows."
-    )
+    wide = forecast(**unsaid | {"from_rows": None}, subsets=[{"rows": 12, "epochs": 3.0, "mean": 0.03}])
+    assert wide.reasons[2].startswith("Its interval is over 30 points wide, and larger subsets would not change that")

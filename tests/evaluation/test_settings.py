@@ -30,14 +30,9 @@ def test_a_gate_s_kind_follows_from_its_keys() -> None:
     ("gate", "message"),
     [
         ({"metric": "exact_match", "ovre": "best-untuned", "at_least": 0.05}, "ovre"),
-        ({"metric": "exact_match", "at_least": float("nan")}, "finite"),
-        ({"metric": "exact_match", "at_least": float("inf")}, "finite|less than"),
-        ({"metric": "exact_match", "at_least": 99}, "less than or equal to 1"),
-        ({"metric": "exact_match"}, "one of them"),
         ({"metric": "exact_match", "at_least": 0.1, "at_most": 0.2}, "one of them"),
         ({"metric": "exact_match", "over": "x"}, "at_least"),
         ({"metric": "exact_match", "over": "x", "at_least": 0.1, "confidence": 1.0}, "less than 1"),
-        ({"suite": "general", "drop_at_most": -0.1}, "greater than or equal to 0"),
         ({"suite": "generall", "drop_at_most": 0.1}, "general"),
         ({}, "metric"),
         ("lift", "valid dictionary|instance"),
@@ -70,15 +65,11 @@ def test_task() -> None:
     ("task", "message"),
     [
         ({"scorers": ["json_vald"]}, "did you mean 'json_valid'"),
-        ({"scorers": []}, "at least 1"),
         ({"scorers": ["json_valid", "json_valid"]}, "twice"),
         ({"scorers": ["json_valid"], "primary": "exact_match"}, "not among scorers"),
-        ({"scorer": ["json_valid"]}, "scorer"),
         ({"scorers": [{"name": "date", "pattern": "(?=a)b"}]}, "not a regular expression that is supported"),
         ({"scorers": [{"name": "date", "pattern": "("}]}, "not a regular expression"),
-        ({"scorers": [{"name": "date", "patern": "x"}]}, "patern"),
         ({"scorers": [{"name": "total", "tolerance": -1}]}, "greater than or equal to 0"),
-        ({"scorers": [{"name": "total", "tolerance": float("nan")}]}, "finite|greater"),
         ({"scorers": [{"name": "exact_match", "label": ""}]}, "built-in scorer"),
         ({"scorers": [{"name": "x", "label": "a", "calibrate": True}]}, "labels and nothing else"),
         ({"scorers": [{"name": "mine", "function": "mine.txt:f"}]}, "pattern"),
@@ -92,24 +83,26 @@ def test_tasks_that_are_refused(task: Any, message: str) -> None:
 
 
 def test_gates_are_held_against_what_is_measured() -> None:
-    gates = GATES.validate_python({"lift": {"metric": "exact_match", "over": "few-shot", "at_least": 0.0}})
-    check_gates(gates, ["exact_match"], ["few-shot", "tuned"])
-    mistyped = GATES.validate_python({"valid": {"metric": "exact_mach", "at_least": 0.5}})
-    with pytest.raises(UsageError, match="did you mean 'exact_match'"):
-        check_gates(mistyped, ["exact_match"], [])
-    with pytest.raises(UsageError, match="not measured") as caught:
-        check_gates(gates, ["json_valid"], ["few-shot"])
-    assert caught.value.where == "gates.lift.metric"
-    with pytest.raises(UsageError, match="did you mean 'few-shots'"):
-        check_gates(gates, ["exact_match"], ["few-shots"])
-
-
-def test_a_figure_of_labels_needs_a_scorer_that_classifies() -> None:
-    gates = GATES.validate_python({"even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8}})
-    check_gates(gates, ["exact_match", "intent"], [], ["exact_match"])
-    with pytest.raises(UsageError, match="scorers with labels: intent, room") as caught:
-        check_gates(gates, ["exact_match", "intent", "room"], [], ["intent", "room"])
-    assert caught.value.where == "gates.even.metric"
-    with pytest.raises(UsageError, match="no scorer has labels"):
-        check_gates(gates, ["exact_match"], [], [])
-    check_gates(gates, ["exact_match"], [])
+    gates = GATES.validate_python(
+        {
+            "even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8},
+            "lift": {"metric": "exact_match", "over": "few-shot", "at_least": 0.0},
+        }
+    )
+    check_gates(gates, ["exact_match", "intent"], ["few-shot"], ["exact_match"])
+    check_gates(gates, ["exact_match"], ["few-shot"])
+    for metrics, names, labels, said, where in (
+        (
+            ["exact_match", "intent", "room"],
+            ["few-shot"],
+            ["intent", "room"],
+            "scorers with labels: intent, room",
+            "even",
+        ),
+        (["exact_match"], ["few-shot"], [], "no scorer has labels", "even"),
+        (["json_valid"], ["few-shot"], None, "not measured", "even"),
+        (["exact_match"], ["few-shots"], None, "did you mean 'few-shots'", "lift"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            check_gates(gates, metrics, names, labels)
+        assert str(caught.value.where).startswith(f"gates.{where}")

@@ -17,9 +17,9 @@ from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.composing import compose
-from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.access import ANYONE
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.pipeline.context import PipelineContext
@@ -101,29 +101,18 @@ def test_all_are_measured_on_the_same_rows(project: Project) -> None:
     assert body["candidates"]["nearest"]["prompt_tokens"] == 0
     assert body["candidates"]["rival"]["prompt_tokens"] == 11 * body["n"]
     assert body["candidates"]["held"]["metrics"]["json_valid"]["mean"] == 1.0
-
-
-def test_a_baseline_answers_with_training_answers(project: Project) -> None:
-    dataset = load_dataset(project.store, _candidate(project, "nearest").dataset)
-    known = {example.answer for example in dataset.examples("train")}
+    held, tuned, docs = (_candidate(project, name) for name in ("held", "tuned", "docs"))
+    assert held.training == tuned.training, "borrowed weights are the other's"
+    assert held.tuned
+    known = {example.answer for example in load_dataset(project.store, tuned.dataset).examples("train")}
     assert {line["text"] for line in _answers(project, "nearest")[1]} <= known
-
-
-def test_what_was_looked_up_is_kept_with_the_answer(project: Project) -> None:
-    documents = Documents(project.store, _candidate(project, "docs").documents)
-    passages = {passage.id for passage in documents.passages}
+    passages = {passage.id for passage in Documents(project.store, docs.documents).passages}
     assert all(line["retrieved"][0] in passages for line in _answers(project, "docs")[1])
     assert all("retrieved" not in line for line in _answers(project, "plain")[1])
-
-
-def test_the_prompt_cites_the_passage(project: Project) -> None:
-    from tunesmith.core.messages import Message
-
-    candidate = _candidate(project, "docs")
-    answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
-    asked = answerer.composer.conversation([Message(role="user", content="what is in the garage?")], ANYONE)
-    assert "(rooms.md, Garage)\nThe garage has a radio." in asked[0].content
-    assert answerer.composer.retrieved([Message(role="user", content="garage")], ANYONE).sources == ("rooms.md",)
+    composer = pipeline.answerer(pipeline.PipelineContext(project), docs).composer
+    asked = [Message(role="user", content="what is in the garage?")]
+    assert "(rooms.md, Garage)\nThe garage has a radio." in composer.conversation(asked, ANYONE)[0].content
+    assert composer.retrieved(asked, ANYONE).sources == ("rooms.md",)
 
 
 def test_training_with_retrieval_hides_the_row_s_answer(project: Project) -> None:
@@ -167,11 +156,6 @@ def test_another_scorer_or_function_is_another_metric(tmp_path: Path) -> None:
     assert found(loose) != found(strict)
 
 
-def test_borrowed_weights_are_the_others(project: Project) -> None:
-    assert _candidate(project, "held").training == _candidate(project, "tuned").training
-    assert _candidate(project, "held").tuned
-
-
 def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project) -> None:
     candidate = _candidate(project, "searched")
     record = project.store.record(candidate.search, kind="search")
@@ -194,20 +178,12 @@ def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:
     for path in project.root.rglob("*"):
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path
-    body = _answers(project, "rival")[0]
-    assert body["served_by"] == ["m-2026"]
+    assert _answers(project, "rival")[0]["served_by"] == ["m-2026"]
     assert _candidate(project, "rival").endpoint.model == "big"
-
-
-def test_prices_and_time_limits_do_not_ask_an_endpoint_again(project: Project, server: ChatServer) -> None:
-    before = len(server.asked)
-    named = project.settings.candidates["rival"].endpoint
-    assert isinstance(named, EndpointSettings)
-    changed = named.model_copy(update={"timeout": 5.0, "key_env": None})
-    rival = project.settings.candidates["rival"].model_copy(update={"endpoint": changed})
-    settings = project.settings.model_copy(update={"candidates": {**project.settings.candidates, "rival": rival}})
-    evaluation.evaluate(Project(project.root, settings))
-    assert len(server.asked) == before
+    asked = len(server.asked)
+    text = (project.root / "tunesmith.yaml").read_text().replace("key_env: RIVAL_KEY", "timeout: 5.0")
+    evaluation.evaluate(Project(project.root, parse_settings(text, "x")))
+    assert len(server.asked) == asked, "neither a time limit nor another key asks an endpoint again"
 
 
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
@@ -217,6 +193,12 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
         parse_settings(text, "x")
+    for candidate, said in (
+        ({"prompt": "p", "weights": "b"}, "'b' is not trained here"),
+        ({"prompt": "p", "retrieve": {"from": "documents"}}, "needs `documents:`"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            parse_settings(yaml.safe_dump({**settings(), "candidates": {"a": candidate}, "gates": {}}), "x")
 
 
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
@@ -241,15 +223,13 @@ def test_the_leaderboard_compares_only_equal_test_rows(project: Project) -> None
         verdict = evaluation.gate(project, name=name).digest
         versions.register(project.store, verdict, name=project.settings.name, risk=None)
     (board,) = leaderboard(project.store, "tiny").document()["boards"]
-    rows = {row["candidate"]: row for row in board["versions"]}
-    assert board["metric"] == "exact_match"
-    assert board["dataset"] == _candidate(project, "nearest").dataset
-    assert rows["nearest"]["approach"] == "baseline"
+    assert (board["metric"], board["dataset"]) == ("exact_match", _candidate(project, "nearest").dataset)
+    assert {row["candidate"]: row["approach"] for row in board["versions"]}["nearest"] == "baseline"
+    first, *others = board["versions"]
+    assert first["behind"] is None
     means = [row["mean"] for row in board["versions"]]
     assert means == sorted(means, reverse=True)
-    assert board["versions"][0]["behind"] is None
-    for row in board["versions"][1:]:
-        assert row["behind"]["mean"] == pytest.approx(row["mean"] - means[0])
+    assert all(row["behind"]["mean"] == pytest.approx(row["mean"] - means[0]) for row in others)
 
 
 def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
@@ -263,33 +243,9 @@ def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
         leak.unlink()
 
 
-@pytest.mark.parametrize(
-    ("candidates", "said"),
-    [
-        ({"a": {"prompt": "p", "weights": "b"}}, "'b' is not trained here"),
-        ({"a": {"prompt": "p", "retrieve": {"from": "documents"}}}, "needs `documents:`"),
-    ],
-)
-def test_what_the_project_file_lacks(candidates: dict[str, Any], said: str) -> None:
-    text = yaml.safe_dump({**settings(), "candidates": candidates, "gates": {}})
-    with pytest.raises(UsageError, match=said):
-        parse_settings(text, "x")
-
-
-def test_an_endpoint_is_not_held_to_a_pattern(tmp_path: Path) -> None:
-    remote = {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}, "constrain": True, "max_tokens": 4}
-    task = {"pattern": "on|off", "scorers": ["exact_match"]}
-    folder = write_project(tmp_path / "p", candidates={"remote": remote}, task=task, gates={})
-    with pytest.raises(UsageError, match="JSON Schema only"):
-        evaluation.evaluate(Project.load(folder), names=["remote"])
-
-
 def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> None:
-    candidates = {
-        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
-        "classes": {"method": "classifier"},
-        "nearest": {"method": "nearest"},
-    }
+    plain, remote = {"prompt": "prompt.txt", "max_tokens": 4}, {"url": "http://127.0.0.1:9/v1", "model": "m"}
+    candidates = {"plain": plain, "classes": {"method": "classifier"}, "nearest": {"method": "nearest"}}
     task = {"scorers": [{"name": "label", "label": "", "calibrate": True}]}
     folder = write_project(tmp_path / "p", candidates=candidates, task=task, gates={})
     rows = [
@@ -306,32 +262,27 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
     assert body["plain"]["calibration"]["label"]["bins"], "the base is asked how likely each label is"
     assert "calibration" not in body["nearest"], "the nearest answer says nothing of how sure it is"
     assert body["classes"]["classes"]["label"]["macro_f1"]["mean"] == 1.0
+    held = {"remote": {"endpoint": remote, "constrain": True, "max_tokens": 4}}
+    task = {"pattern": "on|off", "scorers": ["exact_match"]}
+    with pytest.raises(UsageError, match="JSON Schema only"):
+        evaluation.evaluate(Project.load(write_project(folder, candidates=held, task=task, gates={})))
 
 
 def test_a_search_scores_what_was_looked_up(tmp_path: Path) -> None:
     searched = {"prompt": "prompt.txt", "max_tokens": 4, "retrieve": {"from": "train", "k": 2}}
     searched["search"] = {"shots": [0], "tries": 2, "rows": 8}
-    folder = write_project(
-        tmp_path / "p",
-        candidates={"searched": searched},
-        task={"schema": "schema.json", "scorers": ["retrieval_hit", "json_valid"], "primary": "retrieval_hit"},
-        gates={},
-    )
+    task = {"schema": "schema.json", "scorers": ["retrieval_hit", "json_valid"], "primary": "retrieval_hit"}
+    folder = write_project(tmp_path / "p", candidates={"searched": searched}, task=task, gates={})
     # Every answer belongs to two requests, so that for some rows a training row with the right answer is looked up.
-    again = [{**row, "messages": [_politely(row["messages"][0]), row["messages"][1]]} for row in scene_rows()]
-    renamed = [{**row, "template": f"please {row['template']}"} for row in again]
+    polite = json.loads(json.dumps(scene_rows()).replace("turn o", "please turn o"))
+    renamed = [{**row, "template": f"please {row['template']}"} for row in polite]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*scene_rows(), *renamed]))
     project = Project.load(folder)
     candidate = load_candidate(project.store, pipeline.candidate(pipeline.PipelineContext(project), "searched"))
     search = project.store.record(str(candidate.search), kind="search")
     lines = [json.loads(line) for line in project.store.read_blob(search.blobs["answers.jsonl"]).splitlines()]
     dataset = load_dataset(project.store, str(candidate.dataset))
-    wanted = {row.id: row.answer for row in dataset.examples("validation")}
-    known = {row.id: row.answer for row in dataset.examples("train")}
+    wanted, known = ({row.id: row.answer for row in dataset.examples(split)} for split in ("validation", "train"))
     hits = [float(wanted[line["id"]] in [known[name] for name in line["retrieved"]]) for line in lines]
     assert [line["score"] for line in lines] == hits
     assert set(hits) == {0.0, 1.0}, "rows of both kinds, else a scoring that sees nothing would pass"
-
-
-def _politely(turn: dict[str, str]) -> dict[str, str]:
-    return {**turn, "content": f"please {turn['content']}"}

@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from tests.commands import call
 from tests.tiny import write_model
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
-from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Question
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.weight_files import check_model_file
+from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
 from tunesmith.server.answering.routing import ReadyVersions
 from tunesmith.services.runs import training
 from tunesmith.store.people import identities
+from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -47,11 +46,6 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
     call(folder, "approve", "tiny@v1", "--as", "ann")
     return folder
-
-
-@pytest.fixture
-def copy(released: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(released, tmp_path / "p"))
 
 
 def _version_folder(project: Path) -> Path:
@@ -78,25 +72,20 @@ def test_the_version_holds_the_bases_tensors_and_verifies(released: Path) -> Non
 
 
 def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
-    engine = NativeEngine(_base(released))
-    engine.load_adapter("full", _version_folder(released))
+    engine, folder = NativeEngine(_base(released)), _version_folder(released)
+    engine.load_adapter("full", folder)
     plain, tuned = engine.choose([ASKED])[0][0], engine.choose([ASKED], "full")[0][0]
     assert tuned > plain + 0.1, "it was trained on such answers"
-    for other in ("b", "c", "d"):
-        engine.load_adapter(other, _version_folder(released))
-    assert not engine.holds("full")
-    assert engine.holds("d")
-    assert engine.choose([ASKED], "d")[0][0] == tuned
-    with pytest.raises(Refused, match="not loaded"):
-        engine.choose([ASKED], "full")
     store = Project.load(released).store
     (version,) = list_versions(store, "tiny")
     ready = ReadyVersions(store, engine)
-    name = ready.answerer(version).adapter
-    assert name is not None
+    name = str(ready.answerer(version).adapter)
     for other in ("b", "c", "d"):
-        engine.load_adapter(other, _version_folder(released))
-    assert not engine.holds(name)
+        engine.load_adapter(other, folder)
+    assert (engine.holds("full"), engine.holds(name), engine.holds("d")) == (False, False, True)
+    assert engine.choose([ASKED], "d")[0][0] == tuned
+    with pytest.raises(Refused, match="not loaded"):
+        engine.choose([ASKED], "full")
     ready.answerer(version)
     assert engine.choose([ASKED], name)[0][0] == tuned
 
@@ -118,49 +107,37 @@ def test_no_copy_of_it_stays_after_a_scored_validation(tmp_path: Path, monkeypat
     assert held == [True, False] * 2
 
 
-@pytest.mark.parametrize("words", [("merged", "--dtype", "fp32"), ("gguf", "--dtype", "fp32")])
-def test_it_is_exported_as_a_model_that_transformers_loads(
-    released: Path, tmp_path: Path, words: tuple[str, ...]
-) -> None:
-    given = call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", *words)
+@pytest.mark.parametrize("form", ["merged", "gguf"])
+def test_it_is_exported_as_a_model_that_transformers_loads(released: Path, tmp_path: Path, form: str) -> None:
+    with pytest.raises(UsageError, match="trained in full: there is no adapter"):
+        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
+    assert not (tmp_path / "out").exists()
+    given = call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
     assert given["outcome"] == "pass"
     assert given["equality"]["export"]["max_difference"] < 2e-3
-    if words[0] == "merged":
+    if form == "merged":
         state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
         ours = load_file(_version_folder(released) / WHOLE)
         assert all(torch.equal(state[name], weight) for name, weight in ours.items())
 
 
-def test_there_is_no_adapter_to_export(released: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="trained in full: there is no adapter"):
-        call(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
-    assert not (tmp_path / "out").exists()
-
-
-def _flip(folder: Path) -> None:
-    path = folder / WHOLE
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
-    "attack",
-    [
-        _flip,
-        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
-        lambda folder: (folder / "model-2.safetensors").write_bytes(b"x"),
-        lambda folder: (folder / WHOLE).unlink(),
-    ],
+    ("name", "content"),
+    [(WHOLE, b"flipped"), ("adapter_model.safetensors", b"x"), ("model-2.safetensors", b"x"), (WHOLE, b"")],
     ids=["flipped byte", "an adapter beside", "foreign file", "weights gone"],
 )
-def test_a_changed_folder_does_not_verify(copy: Path, attack: Any) -> None:
-    folder = _version_folder(copy)
-    folder.chmod(0o755)
-    attack(folder)
-    result = CliRunner().invoke(app, ["verify", "tiny@v1", "-C", str(copy), "--json"])
-    assert result.exit_code != 0
+def test_a_changed_folder_does_not_verify(released: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    shutil.copytree(released / ".tunesmith", tmp_path / "store")
+    path = tmp_path / "store" / "versions" / "tiny" / "v1" / name
+    path.parent.chmod(0o755)
+    if content == b"flipped":
+        path.chmod(0o644)
+        content = path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])
+    if content:
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    assert not verify_version(Store(tmp_path / "store"), "tiny@v1").ok
 
 
 def _bound(of: Base, **changes: str) -> dict[str, str]:
@@ -169,29 +146,22 @@ def _bound(of: Base, **changes: str) -> dict[str, str]:
 
 def test_weights_that_are_not_the_bases_are_refused(released: Path, tmp_path: Path) -> None:
     base = _base(released)
-    engine = NativeEngine(base)
-    weights = load_file(_version_folder(released) / WHOLE)
-    name = "model.layers.0.mlp.up_proj.weight"
+    engine, weights = NativeEngine(base), load_file(_version_folder(released) / WHOLE)
+    name, foreign = "model.layers.0.mlp.up_proj.weight", "model.layers.9.mlp.up_proj.weight"
     other = resolve_base(Project.load(released).store, str(write_model(tmp_path / "other", seed=9)), tmp_path)
     cases: list[tuple[dict[str, torch.Tensor], dict[str, str], str]] = [
         (weights, _bound(other), "another base"),
         (weights, _bound(base, fingerprint="sha256:0"), "another tokenizer"),
         ({**weights, name: weights[name][:-1].clone()}, _bound(base), r"float32 \[47, 32\], but the base's is"),
         ({**weights, name: weights[name].bfloat16()}, _bound(base), "is bfloat16"),
-        (
-            {**weights, "model.layers.9.mlp.up_proj.weight": weights[name].clone()},
-            _bound(base),
-            "the base does not have",
-        ),
+        ({**weights, foreign: weights[name].clone()}, _bound(base), "the base does not have"),
         ({key: weight for key, weight in weights.items() if key != name}, _bound(base), f"lack {name}"),
         (load_file(base.folder / WHOLE), _bound(base), "the weights equal the base's"),
     ]
-    for number, (tensors, metadata, reason) in enumerate(cases):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        save_file(tensors, folder / WHOLE, metadata=metadata)
+    for tensors, metadata, reason in cases:
+        save_file(tensors, tmp_path / WHOLE, metadata=metadata)
         with pytest.raises(Refused, match=reason):
-            engine.load_adapter("x", folder)
+            engine.load_adapter("x", tmp_path)
     assert not engine.holds("x")
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.commands import call
-from tests.forked import forkserver
 from tests.tiny_project import SCHEMA, rows, settings, write_project
-from tests.waiting import until
 from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
@@ -25,13 +22,10 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
 from tunesmith.pipeline.answers import answers
 from tunesmith.pipeline.training import training_inputs
-from tunesmith.registry.verification import verify_version
 from tunesmith.services.datasets import data
 from tunesmith.services.evaluations import evaluation
 from tunesmith.services.runs import training
 from tunesmith.store.people import identities
-from tunesmith.store.records import Record
-from tunesmith.training.batches.rows import training_rows
 from tunesmith.training.settings import TrainSettings
 
 
@@ -60,41 +54,43 @@ def _again(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_the_document_has_every_stage(finished: tuple[Path, dict[str, Any]]) -> None:
-    document = finished[1]
+    document, store = finished[1], Project.load(finished[0]).store
     assert document["register"]["version"] == "tiny@v1"
     assert document["gate"]["verdict"] == "pass"
     assert document["data"]["rows"]["kept"] == 120
-    assert set(document["evaluate"]["candidates"]) == {"plain", "held", "rag", "tuned"}
-    assert document["evaluate"]["candidates"]["held"]["json_valid"]["mean"] == 1.0, "held to the schema"
-    assert document["evaluate"]["candidates"]["plain"]["json_valid"]["mean"] == 0.0
+    valid = {name: each["json_valid"]["mean"] for name, each in document["evaluate"]["candidates"].items()}
+    assert set(valid) == {"plain", "held", "rag", "tuned"}
+    assert (valid["held"], valid["plain"]) == (1.0, 0.0), "held to the schema"
     training = document["train"]["tuned"]
-    assert {"training", "adapter", "examples_per_second", "peak_memory_bytes", "estimate", "final_loss"} <= set(
-        training
-    )
+    assert {"training", "examples_per_second", "peak_memory_bytes", "estimate", "final_loss"} <= set(training)
     assert Path(training["adapter"]).is_file()
     json.dumps(document, allow_nan=False)
+    seen: set[str] = set()
+
+    def walk(digest: str) -> None:
+        record = store.record(digest)
+        seen.add(record.kind)
+        for parent in record.parents.values():
+            walk(parent)
+
+    walk(document["register"]["digest"])
+    assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
 
 
 def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     os.utime(project / "rows.jsonl")
     os.utime(project / "model" / "model.safetensors")
+    loaded = Project.load(project)
+    whole = evaluation.latest_evaluation(loaded)
+    evaluation.evaluate(loaded, ["plain"])
+    assert evaluation.report(loaded).evaluation != whole
     again = _again(project)
     assert _done(again) == set()
     assert {key: again[key] for key in ("gate", "evaluate", "register")} == {
         key: finished[1][key] for key in ("gate", "evaluate", "register")
     }
-
-
-def test_a_report_is_on_the_last_result_where_its_stages_were_skipped(
-    project: Path, finished: tuple[Path, dict[str, Any]]
-) -> None:
-    loaded = Project.load(project)
-    whole = evaluation.latest_evaluation(loaded)
-    evaluation.evaluate(loaded, ["plain"])
-    assert evaluation.report(loaded).evaluation != whole
-    assert _done(_again(project)) == set()
     found = evaluation.report(Project.load(project))
-    assert (found.evaluation, found.verdict and found.verdict.verdict) == (whole, "pass")
+    assert (found.evaluation, found.verdict and found.verdict.verdict) == (whole, "pass"), "the last run's result"
     evaluation.compare_candidates(loaded, "plain", "tuned")
 
 
@@ -102,17 +98,20 @@ def test_a_plan_counts_the_trainings_that_are_still_to_come(project: Path) -> No
     """The gates count all candidates that an evaluation scores first, and give them the number of the last."""
 
     def use(**candidates: Any) -> int:
-        write_project(project, candidates={**settings()["candidates"], **candidates})  # type: ignore[dict-item]
+        write_project(project, **_candidates(**candidates))
         planned = pipeline.plan(pipeline.PipelineContext(Project.load(project)))
         assert planned.test_set_uses == 1
         return planned.test_set_use
 
-    def trained(rank: int, **more: Any) -> dict[str, Any]:
-        return {"prompt": "prompt.txt", "train": {"rank": rank, "epochs": 1, **more}}
-
     assert use() == 2, "tuned is counted already: the next try is the second"
-    control = trained(2, permute_answers=True)
-    assert use(one=trained(3), two=trained(5), again={"prompt": "prompt.txt", "weights": "one"}, control=control) == 4
+    trained = {rank: {"prompt": "prompt.txt", "train": {"rank": rank, "epochs": 1}} for rank in (3, 5)}
+    control = {"prompt": "prompt.txt", "train": {"rank": 2, "epochs": 1, "permute_answers": True}}
+    again = {"prompt": "prompt.txt", "weights": "one"}
+    assert use(one=trained[3], two=trained[5], again=again, control=control) == 4
+
+
+def _candidates(**changes: Any) -> dict[str, Any]:
+    return {"candidates": {**settings()["candidates"], **changes}}  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -122,16 +121,11 @@ def test_a_plan_counts_the_trainings_that_are_still_to_come(project: Path) -> No
         ({"gates": {"valid": {"metric": "json_valid", "at_most": 1.0}}}, {"gate tuned"}),
         ({"task": {"schema": "schema.json", "scorers": ["json_valid"]}}, {"evaluate", "gate tuned"}),
         (
-            {"candidates": {**settings()["candidates"], "plain": {"prompt": "prompt.txt", "max_tokens": 4}}},  # type: ignore[dict-item]
+            _candidates(plain={"prompt": "prompt.txt", "max_tokens": 4}),
             {"answer plain", "evaluate", "gate tuned"},
         ),
         (
-            {
-                "candidates": {
-                    **settings()["candidates"],
-                    "tuned": {"prompt": "prompt.txt", "train": {"rank": 3, "epochs": 1}},
-                }
-            },  # type: ignore[dict-item]
+            _candidates(tuned={"prompt": "prompt.txt", "train": {"rank": 3, "epochs": 1}}),
             {"train tuned", "answer tuned", "evaluate", "gate tuned"},
         ),
     ],
@@ -152,38 +146,11 @@ def test_a_changed_row_reruns_every_later_stage(project: Path) -> None:
     assert {"data", "train tuned", "answer plain", "answer tuned", "evaluate"} <= _done(document)
 
 
-def _run(folder: Path) -> None:
-    Project.load(folder).run()
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
-    """Killed as soon as so many records are there, of a training, answers or a verdict."""
-    folder = write_project(tmp_path / "p")
-    records = folder / ".tunesmith" / "records"
-    for wanted in (1, 3, 8, 12):
-        worker = forkserver().Process(target=_run, args=(folder,))
-        worker.start()
-        until(lambda on=worker, most=wanted: not on.is_alive() or len(list(records.rglob("*.json"))) >= most)
-        worker.kill()
-        worker.join()
-        assert worker.exitcode == -signal.SIGKILL, "the run ended before it was killed"
-    document = Project.load(folder).run().document()
-    expected = finished[1]
-    assert document["data"] == expected["data"]
-    assert document["evaluate"]["candidates"] == expected["evaluate"]["candidates"]
-    assert verify_version(Project.load(folder).store, document["register"]["version"]).ok
-
-
 def test_gates_that_do_not_pass_register_nothing(project: Path) -> None:
     document = _again(project, gates={"valid": {"metric": "json_valid", "at_least": 1.0}})
-    assert document["gate"]["verdict"] == "fail"
+    assert (document["gate"]["verdict"], document["gate"]["candidate"]) == ("fail", "tuned")
     assert "register" not in document
     assert _again(project, gates={})["gate"]["verdict"] == "inconclusive", "no gates is not a pass"
-
-
-def test_the_candidate_that_is_judged(project: Path) -> None:
-    assert _again(project)["gate"]["candidate"] == "tuned"
     assert _again(project, release="held")["gate"]["candidate"] == "held"
     without = {name: each for name, each in settings()["candidates"].items() if name != "tuned"}  # type: ignore[attr-defined]
     document = _again(project, candidates=without, task={"schema": "schema.json", "scorers": ["json_valid"]})
@@ -196,12 +163,9 @@ def test_names_that_do_not_exist(project: Path) -> None:
         evaluation.evaluate(loaded, names=["tuend"])
     with pytest.raises(UsageError, match="'plain' has no training"):
         training.train(loaded, name="plain")
-
-
-def test_constrain_needs_a_schema(tmp_path: Path) -> None:
-    folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
+    without = Project.load(write_project(project, task={"scorers": ["exact_match"]}, gates={}))
     with pytest.raises(UsageError, match="constrain needs a schema"):
-        evaluation.evaluate(Project.load(folder), names=["held"])
+        evaluation.evaluate(without, names=["held"])
 
 
 @pytest.mark.parametrize("constrain", [True, {"copy": ["room"]}], ids=["held", "copied"])
@@ -222,20 +186,15 @@ def test_constrained_answers_are_made_anew_where_a_base_has_several_stop_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:
     free = {"prompt": "prompt.txt", "max_tokens": 8}
-    candidates = {"free": free, "held": {**free, "constrain": True}}
     data = {**settings()["data"], "split": {"validation": 0.5, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
+    candidates = {"free": free, "held": {**free, "constrain": True}}
     folder = write_project(tmp_path, candidates=candidates, data=data, gates={})
     if several:
         (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     context = pipeline.PipelineContext(Project.load(folder))
     candidate = load_candidate(context.store, pipeline.candidate(context, "held"))
     seen: dict[str, Any] = {"validation": training_inputs(context, "held", candidate, TrainSettings())["validation"]}
-
-    def note(title: str, _kind: str, inputs: dict[str, Any], _make: object) -> str:
-        seen[title] = inputs
-        return ""
-
-    monkeypatch.setattr(context.stages, "run", note)
+    monkeypatch.setattr(context.stages, "run", lambda title, _kind, inputs, _make: seen.update({title: inputs}) or "")
     for name in ("free", "held"):
         answers(context, name)
     assert {title for title, inputs in seen.items() if inputs.get("ends") == "all"} == (
@@ -246,22 +205,17 @@ def test_constrained_answers_are_made_anew_where_a_base_has_several_stop_tokens(
 @pytest.mark.parametrize("form", ["pattern", "grammar"])
 def test_answers_of_a_pattern_or_a_grammar(tmp_path: Path, form: str) -> None:
     """One file gives the scorer, the gate, the constraint and the check of the rows."""
-    pattern = "(on|off) [a-z]{1,8} (light|fan|heater|radio|blind|lamp)"
-    task = {"pattern": pattern} if form == "pattern" else {"grammar": "answers.lark"}
+    lark = 'start: ("on" | "off") " " ROOM " " THING\nROOM: /[a-z]{1,8}/\nTHING: /[a-z]{1,8}/\n'
+    task = {"pattern": "(on|off) [a-z]{1,8} [a-z]{1,8}"} if form == "pattern" else {"grammar": "answers.lark"}
     held = {"prompt": "prompt.txt", "max_tokens": 60, "constrain": True}
     gates = {"valid": {"metric": "valid", "at_least": 0.5}}
     folder = write_project(tmp_path, task=task, candidates={"held": held}, gates=gates)
-    (folder / "answers.lark").write_text(
-        'start: ("on" | "off") " " ROOM " " THING\nROOM: /[a-z]{1,8}/\nTHING: /[a-z]{1,8}/\n'
-    )
-    lines = []
-    for row in rows():
-        request = row["messages"][0]["content"]
-        answer = {"role": "assistant", "content": request.removeprefix("turn ")}
-        lines.append(json.dumps({**row, "messages": [row["messages"][0], answer]}))
-    broken = lines[0].replace('"content": "on ', '"content": "ON ')
-    assert broken != lines[0]
-    (folder / "rows.jsonl").write_text("\n".join([broken, *lines[1:]]) + "\n")
+    (folder / "answers.lark").write_text(lark)
+    found = rows()
+    for row in found:
+        row["messages"][1]["content"] = row["messages"][0]["content"].removeprefix("turn ")
+    found[0]["messages"][1]["content"] = "ON kitchen light"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     project = Project.load(folder)
     assert project.settings.task.metrics == ("exact_match", "valid")
     evaluation.evaluate(project, names=["held"])
@@ -325,18 +279,6 @@ def test_copied_fields_through_the_pipeline(tmp_path: Path) -> None:
         Project.load(write_project(tmp_path, candidates={"held": copying}, gates={}, engine=engine))
 
 
-def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, dict[str, Any]]) -> None:
-    store = Project.load(finished[0]).store
-    examples = load_dataset(store, finished[1]["data"]["dataset"]).examples("train")
-    drawn = training_rows(examples, TrainSettings(rows=30, seed=1))
-    control = training_rows(examples, TrainSettings(rows=30, seed=1, permute_answers=True))
-    assert [row.request for row in drawn] == [row.request for row in control]
-    assert sorted(row.answer for row in drawn) == sorted(row.answer for row in control)
-    assert sum(a.answer == b.answer for a, b in zip(drawn, control, strict=True)) < 10
-    assert drawn == training_rows(examples, TrainSettings(rows=30, seed=1))
-    assert len(training_rows(examples, TrainSettings())) == len(examples)
-
-
 def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
     (project / "prompt.txt").write_text("Other.\n")
     walk = pipeline.PipelineContext(Project.load(project))
@@ -344,35 +286,6 @@ def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
     pipeline.candidate(walk, "plain")
     with pytest.raises(TunesmithError, match="another process"), store.lock("x", "a"), store.lock("x", "b"):
         pass
-
-
-def test_the_python_interface(finished: tuple[Path, dict[str, Any]]) -> None:
-    import tunesmith as ts
-
-    assert ts.Project.load(finished[0] / "tunesmith.yaml").run().document()["register"]["version"] == "tiny@v1"
-    with pytest.raises(AttributeError):
-        ts.nothing  # noqa: B018
-
-
-def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
-    store = Project.load(finished[0]).store
-    seen: set[str] = set()
-
-    def walk(digest: str) -> Record:
-        record = store.record(digest)
-        seen.add(record.kind)
-        for parent in record.parents.values():
-            walk(parent)
-        return record
-
-    walk(finished[1]["register"]["digest"])
-    assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
-
-
-def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
-    call(project, "recall", "--source", "rows.jsonl", "--reason", "withdrawn")
-    with pytest.raises(UsageError, match="withdrawn by a recall: 120"):
-        Project.load(project).run()
 
 
 @pytest.mark.slow
@@ -390,8 +303,7 @@ def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
         call(project, *words, "--check")
     found = call(project, *words, "--reason", "asked to")
     assert {one["kind"] for one in found["reached"]} >= {"dataset", "training", "version"}
-    assert len(found["adapters"]) == 1
-    assert found["tenants"] == [""]
+    assert (len(found["adapters"]), found["tenants"]) == (1, [""])
     before = call(project, *words, "--check")
     assert (before["gone"], before["retrain"]) == (True, ["tiny"])
     again = _again(project, data=data)
@@ -403,6 +315,9 @@ def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
     assert len(held) == 119
     after = call(project, *words, "--check")
     assert (after["gone"], after["retrain"], after["replaced"]) == (True, [], {"tiny": "tiny@v2"})
+    call(project, "recall", "--source", "rows.jsonl", "--reason", "withdrawn")
+    with pytest.raises(UsageError, match="withdrawn by a recall: 121"):
+        Project.load(project).run()
 
 
 def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from tests.chat_server import chat_server, completion
 from tests.tiny_project import settings, write_project
+from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import UsageError
 from tunesmith.project import Project
 from tunesmith.services.evaluations.evaluation import evaluate, report
@@ -56,11 +57,15 @@ def test_every_candidate_is_asked_as_it_serves(judged: tuple[Path, dict[str, Any
 
 
 def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
-    again = run(Project.load(judged[0])).document()
+    project = Project.load(judged[0])
+    again = run(project).document()
     assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
-    found = report(Project.load(judged[0]))
+    found = report(project)
     assert found.policy is not None
     assert {check["name"] for check in found.policy["checks"]} == {"doors", "form"}
+    answers = [project.store.record(digest) for digest in project.store.records_of("answers")]
+    (bare,) = (each for each in answers if each.body["suite"] == "style")
+    assert load_candidate(project.store, bare.parents["candidate"]).max_tokens == 40, "as much room as `held` has"
 
 
 def _changed(folder: Path, **policy: Any) -> set[str]:
@@ -73,13 +78,10 @@ def _changed(folder: Path, **policy: Any) -> set[str]:
         path.write_text(before)
 
 
-def test_a_changed_rule_asks_nobody_again(judged: tuple[Path, dict[str, Any]]) -> None:
+def test_a_changed_rule_asks_nobody_again_and_a_changed_request_everybody(judged: tuple[Path, dict[str, Any]]) -> None:
     assert _changed(judged[0], doors={**POLICY["doors"], "lacks": "lion"}) - {"base"} == {"evaluate", "gate tuned"}
-
-
-def test_a_changed_request_asks_every_candidate_again_and_nothing_else(judged: tuple[Path, dict[str, Any]]) -> None:
-    asked = {f"policy {name}" for name in ("plain", "held", "tuned", "near")}
     changed = _changed(judged[0], doors={**POLICY["doors"], "requests": ["open the safe"]})
+    asked = {f"policy {name}" for name in ("plain", "held", "tuned", "near")}
     assert changed - {"base"} == {*asked, "evaluate", "gate tuned"}
 
 

@@ -21,20 +21,13 @@ from tunesmith.pipeline.candidates import answerer, better_settings, candidate, 
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import composed_rows
 
-CANDIDATES: dict[str, Any] = {
-    "tuned": {
-        "prompt": "prompt.txt",
-        "retrieve": {"from": "documents", "k": 1},
-        "train": {"epochs": 1, "rank": 2, "batch": 8},
-        "max_tokens": 4,
-    },
-    "shown": {
-        "prompt": "prompt.txt",
-        "retrieve": {"k": 1},
-        "train": {"epochs": 1, "rank": 2, "batch": 8},
-        "max_tokens": 4,
-    },
-}
+
+def _trained(**retrieve: Any) -> dict[str, Any]:
+    train = {"epochs": 1, "rank": 2, "batch": 8}
+    return {"prompt": "prompt.txt", "retrieve": {"k": 1, **retrieve}, "train": train, "max_tokens": 4}
+
+
+CANDIDATES = {"tuned": _trained(**{"from": "documents"}), "shown": _trained()}
 DOCUMENTS = {"paths": ["*.md"], "licence": "cc0-1.0"}
 
 
@@ -79,24 +72,25 @@ def test_rows_are_built_while_no_vllm_server_runs(folder: Path) -> None:
 
 def test_rows_are_built_on_a_base_without_weights(folder: Path) -> None:
     write_project(folder)
-    (folder / "model" / "model.safetensors").unlink()
-    context = _build(folder)
-    with pytest.raises(Refused, match="no safetensors weights"):
-        answerer(context, untrained_candidate(context, "plain", _plain(context)))
-    with pytest.raises(Refused, match="no safetensors weights"):
-        training(context, "shown")
-
-
-def test_weights_added_later_leave_the_dataset_as_it_is(folder: Path) -> None:
-    write_project(folder)
     weights = folder / "model" / "model.safetensors"
     weights.rename(folder / "kept")
-    before = _build(folder)
+    context = _build(folder)
+    for asks in (
+        lambda: answerer(context, untrained_candidate(context, "plain", _plain(context))),
+        lambda: training(context, "shown"),
+    ):
+        with pytest.raises(Refused, match="no safetensors weights"):
+            asks()
     (folder / "kept").rename(weights)
     after = _build(folder)
-    assert before.base.digest != after.base.digest
-    assert (before.dataset.digest, before.documents) == (after.dataset.digest, after.documents)
+    assert context.base.digest != after.base.digest
+    assert (context.dataset.digest, context.documents) == (after.dataset.digest, after.documents)
     assert all(stage.skipped for stage in after.stages.done if stage.name in ("data", "documents"))
+    base = Cause(kind="base", value=after.base.digest)
+    recall(after.store, base, reason="its licence ended", actor=after.stages.acting)
+    with pytest.raises(Refused, match="the base model was recalled: its licence ended"):
+        training(after, "tuned")
+    assert after.store.records_of("training") == []
 
 
 def test_a_base_without_a_context_length_is_refused_before_its_rows(folder: Path) -> None:
@@ -127,36 +121,35 @@ def test_the_build_needs_to_find_only_the_answers_that_are_learned(folder: Path)
 
 
 def test_a_recalled_document_does_not_come_back(folder: Path) -> None:
+    def built() -> tuple[PipelineContext, set[str]]:
+        context = PipelineContext(Project.load(folder))
+        return context, {passage.source for passage in Documents(context.store, context.documents).passages}
+
     (folder / "halls.md").write_text("# Hall\n\nThe hall has a lamp.\n")
     write_project(folder, candidates=CANDIDATES, documents=DOCUMENTS)
-    first = PipelineContext(Project.load(folder))
+    first, sources = built()
+    assert sources == {"halls.md", "rooms.md"}
     store, actor = first.store, first.stages.acting
-    assert _sources(first) == {"halls.md", "rooms.md"}
     licence = recall(store, Cause(kind="licence", value="CC0-1.0"), reason="asked to", actor=actor, dry_run=True)
     assert "documents" in {one.kind for one in licence.reached}
     cause = Cause(kind="source", value="halls.md")
     recall(store, cause, reason="asked to", actor=actor)
     (folder / "rooms.md").write_text("# Garage\n\nThe garage has two radios.\n")
-    second = PipelineContext(Project.load(folder))
-    assert _sources(second) == {"rooms.md"}
+    second, sources = built()
+    assert sources == {"rooms.md"}
     assert recall_status(store, cause).gone
-    again = PipelineContext(Project.load(folder))
+    again, _ = built()
     assert again.documents == second.documents
     assert all(stage.skipped for stage in again.stages.done if stage.name == "documents")
 
 
 def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    retrieve = {"from": "documents", "k": 1}
+    plain, search = {"prompt": "prompt.txt", "max_tokens": 4}, {"shots": [0], "tries": 2, "rows": 2}
     candidates = {
         "tuned": {**CANDIDATES["tuned"], "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16}},
-        "reused": {"prompt": "prompt.txt", "weights": "tuned", "max_tokens": 4},
-        "found": {
-            "prompt": "prompt.txt",
-            "retrieve": retrieve,
-            "search": {"shots": [0], "tries": 2, "rows": 2},
-            "max_tokens": 4,
-        },
-        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
+        "reused": {**plain, "weights": "tuned"},
+        "found": {**plain, "retrieve": {"from": "documents", "k": 1}, "search": search},
+        "plain": plain,
     }
     write_project(folder, candidates=candidates, documents=DOCUMENTS)
     context = PipelineContext(Project.load(folder))
@@ -167,7 +160,6 @@ def test_documents_are_followed_to_what_their_passages_went_into(folder: Path, m
     for kind in ("training", "search", "training_search"):
         (digest,) = store.records_of(kind)
         assert store.record(digest).parents["documents"] == context.documents, kind
-
     cause = Cause(kind="source", value="rooms.md")
     found = recall(store, cause, reason="asked to", actor=context.stages.acting)
     assert {"documents", "training", "search", "training_search"} <= {one.kind for one in found.reached}
@@ -195,19 +187,6 @@ def test_rows_that_are_recalled_while_they_are_built_are_refused(folder: Path, m
             _ = PipelineContext(Project.load(folder)).dataset
     dataset = PipelineContext(Project.load(folder)).dataset
     assert row.id not in {each.id for split in ("train", "validation", "test") for each in dataset.examples(split)}
-
-
-def test_nothing_is_trained_on_a_recalled_base(folder: Path) -> None:
-    context = _build(folder)
-    base = Cause(kind="base", value=context.base.digest)
-    recall(context.store, base, reason="its licence ended", actor=context.stages.acting)
-    with pytest.raises(Refused, match="the base model was recalled: its licence ended"):
-        training(context, "tuned")
-    assert context.store.records_of("training") == []
-
-
-def _sources(context: PipelineContext) -> set[str]:
-    return {passage.source for passage in Documents(context.store, context.documents).passages}
 
 
 def _plain(context: PipelineContext) -> Any:

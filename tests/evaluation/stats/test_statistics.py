@@ -31,29 +31,19 @@ def alone(n: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("right", "n", "confidence"),
-    [(0, 40, 0.9), (1, 40, 0.95), (20, 40, 0.99), (39, 40, 0.9), (40, 40, 0.95), (198, 200, 0.99), (700, 700, 0.95)],
+    ("right", "n", "confidence"), [(0, 40, 0.9), (1, 40, 0.95), (20, 40, 0.99), (40, 40, 0.95), (700, 700, 0.95)]
 )
 def test_is_clopper_pearson_for_single_rows_scored_0_or_1(right: int, n: int, confidence: float) -> None:
     exact = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
-    found = interval(
-        np.array([1.0] * right + [0.0] * (n - right)), alone(n), ends=SCORES, confidence=confidence, seed=0
-    )
+    values = np.array([1.0] * right + [0.0] * (n - right))
+    found = interval(values, alone(n), ends=SCORES, confidence=confidence, seed=0)
     assert found.mean == right / n
-    assert found.low == pytest.approx(exact.low, abs=0.004)
-    assert found.high == pytest.approx(exact.high, abs=0.004)
-
-
-def test_five_wins_of_five_do_not_exclude_a_coin() -> None:
-    assert interval(np.ones(5), alone(5), ends=GAPS, confidence=0.95, seed=0).low < 0.0
-
-
-def test_ties_leave_room_for_a_difference_either_way() -> None:
-    found = interval(np.zeros(100), alone(100), ends=GAPS, confidence=0.95, seed=0)
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.004)
+    ties = interval(np.zeros(100), alone(100), ends=GAPS, confidence=0.95, seed=0)
     rule_of_three = 1 - 0.025 ** (1 / 100)
-    assert found.mean == 0.0
-    assert found.low == pytest.approx(-rule_of_three, abs=0.002)
-    assert found.high == pytest.approx(rule_of_three, abs=0.002)
+    assert (ties.mean, ties.low, ties.high) == pytest.approx((0.0, -rule_of_three, rule_of_three), abs=0.002)
+    with pytest.raises(Inconclusive, match="no scored rows"):
+        interval(np.array([]), [], ends=SCORES, confidence=0.95, seed=0)
 
 
 def test_rows_of_one_group_count_as_one_observation() -> None:
@@ -63,12 +53,8 @@ def test_rows_of_one_group_count_as_one_observation() -> None:
     apart = interval(values, alone(300), ends=SCORES, confidence=0.95, seed=0)
     assert (grouped.low, grouped.high) == pytest.approx((by_group.low, by_group.high))
     assert grouped.high - grouped.low > 2 * (apart.high - apart.low)
-
-
-def test_effective_groups() -> None:
-    assert effective_groups(alone(30)) == pytest.approx(30)
-    assert effective_groups(["a"] * 90 + alone(10)) == pytest.approx(100**2 / (90**2 + 10))
-    assert effective_groups([]) == 0.0
+    for groups, weight in ((alone(30), 30), (["a"] * 90 + alone(10), 100**2 / (90**2 + 10)), ([], 0.0)):
+        assert effective_groups(groups) == pytest.approx(weight)
 
 
 def test_is_the_same_on_every_call_whatever_else_is_asked() -> None:
@@ -113,11 +99,6 @@ def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((usual.mean, usual.low, usual.high), abs=1e-9)
 
 
-def test_no_rows_are_no_evidence() -> None:
-    with pytest.raises(Inconclusive, match="no scored rows"):
-        interval(np.array([]), [], ends=SCORES, confidence=0.95, seed=0)
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_exact_binomial_test(wins: int, losses: int) -> None:
@@ -125,22 +106,11 @@ def test_mcnemar_is_the_exact_binomial_test(wins: int, losses: int) -> None:
     assert mcnemar(wins, losses) == pytest.approx(expected, abs=1e-9)
 
 
-def test_mcnemar_against_statsmodels() -> None:
-    table = pytest.importorskip("statsmodels.stats.contingency_tables", reason="statsmodels is not installed")
-    assert mcnemar(17, 6) == pytest.approx(table.mcnemar([[40, 17], [6, 30]], exact=True).pvalue, abs=1e-12)
-
-
 def test_sign_flip_of_few_groups_is_exact() -> None:
     # Six groups that all win: two of the 64 ways to set signs are as extreme.
     assert sign_flip(np.ones(12), [f"g{i // 2}" for i in range(12)], seed=0) == pytest.approx(2 / 64)
     assert sign_flip(np.zeros(6), alone(6), seed=0) == 1.0
     assert sign_flip(np.full(6, 0.3), ["g"] * 6, seed=0) == 1.0, "one group shows nothing"
-
-
-def test_sign_flip_of_single_rows_is_mcnemar_s_test() -> None:
-    gaps = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], size=200, p=[0.1, 0.7, 0.2])
-    wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
-    assert sign_flip(gaps, alone(200), seed=0) == pytest.approx(mcnemar(wins, losses), abs=1e-9)
 
 
 @settings(max_examples=12)
@@ -190,13 +160,6 @@ def test_equal_candidates_rarely_seem_better(groups: int, per_group: int, differ
     found = intervals(gaps.T, names, ends=GAPS, confidence=0.95, seed=0)
     assert np.mean([each.low >= 0.0 for each in found]) <= 0.05
     assert np.mean([each.low <= 0.0 <= each.high for each in found]) >= 0.92
-
-
-def test_a_real_difference_is_seen() -> None:
-    draw = np.random.default_rng(9)
-    gaps = draw.choice([-1.0, 0.0, 1.0], size=(200, 100), p=[0.05, 0.6, 0.35])
-    found = intervals(gaps, alone(200), ends=GAPS, confidence=0.95, seed=0)
-    assert np.mean([each.low >= 0.05 for each in found]) > 0.95
 
 
 def test_a_loss_at_the_bound_rarely_passes_for_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,18 +10,15 @@ import pytest
 
 from tests.evaluation.conftest import TASK, evaluated, outcome
 from tests.fabricate import Fabricated, add, answer_lines, example, put_answers, put_base, put_dataset, put_training
-from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
-from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.style.classifier import cross_fitted
 from tunesmith.evaluation.style.evidence import STYLE, Classified, read_style
 from tunesmith.evaluation.style.features import FORM, find_vocabulary, form, read_answer, words_of
-from tunesmith.pipeline.style import style as ask_bare_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -117,21 +113,21 @@ def test_a_tone_is_measured_and_shown(tmp_path: Any) -> None:
     assert "In the references' style, tuned" in report_markdown(data)
 
 
-def test_shuffled_labels_are_inconclusive(tmp_path: Any) -> None:
+def test_shuffled_labels_and_too_few_rows_are_inconclusive(tmp_path: Any, made: Fabricated, evaluation: str) -> None:
     draw = random.Random(7)
-    made = with_candidate(house(tmp_path, references=lambda text, d: toned(text, d) if d.random() < 0.5 else text),
-                          in_tone(1.0, 1))  # fmt: skip
-    base = base_answers(made, lambda row: toned(plain(row), draw) if draw.random() < 0.5 else plain(row))
-    digest = measured(made, base)
-    found = gate_of(made, digest, at_least=0.0)
+    shuffled = house(tmp_path / "a", references=lambda text, d: toned(text, d) if d.random() < 0.5 else text)
+    base = base_answers(shuffled, lambda row: toned(plain(row), draw) if draw.random() < 0.5 else plain(row))
+    digest = measured(with_candidate(shuffled, in_tone(1.0, 1)), base)
+    found = gate_of(shuffled, digest, at_least=0.0)
     assert found["outcome"] == "inconclusive"
     assert "too little to tell the two styles apart" in found["reason"]
-    assert "cannot be told from the base model's" in " ".join(report_data(made.store, digest)["advice"]["reasons"])
-
-
-def test_too_few_rows_are_inconclusive(tmp_path: Any) -> None:
-    made = with_candidate(house(tmp_path, rows=19), in_tone(1.0, 1))
-    assert "at least 20 are needed" in gate_of(made, measured(made), at_least=0.0)["reason"]
+    reasons = " ".join(report_data(shuffled.store, digest)["advice"]["reasons"])
+    assert "cannot be told from the base model's" in reasons
+    few = with_candidate(house(tmp_path / "b", rows=19), in_tone(1.0, 1))
+    assert "at least 20 are needed" in gate_of(few, measured(few), at_least=0.0)["reason"]
+    absent = gate_of(made, evaluation)
+    assert (absent["outcome"], absent["value"]) == ("inconclusive", None)
+    assert report_data(made.store, evaluation)["style"] is None
 
 
 def test_rows_of_one_group_are_judged_by_models_that_saw_none_of_them(tmp_path: Any) -> None:
@@ -161,27 +157,18 @@ def test_topics_and_words_of_the_request_are_not_seen() -> None:
     assert {"is", "late", "see"} <= set(seen.usual)
     unspaced = [read_answer(f"承知しました。番号は{k}です", frozenset()) for k in range(30)]
     assert "で" in find_vocabulary(unspaced, [str(k) for k in range(30)]).usual
-
-
-def test_form() -> None:
     found = dict(zip(FORM, form("# Hi\n\n- one\n- two **x**! 😀"), strict=True))
     assert found["list items"] == pytest.approx(np.log1p(2))
     assert found["emoji"] > 0
     assert found["bold, headings and code"] == pytest.approx(np.log1p(3))
     assert found["ends with punctuation"] == 0.0
-    assert form("") == form(" \n")
     assert all(np.isfinite(form(text)).all() for text in ("", "?", "\ud7ff" * 9000, "漢字。"))
-
-
-def test_empty_answers_are_never_in_style(tmp_path: Any) -> None:
-    made = with_candidate(house(tmp_path), lambda row: "\u200b ")
-    assert gate_of(made, measured(made), at_least=0.1)["value"] == 0.0
 
 
 @pytest.mark.parametrize("silent", [20, ROWS])
 def test_requests_to_which_the_base_says_nothing_are_left_out(tmp_path: Any, silent: int) -> None:
     """Beside empty answers, any text would be in the house's style."""
-    made = with_candidate(house(tmp_path), plain)
+    made = with_candidate(with_candidate(house(tmp_path), plain), lambda row: "\u200b ", "empty")
     saying = {row.id for row in made.test[silent:]}
     digest = measured(made, base_answers(made, lambda row: plain(row) if row.id in saying else "\u200b "))
     found = gate_of(made, digest, at_least=0.5)
@@ -190,44 +177,22 @@ def test_requests_to_which_the_base_says_nothing_are_left_out(tmp_path: Any, sil
         assert f"to {ROWS} more the bare base model's answer is empty" in found["reason"]
         return
     assert (found["outcome"], found["value"]) == ("fail", 0.0)
+    assert outcome(made, digest, "empty", style="references", at_least=0.1)["value"] == 0.0
     style = report_data(made.store, digest)["style"]
     assert (style["n"], style["silent"]) == (ROWS - silent, silent)
     assert f"{silent} requests to which the base model's answer is empty are left out" in style["sentence"]
 
 
 def test_answers_that_were_cut_off_are_not_in_style(tmp_path: Any) -> None:
-    cut = 8
-    made = house(tmp_path)
-    candidate = Candidate(name="tuned", prompt="Answer.", base=made.base, max_tokens=64, training=made.training)
+    cut, made = 8, with_candidate(house(tmp_path), plain)
     lines = answer_lines(made.test, in_tone(1.0, 1))
     lines = [{**line, "finish": "length" if place < cut else "stop"} for place, line in enumerate(lines)]
-    made.answers["tuned"] = put_answers(made.store, put_candidate(made.store, candidate), made.dataset, lines)
+    made.answers["tuned"] = put_answers(made.store, made.candidates["tuned"], made.dataset, lines)
     digest = measured(made)
     found = gate_of(made, digest, at_least=0.0)
     assert found["value"] == pytest.approx(1.0 - cut / ROWS, abs=0.05)
     assert made.store.record(digest).body["style"]["candidates"]["tuned"]["cut"] == cut
     assert f"{cut} of the answers were cut off at max_tokens" in found["reason"]
-
-
-def test_the_bare_base_has_the_room_of_the_candidates_that_ask_it(tmp_path: Any) -> None:
-    made = house(tmp_path)
-    far = {"endpoint": {"url": "https://models.example/v1", "model": "m"}, "max_tokens": 4000}
-    given = {"a": {"max_tokens": 40}, "b": {"train": {}, "max_tokens": 64}, "c": far, "d": {"method": "nearest"}}
-    settings = SimpleNamespace(
-        gates=GATES.validate_python({"tone": {"style": "references", "at_least": 0.7}}),
-        candidates={name: CandidateSettings.model_validate(each) for name, each in given.items()},
-    )
-    asked: dict[str, Any] = {}
-    context: Any = SimpleNamespace(
-        project=SimpleNamespace(settings=settings),
-        store=made.store,
-        dataset=SimpleNamespace(digest=made.dataset),
-        base=SimpleNamespace(digest=made.base),
-        engine_kind="native",
-        stages=SimpleNamespace(run=lambda _name, _kind, inputs, _make: asked.update(inputs) or ""),
-    )
-    ask_bare_base(context)
-    assert load_candidate(made.store, asked["candidate"]).max_tokens == 64
 
 
 def test_the_interval_covers(tmp_path: Any) -> None:
@@ -240,12 +205,6 @@ def test_the_interval_covers(tmp_path: Any) -> None:
         found = Classified(tuple(map(str, range(60))), reference, base, {"c": own}).share("c", 0.9, seed)
         inside += found.low <= 0.6 <= found.high
     assert inside >= 12
-
-
-def test_without_style_the_gate_is_inconclusive(made: Fabricated, evaluation: str) -> None:
-    found = gate_of(made, evaluation)
-    assert (found["outcome"], found["value"]) == ("inconclusive", None)
-    assert report_data(made.store, evaluation)["style"] is None
 
 
 def test_answers_that_are_not_the_bare_base_s_are_unusable(tmp_path: Any) -> None:
