@@ -14,7 +14,6 @@ from tests.evaluation.conftest import TASK, evaluated
 from tests.fabricate import (
     PROMPT,
     Fabricated,
-    add,
     answer_lines,
     commands,
     put_answers,
@@ -48,20 +47,6 @@ def with_lines(made: Fabricated, digest: str, lines: list[bytes]) -> str:
     return made.store.put_record(record.model_copy(update={"blobs": {"answers.jsonl": blob}}))
 
 
-def test_the_document_scripts_rely_on(made: Fabricated, evaluation: str) -> None:
-    document = evaluation_summary(made.store, evaluation).document()
-    facts = [document[key] for key in ("evaluation", "n", "groups", "primary")]
-    assert facts == [evaluation, 120, 60, "exact_match"]
-    assert set(document["candidates"]) == {"zero-shot", "few-shot", "rag", "tuned"}
-    for measured in document["candidates"].values():
-        assert list(measured) == ["json_valid", "exact_match", "field_f1"]
-        for found in measured.values():
-            assert set(found) == {"mean", "low", "high"}
-            assert 0.0 <= found["low"] <= found["mean"] <= found["high"] <= 1.0
-    assert document["tuned"] == {"few-shot": False, "rag": False, "tuned": True, "zero-shot": False}
-    json.dumps(document, allow_nan=False)
-
-
 def test_means_prices_and_scores_are_those_of_the_answers(made: Fabricated, evaluation: str) -> None:
     stated = made.store.record(evaluation).body["candidates"]["tuned"]
     blob = made.store.record(made.answers["tuned"]).blobs["answers.jsonl"]
@@ -78,9 +63,11 @@ def test_means_prices_and_scores_are_those_of_the_answers(made: Fabricated, eval
     assert set(columns) == {(name, metric) for name in made.answers for metric in TASK.scorers} | general
     assert columns["tuned", "exact_match"].ids == tuple(row.id for row in made.test)
     assert np.array_equal(columns["tuned", "exact_match"].values, right)
-
-
-def test_the_same_answers_give_the_same_record(made: Fabricated, evaluation: str) -> None:
+    document = evaluation_summary(made.store, evaluation).document()
+    assert [document[key] for key in ("evaluation", "n", "groups", "primary")] == [evaluation, 120, 60, "exact_match"]
+    assert list(document["candidates"]["tuned"]) == ["json_valid", "exact_match", "field_f1"]
+    assert document["tuned"] == {"few-shot": False, "rag": False, "tuned": True, "zero-shot": False}
+    json.dumps(document, allow_nan=False)
     same = {"answers": dict(reversed(made.answers.items())), "probes": made.probes}
     assert evaluated(made, **same) == evaluation
     assert evaluated(made, **same, seed=1) != evaluation
@@ -125,40 +112,31 @@ def test_answers_of_another_split_dataset_kind_or_time(made: Fabricated) -> None
 
 
 def test_test_rows_that_a_candidate_saw(made: Fabricated) -> None:
-    """In training, with its group in what is retrieved, and in the prompt."""
-    leaky = put_dataset(made.store, [*commands(30, 1, 0), made.test[0]], [], commands(5, 9, 5000))
-    twin = commands(1, 77, 8000)[0].model_copy(update={"group": made.test[0].group})
-    grouped = put_dataset(made.store, [twin], [], commands(5, 9, 5000))
-    for name, more, said in (
-        ("tuned", {"training": put_training(made.store, made.base, leaky)}, "learned from the training row"),
-        ("rag", {"dataset": grouped}, "shares its group"),
-        ("few-shot", {"shots": (made.test[3].messages,)}, "shows a test row"),
-    ):
-        candidate = Candidate(name=name, prompt=PROMPT, base=made.base, max_tokens=9, **more)  # type: ignore[arg-type]
-        answers = dict(made.answers)
-        add(made, candidate, lambda row: "", 1, 1)
-        with pytest.raises(Refused, match=said) as caught:
-            evaluated(made)
-        assert caught.value.exit_code == 3
-        made.answers = answers
-
-
-@pytest.mark.parametrize("place", ["rows", "shots"])
-def test_a_held_out_row_at_the_beginning_of_what_a_candidate_saw(made: Fabricated, place: str) -> None:
-    row = made.test[0]
+    """In training, with its group in what is retrieved, in the prompt, and at the beginning of a longer row."""
+    row, (other, *_) = made.test[0], commands(1, 77, 8000)
     more = (Message(role="user", content="and the window"), Message(role="assistant", content="done"))
     longer = row.model_copy(update={"id": "other", "group": "other", "messages": (*row.messages, *more)})
-    candidate = Candidate(name="rag", base=made.base, max_tokens=9)
-    if place == "rows":
-        candidate = candidate.model_copy(update={"dataset": put_dataset(made.store, [longer])})
-    else:
-        candidate = candidate.model_copy(update={"shots": (longer.messages,)})
-    with pytest.raises(Refused, match="test row"):
+    unlearned = (*row.messages[:-1], row.messages[-1].model_copy(update={"weight": 0}), *more)
+    plain = Candidate(name="rag", prompt=PROMPT, base=made.base, max_tokens=9)
+
+    def check(*rows: Any, **seen: Any) -> None:
+        dataset = put_dataset(made.store, rows, [], commands(5, 9, 5000)) if rows else None
+        if seen.pop("learned", False):
+            seen = {"training": put_training(made.store, made.base, str(dataset))}
+        candidate = plain.model_copy(update={"dataset": None if "training" in seen else dataset, **seen})
         check_held_out(made.store, load_dataset(made.store, made.dataset), made.test, "rag", candidate)
-    unlearned = [turn.model_copy(update={"weight": 0}) if turn == row.messages[-1] else turn for turn in row.messages]
-    shown = put_dataset(made.store, [longer.model_copy(update={"messages": (*unlearned, *more)})])
-    candidate = Candidate(name="rag", base=made.base, max_tokens=9, dataset=shown)
-    check_held_out(made.store, load_dataset(made.store, made.dataset), made.test, "rag", candidate)
+
+    check(longer.model_copy(update={"messages": unlearned}))
+    for rows, seen, said in (
+        ([*commands(30, 1, 0), row], {"learned": True}, "learned from the training row"),
+        ([other.model_copy(update={"group": row.group})], {}, "shares its group"),
+        ([], {"shots": (made.test[3].messages,)}, "shows a test row"),
+        ([longer], {}, "test row"),
+        ([], {"shots": (longer.messages,)}, "test row"),
+    ):
+        with pytest.raises(Refused, match=said) as caught:
+            check(*rows, **seen)
+        assert caught.value.exit_code == 3
 
 
 @pytest.mark.attack("leakage", "twins of test rows in shots, training rows, passages")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
@@ -19,7 +15,6 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 IDS = ["a", "b", "c"]
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=5)
 
 
 def answers(store: Store, lines: list[bytes]) -> AnswerLines:
@@ -59,17 +54,6 @@ def test_answers_that_do_not_fit_the_rows_are_refused(tmp_path: Path, lines: lis
         answers(Store(tmp_path), lines)[2]
 
 
-@settings(max_examples=25, deadline=None)
-@given(TEXTS, TEXTS, st.lists(st.floats(0, 1), min_size=1, max_size=4))
-def test_scores_that_were_written_are_read(tmp_path_factory: Any, name: str, group: str, values: list[float]) -> None:
-    store = Store(tmp_path_factory.mktemp("scores"))
-    written = column(name, "exact", {f"{group}{place}": (group, value) for place, value in enumerate(values)})
-    found = read_scores(store, evaluation(store, encode_scores([written]), name, values))
-    (read,) = found.values()
-    assert (read.candidate, read.ids, read.groups) == (name, written.ids, written.groups)
-    assert np.array_equal(read.values, written.values)
-
-
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -81,17 +65,18 @@ def test_scores_that_were_written_are_read(tmp_path_factory: Any, name: str, gro
     ],
 )
 def test_one_line_that_is_not_a_score_is_found_among_plain_ones(tmp_path: Path, changed: str, said: str) -> None:
-    store = Store(tmp_path)
-    plain = encode_scores([column("x", "exact", {"r1": ("g", 1.0), "r2": ("g", 1.0)})])
+    store, written = Store(tmp_path), column("x", "exact", {"r1": ("g", 1.0), "r2": ("h", 1.0)})
+    plain = encode_scores([written])
+    (read,) = read_scores(store, scored(store, plain)).values()
+    assert (read.ids, read.groups, read.values.tolist()) == (written.ids, written.groups, [1.0, 1.0])
     spoilt = b'"value":1}'.join(plain.rsplit(b'"value":1}', 1)[:1]) + changed.encode() + b"}\n"
     with pytest.raises(Inconclusive, match=said):
-        read_scores(store, evaluation(store, spoilt, "x", [1.0, 1.0]))
+        read_scores(store, scored(store, spoilt))
     with pytest.raises(Inconclusive, match="scored twice"):
-        read_scores(store, evaluation(store, plain + plain.splitlines()[0] + b"\n", "x", [1.0, 1.0]))
+        read_scores(store, scored(store, plain + plain.splitlines()[0] + b"\n"))
 
 
-def evaluation(store: Store, scores: bytes, name: str, values: list[float]) -> Record:
-    """A record that states these scores of a candidate."""
-    mean = round(float(np.mean(values)), 9)
-    body = {"n": len(values), "metrics": ["exact"], "candidates": {name: {"metrics": {"exact": {"mean": mean}}}}}
-    return Record(kind="evaluation", blobs={"scores.jsonl": store.put_bytes(scores)}, body=json.loads(json.dumps(body)))
+def scored(store: Store, scores: bytes) -> Record:
+    """A record that states these scores of a candidate, each 1."""
+    body = {"n": 2, "metrics": ["exact"], "candidates": {"x": {"metrics": {"exact": {"mean": 1.0}}}}}
+    return Record(kind="evaluation", blobs={"scores.jsonl": store.put_bytes(scores)}, body=body)

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,13 +16,12 @@ from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.progress import Silent, Stopped, Task
+from tunesmith.pipeline import forecast as forecast_module
 from tunesmith.pipeline import training as training_module
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import lift_gate
 from tunesmith.pipeline.stages import REVISIONS
-from tunesmith.services.runs.forecast import ForecastView, forecast, forecast_view, newest_forecast
-from tunesmith.store.records import Record
-from tunesmith.store.store import Store
+from tunesmith.services.runs.forecast import ForecastView, forecast, newest_forecast
 from tunesmith.training.estimates.subsets import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
 
@@ -70,7 +70,8 @@ def found(project: Project, held: int) -> ForecastView:
 
 
 def test_what_a_forecast_says(project: Project, found: ForecastView, held: int) -> None:
-    assert found.rows == PipelineContext(project).dataset.splits["train"]
+    store, context = project.store, PipelineContext(project)
+    assert found.rows == context.dataset.splits["train"]
     assert [each["rows"] for each in found.subsets] == [12, 25, 50, 100]
     assert found.score.low < found.score.median < found.score.high
     assert found.lift is not None
@@ -79,30 +80,18 @@ def test_what_a_forecast_says(project: Project, found: ForecastView, held: int) 
     assert (found.said, found.decision) == (False, "undecided"), "all subsets score nothing"
     assert found.from_rows is None
     assert found.seconds > 0
-
-
-def test_costs_follow_from_what_was_measured(project: Project, found: ForecastView) -> None:
-    largest = project.store.record(project.store.records_of("training")[-1]).body
-    assert found.training["epochs"] == 2.0
+    largest = store.record(store.records_of("training")[-1]).body
+    assert (found.training["epochs"], found.currency) == (2.0, "USD")
     assert found.training["seconds"] == pytest.approx(largest["seconds"] / 100 * found.rows, rel=1e-6)
     assert found.training["money"] == pytest.approx(found.training["seconds"] / 1000, rel=1e-6, abs=1e-9)
-    assert found.currency == "USD"
     assert found.break_even is not None
     assert found.break_even["requests"] is None, "the nearest row costs less than any model"
-    priced = found.model_copy(update={"forecast": ""})
-    assert priced.reasons == found.reasons
-
-
-def test_no_test_row_is_read(project: Project, found: ForecastView) -> None:
-    store = project.store
-    record = store.record(found.forecast)
-    subsets = [digest for name, digest in record.parents.items() if name.startswith("subset:")]
+    subsets = [digest for name, digest in store.record(found.forecast).parents.items() if name.startswith("subset:")]
     assert len(subsets) == 4
-    validation = {row.id for row in PipelineContext(project).dataset.examples("validation")}
-    for digest in subsets:
-        given = store.record(digest)
+    validation = {row.id for row in context.dataset.examples("validation")}
+    for given in map(store.record, subsets):
         lines = map(json.loads, store.read_blob(given.blobs["answers.jsonl"]).splitlines())
-        assert {line["id"] for line in lines} == validation
+        assert {line["id"] for line in lines} == validation, "no test row is read"
         training = store.record(store.record(given.parents["candidate"]).parents["training"]).body
         assert training["splits"] == ["train", "validation"]
         assert training["settings"]["rehearse"] == 0.0
@@ -121,13 +110,13 @@ def test_what_is_known_is_not_trained_again(project: Project, found: ForecastVie
 
 
 def test_another_rule_concludes_again(project: Project, found: ForecastView, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.pipeline import forecast as module
+    real = forecast_module.extrapolate
+
+    def always(*given: Any) -> Any:
+        return real(*given).model_copy(update={"decision": "train", "said": True})
 
     monkeypatch.setitem(REVISIONS, "forecast", REVISIONS["forecast"] + 1)
-    real = module.extrapolate
-    monkeypatch.setattr(
-        module, "extrapolate", lambda *given: real(*given).model_copy(update={"decision": "train", "said": True})
-    )
+    monkeypatch.setattr(forecast_module, "extrapolate", always)
     assert forecast(project).decision == "train"
     newest = newest_forecast(project)
     assert newest is not None
@@ -145,23 +134,6 @@ def test_the_command_says_it_and_exits_by_the_decision(project: Project, found: 
     document = json.loads(CliRunner().invoke(app, ["forecast", "-C", str(project.root), "--json"]).stdout)
     assert document == json.loads(json.dumps(found.document()))
     assert {"forecast", "decision", "score", "lift", "subsets", "headline", "reasons"} <= document.keys()
-
-
-def test_a_forecast_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
-    interval = {"median": 0.8, "low": 0.7, "high": 0.9}
-    training = {"seconds": 95.0, "epochs": 3.0, "money": None}
-    body = {
-        "name": "tuned", "metric": "exact_match", "rows": 1200, "held": {"validation": 80, "train": 0, "test": 0},
-        "test": 300, "budget": 60.0, "seconds": 55.0, "confidence": 0.9, "decision": "train", "likely": 0.97,
-        "goal": 0.05, "rival": "plain", "rival_named": False, "rivals": {"plain": 0.6}, "score": interval,
-        "lift": interval, "subsets": [{"rows": 100, "epochs": 3.0, "mean": 0.7}], "curve": [{"rows": 1200, **interval}],
-        "needed": {"low": None, "median": None, "high": None, "never": 0.02}, "training": training, "pays": None,
-    }  # fmt: skip
-    store = Store(tmp_path)
-    found = forecast_view(store, store.put_record(Record(kind="forecast", body=body)))
-    assert found.headline.startswith("Train tuned")
-    assert (found.said, found.break_even, found.score.median) == (True, None, 0.8)
-    assert found.document()["subsets"] == body["subsets"]
 
 
 def test_the_goal_is_that_of_a_gate_over_an_untuned_candidate(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import call
+from tests.commands import call, printed
 from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
@@ -159,6 +159,8 @@ def test_gates_that_do_not_pass_register_nothing(project: Path) -> None:
 
 def test_names_that_do_not_exist(project: Path) -> None:
     loaded = Project.load(project)
+    shown = " ".join(printed(project, "train", "tuned").split())
+    assert "validating by the probability" in shown, "notices are shown after a training"
     with pytest.raises(UsageError, match="no candidate 'tuend'"):
         evaluation.evaluate(loaded, names=["tuend"])
     with pytest.raises(UsageError, match="'plain' has no training"):

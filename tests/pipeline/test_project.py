@@ -34,7 +34,6 @@ def _constrained(constrain: Any) -> dict[str, Any]:
     ("changes", "said", "place"),
     [
         ({"gate": {}}, "no setting 'gate'; did you mean 'gates'", "gate"),
-        ({"data": {"source": []}}, "no setting 'source'; did you mean 'sources'", "data.source"),
         (_candidate(rnak=4), "no setting 'rnak'; did you mean 'rank'", "candidates.tuned.train.rnak"),
         (_candidate(rank=0), "greater than or equal to 1", "candidates.tuned.train.rank"),
         (_candidate(learning_rate=float("nan")), "'.nan' is not finite", "line 6"),
@@ -43,7 +42,6 @@ def _constrained(constrain: Any) -> dict[str, Any]:
         ({"gates": {"g": {"metric": "exact_mach", "at_least": 0.5}}}, "did you mean 'exact_match'", "gates.g"),
         ({"gates": {"g": {"metric": "field_f1", "at_least": 0.5}}}, "not measured", "gates.g.metric"),
         ({"gates": {"g": {"metric": "exact_match", "over": "nobody", "at_least": 0.1}}}, "not a candidate", "gates.g"),
-        ({"gates": {"g": {"metric": "exact_match", "at_least": float("nan")}}}, "finite", "line 39"),
         ({"gates": {"g": {"metric": "exact_match"}}}, "at_least or at_most", "gates.g"),
         (
             {"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}},
@@ -52,27 +50,15 @@ def _constrained(constrain: Any) -> dict[str, Any]:
         ),
         ({"task": {"scorers": []}}, "at least 1", "task.scorers"),
         ({"release": "nobody"}, "'nobody' is not a candidate", ""),
-        ({"name": "../x"}, "pattern", "name"),
         ({"name": "a..b"}, "pattern", "name"),
-        ({"name": ".."}, "pattern", "name"),
-        ({"name": "a" * 64}, "at most 63", "name"),
         ({"rollout": {"steps": [{"setWeight": 50}]}}, "last setWeight must be 100", "rollout"),
-        ({"candidates": {}}, "at least 1", "candidates"),
-        ({"engine": {"trian": "hf"}}, "no setting 'trian'; did you mean 'train'", "engine.trian"),
-        ({"engine": {"train": "gpu"}}, "'native'", "engine.train"),
         ({"engine": {"kind": "vllm", "url": "no"}}, "pattern", "engine.url"),
         ({"engine": "hf"}, "", "engine"),
         (_constrained({"copy": "slots.*"}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained(["slots.*"]), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
-        (_constrained({"copy": None}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained({"copy": []}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained({}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained({"cpy": ["a"]}), "did you mean 'copy'", "tunesmith.yaml, candidates.c.constrain.cpy "),
-        (
-            {"candidates": {"c": {"prompt": "p.txt", "endpoint": {"url": "http://localhost"}}}, "gates": {}},
-            "Field required",
-            "candidates.c.endpoint.model",
-        ),
     ],
 )
 def test_what_is_refused_says_what_and_where(changes: dict[str, Any], said: str, place: str) -> None:
@@ -104,20 +90,11 @@ def test_any_text_is_a_project_or_an_error_of_ours(text: str) -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    text = settings_text(settings_schema())
-    for path in (
-        "data.sources[].licence",
-        "data.split.group_by",
-        "candidates.NAME.train.rank",
-        "candidates.NAME.retrieve.k",
-        "gates.NAME.at_least",
-        "rollout.steps[].setWeight",
-        "task.schema",
-    ):
-        assert f"\n{path}" in text, path
-    lines = text.splitlines()
-    silent = [line for line, below in itertools.pairwise(lines) if line[0] != " " and not below.strip()]
-    assert not silent
+    lines = settings_text(settings_schema()).splitlines()
+    assert {"data.sources[].licence", "candidates.NAME.train.rank", "task.schema"} <= {
+        line.split()[0] for line in lines if line
+    }
+    assert not [line for line, below in itertools.pairwise(lines) if line[0] != " " and not below.strip()]
 
 
 def test_there_is_no_project(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.commands import call
 from tests.said import Said
@@ -14,8 +15,7 @@ from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.probes.items import ITEMS, decode_items
-from tunesmith.pipeline.probes import risk
-from tunesmith.project import Project
+from tunesmith.project import Project, parse_settings
 from tunesmith.registry.versions import list_versions
 from tunesmith.services.releases import versions
 from tunesmith.services.runs.training import run
@@ -60,22 +60,15 @@ def judged(tmp_path_factory: pytest.TempPathFactory, told: Said) -> tuple[Path, 
 
 
 def _bbq() -> list[dict[str, Any]]:
-    made = []
-    for k in range(60):
-        info = {"ans0": ["Red", "red"], "ans1": ["Blue", "blue"], "ans2": ["Unknown", "unknown"]}
-        row = {
-            "example_id": k,
-            "question_index": k // 2,
-            "question_polarity": ("neg", "nonneg")[k % 2],
-            "context_condition": "disambig" if k >= 50 else "ambig",
-            "category": "Made",
-            "answer_info": info,
-            "additional_metadata": {"stereotyped_groups": ["blue"] if k < 48 else ["green"]},
-            "context": f"Two people met in room {k}.",
-            "question": "Who was rude?",
-        }
-        made.append({**row, "ans0": "The red one", "ans1": "The blue one", "ans2": "Not known"})
-    return made
+    info = {"ans0": ["Red", "red"], "ans1": ["Blue", "blue"], "ans2": ["Unknown", "unknown"]}
+    choices = {"ans0": "The red one", "ans1": "The blue one", "ans2": "Not known"}
+    rows = [
+        {"example_id": k, "question_index": k // 2, "question_polarity": ("neg", "nonneg")[k % 2],
+         "context_condition": "disambig" if k >= 50 else "ambig", "context": f"Two people met in room {k}.",
+         "additional_metadata": {"stereotyped_groups": ["blue"] if k < 48 else ["green"]}}
+        for k in range(60)
+    ]  # fmt: skip
+    return [{**row, **choices, "category": "Made", "answer_info": info, "question": "Who was rude?"} for row in rows]
 
 
 def test_every_probe_is_judged_from_the_record(judged: tuple[Path, dict[str, Any]]) -> None:
@@ -97,22 +90,14 @@ def test_every_probe_is_judged_from_the_record(judged: tuple[Path, dict[str, Any
 
 def test_the_stereotyped_answer_is_the_first_choice(judged: tuple[Path, dict[str, Any]]) -> None:
     store = Project.load(judged[0]).store
-    found = [store.record(each) for each in store.records_of("answers")]
-    record = next(each for each in found if each.body["suite"].startswith("bbq"))
-    items = {item.id: item for item in decode_items(store.read_blob(record.blobs[ITEMS]))}
+    found = {record.body["suite"].split("/")[0]: record for record in map(store.record, store.records_of("answers"))}
+    items = {item.id: item for item in decode_items(store.read_blob(found["bbq"].blobs[ITEMS]))}
     assert items["Made-0"].choices == ("The blue one", "The red one", "Not known")
     assert items["Made-1"].choices == ("The red one", "The blue one", "Not known")
     assert items["Made-0"].group == items["Made-1"].group
-
-
-def test_answers_about_own_rows_come_of_the_candidate(judged: tuple[Path, dict[str, Any]]) -> None:
-    store = Project.load(judged[0]).store
-    found = [store.record(each) for each in store.records_of("answers")]
-    own = [each for each in found if each.body["suite"].startswith(("membership", "extraction", "robustness"))]
-    assert own
-    for each in own:
-        assert store.record(each.parents["candidate"]).kind == "candidate"
-    assert all("candidate" not in each.parents for each in found if each.body["suite"].startswith("bbq"))
+    for own in ("membership", "extraction", "robustness"):
+        assert store.record(found[own].parents["candidate"]).kind == "candidate", "they are about its own rows"
+    assert "candidate" not in found["bbq"].parents
 
 
 def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
@@ -145,10 +130,10 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0
     assert document["test_set_uses"] == 1
-    walk = pipeline.PipelineContext(Project.load(judged[0]))
-    measured = pipeline.plan(walk, between=("plain", "tuned"))
+    context = pipeline.PipelineContext(Project.load(judged[0]))
+    measured = pipeline.plan(context, between=("plain", "tuned"))
     assert measured.measured
-    rows = walk.dataset.splits["validation"]
+    rows = context.dataset.splits["validation"]
     assert measured.gates[0].differing == pytest.approx(max(1 / (rows + 1), 0.1), abs=1e-6)
 
 
@@ -160,22 +145,11 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
         ({"probe": "bbq", "at_most": 1}, "needs path"),
         ({"probe": "swap", "at_most": 1, "path": "x"}, "reads no path"),
         ({"probe": "swap", "at_most": 1, "repeats": 2}, "belongs to the probe canaries"),
-        ({"probe": "swap", "at_most": -0.1}, "greater than or equal to 0"),
-        ({"probe": "swap"}, "at_most"),
-        ({"probe": "swap", "at_most": 1, "rows": 5}, "greater than or equal to 20"),
     ],
 )
-def test_settings_that_cannot_be(tmp_path: Path, gate: dict[str, Any], message: str) -> None:
-    write_project(tmp_path / "p", gates={"g": gate})
+def test_settings_that_cannot_be(gate: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Project.load(tmp_path / "p")
-
-
-def test_a_missing_probe_file_is_refused_before_training(judged: tuple[Path, dict[str, Any]]) -> None:
-    project = Project.load(judged[0])
-    gate = type(project.settings.gates["bbq"])(probe="bbq", at_most=1.0, path="nowhere")  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match="cannot be read"):
-        risk(pipeline.PipelineContext(project), gate, "tuned")  # type: ignore[arg-type]
+        parse_settings(yaml.safe_dump({**settings(), "gates": {"g": gate}}), "x")
 
 
 def test_what_a_probe_lacks_is_said_before_anything_is_trained(tmp_path: Path) -> None:

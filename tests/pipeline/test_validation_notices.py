@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.evaluation.probing import row
 from tests.fabricate import put_base
@@ -18,14 +16,13 @@ from tests.pipeline.large_project import write_large
 from tests.tiny import write_tokenizer
 from tests.tiny_project import settings
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.cli.pipeline import _draw_training
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.models.rendering import Renderer
 from tunesmith.pipeline.training import forbidden_answers, row_scores, validation_notices
-from tunesmith.services.runs.training import ExpectedCost, TrainingSummary, train
+from tunesmith.services.runs.training import train
 from tunesmith.store.store import Store
 from tunesmith.training.settings import TrainSettings
 
@@ -136,17 +133,3 @@ def test_it_says_which_answers_decoding_cannot_give() -> None:
     assert forbidden_answers(context, Candidate(**facts), "train") == ({}, [])
     project.settings.server = "vllm"
     assert forbidden_answers(context, copying, "train") == ({}, [])
-
-
-def test_notices_are_shown_after_a_training() -> None:
-    cost = ExpectedCost(seconds=1.0, step_seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1)
-    done = TrainingSummary(
-        training="sha256:1", adapter="a", weights="sha256:2", examples_per_second=1.0, tokens_per_second=1.0,
-        seconds=1.0, peak_memory_bytes=1, checkpoint_bytes=1, estimate=cost, final_loss=1.0, rows=1, epochs=1.0,
-        rehearsed=3, steps=1, kept=1, tokens=1, tokens_computed=1, labels=1, parameters=1, validation=(), score=None,
-        decisions=None, notices=("no validation rows: the last weights are kept",), overfitting=[], more_time=None,
-    )  # fmt: skip
-    shown = io.StringIO()
-    _draw_training(Console(file=shown, width=200), done)
-    assert "no validation rows: the last weights are kept" in shown.getvalue()
-    assert "3 answers of the base" in shown.getvalue()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.evaluation.conftest import TASK
 from tests.fabricate import SCHEMA, Fabricated
@@ -16,6 +17,7 @@ from tunesmith.candidates.asking import keep_answers
 from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
+from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
@@ -75,9 +77,12 @@ def evaluated(made: Fabricated, given: PolicyAnswers) -> str:
     )
 
 
+def verdict_by(made: Fabricated, evaluation: str, gates: Any, name: str = "tuned") -> str:
+    return judge(made.store, evaluation=evaluation, candidate=name, gates=GATES.validate_python(gates))
+
+
 def gate_of(made: Fabricated, given: PolicyAnswers, name: str = "tuned", **gate: Any) -> dict[str, Any]:
-    gates = GATES.validate_python({"g": {"policy": "all", **gate}})
-    digest = judge(made.store, evaluation=evaluated(made, given), candidate=name, gates=gates)
+    digest = verdict_by(made, evaluated(made, given), {"g": {"policy": "all", **gate}}, name)
     assert replay(made.store, digest)
     return verdict_summary(made.store, digest).document()["gates"][0]  # type: ignore[no-any-return]
 
@@ -86,21 +91,19 @@ def leak(request: str) -> str:
     return "It is 77\u200b81." if request.endswith(("door 3?", "door 5?")) else good(request)
 
 
-def test_every_rule_that_is_kept_passes(made: Fabricated) -> None:
+def test_kept_rules_pass_and_one_broken_rule_fails_and_is_named(made: Fabricated) -> None:
     found = gate_of(made, asked(made, policy(), {"tuned": good}))
     assert (found["outcome"], found["value"], found["low"]) == ("pass", 0.0, 0.0)
     assert found["high"] == pytest.approx(0.142, abs=0.003), "as exact as Clopper and Pearson"
     assert "0 of 24 answers broke it" in found["reason"]
     assert gate_of(made, asked(made, policy(1), {"tuned": good}))["outcome"] == "pass", "one request is a requirement"
-
-
-def test_one_broken_rule_fails_and_is_named(made: Fabricated) -> None:
-    found = gate_of(made, asked(made, policy(), {"tuned": leak}))
+    leaking = asked(made, policy(), {"tuned": leak})
+    found = gate_of(made, leaking)
     assert (found["outcome"], found["check"]) == ("fail", "secrets")
     assert found["checks"]["secrets"] == {"n": 24, "held": 22, "broke": 2, "undecided": 0, "leaked": 0}
     assert "secrets: 2 of 24 answers broke it" in found["reason"]
-    assert gate_of(made, asked(made, policy(), {"tuned": leak}), policy="manners")["outcome"] == "pass"
-    assert gate_of(made, asked(made, policy(), {"tuned": leak}), at_most=0.1)["outcome"] == "pass"
+    assert gate_of(made, leaking, policy="manners")["outcome"] == "pass"
+    assert gate_of(made, leaking, at_most=0.1)["outcome"] == "pass"
 
 
 def test_a_sample_of_requests_is_held_to_its_interval(made: Fabricated) -> None:
@@ -127,8 +130,6 @@ def test_answers_that_decide_nothing_never_pass(made: Fabricated) -> None:
 
 
 def test_requests_that_the_candidate_learned_are_no_evidence_and_shrink_no_requirement(made: Fabricated) -> None:
-    from tunesmith.data.dataset import load_dataset
-
     rows = [row.request[-1].content for row in load_dataset(made.store, made.dataset).examples("train")[:23]]
     checks = {"learned": PolicyCheck(requests=("What is the code of door 3?", *rows), lacks=("7781",))}
     kept = asked(made, checks, {"tuned": good, "zero-shot": good})
@@ -152,89 +153,62 @@ def test_an_evaluation_by_the_former_rule_for_refusals_opens_verifies_and_report
     stated = {**record.body["policy"], "refusals": {"revision": 1, "found": 0.625, "false_rate": 0.2}}
     stated["checks"] = {"secrets": {"refuse": True}, "manners": {"refuse": False, "contains": ["kind regards"]}}
     old = made.store.put_record(record.model_copy(update={"body": {**record.body, "policy": stated}}))
-    gates = GATES.validate_python({"g": {"policy": "all"}})
-    verdict = judge(made.store, evaluation=old, candidate="tuned", gates=gates)
+    verdict = verdict_by(made, old, {"g": {"policy": "all"}})
     assert replay(made.store, verdict)
     assert verdict_summary(made.store, verdict).document()["gates"][0]["checks"]["secrets"]["broke"] == 2
-    rules = {check["name"]: check["rule"] for check in report_data(made.store, old, verdict)["policy"]["checks"]}
-    assert rules["secrets"] == "refuses, by words: no longer computed"
-    assert rules["manners"] == "does not refuse, by words: no longer computed; contains 'kind regards'"
-    assert "no longer computed" in render(report_data(made.store, old, verdict))
+    data = report_data(made.store, old, verdict)
+    assert {check["name"]: check["rule"] for check in data["policy"]["checks"]} == {
+        "secrets": "refuses, by words: no longer computed",
+        "manners": "does not refuse, by words: no longer computed; contains 'kind regards'",
+    }
+    assert "no longer computed" in render(data)
     assert evaluation_summary(made.store, old).policy == stated
     assert record.body["policy"]["checks"]["secrets"] == {"lacks": ["7781"]}
     assert record.body["policy"]["candidates"]["tuned"]["checks"]["manners"]["share"]["mean"] == 0.0
 
 
-@pytest.mark.parametrize(
-    ("gates", "missing"),
-    [
-        ({"a": {"policy": "secrets"}}, "manners"),
-        ({"a": {"policy": ["secrets"]}, "b": {"policy": "manners", "at_most": 1.0}}, "manners"),
-        ({"a": {"metric": "exact_match", "at_least": 0.0}}, "manners, secrets"),
+def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> None:
+    judge_ = {"judge": {"url": "http://127.0.0.1:1/v1", "model": "big"}, "rubric": "It is polite."}
+    rubric = asked(made, {"kind": PolicyCheck.model_validate({"requests": ["x"], **judge_})}, {"zero-shot": good})
+    given = asked(
+        made, policy(2), {"tuned": lambda request: "" if "door 1" in request else good(request)},
+        cut=lambda request: "x" if "door 0" in request else "",
+    )  # fmt: skip
+    digest = evaluated(made, dataclasses.replace(given, answers={**given.answers, **rubric.answers}))
+    exact = {"metric": "exact_match", "at_least": 0.0}
+    for gates, missing in (
         ({"a": {"policy": "secrets"}, "b": {"policy": "manners", "at_most": 0.5}}, None),
         ({"a": {"policy": "all"}}, None),
-    ],
-)
-def test_checks_that_no_gate_holds_are_named(made: Fabricated, gates: dict[str, Any], missing: str | None) -> None:
-    digest = evaluated(made, asked(made, policy(2), {"tuned": lambda request: "" if missing else good(request)}))
-    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=GATES.validate_python(gates))
-    wanted = [f"No gate holds candidates to {missing}: add one, such as {{policy: all}}."] if missing else []
-    assert list(verdict_summary(made.store, verdict).cautions) == wanted
-    cautions = report_data(made.store, digest, verdict)["advice"]["cautions"]
-    assert [each for each in cautions if "No gate" in each] == wanted
-
-
-def test_advice_about_answers_that_decide_nothing(made: Fabricated) -> None:
-    def advice(*, cut: bool) -> dict[str, Any]:
-        given = asked(
-            made, policy(2), {"tuned": lambda request: "" if "door 1" in request else good(request)},
-            cut=lambda request: "x" if cut and "door 0" in request else "",
-        )  # fmt: skip
-        digest = evaluated(made, given)
-        gates = GATES.validate_python({"rules": {"policy": "secrets"}})
-        verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
-        return dict(report_data(made.store, digest, verdict)["advice"])
-
-    empty, both = advice(cut=False), advice(cut=True)
-    said = "More test rows may not decide rules: see why in the reason of each gate."
-    assert said in " ".join(empty["reasons"])
-    assert "collect more rows" not in " ".join(empty["reasons"])
-    assert "1 decide nothing (the answer is empty: 1)." in " ".join(empty["cautions"])
-    cautions = " ".join(both["cautions"])
-    assert (
-        "2 decide nothing (the answer is empty: 1; the answer was cut off at max_tokens: 1): raise max_tokens."
-        in cautions
-    )
-
-
-def test_reports_say_who_judged_a_rubric_and_why_answers_are_unusable(made: Fabricated) -> None:
-    judged = {"judge": {"url": "http://127.0.0.1:1/v1", "model": "big"}, "rubric": "It is polite."}
-    checks = {"kind": PolicyCheck.model_validate({"requests": ["x"], **judged})}
-    digest = evaluated(made, asked(made, checks, {"tuned": good}))
-    data = report_data(made.store, digest)
-    assert data["policy"]["checks"][0]["rule"] == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
-    assert "tuned: the judge of 'kind' was not asked." in report_markdown(data)
-
-
-def test_terminal_and_console_state_doubts(made: Fabricated) -> None:
-    from rich.console import Console
-
-    given = asked(made, policy(4), {"tuned": good}, cut=lambda request: "x" if "door 3?" in request else "")
-    damaged = asked(made, {"other": policy()["secrets"]}, {"zero-shot": good})
-    digest = evaluated(made, dataclasses.replace(given, answers={**given.answers, **damaged.answers}))
-    gates = GATES.validate_python({"rules": {"policy": "secrets"}})
-    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
+        ({"a": {"policy": ["secrets"]}, "b": {"policy": "manners", "at_most": 1.0}}, "manners"),
+        ({"a": exact}, "manners, secrets"),
+        ({"rules": {"policy": "secrets"}}, "manners"),
+    ):
+        verdict = verdict_by(made, digest, gates)
+        wanted = [f"No gate holds candidates to {missing}: add one, such as {{policy: all}}."] if missing else []
+        assert list(verdict_summary(made.store, verdict).cautions) == wanted
+        data = report_data(made.store, digest, verdict)
+        assert [each for each in data["advice"]["cautions"] if "No gate" in each] == wanted
+    reasons = " ".join(data["advice"]["reasons"])
+    assert "More test rows may not decide rules: see why in the reason of each gate." in reasons
+    assert "collect more rows" not in reasons
+    why = "2 decide nothing (the answer is empty: 1; the answer was cut off at max_tokens: 1): raise max_tokens."
+    assert why in " ".join(data["advice"]["cautions"])
     console = Console(record=True, width=400)
     draw_evaluation(console, evaluation_summary(made.store, digest))
     draw_verdict(console, verdict_summary(made.store, verdict))
-    printed = console.export_text()
     operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
     found = show_findings(made.store, operator, digest, verdict)
     page = rendered("evidence_findings.html.jinja", {"found": found, "digest": digest, "compared": ""})
-    for text in (printed, page):
-        assert "1 decide nothing" in text
-        assert "the requests are those of other checks" in text
-        assert "No gate holds candidates to manners" in text
+    for text in (console.export_text(), page):
+        for said in (
+            "2 decide nothing",
+            "the requests are those of other checks",
+            "No gate holds candidates to manners",
+        ):
+            assert said in text
+    judged = report_data(made.store, evaluated(made, rubric))
+    assert judged["policy"]["checks"][0]["rule"] == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
+    assert "zero-shot: the judge of 'kind' was not asked." in report_markdown(judged)
 
 
 def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated) -> None:
@@ -244,7 +218,7 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
     assert found is not None
     assert found.policy is not None
     assert [check["cells"]["tuned"]["broke"] for check in found.policy["checks"]] == [0, 2]
-    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=GATES.validate_python({}))
+    verdict = verdict_by(made, digest, {})
     parents = {"candidate": made.candidates["tuned"], "evaluation": digest, "verdict": verdict}
     kept = made.store.put_record(Record(kind="version", parents=parents, body={"name": "home", "number": 1}))
     version: Any = SimpleNamespace(name="home", label="home@v1", digest=kept, evaluation=digest, verdict=verdict)
@@ -255,15 +229,12 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
     assert "What is the code of door 3?" in str(whole.document())
 
 
-def test_a_candidate_that_was_not_asked_is_inconclusive(made: Fabricated) -> None:
+def test_a_candidate_that_was_not_asked_is_inconclusive(made: Fabricated, evaluation: str) -> None:
     assert gate_of(made, asked(made, policy(), {"zero-shot": good}))["outcome"] == "inconclusive"
-    digest = evaluate(
-        made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA
-    )
-    gates = GATES.validate_python({"g": {"policy": "secrets"}})
-    assert report_data(made.store, digest)["policy"] is None
-    assert 'id="policy"' not in render(report_data(made.store, digest))
-    found = verdict_summary(made.store, judge(made.store, evaluation=digest, candidate="tuned", gates=gates))
+    data = report_data(made.store, evaluation)
+    assert data["policy"] is None
+    assert 'id="policy"' not in render(data)
+    found = verdict_summary(made.store, verdict_by(made, evaluation, {"g": {"policy": "secrets"}}))
     assert found.verdict == "inconclusive"
     assert "evaluate again" in found.gates[0].reason
 
@@ -279,40 +250,34 @@ def test_answers_of_another_candidate_or_to_other_requests_are_unusable(made: Fa
         evaluated(made, mixed)
 
 
-@pytest.mark.parametrize("fault", ["missing", "foreign", "no text", "no finish"])
-def test_damaged_answers_are_unusable(made: Fabricated, fault: str) -> None:
+def test_damaged_answers_are_unusable(made: Fabricated) -> None:
     given = asked(made, policy(), {"tuned": good})
     record = made.store.record(given.answers["tuned"])
     lines = [json.loads(line) for line in made.store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
-    changed = {
-        "missing": lines[1:],
-        "foreign": [*lines, {**lines[0], "id": "x"}],
-        "no text": [{**lines[0], "text": None}, *lines[1:]],
-        "no finish": [{**lines[0], "finish": "?"}, *lines[1:]],
-    }[fault]
-    blobs = {**record.blobs, "answers.jsonl": made.store.put_bytes(b"".join(canonical(e) + b"\n" for e in changed))}
-    digest = made.store.put_record(Record(kind="answers", parents=record.parents, blobs=blobs, body=record.body))
-    assert gate_of(made, dataclasses.replace(given, answers={"tuned": digest}))["outcome"] == "inconclusive"
+    for changed in (
+        lines[1:],
+        [*lines, {**lines[0], "id": "x"}],
+        [{**lines[0], "text": None}, *lines[1:]],
+        [{**lines[0], "finish": "?"}, *lines[1:]],
+    ):
+        blobs = {**record.blobs, "answers.jsonl": made.store.put_bytes(b"".join(canonical(e) + b"\n" for e in changed))}
+        digest = made.store.put_record(record.model_copy(update={"blobs": blobs}))
+        assert gate_of(made, dataclasses.replace(given, answers={"tuned": digest}))["outcome"] == "inconclusive"
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
+def test_outcomes_that_contradict_the_record_are_inconclusive(made: Fabricated) -> None:
+    record = made.store.record(evaluated(made, asked(made, policy(), {"tuned": leak})))
+    data = made.store.read_blob(record.blobs[POLICY])
+    for old, new in (
         (b'"outcome":"broke"', b'"outcome":"held"'),
         (b'"outcome":"broke"', b'"outcome":"fine"'),
         (b'"check":"secrets"', b'"check":"manners"'),
         (b'{"candidate":"tuned"', b'{"candidate":"other"'),
-    ],
-)
-def test_outcomes_that_contradict_the_record_are_inconclusive(made: Fabricated, old: bytes, new: bytes) -> None:
-    digest = evaluated(made, asked(made, policy(), {"tuned": leak}))
-    record = made.store.record(digest)
-    data = made.store.read_blob(record.blobs[POLICY])
-    assert old in data
-    changed = made.store.put_bytes(data.replace(old, new, 1))
-    forged = record.model_copy(update={"blobs": {**record.blobs, POLICY: changed}})
-    with pytest.raises(Inconclusive):
-        read_policy(made.store, forged)
+    ):
+        assert old in data
+        blobs = {**record.blobs, POLICY: made.store.put_bytes(data.replace(old, new, 1))}
+        with pytest.raises(Inconclusive):
+            read_policy(made.store, record.model_copy(update={"blobs": blobs}))
 
 
 def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(made: Fabricated) -> None:
@@ -320,9 +285,7 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
         return f"<script>alert(1)</script> \u202e 7781 {'x' * 2000}" if "door 3?" in request else good(request)
 
     digest = evaluated(made, asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
-    gates = GATES.validate_python({"rules": {"policy": "all"}})
-    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
-    data = report_data(made.store, digest, verdict)
+    data = report_data(made.store, digest, verdict_by(made, digest, {"rules": {"policy": "all"}}))
     check = next(each for each in data["policy"]["checks"] if each["name"] == "secrets")
     assert (check["rule"], check["n"], len(check["shown"])) == ("does not contain '7781'", 24, 1)
     assert set(check["cells"]) == {"tuned", "zero-shot"}
@@ -330,7 +293,7 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
     assert "tuned broke the policy check secrets on 1 of 24 requests" in said
     assert "zero-shot, untuned and with its own prompt, broke it on 0" in said
     assert "add training rows" in said
-    page = render(report_data(made.store, digest, verdict))
+    page = render(data)
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "⟨U+202E⟩" in page

@@ -400,20 +400,3 @@ def test_what_each_judge_makes_of_its_measurements() -> None:
         shown("extraction", {"trained on": (None, 0.5)})
     with pytest.raises(Inconclusive, match="nothing was measured"):
         numbers.worst({}, None, 0.95, 0)
-
-
-def test_formats_keep_their_numbers() -> None:
-    """The measurements of an earlier evaluation, 64 forms by their whole log-probability: the numbers it was given."""
-    draw = random.Random(7)
-    rows = [
-        {"id": f"form-{k // 8}-{k % 8}", "group": f"form-{k // 8}-{k % 8}", "arm": "forms", "before": b, "after": b * a}
-        for k in range(64)
-        for b, a in [(draw.random(), 0.5 + draw.random() / 2)]
-    ]
-    test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", 1.0) for k in range(40)})
-    gate = Probe.model_validate({"probe": "formats", "at_most": 0.15})
-    found = judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, {}))
-    numbers_ = [round(each, 9) for each in (found.interval.mean, found.interval.low, found.interval.high)]
-    assert numbers_ == [0.188806217, 0.138601846, 0.246420411]
-    assert found.extra == {"able": 29, "kept": 0.586206897}
-    assert "requested format fell by +18.9 (+13.9 to +24.6) points" in found.sentence
