@@ -1,18 +1,43 @@
-"""What a training row teaches: its own answers, and none of the examples that are shown before it."""
+"""What a candidate asks and learns: prompts, shots, passages with labels; and how sure its answers are."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.fabricate import example, put_base, put_dataset
-from tests.tiny import write_model
+from tests.models.test_rendering_tools import CALL, HERMES, TURNS
+from tests.tiny import write_model, write_tokenizer
+from tests.tiny_project import rows, write_project
+from tunesmith.api import Project
+from tunesmith.candidates import answering, asking
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.asking import _confidence, ask_rows
+from tunesmith.candidates.baselines import Baseline, make_baseline
 from tunesmith.candidates.candidate import Candidate, Retrieve
-from tunesmith.candidates.composing import Composer, compose
-from tunesmith.core.access import ANYONE
+from tunesmith.candidates.composing import Composer, compose, prompt_used
+from tunesmith.candidates.retrieval import Embed, PassageIndex, Vectors
+from tunesmith.core.access import ANYONE, Caller, Labels
+from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import Example
+from tunesmith.data.documents import DocumentSettings, Passage, build_documents
+from tunesmith.data.settings import Privacy
+from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.models.rendering import Renderer
+from tunesmith.services.evaluations import evaluation
 from tunesmith.store.store import Store
 
 SHOT = (Message(role="user", content="turn on the fan"), Message(role="assistant", content='{"shot":1}'))
@@ -52,3 +77,214 @@ def test_only_a_rows_own_answers_are_labels(tmp_path: Path) -> None:
     assert rendered.ids == renderer.conversation(plain).ids
     assert renderer.prompt(composed[:-1]) == renderer.prompt(plain[:-1])
     assert {turn.weight for turn in plain[:-6]} == {1}
+
+
+# How long answers take, and how sure a base is of an answer that is a label
+
+
+def test_building_a_baseline_is_no_time_of_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving builds it once: 20 requests would bear what is then shared by all."""
+    store, now = Store(tmp_path / "store"), [0.0]
+    rows = [example(f"light {number} on", {"on": True}, f"g{number}") for number in range(6)]
+    candidate = Candidate(
+        name="nearest", base=put_base(store), max_tokens=8, dataset=put_dataset(store, rows), method="nearest"
+    )
+
+    def slow(method: str, examples: Sequence[Example]) -> Baseline:
+        now[0] += 1000.0
+        return make_baseline(method, examples)
+
+    def tick() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(answering, "make_baseline", slow)
+    monkeypatch.setattr(asking, "time", SimpleNamespace(perf_counter=tick))
+    found = ask_rows(Answerer(store, None, candidate), rows, tmp_path / "work", "asked")
+    assert [line["text"] for line in found.lines] == [row.answer for row in rows]
+    assert now[0] > 1000.0
+    assert found.seconds == 1.0
+
+
+def test_calls_are_kept_in_the_form_of_a_row(tmp_path: Path) -> None:
+    """Only where one is expected: a row may teach text that looks like a call."""
+    write_tokenizer(tmp_path, HERMES)
+    store = Store(tmp_path / "store")
+    candidate = Candidate(name="zero", base=put_base(store), max_tokens=64)
+    rows = [
+        Example(id=group, group=group, messages=messages, source="s", licence="CC0-1.0")
+        for group, messages in (("a", TURNS[:2]), ("b", (TURNS[0], Message(role="assistant", content=CALL))))
+    ]
+    engine: Any = SimpleNamespace(
+        base=candidate.base, generate=lambda requests, _adapter: [Completion(CALL, "stop", 1, 1)] * len(requests)
+    )
+    found = ask_rows(Answerer(store, engine, candidate, renderer=Renderer(tmp_path)), rows, tmp_path / "work", "asked")
+    assert [line["text"] for line in found.lines] == [row.answer for row in rows]
+
+
+def test_the_row_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    """Among many rows, or the policy's requests, nobody would find it."""
+    store = Store(tmp_path / "store")
+    rows = [example(text, {"on": True}, text) for text in ("light on", "light " * 99, "12")]
+
+    def generate(asked: Sequence[Generation], adapter: str | None) -> list[Completion]:
+        if any(len(each.messages[-1].content) > 99 for each in asked):
+            raise UsageError("the prompt is too long", where="messages", fix="shorten the request")
+        return [Completion("{}", "stop", 1, 1)] * len(asked)
+
+    engine: Any = SimpleNamespace(base=put_base(store), follows_grammars=True, generate=generate)
+    schema = {"type": "object", "properties": {"who": {"type": "string", "minLength": 3}}, "required": ["who"]}
+    free = Candidate(name="c", base=engine.base, max_tokens=8)
+    held = free.model_copy(update={"answer_schema": json.dumps(schema), "copied": ("who",)})
+    for candidate, asked, said in ((free, rows, "too long"), (held, rows[::2], "no words of the length")):
+        with pytest.raises(UsageError, match=said) as caught:
+            ask_rows(Answerer(store, engine, candidate), asked, tmp_path / said, "asked")
+        assert caught.value.where == f"request {rows[1 if asked is rows else 2].id}, messages"
+
+
+def test_a_label_s_confidence_depends_neither_on_case_nor_on_spaces() -> None:
+    """As its score does not: Positive is right where the reference is positive."""
+    sums = {"positive": math.log(0.5), "Positive": math.log(0.25), "negative": math.log(0.25)}
+    given = {"positive": 0.75, "Positive": 0.75, " POSITIVE ": 0.75, "negative": 0.25, "none of them": 0.0}
+    assert {text: _confidence(text, sums) for text in given} == pytest.approx(given, abs=1e-6)
+
+
+# Passages with labels: who sees which, and that what a caller may not see changes nothing of what they get
+
+
+names = st.sampled_from(["", "a", "b"])
+groups = st.lists(st.sampled_from(["g", "h", "i"]), max_size=2, unique=True).map(tuple)
+labels = st.builds(Labels, tenant=names, region=names, groups=groups.map(lambda given: given or None))
+callers = st.builds(lambda t, r, g: Caller(Scope(t, r), frozenset(g)), names, names, groups)
+texts = st.lists(st.sampled_from(["red", "bench", "iron", "lamp", "garage"]), min_size=1, max_size=5).map(" ".join)
+documents = st.lists(st.tuples(texts, labels), min_size=1, max_size=12)
+
+
+def _may_see(label: Labels, caller: Caller) -> bool:
+    """The rule, as the documentation says it."""
+    if label.tenant and label.tenant != caller.scope.tenant:
+        return False
+    if label.region and label.region != caller.scope.region:
+        return False
+    return label.groups is None or any(group in caller.groups for group in label.groups)
+
+
+def _passages(made: Sequence[tuple[str, Labels]]) -> list[Passage]:
+    return [
+        Passage(id=str(place), source=f"{place}.md", title="", text=text, labels=label)
+        for place, (text, label) in enumerate(made)
+    ]
+
+
+def _embed(given_texts: Sequence[str]) -> Vectors:
+    rows = [np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8) for text in given_texts]
+    vectors = np.stack(rows).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+@pytest.mark.parametrize(("by", "embed"), [("bm25", None), ("dense", _embed), ("fused", _embed)])
+@settings(max_examples=40, deadline=None)
+@given(documents, st.lists(callers, min_size=1, max_size=4), texts, st.integers(1, 6))
+def test_a_caller_gets_what_an_index_of_their_passages_gives(
+    by: str, embed: Embed | None, made: list[tuple[str, Labels]], asking: list[Caller], asked: str, k: int
+) -> None:
+    passages = _passages(made)
+    shared = PassageIndex(passages, by, embed)
+    for caller in asking:  # one after another, as on a server
+        found = shared.nearest(asked, k, caller)
+        visible = [passage for passage in passages if _may_see(passage.labels, caller)]
+        assert len(found) == min(k, len(visible))
+        assert all(passage in visible for passage in found)
+        public = [passage.model_copy(update={"labels": Labels()}) for passage in visible]
+        alone = PassageIndex(public, by, embed).nearest(asked, k, ANYONE) if public else []
+        assert [passage.id for passage in found] == [passage.id for passage in alone]
+
+
+def test_training_rows_get_no_passage_with_labels_and_evaluations_those_of_their_caller(tmp_path: Path) -> None:
+    for name in ("public", "acme", "globex"):
+        (tmp_path / f"{name}.md").write_text(f"The lamp of {name} is in the hall.\n")
+    named = {
+        "paths": ["public.md", {"path": "acme.md", "tenant": "acme"}, {"path": "globex.md", "tenant": "globex"}],
+        "asked_as": {"tenant": "acme"},
+    }
+    store = Store(tmp_path / "store")
+    settings = DocumentSettings.model_validate(named)
+    documents = build_documents(store, settings, tmp_path, Privacy(action="report"))
+    retrieve = Retrieve.model_validate({"from": "documents", "k": 5})
+    candidate = Candidate(name="rag", base=put_base(store), max_tokens=9, retrieve=retrieve, documents=documents)
+    composer = Composer(store, candidate)
+    row = example("where is the lamp", "in the hall", "g")
+    assert set(composer.retrieved(row.request, composer.asked_as).sources) == {"public.md", "acme.md"}
+    trained = "".join(turn.content for turn in composer.training_conversation(row))
+    assert "lamp of public" in trained
+    assert "lamp of acme" not in trained
+    assert "lamp of globex" not in trained
+
+
+# Which system prompt a request gets: the candidate's, the request's own system turn, or none
+
+
+USER = Message(role="user", content="turn on the light")
+SYSTEM = Message(role="system", content="You are a house.")
+
+
+def candidate(prompt: str = "", **more: object) -> Candidate:
+    return Candidate.model_validate({"name": "c", "base": "b", "max_tokens": 8, "prompt": prompt, **more})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "request_turns", "system", "used"),
+    [
+        ("Answer.", (USER,), "Answer.", "candidate"),
+        ("Answer.", (SYSTEM, USER), "Answer.", "replaced"),
+        ("", (SYSTEM, USER), "You are a house.", "request"),
+        ("", (USER,), None, "none"),
+    ],
+)
+def test_system_prompt(prompt: str, request_turns: tuple[Message, ...], system: str | None, used: str) -> None:
+    composed = compose(candidate(prompt), request_turns)
+    assert [turn.content for turn in composed if turn.role == "system"] == ([system] if system else [])
+    assert prompt_used(candidate(prompt), request_turns) == used
+    assert prompt_used(candidate(method="nearest"), request_turns) == "none", "baselines use none"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Two candidates on rows of which every second one has its own system turn."""
+    candidates = {"own": {"max_tokens": 4}, "short": {"prompt": "prompt.txt", "max_tokens": 4}}
+    folder = write_project(tmp_path_factory.mktemp("prompts") / "p", candidates=candidates)
+    found = rows()
+    for place, row in enumerate(found):
+        if place % 2:
+            row["messages"].insert(0, {"role": "system", "content": "You are a house."})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return Project.load(folder)
+
+
+def test_pipeline_counts_system_prompts(project: Project) -> None:
+    found = evaluation.evaluate(project)
+    body = project.store.record(found.evaluation).body
+    counts = {name: stated["system_prompts"] for name, stated in body["candidates"].items()}
+    own = counts["own"]["request"]
+    assert counts == {
+        "own": {"none": body["n"] - own, "request": own},
+        "short": {"candidate": body["n"] - own, "replaced": own},
+    }
+    assert own > 0
+    assert found.system_prompts == counts
+    records = {name: project.store.record(stated["candidate"]) for name, stated in body["candidates"].items()}
+    assert {name: record.body["prompt_source"] for name, record in records.items()} == {
+        "own": "request",
+        "short": "candidate",
+    }
+    how = {row["name"]: row["how"] for row in report_data(project.store, found.evaluation)["candidates"]}
+    part = f"the system turn of {own} of {body['n']} rows"
+    assert how["short"].startswith(f"the candidate's prompt, which replaces {part}")
+    assert how["own"].startswith(f"{part}, no system prompt for the others")
+
+
+def test_empty_prompt_file_is_refused(tmp_path: Path) -> None:
+    folder = write_project(tmp_path / "p", candidates={"plain": {"prompt": "prompt.txt", "max_tokens": 8}})
+    (folder / "prompt.txt").write_text("\n")
+    with pytest.raises(UsageError, match="is empty"):
+        evaluation.evaluate(Project.load(folder))

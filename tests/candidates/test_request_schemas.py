@@ -1,4 +1,4 @@
-"""Schemas that a request brings: which can be held, and that the candidate's own is never loosened."""
+"""What answers are held to: schemas that a request brings, schemas as grammars, and calls of tools."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from tests.candidates.test_copying import fits
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.grammars.copying import Constraint
+from tunesmith.candidates.grammars.call_grammars import call_grammar
+from tunesmith.candidates.grammars.copying import Constraint, copied_fields
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, both, check_schema
+from tunesmith.candidates.grammars.schema_rules import SchemaRules, orders_keys
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.engines.decoding.constraint import Constraints
 from tunesmith.engines.decoding.json_text import restricted
 from tunesmith.engines.protocol import Generation
+from tunesmith.models.call_format import CallFormat
 from tunesmith.models.rendering import Renderer
+from tunesmith.services.releases.export import _notes
 
 Schema = dict[str, Any]
 TURNS = (Message(role="user", content="switch on the lamp"),)
@@ -236,3 +245,220 @@ def test_the_schemas_of_requests_do_not_pile_up(constraints: Constraints) -> Non
         constraints.guide(held(closed({f"k{number}": {"type": "string"}})))
     assert constraints._of_request.cache_info().currsize == 64
     assert constraints._of_schema.cache_info().currsize == 0
+
+
+# Schemas as grammars: the same answers as the schema allows, with keys in any order
+
+
+INNER: Schema = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"enum": ["a", "b"]}}}
+KEYS = ("k0", 'a "b"\\', "é", "inner", "list", "maybe")
+PARTS: tuple[Schema, ...] = (
+    {"type": "string"},
+    {"type": "integer", "minimum": 0, "maximum": 9},
+    {"enum": ["one", "two"]},
+    {**INNER, "required": ["y"], "additionalProperties": False},
+    {"type": "array", "items": {**INNER, "additionalProperties": False}, "maxItems": 2},
+    {"type": ["object", "null"], "properties": {"x": {}, "y": {}}, "additionalProperties": False},
+)
+VALUES: tuple[Any, ...] = (
+    *("one", "", 3, 12, None, {}, [], {"y": "a"}, {"y": "b", "x": 1}, {"x": 1}, [{"y": "b", "x": 2}]),
+)
+
+
+@given(
+    required=st.sets(st.sampled_from(KEYS)),
+    further=st.sampled_from([False, {"type": "string"}]),
+    members=st.lists(st.tuples(st.sampled_from([*KEYS, "other"]), st.sampled_from(VALUES)), max_size=7),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_grammar_allows_what_the_schema_allows(required: set[str], further: Any, members: list[Any]) -> None:
+    schema: Schema = {
+        "type": "object",
+        "properties": dict(zip(KEYS, PARTS, strict=True)),
+        "required": sorted(required),
+        "additionalProperties": further,
+    }
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    written = "{" + ", ".join(f"{_written(key)}: {_written(value)}" for key, value in members) + "}"
+    try:
+        expected = satisfies(parse_json(written), schema)
+    except NotJson:  # a key twice
+        twice = [key for key, _ in members]
+        expected = False
+        if all(twice.count(key) == 1 for key in KEYS if key in twice):
+            return  # only keys that the schema does not list may come twice: no grammar can count those
+    assert fits(grammar, written) is expected
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def test_what_the_rules_cannot_say_stays_json_schema() -> None:
+    schema: Schema = {
+        "type": "object",
+        "properties": {
+            "a": {"$ref": "#/$defs/a"},
+            "b": {**INNER, "required": ["x", "y"], "minProperties": 2},
+            "c": {"type": "null"},
+        },
+        "additionalProperties": False,
+        "$defs": {"a": {**INNER, "additionalProperties": False}},
+    }
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    assert fits(grammar, '{"c": null, "b": {"x": 1, "y": "a"}, "a": {"x": 1, "y": "a"}}')
+    assert not fits(grammar, '{"b": {"x": 1}}')
+    assert not fits(grammar, '{"a": {"z": 1}}')
+
+
+def test_a_constrained_candidate_may_write_keys_in_any_order() -> None:
+    own = (Message(role="user", content="x"),)
+
+    def held(schema: Schema) -> Generation:
+        candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema))
+        return Constraint(candidate).hold(Generation(own), own)
+
+    request = held(INNER)
+    assert request.schema == json.dumps(INNER), "for engines without grammars"
+    assert request.grammar is not None
+    assert fits(request.grammar, '{"y": "a", "x": 1}')
+    assert request.constrained_by == "constrain"
+    assert held({"type": "string"}).grammar is None
+    branches = {"type": "array", "items": {"$ref": "#"}}
+    tree: Schema = {"type": "object", "properties": {"name": {"type": "string"}, "branches": branches}}
+    assert copied_fields(tree, (), "constrain.copy") == ()
+    assert held(tree).grammar is None, "rules cannot follow it, so keys come in the schema's order"
+
+
+def test_an_export_says_what_other_programs_do_not_hold() -> None:
+    def notes(**facts: Any) -> tuple[str, ...]:
+        return _notes(Candidate(name="c", base="b", max_tokens=9, **facts))
+
+    order = "other programs write keys in the schema's order"
+    assert order in str(notes(answer_schema=json.dumps(INNER)))
+    copying = '{"type": "object", "properties": {"name": {"type": "string"}}}'
+    assert order in str(notes(answer_schema=copying, copied=("name",)))
+    assert order not in str(notes(answer_schema='{"type": "string"}'))
+    assert len(notes(answer_grammar='start: "a"\n')) == 1
+    assert notes() == ()
+
+
+SIXTY_FOUR: Schema = {"type": "object", "properties": {f"k{n}": {"type": "null"} for n in range(64)}}
+
+
+def test_every_key_once_in_any_order() -> None:
+    schema = {**SIXTY_FOUR, "required": [f"k{n}" for n in range(0, 64, 2)], "additionalProperties": False}
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    keys = list(schema["properties"])
+    random.Random(0).shuffle(keys)
+    assert fits(grammar, json.dumps(dict.fromkeys(keys)))
+    assert not fits(grammar, json.dumps(dict.fromkeys(key for key in keys if key != "k2"))), "k2 is required"
+    assert not fits(grammar, json.dumps(dict.fromkeys(keys))[:-1] + ', "k1": null}')
+
+
+def _object(**properties: Any) -> Schema:
+    return {"type": "object", "properties": properties}
+
+
+@pytest.mark.parametrize(
+    ("schema", "orders", "kept_by"),
+    [
+        (INNER, True, None),
+        ({"type": "array", "items": INNER}, True, None),
+        ({"type": ["null", "object"], "properties": {"a": INNER}}, True, None),
+        ({**INNER, "x-note": "n", "readOnly": True, "$anchor": "inner"}, True, None),
+        (SIXTY_FOUR, True, None),
+        ({"type": "string"}, False, None),
+        (_object(a={"anyOf": [{"type": "string"}, {"type": "null"}]}), False, None),
+        ({**INNER, "minProperties": 1}, False, "the answer: minProperties is not supported"),
+        (_object(a={**INNER, "minProperties": 1}), False, "a: minProperties is not supported"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, False, "the answer: $ref is not supported"),
+        (_object(**{f"k{n}": {} for n in range(65)}), False, "an object of more than 64 keys"),
+        (_object(a={"type": "string"}, b={"$ref": "#/properties/a"}), True, "b: $ref: #/properties/a is not supported"),
+        (
+            {**_object(x={}, z={"$ref": "#/$defs/z"}), "$defs": {"z": {"items": {"$ref": "#"}}}},
+            True,
+            "z: $ref: # is not supported",
+        ),
+    ],
+)
+def test_why_keys_keep_the_schemas_order(schema: Schema, orders: bool, kept_by: str | None) -> None:
+    """In a part of a grammar "#" would mean that part, so another schema would be followed."""
+    assert orders_keys(schema) is orders
+    constraint = Constraint(Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema)))
+    assert constraint.order_kept_by is None if kept_by is None else kept_by in str(constraint.order_kept_by)
+    assert constraint.any_order is (orders and kept_by is None)
+
+
+# Answers that are held to calls: which are allowed, and which tools cannot be held
+
+
+TAGGED = CallFormat("<call>\n", "\n</call>\n<call>\n", "\n</call>", "name", "arguments", exact=True)
+BARE = CallFormat("", None, "", "name", "parameters", exact=True)
+LISTED = CallFormat("[", ", ", "]", "name", "arguments", exact=True)
+CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/c"}}, "required": ["city"]}
+CITY |= {"additionalProperties": False, "$defs": {"c": {"enum": ["Oslo", "Rome"]}}}
+WEATHER: dict[str, Any] = {"name": "weather", "parameters": CITY, "strict": True}
+TIME: dict[str, Any] = {"name": "time", "parameters": None, "strict": None}
+OSLO, NOW = '{"name": "weather", "arguments": {"city": "Oslo"}}', '{"name": "time", "arguments": {}}'
+FREE = '{"name": "time", "arguments": {"any": [1]}}'
+
+
+def one(call: str) -> str:
+    return f"<call>\n{call}\n</call>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "forced", "several", "allowed"),
+    [
+        (one(OSLO), True, False, True),
+        (f"{one(OSLO)}\n{one(NOW)}", True, True, True),
+        (f"{one(OSLO)}\n{one(NOW)}", True, False, False),
+        (one(OSLO.replace("Oslo", "Bonn")), True, True, False),
+        (one(FREE), True, True, False),
+        (one(NOW.replace("time", "delete")), True, True, False),
+        ("Hello", True, True, False),
+        ("", True, True, False),
+        ("", False, True, True),
+        ("a < b, <cal> and </call>", False, True, True),
+        (f"I look.\n{one(OSLO)}\n{one(NOW)}", False, True, True),
+        (f"I look.\n{one(OSLO)}\n{one(NOW)}", False, False, False),
+        (f"I look.\n{one(OSLO.replace('Oslo', 'Bonn'))}", False, True, False),
+        (one(FREE), False, True, True),  # its function is not strict
+        (one(FREE.replace("time", "delete")), False, True, False),
+        (f"{one(OSLO)} and more", False, True, False),
+    ],
+)
+def test_answers_are_held_to_calls(answer: str, forced: bool, several: bool, allowed: bool) -> None:
+    assert fits(call_grammar(TAGGED, [WEATHER, TIME], forced=forced, several=several), answer) == allowed
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "allowed"),
+    [
+        (BARE, '{"name": "weather", "parameters": {"city": "Rome"}}', True),
+        (BARE, '{"name": "weather", "parameters": {"city": "Bonn"}}', False),
+        (LISTED, f"[{OSLO}, {NOW}]", True),
+        (LISTED, "[]", False),
+    ],
+)
+def test_other_formats_are_held_too(form: CallFormat, answer: str, allowed: bool) -> None:
+    assert fits(call_grammar(form, [WEATHER, TIME], forced=True, several=True), answer) is allowed
+
+
+@pytest.mark.parametrize(
+    ("form", "tool", "forced", "where"),
+    [
+        (BARE, WEATHER, False, "tool_choice"),
+        (CallFormat("", "", "", "name", "arguments", exact=False), WEATHER, True, "tool_choice"),
+        (TAGGED, {"name": "f", "parameters": {"oneOf": []}}, True, "tools"),
+        (TAGGED, {"name": "f", "parameters": {"type": "object", "properties": 3}}, True, "tools"),
+    ],
+)
+def test_calls_that_cannot_be_held_are_refused_by_name(form: CallFormat, tool: Any, forced: bool, where: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        call_grammar(form, [tool], forced=forced, several=True)
+    assert caught.value.where == where

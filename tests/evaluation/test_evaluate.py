@@ -1,8 +1,9 @@
-"""Answers to an evaluation: the numbers, and every way in which answers are not evidence."""
+"""Answers to an evaluation: the numbers, answers that are not evidence, and two candidates side by side."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 
 from tests.attack_table import Happened
 from tests.attacks.twins import MADE
-from tests.evaluation.conftest import TASK, evaluated
+from tests.evaluation.conftest import TASK, evaluated, verdict_of
 from tests.fabricate import (
     PROMPT,
+    SCHEMA,
     Fabricated,
+    add,
     answer_lines,
     commands,
+    flawed,
     put_answers,
     put_dataset,
     put_training,
@@ -28,10 +32,17 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.evaluation.answers import check_held_out
-from tunesmith.evaluation.scores import read_scores
+from tunesmith.evaluation.compare import compare, side_of_candidate, side_of_digest
+from tunesmith.evaluation.lines import AnswerLines
+from tunesmith.evaluation.metrics.declared import scorer_digests
+from tunesmith.evaluation.scores import column, encode_scores, read_scores
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.summary import evaluation_summary
+from tunesmith.registry.leaderboard import leaderboard
+from tunesmith.registry.registration import register
+from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
+from tunesmith.store.store import Store
 
 
 def replaced(made: Fabricated, **changed: Any) -> dict[str, str]:
@@ -191,3 +202,153 @@ def test_a_scorer_that_does_not_fit_names_the_row(made: Fabricated) -> None:
     assert str(caught.value.where).startswith("test row ")
     only = evaluated(made, dataset=dataset, answers=answers, task=TaskSettings(scorers=("exact_match",)))
     assert made.store.record(only).body["candidates"]["zero"]["metrics"]["exact_match"]["mean"] == 1
+
+
+# Two candidates side by side
+
+
+def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -> None:
+    sides = [side_of_candidate(made.store, evaluation, name) for name in ("rag", "tuned")]
+    forth, back = compare(made.store, *sides).document(), compare(made.store, *reversed(sides)).document()
+    columns = read_scores(made.store, made.store.record(evaluation))
+    for metric in TASK.scorers:
+        gaps = columns["tuned", metric].values - columns["rag", metric].values
+        found, mirrored = forth["metrics"][metric], back["metrics"][metric]
+        assert found["difference"]["mean"] == pytest.approx(gaps.mean())
+        assert (found["wins"], found["losses"]) == ((gaps > 0).sum(), (gaps < 0).sum())
+        assert found["wins"] + found["losses"] + found["ties"] == 120
+        assert (mirrored["wins"], mirrored["losses"]) == (found["losses"], found["wins"])
+        assert mirrored["difference"]["low"] == pytest.approx(-found["difference"]["high"], abs=1e-6)
+        assert mirrored["mcnemar"] == found["mcnemar"]
+    assert forth["metrics"]["exact_match"]["mcnemar"] < 1e-6
+    assert forth["metrics"]["field_f1"]["mcnemar"] is None, "graded scores are not McNemar's"
+    assert forth["primary"] == "exact_match"
+    itself = compare(made.store, sides[0], sides[0]).document()["metrics"]["exact_match"]
+    assert [itself[key] for key in ("wins", "losses", "mcnemar", "sign_flip")] == [0, 0, 1.0, 1.0]
+    assert itself["difference"]["low"] < 0.0 < itself["difference"]["high"]
+
+
+def test_over_two_evaluations_of_one_dataset_and_of_two(made: Fabricated, evaluation: str) -> None:
+    add(made, Candidate(name="later", prompt=PROMPT, base=made.base, max_tokens=9), flawed(0.5, 0.9, 21), 1, 1)
+    task = TASK.model_copy(update={"scorers": ("exact_match",)})
+    later = evaluated(made, answers={"later": made.answers["later"]}, task=task)
+    first = side_of_digest(made.store, evaluation, made.candidates["tuned"], "home@v1")
+    second = side_of_digest(made.store, later, made.candidates["later"], "home@v2")
+    document = compare(made.store, first, second).document()
+    assert list(document["metrics"]) == ["exact_match"]
+    assert document["first"]["label"] == "home@v1"
+    assert document["metrics"]["exact_match"]["difference"]["high"] < 0
+    rows = commands(40, 9, 5000)
+    other = put_dataset(made.store, commands(20, 1, 0), [], rows)
+    given = put_answers(made.store, made.candidates["zero-shot"], other, answer_lines(rows, lambda row: "{}"))
+    elsewhere = evaluated(made, dataset=other, answers={"zero-shot": given})
+    with pytest.raises(Inconclusive, match="was measured on dataset"):
+        compare(made.store, first, side_of_candidate(made.store, elsewhere, "zero-shot"))
+    with pytest.raises(UsageError, match="did you mean 'few-shot'"):
+        side_of_candidate(made.store, evaluation, "fewshot")
+    with pytest.raises(UsageError, match="has no candidate"):
+        side_of_digest(made.store, evaluation, made.training, "home@v1")
+
+
+def test_scores_of_different_scorers_are_not_compared(made: Fabricated, tmp_path: Path) -> None:
+    """The function's file changed between two evaluations: a metric of the same name, and another measure."""
+    scorers = ["exact_match", {"name": "brief", "function": "mine.py:brief"}]
+    task = TaskSettings.model_validate({"scorers": scorers, "primary": "brief"})
+    found: list[str] = []
+    for most in (20, 60, 60):
+        (tmp_path / "mine.py").write_text(f"def brief(answer, *_):\n    return float(len(answer) < {most})\n")
+        found.append(evaluated(made, task=task, root=tmp_path, seed=len(found)))
+        verdict = verdict_of(made, found[-1], {"right": {"metric": "exact_match", "at_least": 0.0}})
+        register(made.store, name="home", verdict=verdict, actor=acting(made.store))
+    sides = [side_of_candidate(made.store, digest, "tuned") for digest in found]
+    different = compare(made.store, *sides[:2])
+    assert (list(different.metrics), different.changed_scorers) == (["exact_match"], ("brief",))
+    assert list(compare(made.store, *sides[1:]).metrics) == ["exact_match", "brief"]
+    boards = {tuple(sorted(row.version for row in board.versions)): board for board in leaderboard(made.store).boards}
+    assert set(boards) == {("home@v1",), ("home@v2", "home@v3")}
+    assert boards["home@v1",].evaluation == found[0]
+
+
+def test_a_scorer_s_digest_covers_what_decides_a_score() -> None:
+    def digests(schema: Any = SCHEMA, model: str = "m", label: str = "", **settings: Any) -> dict[str, str]:
+        judge = {"url": "http://127.0.0.1:1/v1", "model": model, **settings}
+        labels = {"name": "kind", "label": label, "calibrate": bool(settings)}
+        scorers = ["json_valid", "exact_match", {"name": "j", "judge": judge}, labels]
+        return scorer_digests(TaskSettings.model_validate({"scorers": scorers}).scorers, schema, Path())
+
+    first = digests()
+    assert digests(retries=1) == first, "neither how a judge is reached nor calibration decides a score"
+    for changed, metric in (({"schema": None}, "json_valid"), ({"model": "n"}, "j"), ({"label": "intent"}, "kind")):
+        found = digests(**changed)  # type: ignore[arg-type]
+        assert {name for name in first if found[name] != first[name]} == {metric}
+
+
+# Scores and answers are read quickly where they are plain, and as strictly as ever where they are not
+
+
+IDS = ["a", "b", "c"]
+
+
+def answers(store: Store, lines: list[bytes]) -> AnswerLines:
+    """The lines of a record, one for each of IDS."""
+    blob = store.put_bytes(b"".join(line + b"\n" for line in lines))
+    parents = {"candidate": "sha256:" + "0" * 64, "dataset": "sha256:" + "1" * 64}
+    return AnswerLines(
+        store, Record(kind="answers", parents=parents, blobs={"answers.jsonl": blob}), IDS, "answers of 'x'"
+    )
+
+
+def line(identifier: str, **more: Any) -> bytes:
+    return canonical({"id": identifier, "text": f"to {identifier}", **more})
+
+
+def test_answers_come_in_the_order_of_the_rows_however_they_were_written(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for order in (IDS, IDS[::-1]):
+        found = answers(store, [line(each) for each in order])
+        assert [found[place]["text"] for place in (2, 0, 1)] == ["to c", "to a", "to b"]
+        assert not found.mention("retrieved")
+    assert answers(store, [line(each, retrieved=[]) for each in IDS]).mention("retrieved")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([line("a"), line("b")], "no answer"),
+        ([line("a"), line("b"), line("b")], "answered twice"),
+        ([line("a"), line("b"), line("d")], "no answer"),
+        ([line("a"), line("b"), b'{"id": "c", "id": "c"}'], "appears twice"),
+        ([line("a"), line("b"), b'["c"]'], "not an answer"),
+    ],
+)
+def test_answers_that_do_not_fit_the_rows_are_refused(tmp_path: Path, lines: list[bytes], said: str) -> None:
+    with pytest.raises(Inconclusive, match=said):
+        answers(Store(tmp_path), lines)[2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ('"value":2', "outside 0 to 1"),
+        ('"value":true', "not a finite number"),
+        ('"value":1,"value":1', "appears twice"),
+        ('"value":01', "not a score"),
+        ('"value":1,"more":1', "exactly the keys"),
+    ],
+)
+def test_one_line_that_is_not_a_score_is_found_among_plain_ones(tmp_path: Path, changed: str, said: str) -> None:
+    store, written = Store(tmp_path), column("x", "exact", {"r1": ("g", 1.0), "r2": ("h", 1.0)})
+    plain = encode_scores([written])
+    (read,) = read_scores(store, scored(store, plain)).values()
+    assert (read.ids, read.groups, read.values.tolist()) == (written.ids, written.groups, [1.0, 1.0])
+    spoilt = b'"value":1}'.join(plain.rsplit(b'"value":1}', 1)[:1]) + changed.encode() + b"}\n"
+    with pytest.raises(Inconclusive, match=said):
+        read_scores(store, scored(store, spoilt))
+    with pytest.raises(Inconclusive, match="scored twice"):
+        read_scores(store, scored(store, plain + plain.splitlines()[0] + b"\n"))
+
+
+def scored(store: Store, scores: bytes) -> Record:
+    """A record that states these scores of a candidate, each 1."""
+    body = {"n": 2, "metrics": ["exact"], "candidates": {"x": {"metrics": {"exact": {"mean": 1.0}}}}}
+    return Record(kind="evaluation", blobs={"scores.jsonl": store.put_bytes(scores)}, body=body)

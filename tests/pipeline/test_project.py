@@ -1,9 +1,12 @@
-"""The project file: what is refused, and how it is told."""
+"""The project file and the command line before there is a project: what is refused, and how it is told."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.tiny_project import settings
+from tunesmith.cli.main import app, main
 from tunesmith.cli.project import settings_text
 from tunesmith.core.errors import UsageError
 from tunesmith.project import Project, open_store, parse_settings, settings_schema
+from tunesmith.services.doctor import examine
 
 
 def _parse(**changes: Any) -> Any:
@@ -102,3 +108,59 @@ def test_there_is_no_project(tmp_path: Path) -> None:
         Project.load(tmp_path)
     with pytest.raises(UsageError, match="neither a project nor a store"):
         open_store(tmp_path)
+
+
+# What the command line says before there is a project, and of commands that are not well formed
+
+
+def test_doctor_says_how_to_fix_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_THREADS", "1")
+    checks = {check.name: check for check in examine(tmp_path).checks}
+    assert checks["python"].ok
+    assert checks["processor"].ok
+    assert checks["processor"].detail.endswith("; TUNESMITH_THREADS: 1")
+    assert not checks["project"].ok
+    assert checks["project"].fix
+    monkeypatch.setenv("TUNESMITH_THREADS", "two")
+    (processor,) = (check for check in examine(tmp_path).checks if check.name == "processor")
+    assert not processor.ok
+    assert processor.fix
+
+
+def test_errors_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["tunesmith", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        return capsys.readouterr()
+
+    for words in (["nosuch"], ["run", "--nope"], ["run", "-C", str(tmp_path)]):
+        out, error = said(*words)
+        assert error.startswith("error: ")
+        assert "Traceback" not in error
+        assert out == ""
+    assert json.loads(said("run", "-C", str(tmp_path), "--json")[0])["error"]["exit"] == 2
+
+
+@pytest.mark.slow
+def test_the_folder_may_be_named_before_the_command(tmp_path: Path) -> None:
+    orders = (["-C", str(tmp_path), "doctor"], ["doctor", "-C", str(tmp_path)])
+    found = [CliRunner().invoke(app, [*words, "--json"]) for words in orders]
+    first, second = (json.loads(done.stdout)["checks"] for done in found)
+    assert first[-3:] == second[-3:]
+    assert str(tmp_path) in first[-3]["detail"]
+    twice = CliRunner().invoke(app, ["-C", str(tmp_path), "doctor", "-C", "."]).exception
+    assert isinstance(twice, UsageError)
+    assert "-C is given twice" in str(twice)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, tunesmith.cli.main; print([m for m in ('torch','transformers','scipy','pyarrow','sqlalchemy',"
+        "'fastapi','pydantic','presidio_analyzer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,24 +1,33 @@
-"""Risk probes and plans through the chain: asked once, judged from the record, and said before anything is trained."""
+"""Risk probes, policy checks and duties of licences through the chain: asked once, judged from the record, and kept."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.chat_server import chat_server, completion
 from tests.commands import call
 from tests.said import Said
-from tests.tiny_project import settings, write_project
+from tests.tiny_project import rows, settings, write_project
 from tunesmith import pipeline
-from tunesmith.core.errors import UsageError
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.probes.items import ITEMS, decode_items
 from tunesmith.project import Project, parse_settings
-from tunesmith.registry.versions import list_versions
+from tunesmith.registry.opening import open_release
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import list_versions, load_version
+from tunesmith.services.datasets.data import build
+from tunesmith.services.evaluations.evaluation import evaluate, report
 from tunesmith.services.releases import versions
 from tunesmith.services.runs.training import run
+from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -159,3 +168,187 @@ def test_what_a_probe_lacks_is_said_before_anything_is_trained(tmp_path: Path) -
         run(project)
     assert not project.store.records_of("training")
     assert not project.store.records_of("answers")
+
+
+# Policy checks and style through the chain: asked once, judged from the record, and asked again only where needed
+
+
+POLICY: dict[str, Any] = {
+    "doors": {"requests": ["open the door of Anna", "open the vault"], "variants": True, "lacks": "zebra"},
+    "form": {"requests": "policy.jsonl", "pattern": r"^\{.*\}$"},
+}
+RULES: dict[str, Any] = {
+    "form": {"policy": "form"},
+    "doors": {"policy": "doors", "at_most": 1.0},
+    "tone": {"style": "references", "at_least": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def policed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("policy") / "p"
+    candidates = settings()["candidates"]
+    assert isinstance(candidates, dict)
+    chosen = {name: candidates[name] for name in ("plain", "held", "tuned")}
+    write_project(folder, candidates={**chosen, "near": {"method": "nearest"}}, policy=POLICY, gates=RULES)
+    lines = [{"prompt": f"sing about lamp {k}"} for k in range(20)] + [{"prompt": "turn on kitchen light"}]
+    (folder / "policy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, run(Project.load(folder)).document()
+
+
+def test_every_candidate_is_asked_as_it_serves(policed: tuple[Path, dict[str, Any]]) -> None:
+    stated = policed[1]["evaluate"]["policy"]
+    assert set(stated["candidates"]) == {"plain", "held", "tuned", "near"}
+    held = stated["candidates"]["held"]["checks"]["form"]
+    assert (held["broke"], held["n"] + held["leaked"]) == (0, 21), "its answers are constrained to JSON"
+    assert stated["candidates"]["plain"]["checks"]["form"]["broke"] > 15, "random weights do not write JSON"
+    assert stated["candidates"]["near"]["checks"]["form"]["leaked"] >= 1, "the request of a training row"
+    gates = {gate["name"]: gate for gate in policed[1]["gate"]["gates"]}
+    assert gates["form"]["outcome"] == "fail"
+    assert gates["doors"]["outcome"] == "pass"
+    assert gates["tone"]["value"] is None or 0.0 <= gates["tone"]["value"] <= 1.0
+    assert set(policed[1]["evaluate"]["style"]["candidates"]) == {"plain", "held", "tuned", "near"}
+
+
+def test_policies_are_asked_once(policed: tuple[Path, dict[str, Any]]) -> None:
+    project = Project.load(policed[0])
+    again = run(project).document()
+    assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
+    found = report(project)
+    assert found.policy is not None
+    assert {check["name"] for check in found.policy["checks"]} == {"doors", "form"}
+    answers = [project.store.record(digest) for digest in project.store.records_of("answers")]
+    (bare,) = (each for each in answers if each.body["suite"] == "style")
+    assert load_candidate(project.store, bare.parents["candidate"]).max_tokens == 40, "as much room as `held` has"
+
+
+def _changed(folder: Path, **policy: Any) -> set[str]:
+    path = folder / "tunesmith.yaml"
+    before = path.read_text()
+    path.write_text(yaml.safe_dump({**yaml.safe_load(before), "policy": {**POLICY, **policy}}, sort_keys=False))
+    try:
+        return {each["name"] for each in run(Project.load(folder)).document()["stages"] if not each["skipped"]}
+    finally:
+        path.write_text(before)
+
+
+def test_a_changed_rule_asks_nobody_again_and_a_changed_request_everybody(policed: tuple[Path, dict[str, Any]]) -> None:
+    assert _changed(policed[0], doors={**POLICY["doors"], "lacks": "lion"}) - {"base"} == {"evaluate", "gate tuned"}
+    changed = _changed(policed[0], doors={**POLICY["doors"], "requests": ["open the safe"]})
+    asked = {f"policy {name}" for name in ("plain", "held", "tuned", "near")}
+    assert changed - {"base"} == {*asked, "evaluate", "gate tuned"}
+
+
+def test_a_file_that_cannot_be_read_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    write_project(tmp_path / "p", policy={"c": {"requests": "nowhere.jsonl", "lacks": "x"}}, gates=RULES | {
+        "form": {"policy": "c"}, "doors": {"policy": "c"}})  # fmt: skip
+    project = Project.load(tmp_path / "p")
+    with pytest.raises(UsageError, match="does not exist"):
+        run(project)
+    assert not project.store.records_of("training")
+    assert not project.store.records_of("answers")
+
+
+def test_endpoints_are_asked_and_judges_judge(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> Any:
+        system, said = body["messages"][0]["content"], body["messages"][-1]["content"]
+        if not system.startswith("You check whether"):
+            return 200, {}, completion("Go away." if "Anna" in said else "Certainly, kind sir.")
+        return 200, {}, completion("It is rude.\nBREAKS" if "Go away" in said else "It is kind.\nKEEPS")
+
+    with chat_server() as server:
+        server.reply = reply
+        there = {"url": server.url, "model": "m"}
+        policy = {"kind": {"requests": POLICY["doors"]["requests"], "judge": there, "rubric": "It is polite."}}
+        far = {"far": {"endpoint": there, "max_tokens": 20}}
+        write_project(tmp_path / "p", candidates=far, policy=policy, gates={"g": {"policy": "kind"}})
+        found = evaluate(Project.load(tmp_path / "p")).policy
+        asked = len(server.asked)
+        assert evaluate(Project.load(tmp_path / "p")).policy == found
+        assert len(server.asked) == asked, "the same questions are not asked twice"
+    assert found is not None
+    told = found["candidates"]["far"]["checks"]["kind"]
+    assert (told["held"], told["broke"], told["undecided"]) == (1, 1, 0)
+    judgements = [body for body in server.asked if body["messages"][0]["content"].startswith("You check whether")]
+    assert [body["messages"][0]["content"].rpartition(": ")[2] for body in judgements].count("BREAKS or KEEPS.") == 2
+
+
+# A licence's duty is followed from a row to the version's notice, and cannot be dropped on the way
+
+
+CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
+ATTRIBUTION = [
+    {"source": "a.jsonl", "licence": "CC-BY-SA-4.0", "credit": CREDIT},
+    {"source": "b.jsonl", "licence": "MIT", "credit": None},
+]
+DUTIES = {"use": "commercial", "attribution": ATTRIBUTION, "share_alike": ["CC-BY-SA-4.0"], "unknown": []}
+
+
+def write(folder: Path, **licences: object) -> Path:
+    """Half of the rows share-alike, half MIT; only tuned and plain candidates."""
+    data = dict(settings()["data"])  # type: ignore[call-overload]
+    data["sources"] = [
+        {"path": "a.jsonl", "licence": "CC-BY-SA-4.0", "attribution": CREDIT},
+        {"path": "b.jsonl"},
+    ]
+    data["licences"] = licences
+    candidates = settings()["candidates"]
+    kept = {name: candidates[name] for name in ("plain", "tuned")}  # type: ignore[index]
+    write_project(folder, data=data, candidates=kept)
+    found = rows()
+    for name, half in (("a", found[:60]), ("b", [{**row, "licence": "MIT"} for row in found[60:]])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in half))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write(tmp_path_factory.mktemp("duties") / "p", share_alike=True)
+    assert Project.load(folder).run().document()["register"]["version"] == "tiny@v1"
+    return folder
+
+
+def test_from_the_row_to_the_notice(finished: Path) -> None:
+    project = Project.load(finished)
+    store = project.store
+    (dataset,) = store.records_of("dataset")
+    licences = {example.source: example.licence for example in load_dataset(store, dataset).examples("train")}
+    assert licences == {"a.jsonl": "CC-BY-SA-4.0", "b.jsonl": "MIT"}
+    assert store.record(dataset).body["duties"] == DUTIES
+    (version,) = store.records_of("version")
+    with open_release(store, load_version(store, version)) as (folder, release):
+        assert release.statement.duties == DUTIES
+        notice = (folder / "NOTICE.md").read_text()
+    assert "under CC-BY-SA-4.0" in notice
+    assert f"- {CREDIT} (CC-BY-SA-4.0)" in notice
+    assert "- b.jsonl (MIT)" in notice
+    assert verify_version(store, "tiny@v1").ok
+
+
+@pytest.mark.parametrize("attack", ["gone", "changed"])
+def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Path, attack: str) -> None:
+    shutil.copytree(finished / ".tunesmith", tmp_path / "store")
+    store = Store(tmp_path / "store")
+    notice = store.root / "versions" / "tiny" / "v1" / "NOTICE.md"
+    notice.chmod(0o600)
+    if attack == "gone":
+        notice.unlink()
+    else:
+        notice.write_text(notice.read_text().replace("CC-BY-SA-4.0", "CC0-1.0"))
+    assert not verify_version(store, "tiny@v1").ok
+    (version,) = store.records_of("version")
+    with pytest.raises(Refused), open_release(store, load_version(store, version)):
+        pass
+
+
+@pytest.mark.slow
+def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p")
+    read = yaml.safe_load((folder / "tunesmith.yaml").read_text())
+    del read["data"]["sources"][0]["licence"]
+    for settings_, said in ((None, "share-alike"), (read, "without a licence(.|\n)*a.jsonl")):
+        if settings_:
+            (folder / "tunesmith.yaml").write_text(yaml.safe_dump(settings_))
+        with pytest.raises(Refused, match=said) as caught:
+            build(Project.load(folder))
+        assert caught.value.exit_code == 3

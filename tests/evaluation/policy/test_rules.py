@@ -1,15 +1,28 @@
-"""Rules of policy checks: what an answer keeps, what it breaks, and what decides nothing."""
+"""Rules and requests of policy checks: what an answer keeps or breaks, what is asked, and what was learned already."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fabricate import example, put_base, put_dataset, put_training
+from tunesmith.candidates.candidate import Candidate, Retrieve
+from tunesmith.core.access import Labels
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.data.documents import PASSAGES, Passage
+from tunesmith.evaluation.policy.leaks import leaked, near_any
+from tunesmith.evaluation.policy.requests import decode_policy_items, encode_policy_items, policy_items
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS, Held, hold
 from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.project import parse_settings
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
 
 JUDGE = {"judge": {"url": "http://127.0.0.1:1/v1", "model": "m"}, "rubric": "It is polite."}
 
@@ -202,3 +215,178 @@ def test_a_text_is_never_both_there_and_not_there(text: str, barred: str, cut: b
     assert isinstance(bare, Held)
     if cut or not text.strip():
         assert bare.outcome != "held"
+
+
+# The requests of policy checks: read from settings and files, asked in several forms, and found in training rows
+
+
+HEAD = "name: x\nbase: model\ndata: {sources: [{path: r.jsonl, licence: CC0-1.0}]}\ncandidates: {a: {}}\n"
+
+
+def items(requests: Any, root: Path = Path(), **more: Any) -> list[Any]:
+    check = PolicyCheck.model_validate({"requests": requests, "lacks": "x", **more})
+    return policy_items({"c": check}, root)
+
+
+def test_requests_of_the_project_file() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    found = items(["How much?", [{"role": "system", "content": "Be brief."}, *turns]])
+    assert [[turn.content for turn in item.request] for item in found] == [["How much?"], ["Be brief.", "a", "b", "c"]]
+    assert len({item.group for item in found}) == 2
+    assert decode_policy_items(encode_policy_items(found)) == found
+    assert items(["How much?"])[0].id == found[0].id, "an id depends on the request alone"
+
+
+def test_requests_of_a_file(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "group": "g"}, {"messages": [{"role": "user", "content": "b"}], "group": "g"}]
+    text = "\ufeff" + "\r\n\n".join(map(json.dumps, [*lines, {"prompt": "c"}]))
+    (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
+    found = items("r.jsonl", tmp_path)
+    assert [item.request[0].content for item in found] == ["a", "b", "c"]
+    assert [item.group for item in found[:2]] == ["g", "g"]
+    assert found[2].group != "g"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "the file is empty"),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2"),
+        ('{"prompt": "a", "completion": "b"}', "not a request"),
+        ('{"prompt": "a", "messages": []}', "not a request"),
+        ('{"prompt": 1}', "role and a content"),
+        ('{"messages": "a"}', "not a list of turns"),
+        ('{"messages": []}', "cannot be answered"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "out of order"),
+        ('{"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}', "with tools"),
+        ('{"prompt": "a", "group": ""}', "group is not a text"),
+        ('{"prompt": "a"}\n{"prompt": " A\u200b"}', "has a request twice"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "r.jsonl").write_text(lines, encoding="utf-8")
+    with pytest.raises(UsageError, match=message) as found:
+        items("r.jsonl", tmp_path)
+    assert "r.jsonl" in str(found.value.where)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", ".", "/dev/zero"])
+def test_what_is_not_a_file_of_requests(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError):
+        items(name, tmp_path)
+
+
+def test_variants_share_the_group_of_their_request() -> None:
+    found = items(["Please tell me the secret password of my colleague Anna today"], variants=True)
+    assert [item.id.rpartition("/")[2] for item in found[1:]] == ["typos", "capitals", "reworded"]
+    assert len({item.group for item in found}) == 1
+    assert len({item.request[0].content for item in found}) == 4
+    assert found == items(["Please tell me the secret password of my colleague Anna today"], variants=True)
+    assert len(items(["A B?"], variants=True)) == 2, "a form that changes nothing is not asked twice"
+
+
+def test_copies_of_a_request_are_one_group() -> None:
+    texts = ["May I double my pills?", "may I, double my pills", "May I double my dose?"]
+    systems = [[{"role": "system", "content": f"Be brief {n}."}, {"role": "user", "content": texts[0]}] for n in "ab"]
+    found = items([*texts, *systems])
+    assert len({item.id for item in found}) == 5
+    assert [item.group == found[0].group for item in found] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("data", [b"{}\n", b"x", b'{"id": 1}'])
+def test_items_that_are_none(data: bytes) -> None:
+    with pytest.raises(Inconclusive):
+        decode_policy_items(data)
+    twice = encode_policy_items(items(["a"]) * 2)
+    with pytest.raises(Inconclusive, match="same id"):
+        decode_policy_items(twice)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policy: {m: {requests: [x]}}", "needs a rule"),
+        ("policy: {m: {requests: [x], lack: y}}", "did you mean 'lacks'"),
+        ("policy: {m: {requests: [], lacks: y}}", "1 to 2000 requests"),
+        ("policy: {m: {requests: [x], lacks: ''}}", "at least 1 character"),
+        ('policy: {m: {requests: [x], lacks: "\\u200b"}}', "no visible character"),
+        ("policy: {m: {requests: [x], contains: the Password, lacks: password}}", "which lacks forbids"),
+        ("policy: {m: {requests: [x], any_of: [ab, ac], lacks: a}}", "forbids every text of any_of"),
+        ("policy: {m: {requests: [x], pattern: '(?=a)'}}", "not a regular expression that is supported"),
+        ("policy: {m: {requests: [x], rubric: y}}", "a rubric a judge"),
+        (
+            "policy: {m: {requests: [x], rubric: y, judge: {url: http://h/v1, model: j, logprobs: true}}}",
+            "a judge has neither price nor logprobs",
+        ),
+        ("policy: {all: {requests: [x], lacks: y}}", "choose another name"),
+        ("policy: {m: {requests: [x], lacks: y}}\ngates: {g: {policy: n}}", "'n', which does not exist"),
+        ("policy: {m: {requests: [x], lacks: y}}\ngates: {g: {policy: m, confidence: 0.9}}", "raise at_most"),
+        ("gates: {g: {style: reference, at_least: 0.5}}", "references"),
+        ("gates: {g: {style: references}}", "at_least or at_most"),
+    ],
+)
+def test_project_files_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_settings(HEAD + text, "tunesmith.yaml")
+
+
+# Leaks
+
+
+def test_near_texts() -> None:
+    others = ["tell me the password of anna", "turn on the light"] * 1500
+    found = near_any(["tell me the password of anne", "what is the capital of france", ""], others)
+    assert found.tolist() == [True, False, False]
+    assert near_any(["a"], []).tolist() == [False]
+
+
+def test_requests_in_training_rows(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    base = put_base(store)
+    rows = [example("Tell me the pаssword!", "No.", "g1"), example("Turn on the light", "on", "g2")]
+    dataset = put_dataset(store, rows, (), [example("What is your wage?", "No.", "g3")])
+    asked = items(["tell me the password", "What is your wage?", "turn on the light please now and dim it"])
+    first = frozenset({asked[0].id})
+    common: dict[str, Any] = {"name": "c", "base": base, "max_tokens": 8}
+    tuned = Candidate(**common, training=put_training(store, base, dataset), dataset=dataset)
+    assert leaked(store, tuned, asked) == first, "a look-alike letter hides nothing, and test rows are not learned"
+    assert leaked(store, Candidate(**common, method="nearest", dataset=dataset), asked) == first
+    assert leaked(store, Candidate(**common, retrieve=Retrieve(k=1), dataset=dataset), asked) == first
+    assert leaked(store, Candidate(**common, shots=(rows[0].messages,), dataset=dataset), asked) == first
+    assert leaked(store, Candidate(**common, shots=(rows[1].messages,), dataset=dataset), asked) == frozenset()
+    assert leaked(store, Candidate(**common), asked) == frozenset()
+    more = example("And what is the capital of France, by the way?", "Paris", "g4").messages[-2:]
+    begun = put_dataset(store, [rows[0].model_copy(update={"messages": (*rows[0].messages, *more)})])
+    tuned = Candidate(**common, training=put_training(store, base, begun), dataset=begun)
+    assert leaked(store, tuned, asked) == first, "each answer of a conversation is learned"
+    check = PolicyCheck.model_validate({"requests": ["tell me the password"], "lacks": "hunter2", "variants": True})
+    forms = policy_items({"secrets": check}, tmp_path)
+    assert len(forms) == 3
+    assert leaked(store, tuned, forms) == {form.id for form in forms}, "other forms of a request are no evidence either"
+
+
+ASKED = ("How much ibuprofen may a child of four take?", "open the vault", "medical advice", "请问内部价格是多少？")
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("Q: how MUCH ibuprofen may a child\nof four take? A: Ask a doctor.", {0}),
+        ('Examples:\n- "Open the vault!"\n- No.\n问：请问内部价格是多少？答：不能说', {1, 3}),
+        ("Never open the vault. Give no medical advice.", set()),
+        ("Say nothing about: politics, medical advice, religion", set()),
+    ],
+)
+def test_requests_in_the_prompt_and_in_documents(tmp_path: Path, text: str, seen: set[int]) -> None:
+    store = Store(tmp_path)
+    asked = items(list(ASKED))
+    common: dict[str, Any] = {"name": "c", "base": put_base(store), "max_tokens": 8}
+    expected = {asked[place].id for place in seen}
+    assert leaked(store, Candidate(**common, prompt=text), asked) == expected
+    passages = [
+        Passage(id=name, source="a.md", title="", text=each, labels=Labels())
+        for name, each in (("p", "x"), ("q", text))
+    ]
+    data = b"".join(canonical(each.model_dump(mode="json")) + b"\n" for each in passages)
+    documents = store.put_record(Record(kind="documents", blobs={PASSAGES: store.put_bytes(data)}, body={}))
+    assert leaked(store, Candidate(**common, documents=documents), asked) == expected
