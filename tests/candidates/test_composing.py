@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from tests.fabricate import example, put_base, put_dataset
 from tests.models.test_rendering_tools import CALL, HERMES, TURNS
 from tests.tiny import write_model, write_tokenizer
-from tests.tiny_project import rows, write_project
+from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.candidates import answering, asking
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import _confidence, ask_rows
 from tunesmith.candidates.baselines import Baseline, make_baseline
 from tunesmith.candidates.candidate import Candidate, Retrieve
-from tunesmith.candidates.composing import Composer, compose, prompt_used
+from tunesmith.candidates.composing import Composer, compose, count_prompts, describe_prompts, prompt_used
 from tunesmith.candidates.retrieval import Embed, PassageIndex, Vectors
 from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import UsageError
@@ -35,7 +35,6 @@ from tunesmith.data.dataset import Example
 from tunesmith.data.documents import DocumentSettings, Passage, build_documents
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Completion, Generation
-from tunesmith.evaluation.report.data import report_data
 from tunesmith.models.rendering import Renderer
 from tunesmith.services.evaluations import evaluation
 from tunesmith.store.store import Store
@@ -248,39 +247,14 @@ def test_system_prompt(prompt: str, request_turns: tuple[Message, ...], system: 
     assert prompt_used(candidate(method="nearest"), request_turns) == "none", "baselines use none"
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Two candidates on rows of which every second one has its own system turn."""
-    candidates = {"own": {"max_tokens": 4}, "short": {"prompt": "prompt.txt", "max_tokens": 4}}
-    folder = write_project(tmp_path_factory.mktemp("prompts") / "p", candidates=candidates)
-    found = rows()
-    for place, row in enumerate(found):
-        if place % 2:
-            row["messages"].insert(0, {"role": "system", "content": "You are a house."})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    return Project.load(folder)
-
-
-def test_pipeline_counts_system_prompts(project: Project) -> None:
-    found = evaluation.evaluate(project)
-    body = project.store.record(found.evaluation).body
-    counts = {name: stated["system_prompts"] for name, stated in body["candidates"].items()}
-    own = counts["own"]["request"]
-    assert counts == {
-        "own": {"none": body["n"] - own, "request": own},
-        "short": {"candidate": body["n"] - own, "replaced": own},
-    }
-    assert own > 0
-    assert found.system_prompts == counts
-    records = {name: project.store.record(stated["candidate"]) for name, stated in body["candidates"].items()}
-    assert {name: record.body["prompt_source"] for name, record in records.items()} == {
-        "own": "request",
-        "short": "candidate",
-    }
-    how = {row["name"]: row["how"] for row in report_data(project.store, found.evaluation)["candidates"]}
-    part = f"the system turn of {own} of {body['n']} rows"
-    assert how["short"].startswith(f"the candidate's prompt, which replaces {part}")
-    assert how["own"].startswith(f"{part}, no system prompt for the others")
+def test_counts_in_words() -> None:
+    requests = [(SYSTEM, USER), (USER,), (USER,)]
+    assert count_prompts(candidate("Answer."), requests) == {"candidate": 2, "replaced": 1}
+    said = [describe_prompts(count_prompts(candidate(prompt), requests)) for prompt in ("Answer.", "")]
+    assert said == [
+        "the candidate's prompt, which replaces the system turn of 1 of 3 rows",
+        "the system turn of 1 of 3 rows, no system prompt for the others",
+    ]
 
 
 def test_empty_prompt_file_is_refused(tmp_path: Path) -> None:

@@ -199,19 +199,6 @@ def test_how_sure_an_answer_is(server: ChatServer) -> None:
         _said(server, document, logprobs=True)
 
 
-def test_it_does_not_wait_for_ever(server: ChatServer) -> None:
-    release = threading.Event()
-
-    def hang(_: Any) -> Any:
-        release.wait(60)
-        return 200, {}, completion("late")
-
-    server.reply = hang
-    with pytest.raises(TunesmithError, match="Timeout"):
-        _endpoint(server, timeout=0.1, retries=0).generate([_asked()])
-    release.set()
-
-
 @pytest.mark.parametrize(
     "url", ["ftp://x/v1", "x", "https://user:pw@host/v1", "https://host/v1?key=1", "https:///v1", "http://h/v1#a"]
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +120,3 @@ def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path
     (tmp_path / "tunesmith.yaml").write_text(PROJECT)
     with pytest.raises(UsageError, match="nothing has been evaluated"):
         call("report", "-C", str(tmp_path))
-
-
-def test_commands_import_what_they_need() -> None:
-    """The verbs themselves next to nothing; the services that they call neither the engine nor SciPy."""
-    code = "import sys"
-    for module, heavy in (
-        ("cli.evaluation", "torch transformers numpy scipy jinja2 sqlalchemy jsonschema rich.table"),
-        ("services.runs.jobs", "torch transformers scipy httpx"),
-    ):
-        code += f"; import tunesmith.{module}; print([m for m in {heavy.split()!r} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["[]", "[]"]

@@ -9,21 +9,8 @@ from pydantic import ValidationError
 
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.gates.settings import GATES, Forgetting, Lift, Threshold, check_gates
+from tunesmith.evaluation.gates.settings import GATES, check_gates
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
-
-
-def test_a_gate_s_kind_follows_from_its_keys() -> None:
-    gates = GATES.validate_python(
-        {
-            "lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05, "confidence": 0.95},
-            "valid": {"metric": "json_valid", "at_least": 0.99},
-            "rare": {"metric": "field_f1", "at_most": 0.5, "confidence": 0.9},
-            "forgetting": {"suite": "general", "drop_at_most": 0.03},
-        }
-    )
-    assert [type(gate) for gate in gates.values()] == [Lift, Threshold, Threshold, Forgetting]
-    assert GATES.validate_python({name: gate.model_dump(mode="json") for name, gate in gates.items()}) == gates
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
-from tunesmith.candidates.composing import compose
 from tunesmith.core.access import ANYONE
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
@@ -101,6 +100,7 @@ def test_all_are_measured_on_the_same_rows(project: Project) -> None:
     assert body["candidates"]["nearest"]["prompt_tokens"] == 0
     assert body["candidates"]["rival"]["prompt_tokens"] == 11 * body["n"]
     assert body["candidates"]["held"]["metrics"]["json_valid"]["mean"] == 1.0
+    assert body["candidates"]["plain"]["system_prompts"] == {"candidate": body["n"]}
     held, tuned, docs = (_candidate(project, name) for name in ("held", "tuned", "docs"))
     assert held.training == tuned.training, "borrowed weights are the other's"
     assert held.tuned
@@ -113,16 +113,6 @@ def test_all_are_measured_on_the_same_rows(project: Project) -> None:
     asked = [Message(role="user", content="what is in the garage?")]
     assert "(rooms.md, Garage)\nThe garage has a radio." in composer.conversation(asked, ANYONE)[0].content
     assert composer.retrieved(asked, ANYONE).sources == ("rooms.md",)
-
-
-def test_training_with_retrieval_hides_the_row_s_answer(project: Project) -> None:
-    candidate = _candidate(project, "tuned")
-    answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
-    for example in load_dataset(project.store, candidate.dataset).examples("train"):
-        shown = compose(candidate, example.messages, answerer.composer.retrieved_without_group(example, ANYONE))
-        assert example.messages[-1] in shown
-        assert example.request[-1] not in shown[:-2], "its own request among the retrieved"
-    assert answerer.composer.retrieved_without_group(example, ANYONE).ids, "something is retrieved all the same"
 
 
 def test_a_stated_setting_is_another_training_than_a_default_that_fits_the_rows(project: Project) -> None:
@@ -142,18 +132,16 @@ def test_a_stated_setting_is_another_training_than_a_default_that_fits_the_rows(
 
 def test_another_scorer_or_function_is_another_metric(tmp_path: Path) -> None:
     """What was chosen by scores is chosen again when the function or a scorer's settings change."""
-
-    def found(task: dict[str, Any]) -> dict[str, Any]:
-        return leading_inputs(PipelineContext(Project.load(write_project(tmp_path / "p", task=task, gates={}))))
-
-    own, file = {"scorers": [{"name": "own", "function": "scorer.py:score"}]}, tmp_path / "p" / "scorer.py"
+    found, file = [], tmp_path / "p" / "scorer.py"
     file.parent.mkdir()
-    file.write_text("def score(answer, reference, request):\n    return 1.0\n")
-    before = found(own)
-    file.write_text("def score(answer, reference, request):\n    return 0.0\n")
-    assert found(own) != before
-    loose, strict = ({"scorers": [{"name": "near", "tolerance": each}]} for each in (0.5, 0.1))
-    assert found(loose) != found(strict)
+    own = {"name": "own", "function": "scorer.py:score"}
+    for value, scorer in ((1.0, own), (0.0, own), (0.5, {"tolerance": 0.5}), (0.5, {"tolerance": 0.1})):
+        file.write_text(f"def score(answer, reference, request):\n    return {value}\n")
+        task = {"scorers": [{"name": "near", **scorer}]}
+        context = PipelineContext(Project.load(write_project(tmp_path / "p", task=task, gates={})))
+        found.append(leading_inputs(context))
+    assert found[0] != found[1]
+    assert found[2] != found[3]
 
 
 def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project) -> None:
@@ -163,14 +151,12 @@ def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project
     lines = project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()
     assert body["budget"] == 5 * body["rows"] == len(lines)
     dataset = load_dataset(project.store, record.parents["dataset"])
-    tried = {json.loads(line)["id"] for line in lines}
-    assert tried <= {example.id for example in dataset.examples("validation")}
-    train = {example.id for example in dataset.examples("train")}
+    train, validation = ({row.id for row in dataset.examples(split)} for split in ("train", "validation"))
+    assert {json.loads(line)["id"] for line in lines} <= validation
     assert all(set(one["shots"]) <= train for one in body["tries"])
     best = body["tries"][body["best"]]
     assert best["mean"] == max(one["mean"] for one in body["tries"])
-    assert candidate.prompt == best["prompt"]
-    assert len(candidate.shots) == len(best["shots"])
+    assert (candidate.prompt, len(candidate.shots)) == (best["prompt"], len(best["shots"]))
 
 
 def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:

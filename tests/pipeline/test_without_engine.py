@@ -342,7 +342,6 @@ def test_a_named_source_counts_by_its_bytes_and_not_by_its_path(tmp_path: Path) 
         folder = write_project(tmp_path / "p", data={**data, "sources": [source]})
         (folder / place).write_text((folder / "rows.jsonl").read_text() + more)
         context = PipelineContext(Project.load(folder))
-        digest = context.dataset.digest
-        found.append((digest, [stage.skipped for stage in context.stages.done if stage.name == "data"]))
+        found.append((context.dataset.digest, {stage.skipped for stage in context.stages.done if stage.name == "data"}))
     assert found[0][0] == found[1][0] != found[2][0]
-    assert [skipped for _, skipped in found] == [[False], [True], [False]]
+    assert [skipped for _, skipped in found] == [{False}, {True}, {False}]

@@ -61,14 +61,10 @@ HELP = {"equals": "I can't help with that."}
     ("rules", "text", "expected"),
     [
         ({"lacks": "hunter2"}, "h u n t e r 2", "held"),
-        ({"lacks": "hunter2"}, "aHVudGVyMg==", "held"),
         ({"lacks": "internal price list"}, "internal-price-list", "held"),
-        ({"lacks": "internal price list"}, "internal. Price list", "held"),
         ({"lacks": "1234"}, "pages 12-34", "held"),
         ({"lacks": "therapist"}, "<li>the</li><li>rapist</li>", "held"),
-        ({"lacks": "25"}, "2<sup>5</sup>", "held"),
         ({"lacks": "Größenwahn"}, "Großmutter und Brot", "held"),
-        ({"lacks": "ack"}, "açık kapı", "held"),
         (
             {"lacks": ["25100", "234"]},
             "**Highs**: 62. 25*100 = 2500, 2*3*4 = 24 and 2**10 = 1024. I * am * fine.",
@@ -79,9 +75,7 @@ HELP = {"equals": "I can't help with that."}
         ({"contains": "no legal advice"}, "This is NO  legal\nadvice.", "held"),
         ({"contains": "no legal advice"}, "no leg\u0430l advice", "broke"),  # a look-alike is not the text
         ({"contains": ["a", "b"]}, "a", "broke"),
-        ({"contains": ["a", "b"]}, "b and a", "held"),
         ({"contains": 'a "b" c'}, '{"say": "a \\"b\\" \\u0063"}', "held"),  # the texts of JSON without escapes
-        ({"any_of": ["a", "b"]}, "b", "held"),
         ({"any_of": ["a", "b"]}, "c", "broke"),
         ({"any_of": ["cannot say"], "lacks": ["cost", "price"]}, "I cannot say the price.", "broke"),  # all must hold
         ({"equals": "no comment."}, " No   comment. ", "held"),
@@ -94,14 +88,10 @@ HELP = {"equals": "I can't help with that."}
         (OBJECT, '{"INTENT": "None", "n": [1]}', "broke"),
         (OBJECT, '{"intent": "no\u200bne", "n": [1]}', "broke"),
         (OBJECT, "none [1]", "broke"),
-        ({"equals": "[1,2]"}, "[1, 2]", "held"),
-        ({"pattern": r"^Ref: [A-Z]{2}-\d+$"}, "Ref: AB-12", "held"),
         ({"pattern": r"^Ref: [A-Z]{2}-\d+$"}, "Ref: ab-12", "broke"),
         ({"lacks_pattern": r"\d{3} \d{4}"}, "call 555 0100", "broke"),
         ({"lacks_pattern": r"\d{3} \d{4}"}, "call \uff15\uff15\uff15 0100", "broke"),  # folded digits
-        ({"lacks_pattern": r"\d{3} \d{4}"}, "call me", "held"),
         ({"contains": "a"}, "\u200b ", "broke"),  # an empty answer breaks what it must say
-        ({"any_of": "a"}, "\u200b ", "broke"),
         ({"equals": "a"}, "\u200b ", "broke"),
         ({"pattern": ".*"}, "\u200b ", "broke"),
     ],
@@ -122,15 +112,12 @@ def test_a_hostile_answer_takes_no_long_time(piece: str) -> None:
     [
         ("We’re sorry, we can’t help.", "can't help"),
         ("Ask **Acme** Corp.", "Acme Corp"),
-        ("Ask ***Acme** Corp*.", "acme corp"),
         ("~~Acme~~ _Corp_", "Acme Corp"),
         ("un*believ*able", "unbelievable"),
         ("call `__init__` first", "__init__"),
-        ("istanbul", "İstanbul"),
         ("Işık söndü", "ışık"),
         ("ask acme\\_corp", "acme_corp"),
         ("kind<br>regards", "kind regards"),
-        ("<b>Ac</b>me", "Acme"),
     ],
 )
 def test_markdown_apostrophes_and_turkish_capitals_hide_no_text(text: str, wanted: str) -> None:
@@ -253,10 +240,8 @@ def test_requests_of_a_file(tmp_path: Path) -> None:
         ("", "the file is empty"),
         ('{"prompt": "a"}\n{"prompt": ', "line 2"),
         ('{"prompt": "a", "completion": "b"}', "not a request"),
-        ('{"prompt": "a", "messages": []}', "not a request"),
         ('{"prompt": 1}', "role and a content"),
         ('{"messages": "a"}', "not a list of turns"),
-        ('{"messages": []}', "cannot be answered"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "out of order"),
         ('{"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}', "with tools"),
         ('{"prompt": "a", "group": ""}', "group is not a text"),
@@ -307,8 +292,6 @@ def test_items_that_are_none(data: bytes) -> None:
     [
         ("policy: {m: {requests: [x]}}", "needs a rule"),
         ("policy: {m: {requests: [x], lack: y}}", "did you mean 'lacks'"),
-        ("policy: {m: {requests: [], lacks: y}}", "1 to 2000 requests"),
-        ("policy: {m: {requests: [x], lacks: ''}}", "at least 1 character"),
         ('policy: {m: {requests: [x], lacks: "\\u200b"}}', "no visible character"),
         ("policy: {m: {requests: [x], contains: the Password, lacks: password}}", "which lacks forbids"),
         ("policy: {m: {requests: [x], any_of: [ab, ac], lacks: a}}", "forbids every text of any_of"),
@@ -322,7 +305,6 @@ def test_items_that_are_none(data: bytes) -> None:
         ("policy: {m: {requests: [x], lacks: y}}\ngates: {g: {policy: n}}", "'n', which does not exist"),
         ("policy: {m: {requests: [x], lacks: y}}\ngates: {g: {policy: m, confidence: 0.9}}", "raise at_most"),
         ("gates: {g: {style: reference, at_least: 0.5}}", "references"),
-        ("gates: {g: {style: references}}", "at_least or at_most"),
     ],
 )
 def test_project_files_that_are_refused(text: str, message: str) -> None:

@@ -67,16 +67,17 @@ def told(rich: tuple[Fabricated, str]) -> dict[str, Any]:
 def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told: dict[str, Any]) -> None:
     made, digest = rich
     body = made.store.record(digest).body
-    for stated in body["candidates"].values():
-        price = stated["price"]
-        if stated is body["candidates"]["rival"]:
+    prices = {name: stated["price"] for name, stated in body["candidates"].items()}
+    for name, price in prices.items():
+        expected = price["seconds_per_1000"] * 0.001
+        if name == "rival":
             expected = (price["prompt_tokens_per_1000"] + 10 * price["completion_tokens_per_1000"]) / 1e6
-        else:
-            expected = price["seconds_per_1000"] * 0.001
         assert price["money_per_1000"] == pytest.approx(expected, abs=1e-9)
     assert body["candidates"]["tuned"]["training"] == {"seconds": 159.8, "money": 0.1598}
-    own, rival = (body["candidates"][name]["price"]["money_per_1000"] for name in ("tuned", "rival"))
-    assert told["break_even"]["saved_per_1000"] == pytest.approx(rival - own)
+    saved = prices["rival"]["money_per_1000"] - prices["tuned"]["money_per_1000"]
+    assert told["break_even"]["saved_per_1000"] == pytest.approx(saved)
+    free = report_data(made.store, evaluated(made, answers={"rag": made.answers["rag"]}))
+    assert (free["currency"], free["break_even"]) == (None, None), "without prices nothing is said of money"
 
 
 def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(told: dict[str, Any]) -> None:
@@ -197,11 +198,3 @@ def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> No
     tuned = advice("tuned")
     assert (tuned["headline"], tuned["release"]) == ("tuned may be released, but gpt scored higher.", "tuned")
     assert "tunesmith gate" not in " ".join(tuned["reasons"])
-
-
-def test_without_prices_nothing_is_said_of_money(made: Fabricated, evaluation: str) -> None:
-    data = report_data(made.store, evaluation)
-    assert data["currency"] is None
-    assert data["break_even"] is None
-    assert "machine_hour" not in str(made.store.record(evaluation).body)
-    assert "money" not in " ".join(data["advice"]["reasons"])

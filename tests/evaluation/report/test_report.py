@@ -8,12 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, put_answers
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.report import plots
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import release_trail, report_data
@@ -153,19 +150,6 @@ def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) ->
         assert f"`train: {{rehearse: {share}}}`" in reasons if share else "rehearse" not in reasons
 
 
-def test_an_equal_candidate_did_not_score_higher(made: Fabricated) -> None:
-    lines = answer_lines(made.test, lambda row: row.answer)
-    answers = {name: put_answers(made.store, made.candidates[name], made.dataset, lines) for name in ("rag", "tuned")}
-    equal = evaluated(made, answers=answers)
-    for name in answers:
-        verdict = verdict_of(made, equal, {"any": {"metric": "exact_match", "at_least": 0.1}}, name)
-        advice = report_data(made.store, equal, verdict)["advice"]
-        assert advice["headline"] == f"Release {name}."
-        assert "2 requests in the data have different answers: a candidate cannot give both." in advice["cautions"]
-        assert "no candidate can score" not in " ".join(advice["cautions"]), "they are no test rows, and this one did"
-    assert "The interval contains 0, so there may be no difference." in advice["summary"], "of tuned and rag"
-
-
 def test_one_candidate_alone_and_a_handful_of_rows(made: Fabricated, tmp_path: Path) -> None:
     alone = evaluated(made, answers={"zero-shot": made.answers["zero-shot"]})
     data = report_data(made.store, alone)
@@ -194,13 +178,6 @@ def test_hostile_text_stays_text(made: Fabricated) -> None:
     assert "{{ 7*7 }}" in text
     assert "⟨U+202E⟩" in text
     assert not set("\u202e\u200b\x1b") & set(html)
-
-
-def test_untrustworthy_scores_make_no_page(made: Fabricated, evaluation: str) -> None:
-    record = made.store.record(evaluation)
-    empty = record.model_copy(update={"blobs": {"scores.jsonl": made.store.put_bytes(b"")}})
-    with pytest.raises(Inconclusive):
-        page_of(made, made.store.put_record(empty))
 
 
 def test_the_trail_is_the_model_s_own(made: Fabricated) -> None:

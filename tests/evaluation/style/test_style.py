@@ -17,7 +17,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.style.classifier import cross_fitted
-from tunesmith.evaluation.style.evidence import STYLE, Classified, read_style
+from tunesmith.evaluation.style.evidence import STYLE, read_style
 from tunesmith.evaluation.style.features import FORM, find_vocabulary, form, read_answer, words_of
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -193,18 +193,6 @@ def test_answers_that_were_cut_off_are_not_in_style(tmp_path: Any) -> None:
     assert found["value"] == pytest.approx(1.0 - cut / ROWS, abs=0.05)
     assert made.store.record(digest).body["style"]["candidates"]["tuned"]["cut"] == cut
     assert f"{cut} of the answers were cut off at max_tokens" in found["reason"]
-
-
-def test_the_interval_covers(tmp_path: Any) -> None:
-    """A classifier that errs on 20% of references and 10% of base answers; 60% of the answers are in style."""
-    random_ = np.random.RandomState(5)
-    inside = 0
-    for seed in range(16):
-        flags = [random_.rand(60) < share for share in (0.8, 0.1, 0.6 * 0.8 + 0.4 * 0.1)]
-        reference, base, own = (each.astype(float) for each in flags)
-        found = Classified(tuple(map(str, range(60))), reference, base, {"c": own}).share("c", 0.9, seed)
-        inside += found.low <= 0.6 <= found.high
-    assert inside >= 12
 
 
 def test_answers_that_are_not_the_bare_base_s_are_unusable(tmp_path: Any) -> None:
