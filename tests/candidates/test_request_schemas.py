@@ -19,7 +19,7 @@ from tests.candidates.test_copying import fits
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.grammars.call_grammars import call_grammar
-from tunesmith.candidates.grammars.copying import Constraint, copied_fields
+from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, both, check_schema
 from tunesmith.candidates.grammars.schema_rules import SchemaRules, orders_keys
 from tunesmith.core.errors import UsageError
@@ -236,13 +236,6 @@ def test_a_schema_that_does_not_compile_is_the_requests_fault(
     assert "dim" not in str(caught.value), "the candidate's own schema is not told"
 
 
-def test_the_schemas_of_requests_do_not_pile_up(constraints: Constraints) -> None:
-    for number in range(66):
-        constraints.guide(held(closed({f"k{number}": {"type": "string"}})))
-    assert constraints._of_request.cache_info().currsize == 64
-    assert constraints._of_schema.cache_info().currsize == 0
-
-
 # Schemas as grammars: the same answers as the schema allows, with keys in any order
 
 
@@ -307,25 +300,6 @@ def test_what_the_rules_cannot_say_stays_json_schema() -> None:
     assert fits(grammar, '{"c": null, "b": {"x": 1, "y": "a"}, "a": {"x": 1, "y": "a"}}')
     assert not fits(grammar, '{"b": {"x": 1}}')
     assert not fits(grammar, '{"a": {"z": 1}}')
-
-
-def test_a_constrained_candidate_may_write_keys_in_any_order() -> None:
-    own = (Message(role="user", content="x"),)
-
-    def held(schema: Schema) -> Generation:
-        candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema))
-        return Constraint(candidate).hold(Generation(own), own)
-
-    request = held(INNER)
-    assert request.schema == json.dumps(INNER), "for engines without grammars"
-    assert request.grammar is not None
-    assert fits(request.grammar, '{"y": "a", "x": 1}')
-    assert request.constrained_by == "constrain"
-    assert held({"type": "string"}).grammar is None
-    branches = {"type": "array", "items": {"$ref": "#"}}
-    tree: Schema = {"type": "object", "properties": {"name": {"type": "string"}, "branches": branches}}
-    assert copied_fields(tree, (), "constrain.copy") == ()
-    assert held(tree).grammar is None, "rules cannot follow it, so keys come in the schema's order"
 
 
 def test_an_export_says_what_other_programs_do_not_hold() -> None:

@@ -35,7 +35,7 @@ from tunesmith.evaluation.answers import check_held_out
 from tunesmith.evaluation.compare import compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.lines import AnswerLines
 from tunesmith.evaluation.metrics.declared import scorer_digests
-from tunesmith.evaluation.scores import column, encode_scores, read_scores
+from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.summary import evaluation_summary
 from tunesmith.registry.leaderboard import leaderboard
@@ -214,12 +214,11 @@ def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -
     for metric in TASK.scorers:
         gaps = columns["tuned", metric].values - columns["rag", metric].values
         found, mirrored = forth["metrics"][metric], back["metrics"][metric]
+        counts = [int((gaps > 0).sum()), int((gaps < 0).sum()), int((gaps == 0).sum())]
+        assert [found[key] for key in ("wins", "losses", "ties")] == counts
+        assert [mirrored[key] for key in ("losses", "wins", "mcnemar")] == [*counts[:2], found["mcnemar"]]
         assert found["difference"]["mean"] == pytest.approx(gaps.mean())
-        assert (found["wins"], found["losses"]) == ((gaps > 0).sum(), (gaps < 0).sum())
-        assert found["wins"] + found["losses"] + found["ties"] == 120
-        assert (mirrored["wins"], mirrored["losses"]) == (found["losses"], found["wins"])
         assert mirrored["difference"]["low"] == pytest.approx(-found["difference"]["high"], abs=1e-6)
-        assert mirrored["mcnemar"] == found["mcnemar"]
     assert forth["metrics"]["exact_match"]["mcnemar"] < 1e-6
     assert forth["metrics"]["field_f1"]["mcnemar"] is None, "graded scores are not McNemar's"
     assert forth["primary"] == "exact_match"
@@ -324,31 +323,3 @@ def test_answers_come_in_the_order_of_the_rows_however_they_were_written(tmp_pat
 def test_answers_that_do_not_fit_the_rows_are_refused(tmp_path: Path, lines: list[bytes], said: str) -> None:
     with pytest.raises(Inconclusive, match=said):
         answers(Store(tmp_path), lines)[2]
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ('"value":2', "outside 0 to 1"),
-        ('"value":true', "not a finite number"),
-        ('"value":1,"value":1', "appears twice"),
-        ('"value":01', "not a score"),
-        ('"value":1,"more":1', "exactly the keys"),
-    ],
-)
-def test_one_line_that_is_not_a_score_is_found_among_plain_ones(tmp_path: Path, changed: str, said: str) -> None:
-    store, written = Store(tmp_path), column("x", "exact", {"r1": ("g", 1.0), "r2": ("h", 1.0)})
-    plain = encode_scores([written])
-    (read,) = read_scores(store, scored(store, plain)).values()
-    assert (read.ids, read.groups, read.values.tolist()) == (written.ids, written.groups, [1.0, 1.0])
-    spoilt = b'"value":1}'.join(plain.rsplit(b'"value":1}', 1)[:1]) + changed.encode() + b"}\n"
-    with pytest.raises(Inconclusive, match=said):
-        read_scores(store, scored(store, spoilt))
-    with pytest.raises(Inconclusive, match="scored twice"):
-        read_scores(store, scored(store, plain + plain.splitlines()[0] + b"\n"))
-
-
-def scored(store: Store, scores: bytes) -> Record:
-    """A record that states these scores of a candidate, each 1."""
-    body = {"n": 2, "metrics": ["exact"], "candidates": {"x": {"metrics": {"exact": {"mean": 1.0}}}}}
-    return Record(kind="evaluation", blobs={"scores.jsonl": store.put_bytes(scores)}, body=body)

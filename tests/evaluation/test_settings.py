@@ -69,27 +69,15 @@ def test_tasks_that_are_refused(task: Any, message: str) -> None:
         TaskSettings.model_validate(task)
 
 
-def test_gates_are_held_against_what_is_measured() -> None:
-    gates = GATES.validate_python(
-        {
-            "even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8},
-            "lift": {"metric": "exact_match", "over": "few-shot", "at_least": 0.0},
-        }
-    )
-    check_gates(gates, ["exact_match", "intent"], ["few-shot"], ["exact_match"])
-    check_gates(gates, ["exact_match"], ["few-shot"])
-    for metrics, names, labels, said, where in (
-        (
-            ["exact_match", "intent", "room"],
-            ["few-shot"],
-            ["intent", "room"],
-            "scorers with labels: intent, room",
-            "even",
-        ),
-        (["exact_match"], ["few-shot"], [], "no scorer has labels", "even"),
-        (["json_valid"], ["few-shot"], None, "not measured", "even"),
-        (["exact_match"], ["few-shots"], None, "did you mean 'few-shots'", "lift"),
+def test_a_figure_of_labels_needs_a_scorer_that_classifies() -> None:
+    gates = GATES.validate_python({"even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8}})
+    check_gates(gates, ["exact_match", "intent"], [], ["exact_match"])
+    check_gates(gates, ["exact_match"], [])
+    for metrics, labels, said in (
+        (["exact_match", "intent", "room"], ["intent", "room"], "scorers with labels: intent, room"),
+        (["exact_match"], [], "no scorer has labels"),
+        (["json_valid"], None, "not measured"),
     ):
         with pytest.raises(UsageError, match=said) as caught:
-            check_gates(gates, metrics, names, labels)
-        assert str(caught.value.where).startswith(f"gates.{where}")
+            check_gates(gates, metrics, [], labels)
+        assert caught.value.where == "gates.even.metric"

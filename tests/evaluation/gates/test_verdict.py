@@ -240,6 +240,7 @@ def test_scores_that_are_none_or_of_missing_doubled_or_moved_rows(made: Fabricat
         (b"1.01", "outside 0 to 1"),
         (b"-0.5", "outside 0 to 1"),
         (b"", "not a score"),
+        (b'1,"value":1', "appears twice"),
     ):
         changed = [*raw[:last], head + b":" + value + b"}", *raw[last + 1 :]]
         check_tampered(made, evaluation, changed, message, f"line {last + 1}")
