@@ -285,17 +285,9 @@ def _written(value: Any) -> str:
 
 
 def test_what_the_rules_cannot_say_stays_json_schema() -> None:
-    schema: Schema = {
-        "type": "object",
-        "properties": {
-            "a": {"$ref": "#/$defs/a"},
-            "b": {**INNER, "required": ["x", "y"], "minProperties": 2},
-            "c": {"type": "null"},
-        },
-        "additionalProperties": False,
-        "$defs": {"a": {**INNER, "additionalProperties": False}},
-    }
-    grammar = SchemaRules(schema).write()
+    parts = {"a": {"$ref": "#/$defs/a"}, "b": {**INNER, "required": ["x", "y"], "minProperties": 2}}
+    closed_ = {"additionalProperties": False, "$defs": {"a": {**INNER, "additionalProperties": False}}}
+    grammar = SchemaRules({**_object(**parts, c={"type": "null"}), **closed_}).write()
     assert grammar is not None
     assert fits(grammar, '{"c": null, "b": {"x": 1, "y": "a"}, "a": {"x": 1, "y": "a"}}')
     assert not fits(grammar, '{"b": {"x": 1}}')

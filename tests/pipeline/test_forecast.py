@@ -137,21 +137,22 @@ def test_the_command_says_it_and_exits_by_the_decision(project: Project, found: 
 
 
 def test_the_goal_is_that_of_a_gate_over_an_untuned_candidate(tmp_path: Path) -> None:
-    over = {"control": 0.5, "plain": 0.1, "best-untuned": 0.05}
-    gates = {f"over-{name}": {"metric": "exact_match", "over": name, "at_least": least} for name, least in over.items()}
-    gates["other"] = {"metric": "json_valid", "over": "plain", "at_least": 0.0}
-    candidates = {
-        "plain": {"prompt": "prompt.txt"},
-        "control": {"prompt": "prompt.txt", "train": {"permute_answers": True}},
+    gates: dict[str, Any] = {
+        f"over-{name}": {"metric": "exact_match", "over": name, "at_least": least}
+        for name, least in (("control", 0.5), ("plain", 0.1), ("best-untuned", 0.05))
     }
-    for names, least in ((("other", *list(gates)[:3]), 0.1), (("over-control", "over-best-untuned"), 0.05)):
+    gates["other"] = {"metric": "json_valid", "over": "plain", "at_least": 0.0}
+    control = {"prompt": "prompt.txt", "train": {"permute_answers": True}}
+    for names, least in (
+        (("other", *list(gates)[:3]), 0.1),
+        (("over-control", "over-best-untuned"), 0.05),
+        (("over-control",), None),
+        (("other",), None),
+    ):
         chosen = {name: gates[name] for name in names}
+        candidates = {"plain": {"prompt": "prompt.txt"}, "control": control}
         gate = lift_gate(write_large(tmp_path / "p", candidates=candidates, gates=chosen).settings)
-        assert gate is not None
-        assert gate.at_least == least
-    for name in ("over-control", "other"):
-        project = write_large(tmp_path / "p", candidates=candidates, gates={name: gates[name]})
-        assert lift_gate(project.settings) is None
+        assert (gate.at_least if gate else None) == least
 
 
 def test_a_rival_that_the_gate_names_is_asked_alone(tmp_path: Path) -> None:

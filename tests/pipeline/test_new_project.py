@@ -153,18 +153,18 @@ def test_a_rename_is_of_a_key_and_has_a_name(tmp_path: Path) -> None:
         assert "--rename text=prompt" in str(refused)
 
 
-@pytest.mark.parametrize("keys", [("instruction", "input", "output"), ("task", "text", "label")])
-def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, keys: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("keys", ["instruction input output", "task text label"])
+def test_one_instruction_of_all_rows_becomes_their_system_turn(tmp_path: Path, keys: str) -> None:
     """As a part of each request it would make the rows near duplicates, which the build removes."""
     told = "Is the review positive or negative? Answer with one word, in lower case."
-    rows = [dict(zip(keys, (told, _words(n), ("positive", "negative")[n % 2]), strict=True)) for n in range(200)]
-    names = {key: name for key, name in zip(keys, ("instruction", "input", "output"), strict=True) if key != name}
-    made = _made(tmp_path, rows, rename=names)
+    rows = [dict(zip(keys.split(), (told, _words(n), ("yes", "no")[n % 2]), strict=True)) for n in range(200)]
+    names = dict(zip(keys.split(), ("instruction", "input", "output"), strict=True))
+    made = _made(tmp_path, rows, rename={key: name for key, name in names.items() if key != name})
     assert any(note.startswith("all rows have one instruction") for note in made.notes)
-    settings = Project.load(tmp_path / "p").settings
-    assert settings.data.sources[0].rename == dict(zip(keys, ("system", "prompt", "completion"), strict=True))
+    renamed = Project.load(tmp_path / "p").settings.data.sources[0].rename
+    assert renamed == dict(zip(keys.split(), ("system", "prompt", "completion"), strict=True))
     assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == f"{told}\n"
-    for change in ({"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}) if not names else ():
+    for change in ({"instruction": "Another one."}, {"input": ""}, {"prompt": "x"}) if "input" in keys else ():
         other = _project(tmp_path / "-".join(change), [*rows, rows[0] | change])
         assert other.settings.data.sources[0].rename == {}, "then it stays in the request"
 
@@ -484,9 +484,9 @@ def test_init_says_that_objects_of_parquet_lose_their_nulls(tmp_path: Path) -> N
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     made = make_project(tmp_path / "p", data=tmp_path / "rows.parquet", licence="MIT", base="model")
     assert any(note.startswith("60 answers are objects of Parquet or Arrow") for note in made.notes)
-    project = Project.load(tmp_path / "p")
-    assert project.schema is not None
-    assert project.schema["required"] == ["n"]
+    schema = Project.load(tmp_path / "p").schema
+    assert schema is not None
+    assert schema["required"] == ["n"]
     assert not any("Parquet" in note for note in _made(tmp_path / "lines", rows).notes)
 
 
@@ -514,15 +514,11 @@ def test_system_turns_of_rows_are_not_replaced(
         assert (tmp_path / "p" / "prompts" / "long.txt").read_text() == prompt
 
 
-@pytest.mark.parametrize(
-    ("key", "found"),
-    [(lambda n: f"row {n}", None), (lambda n: f"part {n % 5}", None), (lambda n: f"talk {n // 4}", "conversation_id")],
-    ids=["one a row", "five", "sixty"],
-)
-def test_rows_are_grouped_by_a_key_that_groups_them(
-    tmp_path: Path, key: Callable[[int], str], found: str | None
-) -> None:
-    assert _project(tmp_path, _keyed("conversation_id", key, 240)).settings.data.split.group_by == found
+@pytest.mark.parametrize(("key", "found"), [("row {0}", None), ("part {1}", None), ("talk {2}", "conversation_id")])
+def test_rows_are_grouped_by_a_key_that_groups_them(tmp_path: Path, key: str, found: str | None) -> None:
+    """By sixty talks, not by a group for each row or five parts."""
+    rows = _keyed("conversation_id", lambda n: key.format(n, n % 5, n // 4), 240)
+    assert _project(tmp_path, rows).settings.data.split.group_by == found
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,8 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
     recall: whether the record is recalled while the second thread waits.
     """
     working, waiting, exclusive = threading.Event(), threading.Event(), threading.Lock()
+    store, second, found = project.store, Stages(project), list[object]()
+    keep = store.keep_memo
 
     @contextmanager
     def waiting_lock(name: str, purpose: str) -> Iterator[None]:
@@ -229,15 +231,10 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
         with exclusive:
             yield
 
-    store = project.store
-    monkeypatch.setattr(store, "lock", waiting_lock)
-
     def make(_work: Path) -> str:
         working.set()
         assert waiting.wait(120)
         return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
-
-    second, found = Stages(project), list[object]()
 
     def run_second() -> None:
         assert working.wait(120)
@@ -246,20 +243,18 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
         except Refused as error:
             found.append(error)
 
-    keep = store.keep_memo
-
     def keep_and_recall(key: str, digest: str) -> None:
         keep(key, digest)
         if recall:
             _recall(store, digest)
 
+    monkeypatch.setattr(store, "lock", waiting_lock)
     monkeypatch.setattr(store, "keep_memo", keep_and_recall)
     thread = threading.Thread(target=run_second)
     thread.start()
     made = Stages(project).run("answer plain", "answer", {"x": 1}, make)
     thread.join(120)
-    if not recall:
-        assert found == [made]
+    assert recall or found == [made]
     return second, found
 
 
