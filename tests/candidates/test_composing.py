@@ -246,13 +246,13 @@ def test_empty_prompt_file_is_refused(tmp_path: Path) -> None:
 # Baselines, which answer without a language model; shots, searches and settings of candidates
 
 
-def example(request: str, answer: str, number: int = 0, group: str = "g") -> Example:
+def numbered(request: str, answer: str, number: int = 0, group: str = "g") -> Example:
     turns = (Message(role="user", content=request), Message(role="assistant", content=answer))
     return Example(id=f"{number:04d}", messages=turns, source="s", licence="MIT", group=group)
 
 
 ROWS = [
-    example(text, label, number)
+    numbered(text, label, number)
     for number, (text, label) in enumerate(
         [
             ("what is my balance", "balance"),
@@ -293,9 +293,9 @@ def test_the_classifier_is_as_sure_as_scikit_learn_says() -> None:
 
 def test_rows_that_are_nothing_to_classify() -> None:
     for rows, said in (
-        ([example("\U0001f600" * (n + 1), "ab"[n % 2], n) for n in range(6)], "have no words"),
-        ([example(f"q {n}", f"a {n}", n) for n in range(6)], "not a classification task"),
-        ([example(f"q {n}", "a", n) for n in range(6)], "not a classification task"),
+        ([numbered("\U0001f600" * (n + 1), "ab"[n % 2], n) for n in range(6)], "have no words"),
+        ([numbered(f"q {n}", f"a {n}", n) for n in range(6)], "not a classification task"),
+        ([numbered(f"q {n}", "a", n) for n in range(6)], "not a classification task"),
     ):
         with pytest.raises(UsageError, match=said):
             make_baseline("classifier", rows)
@@ -313,8 +313,8 @@ def test_streaming_ends_with_the_completion_and_a_request_needs_a_user() -> None
 # Shots, searches and settings of candidates
 
 
-LIKE = [example(f"turn on the lamp in room {n}", "on", n, f"g{n}") for n in range(30)]
-ODD = [example("play some music please", "music", 90, "h"), example("was soll das", "unklar", 91, "i")]
+LIKE = [numbered(f"turn on the lamp in room {n}", "on", n, f"g{n}") for n in range(30)]
+ODD = [numbered("play some music please", "music", 90, "h"), numbered("was soll das", "unklar", 91, "i")]
 
 
 def test_diverse_shots_hold_what_is_unlike_the_rest() -> None:

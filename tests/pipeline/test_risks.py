@@ -305,7 +305,7 @@ def write(folder: Path, **licences: object) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write(tmp_path_factory.mktemp("duties") / "p", share_alike=True)
-    assert Project.load(folder).run().document()["register"]["version"] == "tiny@v1"
+    assert run(Project.load(folder)).document()["register"]["version"] == "tiny@v1"
     return folder
 
 
