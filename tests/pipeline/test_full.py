@@ -268,14 +268,15 @@ def test_a_base_trained_in_full_is_evaluated_signed_verified_and_served(tmp_path
         ({"targets": ["q_porj"]}, "no linear layer called 'q_porj'"),
     ],
 )
-def test_what_hf_cannot_do_is_refused_before_any_work(
+def test_what_cannot_be_trained_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], said: str
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
         "tunesmith.engines.hf.support.find_spec", lambda name: None if name == "bitsandbytes" else real(name)
     )
-    write_hf_model(tmp_path / "p" / "model", "gpt2")
+    if "quantize" in train:
+        write_hf_model(tmp_path / "p" / "model", "gpt2")
     project = Project.load(write_project(tmp_path / "p", candidates={"tuned": _tuned(**train)}))
     with pytest.raises(TunesmithError, match=said) as error:
         project.run()
