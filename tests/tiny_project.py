@@ -21,7 +21,7 @@ SCHEMA: dict[str, Any] = {
 
 
 # Half of a run would be spent on loading the recognisers of personal data and measuring their detection recall, which
-# tests/data/privacy does; tests/pipeline/test_start.py runs a project with the defaults.
+# tests/data/privacy does.
 PRIVACY: dict[str, Any] = {"entities": ["SECRET"], "synthetic_values": 0}
 
 
