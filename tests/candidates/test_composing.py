@@ -178,6 +178,14 @@ def test_a_caller_gets_what_an_index_of_their_passages_gives(
         assert [passage.id for passage in found] == [passage.id for passage in alone]
 
 
+def test_more_views_than_are_kept_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.candidates.retrieval._VIEWS", 2)
+    index = PassageIndex(_passages([(f"iron {name}", Labels(tenant=name)) for name in "abcd"]))
+    for name in "abcdabcd":
+        assert [one.text for one in index.nearest("iron", 4, Caller(Scope(tenant=name)))] == [f"iron {name}"]
+    assert index.nearest("iron", 4, ANYONE) == []
+
+
 def test_training_rows_get_no_passage_with_labels_and_evaluations_those_of_their_caller(tmp_path: Path) -> None:
     for name in ("public", "acme", "globex"):
         (tmp_path / f"{name}.md").write_text(f"The lamp of {name} is in the hall.\n")

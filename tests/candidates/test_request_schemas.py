@@ -116,6 +116,7 @@ REFUSED = [
     ({**PLAIN, "x-guidance": {"whitespace_flexible": True}}, "'x-guidance' is not supported"),
     (closed({"a": {"type": "array", "items": {"uniqueItems": True}}}), "'uniqueItems' is not supported"),
     (closed({"a": {"type": "array", "items": []}}), "schema.properties.a.items: not a schema"),
+    (closed({"a": {"type": "text"}}), "'text' is not a type"),
     (closed({"a": {"type": [["string"]]}}), "not a list of names"),
     ({"type": "object", "required": "a"}, "required: not a list of names"),
     ({"type": "object", "properties": []}, "properties: not an object"),

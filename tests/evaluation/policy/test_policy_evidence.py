@@ -193,6 +193,9 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     assert "collect more rows" not in reasons
     why = "2 decide nothing (the answer is empty: 1; the answer was cut off at max_tokens: 1): raise max_tokens."
     assert why in " ".join(data["advice"]["cautions"])
+    both = {"rules": {"policy": "secrets"}, "more": {"metric": "json_valid", "at_least": 0.999, "confidence": 0.95}}
+    reasons = " ".join(report_data(made.store, digest, verdict_by(made, digest, both))["advice"]["reasons"])
+    assert "collect more rows in more groups and evaluate again. More test rows may not decide rules" in reasons
     console = Console(record=True, width=400)
     draw_evaluation(console, evaluation_summary(made.store, digest))
     draw_verdict(console, verdict_summary(made.store, verdict))

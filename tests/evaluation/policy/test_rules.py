@@ -292,6 +292,7 @@ def test_items_that_are_none(data: bytes) -> None:
     [
         ("policy: {m: {requests: [x]}}", "needs a rule"),
         ("policy: {m: {requests: [x], lack: y}}", "did you mean 'lacks'"),
+        ("policy: {m: {requests: [], lacks: y}}", "1 to 2000 requests"),
         ('policy: {m: {requests: [x], lacks: "\\u200b"}}', "no visible character"),
         ("policy: {m: {requests: [x], contains: the Password, lacks: password}}", "which lacks forbids"),
         ("policy: {m: {requests: [x], any_of: [ab, ac], lacks: a}}", "forbids every text of any_of"),
