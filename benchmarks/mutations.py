@@ -267,7 +267,7 @@ def _quickest(tests: list[str], traced: dict) -> list[str]:
 
 
 def run_one(change: dict, tests: list[str], tree: Path) -> str:
-    """ "caught", "missed", "hangs" (counts as caught) or "unreached"."""
+    """ "caught", "missed", "hangs" (counts as caught), "unreached" or "not run"."""
     if not tests:
         return "unreached"
     path = tree / change["path"]
@@ -277,7 +277,7 @@ def run_one(change: dict, tests: list[str], tree: Path) -> str:
     lines[number] = lines[number].replace(change["line"], change["changed"])
     path.write_text("".join(lines))
     (tree / "chosen.txt").write_text("\n".join(tests))
-    command = [str(tree / ".venv/bin/python"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [str(tree / ".venv/bin/python"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0"]
     try:
         done = subprocess.run([*command, "@chosen.txt"], cwd=tree, capture_output=True, text=True, check=False,
                               timeout=SECONDS * 4, env={**os.environ, "CI": "true"})  # fmt: skip
@@ -285,8 +285,9 @@ def run_one(change: dict, tests: list[str], tree: Path) -> str:
         return "hangs"
     finally:
         path.write_text(text)
-    if done.returncode not in (0, 1, 2):
+    if done.returncode not in (0, 1, 2):  # pytest itself failed, which says nothing of the change
         print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
+        return "not run"
     return "missed" if done.returncode == 0 else "caught"
 
 
