@@ -21,6 +21,7 @@ import json
 import os
 import queue
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,6 +268,11 @@ def _quickest(tests: list[str], traced: dict) -> list[str]:
     ]
 
 
+def _apart(path: str, test: str) -> int:
+    """How many folders and files of a source file's path the test's path lacks: the nearest tests run first."""
+    return len(set(re.findall(r"[a-z]+", path)) - set(re.findall(r"[a-z]+", test.partition("::")[0])))
+
+
 def run_one(change: dict, tests: list[str], tree: Path) -> str:
     """ "caught", "missed", "hangs" (counts as caught), "unreached" or "not run"."""
     if not tests:
@@ -302,7 +309,9 @@ def run(changes: list[dict], traced: dict, tree: Path, output: Path, workers: in
     def one(number: int) -> dict:
         folder, began = free.get(), time.monotonic()
         try:
-            tests = _quickest(traced["reached"][str(number)], traced)
+            tests = sorted(
+                _quickest(traced["reached"][str(number)], traced), key=partial(_apart, changes[number]["path"])
+            )
             outcome = run_one(changes[number], tests, folder)
         finally:
             free.put(folder)
