@@ -2,7 +2,8 @@
 
     python benchmarks/secret_scan.py [DATA]
 
-Tokens of thirteen kinds are planted into sentences and shell commands. The clean rows are requests (snips, clinc150 and
+Tokens of thirteen kinds are planted into sentences and shell commands, and keys without a form of their own as people
+paste them. The clean rows are requests (snips, clinc150 and
 banking77 where DATA, a folder with theirs, is given), the demo's commands for a smart home, and shell commands full of
 what looks like a token and is none: digests, commits, identifiers, variables, paths. Beside it: detect-secrets with all
 its plugins as it comes, and credsweeper where it is installed (group `bench`).
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.data.privacy.credentials import find_secrets
-from tunesmith.data.privacy.synthetic_pii import SECRETS
+from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, SECRETS, key_of_no_form
 
 PLANTED_EACH, CLEAN = 60, 6000
 FRAMES = (
@@ -66,6 +67,10 @@ def planted() -> list[tuple[str, str, str]]:
             value = make(random.Random(f"{kind} {number}"))
             secret = value.split(":")[2].split("@")[0] if kind == "url with password" else value
             rows.append((kind, secret, frames[number % len(frames)].format(value)))
+    for form in KEY_FORMS:
+        for number in range(PLANTED_EACH):
+            key = key_of_no_form(random.Random(f"{form} {number}")).rstrip("=")
+            rows.append(("key of no form", key, form.replace("{}", key, 1)))
     return rows
 
 
@@ -162,7 +167,8 @@ def main() -> None:
     texts = clean(parser.parse_args().folder)
     rows = planted()
     tools = {"ours": ours, "detect-secrets": detect_secrets, "credsweeper": credsweeper()}
-    print(f"{len(rows)} planted tokens of {len(SECRETS)} kinds; {sum(map(len, texts.values()))} clean rows: ", end="")
+    print(f"{len(rows)} planted tokens of {len(SECRETS) + 1} kinds", end="; ")
+    print(f"{sum(map(len, texts.values()))} clean rows: ", end="")
     print(", ".join(f"{name} {len(some)}" for name, some in texts.items()))
     for name, find in tools.items():
         if find is None:

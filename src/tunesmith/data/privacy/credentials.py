@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -68,7 +69,7 @@ _FORMS = (
 _NAMED = re.compile(
     r"(?:pass(?:word|phrase|wd|code)?|pwd|secret|token|credentials?|(?:api|access|secret|private|auth|account|encryption"
     r"|signing|storage|client)[ _-]?(?:access[ _-]?)?(?:key|secret|token)|bearer|pin code|recovery code)s?"
-    r"(?:[\"'`]?\s{0,8}(?::=|=>|[:=])\s{0,8}"
+    r"(?:[\"'`]?\s{0,8}(?::=|=>|[:=>])\s{0,8}"
     r"|\s{1,8}(?:(?:(?:is|was|has been) )?(?:changed|set|reset) to|is|was|are|to|as|be|of|it's|now|for \w{1,40} is)"
     r"\s{0,8}:?\s{1,8}|\s{1,8})"
     # Only looked at: a value that is none may be the word before one, as in "secret password: ...".
@@ -78,6 +79,24 @@ _NAMED = re.compile(
 _AWS_SECRET = re.compile(r"(?i:aws|secret|access)[^\n]{0,40}?(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{40})(?![A-Za-z0-9+/=])")
 # The user and password of HTTP's basic authentication, as base64.
 _BASIC = re.compile(r"[Bb]asic {1,8}([A-Za-z0-9+/]{8,1024}={0,2})(?![A-Za-z0-9+/=])")
+# The password of a URL or of curl's `-u`, after the name of a user.
+_AFTER_A_USER = re.compile(r"""(?:://(?=[^\s@"']{1,600}@)|\s-u\s{0,4}["']?)[^\s:/@"']{1,64}:([^\s@"']{6,512})""")
+# Long values; and the words that make one a secret within the same sentence, or a checksum or a name.
+_LONG = re.compile(r"(?<![\w+/=.-])[A-Za-z0-9+/_-]{20,512}={0,2}(?![\w+/=-])")
+_ANNOUNCED = re.compile(
+    r"\b(?:pass(?:word|phrase|wd|code)|secret|token|credential|(?:api|access|private|auth|signing)[ _-]?key|key is)"
+    r"s?\b",
+    re.IGNORECASE,
+)
+_NAMES_OTHERS = re.compile(
+    r"\b(?:commit|revision|branch|tag|sha\d*|md5|digest|hash|checksum|image|file|path|id|uuid|version|build)\b",
+    re.IGNORECASE,
+)
+_BEFORE, _AFTER = 60, 30  # characters
+# Hyphenated or dotted words, and names with a number: "step-2", "v1.2.3", "12px", "oauth2".
+_WORD_OR_VERSION = re.compile(r"[A-Za-z]+(?:[-_.][A-Za-z0-9]+)*|v?\d+(?:(?:\.\d+)+\w*|[a-z]*)|[a-z]{2,}\d{1,2}s?")
+_STATED = re.compile(r"pass(?:word|phrase|wd|code) (?:is|was):? {0,8}\Z", re.IGNORECASE)
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 # JSON keys that may announce a secret; and those whose value is judged like one in quotes.
 _ANNOUNCING = re.compile(
     r"(?:pass(?:word|phrase|wd|code)?|pwd|secret|token|credential|key|bearer|pin code|recovery code|aws)s?"
@@ -94,7 +113,10 @@ _MAY_HOLD = re.compile(
     r"[A-Za-z0-9+/_=.-]{18}|://|pass|pwd|secret|token|credential|key|bearer|pin code|recovery|basic ",
     re.IGNORECASE,
 )
+_NEXT_PARAMETER = re.compile(r"&\w{1,40}=")  # of a URL's query
 _SHORTEST = 6
+_LEAST_RANDOM, _LEAST_CHANGES = 16, 4  # characters; places where the kind of character changes
+_CAPITALS = 0.35
 # Placeholders of documentation and scripts.
 _PLACEHOLDER = re.compile(
     r"^(?:\$|%|\*+|\.\.\.|x{4,}$|<|your|my[_-]|example|placeholder|changeme|dummy|env|os\.|process\.|self\.|get|none"
@@ -125,14 +147,24 @@ def _found(text: str) -> Iterator[tuple[int, int]]:
     for match in _BASIC.finditer(text):
         if _is_user_and_password(match[1]):
             yield match.span(1)
+    for match in _AFTER_A_USER.finditer(text):
+        if _is_value(match[1], quoted=False):
+            yield match.span(1)
+    for match in _LONG.finditer(text):
+        if _is_random(match[0]) and not _UUID.fullmatch(match[0]) and _is_announced(text, *match.span()):
+            yield match.span()
     for match in _NAMED.finditer(text):
-        value = match["value"].rstrip(".!?:")
-        if _is_value(value, quoted=bool(match["open"])):
+        value = _NEXT_PARAMETER.split(match["value"])[0].rstrip(".!?:")
+        # After "my password is" any word with a digit is one.
+        stated = len(value) >= _SHORTEST and value.isalnum() and not value.isalpha() and _STATED.search(match[0])
+        if stated or _is_value(value, quoted=bool(match["open"])):
             yield match.start("value"), match.start("value") + len(value)
 
 
 def _is_value(value: str, *, quoted: bool) -> bool:
     """Whether a value after a keyword is a secret: not a word, name, path, variable or placeholder."""
+    if _is_random(value) or _UUID.fullmatch(value):
+        return True
     if len(value) < _SHORTEST or _PLACEHOLDER.search(value):
         return False
     kinds = _kinds(value)
@@ -143,11 +175,33 @@ def _is_value(value: str, *, quoted: bool) -> bool:
     if not letters or "/" in value.strip("/") or "=" in value.rstrip("="):
         return False
     # Hyphenated or dotted words and names with a number ("step-2", "v1.2.3", "oauth2") are ordinary words.
-    if re.fullmatch(r"[A-Za-z]+(?:[-_.][A-Za-z0-9]+)*|v?\d+(?:\.\d+)*\w*|[a-z]{2,}\d{1,2}s?", value) and not (
-        digits >= 3 and kinds >= 3
-    ):
+    if re.fullmatch(
+        r"[A-Za-z]+(?:[-_.][A-Za-z0-9]+)*|v?\d+(?:(?:\.\d+)+\w*|[a-z]*)|[a-z]{2,}\d{1,2}s?", value
+    ) and not (digits >= 3 and kinds >= 3):
         return False
     return digits >= 1 and (kinds >= 3 or (digits >= 2 and len(value) >= 8) or _looks_random(value))
+
+
+def _is_random(value: str) -> bool:
+    """Whether it is long, and changes between digits, capitals and small letters as often as no word or name does."""
+    core = value.rstrip("=")
+    if len(core) < _LEAST_RANDOM or not re.fullmatch(r"[A-Za-z0-9+/_-]+", core):
+        return False
+    kinds = [(letter.isdigit(), letter.isupper()) for letter in core if letter.isalnum()]
+    changes = sum(one != other for one, other in itertools.pairwise(kinds))
+    if sum(digit for digit, _ in kinds) <= 1:  # as a name such as getOAuth2Token: there fewer letters are capitals
+        return changes * 4 >= len(core) and sum(upper for _, upper in kinds) >= _CAPITALS * len(core)
+    return changes >= max(_LEAST_CHANGES, len(core) / (8 if core.isalnum() else 4))
+
+
+def _is_announced(text: str, start: int, end: int) -> bool:
+    """Whether the words around a value call it a secret, and no nearer one calls it something else."""
+    before = text[max(0, start - _BEFORE) : start]
+    named = [match.end() for match in _ANNOUNCED.finditer(before)]
+    if not named:
+        after = _ANNOUNCED.search(text[end : end + _AFTER])
+        return after is not None and not _NAMES_OTHERS.search(before)
+    return not _NAMES_OTHERS.search(before, named[-1])
 
 
 def _is_user_and_password(value: str) -> bool:

@@ -16,11 +16,12 @@ from typing import Any
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.scan import Scanner, texts_of
-from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
+from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
 from tunesmith.data.settings import Privacy
 
 CONFIDENCE = 0.95
-# Half of the values are inserted alone, half after words that announce them.
+# Half of the values are inserted alone, half after words that announce them. Half of the secrets are keys without a
+# form of their own, pasted as people do.
 _CARRIERS: Mapping[str, tuple[str, ...]] = {
     "EMAIL_ADDRESS": ("my email is {}", "write to {}"),
     "PHONE_NUMBER": ("my phone number is {}", "call me at {}"),
@@ -98,17 +99,19 @@ def _insert(
     under = chance.choice(_SECRET_KEYS) if entity == "SECRET" and keyed and chance.random() < 0.5 else None
     # Sentences, if there are any.
     key, text = chance.choice(keyed if under else ([one for one in texts if " " in one[1].strip()] or texts))
-    value = SECRETS["password"](chance) if under else make(chance)
+    pasted = entity == "SECRET" and chance.random() < 0.5
+    value = key_of_no_form(chance) if pasted else SECRETS["password"](chance) if under else make(chance)
     if entity in _CASED and text.islower():
         value = value.lower()
     if under or " " not in text.strip():  # a key or value of JSON, or a single word: replace it
         return _Insertion(text, value, 0, len(value), (0, len(text)), (key, under or key))
-    carrier = chance.choice(("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER))))
+    carriers = KEY_FORMS if pasted else ("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER)))
+    head, _, rest = chance.choice(carriers).partition("{}")
     place = chance.choice([0, *(at for at, letter in enumerate(text) if letter == " "), len(text)])
     before, after = text[:place], text[place:]
-    lead = before + (" " if before and not before.endswith(" ") else "") + carrier[: carrier.index("{}")]
+    lead = before + (" " if before and not before.endswith(" ") else "") + head
     tail = "" if not after or after.startswith(" ") else " "
-    whole, end = lead + value + tail + after, len(lead) + len(value)
+    whole, end = lead + value + rest + tail + after, len(lead) + len(value)
     return _Insertion(text, whole, len(lead), end, (place, place), (key, key))
 
 

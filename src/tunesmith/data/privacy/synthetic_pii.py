@@ -208,6 +208,29 @@ def _url_with_password(chance: Random) -> str:
     return f"postgres://app:{_chars(chance, 14)}@db.internal:5432/main"
 
 
+def key_of_no_form(chance: Random) -> str:
+    """Random characters without a form of their own, as most services issue them: hex, base 36, base 62, base 64."""
+    kind, size = chance.choice(("hex", "36", "62", "64", "url")), chance.choice((24, 32, 40, 64))
+    if kind in ("64", "url"):
+        plain = chance.randbytes(size * 3 // 4)
+        return (base64.b64encode(plain) if kind == "64" else base64.urlsafe_b64encode(plain)).decode()
+    letters = {"hex": string.digits + "abcdef", "36": string.digits + string.ascii_lowercase, "62": _ALNUM}[kind]
+    return _chars(chance, size, letters)
+
+
+# How people paste a key, each form with a word that announces it.
+KEY_FORMS = (
+    "api_key={}", "export SERVICE_TOKEN={}", "DB_PASSWORD='{}'", 'client_secret = "{}"', "secretKey := {}",
+    '{"user": "app", "api_key": "{}"}', "{'access_token': '{}'}", "{token:{}}",
+    "password: {}", "auth:\n  client_secret: {}\n", 'api-key: "{}"', "<password>{}</password>",
+    "Authorization: Bearer {}", "authorization: token {}", "X-Api-Key: {}", "-H 'X-Auth-Token: {}'",
+    "https://api.example.com/v1/items?token={}&page=2", "GET /login?user=app&api_key={}", "https://app:{}@example.com/",
+    "deploy --token {} --force", "deploy --api-key={}", "curl -u app:{} https://api.example.com",
+    "my api key is {}", "The password is {}.", "use the token {} please", "the secret for staging is {}, keep it",
+    "here is the client secret you asked for: {}", "{} is our api key",
+)  # fmt: skip
+
+
 def _password(chance: Random) -> str:
     return _chars(chance, 8) + chance.choice("!#%&*") + _digits(chance, 2)
 
