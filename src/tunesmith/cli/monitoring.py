@@ -198,7 +198,8 @@ def _draw_pending(console: Console, pending: Sequence[PendingRetrain]) -> None:
 
 
 def _draw_status(console: Console, status: RecallStatus) -> None:
-    console.print(f"{status.cause}: {'gone' if status.gone else 'not gone'}")
+    _draw_near(console, status.near)
+    console.print(f"{status.cause}: {'gone' if status.gone else 'not gone'}", soft_wrap=True)
     for line in status.left:
         console.print(f"  {line}")
     for name, label in status.replaced.items():
@@ -207,6 +208,11 @@ def _draw_status(console: Console, status: RecallStatus) -> None:
         console.print(f"  {name}: nothing replaces it yet: `tunesmith run`")
     for licence in status.other_licences:
         console.print(f"  {licence}: not withdrawn, since it does not need it")
+
+
+def _draw_near(console: Console, near: Sequence[str]) -> None:
+    for name in near:
+        console.print(f"not withdrawn, and may mean the same: {name}", soft_wrap=True)
 
 
 def _draw_recall(console: Console, found: Recall) -> None:
@@ -223,6 +229,7 @@ def _draw_recall(console: Console, found: Recall) -> None:
         console.print(f"  answered    {served.requests} requests of {tenant}, the last {served.last}")
     for number in found.rollouts:
         console.print(f"  rollout     {number}: {'aborted' if found.done else 'would be aborted'}")
+    _draw_near(console, found.near)
 
 
 def _draw_cases(console: Console, found: CaseList) -> None:

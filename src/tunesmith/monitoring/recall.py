@@ -21,7 +21,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
 from tunesmith.data.governance.licences import mentions
-from tunesmith.data.governance.withdrawn import TracedRows, reaches
+from tunesmith.data.governance.withdrawn import TracedRows, reaches, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.rollout.state import LIVE
@@ -33,7 +33,7 @@ from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, 
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 _WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
-_LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 with its kind
+_LONGEST = 256  # characters of a cause's label: what the tables' columns hold
 
 
 class Cause(BaseModel):
@@ -46,8 +46,8 @@ class Cause(BaseModel):
 
     @property
     def label(self) -> str:
-        """`licence CC-BY-NC-4.0`."""
-        return f"{self.kind} {self.value}"
+        """`licence CC-BY-NC-4.0`; of a source or subject its name in one spelling."""
+        return f"{self.kind} {same_name(self.kind, self.value)}"
 
 
 class Reached(BaseModel):
@@ -91,7 +91,8 @@ class Recall(BaseModel):
 
     adapters: digests of the weights that were trained on it. tenants: those that a recalled version was made for or
     answered, or whose alias points at one. other_licences: expressions of rows and documents that contain a recalled
-    licence but do not need it (`A OR B`), and were not recalled themselves: a person has to decide about them.
+    licence but do not need it (`A OR B`), and were not recalled themselves: a person has to decide about them. near:
+    names of other sources or subjects that may mean the same.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -106,6 +107,7 @@ class Recall(BaseModel):
     served: tuple[AnsweredRequests, ...] = ()
     tenants: tuple[str, ...] = ()
     other_licences: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
 
     @property
     def champions(self) -> tuple[RecalledAlias, ...]:
@@ -122,7 +124,7 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     """
     if not reason.strip():
         raise UsageError("a recall needs a reason", fix='--reason "why"')
-    if len(cause.value) > _LONGEST:
+    if len(cause.label) > _LONGEST:
         raise UsageError(f"a {cause.kind} has at most {_LONGEST} characters, this one has {len(cause.value)}")
     require(store, actor, "recall.start")
     if dry_run:
@@ -147,10 +149,10 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
 
     done: whether the caller marks the records.
     """
-    reached, rows, licences = _roots(store, cause)
+    reached, rows, licences, near = _roots(store, session, cause)
     others = _other_licences(session, cause.value, licences)
     if not reached:
-        only = f", only of {', '.join(others)}" if others else ""
+        only = f", only of {', '.join(others or near)}" if others or near else ""
         raise UsageError(
             f"no dataset version in this store holds a row of {cause.label}{only}",
             fix="tunesmith data show lists sources and licences",
@@ -185,6 +187,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
         served=served,
         tenants=tuple(sorted(tenants | {one.tenant for one in aliases} | {one.tenant for one in served})),
         other_licences=others,
+        near=tuple(near),
     )
     return recalled, items
 
@@ -208,14 +211,16 @@ def _other_licences(session: Session, licence: str, stated: Collection[str]) -> 
     return tuple(sorted(each for each in open_ if mentions(each, licence)))
 
 
-def _roots(store: Store, cause: Cause) -> tuple[list[Reached], frozenset[str], Collection[str]]:
+def _roots(
+    store: Store, session: Session, cause: Cause
+) -> tuple[list[Reached], frozenset[str], Collection[str], list[str]]:
     """(the records that the cause names, or the dataset versions and documents that hold its rows; the rows' ids; for a
-    licence, all expressions that rows and documents state)."""
+    licence, all expressions that rows and documents state; names near the cause's)."""
     if cause.kind == "version":
-        return _version_and_its_weights(store, cause.value), frozenset(), ()
+        return _version_and_its_weights(store, cause.value), frozenset(), (), []
     if cause.kind == "base":
         record = store.record(cause.value, kind="base")
-        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset(), ()
+        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset(), (), []
     traced = TracedRows(store, store.records_of("dataset"), [cause.kind])
     ids = traced.trace(cause.kind, cause.value).ids
     found = [
@@ -230,7 +235,8 @@ def _roots(store: Store, cause: Cause) -> tuple[list[Reached], frozenset[str], C
             found.append(Reached(kind="documents", digest=digest, label=short(digest)))
         if cause.kind == "licence":
             licences.update(filter(None, stated))
-    return found, ids, licences
+    withdrawn = [label.partition(" ")[2] for label in causes(session) if label.startswith(f"{cause.kind} ")]
+    return found, ids, licences, traced.near(cause.kind, cause.value, withdrawn)
 
 
 def _version_and_its_weights(store: Store, version: str) -> list[Reached]:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn
+from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn, same_name
 from tunesmith.monitoring.recall import Cause, find_reached
 from tunesmith.registry.opening import check_not_recalled
 from tunesmith.registry.signing.release import read_version
@@ -25,7 +25,7 @@ class RecallStatus(BaseModel):
     """Whether nothing uses what was recalled any more. left: what still has to be done, one line each.
 
     retrain: names of recalled versions without a replacement. replaced: name -> the newest version made without it.
-    other_licences: see Recall; they do not count as what is left.
+    other_licences, near: see Recall; they do not count as what is left.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +36,7 @@ class RecallStatus(BaseModel):
     retrain: tuple[str, ...]
     replaced: Mapping[str, str]
     other_licences: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
 
 
 def recall_status(store: Store, cause: Cause) -> RecallStatus:
@@ -46,7 +47,11 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
     never recalled.
     """
     with database.reading(store.engine) as session:
-        marked = set(causes(session).get(cause.label, ()))
+        marked = set[str]()
+        for label, digests in causes(session).items():
+            kind, _, value = label.partition(" ")  # recalls of before state a name as it was typed
+            if kind == cause.kind and f"{kind} {same_name(kind, value)}" == cause.label:
+                marked.update(digests)
         if not marked:
             raise UsageError(
                 f"{cause.label} was never recalled in this store",
@@ -63,7 +68,7 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         newest = _replacements(store, session, names)
     if cause.kind in ROW_CAUSES:
         withdrawn = load_withdrawn(store)
-        if cause.value not in withdrawn.values.get(cause.kind, ()):
+        if not withdrawn.names(cause.kind, cause.value):
             left.append("the next build would include its rows again")
     return RecallStatus(
         cause=cause.label,
@@ -72,6 +77,7 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         retrain=tuple(sorted(names - newest.keys())),
         replaced=newest,
         other_licences=found.other_licences,
+        near=found.near,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 
+from tests.attack_table import Happened
 from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.account import WITHDRAWN
@@ -19,6 +21,7 @@ from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.services.traffic import monitoring
 from tunesmith.store.people.identities import ensure_owner
 from tunesmith.store.store import Store
+from tunesmith.store.tables import RecallRow
 
 PLAIN = many_rows(100)
 
@@ -152,3 +155,62 @@ def test_each_person_of_one_text_can_be_recalled(tmp_path: Path, store: Store, n
         assert sum(withdraw(store, "subject", name).reached[0].rows.values()) == 1
     left = build(tmp_path, withdrawn=load_withdrawn(store))
     assert all(one.answer != "a word" for one in held(left))
+
+
+# A person or a source is withdrawn in every spelling of its name, and what is near is listed
+
+
+NAME = unicodedata.normalize("NFC", "José García")
+SPELLINGS = (
+    NAME, unicodedata.normalize("NFD", NAME), f"  {NAME} ", NAME.replace(" ", "  "), "Jo\u200bsé García", NAME.upper(),
+    NAME.replace("J", "Ｊ"),
+)  # fmt: skip
+NEAR = ("Jose Garcia", "García, José", "José", "José Garcia Márquez", "José Garcías")
+OTHERS = ("Maria Lopez", "Ann", *(f"P{n}" for n in range(60)))
+
+
+@pytest.mark.attack("people", "a withdrawal under one spelling of a name")
+@pytest.mark.parametrize("asked", [SPELLINGS[0], SPELLINGS[1], SPELLINGS[5]])
+def test_all_spellings_go_and_what_is_near_is_listed(
+    tmp_path: Path, store: Store, asked: str, happened: Happened
+) -> None:
+    names = (*SPELLINGS, *NEAR, *OTHERS)
+    given = [{**one, "subject": name} for one, name in zip(many_rows(len(names)), names, strict=True)]
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    build(tmp_path, chosen("rows.jsonl"))
+    found = withdraw(store, "subject", asked)
+    assert sum(found.reached[0].rows.values()) == len(SPELLINGS)
+    assert set(found.near) == {name.lower() for name in NEAR}
+    second = build(tmp_path, chosen("rows.jsonl"), withdrawn=load_withdrawn(store))
+    assert {one.subject for one in held(second)} == {*NEAR, *OTHERS}
+    status = recall_status(store, Cause(kind="subject", value=SPELLINGS[2]))
+    assert (status.gone, set(status.near)) == (True, set(found.near))
+    withdraw(store, "subject", NEAR[0])
+    assert NEAR[0].lower() not in recall_status(store, Cause(kind="subject", value=NAME)).near, "withdrawn as well"
+    happened("every spelling gone", len(SPELLINGS))
+
+
+@pytest.mark.parametrize("kind", ["subject", "source"])
+def test_whatever_is_built_can_be_recalled(tmp_path: Path, store: Store, kind: str) -> None:
+    long = "/".join(["x" * 180, "y" * 100])
+    source = f"{long}.jsonl" if kind == "source" else "rows.jsonl"
+    (tmp_path / source).parent.mkdir(exist_ok=True)
+    write_jsonl(tmp_path / source, [{**one, "subject": long} for one in many_rows(20)])
+    write_jsonl(tmp_path / "other.jsonl", [{**one, "subject": f"{long}z"} for one in many_rows(40)[20:]])
+    build(tmp_path, chosen(source, "other.jsonl"))
+    named = source if kind == "source" else long
+    withdraw(store, kind, named)
+    second = build(tmp_path, chosen(source, "other.jsonl"), withdrawn=load_withdrawn(store))
+    assert {one.source for one in held(second)} == {"other.jsonl"}
+    assert gone(store, kind, named)
+
+
+def test_a_recall_of_before_counts_in_every_spelling(tmp_path: Path, store: Store) -> None:
+    cause = f"subject {NAME}"
+    write_jsonl(tmp_path / "rows.jsonl", [{**one, "subject": NAME} for one in many_rows(20)])
+    dataset = build(tmp_path, chosen("rows.jsonl"))
+    with store.change("ann", "recall.start", cause, {}) as session:
+        session.add(RecallRow(digest=dataset.digest, cause=cause, reason="asked", at="2026-01-01T00:00:00Z"))
+    assert gone(store, "subject", NAME.lower())
+    with pytest.raises(UsageError, match="withdrawn by a recall: 20"):
+        build(tmp_path, chosen("rows.jsonl"), withdrawn=load_withdrawn(store))

@@ -2,22 +2,24 @@
 
 A row, and a row of a recalled subject, is recognised by its folded content and not by its place, so that no copy in
 another file takes its place, nor one with another system turn, hidden characters, accents or look-alike letters.
-Sources are recognised by their names, and licences by expressions that need them.
+Sources and subjects are recognised by their names in one spelling (`same_name`), and licences by expressions that need
+them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tunesmith.core.digests import digest_of
+from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.text.folding import fold
+from tunesmith.core.text.folding import fold, visible
 from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
 from tunesmith.data.governance.licences import needs
 from tunesmith.data.splitting.duplicates import answer_key, request_key
@@ -27,7 +29,10 @@ from tunesmith.store.store import Store
 
 ROW_CAUSES: Final = ("row", "source", "licence", "subject")
 _BY_CONTENT = ("row", "subject")
-_REVISION = 1  # raise it when the same versions give other contents of recalled rows
+_BY_NAME = ("source", "subject")
+_LONGEST, _SHOWN = 200, 100  # characters of a name; a longer one is compared by its digest
+_ALIKE = 0.85  # of difflib's ratio: names that one slip of the pen may have made of each other
+_REVISION = 2  # raise it when the same versions give other contents of recalled rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,11 @@ class Withdrawn:
     def names(self, kind: str, stated: str | None) -> bool:
         """Whether a recall of this kind reaches what states this."""
         values = self.values.get(kind, frozenset())
-        return stated in values or (kind == "licence" and any(reaches(kind, value, stated) for value in values))
+        if stated is None:
+            return False
+        if kind == "licence":
+            return any(reaches(kind, value, stated) for value in values)
+        return same_name(kind, stated) in values
 
     def holds(self, example: Example) -> bool:
         """Whether an example was recalled."""
@@ -91,7 +100,7 @@ class TracedRows:
             if SUBJECTS in dataset.record.blobs and "subject" in self._named:
                 for line in store.read_blob(dataset.record.blobs[SUBJECTS]).splitlines():
                     copy = parse_json(line)
-                    self._named["subject"][copy["subject"]].add(copy["id"])
+                    self._named["subject"][same_name("subject", copy["subject"])].add(copy["id"])
 
     def _add(self, digest: str, split: str, examples: Sequence[Example]) -> list[str]:
         for example in examples:
@@ -142,12 +151,32 @@ class TracedRows:
 
     def _values(self, kind: str, value: str) -> list[str]:
         """What rows state that a cause reaches."""
-        return [each for each in self._named[kind] if reaches(kind, value, each)] if kind == "licence" else [value]
+        if kind == "licence":
+            return [each for each in self._named[kind] if reaches(kind, value, each)]
+        return [same_name(kind, value)]
+
+    def near(self, kind: str, value: str, recalled: Collection[str]) -> list[str]:
+        """Names of sources or subjects that a recall does not reach and that may mean the same, in one spelling each.
+
+        Those with the same words but for accents and look-alike letters, with more or fewer words, and subjects with
+        nearly the same letters. recalled: values that are withdrawn already.
+        """
+        if kind not in _BY_NAME:
+            return []
+        own, words = fold(value), _words(value)
+        others = {each: fold(each) for each in self._named[kind].keys() - {same_name(kind, value), *recalled}}
+        alike = difflib.get_close_matches(own, others.values(), n=50, cutoff=_ALIKE) if kind == "subject" else []
+        return sorted(
+            each for each, folded in others.items()
+            if folded in alike or ((found := _words(each)) and words and (found <= words or words <= found))
+        )  # fmt: skip
 
 
 def reaches(kind: str, value: str, stated: str | None) -> bool:
     """Whether the recall of a value reaches what states this: of a licence, also an expression that needs it."""
-    return stated == value or (kind == "licence" and stated is not None and needs(stated, value))
+    if kind == "licence":
+        return stated == value or (stated is not None and needs(stated, value))
+    return stated is not None and same_name(kind, stated) == same_name(kind, value)
 
 
 def content_key(example: Example) -> str:
@@ -165,7 +194,7 @@ def load_withdrawn(store: Store) -> Withdrawn:
     for cause, digests in recalled.items():
         kind, _, value = cause.partition(" ")
         if kind in ROW_CAUSES:
-            values[kind].add(value)
+            values[kind].add(same_name(kind, value))
         if kind in _BY_CONTENT:
             datasets |= {digest: None for digest in digests if store.record(digest).kind == "dataset"}
     named = {kind: sorted(values[kind]) for kind in _BY_CONTENT}
@@ -188,4 +217,17 @@ def _contents(store: Store, named: Mapping[str, Sequence[str]], datasets: Sequen
 
 def _value(example: Example, kind: str) -> str | None:
     value: str | None = getattr(example, "id" if kind == "row" else kind)
-    return value
+    return None if value is None else same_name(kind, value)
+
+
+def same_name(kind: str, value: str) -> str:
+    """The spelling by which a value is compared: of sources and subjects as a reader sees it, without case, in at most
+    200 characters; of others the value itself."""
+    if kind not in _BY_NAME:
+        return value
+    spelled = visible(value)
+    return spelled if len(spelled) <= _LONGEST else f"{spelled[:_SHOWN]} {digest_bytes(spelled.encode())}"
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset("".join(letter if letter.isalnum() else " " for letter in fold(name)).split())
