@@ -180,7 +180,16 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
     page.goto(f"{served.url}{evaluated.path}?verdict={endpoint[7:]}")
     expect(page.get_by_text("remote is an endpoint: it can be compared with, but not registered.")).to_be_visible()
     expect(page.get_by_role("button", name="Register remote as a version")).to_have_count(0)
+    # Gates that changed since the verdict are refused by every front end.
+    with served.http(issue_token(store, "amy", actor="amy")) as http:
+        refused = http.post("/api/versions", json={"verdict": evaluated.verdict})
+        assert (refused.status_code, "changed since this verdict: gate" in refused.text) == (409, True), refused.text
     page.goto(f"{served.url}{evaluated.path}?verdict={evaluated.verdict[7:]}")
+    page.get_by_role("button", name="Register tuned as a version").click()
+    expect(page.get_by_text("changed since this verdict: gate")).to_be_visible()
+    judged = {gate["name"]: gate["settings"] for gate in store.record(evaluated.verdict).body["gates"]}
+    project.settings = project.settings.model_copy(update={"gates": GATES.validate_python(judged)})
+    page.reload()
     page.get_by_role("button", name="Register tuned as a version").click()
     page.wait_for_url("**/console/versions/desk/1")
     expect(page.get_by_text("by amy, who signed it")).to_be_visible()

@@ -175,7 +175,7 @@ def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
     verdict = evaluation.gate(project, name="rival").digest
     with pytest.raises(Refused, match="rival is an endpoint"):
-        versions.register(project.store, verdict, name=project.settings.name, risk=None)
+        versions.register(project, verdict)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
         parse_settings(text, "x")
@@ -190,7 +190,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
     verdict = evaluation.gate(project, name=name).digest
-    registered = versions.register(project.store, verdict, name=project.settings.name, risk=None)
+    registered = versions.register(project, verdict)
     version = load_version(project.store, registered.digest)
     found = verify_version(project.store, version.label)
     assert found.ok, found.problems
@@ -207,7 +207,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
 def test_the_leaderboard_compares_only_equal_test_rows(project: Project) -> None:
     for name in ("nearest", "plain"):
         verdict = evaluation.gate(project, name=name).digest
-        versions.register(project.store, verdict, name=project.settings.name, risk=None)
+        versions.register(project, verdict)
     (board,) = leaderboard(project.store, "tiny").document()["boards"]
     assert (board["metric"], board["dataset"]) == ("exact_match", _candidate(project, "nearest").dataset)
     assert {row["candidate"]: row["approach"] for row in board["versions"]}["nearest"] == "baseline"

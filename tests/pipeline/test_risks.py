@@ -124,9 +124,7 @@ def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, d
 
 def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any]]) -> None:
     project = Project.load(judged[0])
-    versions.register(
-        project.store, judged[1]["gate"]["digest"], name=project.settings.name, risk=None, override="to see the mark"
-    )
+    versions.register(project, judged[1]["gate"]["digest"], override="to see the mark")
     assert list_versions(project.store)[0].marks == ("trained with canaries",)
     training = project.store.record(judged[1]["train"]["tuned"]["training"])
     assert training.body["settings"]["canaries"]["each"] == 20

@@ -438,9 +438,9 @@ def test_one_person_fills_one_place_whatever_their_roles(store: Store, high: Ver
 def test_the_class_is_the_versions_not_the_projects(store: Store, chain: Chain, high: Version) -> None:
     again = register(store, name="intents", verdict=chain.verdict, actor="olive", risk=HIGH)
     assert again == high
-    lower = RiskSettings.model_validate({"class": "low"})
-    looser = service.register(store, chain.verdict, name="intents", actor="olive", risk=lower)
-    assert (looser.version, looser.number, high.number) == ("intents@v2", 2, 1)
+    lower = RiskSettings.model_validate({"class": "low"}).requirement
+    looser = register(store, name="intents", verdict=chain.verdict, actor="olive", risk=lower)
+    assert (looser.label, looser.number, high.number) == ("intents@v2", 2, 1)
     approve(store, high, approver="ann")
     service.approve(store, "intents@v2", actor="ann")
     assert reason_of(store, high) == "not_approved"

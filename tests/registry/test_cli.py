@@ -96,17 +96,19 @@ def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain, tmp_p
         ("gates: {", "policy: {quiet: {requests: [x], lacks: y}}, gates: {", "policy check quiet"),
     ],
 )
-def test_a_verdict_by_other_gates_is_registered_only_by_its_digest(
+@pytest.mark.attack("people", "a pass by gates that were changed since", "refused")
+def test_a_verdict_by_other_gates_takes_an_override(
     store: Store, chain: Chain, old: str, new: str, changed: str
 ) -> None:
     project = PROJECT.replace(old, new)
     assert project != PROJECT
-    with pytest.raises(Refused, match=f"changed since this verdict: {changed}"):
-        run(store, "register", "--name", "intents", project=project)
-    named = run(store, "register", chain.verdict[7:19], "--name", "intents", project=project)
-    assert f"changed since this verdict: {changed}" in named.stderr
-    assert "intents@v1" in named.stdout
-    assert "changed since" not in run(store, "register", chain.verdict[7:19], "--name", "intents").stderr
+    for named in ((), (chain.verdict[7:19],)):
+        with pytest.raises(Refused, match=f"changed since this verdict: {changed}"):
+            run(store, "register", *named, "--name", "intents", project=project)
+    made = run(store, "register", "--name", "intents", "--override", "agreed", project=project).stdout
+    assert ("intents@v1" in made, "agreed" in made) == (True, True), made
+    with pytest.raises(UsageError, match="nothing to override"):
+        run(store, "register", "--name", "intents", "--override", "agreed")
 
 
 def test_a_verdict_on_other_policy_requests_is_known(store: Store, chain: Chain, tmp_path: Path) -> None:

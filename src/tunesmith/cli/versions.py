@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, draw_table, say
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ def register_version(
     ] = None,
     override: Annotated[
         str | None,
-        typer.Option("--override", metavar="REASON", help="Admins: register a candidate that did not pass, and why."),
+        typer.Option(
+            "--override",
+            metavar="REASON",
+            help="Admins: register a candidate that did not pass, or whose gates changed, and why.",
+        ),
     ] = None,
     expires: Annotated[
         str | None, typer.Option("--expires", metavar="TIME", help="When its use ends, as 2030-01-31T00:00:00Z.")
@@ -66,20 +70,12 @@ def register_version(
     region: Region = "",
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.pipeline.verdicts import changed_since, latest
     from tunesmith.services.releases import versions
 
-    digest = latest(here.project, "verdict") if verdict is None else here.store.find_record(verdict)
-    if digest is not None and (changed := changed_since(here.project, digest)):
-        what = f"the gates or policy checks changed since this verdict: {', '.join(changed)}"
-        if verdict is None:
-            raise Refused(what, where=f"verdict {digest}", fix="run `tunesmith gate`, or name the verdict's digest")
-        say(f"note: {what}")
     version = versions.register(
-        here.store,
-        digest,
-        name=name or here.project.settings.name,
-        risk=here.project.settings.risk,
+        here.project,
+        verdict,
+        name=name,
         actor=here.actor,
         override=override,
         expires_at=expires,

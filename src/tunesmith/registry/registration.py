@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -92,6 +92,7 @@ def register(
     override: str | None = None,
     expires_at: str | None = None,
     risk: Requirement | None = None,
+    changed: Sequence[str] = (),
 ) -> Version:
     """Sign a judged candidate as the next version of a name.
 
@@ -99,12 +100,13 @@ def register(
 
     verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
     the version states it). expires_at: ISO 8601 with a time zone. risk: what it takes to serve; None takes one
-    approver. Raises Refused if the evidence, the adapter or the actor's roles do not allow it, or if something that the
+    approver. changed: gates and policy checks that are others than the verdict's, whose pass then needs an override as
+    well. Raises Refused if the evidence, the adapter or the actor's roles do not allow it, or if something that the
     version would be made from was recalled; UsageError for bad names. If the call is killed, the next one carries on.
     """
     check_name(name, "version name")
     identities.require(store, actor, "version.register", scope=scope)
-    plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at), risk)
+    plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at), risk, changed)
     if plan.override is not None:
         identities.require(store, actor, "version.override", scope=scope)
     with _alone(store, name):
@@ -182,6 +184,7 @@ def _plan(
     override: str | None,
     expires_at: str | None,
     risk: Requirement | None,
+    changed: Sequence[str],
 ) -> _Plan:
     judged = store.record(verdict, kind="verdict")
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
@@ -189,7 +192,13 @@ def _plan(
     with database.reading(store.engine) as session:
         _check_not_recalled(session, parents, records)
     check_evidence(records, parents, override)
-    if override is not None and judged.body["verdict"] == "pass":
+    if changed and override is None:
+        raise Refused(
+            f"the gates or policy checks changed since this verdict: {', '.join(changed)}",
+            where=f"verdict {short(verdict)}",
+            fix="run `tunesmith gate`; an admin may register it by an override",
+        )
+    if override is not None and judged.body["verdict"] == "pass" and not changed:
         raise UsageError("the verdict is a pass, so there is nothing to override", fix="leave --override out")
     for digest in sorted(blobs_of(records.values())):
         if digest_file(path := store.blob_path(digest)) != digest:

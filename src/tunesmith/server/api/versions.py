@@ -74,11 +74,12 @@ class RegisterRequest(BaseModel):
 async def register(request: Request) -> Response:
     """Sign a judged candidate and keep it as the next version of the project's name, as a run does."""
     call = call_of(request, "version.register")
-    project, given = call.project, await call.read(RegisterRequest)
+    given = await call.read(RegisterRequest)
     if not await call.run(partial(evidence.may_see_verdict, call.store, call.user, given.verdict)):
         raise missing("verdict")
-    make = partial(service.register, call.store, given.verdict, name=project.settings.name, risk=project.settings.risk)
-    made = partial(make, override=given.override, scope=call.user.scope, **call.by)
+    made = partial(
+        service.register, call.project, given.verdict, override=given.override, scope=call.user.scope, **call.by
+    )
     return await call.answer(made, threads=call.serving.files)
 
 

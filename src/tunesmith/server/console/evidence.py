@@ -64,10 +64,8 @@ async def register(request: Request, viewer: Changing, digest: Digest) -> Respon
         raise missing("verdict")
     made = partial(
         versions.register,
-        viewer.store,
+        project,
         page.verdict.digest,
-        name=project.settings.name,
-        risk=project.settings.risk,
         actor=viewer.user.name,
         override=field(fields, "override") or None,
         scope=viewer.user.scope,

@@ -11,10 +11,12 @@ from pydantic import Field
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
+from tunesmith.pipeline.verdicts import changed_since, latest
+from tunesmith.project import Project
 from tunesmith.registry import approvals, registration, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
-from tunesmith.registry.risk import Approvals, Requirement, RiskSettings
+from tunesmith.registry.risk import Approvals, Requirement
 from tunesmith.registry.serving import approvals_of
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import Decision, envelope_of, read_statement
@@ -88,32 +90,30 @@ class RecordedDecision(View):
 
 
 def register(
-    store: Store,
+    project: Project,
     verdict: str | None = None,
     *,
-    name: str,
-    risk: RiskSettings | None,
+    name: str | None = None,
     actor: str | None = None,
     override: str | None = None,
     expires_at: str | None = None,
     scope: Scope = Scope(),
 ) -> RegisteredVersion:
-    """Sign a judged candidate and keep it as the next version of a name.
+    """Sign a judged candidate and keep it as the next version of a name, by default of the project's.
 
-    verdict: the start of its digest, by default the newest one. risk: the project's, which the version states from now
-    on. override: an admin's reason to register a candidate that did not pass.
+    verdict: the start of its digest, by default the last one. override: an admin's reason to register a candidate that
+    did not pass, or whose gates or policy checks changed since: without it Refused is raised. The version states the
+    project's risk from now on.
     """
-    if verdict is None:
-        known = store.records_of("verdict")
-        if not known:
-            raise UsageError("nothing was judged yet", where=str(store.root), fix="tunesmith gate, or tunesmith run")
-        digest = known[-1]
-    else:
-        digest = store.find_record(verdict)
+    store, risk = project.store, project.settings.risk
+    digest = latest(project, "verdict") if verdict is None else store.find_record(verdict)
+    if digest is None:
+        raise UsageError("nothing was judged yet", where=str(store.root), fix="tunesmith gate, or tunesmith run")
     version = registration.register(
         store,
-        name=name,
+        name=name or project.settings.name,
         verdict=digest,
+        changed=changed_since(project, digest),
         actor=acting(store, actor),
         scope=scope,
         override=override,
