@@ -384,8 +384,12 @@ def _usage_error(error: ValidationError, where: str, read: Mapping[str, Any]) ->
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "extra_forbidden":
         key = str(loc[-1])
-        near = difflib.get_close_matches(key, sorted(set(_keys(settings_schema()))), n=1, cutoff=0.5)
+        schema = settings_schema()
+        known = dict(_places(schema, schema))  # the last one wins: any place is an example
+        near = difflib.get_close_matches(key, sorted(set(_keys(schema))), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if key in known:
+            hint = f" here; it belongs {f'under {known[key]}' if known[key] else 'at the top of the file'}"
         return UsageError(
             f"there is no setting {key!r}{hint}{more}", where=f"{where}, {place}", fix="`tunesmith schema` lists all"
         )
@@ -406,6 +410,20 @@ def _place(loc: Sequence[int | str], read: Any, missing: bool) -> str:
         if inside or (missing and part == loc[-1]):
             keys.append(str(part))
     return ".".join(keys)
+
+
+def _places(schema: Mapping[str, Any], part: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """(setting name, the path of the settings that it belongs to) of a JSON Schema."""
+    if not isinstance(part, Mapping):
+        return
+    if "$ref" in part:
+        yield from _places(schema, schema["$defs"][part["$ref"].rpartition("/")[2]], path)
+    for name, inner in part.get("properties", {}).items():
+        yield name, ".".join(path)
+        yield from _places(schema, inner, (*path, name))
+    for inner in (part.get("items"), part.get("additionalProperties"), *part.get("anyOf", ()), *part.get("oneOf", ())):
+        name = () if inner is not part.get("additionalProperties") or inner is None else ("NAME",)
+        yield from _places(schema, inner, (*path, *name))
 
 
 def _keys(schema: Any) -> Iterator[str]:

@@ -41,6 +41,13 @@ def _constrained(constrain: Any) -> dict[str, Any]:
     [
         ({"gate": {}}, "no setting 'gate'; did you mean 'gates'", "gate"),
         (_candidate(rnak=4), "no setting 'rnak'; did you mean 'rank'", "candidates.tuned.train.rnak"),
+        (
+            {"data": {"sources": [{"path": "x", "licence": "MIT", "attributes": {"a": "b"}}]}},
+            "no setting 'attributes' here; it belongs under data",
+            "data.sources.0.attributes",
+        ),
+        ({"epochs": 3}, "it belongs under candidates.NAME.train", "epochs"),
+        (_candidate(gates={}), "it belongs at the top of the file", "candidates.tuned.train.gates"),
         (_candidate(rank=0), "greater than or equal to 1", "candidates.tuned.train.rank"),
         (_candidate(learning_rate=float("nan")), "'.nan' is not finite", "line 6"),
         (_candidate(learning_rate=float("inf")), "'.inf' is not finite", "line 6"),

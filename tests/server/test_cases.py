@@ -74,14 +74,13 @@ def test_without_opting_in_no_text_is_on_the_disk(
     request: pytest.FixtureRequest, server: str, happened: Happened
 ) -> None:
     served: Served = request.getfixturevalue(server)
-    if server == "served":  # its project keeps nothing: asking for it is refused, and then nothing else is done
-        asked = _ask(served).json()["id"]
-        for param, refused in (
-            ("store", _ask(served, store=True)),
-            ("keep", _feedback(served, request_id=asked, expected=WRONG, keep=True)),
-        ):
-            error = refused.json()["error"]
-            assert (refused.status_code, error["code"], error["param"]) == (400, "storing_not_allowed", param)
+    if server == "served":  # its project keeps nothing
+        answered = _ask(served, store=True)
+        assert answered.headers["x-tunesmith-store"] == "no"
+        asked = answered.json()["id"]
+        refused = _feedback(served, request_id=asked, expected=WRONG, keep=True)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "storing_not_allowed", "keep")
         assert _feedback(served, request_id=asked, expected=WRONG).status_code == 200, "no score was added before"
         assert served.engine.calls == 1
     for more in ({}, {"store": False}, {"metadata": {"store": "okapi"}}, {"user": "hippo"}):

@@ -130,6 +130,12 @@ def test_any_object_a_schema_and_the_clients_own_helper_reach_the_engine(served:
     served.ask(response_format={"type": "text"})
     # Nobody measured the version with these formats, so such answers are no evidence about it.
     assert [(row.cut, bool(row.scores)) for row in served.rows()] == [(True, False)] * 3 + [(False, True)]
+    with served.http() as http:
+        sent = [{"request_id": row.id, "score": {"helpful": 1.0}} for row in served.rows()]
+        found = [http.post("/api/feedback", json=one) for one in sent]
+    assert [each.status_code for each in found] == [409, 409, 409, 200]
+    assert found[0].json()["error"]["code"] == "answer_cut"
+    assert [set(row.scores) & {"helpful"} for row in served.rows()] == [set()] * 3 + [{"helpful"}]
 
 
 def test_a_real_engine_holds_answers_whole_and_streamed(tiny: Served) -> None:

@@ -245,7 +245,7 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
     ({"top_logprobs": 2}, None, NOT),
     ({"tools": []}, "tools", NOT),
     ({"temprature": 0.1}, "temprature", UNKNOWN),
-    ({"messages": [{**HELLO[0], "name": "n"}]}, "messages[0].name", UNKNOWN),
+    ({"messages": [{**HELLO[0], "nam": "n"}]}, "messages[0].nam", UNKNOWN),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", NOT),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", NOT),

@@ -67,6 +67,10 @@ def test_the_official_client_keeps_lists_reads_and_deletes_files(served: Served)
     for again in (client.files.retrieve, client.files.content, client.files.delete):
         with pytest.raises(openai.NotFoundError, match="No such File object"):
             again(ids[1])
+    assert [each.id for each in client.files.list(order="asc", after=ids[1])] == [ids[2]], "a page after a deleted file"
+    assert [each.id for each in client.files.list(after=ids[1])] == [ids[0]]
+    with pytest.raises(openai.NotFoundError):
+        client.files.list(after="file-0")
     backed_up = {key for key in keys_of(served.scene.store.blobs) if key.startswith("files/")}
     assert backed_up == {f"files/{ids[place]}.jsonl" for place in (0, 2)}
     kept = served.scene.store.root / "files" / f"{ids[0]}.jsonl"

@@ -48,8 +48,10 @@ def test_files_are_kept_listed_and_deleted(store: Store) -> None:
     uploads.delete(store, first.file, actor=owner, scope=ACME)
     with pytest.raises(FileGone, match="missing"):
         list(uploads.pieces(store, first))
-    with pytest.raises(FileGone):
-        uploads.list_files(store, ACME, most=9, oldest_first=True, after=first.file)
+    assert uploads.list_files(store, ACME, most=9, oldest_first=True, after=first.file) == [second], "its place stays"
+    for after, scope in ((first.file, Scope("globex")), ("file-0", ACME)):
+        with pytest.raises(FileGone):
+            uploads.list_files(store, scope, most=9, oldest_first=True, after=after)
     assert list(uploads.pieces(store, second)) == [b"{}\n"]
 
 

@@ -27,9 +27,10 @@ from tunesmith.store.locks import LockHeld, abandoned
 from tunesmith.store.people.identities import require
 from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
-from tunesmith.store.tables import FileRow
+from tunesmith.store.tables import AuditRow, FileRow
 
 _FOLDER = "files/"
+_DELETED = "file.delete"  # in the audit log, with the number of the file
 _LONGEST_NAME, _LONGEST_ENDING = 256, 16
 
 
@@ -129,17 +130,15 @@ def find(store: Store, file: str, scope: Scope) -> StoredFile | None:
 def list_files(
     store: Store, scope: Scope, *, purpose: str | None = None, after: str | None = None, most: int, oldest_first: bool
 ) -> list[StoredFile]:
-    """The files that a scope covers. after: only those behind this one in the same order. Raises FileGone for an
-    `after` that is no file of the scope."""
+    """The files that a scope covers. after: only those behind this one in the same order, which may be deleted by now.
+    Raises FileGone for an `after` that never was a file of the scope."""
     found = select(FileRow).where(*within(FileRow, scope))
     if purpose is not None:
         found = found.where(FileRow.purpose == purpose)
     with database.reading(store.engine) as session:
         if after is not None:
-            row = _row(session, after, scope)
-            if row is None:
-                raise _gone(after)
-            found = found.where(FileRow.number > row.number if oldest_first else FileRow.number < row.number)
+            place = _place(session, after, scope)
+            found = found.where(FileRow.number > place if oldest_first else FileRow.number < place)
         ordered = found.order_by(FileRow.number if oldest_first else FileRow.number.desc()).limit(most)
         return [_of(each) for each in session.scalars(ordered)]
 
@@ -147,13 +146,27 @@ def list_files(
 def delete(store: Store, file: str, *, actor: str, scope: Scope) -> None:
     """Delete a file and its bytes. Killed in between, it can be deleted again. Raises FileGone, and Refused where the
     actor may not do this."""
-    with store.change(actor, "file.delete", file, {}) as session:
+    detail: dict[str, Any] = {}
+    with store.change(actor, _DELETED, file, detail) as session:
         require(session, actor, "file.change", scope=scope)
         row = _row(session, file, scope)
         if row is None:
             raise _gone(file)
+        detail |= {"number": row.number, "tenant": row.tenant, "region": row.region}
         store.blobs.delete(_key(file, row.name))
         session.delete(row)
+
+
+def _place(session: Session, file: str, scope: Scope) -> int:
+    """The number of a file, of a deleted one by the audit log: who lists files page by page may delete what is listed.
+    Raises FileGone for one that never was a file of the scope."""
+    if (row := _row(session, file, scope)) is not None:
+        return row.number
+    query = select(AuditRow.detail).where(AuditRow.action == _DELETED, AuditRow.subject == file)
+    for detail in session.scalars(query):
+        if "number" in detail and scope.covers(Scope(detail["tenant"], detail["region"])):
+            return int(detail["number"])
+    raise _gone(file)
 
 
 def pieces(store: Store, stored: StoredFile) -> Iterator[bytes]:

@@ -142,11 +142,12 @@ class Recorder:
         outcome = "failed" if served.completion is None else _answered(served)
         models = (served.model, served.route.version.label)
         self._metrics.request(served.route.arm, outcome, served.seconds, served.completion, models)
+        stored = served.store and self.keeps
         if served.completion is not None and served.whole:
             user, text = served.user, served.completion.text
-            self._keep(served.id, _Kept(user.tenant, user.name, served.messages, text, served.cut, served.store))
+            self._keep(served.id, _Kept(user.tenant, user.name, served.messages, text, served.cut, stored))
         row = self._row(served)
-        if served.store and _failed(row):
+        if stored and _failed(row):
             self._rows.write(row, then, partial(self._keep_later, served))
         else:
             self._rows.write(row, then)
@@ -157,10 +158,10 @@ class Recorder:
         wait([self._keeping.submit(int)], seconds)  # done when everything before it is
         self._keeping.shutdown(wait=False, cancel_futures=True)
 
-    def require_keeping(self, param: str) -> None:
-        """Raise ApiError 400 where the project keeps no requests. param: the field that asks for it."""
-        if self._keeper is None:
-            raise keeps_nothing(param)
+    @property
+    def keeps(self) -> bool:
+        """Whether the project keeps requests that ask for it."""
+        return self._keeper is not None
 
     def feedback(
         self, user: User, request: str, expected: str | None, given: Mapping[str, float], keep: bool = False
@@ -169,17 +170,20 @@ class Recorder:
 
         A score is never replaced. keep: store the request and the expected text as a case; so does a request with
         `store` whose answer was wrong. Raises ApiError 404 for a request that the user's tenant did not make, 403 for
-        keep and a request of another user, 409 if it was scored before or its answer is no longer in memory, 400 for an
-        expected text that a scorer cannot use, 507 or 503 where the database is full or cannot be used.
+        keep and a request of another user, 409 if it was scored before, its answer was cut off or is no longer in
+        memory, 400 for an expected text that a scorer cannot use, 507 or 503 where the database is full or cannot be
+        used.
         """
-        if keep:
-            self.require_keeping("keep")
+        if keep and not self.keeps:
+            raise keeps_nothing("keep")
         with self._lock:
             held = self._answers.get(request)
         if held is not None and held.tenant != user.tenant:
             raise unknown_request(request)
         if keep and held is not None and held.caller != user.name:
             raise forbidden("Only the user who made this request may ask to keep it. Nothing was done.")
+        if given:
+            self._require_whole(user, request)
         added = dict(given) if expected is None else self._scored(user, request, expected)
         wrong = not added or any(value < 1.0 for value in added.values())
         wanted = keep or (held is not None and held.store and wrong)
@@ -299,6 +303,13 @@ class Recorder:
         """Metric -> why feedback did not score it."""
         reasons = dict.fromkeys((*self._scorers.every_answer, *self._scorers.with_reference), _CUT) if cut else {}
         return {**reasons, **self._scorers.unmeasured} or None
+
+    def _require_whole(self, user: User, request: str) -> None:
+        """Raise ApiError 409 for an answer that its request's own limits cut off: a score would say nothing of it."""
+        with database.reading(self._store.engine) as session:
+            row = session.get(RequestRow, request)
+        if row is not None and row.tenant == user.tenant and row.cut:
+            raise ApiError(409, f"No score was stored: {_CUT}.", code="answer_cut")
 
     def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
         with self._lock:

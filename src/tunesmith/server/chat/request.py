@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 from tunesmith.candidates.grammars.call_grammars import call_grammar
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, check_schema
@@ -25,6 +27,29 @@ MetadataKey = Annotated[str, Field(max_length=limits.METADATA_KEY)]
 MetadataText = Annotated[str, Field(max_length=limits.METADATA_TEXT)]
 
 
+@dataclass(frozen=True)
+class Only:
+    """A field of OpenAI's API that is accepted where it means the default, null or one of these values, and refused
+    where it would change the answer."""
+
+    values: tuple[Any, ...] = ()
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: Any) -> None:
+        if value is not None and not any(value == one and type(value) is not bool for one in self.values):
+            known = " or ".join(json.dumps(one) for one in (None, *self.values))
+            raise ValueError(f"not supported: only {known}")
+
+
+# What OpenAI's service does with these does not change an answer here: no model reasons, and nothing is billed.
+Ignored = Annotated[str | None, Field(max_length=limits.USER)]
+
+
 class TextPart(BaseModel):
     """A text part of a message."""
 
@@ -36,15 +61,21 @@ class TextPart(BaseModel):
 
 class ChatMessage(BaseModel):
     """One message. content: text, or a list of text parts; an assistant's may be null or left out where it has
-    tool_calls. tool_call_id: of a tool's message, the call that it answers. refusal: always null, as in answers."""
+    tool_calls. tool_call_id: of a tool's message, the call that it answers. developer: means system. name: of the
+    speaker, which no template writes. refusal, annotations, audio and function_call: as in answers, so that one can be
+    sent back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=limits.PARTS)]
     tool_calls: Annotated[list[Call] | None, Field(min_length=1, max_length=limits.CALLS)] = None
     tool_call_id: Annotated[str | None, Field(min_length=1, max_length=limits.CALL_ID)] = None
+    name: Ignored = None
     refusal: None = None
+    annotations: Annotated[Any, Only(([],))] = None
+    audio: Annotated[Any, Only()] = None
+    function_call: Annotated[Any, Only()] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -64,15 +95,18 @@ class ChatMessage(BaseModel):
         """The message with its parts joined."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         calls = tuple(call.plain() for call in self.tool_calls or ())
-        return Message(role=self.role, content=text, tool_calls=calls, tool_call_id=self.tool_call_id)
+        role = "system" if self.role == "developer" else self.role
+        return Message(role=role, content=text, tool_calls=calls, tool_call_id=self.tool_call_id)
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream. include_usage: send a last chunk with the token counts."""
+    """Options of a stream. include_usage: send a last chunk with the token counts. include_obfuscation: has no effect,
+    since nothing is added to hide the lengths of tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = None
 
 
 class JsonSchema(BaseModel):
@@ -118,7 +152,7 @@ class ChatRequest(BaseModel):
     temperature is 0 by default: the likeliest token is taken. Equal requests then get equal answers, unless rounding
     decides between two tokens, as sums can differ in the last bit with the requests that are computed together. store:
     keep the texts of this request for a review if it fails or feedback says that its answer is wrong, where the
-    server's project allows that.
+    server's project allows that; else nothing is kept, and the header x-tunesmith-store says "no".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -143,6 +177,23 @@ class ChatRequest(BaseModel):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: StrictBool | None = None
     store: StrictBool | None = None
+    frequency_penalty: Annotated[Any, Only((0,))] = None
+    presence_penalty: Annotated[Any, Only((0,))] = None
+    logit_bias: Annotated[Any, Only(({},))] = None
+    modalities: Annotated[Any, Only((["text"],))] = None
+    function_call: Annotated[Any, Only(("none",))] = None
+    functions: Annotated[Any, Only()] = None
+    audio: Annotated[Any, Only()] = None
+    moderation: Annotated[Any, Only()] = None
+    web_search_options: Annotated[Any, Only()] = None
+    verbosity: Annotated[Any, Only(("medium",))] = None
+    service_tier: Ignored = None
+    reasoning_effort: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
 
     @field_validator("messages")
     @classmethod
@@ -210,8 +261,8 @@ class ChatRequest(BaseModel):
         return self
 
     def _check_tools(self) -> None:
-        if self.tools is None and (self.tool_choice is not None or self.parallel_tool_calls is not None):
-            raise ValueError("tool_choice and parallel_tool_calls are only allowed with tools")
+        if self.tools is None and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice asks for a call, and there are no tools")
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
         if named is not None and named not in {tool.function.name for tool in self.tools or ()}:
             raise ValueError(f"tool_choice names {named!r}, which is not among the tools")
@@ -245,6 +296,8 @@ class ChatRequest(BaseModel):
 
         Raises UsageError where the tools cannot be held.
         """
+        if not self.callable:
+            return None
         named = isinstance(self.tool_choice, NamedChoice)
         forced = named or self.tool_choice == "required"
         single = self.parallel_tool_calls is False

@@ -89,8 +89,6 @@ async def chat_completions(request: Request) -> Response:
     user, serving = caller(request)
     with serving.arrives(user) as count:
         given = await read_body(request, ChatRequest, serving.settings, count, nul=True)
-        if given.store:
-            serving.recorder.require_keeping("store")
         identifier = uuid.uuid4().hex
         asked = (user, given.model, given.user or identifier)
         route = serving.router.known_route(*asked)
@@ -108,6 +106,8 @@ async def chat_completions(request: Request) -> Response:
         raise
     build = _ResponseBuilder(job)
     headers = build.headers()
+    if given.store and not serving.recorder.keeps:  # OpenAI's clients may send it always
+        headers["x-tunesmith-store"] = "no"
     if isinstance(first, Held):
         first, state = await _reviewed(job, build, first, request, serving)
         headers["x-tunesmith-review"] = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import quote
@@ -73,10 +74,13 @@ def gone_to(request: Request, where: str) -> Response:
     return RedirectResponse(where, 303, headers={"Cache-Control": "no-store"})
 
 
+# What a browser takes for a path of this site. It drops tabs and line ends, and reads "\\" as "/": neither is allowed.
+_OWN_PATH = re.compile(r"/(?!/)[!-\[\]-~]*")
+
+
 def local_page(where: str) -> str:
     """A page of this console to go to after the login; the first one for any other address."""
-    inside = where.startswith("/") and not where.startswith(("//", "/\\")) and "\n" not in where
-    return where if inside else "/"
+    return where if _OWN_PATH.fullmatch(where) else "/"
 
 
 def problem(request: Request, status: int, what: str, fix: str) -> Response:
