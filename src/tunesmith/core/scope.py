@@ -37,6 +37,10 @@ class Scope:
         """The tenant and the region by name, for a table's two columns, a record or an audit entry."""
         return {"tenant": self.tenant, "region": self.region}
 
+    def stated(self) -> dict[str, dict[str, str]]:
+        """{"scope": fields()} for what is kept apart by scope; nothing for all tenants and regions."""
+        return {"scope": self.fields()} if self != Scope() else {}
+
     def options(self) -> str:
         """The command-line options that name this scope, each with a space before it."""
         return "".join(f" --{kind} {name}" for kind, name in self.fields().items() if name)

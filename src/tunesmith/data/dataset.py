@@ -12,6 +12,7 @@ from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.scope import Scope
 from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -97,6 +98,11 @@ class Dataset:
     def without_test_rows(self) -> Dataset:
         """The same dataset version, whose test rows cannot be read: for what chooses by other rows."""
         return Dataset(self._store, self.digest, self.record, [name for name in self.readable if name != "test"])
+
+    @property
+    def scope(self) -> Scope:
+        """Whose rows these are."""
+        return Scope(**self.record.body.get("scope", {}))
 
     @cached_property
     def splits(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from tunesmith.evaluation.probes.general import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
 from tunesmith.store.store import Store
 
+_FEW_WORDS, _SHORT, _NEAR = 3, 16, 300  # words; characters of a request; characters between a request and its answer
 # The name, in probes, of the weights before tuning.
 BASE = "base"
 
@@ -114,7 +115,7 @@ def seen_answers(
 
 
 def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
-    """Raise Refused for a candidate that was trained on a test row or its group, or shows one in its prompt.
+    """Raise Refused for a candidate that was trained on a test row or its group, or can read one.
 
     Texts are compared folded and without system turns, each answer that training learns with the turns before it.
     """
@@ -123,8 +124,7 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
     shown = (shot[: n + 1] for shot in candidate.shots for n, turn in enumerate(shot) if turn.role == "assistant")
     if any(_folded(part) in held_texts for part in shown):
         raise Refused(f"{name!r} shows a test row in its prompt", fix="choose shots among the training rows")
-    if candidate.documents is not None:
-        _check_documents(store, test, name, candidate.documents)
+    _check_readable(store, test, name, candidate)
     learned = {candidate.dataset} - {None}
     if candidate.training is not None:
         learned.add(store.record(candidate.training, kind="training").parents["dataset"])
@@ -140,20 +140,38 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
                 )
 
 
-def _check_documents(store: Store, test: Sequence[Example], name: str, documents: str) -> None:
-    """Raise Refused where a passage contains a test row's request and its answer, both folded."""
-    passages = [fold(passage.text) for passage in Documents(store, documents).passages]
-    together = "\0".join(passages)
+def _check_readable(store: Store, test: Sequence[Example], name: str, candidate: Candidate) -> None:
+    """Raise Refused where one text that the candidate reads holds a test row's request and, near it, its answer.
+
+    Those are its prompt, each turn of its shots, its schema or grammar, and the passages it retrieves from. Requests of
+    one or two short words are in many texts by chance, and are not looked for.
+    """
+    said = [turn.content for shot in candidate.shots for turn in shot]
+    shown = [candidate.prompt, *said, candidate.answer_schema or "", candidate.answer_grammar or ""]
+    texts = [
+        (fold(text), "prompt", "take the row out of the prompt, the shots or the schema") for text in shown if text
+    ]
+    if candidate.documents is not None:
+        passages = Documents(store, candidate.documents).passages
+        texts += [(fold(passage.text), "documents", "remove the document or the row") for passage in passages]
+    together = "\0".join(text for text, *_ in texts)
     for example in test:
         asked, answer = fold(example.request[-1].content), fold(example.answer)
-        if not asked or asked not in together:
+        if (len(asked) < _SHORT and len(asked.split()) < _FEW_WORDS) or asked not in together:
             continue
-        if any(asked in text and answer in text.replace(asked, "") for text in passages):
-            raise Refused(
-                f"a passage that {name!r} retrieves contains the test row {example.id!r} with its answer",
-                where=f"documents {short(documents)}",
-                fix="remove the document or the row",
-            )
+        for text, place, fix in texts:
+            if any(answer in around for around in _around(text, asked, _NEAR + len(answer))):
+                what = f"what {name!r} reads contains the test row {example.id!r} with its answer"
+                raise Refused(what, where=f"candidate {name}, {place}", fix=fix)
+
+
+def _around(text: str, asked: str, near: int) -> Iterator[str]:
+    """What stands before and after each place of a request in a text."""
+    place = text.find(asked)
+    while place >= 0:
+        yield text[max(0, place - near) : place]
+        yield text[place + len(asked) : place + len(asked) + near]
+        place = text.find(asked, place + 1)
 
 
 def read_probe(

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from tunesmith.core.view import Omitted, View
+from tunesmith.evaluation.gates.edited_references import edited_sentence
 from tunesmith.evaluation.gates.settings import Outcome, gone_gates
 from tunesmith.evaluation.policy.settings import ALL
 from tunesmith.store.store import Store
@@ -135,7 +136,8 @@ def verdict_summary(store: Store, digest: str) -> VerdictSummary:
     body = record.body
     evaluation = store.record(record.parents["evaluation"], kind="evaluation")
     gone = gone_gates(body["gates"])
-    sentences = [f"The gate {name} is no longer computed: {what} was removed." for name, what in gone.items()]
+    sentences = [edited_sentence(body["edited"])] if "edited" in body else []
+    sentences += [f"The gate {name} is no longer computed: {what} was removed." for name, what in gone.items()]
     return VerdictSummary(
         verdict=body["verdict"],
         gates=tuple(GateResult(**gate, gone=gone.get(gate["name"])) for gate in body["gates"]),

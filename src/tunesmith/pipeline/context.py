@@ -197,7 +197,7 @@ class PipelineContext:
         schema = project.schema
         references = References.of(project.settings.task.scorers)
         withdrawn = self._withdrawn
-        reviewed = read_reviewed(data.review, project.root)
+        reviewed = read_reviewed(data.review, project.root, project.store)
         held = [each for each in project.settings.candidates.values() if each.constrain and each.endpoint is None]
         respell = schema is not None and bool(held)
         inputs = {
@@ -208,7 +208,7 @@ class PipelineContext:
             "references": references.as_json(),
             "rendering": self.base.fingerprint,
             "room": self._row_tokens,
-            **({"review": reviewed.digest} if reviewed.rows else {}),
+            **({"review": reviewed.digest, "logged": reviewed.logged} if reviewed.rows else {}),
             **({"respell": True} if respell else {}),
         }
 
@@ -229,6 +229,7 @@ class PipelineContext:
                 control_tokens=self.renderer.control_tokens,
                 withdrawn=withdrawn,
                 respell=respell,
+                scope=self.scope,
                 work=work,
                 runner=self.shards,
                 progress=self.progress,
@@ -292,7 +293,7 @@ class PipelineContext:
             built = build_documents(project.store, settings, project.root, privacy, tokens, withdrawn)
             return self._unless_recalled(built)
 
-        return self.stages.run("documents", "documents", inputs, build)
+        return self.stages.run("documents", "documents", inputs, build, for_all=True)
 
     @cached_property
     def embedder(self) -> str:

@@ -54,7 +54,7 @@ def probe(context: PipelineContext, name: str | None) -> str:
         stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, "engine": context.engine_kind}
         return keep_answers(context.store, parents, lines, stated)
 
-    return context.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
+    return context.stages.run(f"probe {name or BASE}", "probe", inputs, measure, for_all=name is None)
 
 
 def check_probes(context: PipelineContext) -> None:

@@ -2,7 +2,8 @@
 
 A stage's key is the digest of everything its result depends on: its settings, its parents' digests and its revision.
 The store keeps a memo from each key to the record that the stage made. A stopped stage resumes in its work folder,
-which is named by the key.
+which is named by the key. For a tenant or a region the key has their names: nobody learns from a skipped stage what
+others have, nor gets what they made.
 """
 
 from __future__ import annotations
@@ -89,15 +90,23 @@ class Stages:
         return self.project.actor(self.actor)
 
     def run(
-        self, name: str, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], str], *, again: bool = False
+        self,
+        name: str,
+        kind: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], str],
+        *,
+        again: bool = False,
+        for_all: bool = False,
     ) -> str:
         """Digest of the record that make(work folder) returns; a memo of the same inputs is returned instead.
 
-        again: ignore the memo; so does the next run where this one was stopped, and goes on with it. Raises Refused
-        where the record or one that it was made from was recalled, or where the person may not run the stage.
+        for_all: the inputs hold nothing of a tenant, so all tenants share the result. again: ignore the memo; so does
+        the next run where this one was stopped, and goes on with it. Raises Refused where the record or one that it was
+        made from was recalled, or where the person may not run the stage.
         """
         store = self.project.store
-        key = _key(kind, inputs)
+        key = _key(kind, inputs, Scope() if for_all else self.scope)
         work = self._work(kind, key)
         if (known := None if again else self._memo(name, key, work)) is not None:
             return known
@@ -126,7 +135,7 @@ class Stages:
 
     def known(self, kind: str, inputs: Mapping[str, Any]) -> str | None:
         """The record that a stage made of the same inputs before, recalled or not; None where it has to run."""
-        key = _key(kind, inputs)
+        key = _key(kind, inputs, self.scope)
         return self._kept(key, self._work(kind, key))
 
     def _work(self, kind: str, key: str) -> Path:
@@ -161,5 +170,5 @@ class Stages:
         self.progress.say(f"{name}: unchanged, skipped" if skipped else f"{name}: {seconds:.1f} s")
 
 
-def _key(kind: str, inputs: Mapping[str, Any]) -> str:
-    return digest_of({"stage": kind, "revision": REVISIONS[kind], **inputs})
+def _key(kind: str, inputs: Mapping[str, Any], scope: Scope) -> str:
+    return digest_of({"stage": kind, "revision": REVISIONS[kind], **inputs, **scope.stated()})

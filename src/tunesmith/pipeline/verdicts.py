@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.gates.test_set_uses import record_evaluation
@@ -97,7 +98,7 @@ def verdict(context: PipelineContext, name: str | None = None) -> str:
 
 def latest(project: Project, kind: Literal["evaluation", "verdict"]) -> str | None:
     """Digest of the record that the project's last `evaluate` or `gate` gave, made then or before; None for none."""
-    found = project.store.recall_memo(_latest_key(project, kind))
+    found = project.store.recall_memo(_latest_key(project, kind, Scope()))
     return found or next(reversed(project.store.records_of(kind)), None)
 
 
@@ -130,14 +131,14 @@ def _digest_of_requests(project: Project) -> str | None:
 
 def _keep_latest(context: PipelineContext, kind: str, digest: str) -> str:
     """A stage whose inputs did not change makes no record, so the newest record need not be the last result."""
-    key = _latest_key(context.project, kind)
+    key = _latest_key(context.project, kind, context.scope)
     if context.store.recall_memo(key) != digest:
         context.store.keep_memo(key, digest)
     return digest
 
 
-def _latest_key(project: Project, kind: str) -> str:
-    return digest_of({"latest": kind, "project": project.settings.name})
+def _latest_key(project: Project, kind: str, scope: Scope) -> str:
+    return digest_of({"latest": kind, "project": project.settings.name, **scope.stated()})
 
 
 def subject(context: PipelineContext, measured: str) -> str:

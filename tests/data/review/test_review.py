@@ -225,16 +225,18 @@ def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk:
     ["", "{", '{"row": "x"}', '{"row": "x", "content": "sha256:' + "0" * 64 + '", "decision": "edit"}', "[1]"],
 )
 def test_a_file_of_decisions(tmp_path: Path, line: str) -> None:
+    store = Store(tmp_path / "store")
     content = "sha256:" + "0" * 64
     both = [{"row": row, "content": content, "decision": what} for row, what in (("a", "reject"), ("b", "accept"))]
     write_jsonl(tmp_path / "review.jsonl", both)
-    assert [one.row for one in read_reviewed("review.jsonl", tmp_path).contents.values()] == ["a"], "a rejection wins"
+    reviewed = read_reviewed("review.jsonl", tmp_path, store)
+    assert [one.row for one in reviewed.contents.values()] == ["a"], "a rejection wins"
     (tmp_path / "review.jsonl").write_text(line + "\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name, said in (("review.jsonl", "line 1"), ("folder", "cannot be read"), ("link", "cannot be read")):
         with pytest.raises(UsageError, match=said):
-            read_reviewed(name, tmp_path)
+            read_reviewed(name, tmp_path, store)
 
 
 def test_what_is_refused_and_two_reviewers_who_disagree(desk: Desk) -> None:

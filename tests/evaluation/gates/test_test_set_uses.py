@@ -32,6 +32,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate, put_candid
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.test_set_uses import (
@@ -120,6 +121,17 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     assert len(used_candidates(made.store, part)) == 2, "some of its test requests were used, under other ids"
     fresh = put_dataset(made.store, old.examples("train"), [], commands(60, 79, 9900))
     assert len(used_candidates(made.store, fresh)) == 0
+
+
+@pytest.mark.attack("people", "test rows of which another tenant has uses", "counted apart")
+def test_each_scope_has_its_own_count(made: Fabricated, evaluation: str) -> None:
+    verdict_of(made, evaluation, LIFT)
+    record = made.store.record(made.dataset)
+    for scope in (Scope("acme"), Scope("globex"), Scope("globex", "eu")):
+        own = made.store.put_record(record.model_copy(update={"body": {**record.body, **scope.stated()}}))
+        assert used_candidates(made.store, own) == set()
+        assert judged(made, scored(made, own, {"tuned": "other"}), LIFT)["test_set_use"] == 1
+    assert len(used_candidates(made.store, made.dataset)) == 1
 
 
 def test_a_request_that_many_people_make_does_not_join_two_test_sets(made: Fabricated, evaluation: str) -> None:

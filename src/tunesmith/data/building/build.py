@@ -13,6 +13,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
+from tunesmith.core.scope import Scope
 from tunesmith.data.building.account import HAS_CONTROL, Account
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
@@ -67,6 +68,7 @@ def build_dataset(
     control_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
     respell: bool = False,
+    scope: Scope = Scope(),
     work: Path | None = None,
     runner: ShardRunner = LocalRunner(),
     progress: Progress = SILENT,
@@ -77,7 +79,8 @@ def build_dataset(
     no length is checked, and the record says so. answer_schema: JSON Schema that every answer must satisfy.
     unscorable: answer -> why the task's scorers cannot score against it, or None; such rows are removed and counted.
     control_tokens: those of the base's chat template, which no row may hold. withdrawn: recalled rows, which are
-    left out. respell: write JSON answers as constrained decoding can write them. work: a folder for temporary files, by
+    left out. respell: write JSON answers as constrained decoding can write them. scope: whose rows these are; two
+    tenants with equal rows have two records. work: a folder for temporary files, by
     default `work/build` in the store. runner: runs the shard workers; it does not change the result.
 
     Raises UsageError for malformed input, Refused where a policy forbids a row.
@@ -88,9 +91,13 @@ def build_dataset(
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
     outside = read_outside(settings, root, answer_schema)
-    reviewed = read_reviewed(settings.review, root)
+    reviewed = read_reviewed(settings.review, root, store)
     if settings.review is not None and not reviewed.rows:
         progress.say(f"{settings.review}: no review decision yet")
+    if reviewed.rows and not reviewed.logged:
+        progress.say(
+            f"{settings.review}: the audit log has no export of this file: its decisions count as edits by nobody known"
+        )
     settings = applied_settings(settings, reviewed)
     folder = work or store.local("work", "build")
     with contextlib.ExitStack() as undo:
@@ -131,6 +138,7 @@ def build_dataset(
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
             "answer_schema": None if answer_schema is None else digest_of(answer_schema),
             **_review(reviewed, account),
+            **scope.stated(),
         }
         edits = {row: sorted(contents) for row, contents in sorted(account.edits.items())}
         more: dict[str, Any] = {"held_groups": held, "respelled": account.respelled, EDITS: edits}
@@ -204,7 +212,9 @@ def _review(reviewed: Reviewed, account: Account) -> dict[str, Any]:
     applied = Counter(reviewed.rows[row].decision for row in account.reviewed)
     counts = {decision: applied[decision] for decision in ("accept", "edit", "reject")}
     unmatched = len(reviewed.rows.keys() - account.reviewed.keys())
-    return {"review": {"path": reviewed.path, "digest": reviewed.digest, **counts, "unmatched": unmatched}}
+    edited = {row: list(reviewed.rows[row].by) for row in sorted(account.edits) if row in reviewed.rows}
+    stated = {"path": reviewed.path, "digest": reviewed.digest, **counts, "unmatched": unmatched}
+    return {"review": {**stated, "logged": reviewed.logged, "by": edited if reviewed.logged else {}}}
 
 
 def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> dict[str, Any]:

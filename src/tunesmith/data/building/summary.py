@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence
@@ -52,7 +54,7 @@ class Conflicts(View):
 
 class AppliedReview(View):
     """A file of review decisions. accept, edit, reject: decisions that the build applied; unmatched: those that fit no
-    row of the sources."""
+    row of the sources. logged: whether the audit log has the file's export; by: edited row -> its reviewers, if so."""
 
     path: str
     digest: str
@@ -60,6 +62,8 @@ class AppliedReview(View):
     edit: int
     reject: int
     unmatched: int
+    logged: bool = False
+    by: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 class TokenLengths(View):
@@ -114,5 +118,7 @@ def dataset_summary(store: Store, digest: str) -> DatasetSummary:
     ]
     if unmatched := body.get("review", {}).get("unmatched"):
         warnings.append(f"{body['review']['path']}: {unmatched} decisions fit no row of the sources")
+    if body.get("review", {}).get("logged") is False:
+        warnings.append(f"{body['review']['path']}: the audit log has no export of it: its edits are by nobody known")
     stated = {key: body[key] for key in DatasetSummary.model_fields if key in body and key != "sources"}
     return DatasetSummary(dataset=digest, **stated, sources=tuple(sources), warnings=tuple(warnings))

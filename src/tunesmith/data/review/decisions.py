@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from sqlalchemy import select
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import UsageError
@@ -22,8 +23,12 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import DataSettings
+from tunesmith.store import database
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow
 
 REJECTED: Final = "rejected in a review"
+EXPORTED: Final = "review.export"  # in the audit log, with the digest of the file
 Choice = Literal["accept", "edit", "reject"]
 
 
@@ -56,12 +61,17 @@ class ReviewedRow(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Reviewed:
-    """The decisions of a file, by the row's id and by its content. path, digest: of the file; "" without one."""
+    """The decisions of a file, by the row's id and by its content. path, digest: of the file; "" without one.
+
+    logged: whether the store's audit log names this file as exported. Other decisions are edits by nobody known: their
+    `by` does not count.
+    """
 
     rows: Mapping[str, ReviewedRow] = field(default_factory=dict)
     contents: Mapping[str, ReviewedRow] = field(default_factory=dict)
     path: str = ""
     digest: str = ""
+    logged: bool = False
 
     def of(self, example: Example) -> ReviewedRow | None:
         """The decision on a row; on a row with its content where there is none on the row itself."""
@@ -70,10 +80,10 @@ class Reviewed:
         return self.rows.get(example.id) or self.contents.get(content_key(example))
 
 
-def read_reviewed(path: str | None, root: Path) -> Reviewed:
+def read_reviewed(path: str | None, root: Path, store: Store) -> Reviewed:
     """The decisions in a file of the project; none without a path, or where the file is not there yet.
 
-    Raises UsageError for a file that is not one of decisions.
+    store: whose audit log has the exported files. Raises UsageError for a file that is not one of decisions.
     """
     if path is None or not os.path.lexists(root / path):
         return Reviewed()
@@ -94,7 +104,13 @@ def read_reviewed(path: str | None, root: Path) -> Reviewed:
             raise UsageError(f"a second decision on row {one.row}", where=where, fix="tunesmith review export")
         rows[one.row] = one
     contents = {one.content: one for one in sorted(rows.values(), key=lambda one: one.decision == "reject")}
-    return Reviewed(rows, contents, path, digest_bytes(data))
+    return Reviewed(rows, contents, path, digest_bytes(data), _logged(store, digest_bytes(data)))
+
+
+def _logged(store: Store, digest: str) -> bool:
+    with database.reading(store.engine) as session:
+        details = session.scalars(select(AuditRow.detail).where(AuditRow.action == EXPORTED))
+        return any(detail.get("file") == digest for detail in details)
 
 
 def applied_settings(settings: DataSettings, reviewed: Reviewed) -> DataSettings:

@@ -5,6 +5,9 @@ is ten uses, whichever of them is judged. An untrained candidate uses them at it
 which are trained on shuffled answers, do not count, since nobody chooses among them. A candidate that is evaluated
 again under another name, as a registered version is, does not count again.
 
+Uses count within the scope that the dataset was built for: what another tenant chose among says nothing here, and its
+rows are not shown by a count.
+
 Two dataset versions share a test set where one in a hundred test requests of the smaller one, and at least two, are in
 both, folded and without system turns. A version with one more training row or another system prompt therefore does not
 start a new count; a version with other test rows does, even if a greeting is in both. `confidence_at_use` in
@@ -73,7 +76,8 @@ def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[st
     if not new:
         return
     rows = _requests(store, dataset)
-    detail = {"dataset": dataset, "evaluation": evaluation, "candidates": new, "rows": len(rows)}
+    scope = load_dataset(store, dataset).scope.stated()
+    detail = {"dataset": dataset, "evaluation": evaluation, "candidates": new, "rows": len(rows), **scope}
     with store.change(actor, ACTION, store.record(dataset, kind="dataset").blobs[_TEST], detail):
         pass  # the entry is the change
 
@@ -82,7 +86,9 @@ def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
     """The candidates of each audit entry on these test rows, without their names, oldest first."""
     with database.reading(store.engine) as session:
         query = select(AuditRow.subject, AuditRow.detail).where(AuditRow.action == ACTION).order_by(AuditRow.seq)
-        entries = [(str(subject), detail) for subject, detail in session.execute(query)]
+        found = [(str(subject), detail) for subject, detail in session.execute(query)]
+    scope = load_dataset(store, dataset).scope.stated().get("scope")
+    entries = [(subject, detail) for subject, detail in found if detail.get("scope") == scope]
     shared = {store.record(dataset, kind="dataset").blobs.get(_TEST, ""): True}
     own: frozenset[str] | None = None
     for subject, detail in entries:

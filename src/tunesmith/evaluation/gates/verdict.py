@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.evaluation.gates.edited_references import edited_references
 from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate, not_judged
 from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, Outcome, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
@@ -40,13 +41,16 @@ def judge(store: Store, *, evaluation: str, candidate: str, gates: Gates, actor:
     record = store.record(evaluation, kind="evaluation")
     digest = _candidate_digest(record, candidate)
     use = use_test_set(store, evaluation, digest, acting(store, actor))
-    return store.put_record(verdict_record(store, evaluation, candidate, gates, use))
+    edited = edited_references(store, evaluation, candidate)
+    return store.put_record(verdict_record(store, evaluation, candidate, gates, use, edited))
 
 
-def verdict_record(store: Store, evaluation: str, candidate: str, gates: Gates, use: int) -> Record:
+def verdict_record(
+    store: Store, evaluation: str, candidate: str, gates: Gates, use: int, edited: Mapping[str, Any] | None
+) -> Record:
     """The verdict on a candidate, not stored. Reads records and blobs only, so it needs no database.
 
-    use: how many candidates the test rows have judged, with this one.
+    use: how many candidates the test rows have judged, with this one. edited: as `edited_references` found it.
     """
     record = store.record(evaluation, kind="evaluation")
     digest = _candidate_digest(record, candidate)
@@ -60,6 +64,7 @@ def verdict_record(store: Store, evaluation: str, candidate: str, gates: Gates, 
         "test_set_use": use,
         "gates": [_stated(name, findings[name], gates) for name in gates],
         "reason": None if outcomes else NO_GATES,
+        **({} if edited is None else {"edited": dict(edited)}),
     }
     return Record(kind="verdict", parents={"evaluation": evaluation, "candidate": digest}, body=body)
 
@@ -70,8 +75,9 @@ def replay(store: Store, digest: str) -> bool:
     Gates that are gone count with the outcome of then.
     """
     kept = store.record(digest, kind="verdict")
-    gates = recorded_gates(kept.body["gates"])
-    again = verdict_record(store, kept.parents["evaluation"], kept.body["name"], gates, kept.body["test_set_use"])
+    gates, body = recorded_gates(kept.body["gates"]), kept.body
+    parts = (body["name"], gates, body["test_set_use"], body.get("edited"))
+    again = verdict_record(store, kept.parents["evaluation"], *parts)
     return canonical(_without_reasons(again)) == canonical(_without_reasons(kept))
 
 

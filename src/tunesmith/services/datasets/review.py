@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from sqlalchemy import select
 
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
@@ -18,7 +19,7 @@ from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.privacy.pseudonyms import recognised
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import Agreement, agreements
-from tunesmith.data.review.decisions import Choice, ReviewedRow, encode_reviewed
+from tunesmith.data.review.decisions import EXPORTED, Choice, ReviewedRow, encode_reviewed
 from tunesmith.data.review.queue import Decision
 from tunesmith.monitoring import cases
 from tunesmith.monitoring.cases import Case
@@ -249,9 +250,10 @@ def export(project: Project, *, actor: str | None = None) -> ExportedReview:
             decisions[one.item].append(one)
     rows = [_reviewed(item, decisions[item.id]) for item in items if item.kind == "row"]
     counts = {choice: sum(one.decision == choice for one in rows) for choice in ("accept", "edit", "reject")}
-    with store.change(who, "review.export", target.name, counts) as session:
+    data = encode_reviewed(rows)
+    with store.change(who, EXPORTED, target.name, {**counts, "file": digest_bytes(data)}) as session:
         require(session, who, queue.ACTION)
-        write_atomic(target, encode_reviewed(rows))
+        write_atomic(target, data)
     ready, gone = _carry_out(store, [item for item in items if item.kind == "case"], decisions, who)
     file = target.relative_to(project.root.resolve()).as_posix()
     return ExportedReview(file=file, named=named is not None, **counts, cases=ready, dropped=gone)
