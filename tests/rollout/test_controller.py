@@ -26,6 +26,7 @@ from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.commands import abort, promote, resume, rollback
 from tunesmith.rollout.controller import advance, give_up, look
 from tunesmith.rollout.state import Rollout, get_rollout, list_rollouts
+from tunesmith.rollout.transitions import make_transition
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import add_user, deactivate, set_roles
 from tunesmith.store.store import Store
@@ -408,6 +409,15 @@ def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: V
     advance(first.store, rollout.id, clock=Time())
     moved = advance(first.store, rollout.id, clock=Time(), measure=meanwhile_aborted)
     assert (moved.status, moved.reason) == ("aborted", "first")
+    seen: list[str] = []
+
+    def decide(_session: Any, found: Rollout) -> Any:
+        seen.append(found.status)
+        raise Refused("seen")
+
+    with pytest.raises(Refused, match="seen"):
+        make_transition(first.store, rollout, OPERATOR, "rollout.resume", decide, datetime.now(UTC))
+    assert seen == ["aborted"], "what the transaction finds, not what its caller read"
 
 
 def point(scene: Scene, version: Version | None) -> None:
