@@ -248,7 +248,7 @@ def test_scores_given_for_cut_answers_count_for_no_arm(served: Served, versions:
         answer = served.ask(max_tokens=1, user=f"user {number}")
         with served.http() as http:
             given = {"request_id": answer.id, "score": {"exact_match": 0.0}}
-            assert http.post("/api/feedback", json=given).status_code == 200
+            assert http.post("/api/feedback", json=given).json()["error"]["code"] == "answer_cut"
     steps = {row.features["step"] for row in served.rows() if row.rollout == rollout.id}
     found = [arm for step in steps for arm in arms(served.scene.store, rollout.id, step, "exact_match", None)]
     assert [list(arm.scores) for arm in found] == [[]] * len(found)

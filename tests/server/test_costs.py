@@ -270,7 +270,7 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
     ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", NOT),
     ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", NOT),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, None, NOT),
-    ({"tool_choice": "none"}, None, NOT),
+    ({"tool_choice": "required"}, None, NOT),
     ({"tools": [WEATHER] * 2}, "tools", NOT),
     ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].custom", UNKNOWN),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", NOT),

@@ -53,11 +53,6 @@ def test_what_would_change_the_answer_is_refused_by_name(shared: Served, name: s
     assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
-def test_a_call_cannot_be_asked_for_without_tools(shared: Served, choice: Any) -> None:
-    assert shared.post(tool_choice=choice).status_code == 400
-
-
 def test_an_answer_can_be_sent_back_and_a_developer_speaks_for_the_system(served: Served) -> None:
     client: Any = served.client().chat.completions
     first = client.create(model=NAME, messages=HELLO).choices[0].message
