@@ -386,7 +386,7 @@ def _usage_error(error: ValidationError, where: str, read: Mapping[str, Any]) ->
         key = str(loc[-1])
         schema = settings_schema()
         known = dict(_places(schema, schema))  # the last one wins: any place is an example
-        near = difflib.get_close_matches(key, sorted(set(_keys(schema))), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         if key in known:
             hint = f" here; it belongs {f'under {known[key]}' if known[key] else 'at the top of the file'}"
@@ -421,19 +421,7 @@ def _places(schema: Mapping[str, Any], part: Any, path: tuple[str, ...] = ()) ->
     for name, inner in part.get("properties", {}).items():
         yield name, ".".join(path)
         yield from _places(schema, inner, (*path, name))
-    for inner in (part.get("items"), part.get("additionalProperties"), *part.get("anyOf", ()), *part.get("oneOf", ())):
-        name = () if inner is not part.get("additionalProperties") or inner is None else ("NAME",)
-        yield from _places(schema, inner, (*path, *name))
-
-
-def _keys(schema: Any) -> Iterator[str]:
-    """All setting names in a JSON Schema."""
-    if isinstance(schema, Mapping):
-        properties = schema.get("properties")
-        if isinstance(properties, Mapping):
-            yield from properties
-        for value in schema.values():
-            yield from _keys(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _keys(value)
+    for inner in (part.get("items"), *part.get("anyOf", ()), *part.get("oneOf", ())):
+        yield from _places(schema, inner, path)
+    for inner in (part.get("additionalProperties"), *part.get("patternProperties", {}).values()):
+        yield from _places(schema, inner, (*path, "NAME"))

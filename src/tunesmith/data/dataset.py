@@ -20,6 +20,7 @@ from tunesmith.store.store import Store
 SPLITS = ("train", "validation", "test")
 REMOVED = "removed.jsonl"
 SUBJECTS = "subjects.jsonl"  # further subjects of kept rows, whose copies stated them; a blob if there are any
+REVIEWERS = "reviewers"  # in the body: an edited row's id -> who edited it, where the audit log knows
 EDITS = "edits"  # in the record's body, if there are any: an edited row's id -> content keys, before and after
 _ID_LENGTH = 20
 

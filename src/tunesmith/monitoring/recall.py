@@ -21,13 +21,12 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
 from tunesmith.data.governance.licences import mentions
-from tunesmith.data.governance.withdrawn import TracedRows, reaches, same_name
+from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
-from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
 
@@ -205,8 +204,7 @@ def _served(session: Session, digests: set[str]) -> tuple[AnsweredRequests, ...]
 
 def _other_licences(session: Session, licence: str, stated: Collection[str]) -> tuple[str, ...]:
     """The stated expressions that contain a licence and are reached neither by its recall nor by an earlier one."""
-    known = (cause.partition(" ") for cause in causes(session)) if stated else ()
-    recalled = {licence, *(value for kind, _, value in known if kind == "licence")}
+    recalled = {licence, *recalled_values(session, "licence")} if stated else {licence}
     open_ = (each for each in stated if not any(reaches("licence", value, each) for value in recalled))
     return tuple(sorted(each for each in open_ if mentions(each, licence)))
 
@@ -235,8 +233,7 @@ def _roots(
             found.append(Reached(kind="documents", digest=digest, label=short(digest)))
         if cause.kind == "licence":
             licences.update(filter(None, stated))
-    withdrawn = [label.partition(" ")[2] for label in causes(session) if label.startswith(f"{cause.kind} ")]
-    return found, ids, licences, traced.near(cause.kind, cause.value, withdrawn)
+    return found, ids, licences, traced.near(cause.kind, cause.value, recalled_values(session, cause.kind))
 
 
 def _version_and_its_weights(store: Store, version: str) -> list[Reached]:

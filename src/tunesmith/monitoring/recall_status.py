@@ -11,12 +11,11 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn, same_name
+from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn, recalled_values, same_name
 from tunesmith.monitoring.recall import Cause, find_reached
 from tunesmith.registry.opening import check_not_recalled
 from tunesmith.registry.signing.release import read_version
 from tunesmith.store import database
-from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 
@@ -47,11 +46,7 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
     never recalled.
     """
     with database.reading(store.engine) as session:
-        marked = set[str]()
-        for label, digests in causes(session).items():
-            kind, _, value = label.partition(" ")  # recalls of before state a name as it was typed
-            if kind == cause.kind and f"{kind} {same_name(kind, value)}" == cause.label:
-                marked.update(digests)
+        marked = recalled_values(session, cause.kind).get(same_name(cause.kind, cause.value))
         if not marked:
             raise UsageError(
                 f"{cause.label} was never recalled in this store",

@@ -185,6 +185,8 @@ def test_all_spellings_go_and_what_is_near_is_listed(
     assert {one.subject for one in held(second)} == {*NEAR, *OTHERS}
     status = recall_status(store, Cause(kind="subject", value=SPELLINGS[2]))
     assert (status.gone, set(status.near)) == (True, set(found.near))
+    ids = withdraw(store, "subject", "P1").near
+    assert ids == (), "an id that differs in a digit is another id"
     withdraw(store, "subject", NEAR[0])
     assert NEAR[0].lower() not in recall_status(store, Cause(kind="subject", value=NAME)).near, "withdrawn as well"
     happened("every spelling gone", len(SPELLINGS))

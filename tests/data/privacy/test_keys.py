@@ -66,3 +66,9 @@ def test_the_recall_estimate_shows_a_rule_that_drops_keys(monkeypatch: pytest.Mo
     assert measure(Scanner(settings), settings, rows)["SECRET"].found >= 0.99 * 200
     monkeypatch.setattr(credentials, "_is_random", lambda value: False)
     assert measure(Scanner(settings), settings, rows)["SECRET"].found < 0.95 * 200
+
+
+def test_single_words_measure_no_less() -> None:
+    settings = Privacy(entities=("SECRET",), synthetic_values=200)
+    rows = [[Message(role="user", content="lights"), Message(role="assistant", content="on")]]
+    assert measure(Scanner(settings), settings, rows)["SECRET"].found >= 0.99 * 200

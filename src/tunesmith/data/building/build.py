@@ -27,7 +27,7 @@ from tunesmith.data.building.shards import (
     plan,
 )
 from tunesmith.data.building.staging import StagingDatabase
-from tunesmith.data.dataset import EDITS, REMOVED, SPLITS, SUBJECTS, Example
+from tunesmith.data.dataset import EDITS, REMOVED, REVIEWERS, SPLITS, SUBJECTS, Example
 from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import Credit, duties
 from tunesmith.data.governance.withdrawn import Withdrawn
@@ -214,7 +214,8 @@ def _review(reviewed: Reviewed, account: Account) -> dict[str, Any]:
     unmatched = len(reviewed.rows.keys() - account.reviewed.keys())
     edited = {row: list(reviewed.rows[row].by) for row in sorted(account.edits) if row in reviewed.rows}
     stated = {"path": reviewed.path, "digest": reviewed.digest, **counts, "unmatched": unmatched}
-    return {"review": {**stated, "logged": reviewed.logged, "by": edited if reviewed.logged else {}}}
+    review = {"review": {**stated, "logged": reviewed.logged}}
+    return review | ({REVIEWERS: edited} if reviewed.logged and edited else {})
 
 
 def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> dict[str, Any]:

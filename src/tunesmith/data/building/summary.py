@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence
@@ -54,7 +52,7 @@ class Conflicts(View):
 
 class AppliedReview(View):
     """A file of review decisions. accept, edit, reject: decisions that the build applied; unmatched: those that fit no
-    row of the sources. logged: whether the audit log has the file's export; by: edited row -> its reviewers, if so."""
+    row of the sources. logged: whether the audit log has the file's export."""
 
     path: str
     digest: str
@@ -63,7 +61,6 @@ class AppliedReview(View):
     reject: int
     unmatched: int
     logged: bool = False
-    by: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 class TokenLengths(View):

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from sqlalchemy.orm import Session
+
 from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
@@ -159,13 +161,16 @@ class TracedRows:
         """Names of sources or subjects that a recall does not reach and that may mean the same, in one spelling each.
 
         Those with the same words but for accents and look-alike letters, with more or fewer words, and subjects with
-        nearly the same letters. recalled: values that are withdrawn already.
+        nearly the same letters where no digit says that they are ids. recalled: values that are withdrawn already.
         """
         if kind not in _BY_NAME:
             return []
         own, words = fold(value), _words(value)
         others = {each: fold(each) for each in self._named[kind].keys() - {same_name(kind, value), *recalled}}
-        alike = difflib.get_close_matches(own, others.values(), n=50, cutoff=_ALIKE) if kind == "subject" else []
+        spelled = (
+            [each for each in others.values() if not any(map(str.isdigit, own + each))] if kind == "subject" else []
+        )
+        alike = set(difflib.get_close_matches(own, spelled, n=50, cutoff=_ALIKE))
         return sorted(
             each for each, folded in others.items()
             if folded in alike or ((found := _words(each)) and words and (found <= words or words <= found))
@@ -183,6 +188,16 @@ def content_key(example: Example) -> str:
     """A key that equal folded requests with equal answers share, whatever their system turns and tools."""
     spoken = [turn.model_copy(update={"tools": None}) for turn in example.request if turn.role != "system"]
     return digest_of([request_key(spoken, fold), fold(answer_key(example.answer))])
+
+
+def recalled_values(session: Session, kind: str) -> dict[str, set[str]]:
+    """What was recalled of a kind -> digests of the records that it reached. Recalls of before state a name as it was
+    typed; here each is in its one spelling."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for cause, digests in causes(session).items():
+        if cause.startswith(f"{kind} "):
+            found[same_name(kind, cause.partition(" ")[2])].update(digests)
+    return found
 
 
 def load_withdrawn(store: Store) -> Withdrawn:

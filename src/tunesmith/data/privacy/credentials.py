@@ -174,10 +174,7 @@ def _is_value(value: str, *, quoted: bool) -> bool:
     digits = sum(letter.isdigit() for letter in value)
     if not letters or "/" in value.strip("/") or "=" in value.rstrip("="):
         return False
-    # Hyphenated or dotted words and names with a number ("step-2", "v1.2.3", "oauth2") are ordinary words.
-    if re.fullmatch(
-        r"[A-Za-z]+(?:[-_.][A-Za-z0-9]+)*|v?\d+(?:(?:\.\d+)+\w*|[a-z]*)|[a-z]{2,}\d{1,2}s?", value
-    ) and not (digits >= 3 and kinds >= 3):
+    if _WORD_OR_VERSION.fullmatch(value) and not (digits >= 3 and kinds >= 3):
         return False
     return digits >= 1 and (kinds >= 3 or (digits >= 2 and len(value) >= 8) or _looks_random(value))
 

@@ -103,7 +103,7 @@ def _insert(
     value = key_of_no_form(chance) if pasted else SECRETS["password"](chance) if under else make(chance)
     if entity in _CASED and text.islower():
         value = value.lower()
-    if under or " " not in text.strip():  # a key or value of JSON, or a single word: replace it
+    if under or (not pasted and " " not in text.strip()):  # a key or value of JSON, or a single word: replace it
         return _Insertion(text, value, 0, len(value), (0, len(text)), (key, under or key))
     carriers = KEY_FORMS if pasted else ("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER)))
     head, _, rest = chance.choice(carriers).partition("{}")

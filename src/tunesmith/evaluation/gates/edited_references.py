@@ -12,11 +12,13 @@ from typing import Any
 
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.text.folding import fold
-from tunesmith.data.dataset import EDITS, Dataset, load_dataset
+from tunesmith.data.dataset import EDITS, REVIEWERS, Dataset, load_dataset
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.splitting.duplicates import answer_key
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.store.store import Store
+
+_TEST = "test.jsonl"
 
 
 def edited_references(store: Store, evaluation: str, candidate: str) -> dict[str, Any] | None:
@@ -63,7 +65,7 @@ def edited_sentence(stated: dict[str, Any]) -> str:
 def _reviewers(dataset: Dataset) -> dict[str, list[str]]:
     """Content key of an edited row -> who edited it, where the audit log knows."""
     body = dataset.record.body
-    by, edits = body.get("review", {}).get("by", {}), body.get(EDITS, {})
+    by, edits = body.get(REVIEWERS, {}), body.get(EDITS, {})
     return {key: by[row] for row, keys in edits.items() if row in by for key in keys}
 
 
@@ -71,12 +73,15 @@ def _changed(store: Store, dataset: Dataset) -> dict[str, str]:
     """Test rows whose request an earlier evaluation had with other answers only: id -> content key."""
     now = {example.wording: example for example in dataset.examples("test")}
     found: dict[str, str] = {}
+    seen = {dataset.record.blobs.get(_TEST)}
     earlier = {store.record(each, kind="evaluation").parents["dataset"] for each in store.records_of("evaluation")}
     for digest in sorted(earlier - {dataset.digest}):
         with contextlib.suppress(Refused):  # rows that are damaged or gone say nothing
             before = load_dataset(store, digest)
-            if before.scope != dataset.scope:
+            rows = before.record.blobs.get(_TEST)
+            if before.scope != dataset.scope or rows in seen:
                 continue
+            seen.add(rows)
             answers: defaultdict[str, set[str]] = defaultdict(set)
             for example in before.examples("test"):
                 answers[example.wording].add(fold(answer_key(example.answer)))

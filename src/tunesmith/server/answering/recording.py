@@ -182,8 +182,6 @@ class Recorder:
             raise unknown_request(request)
         if keep and held is not None and held.caller != user.name:
             raise forbidden("Only the user who made this request may ask to keep it. Nothing was done.")
-        if given:
-            self._require_whole(user, request)
         added = dict(given) if expected is None else self._scored(user, request, expected)
         wrong = not added or any(value < 1.0 for value in added.values())
         wanted = keep or (held is not None and held.store and wrong)
@@ -292,6 +290,8 @@ class Recorder:
             row = session.get(RequestRow, request)
             if row is None or row.tenant != user.tenant:
                 raise unknown_request(request)
+            if added and row.cut:
+                raise ApiError(409, f"No score was stored: {_CUT}.", code="answer_cut")
             again = sorted(added.keys() & row.scores.keys())
             if again:
                 raise ApiError(409, f"This request already has a score for {again[0]}.", code="already_scored")
@@ -303,13 +303,6 @@ class Recorder:
         """Metric -> why feedback did not score it."""
         reasons = dict.fromkeys((*self._scorers.every_answer, *self._scorers.with_reference), _CUT) if cut else {}
         return {**reasons, **self._scorers.unmeasured} or None
-
-    def _require_whole(self, user: User, request: str) -> None:
-        """Raise ApiError 409 for an answer that its request's own limits cut off: a score would say nothing of it."""
-        with database.reading(self._store.engine) as session:
-            row = session.get(RequestRow, request)
-        if row is not None and row.tenant == user.tenant and row.cut:
-            raise ApiError(409, f"No score was stored: {_CUT}.", code="answer_cut")
 
     def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
         with self._lock:
