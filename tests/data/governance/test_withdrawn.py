@@ -166,7 +166,7 @@ SPELLINGS = (
     NAME.replace("J", "Ｊ"),
 )  # fmt: skip
 NEAR = ("Jose Garcia", "García, José", "José", "José Garcia Márquez", "José Garcías")
-OTHERS = ("Maria Lopez", "Ann", *(f"P{n}" for n in range(60)))
+OTHERS = ("Maria Lopez", "Ann", *(f"customer-{n:05}" for n in range(60)))
 
 
 @pytest.mark.attack("people", "a withdrawal under one spelling of a name")
@@ -185,7 +185,7 @@ def test_all_spellings_go_and_what_is_near_is_listed(
     assert {one.subject for one in held(second)} == {*NEAR, *OTHERS}
     status = recall_status(store, Cause(kind="subject", value=SPELLINGS[2]))
     assert (status.gone, set(status.near)) == (True, set(found.near))
-    ids = withdraw(store, "subject", "P1").near
+    ids = withdraw(store, "subject", "customer-00001").near
     assert ids == (), "an id that differs in a digit is another id"
     withdraw(store, "subject", NEAR[0])
     assert NEAR[0].lower() not in recall_status(store, Cause(kind="subject", value=NAME)).near, "withdrawn as well"
