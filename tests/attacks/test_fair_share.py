@@ -28,7 +28,7 @@ from tunesmith.rollout.traffic import arms
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import Router
 from tunesmith.server.intake import limits
-from tunesmith.services.releases import rollouts as service
+from tunesmith.services import rollouts as service
 
 
 def chat(served: Served, token: str | None, **body: Any) -> httpx.Response:

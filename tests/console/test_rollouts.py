@@ -19,12 +19,13 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
-from tunesmith.services.releases import rollout_course, version_pages
+from tunesmith.services import rollout_course
+from tunesmith.services.releases import version_pages
 from tunesmith.store import database
 from tunesmith.store.people.identities import get_user
 from tunesmith.store.tables import RequestRow
 
-HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 2000
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>\u202e{{7*7}} javascript:alert(1) ' + "x" * 1800
 ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid", "min_requests": 500}}
 STEPS = ({"setWeight": 50}, ANALYSIS, {"pause": {}}, {"setWeight": 100})
 
@@ -124,12 +125,12 @@ def test_a_button_changes_only_what_its_page_showed(served: Served, versions: di
     with plain(served, cookie_of(served)) as http:
         here = f"/console/rollouts/{rollout.id}"
         page = http.get(here).text
-        fields = dict(re.findall(r'<input type="hidden" name="(step|champion)" value="([^"]*)">', page))
-        assert fields == {"step": "1", "champion": versions[1].digest}
+        fields = dict(re.findall(r'<input type="hidden" name="(step|champion|next)" value="([^"]*)">', page))
+        assert fields == {"step": "1", "champion": versions[1].digest, "next": here}
 
         def press(action: str) -> tuple[int, str]:
             sent = {"csrf": csrf(page), "reason": "seen", **fields}
-            answer = http.post(f"{here}/{action}", data=sent)
+            answer = http.post(f"/console/do/rollouts/{rollout.id}/{action}", data=sent)
             return answer.status_code, answer.text
 
         assert press("resume")[0] == 303

@@ -55,12 +55,27 @@ class World:
         dataset, digest = self.served.scene.dataset, self.evaluated.evaluation
         rollout = str(self.rollout)
         row, held = self.evaluated.rows[0].id, self.held
-        return {"digest": digest, "other": dataset, "row": row, "name": ACME, "number": rollout, "identifier": held}
+        return {
+            "digest": digest,
+            "other": dataset,
+            "row": row,
+            "name": ACME,
+            "number": rollout,
+            "rollout": rollout,
+            "identifier": held,
+        }
 
     @property
     def nowhere(self) -> dict[str, str]:
         """The same of things that there are not."""
-        empty = {"digest": NOWHERE, "other": NOWHERE, "row": "no-row", "name": "nobodys", "number": "4096"}
+        empty = {
+            "digest": NOWHERE,
+            "other": NOWHERE,
+            "row": "no-row",
+            "name": "nobodys",
+            "number": "4096",
+            "rollout": "4096",
+        }
         return {**empty, "identifier": "0" * 32}
 
     def token(self, user: str) -> str:
@@ -223,8 +238,8 @@ def api_routes(served: Served) -> list[tuple[str, str]]:
 
 BODIES: dict[str, dict[str, Any]] = {
     "/api/rollouts": {"version": f"{ACME}@v1"},
-    "/api/rollouts/{number}/abort": {"reason": "why"},
-    "/api/rollouts/{number}/rollback": {"reason": "why"},
+    "/api/rollouts/{rollout}/abort": {"reason": "why"},
+    "/api/rollouts/{rollout}/rollback": {"reason": "why"},
     "/api/datasets/{digest}/sign-offs": {"reason": "why"},
     "/api/review/{number}/decide": {"decision": "accept", "revision": 0},
     "/api/recalls": {"kind": "version", "value": f"{ACME}@v1", "reason": "why"},
@@ -310,9 +325,10 @@ def test_another_tenants_pages_tell_and_change_nothing(world: World, happened: H
         csrf, before = mark(http), audit_head(world)
         for method, path in pages:
             if path not in ("/console/changes", "/console/logout"):
-                same_as_nothing(world, http, method, path, {**FORM, "csrf": csrf})
+                action = BODIES.get(path.replace("/console/do/", "/api/"), FORM)
+                same_as_nothing(world, http, method, path, {**action, "csrf": csrf})
                 happened("the same as for nothing")
-        same_for_stated("acme", lambda body: http.post("/console/rollouts", data={"csrf": csrf, **body}))
+        same_for_stated("acme", lambda body: http.post("/console/do/rollouts", data={"csrf": csrf, **body}))
     assert len(pages) > 50
     assert changed_by_eve(world, before) == set()
     with plain(world.served, cookie_of(world.served, "amy")) as http:

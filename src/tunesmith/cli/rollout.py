@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, say
-from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
 
-    from tunesmith.services.releases.rollout_course import RolloutCourse
-    from tunesmith.services.releases.rollouts import RolloutList, RolloutView
+    from tunesmith.services.rollout_course import RolloutCourse
+    from tunesmith.services.rollouts import RolloutList, RolloutView
 
-Tenant = Annotated[str, typer.Option("--tenant", help="For which tenant; all by default.")]
-Region = Annotated[str, typer.Option("--region", help="For which region; all by default.")]
+Tenant = Annotated[str | None, typer.Option("--tenant", help="For which tenant; yours by default.")]
+Region = Annotated[str | None, typer.Option("--region", help="For which region; yours by default.")]
 Which = Annotated[str, typer.Argument(metavar="ROLLOUT", help="A rollout's number, or a name: its live rollout.")]
 Override = Annotated[
     str | None, typer.Option("--override", metavar="REASON", help="Admins: go on without it, and why.")
@@ -38,14 +37,13 @@ def start(
     here: Acting,
     version: Annotated[str, typer.Argument(help="NAME@v3, or the start of a version's digest.")],
     override: Override = None,
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
 ) -> None:
     """Start to move traffic to an approved version, in the project's steps. The first version serves at once."""
-    from tunesmith.services.releases import rollouts
+    from tunesmith.services import rollouts
 
-    project = here.project
-    started = rollouts.start(project, version, actor=here.actor, override=override, scope=Scope(tenant, region))
+    started = here.do(rollouts.start, version=version, override=override, tenant=tenant, region=region)
     here.emit(started, _draw)
     if started.live:
         say("a running `tunesmith serve` moves it on; `tunesmith rollout status` shows the progress")
@@ -58,38 +56,37 @@ def status(
     ] = None,
 ) -> None:
     """Show rollouts, and what a running analysis would decide now."""
-    from tunesmith.services.releases import rollouts
+    from tunesmith.services import rollouts
 
     here.emit(rollouts.status(here.store, which), _draw_all)
 
 
 def show(here: Here, number: Number) -> None:
     """Show how a rollout goes: what ended its steps, its traffic and evidence over time, and who changed it."""
-    from tunesmith.services.releases import rollout_course
+    from tunesmith.services import rollout_course
 
     here.emit(rollout_course.course(here.store, number), _draw_course)
 
 
 def resume(here: Acting, which: Which, reason: Reason = "") -> None:
     """End the pause of a rollout."""
-    from tunesmith.services.releases import rollouts
+    from tunesmith.services import rollouts
 
-    here.emit(rollouts.resume(here.store, which, actor=here.actor, reason=reason), _draw)
+    here.emit(here.do(rollouts.resume, rollout=which, reason=reason), _draw)
 
 
 def promote(here: Acting, which: Which, override: Override = None, reason: Reason = "") -> None:
     """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis or approval."""
-    from tunesmith.services.releases import rollouts
+    from tunesmith.services import rollouts
 
-    promoted = rollouts.promote(here.store, which, actor=here.actor, override=override, reason=reason)
-    here.emit(promoted, _draw)
+    here.emit(here.do(rollouts.promote, rollout=which, override=override, reason=reason), _draw)
 
 
 def abort(here: Acting, which: Which, reason: Reason = "aborted by hand") -> None:
     """Give all traffic back to the champion and end the rollout. Exit code 3: done, but the champion may not serve."""
-    from tunesmith.services.releases import rollouts
+    from tunesmith.services import rollouts
 
-    _emit_ended(here, rollouts.abort(here.store, which, reason=reason, actor=here.actor))
+    _emit_ended(here, here.do(rollouts.abort, rollout=which, reason=reason))
 
 
 def rollback(
@@ -97,20 +94,18 @@ def rollback(
     name: Annotated[str, typer.Argument(help="The name that versions share, as in NAME@champion.")],
     reason: Reason = "rolled back by hand",
     override: Override = None,
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
 ) -> None:
     """Give a name's traffic back to the previous version: end a live rollout, or undo the newest promotion.
 
     The previous version is the newest one that served before and may serve now. Exit code 3: no such version, or a live
     rollout was ended and the champion may not serve.
     """
-    from tunesmith.services.releases import rollouts
+    from tunesmith.services import rollouts
 
-    scope = Scope(tenant, region)
-    _emit_ended(
-        here, rollouts.rollback(here.store, name, reason=reason, override=override, actor=here.actor, scope=scope)
-    )
+    done = here.do(rollouts.rollback, rollout=name, reason=reason, override=override, tenant=tenant, region=region)
+    _emit_ended(here, done)
 
 
 def _emit_ended(here: Acting, ended: RolloutView) -> None:

@@ -85,7 +85,7 @@ def serve(
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.datasets.cases import case_keeper
     from tunesmith.services.evaluations.served_scorers import served_scorers
-    from tunesmith.services.releases.rollouts import refused_champions
+    from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.runs.own_worker import OwnWorker
     from tunesmith.services.traffic.held import answer_holder
     from tunesmith.services.webhooks import check_secrets

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.project import Project
+    from tunesmith.services.actions import Action
     from tunesmith.store.store import Store
 
+    Done = TypeVar("Done", bound=BaseModel)
     Result = TypeVar("Result", bound=BaseModel | Mapping[str, Any])
 
 
@@ -94,6 +96,16 @@ class Acting(Here):
     actor: Annotated[
         str | None, typer.Option("--as", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
     ] = None
+
+    def do(self, action: Action[Any, Done], **fields: object) -> Done:
+        """Do an action as the person who acts. fields: of its request; None where the option was left out."""
+        from tunesmith.services import actions
+        from tunesmith.store.people.identities import acting, get_user
+
+        store = self.store
+        user = get_user(store, acting(store, self.actor))
+        asked = action.request({name: value for name, value in fields.items() if value is not None})
+        return action(actions.Acting(store, user, lambda: self.project), asked)
 
 
 def add_commands(app: typer.Typer, *functions: Callable[..., None], **renamed: Callable[..., None]) -> None:

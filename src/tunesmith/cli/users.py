@@ -259,7 +259,7 @@ def _print_ended(console: Console, ended: EndedKey) -> None:
 
 def _warn_of_champions(here: Acting) -> None:
     """Say which champions may not serve after a change."""
-    from tunesmith.services.releases.rollouts import refused_champions
+    from tunesmith.services.rollouts import refused_champions
 
     for champion in refused_champions(here.store):
         say(str(champion.warning))

@@ -115,7 +115,7 @@ def refuse(
     """Refuse a version with your signature. It serves no request until as many people approve it again as its risk
     class takes."""
     from tunesmith.services.releases import versions
-    from tunesmith.services.releases.rollouts import refused_champions
+    from tunesmith.services.rollouts import refused_champions
 
     if _decided_there(here, server, version, "refuse", reason, key, Scope(tenant, region)):
         return

@@ -36,10 +36,22 @@ class UsageError(TunesmithError):
     exit_code = 2
 
 
+class NotThere(UsageError):
+    """What was named does not exist, or is not for whoever asks: both are said alike (exit 2). code: for programs."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, code: str = "not_found") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.code = code
+
+
 class Refused(TunesmithError):
     """A gate failed, a verification failed or a policy said no (exit 3)."""
 
     exit_code = 3
+
+
+class Forbidden(Refused):
+    """Whoever asks may not do this (exit 3)."""
 
 
 class Inconclusive(TunesmithError):

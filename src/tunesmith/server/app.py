@@ -30,6 +30,7 @@ from tunesmith.server.answering.recording import LOG, Recorder
 from tunesmith.server.answering.routing import ReadyVersions, Router
 from tunesmith.server.answering.work import Prompts, Worker
 from tunesmith.server.api import (
+    actions,
     datasets,
     decisions,
     evaluations,
@@ -140,6 +141,7 @@ def _add_routes(app: FastAPI) -> None:
         app.include_router(resource.routes)
     for resource in (jobs, decisions, tokens, held):
         app.include_router(resource.routes)
+    app.include_router(actions.routes())
     app.include_router(files.routes)
     app.include_router(fine_tuning.routes)
     app.include_router(console.routes)

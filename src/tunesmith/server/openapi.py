@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastapi.openapi.utils import get_openapi
@@ -35,7 +35,7 @@ _MEANINGS = {
     504: "No answer in time.",
     507: "The server's disk or database is full.",
 }
-_bodies: dict[str, type[BaseModel]] = {}
+_schemas: dict[str, Any] = {}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -43,11 +43,20 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorDocument, "description": _MEANINGS[status]} for status in statuses}
 
 
-def body(model: type[BaseModel]) -> dict[str, Any]:
-    """Describe a body that the route reads itself, within the server's bounds."""
-    _bodies[model.__name__] = model
-    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
-    return {**BEARER, "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def body(model: type[BaseModel], in_path: Collection[str] = ()) -> dict[str, Any]:
+    """Describe a body that the route reads itself, within the server's bounds. in_path: fields that its path holds."""
+    schema = model.model_json_schema(ref_template=_REFERENCE)
+    _schemas.update(schema.pop("$defs", {}))
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": schema["properties"].pop(name)} for name in in_path
+    ]
+    required = schema["required"] = [name for name in schema.get("required", ()) if name not in in_path]
+    found: dict[str, Any] = {**BEARER, "parameters": parameters} if parameters else {**BEARER}
+    if schema["properties"]:
+        _schemas[model.__name__] = schema
+        content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}}
+        found["requestBody"] = {"required": bool(required), "content": content}
+    return found
 
 
 def form(properties: Mapping[str, Any], required: Iterable[str]) -> dict[str, Any]:
@@ -61,10 +70,7 @@ def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:
     found = get_openapi(title="Tunesmith", version=version, routes=list(routes), separate_input_output_schemas=False)
     components = found.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    for name, model in _bodies.items():
-        schema = model.model_json_schema(ref_template=_REFERENCE)
-        schemas.update(schema.pop("$defs", {}))
-        schemas[name] = schema
+    schemas.update(_schemas)
     for operation in [each for path in found["paths"].values() for each in path.values()]:
         operation["responses"].pop("422", None)  # FastAPI's own checks; the routes do theirs and answer 400
     for name in ("HTTPValidationError", "ValidationError"):

@@ -163,7 +163,7 @@ def _store(directory: Path) -> Check:
 
 
 def _champions(directory: Path) -> Check:
-    from tunesmith.services.releases.rollouts import refused_champions
+    from tunesmith.services.rollouts import refused_champions
 
     project = Project.load(directory)
     refused = refused_champions(project.store) if project.store.is_made else []

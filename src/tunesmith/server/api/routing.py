@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError
 
-from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.server.access import caller, token_of
@@ -58,8 +58,12 @@ class ApiRoute(APIRoute):
                 raise bad_request(f"Invalid {name!r}: {first['msg']}", param=name) from error
             except (OverflowError, DataError) as error:  # a number or text that no column holds
                 raise bad_request("The address is not valid.") from error
+            except NotThere as error:
+                raise ApiError(404, sentence(error), code=error.code) from error
             except UsageError as error:
                 raise bad_request(sentence(error)) from error
+            except Forbidden as error:
+                raise forbidden(sentence(error)) from error
             except (Refused, Inconclusive) as error:
                 raise ApiError(status, sentence(error), code=code) from error
             except TunesmithError as error:
@@ -136,16 +140,16 @@ class Call:
         found = await self.run(act, threads)
         if found is None:
             raise missing(none)
-        return JSONResponse(found.model_dump(mode="json", by_alias=True), headers={"cache-control": "no-store"})
+        return document(found)
 
     async def run(self, act: Callable[[], Result], threads: SharedThreads | None = None) -> Result:
         """What a call returns, on the threads that users share: those for lists, unless others are given."""
         return await (threads or self.serving.listing).run(self.user.name, act)
 
-    async def read(self, model: type[Body]) -> Body:
-        """The request's body."""
+    async def read(self, model: type[Body], in_path: Mapping[str, Any] | None = None) -> Body:
+        """The request's body. in_path: fields of the model that the path holds."""
         with self.serving.arrives(self.user) as count:
-            return await read_body(self.request, model, self.serving.settings, count)
+            return await read_body(self.request, model, self.serving.settings, count, in_path=in_path)
 
 
 def call_of(request: Request, action: str | None = None) -> Call:
@@ -164,6 +168,11 @@ def whole_call_of(request: Request, action: str | None = None) -> Call:
     if action is not None:
         call.require(action)
     return call
+
+
+def document(found: BaseModel) -> JSONResponse:
+    """A result as the answer."""
+    return JSONResponse(found.model_dump(mode="json", by_alias=True), headers={"cache-control": "no-store"})
 
 
 def sentence(error: TunesmithError) -> str:

@@ -53,6 +53,12 @@ def private(page: str, status: int = 200) -> HTMLResponse:
     return HTMLResponse(page, status, PRIVATE)
 
 
+@cache
+def has_template(template: str) -> bool:
+    """Whether there is such a template."""
+    return template in _environment().list_templates()
+
+
 def rendered(template: str, data: Mapping[str, Any]) -> str:
     """A page's text. Text in data is escaped, and hidden characters in it become code points."""
     return _environment().get_template(template).render(**data)

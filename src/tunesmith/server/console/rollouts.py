@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -10,20 +9,18 @@ from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, Request, Response
 
-from tunesmith.core.scope import Scope
-from tunesmith.server.access import stated_scope
 from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.parts.charts import BAD, CANARY, GOOD, STABLE, Line, chart
 from tunesmith.server.console.parts.shared import Shared
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
+from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import private, rendered
-from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.errors import ApiError, bad_request, missing
-from tunesmith.services.releases import rollout_course as courses
-from tunesmith.services.releases import rollouts
-from tunesmith.services.releases.rollout_course import Evidence, StartableVersion, StepView, Traffic
-from tunesmith.services.releases.rollouts import RolloutView, Seen
+from tunesmith.server.console.routing import router
+from tunesmith.server.errors import ApiError
+from tunesmith.services import rollout_course as courses
+from tunesmith.services import rollouts
+from tunesmith.services.rollout_course import Evidence, StartableVersion, StepView, Traffic
+from tunesmith.services.rollouts import RolloutView
 
 routes = router()
 _ROOT = "/console/rollouts"
@@ -43,25 +40,6 @@ async def all_rollouts(viewer: Looking, page: int = 1, version: str = "") -> Res
         startable = await viewer.run(partial(courses.startable, project, viewer.user))
         steps = courses.steps_of(project.settings.rollout.steps)
     return viewer.page("rollouts.html.jinja", found=found, startable=startable, steps=steps, chosen=version)
-
-
-@routes.post(_ROOT)
-async def start(request: Request, viewer: Changing) -> Response:
-    """Start a rollout of a version."""
-    project, said = viewer.serving.project, await form(request)
-    if project is None:
-        raise ApiError(409, "This server runs without a project file, which states the steps.", code="no_project")
-    tenant, region = (field(said, key) or None for key in ("tenant", "region"))
-    begin = partial(
-        rollouts.start,
-        project,
-        field(said, "version"),
-        actor=viewer.user.name,
-        override=field(said, "override") or None,
-        scope=stated_scope(viewer.user, tenant, region),
-    )
-    started = await viewer.run(begin)
-    return gone_to(request, f"{_ROOT}/{started.rollout}")
 
 
 @routes.get(_ROOT + "/{number}")
@@ -89,31 +67,6 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
     seen = tuple(changes_of(request, viewer).numbers)
     shared = _COURSES.setdefault(request.app, Shared(_COURSE_SECONDS))
     return private(await shared.get((number, seen), made))
-
-
-@routes.post(_ROOT + "/{number}/{action}")
-async def change(request: Request, viewer: Changing, number: int, action: str) -> Response:
-    """Resume, promote, abort or roll back."""
-    found, said = await _find(viewer, number), await form(request)
-    reason, override = field(said, "reason"), field(said, "override") or None
-    step = field(said, "step")
-    if step and not (step.isascii() and step.isdecimal() and len(step) < 9):
-        raise bad_request("The form cannot be read.", code="invalid_form")
-    seen = Seen(number, int(step) if step else None, said["champion"][0] if "champion" in said else None)
-    scope = Scope(found.tenant, found.region)
-    one: dict[str, Any] = {"actor": viewer.user.name, "reason": reason, "seen": seen}
-    calls: dict[str, Callable[[], RolloutView]] = {
-        "resume": partial(rollouts.resume, viewer.store, str(number), **one),
-        "promote": partial(rollouts.promote, viewer.store, str(number), override=override, **one),
-        "abort": partial(rollouts.abort, viewer.store, str(number), **one),
-        "rollback": partial(rollouts.rollback, viewer.store, found.name, override=override, scope=scope, **one),
-    }
-    if action not in calls:
-        raise missing("page")
-    if action in ("abort", "rollback") and not reason:
-        raise bad_request("Say why: the audit log keeps the reason.", code="no_reason")
-    await viewer.run(calls[action])
-    return gone_to(request, f"{_ROOT}/{number}")
 
 
 def traffic_charts(found: Traffic) -> list[dict[str, Any]]:

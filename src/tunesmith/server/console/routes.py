@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import changes, evidence, held, home, operations, playground, rollouts, versions
+from tunesmith.server.console import changes, evidence, forms, held, home, operations, playground, rollouts, versions
 from tunesmith.server.console.jobs import pages, start
 from tunesmith.server.console.people import keys, login, oidc
 from tunesmith.server.console.rendering import HEADERS, STATIC
@@ -51,6 +51,7 @@ for part in (
     login.routes,
     oidc.routes,
     changes.routes,
+    forms.routes,
     home.routes,
     start.routes,
     pages.routes,

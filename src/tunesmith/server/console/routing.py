@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
-from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.console.people.session import NotLoggedIn, set_cookie
 from tunesmith.server.console.rendering import html
@@ -44,7 +44,8 @@ class ConsoleRoute(APIRoute):
             except HTTPException as error:
                 response = problem(request, error.status_code, str(error.detail), "")
             except (Refused, UsageError, Inconclusive) as error:
-                response = problem(request, 409, error.what, _fix(error))
+                status = 403 if isinstance(error, Forbidden) else 404 if isinstance(error, NotThere) else 409
+                response = problem(request, status, error.what, _fix(error))
             except TunesmithError as error:
                 # Not the request's own path: it may hold a link's secret.
                 LOG.error("%s %s raised", request.method, self.path, exc_info=error)

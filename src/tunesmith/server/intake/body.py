@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -23,24 +23,31 @@ _TOLD_FIRST = {"extra_forbidden": 0, "too_long": 1, "string_too_long": 1}
 
 
 async def read_body(
-    request: Request, model: type[Body], settings: ServerSettings, count: Callable[[int], None], *, nul: bool = False
+    request: Request,
+    model: type[Body],
+    settings: ServerSettings,
+    count: Callable[[int], None],
+    *,
+    nul: bool = False,
+    in_path: Mapping[str, Any] | None = None,
 ) -> Body:
     """The body as a model. Raises ApiError: 413 too large, 408 too slow, 400 not JSON, nested too deep or not valid.
 
+    in_path: fields of the model that the request's path holds; the body may then be empty.
     nul: take texts with a NUL character, which not every database stores.
     count: called with the size of each piece (`Arriving.one`).
     JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
     data = await read_bytes(request, settings, count)
     if len(data) <= _SMALL:
-        return _parsed(data, model, nul)
+        return _parsed(data, model, nul, in_path)
     # In a thread, so that a large body does not keep the server from other requests' bytes.
-    return await asyncio.to_thread(_parsed, data, model, nul)
+    return await asyncio.to_thread(_parsed, data, model, nul, in_path)
 
 
-def _parsed(data: bytes, model: type[Body], nul: bool) -> Body:
+def _parsed(data: bytes, model: type[Body], nul: bool, in_path: Mapping[str, Any] | None) -> Body:
     try:
-        value = parse_json(data)
+        value = {} if in_path is not None and not data else parse_json(data)
     except NotJson as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
     if _more_values_than(limits.VALUES, value):
@@ -49,8 +56,10 @@ def _parsed(data: bytes, model: type[Body], nul: bool) -> Body:
         raise bad_request("The body holds a NUL character.")
     if not isinstance(value, dict):
         raise bad_request("The body must be a JSON object.", code="invalid_json")
+    if twice := sorted(value.keys() & (in_path or {}).keys()):
+        raise bad_request(f"The address holds {twice[0]!r} already.", twice[0])
     try:
-        return model.model_validate(value)
+        return model.model_validate(value | dict(in_path or {}))
     except ValidationError as error:
         raise _told(error) from error
 

@@ -23,7 +23,7 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import Version, list_versions, resolve
 from tunesmith.rollout.controller import give_up
 from tunesmith.rollout.standing import Champion
-from tunesmith.services.releases.rollouts import refused_champions
+from tunesmith.services.rollouts import refused_champions
 from tunesmith.store import database
 from tunesmith.store.people.identities import acting
 from tunesmith.store.store import Store

@@ -20,7 +20,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Forbidden, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name, check_new_name
 from tunesmith.store import audit, database
@@ -127,7 +127,7 @@ def ensure_owner(store: Store) -> User:
 
 
 def require(where: Store | Session, user: str, action: str, *, scope: Scope = Scope()) -> User:
-    """The user, if they may do an action in a scope now. Raises Refused otherwise.
+    """The user, if they may do an action in a scope now. Raises Forbidden otherwise.
 
     where: with a session, the caller's transaction decides, so that a role that was just taken away counts.
     """
@@ -135,21 +135,23 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
         row = session.get(UserRow, user)
         found = _user(row) if row else None
     if found is None or not found.active:
-        raise Refused(
+        raise Forbidden(
             f"{_shown(user)} is {'not a user' if found is None else 'deactivated'}",
             where=action,
             fix="act as another (--as)",
         )
     if not found.may(action):
         able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
-        raise Refused(
+        raise Forbidden(
             f"{user} may not do this: it takes {able}, they are {', '.join(found.roles)}",
             where=action,
             fix="act as a user who may (--as), or have an admin change their roles",
         )
     if not found.scope.covers(scope):
         own = "/".join(part or "*" for part in (found.tenant, found.region))
-        raise Refused(f"{user} may act only within {own}", where=action, fix="act as a user of that tenant and region")
+        raise Forbidden(
+            f"{user} may act only within {own}", where=action, fix="act as a user of that tenant and region"
+        )
     return found
 
 

@@ -1,28 +1,28 @@
-"""Start, change and show rollouts."""
+"""Rollouts: start, change and show them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from sqlalchemy import select
 
-from tunesmith.core.errors import UsageError
-from tunesmith.core.scope import Scope
+from tunesmith.core.errors import NotThere, UsageError
 from tunesmith.core.text.numbers import is_number
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
-from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import commands, controller
 from tunesmith.rollout.analysis import Outcome
-from tunesmith.rollout.seen import NOT_SAID
-from tunesmith.rollout.seen import Seen as Seen
+from tunesmith.rollout.seen import Seen
 from tunesmith.rollout.standing import Champion, list_champions
 from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
+from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
 from tunesmith.services.evaluations.served_scorers import check_analyses
 from tunesmith.store import database
-from tunesmith.store.people.identities import User, acting
+from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 
@@ -86,28 +86,75 @@ class RolloutList(View):
     rollouts: tuple[RolloutView, ...]
 
 
-def start(
-    project: Project,
-    version: str,
-    *,
-    actor: str | None = None,
-    override: str | None = None,
-    scope: Scope = Scope(),
-) -> RolloutView:
-    """Start to move traffic to an approved version in the project's steps. The first version of a name serves at once.
+class StartRollout(Request):
+    """A rollout to start, in the steps of the project file. version: NAME@v3, an alias or the start of a digest.
 
-    version: NAME@v3, an alias or the start of a digest. override: a reason to start without an approval.
+    tenant, region: by default those of whoever starts it. override: an admin's reason to start without an approval.
     """
-    check_analyses(project, project.settings.rollout.steps)
-    found = resolve(project.store, version, scope=scope)
+
+    version: Named
+    tenant: Short | None = None
+    region: Short | None = None
+    override: Reason | None = None
+
+
+class ChangeRollout(Request):
+    """A change of a rollout. rollout: its number, or a name with one live rollout. reason: for the audit log.
+
+    step, champion: what was seen before, the index of the rollout's step and the digest of what serves its name
+    ("" or "nothing" where nothing does). Where one of them has changed meanwhile, nothing is done.
+    """
+
+    rollout: Named
+    reason: Reason = ""
+    step: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    champion: Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64}|nothing)?$")] | None = None
+
+    def seen(self, number: int | None) -> Seen:
+        """What was seen of a rollout."""
+        champion = "" if self.champion == "nothing" else self.champion
+        return Seen(number, self.step, champion)
+
+
+class PromoteRollout(ChangeRollout):
+    """All traffic for the new version. override: an admin's reason to skip an analysis that has not passed yet."""
+
+    override: Reason | None = None
+
+
+class AbortRollout(ChangeRollout):
+    """All traffic back to the version that serves."""
+
+    reason: Because
+
+
+class RollBack(AbortRollout):
+    """Back to the version that served before. override: an admin's reason to do so without an approval of that one.
+
+    rollout: a rollout's number, or the name that its versions share. tenant, region: of a name; by default those of
+    whoever asks.
+    """
+
+    tenant: Short | None = None
+    region: Short | None = None
+    override: Reason | None = None
+
+
+@action("rollout.start", permission="rollout.start", tokens=("operate",), at="/rollouts", form=True, reads_files=True)
+def start(acting: Acting, asked: StartRollout) -> RolloutView:
+    """Start to move traffic to an approved version, in the project's steps. A name's first version serves at once."""
+    project, scope = acting.project, acting.scope(asked.tenant, asked.region)
+    plan = project.settings.rollout
+    check_analyses(project, plan.steps)
+    found = resolve(project.store, asked.version, scope=scope)
     rollout = commands.start(
         project.store,
         name=found.name,
         version=found,
-        steps=project.settings.rollout.steps,
-        main_callers=project.settings.rollout.main_callers,
-        actor=project.actor(actor),
-        override=override,
+        steps=plan.steps,
+        main_callers=plan.main_callers,
+        actor=acting.actor,
+        override=asked.override or None,
         scope=scope,
     )
     return view_of(project.store, rollout)
@@ -143,51 +190,56 @@ def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True
     return view_of(store, found, judged=judged) if user.scope.covers(found.scope) else None
 
 
-def resume(
-    store: Store, which: str, *, actor: str | None = None, reason: str = "", seen: Seen = NOT_SAID
-) -> RolloutView:
-    """End the pause of a rollout. which: its number, or a name with one live rollout.
-
-    seen: what the actor looked at, here and below: where that has changed, nothing is done.
-    """
-    number, by = _number(store, which), acting(store, actor)
-    return view_of(store, commands.resume(store, number, actor=by, reason=reason, seen=seen))
-
-
-def promote(
-    store: Store,
-    which: str,
-    *,
-    actor: str | None = None,
-    override: str | None = None,
-    reason: str = "",
-    seen: Seen = NOT_SAID,
-) -> RolloutView:
-    """Give the canary all traffic now. override: a reason to skip an analysis that has not passed yet."""
-    number, by = _number(store, which), acting(store, actor)
-    return view_of(store, commands.promote(store, number, actor=by, override=override, reason=reason, seen=seen))
+@action(
+    "rollout.resume", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/resume", form=True,
+    reads_files=True,
+)  # fmt: skip
+def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
+    """End the pause of a rollout."""
+    number = _find(acting, asked.rollout).id
+    done = commands.resume(acting.store, number, actor=acting.actor, reason=asked.reason, seen=asked.seen(number))
+    return view_of(acting.store, done)
 
 
-def abort(store: Store, which: str, *, reason: str, actor: str | None = None, seen: Seen = NOT_SAID) -> RolloutView:
-    """Give all traffic back to the champion and end the rollout."""
-    number, by = _number(store, which), acting(store, actor)
-    return view_of(store, commands.abort(store, number, actor=by, reason=reason, seen=seen))
+@action(
+    "rollout.promote", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/promote", form=True,
+    reads_files=True,
+)  # fmt: skip
+def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
+    """Give the new version all traffic now."""
+    number = _find(acting, asked.rollout).id
+    override, seen = asked.override or None, asked.seen(number)
+    done = commands.promote(acting.store, number, actor=acting.actor, override=override, reason=asked.reason, seen=seen)
+    return view_of(acting.store, done)
 
 
-def rollback(
-    store: Store,
-    name: str,
-    *,
-    reason: str,
-    override: str | None = None,
-    actor: str | None = None,
-    scope: Scope = Scope(),
-    seen: Seen = NOT_SAID,
-) -> RolloutView:
-    """Give a name's traffic back to the version that served before. override: a reason to do so unapproved."""
-    by = acting(store, actor)
-    undone = commands.rollback(store, name=name, actor=by, reason=reason, override=override, scope=scope, seen=seen)
-    return view_of(store, undone)
+@action(
+    "rollout.abort", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/abort", form=True,
+    reads_files=True,
+)  # fmt: skip
+def abort(acting: Acting, asked: AbortRollout) -> RolloutView:
+    """Give all traffic back and end the rollout."""
+    number = _find(acting, asked.rollout).id
+    done = commands.abort(acting.store, number, actor=acting.actor, reason=asked.reason, seen=asked.seen(number))
+    return view_of(acting.store, done)
+
+
+@action(
+    "rollout.rollback", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/rollback", form=True,
+    reads_files=True,
+)  # fmt: skip
+def rollback(acting: Acting, asked: RollBack) -> RolloutView:
+    """Give the traffic of the rollout's name, tenant and region back to the version that served before."""
+    if is_number(asked.rollout):
+        one = _find(acting, asked.rollout)
+        name, scope, seen = one.name, one.scope, asked.seen(one.id)
+    else:
+        name, scope, seen = asked.rollout, acting.scope(asked.tenant, asked.region), asked.seen(None)
+    override = asked.override or None
+    done = commands.rollback(
+        acting.store, name=name, actor=acting.actor, reason=asked.reason, override=override, scope=scope, seen=seen
+    )
+    return view_of(acting.store, done)
 
 
 def view_of(
@@ -228,15 +280,19 @@ def _arm(store: Store, digest: str) -> Arm | None:
         return Arm(version=str(VersionRef(row.name, row.number)) if row else "", digest=digest)
 
 
-def _number(store: Store, which: str) -> int:
-    """A rollout's number, given it or a name. Raises UsageError where the name has no live rollout, or several."""
+def _find(acting: Acting, which: str) -> Rollout:
+    """A rollout of the user's scope by its number, or the live one of a name. Raises NotThere, UsageError."""
     if is_number(which):
-        return int(which)
-    live = list_rollouts(store, name=which, live=True)
+        with contextlib.suppress(UsageError):
+            found = get_rollout(acting.store, int(which))
+            if acting.user.scope.covers(found.scope):
+                return found
+        raise NotThere(f"there is no rollout {which[:20]}", fix="tunesmith rollout status lists them")
+    live = [one for one in list_rollouts(acting.store, name=which, live=True) if acting.user.scope.covers(one.scope)]
     if len(live) != 1:
         places = ", ".join(f"{one.id} ({one.scope})" for one in live)
         raise UsageError(
             f"{which[:80]!r} has {len(live)} live rollouts{': ' if places else ''}{places}",
             fix="name one by its number" if live else "tunesmith rollout status lists those that have ended",
         )
-    return live[0].id
+    return live[0]

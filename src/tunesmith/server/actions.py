@@ -1,0 +1,34 @@
+"""Performing an action for a caller of /api and for a form of the console alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tunesmith.core.errors import NotThere
+from tunesmith.project import Project
+from tunesmith.server.serving import Serving
+from tunesmith.services.actions import Acting, Action
+from tunesmith.store.people.identities import User
+
+# A field of a request in an action's path.
+FIELD = re.compile(r"\{(\w+)\}")
+# What the server itself does once an action is done, by the action's name.
+AFTER: Mapping[str, Callable[[Serving, Any], None]] = {}
+
+
+async def perform(serving: Serving, user: User, action: Action[Any, Any], asked: Any, session: str = "") -> Any:
+    """What an action returns, on the threads that users share. session: of the console."""
+
+    def load() -> Project:
+        if serving.project is None:
+            raise NotThere("this server has no project", code="no_project")
+        return serving.project
+
+    acting = Acting(serving.store, user, load, session)
+    threads = serving.files if action.reads_files else serving.noting
+    result = await threads.run(user.name, lambda: action(acting, asked))
+    if (after := AFTER.get(action.name)) is not None:
+        after(serving, result)
+    return result

@@ -1,0 +1,45 @@
+"""The routes of the actions that /api offers, made from their list (services/actions.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from tunesmith.server.access import needs
+from tunesmith.server.actions import FIELD, perform
+from tunesmith.server.api.routing import CHANGE, call_of, document, router
+from tunesmith.server.openapi import body, errors
+from tunesmith.services.actions import Action, all_actions
+
+
+def routes() -> APIRouter:
+    """A route for each action with a path."""
+    found = APIRouter()
+    for action in all_actions():
+        if action.at:
+            own = router(code=action.refused)
+            own.add_api_route(
+                action.at,
+                _endpoint(action),
+                methods=[action.method],
+                dependencies=[needs(*action.tokens)],
+                response_model=action.result,
+                responses=errors(*CHANGE),
+                openapi_extra=body(action.asked, in_path=FIELD.findall(action.at)),
+                name=action.name,
+                description=action.does.__doc__,
+            )
+            found.include_router(own)
+    return found
+
+
+def _endpoint(action: Action[Any, Any]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def endpoint(request: Request) -> Response:
+        call = call_of(request)
+        action.check(call.user)
+        asked = await call.read(action.asked, request.path_params)
+        return document(await perform(call.serving, call.user, action, asked))
+
+    return endpoint

@@ -1,0 +1,68 @@
+"""The form endpoints of the actions that the console offers, made from their list (services/actions.py).
+
+A form is sent to `/console/do` and the action's path. Its field `next` is the page to go to afterwards, in which
+`{field}` stands for a field of the result. Where a template has the action's name, it is the answer instead.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from tunesmith.server.actions import FIELD, perform
+from tunesmith.server.console.people.session import Changing, field, form
+from tunesmith.server.console.rendering import has_template
+from tunesmith.server.console.routing import gone_to, local_page, router
+from tunesmith.services.actions import Action, all_actions
+
+_OF_THE_FORM = ("csrf", "next")
+AT = "/console/do"
+routes = router()
+
+
+def _endpoint(action: Action[Any, Any]) -> Callable[..., Coroutine[Any, Any, Response]]:
+    async def endpoint(request: Request, viewer: Changing) -> Response:
+        action.check(viewer.user)
+        given = await form(request)
+        asked = action.request({**fields_of(action.asked, given), **request.path_params})
+        done = await perform(viewer.serving, viewer.user, action, asked, viewer.session)
+        template = action.name.replace(".", "_") + ".html.jinja"
+        if has_template(template):
+            return viewer.page(template, done=done, asked=asked)
+        following = FIELD.sub(lambda found: str(getattr(done, found[1], "")), field(given, "next"))
+        return gone_to(request, local_page(following))
+
+    return endpoint
+
+
+def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The fields of a request from those of a form. An empty one is left out; what a list holds is sent repeatedly.
+
+    A field `changes.lora.rank` is the key `rank` of the key `lora` of the field `changes`.
+    """
+    found: dict[str, Any] = {}
+    for name, texts in given.items():
+        values = [text.replace("\r\n", "\n") for text in texts]
+        if name in _OF_THE_FORM or values == [""]:
+            continue
+        *path, last = name.split(".")
+        inner = found
+        for part in path:
+            inner = inner.setdefault(part, {})
+        known = None if path else model.model_fields.get(last)
+        inner[last] = values if known is not None and _is_list(known.annotation) else values[0]
+    return found
+
+
+def _is_list(annotation: Any) -> bool:
+    kinds = (typing.get_origin(annotation), *map(typing.get_origin, typing.get_args(annotation)))
+    return bool({list, tuple} & set(kinds))
+
+
+for each in all_actions():
+    if each.form:
+        routes.post(AT + each.at, name=each.name)(_endpoint(each))

@@ -1,0 +1,165 @@
+"""What people do: each action is a function that takes who acts and one request, and returns one result.
+
+`@action` lists a function with what front ends need to offer it. From the list come the routes of /api and the form
+endpoints of the console; commands call the function with the same request (`cli/terminal.py`, `Acting.do`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from tunesmith.core.errors import Forbidden, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.project import Project
+from tunesmith.store.people.identities import User, get_user
+from tunesmith.store.people.roles import TokenScope
+from tunesmith.store.store import Store
+
+Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
+Because = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
+Short = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]
+Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
+
+# The modules whose actions are listed.
+_NOUNS = ("rollouts",)
+
+
+class Request(BaseModel):
+    """What an action is asked to do. A field that it does not have is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Asked = TypeVar("Asked", bound=Request)
+Result = TypeVar("Result", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Who acts, and on what. session: of the console, "" elsewhere."""
+
+    store: Store
+    user: User
+    load: Callable[[], Project]
+    session: str = ""
+
+    @property
+    def actor(self) -> str:
+        """The user's name."""
+        return self.user.name
+
+    @cached_property
+    def project(self) -> Project:
+        """The project. Raises NotThere where there is none."""
+        return self.load()
+
+    def scope(self, tenant: str | None, region: str | None) -> Scope:
+        """The scope that a request states; what it leaves out is the user's. Raises Forbidden outside the user's."""
+        found = Scope(self.user.tenant if tenant is None else tenant, self.user.region if region is None else region)
+        if not self.user.scope.covers(found):
+            raise Forbidden(f"{self.actor} is for {self.user.scope}, which does not include {found}")
+        return found
+
+
+def acting_in(project: Project, actor: str | None = None) -> Acting:
+    """Who acts in a project. actor: by default $TUNESMITH_USER, else the store's owner."""
+    return Acting(project.store, get_user(project.store, project.actor(actor)), lambda: project)
+
+
+@dataclass(frozen=True)
+class Action(Generic[Asked, Result]):
+    """An action. Call it as its function: who acts, and the request.
+
+    name: also of its audit entry, if it writes one. permission: of roles. tokens: the scopes of which a token needs
+    one; any token where none is listed. at: its path under /api, with fields of the request in braces; "" for what
+    commands alone do. whole: only for users of all tenants and regions. form: the console offers it. refused: the code
+    of a refusal. reads_files: it takes longer than a transaction does.
+    """
+
+    does: Callable[[Acting, Asked], Result]
+    name: str
+    permission: str | None
+    tokens: tuple[TokenScope, ...]
+    at: str
+    method: Literal["POST", "DELETE"]
+    whole: bool
+    form: bool
+    refused: str
+    reads_files: bool
+
+    @cached_property
+    def asked(self) -> type[Asked]:
+        """The model of its requests."""
+        found: type[Asked] = next(self._hints[name] for name in self._hints if name not in ("acting", "return"))
+        return found
+
+    @cached_property
+    def result(self) -> type[Result]:
+        """The model of its results."""
+        found: type[Result] = self._hints["return"]
+        return found
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        return typing.get_type_hints(self.does)
+
+    def check(self, user: User) -> None:
+        """Raise Forbidden where a user may not do this, whatever it is done to."""
+        if self.whole and user.scope != Scope():
+            raise Forbidden("this is for users of all tenants and regions")
+        if self.permission is not None and not user.may(self.permission):
+            raise Forbidden(f"{user.name} may not do this: none of their roles permits {self.permission}")
+
+    def __call__(self, acting: Acting, asked: Asked) -> Result:
+        """Do it. Raises Forbidden as `check` does, and what the function raises."""
+        self.check(acting.user)
+        return self.does(acting, asked)
+
+    def request(self, fields: Mapping[str, Any]) -> Asked:
+        """The request with these fields. Raises UsageError for one that is not valid."""
+        try:
+            return self.asked.model_validate(dict(fields))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(map(str, first["loc"]))
+            raise UsageError(f"{first['msg'].removeprefix('Value error, ')}", where=name or self.name) from error
+
+
+_LISTED: dict[str, Action[Any, Any]] = {}
+
+
+def action(
+    name: str,
+    *,
+    permission: str | None = None,
+    tokens: tuple[TokenScope, ...] = (),
+    at: str = "",
+    method: Literal["POST", "DELETE"] = "POST",
+    whole: bool = False,
+    form: bool = False,
+    refused: str = "refused",
+    reads_files: bool = False,
+) -> Callable[[Callable[[Acting, Asked], Result]], Action[Asked, Result]]:
+    """List a function as an action. The parameters are the fields of Action."""
+
+    def listed(does: Callable[[Acting, Asked], Result]) -> Action[Asked, Result]:
+        found = Action(does, name, permission, tokens, at, method, whole, form, refused, reads_files)
+        _LISTED[name] = found
+        return found
+
+    return listed
+
+
+def all_actions() -> Iterator[Action[Any, Any]]:
+    """Every action, by module and in the order of its functions."""
+    for noun in _NOUNS:
+        importlib.import_module(f"tunesmith.services.{noun}")
+    yield from _LISTED.values()
