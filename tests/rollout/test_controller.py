@@ -24,7 +24,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout import commands
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.commands import abort, promote, resume, rollback
-from tunesmith.rollout.controller import advance, give_up, look
+from tunesmith.rollout.controller import Watched, advance, give_up, look
 from tunesmith.rollout.state import Rollout, get_rollout, list_rollouts
 from tunesmith.rollout.transitions import make_transition
 from tunesmith.store import audit, database
@@ -347,6 +347,23 @@ def test_a_clock_set_back_never_shortens_a_pause(first: Scene, versions: Version
     assert advance(first.store, rollout.id, clock=time).revision == reset.revision
     time.pass_(3)
     assert advance(first.store, rollout.id, clock=time).status == "running"
+
+
+@pytest.mark.attack("rollout", "the clock is set back and forward, or another server's clock is an hour ahead")
+def test_a_clock_set_forward_never_shortens_a_pause(first: Scene, versions: Versions) -> None:
+    clock, steady = Time(), [0.0]
+    watched_by = Watched(lambda: steady[0])
+    rollout = watched(first, versions[2], {"setWeight": 5}, {"pause": {"seconds": 60}}, AT_ONCE, clock=clock)
+
+    def later(seconds: float, shift: float = 0.0) -> str:
+        clock.pass_(seconds + shift)
+        steady[0] += seconds
+        return advance(first.store, rollout.id, clock=clock, watched=watched_by).status
+
+    assert [later(1), later(1), later(30, 3600), later(1, -3700), later(1)] == ["running", *["paused"] * 4]
+    assert later(30, 3700) == "paused", "the clock is right again"
+    advance(first.store, rollout.id, clock=lambda: clock.at - timedelta(hours=2))  # another server's clock is behind
+    assert [later(40), later(15), later(10)] == ["paused", "paused", "running"]
 
 
 # Crashes and races

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from datetime import datetime
 
@@ -32,20 +34,50 @@ _CLOCK_CORRECTION = 5.0
 Measure = Callable[[Store, Rollout, str], tuple[Arm, Arm]]
 
 
-def advance(store: Store, rollout: int, *, clock: Clock = now, measure: Measure | None = None) -> Rollout:
+class Watched:
+    """How long rollouts have been at their steps, for a process that keeps looking at them.
+
+    The time of day says it in every process. Where that is set forward, or another machine's clock differs, it says too
+    much: a step that this process saw begin took no longer than this process has seen it, by a clock that nobody sets.
+    steady: that clock, in seconds.
+    """
+
+    def __init__(self, steady: Callable[[], float] = time.monotonic) -> None:
+        self._steady = steady
+        # Rollout -> (revision, how long it had been at its step at a first look, when that was, the newest look).
+        self._seen: dict[int, tuple[int, float, float, float]] = {}
+
+    def at_most(self, rollout: Rollout, waited: float) -> float:
+        """The seconds that a rollout has been at its step. waited: by the time of day."""
+        at = self._steady()
+        revision, first, since, last = self._seen.get(rollout.id, (-1, 0.0, 0.0, -math.inf))
+        if revision != rollout.revision:
+            first, since = min(waited, at - last), at
+        self._seen[rollout.id] = (rollout.revision, first, since, at)
+        return min(waited, first + at - since)
+
+
+def advance(
+    store: Store,
+    rollout: int,
+    *,
+    clock: Clock = now,
+    measure: Measure | None = None,
+    watched: Watched | None = None,
+) -> Rollout:
     """Make at most one transition that is due, and return the rollout after it.
 
     Without new requests and without enough time it changes nothing, and it never changes a rollout that has ended. If
     the newest request for the canary came to a server that could not load it, the rollout keeps its step, unless it
     ends: stable answered for the canary, which says nothing of it. measure: (store, rollout, metric) -> (canary,
     stable), by default from the requests served here. If it raises, there is no evidence, and the analysis does not
-    decide.
+    decide. watched: of a process that calls this again and again.
     """
     current = get_rollout(store, rollout)
     if not current.live:
         return current
     at = clock()
-    chosen = _next_transition(store, current, at, measure or measured_arms)
+    chosen = _next_transition(store, current, at, measure or measured_arms, watched or Watched())
     if chosen is None:
         return current
     if current.weight > 0 and "step" in chosen.changes and not traffic.canary_loads(store, current.id):
@@ -91,14 +123,16 @@ def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: d
         return get_rollout(store, current.id)
 
 
-def _next_transition(store: Store, rollout: Rollout, at: datetime, measure: Measure) -> Transition | None:
+def _next_transition(
+    store: Store, rollout: Rollout, at: datetime, measure: Measure, watched: Watched
+) -> Transition | None:
     with database.reading(store.engine) as session:
         problem = broken_precondition(session, store, rollout)
     if problem is not None:
         return to_aborted(problem)
     if rollout.current is None:
         return to_promoted(rollout, {})
-    waited = (at - datetime.fromisoformat(rollout.began_at)).total_seconds()
+    waited = watched.at_most(rollout, (at - datetime.fromisoformat(rollout.began_at)).total_seconds())
     if waited < -_CLOCK_CORRECTION:
         # The step's wait starts again: it may take too long, but never ends too early.
         return Transition("rollout.clock", {}, {"back_by_seconds": -waited})

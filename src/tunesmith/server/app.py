@@ -22,7 +22,7 @@ from tunesmith.holding.rules import Holder
 from tunesmith.monitoring.cases import delete_expired
 from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
-from tunesmith.rollout.controller import advance, give_up
+from tunesmith.rollout.controller import Watched, advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server import control, openapi
@@ -177,6 +177,7 @@ async def _control(serving: Serving) -> None:
     Decides on held answers whose deadline is over. Deletes kept requests whose time is over, and writes when tokens
     were used, less often. What fails keeps nothing else from its turn.
     """
+    watched = Watched()
     watch, cleaned_at, noted_at = ChampionWatch(serving.store), -math.inf, time.monotonic()
     due: dict[int, float] = {}  # rollout -> when it is checked again
     while True:
@@ -186,7 +187,7 @@ async def _control(serving: Serving) -> None:
                     continue
                 due[rollout.id] = time.monotonic() + _FAILED_REST
                 with _go_on(serving, f"checking rollout {rollout.id}"):
-                    moved, seconds = await asyncio.to_thread(_advance, serving, rollout)
+                    moved, seconds = await asyncio.to_thread(_advance, serving, rollout, watched)
                     due[rollout.id] = time.monotonic() + _REST * seconds
                     if moved.revision != rollout.revision:
                         LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
@@ -223,10 +224,10 @@ def _go_on(serving: Serving, what: str) -> Iterator[None]:
         LOG.exception("%s failed", what)
 
 
-def _advance(serving: Serving, rollout: Rollout) -> tuple[Rollout, float]:
+def _advance(serving: Serving, rollout: Rollout, watched: Watched) -> tuple[Rollout, float]:
     """(the rollout as it is now, seconds of processor time that the check took)."""
     began = time.thread_time()
-    return advance(serving.store, rollout.id), time.thread_time() - began
+    return advance(serving.store, rollout.id, watched=watched), time.thread_time() - began
 
 
 async def _note_use(serving: Serving) -> None:
