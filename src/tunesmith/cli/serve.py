@@ -76,7 +76,7 @@ def serve(
 
     from tunesmith.core.scope import Scope
     from tunesmith.core.telemetry import sending
-    from tunesmith.core.text.display import LogFormatter
+    from tunesmith.core.text.display import LogFormatter, NoRepeats
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
@@ -133,6 +133,7 @@ def serve(
         say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
     logs = logging.StreamHandler()
     logs.setFormatter(LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logs.addFilter(NoRepeats())
     logging.basicConfig(level=logging.INFO, handlers=[logs])
     beside = OwnWorker(project.root, say) if worker else None
     try:

@@ -8,7 +8,8 @@ import logging
 import pytest
 
 from tests.attack_table import Happened
-from tunesmith.core.text.display import LogFormatter, json_text, printable, printable_line
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.text.display import LogFormatter, NoRepeats, json_text, printable, printable_line
 
 # Sequences that a terminal obeys, marks that reorder, and characters that nobody sees.
 HOSTILE = [
@@ -42,3 +43,23 @@ def test_a_name_with_line_feeds_stays_one_entry(happened: Happened) -> None:
     for text in SEEN:  # what people write stays as it is
         assert printable(text) == text
         assert json.loads(json_text(text)) == text
+
+
+def test_an_error_that_says_what_to_do_is_logged_shortly_and_once_a_minute() -> None:
+    repeats, form = NoRepeats(), LogFormatter()
+
+    def logged(error: Exception) -> str | None:
+        try:
+            raise error
+        except type(error) as raised:
+            caught = (type(raised), raised, raised.__traceback__)
+        record = logging.LogRecord("tunesmith", logging.ERROR, "", 0, "%d lost", (1,), caught)
+        return form.format(record) if repeats.filter(record) else None
+
+    full = TunesmithError("the disk is full: 0 MB are free", fix="free space")
+    found = [logged(full) for _ in range(3)]
+    assert found == ["1 lost\n    the disk is full: 0 MB are free\n      fix: free space", None, None]
+    assert logged(TunesmithError("another")) == "1 lost\n    another"
+    assert "Traceback" in str(logged(ZeroDivisionError()))
+    repeats.seconds = 0.0
+    assert "1 lost (and 2 times more since 0 s ago)" in str(logged(full))

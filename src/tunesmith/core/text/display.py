@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import Any
 
 import regex
+
+from tunesmith.core.errors import TunesmithError
 
 # Control, format, private, unassigned and lone surrogate characters (C), line and paragraph separators (Zl, Zp), and
 # whatever else Unicode lets a renderer ignore (DI). Line feeds, tabs and the selector of a coloured emoji stay.
@@ -41,6 +44,38 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record, with its message and traceback printable and indented."""
         return printable_line(super().format(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """A traceback. Of an error that says what to do only its text: nobody need look into the code."""
+        return str(ei[1]) if isinstance(ei[1], TunesmithError) else super().formatException(ei)
+
+
+class NoRepeats(logging.Filter):
+    """Keeps back errors of the same kind and reason as one of the last minute, and says later how many they were.
+
+    Else a full disk or a database that is away would write some lines for each request.
+    """
+
+    seconds = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write a record."""
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, TunesmithError):
+            return True
+        key, now = (str(record.msg), error.what.partition(":")[0]), time.monotonic()
+        at, times = self._said.get(key, (-self.seconds, 0))
+        if now - at < self.seconds:
+            self._said[key] = (at, times + 1)
+            return False
+        self._said[key] = (now, 0)
+        if times:
+            record.msg = f"{record.msg} (and {times} times more since {now - at:.0f} s ago)"
+        return True
 
 
 def json_text(document: Any, **options: Any) -> str:
