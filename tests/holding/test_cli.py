@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from tests.commands import call, printed
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.rollout.conftest import made, scene, versions
 from tunesmith.candidates.grammars.copying import CopyGrammars
-from tunesmith.cli import held as commands
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
 from tunesmith.holding import queue
@@ -29,14 +25,12 @@ __all__ = ["made", "scene", "versions"]
 SETTINGS = HoldSettings.model_validate({"rules": [{"values": ["pay"]}]})
 SCHEMA = '{"type": "object", "required": ["intent"]}'
 COPIED = '{"type": "object", "properties": {"who": {"type": "string"}, "n": {"type": "integer"}}, "required": ["who"]}'
-app = typer.Typer()
-commands.register(app)
 
 
 @pytest.fixture
 def waiting(scene: Scene, versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch) -> Scene:
     """A scene with two answers that wait."""
-    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    monkeypatch.setenv("COLUMNS", "250")
     plan = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
     start(scene.store, name=NAME, version=versions[1], steps=plan, actor=OPERATOR)
     for identifier in ("a" * 32, "b" * 32):
@@ -51,17 +45,11 @@ def waiting(scene: Scene, versions: dict[int, Version], monkeypatch: pytest.Monk
 
 
 def run(scene: Scene, *words: str) -> str:
-    root: Path = scene.store.root
-    result = CliRunner().invoke(app, ["held", *words, "-C", str(root)], env={"COLUMNS": "250"})
-    if isinstance(result.exception, TunesmithError):
-        raise result.exception
-    assert result.exception is None, result.exception
-    return result.stdout
+    return printed(scene.store.root, "held", *words)
 
 
-def document(scene: Scene, *words: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(scene, *words, "--json"))
-    return found
+def document(scene: Scene, *words: str) -> Any:
+    return call(scene.store.root, "held", *words)
 
 
 def test_a_reviewer_lists_shows_and_decides(waiting: Scene) -> None:
@@ -98,15 +86,7 @@ def test_who_may_not_is_told_why(waiting: Scene) -> None:
         run(waiting, "release", "a" * 32, "--reason", "x", "--as", OPERATOR)
 
 
-@pytest.mark.parametrize(
-    ("answer", "fits"),
-    [
-        ('{\n  "who" : "Ren\\u00e9e",\n  "n": 2\n}', True),
-        ('{"who": "Ren\u00e9e"}', True),
-        ('{"who": "Mario"}', False),
-    ],
-)
-def test_an_edited_answer_may_be_spelled_in_any_way(waiting: Scene, answer: str, fits: bool) -> None:
+def test_an_edited_answer_may_be_spelled_in_any_way(waiting: Scene) -> None:
     """Of copied fields there is a grammar, which holds the spelling of what is decoded."""
     with database.reading(waiting.store.engine) as session:
         before = queue.get(session, "a" * 32)
@@ -117,11 +97,9 @@ def test_an_edited_answer_may_be_spelled_in_any_way(waiting: Scene, answer: str,
         schemas=(COPIED,), grammar=CopyGrammars(COPIED, ("who",)).grammar(["call Ren\u00e9e"]),
     )  # fmt: skip
     queue.put(waiting.store, held, SETTINGS, 10)
-    how = {"actor": STEWARD, "reason": "looked at it", "answer": answer}
-    if not fits:
-        with pytest.raises(UsageError, match="does not fit the grammar"):
-            queue.decide(waiting.store, held.id, "replace", **how)
-        return
-    queue.decide(waiting.store, held.id, "replace", **how)
+    how, spelled = {"actor": STEWARD, "reason": "looked at it"}, '{\n  "who" : "Ren\\u00e9e",\n  "n": 2\n}'
+    with pytest.raises(UsageError, match="does not fit the grammar"):
+        queue.decide(waiting.store, held.id, "replace", answer='{"who": "Mario"}', **how)
+    queue.decide(waiting.store, held.id, "replace", answer=spelled, **how)
     with database.reading(waiting.store.engine) as session:
-        assert queue.get(session, held.id).texts["edited"] == answer
+        assert queue.get(session, held.id).texts["edited"] == spelled

@@ -27,7 +27,7 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.on_ray import _Performer
 from tunesmith.project import Project
-from tunesmith.services.runs import jobs, own_worker, training
+from tunesmith.services.runs import jobs, training
 from tunesmith.services.runs.job_places import check_node, make_places
 
 HERE = socket.gethostname()
@@ -90,18 +90,6 @@ def test_as_many_jobs_at_once_as_the_nodes_have_room_for(
     assert "TUNESMITH_DATABASE_URL" in refused.value.fix
     monkeypatch.setenv("TUNESMITH_DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
     assert len(places(made(), nodes(HERE, "far", CPU=1.0))) == 2
-
-
-def test_a_server_says_why_its_worker_waits(made: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    monkeypatch.setattr(own_worker, "end_with_parent", lambda _: None)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    said: list[str] = []
-    own_worker._work(made().root, os.getppid(), said.append)
-    assert 'pip install "tunesmith[ray]"' in said[0]
-    assert waited == [own_worker._LONG_PAUSE], "it is not started again at once"
 
 
 def test_a_node_that_cannot_perform_the_job_says_why(made: Callable[..., Project], tmp_path: Path) -> None:

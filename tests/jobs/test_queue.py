@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, update
+from sqlalchemy import select, update
 
 from tests.jobs.conftest import SetClock
 from tests.waiting import until
@@ -235,26 +235,6 @@ def test_pages_of_the_list(store: Store, clock: SetClock) -> None:
     assert [job.id for job in queue.list_jobs(store, most=2)] == numbers[:2:-1]
     assert [job.id for job in queue.list_jobs(store, before=numbers[3], most=2)] == [numbers[2], numbers[1]]
     assert queue.list_jobs(store, states=["failed"]) == []
-
-
-def test_a_job_is_taken_without_sorting_the_queue(store: Store, clock: SetClock) -> None:
-    for number in range(20):
-        queue.add(store, "run", {}, project="p", actor="olive", priority=number % 3)
-    asked: list[tuple[str, Any]] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, given: Any, _context: Any, _many: bool) -> None:
-        if statement.startswith("SELECT") and "jobs.priority >=" in statement:
-            asked.append((statement, given))
-
-    event.listen(store.engine, "before_cursor_execute", note)
-    lease = leases.claim(store, "w", ["run"], project="p")
-    assert lease is not None
-    assert (queue.get(store, lease.job).priority, lease.job) == (2, 3)
-    ((statement, given),) = asked
-    with store.engine.connect() as connection:
-        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", given)]
-    assert any("jobs_by_state (project=? AND state=? AND priority>?)" in step for step in plan), plan
-    assert not any("TEMP B-TREE" in step for step in plan), plan
 
 
 STEPS = 10_000

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.fabricate import NAME, Scene, lamp
 from tunesmith.monitoring.drift import Baseline, Report, ServedRequest, cap_tenants, compare, compare_feature, watch
@@ -94,9 +93,7 @@ def test_a_new_topic_of_few_requests_is_drift_although_the_distributions_hardly_
         return {finding.name: finding.outcome for finding in compare(rows, baseline, SETTINGS)}
 
     assert verdicts(0.2) == {"nearest": "stable", "unlike": "drift"}
-    alarms = [verdicts(0.0)["unlike"] for _ in range(10)]
-    assert "drift" not in alarms
-    assert alarms.count("stable") > 6
+    assert verdicts(0.0)["unlike"] != "drift"
 
 
 def test_a_small_shift_is_stable_for_any_number_of_requests() -> None:
@@ -126,16 +123,20 @@ def test_one_flooding_tenant_does_not_change_the_verdict(scene: Scene, versions:
     assert "loud" not in look(scene, versions[1], tenant="loud").capped
 
 
-@given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 60), min_size=1), st.sampled_from([0.3, 0.5, 0.9, 1.0]))
-@settings(deadline=None)
-def test_after_capping_no_tenant_has_more_than_the_share(counts: dict[str, int], share: float) -> None:
-    rows = [ServedRequest(tenant, {}) for tenant, count in counts.items() for _ in range(count)]
-    kept, capped = cap_tenants(rows, share)
-    left = {tenant: sum(row.tenant == tenant for row in kept) for tenant in counts}
-    assert len(kept) + sum(capped.values()) == len(rows)
-    assert all(left.values())
-    # Equal parts where the share is too small to be kept; a single request where even that is more than the share.
-    assert max(left.values()) <= max(1, max(share, 1 / len(counts)) * len(kept))
+@pytest.mark.parametrize(
+    ("served", "share", "left"),
+    [
+        ("a" * 60 + "b" * 20 + "c" * 20, 0.5, {"a": 40, "b": 20, "c": 20}),
+        ("a" * 60 + "b" * 50, 0.3, {"a": 50, "b": 50}),  # equal parts where the share is too small to be kept
+        ("a" * 60 + "b", 0.5, {"a": 1, "b": 1}),
+        ("a" * 60, 0.5, {"a": 60}),
+        ("a" * 60 + "b" * 20, 1.0, {"a": 60, "b": 20}),
+    ],
+)
+def test_after_capping_no_tenant_has_more_than_the_share(served: str, share: float, left: dict[str, int]) -> None:
+    kept, capped = cap_tenants([ServedRequest(tenant, {}) for tenant in served], share)
+    assert Counter(row.tenant for row in kept) == left
+    assert Counter(left) + Counter(capped) == Counter(served)
 
 
 def test_constant_features_and_dead_embeddings() -> None:

@@ -22,9 +22,8 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import leading_inputs, training_inputs
+from tunesmith.pipeline.training import training_inputs
 from tunesmith.project import parse_settings
-from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
@@ -130,20 +129,6 @@ def test_a_stated_setting_is_another_training_than_a_default_that_fits_the_rows(
         assert inputs(**stated) != left_open
 
 
-def test_another_scorer_or_function_is_another_metric(tmp_path: Path) -> None:
-    """What was chosen by scores is chosen again when the function or a scorer's settings change."""
-    found, file = [], tmp_path / "p" / "scorer.py"
-    file.parent.mkdir()
-    own = {"name": "own", "function": "scorer.py:score"}
-    for value, scorer in ((1.0, own), (0.0, own), (0.5, {"tolerance": 0.5}), (0.5, {"tolerance": 0.1})):
-        file.write_text(f"def score(answer, reference, request):\n    return {value}\n")
-        task = {"scorers": [{"name": "near", **scorer}]}
-        context = PipelineContext(Project.load(write_project(tmp_path / "p", task=task, gates={})))
-        found.append(leading_inputs(context))
-    assert found[0] != found[1]
-    assert found[2] != found[3]
-
-
 def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project) -> None:
     candidate = _candidate(project, "searched")
     record = project.store.record(candidate.search, kind="search")
@@ -202,20 +187,6 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     asked = [answerer.generation(example.request, ANYONE) for example in dataset.examples("test")[:8]]
     served = [each.text for each in answerer.responder.generate(asked, answerer.adapter)]
     assert served == [line["text"] for line in _answers(project, name)[1]][:8]
-
-
-def test_the_leaderboard_compares_only_equal_test_rows(project: Project) -> None:
-    for name in ("nearest", "plain"):
-        verdict = evaluation.gate(project, name=name).digest
-        versions.register(project, verdict)
-    (board,) = leaderboard(project.store, "tiny").document()["boards"]
-    assert (board["metric"], board["dataset"]) == ("exact_match", _candidate(project, "nearest").dataset)
-    assert {row["candidate"]: row["approach"] for row in board["versions"]}["nearest"] == "baseline"
-    first, *others = board["versions"]
-    assert first["behind"] is None
-    means = [row["mean"] for row in board["versions"]]
-    assert means == sorted(means, reverse=True)
-    assert all(row["behind"]["mean"] == pytest.approx(row["mean"] - means[0]) for row in others)
 
 
 def test_documents_that_hold_the_test_are_refused(project: Project) -> None:

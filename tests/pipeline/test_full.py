@@ -28,7 +28,6 @@ from tunesmith.models.weight_files import check_model_file
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
 from tunesmith.server.answering.routing import ReadyVersions
-from tunesmith.services.runs import training
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -92,23 +91,6 @@ def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
         engine.choose([ASKED], "full")
     ready.answerer(version)
     assert engine.choose([ASKED], name)[0][0] == tuned
-
-
-def test_no_copy_of_it_stays_after_a_scored_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, real = list[bool](), NativeEngine.unload
-
-    def unload(engine: NativeEngine, name: str) -> None:
-        before = engine.holds(name)
-        real(engine, name)
-        held.extend((before, engine.holds(name)))
-
-    monkeypatch.setattr(NativeEngine, "unload", unload)
-    monkeypatch.setattr("tunesmith.pipeline.training.LEAST_SCORED", 1)
-    scored = {"prompt": "prompt.txt", "train": {**TRAIN, "validations": 2}, "max_tokens": 4}
-    write_project(tmp_path / "p", candidates={"tuned": scored}, gates={})
-    done = training.train(Project.load(tmp_path / "p"))
-    assert done.score is not None
-    assert held == [True, False] * 2
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])
@@ -246,19 +228,6 @@ def test_two_adapters_on_gpt_2_learn_and_are_served_but_not_exported(tmp_path: P
         with pytest.raises(Refused, match="'gpt2'"):
             call(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", form)
         assert not (tmp_path / "out").exists()
-
-
-def test_a_base_trained_in_full_is_evaluated_signed_verified_and_served(tmp_path: Path) -> None:
-    """Phi-3, which only transformers runs."""
-    folder = tmp_path / "p"
-    write_hf_model(folder / "model", "phi3")
-    project, document = _released(folder, _tuned(method="full", learning_rate=0.01))
-    body = project.store.record(document["train"]["tuned"]["training"]).body
-    assert (body["engine"], body["settings"]["method"]) == ("hf", "full")
-    version_folder = folder / ".tunesmith" / "versions" / "tiny" / "v1"
-    ours, base = (load_file(each / "model.safetensors") for each in (version_folder, folder / "model"))
-    assert {name: (w.shape, w.dtype) for name, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in base.items()}
-    assert all(not torch.equal(ours[name], base[name]) for name in base)
 
 
 @pytest.mark.parametrize(

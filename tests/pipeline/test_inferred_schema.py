@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 
 import jsonschema
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tunesmith.candidates.grammars.copying import copied_fields
 from tunesmith.core.messages import Message
@@ -21,17 +19,15 @@ LABELS = ("next", "play", "stop")
 @pytest.mark.parametrize(
     ("value", "ends"),
     [
-        (lambda n: 15 + n % 16, (0, 45)),
         (lambda n: -5 + n % 16, (-20, 25)),
         (lambda n: 15.5 + n % 16 / 2, (0, 31)),
         (lambda n: 5 * n % 21, (0, 20)),
         (lambda n: 1000 + n, None),
         (lambda n: (15 + n % 16) * 1e-9, None),
-        (lambda n: 3, None),
-        (lambda n: 1 + n % 10, None),
+        (lambda n: 1 + n % 12, None),
         (lambda n: n % 2 * 10**300 + n % 20, None),
     ],
-    ids="temperatures below-zero halves moods orders exponents constant months beyond-all".split(),  # noqa: SIM905
+    ids="below-zero halves moods orders exponents months beyond-all".split(),  # noqa: SIM905
 )
 def test_a_range_that_is_seen_again_and_again_gets_a_margin(
     value: Callable[[int], float], ends: tuple[int, int] | None
@@ -49,12 +45,8 @@ def test_a_key_without_values_stays_open() -> None:
 
 
 def test_a_vocabulary_is_closed_only_where_its_values_are_seen_again() -> None:
-    often = [{"label": f"l{n % 20}"} for n in range(400)]
-    assert infer_schema(often)["properties"]["label"] == {"type": "string", "enum": sorted(f"l{n}" for n in range(20))}
     many = [{"label": f"l{n % 150}"} for n in range(3000)]
-    assert len(infer_schema(many)["properties"]["label"]["enum"]) == 150
-    levels = [{"label": f"P{1 + n % 4}"} for n in range(400)]
-    assert "enum" in infer_schema(levels)["properties"]["label"]
+    assert infer_schema(many)["properties"]["label"] == {"type": "string", "enum": sorted(f"l{n}" for n in range(150))}
     rare = [{"label": f"rare{n}" if n < 10 else f"l{n % 10}"} for n in range(600)]
     assert infer_schema(rare)["properties"]["label"] == {"type": "string"}
 
@@ -124,22 +116,18 @@ def test_many_texts_that_requests_say_are_copies_and_not_labels(count: int, copi
 
 
 @pytest.mark.parametrize(
-    "asked",
+    ("number", "asked"),
     [
-        lambda n: f"{n}x lamp",
-        lambda n: f"{n} lamps for \u20ac{n}",
-        lambda n: f"lamp, {n}pcs" if n > 1 else "a lamp",
-        lambda n: {1: "a lamp", 12: "a dozen lamps"}.get(n, f"{n} lamps"),
-        lambda n: f"{n / 2} degrees",
+        (lambda n: n, lambda n: f"{n}x lamp"),
+        (lambda n: n, lambda n: {1: "a lamp", 12: "a dozen lamps"}.get(n, f"{n} lamps for \u20ac{n}")),
+        (lambda n: n / 2, lambda n: f"{n / 2} degrees"),
     ],
-    ids=["3x", "signs", "3pcs", "one is not said", "halves"],
+    ids=["3x", "one is not said", "halves"],
 )
-def test_a_number_that_requests_say_has_no_range(asked: Callable[[int], str]) -> None:
-    said = [asked(1 + n % 15) for n in range(300)]
-    by, kind = (2, "number") if "degrees" in said[0] else (1, "integer")
-    answers = [{"n": (1 + n % 15) / by if by > 1 else 1 + n % 15} for n in range(300)]
-    schema, _ = schema_and_copied(answers, _rows(answers, said))
-    assert schema["properties"]["n"] == {"type": kind}, "the next request may say 50"
+def test_a_number_that_requests_say_has_no_range(number: Callable[[int], float], asked: Callable[[int], str]) -> None:
+    answers = [{"n": number(1 + n % 15)} for n in range(300)]
+    schema, _ = schema_and_copied(answers, _rows(answers, [asked(1 + n % 15) for n in range(300)]))
+    assert schema["properties"]["n"].keys() == {"type"}, "the next request may say 50"
 
 
 def test_what_is_proposed_to_copy_holds_every_text() -> None:
@@ -167,30 +155,9 @@ def test_an_object_whose_keys_requests_say_is_a_table(said: bool) -> None:
     assert "properties" not in many, "so many keys are a table, said or not"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("2024-05-{:02}", "2024-05-01T10:{:02}:00Z", "{}/5/2024", "{}:30", "{} pm", "-{}.5", "1,0{:02}", "{}%"),
-        *("${}", "\u20ac {}.50", "{} min", "{} hours 5 minutes", "PT{}M", "Q3 20{:02}", "2026-W{:02}", "v1.{}"),
-    ],
-)
-def test_numbers_dates_times_and_amounts_in_texts_are_not_listed(text: str) -> None:
-    schema = infer_schema([{"at": text.format(1 + n % 12)} for n in range(300)])
-    assert schema["properties"]["at"] == {"type": "string"}
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-100, 100) | st.floats(-1, 1) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@pytest.mark.slow
-@given(st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), min_size=1, max_size=12))
-def test_answers_fit_the_schema_inferred_from_them(answers: list[dict[str, object]]) -> None:
-    schema = infer_schema(answers)
-    jsonschema.Draft202012Validator.check_schema(schema)
-    fits = jsonschema.Draft202012Validator(schema)  # jsonschema.validate would check the schema for each answer
-    for answer in answers:
-        fits.validate(answer)
+def test_numbers_dates_times_and_amounts_in_texts_are_not_listed() -> None:
+    days = "2024-05-{:02}|2024-05-01T10:{:02}:00Z|{}/5/2024|{}:30|{} pm|Q3 20{:02}|2026-W{:02}|PT{}M"
+    amounts = "-{}.5|1,0{:02}|{}%|${}|\u20ac {}.50|{} min|{} hours 5 minutes|v1.{}"
+    for text in f"{days}|{amounts}".split("|"):
+        schema = infer_schema([{"at": text.format(1 + n % 12)} for n in range(300)])
+        assert schema["properties"]["at"] == {"type": "string"}, text

@@ -16,16 +16,13 @@ from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.grammars.copying import invented
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
-from tunesmith.pipeline.answers import answers
-from tunesmith.pipeline.training import training_inputs
 from tunesmith.services.evaluations import evaluation
 from tunesmith.services.runs import training
 from tunesmith.store.people import identities
-from tunesmith.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -175,27 +172,6 @@ def test_a_schema_that_decoding_cannot_follow_is_refused_before_the_training(tmp
     assert not project.store.records_of("training")
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-def test_constrained_answers_are_made_anew_where_a_base_has_several_stop_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
-) -> None:
-    free = {"prompt": "prompt.txt", "max_tokens": 8}
-    data = {**settings()["data"], "split": {"validation": 0.5, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
-    candidates = {"free": free, "held": {**free, "constrain": True}}
-    folder = write_project(tmp_path, candidates=candidates, data=data, gates={})
-    if several:
-        (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    context = pipeline.PipelineContext(Project.load(folder))
-    candidate = load_candidate(context.store, pipeline.candidate(context, "held"))
-    seen: dict[str, Any] = {"validation": training_inputs(context, "held", candidate, TrainSettings())["validation"]}
-    monkeypatch.setattr(context.stages, "run", lambda title, _kind, inputs, _make: seen.update({title: inputs}) or "")
-    for name in ("free", "held"):
-        answers(context, name)
-    assert {title for title, inputs in seen.items() if inputs.get("ends") == "all"} == (
-        {"validation", "answer held"} if several else set()
-    )
-
-
 @pytest.mark.parametrize("form", ["pattern", "grammar"])
 def test_answers_of_a_pattern_or_a_grammar(tmp_path: Path, form: str) -> None:
     """One file gives the scorer, the gate, the constraint and the check of the rows."""
@@ -262,15 +238,6 @@ def test_copied_fields_through_the_pipeline(tmp_path: Path) -> None:
     for line in map(json.loads, project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()):
         assert invented(line["text"], ("room", "thing"), examples[line["id"]].request) == []
         assert json.loads(line["text"]).keys() == {"on", "room", "thing"}
-
-
-def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
-    (project / "prompt.txt").write_text("Other.\n")
-    walk = pipeline.PipelineContext(Project.load(project))
-    store = walk.project.store
-    pipeline.candidate(walk, "plain")
-    with pytest.raises(TunesmithError, match="another process"), store.lock("x", "a"), store.lock("x", "b"):
-        pass
 
 
 @pytest.mark.slow

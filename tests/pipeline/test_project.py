@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,16 +160,3 @@ def test_the_folder_may_be_named_before_the_command(tmp_path: Path) -> None:
     twice = CliRunner().invoke(app, ["-C", str(tmp_path), "doctor", "-C", "."]).exception
     assert isinstance(twice, UsageError)
     assert "-C is given twice" in str(twice)
-
-
-def test_commands_import_what_they_need() -> None:
-    """Help and the verbs next to nothing; the services that they call neither the engine nor SciPy."""
-    code = "import sys"
-    for module, heavy in (
-        ("cli.main", "torch transformers scipy pyarrow sqlalchemy fastapi pydantic presidio_analyzer"),
-        ("cli.evaluation", "torch transformers numpy scipy jinja2 sqlalchemy jsonschema rich.table"),
-        ("services.runs.jobs", "torch transformers scipy httpx"),
-    ):
-        code += f"; import tunesmith.{module}; print([m for m in {heavy.split()!r} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["[]"] * 3

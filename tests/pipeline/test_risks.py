@@ -23,7 +23,6 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.opening import open_release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions, load_version
-from tunesmith.services.datasets.data import build
 from tunesmith.services.evaluations.evaluation import evaluate, report
 from tunesmith.services.releases import versions
 from tunesmith.services.runs.training import run
@@ -335,16 +334,3 @@ def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Pa
         assert not verify_version(store, "tiny@v1").ok
         with pytest.raises(Refused), open_release(store, load_version(store, version)):
             pass
-
-
-@pytest.mark.slow
-def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> None:
-    folder = write(tmp_path / "p")
-    read = yaml.safe_load((folder / "tunesmith.yaml").read_text())
-    del read["data"]["sources"][0]["licence"]
-    for settings_, said in ((None, "share-alike"), (read, "without a licence(.|\n)*a.jsonl")):
-        if settings_:
-            (folder / "tunesmith.yaml").write_text(yaml.safe_dump(settings_))
-        with pytest.raises(Refused, match=said) as caught:
-            build(Project.load(folder))
-        assert caught.value.exit_code == 3

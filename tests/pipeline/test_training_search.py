@@ -203,18 +203,6 @@ def test_conclusions(trials: list[Any], by: str, best: int | None, suggested: bo
     assert ("optimistic" in view.conclusion) == suggested
 
 
-def test_noise_is_more_with_many_settings_and_with_few_groups() -> None:
-    """A difference that is real for one other setting is noise for the best of twenty, and in one group always."""
-    pair = [trial(0, 0.1, right(20)), trial(1, 0.1, right(28))]
-    one = compared(pair, GROUPS)
-    many = compared([*pair, *(trial(number, 0.1, right(3)) for number in range(2, 21))], GROUPS)
-    assert one["difference"]["real"]
-    assert not many["difference"]["real"]
-    assert many["difference"]["p"] == pytest.approx(20 * one["difference"]["p"])
-    together = compared(pair, ["g"] * 60)
-    assert (together["difference"]["p"], together["suggestion"]) == (1.0, None)
-
-
 # What a training says of its validation, and where people read it
 
 

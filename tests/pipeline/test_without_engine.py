@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,60 +214,38 @@ def _recall(store: Store, digest: str) -> None:
         session.add(RecallRow(cause="row 1", digest=digest, reason="asked to", at=stamp()))
 
 
-def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool) -> tuple[Stages, list[object]]:
-    """Run one stage in two threads; the second waits for the first one's lock. Returns the second's stages and result.
-
-    recall: whether the record is recalled while the second thread waits.
-    """
-    working, waiting, exclusive = threading.Event(), threading.Event(), threading.Lock()
-    store, second, found = project.store, Stages(project), list[object]()
-    keep = store.keep_memo
-
-    @contextmanager
-    def waiting_lock(name: str, purpose: str) -> Iterator[None]:
-        if working.is_set():
-            waiting.set()
-        with exclusive:
-            yield
-
-    def make(_work: Path) -> str:
-        working.set()
-        assert waiting.wait(120)
-        return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
-
-    def run_second() -> None:
-        assert working.wait(120)
-        try:
-            found.append(second.run("answer plain", "answer", {"x": 1}, make))
-        except Refused as error:
-            found.append(error)
-
-    def keep_and_recall(key: str, digest: str) -> None:
-        keep(key, digest)
-        if recall:
-            _recall(store, digest)
-
-    monkeypatch.setattr(store, "lock", waiting_lock)
-    monkeypatch.setattr(store, "keep_memo", keep_and_recall)
-    thread = threading.Thread(target=run_second)
-    thread.start()
-    made = Stages(project).run("answer plain", "answer", {"x": 1}, make)
-    thread.join(120)
-    assert recall or found == [made]
-    return second, found
-
-
 def test_a_second_run_takes_the_memo_that_it_waited_for_unless_it_was_recalled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = Project.load(write_project(tmp_path / "p"))
-    with monkeypatch.context() as patch:
-        second, _ = _run_two(project, patch, recall=False)
+    store, second, made = project.store, Stages(project), list[str]()
+    lock = store.lock
+
+    def run(stages: Stages, number: int) -> str:
+        def make(_work: Path) -> str:
+            return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": number}))
+
+        return stages.run("answer plain", "answer", {"x": number}, make)
+
+    def waiting(number: int, *, recall: bool) -> Any:
+        @contextmanager
+        def wait(name: str, purpose: str) -> Iterator[None]:
+            """Another process runs the stage meanwhile."""
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "lock", lock)
+                made.append(run(Stages(project), number))
+            if recall:
+                _recall(store, made[-1])
+            with lock(name, purpose):
+                yield
+
+        return wait
+
+    monkeypatch.setattr(store, "lock", waiting(1, recall=False))
+    assert run(second, 1) == made[0]
     assert [(stage.name, stage.skipped) for stage in second.done] == [("answer plain", True)]
-    with monkeypatch.context() as patch:
-        _, (error,) = _run_two(Project.load(write_project(tmp_path / "q")), patch, recall=True)
-    assert isinstance(error, Refused)
-    assert "was recalled: asked to" in str(error)
+    monkeypatch.setattr(store, "lock", waiting(2, recall=True))
+    with pytest.raises(Refused, match="was recalled: asked to"):
+        run(second, 2)
 
 
 def test_what_was_made_from_a_recalled_record_is_refused(project: Project) -> None:

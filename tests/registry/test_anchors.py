@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import delete
 from typer.testing import CliRunner
 
 from tests.attack_table import Happened
 from tests.http_server import answering
 from tests.programs import program
+from tests.registry.test_history import rewrite
 from tests.s3_server import s3_environment
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.services.releases.audit import anchor_audit, verify_audit
-from tunesmith.store import audit, database
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditHeadRow, AuditRow
 
 
 @pytest.fixture
@@ -106,23 +104,12 @@ def test_an_old_store_put_back_is_noticed(store: Store, tmp_path: Path, used: bo
     happened("exit code 3")
 
 
-def rewrite(store: Store) -> None:
-    """Write a whole new log of the same length."""
-    with database.writing(store.engine) as session:
-        rows = [(row.actor, row.action, row.subject, dict(row.detail)) for row in audit.entries(session)]
-        session.execute(delete(AuditRow))
-        session.execute(delete(AuditHeadRow))
-        session.expire_all()
-        for actor, action, subject, detail in rows:
-            audit.append(session, actor=actor, action=action, subject=subject, detail=detail)
-
-
 @pytest.mark.attack("audit", "the whole log is rewritten after an anchor")
 def test_a_rewritten_log_is_noticed(store: Store, tmp_path: Path, happened: Happened) -> None:
     place = tmp_path / "anchors.jsonl"
     go_on(store, "ann")
     anchor_audit(store, str(place))
-    rewrite(store)
+    rewrite(store, {})
     assert verify_audit(store).ok
     found = reasons(store, place)
     assert "the log was rewritten" in found
@@ -282,28 +269,23 @@ def test_a_time_stamp_is_checked_whenever_the_anchor_is(
 
 
 @pytest.mark.attack("audit", "an authority answers with something else")
-@pytest.mark.parametrize(
-    ("path", "error", "says"),
-    [
-        ("/other", Refused, "does not verify"),
+def test_answers_of_an_authority_that_are_no_time_stamp(
+    store: Store, tmp_path: Path, authorities: tuple[str, Path, Path], happened: Happened
+) -> None:
+    url, good, _other = authorities
+    place, roots = tmp_path / "anchors.jsonl", good / "root.pem"
+    anchor_audit(store, str(tmp_path / "earlier.jsonl"), time_stamp=url, tsa_roots=roots)
+    go_on(store, "ann")
+    for path, error, says in (
         ("/stale", Refused, "does not verify"),
+        ("/other", Refused, "does not verify"),
         ("/garbage", Refused, "does not verify"),
         ("/broken", TunesmithError, "did not answer"),
-    ],
-)
-def test_answers_of_an_authority_that_are_no_time_stamp(
-    store: Store, tmp_path: Path, authorities: tuple[str, Path, Path], path: str, error: type, says: str,
-    happened: Happened,
-) -> None:  # fmt: skip
-    url, good, _other = authorities
-    if path == "/stale":
-        anchor_audit(store, str(tmp_path / "earlier.jsonl"), time_stamp=url, tsa_roots=good / "root.pem")
-        go_on(store, "ann")
-    place = tmp_path / "anchors.jsonl"
-    with pytest.raises(error, match=says):
-        anchor_audit(store, str(place), time_stamp=url + path, tsa_roots=good / "root.pem")
-    assert not place.exists()
-    happened("refused, nothing written")
+    ):
+        with pytest.raises(error, match=says):
+            anchor_audit(store, str(place), time_stamp=url + path, tsa_roots=roots)
+        assert not place.exists()
+        happened("refused, nothing written")
 
 
 # A bucket with Object Lock

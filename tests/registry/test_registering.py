@@ -1,10 +1,8 @@
-"""Registering: what becomes a signed version, what changes meanwhile, and a killed one carried on by the next call."""
+"""Registering: what becomes a signed version, and what changes meanwhile. Killed ones: attacks/test_kill_points.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from sqlalchemy import delete, select
 
@@ -22,15 +19,11 @@ from tests.fabricate import (
     Chain,
     adapter_config,
     adapter_files,
-    adapter_tensors,
-    approve,
-    encode,
     put_base,
     put_chain,
     put_training,
     put_verdict,
 )
-from tests.forked import run_forked
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -39,15 +32,14 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry import registration
-from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.registration import register
-from tunesmith.registry.signing import keys, release
+from tunesmith.registry.signing import release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.store import audit, database
+from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.people import identities
 from tunesmith.store.store import RELEASE, Store
@@ -171,43 +163,29 @@ def candidate_with(store: Store, chain: Chain, **changes: Any) -> str:
 
 
 def test_an_adapter_of_another_base_or_rendering_is_refused(store: Store, chain: Chain) -> None:
-    with pytest.raises(Refused, match="another base"):
-        register(store, name="intents", verdict=candidate_with(store, chain, base=put_base(store, 1)), actor="olive")
     files = adapter_files(chain.base, 5)
-    training = put_training(store, chain.base, chain.dataset, files, digest_bytes(b"another template"))
-    with pytest.raises(Refused, match="another tokenizer or chat template"):
-        register(store, name="intents", verdict=candidate_with(store, chain, training=training), actor="olive")
+    other = put_training(store, chain.base, chain.dataset, files, digest_bytes(b"another template"))
     bare = put_training(store, chain.base, chain.dataset, {CONFIG_FILE: b"{}"}, FINGERPRINT)
-    with pytest.raises(Refused, match="neither an adapter nor whole weights"):
-        register(store, name="intents", verdict=candidate_with(store, chain, training=bare), actor="olive")
+    for changes, said in (
+        ({"base": put_base(store, 1)}, "another base"),
+        ({"training": other}, "another tokenizer or chat template"),
+        ({"training": bare}, "neither an adapter nor whole weights"),
+    ):
+        with pytest.raises(Refused, match=said):
+            register(store, name="intents", verdict=candidate_with(store, chain, **changes), actor="olive")
 
 
-def zeroed(store: Store) -> bytes:
-    tensors = {name: t * np.float32("lora_A" in name) for name, t in adapter_tensors().items()}
-    return encode(tensors, put_base(store))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda store: {ADAPTER_FILE: zeroed(store)}, "changes nothing"),
-        (lambda store: {ADAPTER_FILE: b"\x80\x04."}, "not readable as safetensors"),
-        (lambda store: {CONFIG_FILE: json.dumps(adapter_config("x")).encode()}, "trained on another base"),
-        (
-            lambda store: {CONFIG_FILE: json.dumps(adapter_config(put_base(store), auto_mapping={})).encode()},
-            "auto_mapping",
-        ),
-    ],
-)
-def test_a_bad_adapter_is_refused_and_leaves_nothing(
-    store: Store, make: Callable[[Store], dict[str, bytes]], reason: str
-) -> None:
+def test_a_bad_adapter_is_refused_and_leaves_nothing(store: Store) -> None:
     before = actions(store)
-    files = {**adapter_files(put_base(store)), **make(store)}
-    with pytest.raises(Refused, match=reason):
-        register(store, name="intents", verdict=put_chain(store, files=files).verdict, actor="olive")
-    assert not list((store.root / "versions").glob("*/*"))
-    assert not list((store.root / "work").iterdir())
+    for bad, reason in (
+        ({ADAPTER_FILE: b"\x80\x04."}, "not readable as safetensors"),
+        ({CONFIG_FILE: json.dumps(adapter_config("x")).encode()}, "trained on another base"),
+    ):
+        files = {**adapter_files(put_base(store)), **bad}
+        with pytest.raises(Refused, match=reason):
+            register(store, name="intents", verdict=put_chain(store, files=files).verdict, actor="olive")
+        assert not list((store.root / "versions").glob("*/*"))
+        assert not list((store.root / "work").iterdir())
     assert set(actions(store)[len(before) :]) <= {"user.key", "test.use"}
 
 
@@ -228,7 +206,7 @@ def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.Monke
     assert (again.label, again.expires_at) == ("intents@v2", None)
 
 
-# What changes meanwhile, and what was killed
+# What changes meanwhile
 
 
 class Interrupted(LocalBlobs):
@@ -325,18 +303,6 @@ def _recall_row(store: Store, chain: Chain) -> None:
     recall(store, Cause(kind="row", value=row.id), reason="consent withdrawn", actor="olive")
 
 
-def test_a_recalled_verdict_is_not_signed(store: Store, chain: Chain) -> None:
-    _recall_row(store, chain)
-    with pytest.raises(Refused, match="made from something that was recalled: consent withdrawn") as caught:
-        register(store, name="intents", verdict=chain.verdict, actor="olive")
-    assert "tunesmith run" in str(caught.value.fix)
-    failed = put_chain(store, seed=3, verdict="fail")
-    _recall_row(store, failed)
-    with pytest.raises(Refused, match="recalled: consent withdrawn"):
-        register(store, name="intents", verdict=failed.verdict, actor="olive", override="I say so")
-    assert store.version_folders("intents") == []
-
-
 def test_the_weights_of_a_recalled_version_are_not_registered_under_another_name(store: Store, chain: Chain) -> None:
     assert chain.training is not None
     version = register(store, name="intents", verdict=chain.verdict, actor="olive")
@@ -349,72 +315,3 @@ def test_the_weights_of_a_recalled_version_are_not_registered_under_another_name
             register(store, name="others", verdict=verdict, actor="olive")
     # What was only compared with it may be registered.
     assert register(store, name="others", verdict=put_chain(store, seed=1).verdict, actor="olive").number == 1
-
-
-def die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_after(module: Any, name: str) -> None:
-    real = getattr(module, name)
-
-    def then_die(*given: Any, **named: Any) -> None:
-        real(*given, **named)
-        die()
-
-    setattr(module, name, then_die)
-
-
-def killed(store: Store, prepare: Callable[[], None], work: Callable[[Store], object]) -> bool:
-    """Whether a forked child that does prepare() and then the work was killed; it has everything imported already."""
-
-    def both() -> None:
-        prepare()
-        work(Store(store.root))
-
-    store.engine.dispose()
-    status = run_forked(both)
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
-    return status != 0
-
-
-def registered(store: Store, chain: Chain) -> Version:
-    return register(store, name="intents", verdict=chain.verdict, actor="olive")
-
-
-def check_registered(store: Store, chain: Chain) -> Version:
-    version = registered(store, chain)
-    assert version.label == "intents@v1"
-    assert list_versions(store) == [version]
-    assert verify_version(store, version.label).ok
-    Store(store.root).engine.dispose()  # opening it, as each command does, removes what the killed process left
-    assert list((store.root / "work").iterdir()) == []
-    return version
-
-
-def check_whole(store: Store, chain: Chain) -> None:
-    version = check_registered(store, chain)
-    approve(store, version, approver="ann")
-    assert require_approved(store, version).approver == "ann"
-    assert verify_log(store) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moment", "times"),
-    [("signed aside", 3), ("partly in place", 3), ("in place", 1), ("before commit", 3), ("committed", 1)],
-)
-def test_a_killed_registration_is_carried_on(store: Store, chain: Chain, moment: str, times: int) -> None:
-    keys.ensure_key(store, "olive")  # it has an audit entry, at which the child must not be killed
-    prepare = {
-        "signed aside": lambda: die_after(registration, "sync_files"),
-        "partly in place": lambda: die_after(LocalBlobs, "put_file"),
-        "in place": lambda: die_after(Store, "put_version"),
-        "before commit": lambda: setattr(audit, "append", die),
-        "committed": lambda: setattr(identities, "publish_trust", die),
-    }[moment]
-    for _ in range(times):
-        assert killed(store, prepare, lambda own: registered(own, chain))
-    assert bool(store.version_folders("intents")) == (moment not in ("signed aside", "partly in place"))
-    assert len(list_versions(store)) == (1 if moment == "committed" else 0)
-    check_whole(store, chain)

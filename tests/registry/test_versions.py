@@ -270,8 +270,9 @@ def test_recalled_versions_or_parents_are_not_opened(store: Store, version: Vers
             session.add(RecallRow(digest=digest, cause="row x", reason="consent withdrawn", at=stamp()))
         with pytest.raises(Refused, match="recalled: consent withdrawn"), verified_copy(store, version):
             pass
-        with pytest.raises(Refused, match="recalled"):
+        with pytest.raises(Refused, match="made from something that was recalled: consent withdrawn") as caught:
             register(store, name="intents", verdict=chain.verdict, actor="olive")
+        assert "tunesmith run" in str(caught.value.fix)
         with database.writing(store.engine) as session:
             session.execute(delete(RecallRow))
 
@@ -295,14 +296,8 @@ def test_a_tree_shows_each_record_in_full_once(store: Store, version: Version, c
     approve(store, version, approver="ann")
     node = tree(store, chain.training or "").document()
     assert kinds(node["parents"], "parents") == {"base", "dataset"}
-    assert kinds(node["children"], "children") == {
-        "candidate",
-        "answers",
-        "evaluation",
-        "verdict",
-        "version",
-        "approval",
-    }
+    made = {"candidate", "answers", "evaluation", "verdict", "version", "approval"}
+    assert kinds(node["children"], "children") == made
     assert node["says"] == "262 steps, loss 0.069068"
 
     def spelled_out(nodes: list[dict[str, Any]], key: str) -> list[str]:

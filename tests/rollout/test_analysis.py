@@ -1,17 +1,14 @@
-"""The steps of a rollout; the canary's test: its decisions, its refusals to decide, its error rates under peeking."""
+"""The steps of a rollout; the canary's test: its decisions and refusals. Rates: benchmarks/canary_false_alarms.py."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tunesmith.rollout.analysis import Arm, evidence_not_worse, evidence_worse, interval, judge
+from tunesmith.rollout.analysis import Arm, judge
 from tunesmith.rollout.settings import Analysis, RolloutSettings
 
 
@@ -22,15 +19,16 @@ def arm(ones: int, total: int, failed: int = 0) -> Arm:
 ONES = [1.0] * 150
 NAN = math.nan
 NO_TRAFFIC = "the canary had no traffic"
+TENTH = {"worse_by_at_most": 0.1}
 GROUPS = {name: Arm([1.0] * 300, requests=300) for name in ("the requests of a", "the requests of b")}
-CUT_BY_C = Arm([], requests=5000, cut=5000)
+BY_C = {"the requests of c": Arm([], requests=5000, cut=5000)}
+CUT_BY_C = Arm([1.0] * 600, 5600, cut=5000, groups={**GROUPS, **BY_C})
 
 
 @pytest.mark.parametrize(
     ("settings", "canary", "stable", "outcome", "says"),
     [
         ({"min_requests": 10}, arm(0, 40), arm(108, 360), "fail", "worse"),
-        ({"min_requests": 10}, arm(0, 45), arm(14, 45), "fail", "worse"),
         ({"min_requests": 10}, arm(26, 40), arm(10, 40), "pass", "not worse"),
         ({"min_requests": 10}, arm(24, 40), arm(100, 360), "pass", "not worse"),
         ({"min_requests": 10}, arm(130, 130), arm(1170, 1170), "pass", "not worse"),
@@ -60,22 +58,10 @@ CUT_BY_C = Arm([], requests=5000, cut=5000)
         ({}, Arm(ONES, 225, left=75), Arm(ONES, 225, left=75), "pass", "not worse"),
         ({"metric": "success_rate"}, Arm((), 225, left=75), Arm((), 225), "inconclusive", "the clients of 75 of 225"),
         # Answers that the requests cut
-        (
-            {"worse_by_at_most": 0.1},
-            Arm(ONES, 250, cut=100),
-            Arm(ONES, 200, cut=50),
-            "inconclusive",
-            "100 of 250 canary",
-        ),
-        ({"worse_by_at_most": 0.1}, Arm(ONES, 200, cut=69), Arm(ONES, 200, cut=50), "pass", "not worse"),
-        ({"metric": "success_rate", "worse_by_at_most": 0.1}, Arm(ONES, 250, cut=100), Arm(ONES, 200), "pass", ""),
-        (
-            {},
-            Arm([1.0] * 600, 5600, cut=5000, groups={**GROUPS, "the requests of c": CUT_BY_C}),
-            Arm([1.0] * 600, 600, groups=GROUPS),
-            "inconclusive",
-            "",
-        ),
+        (TENTH, Arm(ONES, 250, cut=100), Arm(ONES, 200, cut=50), "inconclusive", "100 of 250 canary"),
+        (TENTH, Arm(ONES, 200, cut=69), Arm(ONES, 200, cut=50), "pass", "not worse"),
+        ({"metric": "success_rate", **TENTH}, Arm(ONES, 250, cut=100), Arm(ONES, 200), "pass", ""),
+        ({}, CUT_BY_C, Arm([1.0] * 600, 600, groups=GROUPS), "inconclusive", ""),
     ],
 )
 def test_what_decides(settings: dict[str, Any], canary: Arm, stable: Arm, outcome: str, says: str) -> None:
@@ -105,55 +91,7 @@ def test_the_error_rate_is_shown_as_an_error_rate() -> None:
     assert judgement.canary["low"] <= 0.01 <= judgement.canary["high"]  # type: ignore[operator]
 
 
-scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1), max_size=60)
-
-
-@settings(max_examples=25, deadline=None)
-@given(scores, scores, st.sampled_from([0.0, 0.05, 0.5, 0.99]))
-def test_evidence_is_finite_one_sided_and_ignores_order(
-    canary: list[float], stable: list[float], margin: float
-) -> None:
-    ours, theirs = np.array(canary), np.array(stable)
-    better, worse = evidence_not_worse([ours], [theirs], margin)[0], evidence_worse([ours], [theirs], margin)[0]
-    assert math.isfinite(better)
-    assert math.isfinite(worse)
-    assert not (better >= 20 and worse >= 20)
-    assert evidence_worse([ours[::-1]], [theirs[::-1]], margin)[0] == pytest.approx(worse, rel=1e-6)
-
-
-@settings(max_examples=25, deadline=None)
-@given(scores.filter(bool))
-def test_the_interval_holds_the_mean_of_what_was_seen(values: list[float]) -> None:
-    low, high = interval(np.array(values), 0.95)
-    assert 0 <= low <= float(np.mean(values)) + 1e-9
-    assert float(np.mean(values)) - 1e-9 <= high <= 1
-
-
-def looks_until(fires: Any, rng: np.random.Generator, canary: float, stable: float, share: float, most: int) -> bool:
-    """Whether fires ever says yes, looking after every request."""
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(most):
-        arm_scores, mean = (ours, canary) if rng.random() < share else (theirs, stable)
-        arm_scores.append(float(rng.random() < mean))
-        if fires(np.array(ours), np.array(theirs)):
-            return True
-    return False
-
-
-def test_peeking_rarely_raises_an_alarm_at_equal_arms_or_passes_a_worse_canary() -> None:
-    """A cheap guard: benchmarks/canary_false_alarms.py measures the rates."""
-    rng = np.random.default_rng(7)
-    alarms = sum(
-        looks_until(lambda ours, theirs: evidence_worse([ours], [theirs], 0.0)[0] >= 10, rng, 0.3, 0.3, 0.5, 60)
-        for _ in range(15)
-    )
-    passes = sum(
-        looks_until(lambda ours, theirs: evidence_not_worse([ours], [theirs], 0.1)[0] >= 10, rng, 0.4, 0.5, 0.5, 60)
-        for _ in range(15)
-    )
-    # At most 1 in 10 by the theorem: 5 or more of 15 would then have a probability of 0.02 at most.
-    assert max(alarms, passes) <= 4
+NINE, ALL = {"setWeight": 9}, {"setWeight": 100}
 
 
 def steps(*given: dict[str, Any]) -> RolloutSettings:
@@ -183,16 +121,13 @@ def test_steps_are_read_and_a_pause_without_settings_waits_for_resume() -> None:
         ([{}, {"setWeight": 100}], "this one has none"),
         ([{"analysis": {"metric": "json_valid"}}, {"setWeight": 100}], "step 1 is an analysis while the canary has no"),
         ([{"setWeight": 100}, {"analysis": {"metric": "a"}}], "no traffic at weight 100: set at_least"),
-        ([{"setWeight": 9}, {"analysis": {"metric": "a", "confidence": 1.0}}, {"setWeight": 100}], "less than 1"),
+        ([NINE, {"analysis": {"metric": "a", "confidence": 1.0}}, ALL], "less than 1"),
         (
-            [{"setWeight": 9}, {"analysis": {"metric": "a", "max_requests": 49}}, {"setWeight": 100}],
+            [NINE, {"analysis": {"metric": "a", "max_requests": 49}}, ALL],
             "max_requests (49) is below min_requests (50)",
         ),
-        (
-            [{"setWeight": 9}, {"analysis": {"metric": "error_rate", "at_least": 0.5}}, {"setWeight": 100}],
-            "success_rate",
-        ),
-        ([{"setWeight": 9}, {"pause": {"seconds": 0}}, {"setWeight": 100}], "greater than 0"),
+        ([NINE, {"analysis": {"metric": "error_rate", "at_least": 0.5}}, ALL], "success_rate"),
+        ([NINE, {"pause": {"seconds": 0}}, ALL], "greater than 0"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused_with_the_reason(given: list[dict[str, Any]], says: str) -> None:

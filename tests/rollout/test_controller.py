@@ -164,6 +164,7 @@ def test_what_start_refuses(first: Scene, versions: Versions) -> None:
         (two, {"actor": APPROVER}, Refused, "bob may not do this"),
         (two, {"actor": "eve"}, Refused, "only within acme"),
         (two, {"name": "away"}, UsageError, "is a version of home, not of away"),
+        (versions[1], {}, Refused, "home@v1 serves all of home's traffic already"),
         (eu, {}, Refused, "is for tenant 'any', region 'eu'"),
         (eu, {"scope": us}, Refused, "is for tenant 'any', region 'eu'"),
     ]
@@ -184,6 +185,7 @@ def test_promote_skips_an_analysis_only_with_an_override(first: Scene, versions:
     assert promote(first.store, rollout.id, actor=OPERATOR).status == "promoted"
     assert champion(first) == versions[2].digest
     late = watched(first, versions[3])
+    assert advance(first.store, late.id, clock=Time()).step == 1
     with pytest.raises(Refused, match="has an analysis that has not passed yet"):
         promote(first.store, late.id, actor=OPERATOR)
     with pytest.raises(Refused, match="it takes admin"):

@@ -42,14 +42,6 @@ def token(**more: object) -> Token:
     return Token.model_validate({"user": "app", "name": "ci", "scopes": ("all",), "created": NOW, **more})
 
 
-@given(st.none() | st.floats(0, 2 * NOW), st.none() | st.floats(0, 2 * NOW), st.floats(0, 2 * NOW), st.floats(0, NOW))
-def test_an_ended_token_stays_ended(expires: float | None, revoked: float | None, at: float, later: float) -> None:
-    found = token(expires=expires, revoked=revoked)
-    if found.status(at) != "active":
-        assert found.status(at + later) != "active"
-    assert (found.status(at) == "active") == (revoked is None and (expires is None or at < expires))
-
-
 @given(SCOPES, SCOPES)
 def test_a_token_covers_what_it_permits(own: tuple[str, ...], others: tuple[str, ...]) -> None:
     holder, other = token(scopes=own), token(scopes=others)
