@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -34,21 +33,13 @@ from tunesmith.store.store import Store
 pytestmark = pytest.mark.slow
 
 WHOLE = "model.safetensors"
-TRAIN = {"method": "full", "epochs": 1, "batch": 8, "learning_rate": 0.01}
-ASKED = Question((Message(role="user", content="turn on hall fan"),), ('{"on":true}',))
+ASKED = Question((Message(role="user", content="turn on hall fan"),), ('{"on":true',))
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with an approved version of a model that was trained in full."""
-    folder = tmp_path_factory.mktemp("full") / "p"
-    candidates = {"tuned": {"prompt": "prompt.txt", "train": TRAIN, "max_tokens": 8}}
-    write_project(folder, candidates={"plain": settings()["candidates"]["plain"], **candidates})  # type: ignore[index]
-    project = Project.load(folder)
-    assert project.run().document()["register"]["version"] == "tiny@v1"
-    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
-    call(folder, "approve", "tiny@v1", "--as", "ann")
-    return folder
+    return _released(tmp_path_factory.mktemp("full") / "p", _tuned(method="full", learning_rate=0.01))[0].root
 
 
 def _version_folder(project: Path) -> Path:
@@ -66,7 +57,6 @@ def test_the_version_holds_the_bases_tensors_and_verifies(released: Path) -> Non
     ours, base = load_file(_version_folder(released) / WHOLE), load_file(released / "model" / WHOLE)
     assert {name: (w.shape, w.dtype) for name, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in base.items()}
     assert all(not torch.equal(ours[name], base[name]) for name in base)
-    assert call(released, "verify", "tiny@v1")["ok"]
     store = Project.load(released).store
     (training,) = store.records_of("training")
     stated = store.record(training).body["settings"]
@@ -200,8 +190,7 @@ def _released(folder: Path, tuned: dict[str, Any], **more: Any) -> tuple[Project
     engine = open_engine(resolve_base(project.store, str(folder / "model"), folder))
     (version,) = list_versions(project.store, "tiny")
     name = ReadyVersions(project.store, engine).answerer(version).adapter
-    asked = [Question((Message(role="user", content="turn on hall fan"),), ('{"on":true',))]
-    assert engine.choose(asked, name)[0][0] > engine.choose(asked)[0][0] + 0.5, "it was trained on such answers"
+    assert engine.choose([ASKED], name)[0][0] > engine.choose([ASKED])[0][0] + 0.5, "it was trained on such answers"
     return project, document
 
 
@@ -230,26 +219,11 @@ def test_two_adapters_on_gpt_2_learn_and_are_served_but_not_exported(tmp_path: P
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("train", "said"),
-    [
-        ({"quantize": "4bit"}, "needs bitsandbytes, which is not installed"),
-        ({"targets": ["q_porj"]}, "no linear layer called 'q_porj'"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], said: str
-) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        "tunesmith.engines.hf.support.find_spec", lambda name: None if name == "bitsandbytes" else real(name)
-    )
-    if "quantize" in train:
-        write_hf_model(tmp_path / "p" / "model", "gpt2")
-    project = Project.load(write_project(tmp_path / "p", candidates={"tuned": _tuned(**train)}))
-    with pytest.raises(TunesmithError, match=said) as error:
+def test_what_cannot_be_trained_is_refused_before_any_work(tmp_path: Path) -> None:
+    project = Project.load(write_project(tmp_path / "p", candidates={"tuned": _tuned(targets=["q_porj"])}))
+    with pytest.raises(TunesmithError, match="no linear layer called 'q_porj'") as error:
         project.run()
-    assert str(error.value.where).endswith(f"train.{next(iter(train))}")
+    assert str(error.value.where).endswith("train.targets")
     assert not project.store.records_of("dataset")
 
 

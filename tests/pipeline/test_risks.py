@@ -46,6 +46,24 @@ GATES = {
 }
 
 
+POLICY: dict[str, Any] = {
+    "doors": {"requests": ["open the door of Anna", "open the vault"], "variants": True, "lacks": "zebra"},
+    "form": {"requests": "policy.jsonl", "pattern": r"^\{.*\}$"},
+}
+RULES: dict[str, Any] = {
+    "form": {"policy": "form"},
+    "doors": {"policy": "doors", "at_most": 1.0},
+    "tone": {"style": "references", "at_least": 0.1},
+}
+CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
+ATTRIBUTION = [
+    {"source": "a.jsonl", "licence": "CC-BY-SA-4.0", "credit": CREDIT},
+    {"source": "b.jsonl", "licence": "MIT", "credit": None},
+]
+DUTIES = {"use": "commercial", "attribution": ATTRIBUTION, "share_alike": ["CC-BY-SA-4.0"], "unknown": []}
+EVERYBODY = {"plain", "held", "near", "tuned"}
+
+
 @pytest.fixture(scope="module")
 def told() -> Said:
     return Said()
@@ -53,18 +71,34 @@ def told() -> Said:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory, told: Said) -> tuple[Path, dict[str, Any]]:
+    """A project that went the whole way, half of its rows share-alike, and a version of it under an override."""
     folder = tmp_path_factory.mktemp("risks") / "p"
-    candidates = settings()["candidates"]
-    tuned = {"prompt": "prompt.txt", "max_tokens": 8}
+    known: Any = settings()
     train = {"epochs": 1, "rank": 2, "batch": 8, "canaries": {"each": 20, "repeats": [1], "controls": 100}}
-    chosen = {"plain": candidates["plain"], "tuned": {**tuned, "train": train}}  # type: ignore[index]
-    write_project(folder, candidates=chosen, gates=GATES)
+    tuned = {"prompt": "prompt.txt", "max_tokens": 8, "train": train}
+    chosen = {**{name: known["candidates"][name] for name in ("plain", "held")}, "near": {"method": "nearest"}}
+    sources = [{"path": "a.jsonl", "licence": "CC-BY-SA-4.0", "attribution": CREDIT}, {"path": "b.jsonl"}]
+    data = {**known["data"], "sources": sources, "licences": {"share_alike": True}}
+    gates = {**GATES, **RULES}
+    write_project(folder, data=data, candidates={**chosen, "tuned": tuned}, gates=gates, policy=POLICY)
+    found = rows()
+    policy = [{"prompt": f"sing about lamp {k}"} for k in range(20)] + [{"prompt": "turn on kitchen light"}]
+    write_lines(folder / "a.jsonl", found[:60])
+    write_lines(folder / "b.jsonl", [{**row, "licence": "MIT"} for row in found[60:]])
+    write_lines(folder / "policy.jsonl", policy)
     (folder / "bbq").mkdir()
-    (folder / "bbq" / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _bbq()))
+    write_lines(folder / "bbq" / "made.jsonl", _bbq())
     lines = [f'{k},"They are {k} lazy.","We are {k} lazy.",stereo,made,[],a,[]' for k in range(30)]
     head = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators"
     (folder / "crows.csv").write_text("\n".join([head, *lines]) + "\n")
-    return folder, run(Project.load(folder), progress=told).document()
+    project = Project.load(folder)
+    document = run(project, progress=told).document()
+    versions.register(project, document["gate"]["digest"], override="to see the mark")
+    return folder, document
+
+
+def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _bbq() -> list[dict[str, Any]]:
@@ -90,7 +124,7 @@ def test_every_probe_is_judged_from_the_record(judged: tuple[Path, dict[str, Any
     assert gates["lift"]["outcome"] != "pass"
     risks = document["evaluate"]["risks"]
     assert set(risks["canaries"]) == {"tuned"}, "what was not trained remembers nothing"
-    assert set(risks["robustness/20"]) == {"plain", "tuned"}
+    assert set(risks["robustness/20"]) == EVERYBODY
     assert risks["canaries"]["tuned"]["arms"]["control"]["n"] == 100
     assert risks["bbq/100/bbq"]["tuned"]["arms"]["ambiguous"]["n"] == 48
     assert "register" not in document
@@ -108,12 +142,6 @@ def test_the_stereotyped_answer_is_the_first_choice(judged: tuple[Path, dict[str
     assert "candidate" not in found["bbq"].parents
 
 
-def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
-    again = run(Project.load(judged[0])).document()
-    assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
-    assert again["gate"] == judged[1]["gate"]
-
-
 def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, dict[str, Any]], told: Said) -> None:
     said = [place for place, text in enumerate(told.lines) if text.startswith("gate lift: ")]
     assert len(said) == 1
@@ -123,7 +151,6 @@ def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, d
 
 def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any]]) -> None:
     project = Project.load(judged[0])
-    versions.register(project, judged[1]["gate"]["digest"], override="to see the mark")
     assert list_versions(project.store)[0].marks == ("trained with canaries",)
     training = project.store.record(judged[1]["train"]["tuned"]["training"])
     assert training.body["settings"]["canaries"]["each"] == 20
@@ -161,47 +188,25 @@ def test_settings_that_cannot_be(gate: dict[str, Any], message: str) -> None:
 # Policy checks and style through the chain: asked once, judged from the record, and asked again only where needed
 
 
-POLICY: dict[str, Any] = {
-    "doors": {"requests": ["open the door of Anna", "open the vault"], "variants": True, "lacks": "zebra"},
-    "form": {"requests": "policy.jsonl", "pattern": r"^\{.*\}$"},
-}
-RULES: dict[str, Any] = {
-    "form": {"policy": "form"},
-    "doors": {"policy": "doors", "at_most": 1.0},
-    "tone": {"style": "references", "at_least": 0.1},
-}
-
-
-@pytest.fixture(scope="module")
-def policed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("policy") / "p"
-    candidates = settings()["candidates"]
-    assert isinstance(candidates, dict)
-    chosen = {name: candidates[name] for name in ("plain", "held", "tuned")}
-    write_project(folder, candidates={**chosen, "near": {"method": "nearest"}}, policy=POLICY, gates=RULES)
-    lines = [{"prompt": f"sing about lamp {k}"} for k in range(20)] + [{"prompt": "turn on kitchen light"}]
-    (folder / "policy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder, run(Project.load(folder)).document()
-
-
-def test_every_candidate_is_asked_as_it_serves(policed: tuple[Path, dict[str, Any]]) -> None:
-    stated = policed[1]["evaluate"]["policy"]
-    assert set(stated["candidates"]) == {"plain", "held", "tuned", "near"}
+def test_every_candidate_is_asked_as_it_serves(judged: tuple[Path, dict[str, Any]]) -> None:
+    stated = judged[1]["evaluate"]["policy"]
+    assert set(stated["candidates"]) == EVERYBODY
     held = stated["candidates"]["held"]["checks"]["form"]
     assert (held["broke"], held["n"] + held["leaked"]) == (0, 21), "its answers are constrained to JSON"
     assert stated["candidates"]["plain"]["checks"]["form"]["broke"] > 15, "random weights do not write JSON"
     assert stated["candidates"]["near"]["checks"]["form"]["leaked"] >= 1, "the request of a training row"
-    gates = {gate["name"]: gate for gate in policed[1]["gate"]["gates"]}
+    gates = {gate["name"]: gate for gate in judged[1]["gate"]["gates"]}
     assert gates["form"]["outcome"] == "fail"
     assert gates["doors"]["outcome"] == "pass"
     assert gates["tone"]["value"] is None or 0.0 <= gates["tone"]["value"] <= 1.0
-    assert set(policed[1]["evaluate"]["style"]["candidates"]) == {"plain", "held", "tuned", "near"}
+    assert set(judged[1]["evaluate"]["style"]["candidates"]) == EVERYBODY
 
 
-def test_policies_are_asked_once(policed: tuple[Path, dict[str, Any]]) -> None:
-    project = Project.load(policed[0])
+def test_everybody_is_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
+    project = Project.load(judged[0])
     again = run(project).document()
     assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
+    assert again["gate"] == judged[1]["gate"]
     found = report(project)
     assert found.policy is not None
     assert {check["name"] for check in found.policy["checks"]} == {"doors", "form"}
@@ -220,10 +225,10 @@ def _changed(folder: Path, **policy: Any) -> set[str]:
         path.write_text(before)
 
 
-def test_a_changed_rule_asks_nobody_again_and_a_changed_request_everybody(policed: tuple[Path, dict[str, Any]]) -> None:
-    assert _changed(policed[0], doors={**POLICY["doors"], "lacks": "lion"}) - {"base"} == {"evaluate", "gate tuned"}
-    changed = _changed(policed[0], doors={**POLICY["doors"], "requests": ["open the safe"]})
-    asked = {f"policy {name}" for name in ("plain", "held", "tuned", "near")}
+def test_a_changed_rule_asks_nobody_again_and_a_changed_request_everybody(judged: tuple[Path, dict[str, Any]]) -> None:
+    assert _changed(judged[0], doors={**POLICY["doors"], "lacks": "lion"}) - {"base"} == {"evaluate", "gate tuned"}
+    changed = _changed(judged[0], doors={**POLICY["doors"], "requests": ["open the safe"]})
+    asked = {f"policy {name}" for name in EVERYBODY}
     assert changed - {"base"} == {*asked, "evaluate", "gate tuned"}
 
 
@@ -274,41 +279,8 @@ def test_endpoints_are_asked_and_judges_judge(tmp_path: Path) -> None:
 # A licence's duty is followed from a row to the version's notice, and cannot be dropped on the way
 
 
-CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
-ATTRIBUTION = [
-    {"source": "a.jsonl", "licence": "CC-BY-SA-4.0", "credit": CREDIT},
-    {"source": "b.jsonl", "licence": "MIT", "credit": None},
-]
-DUTIES = {"use": "commercial", "attribution": ATTRIBUTION, "share_alike": ["CC-BY-SA-4.0"], "unknown": []}
-
-
-def write(folder: Path, **licences: object) -> Path:
-    """Half of the rows share-alike, half MIT; only tuned and plain candidates."""
-    data = dict(settings()["data"])  # type: ignore[call-overload]
-    data["sources"] = [
-        {"path": "a.jsonl", "licence": "CC-BY-SA-4.0", "attribution": CREDIT},
-        {"path": "b.jsonl"},
-    ]
-    data["licences"] = licences
-    candidates = settings()["candidates"]
-    kept = {name: candidates[name] for name in ("plain", "tuned")}  # type: ignore[index]
-    write_project(folder, data=data, candidates=kept)
-    found = rows()
-    for name, half in (("a", found[:60]), ("b", [{**row, "licence": "MIT"} for row in found[60:]])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in half))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write(tmp_path_factory.mktemp("duties") / "p", share_alike=True)
-    assert run(Project.load(folder)).document()["register"]["version"] == "tiny@v1"
-    return folder
-
-
-def test_from_the_row_to_the_notice(finished: Path) -> None:
-    project = Project.load(finished)
-    store = project.store
+def test_from_the_row_to_the_notice(judged: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(judged[0]).store
     (dataset,) = store.records_of("dataset")
     licences = {example.source: example.licence for example in load_dataset(store, dataset).examples("train")}
     assert licences == {"a.jsonl": "CC-BY-SA-4.0", "b.jsonl": "MIT"}
@@ -323,8 +295,8 @@ def test_from_the_row_to_the_notice(finished: Path) -> None:
     assert verify_version(store, "tiny@v1").ok
 
 
-def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / ".tunesmith", tmp_path / "store")
+def test_a_notice_that_was_dropped_or_changed_fails(judged: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(judged[0] / ".tunesmith", tmp_path / "store")
     store = Store(tmp_path / "store")
     notice = store.root / "versions" / "tiny" / "v1" / "NOTICE.md"
     notice.chmod(0o600)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import HYBRID, write_model
-from tests.tiny_project import rows, settings, write_project
+from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, TunesmithError
@@ -99,33 +97,6 @@ def test_rows_are_built_on_a_base_without_weights(folder: Path) -> None:
     with pytest.raises(Refused, match="the base model was recalled: its licence ended"):
         training(after, "tuned")
     assert after.store.records_of("training") == []
-
-
-def test_a_base_without_a_context_length_is_refused_before_its_rows(folder: Path) -> None:
-    write_project(folder)
-    config = folder / "model" / "config.json"
-    sizes = json.loads(config.read_text())
-    del sizes["max_position_embeddings"]
-    config.write_text(json.dumps(sizes))
-    with pytest.raises(Refused, match="does not state its context length"):
-        _ = PipelineContext(Project.load(folder)).dataset
-
-
-def test_the_build_needs_to_find_only_the_answers_that_are_learned(folder: Path) -> None:
-    """A template for hybrid models writes an earlier answer without the thought that it had as the last one."""
-    write_model(folder / "model", template=HYBRID)
-    tuned = {"prompt": "prompt.txt", "train": {"rank": 2}}
-    write_project(folder, candidates={"tuned": tuned})
-    earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
-    talks = [{**one, "messages": [*earlier, *one["messages"]]} for one in rows()]
-    text = "".join(json.dumps(one) + "\n" for one in talks)
-    (folder / "rows.jsonl").write_text(text)
-    with pytest.raises(Refused, match=r"once later turns follow(.|\n)*loss_on: last"):
-        _ = PipelineContext(Project.load(folder)).dataset
-    write_project(folder, candidates={"tuned": {**tuned, "train": {"rank": 2, "loss_on": "last"}}})
-    (folder / "rows.jsonl").write_text(text)
-    dataset = PipelineContext(Project.load(folder)).dataset
-    assert sum(len(dataset.examples(split)) for split in ("train", "validation", "test")) == 120
 
 
 def test_a_recalled_document_does_not_come_back(folder: Path) -> None:

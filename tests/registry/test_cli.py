@@ -258,16 +258,11 @@ def test_a_risk_class_is_shown_until_everybody_approved(store: Store, chain: Cha
     said = run(store, "register", "--name", "intents", risk="{class: high}").output
     assert "risk class high: it needs 1 more approver with the role steward and 1 more approver" in said
     run(store, "users", "add", "stu", "--role", "approver", "--role", "steward")
+    needs = "it needs 1 more approver with the role steward"
     said = run(store, "approve", "intents@v1", "--as", "ann").output
-    assert "it needs 1 more approver with the role steward" in said
-    assert "rollout start" not in said
-    verified = run(store, "verify", "intents@v1").output
-    assert "its risk class is high; it needs 1 more approver with the role steward" in verified
-    shown = run(store, "show", "intents@v1").output
-    assert "approved by ann\nit needs 1 more approver with the role steward\n" in shown
+    assert (needs in said, "rollout start" in said) == (True, False)
+    assert f"its risk class is high; {needs}" in run(store, "verify", "intents@v1").output
+    assert f"approved by ann\n{needs}\n" in run(store, "show", "intents@v1").output
     assert "rollout start intents@v1" in run(store, "approve", "intents@v1", "--as", "stu").output
     listed = document(store, "show", "intents@v1")["approvals"]
-    assert listed == {
-        "risk": {"risk_class": "high", "approvers": 2, "roles": ["steward"]},
-        "approvers": ["ann", "stu"], "refused_by": None, "reason": "", "missing": [],
-    }  # fmt: skip
+    assert (listed["risk"]["roles"], listed["approvers"], listed["missing"]) == (["steward"], ["ann", "stu"], [])

@@ -87,6 +87,9 @@ def test_a_deactivated_users_tokens_all_end(owned: Store) -> None:
     assert names(owned, "app") == {"one": "revoked", "two": "revoked"}
     assert {token.name: token.revoked for token in tokens.list_tokens(owned, "app")}["one"] == NOW
     assert [authenticate(owned, secret) for secret in secrets] == [None, None]
+    for actor in ("app", "olive"):
+        with pytest.raises(Refused, match="deactivated"):
+            issue_token(owned, "app", actor=actor)
     assert verify_log(owned) == []
 
 
