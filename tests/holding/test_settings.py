@@ -50,7 +50,6 @@ def test_defaults_and_durations() -> None:
         ("{rules: [{values: [x]}], deadline: 8d}", "", "duration"),
         ("{rules: [{values: [x]}], deadline: 0s}", "", "greater than 0"),
         ("{rules: [{values: [x]}], at_deadline: leave}", "", "refuse"),
-        ("{rules: [{values: [x]}], dedline: 15m}", "", "did you mean 'deadline'"),
         ("{rules: [{confidence_below: 0.5}]}", 'engine: {kind: vllm, url: "http://127.0.0.1:1"}', "no probabilities"),
     ],
 )

@@ -208,9 +208,7 @@ def test_rows_at_a_url_are_downloaded_only_where_they_may_have_changed(folder: P
         assert (second[0] != first[0], second[1] > first[1]) == (True, True)
         headers = {}
         third = looked(120)
-        assert (third[0], third[1] > second[1]) == (second[0], True)
-        assert looked(143) == third, "a server that says nothing is asked once a day"
-        assert looked(144)[1] > third[1]
+        assert (third[0], third[1] > second[1], looked(143)) == (second[0], True, third), "asked once a day"
 
 
 def test_a_cause_that_cannot_be_looked_for_hides_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

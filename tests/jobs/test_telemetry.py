@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -39,15 +37,13 @@ def test_the_steps_of_a_job_are_spans(store: Store, monkeypatch: pytest.MonkeyPa
     assert receiver.resource["service.name"] == "nightly"
 
 
-def test_nothing_is_imported_or_sent_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "_started", None)
     for given in ({}, {ENDPOINT: ""}, {ENDPOINT: "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "True "}):
         for name, value in given.items():
             monkeypatch.setenv(name, value)
         with telemetry.sending(), telemetry.span("x"):
             assert telemetry.active() is None, given
-    code = "import sys, tunesmith.server.app; assert not [n for n in sys.modules if n.startswith('opentelemetry.sdk')]"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_is_not_honoured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -28,7 +26,7 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
-from tunesmith.jobs.worker import Worker, _Child
+from tunesmith.jobs.worker import Worker
 from tunesmith.services.runs import jobs, training
 from tunesmith.services.runs.own_worker import OwnWorker
 from tunesmith.store.store import Store
@@ -66,20 +64,6 @@ def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock
     done = [queue.get(store, number) for number in lives]
     assert [one.state for one in done] == ["succeeded"] * 2
     assert len({os.getpid(), *(one.result["process"] for one in done)}) == 3
-
-
-def test_a_pause_that_is_taken_back_ends_no_process(store: Store, clock: SetClock) -> None:
-    queue.add(store, "run", {}, project="p", actor="olive")
-    lease = leases.claim(store, "w", ["run"], project="p")
-    assert lease is not None
-    process: Any = SimpleNamespace(is_alive=lambda: True, is_starting=lambda: False)
-    worker = Worker(store, "p", ["run"], places(store.root), grace=0.0)
-    child = _Child(lease, worker._places[0], process, renewed=time.monotonic())
-    queue.pause(store, lease.job, actor="olive")
-    child.told = time.monotonic()
-    queue.resume(store, lease.job, actor="olive")
-    worker._look_after(child)
-    assert child.told is None
 
 
 # A whole project

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from tests.chat_server import ChatServer, chat_server, completion
-from tests.tiny_project import rows as scene_rows
 from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
@@ -212,23 +211,3 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
     task = {"pattern": "on|off", "scorers": ["exact_match"]}
     with pytest.raises(UsageError, match="JSON Schema only"):
         evaluation.evaluate(Project.load(write_project(folder, candidates=held, task=task, gates={})))
-
-
-def test_a_search_scores_what_was_looked_up(tmp_path: Path) -> None:
-    searched = {"prompt": "prompt.txt", "max_tokens": 4, "retrieve": {"from": "train", "k": 2}}
-    searched["search"] = {"shots": [0], "tries": 2, "rows": 8}
-    task = {"schema": "schema.json", "scorers": ["retrieval_hit", "json_valid"], "primary": "retrieval_hit"}
-    folder = write_project(tmp_path / "p", candidates={"searched": searched}, task=task, gates={})
-    # Every answer belongs to two requests, so that for some rows a training row with the right answer is looked up.
-    polite = json.loads(json.dumps(scene_rows()).replace("turn o", "please turn o"))
-    renamed = [{**row, "template": f"please {row['template']}"} for row in polite]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*scene_rows(), *renamed]))
-    project = Project.load(folder)
-    candidate = load_candidate(project.store, pipeline.candidate(pipeline.PipelineContext(project), "searched"))
-    search = project.store.record(str(candidate.search), kind="search")
-    lines = [json.loads(line) for line in project.store.read_blob(search.blobs["answers.jsonl"]).splitlines()]
-    dataset = load_dataset(project.store, str(candidate.dataset))
-    wanted, known = ({row.id: row.answer for row in dataset.examples(split)} for split in ("validation", "train"))
-    hits = [float(wanted[line["id"]] in [known[name] for name in line["retrieved"]]) for line in lines]
-    assert [line["score"] for line in lines] == hits
-    assert set(hits) == {0.0, 1.0}, "rows of both kinds, else a scoring that sees nothing would pass"

@@ -10,15 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.commands import call, printed
+from tests.commands import printed
 from tests.tiny_project import SCHEMA, rows, settings, write_project
-from tunesmith import pipeline
 from tunesmith.api import Project
-from tunesmith.candidates.candidate import load_candidate
-from tunesmith.candidates.grammars.copying import invented
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
-from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
 from tunesmith.services.evaluations import evaluation
 from tunesmith.services.runs import training
@@ -88,22 +84,6 @@ def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tu
     found = evaluation.report(Project.load(project))
     assert (found.evaluation, found.verdict and found.verdict.verdict) == (whole, "pass"), "the last run's result"
     evaluation.compare_candidates(loaded, "plain", "tuned")
-
-
-def test_a_plan_counts_the_trainings_that_are_still_to_come(project: Path) -> None:
-    """The gates count all candidates that an evaluation scores first, and give them the number of the last."""
-
-    def use(**candidates: Any) -> int:
-        write_project(project, **_candidates(**candidates))
-        planned = pipeline.plan(pipeline.PipelineContext(Project.load(project)))
-        assert planned.test_set_uses == 1
-        return planned.test_set_use
-
-    assert use() == 2, "tuned is counted already: the next try is the second"
-    trained = {rank: {"prompt": "prompt.txt", "train": {"rank": rank, "epochs": 1}} for rank in (3, 5)}
-    control = {"prompt": "prompt.txt", "train": {"rank": 2, "epochs": 1, "permute_answers": True}}
-    again = {"prompt": "prompt.txt", "weights": "one"}
-    assert use(one=trained[3], two=trained[5], again=again, control=control) == 4
 
 
 def _candidates(**changes: Any) -> dict[str, Any]:
@@ -219,56 +199,6 @@ def test_forms_of_answers_that_do_not_fit_are_refused(
     engine = {"engine": {"kind": "vllm", "url": "http://127.0.0.1:1"}} if "server" in said else {}
     with pytest.raises(UsageError, match=said):
         Project.load(write_project(tmp_path, task=task, candidates={"c": candidate}, gates={}, **engine))
-
-
-def test_copied_fields_through_the_pipeline(tmp_path: Path) -> None:
-    copying = {"prompt": "prompt.txt", "max_tokens": 90, "constrain": {"copy": ["thing", "room"]}}
-    folder = write_project(tmp_path, candidates={"held": copying | {"shots": 2}}, gates={})
-    free = {"type": "string", "minLength": 1}
-    schema = {**SCHEMA, "properties": {"on": {"type": "boolean"}, "room": free, "thing": free}}
-    (folder / "schema.json").write_text(json.dumps(schema))
-    project = Project.load(folder)
-    evaluation.evaluate(project, names=["held"])
-    (digest,) = project.store.records_of("answers")
-    record = project.store.record(digest, kind="answers")
-    assert (record.body["uncopied"], record.body["undecodable"]) == (0, 0)
-    assert load_candidate(project.store, record.parents["candidate"]).copied == ("room", "thing")
-    examples = {row.id: row for row in load_dataset(project.store, record.parents["dataset"]).examples("test")}
-    for line in map(json.loads, project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()):
-        assert invented(line["text"], ("room", "thing"), examples[line["id"]].request) == []
-        assert json.loads(line["text"]).keys() == {"on", "room", "thing"}
-
-
-@pytest.mark.slow
-def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
-    store = Project.load(project).store
-    (old,) = store.records_of("dataset")
-    row = load_dataset(store, old).examples("train")[0]
-    # A copy elsewhere, which was left out as a duplicate, must not take its place.
-    turns = [turn.model_dump(mode="json") for turn in row.messages]
-    (project / "copy.jsonl").write_text(json.dumps({"messages": turns, "template": row.group}) + "\n")
-    data: Any = settings()["data"]
-    data["sources"] = [*data["sources"], {"path": "copy.jsonl", "licence": "CC0-1.0"}]
-    words = ("recall", "--row", row.id)
-    with pytest.raises(UsageError, match="never recalled"):
-        call(project, *words, "--check")
-    found = call(project, *words, "--reason", "asked to")
-    assert {one["kind"] for one in found["reached"]} >= {"dataset", "training", "version"}
-    assert (len(found["adapters"]), found["tenants"]) == (1, [""])
-    before = call(project, *words, "--check")
-    assert (before["gone"], before["retrain"]) == (True, ["tiny"])
-    again = _again(project, data=data)
-    assert again["data"]["rows"]["removed"]["withdrawn by a recall"] == 2
-    assert again["register"]["version"] == "tiny@v2"
-    new = load_dataset(store, again["data"]["dataset"])
-    held = [one.messages for split in ("train", "validation", "test") for one in new.examples(split)]
-    assert row.messages not in held
-    assert len(held) == 119
-    after = call(project, *words, "--check")
-    assert (after["gone"], after["retrain"], after["replaced"]) == (True, [], {"tiny": "tiny@v2"})
-    call(project, "recall", "--source", "rows.jsonl", "--reason", "withdrawn")
-    with pytest.raises(UsageError, match="withdrawn by a recall: 121"):
-        Project.load(project).run()
 
 
 def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:

