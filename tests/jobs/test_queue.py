@@ -345,16 +345,3 @@ def test_work_whose_lease_was_taken_back_stops_and_records_nothing(
     assert not thread.is_alive()
     job = queue.get(other, lease.job)
     assert (job.state, job.worker, job.fence) == ("running", "second", new.fence)
-
-
-def test_a_worker_that_stops_puts_the_job_back_at_once(store: Store, lease: Lease) -> None:
-    stopping = threading.Event()
-
-    def work(progress: JobProgress) -> Outcome:
-        stopping.set()
-        return endless(progress)
-
-    with pytest.raises(Stopped):
-        perform(store, lease, work, stopping=stopping)
-    job = queue.get(store, lease.job)
-    assert (job.state, job.attempts) == ("queued", 0)

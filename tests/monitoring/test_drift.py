@@ -130,7 +130,6 @@ def test_one_flooding_tenant_does_not_change_the_verdict(scene: Scene, versions:
         ("a" * 60 + "b" * 50, 0.3, {"a": 50, "b": 50}),  # equal parts where the share is too small to be kept
         ("a" * 60 + "b", 0.5, {"a": 1, "b": 1}),
         ("a" * 60, 0.5, {"a": 60}),
-        ("a" * 60 + "b" * 20, 1.0, {"a": 60, "b": 20}),
     ],
 )
 def test_after_capping_no_tenant_has_more_than_the_share(served: str, share: float, left: dict[str, int]) -> None:

@@ -416,7 +416,6 @@ _SOME_TEXTS = _answered(lambda n: _json(n=n, said=f"The words are {_words(n)}") 
         ),
         (_keyed("template", lambda n: f"part {n % 5}", 60), "`template` has 5 values, too few to hold out whole"),
         (_answered(str, 60), "about 12 rows will be held out to test, and a gate decides nothing by fewer than 20"),
-        (_keyed("template", lambda n: f"part {n % 120}", 240), None),
         (_every_second("abc " * 1500), "about 60 rows have more than 1024 tokens"),
         (_every_second("\u6f22" * 1200), "about 60 rows have more than 1024 tokens"),
         (_every_second("abc " * 800, 400), None),
@@ -428,7 +427,6 @@ _SOME_TEXTS = _answered(lambda n: _json(n=n, said=f"The words are {_words(n)}") 
         (_answered(lambda n: {"label": "yes"}, 200), "all answers are the same"),
         (_SOME_TEXTS, "99 of 100 answers hold a JSON object, but not every answer is one and no more"),
         (_SOME_TEXTS, "correct or remove the other rows, such as the one with 'I cannot say'"),
-        (_answered(lambda n: f"```json\n{_json(n=n)}\n```\n"), "100 of 100 answers hold a JSON object"),
         (_answered(lambda n: _json(n=n) if n < 160 else f"no {n}", 400), None),
     ],
 )

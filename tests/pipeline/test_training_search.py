@@ -177,7 +177,6 @@ def trial(number: int, probability: float | None, scores: list[float]) -> Trial:
         ([(0.1, right(20)), (0.9, right(19))], "score", 0, False, r"none of the other settings \(1 complete\)"),
         ([(0.2, right(60)), (0.7, right(60))], "probability", 1, True, "probability .* higher by 0.500"),
         ([(0.7, []), (0.2, [])], "probability", 0, False, "none of .* had a higher probability"),
-        ([(0.7, right(0)), (0.7, right(0))], "probability", 0, False, "Keep what you have"),
         ([(None, []), (0.1, right(5)), (0.1, right(9))], "score", 2, True, "present settings could not be trained"),
         ([(0.5, right(5)), (None, [])], "probability", 0, False, r"\(1 failed\)"),
         ([(None, []), (None, [])], "probability", None, False, "no setting could be trained"),

@@ -43,11 +43,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
 
 
 @pytest.fixture
-def store(template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+def copy(template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+    """A copy of the template, with its version where the test asks for `version`."""
     monkeypatch.setenv("TUNESMITH_USER", "olive")
     source = template.registered if "version" in request.fixturenames else template.unregistered
     shutil.copytree(source, tmp_path / "store")
     return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def store(copy: Store) -> Store:
+    return copy
 
 
 @pytest.fixture

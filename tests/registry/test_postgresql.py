@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.postgresql_server import moved_to_postgresql
-from tests.registry.conftest import Template
 from tests.registry.test_approvals import (  # noqa: F401
     test_a_role_taken_away_takes_the_approval_with_it,
     test_a_second_person_approves_and_once_is_enough,
@@ -23,17 +20,8 @@ from tunesmith.store.store import Store
 
 
 @pytest.fixture
-def store(
-    template: Template,
-    postgresql: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> Iterator[Store]:
-    monkeypatch.setenv("TUNESMITH_USER", "olive")
-    source = template.registered if "version" in request.fixturenames else template.unregistered
-    shutil.copytree(source, tmp_path / "store")
-    moved = moved_to_postgresql(Store(tmp_path / "store"), postgresql)
+def store(copy: Store, postgresql: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    moved = moved_to_postgresql(copy, postgresql)
     monkeypatch.setenv("TUNESMITH_DATABASE_URL", postgresql)  # for tests that open the store once more
     yield moved
     moved.engine.dispose()
