@@ -270,9 +270,8 @@ def test_recalled_versions_or_parents_are_not_opened(store: Store, version: Vers
             session.add(RecallRow(digest=digest, cause="row x", reason="consent withdrawn", at=stamp()))
         with pytest.raises(Refused, match="recalled: consent withdrawn"), verified_copy(store, version):
             pass
-        with pytest.raises(Refused, match="recalled: consent withdrawn") as caught:
+        with pytest.raises(Refused, match="recalled"):
             register(store, name="intents", verdict=chain.verdict, actor="olive")
-        assert digest == version.digest or "tunesmith run" in str(caught.value.fix)
         with database.writing(store.engine) as session:
             session.execute(delete(RecallRow))
 
