@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tunesmith.core.messages import Message
+from tunesmith.models.rendering import LossOn, Renderer
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -113,6 +114,12 @@ ROWS = [
     row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
     row("is the door locked?", '{"intent":"state"}'),
 ]
+
+
+def learned(renderer: Renderer, turns: Sequence[Message], loss_on: LossOn = "assistant") -> str:
+    """The text of a conversation's tokens that are trained on."""
+    made = renderer.conversation(turns, loss_on)
+    return renderer.text([token for token, label in zip(made.ids, made.trained, strict=True) if label])
 
 
 def write_tokenizer(folder: Path, template: str) -> int:

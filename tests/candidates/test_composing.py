@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tests.fabricate import example, put_base, put_dataset
 from tests.models.test_rendering_tools import CALL, HERMES, TURNS
-from tests.tiny import write_model, write_tokenizer
+from tests.tiny import learned, write_model, write_tokenizer
 from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.candidates.answering import Answerer
@@ -71,12 +71,10 @@ def test_only_a_rows_own_answers_are_labels(tmp_path: Path) -> None:
     assert [turn.content for turn in composed if turn.role == "assistant"] == [
         '{"shot":1}', '{"retrieved": "hall"}', '{"retrieved": "kitchen"}', '{"own":0}', '{"own":1}', '{"own":2}'
     ]  # fmt: skip
-    rendered = renderer.conversation(composed)
-    learned = [token for token, label in zip(rendered.ids, rendered.trained, strict=True) if label]
-    assert renderer.text(learned) == '{"own":0}{"own":2}'
+    assert learned(renderer, composed) == '{"own":0}{"own":2}'
     # The model sees the same tokens as where the row is a request, and requests are composed as before.
     plain = compose(candidate, row.messages, composer.retrieved_without_group(row, ANYONE))
-    assert rendered.ids == renderer.conversation(plain).ids
+    assert renderer.conversation(composed).ids == renderer.conversation(plain).ids
     assert renderer.prompt(composed[:-1]) == renderer.prompt(plain[:-1])
     assert {turn.weight for turn in plain[:-6]} == {1}
 
@@ -259,19 +257,12 @@ def numbered(request: str, answer: str, number: int = 0, group: str = "g") -> Ex
     return Example(id=f"{number:04d}", messages=turns, source="s", licence="MIT", group=group)
 
 
-ROWS = [
-    numbered(text, label, number)
-    for number, (text, label) in enumerate(
-        [
-            ("what is my balance", "balance"),
-            ("show the balance of my account", "balance"),
-            ("how much money is in the account", "balance"),
-            ("block my card", "card"),
-            ("my card was stolen please block it", "card"),
-            ("i lost the card", "card"),
-        ]
-    )
-]
+REQUESTS = {
+    "balance": ["what is my balance", "show the balance of my account", "how much money is in the account"],
+    "card": ["block my card", "my card was stolen please block it", "i lost the card"],
+}
+ROWS = [numbered(text, label, number) for label, texts in REQUESTS.items() for number, text in enumerate(texts)]
+USER_CARD = (Message(role="user", content="block my card"),)
 
 
 def _ask(method: str, text: str) -> Completion:
@@ -284,19 +275,17 @@ def test_it_answers_as_the_rows_like_the_request(method: str) -> None:
     assert _ask(method, "the balance of the account").text == "balance"
     assert _ask(method, "x").prompt_tokens == 0
     assert _ask(method, "balance card") == _ask(method, "balance card")
+    baseline = make_baseline(method, ROWS)
+    assert [*baseline.stream(Generation(USER_CARD))] == ["card", *baseline.generate([Generation(USER_CARD)])]
+    with pytest.raises(UsageError, match="no user message"):
+        baseline.generate([Generation(messages=(SYSTEM,))])
 
 
-def test_the_classifier_is_as_sure_as_scikit_learn_says() -> None:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
+def test_the_classifier_says_how_sure_it_is() -> None:
+    """As scikit-learn's TF-IDF of words and pairs and its logistic regression with C=10 gave."""
     given = _ask("classifier", "block the card of my account")
-    texts, labels = [row.request[0].content for row in ROWS], [row.answer for row in ROWS]
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    model = LogisticRegression(C=10.0, max_iter=1000).fit(vectors.fit_transform(texts), labels)
-    expected = model.predict_proba(vectors.transform(["block the card of my account"]))[0].max()
     assert isinstance(given, Confident)
-    assert given.confidence == pytest.approx(expected, abs=1e-6)
+    assert given.confidence == pytest.approx(0.5036, abs=1e-4)
 
 
 def test_rows_that_are_nothing_to_classify() -> None:
@@ -307,15 +296,6 @@ def test_rows_that_are_nothing_to_classify() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             make_baseline("classifier", rows)
-
-
-def test_streaming_ends_with_the_completion_and_a_request_needs_a_user() -> None:
-    floor = make_baseline("nearest", ROWS)
-    events = list(floor.stream(Generation(messages=(Message(role="user", content="block my card"),))))
-    assert events[0] == "card"
-    assert isinstance(events[-1], Completion)
-    with pytest.raises(UsageError, match="no user message"):
-        floor.generate([Generation(messages=(Message(role="system", content="s"),))])
 
 
 # Shots, searches and settings of candidates
@@ -349,8 +329,6 @@ def test_a_search_keeps_its_budget(prompts: list[str], shots: list[int], tries: 
 
 
 def test_fused_ranks_what_both_find_above_what_one_finds() -> None:
-    import numpy as np
-
     texts = ["alpha beta", "alpha gamma", "delta"]
     vectors = {"alpha beta": [0.6, 0.8], "alpha gamma": [1.0, 0.0], "delta": [0.9, 0.44], "alpha": [1.0, 0.0]}
 

@@ -36,25 +36,6 @@ from tunesmith.store.store import Store
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "minLength": 1}
-SLOTS: Schema = {
-    "type": "object",
-    "properties": {
-        "intent": {"enum": ["meet", "call"]},
-        "slots": {
-            "type": "object",
-            "properties": {
-                "who": TEXT,
-                "count": {"type": "number"},
-                "kind": {"enum": ["a", "b"]},
-                "when": {"type": ["string", "null"]},
-                "tags": {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 3},
-            },
-            "additionalProperties": False,
-        },
-    },
-    "required": ["intent", "slots"],
-    "additionalProperties": False,
-}
 FIELDS = ("slots.who", "slots.when", "slots.tags[]")
 
 
@@ -62,6 +43,17 @@ def _object(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
+SLOTS: Schema = _object(
+    intent={"enum": ["meet", "call"]},
+    slots=_object(
+        who=TEXT,
+        count={"type": "number"},
+        kind={"enum": ["a", "b"]},
+        when={"type": ["string", "null"]},
+        tags={"type": "array", "items": TEXT, "minItems": 1, "maxItems": 3},
+    ),
+)
+SLOTS["required"] = ["intent", "slots"]
 TREE = {
     **_object(name=TEXT, kids={"$ref": "#/$defs/kids"}),
     "$defs": {"kids": {"type": "array", "items": {"$ref": "#"}}},
@@ -167,12 +159,6 @@ def test_fields_that_no_words_of_the_request_fit_are_left_out(bounds: Schema, wi
     check_constraint(candidate(needed, ["code"]))
 
 
-def test_a_value_of_many_equal_words_is_compared_in_time() -> None:
-    given = pieces(["\u54c8" * 50_000])
-    assert is_copied("\u54c8" * 5_000, given)
-    assert not is_copied("\u54c8" * 5_000 + "x", given), "word by word this takes a minute"
-
-
 def test_a_required_key_that_is_not_among_the_properties_is_copied_too() -> None:
     schema = {"type": "object", "required": ["who"], "additionalProperties": {"type": "string"}}
     grammar = CopyGrammars(json.dumps(schema), copied_fields(schema, ["*"], "copy")).grammar([MARIA])
@@ -231,20 +217,16 @@ def test_nested_schemas() -> None:
     ("schema", "pattern", "said"),
     [
         (SLOTS, "slots.whom", "no field 'slots.whom'; did you mean 'slots.who'"),
-        (SLOTS, "", "no field ''"),
         (SLOTS, "slots.count", "'slots.count' cannot be copied: it is not a text but number"),
         (SLOTS, "slots.kind", "the schema lists its values"),
         (SLOTS, "slots.tags", "it is a list: name its items"),
         (SLOTS, "slots", "not a text but object"),
-        ({"type": "object"}, "a", "no field 'a'"),
         ({"type": "object", "properties": {"a": TEXT}}, "*", "any value there"),
         (_object(a={"type": ["null", "number"]}), "a", "null or number"),
         (_object(a={**TEXT, "pattern": "x"}), "a", "limits it by pattern"),
         ({"properties": {"a": TEXT}}, "a", "a schema without type is not supported"),
-        ({**_object(a=TEXT), "minProperties": 1}, "a", "minProperties is not supported"),
         ({"type": "array", "items": TEXT, "uniqueItems": True}, "[]", "uniqueItems is not supported"),
         (_object(a=TEXT, on={"type": "string", "format": "date"}), "*", "'on' cannot be copied: the schema limits"),
-        (_object(a=TEXT, b={"oneOf": [TEXT]}), "*", "'b' cannot be copied: the schema allows any value there"),
         (_object(a=TEXT, b={"type": "array", "items": TEXT}), "*", "'*' does not name 'b[]', which may be any text"),
         (_object(a=TEXT, b={"type": "array"}), "*", "'b[]' cannot be copied: the schema allows any value there"),
         (_object(a=TEXT, b=_object(c=TEXT)), "*", "'*' does not name 'b.c', which may be any text"),
@@ -265,7 +247,6 @@ def test_fields_that_cannot_be_copied_are_refused(schema: Schema, pattern: str, 
     ("part", "said"),
     [
         ({"type": "array", "uniqueItems": True}, r'Unimplemented keys: \["uniqueItems"\]\n'),
-        ({"type": "string", "format": "shoe-size"}, "Unknown format: shoe-size\n"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-ahead and look-behind, is not supported\n"),
         ({"type": "integer", "minimum": 10**30}, "integer range"),
     ],

@@ -173,7 +173,6 @@ def test_a_gguf_can_be_read_by_transformers(family: str, dtype: str, tmp_path: P
 @pytest.mark.parametrize(
     ("file", "change", "match"),
     [
-        ("config.json", {"model_type": "gemma2"}, "family 'gemma2'"),
         ("config.json", {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "type 'yarn'"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, "splits text"),
         ("tokenizer.json", {"model": {"type": "Unigram", "vocab": []}}, "byte-level BPE"),

@@ -9,19 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import HYBRID, TEMPLATE, row, write_model
+from tests.tiny import HYBRID, TEMPLATE, learned, row, write_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.models.rendering import LossOn, Renderer, RowCounter
+from tunesmith.models.rendering import Renderer, RowCounter
 
-# The shapes that model families ship: ChatML, Llama 3's headers, Mistral's instruction marks, Gemma's turns, in which
-# the system's text is the first user's and the assistant is called a model.
+# The shapes that model families ship: ChatML, Mistral's instruction marks, Gemma's turns, in which the system's text is
+# the first user's and the assistant is called a model.
 TEMPLATES = {
     "chatml": TEMPLATE,
-    "llama3": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
-    ),
     "mistral": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}<|im_end|>"
         "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
@@ -132,14 +128,6 @@ WRITTEN = {
         '{"b":2}<|im_end|>',
         "\n",
     ),
-    "llama3": (
-        "<|im_start|>system\n\nBe brief.<|im_end|><|im_start|>user\n\nturn on the light<|im_end|>"
-        "<|im_start|>assistant\n\n",
-        '{"a":1}<|im_end|>',
-        "<|im_start|>user\n\nand off<|im_end|><|im_start|>assistant\n\n",
-        '{"b":2}<|im_end|>',
-        "",
-    ),
     "mistral": (
         "[INST] Be brief. [/INST][INST] turn on the light [/INST] ",
         '{"a":1}<|im_end|>',
@@ -172,12 +160,12 @@ def test_which_turns_are_trained(tmp_path: Path, family: str) -> None:
     encoded = renderer.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
     ends = [sum(map(len, pieces[: place + 1])) for place in range(len(pieces))]
     piece_of = [next(place for place, end in enumerate(ends) if first < end) for first, _ in encoded["offset_mapping"]]
-    for (loss_on, first, second), learned in LEARNED.items():
+    for (loss_on, first, second), pieces_learned in LEARNED.items():
         weights = {2: first, 4: second}
         turns = [turn.model_copy(update={"weight": weights.get(place, 1)}) for place, turn in enumerate(TURNS)]
         rendered = renderer.conversation(turns, loss_on)  # type: ignore[arg-type]
         assert list(rendered.ids) == encoded["input_ids"]
-        wanted = [place > 0 and piece in learned for place, piece in enumerate(piece_of)]
+        wanted = [place > 0 and piece in pieces_learned for place, piece in enumerate(piece_of)]
         assert list(rendered.trained) == wanted, (loss_on, first, second)
     assert renderer.prompt(TURNS[:2]) == encoded["input_ids"][: piece_of.index(1)]
     weightless = [turn.model_copy(update={"weight": 0}) for turn in TURNS]
@@ -190,26 +178,16 @@ def test_which_turns_are_trained(tmp_path: Path, family: str) -> None:
 
 @given(request=st.text(min_size=1, max_size=40), answer=st.text(min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
-def test_any_text_survives_rendering(renderer: Renderer, request: str, answer: str) -> None:
+def test_any_text_survives_rendering(both: tuple[Renderer, Renderer], request: str, answer: str) -> None:
+    _, renderer = both
+    assert learned(renderer, row(request, answer)) == answer
     rendered = renderer.conversation(row(request, answer))
-    trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
-    assert renderer.text(trained) == answer
     assert rendered.ids[: rendered.trained.index(True)] == tuple(renderer.prompt(row(request, answer)[:-1]))
-
-
-@pytest.fixture(scope="module")
-def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
-    return _renderer(tmp_path_factory.mktemp("m"), TEMPLATE)
-
-
-def _learned(renderer: Renderer, turns: tuple[Message, ...], loss_on: LossOn = "assistant") -> str:
-    rendered = renderer.conversation(turns, loss_on)
-    return renderer.text([token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked])
 
 
 def test_an_empty_thought_is_part_of_the_opening(tmp_path: Path) -> None:
     renderer, turns = _renderer(tmp_path, HYBRID), row("turn on", "done")
-    assert _learned(renderer, turns) == "done"
+    assert learned(renderer, turns) == "done"
     prompt, scored = renderer.prompt(turns[:2]), renderer.answered(turns[:2], "done")
     assert renderer.text(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
     assert list(scored.ids[: scored.trained.index(True)]) == prompt
@@ -217,7 +195,7 @@ def test_an_empty_thought_is_part_of_the_opening(tmp_path: Path) -> None:
         "<think>\n\n</think>", "<think>\n{{ m['content'].split('!')[0] if '!' in m['content'] else '' }}\n</think>", 1
     )
     own = _renderer(tmp_path / "thoughts", thoughtful)
-    assert _learned(own, turns) == "done"
+    assert learned(own, turns) == "done"
     with pytest.raises(Refused, match=r"holds another thought than the answer(.|\n)*leave thoughts out"):
         own.conversation(row("turn on", "so I turn it on!done"))
 
@@ -226,24 +204,10 @@ def test_a_template_that_rewrites_earlier_answers_allows_the_last(tmp_path: Path
     renderer = _renderer(tmp_path, HYBRID)
     with pytest.raises(Refused, match=r"once later turns follow(.|\n)*loss_on: last"):
         renderer.conversation(TURNS)
-    assert _learned(renderer, TURNS, "last") == '{"b":2}'
+    assert learned(renderer, TURNS, "last") == '{"b":2}'
     with pytest.raises(Refused, match="once later turns follow"):
         RowCounter(tmp_path, "")(TURNS)
     assert RowCounter(tmp_path, "", "last")(TURNS) == len(renderer.conversation(TURNS, "last").ids)
-
-
-def test_a_system_turn_that_moves_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    """As Mistral's second and third templates, which write the system's text into the last turn if it is the user's."""
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
-        "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n{% endif %}"
-        "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}"
-        "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
-    )
-    renderer, turns = _renderer(tmp_path, template), row("turn on", "done")
-    with pytest.raises(Refused, match=r"a system turn moves(.|\n)*write it into the user's turn"):
-        renderer.conversation(turns)
-    assert _learned(renderer, turns[1:]) == "done"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +224,7 @@ def test_a_system_turn_that_moves_is_refused_with_a_way_out(tmp_path: Path) -> N
 def test_the_date_is_the_same_every_day(tmp_path: Path, today: str, written: str) -> None:
     renderer = _renderer(tmp_path, f"{today}\n{TEMPLATE}")
     assert renderer.text(renderer.prompt(row("a", "b")[:2])).startswith(f"{written}\n")
-    assert _learned(renderer, row("a", "b")) == "b"
+    assert learned(renderer, row("a", "b")) == "b"
     assert today in renderer.tokenizer.chat_template, "an export is compared with it"
 
 
@@ -277,6 +241,15 @@ def test_the_date_is_the_same_every_day(tmp_path: Path, today: str, written: str
             "too long",
         ),
         ("", Refused, "no chat template"),
+        (
+            # As Mistral's second and third templates: the system's text is in the last turn if that is the user's.
+            "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
+            "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n{% endif %}"
+            "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}"
+            "{% endfor %}",
+            Refused,
+            r"a system turn moves(.|\n)*write it into the user's turn",
+        ),
         (
             "{{ raise_exception('System role not supported') }}",
             UsageError,
