@@ -21,7 +21,7 @@ from engine_parts.report import Line
 from service_parts.kept import Found
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_of
-from tunesmith.services.releases import versions as services
+from tunesmith.services import versions as services
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -20,9 +20,9 @@ from tunesmith.data.review import queue
 from tunesmith.data.review.decisions import ReviewedRow, encode_reviewed
 from tunesmith.evaluation.answers import check_held_out
 from tunesmith.project import Project
+from tunesmith.services import evaluations
 from tunesmith.services.datasets import review
-from tunesmith.services.evaluations import evaluation
-from tunesmith.services.evaluations.evaluation import VerdictSummary
+from tunesmith.services.evaluations import VerdictSummary
 from tunesmith.store.people.identities import ensure_owner
 
 OWNER = "olive"
@@ -66,7 +66,7 @@ def as_said(example: Example, text: str) -> tuple[Message, ...]:
 
 @pytest.mark.attack("leakage", "references changed to what a candidate answered")
 def test_changed_references_are_counted_and_named(project: Project, happened: Happened) -> None:
-    first = evaluation.gate(project, name="plain")
+    first = evaluations.gate(project, name="plain")
     assert first.cautions == ()
     dataset, said = dataset_of(project, first), answered(project, first)
     chosen = [example for example in dataset.examples("test") if said[example.id].strip()][:10]
@@ -78,7 +78,7 @@ def test_changed_references_are_counted_and_named(project: Project, happened: Ha
         for example in chosen
     ]  # fmt: skip
     (project.root / "review.jsonl").write_bytes(encode_reviewed(forged))
-    second = evaluation.gate(project, name="plain")
+    second = evaluations.gate(project, name="plain")
     edited = project.store.record(second.digest).body["edited"]
     assert (edited["rows"], edited["by"], edited["unnamed"], edited["without"]) == (10, [], 10, 0.0)
     assert edited["mean"] > 0
@@ -95,7 +95,7 @@ def test_changed_references_are_counted_and_named(project: Project, happened: Ha
         decision = queue.Decision("edit", messages=as_said(example, said[example.id]))
         queue.decide(project.store, number, decision, revision=0, actor=OWNER)
     review.export(project, actor=OWNER)
-    third = evaluation.gate(project, name="plain")
+    third = evaluations.gate(project, name="plain")
     edited = project.store.record(third.digest).body["edited"]
     assert (edited["rows"], edited["by"], edited["unnamed"]) == (10, [OWNER], 0)
     assert f"by {OWNER}." in third.cautions[0]
@@ -103,7 +103,7 @@ def test_changed_references_are_counted_and_named(project: Project, happened: Ha
 
 @pytest.mark.attack("leakage", "test rows in a prompt, a shot or a schema")
 def test_test_rows_in_what_a_candidate_reads_are_refused(project: Project, happened: Happened) -> None:
-    first = evaluation.gate(project, name="plain")
+    first = evaluations.gate(project, name="plain")
     dataset = dataset_of(project, first)
     test, train = dataset.examples("test"), dataset.examples("train")
     asked, answer = test[0].request[-1].content, test[0].answer
@@ -123,5 +123,5 @@ def test_test_rows_in_what_a_candidate_reads_are_refused(project: Project, happe
         "".join(f"{one.request[-1].content} -> {one.answer}\n" for one in test[:9])
     )
     with pytest.raises(Refused, match="contains the test row"):
-        evaluation.evaluate(project)
+        evaluations.evaluate(project)
     happened("refused", 4)

@@ -28,7 +28,7 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.standing import ChampionWatch
-from tunesmith.services.releases.versions import refuse
+from tunesmith.services.versions import refuse
 from tunesmith.store.people.identities import add_user, deactivate, get_user, set_roles
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import retire_key, revoke_key

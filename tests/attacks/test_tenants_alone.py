@@ -16,7 +16,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
 from tunesmith.project import Project
-from tunesmith.services.evaluations.evidence import list_evaluations
+from tunesmith.services.evidence import list_evaluations
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments
 from tunesmith.services.fine_tuning.create import PURPOSE, create
 from tunesmith.services.fine_tuning.perform import perform_fine_tuning

@@ -39,7 +39,7 @@ from tunesmith.data.documents import DocumentSettings, Passage, build_documents
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.rendering import Renderer
-from tunesmith.services.evaluations import evaluation
+from tunesmith.services import evaluations
 from tunesmith.store.store import Store
 
 SHOT = (Message(role="user", content="turn on the fan"), Message(role="assistant", content='{"shot":1}'))
@@ -246,7 +246,7 @@ def test_empty_prompt_file_is_refused(tmp_path: Path) -> None:
     folder = write_project(tmp_path / "p", candidates={"plain": {"prompt": "prompt.txt", "max_tokens": 8}})
     (folder / "prompt.txt").write_text("\n")
     with pytest.raises(UsageError, match="is empty"):
-        evaluation.evaluate(Project.load(folder))
+        evaluations.evaluate(Project.load(folder))
 
 
 # Baselines, which answer without a language model; shots, searches and settings of candidates

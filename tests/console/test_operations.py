@@ -29,10 +29,9 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.keys import read_public_key
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
-from tunesmith.services import home, webhooks
+from tunesmith.services import audit, home, webhooks
 from tunesmith.services.accounts import users
 from tunesmith.services.home import Home
-from tunesmith.services.releases import audit
 from tunesmith.services.traffic import monitoring, operations
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user

@@ -19,8 +19,7 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
-from tunesmith.services import rollout_course
-from tunesmith.services.releases import version_pages
+from tunesmith.services import rollout_course, version_pages
 from tunesmith.store import database
 from tunesmith.store.people.identities import get_user
 from tunesmith.store.tables import RequestRow

@@ -17,9 +17,9 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
+from tunesmith.services import version_pages
+from tunesmith.services import versions as service
 from tunesmith.services.accounts import proposed_keys
-from tunesmith.services.releases import version_pages
-from tunesmith.services.releases import versions as service
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.records import Record

@@ -28,7 +28,7 @@ candidates:
   tuned: {prompt: prompt.txt, train: {}}
 """
 
-SERVICE = "tunesmith.services.evaluations.evaluation"
+SERVICE = "tunesmith.services.evaluations"
 app = typer.Typer()
 verbs.register(app)
 

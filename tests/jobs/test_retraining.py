@@ -32,8 +32,8 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
+from tunesmith.services import versions
 from tunesmith.services.accounts.users import add_user, set_roles
-from tunesmith.services.releases import versions
 from tunesmith.services.runs import jobs, retraining, training
 from tunesmith.services.runs.retraining import Retraining
 from tunesmith.services.traffic import held, monitoring

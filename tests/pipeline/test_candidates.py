@@ -27,8 +27,7 @@ from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
 from tunesmith.server.answering.routing import ReadyVersions
-from tunesmith.services.evaluations import evaluation
-from tunesmith.services.releases import versions
+from tunesmith.services import evaluations, versions
 from tunesmith.training.settings import TrainSettings
 
 KEY = "sk-never-to-be-kept"
@@ -76,24 +75,24 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
     loaded = Project.load(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RIVAL_KEY", KEY)
-        evaluation.evaluate(loaded)
+        evaluations.evaluate(loaded)
     return loaded
 
 
 def _answers(project: Project, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    measured = project.store.record(evaluation.latest_evaluation(project))
+    measured = project.store.record(evaluations.latest_evaluation(project))
     record = project.store.record(measured.parents[f"answers:{name}"])
     lines = project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()
     return dict(record.body), [json.loads(line) for line in lines]
 
 
 def _candidate(project: Project, name: str) -> Any:
-    measured = project.store.record(evaluation.latest_evaluation(project))
+    measured = project.store.record(evaluations.latest_evaluation(project))
     return load_candidate(project.store, measured.body["candidates"][name]["candidate"])
 
 
 def test_all_are_measured_on_the_same_rows(project: Project) -> None:
-    body = project.store.record(evaluation.latest_evaluation(project)).body
+    body = project.store.record(evaluations.latest_evaluation(project)).body
     assert set(body["candidates"]) == set(project.settings.candidates)
     assert body["candidates"]["nearest"]["prompt_tokens"] == 0
     assert body["candidates"]["rival"]["prompt_tokens"] == 11 * body["n"]
@@ -152,12 +151,12 @@ def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:
     assert _candidate(project, "rival").endpoint.model == "big"
     asked = len(server.asked)
     text = (project.root / "tunesmith.yaml").read_text().replace("key_env: RIVAL_KEY", "timeout: 5.0")
-    evaluation.evaluate(Project(project.root, parse_settings(text, "x")))
+    evaluations.evaluate(Project(project.root, parse_settings(text, "x")))
     assert len(server.asked) == asked, "neither a time limit nor another key asks an endpoint again"
 
 
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
-    verdict = evaluation.gate(project, name="rival").digest
+    verdict = evaluations.gate(project, name="rival").digest
     with pytest.raises(Refused, match="rival is an endpoint"):
         versions.register(project, verdict)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
@@ -173,7 +172,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
 
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
-    verdict = evaluation.gate(project, name=name).digest
+    verdict = evaluations.gate(project, name=name).digest
     registered = versions.register(project, verdict)
     version = load_version(project.store, registered.digest)
     found = verify_version(project.store, version.label)
@@ -201,7 +200,7 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = Project.load(folder)
-    body = loaded.store.record(evaluation.evaluate(loaded).evaluation).body["candidates"]
+    body = loaded.store.record(evaluations.evaluate(loaded).evaluation).body["candidates"]
     assert body["classes"]["metrics"]["label"]["mean"] == 1.0
     assert body["classes"]["calibration"]["label"]["n"] == body["plain"]["calibration"]["label"]["n"]
     assert body["plain"]["calibration"]["label"]["bins"], "the base is asked how likely each label is"
@@ -210,4 +209,4 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
     held = {"remote": {"endpoint": remote, "constrain": True, "max_tokens": 4}}
     task = {"pattern": "on|off", "scorers": ["exact_match"]}
     with pytest.raises(UsageError, match="JSON Schema only"):
-        evaluation.evaluate(Project.load(write_project(folder, candidates=held, task=task, gates={})))
+        evaluations.evaluate(Project.load(write_project(folder, candidates=held, task=task, gates={})))

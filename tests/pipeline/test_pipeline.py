@@ -16,7 +16,7 @@ from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.governance.signoff import sign_off
-from tunesmith.services.evaluations import evaluation
+from tunesmith.services import evaluations
 from tunesmith.services.runs import training
 from tunesmith.store.people import identities
 
@@ -73,17 +73,17 @@ def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tu
     os.utime(project / "rows.jsonl")
     os.utime(project / "model" / "model.safetensors")
     loaded = Project.load(project)
-    whole = evaluation.latest_evaluation(loaded)
-    evaluation.evaluate(loaded, ["plain"])
-    assert evaluation.report(loaded).evaluation != whole
+    whole = evaluations.latest_evaluation(loaded)
+    evaluations.evaluate(loaded, ["plain"])
+    assert evaluations.report(loaded).evaluation != whole
     again = _again(project)
     assert _done(again) == set()
     assert {key: again[key] for key in ("gate", "evaluate", "register")} == {
         key: finished[1][key] for key in ("gate", "evaluate", "register")
     }
-    found = evaluation.report(Project.load(project))
+    found = evaluations.report(Project.load(project))
     assert (found.evaluation, found.verdict and found.verdict.verdict) == (whole, "pass"), "the last run's result"
-    evaluation.compare_candidates(loaded, "plain", "tuned")
+    evaluations.compare_candidates(loaded, "plain", "tuned")
 
 
 def _candidates(**changes: Any) -> dict[str, Any]:
@@ -131,12 +131,12 @@ def test_names_that_do_not_exist(project: Path) -> None:
     shown = " ".join(printed(project, "train", "tuned").split())
     assert "validating by the probability" in shown, "notices are shown after a training"
     with pytest.raises(UsageError, match="no candidate 'tuend'"):
-        evaluation.evaluate(loaded, names=["tuend"])
+        evaluations.evaluate(loaded, names=["tuend"])
     with pytest.raises(UsageError, match="'plain' has no training"):
         training.train(loaded, name="plain")
     without = Project.load(write_project(project, task={"scorers": ["exact_match"]}, gates={}))
     with pytest.raises(UsageError, match="constrain needs a schema"):
-        evaluation.evaluate(without, names=["held"])
+        evaluations.evaluate(without, names=["held"])
 
 
 def test_a_schema_that_decoding_cannot_follow_is_refused_before_the_training(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_answers_of_a_pattern_or_a_grammar(tmp_path: Path, form: str) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     project = Project.load(folder)
     assert project.settings.task.metrics == ("exact_match", "valid")
-    evaluation.evaluate(project, names=["held"])
+    evaluations.evaluate(project, names=["held"])
     store = project.store
     (digest,) = store.records_of("answers")
     record = store.record(digest, kind="answers")

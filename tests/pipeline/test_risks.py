@@ -22,8 +22,8 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.opening import open_release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions, load_version
-from tunesmith.services.evaluations.evaluation import evaluate, report
-from tunesmith.services.releases import versions
+from tunesmith.services import versions
+from tunesmith.services.evaluations import evaluate, report
 from tunesmith.services.runs.training import run
 from tunesmith.store.store import Store
 

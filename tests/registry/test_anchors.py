@@ -22,7 +22,7 @@ from tests.registry.test_history import rewrite
 from tests.s3_server import s3_environment
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.services.releases.audit import anchor_audit, verify_audit
+from tunesmith.services.audit import anchor_audit, verify_audit
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 

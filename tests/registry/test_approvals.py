@@ -26,7 +26,7 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, Decision, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services.releases import versions as service
+from tunesmith.services import versions as service
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities, user_keys

@@ -27,7 +27,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import ENVELOPE, public_pem, signed_bytes
 from tunesmith.registry.signing.keys import fingerprint_of
 from tunesmith.registry.versions import Version
-from tunesmith.services.releases import remote_decisions
+from tunesmith.services import decisions
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import revoke_key
@@ -175,7 +175,7 @@ def test_other_software_verifies_what_is_recorded(served: Served, ada: Approver)
 def test_tenants_and_what_cannot_be_prepared(served: Served, tmp_path: Path) -> None:
     amy = Approver(served, "amy", tmp_path, Scope("acme"))
     refused = amy.prepare(f"{NAME}@v1", "refuse", reason="why")
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "decision_refused")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "permission_denied")
     assert amy.prepare(f"{NAME}@v99").status_code == 400
     ben = Approver(served, "ben", tmp_path)
     assert ben.prepare(f"{NAME}@v1", "refuse").status_code == 400  # no reason
@@ -193,7 +193,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
     assert served.post().status_code == 404
 
     def decide(version: str = f"{NAME}@v1", server: str = served.url, key: Path | None = ada.file) -> object:
-        return remote_decisions.decide(server, version, "approve", "", key)
+        return decisions.decide(server, version, "approve", "", key)
 
     new_key(tmp_path / "other.pem")
     with pytest.raises(Refused, match="not an active one"):
@@ -212,7 +212,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
             CliRunner().invoke(app, [*elsewhere, *more, "-C", str(tmp_path)], catch_exceptions=False)
     asked: list[str] = []
     lie: dict[str, Any] = {}
-    honest = remote_decisions._sent
+    honest = decisions._sent
 
     def lying(http: httpx.Client, path: str, *more: Any) -> Any:
         """A server that states another version than it was asked for."""
@@ -221,7 +221,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
         found.statement.update(lie)
         return found
 
-    monkeypatch.setattr(remote_decisions, "_sent", lying)
+    monkeypatch.setattr(decisions, "_sent", lying)
     for untrue, said in (
         ({"subject": [{"name": versions[2].label, "digest": {"sha256": "0" * 64}}]}, "asks for another signature"),
         ({"predicateType": "urn:tunesmith:key-change:v1"}, "not an approval or refusal"),

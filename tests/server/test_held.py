@@ -25,7 +25,7 @@ from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services.releases.versions import refuse
+from tunesmith.services.versions import refuse
 from tunesmith.store import database
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store

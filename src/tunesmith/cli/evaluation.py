@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.planning import Plan
     from tunesmith.evaluation.summary import EvaluationSummary, MetricInterval, VerdictSummary
     from tunesmith.registry.leaderboard import Leaderboard
-    from tunesmith.services.evaluations.evaluation import EvidenceReport
+    from tunesmith.services.evaluations import EvidenceReport
 
 EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -43,9 +43,9 @@ def plan(
     ] = None,
 ) -> None:
     """Show before a run what the test rows can show, and how many rows it takes to detect a lift."""
-    from tunesmith.services.evaluations import evaluation
+    from tunesmith.services import evaluations
 
-    found = evaluation.plan(here.project, lift=lift, differing=differing, between=between or (), progress=Terminal())
+    found = evaluations.plan(here.project, lift=lift, differing=differing, between=between or (), progress=Terminal())
     here.emit(found, _draw_plan)
 
 
@@ -53,9 +53,9 @@ def evaluate(
     here: Here, names: Annotated[list[str] | None, typer.Argument(help="Candidates; by default all of them.")] = None
 ) -> None:
     """Measure candidates on the same held-out rows."""
-    from tunesmith.services.evaluations import evaluation
+    from tunesmith.services import evaluations
 
-    found = evaluation.evaluate(here.project, names or None, progress=Terminal())
+    found = evaluations.evaluate(here.project, names or None, progress=Terminal())
     here.emit(found, draw_evaluation)
 
 
@@ -64,9 +64,9 @@ def gate(
     name: Annotated[str | None, typer.Argument(help="The candidate; by default the one meant for release.")] = None,
 ) -> None:
     """Apply the gates to a candidate. Exits with 0 for pass, 3 for fail, 4 for inconclusive."""
-    from tunesmith.services.evaluations import evaluation
+    from tunesmith.services import evaluations
 
-    found = evaluation.gate(here.project, name, progress=Terminal())
+    found = evaluations.gate(here.project, name, progress=Terminal())
     here.emit(found, draw_verdict)
     raise typer.Exit(EXITS[found.verdict])
 
@@ -77,9 +77,9 @@ def compare(
     second: Annotated[str, typer.Argument(help="Another one; differences are second minus first.")],
 ) -> None:
     """Compare two candidates or versions, request by request."""
-    from tunesmith.services.evaluations import evaluation
+    from tunesmith.services import evaluations
 
-    here.emit(evaluation.compare_candidates(here.project, first, second), _draw_comparison)
+    here.emit(evaluations.compare_candidates(here.project, first, second), _draw_comparison)
 
 
 def leaderboard(
@@ -108,11 +108,11 @@ def report(
     from tunesmith.core.system.files import write_atomic
     from tunesmith.core.text.display import printable
     from tunesmith.evaluation.report.markdown import report_markdown
-    from tunesmith.services.evaluations import evaluation
+    from tunesmith.services import evaluations
 
     if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")
-    found = evaluation.report(here.project, version)
+    found = evaluations.report(here.project, version)
     if markdown:
         text = report_markdown(found.document())
         if output is not None:
@@ -122,7 +122,7 @@ def report(
         return
     page = output if output is not None or here.as_json else here.directory / "report.html"
     if page is not None:
-        evaluation.report_page(found, page)
+        evaluations.report_page(found, page)
     here.emit(found, lambda console, shown: _draw_report(console, shown, page))
 
 

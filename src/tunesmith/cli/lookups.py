@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, Here, Region, Tenant, add_commands, d
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.evaluations.evidence import EvaluationList, EvaluationPage
+    from tunesmith.services.evidence import EvaluationList, EvaluationPage
     from tunesmith.services.traffic.operations import RecallList
 
 
@@ -29,7 +29,7 @@ def evaluations(
 ) -> None:
     """List evaluations, newest first, or show one with the newest verdict on it."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.evaluations import evidence
+    from tunesmith.services import evidence
     from tunesmith.store.people.identities import acting, get_user
 
     store = here.store
@@ -59,7 +59,7 @@ def notice(
     """Print what the licences of a version's rows ask for (NOTICE.md)."""
     from tunesmith.core.scope import Scope
     from tunesmith.registry.versions import resolve
-    from tunesmith.services.releases.version_pages import notice_of
+    from tunesmith.services.version_pages import notice_of
 
     store = here.store
     found = resolve(store, version, scope=Scope(tenant, region))

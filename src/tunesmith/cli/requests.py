@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, add_commands
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.evaluations.held_out_requests import OpenedRequest, RequestMatrix
+    from tunesmith.services.held_out_requests import OpenedRequest, RequestMatrix
     from tunesmith.store.people.identities import User
 
 Found = TypeVar("Found")
@@ -39,7 +39,7 @@ def requests(
     most: Annotated[int, typer.Option(min=1, max=1000, help="Requests to show.")] = 20,
 ) -> None:
     """Show held-out requests by candidates: where a candidate got worse first, then where it got better."""
-    from tunesmith.services.evaluations import held_out_requests
+    from tunesmith.services import held_out_requests
 
     given = {"focus": focus, "rival": rival, "metric": metric, "show": show}
     given |= {"group": group, "label": label, "search": search}
@@ -57,7 +57,7 @@ def request(
     ] = "reference",
 ) -> None:
     """Show one held-out request with every candidate's answer, and how it differs from the reference."""
-    from tunesmith.services.evaluations import held_out_requests
+    from tunesmith.services import held_out_requests
 
     user, digest = _which(here, evaluation)
     found = held_out_requests.show_request(here.store, user, user.region, digest, row, {}, compared)
@@ -66,7 +66,7 @@ def request(
 
 def _which(here: Acting, evaluation: str) -> tuple[User, str]:
     """The acting user, and the digest of the evaluation that is meant."""
-    from tunesmith.services.evaluations import evidence
+    from tunesmith.services import evidence
     from tunesmith.store.people.identities import acting, get_user
 
     user = get_user(here.store, acting(here.store, here.actor))

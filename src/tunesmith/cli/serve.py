@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.candidates.answering import Answerer
-    from tunesmith.services.evaluations.chat import ChatAnswer
+    from tunesmith.services.chat import ChatAnswer
 
 
 def register(app: typer.Typer) -> None:
@@ -84,9 +84,9 @@ def serve(
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.datasets.cases import case_keeper
-    from tunesmith.services.evaluations.served_scorers import served_scorers
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.runs.own_worker import OwnWorker
+    from tunesmith.services.served_scorers import served_scorers
     from tunesmith.services.traffic.held import answer_holder
     from tunesmith.services.webhooks import check_secrets
 
@@ -151,7 +151,7 @@ def chat(
 ) -> None:
     """Talk to a candidate of the project, or to a registered version (verified before it is loaded)."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.evaluations.chat import ask, opened
+    from tunesmith.services.chat import ask, opened
 
     if here.as_json and message is None:
         raise UsageError("--json needs --message", fix="ask one question with -m")

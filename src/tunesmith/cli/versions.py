@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from tunesmith.registry.risk import Approvals
     from tunesmith.registry.signing.attestations import Decision
     from tunesmith.registry.verification import Verification
-    from tunesmith.services.releases.audit import Anchored, AuditLog, AuditVerification
-    from tunesmith.services.releases.export import ExportedVersion
-    from tunesmith.services.releases.versions import (
+    from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
+    from tunesmith.services.export import ExportedVersion
+    from tunesmith.services.versions import (
         ApprovedVersion,
         RecordedDecision,
         RegisteredVersion,
@@ -70,7 +70,7 @@ def register_version(
     region: Region = "",
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.services.releases import versions
+    from tunesmith.services import versions
 
     version = versions.register(
         here.project,
@@ -94,7 +94,7 @@ def approve(
     key: Key = None,
 ) -> None:
     """Verify a version and approve it with your signature. You may not approve a version that you registered."""
-    from tunesmith.services.releases import versions
+    from tunesmith.services import versions
 
     if _decided_there(here, server, version, "approve", reason, key, Scope(tenant, region)):
         return
@@ -114,7 +114,7 @@ def refuse(
 ) -> None:
     """Refuse a version with your signature. It serves no request until as many people approve it again as its risk
     class takes."""
-    from tunesmith.services.releases import versions
+    from tunesmith.services import versions
     from tunesmith.services.rollouts import refused_champions
 
     if _decided_there(here, server, version, "refuse", reason, key, Scope(tenant, region)):
@@ -129,13 +129,13 @@ def _decided_there(
     here: Acting, server: str | None, version: str, decision: Decision, reason: str, key: Path | None, scope: Scope
 ) -> bool:
     """Decide on a server, if one is named; returns whether one is."""
-    from tunesmith.services.releases import remote_decisions
+    from tunesmith.services import decisions
 
     if server is None:
         if key is not None:
             raise UsageError("--key applies to --server", fix="set TUNESMITH_KEYS to the folder of your keys instead")
         return False
-    decided = remote_decisions.decide(server, version, decision, reason, key, scope, actor=here.actor)
+    decided = decisions.decide(server, version, decision, reason, key, scope, actor=here.actor)
     here.emit(decided, _draw_decision)
     return True
 
@@ -160,7 +160,7 @@ def verify(
     The trusted keys are those in the store's trust/keys.json. A person who can write that file decides what verifies:
     bring your own copy with --trust if you do not trust the store.
     """
-    from tunesmith.services.releases import versions
+    from tunesmith.services import versions
 
     found = versions.verify(
         here.store,
@@ -184,7 +184,7 @@ def show(
 ) -> None:
     """Show what a record was made from and what was made from it; without an argument, list versions and aliases."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.releases import versions
+    from tunesmith.services import versions
 
     store = here.store
     if what is not None:
@@ -220,7 +220,7 @@ def export(
     The same held-out requests go through the adapter as trained, as served and as exported. Exit 3 if their
     log-probabilities differ by more than the tolerance. The store keeps the figures: `tunesmith show VERSION`.
     """
-    from tunesmith.services.releases.export import export as export_version
+    from tunesmith.services.export import export as export_version
 
     done = export_version(
         here.project,
@@ -254,7 +254,7 @@ def anchor_audit(
     tsa_roots: TsaRoots = None,
 ) -> None:
     """Write the newest entry of the log to a place outside the store, to notice an old store that is put back."""
-    from tunesmith.services.releases import audit
+    from tunesmith.services import audit
 
     done = audit.anchor_audit(
         here.store, place, actor=here.actor, keep_days=keep_days, time_stamp=time_stamp, tsa_roots=tsa_roots
@@ -275,7 +275,7 @@ def verify_audit(
     tsa_roots: TsaRoots = None,
 ) -> None:
     """Compare the audit log with itself, with signed records and with the current state. Exit 3 on any difference."""
-    from tunesmith.services.releases import audit
+    from tunesmith.services import audit
 
     found = audit.verify_audit(here.store, head or (), anchor or (), tsa_roots)
     here.emit(found, _draw_audit_verification)
@@ -290,7 +290,7 @@ def show_audit(
     limit: Annotated[int, typer.Option(min=0, help="Newest entries to show; 0 shows all.")] = 50,
 ) -> None:
     """Show who did what, and when."""
-    from tunesmith.services.releases import audit
+    from tunesmith.services import audit
 
     found = audit.show_audit(here.store, subject=subject, action=action, containing=search, limit=limit)
     here.emit(found, _draw_audit)

@@ -20,7 +20,7 @@ from tunesmith.rollout.seen import Seen
 from tunesmith.rollout.standing import Champion, list_champions
 from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
-from tunesmith.services.evaluations.served_scorers import check_analyses
+from tunesmith.services.served_scorers import check_analyses
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store

@@ -30,8 +30,8 @@ from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.server.console.rendering import rendered
-from tunesmith.services.evaluations.evaluation import version_report
-from tunesmith.services.evaluations.evidence import show_findings
+from tunesmith.services.evaluations import version_report
+from tunesmith.services.evidence import show_findings
 from tunesmith.store.people.identities import acting, add_user
 from tunesmith.store.records import Record
 

@@ -16,7 +16,7 @@ from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
-from tunesmith.services.evaluations.evaluation import EvidenceReport
+from tunesmith.services.evaluations import EvidenceReport
 from tunesmith.store.records import Record
 
 HOSTILE = (

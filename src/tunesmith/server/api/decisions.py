@@ -11,7 +11,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from tunesmith.server.access import needs, stated_scope
 from tunesmith.server.api.routing import Reason, Short, call_of, changes, router
-from tunesmith.services.releases import versions as service
+from tunesmith.services import versions as service
 
 routes = router(code="decision_refused")
 

@@ -9,8 +9,8 @@ from fastapi import Query, Request, Response
 
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Digest, Name, Page, Text, call_of, router, shows
-from tunesmith.services.evaluations import evidence, held_out_requests
-from tunesmith.services.evaluations.evaluation import EvidenceReport
+from tunesmith.services import evidence, held_out_requests
+from tunesmith.services.evaluations import EvidenceReport
 
 routes = router()
 Verdict = Annotated[str, Query(pattern="^(sha256:[0-9a-f]{64})?$")]

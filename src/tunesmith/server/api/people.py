@@ -11,9 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Name, Short, Text, call_of, changes, router, shows, whole_call_of
-from tunesmith.services import home
+from tunesmith.services import audit, home
 from tunesmith.services.accounts import people, users
-from tunesmith.services.releases import audit
 from tunesmith.store.people.roles import Role
 
 routes = router()

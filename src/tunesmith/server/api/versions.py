@@ -27,9 +27,9 @@ from tunesmith.server.api.routing import (
 )
 from tunesmith.server.errors import missing
 from tunesmith.server.openapi import BEARER, errors
-from tunesmith.services.evaluations import evaluation, evidence
-from tunesmith.services.releases import lineage_pages, version_pages
-from tunesmith.services.releases import versions as service
+from tunesmith.services import evaluations, evidence, version_pages
+from tunesmith.services import lineage as lineages
+from tunesmith.services import versions as service
 
 routes = router()
 _AT = "/versions/{name}/{number}"
@@ -91,23 +91,23 @@ async def version(request: Request, name: Name, number: Number) -> Response:
     return await call.answer(partial(version_pages.details, call.store, call.user, found))
 
 
-@routes.get(_AT + "/lineage", dependencies=[needs("read")], **shows(lineage_pages.Lineage))
+@routes.get(_AT + "/lineage", dependencies=[needs("read")], **shows(lineages.Lineage))
 async def lineage(request: Request, name: Name, number: Number) -> Response:
     """What a version was made from, and what was made from it: records, each with its parents."""
     call = call_of(request)
     found = await _version(call, name, number)
-    return await call.answer(partial(lineage_pages.lineage, call.store, found))
+    return await call.answer(partial(lineages.lineage, call.store, found))
 
 
-@routes.get(_AT + "/records/{digest}", dependencies=[needs("read")], **shows(lineage_pages.RecordDetails))
+@routes.get(_AT + "/records/{digest}", dependencies=[needs("read")], **shows(lineages.RecordDetails))
 async def record(request: Request, name: Name, number: Number, digest: Digest) -> Response:
     """One record of a version's lineage."""
     call = call_of(request)
     found = await _version(call, name, number)
-    return await call.answer(partial(lineage_pages.record_details, call.store, call.user, found, digest), none=_NONE)
+    return await call.answer(partial(lineages.record_details, call.store, call.user, found, digest), none=_NONE)
 
 
-@routes.get(_AT + "/records/{digest}/rows", dependencies=[needs("read")], **shows(lineage_pages.OriginPage))
+@routes.get(_AT + "/records/{digest}/rows", dependencies=[needs("read")], **shows(lineages.OriginPage))
 async def rows(
     request: Request,
     name: Name,
@@ -120,9 +120,7 @@ async def rows(
     """Where the rows of a dataset in a version's lineage come from, and under which licence; never their texts."""
     call = call_of(request)
     found = await _version(call, name, number)
-    look = partial(
-        lineage_pages.dataset_rows, call.store, call.user, found, digest, split=split, text=search, page=page
-    )
+    look = partial(lineages.dataset_rows, call.store, call.user, found, digest, split=split, text=search, page=page)
     return await call.answer(look, none=_NONE)
 
 
@@ -148,8 +146,8 @@ async def document(request: Request, name: Name, number: Number, document: Docum
             return version_pages.notice_of(call.store, found)
         whole = call.user.scope == Scope()
         texts = whole and call.permits("rows", evidence.READ_PERMISSION)
-        report = evaluation.version_report(call.store, found, everything=whole, texts=texts)
-        return evaluation.report_html(report) if document == "report.html" else evaluation.report_text(report)
+        report = evaluations.version_report(call.store, found, everything=whole, texts=texts)
+        return evaluations.report_html(report) if document == "report.html" else evaluations.report_text(report)
 
     text = await call.run(written)
     if document == "report.html":

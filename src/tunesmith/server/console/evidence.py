@@ -12,9 +12,8 @@ from tunesmith.server.api.routing import Page
 from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, forbidden, missing
-from tunesmith.services.evaluations import evidence, held_out_requests
-from tunesmith.services.evaluations.evidence import EvaluationPage
-from tunesmith.services.releases import versions
+from tunesmith.services import evidence, held_out_requests, versions
+from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
 _AT: Final = "/console/evidence"

@@ -24,8 +24,8 @@ from tunesmith.server.console.evidence import shown
 from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import router
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.services.evaluations import chat, evidence, playground
-from tunesmith.services.evaluations.playground import Choice
+from tunesmith.services import chat, evidence
+from tunesmith.services.chat import Choice
 
 routes = router()
 _AT: Final = "/console/evidence/{digest}/playground"
@@ -102,9 +102,7 @@ async def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
         raise ApiError(403, "The playground is for engineers, stewards and approvers.", code="permission_denied")
     serving = viewer.serving
     region, base = serving.settings.region, serving.versions.base
-    return await viewer.run(
-        partial(playground.choices, viewer.store, viewer.user, region, base, found.summary.evaluation)
-    )
+    return await viewer.run(partial(chat.choices, viewer.store, viewer.user, region, base, found.summary.evaluation))
 
 
 def _ask_all(viewer: Viewer, chosen: Sequence[Choice], question: str, trial: Trial) -> None:

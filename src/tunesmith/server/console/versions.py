@@ -22,9 +22,9 @@ from tunesmith.server.console.people.session import Changing, Looking, Viewer, f
 from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import bad_request, missing
-from tunesmith.services.evaluations import evaluation, evidence
-from tunesmith.services.releases import lineage_pages, version_pages
-from tunesmith.services.releases import versions as service
+from tunesmith.services import evaluations, evidence, version_pages
+from tunesmith.services import lineage as lineages
+from tunesmith.services import versions as service
 
 routes = router()
 Result = TypeVar("Result")
@@ -48,7 +48,7 @@ async def one(request: Request, viewer: Looking, name: Name, number: Number) -> 
     def look() -> dict[str, Any]:
         return {
             "found": version_pages.details(viewer.store, viewer.user, version),
-            "lineage": lineage_pages.lineage(viewer.store, version),
+            "lineage": lineages.lineage(viewer.store, version),
         }
 
     server = f"{request.url.scheme}://{request.url.netloc}"
@@ -65,13 +65,13 @@ async def record(
     version = await _version(viewer, name, number)
 
     def look() -> dict[str, Any] | None:
-        found = lineage_pages.record_details(viewer.store, viewer.user, version, digest)
+        found = lineages.record_details(viewer.store, viewer.user, version, digest)
         if found is None:
             return None
         rows = None
         if found.kind == "dataset":
             options: dict[str, Any] = {"split": split, "text": q, "page": page}
-            rows = lineage_pages.dataset_rows(viewer.store, viewer.user, version, digest, **options)
+            rows = lineages.dataset_rows(viewer.store, viewer.user, version, digest, **options)
         return {"found": found, "rows": rows}
 
     found = await viewer.run(look)
@@ -128,14 +128,14 @@ async def decide(request: Request, viewer: Changing, name: Name, number: Number)
 @routes.get("/console/versions/{name}/{number}/report.html")
 async def report(viewer: Looking, name: Name, number: Number) -> Response:
     """The evaluation report as a page of its own."""
-    page = await _written(viewer, name, number, evaluation.report_html)
+    page = await _written(viewer, name, number, evaluations.report_html)
     return HTMLResponse(page, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
 
 
 @routes.get("/console/versions/{name}/{number}/report.md")
 async def report_text(viewer: Looking, name: Name, number: Number) -> Response:
     """The evaluation report as a file, to put beside the model."""
-    return _file(await _written(viewer, name, number, evaluation.report_text), f"{name}-v{number}.md")
+    return _file(await _written(viewer, name, number, evaluations.report_text), f"{name}-v{number}.md")
 
 
 @routes.get("/console/versions/{name}/{number}/datasheet.md")
@@ -161,11 +161,11 @@ async def _version(viewer: Viewer, name: str, number: int) -> service.Registered
     return found
 
 
-async def _written(viewer: Viewer, name: str, number: int, write: Callable[[evaluation.EvidenceReport], str]) -> str:
+async def _written(viewer: Viewer, name: str, number: int, write: Callable[[evaluations.EvidenceReport], str]) -> str:
     version = await _version(viewer, name, number)
     everything = viewer.user.scope == Scope()
     texts = everything and viewer.user.may(evidence.READ_PERMISSION)
-    report = partial(evaluation.version_report, viewer.store, version, everything=everything, texts=texts)
+    report = partial(evaluations.version_report, viewer.store, version, everything=everything, texts=texts)
     return await viewer.run(lambda: write(report()))
 
 

@@ -25,7 +25,7 @@ from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.signing.release import Version
 from tunesmith.rollout.state import LIVE
 from tunesmith.services.datasets.data import datasheet
-from tunesmith.services.releases.versions import RegisteredVersion, approvals_for, registered
+from tunesmith.services.versions import RegisteredVersion, approvals_for, registered
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.scoping import visible

@@ -18,7 +18,7 @@ from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import Decision, read_statement, signed_bytes
-from tunesmith.services.releases.versions import PreparedDecision, RecordedDecision
+from tunesmith.services.versions import PreparedDecision, RecordedDecision
 
 Answer = TypeVar("Answer", bound=View)
 _SECONDS = 300  # the server verifies the version first

@@ -2,7 +2,7 @@
 
 Everything is limited to what a user may see. An evaluation belongs to the project: people without a tenant and a region
 see all, people of a tenant or region those from which a version of theirs was registered. Its requests one by
-one: services/evaluations/held_out_requests.py.
+one: services/held_out_requests.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tunesmith.evaluation.summary import (
     verdict_summary,
 )
 from tunesmith.registry.versions import load_version
-from tunesmith.services.evaluations.evaluation import EvidenceReport, without_texts
+from tunesmith.services.evaluations import EvidenceReport, without_texts
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import reasons_of_recalls, recalled

@@ -1,7 +1,7 @@
 """The held-out requests of an evaluation, as people look them up: a matrix by candidates, and one request opened.
 
 Requests and answers are texts of rows: they take the permission `evidence.read` and an evaluation that the user may see
-(services/evaluations/evidence.py).
+(services/evidence.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tunesmith.core.view import View
 from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
-from tunesmith.services.evaluations.evidence import READ_PERMISSION, judged_candidate, when_made
+from tunesmith.services.evidence import READ_PERMISSION, judged_candidate, when_made
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import recalled

@@ -1,1 +1,0 @@
-"""Evaluations and verdicts, and what a person looks up in them."""

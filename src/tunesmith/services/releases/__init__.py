@@ -1,1 +1,0 @@
-"""Versions and rollouts: register, approve, verify, export, roll out and back, and the log of it."""
