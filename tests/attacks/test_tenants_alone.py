@@ -17,9 +17,8 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import perform
 from tunesmith.project import Project
 from tunesmith.services.evidence import list_evaluations
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments
-from tunesmith.services.fine_tuning.create import PURPOSE, create
-from tunesmith.services.fine_tuning.perform import perform_fine_tuning
+from tunesmith.services.fine_tuning import KIND, PURPOSE, Arguments, create
+from tunesmith.services.fine_tuning_jobs import perform_fine_tuning
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
 

@@ -16,7 +16,7 @@ from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.project import Project
-from tunesmith.services.runs.run_settings import project_of
+from tunesmith.services.run_settings import project_of
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 

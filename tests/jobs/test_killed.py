@@ -26,9 +26,8 @@ from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.fine_tuning import create
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters
-from tunesmith.services.runs import jobs
+from tunesmith.services import fine_tuning, worker
+from tunesmith.services.fine_tuning import KIND, Arguments, Hyperparameters
 from tunesmith.store import audit, database, uploads
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -107,7 +106,7 @@ def attempt(folder: Path, lease: Lease) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     database._write = counted
-    jobs.perform_in_child(folder, lease, os.getppid())
+    worker.perform_in_child(folder, lease, os.getppid())
 
 
 @pytest.mark.attack("crash", "kill -9 of a fine-tuning job after every fifth effect")
@@ -124,7 +123,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
         given: dict[str, Any] = {"name": "rows.jsonl", "purpose": "fine-tune", "actor": OWNER, "scope": Scope()}
         file = uploads.put(store, work / "rows", **given)
     asked = Arguments(settings="", model=MODEL, training_file=file.file, hyperparameters=Hyperparameters(n_epochs=1))
-    number = create.create(project, asked, user=owner).id
+    number = fine_tuning.create(project, asked, user=owner).id
     with database.writing(store.engine) as session:
         session.execute(update(JobRow).values(most_attempts=100))
     killed = 0

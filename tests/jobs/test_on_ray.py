@@ -27,8 +27,8 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.on_ray import _Performer
 from tunesmith.project import Project
-from tunesmith.services.runs import jobs, training
-from tunesmith.services.runs.job_places import check_node, make_places
+from tunesmith.services import jobs, training
+from tunesmith.services.worker import check_node, make_places, perform_in_child
 
 HERE = socket.gethostname()
 
@@ -70,7 +70,7 @@ def places(project: Project, ray: Any, at_once: int | None = None, say: Any = pr
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_cluster, "connected", connected)
-        return make_places(project, at_once, jobs.perform_in_child, say)
+        return make_places(project, at_once, perform_in_child, say)
 
 
 def test_as_many_jobs_at_once_as_the_nodes_have_room_for(

@@ -32,10 +32,9 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import versions
+from tunesmith.services import jobs, retraining, training, versions, worker
 from tunesmith.services.accounts.users import add_user, set_roles
-from tunesmith.services.runs import jobs, retraining, training
-from tunesmith.services.runs.retraining import Retraining
+from tunesmith.services.retraining import Retraining
 from tunesmith.services.traffic import held, monitoring
 from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
@@ -253,9 +252,9 @@ def test_a_run_that_gives_the_champion_again_says_so(folder: Path, monkeypatch: 
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "end_with_parent", lambda _: None)
+        patch.setattr(worker, "end_with_parent", lambda _: None)
         patch.setattr(signal, "signal", lambda *_: None)
-        jobs.perform_in_child(folder, lease, os.getppid())
+        worker.perform_in_child(folder, lease, os.getppid())
     (job,) = jobs.list_jobs(project.store).jobs
     assert (job.state, job.error["code"], job.cause) == ("failed", "nothing_new", "drift: tiny@v1")
     result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])

@@ -22,7 +22,7 @@ from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, Slot, divide
 from tunesmith.jobs.worker import Worker
 from tunesmith.project import Project
-from tunesmith.services.runs import job_places, jobs
+from tunesmith.services import worker
 from tunesmith.store.store import Store
 
 LEFT, RIGHT, BOTH = Slot((0,), ("0",)), Slot((1,), ("1",)), Slot((0, 1), ("0", "1"))
@@ -144,12 +144,12 @@ def test_a_worker_waits_for_jobs_of_others(store: Store, clock: SetClock, monkey
 
 
 def places(project: Project, at_once: int | None = None) -> list[str]:
-    return [str(place) for place in job_places.make_places(project, at_once, jobs.perform_in_child)]
+    return [str(place) for place in worker.make_places(project, at_once, worker.perform_in_child)]
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
-    monkeypatch.setattr(job_places, "usable_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(worker, "usable_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(slots, "_place", lambda core: (0, 0, core))
     monkeypatch.setattr(device, "gpu_names", lambda: ())
 

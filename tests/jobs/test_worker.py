@@ -27,8 +27,8 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.places import LocalPlace
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import Worker
-from tunesmith.services.runs import jobs, training
-from tunesmith.services.runs.own_worker import OwnWorker
+from tunesmith.services import jobs, training
+from tunesmith.services.worker import OwnWorker, perform_in_child, run_here
 from tunesmith.store.store import Store
 
 
@@ -148,7 +148,7 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch
         gates={"valid": {"metric": "json_valid", "at_least": 1.0}},
     )
     project = Project.load(folder)
-    assert jobs.run_here(project).gate.verdict == "fail"
+    assert run_here(project).gate.verdict == "fail"
     (job,) = jobs.list_jobs(project.store).jobs
     assert (job.state, job.error["code"]) == ("failed", "verdict_fail")
     assert job.error["what"] == "the verdict is fail: valid"
@@ -161,9 +161,9 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch
     write_project(folder, candidates={"plain": plain["plain"]}, gates={})
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
-    monkeypatch.setattr(jobs, "end_with_parent", lambda _: None)
+    monkeypatch.setattr("tunesmith.services.worker.end_with_parent", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    jobs.perform_in_child(folder, lease, os.getppid())
+    perform_in_child(folder, lease, os.getppid())
     changed = jobs.show(project.store, queued.job)
     assert (changed.state, changed.error["code"]) == ("failed", "wrong_usage")
     assert "settings changed" in changed.error["what"]

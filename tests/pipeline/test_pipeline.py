@@ -16,8 +16,7 @@ from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.governance.signoff import sign_off
-from tunesmith.services import evaluations
-from tunesmith.services.runs import training
+from tunesmith.services import evaluations, training
 from tunesmith.store.people import identities
 
 

@@ -24,7 +24,7 @@ from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions, load_version
 from tunesmith.services import versions
 from tunesmith.services.evaluations import evaluate, report
-from tunesmith.services.runs.training import run
+from tunesmith.services.training import run
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow

@@ -30,7 +30,7 @@ from tunesmith.engines.ranks import ALONE
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.services.runs.training import repeat, run, train
+from tunesmith.services.training import repeat, run, train
 from tunesmith.store.people import identities
 from tunesmith.store.records import Record
 from tunesmith.training.launchers import on_ray

@@ -46,9 +46,9 @@ from tunesmith.jobs.leases import Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.fine_tuning.arguments import KIND
-from tunesmith.services.fine_tuning.perform import VALIDATING, perform_fine_tuning
-from tunesmith.services.runs import jobs
+from tunesmith.services.fine_tuning import KIND
+from tunesmith.services.fine_tuning_jobs import VALIDATING, perform_fine_tuning
+from tunesmith.services.worker import perform_in_child
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.people.tokens import issue_token
 
@@ -210,9 +210,9 @@ class Tuner:
         """A job after what a worker's child does, but in this process."""
         lease = self.taken()
         with monkeypatch.context() as patch:
-            patch.setattr(jobs, "end_with_parent", lambda _: None)
+            patch.setattr("tunesmith.services.worker.end_with_parent", lambda _: None)
             patch.setattr(signal, "signal", lambda *_: None)
-            jobs.perform_in_child(self.folder, lease, os.getppid())
+            perform_in_child(self.folder, lease, os.getppid())
         return self.client.fine_tuning.jobs.retrieve(f"ftjob-{lease.job}")
 
 

@@ -15,7 +15,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curves
 from tunesmith.project import Project
-from tunesmith.services.runs import jobs
+from tunesmith.services import jobs
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 

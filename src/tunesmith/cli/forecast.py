@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, Terminal, add_commands, draw_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.runs.forecast import ForecastView
+    from tunesmith.services.forecast import ForecastView
 
 EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
 _COLOURS = {"train": "green", "don't": "red", "undecided": "yellow", None: "yellow"}
@@ -43,13 +43,13 @@ def forecast(
 
     if queue:
         from tunesmith.cli.jobs import draw_job
-        from tunesmith.services.runs import jobs
+        from tunesmith.services import jobs
 
         if (rows, goal) != (None, None):
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
         here.emit(jobs.queue_forecast(here.project, candidate, actor=here.actor), draw_job)
         return
-    from tunesmith.services.runs import forecast as services
+    from tunesmith.services import forecast as services
 
     found = services.forecast(here.project, candidate, rows=rows, goal=goal, progress=Terminal(), actor=here.actor)
     here.emit(found, _draw)

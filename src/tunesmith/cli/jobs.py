@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tunesmith.services.runs.jobs import JobList, JobLog, JobView
-    from tunesmith.services.runs.retraining import Retraining
+    from tunesmith.services.jobs import JobList, JobLog, JobView
+    from tunesmith.services.retraining import Retraining
 
 Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
 
@@ -56,16 +56,16 @@ def worker(
     import signal
 
     from tunesmith.monitoring import cases
-    from tunesmith.services import webhooks
-    from tunesmith.services.runs import jobs, retraining
+    from tunesmith.services import retraining, webhooks
     from tunesmith.services.traffic import held
+    from tunesmith.services.worker import make_worker
 
     def also() -> None:
         cases.delete_expired(here.store)  # before what may fail by the project file or its sources
         held.tidy(here.store)
         retraining.look_again(here.project.root, say)
 
-    working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
+    working = make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=also)
 
     def stop(number: int, _frame: object) -> None:
         if working.stopping.is_set():
@@ -88,7 +88,7 @@ def retrain(
 
     A worker looks by itself. What comes of the run is registered if its gates pass, and waits for an approval.
     """
-    from tunesmith.services.runs import retraining
+    from tunesmith.services import retraining
 
     found = retraining.look(here.project, add=add, actor=here.actor, say=say)
     here.emit(found, _draw_retraining)
@@ -115,14 +115,14 @@ def list_jobs(
     most: Annotated[int, typer.Option("--most", min=1, help="How many.")] = 50,
 ) -> None:
     """List jobs, newest first."""
-    from tunesmith.services.runs import jobs
+    from tunesmith.services import jobs
 
     here.emit(jobs.list_jobs(here.store, states=jobs.states_named(state or ()), before=before, most=most), _draw_list)
 
 
 def show(here: Here, job: Number) -> None:
     """Show a job: its state, the step that it is at, the time left for this step, its result or its error."""
-    from tunesmith.services.runs import jobs
+    from tunesmith.services import jobs
 
     here.emit(jobs.show(here.store, job), draw_job)
 
@@ -134,7 +134,7 @@ def log(
 ) -> None:
     """Print the log of a job."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.runs import jobs
+    from tunesmith.services import jobs
 
     if follow and here.as_json:
         raise UsageError("--follow has no single result that --json could print", fix="leave one of them out")
@@ -150,21 +150,21 @@ def log(
 
 def cancel(here: Acting, job: Number) -> None:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
-    from tunesmith.services.runs import jobs
+    from tunesmith.services import jobs
 
     here.emit(jobs.cancel(here.store, job, actor=here.actor), draw_job)
 
 
 def pause(here: Acting, job: Number) -> None:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
-    from tunesmith.services.runs import jobs
+    from tunesmith.services import jobs
 
     here.emit(jobs.pause(here.store, job, actor=here.actor), draw_job)
 
 
 def resume(here: Acting, job: Number) -> None:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
-    from tunesmith.services.runs import jobs
+    from tunesmith.services import jobs
 
     here.emit(jobs.resume(here.store, job, actor=here.actor), draw_job)
 

@@ -11,8 +11,7 @@ from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, draw_ta
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.runs.training import Repeated, RunSummary, TrainingSummary
-    from tunesmith.services.runs.training_search import SettingsSearch, Trial
+    from tunesmith.services.training import Repeated, RunSummary, SettingsSearch, TrainingSummary, Trial
 
 
 def register(app: typer.Typer) -> None:
@@ -43,8 +42,8 @@ def run(
     """
     from tunesmith.cli.evaluation import EXITS
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.runs import jobs
-    from tunesmith.services.runs.run_settings import parse_changes
+    from tunesmith.services import jobs, worker
+    from tunesmith.services.run_settings import parse_changes
 
     changes = parse_changes(changed or ())
     if queue:
@@ -55,7 +54,7 @@ def run(
         return
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
-    done = jobs.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
+    done = worker.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
     raise typer.Exit(EXITS[done.gate.verdict])
 
@@ -84,7 +83,7 @@ def train(
     tunesmith train NAME` trains it on N processes together."""
     from tunesmith.core.errors import UsageError
     from tunesmith.core.system.threads import started_by_torchrun
-    from tunesmith.services.runs import training, training_search
+    from tunesmith.services import training
 
     _check_train_options(restart, repeat, search, limited=trials is not None or within is not None)
     if copies > 1 and not started_by_torchrun():
@@ -100,8 +99,8 @@ def train(
         return
     project = here.project
     if search:
-        number = training_search.TRIALS if trials is None else trials
-        found = training_search.search_settings(project, candidate, trials=number, within=within, progress=Terminal())
+        number = training.TRIALS if trials is None else trials
+        found = training.search_settings(project, candidate, trials=number, within=within, progress=Terminal())
         here.emit(found, _draw_search)
         return
     if repeat:

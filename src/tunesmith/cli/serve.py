@@ -85,10 +85,10 @@ def serve(
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.datasets.cases import case_keeper
     from tunesmith.services.rollouts import refused_champions
-    from tunesmith.services.runs.own_worker import OwnWorker
     from tunesmith.services.served_scorers import served_scorers
     from tunesmith.services.traffic.held import answer_holder
     from tunesmith.services.webhooks import check_secrets
+    from tunesmith.services.worker import OwnWorker
 
     project = here.project
     if worker:

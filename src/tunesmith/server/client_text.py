@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from tunesmith.core.scope import Scope
-from tunesmith.services.runs.jobs import JobLog, JobView
+from tunesmith.services.jobs import JobLog, JobView
 from tunesmith.store.people.identities import User
 
 _TRACEBACK = "Traceback (most recent call last)"

@@ -22,8 +22,8 @@ from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.standing import standing_of
+from tunesmith.services import retraining
 from tunesmith.services.rollout_course import LISTED, RolloutLine, labels_of, live_lines
-from tunesmith.services.runs import retraining
 from tunesmith.services.traffic import monitoring
 from tunesmith.services.traffic.health import PartHealth, queue_health
 from tunesmith.services.traffic.held import waiting_for

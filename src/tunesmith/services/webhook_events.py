@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.services.fine_tuning.arguments import KIND
-from tunesmith.services.fine_tuning.models import JOB
+from tunesmith.services.fine_tuning import JOB, KIND
 from tunesmith.store.tables import AuditRow, JobRow, RolloutRow, VersionRow
 from tunesmith.webhooks.deliveries import Event
 from tunesmith.webhooks.settings import EventType

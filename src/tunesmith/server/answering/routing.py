@@ -39,7 +39,7 @@ from tunesmith.server.errors import (
     unauthorised,
     unavailable,
 )
-from tunesmith.services.fine_tuning.models import PREFIX, NotYet, version_behind
+from tunesmith.services.fine_tuning import PREFIX, NotYet, version_behind
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.tokens import Caller, authenticate

@@ -15,8 +15,8 @@ from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Call, Number, call_of, changes, router, shows
 from tunesmith.server.client_text import job_for, log_for
 from tunesmith.server.errors import ApiError
-from tunesmith.services.runs import jobs as service
-from tunesmith.services.runs import run_curves, run_settings
+from tunesmith.services import jobs as service
+from tunesmith.services import run_settings
 
 routes = router(code="job_state")
 Asked = Annotated[int, Query(ge=0, le=2**31 - 1)]
@@ -53,11 +53,11 @@ async def log(request: Request, number: Number, after: Asked = 0) -> Response:
     return await call.answer(lambda: log_for(call.user, service.log(call.store, _seen(call, number).job, after)))
 
 
-@routes.get(_AT + "/curves", dependencies=[needs("read", "jobs")], **shows(run_curves.JobCurves))
+@routes.get(_AT + "/curves", dependencies=[needs("read", "jobs")], **shows(service.JobCurves))
 async def curves(request: Request, number: Number) -> Response:
     """The losses and scores of a job's trainings, also while it runs, with the time and memory that were predicted."""
     call = call_of(request)
-    return await call.answer(lambda: run_curves.curves(call.store, _seen(call, number).job))
+    return await call.answer(lambda: service.curves(call.store, _seen(call, number).job))
 
 
 class JobRequest(BaseModel):

@@ -16,8 +16,7 @@ from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Name, Reason, changes, router, shows, whole_call_of
 from tunesmith.server.errors import missing
-from tunesmith.services import webhooks
-from tunesmith.services.runs import retraining
+from tunesmith.services import retraining, webhooks
 from tunesmith.services.traffic import monitoring, operations
 
 routes = router()

@@ -10,7 +10,7 @@ from tunesmith.server.console.people.session import Looking
 from tunesmith.server.console.routing import router
 from tunesmith.server.control import parts_that_answer
 from tunesmith.services import home as service
-from tunesmith.services.runs import jobs
+from tunesmith.services import jobs
 from tunesmith.services.traffic.health import PartHealth
 
 routes = router()

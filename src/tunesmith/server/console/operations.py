@@ -13,10 +13,9 @@ from tunesmith.core.text.display import json_text
 from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, bad_request, missing
-from tunesmith.services import audit, webhooks
+from tunesmith.services import audit, retraining, webhooks
 from tunesmith.services.accounts import users
 from tunesmith.services.accounts.people import is_admin, visible_keys, visible_tokens, visible_users
-from tunesmith.services.runs import retraining
 from tunesmith.services.traffic import monitoring, operations
 from tunesmith.store.people.roles import ROLES
 

@@ -19,7 +19,7 @@ from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import bearer, caller
 from tunesmith.server.errors import ApiError, stopping, unavailable
 from tunesmith.server.serving import Serving
-from tunesmith.services.fine_tuning import create as service
+from tunesmith.services import fine_tuning as service
 from tunesmith.store.people.identities import User
 
 SECONDS = 1.0  # between two looks at the job

@@ -24,7 +24,7 @@ from tunesmith.server.intake import limits
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.openapi import BEARER, errors, form
 from tunesmith.server.serving import Serving
-from tunesmith.services.fine_tuning.create import PURPOSE
+from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.uploads import FileGone, StoredFile

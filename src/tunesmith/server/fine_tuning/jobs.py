@@ -25,10 +25,9 @@ from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving
-from tunesmith.services.fine_tuning import create as service
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, seed_of
-from tunesmith.services.fine_tuning.models import JOB, job_number
-from tunesmith.services.fine_tuning.perform import VALIDATING
+from tunesmith.services import fine_tuning as service
+from tunesmith.services.fine_tuning import JOB, KIND, Arguments, job_number, seed_of
+from tunesmith.services.fine_tuning_jobs import VALIDATING
 from tunesmith.store.people.identities import User
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, m
 
 from tunesmith.server.chat.request import MetadataKey, MetadataText, Number
 from tunesmith.server.intake import limits
-from tunesmith.services.fine_tuning.arguments import Arguments, Hyperparameters
+from tunesmith.services.fine_tuning import Arguments, Hyperparameters
 
 _NOT_SUPPORTED = "is not supported"
 Auto: TypeAlias = Literal["auto"] | None

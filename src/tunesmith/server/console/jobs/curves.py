@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tunesmith.server.console.parts.charts import Line, chart
-from tunesmith.services.runs.run_curves import CurvePoint, JobCurves, TrainingCurve
+from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
 
 
 def charts(curves: JobCurves) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from tunesmith.server.console.jobs.curves import charts, numbers
 from tunesmith.server.console.people.session import Changing, Looking, Viewer
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError, forbidden, missing
-from tunesmith.services.runs import jobs, run_curves
-from tunesmith.services.runs.jobs import JobView
+from tunesmith.services import jobs, worker
+from tunesmith.services.jobs import JobView
 
 routes = router()
 _PAGE = 50  # jobs on a page
@@ -53,7 +53,7 @@ async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "",
         given=given,
         here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
         states=STATES,
-        kinds=jobs.KINDS,
+        kinds=worker.KINDS,
         reason=no_start(viewer),
     )
 
@@ -67,7 +67,7 @@ async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Re
         return {
             "job": job,
             "ended": job.state in ENDED,
-            "curves": run_curves.curves(viewer.store, number),
+            "curves": jobs.curves(viewer.store, number),
             "log": log_for(viewer.user, jobs.newest_lines(viewer.store, number, before=lines, most=_LINES)).lines,
         }
 

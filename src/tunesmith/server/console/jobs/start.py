@@ -14,9 +14,9 @@ from tunesmith.server.console.jobs.pages import no_start
 from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import bad_request, forbidden
-from tunesmith.services.runs import jobs, run_settings
-from tunesmith.services.runs.forecast import newest_forecast
-from tunesmith.services.runs.run_settings import Setting
+from tunesmith.services import jobs, run_settings
+from tunesmith.services.forecast import newest_forecast
+from tunesmith.services.run_settings import Setting
 
 routes = router()
 Form = Mapping[str, Sequence[str]]

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tunesmith.core import telemetry
-from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.progress import SILENT, Progress, Stopped
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.system.processes import end_with_parent
-from tunesmith.core.telemetry import names
 from tunesmith.core.view import View
-from tunesmith.jobs import leases, queue
-from tunesmith.jobs.leases import LEASE_SECONDS, Lease
-from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs import curves as noted
+from tunesmith.jobs import queue
+from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.state import STATES, Job, State
-from tunesmith.jobs.worker import ALSO_SECONDS, Worker, has_ended, worker_name
+from tunesmith.jobs.worker import has_ended
 from tunesmith.pipeline.training import tuned_names
-from tunesmith.project import Project, open_store
-from tunesmith.registry.aliases import get_alias
-from tunesmith.services.fine_tuning.arguments import KIND
-from tunesmith.services.fine_tuning.perform import perform_fine_tuning
-from tunesmith.services.runs import training
-from tunesmith.services.runs.forecast import forecast
-from tunesmith.services.runs.job_places import make_places
-from tunesmith.services.runs.run_settings import Changes, project_of, run_arguments, with_changes
-from tunesmith.services.runs.training import RunSummary
+from tunesmith.project import Project
+from tunesmith.services import training
+from tunesmith.services.run_settings import Changes, run_arguments
 from tunesmith.store.people.identities import acting
 from tunesmith.store.store import Store
 
@@ -160,162 +146,12 @@ def queue_forecast(
     return view_of(project.store, job)
 
 
-def run_here(
-    project: Project,
-    *,
-    changes: Changes = MappingProxyType({}),
-    progress: Progress = SILENT,
-    actor: str | None = None,
-) -> RunSummary:
-    """Run the whole pipeline in this process, as a job that others see in the list of jobs. changes: as in `queue_run`.
-
-    Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
-    """
-    telemetry.check()
-    by = project.actor(actor)
-    lease = leases.begin(
-        project.store,
-        worker_name(),
-        "run",
-        run_arguments(project, changes),
-        project=project.settings.name,
-        actor=by,
-    )
-    project, done = with_changes(project, changes), list[RunSummary]()
-
-    def work(progress: JobProgress) -> Outcome:
-        with telemetry.span(names.JOB_SPAN, _traced(lease.job, "run", project.settings.name)):
-            return _run(project, by, done, progress)
-
-    try:
-        with telemetry.sending():
-            perform(project.store, lease, work, shown=progress)
-    except Stopped:
-        state = queue.get(project.store, lease.job).state
-        raise TunesmithError(
-            f"the run was stopped: its job is {state}",
-            where=f"job {lease.job}",
-            fix=f"`tunesmith jobs log {lease.job}` says by whom; `tunesmith run` continues from here",
-        ) from None
-    return done[0]
-
-
-def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProgress) -> Outcome:
-    """Run the whole pipeline; its summary is appended to done. A verdict other than pass is an error."""
-    summary = training.run(project, progress=progress, actor=actor)
-    done.append(summary)
-    verdict, result = summary.gate.verdict, summary.without_paths()
-    if verdict == "pass":
-        return Outcome(result)
-    failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
-    error = {
-        "code": f"verdict_{verdict}",
-        "what": f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
-        "where": f"verdict {summary.gate.digest}",
-        "fix": "`tunesmith report` says why and what to do",
-    }
-    return Outcome(result, error)
+# Reading and changing
 
 
 def cause_of(job: Job) -> str:
     """Why a run was queued, where no person did it; "" where one did."""
     return str(job.arguments.get("cause", ""))
-
-
-def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
-    """Perform a queued run."""
-    cause = cause_of(job)
-    if not cause:
-        return _run(project, job.created_by, [], progress)
-    progress.say(f"queued because of {cause}")
-    done: list[RunSummary] = []
-    outcome = _run(project, job.created_by, done, progress)
-    made, champion = done[0].registered, get_alias(project.store, project.settings.name, "champion")
-    if made is None or champion is None or made.digest != champion.version:
-        return outcome
-    error = {
-        "code": "nothing_new",
-        "what": f"rows and settings are those of {made.version}, so the run gave the same version",
-        "where": cause,
-        "fix": "add rows or change settings, then `tunesmith run`",
-    }
-    return Outcome(outcome.result, error)
-
-
-def _perform_forecast(project: Project, job: Job, progress: JobProgress) -> Outcome:
-    """Perform a queued forecast."""
-    found = forecast(project, job.arguments["candidate"], progress=progress, actor=job.created_by)
-    progress.say(found.headline)
-    return Outcome(found.document())
-
-
-_KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {
-    "run": _perform_run,
-    "forecast": _perform_forecast,
-    KIND: perform_fine_tuning,
-}
-
-KINDS = tuple(_KINDS)
-
-
-# The worker
-
-
-def make_worker(
-    project: Project,
-    *,
-    at_once: int | None = None,
-    lease_seconds: float = LEASE_SECONDS,
-    say: Callable[[str], None] = lambda _: None,
-    also: Callable[[], None] = lambda: None,
-    also_every: float = ALSO_SECONDS,
-) -> Worker:
-    """A worker for a project's jobs. also: is called every so many seconds besides.
-
-    at_once: jobs that are performed at the same time, each on its share of this machine's cores and GPUs; by default
-    one, or one for each GPU where there are several. With `jobs: {runner: ray}`: jobs that are given to the cluster at
-    the same time; by default as many as it has room for. Raises UsageError or Refused where that cannot be, and where
-    OpenTelemetry is set up in a way that cannot be honoured.
-    """
-    telemetry.check()  # here, and not first in the process of a job
-    return Worker(
-        project.store,
-        project.settings.name,
-        list(_KINDS),
-        make_places(project, at_once, perform_in_child, say),
-        lease_seconds=lease_seconds,
-        say=say,
-        also=also,
-        also_every=also_every,
-    )
-
-
-def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
-    """Perform a job in this process. parent: the number of the process that started it, and with which it ends."""
-    end_with_parent(parent)
-    stopping = threading.Event()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the worker too, which ends this process in order
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    store = open_store(root)
-    job = queue.get(store, lease.job)
-
-    def work(progress: JobProgress) -> Outcome:
-        project = Project.load(root)
-        project.store = store
-        made = project_of(project, job)
-        with telemetry.span(names.JOB_SPAN, _traced(job.id, job.kind, job.project)):
-            return _KINDS[job.kind](made, job, progress)
-
-    with contextlib.suppress(Exception), telemetry.sending():  # it is recorded
-        perform(store, lease, work, stopping=stopping)
-
-
-def _traced(job: int, kind: str, project: str) -> dict[str, str | int]:
-    """What a job's span states."""
-    return {names.JOB: job, names.JOB_KIND: kind, names.PROJECT: project}
-
-
-# Reading and changing
 
 
 def list_jobs(
@@ -408,3 +244,93 @@ def view_of(store: Store, job: Job) -> JobView:
 def _view(job: Job, now: float) -> JobView:
     silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
     return JobView.of(job, job=job.id, silent=silent, cause=cause_of(job), changes=job.arguments.get("changes", {}))
+
+
+# Curves
+
+
+class CurvePoint(View):
+    """A step. loss: on its training rows; validation_loss, score: on the validation rows, None where it was not
+    validated, and where answers were not scored."""
+
+    step: int
+    loss: float
+    validation_loss: float | None
+    score: float | None
+
+
+class TrainingCurve(View):
+    """A training of a job. name: the candidate's. metric: what the score is, "" where that is not known yet.
+
+    earlier: it was not trained by this job, which took the result of an earlier training of the same inputs.
+    expected_seconds, expected_memory_bytes: predicted before its first step; memory_bytes: the most that it used. None
+    where they are not known. points: at most a few hundred of its steps, and every validated one.
+    """
+
+    name: str
+    metric: str
+    earlier: bool
+    expected_seconds: float | None
+    expected_memory_bytes: float | None
+    memory_bytes: float | None
+    points: tuple[CurvePoint, ...]
+
+
+class JobCurves(View):
+    """The trainings of a job."""
+
+    job: int
+    trainings: tuple[TrainingCurve, ...]
+
+
+def curves(store: Store, number: int) -> JobCurves:
+    """The trainings of a job, also while it runs. Raises UsageError where there is no such job."""
+    job = queue.get(store, number)
+    trained = job.result.get("train", {})
+    found = {name: _curve(name, trained.get(name, {}), each) for name, each in noted.read(store, number).items()}
+    for name, summary in trained.items():
+        if name not in found and (recorded := _recorded(store, summary)) is not None:
+            found[name] = _curve(name, summary, recorded, earlier=True)
+    order = {name: place for place, name in enumerate(trained)}
+    names = sorted(found, key=lambda name: order.get(name, len(order)))
+    return JobCurves(job=number, trainings=tuple(found[name] for name in names))
+
+
+def _curve(name: str, summary: Mapping[str, Any], curve: Mapping[str, Any], *, earlier: bool = False) -> TrainingCurve:
+    """summary: of the training, {} where it has not ended. curve: as `Curve.document` gives it."""
+    expected = curve["expected"]
+    points = tuple(
+        CurvePoint(
+            step=int(each["step"]),
+            loss=each["loss"],
+            validation_loss=each.get("validation_loss"),
+            score=each.get("validation_score"),
+        )
+        for each in curve["points"]
+    )
+    return TrainingCurve(
+        name=name,
+        metric=(summary.get("score") or {}).get("metric", ""),
+        earlier=earlier,
+        expected_seconds=expected.get("expected_seconds"),
+        expected_memory_bytes=expected.get("expected_memory_bytes"),
+        memory_bytes=curve["memory_bytes"] or None,
+        points=points,
+    )
+
+
+def _recorded(store: Store, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The curve in a training's record; None where the store no longer has it."""
+    try:
+        body = store.record(summary["training"], kind="training").body
+    except (Refused, UsageError):
+        return None
+    found, validated = Curve(), {each["step"]: each for each in body["validation"]}
+    for each in body["curve"]:
+        values = {"step": each["step"], "loss": each["loss"]}
+        scores = validated.get(each["step"], {})
+        found.add(values | {f"validation_{key}": scores[key] for key in ("loss", "score") if key in scores})
+    found.expected = {f"expected_{key}": body["estimate"][key] for key in ("seconds",)}
+    found.expected["expected_memory_bytes"] = body["estimate"]["peak_memory_bytes"]
+    found.memory_bytes = body["peak_memory_bytes"]
+    return found.document()

@@ -27,7 +27,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services.runs import jobs
+from tunesmith.services import jobs
 from tunesmith.services.traffic import monitoring
 
 _LOG = logging.getLogger("tunesmith.retraining")

@@ -17,11 +17,9 @@ from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
-from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Uploaded, derived, stated, trained_name
-from tunesmith.services.fine_tuning.create import RESULTS
-from tunesmith.services.fine_tuning.models import model_name
-from tunesmith.services.runs import training
-from tunesmith.services.runs.training import RunSummary
+from tunesmith.services import training
+from tunesmith.services.fine_tuning import KIND, RESULTS, Arguments, Uploaded, derived, model_name, stated, trained_name
+from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
 from tunesmith.store.uploads import FileGone, StoredFile
 

@@ -1,12 +1,14 @@
-"""What a client asks of a fine-tuning job, and the project that results from it."""
+"""Fine-tuning jobs of OpenAI's clients: what they ask for, accepting it, and the versions behind `ft:` names."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
+
+from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
@@ -15,10 +17,16 @@ from tunesmith.core.text.names import check_name
 from tunesmith.core.view import View
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
+from tunesmith.jobs import queue
+from tunesmith.jobs.state import Job, job_of
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.versions import resolve
+from tunesmith.store import uploads
+from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow
+from tunesmith.store.uploads import StoredFile
 from tunesmith.training.settings import TrainSettings, changed_training
 
 KIND: Final = "fine_tuning"
@@ -170,3 +178,126 @@ def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
     if arguments.seed is not None:
         changes["seed"] = arguments.seed
     return changed_training(train, changes, "hyperparameters")
+
+
+# Accepting and reading jobs
+
+
+PURPOSE, RESULTS = "fine-tune", "fine-tune-results"
+_PAGE = 100
+
+
+class UnknownModel(UsageError):
+    """The project names no such model for fine-tuning."""
+
+
+def create(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> Job:
+    """Queue a job. key: an idempotency key. The job is for the tenant and region of its files.
+
+    Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Refused where the user
+    may not add jobs.
+    """
+    known = project.settings.fine_tuning
+    if known is None or arguments.model not in known.models:
+        raise UnknownModel(f"there is no model {arguments.model!r} to fine-tune", where="model")
+    training = _file(project.store, user, arguments.training_file, "training_file")
+    if arguments.validation_file is not None:
+        validation = _file(project.store, user, arguments.validation_file, "validation_file")
+        if validation.scope != training.scope or validation.file == training.file:
+            what = "the validation file must be another file of the same tenant and region"
+            raise UsageError(what, where="validation_file")
+    uploaded = Uploaded("training.jsonl", "training.jsonl")
+    others = None if arguments.validation_file is None else Uploaded("validation.jsonl", "validation.jsonl")
+    derived(project, arguments, uploaded, others, training.scope)
+    return queue.add(
+        project.store,
+        KIND,
+        arguments.model_copy(update={"settings": project.settings.digest}).document(),
+        project=project.settings.name,
+        actor=user.name,
+        key=key,
+        scope=training.scope,
+    )
+
+
+def find(store: Store, number: int | None, user: User) -> Job | None:
+    """A fine-tuning job by its number; None where there is none that the user's scope covers."""
+    if number is None:
+        return None
+    try:
+        job = queue.get(store, number)
+    except UsageError:
+        return None
+    return job if job.kind == KIND and user.scope.covers(job.scope) else None
+
+
+def list_jobs(
+    store: Store, user: User, *, before: int | None, most: int, metadata: Mapping[str, str] | None
+) -> list[Job]:
+    """Fine-tuning jobs that the user's scope covers, newest first.
+
+    metadata: only jobs with these pairs; None: only jobs without any.
+    """
+    found: list[Job] = []
+    for job in _jobs(store, user, before):
+        own = job.arguments.get("metadata") or {}
+        if not own if metadata is None else own.items() >= metadata.items():
+            found.append(job)
+        if len(found) == most:
+            break
+    return found
+
+
+def _jobs(store: Store, user: User, before: int | None) -> Iterator[Job]:
+    while page := queue.list_jobs(store, kinds=[KIND], before=before, most=_PAGE, scope=user.scope):
+        yield from page
+        before = page[-1].id
+
+
+def _file(store: Store, user: User, identifier: str, field: str) -> StoredFile:
+    found = uploads.find(store, identifier, user.scope)
+    if found is None:
+        raise UsageError(f"invalid {field}: {identifier[:80]}", where=field)
+    if found.purpose != PURPOSE:
+        raise UsageError(f"invalid {field}: {identifier} has the purpose {found.purpose}, not {PURPOSE}", where=field)
+    return found
+
+
+# Names of models
+
+
+PREFIX: Final = "ft:"
+JOB: Final = "ftjob-"
+_NUMBER = re.compile("[1-9][0-9]{0,8}")
+
+
+class NotYet(UsageError):
+    """A job of this name exists, but no version came of it (yet)."""
+
+
+def model_name(job: Job) -> str:
+    """The name that a job's model has, or will have: ft:MODEL:PROJECT:SUFFIX:NUMBER."""
+    arguments = Arguments.model_validate(job.arguments)
+    return f"{PREFIX}{arguments.model}:{job.project}:{arguments.suffix or ''}:{job.id}"
+
+
+def job_number(identifier: str) -> int | None:
+    """The number in a job's id; None for what is no id."""
+    found = identifier.removeprefix(JOB)
+    return int(found) if identifier.startswith(JOB) and _NUMBER.fullmatch(found) else None
+
+
+def version_behind(session: Session, name: str, scope: Scope) -> str:
+    """The label of the version behind a `ft:` name. scope: the caller's.
+
+    Raises NotYet where the job has none, UsageError where there is no such job for the caller.
+    """
+    number = name.rsplit(":", 1)[-1]
+    row = session.get(JobRow, int(number)) if _NUMBER.fullmatch(number) else None
+    visible = row is not None and row.tenant in ("", scope.tenant) and row.region in ("", scope.region)
+    if row is None or not visible or row.kind != KIND or model_name(job_of(row)) != name:
+        raise UsageError(f"there is no model {name!r}")
+    if row.state == "succeeded":
+        return str(row.result[KIND]["version"])
+    why = f": {row.error['code']}" if row.error else ""
+    raise NotYet(f"its fine-tuning job {JOB}{row.id} is {row.state}{why}")
