@@ -42,7 +42,6 @@ def test_defaults_and_durations() -> None:
     [
         ("{rules: []}", "", "at least 1"),
         ("{rules: [{field: intent}]}", "", "exactly one of"),
-        ("{rules: [{confidence_below: 0.5, policy: quiet}]}", "", "exactly one of"),
         ("{rules: [{field: a, confidence_below: 0.5}]}", "", "field needs values"),
         ("{rules: [{confidence_below: 1.5}]}", "", "less than or equal to 1"),
         ("{rules: [{policy: loud}]}", "", "'loud' is not a check of policy; they are quiet, judged"),

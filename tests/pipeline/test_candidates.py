@@ -20,15 +20,12 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import training_inputs
 from tunesmith.project import parse_settings
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import load_version
 from tunesmith.server.answering.routing import ReadyVersions
 from tunesmith.services import evaluations, versions
-from tunesmith.training.settings import TrainSettings
 
 KEY = "sk-never-to-be-kept"
 DOCUMENT = "# Rooms\n\nThe kitchen has a light and a heater.\n\n# Garage\n\nThe garage has a radio.\n"
@@ -45,27 +42,17 @@ def server() -> Iterator[ChatServer]:
 def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Project:
     """A project with every kind of candidate, evaluated."""
     folder = tmp_path_factory.mktemp("kinds") / "p"
+    plain = {"prompt": "prompt.txt", "max_tokens": 4}
+    rival = {"url": server.url, "model": "big", "key_env": "RIVAL_KEY", "retries": 0}
     candidates: dict[str, Any] = {
-        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
+        "plain": plain,
         "nearest": {"method": "nearest"},
-        "diverse": {"prompt": "prompt.txt", "shots": {"count": 2, "choose": "diverse"}, "max_tokens": 4},
-        "searched": {
-            "prompt": "prompt.txt",
-            "max_tokens": 4,
-            "search": {"prompts": ["other.txt"], "shots": [0, 1], "tries": 5, "rows": 6},
-        },
-        "docs": {"prompt": "prompt.txt", "retrieve": {"from": "documents", "k": 1}, "max_tokens": 4},
-        "tuned": {
-            "prompt": "prompt.txt",
-            "retrieve": {"k": 1},
-            "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16},
-            "max_tokens": 4,
-        },
+        "diverse": {**plain, "shots": {"count": 2, "choose": "diverse"}},
+        "searched": {**plain, "search": {"prompts": ["other.txt"], "shots": [0, 1], "tries": 5, "rows": 6}},
+        "docs": {**plain, "retrieve": {"from": "documents", "k": 1}},
+        "tuned": {**plain, "retrieve": {"k": 1}, "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16}},
         "held": {"prompt": "prompt.txt", "weights": "tuned", "constrain": True, "max_tokens": 40},
-        "rival": {
-            "prompt": "prompt.txt",
-            "endpoint": {"url": server.url, "model": "big", "key_env": "RIVAL_KEY", "retries": 0},
-        },
+        "rival": {"prompt": "prompt.txt", "endpoint": rival},
     }
     folder.mkdir()
     (folder / "other.txt").write_text("Reply in JSON, nothing else.\n")
@@ -110,21 +97,6 @@ def test_all_are_measured_on_the_same_rows(project: Project) -> None:
     asked = [Message(role="user", content="what is in the garage?")]
     assert "(rooms.md, Garage)\nThe garage has a radio." in composer.conversation(asked, ANYONE)[0].content
     assert composer.retrieved(asked, ANYONE).sources == ("rooms.md",)
-
-
-def test_a_stated_setting_is_another_training_than_a_default_that_fits_the_rows(project: Project) -> None:
-    context = PipelineContext(project)
-    settings = context.settings_of("tuned")
-    found = pipeline.candidates.untrained_candidate(context, "tuned", settings)
-
-    def inputs(**train: Any) -> dict[str, Any]:
-        return training_inputs(context, "tuned", found, TrainSettings.model_validate({"rank": 2, **train}))
-
-    left_open = inputs()
-    assert (left_open["settings"]["b_rate"], left_open["settings"]["epochs"]) == (4.0, 10)
-    assert inputs(b_rate=4, learning_rate=left_open["settings"]["learning_rate"], epochs=10) == left_open
-    for stated in ({"b_rate": 1}, {"learning_rate": left_open["settings"]["learning_rate"]}, {"epochs": 3}):
-        assert inputs(**stated) != left_open
 
 
 def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project) -> None:

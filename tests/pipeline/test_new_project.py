@@ -103,7 +103,6 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     ("keys", "read"),
     [
         ("question query", "question=prompt query=completion"),
-        ("query response", "query=prompt response=completion"),
         ("prompt response source", "response=completion"),
         ("instruction output", ""),
         ("instruction context response", "response=output context=input"),

@@ -131,8 +131,6 @@ def test_names_that_do_not_exist(project: Path) -> None:
     assert "validating by the probability" in shown, "notices are shown after a training"
     with pytest.raises(UsageError, match="no candidate 'tuend'"):
         evaluations.evaluate(loaded, names=["tuend"])
-    with pytest.raises(UsageError, match="'plain' has no training"):
-        training.train(loaded, name="plain")
     without = Project.load(write_project(project, task={"scorers": ["exact_match"]}, gates={}))
     with pytest.raises(UsageError, match="constrain needs a schema"):
         evaluations.evaluate(without, names=["held"])

@@ -41,20 +41,9 @@ def _project(folder: Path, epochs: int = 6, **engine: object) -> Path:
     write_hf_model(folder / "model", "phi3")
     given: dict[str, Any] = settings()
     data = {**given["data"], "split": {"validation": 0.3, "test": 0.3, "group_by": "template"}}
-    tuned = {
-        "prompt": "prompt.txt",
-        "train": {
-            "rank": 2,
-            "batch": 8,
-            "tokens": 256,
-            "validations": 2,
-            "validation_rows": 30,
-            "epochs": epochs,
-            "learning_rate": 0.01,
-            "checkpoint_seconds": 0.001,
-        },
-        "max_tokens": 4,
-    }
+    train = {"rank": 2, "batch": 8, "tokens": 256, "epochs": epochs, "learning_rate": 0.01}
+    train |= {"validations": 2, "validation_rows": 30, "checkpoint_seconds": 0.001}
+    tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 4}
     candidates = {"held": given["candidates"]["held"], "tuned": tuned}
     changes = {"engine": engine} if engine else {}
     return write_project(folder, data=data, candidates=candidates, release="tuned", **changes)

@@ -125,7 +125,6 @@ def test_too_few_validation_rows_go_by_the_probability_and_time_ends_it(tmp_path
         ("--repeat --restart", "--repeat keeps nothing that could be restarted"),
         ("--search --repeat", "--search and --repeat exclude each other"),
         ("--within 5m", "are for --search"),
-        ("--trials 5", "are for --search"),
         ("--search --trials 1", "2 to 100 trials"),
         ("--search --trials 101", "2 to 100 trials"),
         ("--search --within 0s", "more than no time"),
@@ -253,10 +252,6 @@ def test_it_says_which_answers_decoding_cannot_give() -> None:
     del held[1]
     counts, notices = forbidden_answers(context, copying, "train")
     assert (counts["uncopied"], len(notices)) == (0, 1), "nothing is said of copied fields where all can be given"
-    ordered = Candidate(**facts, answer_schema=json.dumps({**schema, "minProperties": 1}))
-    assert forbidden_answers(context, ordered, "train")[1][0] == (
-        "keys keep the schema's order: the answer: minProperties is not supported"
-    )
     assert forbidden_answers(context, Candidate(**facts), "train") == ({}, [])
     project.settings.server = "vllm"
     assert forbidden_answers(context, copying, "train") == ({}, [])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_project import settings, write_project
+from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused
@@ -261,17 +261,3 @@ def test_a_stage_that_is_run_again_goes_on_where_it_was_stopped(project: Project
     second = run(go_on)
     assert second == record(2) != first
     assert Stages(project).known("answer", {"x": 1}) == run(killed)
-
-
-def test_a_named_source_counts_by_its_bytes_and_not_by_its_path(tmp_path: Path) -> None:
-    """An upload has another path each time."""
-    found = []
-    data: Any = settings()["data"]
-    for place, more in (("first.jsonl", ""), ("second.jsonl", ""), ("third.jsonl", "\n")):
-        source = {"path": place, "name": "upload.jsonl", "licence": "CC0-1.0"}
-        folder = write_project(tmp_path / "p", data={**data, "sources": [source]})
-        (folder / place).write_text((folder / "rows.jsonl").read_text() + more)
-        context = PipelineContext(Project.load(folder))
-        found.append((context.dataset.digest, {stage.skipped for stage in context.stages.done if stage.name == "data"}))
-    assert found[0][0] == found[1][0] != found[2][0]
-    assert [skipped for _, skipped in found] == [{False}, {True}, {False}]
