@@ -60,6 +60,12 @@ def test_the_highest_priority_is_taken_first_and_then_the_oldest(store: Store, c
     assert claim(store, clock) is None
 
 
+def test_a_clock_that_is_set_back_keeps_no_job_waiting(store: Store, clock: SetClock) -> None:
+    number = add(store, clock).id
+    clock.at -= 3600
+    assert claimed(store, clock).job == number
+
+
 def test_jobs_of_a_kind_that_is_gone_end_with_a_reason(store: Store, clock: SetClock) -> None:
     gone = [queue.add(store, "distil", {"n": 1}, project=name, actor="olive", clock=clock).id for name in "ppo"]
     number = add(store, clock, priority=-1).id

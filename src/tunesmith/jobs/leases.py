@@ -32,7 +32,9 @@ _BUSY_DELAY = 5.0
 _NOW: BindParameter[float] = bindparam("now")
 _IN_PROJECT = JobRow.project == bindparam("in_project")
 _LOST = _IN_PROJECT, JobRow.state == "running", JobRow.until < _NOW
-_READY = _IN_PROJECT, JobRow.state == "queued", JobRow.due <= _NOW
+# No delay is so long: the clock was set back since, and the job is not to wait until it is that late again.
+_CLOCK_WENT_BACK = JobRow.due > _NOW + 2 * _LONGEST_DELAY
+_READY = _IN_PROJECT, JobRow.state == "queued", or_(JobRow.due <= _NOW, _CLOCK_WENT_BACK)
 # In two steps, each of which reads a few rows of the index jobs_by_state however long the queue is. With the order of
 # that index: with "==" and ordered by the number alone, PostgreSQL reads every job that ended before the next one.
 _HIGHEST = select(func.max(JobRow.priority)).where(*_READY).scalar_subquery()
