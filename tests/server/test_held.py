@@ -27,6 +27,7 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services.versions import refuse
 from tunesmith.store import database
+from tunesmith.store.people.identities import deactivate
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
@@ -177,6 +178,18 @@ def test_a_refusal_is_said_and_a_stopping_server_keeps_no_request_open(hold: Cal
         until(lambda: served.serving.awaited._waiting)
         served.stop()
         assert asked.result(300).json()["error"]["code"] == "answer_held"
+
+
+@pytest.mark.attack("people", "a user is shut out while their answer waits for a reviewer", "refused, 401")
+def test_who_is_shut_out_while_an_answer_waits_gets_none(hold: Callable[..., Served]) -> None:
+    served = hold(wait=300)
+    with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
+        asked = threads.submit(served.post)
+        until(lambda: served.serving.awaited._waiting)
+        (one,) = steward.get("/api/held").json()["held"]
+        deactivate(served.scene.store, OPERATOR, actor=OWNER)
+        assert decide(steward, {"url": f"/api/held/{one['id']}"}, "release").status_code == 200
+        assert asked.result(300).status_code == 401
 
 
 @pytest.mark.attack("people", "an edited answer breaks the version's schema")

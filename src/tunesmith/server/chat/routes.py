@@ -138,6 +138,7 @@ async def _reviewed(
         answer, state = await decision_on(entry, serving, gone)
     finally:
         gone.cancel()
+    await asyncio.to_thread(serving.router.caller, job.token)  # who was shut out meanwhile gets no answer
     completion = held.completion
     if state == "replaced":
         completion = replace(completion, text=answer, finish="stop", scores=())
