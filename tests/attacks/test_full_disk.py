@@ -21,7 +21,7 @@ from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.project import Project
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.datasets.data import build
+from tunesmith.services.datasets import build
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.store import Store

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.acting import do
 from tests.attack_table import Happened
 from tests.own_cache import own_cache
 from tests.tiny_project import settings, write_project
@@ -20,8 +21,7 @@ from tunesmith.data.review import queue
 from tunesmith.data.review.decisions import ReviewedRow, encode_reviewed
 from tunesmith.evaluation.answers import check_held_out
 from tunesmith.project import Project
-from tunesmith.services import evaluations
-from tunesmith.services.datasets import review
+from tunesmith.services import evaluations, review
 from tunesmith.services.evaluations import VerdictSummary
 from tunesmith.store.people.identities import ensure_owner
 
@@ -94,7 +94,7 @@ def test_changed_references_are_counted_and_named(project: Project, happened: Ha
     for number, example in enumerate(chosen, start=1):
         decision = queue.Decision("edit", messages=as_said(example, said[example.id]))
         queue.decide(project.store, number, decision, revision=0, actor=OWNER)
-    review.export(project, actor=OWNER)
+    do(project, review.export, actor=OWNER)
     third = evaluations.gate(project, name="plain")
     edited = project.store.record(third.digest).body["edited"]
     assert (edited["rows"], edited["by"], edited["unnamed"]) == (10, [OWNER], 0)

@@ -62,6 +62,8 @@ class World:
             "name": ACME,
             "number": rollout,
             "rollout": rollout,
+            "item": rollout,
+            "dataset": dataset,
             "identifier": held,
         }
 
@@ -240,8 +242,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/rollouts": {"version": f"{ACME}@v1"},
     "/api/rollouts/{rollout}/abort": {"reason": "why"},
     "/api/rollouts/{rollout}/rollback": {"reason": "why"},
-    "/api/datasets/{digest}/sign-offs": {"reason": "why"},
-    "/api/review/{number}/decide": {"decision": "accept", "revision": 0},
+    "/api/datasets/{dataset}/sign-offs": {"reason": "why"},
+    "/api/review/{item}/decide": {"decision": "accept", "revision": 0},
     "/api/recalls": {"kind": "version", "value": f"{ACME}@v1", "reason": "why"},
     "/api/users": {"name": "mallory", "roles": ["admin"]},
     "/api/users/{name}/roles": {"roles": ["admin"]},
@@ -272,6 +274,8 @@ def same_as_nothing(world: World, http: httpx.Client, method: str, path: str, fo
             ids["digest"] = values["other"]
         if path.startswith("/console") and "digest" in ids and "records" not in path:
             ids["digest"] = ids["digest"].removeprefix("sha256:")
+        if path.startswith("/console/rows"):
+            ids["dataset"] = values["other"].removeprefix("sha256:")
         url = re.sub(r"\{(\w+)(:path)?\}", lambda found: ids[found[1]], path)  # noqa: B023
         query = {"base": "tiny", "kind": "row", "value": "x", "cause": "row x"}
         sent: dict[str, Any] = {"data": form} if form else {"json": BODIES.get(path, {})}

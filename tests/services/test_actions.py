@@ -15,7 +15,7 @@ from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import ACTIONS
 
 # What a page has shown before a change, which commands do not say.
-OF_PAGES = {"step", "champion"}
+OF_PAGES = {"step", "champion", "contents", "revision"}
 
 
 def calls() -> dict[str, list[set[str]]]:

@@ -13,7 +13,7 @@ from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, printed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.datasets.data import ShownDataset
+    from tunesmith.services.datasets import ShownDataset
 
 _Newest = Annotated[str | None, typer.Argument(help="A dataset version's digest or its start; by default the newest.")]
 _Version = Annotated[str, typer.Argument(help="A dataset version's digest or its start.")]
@@ -36,22 +36,22 @@ def build(
     ] = "local",
 ) -> None:
     """Read, check, clean, split and freeze the project's sources."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
     shards = None
     if engine == "ray":
         from tunesmith.data.building.ray_runner import RayRunner
 
         shards = RayRunner()
-    built = data.build(here.project, progress=Terminal(), shards=shards)
+    built = datasets.build(here.project, progress=Terminal(), shards=shards)
     here.emit(built, data_tables.draw_summary)
 
 
 def list_datasets(here: Here, page: Annotated[int, typer.Option(min=1, help="25 versions each.")] = 1) -> None:
     """List dataset versions, newest first, with the stewards who signed them off."""
-    from tunesmith.services.datasets import dataset_rows
+    from tunesmith.services import datasets
 
-    here.emit(dataset_rows.list_datasets(here.store, page), data_tables.draw_list)
+    here.emit(datasets.list_datasets(here.store, page), data_tables.draw_list)
 
 
 def show(
@@ -61,20 +61,20 @@ def show(
     limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 shows all.")] = 10,
 ) -> None:
     """Show the summary of a dataset version and its first rows."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
     def draw(console: Console, found: ShownDataset) -> None:
         data_tables.draw_summary(console, found)
         data_tables.draw_rows(console, found)
 
-    here.emit(data.show(here.store, dataset, split=split, limit=limit), draw)
+    here.emit(datasets.show(here.store, dataset, split=split, limit=limit), draw)
 
 
 def verify(here: Here, dataset: _Newest = None) -> None:
     """Recompute a dataset version's digests, counts and leakage. Exit 3 on any difference from its record."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    found = data.verify(here.store, dataset)
+    found = datasets.verify(here.store, dataset)
     here.emit(found, data_tables.draw_verification)
     raise typer.Exit(0 if found.ok else 3)
 
@@ -86,53 +86,53 @@ def originals(
 ) -> None:
     """Show what pseudonyms stand for, if data.privacy.originals keeps it and you have the key."""
     from tunesmith.data.privacy.originals import new_key as make_key
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
     if new_key:
         key = make_key()
         here.emit({"key": key}, printed(key))
         return
-    here.emit(data.originals(here.project, row), data_tables.draw_originals)
+    here.emit(datasets.originals(here.project, row), data_tables.draw_originals)
 
 
 def diff(here: Here, before: _Version, after: _Version) -> None:
     """Show what changed between two dataset versions: rows, splits, licences, balance."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    here.emit(data.difference(here.store, before, after), data_tables.draw_difference)
+    here.emit(datasets.difference(here.store, before, after), data_tables.draw_difference)
 
 
 def removed(
     here: Here, dataset: _Version, each: Annotated[int, typer.Option(min=1, help="Rows of each reason.")] = 5
 ) -> None:
     """Show a sample of the rows that were left out, for each reason, read again from the sources."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    here.emit(data.removed(here.store, dataset, here.directory, each), data_tables.draw_removed)
+    here.emit(datasets.removed(here.store, dataset, here.directory, each), data_tables.draw_removed)
 
 
 def datasheet(here: Here, dataset: _Version, output: _Output = None) -> None:
     """Write a datasheet in Markdown."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    digest, text = data.datasheet(here.store, dataset, here.directory.absolute().name)
+    digest, text = datasets.datasheet(here.store, dataset, here.directory.absolute().name)
     _print_or_write(here, digest, "datasheet", text, output)
 
 
 def croissant(here: Here, dataset: _Version, output: _Output = None) -> None:
     """Write Croissant 1.0 metadata (JSON-LD)."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    digest, text = data.croissant(here.store, dataset, here.directory.absolute().name)
+    digest, text = datasets.croissant(here.store, dataset, here.directory.absolute().name)
     _print_or_write(here, digest, "croissant", text, output)
 
 
 def sign(here: Acting, dataset: _Version, reason: Annotated[str, typer.Option(help="What was looked at.")]) -> None:
     """Verify a dataset version and sign it off as its steward. The audit log records it."""
     from tunesmith.core.digests import short
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    signed = data.sign(here.store, dataset, reason=reason, actor=here.actor)
+    signed = here.do(datasets.sign, dataset=dataset, reason=reason)
     here.emit(signed, printed(f"{signed.steward} signed off {short(signed.dataset)}"))
 
 
@@ -146,9 +146,9 @@ def quality(
     limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
 ) -> None:
     """Flag rows that a person should look at. Drops none. The store keeps the flags as a record."""
-    from tunesmith.services.datasets import data
+    from tunesmith.services import datasets
 
-    found = data.quality(
+    found = datasets.quality(
         here.store,
         dataset,
         label_noise=label_noise,

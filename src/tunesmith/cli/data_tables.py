@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from tunesmith.data.building.summary import DatasetSummary
     from tunesmith.data.building.verify import DatasetVerification
     from tunesmith.data.governance.difference import Difference
-    from tunesmith.services.datasets.data import Originals, QualityReport, RemovedRows, ShownDataset
-    from tunesmith.services.datasets.dataset_rows import DatasetPage
+    from tunesmith.services.datasets import DatasetPage, Originals, QualityReport, RemovedRows, ShownDataset
 
 
 def draw_summary(console: Console, found: DatasetSummary) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.monitoring.pending_retrains import PendingRetrain
     from tunesmith.monitoring.recall import Recall
     from tunesmith.monitoring.recall_status import RecallStatus
-    from tunesmith.services.datasets.cases import AddedCases, CaseList
+    from tunesmith.services.review import AddedCases, CaseList
     from tunesmith.services.traffic.monitoring import Impact, PendingRetrains
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
@@ -118,9 +118,9 @@ def recall(
 
 def show_cases(here: Here, everything: _All = False) -> None:
     """Show the requests that callers asked to keep and that wait for a review."""
-    from tunesmith.services.datasets import cases
+    from tunesmith.services import review
 
-    here.emit(cases.list_cases(here.project.store, everything=everything), _draw_cases)
+    here.emit(review.list_cases(here.project.store, everything=everything), _draw_cases)
 
 
 def add_cases(
@@ -130,9 +130,9 @@ def add_cases(
     everything: _All = False,
 ) -> None:
     """Append the cases to a source file, each with its origin; `data build` then reads them."""
-    from tunesmith.services.datasets import cases
+    from tunesmith.services import review
 
-    added = cases.add_cases(here.project, target, licence=licence, everything=everything, actor=here.actor)
+    added = here.do(review.add_cases, target=target, licence=licence, everything=everything)
     here.emit(added, _draw_added)
 
 
@@ -142,9 +142,9 @@ def correct_case(
     expected: Annotated[str, typer.Option("--expected", help="What the answer should have been.")],
 ) -> None:
     """Say what the answer to a case should have been; cases without that are not added to a source."""
-    from tunesmith.services.datasets import cases
+    from tunesmith.services import review
 
-    case = cases.correct_case(here.project, request, expected, actor=here.actor)
+    case = here.do(review.correct_case, request=request, expected=expected)
     here.emit(case, printed(f"{request} is corrected"))
 
 
@@ -152,9 +152,9 @@ def drop_cases(
     here: Acting, requests: Annotated[list[str], typer.Argument(help="Ids of requests, as `cases show` lists them.")]
 ) -> None:
     """Delete cases, with their texts."""
-    from tunesmith.services.datasets import cases
+    from tunesmith.services import review
 
-    dropped = cases.drop_cases(here.project, requests, actor=here.actor)
+    dropped = here.do(review.drop_cases, requests=requests)
     here.emit(dropped, printed(f"{dropped.dropped} dropped"))
 
 

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, add_commands, draw_table, printed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.datasets.review import ExportedReview, FilledQueue, ReviewItem, ReviewList
+    from tunesmith.services.review import ExportedReview, FilledQueue, ReviewItem, ReviewList
 
 _Number = Annotated[int, typer.Argument(min=1, help="The item's number, as `review list` names it.")]
 
@@ -33,12 +33,10 @@ def fill(
     search: Annotated[str, typer.Option(metavar="TEXT", help="Also training and validation rows with this text.")] = "",
 ) -> None:
     """Add rows that `data quality` flagged, conflicts, near duplicates and failed requests to the review queue."""
-    from tunesmith.services.datasets import review
+    from tunesmith.services import review
 
-    found = review.fill(
-        here.store, dataset, reviewers=reviewers, pseudonyms=pseudonyms, search=search, actor=here.actor
-    )
-    here.emit(found, _draw_filled)
+    asked = here.do(review.fill, dataset=dataset, reviewers=reviewers, pseudonyms=pseudonyms, search=search)
+    here.emit(asked, _draw_filled)
 
 
 def list_items(
@@ -49,14 +47,14 @@ def list_items(
     page: Annotated[int, typer.Option(min=1, help="25 items each.")] = 1,
 ) -> None:
     """List items of the review queue, and how far two reviewers agree."""
-    from tunesmith.services.datasets import review
+    from tunesmith.services import review
 
     here.emit(review.list_items(here.store, state=state, page=page, actor=here.actor), _draw_list)
 
 
 def show(here: Acting, item: _Number) -> None:
     """Show an item with its text and decisions."""
-    from tunesmith.services.datasets import review
+    from tunesmith.services import review
 
     here.emit(review.show(here.store, item, actor=here.actor), _draw_item)
 
@@ -69,24 +67,17 @@ def decide(
     answer: Annotated[str | None, typer.Option(help="The last turn as it should be, for an edit.")] = None,
 ) -> None:
     """Accept, edit or reject an item. The audit log records it without the text."""
-    from tunesmith.core.errors import UsageError
-    from tunesmith.services.datasets import review
+    from tunesmith.services import review
 
-    if (decision == "edit") != (answer is not None):
-        raise UsageError("an edit takes --answer, and no other decision does", fix="--answer is the last turn's text")
-    contents = None
-    if answer is not None:
-        turns = review.show(here.store, item, actor=here.actor).messages
-        contents = [*(turn.content for turn in turns[:-1]), answer]
-    done = review.decide(here.store, item, decision, reason=reason, contents=contents, actor=here.actor)
+    done = here.do(review.decide, item=item, decision=decision, reason=reason, answer=answer)
     here.emit(done, printed(f"item {item}: {done.state}"))
 
 
 def export(here: Acting) -> None:
     """Write the decisions for the next `data build`, and carry out those on kept requests."""
-    from tunesmith.services.datasets import review
+    from tunesmith.services import review
 
-    here.emit(review.export(here.project, actor=here.actor), _draw_exported)
+    here.emit(here.do(review.export), _draw_exported)
 
 
 def _draw_filled(console: Console, found: FilledQueue) -> None:

@@ -83,7 +83,7 @@ def serve(
     from tunesmith.server.console.people.oidc import client_secret
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
-    from tunesmith.services.datasets.cases import case_keeper
+    from tunesmith.services.review import case_keeper
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
     from tunesmith.services.traffic.held import answer_holder

@@ -29,7 +29,7 @@ Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, ma
 Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
 # The modules whose actions are listed.
-_NOUNS = ("rollouts",)
+_NOUNS = ("datasets", "review", "rollouts")
 
 
 class Request(BaseModel):

@@ -24,7 +24,7 @@ from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.signing.release import Version
 from tunesmith.rollout.state import LIVE
-from tunesmith.services.datasets.data import datasheet
+from tunesmith.services.datasets import datasheet
 from tunesmith.services.versions import RegisteredVersion, approvals_for, registered
 from tunesmith.store import database
 from tunesmith.store.people.identities import User

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.acting import do
 from tests.commands import call, printed
 from tests.data.rows import NO_SCAN, many_rows, row, settings, turns, write_jsonl
 from tests.data.rows import build as build_rows
 from tests.monitoring.test_cases import case
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Silent
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.summary import dataset_summary
@@ -33,7 +34,7 @@ from tunesmith.monitoring.cases import delete_expired, find_case, put_case
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.project import Project
-from tunesmith.services.datasets import review
+from tunesmith.services import review
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
@@ -120,18 +121,18 @@ def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.Mo
     monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
     assert desk.build().digest == desk.first.digest
     assert "review.jsonl: no review decision yet" in said
-    assert review.fill(desk.store).added == 6
-    again = review.fill(desk.store)
+    assert do(desk.store, review.fill).added == 6
+    again = do(desk.store, review.fill)
     assert (again.added, again.waiting, again.found) == (0, 6, {"refusing answer": 6})
-    assert review.export(desk.project).named
+    assert do(desk.project, review.export).named
     assert (desk.project.root / "review.jsonl").read_bytes() == b""
     assert desk.build().digest == desk.first.digest, "without decisions it is no other version"
     accepted, changed, rejected, *_ = numbers(desk)
-    review.decide(desk.store, accepted, "accept")
-    review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
-    review.decide(desk.store, rejected, "reject", reason="refuses")
+    do(desk.store, review.decide, item=accepted, decision="accept")
+    do(desk.store, review.decide, item=changed, decision="edit", contents=edited(desk, changed, "a real answer"))
+    do(desk.store, review.decide, item=rejected, decision="reject", reason="refuses")
     items = {number: review.show(desk.store, number) for number in (accepted, changed, rejected)}
-    done = review.export(desk.project)
+    done = do(desk.project, review.export)
     assert (done.accept, done.edit, done.reject) == (1, 1, 1)
     second = desk.build()
     assert verify_dataset(desk.store, second.digest).ok
@@ -158,12 +159,12 @@ def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("named", ["before", "after"])
 def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, named: str) -> None:
-    review.fill(desk.store)
+    do(desk.store, review.fill)
     number, other = numbers(desk)[:2]
     subject = review.show(desk.store, number).subject
-    review.decide(desk.store, number, "edit", contents=edited(desk, number, "a real answer"))
-    review.decide(desk.store, other, "accept")
-    review.export(desk.project)
+    do(desk.store, review.decide, item=number, decision="edit", contents=edited(desk, number, "a real answer"))
+    do(desk.store, review.decide, item=other, decision="accept")
+    do(desk.project, review.export)
     second = desk.build()
     assert verify_dataset(desk.store, second.digest).ok
     (after,) = [one.id for one in rows(second).values() if one.answer == "a real answer"]
@@ -174,9 +175,9 @@ def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, na
         review.show(desk.store, number)
     with database.reading(desk.store.engine) as session:
         assert session.query(ReviewDecisionRow).count() == 1, "of the other row"
-    assert review.export(desk.project).edit == 0
+    assert do(desk.project, review.export).edit == 0
     assert "a real answer" not in (desk.project.root / "review.jsonl").read_text()
-    review.fill(desk.store, desk.first.digest)
+    do(desk.store, review.fill, dataset=desk.first.digest)
     assert subject not in [one.subject for one in review.list_items(desk.store, state="all").items]
     assert recall_status(desk.store, cause).gone
     queue.add_items(desk.store, [queue.NewItem("row", after, {})], wanted=1, actor="ann")
@@ -199,16 +200,22 @@ def test_an_edited_system_turn_stays_where_the_answer_is_spelled_otherwise(tmp_p
 
 
 def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk: Desk) -> None:
-    review.fill(desk.store)
+    do(desk.store, review.fill)
     changed, rejected = numbers(desk)[:2]
     texts = {number: [turn.content for turn in review.show(desk.store, number).messages] for number in numbers(desk)}
     copies = [{"messages": turns(*texts[number], system="Be brief.")} for number in (changed, rejected)]
     copies.append(row(texts[rejected][0].upper(), texts[rejected][-1]))
     with (tmp_path / "rows.jsonl").open("a") as stream:
         stream.writelines(json.dumps(one) + "\n" for one in copies)
-    review.decide(desk.store, changed, "edit", contents=edited(desk, changed, "write to ann@company-mail.org"))
-    review.decide(desk.store, rejected, "reject", reason="refuses")
-    review.export(desk.project)
+    do(
+        desk.store,
+        review.decide,
+        item=changed,
+        decision="edit",
+        contents=edited(desk, changed, "write to ann@company-mail.org"),
+    )
+    do(desk.store, review.decide, item=rejected, decision="reject", reason="refuses")
+    do(desk.project, review.export)
     chosen = settings(review="review.jsonl", duplicates={"near": None}, privacy={"entities": ["EMAIL_ADDRESS"]})
     dataset = load_dataset(desk.store, build_dataset(desk.store, chosen, tmp_path))
     answers = [(len(one.messages), one.answer) for one in rows(dataset).values()]
@@ -216,7 +223,7 @@ def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk:
     assert sorted(said for said in answers if said[1] == scanned) == [(2, scanned), (3, scanned)]
     assert not [said for said in answers if said[1] in (texts[changed][-1], texts[rejected][-1])]
     assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 2}
-    review.fill(desk.store, pseudonyms=True)
+    do(desk.store, review.fill, pseudonyms=True)
     assert list(review.marked(f"{scanned} now"))[1] == ("person1@example.com", True)
 
 
@@ -240,34 +247,37 @@ def test_a_file_of_decisions(tmp_path: Path, line: str) -> None:
 
 
 def test_what_is_refused_and_two_reviewers_who_disagree(desk: Desk) -> None:
-    review.fill(desk.store, reviewers=2)
+    do(desk.store, review.fill, reviewers=2)
     first, second, third, *_ = numbers(desk)
-    for act in (review.list_items, review.fill):
-        with pytest.raises(Refused, match="may not"):
-            act(desk.store, actor="bob")
+    with pytest.raises(Refused, match="may not"):
+        review.list_items(desk.store, actor="bob")
+    with pytest.raises(Forbidden, match="may not"):
+        do(desk.store, review.fill, actor="bob")
     with pytest.raises(UsageError, match="reason"):
-        review.decide(desk.store, first, "reject")
+        do(desk.store, review.decide, item=first, decision="reject")
     same = [turn.content for turn in review.show(desk.store, first).messages]
     for contents, said in ((same, "changes nothing"), ([same[0], " "], "empty"), (["x"], "all 2 turns")):
         with pytest.raises(UsageError, match=said):
-            review.decide(desk.store, first, "edit", contents=contents)
+            do(desk.store, review.decide, item=first, decision="edit", contents=contents)
     with pytest.raises(UsageError, match="no review item"):
         review.show(desk.store, 999)
-    review.decide(desk.store, first, "accept", actor="ann")
+    do(desk.store, review.decide, item=first, decision="accept", actor="ann")
     shown = review.show(desk.store, first, actor="eve")
     assert (shown.decisions, shown.may, shown.state) == ((), True, "open"), "the other's decision is not shown yet"
     with pytest.raises(Refused, match="already"):
-        review.decide(desk.store, first, "accept", actor="ann")
-    assert review.decide(desk.store, first, "accept", actor="eve").state == "accept"
-    review.decide(desk.store, second, "accept", actor="ann")
-    assert review.decide(desk.store, second, "reject", reason="no", actor="eve").state == "conflict"
+        do(desk.store, review.decide, item=first, decision="accept", actor="ann")
+    assert do(desk.store, review.decide, item=first, decision="accept", actor="eve").state == "accept"
+    do(desk.store, review.decide, item=second, decision="accept", actor="ann")
+    assert do(desk.store, review.decide, item=second, decision="reject", reason="no", actor="eve").state == "conflict"
     assert review.next_item(desk.store, actor="ann") != second
     assert review.show(desk.store, second, actor="stu").may
-    assert review.decide(desk.store, second, "reject", reason="no", actor="stu").state == "reject"
-    review.decide(desk.store, third, "edit", contents=edited(desk, third, "one way"), actor="stu")
+    assert do(desk.store, review.decide, item=second, decision="reject", reason="no", actor="stu").state == "reject"
+    do(desk.store, review.decide, item=third, decision="edit", contents=edited(desk, third, "one way"), actor="stu")
     text = edited(desk, third, "another way")
-    assert review.decide(desk.store, third, "edit", contents=text, actor="eve").state == "conflict"
-    assert review.decide(desk.store, third, "edit", contents=text, actor="stu").state == "edit", "a steward settles it"
+    assert do(desk.store, review.decide, item=third, decision="edit", contents=text, actor="eve").state == "conflict"
+    assert do(desk.store, review.decide, item=third, decision="edit", contents=text, actor="stu").state == "edit", (
+        "a steward settles it"
+    )
     found = {one.reviewers: (one.items, one.same, one.kappa) for one in review.list_items(desk.store).agreements}
     assert found == {("ann", "eve"): (2, 1, None), ("eve", "stu"): (1, 1, None)}
 
@@ -286,14 +296,14 @@ def test_kappa() -> None:
 
 def test_two_people_at_once_lose_nothing(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store", url=any_database)
-    review.fill(made_desk(tmp_path, store, monkeypatch).store)
+    do(made_desk(tmp_path, store, monkeypatch).store, review.fill)
     (number, *_) = [one.item for one in review.list_items(store, state="all").items]
     both = threading.Barrier(2)
 
     def decide(name: str, choice: Any) -> str:
         both.wait(300)
         try:
-            review.decide(store, number, choice, reason="so", revision=0, actor=name)
+            do(store, review.decide, item=number, decision=choice, reason="so", revision=0, actor=name)
         except TunesmithError as error:
             return error.what
         return str(choice)
@@ -309,9 +319,9 @@ def test_two_people_at_once_lose_nothing(any_database: str, tmp_path: Path, monk
 
 def test_kept_requests(desk: Desk) -> None:
     put_case(desk.store, case(1))
-    review.fill(desk.store)
+    do(desk.store, review.fill)
     (number,) = [one.item for one in review.list_items(desk.store).items if one.kind == "case"]
-    review.decide(desk.store, number, "edit", contents=edited(desk, number, "what a reviewer wrote"))
+    do(desk.store, review.decide, item=number, decision="edit", contents=edited(desk, number, "what a reviewer wrote"))
     put_case(desk.store, case(1, until="2020-01-01T00:00:00Z"))
     with pytest.raises(Refused, match="no longer kept"):
         review.show(desk.store, number)
@@ -322,17 +332,17 @@ def test_kept_requests(desk: Desk) -> None:
         assert session.query(ReviewDecisionRow).count() == 0, "what the reviewer wrote"
     for one in (case(1), case(2).model_copy(update={"expected": None}), case(3), case(4, until="2020-01-01T00:00:00Z")):
         put_case(desk.store, one)
-    review.fill(desk.store)
+    do(desk.store, review.fill)
     first, second, third = (one.item for one in review.list_items(desk.store).items if one.kind == "case")
     with pytest.raises(UsageError, match="nobody said"):
-        review.decide(desk.store, second, "accept")
+        do(desk.store, review.decide, item=second, decision="accept")
     texts = edited(desk, second, '{"odd": 2}')
     with pytest.raises(UsageError, match="only the answer"):
-        review.decide(desk.store, second, "edit", contents=["another question", *texts[1:]])
-    review.decide(desk.store, first, "accept")
-    review.decide(desk.store, second, "edit", contents=texts)
-    review.decide(desk.store, third, "reject", reason="sent on purpose")
-    done = review.export(desk.project)
+        do(desk.store, review.decide, item=second, decision="edit", contents=["another question", *texts[1:]])
+    do(desk.store, review.decide, item=first, decision="accept")
+    do(desk.store, review.decide, item=second, decision="edit", contents=texts)
+    do(desk.store, review.decide, item=third, decision="reject", reason="sent on purpose")
+    done = do(desk.project, review.export)
     assert (done.cases, done.dropped) == (2, 1)
     kept = find_case(desk.store, case(2).request)
     assert kept is not None

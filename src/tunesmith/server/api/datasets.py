@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.view import View
 from tunesmith.data.building.summary import DatasetSummary
@@ -19,56 +18,45 @@ from tunesmith.server.api.routing import (
     Call,
     Digest,
     Page,
-    Reason,
     Text,
-    changes,
     router,
     shows,
     whole_call_of,
 )
-from tunesmith.server.errors import missing
-from tunesmith.services.datasets import data, dataset_rows
+from tunesmith.services import datasets
 
 routes = router()
 _AT = "/datasets/{digest}"
 
 
-class SignOffRequest(BaseModel):
-    """A steward's sign-off. reason: what they checked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    reason: Reason
-
-
 class SignOffList(View):
     """The sign-offs that count, oldest first."""
 
-    sign_offs: tuple[dataset_rows.SignOff, ...]
+    sign_offs: tuple[datasets.SignOff, ...]
 
 
-@routes.get("/datasets", dependencies=[needs("read")], **shows(dataset_rows.DatasetPage))
-async def datasets(request: Request, page: Page = 1) -> Response:
+@routes.get("/datasets", dependencies=[needs("read")], **shows(datasets.DatasetPage))
+async def listed(request: Request, page: Page = 1) -> Response:
     """Dataset versions, newest first, 25 a page."""
     call = whole_call_of(request)
-    return await call.answer(partial(dataset_rows.list_datasets, call.store, page))
+    return await call.answer(partial(datasets.list_datasets, call.store, page))
 
 
 @routes.get(_AT, dependencies=[needs("read")], **shows(DatasetSummary))
 async def dataset(request: Request, digest: Digest) -> Response:
     """The account of a dataset version: what happened to every row, splits, leakage, licences and privacy."""
     call = await _of(request, digest)
-    return await call.answer(partial(data.summary, call.store, digest))
+    return await call.answer(partial(datasets.summary, call.store, digest))
 
 
 @routes.get(_AT + "/difference/{other}", dependencies=[needs("read")], **shows(Difference))
 async def difference(request: Request, digest: Digest, other: Digest) -> Response:
     """What changed from this dataset version to the other one: ids of rows, splits, licences, settings."""
     call = await _of(request, digest, other)
-    return await call.answer(partial(data.difference, call.store, digest, other))
+    return await call.answer(partial(datasets.difference, call.store, digest, other))
 
 
-@routes.get(_AT + "/rows", dependencies=[needs("rows")], **shows(dataset_rows.RowPage))
+@routes.get(_AT + "/rows", dependencies=[needs("rows")], **shows(datasets.RowPage))
 async def rows(
     request: Request,
     digest: Digest,
@@ -84,30 +72,19 @@ async def rows(
     call = await _of(request, digest)
     call.require("row.read")
     choice = {"split": split, "reason": reason, "search": search, **call.by}
-    return await call.answer(partial(dataset_rows.list_rows, call.store, digest, page=page, **choice))
+    return await call.answer(partial(datasets.list_rows, call.store, digest, page=page, **choice))
 
 
 @routes.get(_AT + "/sign-offs", dependencies=[needs("read")], **shows(SignOffList))
 async def sign_offs(request: Request, digest: Digest) -> Response:
     """The stewards' sign-offs of a dataset version."""
     call = await _of(request, digest)
-    return await call.answer(lambda: SignOffList(sign_offs=dataset_rows.list_sign_offs(call.store, digest)))
-
-
-@routes.post(_AT + "/sign-offs", dependencies=[needs("rows")], **changes(data.SignedDataset, SignOffRequest))
-async def sign(request: Request, digest: Digest) -> Response:
-    """Verify a dataset version and sign it off as its steward."""
-    call = await _of(request, digest)
-    call.require("data.sign")
-    given = await call.read(SignOffRequest)
-    signed = partial(data.sign, call.store, digest, reason=given.reason, **call.by)
-    return await call.answer(signed, threads=call.serving.files)
+    return await call.answer(lambda: SignOffList(sign_offs=datasets.list_sign_offs(call.store, digest)))
 
 
 async def _of(request: Request, *digests: str) -> Call:
-    """The call. Raises ApiError 404 where one of the digests is no dataset version's."""
+    """The call. Raises NotThere where one of the digests is no dataset version's."""
     call = whole_call_of(request)
     for digest in digests:
-        if not await call.run(partial(dataset_rows.is_dataset, call.store, digest)):
-            raise missing("dataset version")
+        await call.run(partial(datasets.find_dataset, call.store, digest))
     return call

@@ -6,8 +6,8 @@ A form is sent to `/console/do` and the action's path. Its field `next` is the p
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Coroutine, Mapping
+from functools import cache
 from typing import Any
 
 from fastapi import Request, Response
@@ -33,8 +33,9 @@ def _endpoint(action: Action[Any, Any]) -> Callable[..., Coroutine[Any, Any, Res
         template = action.name.replace(".", "_") + ".html.jinja"
         if has_template(template):
             return viewer.page(template, done=done, asked=asked)
-        following = FIELD.sub(lambda found: str(getattr(done, found[1], "")), field(given, "next"))
-        return gone_to(request, local_page(following))
+        shown = {name: "" if value is None else str(value) for name, value in dict(done).items()}
+        following = FIELD.sub(lambda found: shown.get(found[1], ""), field(given, "next"))
+        return gone_to(request, local_page(following.rstrip("/")))
 
     return endpoint
 
@@ -53,14 +54,17 @@ def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[st
         inner = found
         for part in path:
             inner = inner.setdefault(part, {})
-        known = None if path else model.model_fields.get(last)
-        inner[last] = values if known is not None and _is_list(known.annotation) else values[0]
+        inner[last] = values if not path and last in _lists(model) else values[0]
     return found
 
 
-def _is_list(annotation: Any) -> bool:
-    kinds = (typing.get_origin(annotation), *map(typing.get_origin, typing.get_args(annotation)))
-    return bool({list, tuple} & set(kinds))
+@cache
+def _lists(model: type[BaseModel]) -> frozenset[str]:
+    """The fields of a request that are lists."""
+    fields = model.model_json_schema()["properties"]
+    return frozenset(
+        name for name, one in fields.items() if "array" in {each.get("type") for each in (one, *one.get("anyOf", ()))}
+    )
 
 
 for each in all_actions():

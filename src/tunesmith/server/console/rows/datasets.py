@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from urllib.parse import urlencode
 
-from fastapi import Request, Response
+from fastapi import Response
 
 from tunesmith.core.scope import Scope
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
-from tunesmith.server.console.routing import gone_to, router
+from tunesmith.server.console.people.session import Looking, Viewer
+from tunesmith.server.console.routing import router
 from tunesmith.server.errors import missing
-from tunesmith.services.datasets import data, dataset_rows
+from tunesmith.services import datasets
 
 routes = router()
 _SPLITS = ("train", "validation", "test", "removed")
@@ -19,11 +19,11 @@ _SHOWN = 50  # rows of each kind of difference
 
 
 @routes.get("/console/rows")
-async def datasets(viewer: Looking, page: int = 1) -> Response:
+async def listed(viewer: Looking, page: int = 1) -> Response:
     """All dataset versions, newest first."""
     if viewer.user.scope != Scope():
         return viewer.page("rows_none.html.jinja")
-    found = await viewer.run(partial(dataset_rows.list_datasets, viewer.store, page))
+    found = await viewer.run(partial(datasets.list_datasets, viewer.store, page))
     return viewer.page("rows.html.jinja", found=found)
 
 
@@ -31,13 +31,13 @@ async def datasets(viewer: Looking, page: int = 1) -> Response:
 async def compare(viewer: Looking, before: str = "", after: str = "") -> Response:
     """What differs between two dataset versions."""
     first, second = _digest(viewer, before), _digest(viewer, after)
-    found = await viewer.run(partial(data.difference, viewer.store, first, second))
-    texts: dict[str, dict[str, dataset_rows.FoundRow]] = {"before": {}, "after": {}}
+    found = await viewer.run(partial(datasets.difference, viewer.store, first, second))
+    texts: dict[str, dict[str, datasets.FoundRow]] = {"before": {}, "after": {}}
     if viewer.user.may("row.read"):
         gone = [*(one.before for one in found.changed[:_SHOWN]), *found.removed[:_SHOWN]]
         come = [*(one.after for one in found.changed[:_SHOWN]), *found.added[:_SHOWN]]
         for side, digest, ids in (("before", first, gone), ("after", second, come)):
-            read = partial(dataset_rows.rows_by_id, viewer.store, digest, ids, actor=viewer.user.name)
+            read = partial(datasets.rows_by_id, viewer.store, digest, ids, actor=viewer.user.name)
             texts[side] = await viewer.run(read)
     return viewer.page("rows_compare.html.jinja", found=found, texts=texts, most=_SHOWN)
 
@@ -48,14 +48,14 @@ async def dataset_version(
 ) -> Response:
     """One version: the account of its rows, its sign-offs, and the rows."""
     digest = _digest(viewer, dataset)
-    version = await viewer.run(partial(data.summary, viewer.store, digest))
-    signed = await viewer.run(partial(dataset_rows.list_sign_offs, viewer.store, digest))
-    others = await viewer.run(partial(dataset_rows.list_datasets, viewer.store))
+    version = await viewer.run(partial(datasets.summary, viewer.store, digest))
+    signed = await viewer.run(partial(datasets.list_sign_offs, viewer.store, digest))
+    others = await viewer.run(partial(datasets.list_datasets, viewer.store))
     rows = None
     split = split if split in _SPLITS else "train"
     if viewer.user.may("row.read"):
         choice = {"split": split, "reason": reason, "search": search[:200]}
-        read = partial(dataset_rows.list_rows, viewer.store, digest, actor=viewer.user.name, page=page, **choice)
+        read = partial(datasets.list_rows, viewer.store, digest, actor=viewer.user.name, page=page, **choice)
         rows = await viewer.run(read)
     return viewer.page(
         "rows_version.html.jinja",
@@ -71,18 +71,8 @@ async def dataset_version(
     )
 
 
-@routes.post("/console/rows/{dataset}/sign")
-async def sign(request: Request, viewer: Changing, dataset: str) -> Response:
-    """Verify the version and sign it off as its steward."""
-    digest = _digest(viewer, dataset)
-    reason = field(await form(request), "reason")[:2000]
-    await viewer.run(partial(data.sign, viewer.store, digest, reason=reason, actor=viewer.user.name))
-    return gone_to(request, f"/console/rows/{digest[7:]}")
-
-
 def _digest(viewer: Viewer, given: str) -> str:
-    """The digest of a dataset version that this person may see. Raises ApiError 404 for any other."""
-    digest = f"sha256:{given}"
-    if viewer.user.scope == Scope() and dataset_rows.is_dataset(viewer.store, digest):
-        return digest
-    raise missing("dataset version")
+    """The digest of a dataset version that this person may see. Raises NotThere for any other."""
+    if viewer.user.scope != Scope():
+        raise missing("dataset version")
+    return datasets.find_dataset(viewer.store, f"sha256:{given}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import Query, Request, Response
+from fastapi import Query, Response
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.server.console.jobs.pages import no_start
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
-from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.errors import ApiError, bad_request, missing
-from tunesmith.services.datasets import review
+from tunesmith.server.console.people.session import Looking, Viewer
+from tunesmith.server.console.routing import router
+from tunesmith.server.errors import ApiError, missing
+from tunesmith.services import review
 
 routes = router()
 _STATES = ("waiting", "conflict", "accept", "edit", "reject", "all")
@@ -30,29 +29,6 @@ async def review_queue(
     first = await viewer.run(partial(review.next_item, viewer.store, actor=viewer.user.name))
     found = await viewer.run(read)
     return viewer.page("review.html.jinja", found=found, state=chosen, states=_STATES, first=first, added=added)
-
-
-@routes.post("/console/rows/review")
-async def fill(request: Request, viewer: Changing) -> Response:
-    """Add what should be reviewed."""
-    _check(viewer)
-    fields = await form(request)
-    reviewers = 2 if fields.get("reviewers") == ["2"] else 1
-    search = field(fields, "search")[:200]
-    call = partial(review.fill, viewer.store, reviewers=reviewers, pseudonyms="pseudonyms" in fields, search=search)
-    done = await viewer.run(partial(call, actor=viewer.user.name))
-    return gone_to(request, f"/console/rows/review?added={done.added}")
-
-
-@routes.post("/console/rows/review/export")
-async def export(request: Request, viewer: Changing) -> Response:
-    """Write the decisions for the next build."""
-    _check(viewer)
-    project = viewer.serving.project
-    if project is None:
-        raise UsageError("this server has no project folder", fix="run `tunesmith review export` in the project's")
-    done = await viewer.run(partial(review.export, project, actor=viewer.user.name))
-    return viewer.page("review_exported.html.jinja", done=done, may_start=not no_start(viewer))
 
 
 @routes.get("/console/rows/review/{number}")
@@ -73,30 +49,6 @@ async def review_item(viewer: Looking, number: int) -> Response:
         before=before,
         marked=review.marked,
     )
-
-
-@routes.post("/console/rows/review/{number}")
-async def decide(request: Request, viewer: Changing, number: int) -> Response:
-    """Record a decision, and go to the next item."""
-    _check(viewer)
-    fields = {name: values[0] for name, values in (await form(request)).items()}
-    contents = (await form(request)).get("content")
-    choice = next((one for one in review.CHOICES if one == fields.get("decision")), None)
-    revision = fields.get("revision", "")
-    if choice is None or not (revision.isascii() and revision.isdecimal() and len(revision) < 9):
-        raise bad_request("The form cannot be read.", code="invalid_form")
-    call = partial(
-        review.decide,
-        viewer.store,
-        number,
-        choice,
-        reason=fields.get("reason", "")[:2000],
-        contents=contents if choice == "edit" else None,
-        revision=int(revision),
-        actor=viewer.user.name,
-    )
-    done = await viewer.run(call)
-    return gone_to(request, "/console/rows/review" if done.next is None else f"/console/rows/review/{done.next}")
 
 
 def _check(viewer: Viewer) -> None:

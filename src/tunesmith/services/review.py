@@ -1,30 +1,38 @@
-"""The review queue: rows that were flagged and requests that were kept, and what people decide on them."""
+"""The review queue, and cases: flagged rows and kept requests, what people decide on them, and what becomes of it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
+from pydantic import Field, model_validator
 from sqlalchemy import select
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import Omitted, View
-from tunesmith.data.dataset import Example
-from tunesmith.data.governance.withdrawn import content_key
+from tunesmith.data.building.examine import listed_values
+from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.governance.licences import permitted
+from tunesmith.data.governance.withdrawn import content_key, load_withdrawn
 from tunesmith.data.privacy.pseudonyms import recognised
+from tunesmith.data.quality.flags import FLAGS
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import Agreement, agreements
 from tunesmith.data.review.decisions import EXPORTED, Choice, ReviewedRow, encode_reviewed
-from tunesmith.data.review.queue import Decision
+from tunesmith.data.review.queue import Decision, NewItem
 from tunesmith.monitoring import cases
 from tunesmith.monitoring.cases import Case
+from tunesmith.monitoring.keeping import CaseKeeper
 from tunesmith.project import Project
-from tunesmith.services.datasets.review_sources import cases_to_review, rows_to_review
+from tunesmith.services.actions import Acting, Named, Reason, Request, Short, action
+from tunesmith.services.datasets import find_dataset
 from tunesmith.store import database
 from tunesmith.store.people.identities import acting, require
 from tunesmith.store.store import Store
@@ -33,6 +41,98 @@ from tunesmith.store.tables import ReviewDecisionRow, ReviewItemRow
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 EACH_PAGE = 25
 _FILE = "review.jsonl"
+CONFLICT = "equal request with another answer"
+NEAR = "similar request with another answer"
+PSEUDONYM = "holds a pseudonym"
+CHOSEN = "chosen by its text"
+FAILED = "failed in service"
+MOST_FOUND = 100  # rows that one search adds
+
+
+class FillQueue(Request):
+    """What to add to the queue. dataset: a dataset version's digest or its start, by default the newest.
+
+    reviewers: how many people decide on each item. pseudonyms: also rows that hold a pseudonym. search: also training
+    and validation rows with this text, at most MOST_FOUND.
+    """
+
+    dataset: Annotated[str, Field(min_length=1, max_length=71)] | None = None
+    reviewers: Annotated[int, Field(ge=1, le=2)] = 1
+    pseudonyms: bool = False
+    search: Short = ""
+
+
+class DecideItem(Request):
+    """A decision on an item. For an edit, contents: the text of every turn, or answer: that of the last one alone.
+
+    revision: of the item that was seen, by default the present one; where somebody else decided meanwhile, nothing is
+    done.
+    """
+
+    item: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    decision: Choice
+    reason: Reason = ""
+    contents: Annotated[tuple[str, ...], Field(max_length=2048)] | None = None
+    answer: str | None = None
+    revision: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+
+    @model_validator(mode="after")
+    def _text_for_edits_only(self) -> DecideItem:
+        if (self.decision == "edit") != ((self.contents, self.answer) != (None, None)):
+            raise ValueError("an edit states the text as it should be, and no other decision does")
+        return self
+
+
+class ExportReview(Request):
+    """Nothing more is asked."""
+
+
+class AddCases(Request):
+    """target: a JSONL source of the project, made if it does not exist. licence: SPDX expression of the requests'.
+
+    everything: also requests that were answered correctly.
+    """
+
+    target: Path
+    licence: Named
+    everything: bool = False
+
+
+class CorrectCase(Request):
+    """What the answer to a kept request should have been."""
+
+    request: Named
+    expected: str
+
+
+class DropCases(Request):
+    """The kept requests to delete, with their texts."""
+
+    requests: tuple[str, ...]
+
+
+class CaseList(View):
+    """The cases that are not rows of a source yet, oldest first."""
+
+    cases: tuple[Case, ...]
+
+
+class AddedCases(View):
+    """How many cases were written to a source file. named: whether the project file lists that source.
+
+    without_answer: how many were left, because nobody has said what the answer should have been.
+    """
+
+    added: int
+    source: str
+    named: bool
+    without_answer: int
+
+
+class DroppedCases(View):
+    """How many cases were deleted."""
+
+    dropped: int
 
 
 class FilledQueue(View):
@@ -122,30 +222,18 @@ class ExportedReview(View):
     dropped: int
 
 
-def fill(
-    store: Store,
-    dataset: str | None = None,
-    *,
-    reviewers: int = 1,
-    pseudonyms: bool = False,
-    search: str = "",
-    actor: str | None = None,
-) -> FilledQueue:
+@action(
+    "review.fill", permission=queue.ACTION, tokens=("rows",), at="/review/fill", whole=True, form=True,
+    reads_files=True,
+)  # fmt: skip
+def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
     """Add what should be reviewed to the queue: rows of a dataset version that `data quality` flagged, rows with equal
-    or similar requests and other answers, and requests that failed in service.
-
-    dataset: by default the newest. reviewers: how many people decide on each item, 1 or 2. pseudonyms: also rows that
-    hold a pseudonym. search: also training and validation rows with this text, at most MOST_FOUND. What is in the queue
-    already stays as it is.
-    """
-    who = _reviewer(store, actor)
-    if reviewers not in (1, 2):
-        raise UsageError(f"{reviewers} people cannot review an item", fix="1 or 2")
-    known = store.records_of("dataset")
-    digest = store.find_record(dataset) if dataset else known[-1] if known else None
-    rows = rows_to_review(store, digest, pseudonyms=pseudonyms, search=search.strip(), by=who)
+    or similar requests and other answers, and requests that failed in service. What is in it stays as it is."""
+    store = acting.store
+    digest = find_dataset(store, asked.dataset) if asked.dataset or store.records_of("dataset") else None
+    rows = rows_to_review(store, digest, pseudonyms=asked.pseudonyms, search=asked.search, by=acting.actor)
     items = [*rows, *cases_to_review(store)]
-    added = queue.add_items(store, items, wanted=reviewers, actor=who)
+    added = queue.add_items(store, items, wanted=asked.reviewers, actor=acting.actor)
     found: defaultdict[str, int] = defaultdict(int)
     for item in items:
         for why in item.why:
@@ -199,44 +287,48 @@ def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: b
     return next((number for number in waiting if number > after), waiting[0] if waiting else None)
 
 
-def decide(
-    store: Store,
-    number: int,
-    choice: Choice,
-    *,
-    reason: str = "",
-    contents: Sequence[str] | None = None,
-    revision: int | None = None,
-    actor: str | None = None,
-) -> DecidedItem:
-    """Decide on an item as one person. contents: the text of every turn, for an edit.
-
-    revision: of the item that the person saw; by default the present one. Raises Refused where somebody else decided
-    meanwhile, and as `queue.decide`; UsageError for an edit that changes nothing, or more than a kept request's answer.
-    """
-    who = _reviewer(store, actor)
+@action(
+    "review.decide",
+    permission=queue.ACTION,
+    tokens=("rows",),
+    at="/review/{item}/decide",
+    whole=True,
+    form=True,
+    reads_files=True,
+)
+def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
+    """Accept, edit or reject an item. The audit log records it without the text."""
+    store, who, number = acting.store, acting.actor, asked.item
     with database.reading(store.engine) as session:
         row, _ = queue.get_item(session, number)
     messages, more = _text(store, row)
     edited: tuple[Message, ...] = ()
-    if choice == "edit":
+    if asked.decision == "edit":
+        contents = asked.contents
+        if contents is None and asked.answer is not None:
+            contents = (*(turn.content for turn in messages[:-1]), asked.answer)
         edited = _edited(row, messages, contents)
-    elif choice == "accept" and not more.get("expected", True):
+    elif asked.decision == "accept" and not more.get("expected", True):
         raise UsageError("nobody said what the answer should have been", fix="edit the answer, or reject the request")
-    seen = row.revision if revision is None else revision
-    decided = queue.decide(store, number, Decision(choice, reason, edited), revision=seen, actor=who)
-    following = next_item(store, number, actor=who)
-    return DecidedItem(item=number, state=decided.state, next=following)
+    seen = row.revision if asked.revision is None else asked.revision
+    decision = Decision(asked.decision, asked.reason, edited)
+    decided = queue.decide(store, number, decision, revision=seen, actor=who)
+    return DecidedItem(item=number, state=decided.state, next=next_item(store, number, actor=who))
 
 
-def export(project: Project, *, actor: str | None = None) -> ExportedReview:
+@action(
+    "review.export",
+    permission=queue.ACTION,
+    tokens=("rows",),
+    at="/review/export",
+    whole=True,
+    form=True,
+    reads_files=True,
+)
+def export(acting: Acting, _asked: ExportReview) -> ExportedReview:
     """Write all decisions on rows to the file that `data.review` names, for the next build, and carry out those on
-    kept requests: an edit becomes the expected answer, a rejected request is deleted.
-
-    Without `data.review` the file is review.jsonl in the project's folder.
-    """
-    store, who = project.store, project.actor(actor)
-    _reviewer(store, who)
+    kept requests: an edit becomes the expected answer, a rejected request is deleted."""
+    project, store, who = acting.project, acting.store, acting.actor
     named = project.settings.data.review
     target = (project.root / (named or _FILE)).resolve()
     if not target.is_relative_to(project.root.resolve()):
@@ -257,6 +349,102 @@ def export(project: Project, *, actor: str | None = None) -> ExportedReview:
     ready, gone = _carry_out(store, [item for item in items if item.kind == "case"], decisions, who)
     file = target.relative_to(project.root.resolve()).as_posix()
     return ExportedReview(file=file, named=named is not None, **counts, cases=ready, dropped=gone)
+
+
+def case_keeper(project: Project) -> CaseKeeper | None:
+    """What keeps requests for a review; None where the project file has no `cases:`."""
+    settings = project.settings
+    if settings.cases is None:
+        return None
+    return CaseKeeper(project.store, settings.cases, settings.data.privacy, listed_values(project.schema))
+
+
+def list_cases(store: Store, *, everything: bool = False) -> CaseList:
+    """The cases that wait; with everything also those that were answered correctly.
+
+    Deletes those whose time is over.
+    """
+    cases.delete_expired(store)
+    return CaseList(cases=tuple(cases.list_cases(store, everything=everything)))
+
+
+@action("cases.add")
+def add_cases(acting: Acting, asked: AddCases) -> AddedCases:
+    """Append the cases that wait to a JSONL source file, each with its origin; `data build` then reads them."""
+    project = acting.project
+    licence = permitted(asked.licence, project.settings.data.licences, "licence")
+    root = project.root.resolve()
+    path = (root / asked.target).resolve()
+    if not path.is_relative_to(root):
+        raise UsageError("the file lies outside the project", where=str(path), fix="name a file inside it")
+    waiting = list_cases(project.store, everything=asked.everything).cases
+    split = project.settings.data.split
+    added = cases.add_cases(project.store, waiting, path, licence=licence, split=split, actor=acting.actor)
+    name = path.relative_to(root).as_posix()
+    named = any(source.path == name for source in project.settings.data.sources)
+    left = sum(case.expected is None for case in waiting)
+    return AddedCases(added=added, source=name, named=named, without_answer=left)
+
+
+@action("cases.correct")
+def correct_case(acting: Acting, asked: CorrectCase) -> Case:
+    """Say what the answer to a case should have been; cases without that are not added to a source."""
+    if not asked.expected.strip():
+        raise UsageError("the expected answer is empty", fix="write it, or delete the case: tunesmith cases drop")
+    return cases.correct_case(acting.store, asked.request, asked.expected, actor=acting.actor)
+
+
+@action("cases.drop")
+def drop_cases(acting: Acting, asked: DropCases) -> DroppedCases:
+    """Delete cases, with their texts."""
+    waiting = {case.request for case in cases.list_cases(acting.store, everything=True)}
+    unknown = [request for request in asked.requests if request not in waiting]
+    if unknown:
+        raise UsageError(f"there is no case of request {unknown[0]!r}", fix="`tunesmith cases show --all` lists them")
+    cases.drop_cases(acting.store, asked.requests, actor=acting.actor)
+    return DroppedCases(dropped=len(asked.requests))
+
+
+def rows_to_review(
+    store: Store, digest: str | None, *, pseudonyms: bool = False, search: str = "", by: str = ""
+) -> list[NewItem]:
+    """Rows of a dataset version that were flagged, and those that somebody chose; none without a version.
+
+    pseudonyms: also rows that hold one. search: also training and validation rows with this text. Test rows are not
+    chosen so: who corrects them where a candidate lost makes that candidate look better. Recalled rows are not added.
+    """
+    if digest is None:
+        return []
+    loaded = load_dataset(store, digest)
+    why: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for _, kind, child in store.children(digest):
+        if kind == "quality":
+            for line in store.read_blob(store.record(child).blobs[FLAGS]).splitlines():
+                flag = parse_json(line)
+                why[flag["id"]][flag["flag"]] = flag["detail"]
+    body = loaded.record.body
+    for clusters, reason in ((body["conflicts"]["examples"], CONFLICT), (body["near_clusters"]["examples"], NEAR)):
+        for ids in clusters:
+            for name in ids:
+                why[name][reason] = f"{len(ids)} rows: {', '.join(ids)}"
+    for name in _with_text(loaded, search):
+        why[name][CHOSEN] = f"{by}: {search[:80]}"
+    withdrawn = load_withdrawn(store)
+    return [
+        NewItem("row", example.id, found, digest, split, example.messages)
+        for split, example in _examples(loaded)
+        if not withdrawn.holds(example)
+        and (found := why.get(example.id, {}) | (_pseudonyms(example) if pseudonyms else {}))
+    ]
+
+
+def cases_to_review(store: Store) -> list[NewItem]:
+    """Kept requests that failed."""
+    cases.delete_expired(store)
+    return [
+        NewItem("case", case.request, {FAILED: ", ".join(f"{name} {value:.2f}" for name, value in case.scores.items())})
+        for case in cases.list_cases(store)
+    ]
 
 
 def marked(text: str) -> list[tuple[str, bool]]:
@@ -346,3 +534,26 @@ def _carry_out(
     if dropped:
         cases.drop_cases(store, dropped, actor=who)
     return len(there) - len(dropped), len(dropped)
+
+
+def _examples(dataset: Dataset) -> list[tuple[str, Example]]:
+    return [(split, example) for split in SPLITS for example in dataset.examples(split)]
+
+
+def _with_text(dataset: Dataset, search: str) -> list[str]:
+    """Ids of rows that are no test rows and hold a text, in upper or lower case."""
+    if not search:
+        return []
+    wanted = search.casefold()
+    found = [
+        example.id
+        for split, example in _examples(dataset)
+        if split != "test" and any(wanted in turn.text.casefold() for turn in example.messages)
+    ]
+    return found[:MOST_FOUND]
+
+
+def _pseudonyms(example: Example) -> dict[str, str]:
+    texts = [turn.text for turn in example.messages]
+    found = [text[start:end] for text in texts for start, end in recognised(text)]
+    return {PSEUDONYM: ", ".join(dict.fromkeys(found))} if found else {}

@@ -1,0 +1,374 @@
+"""Dataset versions: build, list, inspect, verify, compare, describe and sign them; their rows page by page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from sqlalchemy import func, select
+
+from tunesmith.core.errors import NotThere, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.text.display import json_text
+from tunesmith.core.view import Omitted, View
+from tunesmith.data.building.shards import LocalRunner, ShardRunner
+from tunesmith.data.building.summary import DatasetSummary, dataset_summary
+from tunesmith.data.building.verify import DatasetVerification, verify_dataset
+from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.governance import cards
+from tunesmith.data.governance.difference import Difference, removed_sample
+from tunesmith.data.governance.difference import difference as compare_versions
+from tunesmith.data.governance.signoff import sign_off, sign_offs, sign_offs_of
+from tunesmith.data.privacy.originals import read_originals
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.project import Project
+from tunesmith.services.actions import Acting, Because, Named, Request, action
+from tunesmith.store import database
+from tunesmith.store.people.identities import require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import RecordRow
+
+EACH_PAGE = 25
+
+
+class ShownDataset(DatasetSummary):
+    """A dataset version with the first rows of a split, or of those that were removed. total: rows of that split."""
+
+    split: str
+    examples: tuple[dict[str, Any], ...]
+    total: Annotated[int, Field(exclude=True)]
+
+
+class Originals(View):
+    """What pseudonyms stand for: example -> pseudonym -> original text."""
+
+    originals: dict[str, dict[str, str]]
+
+
+class RemovedRows(View):
+    """Samples of the rows that were left out: reason -> rows."""
+
+    dataset: str
+    removed: dict[str, tuple[dict[str, Any], ...]]
+
+
+class SignDataset(Request):
+    """A steward's sign-off. dataset: a dataset version's digest or its start; reason: what was checked."""
+
+    dataset: Named
+    reason: Because
+
+
+class SignedDataset(View):
+    """A steward's sign-off. signoff: its record's digest."""
+
+    dataset: str
+    steward: str
+    signoff: str
+
+
+class QualityReport(View):
+    """Rows that a person should look at. quality: the record's digest; flags: flag -> rows; examples: some flags.
+
+    flagged: flag -> distinct rows. balance: attribute -> value -> rows. names, languages, alike: what the
+    options asked for.
+    """
+
+    dataset: str
+    quality: str
+    rows: int
+    flags: dict[str, int]
+    looked_for: tuple[str, ...]
+    balance: dict[str, dict[str, Any]]
+    names: Omitted[dict[str, Any]] = None
+    languages: Omitted[dict[str, Any]] = None
+    alike: Omitted[dict[str, Any]] = None
+    examples: tuple[dict[str, Any], ...]
+    flagged: Annotated[dict[str, int], Field(exclude=True)]
+
+
+class DatasetLine(View):
+    """A dataset version in a list. at: when it was sealed; signed: the stewards who signed it off."""
+
+    dataset: str
+    at: str
+    read: int
+    kept: int
+    removed: int
+    splits: dict[str, int]
+    signed: tuple[str, ...]
+
+
+class DatasetPage(View):
+    """Some dataset versions, newest first. page: from 1."""
+
+    datasets: tuple[DatasetLine, ...]
+    total: int
+    page: int
+    pages: int
+
+
+class FoundRow(View):
+    """A row of a split, or one that was left out: without texts, and row is its number in the source."""
+
+    id: str | None
+    split: str
+    source: str
+    licence: str = ""
+    group: str = ""
+    subject: str | None = None
+    tenant: str | None = None
+    region: str | None = None
+    row: int | None = None
+    reason: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+class RowPage(View):
+    """Some rows of a dataset version that match. page: from 1. reasons: why rows were left out -> how many."""
+
+    rows: tuple[FoundRow, ...]
+    total: int
+    page: int
+    pages: int
+
+
+class SignOff(View):
+    """A steward's sign-off that counts. signoff: its record's digest."""
+
+    steward: str
+    reason: str
+    at: str
+    signoff: str
+
+
+def build(project: Project, *, progress: Progress = SILENT, shards: ShardRunner | None = None) -> DatasetSummary:
+    """Read, check, clean, split and freeze the project's sources. shards: reads the files; this machine by default."""
+    digest = PipelineContext(project, progress, shards=shards or LocalRunner()).dataset.digest
+    return dataset_summary(project.store, digest)
+
+
+def show(store: Store, dataset: str | None = None, *, split: str = "train", limit: int = 0) -> ShownDataset:
+    """A dataset version, by default the newest, with the first rows of a split. limit: how many; 0 for all.
+
+    split: train, validation, test or removed.
+    """
+    digest = find_dataset(store, dataset)
+    loaded = load_dataset(store, digest)
+    if split == "removed":
+        rows = [dict(row) for row in loaded.removed()]
+    else:
+        rows = [example.model_dump(mode="json") for example in loaded.examples(split)]
+    shown = tuple(rows[:limit] if limit else rows)
+    return ShownDataset(**dict(dataset_summary(store, digest)), split=split, examples=shown, total=len(rows))
+
+
+def summary(store: Store, dataset: str) -> DatasetSummary:
+    """The account of a dataset version. Raises Refused where its record is missing or damaged."""
+    return dataset_summary(store, dataset)
+
+
+def verify(store: Store, dataset: str | None = None) -> DatasetVerification:
+    """Recompute the digests, counts and leakage of a dataset version, by default of the newest."""
+    return verify_dataset(store, find_dataset(store, dataset))
+
+
+def originals(project: Project, row: str | None = None) -> Originals:
+    """What the pseudonyms of one row, or of all rows, stand for. Needs the key in $TUNESMITH_ORIGINALS_KEY."""
+    place = project.settings.data.privacy.originals
+    if place is None:
+        raise UsageError("this project keeps no originals", where="data.privacy.originals")
+    known = read_originals(project.root / place)
+    if row is not None and row not in known:
+        raise UsageError(f"nothing was replaced in a row {row!r}", fix="tunesmith data show names the rows")
+    return Originals(originals=known if row is None else {row: known[row]})
+
+
+def difference(store: Store, before: str, after: str) -> Difference:
+    """What changed between two dataset versions: rows, splits, licences, balance."""
+    return compare_versions(store, store.find_record(before), store.find_record(after))
+
+
+def removed(store: Store, dataset: str, root: Path, each: int = 5) -> RemovedRows:
+    """A sample of the rows that were left out, read again from the sources. each: rows for each reason."""
+    digest = store.find_record(dataset)
+    sample = removed_sample(load_dataset(store, digest), root, each)
+    return RemovedRows(dataset=digest, removed={reason: tuple(rows) for reason, rows in sample.items()})
+
+
+def datasheet(store: Store, dataset: str, name: str) -> tuple[str, str]:
+    """The digest of a dataset version, and its datasheet in Markdown. name: of the project's folder."""
+    digest = store.find_record(dataset)
+    return digest, cards.datasheet(load_dataset(store, digest), name, sign_offs(store, digest))
+
+
+def croissant(store: Store, dataset: str, name: str) -> tuple[str, str]:
+    """The digest of a dataset version, and its Croissant 1.0 metadata (JSON-LD)."""
+    digest = store.find_record(dataset)
+    described = cards.croissant(load_dataset(store, digest), name)
+    return digest, json_text(described, indent=2) + "\n"
+
+
+@action(
+    "data.sign", permission="data.sign", tokens=("rows",), at="/datasets/{dataset}/sign-offs", whole=True, form=True,
+    reads_files=True,
+)  # fmt: skip
+def sign(acting: Acting, asked: SignDataset) -> SignedDataset:
+    """Verify a dataset version and sign it off as its steward."""
+    digest, steward = find_dataset(acting.store, asked.dataset), acting.actor
+    signoff = sign_off(acting.store, digest, steward=steward, reason=asked.reason)
+    return SignedDataset(dataset=digest, steward=steward, signoff=signoff)
+
+
+def quality(
+    store: Store,
+    dataset: str,
+    *,
+    label_noise: bool = False,
+    language: bool = False,
+    names: bool = False,
+    alike: bool = False,
+    limit: int = 0,
+    progress: Progress = SILENT,
+) -> QualityReport:
+    """Flag rows that a person should look at. Drops none. limit: flags to return; 0 for all.
+
+    label_noise, language, names and alike also look for wrong labels, other languages, people's names and requests that
+    say the same.
+    """
+    from tunesmith.data.quality.flags import FLAGS, examine_quality
+
+    digest, embed = store.find_record(dataset), None
+    if alike:
+        from tunesmith.models.embedding import find_embedder
+
+        embed = find_embedder(progress).embed
+    options = {"label_noise": label_noise, "language": language, "names": names}
+    record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **options))
+    flags = [parse_json(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
+    flagged = {what: len({flag["id"] for flag in flags if flag["flag"] == what}) for what in record.body["looked_for"]}
+    examples = tuple(flags[:limit] if limit else flags)
+    return QualityReport(dataset=digest, quality=record.digest, **record.body, examples=examples, flagged=flagged)
+
+
+def list_datasets(store: Store, page: int = 1) -> DatasetPage:
+    """Dataset versions, newest first. page: from 1; one beyond the last gives the last."""
+    of_kind = RecordRow.kind == "dataset"
+    with database.reading(store.engine) as session:
+        total = session.scalar(select(func.count()).select_from(RecordRow).where(of_kind)) or 0
+        page, pages = _within(page, total)
+        query = select(RecordRow.digest, RecordRow.created_at).where(of_kind)
+        newest = query.order_by(RecordRow.created_at.desc(), RecordRow.digest).offset((page - 1) * EACH_PAGE)
+        found = list(session.execute(newest.limit(EACH_PAGE)))
+    signed = sign_offs_of(store, [digest for digest, _ in found])
+    lines = []
+    for digest, at in found:
+        body = store.record(digest, kind="dataset").body
+        lines.append(
+            DatasetLine(
+                dataset=digest,
+                at=at,
+                read=body["rows"]["read"],
+                kept=body["rows"]["kept"],
+                removed=sum(body["rows"]["removed"].values()),
+                splits={name: body["splits"][name] for name in SPLITS},
+                signed=tuple(one["steward"] for one in signed[digest]),
+            )
+        )
+    return DatasetPage(datasets=tuple(lines), total=total, page=page, pages=pages)
+
+
+def find_dataset(store: Store, given: str | None = None) -> str:
+    """The digest of the dataset version that begins with `given`, by default of the newest. Raises NotThere."""
+    if given is None:
+        known = store.records_of("dataset")
+        if not known:
+            raise NotThere("there is no dataset version yet", where=str(store.root), fix="`tunesmith data build`")
+        return known[-1]
+    with contextlib.suppress(UsageError):
+        digest = store.find_record(given)
+        if store.record(digest).kind == "dataset":
+            return digest
+    raise NotThere("there is no such dataset version", where=given, fix="`tunesmith data list` lists them")
+
+
+def list_sign_offs(store: Store, dataset: str) -> tuple[SignOff, ...]:
+    """The sign-offs of a dataset version that count, oldest first."""
+    return tuple(SignOff(**one) for one in sign_offs(store, dataset))
+
+
+def list_rows(
+    store: Store, dataset: str, *, actor: str, split: str = "train", reason: str = "", search: str = "", page: int = 1
+) -> RowPage:
+    """Rows of a split, or with split "removed" those that were left out.
+
+    reason: only rows left out for it. search: only rows with this text in a turn, whatever the case; for rows left out,
+    in the source's name. Raises Refused if actor may not read rows, UsageError for an unknown split.
+    """
+    require(store, actor, "row.read")
+    loaded = load_dataset(store, dataset)
+    if split == "removed":
+        matching = [row for row in loaded.removed() if reason in ("", row["reason"])]
+        wanted = search.casefold()
+        matching = [row for row in matching if wanted in str(row["source"]).casefold()]
+        page, pages = _within(page, len(matching))
+        shown = [FoundRow(split=split, **row) for row in _cut(matching, page)]
+        return RowPage(rows=tuple(shown), total=len(matching), page=page, pages=pages)
+    if split not in SPLITS:
+        raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join((*SPLITS, 'removed'))}")
+    lines = list(_matching(store, loaded, split, search))
+    page, pages = _within(page, len(lines))
+    examples = [Example.model_validate_json(line) for line in _cut(lines, page)]
+    return RowPage(rows=tuple(_found(split, one) for one in examples), total=len(lines), page=page, pages=pages)
+
+
+def rows_by_id(store: Store, dataset: str, ids: Collection[str], *, actor: str) -> dict[str, FoundRow]:
+    """Id -> row, for those of the ids that a dataset version holds. Raises Refused if actor may not read rows."""
+    require(store, actor, "row.read")
+    loaded, wanted = load_dataset(store, dataset), {name.encode() for name in ids}
+    found: dict[str, FoundRow] = {}
+    for split in SPLITS if wanted else ():
+        for line in store.read_blob(loaded.record.blobs[f"{split}.jsonl"]).splitlines():
+            if _id_of(line) in wanted:
+                example = Example.model_validate_json(line)
+                found[example.id] = _found(split, example)
+    return found
+
+
+def _matching(store: Store, dataset: Dataset, split: str, search: str) -> Iterator[bytes]:
+    """The lines of a split whose turns hold a text. A line is parsed only if it holds the text somewhere."""
+    wanted = search.casefold()
+    coded = json.dumps(wanted, ensure_ascii=False)[1:-1]
+    for line in store.read_blob(dataset.record.blobs[f"{split}.jsonl"]).splitlines():
+        if not wanted:
+            yield line
+        elif coded in line.decode().casefold():
+            turns = Example.model_validate_json(line).messages
+            if any(wanted in text.casefold() for turn in turns for text in turn.texts()):
+                yield line
+
+
+def _id_of(line: bytes) -> bytes:
+    """The id in an example's canonical line, in which the key comes before all texts but the group's."""
+    return line.partition(b'"id":"')[2].partition(b'"')[0]
+
+
+def _found(split: str, one: Example) -> FoundRow:
+    facts = one.model_dump(include={"id", "source", "licence", "group", "subject", "tenant", "region"})
+    return FoundRow(split=split, messages=one.messages, **facts)
+
+
+def _within(page: int, total: int) -> tuple[int, int]:
+    """The page that there is, and how many there are."""
+    pages = max(1, -(-total // EACH_PAGE))
+    return min(max(1, page), pages), pages
+
+
+def _cut(items: list[Any], page: int) -> list[Any]:
+    return items[(page - 1) * EACH_PAGE : page * EACH_PAGE]

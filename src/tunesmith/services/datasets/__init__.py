@@ -1,1 +1,0 @@
-"""Dataset versions, their rows, and the review queue that changes them."""
