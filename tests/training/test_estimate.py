@@ -23,6 +23,7 @@ from tunesmith.core.system import memory
 from tunesmith.core.system.threads import wanted_threads
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import DeviceMemory
+from tunesmith.engines.hf.costs import Shapes
 from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.native.adapters import costs
@@ -35,7 +36,7 @@ from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, lay_out_step, step_tokens
 from tunesmith.training.estimates.estimate import MemoryNeeds, check_disk, check_memory, estimate
-from tunesmith.training.estimates.prediction import read_shapes, training_memory
+from tunesmith.training.estimates.prediction import Memory, read_shapes, training_memory
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import drop_gradients
 
@@ -230,15 +231,12 @@ def test_wrong_thread_count_is_refused(monkeypatch: pytest.MonkeyPatch, told: st
 
 
 TOKENS, RANK = 256, 4
-WIDE = {
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 500,
-}
+WIDE = {**TILED, "num_hidden_layers": 4, "vocab_size": 500}
+
+
+def _memory(shapes: Shapes, **changes: Any) -> Memory:
+    usual = {"quantized": False, "precision": "fp32", "rank": RANK, "tokens": 1, "recompute": False}
+    return training_memory(shapes, **{**usual, **changes})
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
@@ -249,26 +247,16 @@ def test_shapes_are_those_of_the_loaded_model(tmp_path: Path, family: str) -> No
     model = HFModel(resolve_base(Store(tmp_path / "store"), str(folder), tmp_path))
     assert shapes.linear + shapes.rest == sum(each.numel() for each in model.module.parameters())
     trained = LoraTrainable(model, WeightSettings(rank=RANK), seed=0)
-    assert (
-        training_memory(shapes, quantized=False, precision="fp32", rank=RANK, tokens=1, recompute=False).trained
-        == 20 * trained.trained_numbers
-    )
-    whole = {
-        precision: training_memory(shapes, quantized=False, precision=precision, rank=None, tokens=1, recompute=False)
-        for precision in ("fp32", "bf16")
-    }
+    assert _memory(shapes).trained == 20 * trained.trained_numbers
+    whole = [_memory(shapes, precision=precision, rank=None) for precision in ("fp32", "bf16")]
     numbers = shapes.linear + shapes.rest
-    assert [(each.base, each.trained) for each in whole.values()] == [(0, 20 * numbers), (2 * numbers, 22 * numbers)]
+    assert [(each.base, each.trained) for each in whole] == [(0, 20 * numbers), (2 * numbers, 22 * numbers)]
 
 
-def _kept_bytes(config: Any, dtype: torch.dtype, *, recompute: bool) -> int:
+def _kept_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps of a forward pass, without the weights."""
     module = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(requires_grad=False)
     adapted = peft.get_peft_model(module, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if recompute:
-        adapted.train()
-        module.activation_checkpointing_enable({"use_reentrant": False})
-        module.enable_input_require_grads()
     weights = {each.untyped_storage().data_ptr() for each in adapted.parameters()}
     kept: dict[int, int] = {}
 
@@ -291,16 +279,11 @@ def test_activations_are_those_that_autograd_keeps(tmp_path: Path, family: str, 
     shapes = read_shapes(tmp_path)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     logits = 3 * 4 * TOKENS * shapes.vocabulary  # not yet computed with: the loss is not in the pass
-    for recompute in (False, True):
-        told = (
-            training_memory(
-                shapes, quantized=False, precision=precision, rank=RANK, tokens=TOKENS, recompute=recompute
-            ).activations
-            - logits
-        )
-        if recompute:  # one layer at a time is computed again, which the pass does not show
-            told -= round(TOKENS * {"fp32": 4.2, "bf16": 3.9}[precision] * shapes.kept_layer)
-        assert told == pytest.approx(_kept_bytes(config, dtype, recompute=recompute), rel=0.25)
+    found = _memory(shapes, precision=precision, tokens=TOKENS).activations - logits
+    assert found == pytest.approx(_kept_bytes(config, dtype), rel=0.25)
+    again = _memory(shapes, precision=precision, tokens=TOKENS, recompute=True).activations - logits
+    layer = TOKENS * {"fp32": 4.2, "bf16": 3.9}[precision] * shapes.kept_layer  # one is computed again at a time
+    assert layer < again < layer + 0.25 * found
 
 
 def _run(*words: object) -> tuple[int, dict[str, Any]]:

@@ -12,27 +12,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.hf_models import write_hf_model
 from tests.process_group import run_ranks
+from tests.said import Said
 from tests.tiny import row
+from tests.training.test_resume import written
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import Silent
+from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.system.files import write_atomic
 from tunesmith.engines.factory import load_sharded
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Generation
-from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, first_row, held, whole
+from tunesmith.engines.ranks import Ranks, connected_ranks, held
 from tunesmith.engines.training_protocol import TrainableModel
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
-from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step, step_labels, step_tokens
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
@@ -40,30 +38,25 @@ from tunesmith.training.launchers.together import begin, end, take_part
 from tunesmith.training.scoring import AnswerScore, Score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult, TrainingSpec
-from tunesmith.training.train import make_spec, run_training
+from tunesmith.training.train import run_training
 
 # Answers of very different lengths, so that the ranks of a step have different numbers of labels.
 ROWS = [TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n}{",also:kitchen" * (n % 3)}}}')) for n in range(14)]
 SETTINGS: dict[str, Any] = {
-    "rank": 3, "batch": 4, "epochs": 2, "tokens": 96, "learning_rate": 0.01, "checkpoint_seconds": 1e-9,
-    "validations": 2, "warmup": 0.2, "weight_decay": 0.01,
+    "rank": 1, "batch": 4, "epochs": 2, "tokens": 96, "learning_rate": 0.01, "checkpoint_seconds": 1e-9,
+    "validations": 2, "warmup": 0.2, "weight_decay": 0.01, "rehearse": 0.3,
 }  # fmt: skip
 
 
-def make(folder: Path, family: str = "phi3", rows: int = 14, **changes: Any) -> TrainingSpec:
+def make(folder: Path, rows: int = 14, **changes: Any) -> TrainingSpec:
     if not (folder / "model").exists():
-        write_hf_model(folder / "model", family)
-    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
-    settings = TrainSettings.model_validate(
-        {key: value for key, value in {**SETTINGS, **changes}.items() if value is not None}
-    )
-    return make_spec(
-        base=base, dataset="", rows=ROWS[:rows], validation=ROWS[:5], settings=settings, work=folder / "work"
-    )
+        write_hf_model(folder / "model", "phi3")
+    stated = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not None}
+    return written(folder, TrainSettings.model_validate(stated), ROWS[:rows], validation=ROWS[:5])
 
 
-def alone(spec: TrainingSpec) -> TrainingResult:
-    return run_training(spec, model=LoadedHFModel(spec.base))
+def alone(spec: TrainingSpec, progress: Progress = SILENT) -> TrainingResult:
+    return run_training(spec, progress, model=LoadedHFModel(spec.base))
 
 
 def adapter(result: TrainingResult) -> dict[str, torch.Tensor]:
@@ -73,15 +66,6 @@ def adapter(result: TrainingResult) -> dict[str, torch.Tensor]:
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-class _Heard(Silent):
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def say(self, text: str) -> None:
-        with self._path.open("a") as stream:
-            stream.write(f"{text}\n")
 
 
 def _request(number: int) -> Generation:
@@ -111,7 +95,7 @@ def work(rank: int, size: int, spec: str, kill_at: int | None = None, score: boo
 
     scored = AnswerScore("exact_match", 5, mean) if score else None
     begin(ranks, made, scored)
-    result = run_training(made, _Heard(made.work / "said"), model=model, score=scored, ranks=ranks)
+    result = run_training(made, SILENT, model=model, score=scored, ranks=ranks)
     write_atomic(made.work / "result.json", result.model_dump_json().encode())
     end(ranks)
 
@@ -152,31 +136,14 @@ def together(spec: TrainingSpec, size: int, *given: Any) -> TrainingResult:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "family", "changes"),
-    [
-        (3, "phi3", {"rank": 1, "dora": True, "scaling": "root", "rehearse": 0.3}),  # of A, two ranks hold nothing
-        (2, "phi3", {"method": "full", "rank": None, "rehearse": 0.3, "layers": 1, "recompute": True}),
-    ],
-)
-def test_it_learns_what_one_process_learns(tmp_path: Path, size: int, family: str, changes: dict[str, Any]) -> None:
-    one = alone(make(tmp_path / "one", family, epochs=1, **changes))
-    several = together(make(tmp_path / "several", family, epochs=1, **changes), size)
+def test_full_training_learns_what_one_process_learns(tmp_path: Path) -> None:
+    changes = {"method": "full", "rank": None, "layers": 1, "recompute": True, "epochs": 1}
+    one, several = alone(make(tmp_path / "one", **changes)), together(make(tmp_path / "several", **changes), 2)
     assert losses(one) == pytest.approx(losses(several), abs=1e-5)
-    assert several.state.step == one.state.step == 5
-    assert (several.environment["ranks"], "ranks" in one.environment) == (size, False)
     assert {path.name for path in one.folder.iterdir()} == {path.name for path in several.folder.iterdir()}
-    assert one.rehearsed == several.rehearsed == 4
-    kept = [(tmp_path / name / "work" / "rehearsal.jsonl").read_bytes() for name in ("one", "several")]
-    assert kept[0] == kept[1]
-    file = MODEL_FILE if "method" in changes else ADAPTER_FILE
-    weights = [load_file(result.folder / file) for result in (one, several)]
-    assert furthest(*weights) < 1e-5
-    headers = 8000 * (size - 1)  # of the other ranks' files; a rank's part of the base is 49,000 bytes or more
-    assert several.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1, abs=headers)
-    if "method" in changes:  # neither rank wrote what the other holds
-        sizes = [path.stat().st_size for path in (tmp_path / "several" / "work" / "step-00000005").glob("tensors*")]
-        assert (len(sizes), max(sizes) < 0.6 * sum(sizes)) == (2, True)
+    assert furthest(*(load_file(result.folder / MODEL_FILE) for result in (one, several))) < 1e-5
+    sizes = [path.stat().st_size for path in (tmp_path / "several" / "work" / "step-00000005").glob("tensors*")]
+    assert (len(sizes), max(sizes) < 0.6 * sum(sizes)) == (2, True), "neither rank wrote what the other holds"
 
 
 def losses(result: TrainingResult) -> list[float]:
@@ -190,7 +157,7 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
     killed = make(tmp_path / "killed")
     assert -signal.SIGKILL in run_ranks(work, 2, tmp_path / "meeting", killed.model_dump_json(), 11)
     (newest,) = sorted(killed.work.glob("step-*"))[-1:]
-    assert 0 < int(newest.name.removeprefix("step-")) < 8
+    assert 0 < int(newest.name.removeprefix("step-")) < 10
     one, undisturbed = alone(make(tmp_path / "one")), together(make(tmp_path / "undisturbed"), 2)
     for size, copies in ((2, 1), (4, 2), (1, 1)):
         shutil.copytree(tmp_path / "killed", tmp_path / str(size))
@@ -198,56 +165,17 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
         resumed = alone(spec) if size == 1 else together(spec, size, None, False, copies)
         assert furthest(adapter(one), adapter(resumed)) < 1e-5
         assert losses(one) == pytest.approx(losses(resumed), abs=1e-5)
+        assert one.rehearsed == resumed.rehearsed > 0
         assert any("2 ranks trained until step" in notice for notice in resumed.notices) == (size != 2)
         if size == 2:
             assert digest_file(resumed.folder / ADAPTER_FILE) == digest_file(undisturbed.folder / ADAPTER_FILE)
         if size == 4:
             assert (resumed.environment["ranks"], resumed.environment["copies"]) == (4, 2)
             assert any("then 4 ranks with 2 copies" in notice for notice in resumed.notices)
-
-
-STATE = {f"{name}.{part}": shape for part in ("parameter", "exp_avg", "exp_avg_sq")
-         for name, shape in (("odd", (7, 3)), ("one", (1, 4)), ("vector", (5,)))}  # fmt: skip
-
-
-def _state(size: int) -> dict[str, torch.Tensor]:
-    """Numbers of whole tensors, the same in every process; sharded where there are several."""
-    draw = torch.Generator().manual_seed(0)
-    made = {name: torch.randn(shape, generator=draw) for name, shape in STATE.items()}
-    if size == 1:
-        return made
-    mesh = init_device_mesh("cpu", (size,))
-    return {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in made.items()}
-
-
-def _save_part(rank: int, size: int, folder: Path) -> None:
-    Checkpoints(folder, {}, connected_ranks()).save(3, _state(size), {"own": 1})
-
-
-def _load_part(_rank: int, size: int, folder: Path, ranks: Ranks | None = None) -> None:
-    found, damaged = Checkpoints(folder, {}, ranks or connected_ranks()).load()
-    assert found is not None
-    assert not damaged
-    tensors, state = found
-    assert (state["step"], state["own"]) == (3, 1)
-    for name, expected in _state(size).items():
-        read = tensors.like(name, torch.zeros_like(expected))
-        assert torch.equal(held(read), held(expected)), name
-        assert torch.equal(whole(read), whole(expected)), name
-
-
-def test_each_rank_writes_its_rows_and_any_number_reads_them(tmp_path: Path) -> None:
-    """Parameters and both moments come back bit for bit, on as many ranks, on more, and in one process."""
-    folder = tmp_path / "work"
-    assert run_ranks(_save_part, 2, tmp_path / "meeting", folder) == [0, 0]
-    rows = {path.name: len(load_file(path)["odd.parameter"]) for path in folder.glob("step-00000003/tensors*")}
-    assert rows == {"tensors.safetensors": 4, "tensors-1.safetensors": 3}
-    for size in (2, 3):
-        assert run_ranks(_load_part, size, tmp_path / "meeting", folder) == [0] * size
-    _load_part(0, 1, folder, ALONE)
-    part = folder / "step-00000003" / "tensors-1.safetensors"
+    part, said = killed.work / newest.name / "tensors-1.safetensors", Said()
     part.write_bytes(part.read_bytes()[:-1] + b"x")
-    assert Checkpoints(folder, {}).load() == (None, ["step-00000003"])
+    assert losses(alone(killed, said)) == pytest.approx(losses(one), abs=1e-5)
+    assert any(f"{newest.name} is damaged; resuming from the one before it" in line for line in said.lines)
 
 
 @pytest.mark.slow
@@ -283,14 +211,6 @@ def test_the_ranks_of_a_step_compute_its_rows_once(size: int) -> None:
         assert step_labels(parts[0]) == step_labels(lay_out_step(rows, 64, share=False))
         labels = [label for part in parts for batch in part for label in batch.labels.tolist()]
         assert sorted(labels) == sorted(token for one in rows for token in one.ids[len(one.ids) // 2 + 1 :])
-
-
-def test_one_process_exchanges_nothing() -> None:
-    assert ALONE.agree(lambda: "own") == "own"
-    assert (ALONE.gather(1), ALONE.total(1.5), ALONE.most(3)) == ([1], 1.5, 3)
-    tensor = torch.ones(2)
-    assert held(tensor) is whole(tensor) is tensor
-    assert first_row(tensor) == 0
 
 
 def _agree(rank: int, size: int, folder: Path) -> None:

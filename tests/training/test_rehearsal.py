@@ -15,8 +15,6 @@ from tests.commands import call
 from tests.tiny import TEMPLATE, write_model
 from tests.tiny_project import write_project
 from tests.training.test_resume import SETTINGS, StoppedAfter, run
-from tests.training.test_schedule import SETTINGS as TRAINED
-from tests.training.test_schedule import spec
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Stopped
 from tunesmith.engines.protocol import Completion, Generation
@@ -36,7 +34,6 @@ from tunesmith.training.batches.rehearsal import (
     render_rehearsed,
 )
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import run_training
 
 
 def _answers(asked: Sequence[Generation]) -> list[Completion]:
@@ -184,30 +181,11 @@ def test_stopped_it_goes_on_with_the_same_answers_and_ends_in_the_same_bytes(
         run(tmp_path / "changed", chosen)
 
 
-def test_damaged_answers_are_drawn_again_as_many_as_a_budget_allowed(tmp_path: Path) -> None:
-    """Later, the machine may draw more in the same time."""
-    made = spec(tmp_path, TRAINED.model_copy(update={"rehearse": 1.0, "checkpoint_seconds": 1e9, "budget": 100.0}))
-    slow, quick = count(step=2.6), count(step=2.0)  # 5% of the budget are five seconds
-    with pytest.raises(Stopped):
-        run_training(made, StoppedAfter(3), clock=lambda: next(slow))
-    kept = made.work / "rehearsal.jsonl"
-    drawn = kept.read_bytes()
-    assert len(decode_rehearsed(drawn)) == 64
-    kept.write_bytes(drawn[:-9])
-    done = run_training(made, clock=lambda: next(quick))
-    assert kept.read_bytes() == drawn
-    assert done.rehearsed == 64
-
-
 def test_a_training_that_rehearsed_within_a_budget_is_repeated(tmp_path: Path) -> None:
     train = {"rank": 2, "batch": 12, "rows": 24, "validate_by": "loss", "rehearse": 0.1, "budget": 8}
-    folder = write_project(
-        tmp_path / "p",
-        candidates={
-            "within": {"prompt": "prompt.txt", "max_tokens": 8, "train": train},
-            "shared": {"prompt": "prompt.txt", "max_tokens": 8, "weights": "within"},
-        },
-    )
+    plain = {"prompt": "prompt.txt", "max_tokens": 8}
+    candidates = {"within": {**plain, "train": train}, "shared": {**plain, "weights": "within"}}
+    folder = write_project(tmp_path / "p", candidates=candidates)
     store = Project.load(folder).store
     for name, why in (("within", "there is none to repeat"), ("shared", "candidate 'shared' has no training")):
         with pytest.raises(UsageError, match=why):

@@ -15,21 +15,19 @@ from hypothesis import strategies as st
 
 from tests.said import SaidAndNoted
 from tests.tiny import write_model
-from tests.training.test_resume import ROWS
+from tests.training.test_resume import written
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.training_protocol import TrainableModel
-from tunesmith.models.base import resolve_base
-from tunesmith.store.store import Store
 from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
-from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
+from tunesmith.training.schedule import Annealed, Decisions, keep_decisions, read_decisions
 from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
-from tunesmith.training.train import make_spec, run_training
+from tunesmith.training.train import run_training
 
 SETTINGS = TrainSettings(rank=4, batch=4, budget="40s", learning_rate=0.01, checkpoint_seconds=1e-9)  # type: ignore[arg-type]
 BEFORE = Decisions(warmup=2, validate_every=5, scored_rows=0, seconds=0.0)
@@ -51,10 +49,7 @@ def stepping(seconds: float) -> Callable[[], float]:
 def spec(folder: Path, settings: TrainSettings = SETTINGS, work: str = "work", **more: Any) -> TrainingSpec:
     if not (folder / "model").exists():
         write_model(folder / "model")
-    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
-    return make_spec(
-        base=base, dataset="", rows=ROWS, validation=ROWS[:3], settings=settings, work=folder / work, **more
-    )
+    return written(folder, settings, work=work, **more)
 
 
 def train(
@@ -274,10 +269,7 @@ def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: 
     assert all("score" not in each for each in done.state.validation)
 
 
-@pytest.mark.parametrize(("budget", "timed"), [(None, [4]), ("40s", [4, 32])])
-def test_the_untrained_base_is_asked_to_time_its_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str | None, timed: list[int]
-) -> None:
+def test_the_untrained_base_is_asked_to_time_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are part of the expected time, and so are the copies of a model that is trained in full."""
     asked, counted = list[tuple[bool, int]](), list[int]()
 
@@ -291,25 +283,23 @@ def test_the_untrained_base_is_asked_to_time_its_answers(
         return needs
 
     monkeypatch.setattr("tunesmith.training.train.memory_needs", watched)
-    given = {"epochs": 1, "validations": 2} if budget is None else {"budget": budget}
-    stated = {"batch": 4, "learning_rate": 0.01, "checkpoint_seconds": 1e-9, **given}
-    settings = TrainSettings.model_validate({"rank": 4, **stated})
     scored, said = AnswerScore("exact_match", 40, score), SaidAndNoted()
-    done = train(spec(tmp_path, settings), stepping(1.0), before=None, score=scored, progress=said)
-    assert asked[: len(timed)] == [(False, rows) for rows in timed]
-    assert set(asked[len(timed) :]) == {(True, 40)}
-    assert any("at most about" in line for line in said.lines) == (budget is None)
-    if budget is not None:
-        assert done.decisions is not None
-        assert done.decisions.scored_rows == 40
-        assert done.estimate.seconds <= 40.0, "a budget counts them"
-        return
+    done = train(spec(tmp_path, work="within"), stepping(1.0), before=None, score=scored)
+    assert asked[:2] == [(False, 4), (False, 32)]
+    assert set(asked[2:]) == {(True, 40)}
+    assert done.estimate.seconds <= 40.0, "a budget counts them"
+    asked.clear()
+    stated = {"batch": 4, "learning_rate": 0.01, "epochs": 1, "validations": 2, "checkpoint_seconds": 1e-9}
+    settings = TrainSettings.model_validate({"rank": 4, **stated})
+    train(spec(tmp_path, settings), stepping(1.0), before=None, score=scored, progress=said)
+    assert asked == [(False, 4), (True, 40), (True, 40)]
+    assert any("at most about" in line for line in said.lines)
     monkeypatch.setattr("tunesmith.training.scoring.Validation.answer_seconds", lambda *_: 100.0)
     full = TrainSettings.model_validate({"method": "full", **stated})
     for name, each in (("scored", scored), ("by loss", None)):
         made = train(spec(tmp_path, full, work=name), ticking(1.0), before=None, score=each)
         assert (made.estimate.seconds >= 2 * 40 * 100.0) == (each is not None)
-    assert counted == [0, 2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0]
+    assert counted == [0, 0, 2 * (tmp_path / "model" / "model.safetensors").stat().st_size, 0]
 
 
 @given(
@@ -321,9 +311,7 @@ def test_the_untrained_base_is_asked_to_time_its_answers(
 def test_any_course_ends_annealed(speeds: list[float], scores: list[float], every: int, share: float) -> None:
     """Whatever the clock and the scores do: it ends, the rate never rises after it fell, and the last is near zero."""
     settings = TrainSettings(budget=20.0, decay=share, learning_rate=0.01)
-    kept = Path("/nowhere")
-    schedule = Annealed(500, settings, BEFORE.model_copy(update={"validate_every": every}), kept, budget=20.0)
-    schedule._fall = _in_memory(schedule)  # type: ignore[method-assign]
+    schedule = Annealed(500, settings, BEFORE.model_copy(update={"validate_every": every}), None, budget=20.0)
     state, rates = TrainerState(), []
     while state.ended is None:
         assert state.step < 500
@@ -333,20 +321,8 @@ def test_any_course_ends_annealed(speeds: list[float], scores: list[float], ever
             score = scores[len(state.validation) % len(scores)]
             state.validation.append({"step": state.step, "loss": 1.0, "probability": 0.5, "score": score})
         schedule.decide(state)
-    start = schedule.decisions.decays[0].start
-    assert all(later <= before for before, later in itertools.pairwise(rates[start:]))
+    first, last = schedule.decisions.decays[0], schedule.decisions.decays[-1]
+    assert all(later <= before for before, later in itertools.pairwise(rates[first.start :]))
     assert all(rate > 0 for rate in rates)
-    assert (
-        rates[-1]
-        <= max(rates) / max(1, schedule.decisions.decays[-1].stop - schedule.decisions.decays[-1].start) + 1e-12
-    )
+    assert rates[-1] <= max(rates) / max(1, last.stop - last.start) + 1e-12
     assert state.validation[-1]["step"] == state.step, "the last weights are validated"
-
-
-def _in_memory(schedule: Annealed) -> Callable[[int, int, str], str]:
-    def fall(start: int, stop: int, reason: str) -> str:
-        decay = Decay(start=start, stop=min(stop, 500), reason=reason)
-        schedule.decisions = schedule.decisions.model_copy(update={"decays": (*schedule.decisions.decays, decay)})
-        return reason
-
-    return fall

@@ -18,13 +18,11 @@ from hypothesis import strategies as st
 from tests.forked import run_elsewhere
 from tests.said import Said
 from tests.tiny import write_model
-from tests.training.test_resume import ROWS
+from tests.training.test_resume import ROWS, written
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError
 from tunesmith.core.progress import Stopped
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.factory import load_model
-from tunesmith.models.base import resolve_base
-from tunesmith.store.store import Store
 from tunesmith.training import search
 from tunesmith.training.batches.batch_plan import validation_parts
 from tunesmith.training.search import Trial, search_space
@@ -32,17 +30,9 @@ from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingSpec
 from tunesmith.training.state import TrainerState
 from tunesmith.training.steps import validation_fit
-from tunesmith.training.train import make_spec
 
 HOPELESS = TrainSettings(rank=4, batch=4, epochs=2, learning_rate=1e-7)
 TRIALS = 6
-
-
-def written(folder: Path) -> TrainingSpec:
-    """A training of a tiny model on 24 rows, with 10 validation rows."""
-    base = resolve_base(Store(folder / "store"), str(write_model(folder / "model")), folder)
-    given = {"dataset": "", "rows": ROWS[:24], "validation": ROWS[50:]}
-    return make_spec(base=base, settings=HOPELESS, work=folder / "rows", **given)  # type: ignore[arg-type]
 
 
 def find(spec: TrainingSpec, work: Path, **more: Any) -> list[Trial]:
@@ -52,8 +42,10 @@ def find(spec: TrainingSpec, work: Path, **more: Any) -> list[Trial]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingSpec, list[Trial]]:
-    """A training, and an uninterrupted search for its settings."""
-    spec = written(tmp_path_factory.mktemp("whole"))
+    """A training on 24 rows with 10 validation rows, and an uninterrupted search for its settings."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_model(folder / "model")
+    spec = written(folder, HOPELESS, ROWS[:24], validation=ROWS[50:])
     return spec, find(spec, spec.work.parent / "found")
 
 
@@ -237,16 +229,14 @@ def test_the_present_settings_and_the_default_rate_are_in_the_space(
 ) -> None:
     stated = {"learning_rate": rate, "batch": batch, "method": method} | ({"rank": rank} if method == "lora" else {})
     settings = TrainSettings.model_validate(stated)
-    space = search_space(settings, rows)
-    default = {"lora": 1e-3, "full": 1e-4}[method]
+    space: Any = search_space(settings, rows)
     for key, drawn in space.items():
         assert drawn._contains(drawn.to_internal_repr(getattr(settings, key)))
-    rates: Any = space["learning_rate"]
+    rates, batches, default = space["learning_rate"], space["batch"], 1e-3 if method == "lora" else 1e-4
     assert 0 < rates.low <= default / 10 < 10 * default <= rates.high < 1
     assert set(space) == {"learning_rate", "batch"} | ({"rank", "b_rate"} if method == "lora" else set())
     usual: Any = search_space(TrainSettings(rank=16, batch=16), 1000)
     assert [usual[key].choices for key in ("rank", "batch", "b_rate")] == [(8, 16, 32), (8, 16, 32), (1.0, 4.0)]
     assert "rank" not in search_space(TrainSettings(rank=16, alpha=32), 1000), "an alpha belongs to its rank"
-    batches: Any = space["batch"]
     assert max(batches.choices) <= max(batch, min(rows, 4096))
     assert 1 <= min(batches.choices) <= max(1, batch // 2)

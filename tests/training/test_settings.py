@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -15,7 +12,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.evaluation.probing import row
-from tunesmith.cli.main import main
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
@@ -28,49 +24,13 @@ from tunesmith.training.estimates.subsets import subset_settings
 from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import TrainSettings, changed_training, recorded_settings
 
-PROJECT = """
-name: lights
-base: model
-data: {{sources: [{{path: rows.jsonl, licence: CC0-1.0}}]}}
-candidates:
-  tuned: {{train: {train}}}
-"""
 
-
-@pytest.mark.parametrize(
-    ("train", "said"),
-    [
-        ("{rank: 0}", "greater than or equal to 1"),
-        ("{clip: .inf}", "finite"),
-        ("{rnak: 8}", "did you mean 'rank'?"),
-        ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
-    ],
-)
-def test_impossible_setting_is_named_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train: str, said: str
-) -> None:
-    (tmp_path / "tunesmith.yaml").write_text(PROJECT.format(train=train))
-    monkeypatch.setattr(sys, "argv", ["tunesmith", "train", "--json", "-C", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    error = json.loads(out)["error"]
-    assert said in error["what"]
-    assert ("tunesmith.yaml, line 6" if said == "finite" else "candidates.tuned.train") in error["where"]
-    assert "Traceback" not in err
-    assert not (tmp_path / ".tunesmith").exists()
-
-
-def test_epochs_replace_a_budget_with_all_that_came_with_it() -> None:
+def test_epochs_and_a_budget_replace_each_other_with_all_that_came_with_it() -> None:
     within, stated = TrainSettings(budget=900, batch=8), TrainSettings(budget=900, schedule="wsd", patience=2)
     assert (within.epochs, within.schedule, within.validations, within.patience) == (20, "wsd", 16, 4)
     assert changed_training(within, {"epochs": 2}, "here") == TrainSettings(epochs=2, batch=8)
     assert changed_training(stated, {"epochs": 2}, "here") == TrainSettings(epochs=2, schedule="wsd", patience=2)
     assert changed_training(within, {"batch": 4}, "here") == TrainSettings(budget=900, batch=4)
-
-
-def test_a_budget_replaces_epochs() -> None:
     read = TrainSettings(epochs=3, batch=8)
     assert changed_training(read, {"budget": "10m"}, "here") == TrainSettings(budget=600, batch=8)
     with pytest.raises(UsageError, match="set either budget or epochs"):
@@ -121,6 +81,7 @@ def test_unknown_layer_is_refused(wrong: str) -> None:
         ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
         ({"rehearse": True}, "rehearse"),
         ({"learning_rate": 3}, "less than 1"),
+        ({"clip": math.inf}, "finite"),
         ({"learning_rate": math.nan}, "finite"),
         ({"method": "full", "b_rate": 1}, "b_rate applies to adapters only"),
     ],
@@ -151,26 +112,22 @@ def _b_rate(width: int | None = 576, **given: object) -> float:
     return fit_to_rows(TrainSettings.model_validate(given), 5000, width).b_rate
 
 
-def test_b_gets_four_times_the_default_rate_of_small_bases() -> None:
+def test_b_gets_four_times_the_default_rate_of_small_bases_where_it_was_measured() -> None:
     assert _b_rate() == _b_rate(width=1024) == _b_rate(method="lora", rank=8) == 4.0
     assert _b_rate(width=4096) == _b_rate(width=None) == 1.0
-
-
-def test_stated_rates_full_training_and_other_starts_are_left_alone() -> None:
     assert _b_rate(b_rate=1.0) == _b_rate(learning_rate=1e-3) == _b_rate(method="full") == _b_rate(start="pissa") == 1.0
     assert _b_rate(scaling="root") == _b_rate(dora=True) == 1.0, "these were not measured"
     assert _b_rate(learning_rate=1e-3, b_rate=8.0) == 8.0
-
-
-def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
     assert fit_to_rows(subset_settings(left_open, 50, 2000), 50, 576).b_rate == 4.0
     assert fit_to_rows(subset_settings(stated, 50, 2000), 50, 576).b_rate == 1.0
 
 
-def test_few_rows_are_read_more_often() -> None:
+def test_few_rows_are_read_more_often_where_the_epochs_are_left_open() -> None:
     read = [fit_to_rows(TrainSettings(), rows, 576).epochs for rows in (1, 200, 300, 600, 1000, 13_000)]
     assert read == [10, 10, 10, 5, 3, 3]
+    for stated in (TrainSettings(epochs=1), TrainSettings(epochs=3), TrainSettings(budget=60)):
+        assert fit_to_rows(stated, 50, 576).epochs == stated.epochs
 
 
 @pytest.mark.parametrize("given", [{}, {"rows": 7}, {"rows": 99}, {"permute_answers": True}, {"canaries": {"each": 2}}])
@@ -226,10 +183,3 @@ def test_a_control_of_single_answers_keeps_its_key() -> None:
     assert key(several, last) == {}
     assert key([_conversation(0, 1, 0)], last) == key(several, control), "the last that is learned is an earlier one"
     assert key(several, TrainSettings()) == {}
-
-
-def test_stated_epochs_and_a_budget_are_left_alone() -> None:
-    assert fit_to_rows(TrainSettings(epochs=1), 50, 576).epochs == 1
-    assert fit_to_rows(TrainSettings(epochs=3), 50, None).epochs == 3
-    within = TrainSettings(budget=60)
-    assert fit_to_rows(within, 50, 576).epochs == within.epochs

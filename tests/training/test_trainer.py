@@ -1,4 +1,4 @@
-"""What the trainer counts as a training's time, on a model of one number and by an injected clock."""
+"""What the trainer counts as time, on a model of one number and by an injected clock; what validations say."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from tests.said import Said
 from tunesmith.core.progress import Task
 from tunesmith.engines.training_protocol import ParameterGroup
+from tunesmith.training.estimates.more_time import more_time
 from tunesmith.training.schedule import Annealed, Decisions
 from tunesmith.training.scoring import mean_score
 from tunesmith.training.settings import TrainSettings
@@ -182,10 +183,7 @@ def test_a_score_that_is_higher_by_chance_gives_way_to_a_higher_probability() ->
     points = [(score, math.exp(-loss)) for score, loss in losses]
     assert _state(points).best == 5
     assert _state(points, rows=10_000).best == 2, "of many rows the difference is none of chance"
-
-
-def test_a_score_below_the_error_never_takes_the_place_of_the_best() -> None:
-    assert _state([(0.9, 0.1), (0.8, 0.5)]).best == 0
+    assert _state([(0.9, 0.1), (0.8, 0.5)]).best == 0, "a score below the error never takes the place of the best"
     assert _state([(0.8, 0.5), (0.9, 0.1)]).best == 1
 
 
@@ -211,25 +209,11 @@ def test_the_best_is_one_whose_weights_are_held() -> None:
             assert points[best][0] >= highest - math.sqrt(highest * (1 - highest) / ROWS)
 
 
-# Of a training that reads 200 requests for music 20 times, and whose learning rate falls at the end: loss, mean
-# probability of the labels in percent, and the score of other rows.
-MUSIC = [
-    (0.2562, 91.03, 0.180),
-    (0.1357, 94.50, 0.613),
-    (0.1623, 94.36, 0.553),
-    (0.1567, 94.59, 0.573),
-    (0.1963, 95.18, 0.520),
-    (0.2543, 94.06, 0.493),
-    (0.2068, 94.55, 0.620),
-    (0.2100, 94.40, 0.533),
-    (0.1678, 95.41, 0.620),
-    (0.1564, 95.99, 0.660),
-]
-
-
 def test_without_scores_the_highest_probability_of_the_labels_counts() -> None:
-    state = TrainerState(validation=[{"loss": loss, "probability": each} for loss, each, _ in MUSIC])
-    assert state.best == 9, "the loss is lowest at the second, which answers 5 points fewer"
+    """Of a training that read 200 requests for music 20 times, with the mean probability in percent. Its loss rose."""
+    found = [91.03, 94.50, 94.36, 94.59, 95.18, 94.06, 94.55, 94.40, 95.41, 95.99]
+    state = TrainerState(validation=[{"loss": 0.01 * n, "probability": each} for n, each in enumerate(found)])
+    assert state.best == 9
     assert state.exhausted(4) is None
     state.validation = state.validation[:9]
     assert state.best == 8
@@ -240,22 +224,9 @@ def test_without_scores_the_highest_probability_of_the_labels_counts() -> None:
 
 
 def test_a_score_s_error_counts_rows_of_one_group_together() -> None:
-    """Against what repeated draws show: rows of a group are right or wrong together."""
-    drawn = random.Random(3)
-    names = [f"group {place}" for place in range(40) for _ in range(5)]
-
-    def rows() -> list[float]:
-        return [score for _ in range(40) for score in [float(drawn.random() < 0.7)] * 5]
-
-    means, errors = [], []
-    for _ in range(150):
-        found = mean_score(rows(), names)
-        means.append(found.mean)
-        errors.append(found.error)
-    spread = (sum((each - sum(means) / 150) ** 2 for each in means) / 149) ** 0.5
-    assert abs(sum(errors) / 150 / spread - 1) < 0.15
-    alone = mean_score(rows(), [str(place) for place in range(200)])
-    assert abs(alone.error - math.sqrt(alone.mean * (1 - alone.mean) / 199)) < 1e-12
+    """They are right or wrong together."""
+    assert mean_score([1.0, 1.0, 0.0, 0.0, 1.0, 1.0], [*"aabbcc"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert mean_score([1.0, 0.0, 1.0], [*"abc"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert mean_score([1.0, 1.0], ["a", "b"]) == (1.0, 0.0)
     assert mean_score([0.0, 1.0], ["a", "a"]) == (0.5, 0.5), "one group alone counts as rows"
 
@@ -267,3 +238,100 @@ def test_patience_lasts_while_the_score_rises_within_its_error() -> None:
     later = [*rising, (0.54, 0.90), (0.53, 0.90), (0.52, 0.89)]
     assert _state(later).exhausted(4) is None
     assert _state([*later, (0.54, 0.88)]).exhausted(4) == "no better score in 4 validations"
+
+
+# What more time would bring, read from a training's validations
+
+
+def _training(scores: list[float], *, reason: str = "the budget is used", seconds: float = 1.0) -> dict[str, Any]:
+    """A training that validated after every tenth step; its learning rate fell over the last two validations."""
+    steps = 10 * len(scores)
+    return {
+        "settings": {"schedule": "wsd"},
+        "validation": [{"step": 10 * (n + 1), "loss": 1 / (n + 1), "score": s} for n, s in enumerate(scores)],
+        "curve": [{"step": n + 1, "seconds": seconds} for n in range(steps)],
+        "decisions": {"decays": [{"start": steps - 20, "stop": steps, "reason": reason}]},
+        "score": {"metric": "exact_match", "rows": 200},
+        "ended": reason,
+    }
+
+
+def _rising(gain: float, noise: float = 0.0) -> list[float]:
+    """Scores that rise by `gain` with each doubling of the time, until the learning rate falls."""
+    rising = [0.4 + gain * math.log2(n + 1) + noise * (-1) ** n for n in range(14)]
+    return [*rising, rising[-1] + 0.02, rising[-1] + 0.03]
+
+
+def _more(training: dict[str, Any]) -> dict[str, Any]:
+    found = more_time(training)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("noise", "gain"),
+    [
+        (0.0, {"mean": 0.05, "low": 0.043715, "high": 0.056285}),  # not known better than to one row of 200
+        (0.02, {"mean": 0.042321, "low": 0.014669, "high": 0.069973}),
+    ],
+)
+def test_the_gain_of_twice_the_time_is_the_slope(noise: float, gain: dict[str, float]) -> None:
+    for seconds in (1.0, 7.5):  # steps of any length give the same
+        found = _more(_training(_rising(0.05, noise), seconds=seconds))
+        assert found["gain"] == pytest.approx(gain, abs=1e-6)
+        assert found["validations"] == 10
+        mean = f"{100 * gain['mean']:.1f}"
+        assert found["text"].startswith(f"Validation was still improving: twice the time would bring about +{mean} po")
+
+
+def test_a_gain_stays_within_the_score_and_is_rounded_without_a_minus() -> None:
+    rising = [0.85, 0.87, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.985, 0.99]
+    flat = [0.0, 0.0, 0.05, 0.0, 0.02, 0.05, 0.0, 0.03, 0.0, 0.0]
+    high, low, nothing = (_more(_training(scores)) for scores in (rising, flat, _rising(-1e-5)))
+    assert high["gain"]["high"] <= 0.01 + 1e-9
+    assert low["gain"]["low"] == -0.05
+    assert -0.0005 < nothing["gain"]["mean"] < 0
+    assert "twice the time would bring +0.0 points" in nothing["text"]
+    assert more_time(_training([])) is None
+
+
+def test_a_longer_budget_brings_nothing_where_all_its_epochs_are_done() -> None:
+    training = _training(_rising(0.05), reason="all epochs are done")
+    found = _more({**training, "settings": {"schedule": "wsd", "budget": 900, "epochs": 40}})
+    assert found["gain"] is None
+    assert "after 40 epochs, the most that a budget reads" in found["text"]
+    assert "`epochs: 80` with `schedule: wsd`" in found["text"]
+    epochs = _more({**training, "settings": {"schedule": "wsd", "budget": None, "epochs": 40}})
+    assert epochs["gain"] is not None, "twice the epochs take twice the time"
+
+
+def _by_probability(*probabilities: float | None) -> dict[str, Any]:
+    """A training without scores; earlier records have losses alone."""
+    points = enumerate(probabilities, 1)
+    told = [{"step": 10 * n, "loss": 1.0} | ({} if each is None else {"probability": each}) for n, each in points]
+    return {**_training([0.0] * len(probabilities)), "validation": told}
+
+
+# Without a decay of its own, every validation looks like one at a constant learning rate.
+FELL = "The learning rate fell during the whole training"
+
+
+@pytest.mark.parametrize(
+    ("training", "said", "gains"),
+    [
+        (_training(_rising(0.05), reason="no better score in 4 validations"), "Validation stopped the training", False),
+        (_training([0.5, 0.6, 0.7]), "too few to say", False),
+        (_training([1.0] * 12), "Every validation row was right", False),
+        (_training([0.5] * 12), "not clear: twice the time would bring +0.0 points", True),
+        ({**_training(_rising(0.05)), "settings": {"schedule": "cosine"}, "decisions": None}, FELL, False),
+        ({**_training([0.5] * 12), "settings": {"schedule": "linear"}, "decisions": None}, FELL, False),
+        (_by_probability(0.2, 0.8, 0.9), "still rose at the end, from 80.0% to 90.0%", False),
+        (_by_probability(0.2, 0.9, 0.8), "no longer rose", False),
+        (_by_probability(0.9), "too few to say", False),
+        (_by_probability(None, None, 0.9), "too few to say", False),
+    ],
+)
+def test_what_else_is_said(training: dict[str, Any], said: str, gains: bool) -> None:
+    found = _more(training)
+    assert said in found["text"]
+    assert (found["gain"] is not None) == gains
