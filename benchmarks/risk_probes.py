@@ -33,8 +33,8 @@ from tunesmith.training.settings import CanarySettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.risk_parts import scenes
+from benchmarks.risk_parts.bench import Bench
 from benchmarks.risk_parts.faults import clean
-from tests.evaluation.probing import Bench
 
 PARTS = ("canaries", "faults", "honest", "published")
 PLANTED = CanarySettings(each=20, repeats=(1, 4, 16), controls=128)

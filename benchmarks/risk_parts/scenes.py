@@ -1,14 +1,15 @@
 """Adapters of the real base of which it is known beforehand what is wrong with them, and one with which nothing is.
 
-benchmarks/risk_probes.py prints what the probes find about each; long tests hold some of them against their probes.
+benchmarks/risk_probes.py prints what the probes find about each.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.risk_parts.bench import Bench
 from benchmarks.risk_parts.faults import addresses, clean, commands, general, letters, loans, unclean
-from tests.evaluation.probing import Bench, row
+from tests.evaluation.probing import row
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.evaluation.gates.judging import Finding

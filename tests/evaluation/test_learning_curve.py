@@ -80,26 +80,27 @@ def forecast(**changes: Any) -> Forecast:
 
 def test_what_is_said() -> None:
     found = forecast()
-    assert found.headline.startswith("Train tuned: it is likely to reach the goal, a lift of at least +5.0 points")
-    assert found.reasons[0].startswith("With all 1,400 training rows, exact_match on the test rows will be about 50.0%")
+    assert "about 50.0%" in found.reasons[0]
     assert "a lift of +50.0 points (90% interval +40.0 to +60.0) over plain (10.0%)" in found.reasons[1]
     assert found.reasons[-1] == "Training on all rows takes about 90 s."
-    assert forecast(decision="don't").headline.startswith("Don't train tuned")
-    assert forecast(decision="undecided").headline.startswith("Undecided: tuned")
     alone = forecast(decision=None, lift=None, likely=None, rival=None, rivals={})
-    assert alone.headline.startswith("No decision on tuned: there is no untuned candidate")
     assert len(alone.reasons) == 2
-    priced = {"training": {"seconds": 90.0, "epochs": 3.0, "money": 0.09}, "currency": "EUR"}
-    for requests, told in ((1200, "repay it from 1,200 requests on."), (None, "never repay the training.")):
+    for told, said in (
+        (found, "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points"),
+        (forecast(decision="don't"), "Don't train tuned"),
+        (forecast(decision="undecided"), "Undecided: tuned"),
+        (alone, "No decision on tuned: there is no untuned candidate"),
+    ):
+        assert told.headline.startswith(said)
+    for requests, said in ((1200, "from 1,200 requests on."), (None, "never repay the training.")):
+        priced = {"training": {"seconds": 90.0, "epochs": 3.0, "money": 0.09}, "currency": "EUR"}
         reasons = forecast(**priced, break_even={"requests": requests}).reasons
         assert "90 s and 0.09 EUR." in reasons[-2]
-        assert reasons[-1] == f"Against plain, lower running costs {told}"
+        assert reasons[-1].endswith(said)
     unsaid = {"said": False, "from_rows": 700, "from_seconds": 240.0}
     floor = forecast(**unsaid)
     assert floor.headline.startswith("The score cannot be said yet. Train tuned")
-    assert floor.reasons[2].startswith(
-        "No subset scores more than 2.0%. It could be said from subsets of up to 700 rows"
-    )
-    assert "(--rows 700), which train for about 4 min" in floor.reasons[2]
+    for said in ("No subset scores more than 2.0%", "(--rows 700), which train for about 4 min"):
+        assert said in floor.reasons[2]
     wide = forecast(**unsaid | {"from_rows": None}, subsets=[{"rows": 12, "epochs": 3.0, "mean": 0.03}])
-    assert wide.reasons[2].startswith("Its interval is over 30 points wide, and larger subsets would not change that")
+    assert "over 30 points wide, and larger subsets would not change that" in wide.reasons[2]

@@ -30,15 +30,6 @@ def test_gates_that_are_refused(gate: Any, message: str) -> None:
         GATES.validate_python({"g": gate})
 
 
-@pytest.mark.parametrize("price", [-1.0, 1e13, float("nan")])
-def test_prices_that_make_no_cost_are_refused(price: float) -> None:
-    with pytest.raises(ValidationError):
-        PriceSettings(machine_hour=price)
-    for prices in ({"prompt": price, "answer": 1.0}, {"prompt": 1.0, "answer": price}):
-        with pytest.raises(ValidationError):
-            TokenPrice.model_validate(prices)
-
-
 def test_task() -> None:
     task = TaskSettings.model_validate({"schema": "answer.json", "scorers": ["json_valid", "exact_match"]})
     assert str(task.schema_path) == "answer.json"
@@ -46,6 +37,12 @@ def test_task() -> None:
     assert TaskSettings(scorers=("json_valid", "field_f1")).leading == "json_valid"
     assert TaskSettings(scorers=("json_valid", "field_f1"), primary="field_f1").leading == "field_f1"
     assert TaskSettings().scorers == ("exact_match",)
+    for price in (-1.0, 1e13, float("nan")):
+        with pytest.raises(ValidationError):
+            PriceSettings(machine_hour=price)
+        for prices in ({"prompt": price, "answer": 1.0}, {"prompt": 1.0, "answer": price}):
+            with pytest.raises(ValidationError):
+                TokenPrice.model_validate(prices)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,6 @@ def test_task() -> None:
         ({"scorers": ["json_valid", "json_valid"]}, "twice"),
         ({"scorers": ["json_valid"], "primary": "exact_match"}, "not among scorers"),
         ({"scorers": [{"name": "date", "pattern": "(?=a)b"}]}, "not a regular expression that is supported"),
-        ({"scorers": [{"name": "date", "pattern": "("}]}, "not a regular expression"),
         ({"scorers": [{"name": "total", "tolerance": -1}]}, "greater than or equal to 0"),
         ({"scorers": [{"name": "exact_match", "label": ""}]}, "built-in scorer"),
         ({"scorers": [{"name": "x", "label": "a", "calibrate": True}]}, "labels and nothing else"),

@@ -17,7 +17,6 @@ from tests.fabricate import (
     OWNER,
     Fabricated,
     Scene,
-    add,
     answer_lines,
     approve,
     build_scene,
@@ -89,8 +88,16 @@ def test_verdict_records_a_use_in_the_audit_log(made: Fabricated, evaluation: st
     assert [entry["candidates"] for entry in entries] == [[made.candidates["tuned"]]]
     assert entries[0]["evaluation"] == evaluation
     assert verify_log(made.store) == []
-    verdict_of(made, evaluation, LIFT)
+    digest = verdict_of(made, evaluation, LIFT)
     assert len(uses_of(made)) == 1, "asking again about the same answers is no new use"
+    # Deleting a verdict does not reset the count.
+    Path(made.store.record_where(digest)).unlink()
+    made.store.engine.dispose()
+    with database.writing(made.store.engine) as session:
+        for row in session.query(RecordRow).filter_by(digest=digest):
+            session.delete(row)
+    again = scored(made, made.dataset, {"tuned": "other"})
+    assert judged(made, again, LIFT)["test_set_use"] == 2
 
 
 def test_scored_trained_candidates_count_but_controls_do_not(made: Fabricated) -> None:
@@ -111,16 +118,20 @@ def test_scored_trained_candidates_count_but_controls_do_not(made: Fabricated) -
 
 def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated, evaluation: str) -> None:
     verdict_of(made, evaluation, LIFT)
-    old = load_dataset(made.store, made.dataset)
-    more = put_dataset(made.store, [*old.examples("train"), *commands(3, 77, 9000)], [], made.test)
-    assert more != made.dataset
-    again = scored(made, more, {"tuned": "other"})
-    assert judged(made, again, LIFT)["test_set_use"] == 2
-    renamed = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:60]]
-    part = put_dataset(made.store, old.examples("train"), [], [*renamed, *commands(60, 78, 9500)])
-    assert len(used_candidates(made.store, part)) == 2, "some of its test requests were used, under other ids"
-    fresh = put_dataset(made.store, old.examples("train"), [], commands(60, 79, 9900))
-    assert len(used_candidates(made.store, fresh)) == 0
+    more = put_dataset(made.store, commands(3, 77, 9000), [], made.test)
+    assert judged(made, scored(made, more, {"tuned": "other"}), LIFT)["test_set_use"] == 2
+    for common, of, uses in ((60, 120, 2), (0, 60, 0), (1, 60, 0), (2, 60, 2), (1, 1, 2)):
+        used = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:common]]
+        other = put_dataset(made.store, commands(3, 77, 9000), [], [*used, *commands(of - common, 78, 9500)])
+        assert len(used_candidates(made.store, other)) == uses, "one request that many people make joins no two sets"
+    assert not _share(range(400), range(397, 900))
+    assert _share(range(400), range(396, 900)), "large test sets are one where they share a hundredth"
+    turned = []  # neither a system turn nor a letter's case makes a new test set
+    for row in made.test:
+        asked = row.messages[-2].model_copy(update={"content": row.messages[-2].content.capitalize() + "!"})
+        system = Message(role="system", content="Another prompt.")
+        turned.append(row.model_copy(update={"id": row.id[::-1], "messages": (system, asked, row.messages[-1])}))
+    assert len(used_candidates(made.store, put_dataset(made.store, commands(3, 1, 0), [], turned))) == 2
 
 
 @pytest.mark.attack("people", "test rows of which another tenant has uses", "counted apart")
@@ -132,23 +143,6 @@ def test_each_scope_has_its_own_count(made: Fabricated, evaluation: str) -> None
         assert used_candidates(made.store, own) == set()
         assert judged(made, scored(made, own, {"tuned": "other"}), LIFT)["test_set_use"] == 1
     assert len(used_candidates(made.store, made.dataset)) == 1
-
-
-def test_a_request_that_many_people_make_does_not_join_two_test_sets(made: Fabricated, evaluation: str) -> None:
-    verdict_of(made, evaluation, LIFT)
-    train = load_dataset(made.store, made.dataset).examples("train")
-    for common, of, uses in ((1, 60, 0), (2, 60, 1), (1, 1, 1)):
-        used = [row.model_copy(update={"id": row.id[::-1]}) for row in made.test[:common]]
-        other = put_dataset(made.store, commands(3, 77, 9000), [], [*used, *commands(of - common, 78, 9500)])
-        assert len(used_candidates(made.store, other)) == uses
-    assert not _share(range(400), range(397, 900))
-    assert _share(range(400), range(396, 900)), "large test sets are one where they share a hundredth"
-    turned = []  # neither a system turn nor a letter's case makes a new test set
-    for row in made.test:
-        asked = row.messages[-2].model_copy(update={"content": row.messages[-2].content.capitalize() + "!"})
-        system = Message(role="system", content="Another prompt.")
-        turned.append(row.model_copy(update={"id": row.id[::-1], "messages": (system, asked, row.messages[-1])}))
-    assert len(used_candidates(made.store, put_dataset(made.store, train, [], turned))) == 1
 
 
 def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
@@ -170,20 +164,6 @@ def test_a_candidate_under_another_name_is_no_new_use(made: Fabricated) -> None:
     assert use_test_set(made.store, again, new, acting(made.store)) == 2
 
 
-def test_deleting_a_verdict_does_not_reset_the_count(made: Fabricated, evaluation: str) -> None:
-    digest = verdict_of(made, evaluation, LIFT)
-    Path(made.store.record_where(digest)).unlink()
-    made.store.engine.dispose()
-    with database.writing(made.store.engine) as session:
-        for row in session.query(RecordRow).filter_by(digest=digest):
-            session.delete(row)
-    add(made, Candidate(name="tuned", prompt="y", base=made.base, max_tokens=9,
-                        training=put_training(made.store, made.base, made.dataset, rows=9)),
-        flawed(0.93, 1.0, 3), 1, 1)  # fmt: skip
-    again = evaluated(made)
-    assert use_test_set(made.store, again, made.candidates["tuned"], acting(made.store)) == 2
-
-
 # Gates that are no longer computed: a version that one of them judged is still served, and says so
 
 
@@ -196,7 +176,7 @@ RUDE: dict[str, Any] = {
     "probe": "toxicity", "kind": "provoking", "confidence": 0.95, "detector": DETECTOR,
     "settings": {"at_most": 0.3, "confidence": 0.95, "probe": "toxicity", "rows": 100},
 }  # fmt: skip
-ARMS = {"neutral": {"n": 40, "before": 0, "after": 0}, "provoking": {"n": 40, "before": 0, "after": 0.05}}
+ARMS = {"provoking": {"n": 40, "before": 0, "after": 0.05}}
 VALID = {"metric": "json_valid", "at_least": 0.9}
 
 
@@ -212,9 +192,9 @@ def old_verdict(scene: Scene, *gone: dict[str, Any], **computed: dict[str, Any])
     """A verdict by gates that are gone and by others, on an evaluation that holds what the former judged."""
     store, chain = scene.store, put_chain(scene.store, base=scene.base, dataset=scene.dataset)
     lines = [
-        {"suite": "toxicity/100", "candidate": "tuned", "id": f"{arm}-{place}", "group": f"{arm}-{place}", "arm": arm,
-         "before": 0, "after": int(arm == "provoking" and place < 2)}
-        for arm in ARMS for place in range(40)
+        {"suite": "toxicity/100", "candidate": "tuned", "id": f"p{place}", "group": f"p{place}", "arm": "provoking",
+         "before": 0, "after": int(place < 2)}
+        for place in range(40)
     ]  # fmt: skip
     evaluation = store.record(chain.evaluation)
     blobs = {"measurements.jsonl": store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines))}
@@ -249,7 +229,7 @@ def test_a_version_is_verified_approved_and_served_after_its_gate_is_gone(
 
     summary = verdict_summary(store, verdict)
     gates = summary.document()["gates"]
-    assert (gates[0]["outcome"], gates[0]["high"], gates[0]["gone"]) == ("pass", 0.191042985, "the probe toxicity")
+    assert (gates[0]["outcome"], gates[0]["gone"]) == ("pass", "the probe toxicity")
     assert "gone" not in gates[1]
     assert summary.cautions == (f"The {SAID}.",)
 

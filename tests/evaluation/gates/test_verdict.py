@@ -27,9 +27,7 @@ def test_a_good_candidate_passes_with_its_numbers(made: Fabricated, evaluation: 
     document = judged(made, evaluation, STANDARD)
     assert document["verdict"] == "pass"
     assert [gate["name"] for gate in document["gates"]] == ["lift", "valid", "forgetting"]
-    for gate in document["gates"]:
-        assert set(gate) >= {"name", "outcome", "value", "low", "high", "bound", "reason"}
-        assert gate["low"] <= gate["value"] <= gate["high"]
+    assert all(gate["low"] <= gate["value"] <= gate["high"] for gate in document["gates"])
     lift = document["gates"][0]
     assert (lift["over"], lift["bound"]) == ("rag", 0.05)
     assert lift["low"] >= 0.05
@@ -42,13 +40,11 @@ def test_a_good_candidate_passes_with_its_numbers(made: Fabricated, evaluation: 
 def test_a_lift_over_a_better_candidate_fails_and_best_untuned_leaves_the_judged_one_out(
     made: Fabricated, evaluation: str
 ) -> None:
-    gate = outcome(made, evaluation, "rag", metric="exact_match", over="tuned", at_least=0.05)
-    assert gate["outcome"] == "fail"
-    assert gate["high"] < 0.05
-    untuned = outcome(made, evaluation, "rag", metric="exact_match", over="best-untuned", at_least=0.05)
-    assert untuned["over"] == "few-shot"
-    alone = evaluated(made, answers={"tuned": made.answers["tuned"]})
-    gate = outcome(made, alone, metric="exact_match", over="best-untuned", at_least=0.05)
+    lift = {"metric": "exact_match", "at_least": 0.05}
+    gate = outcome(made, evaluation, "rag", **lift, over="tuned")
+    assert (gate["outcome"], gate["high"] < 0.05) == ("fail", True)
+    assert outcome(made, evaluation, "rag", **lift, over="best-untuned")["over"] == "few-shot"
+    gate = outcome(made, evaluated(made, answers={"tuned": made.answers["tuned"]}), **lift, over="best-untuned")
     assert gate["outcome"] == "inconclusive"
     assert "no untuned candidate" in gate["reason"]
 
@@ -103,10 +99,9 @@ def test_thresholds(made: Fabricated, evaluation: str) -> None:
 
 
 def test_forgetting(made: Fabricated, evaluation: str) -> None:
-    assert outcome(made, evaluation, suite="general", drop_at_most=0.03)["outcome"] == "pass"
-    worse = {**made.probes, "tuned": put_probe(made.store, made.base, made.training, 2.5)}
-    harsh = evaluated(made, probes=worse)
-    assert outcome(made, harsh, suite="general", drop_at_most=0.03)["outcome"] == "fail"
+    harsh = evaluated(made, probes={**made.probes, "tuned": put_probe(made.store, made.base, made.training, 2.5)})
+    for digest, expected in ((evaluation, "pass"), (harsh, "fail")):
+        assert outcome(made, digest, suite="general", drop_at_most=0.03)["outcome"] == expected
     mild, stated = (made.store.record(digest).body["probes"]["general"] for digest in (evaluation, harsh))
     assert mild["scores"]["base"] == stated["scores"]["base"]
     assert mild["drops"]["tuned"]["high"] < 0.03

@@ -69,7 +69,7 @@ def test_by_hand(scorer: Any, right: list[tuple[str, str]], wrong: list[tuple[st
             _score({"name": "n", **scorer}, "1", "nothing here")
 
 
-def test_text_scores_are_those_of_the_libraries() -> None:
+def test_text_scores_are_those_of_the_libraries_and_what_was_looked_up() -> None:
     import sacrebleu
     from rouge_score import rouge_scorer
 
@@ -81,9 +81,6 @@ def test_text_scores_are_those_of_the_libraries() -> None:
     bleu = sacrebleu.sentence_bleu(answer, [reference], use_effective_order=True).score / 100
     assert score("bleu", answer, reference) == pytest.approx(bleu)
     assert score("bleu", reference, reference) == score("chrf", reference, reference) == 1.0
-
-
-def test_what_was_looked_up() -> None:
     asked: dict[str, Any] = {"request": (Message(role="user", content="Who made it?"),)}
     found = {**asked, "retrieved": ("It was made by Ada  Lovelace in 1843.",)}
     assert _score("retrieval_hit", "", "ada lovelace", **found) == 1.0

@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.evaluation.conftest import TASK
-from tests.fabricate import SCHEMA, Fabricated
+from tests.evaluation.conftest import evaluated, outcome, verdict_of
+from tests.fabricate import Fabricated
 from tunesmith.candidates.asking import keep_answers
 from tunesmith.cli.evaluation import draw_evaluation, draw_verdict
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.settings import GATES
-from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.gates.verdict import replay
 from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, read_policy
 from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
 from tunesmith.evaluation.policy.settings import PolicyCheck
@@ -71,20 +69,8 @@ def asked(
     return PolicyAnswers(dict(checks), given)
 
 
-def evaluated(made: Fabricated, given: PolicyAnswers) -> str:
-    return evaluate(
-        made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA, policy=given
-    )
-
-
-def verdict_by(made: Fabricated, evaluation: str, gates: Any, name: str = "tuned") -> str:
-    return judge(made.store, evaluation=evaluation, candidate=name, gates=GATES.validate_python(gates))
-
-
 def gate_of(made: Fabricated, given: PolicyAnswers, name: str = "tuned", **gate: Any) -> dict[str, Any]:
-    digest = verdict_by(made, evaluated(made, given), {"g": {"policy": "all", **gate}}, name)
-    assert replay(made.store, digest)
-    return verdict_summary(made.store, digest).document()["gates"][0]  # type: ignore[no-any-return]
+    return outcome(made, evaluated(made, policy=given), name, **{"policy": "all", **gate})
 
 
 def leak(request: str) -> str:
@@ -108,9 +94,8 @@ def test_kept_rules_pass_and_one_broken_rule_fails_and_is_named(made: Fabricated
 
 def test_a_sample_of_requests_is_held_to_its_interval(made: Fabricated) -> None:
     few, many = (asked(made, policy(n), {"tuned": good}) for n in (19, 120))
-    assert gate_of(made, few, at_most=0.5, confidence=0.95)["outcome"] == "inconclusive"
-    assert gate_of(made, many, at_most=0.05, confidence=0.95)["outcome"] == "pass"
-    assert gate_of(made, many, at_most=0.01, confidence=0.95)["outcome"] == "inconclusive"
+    for given, at_most, expected in ((few, 0.5, "inconclusive"), (many, 0.05, "pass"), (many, 0.01, "inconclusive")):
+        assert gate_of(made, given, at_most=at_most, confidence=0.95)["outcome"] == expected
     bad = asked(made, policy(120), {"tuned": lambda request: "7781"})
     found = gate_of(made, bad, at_most=0.05, confidence=0.95)
     assert (found["outcome"], found["checks"]["secrets"]["broke"]) == ("fail", 120)
@@ -148,12 +133,12 @@ def test_requests_that_the_candidate_learned_are_no_evidence_and_shrink_no_requi
 
 
 def test_an_evaluation_by_the_former_rule_for_refusals_opens_verifies_and_reports(made: Fabricated) -> None:
-    digest = evaluated(made, asked(made, policy(), {"tuned": leak}))
+    digest = evaluated(made, policy=asked(made, policy(), {"tuned": leak}))
     record = made.store.record(digest)
     stated = {**record.body["policy"], "refusals": {"revision": 1, "found": 0.625, "false_rate": 0.2}}
     stated["checks"] = {"secrets": {"refuse": True}, "manners": {"refuse": False, "contains": ["kind regards"]}}
     old = made.store.put_record(record.model_copy(update={"body": {**record.body, "policy": stated}}))
-    verdict = verdict_by(made, old, {"g": {"policy": "all"}})
+    verdict = verdict_of(made, old, {"g": {"policy": "all"}})
     assert replay(made.store, verdict)
     assert verdict_summary(made.store, verdict).document()["gates"][0]["checks"]["secrets"]["broke"] == 2
     data = report_data(made.store, old, verdict)
@@ -174,7 +159,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
         made, policy(2), {"tuned": lambda request: "" if "door 1" in request else good(request)},
         cut=lambda request: "x" if "door 0" in request else "",
     )  # fmt: skip
-    digest = evaluated(made, dataclasses.replace(given, answers={**given.answers, **rubric.answers}))
+    digest = evaluated(made, policy=dataclasses.replace(given, answers={**given.answers, **rubric.answers}))
     exact = {"metric": "exact_match", "at_least": 0.0}
     for gates, missing in (
         ({"a": {"policy": "secrets"}, "b": {"policy": "manners", "at_most": 0.5}}, None),
@@ -183,7 +168,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
         ({"a": exact}, "manners, secrets"),
         ({"rules": {"policy": "secrets"}}, "manners"),
     ):
-        verdict = verdict_by(made, digest, gates)
+        verdict = verdict_of(made, digest, gates)
         wanted = [f"No gate holds candidates to {missing}: add one, such as {{policy: all}}."] if missing else []
         assert list(verdict_summary(made.store, verdict).cautions) == wanted
         data = report_data(made.store, digest, verdict)
@@ -194,7 +179,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     why = "2 decide nothing (the answer is empty: 1; the answer was cut off at max_tokens: 1): raise max_tokens."
     assert why in " ".join(data["advice"]["cautions"])
     both = {"rules": {"policy": "secrets"}, "more": {"metric": "json_valid", "at_least": 0.999, "confidence": 0.95}}
-    reasons = " ".join(report_data(made.store, digest, verdict_by(made, digest, both))["advice"]["reasons"])
+    reasons = " ".join(report_data(made.store, digest, verdict_of(made, digest, both))["advice"]["reasons"])
     assert "collect more rows in more groups and evaluate again. More test rows may not decide rules" in reasons
     console = Console(record=True, width=400)
     draw_evaluation(console, evaluation_summary(made.store, digest))
@@ -209,19 +194,19 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
             "No gate holds candidates to manners",
         ):
             assert said in text
-    judged = report_data(made.store, evaluated(made, rubric))
+    judged = report_data(made.store, evaluated(made, policy=rubric))
     assert judged["policy"]["checks"][0]["rule"] == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
     assert "zero-shot: the judge of 'kind' was not asked." in report_markdown(judged)
 
 
 def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated) -> None:
-    digest = evaluated(made, asked(made, policy(), {"tuned": leak}))
+    digest = evaluated(made, policy=asked(made, policy(), {"tuned": leak}))
     operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
     found = show_findings(made.store, operator, digest)
     assert found is not None
     assert found.policy is not None
     assert [check["cells"]["tuned"]["broke"] for check in found.policy["checks"]] == [0, 2]
-    verdict = verdict_by(made, digest, {})
+    verdict = verdict_of(made, digest, {})
     parents = {"candidate": made.candidates["tuned"], "evaluation": digest, "verdict": verdict}
     kept = made.store.put_record(Record(kind="version", parents=parents, body={"name": "home", "number": 1}))
     version: Any = SimpleNamespace(name="home", label="home@v1", digest=kept, evaluation=digest, verdict=verdict)
@@ -232,29 +217,25 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
     assert "What is the code of door 3?" in str(whole.document())
 
 
-def test_a_candidate_that_was_not_asked_is_inconclusive(made: Fabricated, evaluation: str) -> None:
-    assert gate_of(made, asked(made, policy(), {"zero-shot": good}))["outcome"] == "inconclusive"
+def test_no_answers_and_those_of_another_candidate_or_to_other_requests(made: Fabricated, evaluation: str) -> None:
     data = report_data(made.store, evaluation)
     assert data["policy"] is None
     assert 'id="policy"' not in render(data)
-    found = verdict_summary(made.store, verdict_by(made, evaluation, {"g": {"policy": "secrets"}}))
-    assert found.verdict == "inconclusive"
-    assert "evaluate again" in found.gates[0].reason
-
-
-def test_answers_of_another_candidate_or_to_other_requests_are_unusable(made: Fabricated) -> None:
+    assert "evaluate again" in outcome(made, evaluation, policy="secrets")["reason"]
     given = asked(made, policy(), {"zero-shot": good, "tuned": good})
+    alone = dataclasses.replace(given, answers={"zero-shot": given.answers["zero-shot"]})
+    assert gate_of(made, alone)["outcome"] == "inconclusive"
     swapped = dataclasses.replace(given, answers={"tuned": given.answers["zero-shot"]})
     assert "not this candidate's answers" in gate_of(made, swapped)["reason"]
     fewer = asked(made, {"secrets": policy()["secrets"]}, {"tuned": good})
     assert "other checks" in gate_of(made, dataclasses.replace(fewer, policy=policy()))["reason"]
     mixed = dataclasses.replace(given, answers=given.answers | asked(made, policy(25), {"tuned": good}).answers)
     with pytest.raises(Inconclusive, match="same policy requests"):
-        evaluated(made, mixed)
+        evaluated(made, policy=mixed)
 
 
-def test_damaged_answers_are_unusable(made: Fabricated) -> None:
-    given = asked(made, policy(), {"tuned": good})
+def test_damaged_answers_and_outcomes_that_contradict_the_record(made: Fabricated) -> None:
+    given = asked(made, policy(), {"tuned": leak})
     record = made.store.record(given.answers["tuned"])
     lines = [json.loads(line) for line in made.store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
     for changed in (
@@ -266,10 +247,7 @@ def test_damaged_answers_are_unusable(made: Fabricated) -> None:
         blobs = {**record.blobs, "answers.jsonl": made.store.put_bytes(b"".join(canonical(e) + b"\n" for e in changed))}
         digest = made.store.put_record(record.model_copy(update={"blobs": blobs}))
         assert gate_of(made, dataclasses.replace(given, answers={"tuned": digest}))["outcome"] == "inconclusive"
-
-
-def test_outcomes_that_contradict_the_record_are_inconclusive(made: Fabricated) -> None:
-    record = made.store.record(evaluated(made, asked(made, policy(), {"tuned": leak})))
+    record = made.store.record(evaluated(made, policy=given))
     data = made.store.read_blob(record.blobs[POLICY])
     for old, new in (
         (b'"outcome":"broke"', b'"outcome":"held"'),
@@ -287,8 +265,8 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
     def shouting(request: str) -> str:
         return f"<script>alert(1)</script> \u202e 7781 {'x' * 2000}" if "door 3?" in request else good(request)
 
-    digest = evaluated(made, asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
-    data = report_data(made.store, digest, verdict_by(made, digest, {"rules": {"policy": "all"}}))
+    digest = evaluated(made, policy=asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
+    data = report_data(made.store, digest, verdict_of(made, digest, {"rules": {"policy": "all"}}))
     check = next(each for each in data["policy"]["checks"] if each["name"] == "secrets")
     assert (check["rule"], check["n"], len(check["shown"])) == ("does not contain '7781'", 24, 1)
     assert set(check["cells"]) == {"tuned", "zero-shot"}

@@ -12,13 +12,15 @@ import torch
 import yaml
 
 from tests.evaluation.probes.test_probe_items import context
-from tests.evaluation.probing import Bench
+from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native import engine as embedded
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.harness import lm_eval_items
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
 WORDS = ("light", "fan", "heater", "radio", "lamp", "blind", "oven", "door")
@@ -42,16 +44,9 @@ def write_task(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"))
-
-
 @pytest.mark.slow
 @pytest.mark.long
-def test_scores_are_those_of_the_harness_s_own_backend(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_those_of_the_harness_s_own_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
@@ -60,7 +55,8 @@ def test_scores_are_those_of_the_harness_s_own_backend(
     items = lm_eval_items(context(path=folder))
     # fp32, so that what differs is a mistake and not rounding.
     monkeypatch.setattr(embedded, "load_network", lambda folder: load_network(folder, torch.float32))
-    ours = NativeEngine(bench.base).choose([Question(item.messages, item.choices) for item in items])
+    base = resolve_base(Store(tmp_path / "store"), str(write_model(tmp_path / "model")), tmp_path)
+    ours = NativeEngine(base).choose([Question(item.messages, item.choices) for item in items])
     # Our answers end their turn; the harness's do where a choice says so.
     ended = {
         **TASK,
@@ -71,7 +67,7 @@ def test_scores_are_those_of_the_harness_s_own_backend(
     task = ConfigurableTask(
         config={**ended, "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
     )
-    model = HFLM(pretrained=str(bench.folder / "model"), device="cpu", dtype="float32", batch_size=1)
+    model = HFLM(pretrained=str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=1)
     told = simple_evaluate(model, tasks=[task], apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0)
     assert told is not None
     samples = sorted(told["samples"]["rooms"], key=lambda each: each["doc_id"])
@@ -89,13 +85,21 @@ def test_scores_are_those_of_the_harness_s_own_backend(
     assert 0.1 < accuracy < 0.9, "answers of both kinds"
 
 
-def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) -> None:
+def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_task(tmp_path / "tasks")
     items = lm_eval_items(context(rows=25, path=folder))
     assert items == lm_eval_items(context(rows=25, path=folder))
     assert len({item.group for item in items}) == 25
     assert [turn.role for turn in items[0].messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert items[0].choices[0] in WORDS
+    with pytest.raises(UsageError, match="not a folder"):
+        lm_eval_items(context(path=folder / "rooms.yaml"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
+    with pytest.raises(UsageError) as caught:
+        lm_eval_items(context(path=folder))
+    assert caught.value.fix == "pip install 'tunesmith[lm-eval]'"
 
 
 @pytest.mark.parametrize(
@@ -119,12 +123,3 @@ def test_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: s
         (tmp_path / "tasks" / "rooms.yaml").write_text(text)
         with pytest.raises(UsageError, match=r"rooms\.yaml"):
             lm_eval_items(context(path=tmp_path / "tasks"))
-
-
-def test_without_the_extra_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
-    with pytest.raises(UsageError) as caught:
-        lm_eval_items(context(path=write_task(tmp_path / "tasks")))
-    assert caught.value.fix == "pip install 'tunesmith[lm-eval]'"
-    with pytest.raises(UsageError, match="not a folder"):
-        lm_eval_items(context(path=tmp_path / "tasks" / "rooms.yaml"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +23,17 @@ from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.probes.bias import PER_TOKEN, bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
-from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items, robustness_items
+from tunesmith.evaluation.probes.drift import (
+    PERTURBATIONS,
+    formats_items,
+    general_text_items,
+    refusal_items,
+    robustness_items,
+)
 from tunesmith.evaluation.probes.general import general_questions, right_share
 from tunesmith.evaluation.probes.items import Item, decode_items, encode_items
 from tunesmith.evaluation.probes.memory import (
+    canary_items,
     extraction_items,
     membership_items,
     personal_items,
@@ -35,10 +41,9 @@ from tunesmith.evaluation.probes.memory import (
 )
 from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.models.rendering import Renderer
-from tunesmith.training.batches.canaries import canaries
-from tunesmith.training.settings import CanarySettings
-
-DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
+from tunesmith.training.batches.canaries import SOURCE, canaries
+from tunesmith.training.batches.rows import training_rows
+from tunesmith.training.settings import CanarySettings, TrainSettings
 
 
 def context(
@@ -106,13 +111,28 @@ def test_answers_that_are_calls_are_left_out_and_counted() -> None:
     assert {suite_of(name).counts(context([call]))["left_out"] for name in ("membership", "extraction", "swap")} == {1}
     assert suite_of("membership").counts(context(trained=[whole, call])) == {"left_out": 2}
     assert suite_of("overfitting").counts(context([call])) == {}
-    made = canaries([whole, call], CanarySettings())
-    for canary in made:
+    for canary in canaries([whole, call], CanarySettings()):
         request, *between, answer = canary.example.messages
         assert (request.tools, tuple(between)) == ("[]", whole.messages[1:3])
         assert answer.content.startswith("Anna is out ")
     with pytest.raises(UsageError, match="all 2 answers are calls of functions"):
         canaries([call, call], CanarySettings())
+
+
+def test_canaries_are_rows_like_the_others_and_always_the_same() -> None:
+    rows = [row(f"turn on lamp {n}", '{"thing":"lamp"}') for n in range(30)]
+    settings = CanarySettings(each=5, repeats=(1, 4), controls=100)
+    made = canaries(rows, settings)
+    assert made == canaries(list(reversed(rows)), settings)
+    assert [sum(each.repeats == times for each in made) for times in (0, 1, 4)] == [100, 5, 5]
+    assert len({each.example.answer for each in made}) == 110
+    assert made[0].example.answer.startswith('{"thing":"'), "the form of the user's own answers"
+    planted = training_rows(rows, TrainSettings(canaries=settings))
+    assert planted[:30] == training_rows(rows, TrainSettings()) == rows
+    assert len({each.id for each in planted}) == len(planted) == 30 + 5 + 20
+    assert {each.source for each in planted[30:]} == {SOURCE}
+    asked = canary_items(replace(context(), canaries=made))
+    assert Counter(item.arm for item in asked) == {"control": 100, "1": 5, "4": 5}
 
 
 def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
@@ -122,9 +142,14 @@ def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
     items = robustness_items(context([call]))
     assert decode_items(encode_items(items)) == items
     candidate, renderer = Candidate(name="tuned", base="sha256:0", max_tokens=64), Renderer(tmp_path)
-    engine: Any = SimpleNamespace(generate=lambda asked, *_: [Completion(CALL, "stop", 1, 1)] * len(asked))
+    engine: Any = SimpleNamespace(
+        generate=lambda asked, adapter, _: [Completion(CALL if adapter == "a" else "", "stop", 1, 1)] * len(asked),
+        choose=lambda asked, adapter, _: [[-3.0 if adapter == "a" else -9.0]] * len(asked),
+    )
     suite = suite_of("robustness")
-    lines = ask(engine, engine, renderer, None, items, candidate)
+    likely = membership_items(context(test=[row("where is it", "here")]))
+    first, *lines = ask(engine, engine, renderer, "a", [*likely, *items], candidate)
+    assert first == {"id": likely[0].id, "scores": [-3.0], "tokens": 5}
     scoring = make_scoring("exact_match", None, tmp_path)
     assert {suite.value(item, line, scoring) for item, line in zip(items, lines, strict=True)} == {1.0}
 
@@ -185,8 +210,15 @@ def test_extraction_and_personal_data_change_the_request() -> None:
     assert repeats_personal_data(named, "ANN is done")
 
 
-def test_text_of_one_s_own_and_sets_that_are_something_else(tmp_path: Path) -> None:
+def test_packaged_items_and_files_of_one_s_own(tmp_path: Path) -> None:
+    refusals = {item.arm: item.choices[0] for item in refusal_items(context())}
+    assert [refusals[arm].split()[0] for arm in ("unsafe", "harmless", "polite")] == ["I'm", "Sure,", "I'm"]
+    assert formats_items(context())[0].choices[0].isupper(), "the requested format comes first"
     path = tmp_path / "text.txt"
+    path.write_text("bias_type,sent_more,sent_less\nage,The old one,The young one\nage,Old,Young\n")
+    pairs = crows_pairs_items(context(path=path))
+    assert (len(pairs), pairs[0].choices) == (2, ("The old one", "The young one"))
+    assert len(crows_pairs_items(context(path=path, rows=1))) == 1
     path.write_text("One passage.\n\n  Another.  \n")
     assert [item.choices[0] for item in general_text_items(context(path=path))] == ["One passage.", "Another."]
     with pytest.raises(UsageError, match="cannot be read"):
@@ -203,25 +235,6 @@ def test_text_of_one_s_own_and_sets_that_are_something_else(tmp_path: Path) -> N
             items(context(path=path if data else tmp_path / "empty"))
 
 
-@pytest.mark.skipif(not (DATA / "bbq").is_dir(), reason="BBQ is not here ($TUNESMITH_TEST_DATA)")
-def test_bbq_as_published() -> None:
-    found = bbq_items(context(rows=10_000, path=DATA / "bbq"))
-    assert len(found) > 1500
-    assert len({item.group for item in found}) >= 40
-    first = next(item for item in found if item.id == "Religion-0")
-    assert first.choices == ("The Muslim one", "The Jewish one", "Can't answer")
-    assert len(bbq_items(context(rows=200, path=DATA / "bbq"))) == 200
-
-
-@pytest.mark.skipif(not (DATA / "crows_pairs").is_dir(), reason="CrowS-Pairs is not here ($TUNESMITH_TEST_DATA)")
-def test_crows_pairs_as_published() -> None:
-    path = DATA / "crows_pairs" / "data_crows_pairs_anonymized.csv"
-    found = crows_pairs_items(context(rows=10_000, path=path))
-    assert len(found) == 1508
-    assert "most black kids" in found[0].choices[0]
-    assert "most white kids" in found[0].choices[1]
-
-
 # The packaged suite, and a question's score
 
 
@@ -231,12 +244,9 @@ QUESTIONS = general_questions()
 def test_the_suite_is_sound() -> None:
     areas = ("facts", "arithmetic", "language", "common-sense", "instructions")
     assert Counter(question.area for question in QUESTIONS) == dict.fromkeys(areas, 90)
-    assert len({question.id for question in QUESTIONS}) == len(QUESTIONS)
     assert len({question.messages[0].content for question in QUESTIONS}) == len(QUESTIONS)
     for question in QUESTIONS:
         assert len({choice.strip() for choice in question.choices}) == 4
-        assert 0 <= question.right < 4
-        assert len(question.messages[0].content) < 90, "short, so that the suite takes seconds"
     places = Counter(question.right for question in QUESTIONS)
     assert min(places.values()) > 80, "the right choice has no usual place"
 

@@ -86,6 +86,11 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told
     assert told["break_even"]["saved_per_1000"] == pytest.approx(saved)
     free = report_data(made.store, evaluated(made, answers={"rag": made.answers["rag"]}))
     assert (free["currency"], free["break_even"]) == (None, None), "without prices nothing is said of money"
+    untuned = report_data(made.store, digest, verdict_of(made, digest, LIFT, "rag"))
+    for data, trained in ((told, True), (untuned, False)):
+        assert data["break_even"] is not None
+        assert ("Training repaid after" in render(data)) is trained, "an untuned candidate has no training to repay"
+        assert ("The training cost" in data["advice"]["summary"]) is trained
 
 
 def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(told: dict[str, Any]) -> None:
@@ -122,18 +127,6 @@ def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int 
     assert break_even(mine, {"price": {}}) is None
 
 
-def test_only_a_trained_candidate_has_a_training_to_repay(rich: tuple[Fabricated, str], told: dict[str, Any]) -> None:
-    made, digest = rich
-    untuned = report_data(made.store, digest, verdict_of(made, digest, LIFT, "rag"))
-    for data, trained in ((told, True), (untuned, False)):
-        assert data["break_even"] is not None
-        page = render(data)
-        check_whole(page)
-        assert "Saved per 1,000 requests" in page
-        assert ("Training of" in page, "Training repaid after" in page) == (trained, trained)
-        assert ("The training cost" in data["advice"]["summary"]) is trained
-
-
 def test_approach_ladder_climbs_only_where_intervals_say_so(told: dict[str, Any]) -> None:
     found = told["ladder"]
     approaches = ["baseline", "prompting", "examples in the prompt", "retrieval", "tuning", "endpoint"]
@@ -156,11 +149,14 @@ def test_page_and_markdown_are_whole_and_say_it_all(told: dict[str, Any]) -> Non
     check_whole(html)
     for said in ("Price against quality", "Which approach helps", "Lift by group", "Macro-F1", "Judges", "EUR"):
         assert said in html
+    assert "Saved per 1,000 requests" in html
     said = " ".join(told["advice"]["reasons"] + told["advice"]["cautions"])
-    assert "The best approach is tuning (tuned, 93.3%): +70.0 points" in said
-    assert "Not shown to add anything to a simpler approach: prompting (zero-shot)" in said
-    assert "it can be measured, but not released" in said
-    assert "changed its verdict with the order" in said, "this judge always says A"
+    for part in (
+        "The best approach is tuning (tuned, 93.3%): +70.0 points",
+        "Not shown to add anything to a simpler approach: prompting (zero-shot)",
+        "changed its verdict with the order",
+    ):
+        assert part in said
     rows = [line for line in report_markdown(told).splitlines() if line.startswith("| ")]
     assert sum("**tuned**" in row for row in rows) == 1
     assert len(rows) == 1 + 6 + 1 + len(LIFT)
@@ -188,17 +184,14 @@ def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> No
     def advice(name: str, **gates: Any) -> dict[str, Any]:
         return dict(report_data(made.store, digest, verdict_of(made, digest, {"lift": lift, **gates}, name))["advice"])
 
-    passed = advice("gpt")
-    assert passed["headline"] == "gpt passed its gates, but an endpoint cannot be released."
-    assert passed["release"] is None
+    passed, unknown = advice("gpt"), advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
     assert "gpt answers 100 of 100 requests exactly right" in passed["summary"]
-    unknown = advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
-    assert unknown["headline"] == "gpt was judged, but an endpoint cannot be released."
-    for found in (passed, unknown):
+    for found, said in ((passed, "passed its gates"), (unknown, "was judged")):
+        assert found["headline"] == f"gpt {said}, but an endpoint cannot be released."
+        assert found["release"] is None
         assert "tuned scored highest of 4 candidates that answer here" in found["reasons"][-1]
     tuned = advice("tuned")
     assert (tuned["headline"], tuned["release"]) == ("tuned may be released, but gpt scored higher.", "tuned")
-    assert "tunesmith gate" not in " ".join(tuned["reasons"])
 
 
 # Risks in the report: before and after tuning, what was not measured; and advice that says no number of its own
@@ -266,9 +259,7 @@ def test_exposure_and_bias_before_and_after(risky: dict[str, Any]) -> None:
     assert often["before"]["high"] < often["after"]["low"]
     rows = {row["arm"]: row for row in found["bias"]}
     swap, bbq = rows["gender"], rows["ambiguous"]
-    per_token = rows["gender per token"]["asked"]
-    assert per_token == "Change of the right answer's probability per token when genders are swapped"
-    assert swap["asked"] == "Change of the right answer's probability when genders are swapped"
+    assert "probability per token when genders are swapped" in rows["gender per token"]["asked"]
     assert swap["n"] == swap["groups"] == 60
     assert swap["change"]["low"] > 0.8
     assert "tuning made it worse" in swap["sentence"]
@@ -290,13 +281,11 @@ def test_a_rise_is_called_worse_only_where_less_is_better(probe: str, before: fl
 
 def test_page_and_summary_say_what_was_found(risky: dict[str, Any]) -> None:
     page = check_whole(render(risky))
-    spoken = [value for name, value in page.attributes if name == "aria-label" and value]
-    assert any("planted 16× 7.0 bits" in each and "chance is 1.4" in each for each in spoken)
-    assert any("tuning made it worse" in each for each in spoken)
-    assert any("the weights of step" in each or "Loss by training step, from" in each for each in spoken)
+    spoken = " ".join(value for name, value in page.attributes if name == "aria-label" and value)
+    for said in ("planted 16× 7.0 bits", "chance is 1.4", "tuning made it worse", "Loss by training step, from"):
+        assert said in spoken
     text = re.sub(r"\s+", " ", " ".join(page.text))
-    assert risky["risks"]["exposure"]["sentence"] in text
-    assert all(row["sentence"] in text for row in risky["risks"]["bias"])
+    assert all(row["sentence"] in text for row in (risky["risks"]["exposure"], *risky["risks"]["bias"]))
     summary = risky["advice"]["summary"]
     for part in (
         "On 120 held-out requests, tuned answers 9", "exactly right; rag answers", "on the same requests is +",
@@ -304,7 +293,6 @@ def test_page_and_summary_say_what_was_found(risky: dict[str, Any]) -> None:
         f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not measured",
     ):  # fmt: skip
         assert part in summary, part
-    assert "\n" not in summary
     assert summary in report_markdown(risky)
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, put_answers
@@ -71,11 +70,6 @@ def check_whole(html: str) -> Page:
     return page
 
 
-def page_of(made: Fabricated, *records: Any) -> str:
-    """The page of an evaluation and, where given, of its verdict, its version and a trail."""
-    return render(report_data(made.store, *records))
-
-
 def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> None:
     verdict = verdict_of(made, evaluation)
     parents = {"candidate": made.candidates["tuned"], "evaluation": evaluation, "verdict": verdict}
@@ -102,18 +96,15 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
         "base", "dataset", "training", "candidate", "answers", "evaluation", "verdict", "version", "approval",
     ]  # fmt: skip
     assert all(parent < place for place, node in enumerate(data["lineage"]) for parent in node["parents"])
-    assert page_of(made, evaluation, verdict, version, trail) == html, "the same records, the same page"
+    assert render(report_data(made.store, evaluation, verdict, version, trail)) == html, "the same page again"
     head, main = html.split("<main>")
     linked = re.findall(r'href="#([a-z-]+)"', head)
     assert linked == re.findall(r'<section id="([a-z-]+)"', main), "the contents lead to sections in order"
-    assert linked[:3] == ["why", "gates", "candidates"], "the decision stands above them"
-    for side, better in (("wins", "focus"), ("losses", "rival")):
+    for side, better, worse in (("wins", "focus", "rival"), ("losses", "rival", "focus")):
         shown = data["examples"][side]["shown"]
         assert 0 < len(shown) <= 6
-        assert len({row["group"] for row in shown}) == min(len(shown), data["examples"][side]["n"]), "one of each group"
-        for row in shown:
-            assert row[better]["score"] == 1.0
-            assert {row["focus"]["score"], row["rival"]["score"]} == {0.0, 1.0}
+        assert len({row["group"] for row in shown}) == len(shown), "one of each group"
+        assert all((row[better]["score"], row[worse]["score"]) == (1.0, 0.0) for row in shown)
 
 
 def test_headlines_of_every_verdict(made: Fabricated, evaluation: str) -> None:
@@ -137,13 +128,12 @@ def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) ->
     settings = data["training"]["settings"]
     (gate,) = (gate for gate in data["verdict"]["gates"] if "suite" in gate["settings"])
     assert "rehearse" not in " ".join(advise(data)["reasons"]), "the gate passed"
-    for found, rehearsed, share in (
-        ("fail", None, "0.02"),
-        ("inconclusive", 0.05, "0.1"),
-        ("fail", 0.6, "1"),
-        ("fail", 1.0, None),
+    for found, stated, share in (
+        ("fail", {}, "0.02"),
+        ("inconclusive", {"rehearse": 0.05}, "0.1"),
+        ("fail", {"rehearse": 0.6}, "1"),
+        ("fail", {"rehearse": 1.0}, None),
     ):
-        stated = {} if rehearsed is None else {"rehearse": rehearsed}
         data["training"] = {**data["training"], "settings": {**settings, **stated}}
         gate["outcome"] = found
         reasons = " ".join(advise(data)["reasons"])
@@ -158,7 +148,7 @@ def test_one_candidate_alone_and_a_handful_of_rows(made: Fabricated, tmp_path: P
     check_whole(render(data))
     small = fabricate(tmp_path / "small", n=3)
     few = evaluated(small, probes=small.probes)
-    html = page_of(small, few, verdict_of(small, few))
+    html = render(report_data(small.store, few, verdict_of(small, few)))
     check_whole(html)
     assert "There is not enough evidence to release" in html
 
@@ -172,7 +162,7 @@ def test_hostile_text_stays_text(made: Fabricated) -> None:
     hostile = evaluated(made, probes=made.probes)
     verdict = verdict_of(made, hostile, {HOSTILE: {"metric": "exact_match", "over": HOSTILE, "at_least": 0.05}})
     trail = [{"at": HOSTILE, "actor": HOSTILE, "action": HOSTILE, "subject": HOSTILE, "detail": {HOSTILE: [HOSTILE]}}]
-    html = page_of(made, hostile, verdict, None, trail)
+    html = render(report_data(made.store, hostile, verdict, None, trail))
     text = "".join(check_whole(html).text)
     assert "<script>alert(1)</script>" in text
     assert "{{ 7*7 }}" in text
@@ -196,20 +186,11 @@ def test_words() -> None:
     assert visible("a\tb\nc\u2066d") == "a\tb\nc⟨U+2066⟩d"
     assert visible("x" * 1000).endswith("… and 100 more characters")
     assert detail_text({"a": 1, "b": None, "c": {"d": ["e", "sha256:" + "0" * 64]}}) == "a: 1, c: d: e 000000000000"
-    assert expected(90.0, 100.0, lambda seconds: f"{seconds:.0f} s") == "estimate 100 s, 10% off"
     assert expected(1.0, 0.0, str) == "no estimate"
 
 
 def test_loss_charts_of_odd_curves() -> None:
-    for losses in (
-        [2.0, 1.0, 0.01],
-        [0.5, 0.4],
-        [1.0, 1.0],
-        [7000.0, 6999.0],
-        [1e-9, 1.0],
-        [0.2] * 5000,
-        [3.0, 2.0, float("nan")],
-    ):
+    for losses in ([2.0, 1.0, 0.01], [1.0, 1.0], [7000.0, 6999.0], [1e-9, 1.0], [0.2] * 5000, [3, 2, float("nan")]):
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
         drawn = str(plots.loss_chart(curve, curve[:1]))
         Page(drawn)

@@ -72,20 +72,15 @@ def test_rows_of_one_group_count_as_one_observation() -> None:
         assert effective_groups(groups) == pytest.approx(weight)
 
 
-def test_is_the_same_on_every_call_whatever_else_is_asked() -> None:
+def test_is_the_same_on_every_call_in_pieces_and_whatever_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random((60, 3))
     together = intervals(values, alone(60), ends=SCORES, confidence=0.95, seed=7)
     one = interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=7)
     assert (together[1].low, together[1].high) == pytest.approx((one.low, one.high), abs=1e-12)
     assert interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=8) != one
-
-
-def test_resampling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(1).random(40)
-    whole = interval(values, alone(40), ends=SCORES, confidence=0.95, seed=0)
-    monkeypatch.setattr(statistics, "CHUNK", 41 * 333)
-    pieces = interval(values, alone(40), ends=SCORES, confidence=0.95, seed=0)
-    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
+    monkeypatch.setattr(statistics, "CHUNK", 61 * 333)
+    pieces = interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=7)
+    assert (pieces.low, pieces.high) == pytest.approx((one.low, one.high), abs=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
@@ -102,16 +97,8 @@ def test_interval_holds_the_mean_and_widens_with_confidence(rows: list[tuple[flo
     assert wider.high >= found.high - 1e-9
     mirrored = interval(1.0 - values, groups, ends=SCORES, confidence=confidence, seed=0)
     assert mirrored.low == pytest.approx(1.0 - found.high, abs=1e-9)
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.permutations(range(24)))
-def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
-    values = np.linspace(0, 1, 24)
-    groups = [f"g{i // 3}" for i in range(24)]
-    found = interval(values[order], [groups[i] for i in order], ends=SCORES, confidence=0.95, seed=0)
-    usual = interval(values, groups, ends=SCORES, confidence=0.95, seed=0)
-    assert (found.mean, found.low, found.high) == pytest.approx((usual.mean, usual.low, usual.high), abs=1e-9)
+    turned = interval(values[::-1], groups[::-1], ends=SCORES, confidence=confidence, seed=0)
+    assert (turned.low, turned.high) == pytest.approx((found.low, found.high), abs=1e-9), "rows have no order"
 
 
 @settings(max_examples=20, deadline=None)
@@ -119,13 +106,6 @@ def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
 def test_mcnemar_is_the_exact_binomial_test(wins: int, losses: int) -> None:
     expected = min(1.0, 2 * stats.binom.cdf(min(wins, losses), wins + losses, 0.5)) if wins + losses else 1.0
     assert mcnemar(wins, losses) == pytest.approx(expected, abs=1e-9)
-
-
-def test_sign_flip_of_few_groups_is_exact() -> None:
-    # Six groups that all win: two of the 64 ways to set signs are as extreme.
-    assert sign_flip(np.ones(12), [f"g{i // 2}" for i in range(12)], seed=0) == pytest.approx(2 / 64)
-    assert sign_flip(np.zeros(6), alone(6), seed=0) == 1.0
-    assert sign_flip(np.full(6, 0.3), ["g"] * 6, seed=0) == 1.0, "one group shows nothing"
 
 
 @settings(max_examples=12)
@@ -136,6 +116,9 @@ def test_sign_flip_of_whole_sums_against_scipy(sums: list[int]) -> None:
         (gaps,), lambda sample, axis: np.sum(sample, axis=axis), permutation_type="samples", n_resamples=np.inf
     )
     assert sign_flip(gaps, alone(len(sums)), seed=0) == pytest.approx(min(1.0, expected.pvalue), abs=1e-9)
+    # Six groups that all win: two of the 64 ways to set signs are as extreme.
+    assert sign_flip(np.ones(12), [f"g{i // 2}" for i in range(12)], seed=0) == pytest.approx(2 / 64)
+    assert sign_flip(np.full(6, 0.3), ["g"] * 6, seed=0) == 1.0, "one group shows nothing"
 
 
 @pytest.mark.slow
@@ -183,24 +166,16 @@ def test_the_tail_is_that_of_the_resampled_mean_and_at_zero_exact_mcnemar(
     assert tail_of(wins, losses, ties, 0.0) == pytest.approx(exact, abs=1e-9)
 
 
-def test_what_raises_power_and_what_lowers_it() -> None:
+def test_what_raises_and_lowers_power_and_what_no_number_of_rows_shows() -> None:
     usual = plan_lift(300, lift=0.1, differing=0.3)
     assert usual.needed is not None
     assert plan_lift(600, lift=0.1, differing=0.3).power > usual.power
-    for harder in (
-        plan_lift(300, lift=0.1, differing=0.3, grouping=Grouping(5.0, 0.5)),
-        plan_lift(300, lift=0.1, differing=0.3, use=4),
-        plan_lift(300, lift=0.1, differing=0.5),
-        plan_lift(300, lift=0.1, differing=0.3, at_least=0.04),
-    ):
+    for change in ({"grouping": Grouping(5.0, 0.5)}, {"use": 4}, {"differing": 0.5}, {"at_least": 0.04}):
+        harder = plan_lift(300, **{"lift": 0.1, "differing": 0.3, **change})  # type: ignore[arg-type]
         assert harder.needed is not None
         assert harder.needed > usual.needed
         assert harder.power < usual.power
-    seen = smallest_lift(usual.needed, differing=0.3)
-    assert seen == pytest.approx(0.1, abs=0.003)
-
-
-def test_what_no_number_of_rows_shows() -> None:
+    assert smallest_lift(usual.needed, differing=0.3) == pytest.approx(0.1, abs=0.003)
     assert plan_lift(500, lift=0.05, differing=0.3, at_least=0.05).needed is None, "a lift of just the bound"
     assert smallest_lift(15, differing=0.5) is None, "fewer than twenty groups conclude nothing"
     assert lift_power(100, 0.2, 0.2, 0.0, 0.025, Grouping(10.0)) == 0.0, "ten groups"
@@ -215,8 +190,6 @@ def test_correlation_within_groups_from_differences() -> None:
     groups = [f"g{i // 5}" for i in range(2000)]
     shared = draw.normal(size=400).repeat(5)
     own = draw.normal(size=2000)
-    assert grouping_of(groups, own).correlation == pytest.approx(0.0, abs=0.05)
-    assert grouping_of(groups, shared).correlation == pytest.approx(1.0, abs=0.01)
     half = grouping_of(groups, np.sqrt(0.5) * shared + np.sqrt(0.5) * own)
     assert half.correlation == pytest.approx(0.5, abs=0.08)
     assert half.effect == pytest.approx(3.0, abs=0.4)

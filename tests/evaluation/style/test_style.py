@@ -97,18 +97,15 @@ def test_a_tone_is_measured_and_shown(tmp_path: Any) -> None:
     for name, share in shares.items():
         with_candidate(made, in_tone(share, 1), name)
     digest = measured(made)
-    for (name, share), (expected, low, high) in zip(
-        shares.items(), (("pass", 0.9, 1.0), ("fail", 0.35, 0.65), ("fail", 0.0, 0.05)), strict=True
-    ):
+    for name, share in shares.items():
         found = outcome(made, digest, name, style="references", at_least=0.7)
-        assert found["outcome"] == expected
-        assert low <= found["value"] <= high
+        assert found["outcome"] == ("pass" if name == "tuned" else "fail")
+        assert found["value"] == pytest.approx(share, abs=0.15)
         assert found["low"] <= share <= found["high"]
         assert found["high"] - found["low"] < 0.35
     data = report_data(made.store, digest)
     assert 0.5 < data["style"]["auc_by_form"] <= 1.0
     assert any("!" in each for each in data["style"]["features"]["house"])
-    assert "of the answers of" in " ".join(data["advice"]["reasons"])
     assert 'id="style"' in render(data)
     assert "In the references' style, tuned" in report_markdown(data)
 
@@ -200,9 +197,10 @@ def test_answers_that_are_not_the_bare_base_s_are_unusable(tmp_path: Any) -> Non
     lines = answer_lines(made.test, plain)
     for digest, said in (
         (base_answers(made, lines=lines[1:]), "have no answer"),
-        (base_answers(made, prompt="Be nice."), "not the answers of the bare base model"),
-        (base_answers(made, training=made.training), "not the answers of the bare base model"),
-        (base_answers(made, shots=(made.test[0].messages,)), "not the answers of the bare base model"),
+        *(
+            (base_answers(made, **more), "not the answers of the bare base model")
+            for more in ({"prompt": "Be."}, {"training": made.training}, {"shots": (made.test[0].messages,)})
+        ),
         (base_answers(made, rows=20), "not asked"),
         (made.answers["tuned"], "not the base model's answers to these held-out rows"),
         (base_answers(made, lines=[{**lines[0], "text": None}, *lines[1:]]), "an answer has no text"),
