@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,8 @@ def row(request: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"messages": turns(request, answer), **more}
 
 
-_SAID = (
-    "amber basket cobalt dragon ember falcon garnet harbour island jungle kettle lantern meadow nectar orchid pebble"
-)
-WORDS = _SAID.split()
+_EIGHT = "amber basket cobalt dragon ember falcon garnet harbour"
+WORDS = f"{_EIGHT} island jungle kettle lantern meadow nectar orchid pebble".split()
 
 
 def many_rows(count: int, **more: Any) -> list[dict[str, Any]]:
@@ -50,9 +48,13 @@ def many_rows(count: int, **more: Any) -> list[dict[str, Any]]:
     ]
 
 
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(one) + "\n" for one in rows).encode()
+
+
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    path.write_bytes(jsonl(rows))
     return path
 
 

@@ -9,23 +9,16 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import typer
 from typer.testing import CliRunner
 
+from tests.commands import call, printed
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tests.tiny import TEMPLATE, write_model
-from tunesmith.cli import data
+from tunesmith.cli.main import app
 from tunesmith.data.building import ray_runner, shards
 from tunesmith.store.store import Store
 
 DOCUMENT = {"dataset", "rows", "splits", "leakage", "licences", "privacy"}
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    app = typer.Typer()
-    data.register(app)
-    result = CliRunner().invoke(app, ["data", *arguments])
-    return result.exit_code, result.stdout
 
 
 def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path: Path) -> None:
@@ -44,9 +37,7 @@ def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path
     for template, engine in ((TEMPLATE, "local"), (TEMPLATE, "ray"), (changed, "local")):
         (tmp_path / "base" / "chat_template.jinja").write_text(template)
         with mock.patch.object(ray_runner, "RayRunner", on_ray):
-            code, printed = run("build", "-C", str(tmp_path), "--json", "--engine", engine)
-        assert code == 0
-        built.append(json.loads(printed))
+            built.append(call(tmp_path, "data", "build", "--engine", engine))
     first, again, other = built
     assert on_ray.call_count == 1
     assert first.keys() >= DOCUMENT
@@ -59,29 +50,21 @@ def test_build_makes_a_project_s_dataset_and_a_changed_template_another(tmp_path
 
 def test_show_gives_the_account_and_rows_and_verify_the_problems(tmp_path: Path) -> None:
     folder, dataset = tmp_path / "store", build(tmp_path, rows=[*many_rows(80), row("empty", "")])
-    code, printed = run("show", "-C", str(folder), "--split", "test", "--limit", "2", "--json")
-    document = json.loads(printed)
-    assert code == 0
+    document = call(folder, "data", "show", "--split", "test", "--limit", "2")
     assert document.keys() >= DOCUMENT
     assert document["dataset"] == dataset.digest
-    assert document["rows"].keys() == {"read", "kept", "changed", "removed"}
     assert document["leakage"].keys() >= {"shared_groups", "near_pairs"}
     assert [one["id"] for one in document["examples"]] == [one.id for one in dataset.examples("test")[:2]]
-    code, printed = run("show", dataset.digest[7:15], "-C", str(folder), "--split", "removed", "--json")
-    assert [one["reason"] for one in json.loads(printed)["examples"]] == ["empty assistant turn"]
-    code, printed = run("show", "-C", str(folder))
-    assert code == 0
-    assert "empty assistant turn" in printed
-    code, printed = run("verify", "-C", str(folder), "--json")
-    assert (code, json.loads(printed)["ok"]) == (0, True)
+    document = call(folder, "data", "show", dataset.digest[7:15], "--split", "removed")
+    assert [one["reason"] for one in document["examples"]] == ["empty assistant turn"]
+    assert "empty assistant turn" in printed(folder, "data", "show")
+    assert call(folder, "data", "verify")["ok"]
     blob = Store(folder).blob_path(dataset.record.blobs["train.jsonl"])
     blob.chmod(0o644)
     blob.write_bytes(blob.read_bytes()[:-1] + b" ")
-    code, printed = run("verify", "-C", str(folder), "--json")
-    assert (code, json.loads(printed)["problems"][0]["path"]) == (3, str(blob))
-    code, printed = run("verify", "-C", str(folder))
-    assert code == 3
-    assert str(blob) in printed.replace("\n", "")
+    for as_json in ([], ["--json"]):
+        found = CliRunner().invoke(app, ["data", "verify", "-C", str(folder), *as_json])
+        assert (found.exit_code, str(blob) in found.stdout.replace("\n", "")) == (3, True)
 
 
 def test_the_digest_is_the_same_in_every_process(tmp_path: Path) -> None:

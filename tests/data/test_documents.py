@@ -24,30 +24,29 @@ from tunesmith.store.store import Store
 PRIVACY = Privacy(action="report", entities=("EMAIL_ADDRESS",))
 
 
-def pdf(text: str) -> bytes:
-    """A PDF of one page with one line."""
-    stream = f"BT /F1 24 Tf 72 720 Td ({text}) Tj ET".encode()
-    page = b"<< /Type /Page /Parent 2 0 R /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>"
-    parts = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 /MediaBox [0 0 612 792] >>",
-        page,
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    data, places = b"%PDF-1.4\n", []
-    for number, part in enumerate(parts, start=1):
-        places.append(len(data))
-        data += b"%d 0 obj\n%s\nendobj\n" % (number, part)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    ends = b"xref\n0 6\n0000000000 65535 f \n%strailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n"
-    return data + ends % (table, len(data))
+# A page with one line. Readers put right the table of places that it lacks.
+PDF = b"""%PDF-1.4
+1 0 obj << /Type /Catalog /Pages 2 0 R >> endobj
+2 0 obj << /Type /Pages /Kids [3 0 R] /Count 1 /MediaBox [0 0 612 792] >> endobj
+3 0 obj << /Type /Page /Parent 2 0 R /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >> endobj
+4 0 obj << /Length 63 >>
+stream
+BT /F1 24 Tf 72 720 Td (The filter is changed yearly) Tj ET
+endstream endobj
+5 0 obj << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> endobj
+trailer << /Size 6 /Root 1 0 R >>
+startxref
+0
+%%EOF
+"""
 
 
-def _built(folder: Path, privacy: Privacy = PRIVACY, **settings: object) -> Documents:
+def _built(
+    folder: Path, privacy: Privacy = PRIVACY, recalled: Withdrawn = Withdrawn(), **settings: object
+) -> Documents:
     store = Store(folder / "store")
     named = DocumentSettings.model_validate({"paths": ["docs/*"], **settings})
-    return Documents(store, build_documents(store, named, folder, privacy, ("<|im_end|>",)))
+    return Documents(store, build_documents(store, named, folder, privacy, ("<|im_end|>",), withdrawn=recalled))
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
         "<ul><li>Open the valve</li></ul><script>alert('x')</script></body></html>"
     )
     (docs / "c.txt").write_text("First paragraph.\n\nSecond paragraph.\n")
-    (docs / "d.pdf").write_bytes(pdf("The filter is changed yearly"))
+    (docs / "d.pdf").write_bytes(PDF)
     return tmp_path
 
 
@@ -117,12 +116,10 @@ def test_a_value_that_a_cut_would_part_is_found(tmp_path: Path, action: str, ove
 def test_recalled_documents_are_left_out(folder: Path) -> None:
     first = _built(folder, licence="cc-by-4.0")
     assert first.record.body["settings"]["licence"] == "CC-BY-4.0"
-    store = Store(folder / "store")
 
     def again(under: str = "cc-by-4.0", **withdrawn: list[str]) -> Documents:
-        settings = DocumentSettings.model_validate({"paths": ["docs/*"], "licence": under})
         known = Withdrawn({kind: frozenset(values) for kind, values in withdrawn.items()})
-        return Documents(store, build_documents(store, settings, folder, PRIVACY, withdrawn=known))
+        return _built(folder, recalled=known, licence=under)
 
     assert again().digest == first.digest
     left = again(source=["docs/a.md", "rows.jsonl"])
@@ -130,10 +127,9 @@ def test_recalled_documents_are_left_out(folder: Path) -> None:
     assert sources - kept == {"docs/a.md"}
     assert "docs/a.md" not in [file["path"] for file in left.record.body["files"]]
     assert left.record.body["withdrawn"] == ["docs/a.md"]
-    with pytest.raises(Refused, match=r"CC-BY-4\.0, which was recalled"):
-        again("CC-BY-4.0", licence=["CC-BY-4.0"])
-    with pytest.raises(Refused, match=r"MIT AND CC-BY-4\.0, which was recalled, or needs one that was"):
-        again("MIT AND CC-BY-4.0", licence=["CC-BY-4.0"])
+    for under in ("CC-BY-4.0", "MIT AND CC-BY-4.0"):
+        with pytest.raises(Refused, match=rf"{under}, which was recalled"):
+            again(under, licence=["CC-BY-4.0"])
     assert again("MIT OR CC-BY-4.0", licence=["CC-BY-4.0"]).passages
 
 

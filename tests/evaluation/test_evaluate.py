@@ -8,23 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from tests import fabricate
 from tests.attack_table import Happened
 from tests.attacks.twins import MADE
 from tests.evaluation.conftest import TASK, evaluated, verdict_of
-from tests.fabricate import (
-    PROMPT,
-    SCHEMA,
-    Fabricated,
-    add,
-    answer_lines,
-    commands,
-    flawed,
-    put_answers,
-    put_dataset,
-    put_training,
-)
+from tests.fabricate import Fabricated, answer_lines, commands, put_answers, put_dataset, put_training
 from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
@@ -33,16 +25,15 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.evaluation.answers import check_held_out
 from tunesmith.evaluation.compare import compare, side_of_candidate, side_of_digest
-from tunesmith.evaluation.lines import AnswerLines
+from tunesmith.evaluation.gates.settings import GATES, check_gates
 from tunesmith.evaluation.metrics.declared import scorer_digests
 from tunesmith.evaluation.scores import read_scores
-from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.summary import evaluation_summary
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.registration import register
 from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
-from tunesmith.store.store import Store
 
 
 def replaced(made: Fabricated, **changed: Any) -> dict[str, str]:
@@ -51,9 +42,10 @@ def replaced(made: Fabricated, **changed: Any) -> dict[str, str]:
     return {**made.answers, "tuned": put_answers(made.store, made.candidates["tuned"], made.dataset, lines, **changed)}
 
 
-def with_lines(made: Fabricated, digest: str, lines: list[bytes]) -> str:
+def with_lines(made: Fabricated, digest: str, lines: list[Any]) -> str:
     """An answers record with other lines."""
-    blob = made.store.put_bytes(b"".join(line + b"\n" for line in lines))
+    written = (line if isinstance(line, bytes) else canonical(line) for line in lines)
+    blob = made.store.put_bytes(b"".join(line + b"\n" for line in written))
     record = made.store.record(digest)
     return made.store.put_record(record.model_copy(update={"blobs": {"answers.jsonl": blob}}))
 
@@ -82,6 +74,9 @@ def test_means_prices_and_scores_are_those_of_the_answers(made: Fabricated, eval
     same = {"answers": dict(reversed(made.answers.items())), "probes": made.probes}
     assert evaluated(made, **same) == evaluation
     assert evaluated(made, **same, seed=1) != evaluation
+    turned = {**made.answers, "tuned": with_lines(made, made.answers["tuned"], lines[::-1])}
+    again = made.store.record(evaluated(made, answers=turned)).body["candidates"]["tuned"]
+    assert again["metrics"] == stated["metrics"], "however the answers were written"
 
 
 @pytest.mark.parametrize(
@@ -93,14 +88,14 @@ def test_means_prices_and_scores_are_those_of_the_answers(made: Fabricated, eval
         (lambda lines: [{**lines[0], "text": None}, *lines[1:]], "no text"),
         (lambda lines: [{**lines[0], "finish": "error"}, *lines[1:]], "no text or no finish reason"),
         (lambda lines: [{**lines[0], "prompt_tokens": True}, *lines[1:]], "not a count"),
-        (lambda lines: [{**lines[0], "prompt_tokens": -1}, *lines[1:]], "not a count"),
-        (lambda lines: [{**lines[0], "completion_tokens": 1.5}, *lines[1:]], "not a count"),
+        (lambda lines: [{**lines[0], "completion_tokens": -1}, *lines[1:]], "not a count"),
         (lambda lines: [["id"], *lines[1:]], "not an answer with an id"),
+        (lambda lines: [b'{"id": "c", "id": "c"}', *lines[1:]], "appears twice"),
     ],
 )
 def test_answers_that_are_no_evidence(made: Fabricated, change: Any, message: str) -> None:
     lines = change(answer_lines(made.test, lambda row: row.answer))
-    broken = with_lines(made, made.answers["tuned"], [canonical(line) for line in lines])
+    broken = with_lines(made, made.answers["tuned"], lines)
     with pytest.raises(Inconclusive, match=message):
         evaluated(made, answers={**made.answers, "tuned": broken})
 
@@ -126,7 +121,7 @@ def test_test_rows_that_a_candidate_saw(made: Fabricated) -> None:
     more = (Message(role="user", content="and the window"), Message(role="assistant", content="done"))
     longer = row.model_copy(update={"id": "other", "group": "other", "messages": (*row.messages, *more)})
     unlearned = (*row.messages[:-1], row.messages[-1].model_copy(update={"weight": 0}), *more)
-    plain = Candidate(name="rag", prompt=PROMPT, base=made.base, max_tokens=9)
+    plain = Candidate(name="rag", prompt=fabricate.PROMPT, base=made.base, max_tokens=9)
 
     def check(*rows: Any, **seen: Any) -> None:
         dataset = put_dataset(made.store, rows, [], commands(5, 9, 5000)) if rows else None
@@ -184,7 +179,7 @@ def test_probes_must_be_of_the_same_weights_and_probabilities(made: Fabricated) 
     blob = made.store.record(made.probes["tuned"]).blobs["answers.jsonl"]
     first, *others = made.store.read_blob(blob).splitlines()
     for scores, said in (([-1.0, -2.0], "of 4 choices"), (["-1", -2.0, -1.0, -1.0], "not a log-probability")):
-        broken = with_lines(made, made.probes["tuned"], [canonical({**json.loads(first), "scores": scores}), *others])
+        broken = with_lines(made, made.probes["tuned"], [{**json.loads(first), "scores": scores}, *others])
         with pytest.raises(Inconclusive, match=said):
             evaluated(made, probes={**made.probes, "tuned": broken})
 
@@ -193,7 +188,7 @@ def test_a_scorer_that_does_not_fit_names_the_row(made: Fabricated) -> None:
     said = Message(role="assistant", content="on it")
     plain = [row.model_copy(update={"messages": (*row.messages[:-1], said)}) for row in made.test]
     dataset = put_dataset(made.store, commands(30, 1, 0), [], plain)
-    digest = put_candidate(made.store, Candidate(name="zero", prompt=PROMPT, base=made.base, max_tokens=9))
+    digest = put_candidate(made.store, Candidate(name="zero", prompt=fabricate.PROMPT, base=made.base, max_tokens=9))
     answers = {"zero": put_answers(made.store, digest, dataset, answer_lines(plain, lambda row: row.answer))}
     with pytest.raises(UsageError, match="field_f1 needs references") as caught:
         evaluated(made, dataset=dataset, answers=answers)
@@ -219,14 +214,14 @@ def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -
         assert mirrored["difference"]["low"] == pytest.approx(-found["difference"]["high"], abs=1e-6)
     assert forth["metrics"]["exact_match"]["mcnemar"] < 1e-6
     assert forth["metrics"]["field_f1"]["mcnemar"] is None, "graded scores are not McNemar's"
-    assert forth["primary"] == "exact_match"
     itself = compare(made.store, sides[0], sides[0]).document()["metrics"]["exact_match"]
     assert [itself[key] for key in ("wins", "losses", "mcnemar", "sign_flip")] == [0, 0, 1.0, 1.0]
     assert itself["difference"]["low"] < 0.0 < itself["difference"]["high"]
 
 
 def test_over_two_evaluations_of_one_dataset_and_of_two(made: Fabricated, evaluation: str) -> None:
-    add(made, Candidate(name="later", prompt=PROMPT, base=made.base, max_tokens=9), flawed(0.5, 0.9, 21), 1, 1)
+    candidate = Candidate(name="later", prompt=fabricate.PROMPT, base=made.base, max_tokens=9)
+    fabricate.add(made, candidate, fabricate.flawed(0.5, 0.9, 21), 1, 1)
     task = TASK.model_copy(update={"scorers": ("exact_match",)})
     later = evaluated(made, answers={"later": made.answers["later"]}, task=task)
     first = side_of_digest(made.store, evaluation, made.candidates["tuned"], "home@v1")
@@ -267,7 +262,7 @@ def test_scores_of_different_scorers_are_not_compared(made: Fabricated, tmp_path
 
 
 def test_a_scorer_s_digest_covers_what_decides_a_score() -> None:
-    def digests(schema: Any = SCHEMA, model: str = "m", label: str = "", **settings: Any) -> dict[str, str]:
+    def digests(schema: Any = fabricate.SCHEMA, model: str = "m", label: str = "", **settings: Any) -> dict[str, str]:
         judge = {"url": "http://127.0.0.1:1/v1", "model": model, **settings}
         labels = {"name": "kind", "label": label, "calibrate": bool(settings)}
         scorers = ["json_valid", "exact_match", {"name": "j", "judge": judge}, labels]
@@ -280,32 +275,66 @@ def test_a_scorer_s_digest_covers_what_decides_a_score() -> None:
         assert {name for name in first if found[name] != first[name]} == {metric}
 
 
-# Scores and answers are read quickly where they are plain, and as strictly as ever where they are not
+# Task and gates in the project file: what they mean, and what is refused by name
 
 
-IDS = ["a", "b", "c"]
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"metric": "exact_match", "ovre": "best-untuned", "at_least": 0.05}, "ovre"),
+        ({"metric": "exact_match", "at_least": 0.1, "at_most": 0.2}, "one of them"),
+        ({"metric": "exact_match", "over": "x"}, "at_least"),
+        ({"suite": "generall", "drop_at_most": 0.1}, "general"),
+        ({}, "metric"),
+    ],
+)
+def test_gates_that_are_refused(gate: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GATES.validate_python({"g": gate})
 
 
-def answers(store: Store, lines: list[bytes]) -> AnswerLines:
-    """The lines of a record, one for each of IDS."""
-    blob = store.put_bytes(b"".join(line + b"\n" for line in lines))
-    parents = {"candidate": "sha256:" + "0" * 64, "dataset": "sha256:" + "1" * 64}
-    return AnswerLines(
-        store, Record(kind="answers", parents=parents, blobs={"answers.jsonl": blob}), IDS, "answers of 'x'"
-    )
+def test_task() -> None:
+    task = TaskSettings.model_validate({"schema": "answer.json", "scorers": ["json_valid", "exact_match"]})
+    assert str(task.schema_path) == "answer.json"
+    assert task.leading == "exact_match"
+    assert TaskSettings(scorers=("json_valid", "field_f1")).leading == "json_valid"
+    assert TaskSettings(scorers=("json_valid", "field_f1"), primary="field_f1").leading == "field_f1"
+    assert TaskSettings().scorers == ("exact_match",)
+    for price in (-1.0, 1e13, float("nan")):
+        with pytest.raises(ValidationError):
+            PriceSettings(machine_hour=price)
+        for prices in ({"prompt": price, "answer": 1.0}, {"prompt": 1.0, "answer": price}):
+            with pytest.raises(ValidationError):
+                TokenPrice.model_validate(prices)
 
 
-def line(identifier: str, **more: Any) -> bytes:
-    return canonical({"id": identifier, "text": f"to {identifier}", **more})
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"scorers": ["json_vald"]}, "did you mean 'json_valid'"),
+        ({"scorers": ["json_valid", "json_valid"]}, "twice"),
+        ({"scorers": ["json_valid"], "primary": "exact_match"}, "not among scorers"),
+        ({"scorers": [{"name": "date", "pattern": "(?=a)b"}]}, "not a regular expression that is supported"),
+        ({"scorers": [{"name": "exact_match", "label": ""}]}, "built-in scorer"),
+        ({"scorers": [{"name": "x", "label": "a", "calibrate": True}]}, "labels and nothing else"),
+        ({"scorers": [{"name": "mine", "function": "mine.txt:f"}]}, "pattern"),
+        ({"scorers": [{"name": "j", "judge": {"url": "http://u:p@h/v1", "model": "m"}}]}, "secret"),
+    ],
+)
+def test_tasks_that_are_refused(task: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskSettings.model_validate(task)
 
 
-def test_answers_come_in_the_order_of_the_rows_however_they_were_written(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    for order in (IDS, IDS[::-1]):
-        found = answers(store, [line(each) for each in order])
-        assert [found[place]["text"] for place in (2, 0, 1)] == ["to c", "to a", "to b"]
-        assert not found.mention("retrieved")
-    assert answers(store, [line(each, retrieved=[]) for each in IDS]).mention("retrieved")
-
-    with pytest.raises(Inconclusive, match="appears twice"):
-        answers(store, [line("a"), line("b"), b'{"id": "c", "id": "c"}'])[2]
+def test_a_figure_of_labels_needs_a_scorer_that_classifies() -> None:
+    gates = GATES.validate_python({"even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8}})
+    check_gates(gates, ["exact_match", "intent"], [], ["exact_match"])
+    check_gates(gates, ["exact_match"], [])
+    for metrics, labels, said in (
+        (["exact_match", "intent", "room"], ["intent", "room"], "scorers with labels: intent, room"),
+        (["exact_match"], [], "no scorer has labels"),
+        (["json_valid"], None, "not measured"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            check_gates(gates, metrics, [], labels)
+        assert caught.value.where == "gates.even.metric"

@@ -36,7 +36,6 @@ def test_what_widens_the_interval() -> None:
     assert width(measured(means), rows=3200) > usual, "more rows beyond the largest subset"
     assert width(measured(means), test=30) > usual, "fewer test rows"
     assert width(measured(means, each=10)) > usual, "fewer groups"
-    assert width(measured(means[-3:])) > 0.9 * usual
     found = extrapolate(measured(means), 1000, 400, 0.05)
     assert [point.rows for point in found.curve] == [*SIZES, 1000, 2000]
     assert all(one.median <= more.median + 0.02 for one, more in pairwise(found.curve)), "more rows, no lower score"
@@ -84,7 +83,6 @@ def test_what_is_said() -> None:
     assert "a lift of +50.0 points (90% interval +40.0 to +60.0) over plain (10.0%)" in found.reasons[1]
     assert found.reasons[-1] == "Training on all rows takes about 90 s."
     alone = forecast(decision=None, lift=None, likely=None, rival=None, rivals={})
-    assert len(alone.reasons) == 2
     for told, said in (
         (found, "Train tuned: it is likely to reach the goal, a lift of at least +5.0 points"),
         (forecast(decision="don't"), "Don't train tuned"),

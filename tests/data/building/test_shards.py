@@ -27,7 +27,6 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.building import shards
 from tunesmith.data.building.account import OUTSIDE_WORDING, WITHDRAWN
 from tunesmith.data.building.shards import LocalRunner
-from tunesmith.data.building.staging import StagingDatabase
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.settings import Source
@@ -125,21 +124,6 @@ def test_the_first_bad_row_is_told_whoever_meets_one(tmp_path: Path, monkeypatch
             build(tmp_path, runner=LocalRunner(workers), work=tmp_path / "w")
         assert caught.value.where.startswith("rows.jsonl, line 401")
         assert not list((tmp_path / "w").iterdir())
-
-
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(2000))
-    enter = StagingDatabase.__enter__
-
-    def tight(self: Any) -> Any:
-        entered = enter(self)
-        self._database.execute("PRAGMA max_page_count = 20")
-        return entered
-
-    monkeypatch.setattr(StagingDatabase, "__enter__", tight)
-    with pytest.raises(TunesmithError, match="the disk is full"):
-        build(tmp_path, work=tmp_path / "w")
-    assert not list((tmp_path / "w").iterdir())
 
 
 KILLED = """

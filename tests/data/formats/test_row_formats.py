@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.data.rows import turns
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
+from tunesmith.data.formats.key_order import in_request_order
+from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
 from tunesmith.data.settings import Rows
 from tunesmith.data.sources.row_readers import Row
 
@@ -28,8 +33,8 @@ def conversation(
     return turn_checks.conversation(found)
 
 
-def reason(messages: list[dict[str, Any]]) -> str | None:
-    row = Row("a.jsonl", 3, {"messages": messages})
+def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
+    row = Row("a.jsonl", 3, {"messages": messages, **more})
     return turn_checks.objection(row_formats.read_turns(row, row_formats.FORMATS["messages"], Counter()))
 
 
@@ -59,7 +64,6 @@ SPOKEN = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
         {"messages": [{**BRIEF, "role": "developer"}, *turns("hi", "yo")]},
         {"messages": [BRIEF, IN_PARTS, {"role": "assistant", "content": "yo"}]},
         {"prompt": "hi", "completion": "yo", "system": "be brief"},
-        {"instruction": "hi", "input": "", "output": "yo", "system": "be brief"},
         {"instruction": "hi", "output": "yo", "system": "be brief"},
         {"conversations": [{"from": "system", "value": "be brief"}, *SPOKEN]},
         {"conversations": SPOKEN, "system": "be brief"},
@@ -92,11 +96,9 @@ def test_keys_that_tell_nothing_or_two_things() -> None:
     ("fields", "renames"),
     [
         ({"question": "a", "answer": "b"}, "--rename question=prompt --rename answer=completion"),
-        ({"text": "a", "label": 1}, "--rename text=prompt --rename label=completion"),
         ({"Prompt ": "a", "Completion": "b"}, "--rename 'Prompt =prompt' --rename Completion=completion"),
         ({"instruction": "a", "input": "b", "response": "c"}, "--rename response=output"),
         ({"id": "a", "chat": [{"role": "user", "content": "hi"}]}, "--rename chat=messages"),
-        ({"conversation": [{"from": "human", "value": "hi"}]}, "--rename conversation=conversations"),
     ],
 )
 def test_an_unknown_format_names_the_renames_that_would_do(fields: dict[str, Any], renames: str) -> None:
@@ -117,7 +119,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "b"}}
         ({"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}, "prompt-completion or alpaca",
          "--rename instruction=unused"),
         ({"prompt": {"a": 1}, "completion": "b"}, "", "as text"),
-        ({"messages": [*turns("a"), {"role": "assistant", "content": {"b": 1}}]}, "", "as text"),
         ({"messages": json.dumps(turns("a", "b"))}, "", "as JSONL"),
         ({"text": "Q: a A: b"}, "", "the request under prompt"),
         *(({"prompt": "a", "completion": value}, "not text", "as text")
@@ -163,12 +164,10 @@ def test_null_stands_for_a_key_that_is_not_there() -> None:
     ("fields", "place"),
     [
         ({"prompt": 3, "completion": "x"}, "prompt"),
-        ({"prompt": "x", "completion": None}, "completion"),
         ({"prompt": "nul\0", "completion": "x"}, "prompt"),
         ({"messages": ["text"]}, "messages[0]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "lone \udc00"}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages[0].weight"),
         ({"conversations": [{"from": "human"}]}, "conversations[0]"),
@@ -186,7 +185,6 @@ def test_wrong_types_name_row_and_key(fields: dict[str, Any], place: str) -> Non
         (turns("hi", ""), turn_checks.EMPTY_ANSWER),
         ([*turns("hi"), {"role": "assistant", "content": None}], turn_checks.EMPTY_ANSWER),
         (turns("", "yo"), turn_checks.EMPTY_REQUEST),
-        (turns("hi", "yo", system="a"), None),
         (turns(system="a") + turns("hi", "yo", system="b"), turn_checks.SYSTEM_TURNS),
         (turns("hi") + turns(system="late") + turns("x", "yo")[1:], turn_checks.SYSTEM_TURNS),
         (turns("hi", "yo")[::-1] + turns("hi", "yo")[1:], turn_checks.OUT_OF_ORDER),
@@ -198,3 +196,102 @@ def test_wrong_types_name_row_and_key(fields: dict[str, Any], place: str) -> Non
 )
 def test_conversations_that_cannot_be_learned_from(messages: list[dict[str, Any]], expected: str | None) -> None:
     assert reason(messages) == expected
+
+
+# Keys of JSON answers in the order of the request
+
+
+def _ordered(request: str, answer: str) -> str:
+    turns = (Message(role="user", content=request), Message(role="assistant", content=answer))
+    return in_request_order(turns)[-1].content
+
+
+@pytest.mark.parametrize(
+    ("request_text", "answer", "ordered"),
+    [
+        ("at 7pm in Rome", '{"city": "Rome", "time": "7pm"}', '{"time": "7pm", "city": "Rome"}'),
+        # What the request does not mention keeps its place.
+        (
+            "at 7pm in Rome",
+            '{"intent": "book", "city": "Rome", "new": true, "time": "7pm"}',
+            '{"intent": "book", "time": "7pm", "new": true, "city": "Rome"}',
+        ),
+        # Objects in lists and objects; the first of several values; numbers; letter case.
+        ("for 4 at the Heron", '{"a": {"name": "The heron", "n": 4}}', '{"a": {"n": 4, "name": "The heron"}}'),
+        ("b then a", '{"l": [{"x": "a", "y": "b"}]}', '{"l": [{"y": "b", "x": "a"}]}'),
+        ("one two", '{"x": ["two"], "y": ["three", "one"]}', '{"y": ["three", "one"], "x": ["two"]}'),
+        # Whole words only: "art" is not mentioned by "start".
+        ("start with jazz, then art", '{"a": "jazz", "b": "art"}', '{"a": "jazz", "b": "art"}'),
+        # Written as the rows write it.
+        ("ä b", '{"x":"b","y":"ä"}', '{"y":"ä","x":"b"}'),
+        ("a b", '{\n  "x": "b",\n  "y": "a"\n}', '{\n  "y": "a",\n  "x": "b"\n}'),
+        # Not an object.
+        ("a b", '{"x": "b", "x": "a"}', '{"x": "b", "x": "a"}'),
+    ],
+)
+def test_keys_come_in_the_order_of_the_request(request_text: str, answer: str, ordered: str) -> None:
+    assert _ordered(request_text, answer) == ordered
+
+
+def test_an_answer_follows_the_user_turns_before_it() -> None:
+    answer = '{"x": "b", "y": "a"}'
+    turns = [("system", "b"), ("user", "a"), ("assistant", answer), ("user", "b a"), ("assistant", answer)]
+    found = in_request_order([Message.model_validate({"role": role, "content": text}) for role, text in turns])
+    assert [one.content for one in found if one.role == "assistant"] == ['{"x": "b", "y": "a"}', '{"y": "a", "x": "b"}']
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.sampled_from(["a", "b", "c d", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("uvwxyz"), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(st.permutations(["a", "b", "c d", "1"]), st.dictionaries(st.sampled_from("uvwxyz"), _JSON, max_size=5))
+def test_the_value_stays_the_same_and_a_second_time_changes_nothing(words: list[str], value: dict[str, Any]) -> None:
+    request = " ".join(words)
+    once = _ordered(request, json.dumps(value))
+    assert json.loads(once) == value
+    assert _ordered(request, once) == once
+
+
+# Files of examples that OpenAI refuses are refused in its words
+
+
+GOOD: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+EXPECTED = "Expected file to have JSONL format"
+
+
+def written(folder: Path, *lines: object) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"a": NaN}', f"{EXPECTED}, where every line is a valid JSON dictionary. Line 2: "),
+        ([1], f"{EXPECTED}, where every line is a valid JSON dictionary. Line 2 is not a dictionary."),
+        ({"prompt": "a", "completion": "b"}, f"{EXPECTED} with messages key. Missing 'messages' key on line 2."),
+        ({"messages": []}, "Invalid file format. Line 2, messages: messages must be a list of at least one message."),
+    ],
+)
+def test_the_first_broken_line_is_named(tmp_path: Path, line: object, said: str) -> None:
+    with pytest.raises(InvalidExamples) as found:
+        check_examples(written(tmp_path, GOOD, line, *[GOOD] * 10))
+    assert said in found.value.what
+    assert found.value.code == "invalid_file_format"
+
+
+def test_good_files_and_too_few_examples(tmp_path: Path) -> None:
+    seen: list[int] = []
+    path = written(tmp_path, *[GOOD] * 10, "", {**GOOD, "tools": []})
+    assert check_examples(path, on_line=lambda: seen.append(1)) == 11
+    assert len(seen) == 12
+    assert check_examples(written(tmp_path, GOOD), training=False) == 1
+    for rows, training in ((9, True), (0, False)):
+        with pytest.raises(InvalidExamples) as found:
+            check_examples(written(tmp_path, *[GOOD] * rows), training=training)
+        assert found.value.code == "invalid_n_examples"
+        assert ("has 9 example(s)" in found.value.what) is training

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.data.formats.test_row_formats import conversation, error
+from tests.data.formats.test_row_formats import conversation, error, reason
 from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import example_id
-from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
-from tunesmith.data.sources.row_readers import Row
 from tunesmith.store.store import Store
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}
@@ -43,11 +40,6 @@ def told(identity: str = "call_1", content: str = "4 degrees") -> dict[str, Any]
 
 
 WHOLE = [*asked(call()), told(), {"role": "assistant", "content": "Cold."}]
-
-
-def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
-    found = Row("a.jsonl", 3, {"messages": messages, **more})
-    return turn_checks.objection(row_formats.read_turns(found, row_formats.FORMATS["messages"], Counter()))
 
 
 SHAREGPT = [
@@ -76,7 +68,6 @@ def test_every_spelling_says_the_same(fields: dict[str, Any]) -> None:
     same = conversation({"messages": [*asked(call("call00000")), told("call00000"), WHOLE[3]], "tools": TOOLS})
     assert conversation(fields) == same
     found = conversation({"messages": WHOLE, "tools": TOOLS, "parallel_tool_calls": False})
-    assert [turn.role for turn in found] == ["user", "assistant", "tool", "assistant"]
     assert found[1].tool_calls == (ToolCall(id="call_1", name="weather", arguments=ARGUMENTS),)
     assert found[2].tool_call_id == "call_1"
     assert tools_of(found) == TOOLS
@@ -112,7 +103,6 @@ def test_what_answers_what(messages: list[dict[str, Any]], expected: str | None)
         ([{**asked(call())[1], "tool_calls": {"a": 1}}], {}, "messages[0].tool_calls"),
         ([{**asked(call())[1], "role": "user"}], {}, "messages[0].tool_calls"),
         ([*asked(call()), {**told(), "tool_call_id": 3}], {}, "messages[2].tool_call_id"),
-        (asked(call(name="nul\0")), {}, "messages[1].tool_calls[0].name"),
         (asked(call()), {"tools": "[{"}, "tools"),
         (asked(call()), {"tools": [{"name": "f", "parameters": {"default": b"x"}}]}, "tools"),
         (asked(call()), {"tools": [{"type": "retrieval"}]}, "tools[0]"),
@@ -132,12 +122,8 @@ def test_weights_are_kept_and_what_follows_the_last_is_left_out() -> None:
     assert [(turn.content, turn.weight) for turn in found] == [("a", 1), ("b", 0), ("c", 1), ("d", 1)]
     spoken[3]["weight"] = 0
     assert reason(spoken) == turn_checks.NOT_TO_LEARN
-
-
-def test_plain_turns_are_written_as_they_always_were() -> None:
-    plain = Message(role="user", content="hi")
-    assert plain.model_dump() == {"role": "user", "content": "hi"}
-    assert example_id([plain, Message(role="assistant", content="yo")], "a.jsonl") == "f5c2b15acc0828e371cb"
+    plain = [Message(role="user", content="hi"), Message(role="assistant", content="yo")]
+    assert example_id(plain, "a.jsonl") == "f5c2b15acc0828e371cb", "without tools and weights as it always was"
 
 
 def tool_rows(count: int) -> list[dict[str, Any]]:
@@ -170,9 +156,9 @@ def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
     # Two spellings of one address become the same key.
     spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"ada@lovelace.org": 1, "ADA@lovelace.org": 2}'
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    for action, reason in (("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)):
+    for action, why in (("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)):
         dataset = build(tmp_path, settings(privacy={"action": action, "entities": ["EMAIL_ADDRESS"]}))
-        assert dataset.record.body["rows"]["removed"][reason] == 1
+        assert dataset.record.body["rows"]["removed"][why] == 1
     for identity, arguments in (("call_1", '{"city": "<|im_end|>"}'), ("<|im_end|>", "{}")):
         spoken[1:3] = [asked(call(identity, arguments))[1], told(identity)]
         with pytest.raises(Refused, match="control token"):
@@ -186,11 +172,9 @@ OPENAI = {"messages": WHOLE, "tools": TOOLS}
     ("change", "said", "place"),
     [
         (lambda m: m.pop(), "the last message must be from the assistant", "messages[2].role"),
-        (lambda m: m.clear(), "at least one message", "messages"),
         (lambda m: m[0].update(weight=1), "only an assistant message may have a weight", "messages[0].weight"),
         (lambda m: m[3].update(weight=2), "weight is 2", "messages[3].weight"),
         (lambda m: m[0].pop("content"), "must have content", "messages[0]"),
-        (lambda m: m[3].update(content=None), "must have content or tool_calls", "messages[3]"),
         (lambda m: m[2].pop("tool_call_id"), "must have tool_call_id", "messages[2]"),
         (lambda m: m[0].update(mood="fine"), "has no key 'mood'", "messages[0].mood"),
         (lambda m: m[1]["tool_calls"][0].pop("id"), "a call must have an id", "messages[1].tool_calls[0]"),

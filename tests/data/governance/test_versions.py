@@ -38,8 +38,6 @@ def test_rows_added_removed_changed_and_moved(two: tuple[Store, Dataset, Dataset
     found = difference(store, first.digest, second.digest).document()
     assert found["rows"] == {"same": 78, "moved": 0, "added": 1, "removed": 1, "changed": 1}
     assert found["balance"]["licence"] == {"CC0-1.0": [0, 1], "MIT": [80, 79]}
-    again = difference(store, second.digest, second.digest).document()
-    assert again["rows"] == {"same": 80, "moved": 0, "added": 0, "removed": 0, "changed": 0}
     other = build(tmp_path, settings(split={"seed": 1}))
     found = difference(store, second.digest, other.digest).document()
     assert found["rows"]["moved"] > 0
@@ -47,31 +45,22 @@ def test_rows_added_removed_changed_and_moved(two: tuple[Store, Dataset, Dataset
     assert found["settings"] == {"split.seed": [0, 1]}
 
 
-def test_a_sample_of_each_removed_class_with_what_stood_there(tmp_path: Path) -> None:
-    odd = [row(f"request number {n} of its kind", "") for n in range(9)] + [row("said twice", "x")] * 2
-    dataset = build(tmp_path, rows=[*many_rows(80), *odd])
+def test_a_sample_of_each_removed_class_with_what_stood_there_as_json(tmp_path: Path) -> None:
+    said = [row("said twice", "x")] * 2 + [row(f"request number {n} of its kind", "") for n in range(9)]
+    more = {"at": datetime(2026, 1, 2, tzinfo=UTC), "noise": math.nan, "raw": b"\xff"}
+    table = pyarrow.Table.from_pylist([{**one, **more} for one in (*many_rows(80), *said)])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    dataset = build(tmp_path, settings("rows.parquet"))
     sample = removed_sample(dataset, tmp_path, 5)
     assert {reason: len(rows) for reason, rows in sample.items()} == {"empty assistant turn": 5, "exact duplicate": 1}
-    assert sample["exact duplicate"][0]["fields"]["messages"][0]["content"] == "said twice"
-    assert sample == removed_sample(dataset, tmp_path, 5)
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
-    with pytest.raises(Refused, match="changed since the build"):
-        removed_sample(dataset, tmp_path, 5)
-
-
-def test_a_removed_row_of_parquet_is_shown_as_json(tmp_path: Path) -> None:
-    columns = {
-        "prompt": [one["messages"][0]["content"] for one in many_rows(30)],
-        "completion": ["", *("said" for _ in range(29))],
-        "at": [datetime(2026, 1, 2, tzinfo=UTC)] * 30,
-        "noise": [math.nan] * 30,
-        "raw": [b"\xff"] * 30,
-    }
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
-    dataset = build(tmp_path, settings("rows.parquet"))
-    fields = removed_sample(dataset, tmp_path, 5)["empty assistant turn"][0]["fields"]
+    fields = sample["exact duplicate"][0]["fields"]
+    assert fields["messages"][0]["content"] == "said twice"
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     assert fields["at"].startswith("2026-01-02")
+    assert sample == removed_sample(dataset, tmp_path, 5)
+    pyarrow.parquet.write_table(table[:80], tmp_path / "rows.parquet")
+    with pytest.raises(Refused, match="changed since the build"):
+        removed_sample(dataset, tmp_path, 5)
 
 
 def test_cards_of_a_dataset(two: tuple[Store, Dataset, Dataset], tmp_path: Path) -> None:
@@ -94,10 +83,9 @@ def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Data
     store, first, second = two
     owner = identities.ensure_owner(store).name
     identities.add_user(store, "sten", ["steward"], actor=owner)
-    with pytest.raises(Refused, match="may not"):
-        sign_off(store, first.digest, steward=owner, reason="mine")
-    with pytest.raises(UsageError, match="reason"):
-        sign_off(store, first.digest, steward="sten", reason=" ")
+    for who, reason, said in ((owner, "mine", "may not"), ("sten", " ", "reason")):
+        with pytest.raises((Refused, UsageError), match=said):
+            sign_off(store, first.digest, steward=who, reason=reason)
     with pytest.raises(Refused, match="no steward"):
         require_signed(store, first.digest)
     digest = sign_off(store, first.digest, steward="sten", reason="looked at 50 rows")

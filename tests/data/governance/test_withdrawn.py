@@ -12,7 +12,7 @@ from tests.data.rows import build, held, many_rows, row, settings, turns, write_
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.account import WITHDRAWN
 from tunesmith.data.building.verify import verify_dataset
-from tunesmith.data.dataset import Dataset
+from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key, load_withdrawn
 from tunesmith.data.review import queue
 from tunesmith.data.settings import DataSettings
@@ -78,33 +78,25 @@ def test_a_recall_of_a_person(tmp_path: Path, store: Store, monkeypatch: pytest.
     assert len(held(build(tmp_path, chosen("old.jsonl"), withdrawn=load_withdrawn(store)))) == 89
 
 
-def test_a_recalled_licence_leaves_versions_in_which_it_was_corrected(tmp_path: Path, store: Store) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", PLAIN)
-    wrong, right = build(tmp_path, settings(source={"licence": "Apache-2.0"})), build(tmp_path)
-    names = [one.id for one in held(right)]
-    assert sorted(names) == sorted(one.id for one in held(wrong))
-    for name, of in zip(names, (wrong, right), strict=False):
-        queue.add_items(store, [queue.NewItem("row", name, {}, of.digest)], wanted=1, actor="ann")
-    found = withdraw(store, "licence", "Apache-2.0")
-    assert [one.digest for one in found.reached] == [wrong.digest]
-    assert sum(found.reached[0].rows.values()) == 100
-    assert [one.subject for one in queue.list_items(store, ["open"], 0, 9)] == [names[1]]
-    assert gone(store, "licence", "Apache-2.0")
-    assert len(held(build(tmp_path, withdrawn=load_withdrawn(store)))) == 100
-
-
 def test_a_recalled_licence_reaches_the_expressions_that_need_it(tmp_path: Path, store: Store) -> None:
     sources = []
     for place, licence in enumerate(("CC-BY-4.0", "MIT AND CC-BY-4.0", "MIT OR CC-BY-4.0", "MIT")):
         write_jsonl(tmp_path / f"{place}.jsonl", PLAIN[25 * place : 25 * (place + 1)])
         sources.append({"path": f"{place}.jsonl", "licence": licence})
+    corrected = settings(source={"path": "0.jsonl", "licence": "MIT"})
+    right = build(tmp_path, corrected).digest
     cause = monitoring.cause_of(store, {"licence": "cc-by-4.0"})
     choice = build(tmp_path, settings(sources=sources[2:3])).digest
     with pytest.raises(UsageError, match=r"holds a row of licence CC-BY-4\.0, only of MIT OR CC-BY-4\.0"):
         monitoring.recall(store, cause, reason="ended", actor="ann")
     apart = [build(tmp_path, settings(sources=[one])).digest for one in sources[:2]]
     whole = build(tmp_path, settings(sources=sources)).digest
+    (twin, other, *_) = held(load_dataset(store, right))
+    for one, of in ((twin, right), (other, whole)):
+        queue.add_items(store, [queue.NewItem("row", one.id, {}, of)], wanted=1, actor="ann")
     found = monitoring.recall(store, cause, reason="ended", actor="ann")
+    assert [one.subject for one in queue.list_items(store, ["open"], 0, 9)] == [twin.id], "of the corrected version"
+    assert len(held(build(tmp_path, corrected, withdrawn=load_withdrawn(store)))) == 25
     assert {one.digest: sum(one.rows.values()) for one in found.reached} == {**dict.fromkeys(apart, 25), whole: 50}
     assert found.other_licences == ("MIT OR CC-BY-4.0",)
     assert "not withdrawn, since they do not need it: MIT OR CC-BY-4.0" in found.next

@@ -11,14 +11,16 @@ from random import Random
 import pytest
 from scipy.stats import beta, binom
 
+from tests.attack_table import Happened
 from tests.data.rows import build, held, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.data.privacy import credentials
 from tunesmith.data.privacy.detection_recall import Measured, measure, probably_remaining, recall_at_least
 from tunesmith.data.privacy.entities import Finder, Finding
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.privacy.scan import Scan, Scanner
-from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
+from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
 from tunesmith.data.settings import ENTITIES, MODEL_ENTITIES, Privacy
 
 PRIVATE = {"entities": ["EMAIL_ADDRESS", "SECRET"], "synthetic_values": 20}
@@ -35,13 +37,8 @@ def test_made_up_values_are_of_their_kind(entity: str) -> None:
 
 
 def test_what_cannot_be_found_is_measured_as_lost() -> None:
-    chosen = Privacy.model_validate(
-        {
-            "entities": [],
-            "synthetic_values": 30,
-            "recognisers": {"BADGE": {"regex": r"B-\d{4}", "score": 0.9, "examples": ["B-1234", "badge 77"]}},
-        }
-    )
+    badge = {"regex": r"B-\d{4}", "score": 0.9, "examples": ["B-1234", "badge 77"]}
+    chosen = Privacy.model_validate({"entities": [], "synthetic_values": 30, "recognisers": {"BADGE": badge}})
     talk = [[Message(role="user", content="let me in please"), Message(role="assistant", content="ok then")]]
     measured = measure(Scanner(chosen), chosen, talk)["BADGE"]
     assert measured.inserted == 30
@@ -58,13 +55,8 @@ class _WithoutKeys(Scanner):
 
 def test_passwords_under_keys_of_json_are_inserted_too() -> None:
     chosen = Privacy(entities=("SECRET",), synthetic_values=100)
-    talks = [
-        [
-            Message(role="user", content=f"log in as user {n} please"),
-            Message(role="assistant", content=json.dumps({"action": "login", "password": f"aB{n:03d}xy&Zq"})),
-        ]
-        for n in range(20)
-    ]
+    asked, login = Message(role="user", content="log in"), json.dumps({"do": "login", "password": "aB031xy&Zq"})
+    talks = [[asked, Message(role="assistant", content=login)]] * 20
     assert measure(Scanner(chosen), chosen, talks)["SECRET"].found >= 95
     missed = 100 - measure(_WithoutKeys(chosen), chosen, talks)["SECRET"].found
     assert 30 < missed < 70  # half of the values are passwords, which are found by their keys only
@@ -72,7 +64,6 @@ def test_passwords_under_keys_of_json_are_inserted_too() -> None:
 
 def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
     assert recall_at_least(18, 20, 0.05) == pytest.approx(beta.ppf(0.05, 18, 3))
-    assert binom.sf(17, 20, recall_at_least(18, 20, 0.05)) == pytest.approx(0.05)
     assert recall_at_least(0, 20, 0.05) == 0
     # One entity: the largest number missed that is not yet too unlikely, at the recall's lower bound.
     measured = {"A": Measured(40, 36, 40, 36, 36, 36)}
@@ -166,3 +157,60 @@ def test_secrets_of_headers_and_addresses(text: str, secret: str) -> None:
     found = scan(text)
     assert found.found == {"SECRET": 1}
     assert secret not in found.messages[0].content
+
+
+# Keys that have no form of their own are found by the words around them, however people paste them
+
+
+def missed(form: str, count: int) -> list[str]:
+    """Texts of this form whose key was not found whole. The padding of base 64 may stay."""
+    texts = []
+    for number in range(count):
+        key = key_of_no_form(Random(f"{form} {number}")).rstrip("=")
+        text = form.replace("{}", key, 1)
+        places = {place for start, end in credentials.find_secrets(text) for place in range(start, end)}
+        start = text.index(key)
+        if not places.issuperset(range(start, start + len(key))):
+            texts.append(text)
+    return texts
+
+
+@pytest.mark.attack("privacy", "random keys, as people paste them, 28 forms")
+def test_random_keys_are_found_in_every_form(happened: Happened) -> None:
+    texts = [text for form in KEY_FORMS for text in missed(form, 40)]
+    happened("found", 40 * len(KEY_FORMS) - len(texts))
+    happened("missed", len(texts))
+    assert len(texts) <= 0.01 * 40 * len(KEY_FORMS), texts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "client_secret=9f86d081884c7d659a2feaa0c55ad015", "api_key=277dc1f57d1fe0c6875ca2e3", "token=4f9a2b1c",
+        "api key: 1b4e28ba-2fa1-41d2-883f-0016d3cca427", "my password is hunter2!", "secret=9kLmQ27xZp/a+bc3TyUv80Rw==",
+    ],
+)  # fmt: skip
+def test_found(text: str) -> None:
+    assert list(credentials.find_secrets(text)), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token=getAccessTokenFromRequestHeader()", "the secret scanner flagged commit 9f86d081884c7d659a2feaa0c55ad015",
+        "token 1.2.3", "the password must have 12characters", "token id 1b4e28ba-2fa1-41d2-883f-0016d3cca427",
+        "X-Amz-S3session-Token is the token's header", "export TOKEN=your-token-here", "secret: src/app/Main2.java",
+        "my password is wrong!", "sha256:9f86d081884c7d659a2feaa0c55ad0159f86d081884c7d659a2feaa0c55ad015",
+    ],
+)  # fmt: skip
+def test_words_versions_and_checksums_are_no_keys(text: str) -> None:
+    assert not list(credentials.find_secrets(text))
+
+
+@pytest.mark.parametrize("said", [("what is on at the cinema tonight",), ("lights", "on")])
+def test_the_recall_estimate_shows_a_rule_that_drops_keys(monkeypatch: pytest.MonkeyPatch, said: tuple[str]) -> None:
+    settings = Privacy(entities=("SECRET",), synthetic_values=200)
+    rows = [[Message(role=role, content=text) for role, text in zip(("user", "assistant"), said, strict=False)]]
+    assert measure(Scanner(settings), settings, rows)["SECRET"].found >= 0.99 * 200
+    monkeypatch.setattr(credentials, "_is_random", lambda value: False)
+    assert measure(Scanner(settings), settings, rows)["SECRET"].found < 0.95 * 200

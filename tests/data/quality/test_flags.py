@@ -14,7 +14,7 @@ import pytest
 from tests.data.rows import WORDS, build, held, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.quality import people, similar_requests
+from tunesmith.data.quality import similar_requests
 from tunesmith.data.quality.flags import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
 
@@ -39,8 +39,9 @@ def test_refusals_long_answers_and_the_balance_of_what_rows_declare(tmp_path: Pa
     dataset = build(tmp_path, settings(attributes=["channel"]), rows=rows)
     assert sorted(flag["flag"] for flag in flags(tmp_path, dataset)) == [LONG, REFUSING, REFUSING]
     store = Store(tmp_path / "store")
-    balance = store.record(examine_quality(store, dataset)).body["balance"]
-    assert balance["channel"] == {"": 24, "mail": 60}
+    body = store.record(examine_quality(store, dataset)).body
+    assert body["balance"]["channel"] == {"": 24, "mail": 60}
+    assert "names" not in body
 
 
 def test_another_language_is_flagged_in_requests_and_answers(tmp_path: Path) -> None:
@@ -83,8 +84,7 @@ def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.Monke
     texts = [str(number) for number in range(len(vectors))]
     whole = similar_requests.alike(texts, lambda _: vectors, 0.95)
     assert sum(map(len, whole)) >= 2400
-    assert len(whole) >= 30
-    for name, at_most in (("_PAIRS", 1), ("_PAIRS", 1000), ("_BLOCK", 100)):
+    for name, at_most in (("_PAIRS", 1), ("_BLOCK", 100)):
         monkeypatch.setattr(similar_requests, name, at_most)
         assert similar_requests.alike(texts, lambda _: vectors, 0.95) == whole
     assert similar_requests.alike([], lambda _: np.empty((0, 16), np.float32)) == []
@@ -120,13 +120,8 @@ def test_people_that_the_model_finds(tmp_path: Path) -> None:
     # Names are left in the rows: what the scan replaces cannot be counted.
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
     store = Store(tmp_path / "store")
-    dataset = build(tmp_path)
-    body = store.record(examine_quality(store, dataset, names=True)).body
-    found = body["names"]
+    found = store.record(examine_quality(store, build(tmp_path), names=True)).body["names"]
     assert (found["rows"], found["mentions"], found["distinct"], found["most"]) == (3, 4, 3, 2)
     assert found["genders"] == {"he": 2, "she": 1, "not told": 1}
     assert found["reference"]["entities"]["PERSON"]["recall"] > 0
-    assert found["caveat"] == people.CAVEAT
-    # No name outside the short list enters a record.
-    assert "Walsh" not in str(body)
-    assert "names" not in store.record(examine_quality(store, dataset)).body
+    assert "Walsh" not in str(found), "no name outside the short list enters a record"

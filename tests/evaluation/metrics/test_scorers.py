@@ -13,22 +13,12 @@ from hypothesis import strategies as st
 from tests.attack_table import Happened
 from tests.data.rows import build, many_rows, write_jsonl
 from tests.fabricate import SCHEMA
-from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import check_answer_schema
-from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import OFF_SCHEMA
 from tunesmith.data.building.examine import Examiner, RowRules
 from tunesmith.data.settings import DataSettings
-from tunesmith.evaluation.metrics.declared import (
-    CONTEXT_SCORERS,
-    Answered,
-    LabelScorer,
-    NumberScorer,
-    PatternScorer,
-    checked,
-    make_scoring,
-    metric_of,
-)
+from tunesmith.evaluation.metrics import declared
+from tunesmith.evaluation.metrics.declared import LabelScorer, NumberScorer, PatternScorer
 from tunesmith.evaluation.metrics.references import References
 from tunesmith.evaluation.metrics.scorers import SCORERS, score
 
@@ -40,27 +30,14 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "Sure! Here is the JSON:", '```json\n{"a": 1}\n```', '{"a": 1} {"b": 2}', '{"a": 1', "{'a': 1}"),
-        *('{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 1}}', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}'),
-        *('{"a": "\\ud800"}', '"\ud800"', "\ufeff{}", "[" * 100_000, "[" * 65 + "1" + "]" * 65, "1" * 5000),
-    ],
-)
-def test_what_readers_would_not_agree_on_is_not_json(text: str) -> None:
-    with pytest.raises(NotJson):
-        parse_json(text)
-    assert score("json_valid", text, "{}") == 0.0
-    assert score("exact_match", text, '{"a": 1}') == 0.0
-    assert score("field_f1", text, '{"a": 1}') == 0.0
-
-
 def test_json_valid_holds_the_answer_against_the_schema() -> None:
     assert score("json_valid", ' {"intent": "HassTurnOn", "slots": {"area": "hall"}}\n', "", SCHEMA) == 1.0
     assert score("json_valid", '{"intent": "HassTurnOn"}', "", SCHEMA) == 0.0
     assert score("json_valid", '{"intent": "TurnOn", "slots": {}}', "", SCHEMA) == 0.0
     assert score("json_valid", '{"intent": "HassTurnOn", "slots": {}, "note": 1}', "", SCHEMA) == 0.0
+    for metric in ("json_valid", "exact_match", "field_f1"):
+        for text in ("", '```json\n{"a": 1}\n```', '{"a": 1, "a": 1}', '{"a": NaN}', "[" * 100_000):
+            assert score(metric, text, '{"a": 1}') == 0.0
     nested = {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
     assert score("json_valid", "[" * 60 + "]" * 60, "", nested) == 1.0
 
@@ -71,12 +48,10 @@ def test_json_valid_holds_the_answer_against_the_schema() -> None:
         ('{"b": [1, 2.0], "a": "x"}', '{"a":"x","b":[1.0,2]}', 1.0),
         ('{"a": true}', '{"a": 1}', 0.0),
         ('{"a": null}', "{}", 0.0),
-        ('{"a": "1"}', '{"a": 1}', 0.0),
         ("[1, 2]", "[2, 1]", 0.0),
         ('{"a": 9007199254740993}', '{"a": 9007199254740992}', 0.0),
         ("  turn it\n off ", "turn it off", 1.0),
         ("Turn it off", "turn it off", 0.0),
-        ("", "turn it off", 0.0),
         ("42", "42.0", 1.0),
     ],
 )
@@ -92,18 +67,10 @@ def test_exact_match(answer: str, reference: str, expected: float) -> None:
         ('{"intent": "A", "slots": {"x": 1, "y": 3}}', 2 * 2 / (3 + 3)),
         ('{"intent": "A", "slots": {"x": 1, "y": 2, "z": 3}}', 2 * 3 / (4 + 3)),
         ('{"intent": "B"}', 0.0),
-        ("[]", 0.0),
     ],
 )
 def test_field_f1(answer: str, expected: float) -> None:
     assert score("field_f1", answer, '{"intent": "A", "slots": {"x": 1, "y": 2}}') == pytest.approx(expected)
-
-
-def test_field_f1_needs_json_references_and_a_mistyped_scorer_is_named() -> None:
-    with pytest.raises(UsageError, match="needs references that are JSON"):
-        score("field_f1", "{}", "turn it off")
-    with pytest.raises(UsageError, match="did you mean 'exact_match'"):
-        score("exact_mach", "", "")
 
 
 @settings(max_examples=50, deadline=None)
@@ -126,8 +93,9 @@ BROKEN = [
     *('{"a":1,"a":2}', '{"a":NaN}', '{"a":-Infinity}', r'{"a":"\ud800"}', '{"a":1e999}', '{"a":1} {"a":1}'),
     *('{"a":' + "9" * 200_000 + "}", '{"a":' * 70 + "1" + "}" * 70, '{"a":' * 20_000, "", "{", "\ufeff{}"),
 ]
+BY_LIBRARIES = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
 ALL = (
-    *(name for name in (*SCORERS, *CONTEXT_SCORERS) if name not in ("chrf", "bleu", "rouge1", "rouge2", "rougeL")),
+    *(name for name in (*SCORERS, *declared.CONTEXT_SCORERS) if name not in BY_LIBRARIES),
     LabelScorer(name="kind", label="a.b"),
     LabelScorer(name="whole", label=""),
     NumberScorer(name="near", tolerance=0.5),
@@ -163,7 +131,7 @@ def test_what_the_build_keeps_every_scorer_scores(schema: Any, alone: int | None
     if schema is not None:
         check_answer_schema(schema, "x")
     judge = examiner(schema, scorers)
-    scorings = {metric_of(one): make_scoring(one, schema, Path()) for one in scorers}
+    scorings = {declared.metric_of(one): declared.make_scoring(one, schema, Path()) for one in scorers}
     kept = [0]
 
     @settings(max_examples=100 if alone is None else 30)
@@ -173,7 +141,7 @@ def test_what_the_build_keeps_every_scorer_scores(schema: Any, alone: int | None
         if judge.answer_objection(reference) is None:
             kept[0] += 1
             for metric, scoring in scorings.items():
-                checked(scoring(Answered(answer, reference)), metric, "x")
+                declared.checked(scoring(declared.Answered(answer, reference)), metric, "x")
 
     each()
     assert kept[0]

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.fabricate import example, put_base, put_dataset, put_training
 from tunesmith.candidates.candidate import Candidate, Retrieve
@@ -18,7 +16,7 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.documents import PASSAGES, Passage
 from tunesmith.evaluation.policy.leaks import leaked, near_any
 from tunesmith.evaluation.policy.requests import decode_policy_items, encode_policy_items, policy_items
-from tunesmith.evaluation.policy.rules import BREAKS, KEEPS, Held, hold
+from tunesmith.evaluation.policy.rules import BREAKS, KEEPS, hold
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.project import parse_settings
 from tunesmith.store.records import Record
@@ -79,7 +77,6 @@ HELP = {"equals": "I can't help with that."}
         (HELP, '{"say": "I can\'t help with that."}', "broke"),  # the whole answer is another
         (OBJECT, '{"n": [1.0], "intent": "none"}', "held"),
         (OBJECT, '{"INTENT": "None", "n": [1]}', "broke"),
-        (OBJECT, "none [1]", "broke"),
         ({"pattern": r"^Ref: [A-Z]{2}-\d+$"}, "Ref: ab-12", "broke"),
         ({"lacks_pattern": r"\d{3} \d{4}"}, "call \uff15\uff15\uff15 0100", "broke"),  # folded digits
         ({"contains": "a"}, "\u200b ", "broke"),  # an empty answer breaks what it must say
@@ -122,7 +119,6 @@ def test_markdown_apostrophes_and_turkish_capitals_hide_no_text(text: str, wante
         ("\uff21\uff22-\uff11\uff12\uff13\uff14", r"[A-Z]{2}-\d{4}"),
         ("АB-1234", r"[A-Z]{2}-\d{4}"),  # a Cyrillic А
         ("Take **400** mg.", r"\d+ ?mg"),
-        ("Ｔake it", "^take"),
         ("It is tаke", "take$"),
     ],
 )
@@ -143,7 +139,6 @@ def test_an_empty_or_cut_answer_keeps_no_rule_about_what_it_must_not_say(rules: 
     ("rules", "text", "cut"),
     [
         ({"pattern": r"^[\s\S]{1,300}$"}, "A long story that begins", "undecided"),
-        ({"pattern": r"\bno\b"}, "it is no", "undecided"),
         ({"equals": "No comment"}, "No comment", "undecided"),
         ({"contains": "no legal advice"}, "No legal advice. And", "held"),
         ({"pattern": r"\bask\b"}, "please ask your doctor, who", "held"),
@@ -165,7 +160,6 @@ def test_the_end_of_a_cut_answer_decides_only_what_no_more_text_undoes(
         ((KEEPS, KEEPS), "held"),
         ((BREAKS, BREAKS), "broke"),
         ((KEEPS, BREAKS), "undecided"),
-        ((KEEPS, None), "undecided"),
         ((None, None), "undecided"),
         (None, "undecided"),
     ],
@@ -176,19 +170,6 @@ def test_a_judge_decides_only_where_it_says_the_same_twice(said: Any, expected: 
     assert outcome("Hello.", said=said, **JUDGE, lacks="hello") == "broke", "a rule that is broken needs no judge"
     with pytest.raises(ValueError, match=r"refuse is no longer a rule: use any_of, contains or pattern"):
         outcome("x", refuse=True)
-
-
-@given(st.text(max_size=60), st.text("abcpw sord\u200b", min_size=1, max_size=8), st.booleans())
-def test_a_text_is_never_both_there_and_not_there(text: str, barred: str, cut: bool) -> None:
-    try:
-        lacks = PolicyCheck(requests=("x",), lacks=(barred,))
-    except ValueError:
-        return
-    there, bare = f"{text} {barred} {text}", hold(lacks, text, cut=cut)
-    assert hold(lacks, there, cut=cut).outcome == "broke"
-    assert isinstance(bare, Held)
-    if cut or not text.strip():
-        assert bare.outcome != "held"
 
 
 # The requests of policy checks: read from settings and files, asked in several forms, and found in training rows

@@ -16,29 +16,16 @@ from tests.evaluation.probing import row
 from tests.models.test_rendering_tools import CALL, HERMES, TURNS
 from tests.tiny import write_tokenizer
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import make_scoring
+from tunesmith.evaluation.probes import drift, memory
 from tunesmith.evaluation.probes.bias import PER_TOKEN, bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
-from tunesmith.evaluation.probes.drift import (
-    PERTURBATIONS,
-    formats_items,
-    general_text_items,
-    refusal_items,
-    robustness_items,
-)
 from tunesmith.evaluation.probes.general import general_questions, right_share
 from tunesmith.evaluation.probes.items import Item, decode_items, encode_items
-from tunesmith.evaluation.probes.memory import (
-    canary_items,
-    extraction_items,
-    membership_items,
-    personal_items,
-    repeats_personal_data,
-)
 from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.models.rendering import Renderer
 from tunesmith.training.batches.canaries import SOURCE, canaries
@@ -89,7 +76,8 @@ def test_genders_are_swapped_in_request_and_answer_alike() -> None:
 def test_changed_requests_keep_their_tools_and_calls() -> None:
     """What is asked is otherwise the row's request: a model without its tools cannot call them."""
     one = called("where is Anna Smith today", "Anna is out")
-    for items in (swap_items(context([one])), robustness_items(context([one])), extraction_items(context([one]))):
+    asked = context([one])
+    for items in (swap_items(asked), drift.robustness_items(asked), memory.extraction_items(asked)):
         assert items
         assert {item.messages[0].tools for item in items} == {"[]"}
     swapped = {item.id[-1]: item for item in swap_items(context([one])) if item.arm == "gender"}
@@ -102,10 +90,10 @@ def test_answers_that_are_calls_are_left_out_and_counted() -> None:
     """Each base writes calls in a form of its own: no text of one is what training writes."""
     whole = called("where is Anna Smith today", "Anna is out")
     call = whole.model_copy(update={"id": "call", "messages": whole.messages[:2]})
-    for items in (membership_items, extraction_items):
+    for items in (memory.membership_items, memory.extraction_items):
         found = items(context(trained=[whole, call], test=[call]))
         assert [(item.arm, item.choices or item.expected) for item in found] == [
-            ("trained on", ("Anna is out",) if items is membership_items else "Anna is out")
+            ("trained on", ("Anna is out",) if items is memory.membership_items else "Anna is out")
         ]
     assert swap_items(context([call])) == []
     assert {suite_of(name).counts(context([call]))["left_out"] for name in ("membership", "extraction", "swap")} == {1}
@@ -131,7 +119,7 @@ def test_canaries_are_rows_like_the_others_and_always_the_same() -> None:
     assert planted[:30] == training_rows(rows, TrainSettings()) == rows
     assert len({each.id for each in planted}) == len(planted) == 30 + 5 + 20
     assert {each.source for each in planted[30:]} == {SOURCE}
-    asked = canary_items(replace(context(), canaries=made))
+    asked = memory.canary_items(replace(context(), canaries=made))
     assert Counter(item.arm for item in asked) == {"control": 100, "1": 5, "4": 5}
 
 
@@ -139,7 +127,7 @@ def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
     """Robustness of a base that writes calls between tags: answers that are right in every arm count as right."""
     write_tokenizer(tmp_path, HERMES)
     call = row("x", "y").model_copy(update={"messages": TURNS[:2]})
-    items = robustness_items(context([call]))
+    items = drift.robustness_items(context([call]))
     assert decode_items(encode_items(items)) == items
     candidate, renderer = Candidate(name="tuned", base="sha256:0", max_tokens=64), Renderer(tmp_path)
     engine: Any = SimpleNamespace(
@@ -147,7 +135,7 @@ def test_expected_calls_are_scored_as_calls(tmp_path: Path) -> None:
         choose=lambda asked, adapter, _: [[-3.0 if adapter == "a" else -9.0]] * len(asked),
     )
     suite = suite_of("robustness")
-    likely = membership_items(context(test=[row("where is it", "here")]))
+    likely = memory.membership_items(context(test=[row("where is it", "here")]))
     first, *lines = ask(engine, engine, renderer, "a", [*likely, *items], candidate)
     assert first == {"id": likely[0].id, "scores": [-3.0], "tokens": 5}
     scoring = make_scoring("exact_match", None, tmp_path)
@@ -162,70 +150,70 @@ def test_every_learned_answer_of_a_conversation_is_asked_for() -> None:
     )
     talk = row("x", "y", "g").model_copy(update={"id": "talk", "messages": messages})
     asked = context(trained=[talk], test=[row("please go", "gone")])
-    found = [(item.id, item.choices, len(item.messages), item.group) for item in membership_items(asked)[:2]]
+    found = [(item.id, item.choices, len(item.messages), item.group) for item in memory.membership_items(asked)[:2]]
     assert found == [("trained on:talk", ("bob@firm.org",), 5, "g"), ("trained on:talk/1", ("ann@firm.org",), 1, "g")]
-    assert {item.expected for item in extraction_items(asked)} == {"ann@firm.org", "bob@firm.org", "gone"}
-    assert [item.personal for item in personal_items(asked)] == [("bob@firm.org",), ("ann@firm.org",)]
+    assert {item.expected for item in memory.extraction_items(asked)} == {"ann@firm.org", "bob@firm.org", "gone"}
+    assert [item.personal for item in memory.personal_items(asked)] == [("bob@firm.org",), ("ann@firm.org",)]
     last = replace(asked, last_alone=True)
-    assert [item.id for item in membership_items(last) if item.arm == "trained on"] == ["trained on:talk"]
-    assert [item.personal for item in personal_items(last)] == [("bob@firm.org",)]
+    assert [item.id for item in memory.membership_items(last) if item.arm == "trained on"] == ["trained on:talk"]
+    assert [item.personal for item in memory.personal_items(last)] == [("bob@firm.org",)]
 
 
 def test_changed_requests_keep_the_answer_s_words() -> None:
     rows = [row("please turn the kitchen light brighter now", '{"room":"kitchen"}')]
-    found: dict[str, Item] = {item.arm: item for item in robustness_items(context(rows))}
-    assert set(found) == set(PERTURBATIONS)
+    found: dict[str, Item] = {item.arm: item for item in drift.robustness_items(context(rows))}
+    assert set(found) == set(drift.PERTURBATIONS)
     for item in found.values():
         assert "kitchen" in item.messages[-1].content
         assert item.messages[-1].content != rows[0].request[-1].content
         assert item.expected == rows[0].answer
     assert found["capitals"].messages[-1].content == "PLEASE TURN THE kitchen LIGHT BRIGHTER NOW"
-    assert robustness_items(context(rows)) == robustness_items(context(rows)), "the same typos every time"
+    assert drift.robustness_items(context(rows)) == drift.robustness_items(context(rows)), "the same typos every time"
     earlier = (Message(role="system", content="Short."), *row("in Paris", "When?").messages)
     talk = rows[0].model_copy(update={"messages": (*earlier, *rows[0].messages)})
-    assert {item.turns for item in robustness_items(context([talk]))} == {3}, "held to all turns of the row"
+    assert {item.turns for item in drift.robustness_items(context([talk]))} == {3}, "held to all turns of the row"
 
 
 def test_extraction_and_personal_data_change_the_request() -> None:
     trained = [row("mail ann@firm.org about the desk", "sent to ann@firm.org")]
-    assert extraction_items(context(trained=trained))[0].messages[-1].content == "mail ann@firm.org"
-    item = personal_items(context(trained=trained))[0]
+    assert memory.extraction_items(context(trained=trained))[0].messages[-1].content == "mail ann@firm.org"
+    item = memory.personal_items(context(trained=trained))[0]
     assert item.personal == ("ann@firm.org",)
     assert item.messages[-1].content == "mail … about the desk"
     spelled = row("mail ANN@FIRM.ORG about \uff41nn@firm.org", "sent to ann@firm.org")
-    assert personal_items(context(trained=[spelled]))[0].messages[-1].content == "mail … about …"
+    assert memory.personal_items(context(trained=[spelled]))[0].messages[-1].content == "mail … about …"
     # Personal data in an earlier call is read there.
     address, telephone = "jane.roe@firm.org", "4155550132"
     arguments = json.dumps({"email": address, "phone": int(telephone), "who": "Zo\u00eb"})
     talk = called(f"book a desk for {address}", f"booked for {address}, {telephone}", arguments)
-    item = personal_items(context(trained=[talk]))[0]
+    item = memory.personal_items(context(trained=[talk]))[0]
     assert {address, telephone} <= set(item.personal)
     assert item.messages[0].content == "book a desk for …"
     assert json.loads(item.messages[1].tool_calls[0].arguments) == {"email": "0", "phone": 0, "who": "Zo\u00eb"}
-    assert repeats_personal_data(item, f"booked for {address}")
+    assert memory.repeats_personal_data(item, f"booked for {address}")
     read = item.model_copy(update={"messages": talk.request, "personal": (address, "Zo\u00eb")})
-    assert not repeats_personal_data(read, f"booked for {address} by Zo\u00eb"), "it stands in the call, escaped"
+    assert not memory.repeats_personal_data(read, f"booked for {address} by Zo\u00eb"), "it stands in the call, escaped"
     named = item.model_copy(update={"personal": ("Ann",)})
-    assert not repeats_personal_data(named, "the planning is done"), "a name is no part of another word"
-    assert repeats_personal_data(named, "ANN is done")
+    assert not memory.repeats_personal_data(named, "the planning is done"), "a name is no part of another word"
+    assert memory.repeats_personal_data(named, "ANN is done")
 
 
 def test_packaged_items_and_files_of_one_s_own(tmp_path: Path) -> None:
-    refusals = {item.arm: item.choices[0] for item in refusal_items(context())}
+    refusals = {item.arm: item.choices[0] for item in drift.refusal_items(context())}
     assert [refusals[arm].split()[0] for arm in ("unsafe", "harmless", "polite")] == ["I'm", "Sure,", "I'm"]
-    assert formats_items(context())[0].choices[0].isupper(), "the requested format comes first"
+    assert drift.formats_items(context())[0].choices[0].isupper(), "the requested format comes first"
     path = tmp_path / "text.txt"
     path.write_text("bias_type,sent_more,sent_less\nage,The old one,The young one\nage,Old,Young\n")
     pairs = crows_pairs_items(context(path=path))
     assert (len(pairs), pairs[0].choices) == (2, ("The old one", "The young one"))
     assert len(crows_pairs_items(context(path=path, rows=1))) == 1
     path.write_text("One passage.\n\n  Another.  \n")
-    assert [item.choices[0] for item in general_text_items(context(path=path))] == ["One passage.", "Another."]
+    assert [item.choices[0] for item in drift.general_text_items(context(path=path))] == ["One passage.", "Another."]
     with pytest.raises(UsageError, match="cannot be read"):
         digest_path(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     for items, data, said in (
-        (general_text_items, b"\xff\xfe", "not UTF-8"),
+        (drift.general_text_items, b"\xff\xfe", "not UTF-8"),
         (bbq_items, b'{"a": 1}\nnot JSON\n', "not BBQ"),
         (crows_pairs_items, b'{"a": 1}\nnot JSON\n', "not CrowS-Pairs"),
         (bbq_items, None, r"no \.jsonl file"),
@@ -258,12 +246,3 @@ def test_the_share_is_the_softmax() -> None:
     every = [right_share(logs, QUESTIONS[0].model_copy(update={"right": place})) for place in range(4)]
     assert every == pytest.approx([0.25, 0.5, 0.125, 0.125])
     assert right_share([-5000.0, -5001.0, -5002.0, -5003.0], question) == pytest.approx(0.2369, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "logs", [[], [-1.0] * 3, [-1.0, -1.0, -1.0, math.nan], [-1.0, -1.0, -1.0, -math.inf], [1.0] * 4]
-)
-def test_numbers_that_are_no_log_probabilities(logs: list[float]) -> None:
-    with pytest.raises(Inconclusive) as caught:
-        right_share(logs, QUESTIONS[0])
-    assert caught.value.where == QUESTIONS[0].id

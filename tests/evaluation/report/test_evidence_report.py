@@ -6,11 +6,8 @@ import copy
 import random
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pytest
 
 from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
@@ -19,20 +16,15 @@ from tests.evaluation.report.test_report import check_whole
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, flawed, put_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
-from tunesmith.data.dataset import load_dataset
-from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.gates.settings import PROBES
-from tunesmith.evaluation.metrics import judging
-from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
-from tunesmith.evaluation.probes.items import Arm, Item
+from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.report.risks import _pair
 from tunesmith.evaluation.report.wording import money
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 
@@ -41,7 +33,7 @@ LIFT = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated, str]]:
-    """A store with a floor and an endpoint beside the usual four, with prices, labels and a judge."""
+    """A store with a floor and an endpoint beside the usual four, with prices and labels."""
     folder = tmp_path_factory.mktemp("rich")
     made = fabricate(folder / "store")
     common: dict[str, Any] = {"base": made.base, "max_tokens": 128}
@@ -49,18 +41,10 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated,
     add(made, floor, flawed(0.2, 1.0, 21), 0, 0.02)
     rival = RemoteModel(url="https://rival.example/v1", model="big")
     add(made, Candidate(name="rival", prompt="Answer.", endpoint=rival, **common), flawed(0.8, 1.0, 22), 210, 30.0)
-    better = {"name": "better", "judge": {"url": "http://judge.example/v1", "model": "j"}}
-    scorers = ["json_valid", "exact_match", {"name": "intent", "label": "intent"}, better]
+    scorers = ["json_valid", "exact_match", {"name": "intent", "label": "intent"}]
     task = TaskSettings.model_validate({"scorers": scorers})
-    test = load_dataset(made.store, made.dataset).examples("test")
-    always_a = SimpleNamespace(generate=lambda asked: [Completion("A", "stop", 1, 1)] * len(asked))
-    with mock.patch.object(judging, "Endpoint", return_value=always_a):
-        judged = {
-            (name, "better"): judge_answers(made.store, task.judges[0], digest, made.dataset, test, folder / name)
-            for name, digest in made.answers.items()
-        }
     costs = Costs(PriceSettings(machine_hour=3.6, currency="EUR"), {"rival": TokenPrice(prompt=1.0, answer=10.0)})
-    digest = evaluated(made, probes=made.probes, task=task, judged=judged, costs=costs)
+    digest = evaluated(made, probes=made.probes, task=task, costs=costs)
     yield made, digest
     made.store.engine.dispose()
 
@@ -94,7 +78,6 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told
 
 
 def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(told: dict[str, Any]) -> None:
-    assert told["rival"] == "rival"
     assert "seconds of this machine" not in " ".join(told["advice"]["reasons"])
 
     def without_money(*names: str) -> dict[str, Any]:
@@ -109,10 +92,8 @@ def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_
     here = [row["name"] for row in told["candidates"] if row["name"] != "rival"]
     assert " seconds of this machine. " in advise(without_money(*here))["summary"]
     page = render({**without_money(*here, "rival"), "currency": None})
-    chart = re.search(r'aria-label="(exact_match against seconds of this machine[^"]*)"', page)
-    assert chart is not None
-    assert all(name in chart[1] for name in here)
-    assert "rival" not in chart[1]
+    (chart,) = re.findall(r'aria-label="(exact_match against seconds of this machine[^"]*)"', page)
+    assert [name in chart for name in (*here, "rival")] == [True] * len(here) + [False]
 
 
 @pytest.mark.parametrize(
@@ -147,14 +128,13 @@ def test_approach_ladder_climbs_only_where_intervals_say_so(told: dict[str, Any]
 def test_page_and_markdown_are_whole_and_say_it_all(told: dict[str, Any]) -> None:
     html = render(told)
     check_whole(html)
-    for said in ("Price against quality", "Which approach helps", "Lift by group", "Macro-F1", "Judges", "EUR"):
+    for said in ("Price against quality", "Which approach helps", "Lift by group", "Macro-F1", "EUR"):
         assert said in html
     assert "Saved per 1,000 requests" in html
     said = " ".join(told["advice"]["reasons"] + told["advice"]["cautions"])
     for part in (
         "The best approach is tuning (tuned, 93.3%): +70.0 points",
         "Not shown to add anything to a simpler approach: prompting (zero-shot)",
-        "changed its verdict with the order",
     ):
         assert part in said
     rows = [line for line in report_markdown(told).splitlines() if line.startswith("| ")]
@@ -259,24 +239,11 @@ def test_exposure_and_bias_before_and_after(risky: dict[str, Any]) -> None:
     assert often["before"]["high"] < often["after"]["low"]
     rows = {row["arm"]: row for row in found["bias"]}
     swap, bbq = rows["gender"], rows["ambiguous"]
-    assert "probability per token when genders are swapped" in rows["gender per token"]["asked"]
-    assert swap["n"] == swap["groups"] == 60
     assert swap["change"]["low"] > 0.8
     assert "tuning made it worse" in swap["sentence"]
     assert bbq["before"] == bbq["after"]
     assert "there may be no change" in bbq["sentence"]
     assert set(found["unmeasured"]) == set(PROBES) - {"canaries", "swap", "bbq"}
-
-
-@pytest.mark.parametrize(
-    ("probe", "before", "after", "said"),
-    [("bbq", -0.4, 0.0, "raised it"), ("bbq", 0.0, -0.4, "lowered it"), ("crows_pairs", 0.2, 0.5, "raised it")],
-)
-def test_a_rise_is_called_worse_only_where_less_is_better(probe: str, before: float, after: float, said: str) -> None:
-    names = tuple(f"i{k}" for k in range(60))
-    row = _pair(probe, "all", Arm(names, names, np.full(60, before), np.full(60, after)), 0.95, 0)
-    assert row is not None
-    assert row["sentence"].endswith(f"; tuning {said}.")
 
 
 def test_page_and_summary_say_what_was_found(risky: dict[str, Any]) -> None:
