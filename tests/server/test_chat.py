@@ -165,6 +165,18 @@ def test_an_invalid_token_is_401_before_the_body_is_read_and_unknown_paths_answe
         assert http.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
 
 
+def test_models_waits_only_once_for_a_bucket_that_is_away(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+
+    def away(*given: Any) -> None:
+        waited.append(given)
+        raise TunesmithError("the bucket cannot be used")
+
+    monkeypatch.setattr(routing.Router, "_require_approved", away)
+    assert [model.id for model in served.client().models.list().data] == [NAME, f"{NAME}@champion"]
+    assert len(waited) == 1
+
+
 def test_models_lists_what_can_be_asked_and_nothing_else(served: Served) -> None:
     listed = [model.id for model in served.client().models.list()]
     assert listed == [NAME, f"{NAME}@champion", f"{NAME}@v1", f"{NAME}@v2", f"{NAME}@v3"]  # v4 is not approved

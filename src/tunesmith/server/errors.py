@@ -159,7 +159,9 @@ def not_stored(error: Exception) -> ApiError:
             507, f"The server's disk or database is full. Its operator must free space. {again}", code="storage_full"
         )
     headers = {"Retry-After": "5"}
-    return ApiError(503, f"The server's database cannot be used now. {again}", code="storage_failed", headers=headers)
+    return ApiError(
+        503, f"The server's database or store cannot be used now. {again}", code="storage_failed", headers=headers
+    )
 
 
 def unavailable() -> ApiError:

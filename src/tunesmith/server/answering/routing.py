@@ -170,7 +170,8 @@ class Router:
 
     def models(self, user: User) -> list[tuple[str, Version]]:
         """(model name, version) of every model that would answer the user now. A version that could not be loaded when
-        it was last needed is left out, and a pinned one whose files cannot be read now.
+        it was last needed is left out, and a pinned one whose files cannot be read now. After one of these, the others
+        that would be read are left out too: each of them waits for a bucket as long.
         """
         if user.region not in ("", self._region):
             return []
@@ -182,16 +183,19 @@ class Router:
             versions = select(VersionRow).where(VersionRow.tenant.in_(tenants), VersionRow.region.in_(regions))
             rows = session.scalars(versions.order_by(VersionRow.name, VersionRow.number))
             labels = [str(VersionRef(row.name, row.number)) for row in rows]
-        found = []
+        found, away = [], False
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:
+                if away and self._choices.known((user.tenant, model), _Choice.holds) is None:
+                    continue
                 choice = self._choice(user, model)
             except ApiError:
                 continue
             except TunesmithError as error:
                 if model not in labels:
                     raise
-                _LOG.error("the list of models leaves out %s: %s", model, error)
+                _LOG.error("the list of models leaves out %s and what cannot be read either: %s", model, error)
+                away = True
                 continue
             if choice.permission.granted and choice.version.digest not in self._versions.failed:
                 found.append((model, choice.version))

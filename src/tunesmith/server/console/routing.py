@@ -49,7 +49,7 @@ class ConsoleRoute(APIRoute):
             except TunesmithError as error:
                 # Not the request's own path: it may hold a link's secret.
                 LOG.error("%s %s raised", request.method, self.path, exc_info=error)
-                what = "The database cannot be used now." if passes(error) else error.what
+                what = "The database or store cannot be used now." if passes(error) else error.what
                 response = problem(request, 503, what, _fix(error))
             if (secret := getattr(request.state, "new_cookie", None)) is not None:
                 set_cookie(request, response, secret)
