@@ -1,9 +1,13 @@
-"""The device that computes, the engines that train and answer on it, and what doctor says of it."""
+"""The device that computes, the engines that train and answer on it, workers of Ray, and what doctor says of it."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +18,26 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from tests.hf_models import base_of_family
+from tests.said import Said
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.core.system import memory
-from tunesmith.engines import device, factory
+from tunesmith.engines import device, factory, on_ray
 from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present, stated_peak
+from tunesmith.engines.factory import open_engine
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.settings import EngineSettings, VllmSettings, WeightSettings
+from tunesmith.engines.on_ray import RayEngine
+from tunesmith.engines.protocol import Generation, Question
+from tunesmith.engines.settings import EngineSettings, RaySettings, VllmSettings, WeightSettings
+from tunesmith.models.base import Base
 from tunesmith.project import ProjectSettings, parse_settings
 from tunesmith.services.doctor import examine, examine_gpu
 from tunesmith.training import gpu_step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.gpu_step import Figure, compare_step
+from tunesmith.training.launchers.on_ray import _fit, _Written
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import Trainer
 
@@ -66,30 +77,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         computing_device.__wrapped__()
 
 
-def test_a_base_that_does_not_fit_is_refused_with_what_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = base_of_family(tmp_path, "gpt2")
-
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(Refused, match="weights do not fit into the memory of cpu: CUDA out of memory") as refused:
-        HFModel(base)
-    assert "quantize: 4bit" in str(refused.value.fix)
-
-
-def test_memory_that_is_full_during_a_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_memory_is_told_with_what_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of_family(tmp_path, "gpt2")
     trained = LoadedHFModel(base).trainable(WeightSettings(rank=2), seed=1, state_bytes=16)
     trainer = Trainer(trained, [[]], TrainSettings(learning_rate=0.01), Checkpoints(tmp_path / "work", {}))
 
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
 
     monkeypatch.setattr(trainer, "compute", full)
     with pytest.raises(TunesmithError, match="memory is full at step 1 of 1: CUDA out of memory") as raised:
         trainer.run()
     assert "recompute: true" in str(raised.value.fix)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(Refused, match="weights do not fit into the memory of cpu: CUDA out of memory") as refused:
+        HFModel(base)
+    assert "quantize: 4bit" in str(refused.value.fix)
 
 
 def test_doctor_lists_gpus_with_driver_and_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,39 +160,33 @@ def test_it_says_what_differs_and_by_how_much(
 
 
 FOUR_BITS = {"quantize": "4bit"}
+Engines = tuple[str, str]  # what trains, what answers
 
 
 @pytest.mark.parametrize(
-    ("family", "train", "weights", "ranks", "gpu", "trains", "answers"),
+    ("family", "train", "weights", "ranks", "gpu", "expected"),
     [
-        ("llama", "auto", {}, 1, False, "native", "native"),
-        ("llama", "auto", {}, 1, True, "hf", "hf"),
-        ("llama", "auto", FOUR_BITS, 1, False, "hf", "native"),
-        ("llama", "auto", {"dora": True}, 1, False, "hf", "native"),
-        ("llama", "auto", {"precision": "fp32"}, 1, False, "hf", "native"),
-        ("llama", "native", {"precision": "bf16"}, 1, False, "native", "native"),
-        ("llama", "auto", {"start": "pissa"}, 1, False, "hf", "native"),
-        ("llama", "auto", {}, 2, False, "hf", "native"),
-        ("gpt2", "auto", {}, 1, False, "hf", "hf"),
-        ("llama", "hf", {}, 1, False, "hf", "native"),
-        ("llama", "hf", {}, 1, True, "hf", "hf"),
-        ("llama", "native", {}, 1, True, "native", "native"),
+        ("llama", "auto", {}, 1, False, ("native", "native")),
+        ("llama", "auto", {}, 1, True, ("hf", "hf")),
+        ("llama", "auto", FOUR_BITS, 1, False, ("hf", "native")),
+        ("llama", "auto", {"dora": True}, 1, False, ("hf", "native")),
+        ("llama", "auto", {"precision": "fp32"}, 1, False, ("hf", "native")),
+        ("llama", "native", {"precision": "bf16"}, 1, False, ("native", "native")),
+        ("llama", "auto", {"start": "pissa"}, 1, False, ("hf", "native")),
+        ("llama", "auto", {}, 2, False, ("hf", "native")),
+        ("gpt2", "auto", {}, 1, False, ("hf", "hf")),
+        ("llama", "hf", {}, 1, False, ("hf", "native")),
+        ("llama", "hf", {}, 1, True, ("hf", "hf")),
+        ("llama", "native", {}, 1, True, ("native", "native")),
     ],
 )
 def test_settings_family_and_gpu_choose(
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
-    train: Any,
-    weights: dict[str, Any],
-    ranks: int,
-    gpu: bool,
-    trains: str,
-    answers: str,
+    monkeypatch: pytest.MonkeyPatch, family: str, train: Any, weights: Any, ranks: int, gpu: bool, expected: Engines
 ) -> None:
     monkeypatch.setattr(factory, "gpu_present", lambda: gpu)
     settings = EngineSettings(train=train)
-    assert factory.training_engine(family, WeightSettings(**weights), settings, ranks=ranks) == trains
-    assert factory.answering_engine(family, settings) == answers
+    trains = factory.training_engine(family, WeightSettings(**weights), settings, ranks=ranks)
+    assert (trains, factory.answering_engine(family, settings)) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,20 +217,6 @@ def test_a_server_and_the_training_engine_are_set_in_one_place() -> None:
     assert _parsed("engine: {train: hf}").server is None
 
 
-@pytest.mark.parametrize(
-    ("engine", "said"),
-    [
-        ("{train: cuda}", "'auto', 'native' or 'hf'"),
-        ("{trian: hf}", "did you mean 'train'"),
-        ("{train: hf, kind: vllm}", "give one of url"),
-        ('{kind: vllm, ulr: "http://127.0.0.1:1"}', "did you mean 'url'"),
-    ],
-)
-def test_mistakes_are_refused_by_name(engine: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        _parsed(f"engine: {engine}")
-
-
 def test_on_a_ray_cluster_the_workers_resources_say_whether_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's own machine does not."""
     flash = WeightSettings(attention="flash_attention_2")
@@ -248,3 +231,149 @@ def test_on_a_ray_cluster_the_workers_resources_say_whether_there_is_a_gpu(monke
             factory.check_weight_settings("gpt2", flash, "train", on_cpus)
         with pytest.raises(UsageError, match="needs flash_attn, which is not installed"):
             factory.check_weight_settings("gpt2", flash, "train", on_gpus)
+
+
+# Requests shared over workers of Ray, with a stand-in for Ray. A real cluster: tests/pipeline/test_together.py
+
+
+class _Lost(Exception):
+    """What Ray raises for a worker that ended."""
+
+
+class _TaskFailed(_Lost):
+    """What Ray raises for an error in a worker."""
+
+
+class _StandIn:
+    """Runs workers in this process. dies: the numbers of the calls during which the worker ends."""
+
+    exceptions = SimpleNamespace(RayError=_Lost, RayTaskError=_TaskFailed)
+
+    def __init__(self, dies: frozenset[int] = frozenset()) -> None:
+        self.dies, self.calls, self.started, self.ended = dies, 0, 0, 0
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4.0}
+
+    def nodes(self) -> list[str]:
+        return ["this machine"]
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references[-1:], references[:-1]  # the newest first, so that answers come out of order
+
+    def get(self, reference: Any) -> Any:
+        return reference() if callable(reference) else reference
+
+    def kill(self, _worker: Any) -> None:
+        self.ended += 1
+
+    def remote(self, kind: type) -> Any:
+        def start() -> Any:
+            self.started += 1
+            worker = kind()
+            return SimpleNamespace(load=self._method(worker.load), answer=self._method(worker.answer))
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def _method(self, method: Callable[..., Any]) -> Any:
+        def call(*given: Any) -> Callable[[], Any]:
+            self.calls += 1
+            number = self.calls
+
+            def result() -> Any:
+                if number in self.dies:
+                    raise _Lost
+                return method(*given)
+
+            return result
+
+        return SimpleNamespace(remote=call)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Base:
+    return base_of_family(tmp_path, "llama")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[_StandIn], _StandIn]:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a worker sets it
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def use(ray: _StandIn) -> _StandIn:
+        monkeypatch.setattr(on_ray, "connected", lambda *_: nullcontext(ray))
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        return ray
+
+    return use
+
+
+def _requests(count: int) -> list[Generation]:
+    texts = [f"turn on light {number}" for number in range(count)]
+    return [Generation((Message(role="user", content=text),), max_tokens=4) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "dies", [frozenset[int](), frozenset({2}), frozenset({4, 5})], ids=["none", "loads", "answers"]
+)
+def test_the_answers_of_this_process_in_their_order(
+    base: Base, cluster: Callable[[_StandIn], _StandIn], dies: frozenset[int]
+) -> None:
+    ray, heard, here = cluster(_StandIn(dies)), Said(), open_engine(base)
+    engine = RayEngine(base, "native", RaySettings(workers=2), heard)
+    requests = _requests(9)
+    assert engine.generate(requests) == here.generate(requests)
+    assert list(engine.stream(requests[0]))[-1] == here.generate(requests[:1])[0]
+    questions = [Question(request.messages, ("yes", "no")) for request in requests]
+    for ours, theirs in zip(engine.choose(questions), here.choose(questions), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ray.started == 2 + len(dies)
+    assert len(heard.lines) == len(dies)
+
+
+def test_workers_that_keep_ending_are_given_up(base: Base, cluster: Callable[[_StandIn], _StandIn]) -> None:
+    cluster(_StandIn(frozenset(range(100))))
+    with pytest.raises(Refused, match="5 workers with 1 CPU each, and the Ray cluster has 4 CPU"):
+        RayEngine(base, "native", RaySettings(workers=5)).generate(_requests(1))
+    with pytest.raises(TunesmithError, match="4 workers that answer ended"):
+        RayEngine(base, "native", RaySettings(workers=2)).generate(_requests(4))
+
+
+def test_a_request_that_cannot_be_answered(base: Base, cluster: Callable[[_StandIn], _StandIn]) -> None:
+    """As in this process; the workers end, and the next call starts others."""
+    ray = cluster(_StandIn())
+    engine = RayEngine(base, "native", RaySettings(workers=2))
+    long = Generation((Message(role="user", content="light " * 2000),), max_tokens=4)
+    with pytest.raises(UsageError):
+        engine.generate([*_requests(3), long])
+    assert len(engine.generate(_requests(2))) == 2
+    assert ray.started == 4
+    engine.release()
+    with pytest.raises(Refused, match="not loaded"):
+        engine.generate(_requests(1), "unknown")
+
+
+# The command that trains on a Ray cluster, while it waits
+
+
+def test_it_shows_what_rank_0_says_and_an_error_of_it_ends_the_wait(tmp_path: Path) -> None:
+    """The other ranks would wait for rank 0, and Ray for them."""
+    never, heard = threading.Event(), Said()
+
+    def fit() -> SimpleNamespace:
+        _Written(tmp_path / "progress.txt").say("step 1")
+        return SimpleNamespace(return_value="sha256:1")
+
+    def fail() -> None:
+        error = Refused("the loss is not a number", where="step 3", fix="lower the rate")
+        (tmp_path / "failed.json").write_text(json.dumps(error.as_json()["error"]))
+        never.wait()
+
+    assert (_fit(SimpleNamespace(fit=fit), tmp_path, heard), heard.lines) == ("sha256:1", ["step 1"])
+    with pytest.raises(Refused, match="not a number") as raised:
+        _fit(SimpleNamespace(fit=fail), tmp_path, heard)
+    assert (raised.value.where, raised.value.fix) == ("step 3", "lower the rate")
+    never.set()

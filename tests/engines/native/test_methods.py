@@ -1,42 +1,32 @@
-"""Kinds of LoRA, gradient accumulation, best weights and early stopping; adapters as PEFT reads them."""
+"""Native trainings: accumulation, best weights, early stopping, how rows are laid out, and the arithmetic."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
-from safetensors.torch import load
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load, load_file
+from transformers import get_scheduler
 
-from tests.hf_models import change_adapter
 from tests.said import Said
-from tests.tiny import row, write_model
-from tests.trained import (
-    base_of,
-    fit,
-    gradients,
-    lora_model,
-    saved,
-    set_low_rank,
-    validation_loss,
-)
-from tunesmith.core.errors import UsageError
+from tests.tiny import TILED, row, write_model
+from tests.trained import fit, full_model, gradients, lora_model, saved, set_low_rank, validation_loss
+from tunesmith.core.errors import Refused
+from tunesmith.core.system import memory
 from tunesmith.engines.batch import Batch, computed_tokens, label_count, lay_out
-from tunesmith.engines.hf.loaded import LoadedHFModel
-from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
-from tunesmith.engines.native.network.attention import shared_prefix_attention
-from tunesmith.engines.native.network.network import forward, logits
+from tunesmith.engines.native.adapters import lora as lora_module
+from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.models.weight_files import read_adapter_file
-from tunesmith.training.batches.batch_plan import lay_out_step, plan
+from tunesmith.training.batches.batch_plan import lay_out_step, lay_out_validation, plan
 from tunesmith.training.estimates.estimate import trial_step
 from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.schedule import learning_rate
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
 
@@ -52,60 +42,6 @@ def folder(tmp_path: Path) -> Path:
 def rows(folder: Path) -> list[Rendered]:
     renderer = Renderer(folder)
     return [renderer.conversation(messages) for messages in ROWS]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"targets": ("q_proj", "v_proj", "down_proj")},
-        {"layers": 2, "targets": ("v_proj", "down_proj"), "scaling": "root", "alpha": 3.0},
-        {"layers": 1},
-    ],
-)
-def test_peft_reads_every_kind_of_adapter(tmp_path: Path, folder: Path, rows: list[Rendered], settings: dict) -> None:
-    network, base = load_network(folder, torch.float32), base_of(folder)
-    lora = lora_model(network, TrainSettings(rank=4, **settings), base)
-    set_low_rank(lora, 0.3)
-    path = saved(lora, tmp_path / "adapter")
-    facts = read_adapter_file(path, base=base.digest, fingerprint=base.fingerprint)
-    assert facts.parameters == lora.trained_numbers
-    batch = lay_out(rows[:1])
-    with torch.no_grad():
-        hidden = forward(network, batch.ids, lora.linear(), shared_prefix_attention(batch, network))
-    _serves_as_peft(folder, path, batch, hidden)
-    again, made = read_adapter(path, network, base), lora.adapter()
-    assert again.config == made.config
-    for place, value in made.a.items():
-        assert torch.equal(again.a[place], value)
-        assert torch.equal(again.b[place], made.b[place])
-
-
-def _serves_as_peft(folder: Path, path: Path, batch: Batch, hidden: torch.Tensor | None = None) -> None:
-    """The network gives an adapter's logits as PEFT does. hidden: what the training computed."""
-    network, base = load_network(folder, torch.float32), base_of(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        linear = adapted_linear(network, read_adapter(path, network, base))
-        served = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
-        without = plain(batch.ids[None]).logits[0]
-        expected = PeftModel.from_pretrained(plain, str(path))(batch.ids[None]).logits[0]
-    torch.testing.assert_close(logits(network, served), expected, rtol=1e-4, atol=2e-4)
-    assert (expected - without).abs().max() > 0.05, "the adapter changes something"
-    if hidden is not None:
-        torch.testing.assert_close(served, hidden, rtol=1e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [("llama", {"dora": True, "targets": ("q_proj", "up_proj")}), ("qwen2", {"dora": True, "start": "pissa"})],
-)
-def test_what_hf_trained_is_served(tmp_path: Path, family: str, settings: dict) -> None:
-    """DoRA and PiSSA, which the native engine does not train; qwen2 has biases, which magnitudes leave alone."""
-    folder = write_model(tmp_path / "m", family)
-    trained = LoadedHFModel(base_of(folder)).trainable(WeightSettings(rank=4, **settings), seed=0, state_bytes=16)
-    change_adapter(trained)
-    batch = lay_out([Renderer(folder).conversation(ROWS[0])])
-    _serves_as_peft(folder, saved(trained, tmp_path / "adapter"), batch)
 
 
 def test_accumulated_gradients_equal_the_whole_steps(folder: Path, rows: list[Rendered]) -> None:
@@ -129,11 +65,11 @@ def test_accumulated_gradients_equal_the_whole_steps(folder: Path, rows: list[Re
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(64, 200))
 def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], tokens: int) -> None:
     rows = [Rendered((7, 8, 9, *range(100, 100 + n)), (False,) * 3 + (True,) * n) for n in lengths]
-    parts = lay_out_step(rows, tokens)
-    labels = [label for part in parts for label in part.labels.tolist()]
-    assert sorted(labels) == sorted(100 + place for n in lengths for place in range(n))
-    for part in parts:
-        assert part.tokens <= tokens or len(part.lengths) == 1
+    for parts in (lay_out_step(rows, tokens), lay_out_validation(rows, TrainSettings(batch=60, tokens=tokens))):
+        labels = [label for part in parts for label in part.labels.tolist()]
+        assert sorted(labels) == sorted(100 + place for n in lengths for place in range(n))
+        for part in parts:
+            assert part.tokens <= tokens or len(part.lengths) == 1
 
 
 def test_trial_step_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
@@ -211,25 +147,6 @@ def test_rise_with_the_training_loss_is_not_overfitting() -> None:
     assert not course([], []).overfitting
 
 
-def test_b_rate_moves_b_only(folder: Path, rows: list[Rendered], tmp_path: Path) -> None:
-    network = load_network(folder, torch.float32)
-    moved = []
-    for rate in (1.0, 4.0):
-        settings = TrainSettings(rank=4, epochs=1, learning_rate=1e-3, warmup=0.0, b_rate=rate, clip=100.0, keep="last")
-        lora = lora_model(network, settings)
-        before = [master.clone() for master in lora.masters]
-        fit(lora, [[lay_out(rows)]], [], settings, tmp_path / f"{rate}")
-        moved.append([(new - old).abs().max() for new, old in zip(lora.masters, before, strict=True)])
-    assert float(moved[1][1] / moved[0][1]) == pytest.approx(4.0, rel=1e-3)
-    assert float(moved[1][0]) == pytest.approx(float(moved[0][0]), abs=1e-6)
-
-
-def test_unknown_target_is_refused(folder: Path) -> None:
-    for targets in (("c_attn",), ("q_proj", "c_attn")):
-        with pytest.raises(UsageError, match="no linear layer called 'c_attn'"):
-            lora_model(load_network(folder, torch.float32), TrainSettings(targets=targets))
-
-
 # How rows are laid end to end: what is read stays as it is, what is computed has few shapes
 
 
@@ -248,6 +165,7 @@ def _batches(draw: st.DrawFn) -> list[Rendered]:
 def test_every_label_is_predicted_from_its_row(rows: list[Rendered]) -> None:
     batch = lay_out(rows)
     assert batch.tokens == computed_tokens(rows) == batch.prefix + sum(batch.lengths)
+    assert max(batch.lengths) % 4 == 0, "so that many lengths give few shapes"
     start, seen = batch.prefix, 0
     for one, length in zip(rows, batch.lengths, strict=True):
         whole = [*batch.ids[: batch.prefix].tolist(), *batch.ids[start : start + length].tolist()]
@@ -262,7 +180,7 @@ def test_every_label_is_predicted_from_its_row(rows: list[Rendered]) -> None:
 
 
 def test_plan_is_a_function_of_seed_and_epoch() -> None:
-    many = [_row(length) for length in range(20, 50)]
+    many = [Rendered(tuple(range(length)), (False, *(True,) * (length - 1))) for length in range(20, 50)]
     first = plan(many, 4, seed=1, epoch=0)
     assert first == plan(many, 4, seed=1, epoch=0)
     assert first != plan(many, 4, seed=1, epoch=1)
@@ -270,15 +188,165 @@ def test_plan_is_a_function_of_seed_and_epoch() -> None:
     assert sorted(place for batch in first for place in batch) == list(range(30))
 
 
-def test_many_lengths_give_few_shapes() -> None:
-    made = [_row(length) for length in range(20, 200)]
-    batches = [lay_out(made[start : start + 16]) for start in range(len(made) - 16)]
-    assert len({max(batch.lengths) for batch in batches}) <= 24
-    assert len({batch.tokens for batch in batches}) <= 26
-    bare = [sum(len(row.ids) - 1 for row in made[start : start + 16]) for start in range(len(made) - 16)]
-    assert sum(batch.tokens for batch in batches) < 1.06 * sum(bare)
+# The arithmetic, against transformers and torch alone
 
 
-def _row(length: int) -> Rendered:
-    ids = tuple((length * 7 + place * 3) % 50 + 1 for place in range(length))
-    return Rendered(ids, (False,) * (length // 2) + (True,) * (length - length // 2))
+def _setting(tmp_path: Path, family: str) -> tuple[Path, list[Rendered]]:
+    folder = write_model(tmp_path / family, family)
+    renderer = Renderer(folder)
+    return folder, [renderer.conversation(messages) for messages in ROWS]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_bf16_gradients_are_as_exact_as_portable_ones(
+    tmp_path: Path, family: str, portable: Callable[[], None]
+) -> None:
+    """Sizes that tiles multiply: on a processor with tiles the whole step goes through them."""
+    folder = write_model(tmp_path / family, family, sizes=TILED)
+    renderer = Renderer(folder)
+    batch = lay_out([renderer.conversation(messages) for messages in ROWS])
+
+    def gradient(dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
+        network = load_network(folder, dtype)
+        lora = lora_model(network, TrainSettings(rank=4))
+        set_low_rank(lora, 0.1)
+        loss = gradients(lora, [batch])
+        return loss, [master.grad for master in lora.masters if master.grad is not None]
+
+    loss, wide = gradient(torch.float32)
+    compiled_loss, compiled = gradient(torch.bfloat16)
+    portable()
+    portable_loss, others = gradient(torch.bfloat16)
+    assert compiled_loss == pytest.approx(loss, rel=2e-2)
+    assert portable_loss == pytest.approx(loss, rel=2e-2)
+    for exact, one, other in zip(wide, compiled, others, strict=True):
+        size = float(exact.norm())
+        off, allowed = float((one - exact).norm()) / size, float((other - exact).norm()) / size
+        assert off < max(0.02, 1.5 * allowed), (off, allowed)
+        assert off < 0.1
+
+
+@pytest.mark.parametrize(("family", "compiled"), [("llama", True), ("llama", False), ("gemma2", True)])
+def test_recomputed_activations_equal_kept_ones(
+    tmp_path: Path, family: str, compiled: bool, portable: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, and it is not kept beside: a layer's norms and its gated middle, once each."""
+    if not compiled:
+        portable()
+    folder = write_model(tmp_path / family, family, sizes=TILED)
+    renderer = Renderer(folder)
+    batch = lay_out([renderer.conversation(messages) for messages in ROWS])
+    network = load_network(folder)
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        trained = lora_model(network, TrainSettings(rank=4))
+        set_low_rank(trained, 0.1)
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            gradients(trained, [batch])
+        return [master.grad for master in trained.masters if master.grad is not None], sum(kept.values())
+
+    again, less = step()
+    monkeypatch.setattr(lora_module, "recompute", lambda x: None)
+    before, more = step()
+    assert all(map(torch.equal, again, before))
+    assert any(gradient.any() for gradient in again)
+    shape = network.shape
+    middle = network.layers[0].linear["down"].into
+    made = (2 * shape.layers - 1) * shape.width + shape.layers * middle  # the first norm's input needs no gradient
+    assert more - less == 2 * batch.tokens * made
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "warmup"),
+    [("cosine", 20, 0.2), ("linear", 7, 0.05), ("cosine", 100, 0.0), ("linear", 100, 0.0), ("constant", 4, 0.25)],
+)
+def test_learning_rates_equal_transformers(schedule: str, steps: int, warmup: float) -> None:
+    """But for the warm-up's start: transformers' first step has a rate of zero and learns nothing, ours goes first."""
+    settings = TrainSettings(epochs=1, learning_rate=0.5, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
+    warm = math.ceil(warmup * steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warm, num_training_steps=steps)
+    theirs = []
+    for _ in range(steps + 1):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    wanted = [theirs[step + 1] if step < warm else theirs[step] for step in range(steps)]
+    assert [learning_rate(step, steps, settings) for step in range(steps)] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("clip", [0.02, 100.0])
+def test_trainer_equals_torch_adamw_with_clipping(tmp_path: Path, clip: float) -> None:
+
+    folder, rows = _setting(tmp_path, "llama")
+    network = load_network(folder, torch.float32)
+    settings = TrainSettings(rank=4, epochs=1, learning_rate=0.02, warmup=0.2, weight_decay=0.1, clip=clip, keep="last")
+    plan = [[lay_out(rows[:2])], [lay_out(rows[2:])], [lay_out(rows)]] * 2
+    ours, theirs = lora_model(network, settings), lora_model(network, settings)
+    fit(ours, plan, [], settings, tmp_path / "w")
+    optimizer = torch.optim.AdamW(theirs.masters, lr=1.0, weight_decay=0.1)
+    norms = []
+    for place, step in enumerate(plan):
+        gradients(theirs, step)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.masters, clip)))
+        optimizer.param_groups[0]["lr"] = learning_rate(place, len(plan), settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.parameters_changed()
+    assert (max(norms) > clip) == (clip < 1)
+    for one, other in zip(ours.masters, theirs.masters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# Full fine-tuning
+
+
+def _full(folder: Path, **changes: object) -> FullModel:
+    settings = TrainSettings(method="full", **changes)  # type: ignore[arg-type]
+    return full_model(load_network(folder, torch.float32), settings, folder)
+
+
+def _weights(trained: FullModel, work: Path) -> dict[str, torch.Tensor]:
+    return load_file(saved(trained, work / "saved") / "model.safetensors")
+
+
+def test_embedding_gradient_sums_in_fp32() -> None:
+    from tunesmith.engines.native.network.network import embed
+
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    embed(torch.zeros(3000, dtype=torch.long), weight).sum().backward()
+    assert weight.grad is not None
+    assert float(weight.grad[0, 0]) == pytest.approx(3000, rel=0.01)  # added up in bf16 it ends at 256
+
+
+def test_masters_start_as_the_stored_weights(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    trained = full_model(load_network(folder), TrainSettings(method="full"), folder)
+    assert trained.network.dtype == torch.bfloat16
+    trained.masters[1][0] += 0.5
+    changed = _weights(trained, tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    assert {name for name in changed if not torch.equal(changed[name], stored[name])} == {"model.norm.weight"}
+    assert changed["model.norm.weight"].dtype == torch.float32
+
+
+def test_too_little_memory_is_refused_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "m")
+    needed = 24 * _full(folder).trained_numbers  # fp32 copies here
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
+    with pytest.raises(Refused, match="in full takes") as told:
+        _full(folder)
+    assert told.value.fix == "set train.layers to 2 or fewer, or train.method to lora"
+    _full(folder, layers=2)
+    _full(folder, keep="last")
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(Refused) as told:
+        _full(folder, layers=1)
+    assert told.value.fix == "set train.method to lora"

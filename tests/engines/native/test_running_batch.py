@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.adapters import write_adapter
-from tests.tiny import FAMILIES, write_model
+from tests.tiny import FAMILIES, TILED, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.engines.decoding.sampling import Sampling, Score
+from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
 from tunesmith.engines.native.decoding import running_batch
 from tunesmith.engines.native.decoding.pages import PAGE, PageCache
 from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.decoding.running_batch import RunningBatch
-from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.native.network import passes
+from tunesmith.engines.native.network.network import Layer, Network, Shape
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.native.runtime import LargePages
 from tunesmith.models.base import resolve_base
@@ -162,23 +161,6 @@ def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch, n
     assert _alone(network, long[200:], prefix=Prefix(tuple(long[:200]), None)) == expected[0]
 
 
-def test_log_probabilities_equal_those_of_transformers(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m")
-    network = load_network(folder, torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    heard, ids = Heard(), _prompt(4, 9)
-    drawn = Sampling(temperature=1.3, top_p=0.9, seed=5)
-    _decoded(network, _row(ids, heard, sampling=drawn, top=3), _row(_prompt(5, 20), Heard()))
-    with torch.no_grad():
-        theirs = model(torch.tensor([ids + heard.tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-    assert heard.tokens
-    for token, score, row in zip(heard.tokens, heard.scores, theirs, strict=True):
-        assert score is not None
-        assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [token for token, _ in score.top] == row.topk(3).indices.tolist()
-        assert [value for _, value in score.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
-
-
 def test_pages_are_allocated_in_order_within_the_bound(network: Network) -> None:
     cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
     held = [cache.allocate(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
@@ -253,81 +235,122 @@ def test_a_row_fails_alone_if_there_is_no_memory_for_it(monkeypatch: pytest.Monk
     assert heard[2].tokens == _alone(network, _prompt(3, 9))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _for_the_machine(network: Network) -> Iterator[None]:
-    Slots.network = network
-    yield
-    Slots.network = None
+def test_rows_wait_in_order_for_places_that_others_leave(network: Network) -> None:
+    """Two rows fill the four pages there are. Of rows that leave, one is decoded and one waits."""
+    batch = RunningBatch(network, frozenset({END}), most_rows=3, cache_bytes=4 * PageCache(network, 0).page_bytes)
+    heard, prefix = [Heard(ends_after=9) for _ in range(7)], Prefix(tuple(_prompt(77, 20)), None)
+    asked = [(_prompt(seed, 20 + seed), prefix if seed % 3 == 2 else None) for seed in range(7)]
+    rows = [_row(ids, told, PAGE, prefix=behind) for (ids, behind), told in zip(asked, heard, strict=True)]
+    batch.waiting.extend(rows)
+    left, gone = list(rows), (rows[0], rows[3])
+    while batch:
+        batch.step()
+        if heard[0].tokens and rows[0] in left:
+            batch.drop(gone)
+            left = [row for row in rows if row not in gone]
+            assert batch.rows == left[:1]
+            batch.step()
+        left = [row for row in left if not row.listener.ended]  # type: ignore[attr-defined]
+        assert [*batch.rows, *batch.waiting] == left, "nobody overtakes"
+        held = [page for row in batch.rows for page in row.pages]
+        assert len(held) == len({*held}) == batch.cache.allocated <= 4
+    for row, told, (ids, behind) in zip(rows, heard, asked, strict=True):
+        own = None if behind is None else Prefix(behind.ids, None)
+        assert told.ended == ([] if row in gone else [None])
+        assert told.tokens == _alone(network, ids, PAGE, prefix=own)[: 9 if row not in gone else len(told.tokens)]
 
 
-class Slots(RuleBasedStateMachine):
-    """Rows of every kind come, are decoded, and leave, in any order."""
-
-    network: Network | None = None
-    known: dict[tuple[int, int, bool], list[int]] = {}  # noqa: RUF012 - what a row is given alone, over all examples
-
-    @initialize(most_rows=st.integers(1, 4), pages=st.integers(2, 9))
-    def begin(self, most_rows: int, pages: int) -> None:
-        assert self.network is not None
-        self.most_rows, self.pages = most_rows, pages
-        bound = pages * PageCache(self.network, 0).page_bytes
-        self.batch = RunningBatch(self.network, frozenset({END}), most_rows, bound)
-        self.prefix = Prefix(tuple(_prompt(77, 20)), None)
-        self.rows: list[tuple[Row, Heard, list[int]]] = []
-        self.gone: set[Row] = set()
-
-    @rule(seed=st.integers(0, 5), length=st.integers(1, 70), behind=st.booleans(), ends=st.integers(1, 9))
-    def come(self, seed: int, length: int, behind: bool, ends: int) -> None:
-        assert self.network is not None
-        ids, key = _prompt(seed, length), (seed, length, behind)
-        if key not in self.known:
-            self.known[key] = _alone(self.network, ids, prefix=Prefix(self.prefix.ids, None) if behind else None)
-        heard = Heard(ends_after=ends)
-        row = _row(ids, heard, prefix=self.prefix if behind else None)
-        self.rows.append((row, heard, self.known[key][:ends]))
-        self.batch.waiting.append(row)
-
-    @rule(steps=st.integers(1, 6))
-    def decode(self, steps: int) -> None:
-        for _ in range(steps):
-            self.batch.step()
-
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from([row for row, *_ in self.rows]))
-        self.gone.add(row)
-        self.batch.drop([row])
-
-    @invariant()
-    def pages_belong_to_one_row_and_are_bounded(self) -> None:
-        held = [page for row in self.batch.rows for page in row.pages]
-        assert len(held) == len(set(held)) == self.batch.cache.allocated
-        assert len(self.batch.rows) <= self.most_rows
-        alone = len(self.batch.rows) <= 1
-        assert self.batch.cache.pages <= self.pages or alone
-
-    @invariant()
-    def rows_begin_in_order_and_are_given_what_they_would_be_alone(self) -> None:
-        waiting = set(self.batch.waiting)
-        order = [row in waiting for row, *_ in self.rows if row not in self.gone]
-        assert order == sorted(order), "nobody overtakes"
-        for row, heard, expected in self.rows:
-            assert heard.tokens == expected[: len(heard.tokens)]
-            if heard.ended:
-                assert heard.ended == [None]
-                assert heard.tokens == expected
-            elif row not in self.gone:
-                assert row in self.batch.rows or row in waiting
-
-    def teardown(self) -> None:
-        if hasattr(self, "batch"):
-            for _ in range(400):
-                self.batch.step()
-            assert not self.batch
-            assert self.batch.cache.allocated == 0
-            assert all(heard.ended == [None] for row, heard, _ in self.rows if row not in self.gone)
+# A pass in one native call gives what the same kernels give when Python calls them one by one, to the bit
 
 
-TestSlots = Slots.TestCase
-TestSlots.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+needs_tiles = pytest.mark.skipif(
+    native.library() is None or native.library().tiles() != 1, reason="no tiles in this processor"
+)
+
+
+@dataclass(frozen=True)
+class NewShape(Shape):
+    parallel_mlp: bool = False
+
+
+@dataclass(frozen=True)
+class NewLayer(Layer):
+    attention_sink: torch.Tensor | None = None
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def tiled(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return write_model(tmp_path / request.param, request.param, sizes=TILED)
+
+
+def _given(
+    network: Network, adapters: list[PackedAdapter | None], most_rows: int = 6
+) -> list[list[tuple[int, object]]]:
+    """Tokens and scores of rows that come and go, some behind a prefix, some long, while memory grows."""
+    prefix = Prefix(tuple(_prompt(0, 40)), adapters[0])
+    batch = RunningBatch(network, frozenset({END}), most_rows)
+    heard = [Heard() for _ in range(12)]
+    rows = []
+    for seed, told in enumerate(heard):
+        adapter = adapters[seed % len(adapters)]
+        behind = prefix if adapter is adapters[0] and seed % 2 == 0 else None
+        length = 90 if seed == 7 else 3 + 5 * seed
+        rows.append(_row(_prompt(seed + 1, length), told, 30 + 9 * seed, prefix=behind, adapter=adapter, top=2))
+    step = 0
+    while rows or batch:
+        if step % 5 == 0:
+            batch.waiting.extend(rows[:3])
+            del rows[:3]
+        batch.step()
+        step += 1
+    assert all(told.ended == [None] for told in heard)
+    return [list(zip(told.tokens, told.scores, strict=True)) for told in heard]
+
+
+@needs_tiles
+@pytest.mark.parametrize("ranks", [(None,), (4,), (4, None, 7)], ids=str)
+def test_a_native_pass_equals_its_kernels(
+    tiled: Path, ranks: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the base, with one adapter, with several."""
+    network = load_network(tiled)
+    made = _adapters(tiled.parent, tiled.name, network, **{f"a{n}": {"rank": n, "seed": n} for n in ranks if n})
+    adapters = [made.get(f"a{rank}") for rank in ranks]
+    runs: list[int] = []
+    whole = passes.Pass.run
+    monkeypatch.setattr(passes.Pass, "run", lambda *told: runs.append(1) or whole(*told))
+    found = _given(network, adapters)
+    assert runs
+    monkeypatch.setattr(running_batch, "fits", lambda _: False)
+    runs.clear()
+    assert found == _given(network, adapters)
+    assert not runs
+
+
+@needs_tiles
+def test_numbers_do_not_depend_on_other_rows(tiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: whichever rows are in a pass, and wherever it divides a prompt."""
+    network = load_network(tiled)
+    made = _adapters(tiled.parent, tiled.name, network, a={"rank": 4, "seed": 4}, b={"rank": 7, "seed": 7})
+    adapters = [None, *made.values()]
+    together = _given(network, adapters)
+    monkeypatch.setattr(running_batch, "_CHUNK", 23)
+    assert _given(network, adapters) == together
+    assert _given(network, adapters, most_rows=1) == together
+
+
+@needs_tiles
+def test_native_passes_fit_networks_like_llama_only(tmp_path: Path) -> None:
+    """What pass.cpp does not know must not be ignored: another value of a field, or a new field."""
+    families = ("qwen2", "qwen3", "mistral-window", "gemma", "gemma2", "smollm3", "llama")
+    loaded = {name: load_network(write_model(tmp_path / name, name, sizes=TILED)) for name in families}
+    assert [name for name, network in loaded.items() if passes.fits(network)] == ["qwen2", "llama"]
+    assert not passes.fits(load_network(tmp_path / "llama", torch.float32))
+    network = loaded["llama"]
+    shape, layer = network.shape, network.layers[0]
+    for change in (
+        {"shape": replace(shape, gelu="relu")},  # type: ignore[arg-type]
+        {"shape": NewShape(**{field.name: getattr(shape, field.name) for field in fields(shape)})},
+        {"layers": (*network.layers[:-1], NewLayer(**{one.name: getattr(layer, one.name) for one in fields(layer)}))},
+    ):
+        assert not passes.fits(replace(network, **change))  # type: ignore[arg-type]

@@ -9,13 +9,10 @@ import argparse
 import contextlib
 import copy
 import json
-import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +220,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(fake: FakeVllm) -> Iterator[str]:
+def serving(fake: FakeVllm, port: int = 0) -> Iterator[str]:
     """Its URL, while it answers."""
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": fake}))
+    server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"fake": fake}))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -233,28 +230,6 @@ def serving(fake: FakeVllm) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-@contextlib.contextmanager
-def serving_process(base: Path) -> Iterator[tuple[BaseProcess, str]]:
-    """Such a server in a process of its own, which has everything imported already, and its URL."""
-    from tests.forked import forkserver
-
-    ours, theirs = multiprocessing.Pipe()
-    process = forkserver().Process(target=_serve, args=(base, theirs))
-    process.start()
-    theirs.close()  # so that recv raises EOFError where the process ends
-    try:
-        yield process, ours.recv()
-    finally:
-        process.kill()
-        process.join()
-
-
-def _serve(base: Path, told: Connection) -> None:
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": FakeVllm(base)}))
-    told.send(f"http://127.0.0.1:{server.server_address[1]}")
-    server.serve_forever()
 
 
 def main() -> None:
@@ -267,9 +242,9 @@ def main() -> None:
     fake.key = os.environ.get("VLLM_API_KEY")
     # As vLLM sets it. With port 0, Linux could give one that another such socket has, and requests would go to either.
     _Server.allow_reuse_port = asked.port != 0
-    server = _Server(("127.0.0.1", asked.port), type("Handler", (_Handler,), {"fake": fake}))
-    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
-    server.serve_forever()
+    with serving(fake, asked.port) as url:
+        print(url, flush=True)
+        threading.Event().wait()
 
 
 if __name__ == "__main__":
