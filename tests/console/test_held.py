@@ -31,7 +31,7 @@ def test_a_reviewer_edits_one_answer_and_refuses_another(served: Served, login: 
     page.goto(f"{served.url}{PAGE}/{first['id']}")
     expect(page.locator("pre").first).to_contain_text('<script>document.title = "taken"</script>')
     check_page(page)
-    page.get_by_label("Reason").fill("the payee is unclear")
+    page.get_by_label("Why it is edited").fill("the payee is unclear")
     page.get_by_label("Edited answer").fill("no JSON")
     page.get_by_role("button", name="Send the edited answer").click()
     expect(page.get_by_role("alert")).not_to_be_empty()

@@ -32,10 +32,10 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import jobs, retraining, training, versions, worker
+from tunesmith.services import held, jobs, retraining, training, versions, worker
 from tunesmith.services.accounts.users import add_user, set_roles
 from tunesmith.services.retraining import Retraining
-from tunesmith.services.traffic import held, monitoring
+from tunesmith.services.traffic import monitoring
 from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
 from tunesmith.store.tables import WebhookRow

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.acting import do
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
 from tests.forked import forkserver
 from tests.server.conftest import CERTIFICATES, HELLO, running
@@ -32,9 +33,8 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.rollout import commands, transitions
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
-from tunesmith.services.traffic import held
+from tunesmith.services import held
 from tunesmith.store import audit, database
-from tunesmith.store.people.identities import get_user
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
@@ -245,11 +245,11 @@ def test_each_answer_is_decided_once_whoever_is_first(serving: Scene) -> None:
     barrier = threading.Barrier(4)
 
     def review(name: str, decision: queue.Decision) -> None:
-        user = get_user(serving.store, name)
         barrier.wait(300)
         for number in range(10):
             with contextlib.suppress(Refused):
-                held.decide(serving.store, user, f"{number:032x}", decision, reason="why")
+                fields = {"identifier": f"{number:032x}", "decision": decision, "reason": "why"}
+                do(serving.store, held.decide, actor=name, **fields)
 
     def tidy() -> None:
         barrier.wait(300)

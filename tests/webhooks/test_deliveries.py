@@ -17,6 +17,7 @@ import yaml
 from openai.types.webhooks import FineTuningJobCancelledWebhookEvent, FineTuningJobFailedWebhookEvent
 from typer.testing import CliRunner
 
+from tests.acting import do
 from tests.forked import run_forked
 from tests.http_server import answering
 from tests.tiny_project import settings
@@ -95,13 +96,13 @@ def test_a_failure_is_tried_again_later_and_later_until_it_is_given_up(
     ended(store)
     sender.turn()
     assert len(receiver.got) == 9, "others are sent"
-    assert webhooks.retry(project, "ops").events == 1
+    assert do(project, webhooks.retry, webhook="ops").events == 1
     sender.turn()
     assert [each["data"]["job"] for each in documents(receiver)][-2:] == [number + 1, number]
     assert webhooks.list_webhooks(project).failed == ()
     add_user(store, "ann", ["approver"])
     with pytest.raises(Refused):
-        webhooks.retry(project, "ops", actor="ann")
+        do(project, webhooks.retry, actor="ann", webhook="ops")
 
 
 def test_a_process_killed_after_sending_sends_the_same_id_again(

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, add_commands, draw_table, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.traffic.held import HeldAnswerView, HeldList
+    from tunesmith.services.held import HeldAnswerView, HeldList
 
 Identifier = Annotated[str, typer.Argument(metavar="ID", help="The answer's id, which `held list` shows.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit log keeps it, and the caller sees it.")]
@@ -29,22 +29,21 @@ def list_held(
     everything: Annotated[bool, typer.Option("--all", help="Decided ones too, until they are deleted.")] = False,
 ) -> None:
     """List held answers: your own, and those of your tenant and region if you may review."""
-    from tunesmith.services.traffic import held
+    from tunesmith.services import held
 
-    store = here.store
-    user = held.reviewer(store, here.actor)
-    found = held.list_held(store, user, everything=everything)
-    if not user.may("answer.review") and not here.as_json:
-        say(f"{user.name} may not review answers, so only their own are listed: act as a steward or approver with --as")
+    by = here.acting
+    found = held.list_held(by.store, by.user, everything=everything)
+    if not by.user.may("answer.review") and not here.as_json:
+        say(f"{by.actor} may not review answers, so only their own are listed: act as a steward or approver with --as")
     here.emit(found, _draw_list)
 
 
 def show(here: Acting, identifier: Identifier) -> None:
     """Show a held answer; to reviewers with its conversation."""
-    from tunesmith.services.traffic import held
+    from tunesmith.services import held
 
-    store = here.store
-    here.emit(held.show(store, held.reviewer(store, here.actor), identifier), _draw_answer)
+    by = here.acting
+    here.emit(held.show(by.store, by.user, identifier), _draw_answer)
 
 
 def release(
@@ -56,21 +55,18 @@ def release(
     ] = None,
 ) -> None:
     """Let an answer leave, as it is or edited."""
-    from tunesmith.services.traffic import held
+    from tunesmith.services import held
 
-    store = here.store
-    user, decision = held.reviewer(store, here.actor), "release" if answer is None else "replace"
-    found = held.decide(store, user, identifier, decision, reason=reason, answer=answer)  # type: ignore[arg-type]
+    decision = "release" if answer is None else "replace"
+    found = here.do(held.decide, identifier=identifier, decision=decision, reason=reason, answer=answer)
     here.emit(found, _draw_decided)
 
 
 def refuse(here: Acting, identifier: Identifier, reason: Reason = "") -> None:
     """Keep an answer from leaving."""
-    from tunesmith.services.traffic import held
+    from tunesmith.services import held
 
-    store = here.store
-    found = held.decide(store, held.reviewer(store, here.actor), identifier, "refuse", reason=reason)
-    here.emit(found, _draw_decided)
+    here.emit(here.do(held.decide, identifier=identifier, decision="refuse", reason=reason), _draw_decided)
 
 
 def _draw_list(console: Console, found: HeldList) -> None:

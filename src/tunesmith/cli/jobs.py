@@ -56,8 +56,7 @@ def worker(
     import signal
 
     from tunesmith.monitoring import cases
-    from tunesmith.services import retraining, webhooks
-    from tunesmith.services.traffic import held
+    from tunesmith.services import held, retraining, webhooks
     from tunesmith.services.worker import make_worker
 
     def also() -> None:

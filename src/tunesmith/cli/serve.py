@@ -83,10 +83,10 @@ def serve(
     from tunesmith.server.console.people.oidc import client_secret
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
+    from tunesmith.services.held import answer_holder
     from tunesmith.services.review import case_keeper
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
-    from tunesmith.services.traffic.held import answer_holder
     from tunesmith.services.webhooks import check_secrets
     from tunesmith.services.worker import OwnWorker
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.project import Project
+    from tunesmith.services import actions
     from tunesmith.services.actions import Action
     from tunesmith.store.store import Store
 
@@ -97,15 +98,19 @@ class Acting(Here):
         str | None, typer.Option("--as", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
     ] = None
 
-    def do(self, action: Action[Any, Done], **fields: object) -> Done:
-        """Do an action as the person who acts. fields: of its request; None where the option was left out."""
+    @property
+    def acting(self) -> actions.Acting:
+        """The person who acts, and the store."""
         from tunesmith.services import actions
         from tunesmith.store.people.identities import acting, get_user
 
         store = self.store
-        user = get_user(store, acting(store, self.actor))
-        asked = action.request({name: value for name, value in fields.items() if value is not None})
-        return action(actions.Acting(store, user, lambda: self.project), asked)
+        return actions.Acting(store, get_user(store, acting(store, self.actor)), lambda: self.project)
+
+    def do(self, action: Action[Any, Done], **fields: object) -> Done:
+        """Do an action as the person who acts. fields: of its request; None where the option was left out."""
+        acting = self.acting
+        return action(acting, action.request({name: value for name, value in fields.items() if value is not None}))
 
 
 def add_commands(app: typer.Typer, *functions: Callable[..., None], **renamed: Callable[..., None]) -> None:

@@ -36,15 +36,15 @@ def retry(here: Acting, webhook: Name) -> None:
     """Let a worker try again at once what did not arrive, given up or not."""
     from tunesmith.services import webhooks
 
-    found = webhooks.retry(here.project, webhook, actor=here.actor)
+    found = here.do(webhooks.retry, webhook=webhook)
     here.emit(found, printed(f"{found.events} events are tried again"))
 
 
-def test(here: Here, webhook: Name) -> None:
+def test(here: Acting, webhook: Name) -> None:
     """Send an event of the type webhook.test now. Exit code 1: it did not arrive."""
     from tunesmith.services import webhooks
 
-    found = webhooks.test(here.project, webhook)
+    found = here.do(webhooks.test, webhook=webhook)
     here.emit(found, printed(f"{found.event}: {found.problem or 'arrived'}"))
     raise typer.Exit(1 if found.problem else 0)
 

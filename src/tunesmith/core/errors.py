@@ -45,9 +45,13 @@ class NotThere(UsageError):
 
 
 class Refused(TunesmithError):
-    """A gate failed, a verification failed or a policy said no (exit 3)."""
+    """A gate failed, a verification failed or a policy said no (exit 3). code: for programs, "" for the usual one."""
 
     exit_code = 3
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, code: str = "") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.code = code
 
 
 class Forbidden(Refused):

@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
@@ -49,12 +49,19 @@ class TooManyOfCaller(Refused):
     """As many answers of this caller wait as one may have."""
 
 
-class UnknownAnswer(UsageError):
+class UnknownAnswer(NotThere):
     """There is no such held answer, or its time is over."""
+
+    def __init__(self, identifier: str) -> None:
+        what = f"there is no held answer {identifier[:80]!r}"
+        super().__init__(what, fix="`tunesmith held list` lists them", code="held_not_found")
 
 
 class AlreadyDecided(Refused):
     """Somebody else, or the deadline, decided first."""
+
+    def __init__(self, what: str, identifier: str) -> None:
+        super().__init__(what, where=identifier, code="already_decided")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +134,7 @@ def get(session: Session, identifier: str) -> HeldRow:
     """A held answer. Raises UnknownAnswer."""
     row = session.get(HeldRow, identifier)
     if row is None or row.until <= time.time():
-        raise UnknownAnswer(f"there is no held answer {identifier[:80]!r}", fix="`tunesmith held list` lists them")
+        raise UnknownAnswer(identifier)
     return row
 
 
@@ -156,7 +163,7 @@ def decide(
     AlreadyDecided, and Refused where actor may not review, asked the question, or the version may not serve any more.
     """
     if not reason.strip() or "\0" in reason:
-        raise UsageError("a decision on an answer needs a reason", fix='--reason "why"')
+        raise UsageError("a decision on an answer needs a reason", where="reason")
     if (answer is not None) != (decision == "replace"):
         raise UsageError("an edited answer is given with replace, and only then", where="answer")
     detail: dict[str, Any] = {}
@@ -168,7 +175,7 @@ def decide(
         scope = Scope(row.tenant, row.region)
         require(session, actor, "answer.review", scope=scope)
         if row.caller == actor:
-            raise Refused(
+            raise Forbidden(
                 f"{actor} made this request and cannot decide on its answer", fix="have another reviewer do it"
             )
         said = row.texts["answer"] if decision == "release" else answer
@@ -178,9 +185,9 @@ def decide(
         if row.state != WAITING:
             if (row.state, row.decided_by, row.given) == (_STATES[decision], actor, given):
                 raise _Repeated
-            raise AlreadyDecided(f"{row.decided_by} decided already: {row.state}", where=identifier)
+            raise AlreadyDecided(f"{row.decided_by} decided already: {row.state}", identifier)
         if row.deadline <= time.time():
-            raise AlreadyDecided(f"its deadline is over: {row.at_deadline}", where=identifier)
+            raise AlreadyDecided(f"its deadline is over: {row.at_deadline}", identifier)
         if decision == "release":
             _require_standing(session, store, row)
         _settle(session, row, _STATES[decision], actor, reason.strip(), answer)
@@ -275,7 +282,7 @@ def _settle(session: Session, row: HeldRow, state: State, by: str, reason: str, 
         )
     )
     if changed.rowcount != 1:  # type: ignore[attr-defined]
-        raise AlreadyDecided("somebody else decided already", where=row.id)
+        raise AlreadyDecided("somebody else decided already", row.id)
     session.refresh(row)
 
 

@@ -10,23 +10,35 @@ from tunesmith.core.errors import NotThere
 from tunesmith.project import Project
 from tunesmith.server.serving import Serving
 from tunesmith.services.actions import Acting, Action
+from tunesmith.services.held import HeldAnswerView
 from tunesmith.store.people.identities import User
+from tunesmith.store.people.tokens import Token
 
 # A field of a request in an action's path.
 FIELD = re.compile(r"\{(\w+)\}")
+
+
+def tell_of_decision(serving: Serving, decided: HeldAnswerView) -> None:
+    """Answer the request that waits for a held answer, and count the decision."""
+    serving.metrics.held.labels(decided.state).inc()
+    serving.awaited.tell(decided.id)
+
+
 # What the server itself does once an action is done, by the action's name.
-AFTER: Mapping[str, Callable[[Serving, Any], None]] = {}
+AFTER: Mapping[str, Callable[[Serving, Any], None]] = {"answer.decide": tell_of_decision}
 
 
-async def perform(serving: Serving, user: User, action: Action[Any, Any], asked: Any, session: str = "") -> Any:
-    """What an action returns, on the threads that users share. session: of the console."""
+async def perform(
+    serving: Serving, user: User, action: Action[Any, Any], asked: Any, *, session: str = "", token: Token | None = None
+) -> Any:
+    """What an action returns, on the threads that users share. session: of the console; token: of a caller of /api."""
 
     def load() -> Project:
         if serving.project is None:
             raise NotThere("this server has no project", code="no_project")
         return serving.project
 
-    acting = Acting(serving.store, user, load, session)
+    acting = Acting(serving.store, user, load, session, token)
     threads = serving.files if action.reads_files else serving.noting
     result = await threads.run(user.name, lambda: action(acting, asked))
     if (after := AFTER.get(action.name)) is not None:

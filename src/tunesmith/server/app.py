@@ -55,8 +55,8 @@ from tunesmith.server.intake.rates import RateHeaders, Rates
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
+from tunesmith.services.held import tidy, waiting
 from tunesmith.services.served_scorers import ServedScorers
-from tunesmith.services.traffic.held import tidy, waiting
 from tunesmith.store import database
 from tunesmith.store.people.tokens import note_use
 from tunesmith.store.store import Store

@@ -87,9 +87,9 @@ def unauthorised(why: str = "") -> ApiError:
     )
 
 
-def forbidden(what: str) -> ApiError:
+def forbidden(what: str, code: str = "permission_denied") -> ApiError:
     """A known user without the permission."""
-    return ApiError(403, what, code="permission_denied")
+    return ApiError(403, what, code=code)
 
 
 def missing(what: str) -> ApiError:

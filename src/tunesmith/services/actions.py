@@ -20,6 +20,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.store.people.identities import User, get_user
 from tunesmith.store.people.roles import TokenScope
+from tunesmith.store.people.tokens import Token
 from tunesmith.store.store import Store
 
 Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
@@ -29,7 +30,7 @@ Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, ma
 Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
 # The modules whose actions are listed.
-_NOUNS = ("datasets", "review", "rollouts")
+_NOUNS = ("datasets", "held", "review", "rollouts", "webhooks")
 
 
 class Request(BaseModel):
@@ -44,12 +45,13 @@ Result = TypeVar("Result", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Acting:
-    """Who acts, and on what. session: of the console, "" elsewhere."""
+    """Who acts, and on what. session: of the console, "" elsewhere. token: of a caller of /api, None elsewhere."""
 
     store: Store
     user: User
     load: Callable[[], Project]
     session: str = ""
+    token: Token | None = None
 
     @property
     def actor(self) -> str:
@@ -80,8 +82,8 @@ class Action(Generic[Asked, Result]):
 
     name: also of its audit entry, if it writes one. permission: of roles. tokens: the scopes of which a token needs
     one; any token where none is listed. at: its path under /api, with fields of the request in braces; "" for what
-    commands alone do. whole: only for users of all tenants and regions. form: the console offers it. refused: the code
-    of a refusal. reads_files: it takes longer than a transaction does.
+    commands alone do. whole: only for users of all tenants and regions. form: the console offers it. api: so does /api,
+    if it has a path. refused: the code of a refusal. reads_files: it takes longer than a transaction does.
     """
 
     does: Callable[[Acting, Asked], Result]
@@ -92,6 +94,7 @@ class Action(Generic[Asked, Result]):
     method: Literal["POST", "DELETE"]
     whole: bool
     form: bool
+    api: bool
     refused: str
     reads_files: bool
 
@@ -145,13 +148,14 @@ def action(
     method: Literal["POST", "DELETE"] = "POST",
     whole: bool = False,
     form: bool = False,
+    api: bool = True,
     refused: str = "refused",
     reads_files: bool = False,
 ) -> Callable[[Callable[[Acting, Asked], Result]], Action[Asked, Result]]:
     """List a function as an action. The parameters are the fields of Action."""
 
     def listed(does: Callable[[Acting, Asked], Result]) -> Action[Asked, Result]:
-        found = Action(does, name, permission, tokens, at, method, whole, form, refused, reads_files)
+        found = Action(does, name, permission, tokens, at, method, whole, form, api, refused, reads_files)
         _LISTED[name] = found
         return found
 

@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from tunesmith.core.clock import now
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NotThere
 from tunesmith.core.view import View
 from tunesmith.project import Project
+from tunesmith.services.actions import Acting, Named, Request, action
 from tunesmith.services.webhook_events import event_body, event_of
 from tunesmith.store.locks import LockHeld
-from tunesmith.store.people.identities import acting, require
+from tunesmith.store.people.identities import require
 from tunesmith.webhooks import deliveries
 from tunesmith.webhooks.deliveries import Delivery
 from tunesmith.webhooks.sending import Outgoing, send
@@ -66,6 +67,18 @@ class Tested(View):
     webhook: str
     event: str
     problem: str
+
+
+class RetryWebhook(Request):
+    """What did not arrive at a webhook, to be sent again."""
+
+    webhook: Named
+
+
+class TestWebhook(Request):
+    """An event of the type webhook.test, to be sent to a webhook."""
+
+    webhook: Named
 
 
 class Deliverer:
@@ -150,18 +163,24 @@ def list_webhooks(project: Project) -> WebhookList:
     return WebhookList(webhooks=shown, failed=tuple(FailedDelivery.of(each) for each in failed))
 
 
-def retry(project: Project, name: str, *, actor: str | None = None) -> Retried:
-    """Let a worker try again at once what did not arrive. Raises Refused where the actor may not."""
+@action(
+    "webhook.retry", permission="webhook.retry", tokens=("operate",), at="/webhooks/{webhook}/retry", whole=True,
+    form=True,
+)  # fmt: skip
+def retry(acting: Acting, asked: RetryWebhook) -> Retried:
+    """Let a worker try again at once what did not arrive, given up or not."""
+    name, project, detail = asked.webhook, acting.project, {"events": 0}
     _named(project, name)
-    by, detail = acting(project.store, actor), {"events": 0}
-    with project.store.change(by, "webhook.retry", name, detail) as session:
-        require(session, by, "webhook.retry")
+    with acting.store.change(acting.actor, "webhook.retry", name, detail) as session:
+        require(session, acting.actor, "webhook.retry")
         detail["events"] = deliveries.try_again(session, project.settings.name, name, time.time())
     return Retried(webhook=name, events=detail["events"])
 
 
-def test(project: Project, name: str) -> Tested:
+@action("webhook.test", permission="webhook.retry", whole=True)
+def test(acting: Acting, asked: TestWebhook) -> Tested:
     """Send an event of the type webhook.test now. Raises UsageError where the secret is missing."""
+    name, project = asked.webhook, acting.project
     webhook = _named(project, name)
     event = f"evt_{uuid.uuid4().hex}"
     body = event_body(event, TEST, now(), {"project": project.settings.name, "webhook": name})
@@ -173,9 +192,7 @@ def _named(project: Project, name: str) -> WebhookSettings:
     webhooks = project.settings.webhooks
     if name not in webhooks:
         known = f"they are {', '.join(webhooks)}" if webhooks else "the project file has none"
-        raise UsageError(
-            f"there is no webhook {name[:40]!r}; {known}", where="webhooks", fix="add it to tunesmith.yaml"
-        )
+        raise NotThere(f"there is no webhook {name[:40]!r}; {known}", where="webhooks", fix="add it to tunesmith.yaml")
     return webhooks[name]
 
 

@@ -1,4 +1,4 @@
-"""Answers that wait for a reviewer, while their request waits too. api/held.py has the reviewer's decision."""
+"""Answers that wait for a reviewer, while their request waits too. services/held.py has the reviewer's decision."""
 
 from __future__ import annotations
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from tunesmith.server.access import needs
+from tunesmith.core.errors import NotThere, UsageError
+from tunesmith.server.access import needs, token_of
 from tunesmith.server.actions import FIELD, perform
-from tunesmith.server.api.routing import CHANGE, call_of, document, router
+from tunesmith.server.api.routing import CHANGE, call_of, document, router, sentence
+from tunesmith.server.errors import bad_request
 from tunesmith.server.openapi import body, errors
 from tunesmith.services.actions import Action, all_actions
 
@@ -18,7 +20,7 @@ def routes() -> APIRouter:
     """A route for each action with a path."""
     found = APIRouter()
     for action in all_actions():
-        if action.at:
+        if action.at and action.api:
             own = router(code=action.refused)
             own.add_api_route(
                 action.at,
@@ -40,6 +42,12 @@ def _endpoint(action: Action[Any, Any]) -> Callable[[Request], Coroutine[Any, An
         call = call_of(request)
         action.check(call.user)
         asked = await call.read(action.asked, request.path_params)
-        return document(await perform(call.serving, call.user, action, asked))
+        try:
+            return document(await perform(call.serving, call.user, action, asked, token=token_of(request)))
+        except NotThere:
+            raise
+        except UsageError as error:
+            field = error.where if error.where in action.asked.model_fields else None
+            raise bad_request(sentence(error), field) from error
 
     return endpoint

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Name, Reason, changes, router, shows, whole_call_of
-from tunesmith.server.errors import missing
+from tunesmith.server.api.routing import Reason, changes, router, shows, whole_call_of
 from tunesmith.services import retraining, webhooks
 from tunesmith.services.traffic import monitoring, operations
 
@@ -103,12 +102,3 @@ async def hooks(request: Request) -> Response:
     """The project's webhooks, and deliveries that failed."""
     call = whole_call_of(request)
     return await call.answer(partial(webhooks.list_webhooks, call.project))
-
-
-@routes.post("/webhooks/{name}/retry", dependencies=[needs("operate")], **changes(webhooks.Retried))
-async def retry(request: Request, name: Name) -> Response:
-    """Try a webhook's failed deliveries again."""
-    call = whole_call_of(request, "webhook.retry")
-    if name not in call.project.settings.webhooks:
-        raise missing("webhook")
-    return await call.answer(partial(webhooks.retry, call.project, name, **call.by))

@@ -63,8 +63,10 @@ class ApiRoute(APIRoute):
             except UsageError as error:
                 raise bad_request(sentence(error)) from error
             except Forbidden as error:
-                raise forbidden(sentence(error)) from error
-            except (Refused, Inconclusive) as error:
+                raise forbidden(sentence(error), error.code or "permission_denied") from error
+            except Refused as error:
+                raise ApiError(status, sentence(error), code=error.code or code) from error
+            except Inconclusive as error:
                 raise ApiError(status, sentence(error), code=code) from error
             except TunesmithError as error:
                 if request.method == "GET":  # nothing was to be stored: the application logs it and answers 503

@@ -29,7 +29,7 @@ def _endpoint(action: Action[Any, Any]) -> Callable[..., Coroutine[Any, Any, Res
         action.check(viewer.user)
         given = await form(request)
         asked = action.request({**fields_of(action.asked, given), **request.path_params})
-        done = await perform(viewer.serving, viewer.user, action, asked, viewer.session)
+        done = await perform(viewer.serving, viewer.user, action, asked, session=viewer.session)
         template = action.name.replace(".", "_") + ".html.jinja"
         if has_template(template):
             return viewer.page(template, done=done, asked=asked)

@@ -69,17 +69,6 @@ async def impact(viewer: Looking, base: Annotated[str, Query(max_length=300)]) -
     return viewer.page("operations_impact.html.jinja", found=found)
 
 
-@routes.post(_ROOT + "/webhooks/{name}/retry")
-async def retry(request: Request, viewer: Changing, name: str) -> Response:
-    """Try a webhook's failed deliveries again."""
-    _whole(viewer)
-    project = viewer.serving.project
-    if project is None or name not in project.settings.webhooks:
-        raise missing("webhook")
-    await viewer.run(partial(webhooks.retry, project, name, actor=viewer.user.name))
-    return gone_to(request, _ROOT)
-
-
 @routes.get(_ROOT + "/audit")
 async def audit_log(
     viewer: Looking,

@@ -14,7 +14,6 @@ STOP = 256  # characters of one stop text
 USER = 512
 METADATA, METADATA_KEY, METADATA_TEXT = 16, 64, 512  # as OpenAI's
 EXPECTED = 16_384  # characters of an expected answer: some scorers compare each of its words with each of the answer's
-EDITED = 65_536  # characters of an edited answer
 EXPECTED_BY_ANSWER = 1 << 26  # characters of the expected answer times those of the answer: 3 s of rougeL
 TOOLS = 128  # as OpenAI's
 CALLS, CALL_ID = 128, 128  # calls in one turn, characters of a call's id

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
@@ -17,8 +18,9 @@ from tunesmith.holding.queue import Decision, State, UnknownAnswer
 from tunesmith.holding.rules import Holder
 from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
+from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.store import database
-from tunesmith.store.people.identities import User, acting, get_user
+from tunesmith.store.people.identities import User
 from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import HeldRow
@@ -72,6 +74,18 @@ class HeldAnswerView(HeldView):
     completion: Omitted[dict[str, Any]] = None
 
 
+class DecideAnswer(Request):
+    """A reviewer's decision on a held answer. identifier: of the answer, as its list or its completion names it.
+
+    reason: for the audit log and the caller. answer: the edited one, with replace only.
+    """
+
+    identifier: Named
+    decision: Decision
+    reason: Because
+    answer: Annotated[str, Field(max_length=65_536)] | None = None
+
+
 def answer_holder(project: Project) -> Holder | None:
     """What applies the project's rules to answers; None where it has none."""
     settings = project.settings
@@ -101,23 +115,26 @@ def show(store: Store, user: User, identifier: str, *, reviews: bool = True) -> 
     """
     tidy(store)
     with database.reading(store.engine) as session:
-        row = queue.get(session, identifier)
+        row = queue.get(session, identifier.removeprefix("chatcmpl-"))
         reviews = reviews and _reviews(row, user)
         if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
-            raise UnknownAnswer(f"there is no held answer {identifier[:80]!r}", fix="tunesmith held list")
+            raise UnknownAnswer(identifier)
         texts: dict[str, Any] = {"completion": queue.response_of(row)}
         if reviews:
             texts |= {key: row.texts.get(key) for key in ("messages", "answer", "edited")}
         return HeldAnswerView(**_facts(session, store, row, user), **texts)
 
 
-def decide(
-    store: Store, user: User, identifier: str, decision: Decision, *, reason: str, answer: str | None = None
-) -> HeldAnswerView:
-    """Decide on a held answer. Raises as queue.decide does; UnknownAnswer also for one that the user may not see."""
-    show(store, user, identifier)
-    queue.decide(store, identifier, decision, actor=user.name, reason=reason, answer=answer)
-    return show(store, user, identifier)
+@action("answer.decide", permission="answer.review", tokens=("decisions",), at="/held/{identifier}/decide", form=True)
+def decide(acting: Acting, asked: DecideAnswer) -> HeldAnswerView:
+    """Release an answer, replace it by an edited one that fits the version's schema, or refuse it.
+
+    It is decided once: a second reviewer's other decision is refused.
+    """
+    store, user = acting.store, acting.user
+    found = show(store, user, asked.identifier)
+    queue.decide(store, found.id, asked.decision, actor=user.name, reason=asked.reason, answer=asked.answer)
+    return show(store, user, found.id)
 
 
 def tidy(store: Store) -> list[State]:
@@ -140,11 +157,6 @@ def waiting(store: Store) -> int:
     """How many answers wait for a reviewer."""
     with database.reading(store.engine) as session:
         return queue.count_waiting(session)
-
-
-def reviewer(store: Store, name: str | None) -> User:
-    """The user who acts on the command line."""
-    return get_user(store, acting(store, name))
 
 
 def _reviews(row: HeldRow, user: User) -> bool:
