@@ -22,6 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
 
+from tests.acting import do
 from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
 from tests.forked import run_elsewhere, run_forked
 from tests.statements import share_compiled
@@ -36,7 +37,8 @@ from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.registry.verification import verify_version
 from tunesmith.rollout import commands
 from tunesmith.rollout.settings import Step
-from tunesmith.services.accounts import users
+from tunesmith.services import keys as service
+from tunesmith.services import users
 from tunesmith.store import database, tables, uploads
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TRUST_KEY, is_written, read_trust
@@ -125,7 +127,7 @@ def make(folder: Path) -> dict[str, Operation]:
         waiting = scene.version(None, name="fresh")
         unapproved = scene.version(None, name="new", approved=False)
         keys.create_key(store, "ivy", actor="ivy")
-        users.issue_token(store, APPROVER)
+        do(store, users.issue_token, user=APPROVER, name="first")
         steps = [Step(setWeight=10), Step(setWeight=100)]
         for name, version in (("home", first), ("other", scene.version(4, name="other"))):
             commands.start(store, name=name, version=version, steps=steps, actor=OWNER)
@@ -136,8 +138,7 @@ def make(folder: Path) -> dict[str, Operation]:
         request = prepare_approval(store, unapproved, "ivy")
         envelope = sign(request, keys.load_signing_key(store, identities.get_user(store, "ivy")))
         file = keep(store, "file-kept")
-        pem = folder / "public.pem"
-        pem.write_text(public_pem(ec.generate_private_key(ec.SECP256R1()).public_key()))
+        pem = public_pem(ec.generate_private_key(ec.SECP256R1()).public_key())
         store.engine.dispose()
     return {
         "register, with a first key": lambda s: register(s, name="home", verdict=verdict, actor="eve"),
@@ -147,15 +148,15 @@ def make(folder: Path) -> dict[str, Operation]:
         "abort": lambda s: commands.abort(s, live.id, actor=OWNER, reason="no"),
         "roll back a promotion": lambda s: commands.rollback(s, name="other", actor=OWNER, reason="no"),
         "recall": lambda s: recall(s, Cause(kind="version", value=third.digest), reason="no", actor=STEWARD),
-        "users add, with a key": lambda s: users.add_user(s, "zoe", ["approver"], public_key=pem),
-        "users roles": lambda s: users.set_roles(s, "ivy", ["steward"]),
-        "users deactivate": lambda s: users.deactivate(s, APPROVER),
-        "users token": lambda s: users.issue_token(s, "eve"),
-        "users revoke-token": lambda s: users.revoke_token(s, APPROVER, "first"),
-        "keys create": lambda s: users.create_key(s, "ivy", label="second", actor="ivy"),
-        "keys enrol": lambda s: users.enrol_key(s, "ivy", pem, label="card", actor="ivy"),
-        "keys retire": lambda s: users.retire_key(s, APPROVER, "key-1", actor=APPROVER),
-        "keys revoke": lambda s: users.revoke_key(s, APPROVER, "key-1", since="10"),
+        "users add, with a key": lambda s: do(s, users.add_with_key, name="zoe", roles=["approver"], public_key=pem),
+        "users roles": lambda s: do(s, users.set_roles, user="ivy", roles=["steward"]),
+        "users deactivate": lambda s: do(s, users.deactivate, user=APPROVER),
+        "users token": lambda s: do(s, users.issue_token, user="eve", name="first"),
+        "users revoke-token": lambda s: do(s, users.revoke_token, user=APPROVER, name="first"),
+        "keys create": lambda s: do(s, service.create, actor="ivy", label="second"),
+        "keys enrol": lambda s: do(s, service.enrol, actor="ivy", user="ivy", public_key=pem, label="card"),
+        "keys retire": lambda s: do(s, service.retire, actor=APPROVER, user=APPROVER, label="key-1"),
+        "keys revoke": lambda s: do(s, service.revoke, user=APPROVER, label="key-1", since="10"),
         "files put": lambda s: keep(s, "file-new"),
         "files delete": lambda s: uploads.delete(s, file.file, actor=OWNER, scope=Scope()),
     }

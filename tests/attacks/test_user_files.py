@@ -26,9 +26,7 @@ from tunesmith.cli.main import main
 from tunesmith.cli.terminal import Terminal, draw_table, say
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file
-from tunesmith.services.accounts import users
 from tunesmith.store.people.trust import read_trust
-from tunesmith.store.store import Store
 
 Make = Callable[[Path], object]
 
@@ -107,8 +105,6 @@ def test_what_is_no_text_file(tmp_path: Path, what: str) -> None:
     with pytest.raises(UsageError) as prompt:
         read_text_file(path, "the prompt")
     assert str(path) in str(prompt.value.where)
-    with pytest.raises(UsageError):
-        users.enrol_key(Store(tmp_path / "store"), "eve", path, actor="owner")
     with pytest.raises(Refused):
         read_trust(path)
 

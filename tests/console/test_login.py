@@ -21,6 +21,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from playwright.sync_api import Browser, Page, expect
 
+from tests.acting import do
 from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import APPROVER, OPERATOR, OWNER, Scene
 from tests.server.conftest import CERTIFICATES, Served, running
@@ -35,7 +36,7 @@ from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console.changes import Changes
 from tunesmith.server.console.people.session import COOKIE, SECURE_COOKIE, Viewer
 from tunesmith.server.errors import not_stored, passes
-from tunesmith.services.accounts import proposed_keys, users
+from tunesmith.services import keys, users
 from tunesmith.store import audit, database
 from tunesmith.store.people import sessions
 from tunesmith.store.people.identities import add_user, deactivate
@@ -104,7 +105,7 @@ def test_links(scene: Scene) -> None:
 
     opened(scene, OPERATOR, OWNER)
     assert newest()[:3] == ("session.open", OPERATOR, OWNER)
-    users.login_link(store, OPERATOR, url="http://127.0.0.1", actor=OPERATOR)
+    do(store, users.make_link, actor=OPERATOR, url="http://127.0.0.1")
     assert newest() == ("session.link", OPERATOR, None, getpass.getuser())
 
 
@@ -267,13 +268,13 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served) -> N
     def proposed(cookie: str) -> str:
         pem = public_pem(ec.generate_private_key(ec.SECP256R1()).public_key())
         with plain(served, cookie) as http:
-            assert http.post("/console/keys", data={"csrf": mark(http), "public_key": pem}).status_code == 303
+            assert http.post("/console/do/keys", data={"csrf": mark(http), "public_key": pem}).status_code == 303
         return digest_bytes(pem.encode())
 
     def confirmed(cookie: str, fingerprint: str) -> bool:
         with plain(served, cookie) as http:
-            fields = {"csrf": mark(http), "user": APPROVER, "fingerprint": fingerprint}
-            answer = http.post("/console/keys/confirm", data=fields)
+            fields = {"csrf": mark(http), "fingerprint": fingerprint}
+            answer = http.post(f"/console/do/keys/{APPROVER}/confirm", data=fields)
         assert answer.status_code == 303 or "the two take different people" in answer.text
         return answer.status_code == 303
 
@@ -284,7 +285,7 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served) -> N
         assert f"a link of {OWNER} opened" in page
         assert "another admin confirms this key" in page
     with pytest.raises(Refused, match=f"{OWNER} made the link"):
-        proposed_keys.confirm(store, APPROVER, mine, actor=OWNER)  # on the command line
+        do(store, keys.confirm, actor=OWNER, user=APPROVER, fingerprint=mine)  # on the command line
     assert not confirmed(begun("amy", OWNER), mine)  # one person, by links for two
     assert confirmed(begun("amy", "amy"), mine)
     assert confirmed(begun(OWNER, "amy"), proposed(begun(APPROVER, APPROVER)))

@@ -29,8 +29,7 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.keys import read_public_key
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
-from tunesmith.services import audit, home, webhooks
-from tunesmith.services.accounts import users
+from tunesmith.services import audit, home, users, webhooks
 from tunesmith.services.home import Home
 from tunesmith.services.traffic import monitoring, operations
 from tunesmith.store import database
@@ -126,8 +125,8 @@ def test_others_see_themselves_only(served: Served) -> None:
         with plain(served, cookie_of(served, name)) as http:
             page = http.get("/console/operations/people").text
             assert re.findall(r"<h2[^>]*>\s*(\w+)", page) == [name]
-            mine = f"/console/operations/people/{name}/roles"
-            assert http.post(mine, data={"csrf": csrf(page), "role": "admin"}).status_code == 409
+            mine = f"/console/do/users/{name}/roles"
+            assert http.post(mine, data={"csrf": csrf(page), "roles": "admin"}).status_code == 403
     # What concerns all tenants is no page for a user of one.
     with plain(served, cookie_of(served, "eve")) as http:
         assert http.get("/console/operations", follow_redirects=True).url.path == "/console/operations/people"

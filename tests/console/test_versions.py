@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from urllib.parse import quote
 
 from playwright.sync_api import Page, expect
 
@@ -17,9 +18,8 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.services import version_pages
+from tunesmith.services import keys, version_pages
 from tunesmith.services import versions as service
-from tunesmith.services.accounts import proposed_keys
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.records import Record
@@ -55,7 +55,7 @@ def test_a_key_of_a_browser_is_confirmed_and_refuses_and_approves(
     waiting = ada.locator("section", has=ada.get_by_role("heading", name="Waiting for an admin"))
     expect(waiting.get_by_text("in this browser")).to_be_visible()
     told = re.sub(r"\s", "", waiting.locator(".fingerprint").inner_text())
-    (proposed,) = proposed_keys.waiting(store, "ada")
+    (proposed,) = keys.waiting(store, "ada")
     assert proposed.fingerprint == f"sha256:{told}"
     check_page(ada)
 
@@ -215,11 +215,12 @@ def test_what_is_no_decision_is_refused(served: Served) -> None:
             answer = http.post(f"{at}/{path}", data={**mark, **fields})
             assert answer.status_code == status, (path, fields, answer.text)
         for fields in ({}, {"public_key": HOSTILE}, {"public_key": "x" * 10_000}):
-            assert http.post("/console/keys", data={**mark, **fields}).status_code == 409
+            assert http.post("/console/do/keys", data={**mark, **fields}).status_code == 409
         for path in ("confirm", "reject"):
-            answer = http.post(f"/console/keys/{path}", data={**mark, "user": HOSTILE, "fingerprint": HOSTILE})
-            assert (answer.status_code, "<script>alert" in answer.text) == (409, False)
-    assert not proposed_keys.waiting(served.scene.store)
+            to = f"/console/do/keys/{quote(HOSTILE[:150], safe='')}/{path}"
+            answer = http.post(to, data={**mark, "fingerprint": HOSTILE[:150]})
+            assert (answer.status_code in (403, 404, 409), "<script>alert" in answer.text) == (True, False)
+    assert not keys.waiting(served.scene.store)
 
 
 def test_documents_of_a_version(served: Served) -> None:

@@ -33,11 +33,11 @@ from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
 from tunesmith.services import held, jobs, retraining, training, versions, worker
-from tunesmith.services.accounts.users import add_user, set_roles
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.traffic import monitoring
 from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
+from tunesmith.store.people import identities
 from tunesmith.store.tables import WebhookRow
 
 __all__ = ["receiver"]
@@ -58,7 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates={"held": HELD})
         project = Project.load(folder)
         training.run(project)
-        add_user(project.store, "ann", ["approver"])
+        identities.add_user(project.store, "ann", ["approver"], actor="olive")
         versions.approve(project.store, "tiny@v1", actor="ann", reason="read")
         (version,) = list_versions(project.store, "tiny")
         rollout = start(project.store, name="tiny", version=version, steps=AT_ONCE, actor="olive")
@@ -121,7 +121,7 @@ def drifting(folder: Path) -> None:
 
 def recalled(folder: Path) -> None:
     project = Project.load(folder)
-    set_roles(project.store, "olive", ["admin", "engineer", "steward"])
+    identities.set_roles(project.store, "olive", ["admin", "engineer", "steward"], actor="olive")
     monitoring.recall(project.store, monitoring.cause_of(project.store, {"version": "tiny@v1"}), reason="wrong")
     project.store.engine.dispose()
 
@@ -306,7 +306,7 @@ def test_other_systems_hear_what_happened_to_a_project(folder: Path, receiver: R
     look(folder)
     (version,) = list_versions(project.store, "tiny")
     versions.refuse(project.store, "tiny@v1", actor="ann", reason="private")
-    add_user(project.store, "sue", ["steward"])
+    identities.add_user(project.store, "sue", ["steward"], actor="olive")
     recall(project.store, Cause(kind="version", value=version.digest), reason="private", actor="sue")
     with database.reading(project.store.engine) as session:
         champions = list_champions(session, project.store)

@@ -65,6 +65,7 @@ class World:
             "item": rollout,
             "dataset": dataset,
             "identifier": held,
+            "user": "amy",
         }
 
     @property
@@ -77,6 +78,7 @@ class World:
             "name": "nobodys",
             "number": "4096",
             "rollout": "4096",
+            "user": "nobodys",
         }
         return {**empty, "identifier": "0" * 32}
 
@@ -246,7 +248,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/review/{item}/decide": {"decision": "accept", "revision": 0},
     "/api/recalls": {"kind": "version", "value": f"{ACME}@v1", "reason": "why"},
     "/api/users": {"name": "mallory", "roles": ["admin"]},
-    "/api/users/{name}/roles": {"roles": ["admin"]},
+    "/api/users/{user}/roles": {"roles": ["admin"]},
+    "/api/users/{user}/deactivate": {},
+    "/api/tokens/{user}/{name}": {},
+    "/api/keys/{user}/confirm": {"fingerprint": "0" * 64},
+    "/api/keys/{user}/reject": {"fingerprint": "0" * 64},
+    "/api/held/{identifier}/decide": {"decision": "refuse", "reason": "why"},
     "/api/decisions/prepare": {"version": f"{ACME}@v1", "decision": "refuse", "reason": "why"},
 }
 

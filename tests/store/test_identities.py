@@ -5,18 +5,18 @@ from __future__ import annotations
 import getpass
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import select
 
+from tests.acting import do
 from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.services.accounts import users
+from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.services import keys, users
 from tunesmith.store import database
 from tunesmith.store.people import identities, tokens, user_keys
 from tunesmith.store.people.roles import ACTIONS, ROLES
@@ -218,21 +218,16 @@ def test_twins_of_a_users_name_are_refused(team: Store, happened: Happened) -> N
 
 
 @pytest.mark.attack("people", "a user is added with a key that is refused")
-def test_a_refused_key_leaves_no_user_behind(team: Store, tmp_path: Path, happened: Happened) -> None:
-    keys = []
-    for name in ("a.pem", "c.pem"):
-        public = ec.generate_private_key(ec.SECP256R1()).public_key()
-        keys.append(tmp_path / name)
-        keys[-1].write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    users.enrol_key(team, "the-approver", keys[0], actor="olive")
-    (tmp_path / "b.pem").write_text("no key")
-    before = details(team)
-    for file, error in ((keys[0], Refused), (tmp_path / "b.pem", UsageError)):
+def test_a_refused_key_leaves_no_user_behind(team: Store, happened: Happened) -> None:
+    taken, free = (public_pem(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(2))
+    do(team, keys.enrol, user="the-approver", public_key=taken)
+    before, eve = details(team), {"name": "eve", "roles": ["engineer"]}
+    for pem, error in ((taken, Refused), ("no key", UsageError)):
         with pytest.raises(error):
-            users.add_user(team, "eve", ["engineer"], actor="olive", public_key=file)
+            do(team, users.add_with_key, **eve, public_key=pem)
     assert details(team) == before
     with pytest.raises(UsageError, match="no user eve"):
         identities.get_user(team, "eve")
     happened("no user, no entry", 2)
-    assert users.add_user(team, "eve", ["engineer"], actor="olive", public_key=keys[1]).fingerprint is not None
-    assert (team.root / "trust" / "eve.pem").read_bytes() == keys[1].read_bytes()
+    assert do(team, users.add_with_key, **eve, public_key=free).fingerprint is not None
+    assert (team.root / "trust" / "eve.pem").read_text() == free

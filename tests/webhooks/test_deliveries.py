@@ -28,7 +28,6 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.project import parse_settings
 from tunesmith.services import webhooks
-from tunesmith.services.accounts.users import add_user
 from tunesmith.services.webhooks import Deliverer, check_secrets
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -100,7 +99,7 @@ def test_a_failure_is_tried_again_later_and_later_until_it_is_given_up(
     sender.turn()
     assert [each["data"]["job"] for each in documents(receiver)][-2:] == [number + 1, number]
     assert webhooks.list_webhooks(project).failed == ()
-    add_user(store, "ann", ["approver"])
+    identities.add_user(store, "ann", ["approver"], actor="olive")
     with pytest.raises(Refused):
         do(project, webhooks.retry, actor="ann", webhook="ops")
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, printed, say
-from tunesmith.core.scope import Scope
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.store.people.roles import TOKEN_SCOPES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.accounts.users import EndedKey, EnrolledKey, KeyList, TokenList, UserList, UserView
+    from tunesmith.services.keys import EndedKey, EnrolledKey, KeyList
+    from tunesmith.services.users import TokenList, UserList, UserView
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
@@ -42,15 +43,15 @@ def login_link(
     ] = "http://127.0.0.1:8000",
 ) -> None:
     """Print a link that opens the web console once, within ten minutes."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    link = users.login_link(here.store, name, url=url, actor=here.actor)
+    link = here.do(users.make_link, user=name, url=url)
     here.emit(link, printed(link.url))
 
 
 def list_users(here: Here) -> None:
     """List every user with their roles, deactivated ones included."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
     here.emit(users.list_users(here.store), _draw_users)
 
@@ -67,36 +68,40 @@ def add(
     ] = None,
 ) -> None:
     """Add a user. Without --public-key, a key pair is made here when they first sign."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    store = here.store
-    scope, groups = Scope(tenant, region), group or ()
-    user = users.add_user(store, name, role, actor=here.actor, scope=scope, groups=groups, public_key=public_key)
+    if public_key is None:
+        user = here.do(users.add, name=name, roles=role, tenant=tenant, region=region, groups=group)
+    else:
+        pem = read_text_file(public_key, "the public key")
+        user = here.do(
+            users.add_with_key, name=name, roles=role, tenant=tenant, region=region, groups=group, public_key=pem
+        )
     here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
 
 
 def roles(here: Acting, name: Name, role: Roles) -> None:
     """Replace a user's roles with the given ones."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    user = users.set_roles(here.store, name, role, actor=here.actor)
+    user = here.do(users.set_roles, user=name, roles=role)
     _warn(here, user)
     here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
 
 
 def groups(here: Acting, name: Name, group: Groups = None) -> None:
     """Replace the groups whose documents a user may see. Without --group the user is in none."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    user = users.set_groups(here.store, name, group or (), actor=here.actor)
+    user = here.do(users.set_groups, user=name, groups=group or ())
     here.emit(user, printed(f"{name} is in {', '.join(user.groups) or 'no group'}"))
 
 
 def deactivate(here: Acting, name: Name) -> None:
     """Deactivate a user: their tokens, approvals and signatures no longer count."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    user = users.deactivate(here.store, name, actor=here.actor)
+    user = here.do(users.deactivate, user=name)
     _warn(here, user)
     here.emit(user, printed(f"{name} is deactivated"))
 
@@ -120,9 +125,9 @@ def token(
     ] = None,
 ) -> None:
     """Make a token for the HTTP interface. It is shown only once."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    issued = users.issue_token(here.store, user, name=name, scopes=scope or (), expires=expires, actor=here.actor)
+    issued = here.do(users.issue_token, user=user, name=name, scopes=scope, expires=expires)
     end = "it does not expire" if issued.expires is None else f"it expires on {issued.expires[:10]}"
     say(f"the token {issued.name} of {user}, shown only once; {end}:")
     here.emit(issued, printed(issued.token))
@@ -132,7 +137,7 @@ def tokens(
     here: Here, user: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose; by default all.")] = None
 ) -> None:
     """List tokens: what they are for, when they expire, when they were used last. Their secrets are kept nowhere."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
     here.emit(users.list_tokens(here.store, user), _draw_tokens)
 
@@ -143,17 +148,17 @@ def revoke_token(
     name: Annotated[str, typer.Argument(metavar="TOKEN", help="Its name, as `tunesmith users tokens` shows it.")],
 ) -> None:
     """End a token at once."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import users
 
-    ended = users.revoke_token(here.store, user, name, actor=here.actor)
+    ended = here.do(users.revoke_token, user=user, name=name)
     here.emit(ended, printed(f"the token {name} of {user} is revoked"))
 
 
 def list_keys(here: Here) -> None:
     """List every key, retired, revoked and proposed ones included, and whether its private half is on this machine."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import keys
 
-    here.emit(users.list_keys(here.store), _draw_keys)
+    here.emit(keys.list_keys(here.store), _draw_keys)
 
 
 def create(
@@ -165,9 +170,9 @@ def create(
 
     A second key replaces the first one: retire the old one afterwards. You need an old private key, or an admin.
     """
-    from tunesmith.services.accounts import users
+    from tunesmith.services import keys
 
-    made = users.create_key(here.store, name, label=label, actor=here.actor)
+    made = here.do(keys.create, user=name, label=label)
     say(f"the private key is {made.path}; keep it secret and keep a copy")
     here.emit(made, _print_enrolled)
 
@@ -179,9 +184,10 @@ def enrol(
     label: Label = None,
 ) -> None:
     """Bind a public key that was made elsewhere to a user, so that only its owner can sign as that user."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import keys
 
-    here.emit(users.enrol_key(here.store, name, file, label=label, actor=here.actor), _print_enrolled)
+    pem = read_text_file(file, "the public key")
+    here.emit(here.do(keys.enrol, user=name, public_key=pem, label=label), _print_enrolled)
 
 
 Fingerprint = Annotated[
@@ -194,25 +200,24 @@ def confirm(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
 
     The fingerprint must come from the user by another way than this server: in person, by telephone or by a chat.
     """
-    from tunesmith.services.accounts import proposed_keys
+    from tunesmith.services import keys
 
-    done = proposed_keys.confirm(here.store, name, fingerprint, actor=here.actor)
-    here.emit(done, printed(f"{done.user} signs with {done.label}: {done.fingerprint}"))
+    here.emit(here.do(keys.confirm, user=name, fingerprint=fingerprint), _print_enrolled)
 
 
 def reject(here: Acting, name: Name, fingerprint: Fingerprint) -> None:
     """End the proposal of a key that a user made in the web console."""
-    from tunesmith.services.accounts import proposed_keys
+    from tunesmith.services import keys
 
-    ended = proposed_keys.reject(here.store, name, fingerprint, actor=here.actor)
+    ended = here.do(keys.reject, user=name, fingerprint=fingerprint)
     here.emit(ended, printed(f"the proposed key {ended.fingerprint} of {ended.user} is rejected"))
 
 
 def retire(here: Acting, name: Name, label: Given) -> None:
     """End the use of a key. What it signed before keeps counting; what it signs from now on does not."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import keys
 
-    here.emit(users.retire_key(here.store, name, label, actor=here.actor), _print_ended)
+    here.emit(here.do(keys.retire, user=name, label=label), _print_ended)
 
 
 def revoke(
@@ -229,9 +234,9 @@ def revoke(
     ],
 ) -> None:
     """Revoke a stolen key. What the audit log recorded of it since then does not count. Only an admin may."""
-    from tunesmith.services.accounts import users
+    from tunesmith.services import keys
 
-    ended = users.revoke_key(here.store, name, label, since=since, actor=here.actor)
+    ended = here.do(keys.revoke, user=name, label=label, since=since)
     _warn_of_champions(here)
     here.emit(ended, _print_ended)
 

@@ -103,13 +103,8 @@ def require_scope(request: Request, *scopes: TokenScope) -> None:
     """Raise ApiError 403 unless the token of a request has one of these scopes."""
     token = token_of(request)
     if not token.permits(*scopes):
-        raise ApiError(
-            403,
-            f"The token {token.name} of {token.user} has no scope {' or '.join(scopes)}, only "
-            f"{', '.join(token.scopes)}. `tunesmith users token {token.user} --name NAME --scope {scopes[0]}` makes "
-            "one that has it.",
-            code="insufficient_scope",
-        )
+        what = token.lacks(*scopes)
+        raise forbidden(f"{what[:1].upper()}{what[1:]}.", "insufficient_scope")
 
 
 @decides("public")

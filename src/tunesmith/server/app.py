@@ -41,7 +41,6 @@ from tunesmith.server.api import (
     people,
     review,
     rollouts,
-    tokens,
     versions,
 )
 from tunesmith.server.chat import routes as chat
@@ -139,7 +138,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(control.routes)
     for resource in (feedback, evaluations, versions, rollouts, datasets, review, monitoring, people):
         app.include_router(resource.routes)
-    for resource in (jobs, decisions, tokens, held):
+    for resource in (jobs, decisions, held):
         app.include_router(resource.routes)
     app.include_router(actions.routes())
     app.include_router(files.routes)

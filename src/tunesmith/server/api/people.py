@@ -1,4 +1,4 @@
-"""/api/status, /api/audit, /api/users and /api/keys: what waits for whom, who did what, and who may do what."""
+"""/api/status, audit, users, keys and tokens: what waits for whom, who did what, and who may do what."""
 
 from __future__ import annotations
 
@@ -6,37 +6,14 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
 
-from tunesmith.core.scope import Scope
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Name, Short, Text, call_of, changes, router, shows, whole_call_of
-from tunesmith.services import audit, home
-from tunesmith.services.accounts import people, users
-from tunesmith.store.people.roles import Role
+from tunesmith.server.api.routing import Text, call_of, router, shows, whole_call_of
+from tunesmith.services import audit, home, users
+from tunesmith.services import keys as service
 
 routes = router()
-Roles = Annotated[tuple[Role, ...], Field(min_length=1, max_length=5)]
 _MOST = 1000  # entries of an answer
-
-
-class UserRequest(BaseModel):
-    """A user to add. tenant, region: empty for all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    roles: Roles
-    tenant: Short = ""
-    region: Short = ""
-
-
-class RolesRequest(BaseModel):
-    """The roles that a user has from now on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    roles: Roles
 
 
 @routes.get("/status", dependencies=[needs("read")], **shows(home.Home))
@@ -77,39 +54,21 @@ async def verification(request: Request) -> Response:
 async def everybody(request: Request) -> Response:
     """For an admin of all tenants and regions everybody, for others themselves."""
     call = call_of(request)
-    return await call.answer(partial(people.visible_users, call.store, call.user))
+    return await call.answer(partial(users.visible_users, call.store, call.user))
 
 
-@routes.get("/keys", dependencies=[needs("read")], **shows(users.KeyList))
+@routes.get("/keys", dependencies=[needs("read")], **shows(service.KeyList))
 async def keys(request: Request) -> Response:
     """Enrolled and proposed keys: for an admin of all tenants and regions everybody's, for others their own.
 
     Keys are proposed and confirmed in the console or on the command line, where the log knows who opened the session.
     """
     call = call_of(request)
-    return await call.answer(partial(people.visible_keys, call.store, call.user))
+    return await call.answer(partial(service.visible_keys, call.store, call.user))
 
 
-@routes.post("/users", dependencies=[needs("all")], **changes(users.UserView, UserRequest))
-async def add(request: Request) -> Response:
-    """Add a user."""
-    call = whole_call_of(request, "user.change")
-    given = await call.read(UserRequest)
-    scope = Scope(given.tenant, given.region)
-    act = partial(users.add_user, call.store, given.name, list(given.roles), scope=scope, actor=call.user.name)
-    return await call.answer(act)
-
-
-@routes.post("/users/{name}/roles", dependencies=[needs("all")], **changes(users.UserView, RolesRequest))
-async def roles(request: Request, name: Name) -> Response:
-    """Replace a user's roles."""
-    call = whole_call_of(request, "user.change")
-    given = await call.read(RolesRequest)
-    return await call.answer(partial(users.set_roles, call.store, name, list(given.roles), **call.by))
-
-
-@routes.post("/users/{name}/deactivate", dependencies=[needs("all")], **changes(users.UserView))
-async def deactivate(request: Request, name: Name) -> Response:
-    """Deactivate a user for good: their tokens, sessions, approvals and signatures no longer count."""
-    call = whole_call_of(request, "user.change")
-    return await call.answer(partial(users.deactivate, call.store, name, **call.by))
+@routes.get("/tokens", dependencies=[needs("tokens")], **shows(users.TokenList))
+async def tokens(request: Request, user: str | None = None) -> Response:
+    """The caller's tokens, and for an admin everybody's. user: only that user's."""
+    call = call_of(request)
+    return await call.answer(partial(users.visible_tokens, call.store, call.user, user))

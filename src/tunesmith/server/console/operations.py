@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
@@ -10,13 +9,13 @@ from fastapi import Query, Request, Response
 
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import json_text
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
+from tunesmith.server.console.people.session import Changing, Looking, Viewer
 from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.errors import ApiError, bad_request, missing
+from tunesmith.server.errors import ApiError
 from tunesmith.services import audit, retraining, webhooks
-from tunesmith.services.accounts import users
-from tunesmith.services.accounts.people import is_admin, visible_keys, visible_tokens, visible_users
+from tunesmith.services.keys import visible_keys
 from tunesmith.services.traffic import monitoring, operations
+from tunesmith.services.users import is_admin, visible_tokens, visible_users
 from tunesmith.store.people.roles import ROLES
 
 routes = router()
@@ -114,35 +113,6 @@ async def people(viewer: Looking) -> Response:
         roles=ROLES,
         admin=admin,
     )
-
-
-@routes.post(_ROOT + "/people")
-async def add_person(request: Request, viewer: Changing) -> Response:
-    """Add a user."""
-    said = await form(request)
-    name, tenant, region = (field(said, key) for key in ("name", "tenant", "region"))
-    scope = Scope(tenant, region)
-    add = partial(users.add_user, viewer.store, name, said.get("role", []), actor=viewer.user.name, scope=scope)
-    await viewer.run(add)
-    return gone_to(request, f"{_ROOT}/people")
-
-
-@routes.post(_ROOT + "/people/{name}/{action}")
-async def change_person(request: Request, viewer: Changing, name: str, action: str) -> Response:
-    """Give a user other roles, deactivate them, or end a token of theirs."""
-    said = await form(request)
-    store, by = viewer.store, viewer.user.name
-    calls: dict[str, Callable[[], object]] = {
-        "roles": partial(users.set_roles, store, name, said.get("role", []), actor=by),
-        "deactivation": partial(users.deactivate, store, name, actor=by),
-        "revocation": partial(users.revoke_token, store, name, field(said, "token"), actor=by),
-    }
-    if action not in calls:
-        raise missing("page")
-    if not is_admin(viewer.user) and name != by:
-        raise bad_request("Only an admin of all tenants and regions changes others.", code="not_permitted")
-    await viewer.run(calls[action])
-    return gone_to(request, f"{_ROOT}/people")
 
 
 def _whole(viewer: Viewer) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Forbidden, Refused, UsageError
+from tunesmith.core.errors import Forbidden, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name, check_new_name
 from tunesmith.store import audit, database
@@ -160,7 +160,7 @@ def get_user(where: Store | Session, name: str) -> User:
     with session_of(where) as session:
         row = session.get(UserRow, name)
     if row is None:
-        raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
+        raise _no_user(name)
     return _user(row)
 
 
@@ -364,8 +364,13 @@ def user_row(session: Session, name: str) -> UserRow:
     """A user's row, to be changed inside `changing`. Raises UsageError where there is none."""
     row = session.get(UserRow, name)
     if row is None:
-        raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
+        raise _no_user(name)
     return row
+
+
+def _no_user(name: str) -> NotThere:
+    fix = "tunesmith users list, tunesmith users add"
+    return NotThere(f"there is no user {_shown(name)}", fix=fix, code="user_not_found")
 
 
 def _shown(name: str) -> str:

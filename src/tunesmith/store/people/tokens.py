@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import day
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NotThere, Refused, UsageError
 from tunesmith.core.text.names import check_name
 from tunesmith.store import database
 from tunesmith.store.people import identities
@@ -65,6 +65,13 @@ class Token(BaseModel):
     def permits(self, *needed: TokenScope) -> bool:
         """Whether it has one of these scopes. What its user's roles permit is another question."""
         return "all" in self.scopes or not set(needed).isdisjoint(self.scopes)
+
+    def lacks(self, *needed: TokenScope) -> str:
+        """What to say where it has none of these scopes."""
+        return (
+            f"the token {self.name} of {self.user} has no scope {' or '.join(needed)}, only {', '.join(self.scopes)}. "
+            f"`tunesmith users token {self.user} --name NAME --scope {needed[0]}` makes one that has it"
+        )
 
     def covers(self, scopes: Iterable[str]) -> bool:
         """Whether it permits everything that a token with these scopes permits."""
@@ -130,9 +137,8 @@ def revoke_token(store: Store, user: str, name: str, *, actor: str, now: float |
     with changing(store, actor, "user.token.revoke", user, own=True) as (session, detail):
         row = _row(session, user, name)
         if row.revoked is not None:
-            raise UsageError(
-                f"the token {name} of {user} was revoked on {day(row.revoked)}", fix="nothing is left to do"
-            )
+            what = f"the token {name} of {user} was revoked on {day(row.revoked)}"
+            raise NotThere(what, fix="nothing is left to do", code="token_not_found")
         row.revoked = time_or_now(now)
         detail["tokens"] = [token_state(row)]
         return _token(row)
@@ -188,7 +194,8 @@ def _row(session: Session, user: str, name: str) -> TokenRow:
     query = select(TokenRow).where(TokenRow.user == get_user(session, user).name, TokenRow.name == name)
     row = session.scalars(query).first()
     if row is None:
-        raise UsageError(f"{user} has no token of that name", fix=f"tunesmith users tokens {user}")
+        fix = f"tunesmith users tokens {user}"
+        raise NotThere(f"{user} has no token of that name", fix=fix, code="token_not_found")
     return row
 
 
