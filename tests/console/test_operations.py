@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from playwright.sync_api import Page, expect
 from sqlalchemy import text
 
+from tests.acting import do
 from tests.console.conftest import Login, check_page, follow, statements
 from tests.console.test_login import cookie_of, csrf, plain
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_requests
@@ -29,9 +30,8 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.keys import read_public_key
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
-from tunesmith.services import audit, home, users, webhooks
+from tunesmith.services import audit, home, monitoring, users, webhooks
 from tunesmith.services.home import Home
-from tunesmith.services.traffic import monitoring, operations
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.people.proposed_keys import propose_key
@@ -150,10 +150,9 @@ def test_an_operator_sees_what_moved_what_was_recalled_and_what_did_not_arrive(
     stated: dict[str, Any] = {"version": versions[1].digest, "by": OPERATOR, "tenant": "", "region": "", "scores": {}}
     stated |= {"messages": (Message(role="user", content=HOSTILE),), "expected": None, "answer": HOSTILE}
     put_case(store, Case(request=kept, at=at.isoformat(), until=until.isoformat(), **stated))
-    cause = monitoring.cause_of(store, {"version": f"{NAME}@v3"})
-    monitoring.recall(store, cause, reason=HOSTILE, actor=OWNER)
+    do(store, monitoring.recall, actor=OWNER, kind="version", value=f"{NAME}@v3", reason=HOSTILE[:2000])
 
-    found = operations.drift(project, texts=True)
+    found = monitoring.drift(project, texts=True)
     assert found.report is not None
     assert found.report.verdict == "drift"
     assert [(one.feature, one.request) for one in found.examples] == [("characters", kept)]

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.acting import do
 from tests.fabricate import put_requests
 from tests.http_server import answering
 from tests.tiny import write_model
@@ -32,9 +33,8 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import held, jobs, retraining, training, versions, worker
+from tunesmith.services import held, jobs, monitoring, retraining, training, versions, worker
 from tunesmith.services.retraining import Retraining
-from tunesmith.services.traffic import monitoring
 from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
 from tunesmith.store.people import identities
@@ -122,7 +122,7 @@ def drifting(folder: Path) -> None:
 def recalled(folder: Path) -> None:
     project = Project.load(folder)
     identities.set_roles(project.store, "olive", ["admin", "engineer", "steward"], actor="olive")
-    monitoring.recall(project.store, monitoring.cause_of(project.store, {"version": "tiny@v1"}), reason="wrong")
+    do(project, monitoring.recall, kind="version", value="tiny@v1", reason="wrong")
     project.store.engine.dispose()
 
 

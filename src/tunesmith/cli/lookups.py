@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.services.evidence import EvaluationList, EvaluationPage
-    from tunesmith.services.traffic.operations import RecallList
+    from tunesmith.services.monitoring import RecallList
 
 
 def register(app: typer.Typer) -> None:
@@ -45,9 +45,9 @@ def evaluations(
 
 def recalls(here: Here) -> None:
     """List what was recalled and why, newest first."""
-    from tunesmith.services.traffic import operations
+    from tunesmith.services import monitoring
 
-    here.emit(operations.list_recalls(here.store), _draw_recalls)
+    here.emit(monitoring.list_recalls(here.store), _draw_recalls)
 
 
 def notice(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tunesmith.monitoring.pending_retrains import PendingRetrain
     from tunesmith.monitoring.recall import Recall
     from tunesmith.monitoring.recall_status import RecallStatus
+    from tunesmith.services.monitoring import Impact, PendingRetrains
     from tunesmith.services.review import AddedCases, CaseList
-    from tunesmith.services.traffic.monitoring import Impact, PendingRetrains
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
 _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
@@ -48,7 +48,7 @@ def monitor(
     Also lists champions that may not serve, and the retrains that recalls left pending (`recall --pending`). These do
     not change the exit code.
     """
-    from tunesmith.services.traffic import monitoring
+    from tunesmith.services import monitoring
 
     found, label = monitoring.monitor(here.project, which, hours=hours, tenant=tenant)
 
@@ -67,7 +67,7 @@ def impact(
     base: Annotated[str, typer.Argument(help="As tunesmith.yaml names it, or the start of its record's digest.")],
 ) -> None:
     """List every version, alias and tenant that depends on a base, and the requests that each version answered."""
-    from tunesmith.services.traffic import monitoring
+    from tunesmith.services import monitoring
 
     here.emit(monitoring.impact(here.store, base), _draw_impact)
 
@@ -94,7 +94,7 @@ def recall(
     The next `tunesmith run` builds, trains and measures again without the rows, even if the sources still hold them.
     """
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.traffic import monitoring
+    from tunesmith.services import monitoring
 
     given = {"row": row, "source": source, "licence": licence, "subject": subject, "version": version, "base": base}
     named = {kind: value for kind, value in given.items() if value is not None}
@@ -104,13 +104,16 @@ def recall(
         listed = monitoring.list_pending_retrains(here.store)
         here.emit(listed, _draw_pending_list)
         raise typer.Exit(3 if listed.pending_retrains else 0)
-    store = here.store
-    cause = monitoring.cause_of(store, named)
+    if len(named) != 1:
+        options = ", ".join(f"--{kind}" for kind in given)
+        raise UsageError(f"name exactly one thing to recall, not {len(named)}", fix=f"one of {options}")
+    ((kind, value),) = named.items()
     if check:
-        status = monitoring.recall_status_of(store, cause)
+        store = here.store
+        status = monitoring.recall_status_of(store, monitoring.cause_of(store, kind, value))
         here.emit(status, _draw_status)
         raise typer.Exit(0 if status.gone else 3)
-    found = monitoring.recall(store, cause, reason=reason, actor=here.actor, dry_run=dry_run)
+    found = here.do(monitoring.recall, kind=kind, value=value, reason=reason, dry_run=dry_run)
     here.emit(found, _draw_recall)
     for line in found.next:
         say(line)

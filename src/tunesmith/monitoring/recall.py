@@ -122,7 +122,7 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     was made from the cause, Refused if actor may not recall.
     """
     if not reason.strip():
-        raise UsageError("a recall needs a reason", fix='--reason "why"')
+        raise UsageError("a recall needs a reason", where="reason")
     if len(cause.label) > _LONGEST:
         raise UsageError(f"a {cause.kind} has at most {_LONGEST} characters, this one has {len(cause.value)}")
     require(store, actor, "recall.start")

@@ -22,11 +22,10 @@ from tunesmith.registry.serving import approvals_of, permissions
 from tunesmith.registry.signing.release import is_over
 from tunesmith.registry.versions import Version, readable_versions
 from tunesmith.rollout.standing import standing_of
-from tunesmith.services import retraining
+from tunesmith.services import monitoring, retraining
 from tunesmith.services.held import waiting_for
+from tunesmith.services.monitoring import PartHealth, queue_health
 from tunesmith.services.rollout_course import LISTED, RolloutLine, labels_of, live_lines
-from tunesmith.services.traffic import monitoring
-from tunesmith.services.traffic.health import PartHealth, queue_health
 from tunesmith.store import database
 from tunesmith.store.people.identities import User, get_user
 from tunesmith.store.people.proposed_keys import ProposedKey, waiting_keys

@@ -27,8 +27,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services import jobs
-from tunesmith.services.traffic import monitoring
+from tunesmith.services import jobs, monitoring
 
 _LOG = logging.getLogger("tunesmith.retraining")
 _BUDGET = timedelta(days=30)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.acting import do
 from tests.attack_table import Happened
 from tests.data.rows import build, held, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import UsageError
@@ -18,7 +19,7 @@ from tunesmith.data.review import queue
 from tunesmith.data.settings import DataSettings
 from tunesmith.monitoring.recall import Cause, Recall, recall
 from tunesmith.monitoring.recall_status import recall_status
-from tunesmith.services.traffic import monitoring
+from tunesmith.services import monitoring
 from tunesmith.store.people.identities import ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RecallRow
@@ -85,16 +86,16 @@ def test_a_recalled_licence_reaches_the_expressions_that_need_it(tmp_path: Path,
         sources.append({"path": f"{place}.jsonl", "licence": licence})
     corrected = settings(source={"path": "0.jsonl", "licence": "MIT"})
     right = build(tmp_path, corrected).digest
-    cause = monitoring.cause_of(store, {"licence": "cc-by-4.0"})
+    asked = {"actor": "ann", "kind": "licence", "value": "cc-by-4.0", "reason": "ended"}
     choice = build(tmp_path, settings(sources=sources[2:3])).digest
     with pytest.raises(UsageError, match=r"holds a row of licence CC-BY-4\.0, only of MIT OR CC-BY-4\.0"):
-        monitoring.recall(store, cause, reason="ended", actor="ann")
+        do(store, monitoring.recall, **asked)
     apart = [build(tmp_path, settings(sources=[one])).digest for one in sources[:2]]
     whole = build(tmp_path, settings(sources=sources)).digest
     (twin, other, *_) = held(load_dataset(store, right))
     for one, of in ((twin, right), (other, whole)):
         queue.add_items(store, [queue.NewItem("row", one.id, {}, of)], wanted=1, actor="ann")
-    found = monitoring.recall(store, cause, reason="ended", actor="ann")
+    found = do(store, monitoring.recall, **asked)
     assert [one.subject for one in queue.list_items(store, ["open"], 0, 9)] == [twin.id], "of the corrected version"
     assert len(held(build(tmp_path, corrected, withdrawn=load_withdrawn(store)))) == 25
     assert {one.digest: sum(one.rows.values()) for one in found.reached} == {**dict.fromkeys(apart, 25), whole: 50}
@@ -102,6 +103,7 @@ def test_a_recalled_licence_reaches_the_expressions_that_need_it(tmp_path: Path,
     assert "not withdrawn, since they do not need it: MIT OR CC-BY-4.0" in found.next
     left = held(build(tmp_path, settings(sources=sources), withdrawn=load_withdrawn(store)))
     assert {one.licence for one in left} == {"MIT OR CC-BY-4.0", "MIT"}
+    cause = Cause(kind="licence", value="CC-BY-4.0")
     status = recall_status(store, cause)
     assert (status.gone, status.other_licences) == (True, ("MIT OR CC-BY-4.0",))
     assert choice in {one.digest for one in withdraw(store, "licence", "MIT OR CC-BY-4.0").reached}

@@ -9,51 +9,22 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.monitoring.recall import CauseKind
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.server.access import needs
-from tunesmith.server.api.routing import Reason, changes, router, shows, whole_call_of
-from tunesmith.services import retraining, webhooks
-from tunesmith.services.traffic import monitoring, operations
+from tunesmith.server.api.routing import router, shows, whole_call_of
+from tunesmith.services import monitoring, retraining, webhooks
 
 routes = router()
 Value = Annotated[str, Query(min_length=1, max_length=300)]
 
 
-class RecallRequest(BaseModel):
-    """What to withdraw. kind, value: such as version and NAME@v3, or row and an example's id.
-
-    reason: kept in the audit log, and shown by refusals. dry_run: change nothing, and answer what it would reach.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: CauseKind
-    value: Annotated[str, Field(min_length=1, max_length=300)]
-    reason: Reason
-    dry_run: bool = False
-
-
-@routes.get("/recalls", dependencies=[needs("read")], **shows(operations.RecallList))
+@routes.get("/recalls", dependencies=[needs("read")], **shows(monitoring.RecallList))
 async def recalls(request: Request) -> Response:
     """What was recalled and why, newest first."""
     call = whole_call_of(request)
-    return await call.answer(partial(operations.list_recalls, call.store))
-
-
-@routes.post("/recalls", dependencies=[needs("operate")], **changes(monitoring.Recalled, RecallRequest))
-async def recall(request: Request) -> Response:
-    """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
-    call = whole_call_of(request, "recall.start")
-    given = await call.read(RecallRequest)
-
-    def recalled() -> monitoring.Recalled:
-        cause = monitoring.cause_of(call.store, {given.kind: given.value})
-        return monitoring.recall(call.store, cause, reason=given.reason, dry_run=given.dry_run, **call.by)
-
-    return await call.answer(recalled, threads=call.serving.files)
+    return await call.answer(partial(monitoring.list_recalls, call.store))
 
 
 @routes.get("/recalls/pending", dependencies=[needs("read")], **shows(monitoring.PendingRetrains))
@@ -69,7 +40,7 @@ async def status(request: Request, kind: CauseKind, value: Value) -> Response:
     call = whole_call_of(request)
 
     def look() -> RecallStatus:
-        return monitoring.recall_status_of(call.store, monitoring.cause_of(call.store, {kind: value}))
+        return monitoring.recall_status_of(call.store, monitoring.cause_of(call.store, kind, value))
 
     return await call.answer(look)
 
@@ -81,13 +52,13 @@ async def impact(request: Request, base: Value) -> Response:
     return await call.answer(partial(monitoring.impact, call.store, base))
 
 
-@routes.get("/drift", dependencies=[needs("read")], **shows(operations.Drift))
+@routes.get("/drift", dependencies=[needs("read")], **shows(monitoring.Drift))
 async def drift(request: Request) -> Response:
     """Whether requests to the project's champion drifted; with kept requests as examples for who may review rows, if
     the token has the scope rows."""
     call = whole_call_of(request)
     texts = call.permits("rows", "row.review")
-    return await call.answer(partial(operations.drift, call.project, texts=texts), threads=call.serving.files)
+    return await call.answer(partial(monitoring.drift, call.project, texts=texts), threads=call.serving.files)
 
 
 @routes.get("/retraining", dependencies=[needs("read")], **shows(retraining.Retraining))

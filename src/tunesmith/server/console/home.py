@@ -11,7 +11,7 @@ from tunesmith.server.console.routing import router
 from tunesmith.server.control import parts_that_answer
 from tunesmith.services import home as service
 from tunesmith.services import jobs
-from tunesmith.services.traffic.health import PartHealth
+from tunesmith.services.monitoring import PartHealth
 
 routes = router()
 _JOBS = 5

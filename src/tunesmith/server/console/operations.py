@@ -12,9 +12,8 @@ from tunesmith.core.text.display import json_text
 from tunesmith.server.console.people.session import Changing, Looking, Viewer
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError
-from tunesmith.services import audit, retraining, webhooks
+from tunesmith.services import audit, monitoring, retraining, webhooks
 from tunesmith.services.keys import visible_keys
-from tunesmith.services.traffic import monitoring, operations
 from tunesmith.services.users import is_admin, visible_tokens, visible_users
 from tunesmith.store.people.roles import ROLES
 
@@ -29,7 +28,7 @@ async def overview(request: Request, viewer: Looking) -> Response:
     if viewer.user.scope != Scope():
         return gone_to(request, f"{_ROOT}/people")
     project, store = viewer.serving.project, viewer.store
-    recalls = await viewer.run(partial(operations.list_recalls, store))
+    recalls = await viewer.run(partial(monitoring.list_recalls, store))
     pending = await viewer.run(partial(monitoring.list_pending_retrains, store))
     hooks = await viewer.run(partial(webhooks.list_webhooks, project)) if project else None
     return viewer.page("operations.html.jinja", recalls=recalls.recalls, pending=pending.pending_retrains, hooks=hooks)
@@ -42,7 +41,7 @@ async def drift(viewer: Looking) -> Response:
     project = viewer.serving.project
     if project is None:
         raise ApiError(409, "This server runs without a project file, which says what drift is.", code="no_project")
-    found = await viewer.run(partial(operations.drift, project, texts=viewer.user.may("row.review")))
+    found = await viewer.run(partial(monitoring.drift, project, texts=viewer.user.may("row.review")))
     due = None
     if project.settings.retraining is not None:
         due = await viewer.run(partial(retraining.look, project))
@@ -54,8 +53,7 @@ async def recall_status(viewer: Looking, cause: Annotated[str, Query(max_length=
     """Whether something that was recalled is gone."""
     _whole(viewer)
     kind, _, value = cause.partition(" ")
-
-    named = await viewer.run(partial(monitoring.cause_of, viewer.store, {kind: value}))
+    named = await viewer.run(partial(monitoring.cause_of, viewer.store, kind, value))
     found = await viewer.run(partial(monitoring.recall_status_of, viewer.store, named))
     return viewer.page("operations_recall.html.jinja", found=found)
 

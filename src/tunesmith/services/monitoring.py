@@ -1,32 +1,41 @@
-"""Drift of served traffic, and recalls of data and versions."""
+"""What operators look after: drift of served traffic, recalls of data and versions, and whether workers work."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from typing import get_args
+from statistics import median
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
+from sqlalchemy import case, func, select
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.data.governance.licences import spelled
+from tunesmith.jobs import queue
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
+from tunesmith.monitoring.cases import Case, list_cases
 from tunesmith.monitoring.drift import Report, watch
-from tunesmith.monitoring.features import measured_baseline
+from tunesmith.monitoring.features import last_request, measured_baseline
 from tunesmith.monitoring.pending_retrains import PendingRetrain
 from tunesmith.monitoring.recall import Cause, CauseKind, Recall
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
-from tunesmith.registry.versions import Version, list_versions, resolve
+from tunesmith.registry.versions import Version, list_versions, load_version, resolve
 from tunesmith.rollout.controller import give_up
 from tunesmith.rollout.standing import Champion
+from tunesmith.services.actions import Acting, Because, Request, action
 from tunesmith.services.rollouts import refused_champions
 from tunesmith.store import database
-from tunesmith.store.people.identities import acting
+from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow, RecallRow, RequestRow
+
+_EXAMPLES = 3  # for each feature that moved
+_RECALLS = 100
+_TAKEN_SECONDS = 60.0  # a worker takes a job that is due sooner than this
 
 
 class Monitored(Report):
@@ -77,6 +86,68 @@ class Impact(View):
     adapters: int
 
 
+class MovedExample(View):
+    """A request whose caller asked to keep it, far from what the version was measured on.
+
+    feature: what moved. value: the request's; usual: the median of the test rows. answer: None where it failed.
+    """
+
+    request: str
+    at: str
+    feature: str
+    value: float
+    usual: float
+    asked: str
+    answer: str | None
+
+
+class Drift(View):
+    """The drift report of the project's champion, and kept requests that show what moved. problem: why there is none.
+
+    examples: empty without drift, and where no caller had a request kept.
+    """
+
+    version: str
+    report: Report | None
+    problem: str
+    examples: tuple[MovedExample, ...]
+
+
+class RecalledCause(View):
+    """Something that was recalled. records: how many records it reached then. at: of its first recall."""
+
+    cause: str
+    reason: str
+    at: str
+    records: int
+
+
+class RecallList(View):
+    """What was recalled, the newest first."""
+
+    recalls: tuple[RecalledCause, ...]
+
+
+class PartHealth(View):
+    """Whether a part is well."""
+
+    part: str
+    ok: bool
+    says: str
+
+
+class StartRecall(Request):
+    """What to withdraw. kind, value: such as version and NAME@v3, or row and an example's id.
+
+    reason: kept in the audit log, and shown by refusals. dry_run: change nothing, and answer what it would reach.
+    """
+
+    kind: CauseKind
+    value: Annotated[str, Field(min_length=1, max_length=300)]
+    reason: Because
+    dry_run: bool = False
+
+
 def monitor(
     project: Project, which: str | None = None, *, hours: float | None = None, tenant: str | None = None
 ) -> tuple[Monitored, str]:
@@ -99,6 +170,47 @@ def monitor(
     pending = tuple(pending_retrains.list_pending_retrains(project.store, version.name))
     refused = tuple(refused_champions(project.store, version.name))
     return Monitored(**dict(report), pending_retrains=pending, refused_champions=refused), version.label
+
+
+def drift(project: Project, *, texts: bool) -> Drift:
+    """Whether the requests to the project's champion drifted. texts: with kept requests as examples of what moved."""
+    try:
+        report, label = monitor(project)
+        examples = _examples(project.store, report) if texts and report.verdict == "drift" else []
+    except TunesmithError as error:
+        return Drift(version="", report=None, problem=error.what, examples=())
+    return Drift(version=label, report=report, problem="", examples=tuple(examples))
+
+
+def list_recalls(store: Store) -> RecallList:
+    """What was recalled, and why."""
+    first = func.min(RecallRow.at)
+    query = select(RecallRow.cause, func.min(RecallRow.reason), first, func.count()).group_by(RecallRow.cause)
+    with database.reading(store.engine) as session:
+        rows = session.execute(query.order_by(first.desc()).limit(_RECALLS)).all()
+    found = (RecalledCause(cause=cause, reason=reason, at=at, records=n) for cause, reason, at, n in rows)
+    return RecallList(recalls=tuple(found))
+
+
+def queue_health(store: Store, scope: Scope) -> PartHealth:
+    """Whether workers take and perform the jobs of a scope."""
+    at = queue.time_now(store)
+    running = case((JobRow.state == "running", 1), else_=0)
+    late = case(((JobRow.state == "queued") & (JobRow.due < at - _TAKEN_SECONDS), 1), else_=0)
+    lost = case(((JobRow.state == "running") & (JobRow.until < at), 1), else_=0)
+    query = select(func.count(), func.sum(running), func.sum(late), func.sum(lost))
+    query = query.where(JobRow.state.in_(("queued", "running")), *within(JobRow, scope))
+    with database.reading(store.engine) as session:
+        total, runs, waits, silent = (number or 0 for number in session.execute(query).one())
+    if silent:
+        return PartHealth(
+            part="worker", ok=False, says=f"{silent} running jobs were not heard of: is a worker running?"
+        )
+    if waits and not runs:
+        return PartHealth(part="worker", ok=False, says=f"{waits} jobs wait and no worker takes them: tunesmith worker")
+    return PartHealth(
+        part="worker", ok=True, says=f"jobs: {runs} running, {total - runs} waiting" if total else "no job waits"
+    )
 
 
 def list_pending_retrains(store: Store) -> PendingRetrains:
@@ -141,16 +253,11 @@ def _on_base(version: Version, found: recalls.Recall) -> VersionOnBase:
     )
 
 
-def cause_of(store: Store, named: Mapping[str, str]) -> Cause:
-    """The one thing to recall. named: kind -> value; a version or base is found by its label or digest, and
-    a licence takes SPDX's spelling.
+def cause_of(store: Store, kind: str, value: str) -> Cause:
+    """What to recall. value: a version or base is found by its label or digest, and a licence takes SPDX's spelling.
 
-    Raises UsageError unless exactly one thing is named.
+    Raises UsageError for what cannot be recalled.
     """
-    if len(named) != 1:
-        options = ", ".join(f"--{kind}" for kind in get_args(CauseKind))
-        raise UsageError(f"name exactly one thing to recall, not {len(named)}", fix=f"one of {options}")
-    ((kind, value),) = named.items()
     if kind == "version" and "@" in value:
         labels = {version.label: version.digest for version in list_versions(store, value.partition("@")[0])}
         value = labels.get(value, value)
@@ -164,14 +271,14 @@ def cause_of(store: Store, named: Mapping[str, str]) -> Cause:
         raise UsageError(f"{kind[:40]!r} {value[:80]!r} is nothing that can be recalled") from None
 
 
-def recall(store: Store, cause: Cause, *, reason: str, actor: str | None = None, dry_run: bool = False) -> Recalled:
-    """Withdraw something and everything that was made from it, and abort the rollouts that it reaches.
-
-    dry_run: change nothing, and return what a recall would reach.
-    """
-    found = recalls.recall(store, cause, reason=reason, actor=acting(store, actor), dry_run=dry_run)
+@action("recall.start", permission="recall.start", tokens=("operate",), at="/recalls", whole=True, reads_files=True)
+def recall(acting: Acting, asked: StartRecall) -> Recalled:
+    """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
+    store, reason = acting.store, asked.reason
+    cause = cause_of(store, asked.kind, asked.value)
+    found = recalls.recall(store, cause, reason=reason, actor=acting.actor, dry_run=asked.dry_run)
     aborted: list[int] = []
-    if not dry_run:
+    if not asked.dry_run:
         aborted = [give_up(store, number, f"recalled: {reason}").id for number in found.rollouts]
     return Recalled(**dict(found), aborted_rollouts=tuple(aborted), next=tuple(_next_steps(found)))
 
@@ -200,3 +307,32 @@ def _next_steps(found: Recall) -> list[str]:
         lines.append("`tunesmith recall --pending` lists the names that need a new version, until it serves")
     lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
     return lines
+
+
+def _examples(store: Store, report: Report) -> list[MovedExample]:
+    """Of each feature that moved, the kept requests that lie farthest from the test rows' median."""
+    kept = {case.request: case for case in list_cases(store, everything=True) if case.version == report.version}
+    if not kept:
+        return []
+    with database.reading(store.engine) as session:
+        query = select(RequestRow.id, RequestRow.features).where(
+            RequestRow.id.in_(kept), RequestRow.at >= report.since, RequestRow.at <= report.until
+        )
+        features: dict[str, dict[str, Any]] = dict(session.execute(query).tuples().all())
+    measured = measured_baseline(store, load_version(store, report.version)).features
+    found = []
+    for finding in report.findings:
+        if finding.outcome != "drift" or finding.name not in measured:
+            continue
+        usual = float(median(measured[finding.name]))
+        values = {request: float(each[finding.name]) for request, each in features.items() if finding.name in each}
+        farthest = sorted(values, key=lambda request: -abs(values[request] - usual))[:_EXAMPLES]
+        found += [_example(kept[request], finding.name, values[request], usual) for request in farthest]
+    return found
+
+
+def _example(case: Case, feature: str, value: float, usual: float) -> MovedExample:
+    asked = last_request(case.messages)
+    return MovedExample(
+        request=case.request, at=case.at, feature=feature, value=value, usual=usual, asked=asked, answer=case.answer
+    )

@@ -1,1 +1,0 @@
-"""Served requests: drift, held answers, and what operators look at."""
