@@ -217,7 +217,7 @@ def test_what_is_no_decision_is_refused(served: Served) -> None:
         for fields in ({}, {"public_key": HOSTILE}, {"public_key": "x" * 10_000}):
             assert http.post("/console/do/keys", data={**mark, **fields}).status_code == 409
         for path in ("confirm", "reject"):
-            to = f"/console/do/keys/{quote(HOSTILE[:150], safe='')}/{path}"
+            to = f"/console/do/keys/{quote(HOSTILE[:150].replace('/', ''))}/{path}"
             answer = http.post(to, data={**mark, "fingerprint": HOSTILE[:150]})
             assert (answer.status_code in (403, 404, 409), "<script>alert" in answer.text) == (True, False)
     assert not keys.waiting(served.scene.store)

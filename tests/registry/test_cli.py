@@ -183,8 +183,8 @@ def test_users_and_tokens(store: Store, version: Version) -> None:
     assert document(store, "users", "groups", "bob")["groups"] == []
     for words, what in (
         (("groups", "bob", "--group", "../hr"), "not a group name"),
-        (("token", "bob", "--expires", "soon"), "no time until a token expires"),
-        (("token", "bob", "--expires", "999999d"), "no time until a token expires"),
+        (("token", "bob", "--expires", "soon"), "should match pattern"),
+        (("token", "bob", "--expires", "999999d"), "should match pattern"),
         (("revoke-token", "bob", "ci"), "bob has no token of that name"),
     ):
         with pytest.raises(UsageError, match=what):
@@ -212,7 +212,7 @@ def test_users_and_tokens(store: Store, version: Version) -> None:
 
     assert [user["user"] for user in document(store, "users", "list")["users"]] == ["ann", "bob", "olive"]
     assert document(store, "users", "deactivate", "bob")["active"] is False
-    with pytest.raises(Refused, match="it takes admin"):
+    with pytest.raises(Refused, match="none of their roles permits"):
         run(store, "users", "add", "eve", "--role", "admin", "--as", "ann")
     run(store, "users", "add", "eve", "--role", "admin")
     ended = run(store, "users", "deactivate", "olive", "--as", "eve")

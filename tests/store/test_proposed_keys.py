@@ -69,7 +69,7 @@ def test_proposals_end_are_few_and_of_p256(scene: Scene) -> None:
     public = ec.generate_private_key(ec.SECP256K1()).public_key()
     for wrong in (public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode(), "", "\u202e"):
         with pytest.raises(UsageError):
-            keys.propose(store, wrong, actor=APPROVER)
+            do(store, keys.propose, actor=APPROVER, public_key=wrong)
     _, first = proposal(store)
     prints = [first, *(proposal(store)[1] for _ in range(4))]
     assert [key.fingerprint for key in keys.waiting(store, APPROVER)] == prints
