@@ -127,7 +127,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
     with database.writing(store.engine) as session:
         session.execute(update(JobRow).values(most_attempts=100))
     killed = 0
-    while not queue.get(store, number).has_ended:
+    while queue.get(store, number).ended is None:
         lease = leases.claim(store, "w", [KIND], project="tiny")
         assert lease is not None
         process = forkserver().Process(target=attempt, args=(folder, lease))

@@ -17,7 +17,6 @@ from tunesmith.core.progress import Stopped
 from tunesmith.jobs import leases, performing, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
-from tunesmith.jobs.state import Job
 from tunesmith.store import audit, database
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
@@ -26,7 +25,7 @@ from tunesmith.store.tables import AuditRow, JobRow, MemoRow
 ERROR = {"code": "failed", "what": "the disk is full"}
 
 
-def add(store: Store, clock: SetClock, **options: Any) -> Job:
+def add(store: Store, clock: SetClock, **options: Any) -> JobRow:
     return queue.add(store, "run", {"n": 1}, **{"project": "p", "actor": "olive", "clock": clock, **options})
 
 

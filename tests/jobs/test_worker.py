@@ -126,7 +126,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     assert queue.get(store, number).state == "queued"
 
     third = OwnWorker(folder, said.append)  # a server's
-    until(lambda: queue.get(store, number).has_ended)
+    until(lambda: queue.get(store, number).ended is not None)
     assert third._process is not None
     third._process.kill()
     until(lambda: "another one is started" in " ".join(said))

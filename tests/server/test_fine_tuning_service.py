@@ -129,7 +129,7 @@ def test_a_server_starts_a_worker_and_ends_it(tmp_path: Path, monkeypatch: pytes
         file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
         made = client.fine_tuning.jobs.create(model=MODEL, training_file=file, hyperparameters={"n_epochs": 1})
         number = int(made.id[6:])
-        until(lambda: queue.get(store, number).has_ended)
+        until(lambda: queue.get(store, number).ended is not None)
         done = client.fine_tuning.jobs.retrieve(made.id)
         assert (done.status, done.fine_tuned_model) == ("failed", None)
         assert done.error is not None

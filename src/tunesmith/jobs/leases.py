@@ -18,10 +18,10 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.jobs.curves import note
 from tunesmith.jobs.queue import new_row
-from tunesmith.jobs.state import Clock, State, add_event, database_time
+from tunesmith.jobs.state import Clock, add_event, database_time
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow
+from tunesmith.store.tables import JobRow, JobState
 
 LEASE_SECONDS = 60.0
 # Seconds until a job is tried again: the first, doubled with each attempt up to the last.
@@ -256,7 +256,7 @@ def _end_unknown(session: Session, row: JobRow, kinds: Collection[str], now: flo
     _end(session, row, "failed", now)
 
 
-def _end(session: Session, row: JobRow, state: State, now: float) -> None:
+def _end(session: Session, row: JobRow, state: JobState, now: float) -> None:
     row.state, row.until, row.ended, row.wanted = state, None, now, ""
     detail = {"state": state, "error": row.error.get("code", ""), "worker": row.worker}
     audit.append(session, actor=CONTROLLER, action="job.end", subject=f"job {row.id}", detail=detail)

@@ -1,6 +1,6 @@
 """What people do with jobs: add, cancel, pause and resume them, and read their state and log.
 
-Every change is one transaction with an audit entry.
+Every change is one transaction with an audit entry. Rows are returned as they were read: changing them changes nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.jobs.state import ENDED, Clock, Event, Job, State, add_event, database_time, job_of
+from tunesmith.jobs.state import ENDED, Clock, add_event, database_time
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
 from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobEventRow, JobRow
+from tunesmith.store.tables import JobEventRow, JobRow, JobState
 
 ATTEMPTS = 3
 _LONGEST_KEY = 128
@@ -38,7 +38,7 @@ def add(
     scope: Scope = Scope(),
     attempts: int = ATTEMPTS,
     clock: Clock = database_time,
-) -> Job:
+) -> JobRow:
     """Add a job to the queue.
 
     arguments: JSON values. priority: jobs with a higher one are taken first. key: an idempotency key; the same key of
@@ -50,18 +50,18 @@ def add(
     with database.reading(store.engine) as session:
         require(session, actor, "job.add", scope=scope)
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
-            return job_of(known)
+            return known
     detail: dict[str, Any] = {}
     with store.change(actor, "job.add", kind, detail) as session:
         require(session, actor, "job.add", scope=scope)
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
             detail["job"] = known.id  # another process added it meanwhile
-            return job_of(known)
+            return known
         row = new_row(session, kind, arguments, project, actor, attempts, clock)
         row.priority, row.key, row.tenant, row.region = priority, key, scope.tenant, scope.region
         session.flush()
         detail |= {"job": row.id, "arguments": digest_of(dict(arguments))}
-        return job_of(row)
+        return row
 
 
 def check_new(priority: int, key: str | None) -> None:
@@ -112,23 +112,23 @@ def _same_key(session: Session, kind: str, arguments: Mapping[str, Any], actor: 
     return row
 
 
-def get(store: Store, number: int) -> Job:
+def get(store: Store, number: int) -> JobRow:
     """A job by its number. Raises UsageError where there is none."""
     with database.reading(store.engine) as session:
-        return job_of(_row(session, number))
+        return _row(session, number)
 
 
 def list_jobs(
     store: Store,
     *,
-    states: Collection[State] = (),
+    states: Collection[JobState] = (),
     kinds: Collection[str] = (),
     by: str | None = None,
     before: int | None = None,
     first: int = 0,
     most: int = 100,
     scope: Scope = Scope(),
-) -> list[Job]:
+) -> list[JobRow]:
     """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created. before:
     only older ones than this number. first: leave out as many of the newest.
 
@@ -140,13 +140,13 @@ def list_jobs(
     if before is not None:
         found = found.where(JobRow.id < before)
     with database.reading(store.engine) as session:
-        return [job_of(row) for row in session.scalars(found)]
+        return list(session.scalars(found))
 
 
 def count_jobs(
     store: Store,
     *,
-    states: Collection[State] = (),
+    states: Collection[JobState] = (),
     kinds: Collection[str] = (),
     by: str | None = None,
     scope: Scope = Scope(),
@@ -158,7 +158,7 @@ def count_jobs(
 
 
 def _chosen(
-    states: Collection[State], kinds: Collection[str], by: str | None, scope: Scope
+    states: Collection[JobState], kinds: Collection[str], by: str | None, scope: Scope
 ) -> list[ColumnElement[bool]]:
     """The conditions of a query for jobs."""
     found = within(JobRow, scope)
@@ -173,22 +173,22 @@ def is_waiting(store: Store, project: str) -> bool:
         return session.scalar(waiting.limit(1)) is not None
 
 
-def events(store: Store, number: int, after: int = 0) -> list[Event]:
+def events(store: Store, number: int, after: int = 0) -> list[JobEventRow]:
     """The lines of a job's log, oldest first. after: only those with a higher number."""
     found = select(JobEventRow).where(JobEventRow.job == number, JobEventRow.number > after)
     return _events(store, number, found.order_by(JobEventRow.number))
 
 
-def newest_events(store: Store, number: int, *, before: int | None = None, most: int = 100) -> list[Event]:
+def newest_events(store: Store, number: int, *, before: int | None = None, most: int = 100) -> list[JobEventRow]:
     """The newest lines of a job's log, newest first. before: only those with a lower number."""
     found = select(JobEventRow).where(JobEventRow.job == number).order_by(JobEventRow.number.desc()).limit(most)
     return _events(store, number, found if before is None else found.where(JobEventRow.number < before))
 
 
-def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[Event]:
+def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[JobEventRow]:
     with database.reading(store.engine) as session:
         _row(session, number)
-        return [Event(row.number, row.at, row.message) for row in session.scalars(found)]
+        return list(session.scalars(found))
 
 
 def time_now(store: Store) -> float:
@@ -200,7 +200,7 @@ def time_now(store: Store) -> float:
 # Changes
 
 
-def cancel(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> Job:
+def cancel(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> JobRow:
     """End a job for good. A running one ends between two of its steps; its checkpoints are kept.
 
     Raises Refused for a job that ended, and where the actor may not change jobs.
@@ -208,7 +208,7 @@ def cancel(store: Store, number: int, *, actor: str, clock: Clock = database_tim
     return _ask(store, number, "cancelled", actor, clock)
 
 
-def pause(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> Job:
+def pause(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> JobRow:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps.
 
     Raises what cancel raises, and Refused for a job that is paused or about to be cancelled.
@@ -216,7 +216,7 @@ def pause(store: Store, number: int, *, actor: str, clock: Clock = database_time
     return _ask(store, number, "paused", actor, clock)
 
 
-def resume(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> Job:
+def resume(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> JobRow:
     """Put a paused job back into the queue. Raises Refused for a job that is not paused."""
     with store.change(actor, "job.resume", f"job {number}", {}) as session:
         row = _changeable(session, number, actor)
@@ -227,10 +227,10 @@ def resume(store: Store, number: int, *, actor: str, clock: Clock = database_tim
         else:
             raise Refused(f"it is {row.state}, not paused", where=f"job {number}")
         add_event(session, number, clock(session), f"resumed by {actor}")
-        return job_of(row)
+        return row
 
 
-def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str, clock: Clock) -> Job:
+def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str, clock: Clock) -> JobRow:
     """Put a waiting job into a state, or ask the worker of a running one to do so."""
     action = {"cancelled": "job.cancel", "paused": "job.pause"}[state]
     detail: dict[str, Any] = {}
@@ -248,7 +248,7 @@ def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor
             row.ended = now if state in ENDED else None
         detail["state"] = row.state
         add_event(session, number, now, f"{'to be ' if row.state == 'running' else ''}{state}, asked by {actor}")
-        return job_of(row)
+        return row
 
 
 def _changeable(session: Session, number: int, actor: str) -> JobRow:

@@ -22,8 +22,8 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
 from tunesmith.jobs.performing import record_error
 from tunesmith.jobs.places import JobProcess, Place
-from tunesmith.jobs.state import Job
 from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow
 
 # Seconds between two looks at the queue and at the processes.
 _POLL = 0.5
@@ -194,5 +194,5 @@ class Worker:
             child.renewed = now
 
 
-def _said(job: Job) -> str:
+def _said(job: JobRow) -> str:
     return f"job {job.id}: {job.state}{': ' + str(job.error['what']) if job.error else ''}"

@@ -18,7 +18,6 @@ from tunesmith.core.view import View
 from tunesmith.data.formats.row_formats import OPENAI
 from tunesmith.data.settings import Source
 from tunesmith.jobs import queue
-from tunesmith.jobs.state import Job, job_of
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.versions import resolve
@@ -191,7 +190,7 @@ class UnknownModel(UsageError):
     """The project names no such model for fine-tuning."""
 
 
-def create(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> Job:
+def create(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> JobRow:
     """Queue a job. key: an idempotency key. The job is for the tenant and region of its files.
 
     Raises UnknownModel; UsageError, where: the client's field, for what the project cannot do; Refused where the user
@@ -220,7 +219,7 @@ def create(project: Project, arguments: Arguments, *, user: User, key: str | Non
     )
 
 
-def find(store: Store, number: int | None, user: User) -> Job | None:
+def find(store: Store, number: int | None, user: User) -> JobRow | None:
     """A fine-tuning job by its number; None where there is none that the user's scope covers."""
     if number is None:
         return None
@@ -233,12 +232,12 @@ def find(store: Store, number: int | None, user: User) -> Job | None:
 
 def list_jobs(
     store: Store, user: User, *, before: int | None, most: int, metadata: Mapping[str, str] | None
-) -> list[Job]:
+) -> list[JobRow]:
     """Fine-tuning jobs that the user's scope covers, newest first.
 
     metadata: only jobs with these pairs; None: only jobs without any.
     """
-    found: list[Job] = []
+    found: list[JobRow] = []
     for job in _jobs(store, user, before):
         own = job.arguments.get("metadata") or {}
         if not own if metadata is None else own.items() >= metadata.items():
@@ -248,7 +247,7 @@ def list_jobs(
     return found
 
 
-def _jobs(store: Store, user: User, before: int | None) -> Iterator[Job]:
+def _jobs(store: Store, user: User, before: int | None) -> Iterator[JobRow]:
     while page := queue.list_jobs(store, kinds=[KIND], before=before, most=_PAGE, scope=user.scope):
         yield from page
         before = page[-1].id
@@ -275,7 +274,7 @@ class NotYet(UsageError):
     """A job of this name exists, but no version came of it (yet)."""
 
 
-def model_name(job: Job) -> str:
+def model_name(job: JobRow) -> str:
     """The name that a job's model has, or will have: ft:MODEL:PROJECT:SUFFIX:NUMBER."""
     arguments = Arguments.model_validate(job.arguments)
     return f"{PREFIX}{arguments.model}:{job.project}:{arguments.suffix or ''}:{job.id}"
@@ -295,7 +294,7 @@ def version_behind(session: Session, name: str, scope: Scope) -> str:
     number = name.rsplit(":", 1)[-1]
     row = session.get(JobRow, int(number)) if _NUMBER.fullmatch(number) else None
     visible = row is not None and row.tenant in ("", scope.tenant) and row.region in ("", scope.region)
-    if row is None or not visible or row.kind != KIND or model_name(job_of(row)) != name:
+    if row is None or not visible or row.kind != KIND or model_name(row) != name:
         raise UsageError(f"there is no model {name!r}")
     if row.state == "succeeded":
         return str(row.result[KIND]["version"])

@@ -15,12 +15,12 @@ from tunesmith.core.progress import Task
 from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
 from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs.performing import JobProgress, Outcome
-from tunesmith.jobs.state import Job
 from tunesmith.project import Project
 from tunesmith.services import training
 from tunesmith.services.fine_tuning import KIND, RESULTS, Arguments, Uploaded, derived, model_name, stated, trained_name
 from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
+from tunesmith.store.tables import JobRow
 from tunesmith.store.uploads import FileGone, StoredFile
 
 VALIDATING = "validating files"
@@ -31,7 +31,7 @@ _NOTES = 20  # events with the loss, in a training
 _CODES = {"fail": "gate_failed", "inconclusive": "evidence_inconclusive"}
 
 
-def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Outcome:
+def perform_fine_tuning(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
     """Perform a job. A verdict other than pass, and a file that cannot be used, are errors with a code of their own."""
     arguments = Arguments.model_validate(job.arguments)
     with contextlib.ExitStack() as opened:
@@ -91,7 +91,7 @@ class _NotedTask:
 
 
 def _checked(
-    project: Project, job: Job, arguments: Arguments, progress: JobProgress, opened: contextlib.ExitStack
+    project: Project, job: JobRow, arguments: Arguments, progress: JobProgress, opened: contextlib.ExitStack
 ) -> Project:
     """The job's project, after its files were checked. They are there until `opened` is closed."""
     files = _files(project, job, arguments, opened)
@@ -128,7 +128,7 @@ def _every(task: Task) -> Any:
 
 
 def _files(
-    project: Project, job: Job, arguments: Arguments, opened: contextlib.ExitStack
+    project: Project, job: JobRow, arguments: Arguments, opened: contextlib.ExitStack
 ) -> dict[str, tuple[StoredFile, Path]]:
     """The files of a job and where they are here until `opened` is closed, by the client's field. Raises FileGone."""
     found = {}
@@ -155,7 +155,7 @@ def _stated(error: Inconclusive | FileGone) -> dict[str, Any]:
     return {"what": error.what, "where": error.where, "fix": error.fix}
 
 
-def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:
+def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:
     """The job's result with its file of metrics, and an error unless the verdict is a pass."""
     name = trained_name(made.settings)
     body = made.store.record(summary.train[name].training, kind="training").body
@@ -215,7 +215,7 @@ def _better_rival(found: EvaluationSummary, tuned: str) -> str:
     )
 
 
-def _put_metrics(made: Project, job: Job, body: Mapping[str, Any]) -> str:
+def _put_metrics(made: Project, job: JobRow, body: Mapping[str, Any]) -> str:
     """Keep the metrics of each step as a CSV file; returns its id, which is the same when the job is repeated."""
     text = io.StringIO()
     rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")

@@ -12,7 +12,7 @@ from tunesmith.core.view import View
 from tunesmith.jobs import curves as noted
 from tunesmith.jobs import queue
 from tunesmith.jobs.curves import Curve
-from tunesmith.jobs.state import STATES, Job, State
+from tunesmith.jobs.state import STATES
 from tunesmith.jobs.worker import has_ended
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
@@ -20,6 +20,7 @@ from tunesmith.services import training
 from tunesmith.services.run_settings import Changes, run_arguments
 from tunesmith.store.people.identities import acting
 from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow, JobState
 
 
 class JobView(View):
@@ -38,7 +39,7 @@ class JobView(View):
     kind: str
     cause: str
     changes: dict[str, dict[str, Any]]
-    state: State
+    state: JobState
     wanted: str
     priority: int
     tenant: str
@@ -87,7 +88,7 @@ class JobLog(View):
     """A job's log, oldest line first. state: the job's."""
 
     job: int
-    state: State
+    state: JobState
     lines: tuple[LogLine, ...]
 
 
@@ -149,7 +150,7 @@ def queue_forecast(
 # Reading and changing
 
 
-def cause_of(job: Job) -> str:
+def cause_of(job: JobRow) -> str:
     """Why a run was queued, where no person did it; "" where one did."""
     return str(job.arguments.get("cause", ""))
 
@@ -157,7 +158,7 @@ def cause_of(job: Job) -> str:
 def list_jobs(
     store: Store,
     *,
-    states: Collection[State] = (),
+    states: Collection[JobState] = (),
     kinds: Collection[str] = (),
     before: int | None = None,
     most: int = 100,
@@ -175,7 +176,7 @@ def list_jobs(
 def page_of_jobs(
     store: Store,
     *,
-    states: Collection[State] = (),
+    states: Collection[JobState] = (),
     kinds: Collection[str] = (),
     by: str | None = None,
     first: int = 0,
@@ -192,7 +193,7 @@ def page_of_jobs(
     return JobPage(jobs=tuple(_view(job, now) for job in found), total=total)
 
 
-def states_named(names: Collection[str]) -> list[State]:
+def states_named(names: Collection[str]) -> list[JobState]:
     """The states with these names. Raises UsageError for a name that is none."""
     if unknown := [name for name in names if name not in STATES]:
         raise UsageError(f"{unknown[0][:40]!r} is not a state of jobs", fix=f"name one of {', '.join(STATES)}")
@@ -236,12 +237,12 @@ def resume(store: Store, number: int, *, actor: str | None = None) -> JobView:
     return view_of(store, queue.resume(store, number, actor=acting(store, actor)))
 
 
-def view_of(store: Store, job: Job) -> JobView:
+def view_of(store: Store, job: JobRow) -> JobView:
     """A job as people see it."""
     return _view(job, queue.time_now(store))
 
 
-def _view(job: Job, now: float) -> JobView:
+def _view(job: JobRow, now: float) -> JobView:
     silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
     return JobView.of(job, job=job.id, silent=silent, cause=cause_of(job), changes=job.arguments.get("changes", {}))
 

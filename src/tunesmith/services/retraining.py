@@ -20,7 +20,6 @@ from tunesmith.core.view import View
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.files import SourceFile, find_files
 from tunesmith.jobs import queue
-from tunesmith.jobs.state import Job
 from tunesmith.monitoring.pending_retrains import list_pending_retrains
 from tunesmith.monitoring.settings import RetrainCause, RetrainingSettings
 from tunesmith.pipeline.context import PipelineContext
@@ -28,6 +27,7 @@ from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import jobs, monitoring
+from tunesmith.store.tables import JobRow
 
 _LOG = logging.getLogger("tunesmith.retraining")
 _BUDGET = timedelta(days=30)
@@ -138,11 +138,11 @@ def _champion(project: Project) -> Version | None:
     return next(each for each in list_versions(project.store, name) if each.digest == alias.version)
 
 
-def _runs(project: Project) -> list[Job]:
+def _runs(project: Project) -> list[JobRow]:
     """The project's runs that have not ended, and those that a cause queued; newest first."""
     found = queue.list_jobs(project.store, most=_LISTED)
     own = (job for job in found if (job.project, job.kind) == (project.settings.name, "run"))
-    return [job for job in own if not job.has_ended or jobs.cause_of(job)]
+    return [job for job in own if job.ended is None or jobs.cause_of(job)]
 
 
 def _key(project: Project, cause: str, found: _Found) -> str:
@@ -151,9 +151,9 @@ def _key(project: Project, cause: str, found: _Found) -> str:
     return f"retrain {digest_of(stated)}"
 
 
-def _waits(settings: RetrainingSettings, at: datetime, runs: list[Job]) -> str:
+def _waits(settings: RetrainingSettings, at: datetime, runs: list[JobRow]) -> str:
     """Why no run may be queued now; "" where one may."""
-    unfinished = next((job for job in runs if not job.has_ended), None)
+    unfinished = next((job for job in runs if job.ended is None), None)
     if unfinished is not None:
         return f"job {unfinished.id} is {unfinished.state}"
     queued = [datetime.fromtimestamp(job.created, tz=at.tzinfo) for job in runs]

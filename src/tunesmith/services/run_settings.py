@@ -8,8 +8,8 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
-from tunesmith.jobs.state import Job
 from tunesmith.project import Project
+from tunesmith.store.tables import JobRow
 from tunesmith.training.settings import changed_training
 
 # What a run may change, by candidate: values of keys of `train:`.
@@ -127,7 +127,7 @@ def run_arguments(project: Project, changes: Changes) -> dict[str, Any]:
     return found
 
 
-def project_of(project: Project, job: Job) -> Project:
+def project_of(project: Project, job: JobRow) -> Project:
     """The project of a job, after its changes. Raises UsageError where its settings are not those that it was queued
     with."""
     if project.settings.digest == job.arguments["settings"]:

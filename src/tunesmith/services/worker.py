@@ -26,7 +26,6 @@ from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.places import LocalPlace, Place
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
-from tunesmith.jobs.state import Job
 from tunesmith.jobs.worker import ALSO_SECONDS, Worker, worker_name
 from tunesmith.project import JobSettings, Project, open_store
 from tunesmith.registry.aliases import get_alias
@@ -39,6 +38,7 @@ from tunesmith.services.run_settings import Changes, project_of, run_arguments, 
 from tunesmith.services.training import RunSummary
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow
 
 
 def run_here(
@@ -98,7 +98,7 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
     return Outcome(result, error)
 
 
-def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
+def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
     """Perform a queued run."""
     cause = cause_of(job)
     if not cause:
@@ -118,14 +118,14 @@ def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
     return Outcome(outcome.result, error)
 
 
-def _perform_forecast(project: Project, job: Job, progress: JobProgress) -> Outcome:
+def _perform_forecast(project: Project, job: JobRow, progress: JobProgress) -> Outcome:
     """Perform a queued forecast."""
     found = forecast(project, job.arguments["candidate"], progress=progress, actor=job.created_by)
     progress.say(found.headline)
     return Outcome(found.document())
 
 
-_KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {
+_KINDS: Mapping[str, Callable[[Project, JobRow, JobProgress], Outcome]] = {
     "run": _perform_run,
     "forecast": _perform_forecast,
     KIND: perform_fine_tuning,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from tunesmith.core.scope import Scope
 
 # Raise it with each new file in migrations/versions.
 HEAD_REVISION = "0012"
@@ -260,6 +262,9 @@ class RecallRow(Table):
     at: Mapped[str] = mapped_column(String(32))
 
 
+JobState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+
 class JobRow(Table):
     """A job of the queue (jobs/). Times are seconds since 1970, None for what has not happened.
 
@@ -275,7 +280,7 @@ class JobRow(Table):
     project: Mapped[str] = mapped_column(String(64))
     kind: Mapped[str] = mapped_column(String(32))
     arguments: Mapped[dict[str, Any]] = mapped_column()
-    state: Mapped[str] = mapped_column(String(16))
+    state: Mapped[JobState] = mapped_column(String(16))
     wanted: Mapped[str] = mapped_column(String(16), default="")
     priority: Mapped[int] = mapped_column(Integer, default=0)
     tenant: Mapped[str] = mapped_column(String(64), default="")
@@ -294,6 +299,11 @@ class JobRow(Table):
     created: Mapped[float] = mapped_column(Float)
     started: Mapped[float | None] = mapped_column(Float, default=None)
     ended: Mapped[float | None] = mapped_column(Float, default=None)
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
 
 
 class JobEventRow(Table):

@@ -15,19 +15,19 @@ from fastapi.responses import StreamingResponse
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import queue
-from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import bearer, caller
 from tunesmith.server.errors import ApiError, stopping, unavailable
 from tunesmith.server.serving import Serving
 from tunesmith.services import fine_tuning as service
 from tunesmith.store.people.identities import User
+from tunesmith.store.tables import JobEventRow, JobRow
 
 SECONDS = 1.0  # between two looks at the job
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
 _STREAMS = 16  # of one user at once
 
 
-def stream(request: Request, job: Job, after: int, shown: Callable[[Event], str]) -> StreamingResponse:
+def stream(request: Request, job: JobRow, after: int, shown: Callable[[JobEventRow], str]) -> StreamingResponse:
     """The events of a job with a higher number than `after`, and those that follow until it ends.
 
     shown: an event as `id:` and `data:` lines. Raises ApiError 429 where the user has too many streams open.
@@ -52,7 +52,7 @@ def stream(request: Request, job: Job, after: int, shown: Callable[[Event], str]
 
 
 async def _told(
-    request: Request, serving: Serving, number: int, after: int, shown: Callable[[Event], str]
+    request: Request, serving: Serving, number: int, after: int, shown: Callable[[JobEventRow], str]
 ) -> AsyncIterator[str]:
     """What is sent. Raises ApiError once the caller may not read the job any more, and when the server stops."""
     sent = time.monotonic()
@@ -62,7 +62,7 @@ async def _told(
         for line in lines:
             yield shown(line)
             after, sent = line.number, time.monotonic()
-        if job.has_ended:
+        if job.ended is not None:
             yield "data: [DONE]\n\n"
             return
         if serving.drain.begun:
@@ -82,7 +82,7 @@ async def _still_caller(request: Request, serving: Serving) -> User:
     return found.user
 
 
-def _look(serving: Serving, number: int, user: User, after: int) -> tuple[Job, list[Event]]:
+def _look(serving: Serving, number: int, user: User, after: int) -> tuple[JobRow, list[JobEventRow]]:
     """The job and its new lines, read after it so that an ended job's are whole. Raises ApiError 404 if another's."""
     job = service.find(serving.store, number, user)
     if job is None:

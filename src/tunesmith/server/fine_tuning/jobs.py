@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.view import View
 from tunesmith.jobs import queue
-from tunesmith.jobs.state import Event, Job
 from tunesmith.server.access import caller, needs
 from tunesmith.server.client_text import for_client
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
@@ -29,6 +28,7 @@ from tunesmith.services import fine_tuning as service
 from tunesmith.services.fine_tuning import JOB, KIND, Arguments, job_number, seed_of
 from tunesmith.services.fine_tuning_jobs import VALIDATING
 from tunesmith.store.people.identities import User
+from tunesmith.store.tables import JobEventRow, JobRow
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -158,7 +158,7 @@ async def create(request: Request) -> Response:
     if project is None:
         raise no_such_model(given.model)
 
-    def add() -> Job:
+    def add() -> JobRow:
         try:
             return service.create(project, given.arguments(), user=user, key=key)
         except service.UnknownModel:
@@ -273,13 +273,13 @@ async def checkpoints(request: Request, job: str, after: str | None = None, limi
     return JSONResponse(CheckpointList(object="list", data=data, has_more=False, **ends).document())
 
 
-async def _changed(request: Request, identifier: str, change: Callable[..., Job]) -> Response:
+async def _changed(request: Request, identifier: str, change: Callable[..., JobRow]) -> Response:
     user, serving = caller(request)
     if not user.may("job.change"):
         raise forbidden(f"{user.name} may not change jobs.")
     found = await _found(user, serving, identifier)
 
-    def run() -> Job:
+    def run() -> JobRow:
         try:
             return change(serving.store, found.id, actor=user.name)
         except Refused as error:
@@ -290,7 +290,7 @@ async def _changed(request: Request, identifier: str, change: Callable[..., Job]
     return _answer(await serving.noting.run(user.name, run), serving)
 
 
-async def _found(user: User, serving: Serving, identifier: str) -> Job:
+async def _found(user: User, serving: Serving, identifier: str) -> JobRow:
     """A job of the user's scope. Raises ApiError 404."""
     look = partial(service.find, serving.store, job_number(identifier), user)
     found = await serving.listing.run(user.name, look)
@@ -300,11 +300,11 @@ async def _found(user: User, serving: Serving, identifier: str) -> Job:
     return found
 
 
-def _answer(job: Job, serving: Serving) -> Response:
+def _answer(job: JobRow, serving: Serving) -> Response:
     return JSONResponse(_object(job, serving).document())
 
 
-def _object(job: Job, serving: Serving) -> FineTuningJob:
+def _object(job: JobRow, serving: Serving) -> FineTuningJob:
     arguments, done = Arguments.model_validate(job.arguments), job.result.get(KIND, {})
     asked = {name: "auto" if value is None else value for name, value in arguments.hyperparameters.document().items()}
     used = UsedHyperparameters.model_validate(done.get("hyperparameters", asked))
@@ -333,7 +333,7 @@ def _object(job: Job, serving: Serving) -> FineTuningJob:
     )
 
 
-def _status(job: Job) -> Status:
+def _status(job: JobRow) -> Status:
     if job.state == "running" and job.progress.get("step") == VALIDATING:
         return "validating_files"
     return job.state
@@ -345,11 +345,11 @@ def _error(error: Mapping[str, Any]) -> JobError:
     return JobError(code=str(error.get("code")), message=message, param=error.get("param"))
 
 
-def _event_id(job: Job, line: Event) -> str:
+def _event_id(job: JobRow, line: JobEventRow) -> str:
     return f"{_EVENT}{job.id}-{line.number}"
 
 
-def _number_of(job: Job, lines: Sequence[Event], event: str, field: str) -> int:
+def _number_of(job: JobRow, lines: Sequence[JobEventRow], event: str, field: str) -> int:
     """The number of the line with this id. Raises ApiError 400 where the job has none."""
     for line in lines:
         if _event_id(job, line) == event:
@@ -357,12 +357,12 @@ def _number_of(job: Job, lines: Sequence[Event], event: str, field: str) -> int:
     raise bad_request(f"There is no event {event[: limits.SHOWN]!r} of this job.", field)
 
 
-def _sent(job: Job, line: Event) -> str:
+def _sent(job: JobRow, line: JobEventRow) -> str:
     """An event as a server-sent one."""
     return f"id: {_event_id(job, line)}\ndata: {json.dumps(_event(job, line).document())}\n\n"
 
 
-def _event(job: Job, line: Event) -> FineTuningEvent:
+def _event(job: JobRow, line: JobEventRow) -> FineTuningEvent:
     starts: Sequence[tuple[str, Literal["warn", "error"]]] = (("failed", "error"), ("to be tried again", "warn"))
     level = next((level for start, level in starts if line.message.startswith(start)), "info")
     return FineTuningEvent(
@@ -376,7 +376,7 @@ def _event(job: Job, line: Event) -> FineTuningEvent:
     )
 
 
-def _checkpoints(job: Job) -> list[Checkpoint]:
+def _checkpoints(job: JobRow) -> list[Checkpoint]:
     done = job.result.get(KIND, {})
     if job.state != "succeeded" or not done:
         return []
