@@ -79,13 +79,13 @@ def test_a_run_whose_process_was_killed_is_shown_as_such_before_its_lease_ends(f
 
 def test_wrong_usage(folder: Path) -> None:
     assert told(folder, "run", "--priority", "1").startswith("2: --priority and --key")
-    assert told(folder, "run", "--queue", "--priority", "5000").startswith("2: the priority 5000")
+    assert told(folder, "run", "--queue", "--priority", "5000").startswith("2: Input should be less than")
     assert told(folder, "jobs", "show", "9").startswith("2: there is no job 9")
     assert told(folder, "jobs", "list", "--state", "done").startswith("2: 'done' is not a state of jobs")
     assert "no jobs" in told(folder, "jobs", "list")
     document(folder, "run", "--queue")
     assert told(folder, "jobs", "log", "1", "--follow", "--json").startswith("2: --follow")
-    assert told(folder, "jobs", "resume", "1").startswith("3: it is queued, not paused")
+    assert told(folder, "jobs", "resume", "1").startswith("3: job 1 is queued, not paused")
 
 
 def test_settings_of_one_run(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.acting import do
 from tests.data.building.test_ray_runner import PATIENT
 from tests.jobs.processes import wait
 from tests.own_group import run_whole_group
@@ -94,7 +95,7 @@ def test_as_many_jobs_at_once_as_the_nodes_have_room_for(
 
 def test_a_node_that_cannot_perform_the_job_says_why(made: Callable[..., Project], tmp_path: Path) -> None:
     project = made()
-    jobs.queue_run(project)
+    do(project, jobs.add)
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None
     given = {"root": project.root, "worker": "w", "host": HERE, "kept": str(project.store.root / "records")}
@@ -167,7 +168,7 @@ def test_a_job_survives_the_loss_of_its_node(made: Callable[..., Project]) -> No
     known: Any = settings()["candidates"]
     tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 4, "checkpoint_seconds": 0.001}}
     project = made(candidates={"plain": known["plain"], "tuned": tuned})
-    number = jobs.queue_run(project).job
+    number = do(project, jobs.add).job
     done = run_whole_group(
         [sys.executable, "-m", "tests.jobs.on_two_nodes", str(project.root)],
         cwd=Path(__file__).parents[2],

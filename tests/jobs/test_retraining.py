@@ -85,7 +85,8 @@ def change(folder: Path, **changes: Any) -> None:
 def look(folder: Path, days: float = 0.0, *, add: bool = True) -> Retraining:
     project = Project.load(folder)
     try:
-        return retraining.look(project, add=add, clock=lambda: datetime.now(UTC) + timedelta(days=days))
+        clock = lambda: datetime.now(UTC) + timedelta(days=days)  # noqa: E731
+        return retraining.look(project, by="olive" if add else None, clock=clock)
     finally:
         project.store.engine.dispose()
 
@@ -222,7 +223,7 @@ def test_a_cause_that_cannot_be_looked_for_hides_no_other(folder: Path, monkeypa
     said: list[str] = []
     project = Project.load(folder)
     later = datetime.now(UTC) + timedelta(days=1)
-    found = retraining.look(project, add=True, clock=lambda: later, say=said.append)
+    found = retraining.look(project, by=project.actor(), clock=lambda: later, say=said.append)
     project.store.engine.dispose()
     assert [(each.cause, each.job) for each in found.causes] == [("schedule", 1)]
     assert "the cause rows could not be looked for: the server of the rows" in said[0]

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.acting import do
 from tests.commands import Forked, call
 from tests.jobs.conftest import SetClock
 from tests.jobs.processes import obey
@@ -155,9 +156,9 @@ def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch
     assert job.result["gate"]["verdict"] == "fail", "the evidence is kept"
     project.store.keep_memo("afterwards", "x")  # the store is no longer fenced
     with pytest.raises(UsageError, match="not a state"):
-        jobs.states_named(["done"])
+        jobs.list_jobs(project.store, states=["done"])
 
-    queued = jobs.queue_run(project)
+    queued = do(project, jobs.add)
     write_project(folder, candidates={"plain": plain["plain"]}, gates={})
     lease = leases.claim(project.store, "w", ["run"], project="tiny")
     assert lease is not None

@@ -62,6 +62,7 @@ class World:
             "name": ACME,
             "number": rollout,
             "rollout": rollout,
+            "job": rollout,
             "item": rollout,
             "dataset": dataset,
             "identifier": held,
@@ -79,6 +80,7 @@ class World:
             "number": "4096",
             "rollout": "4096",
             "user": "nobodys",
+            "job": "4096",
         }
         return {**empty, "identifier": "0" * 32}
 

@@ -41,7 +41,7 @@ def test_http_shows_and_changes_what_the_command_line_does(served: Served) -> No
         assert http.post(f"/api/jobs/{numbers[2]}/cancel").json()["state"] == "cancelled"
         again = http.post(f"/api/jobs/{numbers[2]}/cancel")
         assert (again.status_code, again.json()["error"]["code"]) == (409, "job_state")
-        assert again.json()["error"]["message"] == f"Job {numbers[2]}: it has ended: cancelled."
+        assert again.json()["error"]["message"] == f"Job {numbers[2]} has ended: cancelled."
         lines = http.get(f"/api/jobs/{numbers[2]}/log").json()["lines"]
         assert [line["message"] for line in lines] == ["cancelled, asked by olga"]
         assert http.get(f"/api/jobs/{numbers[2]}/log", params={"after": lines[-1]["number"]}).json()["lines"] == []
@@ -105,7 +105,7 @@ def test_a_run_and_a_forecast_are_queued_over_http_and_their_curves_read(scene: 
                 {"changes": {"plain": {"epochs": 1}}},
                 {"changes": {"tuned": {"keep": "last"}}},
                 {"kind": "forecast", "candidate": "plain"},
-                {"candidate": "tuned"},
+                {"kind": "run", "candidate": "tuned"},
                 {"priority": 5000},
             ):
                 assert http.post("/api/jobs", json=wrong).status_code == 400, wrong

@@ -47,7 +47,7 @@ def forecast(
 
         if (rows, goal) != (None, None):
             raise UsageError("a queued forecast takes the defaults", where="--queue", fix="leave the other options out")
-        here.emit(jobs.queue_forecast(here.project, candidate, actor=here.actor), draw_job)
+        here.emit(here.do(jobs.add, kind="forecast", candidate=candidate), draw_job)
         return
     from tunesmith.services import forecast as services
 

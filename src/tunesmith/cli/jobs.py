@@ -89,7 +89,7 @@ def retrain(
     """
     from tunesmith.services import retraining
 
-    found = retraining.look(here.project, add=add, actor=here.actor, say=say)
+    found = here.do(retraining.retrain) if add else retraining.look(here.project, say=say)
     here.emit(found, _draw_retraining)
     raise typer.Exit(3 if any(each.job is None for each in found.causes) else 0)
 
@@ -116,7 +116,7 @@ def list_jobs(
     """List jobs, newest first."""
     from tunesmith.services import jobs
 
-    here.emit(jobs.list_jobs(here.store, states=jobs.states_named(state or ()), before=before, most=most), _draw_list)
+    here.emit(jobs.list_jobs(here.store, states=state or (), before=before, most=most), _draw_list)
 
 
 def show(here: Here, job: Number) -> None:
@@ -151,21 +151,21 @@ def cancel(here: Acting, job: Number) -> None:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
     from tunesmith.services import jobs
 
-    here.emit(jobs.cancel(here.store, job, actor=here.actor), draw_job)
+    here.emit(here.do(jobs.cancel, job=job), draw_job)
 
 
 def pause(here: Acting, job: Number) -> None:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
     from tunesmith.services import jobs
 
-    here.emit(jobs.pause(here.store, job, actor=here.actor), draw_job)
+    here.emit(here.do(jobs.pause, job=job), draw_job)
 
 
 def resume(here: Acting, job: Number) -> None:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
     from tunesmith.services import jobs
 
-    here.emit(jobs.resume(here.store, job, actor=here.actor), draw_job)
+    here.emit(here.do(jobs.resume, job=job), draw_job)
 
 
 def draw_job(console: Console, job: JobView) -> None:

@@ -9,6 +9,8 @@ import typer
 from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, draw_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from tunesmith.services.training import Repeated, RunSummary, SettingsSearch, TrainingSummary, Trial
@@ -43,20 +45,32 @@ def run(
     from tunesmith.cli.evaluation import EXITS
     from tunesmith.core.errors import UsageError
     from tunesmith.services import jobs, worker
-    from tunesmith.services.run_settings import parse_changes
 
-    changes = parse_changes(changed or ())
+    changes = _changes(changed or ())
     if queue:
         from tunesmith.cli.jobs import draw_job
 
-        queued = jobs.queue_run(here.project, changes=changes, priority=priority, key=key, actor=here.actor)
-        here.emit(queued, draw_job)
+        here.emit(here.do(jobs.add, kind="run", changes=changes, priority=priority, key=key), draw_job)
         return
     if priority or key is not None:
         raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
     done = worker.run_here(here.project, changes=changes, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
     raise typer.Exit(EXITS[done.gate.verdict])
+
+
+def _changes(given: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Changes from texts such as `tuned.epochs=2`. Raises UsageError for another form."""
+    from tunesmith.core.errors import UsageError
+
+    found: dict[str, dict[str, str]] = {}
+    for text in given:
+        place, is_there, value = text.partition("=")
+        name, _, key = place.rpartition(".")
+        if not (is_there and name and key):
+            raise UsageError(f"{text[:80]!r} changes no setting", where="--set", fix="write NAME.KEY=VALUE")
+        found.setdefault(name, {})[key] = value
+    return found
 
 
 def train(

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.jobs.state import ENDED, Clock, add_event, database_time
 from tunesmith.store import database
@@ -113,7 +113,7 @@ def _same_key(session: Session, kind: str, arguments: Mapping[str, Any], actor: 
 
 
 def get(store: Store, number: int) -> JobRow:
-    """A job by its number. Raises UsageError where there is none."""
+    """A job by its number. Raises NotThere where there is none."""
     with database.reading(store.engine) as session:
         return _row(session, number)
 
@@ -225,7 +225,7 @@ def resume(store: Store, number: int, *, actor: str, clock: Clock = database_tim
         elif row.state == "paused":
             row.state, row.due = "queued", clock(session)
         else:
-            raise Refused(f"it is {row.state}, not paused", where=f"job {number}")
+            raise Refused(f"job {number} is {row.state}, not paused")
         add_event(session, number, clock(session), f"resumed by {actor}")
         return row
 
@@ -238,9 +238,9 @@ def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor
         row = _changeable(session, number, actor)
         now = clock(session)
         if row.state in ENDED:
-            raise Refused(f"it has ended: {row.state}", where=f"job {number}")
+            raise Refused(f"job {number} has ended: {row.state}")
         if state == "paused" and (row.state == "paused" or row.wanted == "cancelled"):
-            raise Refused(f"it is {row.wanted or row.state} already", where=f"job {number}")
+            raise Refused(f"job {number} is {row.wanted or row.state} already")
         if row.state == "running":
             row.wanted = state
         else:
@@ -260,5 +260,10 @@ def _changeable(session: Session, number: int, actor: str) -> JobRow:
 def _row(session: Session, number: int) -> JobRow:
     row = session.get(JobRow, number)
     if row is None:
-        raise UsageError(f"there is no job {number}", fix="`tunesmith jobs list` shows them")
+        raise no_job(number)
     return row
+
+
+def no_job(number: int) -> NotThere:
+    """The error where there is no such job."""
+    return NotThere(f"there is no job {number}", fix="`tunesmith jobs list` shows them", code="job_not_found")

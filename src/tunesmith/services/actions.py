@@ -30,7 +30,7 @@ Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, ma
 Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
 # The modules whose actions are listed.
-_NOUNS = ("datasets", "held", "keys", "monitoring", "review", "rollouts", "users", "webhooks")
+_NOUNS = ("datasets", "held", "jobs", "keys", "monitoring", "retraining", "review", "rollouts", "users", "webhooks")
 
 
 class Request(BaseModel):

@@ -16,7 +16,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import forecast as run_forecast
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
-from tunesmith.services.training import only_tuned
+from tunesmith.services.run_settings import only_tuned
 from tunesmith.store.store import Store
 
 if TYPE_CHECKING:

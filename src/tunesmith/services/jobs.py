@@ -1,10 +1,12 @@
-"""Queue a run, perform it here or by a worker, and show jobs with their progress and log."""
+"""Jobs: queue, cancel, pause and resume them, and show them with their progress, log and curves."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
@@ -15,12 +17,11 @@ from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.state import STATES
 from tunesmith.jobs.worker import has_ended
 from tunesmith.pipeline.training import tuned_names
-from tunesmith.project import Project
-from tunesmith.services import training
-from tunesmith.services.run_settings import Changes, run_arguments
-from tunesmith.store.people.identities import acting
+from tunesmith.services.actions import Acting, Request, Short, action
+from tunesmith.services.run_settings import only_tuned, read_again, run_arguments
+from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow, JobState
+from tunesmith.store.tables import JobEventRow, JobRow, JobState
 
 
 class JobView(View):
@@ -70,12 +71,6 @@ class JobList(View):
     jobs: tuple[JobView, ...]
 
 
-class JobPage(JobList):
-    """A page of jobs. total: how many there are on all pages."""
-
-    total: int
-
-
 class LogLine(View):
     """A line of a job's log. number: from 1. at: seconds since 1970."""
 
@@ -92,62 +87,132 @@ class JobLog(View):
     lines: tuple[LogLine, ...]
 
 
-def queue_run(
-    project: Project,
-    *,
-    changes: Changes = MappingProxyType({}),
-    priority: int = 0,
-    key: str | None = None,
-    cause: str = "",
-    actor: str | None = None,
-) -> JobView:
-    """Queue a run of the whole pipeline for a worker.
+class AddJob(Request):
+    """A job for a worker: a run of the project's pipeline, or a forecast of the training of a candidate.
 
-    changes: training settings of this run that differ from the project file. key: an idempotency key: given again by
-    the same person with the same settings, it gives the same job. cause: why the run is queued, where no person did it.
-    Raises UsageError for changes that are not valid.
+    kind: by default a forecast where a candidate is named, else a run. candidate: that is forecast, by default the only
+    one that is trained. changes: training settings by candidate, for this job only. priority: jobs with a higher one
+    are taken first. key: the same key again gives the same job.
     """
-    job = queue.add(
-        project.store,
-        "run",
-        run_arguments(project, changes) | ({"cause": cause} if cause else {}),
-        project=project.settings.name,
-        actor=project.actor(actor),
-        priority=priority,
-        key=key,
-    )
-    return view_of(project.store, job)
+
+    kind: Literal["run", "forecast"] | None = None
+    candidate: Short | None = None
+    changes: Annotated[dict[str, dict[str, int | float | str]], Field(default_factory=dict)]
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> AddJob:
+        if self.kind == "run" and self.candidate is not None:
+            raise ValueError("candidate is for forecasts")
+        return self
 
 
-def queue_forecast(
-    project: Project,
-    name: str | None = None,
+class ChangeJob(Request):
+    """A job to change. job: its number."""
+
+    job: Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+@action("job.add", permission="job.add", tokens=("jobs",), at="/jobs", whole=True, form=True, refused="job_state",
+        reads_files=True)  # fmt: skip
+def add(acting: Acting, asked: AddJob) -> JobView:
+    """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
+    project = read_again(acting.project)
+    kind = asked.kind or ("run" if asked.candidate is None else "forecast")
+    arguments = run_arguments(project, asked.changes)
+    if kind == "forecast":
+        arguments["candidate"] = named = asked.candidate or only_tuned(project)
+        if named not in (trained := tuned_names(project)):
+            raise UsageError(f"no candidate {named!r} is trained", fix=f"name one of {', '.join(trained)}")
+    row = queue.add(
+        acting.store, kind, arguments, project=project.settings.name, actor=acting.actor, priority=asked.priority,
+        key=asked.key,
+    )  # fmt: skip
+    return _view(row, queue.time_now(acting.store), acting.user)
+
+
+@action("job.cancel", permission="job.change", tokens=("jobs",), at="/jobs/{job}/cancel", form=True,
+        refused="job_state")  # fmt: skip
+def cancel(acting: Acting, asked: ChangeJob) -> JobView:
+    """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
+    return _changed(acting, asked, queue.cancel)
+
+
+@action("job.pause", permission="job.change", tokens=("jobs",), at="/jobs/{job}/pause", form=True, refused="job_state")
+def pause(acting: Acting, asked: ChangeJob) -> JobView:
+    """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
+    return _changed(acting, asked, queue.pause)
+
+
+@action("job.resume", permission="job.change", tokens=("jobs",), at="/jobs/{job}/resume", form=True,
+        refused="job_state")  # fmt: skip
+def resume(acting: Acting, asked: ChangeJob) -> JobView:
+    """Put a paused job back into the queue. A training continues from its newest checkpoint."""
+    return _changed(acting, asked, queue.resume)
+
+
+def _changed(acting: Acting, asked: ChangeJob, change: Callable[..., JobRow]) -> JobView:
+    _find(acting.store, asked.job, acting.user)
+    row = change(acting.store, asked.job, actor=acting.actor)
+    return _view(row, queue.time_now(acting.store), acting.user)
+
+
+# Reading. reader: who reads, who sees the jobs of their tenant and region only; None: whoever runs this machine.
+
+
+def list_jobs(
+    store: Store,
+    reader: User | None = None,
     *,
-    changes: Changes = MappingProxyType({}),
-    priority: int = 0,
-    actor: str | None = None,
-) -> JobView:
-    """Queue a forecast of a candidate's training, by default that of the only one that is trained.
+    states: Collection[str] = (),
+    kinds: Collection[str] = (),
+    by: str | None = None,
+    before: int | None = None,
+    first: int = 0,
+    most: int = 100,
+) -> JobList:
+    """Jobs, newest first. states, kinds: only these; all where empty. by: only those that this user created.
 
-    changes: as in `queue_run`. Raises UsageError where no candidate of this name is trained.
+    before: only those before this number. first: leave out as many of the newest. Raises UsageError for a state that
+    jobs do not have.
     """
-    named = name or training.only_tuned(project)
-    if named not in tuned_names(project):
-        raise UsageError(
-            f"no candidate {named[:80]!r} is trained", fix=f"name one of {', '.join(tuned_names(project))}"
-        )
-    job = queue.add(
-        project.store,
-        "forecast",
-        run_arguments(project, changes) | {"candidate": named},
-        project=project.settings.name,
-        actor=project.actor(actor),
-        priority=priority,
+    now, scope = queue.time_now(store), _scope(reader)
+    found = queue.list_jobs(
+        store, states=_states(states), kinds=kinds, by=by, before=before, first=first, most=most, scope=scope
     )
-    return view_of(project.store, job)
+    return JobList(jobs=tuple(_view(job, now, reader) for job in found))
 
 
-# Reading and changing
+def count_jobs(
+    store: Store,
+    reader: User | None = None,
+    *,
+    states: Collection[str] = (),
+    kinds: Collection[str] = (),
+    by: str | None = None,
+) -> int:
+    """How many jobs `list_jobs` would list without an end."""
+    return queue.count_jobs(store, states=_states(states), kinds=kinds, by=by, scope=_scope(reader))
+
+
+def show(store: Store, number: int, reader: User | None = None) -> JobView:
+    """A job as it is now. Raises NotThere where there is none."""
+    return _view(_find(store, number, reader), queue.time_now(store), reader)
+
+
+def log(store: Store, number: int, reader: User | None = None, *, after: int = 0) -> JobLog:
+    """The log of a job. after: only lines with a higher number. Raises NotThere where there is no such job."""
+    state = _find(store, number, reader).state  # before the lines, so that an ended job's log is whole
+    return _log(number, state, queue.events(store, number, after), reader)
+
+
+def newest_lines(
+    store: Store, number: int, reader: User | None = None, *, before: int | None = None, most: int = 100
+) -> JobLog:
+    """The newest lines of a job's log, newest first. before: only lines with a lower number. Raises as `log` does."""
+    state = _find(store, number, reader).state
+    return _log(number, state, queue.newest_events(store, number, before=before, most=most), reader)
 
 
 def cause_of(job: JobRow) -> str:
@@ -155,96 +220,61 @@ def cause_of(job: JobRow) -> str:
     return str(job.arguments.get("cause", ""))
 
 
-def list_jobs(
-    store: Store,
-    *,
-    states: Collection[JobState] = (),
-    kinds: Collection[str] = (),
-    before: int | None = None,
-    most: int = 100,
-    scope: Scope = Scope(),
-) -> JobList:
-    """Jobs, newest first. states, kinds: only these; all where empty. before: only those before this number.
-
-    scope: only jobs that it covers.
-    """
-    now = queue.time_now(store)
-    found = queue.list_jobs(store, states=states, kinds=kinds, before=before, most=most, scope=scope)
-    return JobList(jobs=tuple(_view(job, now) for job in found))
+def _find(store: Store, number: int, reader: User | None) -> JobRow:
+    job = queue.get(store, number)
+    if not _scope(reader).covers(job.scope):
+        raise queue.no_job(number)
+    return job
 
 
-def page_of_jobs(
-    store: Store,
-    *,
-    states: Collection[JobState] = (),
-    kinds: Collection[str] = (),
-    by: str | None = None,
-    first: int = 0,
-    most: int = 100,
-    scope: Scope = Scope(),
-) -> JobPage:
-    """Jobs from a place on, newest first, and how many there are.
-
-    by: only those that this user created. The other arguments are as in `list_jobs`.
-    """
-    now = queue.time_now(store)
-    found = queue.list_jobs(store, states=states, kinds=kinds, by=by, first=first, most=most, scope=scope)
-    total = queue.count_jobs(store, states=states, kinds=kinds, by=by, scope=scope)
-    return JobPage(jobs=tuple(_view(job, now) for job in found), total=total)
+def _scope(reader: User | None) -> Scope:
+    return Scope() if reader is None else reader.scope
 
 
-def states_named(names: Collection[str]) -> list[JobState]:
-    """The states with these names. Raises UsageError for a name that is none."""
+def _states(names: Collection[str]) -> list[JobState]:
     if unknown := [name for name in names if name not in STATES]:
         raise UsageError(f"{unknown[0][:40]!r} is not a state of jobs", fix=f"name one of {', '.join(STATES)}")
     return [state for state in STATES if state in names]
 
 
-def show(store: Store, number: int, *, scope: Scope = Scope()) -> JobView:
-    """A job as it is now. Raises UsageError where there is none that the scope covers."""
-    job = queue.get(store, number)
-    if not scope.covers(job.scope):
-        raise UsageError(f"there is no job {number}", fix="`tunesmith jobs list` shows them")
-    return view_of(store, job)
-
-
-def log(store: Store, number: int, after: int = 0) -> JobLog:
-    """The log of a job. after: only lines with a higher number."""
-    state = queue.get(store, number).state  # before the lines, so that an ended job's log is whole
-    lines = queue.events(store, number, after)
-    return JobLog(job=number, state=state, lines=tuple(LogLine.of(line) for line in lines))
-
-
-def newest_lines(store: Store, number: int, *, before: int | None = None, most: int = 100) -> JobLog:
-    """The newest lines of a job's log, newest first. before: only lines with a lower number."""
-    state = queue.get(store, number).state
-    lines = queue.newest_events(store, number, before=before, most=most)
-    return JobLog(job=number, state=state, lines=tuple(LogLine.of(line) for line in lines))
-
-
-def cancel(store: Store, number: int, *, actor: str | None = None) -> JobView:
-    """End a job for good; a running one ends between two of its steps, and its checkpoints are kept."""
-    return view_of(store, queue.cancel(store, number, actor=acting(store, actor)))
-
-
-def pause(store: Store, number: int, *, actor: str | None = None) -> JobView:
-    """Keep a job from being performed until it is resumed; a running one stops between two of its steps."""
-    return view_of(store, queue.pause(store, number, actor=acting(store, actor)))
-
-
-def resume(store: Store, number: int, *, actor: str | None = None) -> JobView:
-    """Put a paused job back into the queue."""
-    return view_of(store, queue.resume(store, number, actor=acting(store, actor)))
-
-
-def view_of(store: Store, job: JobRow) -> JobView:
-    """A job as people see it."""
-    return _view(job, queue.time_now(store))
-
-
-def _view(job: JobRow, now: float) -> JobView:
+def _view(job: JobRow, now: float, reader: User | None) -> JobView:
     silent = job.state == "running" and ((job.until is not None and job.until < now) or has_ended(job.worker))
-    return JobView.of(job, job=job.id, silent=silent, cause=cause_of(job), changes=job.arguments.get("changes", {}))
+    error = job.error
+    if error and not _reads_all(reader):
+        error = {name: for_client(said) if isinstance(said, str) else said for name, said in error.items()}
+        if str(job.error.get("where")).startswith("/"):
+            error["where"] = None
+    changes = job.arguments.get("changes", {})
+    return JobView.of(job, job=job.id, silent=silent, cause=cause_of(job), changes=changes, error=error)
+
+
+def _log(number: int, state: JobState, rows: Sequence[JobEventRow], reader: User | None) -> JobLog:
+    said = str if _reads_all(reader) else for_client
+    lines = tuple(LogLine.of(row, message=said(row.message)) for row in rows)
+    return JobLog(job=number, state=state, lines=lines)
+
+
+# What people may read of logs and errors who do not run this server
+
+
+_TRACEBACK = "Traceback (most recent call last)"
+_END = r"\s'\"`,;:()"  # what ends an unquoted path
+# An absolute path: between quotes, after file://, or as a word. Not the path of another URL. Names of folders may have
+# spaces: up to three words are part of the path where a slash follows in the last of them.
+_MORE = rf"(?:(?: [^{_END}/]+){{1,3}}/[^{_END}]*)*"
+_PATH = re.compile(
+    rf"""(?<=')/[^'\n]+(?=')|(?<=")/[^"\n]+(?=")"""
+    rf"""|(?:file://\S+|(?<![\w./:])/[^{_END}]+|(?<=:)/(?!/)[^{_END}]+){_MORE}"""
+)
+
+
+def for_client(text: str) -> str:
+    """A text without what is the operators' alone: tracebacks, and paths of this machine."""
+    return "an internal error; its traceback is in the operators' log" if _TRACEBACK in text else _PATH.sub("...", text)
+
+
+def _reads_all(reader: User | None) -> bool:
+    return reader is None or (reader.scope == Scope() and reader.may("job.change"))
 
 
 # Curves
@@ -284,9 +314,9 @@ class JobCurves(View):
     trainings: tuple[TrainingCurve, ...]
 
 
-def curves(store: Store, number: int) -> JobCurves:
-    """The trainings of a job, also while it runs. Raises UsageError where there is no such job."""
-    job = queue.get(store, number)
+def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
+    """The trainings of a job, also while it runs. Raises NotThere where there is no such job."""
+    job = _find(store, number, reader)
     trained = job.result.get("train", {})
     found = {name: _curve(name, trained.get(name, {}), each) for name, each in noted.read(store, number).items()}
     for name, summary in trained.items():

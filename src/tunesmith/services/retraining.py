@@ -26,7 +26,10 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services import jobs, monitoring
+from tunesmith.services import monitoring
+from tunesmith.services.actions import Acting, Request, action
+from tunesmith.services.jobs import cause_of
+from tunesmith.services.run_settings import run_arguments
 from tunesmith.store.tables import JobRow
 
 _LOG = logging.getLogger("tunesmith.retraining")
@@ -73,15 +76,15 @@ class _Seen(NamedTuple):
 def look(
     project: Project,
     *,
-    add: bool = False,
-    actor: str | None = None,
+    by: str | None = None,
     clock: Callable[[], datetime] = now,
     say: Callable[[str], None] = _LOG.warning,
 ) -> Retraining:
-    """The causes of `retraining.causes` that are given now. add: queue a run for the first that had none, if it may be.
+    """The causes of `retraining.causes` that are given now.
 
-    say: hears of causes that could not be looked for. Where no other one is given, the first such error is raised.
-    Raises UsageError where the project file has no `retraining:`.
+    by: queue a run as this person for the first that had none, if one may be queued. say: hears of causes that could
+    not be looked for. Where no other one is given, the first such error is raised. Raises UsageError where the project
+    file has no `retraining:`.
     """
     settings = project.settings.retraining
     if settings is None:
@@ -106,8 +109,9 @@ def look(
         key = _key(project, cause, found)
         job = next((each.id for each in runs if each.key == key), None)
         waits = "" if job is not None else _waits(settings, seen.at, runs)
-        if add and job is None and not waits:
-            job = jobs.queue_run(project, key=key, cause=f"{cause}: {found.about}", actor=actor).job
+        if by is not None and job is None and not waits:
+            arguments = run_arguments(project, {}) | {"cause": f"{cause}: {found.about}"}
+            job = queue.add(project.store, "run", arguments, project=project.settings.name, actor=by, key=key).id
             runs = _runs(project)
         causes.append(DueCause(cause=cause, about=found.about, says=found.says, job=job, waits=waits))
     for cause, failure in errors.items():
@@ -117,6 +121,16 @@ def look(
     return Retraining(version=champion.label, causes=tuple(causes))
 
 
+class QueueRetraining(Request):
+    """A run for the first cause of `retraining:` that has none yet."""
+
+
+@action("job.retrain", permission="job.add", whole=True)
+def retrain(acting: Acting, asked: QueueRetraining) -> Retraining:
+    """Look for causes of a new version, and queue a run for the first that had none, if one may be queued."""
+    return look(acting.project, by=acting.actor)
+
+
 def look_again(root: Path, say: Callable[[str], None]) -> None:
     """Read the project file anew, and look and queue a run where one may be queued. For a worker."""
     project = Project.load(root)
@@ -124,7 +138,7 @@ def look_again(root: Path, say: Callable[[str], None]) -> None:
     if settings is None or _waits(settings, now(), before := _runs(project)):
         return  # causes cost time: drift is measured, and files are read
     known = {job.id for job in before}
-    for each in look(project, add=True, say=say).causes:
+    for each in look(project, by=project.actor(), say=say).causes:
         if each.job is not None and each.job not in known:
             say(f"job {each.job}: queued because of {each.cause}: {each.says}")
 
@@ -142,7 +156,7 @@ def _runs(project: Project) -> list[JobRow]:
     """The project's runs that have not ended, and those that a cause queued; newest first."""
     found = queue.list_jobs(project.store, most=_LISTED)
     own = (job for job in found if (job.project, job.kind) == (project.settings.name, "run"))
-    return [job for job in own if job.ended is None or jobs.cause_of(job)]
+    return [job for job in own if job.ended is None or cause_of(job)]
 
 
 def _key(project: Project, cause: str, found: _Found) -> str:

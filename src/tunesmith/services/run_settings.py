@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.view import View
+from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
 from tunesmith.store.tables import JobRow
 from tunesmith.training.settings import changed_training
 
-# What a run may change, by candidate: values of keys of `train:`.
-Changes = Mapping[str, Mapping[str, Any]]
+# What a run may change, by candidate: values of keys of `train:`. A text that states a number is that number.
+Changes = Mapping[str, Mapping[str, int | float | str]]
 # The keys, with what people call them.
 CHANGEABLE: Mapping[str, str] = {
     "epochs": "Epochs",
@@ -71,24 +72,12 @@ def changeable(project: Project) -> tuple[TrainedCandidate, ...]:
     return tuple(found)
 
 
-def parse_changes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Changes from texts such as `tuned.epochs=2`. Raises UsageError for another form."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in given:
-        place, is_there, value = text.partition("=")
-        name, _, key = place.rpartition(".")
-        if not (is_there and name and key):
-            raise UsageError(f"{text[:80]!r} changes no setting", where="--set", fix="write NAME.KEY=VALUE")
-        found.setdefault(name, {})[key] = value_of(value)
-    return found
-
-
-def value_of(text: str) -> Any:
-    """The number that a text states, else the text."""
-    for kind in (int, float):
+def _value_of(given: int | float | str) -> int | float | str:
+    """The number that a text states, else what is given."""
+    for kind in (int, float) if isinstance(given, str) else ():
         with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
+            return kind(given)
+    return given
 
 
 def with_changes(project: Project, changes: Changes) -> Project:
@@ -111,7 +100,8 @@ def with_changes(project: Project, changes: Changes) -> Project:
                 where=f"candidates.{name}.train",
                 fix=f"change one of {', '.join(CHANGEABLE)}; the project file has the other settings",
             )
-        update = {"train": changed_training(train, values, f"candidates.{name}.train")}
+        stated = {key: _value_of(value) for key, value in values.items()}
+        update = {"train": changed_training(train, stated, f"candidates.{name}.train")}
         candidates[name] = candidates[name].model_copy(update=update)
     made = Project(project.root, project.settings.model_copy(update={"candidates": candidates}))
     made.store = project.store
@@ -121,10 +111,24 @@ def with_changes(project: Project, changes: Changes) -> Project:
 def run_arguments(project: Project, changes: Changes) -> dict[str, Any]:
     """The arguments of a job that takes a project's settings, named by their digest."""
     found: dict[str, Any] = {"settings": project.settings.digest}
-    if changes:
-        found["changes"] = {name: dict(values) for name, values in changes.items()}
-        found["changed_settings"] = with_changes(project, changes).settings.digest
+    made = with_changes(project, changes)
+    if differing := _differing(project, made, changes):
+        found |= {"changes": differing, "changed_settings": made.settings.digest}
     return found
+
+
+def _differing(project: Project, made: Project, changes: Changes) -> dict[str, dict[str, Any]]:
+    """The changes to another value than the one that the project file has."""
+    found = {}
+    for name, values in changes.items():
+        before, after = project.settings.candidates[name].train, made.settings.candidates[name].train
+        assert before is not None
+        found[name] = {
+            key: _value_of(value)
+            for key, value in values.items()
+            if key not in before.model_fields_set or getattr(before, key) != getattr(after, key)
+        }
+    return {name: values for name, values in found.items() if values}
 
 
 def project_of(project: Project, job: JobRow) -> Project:
@@ -140,3 +144,11 @@ def project_of(project: Project, job: JobRow) -> Project:
         fix="queue it again: `tunesmith run --queue`. For a fine-tuning job, restart `tunesmith serve` and create "
         "another one",
     )
+
+
+def only_tuned(project: Project) -> str:
+    """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
+    tuned = tuned_names(project)
+    if len(tuned) != 1:
+        raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
+    return tuned[0]

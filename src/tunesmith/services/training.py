@@ -19,11 +19,11 @@ from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, eval
 from tunesmith.pipeline.candidates import better_settings, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
-from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
 from tunesmith.registry.registration import register
+from tunesmith.services.run_settings import only_tuned
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.estimates.more_time import more_time
@@ -204,14 +204,6 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
         more_time=more_time(record.body),
         **stated,
     )
-
-
-def only_tuned(project: Project) -> str:
-    """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
-    tuned = tuned_names(project)
-    if len(tuned) != 1:
-        raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
-    return tuned[0]
 
 
 # Search for better training settings

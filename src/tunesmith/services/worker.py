@@ -48,7 +48,9 @@ def run_here(
     progress: Progress = SILENT,
     actor: str | None = None,
 ) -> RunSummary:
-    """Run the whole pipeline in this process, as a job that others see in the list of jobs. changes: as in `queue_run`.
+    """Run the whole pipeline in this process, as a job that others see in the list of jobs.
+
+    changes: training settings of this run that differ from the project file.
 
     Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
     """

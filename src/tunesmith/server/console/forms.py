@@ -43,14 +43,15 @@ def _endpoint(action: Action[Any, Any]) -> Callable[..., Coroutine[Any, Any, Res
 def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[str, Any]:
     """The fields of a request from those of a form. An empty one is left out; what a list holds is sent repeatedly.
 
-    A field `changes.lora.rank` is the key `rank` of the key `lora` of the field `changes`.
+    A field `changes.my.lora.rank` is the key `rank` of the key `my.lora` of the field `changes`.
     """
     found: dict[str, Any] = {}
     for name, texts in given.items():
         values = [text.replace("\r\n", "\n") for text in texts]
         if name in _OF_THE_FORM or values == [""]:
             continue
-        *path, last = name.split(".")
+        first, *inside = name.split(".", 1)
+        *path, last = [first, *(part for each in inside for part in each.rsplit(".", 1))]
         inner = found
         for part in path:
             inner = inner.setdefault(part, {})

@@ -22,11 +22,12 @@ async def home(viewer: Looking) -> Response:
     """What serves, rollouts in progress and what needs action, for this person's tenant and region."""
     project = viewer.serving.project
     found = await viewer.run(partial(service.home, viewer.store, viewer.user.name, project))
-    newest = await viewer.run(partial(jobs.page_of_jobs, viewer.store, most=_JOBS, scope=viewer.user.scope))
+    newest = await viewer.run(partial(jobs.list_jobs, viewer.store, viewer.user, most=_JOBS))
+    total = await viewer.run(partial(jobs.count_jobs, viewer.store, viewer.user))
     said = {True: "answers", False: "does not answer"}
     parts = parts_that_answer(viewer.serving)
     health = [*(PartHealth(part=part, ok=ok, says=said[ok]) for part, ok in parts.items()), *found.health]
-    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, job_total=newest.total, health=health)
+    return viewer.page("home.html.jinja", found=found, jobs=newest.jobs, job_total=total, health=health)
 
 
 @routes.get("/console/due")

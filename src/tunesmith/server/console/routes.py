@@ -8,8 +8,18 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import changes, evidence, forms, held, home, operations, playground, rollouts, versions
-from tunesmith.server.console.jobs import pages, start
+from tunesmith.server.console import (
+    changes,
+    evidence,
+    forms,
+    held,
+    home,
+    jobs,
+    operations,
+    playground,
+    rollouts,
+    versions,
+)
 from tunesmith.server.console.people import keys, login, oidc
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
@@ -53,8 +63,7 @@ for part in (
     changes.routes,
     forms.routes,
     home.routes,
-    start.routes,
-    pages.routes,
+    jobs.routes,
     evidence.routes,
     playground.routes,
     versions.routes,

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.jobs import queue
 from tunesmith.server.access import bearer, caller
 from tunesmith.server.errors import ApiError, stopping, unavailable
 from tunesmith.server.serving import Serving
 from tunesmith.services import fine_tuning as service
+from tunesmith.services import jobs
+from tunesmith.services.jobs import LogLine
 from tunesmith.store.people.identities import User
-from tunesmith.store.tables import JobEventRow, JobRow
+from tunesmith.store.tables import JobRow
 
 SECONDS = 1.0  # between two looks at the job
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
 _STREAMS = 16  # of one user at once
 
 
-def stream(request: Request, job: JobRow, after: int, shown: Callable[[JobEventRow], str]) -> StreamingResponse:
+def stream(request: Request, job: JobRow, after: int, shown: Callable[[LogLine], str]) -> StreamingResponse:
     """The events of a job with a higher number than `after`, and those that follow until it ends.
 
     shown: an event as `id:` and `data:` lines. Raises ApiError 429 where the user has too many streams open.
@@ -52,7 +53,7 @@ def stream(request: Request, job: JobRow, after: int, shown: Callable[[JobEventR
 
 
 async def _told(
-    request: Request, serving: Serving, number: int, after: int, shown: Callable[[JobEventRow], str]
+    request: Request, serving: Serving, number: int, after: int, shown: Callable[[LogLine], str]
 ) -> AsyncIterator[str]:
     """What is sent. Raises ApiError once the caller may not read the job any more, and when the server stops."""
     sent = time.monotonic()
@@ -82,9 +83,9 @@ async def _still_caller(request: Request, serving: Serving) -> User:
     return found.user
 
 
-def _look(serving: Serving, number: int, user: User, after: int) -> tuple[JobRow, list[JobEventRow]]:
+def _look(serving: Serving, number: int, user: User, after: int) -> tuple[JobRow, Sequence[LogLine]]:
     """The job and its new lines, read after it so that an ended job's are whole. Raises ApiError 404 if another's."""
     job = service.find(serving.store, number, user)
     if job is None:
         raise ApiError(404, "The job is not yours any more.", code="fine_tune_not_found")
-    return job, queue.events(serving.store, number, after)
+    return job, jobs.log(serving.store, number, user, after=after).lines

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.view import View
-from tunesmith.jobs import queue
 from tunesmith.server.access import caller, needs
-from tunesmith.server.client_text import for_client
+from tunesmith.server.actions import perform
+from tunesmith.server.api.routing import sentence
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
 from tunesmith.server.fine_tuning import event_stream
 from tunesmith.server.fine_tuning.pages import page_limit
@@ -25,10 +25,13 @@ from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving
 from tunesmith.services import fine_tuning as service
+from tunesmith.services import jobs as changing
+from tunesmith.services.actions import Action
 from tunesmith.services.fine_tuning import JOB, KIND, Arguments, job_number, seed_of
 from tunesmith.services.fine_tuning_jobs import VALIDATING
+from tunesmith.services.jobs import ChangeJob, JobView, LogLine, for_client
 from tunesmith.store.people.identities import User
-from tunesmith.store.tables import JobEventRow, JobRow
+from tunesmith.store.tables import JobRow
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[needs("jobs")])
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -212,19 +215,19 @@ _CHANGE: dict[str, Any] = {
 @routes.post("/{job}/cancel", **_CHANGE)
 async def cancel(request: Request, job: str) -> Response:
     """End a job for good. One that runs ends between two of its steps, and says running until then."""
-    return await _changed(request, job, queue.cancel)
+    return await _changed(request, job, changing.cancel)
 
 
 @routes.post("/{job}/pause", **_CHANGE)
 async def pause(request: Request, job: str) -> Response:
     """Stop a job until it is resumed. One that runs stops between two of its steps, and says running until then."""
-    return await _changed(request, job, queue.pause)
+    return await _changed(request, job, changing.pause)
 
 
 @routes.post("/{job}/resume", **_CHANGE)
 async def resume(request: Request, job: str) -> Response:
     """Put a paused job back into the queue. Its training continues from the newest checkpoint."""
-    return await _changed(request, job, queue.resume)
+    return await _changed(request, job, changing.resume)
 
 
 @routes.get(
@@ -243,7 +246,7 @@ async def events(
     found = await _found(user, serving, job)
     if stream not in (None, "false", "true"):
         raise bad_request("stream must be true or false.", "stream")
-    lines = await serving.listing.run(user.name, partial(queue.events, serving.store, found.id))
+    lines = (await serving.listing.run(user.name, partial(changing.log, serving.store, found.id, user))).lines
     if stream == "true":
         if after is not None or limit is not None:
             raise bad_request("stream=true takes no after and no limit: these are for pages.", "stream")
@@ -252,7 +255,7 @@ async def events(
         return event_stream.stream(request, found, last, partial(_sent, found))
     if after is not None:
         before = _number_of(found, lines, after, "after")
-        lines = [line for line in lines if line.number < before]
+        lines = tuple(line for line in lines if line.number < before)
     data = tuple(_event(found, line) for line in lines[::-1][:most])
     return JSONResponse(FineTuningEventList(object="list", data=data, has_more=len(lines) > most).document())
 
@@ -273,21 +276,19 @@ async def checkpoints(request: Request, job: str, after: str | None = None, limi
     return JSONResponse(CheckpointList(object="list", data=data, has_more=False, **ends).document())
 
 
-async def _changed(request: Request, identifier: str, change: Callable[..., JobRow]) -> Response:
+async def _changed(request: Request, identifier: str, change: Action[ChangeJob, JobView]) -> Response:
     user, serving = caller(request)
-    if not user.may("job.change"):
-        raise forbidden(f"{user.name} may not change jobs.")
-    found = await _found(user, serving, identifier)
-
-    def run() -> JobRow:
-        try:
-            return change(serving.store, found.id, actor=user.name)
-        except Refused as error:
-            raise ApiError(400, f"Job {identifier}: {error.what}.", code="invalid_job_state") from error
-        except TunesmithError as error:
-            raise not_stored(error) from error
-
-    return _answer(await serving.noting.run(user.name, run), serving)
+    try:
+        change.check(user)
+        found = await _found(user, serving, identifier)
+        await perform(serving, user, change, ChangeJob(job=found.id))
+    except Forbidden as error:
+        raise forbidden(sentence(error)) from error
+    except Refused as error:
+        raise ApiError(400, sentence(error), code="invalid_job_state") from error
+    except TunesmithError as error:
+        raise not_stored(error) from error
+    return _answer(await _found(user, serving, identifier), serving)
 
 
 async def _found(user: User, serving: Serving, identifier: str) -> JobRow:
@@ -345,11 +346,11 @@ def _error(error: Mapping[str, Any]) -> JobError:
     return JobError(code=str(error.get("code")), message=message, param=error.get("param"))
 
 
-def _event_id(job: JobRow, line: JobEventRow) -> str:
+def _event_id(job: JobRow, line: LogLine) -> str:
     return f"{_EVENT}{job.id}-{line.number}"
 
 
-def _number_of(job: JobRow, lines: Sequence[JobEventRow], event: str, field: str) -> int:
+def _number_of(job: JobRow, lines: Sequence[LogLine], event: str, field: str) -> int:
     """The number of the line with this id. Raises ApiError 400 where the job has none."""
     for line in lines:
         if _event_id(job, line) == event:
@@ -357,12 +358,12 @@ def _number_of(job: JobRow, lines: Sequence[JobEventRow], event: str, field: str
     raise bad_request(f"There is no event {event[: limits.SHOWN]!r} of this job.", field)
 
 
-def _sent(job: JobRow, line: JobEventRow) -> str:
+def _sent(job: JobRow, line: LogLine) -> str:
     """An event as a server-sent one."""
     return f"id: {_event_id(job, line)}\ndata: {json.dumps(_event(job, line).document())}\n\n"
 
 
-def _event(job: JobRow, line: JobEventRow) -> FineTuningEvent:
+def _event(job: JobRow, line: LogLine) -> FineTuningEvent:
     starts: Sequence[tuple[str, Literal["warn", "error"]]] = (("failed", "error"), ("to be tried again", "warn"))
     level = next((level for start, level in starts if line.message.startswith(start)), "info")
     return FineTuningEvent(

@@ -1,0 +1,133 @@
+"""Pages on jobs: the list, one job with its curves and log, and the form that starts a run."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import Path, Query, Response
+
+from tunesmith.core.errors import Forbidden
+from tunesmith.jobs.state import ENDED, STATES
+from tunesmith.server.api.routing import Page
+from tunesmith.server.console.parts.charts import Line, chart
+from tunesmith.server.console.people.session import Looking, Viewer
+from tunesmith.server.console.routing import router
+from tunesmith.services import jobs, run_settings, worker
+from tunesmith.services.forecast import newest_forecast
+from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
+from tunesmith.services.run_settings import Setting
+
+routes = router()
+_PAGE = 50  # jobs on a page
+_LINES = 100  # of a log on a page
+Number = Annotated[int, Path(ge=1, le=999_999_999)]
+Asked = Annotated[int, Query(ge=1, le=999_999_999)]
+
+
+@routes.get("/console/jobs")
+async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "", page: Page = 1) -> Response:
+    """The jobs of this person's tenant and region, newest first."""
+    filters = {"state": state, "kind": kind, "by": by}
+    given = {name: value for name, value in filters.items() if value}
+    chosen: dict[str, Any] = {"states": [state] if state else (), "kinds": [kind] if kind else (), "by": by or None}
+    first = (page - 1) * _PAGE
+    found = await viewer.run(partial(jobs.list_jobs, viewer.store, viewer.user, **chosen, first=first, most=_PAGE))
+    total = await viewer.run(partial(jobs.count_jobs, viewer.store, viewer.user, **chosen))
+    return viewer.page(
+        "jobs.html.jinja",
+        jobs=found.jobs,
+        total=total,
+        page=page,
+        last=max(1, -(-total // _PAGE)),
+        filters=filters,
+        given=given,
+        here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
+        states=STATES,
+        kinds=worker.KINDS,
+        reason=no_start(viewer),
+    )
+
+
+@routes.get("/console/jobs/start")
+async def start(viewer: Looking) -> Response:
+    """The form that starts a run or a forecast, with the project file's settings, and the newest forecast."""
+
+    def read() -> dict[str, Any]:
+        project = viewer.serving.project
+        if (reason := no_start(viewer)) or project is None:
+            return {"reason": reason, "candidates": (), "forecast": None}
+        project = run_settings.read_again(project)
+        return {"reason": "", "candidates": run_settings.changeable(project), "forecast": newest_forecast(project)}
+
+    key = secrets.token_hex(16)  # the same form sent twice starts one run
+    return viewer.page("jobs_start.html.jinja", **await viewer.run(read), shown=_shown, key=key)
+
+
+@routes.get("/console/jobs/{number}")
+async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Response:
+    """One job. lines: the log's lines before this one instead of the newest."""
+
+    def read() -> dict[str, Any]:
+        job = jobs.show(viewer.store, number, viewer.user)
+        return {
+            "job": job,
+            "ended": job.state in ENDED,
+            "curves": jobs.curves(viewer.store, number, viewer.user),
+            "log": jobs.newest_lines(viewer.store, number, viewer.user, before=lines, most=_LINES).lines,
+        }
+
+    found = await viewer.run(read)
+    may = viewer.user.may("job.change")
+    drawn = charts(found["curves"])
+    return viewer.page("jobs_one.html.jinja", **found, charts=drawn, may=may, paged=lines is not None, numbers=numbers)
+
+
+def no_start(viewer: Viewer) -> str:
+    """Why this person may start no run; "" where they may."""
+    try:
+        jobs.add.check(viewer.user)
+    except Forbidden as error:
+        return f"{error.what[:1].upper()}{error.what[1:]}."
+    return "" if viewer.serving.project else "This server has no project."
+
+
+def _shown(setting: Setting) -> str:
+    """A setting's value as the form shows it, "" where a default applies."""
+    if setting.value is None:
+        return ""
+    return f"{setting.value:g}s" if setting.key == "budget" else str(setting.value)
+
+
+def charts(curves: JobCurves) -> list[dict[str, Any]]:
+    """A chart of the losses and, where answers were scored, one of the scores, for each training."""
+    found = []
+    for each in curves.trainings:
+        metric = each.metric or "score"
+        losses = [
+            _line("training loss", each, "loss", 1),
+            _line("validation loss", each, "validation_loss", 2, dashed=True),
+        ]
+        scores = [_line(metric, each, "score", 1)]
+        if filled := [line for line in losses if line.points]:
+            found.append(chart(f"{each.name}: loss", filled, x="step", y="loss"))
+        if filled := [line for line in scores if line.points]:
+            found.append(chart(f"{each.name}: {metric} on validation rows", filled, x="step", y=metric, scale="share"))
+    return found
+
+
+def _line(label: str, training: TrainingCurve, field: str, colour: int, *, dashed: bool = False) -> Line:
+    points = {float(point.step): found for point in training.points if (found := getattr(point, field)) is not None}
+    return Line(label, points, colour, dashed)
+
+
+def numbers(points: Sequence[CurvePoint], most: int = 30) -> list[CurvePoint]:
+    """The points that a table shows: the validated ones, or some of all where there are few of those."""
+    validated: Iterable[CurvePoint] = [point for point in points if point.validation_loss is not None]
+    every = max(1, len(points) // most)
+    some = {point.step for point in [*points[::every], *points[-1:]]}
+    return sorted({point.step: point for point in [*validated, *(p for p in points if p.step in some)]}.values(),
+                  key=lambda point: point.step)  # fmt: skip
