@@ -31,6 +31,7 @@ from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, ensure_owner
@@ -451,9 +452,9 @@ def put_verdict(
     return evaluation, judged
 
 
-def approve(store: Store, version: Version, *, approver: str, reason: str = "") -> str:
-    """Prepare, sign and submit an approval; returns its record's digest."""
-    request = prepare_approval(store, version, approver, reason)
+def approve(store: Store, version: Version, *, approver: str, reason: str = "", decision: Decision = "approve") -> str:
+    """Prepare, sign and submit an approval, or a refusal; returns its record's digest."""
+    request = prepare_approval(store, version, approver, reason, decision)
     key = keys.load_signing_key(store, keys.ensure_key(store, approver))
     return submit_approval(store, sign(request, key)).digest
 

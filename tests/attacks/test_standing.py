@@ -28,7 +28,6 @@ from tunesmith.registry.registration import register
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.rollout.standing import ChampionWatch
-from tunesmith.services.versions import refuse
 from tunesmith.store.people.identities import add_user, deactivate, get_user, set_roles
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import retire_key, revoke_key
@@ -81,7 +80,7 @@ def test_a_champion_that_loses_its_standing_stops(served: Served, versions: Vers
             lambda: set_roles(store, OWNER, ["admin", "engineer"], actor=ADMIN),
         ),
         (
-            lambda: refuse(store, champion.label, reason="names a customer", actor="cat"),
+            lambda: approve(store, champion, approver="cat", reason="names a customer", decision="refuse"),
             "is not approved.",
             lambda: approve(store, champion, approver=APPROVER),
         ),

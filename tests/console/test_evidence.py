@@ -21,6 +21,7 @@ from tests.rollout.conftest import copied, put_recall
 from tests.server.conftest import Served
 from tests.waiting import until
 from tunesmith.cli.main import app
+from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.gates.settings import GATES
@@ -170,8 +171,7 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
     served: Served, evaluated: Evaluated, login: Login, tmp_path: Path
 ) -> None:
     store = served.scene.store
-    project = project_in(tmp_path)
-    project.store, served.serving.project = store, project
+    with_project(served, tmp_path)
     add_user(store, "amy", ["engineer"], actor=OWNER)
     page = login("amy", evaluated.path)
     page.on("dialog", lambda dialog: dialog.accept())
@@ -180,16 +180,7 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
     page.goto(f"{served.url}{evaluated.path}?verdict={endpoint[7:]}")
     expect(page.get_by_text("remote is an endpoint: it can be compared with, but not registered.")).to_be_visible()
     expect(page.get_by_role("button", name="Register remote as a version")).to_have_count(0)
-    # Gates that changed since the verdict are refused by every front end.
-    with served.http(issue_token(store, "amy", actor="amy")) as http:
-        refused = http.post("/api/versions", json={"verdict": evaluated.verdict})
-        assert (refused.status_code, "changed since this verdict: gate" in refused.text) == (409, True), refused.text
     page.goto(f"{served.url}{evaluated.path}?verdict={evaluated.verdict[7:]}")
-    page.get_by_role("button", name="Register tuned as a version").click()
-    expect(page.get_by_text("changed since this verdict: gate")).to_be_visible()
-    judged = {gate["name"]: gate["settings"] for gate in store.record(evaluated.verdict).body["gates"]}
-    project.settings = project.settings.model_copy(update={"gates": GATES.validate_python(judged)})
-    page.reload()
     page.get_by_role("button", name="Register tuned as a version").click()
     page.wait_for_url("**/console/versions/desk/1")
     expect(page.get_by_text("by amy, who signed it")).to_be_visible()
@@ -207,16 +198,39 @@ def test_a_judged_candidate_is_registered_on_its_page_and_over_http(
         assert http.post("/api/versions/desk/2/verification").status_code == 404
     with served.http() as http:
         assert http.post("/api/versions", json=sent).status_code == 403
-    # What was recalled is registered neither on a page nor over HTTP.
-    put_recall(served.scene, store.record(evaluated.evaluation).parents["dataset"])
-    with served.http(issue_token(store, OWNER, actor=OWNER)) as http:
-        refused = http.post("/api/versions", json=sent)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "refused")
-        assert "recalled: a licence was withdrawn" in refused.text
-    with plain(served, cookie_of(served, OWNER)) as http:
-        form = {"csrf": csrf(http.get("/console/keys").text), **sent}
-        answer = http.post(f"{evaluated.path}/versions", data=form)
-        assert (answer.status_code, "recalled: a licence" in answer.text) == (409, True), answer.text
+
+
+def with_project(served: Served, folder: Path, at_least: float = 0.5) -> None:
+    """Give the server a project, in a folder that commands take too. at_least: of its gate; 0.5 is the verdict's."""
+    project = project_in(folder, metric="json_valid", at_least=at_least)
+    project.store, served.serving.project = served.scene.store, project
+
+
+def test_what_may_not_be_registered_is_refused_by_command_over_http_and_on_the_page(
+    served: Served, evaluated: Evaluated, tmp_path: Path
+) -> None:
+    store, sent = served.scene.store, {"verdict": evaluated.verdict}
+    add_user(store, "mia", ["engineer"], actor=OWNER, scope=Scope("umbrella"))
+    (tmp_path / ".tunesmith").symlink_to(store.root)
+    owners = issue_token(store, OWNER, actor=OWNER)
+    with served.http(owners) as http, plain(served, cookie_of(served, OWNER)) as page:
+        form = {"csrf": csrf(page.get("/console/keys").text), **sent}
+
+        def refused(why: str) -> None:
+            command = CliRunner().invoke(app, ["register", evaluated.verdict, "-C", str(tmp_path)])
+            assert (type(command.exception), why in str(command.exception)) == (Refused, True), command.output
+            for answer in (http.post("/api/versions", json=sent), page.post("/console/do/versions", data=form)):
+                assert (answer.status_code, why in answer.text) == (409, True), answer.text
+
+        with_project(served, tmp_path, at_least=0.6)
+        refused("changed since this verdict: gate valid")
+        with_project(served, tmp_path)
+        put_recall(served.scene, store.record(evaluated.evaluation).parents["dataset"])
+        refused("recalled: a licence was withdrawn")
+    with served.http(issue_token(store, "mia", actor="mia")) as other:
+        told = [other.post("/api/versions", json={"verdict": one}) for one in (evaluated.verdict, f"sha256:{'0' * 64}")]
+        assert [answer.status_code for answer in told] == [404, 404]
+        assert told[0].text == told[1].text
 
 
 @pytest.mark.attack("people", "questions of the playground beyond its bounds, without the form's mark, and at once")

@@ -19,7 +19,8 @@ from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort, promote
 from tunesmith.rollout.controller import look
 from tunesmith.rollout.state import get_rollout
-from tunesmith.services import rollout_course, version_pages
+from tunesmith.services import rollout_course
+from tunesmith.services import versions as version_service
 from tunesmith.store import database
 from tunesmith.store.people.identities import get_user
 from tunesmith.store.tables import RequestRow
@@ -35,7 +36,7 @@ def test_an_operator_watches_a_canary_promotes_it_and_rolls_back(
     store = served.scene.store
     rollout = served.begin(versions[2], *STEPS)
     served.until(rollout, lambda now: now.step == 1)
-    (rolling,) = version_pages.page_of_versions(store, get_user(store, OWNER), state="rolling out").versions
+    (rolling,) = version_service.page_of_versions(store, get_user(store, OWNER), state="rolling out").versions
     assert rolling.digest == versions[2].digest
     with plain(served, cookie_of(served, APPROVER)) as http:
         looking = http.get(f"/console/rollouts/{rollout.id}").text

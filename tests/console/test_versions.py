@@ -18,7 +18,7 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.versions import Version
-from tunesmith.services import keys, version_pages
+from tunesmith.services import keys
 from tunesmith.services import versions as service
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, get_user
@@ -100,7 +100,7 @@ def test_a_key_of_a_browser_is_confirmed_and_refuses_and_approves(
 
     approval = require_approved(store, versions[1])
     assert (approval.approver, approval.reason) == ("ada", "they were made up")
-    assert service.verify(store, f"{NAME}@v1").ok
+    assert service.verify_offline(store, f"{NAME}@v1").ok
     assert verify_log(store) == []
     assert not list((store.root / "keys").glob("ada*"))
 
@@ -167,9 +167,9 @@ def many(store: Store, version: Version, count: int) -> None:
 
 def test_a_long_list_is_paged_and_searched(served: Served, login: Login, versions: Versions) -> None:
     store, ann = served.scene.store, get_user(served.scene.store, OWNER)
-    few = statements(store, lambda: version_pages.page_of_versions(store, ann))
+    few = statements(store, lambda: service.page_of_versions(store, ann))
     many(store, versions[4], 200)
-    assert statements(store, lambda: version_pages.page_of_versions(store, ann)) == few
+    assert statements(store, lambda: service.page_of_versions(store, ann)) == few
     page = login(OPERATOR, "/console/versions")
     expect(page.locator("main")).to_contain_text("Page 1 of 5, 204 versions")
     expect(page.locator("tbody tr")).to_have_count(50)
@@ -179,9 +179,9 @@ def test_a_long_list_is_paged_and_searched(served: Served, login: Login, version
     page.get_by_role("button", name="Show").click()
     expect(page.locator("tbody tr")).to_have_count(1)
     expect(page.locator("tbody")).to_contain_text("serving")
-    found = {state: version_pages.page_of_versions(store, ann, state=state).total for state in version_pages.STATES}
-    assert found == {**dict.fromkeys(version_pages.STATES, 0), "serving": 1, "approved": 2, "waiting": 201}
-    (one,) = version_pages.page_of_versions(store, ann, text=versions[2].digest[7:19]).versions
+    found = {state: service.page_of_versions(store, ann, state=state).total for state in service.STATES}
+    assert found == {**dict.fromkeys(service.STATES, 0), "serving": 1, "approved": 2, "waiting": 201}
+    (one,) = service.page_of_versions(store, ann, text=versions[2].digest[7:19]).versions
     assert one.version == f"{NAME}@v2"
     with plain(served, cookie_of(served)) as http:
         for path, status in (
@@ -201,19 +201,21 @@ def test_a_long_list_is_paged_and_searched(served: Served, login: Login, version
 
 def test_what_is_no_decision_is_refused(served: Served) -> None:
     with plain(served, cookie_of(served, APPROVER)) as http:
-        at = f"/console/versions/{NAME}/1"
         mark = {"csrf": csrf(http.get("/").text)}
-        for path, fields, status in (
-            ("decisions", {}, 400),
-            ("decisions", {"statement": "{", "signature": "AAAA", "key": "x"}, 400),
-            ("decisions", {"statement": "{}", "signature": "%", "key": "x"}, 400),
-            ("decisions", {"statement": "[]", "signature": "A" * 88, "key": "sha256:" + "0" * 64}, 409),
-            ("decisions", {"statement": '"\\ud800"', "signature": "A" * 88, "key": "\u202e"}, 400),
-            ("statement", {"decision": "maybe"}, 400),
-            ("statement", {"decision": "refuse", "reason": "x" * 2001}, 400),
+        signed = {"signature": "A" * 88, "key": "sha256:" + "0" * 64}
+        for path, fields in (
+            ("", {}),
+            ("", {"statement": "{", **signed}),
+            ("", {"statement": "{}", **signed, "signature": "%"}),
+            ("", {"statement": "{}", **signed}),
+            ("", {"statement": "[]", **signed}),
+            ("", {"statement": '"\\ud800"', **signed}),
+            ("", {"statement": "{}", **signed, "key": "\u202e"}),
+            ("/prepare", {"version": f"{NAME}@v1", "decision": "maybe"}),
+            ("/prepare", {"version": f"{NAME}@v1", "decision": "refuse", "reason": "x" * 2001}),
         ):
-            answer = http.post(f"{at}/{path}", data={**mark, **fields})
-            assert answer.status_code == status, (path, fields, answer.text)
+            answer = http.post(f"/console/do/decisions{path}", data={**mark, **fields})
+            assert answer.status_code == 409, (path, fields, answer.text)
         for fields in ({}, {"public_key": HOSTILE}, {"public_key": "x" * 10_000}):
             assert http.post("/console/do/keys", data={**mark, **fields}).status_code == 409
         for path in ("confirm", "reject"):

@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.acting import do
-from tests.fabricate import put_requests
+from tests.fabricate import approve, put_requests
 from tests.http_server import answering
 from tests.tiny import write_model
 from tests.tiny_project import write_project
@@ -33,7 +33,7 @@ from tunesmith.rollout.commands import start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.standing import list_champions, note_champions
-from tunesmith.services import held, jobs, monitoring, retraining, training, versions, worker
+from tunesmith.services import held, jobs, monitoring, retraining, training, worker
 from tunesmith.services.retraining import Retraining
 from tunesmith.services.webhooks import Deliverer
 from tunesmith.store import database
@@ -59,8 +59,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         project = Project.load(folder)
         training.run(project)
         identities.add_user(project.store, "ann", ["approver"], actor="olive")
-        versions.approve(project.store, "tiny@v1", actor="ann", reason="read")
         (version,) = list_versions(project.store, "tiny")
+        approve(project.store, version, approver="ann", reason="read")
         rollout = start(project.store, name="tiny", version=version, steps=AT_ONCE, actor="olive")
         while rollout.live:
             rollout = advance(project.store, rollout.id)
@@ -306,7 +306,7 @@ def test_other_systems_hear_what_happened_to_a_project(folder: Path, receiver: R
     drifting(folder)
     look(folder)
     (version,) = list_versions(project.store, "tiny")
-    versions.refuse(project.store, "tiny@v1", actor="ann", reason="private")
+    approve(project.store, version, approver="ann", reason="private", decision="refuse")
     identities.add_user(project.store, "sue", ["steward"], actor="olive")
     recall(project.store, Cause(kind="version", value=version.digest), reason="private", actor="sue")
     with database.reading(project.store.engine) as session:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.acting import do
 from tests.chat_server import ChatServer, chat_server, completion
 from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
@@ -130,7 +131,7 @@ def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
     verdict = evaluations.gate(project, name="rival").digest
     with pytest.raises(Refused, match="rival is an endpoint"):
-        versions.register(project, verdict)
+        do(project, versions.register, verdict=verdict)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
         parse_settings(text, "x")
@@ -145,7 +146,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
     verdict = evaluations.gate(project, name=name).digest
-    registered = versions.register(project, verdict)
+    registered = do(project, versions.register, verdict=verdict)
     version = load_version(project.store, registered.digest)
     found = verify_version(project.store, version.label)
     assert found.ok, found.problems

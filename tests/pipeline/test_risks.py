@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.acting import do
 from tests.chat_server import chat_server, completion
 from tests.commands import call
 from tests.tiny_project import rows, settings, write_project
@@ -87,7 +88,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     (folder / "crows.csv").write_text("\n".join([head, *lines]) + "\n")
     project = Project.load(folder)
     document = run(project).document()
-    versions.register(project, document["gate"]["digest"], override="to see the mark")
+    do(project, versions.register, verdict=document["gate"]["digest"], override="to see the mark")
     return folder, document
 
 

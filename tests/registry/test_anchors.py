@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.acting import do
 from tests.attack_table import Happened
 from tests.http_server import answering
 from tests.programs import program
@@ -22,7 +23,8 @@ from tests.registry.test_history import rewrite
 from tests.s3_server import s3_environment
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.services.audit import anchor_audit, verify_audit
+from tunesmith.services import audit
+from tunesmith.services.audit import Anchored, verify_audit
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 
@@ -58,6 +60,10 @@ def copied(store: Store) -> Path:
     target = store.root.with_name("copy")
     shutil.copytree(store.root, target)
     return target
+
+
+def anchor_audit(store: Store, place: str, **more: Any) -> Anchored:
+    return do(store, audit.anchor, place=place, **more)
 
 
 def reasons(store: Store, *places: str | Path, **more: Any) -> str:

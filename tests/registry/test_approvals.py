@@ -26,7 +26,7 @@ from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, Decision, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
-from tunesmith.services import versions as service
+from tunesmith.services.decisions import approvals_for
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities, user_keys
@@ -327,8 +327,7 @@ def reason_of(store: Store, version: Version, override_by: str | None = None) ->
 def test_a_refusal_blocks_until_a_newer_approval(store: Store, version: Version) -> None:
     identities.add_user(store, "cat", ["approver"], actor="olive")
     approve(store, version, approver="ann")
-    refused = service.refuse(store, version.label, reason=" names a customer ", actor="cat")
-    assert (refused.approver, refused.reason) == ("cat", "names a customer")
+    approve(store, version, approver="cat", reason=" names a customer ", decision="refuse")
     assert reason_of(store, version) == reason_of(store, version, override_by="olive") == "refused"
     with pytest.raises(Refused, match="intents@v1 was refused by cat: names a customer"):
         require_approved(store, version)
@@ -420,9 +419,9 @@ def test_the_class_is_the_versions_not_the_projects(store: Store, chain: Chain, 
     looser = register(store, name="intents", verdict=chain.verdict, actor="olive", risk=lower)
     assert (looser.label, looser.number, high.number) == ("intents@v2", 2, 1)
     approve(store, high, approver="ann")
-    service.approve(store, "intents@v2", actor="ann")
+    approve(store, looser, approver="ann")
     assert reason_of(store, high) == "not_approved"
-    assert service.show(store, "intents@v2").approvals.missing == ()  # type: ignore[union-attr]
+    assert approvals_for(store, looser).missing == ()
     assert high.risk == HIGH
     assert verify_log(store) == []
 

@@ -28,6 +28,8 @@ from tunesmith.registry.signing.attestations import ENVELOPE, public_pem, signed
 from tunesmith.registry.signing.keys import fingerprint_of
 from tunesmith.registry.versions import Version
 from tunesmith.services import decisions
+from tunesmith.services.actions import Action
+from tunesmith.services.decisions import PrepareDecision
 from tunesmith.store.people.identities import add_user
 from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import revoke_key
@@ -176,7 +178,7 @@ def test_tenants_and_what_cannot_be_prepared(served: Served, tmp_path: Path) -> 
     amy = Approver(served, "amy", tmp_path, Scope("acme"))
     refused = amy.prepare(f"{NAME}@v1", "refuse", reason="why")
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "permission_denied")
-    assert amy.prepare(f"{NAME}@v99").status_code == 400
+    assert amy.prepare(f"{NAME}@v99").status_code == 404
     ben = Approver(served, "ben", tmp_path)
     assert ben.prepare(f"{NAME}@v1", "refuse").status_code == 400  # no reason
     assert ben.prepare(f"{NAME}@v1", tenant="acme").status_code == 200  # a version for every tenant
@@ -193,7 +195,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
     assert served.post().status_code == 404
 
     def decide(version: str = f"{NAME}@v1", server: str = served.url, key: Path | None = ada.file) -> object:
-        return decisions.decide(server, version, "approve", "", key)
+        return decisions.decide(server, key, PrepareDecision(version=version, decision="approve"))
 
     new_key(tmp_path / "other.pem")
     with pytest.raises(Refused, match="not an active one"):
@@ -204,7 +206,7 @@ def test_the_command_signs_here_and_checks_what_it_signs(
             decide(**wrong)  # type: ignore[arg-type]
     with pytest.raises(Refused, match="the server did not answer"):
         decide(server="http://127.0.0.1:9")
-    with pytest.raises(Refused, match=r"said no \(400\).*no version"):
+    with pytest.raises(Refused, match=r"said no \(404\).*no version"):
         decide(version=f"{NAME}@v99")
     elsewhere = ["approve", f"{NAME}@v1", "--key", str(ada.file)]
     for more, said in ((["--server", served.url, "--as", "eve"], "the token is ada's"), ([], "--key applies to")):
@@ -214,10 +216,10 @@ def test_the_command_signs_here_and_checks_what_it_signs(
     lie: dict[str, Any] = {}
     honest = decisions._sent
 
-    def lying(http: httpx.Client, path: str, *more: Any) -> Any:
+    def lying(http: httpx.Client, to: Action[Any, Any], sent: dict[str, Any]) -> Any:
         """A server that states another version than it was asked for."""
-        asked.append(path)
-        found: Any = honest(http, path, *more)
+        asked.append(to.name)
+        found: Any = honest(http, to, sent)
         found.statement.update(lie)
         return found
 
@@ -230,5 +232,5 @@ def test_the_command_signs_here_and_checks_what_it_signs(
         lie = untrue
         with pytest.raises(Refused, match=said):
             decide()
-    assert set(asked) == {"/api/decisions/prepare"}  # nothing was signed
+    assert set(asked) == {"decision.prepare"}  # nothing was signed
     assert served.post().status_code == 404

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.attack_table import Happened
-from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve
 from tests.server.conftest import HELLO, SCHEMA, Served, StartServer, starting
 from tests.server.fake_engine import FakeEngine
 from tests.waiting import until
@@ -25,7 +25,6 @@ from tunesmith.holding.rules import Holder
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, list_versions
-from tunesmith.services.versions import refuse
 from tunesmith.store import database
 from tunesmith.store.people.identities import deactivate
 from tunesmith.store.people.tokens import issue_token
@@ -266,7 +265,7 @@ def test_at_the_deadline_the_server_releases_what_may_leave(
     """Not an answer of a version that was refused, and none while its version's record cannot be read."""
     served = hold(at_deadline="release")
     other, unread, withdrawn = held(served), held(served, model=f"{NAME}@v2"), held(served, model=f"{NAME}@v3")
-    refuse(served.scene.store, f"{NAME}@v3", reason="it leaks", actor=APPROVER)
+    approve(served.scene.store, versions[3], approver=APPROVER, reason="it leaks", decision="refuse")
     whole = Store.record
 
     def reading(store: Store, digest: str, *kind: Any, **named: Any) -> Any:

@@ -53,16 +53,16 @@ def recalls(here: Here) -> None:
 def notice(
     here: Here,
     version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
 ) -> None:
     """Print what the licences of a version's rows ask for (NOTICE.md)."""
     from tunesmith.core.scope import Scope
     from tunesmith.registry.versions import resolve
-    from tunesmith.services.version_pages import notice_of
+    from tunesmith.services.versions import notice_of
 
     store = here.store
-    found = resolve(store, version, scope=Scope(tenant, region))
+    found = resolve(store, version, scope=Scope(tenant or "", region or ""))
     here.emit({"version": found.label, "notice": (text := notice_of(store, found))}, printed_text(text))
 
 

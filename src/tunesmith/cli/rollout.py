@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, say
+from tunesmith.cli.terminal import Acting, Here, Region, Tenant, add_commands, draw_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from tunesmith.services.rollout_course import RolloutCourse
     from tunesmith.services.rollouts import RolloutList, RolloutView
 
-Tenant = Annotated[str | None, typer.Option("--tenant", help="For which tenant; yours by default.")]
-Region = Annotated[str | None, typer.Option("--region", help="For which region; yours by default.")]
 Which = Annotated[str, typer.Argument(metavar="ROLLOUT", help="A rollout's number, or a name: its live rollout.")]
 Override = Annotated[
     str | None, typer.Option("--override", metavar="REASON", help="Admins: go on without it, and why.")

@@ -47,8 +47,8 @@ def _folder(context: typer.Context, folder: Path) -> Path:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Tenant = Annotated[str, typer.Option("--tenant", help="The tenant it is for; none by default.")]
-Region = Annotated[str, typer.Option("--region", help="The region it is for; none by default.")]
+Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant it is for. Where you act: by default yours.")]
+Region = Annotated[str | None, typer.Option("--region", help="The region it is for. Where you act: by default yours.")]
 
 
 def say(text: str = "") -> None:
@@ -105,7 +105,9 @@ class Acting(Here):
         from tunesmith.store.people.identities import acting, get_user
 
         store = self.store
-        return actions.Acting(store, get_user(store, acting(store, self.actor)), lambda: self.project)
+        return actions.Acting(
+            store, get_user(store, acting(store, self.actor)), lambda: self.project, progress=Terminal()
+        )
 
     def do(self, action: Action[Any, Done], **fields: object) -> Done:
         """Do an action as the person who acts. fields: of its request; None where the option was left out."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, draw_table, say
+from tunesmith.cli.terminal import Acting, Here, Region, Tenant, add_commands, draw_table, say
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 
@@ -18,16 +18,11 @@ if TYPE_CHECKING:
 
     from tunesmith.registry.lineage import Node
     from tunesmith.registry.risk import Approvals
-    from tunesmith.registry.signing.attestations import Decision
     from tunesmith.registry.verification import Verification
     from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
-    from tunesmith.services.export import ExportedVersion
-    from tunesmith.services.versions import (
-        ApprovedVersion,
-        RecordedDecision,
-        RegisteredVersion,
-        VersionList,
-    )
+    from tunesmith.services.decisions import RecordedDecision
+    from tunesmith.services.exports import ExportedVersion
+    from tunesmith.services.versions import RegisteredVersion, VersionList
 
 
 Server = Annotated[
@@ -66,20 +61,20 @@ def register_version(
     expires: Annotated[
         str | None, typer.Option("--expires", metavar="TIME", help="When its use ends, as 2030-01-31T00:00:00Z.")
     ] = None,
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
     from tunesmith.services import versions
 
-    version = versions.register(
-        here.project,
-        verdict,
+    version = here.do(
+        versions.register,
+        verdict=verdict,
         name=name,
-        actor=here.actor,
         override=override,
         expires_at=expires,
-        scope=Scope(tenant, region),
+        tenant=tenant,
+        region=region,
     )
     here.emit(version, _draw_registered)
 
@@ -88,55 +83,55 @@ def approve(
     here: Acting,
     version: Annotated[str, typer.Argument(help="NAME@v3, or the start of a version's digest.")],
     reason: Annotated[str, typer.Option("--reason", help="Why; required where the gates were overridden.")] = "",
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
     server: Server = None,
     key: Key = None,
 ) -> None:
     """Verify a version and approve it with your signature. You may not approve a version that you registered."""
-    from tunesmith.services import versions
+    from tunesmith.services import decisions
 
-    if _decided_there(here, server, version, "approve", reason, key, Scope(tenant, region)):
-        return
-    store = here.store
-    approved = versions.approve(store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
-    here.emit(approved, _draw_approved)
+    if not _decided_there(
+        here, server, key, version=version, decision="approve", reason=reason, tenant=tenant, region=region
+    ):
+        done = here.do(decisions.approve, version=version, reason=reason, tenant=tenant, region=region)
+        here.emit(done, _draw_decision)
 
 
 def refuse(
     here: Acting,
     version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
     reason: Annotated[str, typer.Option("--reason", help="Why; it is signed with the refusal.")] = "",
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
     server: Server = None,
     key: Key = None,
 ) -> None:
     """Refuse a version with your signature. It serves no request until as many people approve it again as its risk
     class takes."""
-    from tunesmith.services import versions
+    from tunesmith.services import decisions
     from tunesmith.services.rollouts import refused_champions
 
-    if _decided_there(here, server, version, "refuse", reason, key, Scope(tenant, region)):
+    if _decided_there(
+        here, server, key, version=version, decision="refuse", reason=reason, tenant=tenant, region=region
+    ):
         return
-    refused = versions.refuse(here.store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
-    here.emit(refused, _draw_decision)
+    done = here.do(decisions.refuse, version=version, reason=reason, tenant=tenant, region=region)
+    here.emit(done, _draw_decision)
     for champion in refused_champions(here.store):
         say(f"warning: {champion.warning}")
 
 
-def _decided_there(
-    here: Acting, server: str | None, version: str, decision: Decision, reason: str, key: Path | None, scope: Scope
-) -> bool:
-    """Decide on a server, if one is named; returns whether one is."""
+def _decided_there(here: Acting, server: str | None, key: Path | None, **asked: str | None) -> bool:
+    """Decide on a server, if one is named; returns whether one is. asked: fields of a decision to prepare."""
     from tunesmith.services import decisions
 
     if server is None:
         if key is not None:
             raise UsageError("--key applies to --server", fix="set TUNESMITH_KEYS to the folder of your keys instead")
         return False
-    decided = decisions.decide(server, version, decision, reason, key, scope, actor=here.actor)
-    here.emit(decided, _draw_decision)
+    prepare = decisions.prepare.request({name: value for name, value in asked.items() if value is not None})
+    here.emit(decisions.decide(server, key, prepare, actor=here.actor), _draw_decision)
     return True
 
 
@@ -152,8 +147,8 @@ def verify(
     lineage_only: Annotated[
         bool, typer.Option("--lineage-only", help="Verify only what the version was made from, not the whole store.")
     ] = False,
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
 ) -> None:
     """Verify a version offline: its signature, and every record and blob it was made from. Exit 3 on any difference.
 
@@ -162,14 +157,8 @@ def verify(
     """
     from tunesmith.services import versions
 
-    found = versions.verify(
-        here.store,
-        version,
-        trust=trust,
-        base=base,
-        lineage_only=lineage_only,
-        scope=Scope(tenant, region),
-    )
+    scope = Scope(tenant or "", region or "")
+    found = versions.verify_offline(here.store, version, trust=trust, base=base, lineage_only=lineage_only, scope=scope)
     here.emit(found, _draw_verification)
     raise typer.Exit(0 if found.ok else 3)
 
@@ -179,18 +168,17 @@ def show(
     what: Annotated[str | None, typer.Argument(help="A version, or any record's digest or its start.")] = None,
     name: Annotated[str, typer.Option("--name", metavar="TEXT", help="List versions whose name contains this.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="Newest versions to list; 0 lists all.")] = 100,
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
 ) -> None:
     """Show what a record was made from and what was made from it; without an argument, list versions and aliases."""
-    from tunesmith.core.errors import UsageError
-    from tunesmith.services import versions
+    from tunesmith.services import lineage, versions
 
     store = here.store
     if what is not None:
         if name:
             raise UsageError("--name lists versions, and WHAT names one record", fix="leave one of them out")
-        here.emit(versions.show(store, what, scope=Scope(tenant, region)), _draw_lineage)
+        here.emit(lineage.show(store, what, scope=Scope(tenant or "", region or "")), _draw_lineage)
         return
     found = versions.list_versions(store, name=name, limit=limit)
     if not found.versions and not here.as_json:
@@ -209,8 +197,8 @@ def export(
     dtype: Annotated[
         Literal["bf16", "fp32"], typer.Option("--dtype", help="Of merged weights; an adapter stays as it is.")
     ] = "bf16",
-    tenant: Tenant = "",
-    region: Region = "",
+    tenant: Tenant = None,
+    region: Region = None,
     actor: Annotated[
         str | None, typer.Option("--by", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
     ] = None,
@@ -220,17 +208,11 @@ def export(
     The same held-out requests go through the adapter as trained, as served and as exported. Exit 3 if their
     log-probabilities differ by more than the tolerance. The store keeps the figures: `tunesmith show VERSION`.
     """
-    from tunesmith.services.export import export as export_version
+    from tunesmith.services import exports
 
-    done = export_version(
-        here.project,
-        version,
-        target,
-        form=form,
-        dtype=dtype,
-        actor=actor,
-        scope=Scope(tenant, region),
-        progress=Terminal(),
+    acting = Acting(here.directory, here.as_json, actor)  # --as is the form here
+    done = acting.do(
+        exports.export, version=version, target=target, form=form, dtype=dtype, tenant=tenant, region=region
     )
     here.emit(done, _draw_export)
 
@@ -256,9 +238,7 @@ def anchor_audit(
     """Write the newest entry of the log to a place outside the store, to notice an old store that is put back."""
     from tunesmith.services import audit
 
-    done = audit.anchor_audit(
-        here.store, place, actor=here.actor, keep_days=keep_days, time_stamp=time_stamp, tsa_roots=tsa_roots
-    )
+    done = here.do(audit.anchor, place=place, keep_days=keep_days, time_stamp=time_stamp, tsa_roots=tsa_roots)
     here.emit(done, _draw_anchored)
 
 
@@ -309,23 +289,19 @@ def _draw_registered(console: Console, version: RegisteredVersion) -> None:
     console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE")
 
 
-def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
-    console.print(f"{approved.version} is approved by {approved.approver}")
-    if approved.override:
-        console.print(f"although its gates were overridden: {approved.override}", style="bold red")
-    for mark in approved.marks:
+def _draw_decision(console: Console, done: RecordedDecision) -> None:
+    said = "approved" if done.decision == "approve" else "refused"
+    console.print(f"{done.version} ({done.digest}) is {said} by {done.approver}")
+    if done.decision == "refuse":
+        return
+    if done.override:
+        console.print(f"although its gates were overridden: {done.override}", style="bold red")
+    for mark in done.marks:
         console.print(f"although it was {mark}: not meant for service", style="bold red")
-    if approved.missing:
-        console.print(f"it needs {' and '.join(approved.missing)}")
+    if done.missing:
+        console.print(f"it needs {' and '.join(done.missing)}")
     else:
-        console.print(f"next: tunesmith rollout start {approved.version}")
-
-
-def _draw_decision(console: Console, decided: RecordedDecision) -> None:
-    said = "approved" if decided.decision == "approve" else "refused"
-    console.print(f"{decided.version} ({decided.digest}) is {said} by {decided.approver}")
-    if decided.decision == "approve" and decided.missing:
-        console.print(f"it needs {' and '.join(decided.missing)}")
+        console.print(f"next: tunesmith rollout start {done.version}")
 
 
 def _draw_verification(console: Console, found: Verification) -> None:

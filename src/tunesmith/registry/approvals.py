@@ -212,13 +212,13 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
     check_not_signer(version, actor)
     if decision == "refuse":
         if not reason.strip():
-            raise UsageError(f"a refusal of {version.label} needs a reason", fix='--reason "why"')
+            raise UsageError(f"a refusal of {version.label} needs a reason", where="reason")
         with open_release(store, version) as (_, release):
             return release.signer
     if version.override is not None and not reason.strip():
         raise UsageError(
             f"the gates of {version.label} were overridden ({version.override}): an approval of it needs a reason",
-            fix='--reason "why"',
+            where="reason",
         )
     with open_release(store, version) as (_, release):
         signer = release.signer

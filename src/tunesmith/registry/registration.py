@@ -199,7 +199,7 @@ def _plan(
             fix="run `tunesmith gate`; an admin may register it by an override",
         )
     if override is not None and judged.body["verdict"] == "pass" and not changed:
-        raise UsageError("the verdict is a pass, so there is nothing to override", fix="leave --override out")
+        raise UsageError("the verdict is a pass, so there is nothing to override", where="override", fix="leave it out")
     for digest in sorted(blobs_of(records.values())):
         if digest_file(path := store.blob_path(digest)) != digest:
             raise Refused("the blob's bytes do not match its digest", where=str(path), fix=_RESTORE)
@@ -335,7 +335,7 @@ def _rows(where: Store | Session, name: str) -> set[int]:
 
 def _reason(override: str | None) -> str | None:
     if override is not None and not override.strip():
-        raise UsageError("an override needs a reason", fix='--override "why to register it although it did not pass"')
+        raise UsageError("an override needs a reason", where="override")
     return override.strip() if override is not None else None
 
 

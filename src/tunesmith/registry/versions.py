@@ -9,7 +9,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import is_digest, short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
@@ -24,7 +24,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
     """The version that text names: `name@v3`, `name@champion` or the start of a digest.
 
     scope: the caller's. A version of another tenant or region is treated like one that does not exist. session: read
-    through the caller's. Raises UsageError where there is none, or several.
+    through the caller's. Raises NotThere where there is none, UsageError for several.
     """
     query = select(VersionRow.digest).where(
         VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region))
@@ -44,7 +44,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
     with reading(store, session) as current:
         found = list(current.scalars(query.limit(2)))
     if not found:
-        raise UsageError(f"there is no version {text[:80]!r}", fix="tunesmith show lists all versions")
+        raise NotThere(f"there is no version {text[:80]!r}", fix="tunesmith show lists all versions")
     if len(found) > 1:
         raise UsageError(f"several versions start with {text[:80]!r}", fix="give more digits")
     return load_version(store, found[0], session)

@@ -14,7 +14,6 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from tunesmith.core.scope import Scope
 from tunesmith.server.errors import ApiError, bad_request, forbidden, unauthorised
 from tunesmith.server.serving import Serving, serving_of
 from tunesmith.store.people.identities import User
@@ -55,18 +54,6 @@ def needs(*scopes: TokenScope) -> Any:
             require_scope(request, *scopes)
 
     return Depends(decide)
-
-
-def stated_scope(user: User, tenant: str | None, region: str | None) -> Scope:
-    """The scope that a request states; what it leaves out is the caller's.
-
-    Raises ApiError 403 unless the caller's covers it: before anything is looked up there, so that the answer is the
-    same whatever there is.
-    """
-    scope = Scope(user.tenant if tenant is None else tenant, user.region if region is None else region)
-    if not user.scope.covers(scope):
-        raise forbidden(f"{user.name} is for {user.scope}, which does not include {scope}.")
-    return scope
 
 
 def _require_no_nul(request: Request) -> None:

@@ -32,7 +32,6 @@ from tunesmith.server.answering.work import Prompts, Worker
 from tunesmith.server.api import (
     actions,
     datasets,
-    decisions,
     evaluations,
     feedback,
     held,
@@ -138,7 +137,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(control.routes)
     for resource in (feedback, evaluations, versions, rollouts, datasets, review, monitoring, people):
         app.include_router(resource.routes)
-    for resource in (jobs, decisions, held):
+    for resource in (jobs, held):
         app.include_router(resource.routes)
     app.include_router(actions.routes())
     app.include_router(files.routes)

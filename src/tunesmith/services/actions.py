@@ -16,6 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from tunesmith.core.errors import Forbidden, UsageError
+from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.store.people.identities import User, get_user
@@ -30,7 +31,10 @@ Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, ma
 Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
 # The modules whose actions are listed.
-_NOUNS = ("datasets", "held", "jobs", "keys", "monitoring", "retraining", "review", "rollouts", "users", "webhooks")
+_NOUNS = (
+    "audit", "datasets", "decisions", "exports", "held", "jobs", "keys", "monitoring", "retraining", "review", "rollouts",
+    "users", "versions", "webhooks",
+)  # fmt: skip
 
 
 class Request(BaseModel):
@@ -45,13 +49,17 @@ Result = TypeVar("Result", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Acting:
-    """Who acts, and on what. session: of the console, "" elsewhere. token: of a caller of /api, None elsewhere."""
+    """Who acts, and on what. session: of the console, "" elsewhere. token: of a caller of /api, None elsewhere.
+
+    progress: of what takes long.
+    """
 
     store: Store
     user: User
     load: Callable[[], Project]
     session: str = ""
     token: Token | None = None
+    progress: Progress = SILENT
 
     @property
     def actor(self) -> str:

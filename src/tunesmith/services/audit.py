@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from sqlalchemy import Text, cast, func, or_, select
 from sqlalchemy.orm import Session
 
@@ -16,11 +17,12 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.text.numbers import is_number
 from tunesmith.core.view import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
+from tunesmith.services.actions import Acting, Request, action
 from tunesmith.store import audit, database
 from tunesmith.store.anchoring import time_stamps
 from tunesmith.store.anchoring.anchors import Anchor, Found, open_place
 from tunesmith.store.audit import Head, Pin
-from tunesmith.store.people.identities import acting, require
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -74,27 +76,36 @@ class AuditLog(View):
     total: int
 
 
-def anchor_audit(
-    store: Store,
-    place: str,
-    *,
-    actor: str | None = None,
-    keep_days: float = 3650,
-    time_stamp: str | None = None,
-    tsa_roots: Path | None = None,
-) -> Anchored:
-    """Write the newest entry of the log to a place outside the store: a file, or s3://BUCKET/FOLDER with Object Lock.
+class AnchorAudit(Request):
+    """A place outside the store for the newest entry: a file, or s3://BUCKET/FOLDER in a bucket with Object Lock.
 
     keep_days: how long an object may not be removed. time_stamp: the URL of a time-stamping authority (RFC 3161) that
-    signs the anchor; tsa_roots: its root certificates. Raises Refused, and writes nothing, if the place holds something
-    that the log contradicts.
+    signs the anchor; tsa_roots: its root certificates.
     """
-    if (time_stamp is None) != (tsa_roots is None):
-        raise UsageError("--time-stamp and --tsa-roots go together", fix="give both, or none")
-    roots = None if tsa_roots is None else time_stamps.load_roots(tsa_roots)
-    user, there = acting(store, actor), open_place(place, store.root)
+
+    place: str
+    keep_days: Annotated[float, Field(ge=1, le=36500)] = 3650
+    time_stamp: str | None = None
+    tsa_roots: Path | None = None
+
+
+class VerifyAudit(Request):
+    """The log, as it is on the server."""
+
+
+@action(_ANCHOR, permission=_ANCHOR)
+def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
+    """Write the newest entry of the log to a place outside the store.
+
+    Raises Refused, and writes nothing, if the place holds something that the log contradicts.
+    """
+    if (asked.time_stamp is None) != (asked.tsa_roots is None):
+        raise UsageError(
+            "a time stamp and its authority's roots go together", where="tsa_roots", fix="give both or none"
+        )
+    roots = None if asked.tsa_roots is None else time_stamps.load_roots(asked.tsa_roots)
+    store, there = acting.store, open_place(asked.place, acting.store.root)
     with database.reading(store.engine) as session:
-        require(session, user, _ANCHOR)
         found = there.read()
         problems = audit.verify(session) + _place_problems(session, there.name, found)
         problems += audit.verify(session, _pins(there.name, found)) if not problems else []
@@ -105,16 +116,16 @@ def anchor_audit(
         raise Refused(problems[0], where=there.name, fix=fix)
     if newest is not None and newest.action == _ANCHOR and newest.detail.get("place") == there.name:
         return Anchored(place=there.name, store=first, head=head, written=False)
-    anchor = Anchor(store=first, seq=head.seq, digest=head.digest, at=stamp())
+    made = Anchor(store=first, seq=head.seq, digest=head.digest, at=stamp())
     stamped_at = None
-    if time_stamp is not None and roots is not None:
-        token, stamped_at = time_stamps.time_stamp(time_stamp, anchor.statement, roots)
-        anchor = anchor.model_copy(update={"time_stamp": token})
-    until = there.write(anchor, now() + timedelta(days=keep_days))
+    if asked.time_stamp is not None and roots is not None:
+        token, stamped_at = time_stamps.time_stamp(asked.time_stamp, made.statement, roots)
+        made = made.model_copy(update={"time_stamp": token})
+    until = there.write(made, now() + timedelta(days=asked.keep_days))
     kept_until = None if until is None else until.isoformat()
     detail = {"place": there.name, "seq": head.seq, "digest": head.digest, "kept_until": kept_until}
-    with store.change(user, _ANCHOR, "audit", detail) as session:
-        require(session, user, _ANCHOR)
+    with store.change(acting.actor, _ANCHOR, "audit", detail) as session:
+        require(session, acting.actor, _ANCHOR)
     return Anchored(
         place=there.name,
         store=first,
@@ -125,12 +136,18 @@ def anchor_audit(
     )
 
 
+@action("audit.verify", tokens=("read",), at="/audit/verification", whole=True, form=True, reads_files=True)
+def verify(acting: Acting, _asked: VerifyAudit) -> AuditVerification:
+    """Verify the audit log now: its own digests, signed records and the state that it describes."""
+    return verify_audit(acting.store)
+
+
 def verify_audit(
     store: Store, heads: Iterable[str] = (), anchors: Iterable[str] = (), tsa_roots: Path | None = None
 ) -> AuditVerification:
     """Compare the log with its own digests, with signed records and with the state that it describes.
 
-    heads: entries that the caller kept elsewhere, as `12:sha256:...`. anchors: places that `anchor_audit` wrote to.
+    heads: entries that the caller kept elsewhere, as `12:sha256:...`. anchors: places that `anchor` wrote to.
     tsa_roots: root certificates; with them, each anchor needs a valid time stamp. Raises UsageError for text that is no
     entry.
     """

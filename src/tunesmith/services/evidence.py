@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import load_candidate
-from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Inconclusive, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
@@ -184,11 +184,20 @@ def _of_endpoint(store: Store, verdict: str) -> bool:
     return load_candidate(store, candidate).kind == "endpoint"
 
 
-def may_see_verdict(store: Store, user: User, digest: str) -> bool:
-    """Whether there is a verdict with this digest, on an evaluation that the user may see."""
-    if digest not in store.records_of("verdict"):
-        return False
-    return show_evaluation(store, user, store.record(digest, kind="verdict").parents["evaluation"], digest) is not None
+def find_verdict(store: Store, user: User, start: str) -> str:
+    """The verdict whose digest begins with start, with or without `sha256:`, if a user may see its evaluation.
+
+    Raises NotThere, and UsageError for several.
+    """
+    query = select(RecordRow.digest).where(RecordRow.kind == "verdict", *_released(user.scope, "verdict"))
+    begins = RecordRow.digest.startswith(f"sha256:{start.removeprefix('sha256:')}", autoescape=True)
+    with database.reading(store.engine) as session:
+        found = list(session.scalars(query.where(begins).limit(2)))
+    if not found:
+        raise NotThere("there is no such verdict", where="verdict", fix="tunesmith gate makes one")
+    if len(found) > 1:
+        raise UsageError("several verdicts begin so", where="verdict", fix="give more digits")
+    return found[0]
 
 
 def compare_versions(store: Store, user: User, version: str, before: str = "") -> Comparison | None:
@@ -261,11 +270,15 @@ def _findings(store: Store, digest: str, verdict: str | None) -> EvidenceReport:
 def _visible(scope: Scope) -> Any:
     """A query of (digest, created_at) of every evaluation that people of a scope may see."""
     query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.kind == "evaluation")
+    return query.where(*_released(scope, "evaluation"))
+
+
+def _released(scope: Scope, role: Literal["evaluation", "verdict"]) -> list[ColumnElement[bool]]:
+    """Conditions on a record: people of a tenant or region see the evaluations and verdicts of their versions."""
     if scope == Scope():
-        return query
+        return []
     own = select(EdgeRow.parent).join(VersionRow, VersionRow.digest == EdgeRow.child)
-    own = own.where(EdgeRow.role == "evaluation", *within(VersionRow, scope))
-    return query.where(RecordRow.digest.in_(own))
+    return [RecordRow.digest.in_(own.where(EdgeRow.role == role, *within(VersionRow, scope)))]
 
 
 def when_made(session: Session, scope: Scope, digest: str) -> str | None:
@@ -280,10 +293,7 @@ def _verdicts(
     """Evaluation -> its verdicts, oldest first. People of a tenant or region see those that released theirs."""
     query = select(EdgeRow.parent, EdgeRow.child).join(RecordRow, RecordRow.digest == EdgeRow.child)
     query = query.where(EdgeRow.parent.in_(evaluations), EdgeRow.role == "evaluation", RecordRow.kind == "verdict")
-    if scope != Scope():
-        released = select(EdgeRow.parent).join(VersionRow, VersionRow.digest == EdgeRow.child)
-        released = released.where(EdgeRow.role == "verdict", *within(VersionRow, scope))
-        query = query.where(EdgeRow.child.in_(released))
+    query = query.where(*_released(scope, "verdict"))
     found: dict[str, list[ListedVerdict]] = {}
     for evaluation, digest in session.execute(query.order_by(RecordRow.created_at, RecordRow.digest)).all():
         body = store.record(digest, kind="verdict").body

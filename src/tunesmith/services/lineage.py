@@ -1,4 +1,4 @@
-"""What the console shows of a version's lineage: its records, one of them, and the rows of a dataset.
+"""What a version was made from, and what was made from it: its records, one of them, and the rows of a dataset.
 
 A person of one tenant or region sees the records of the versions that they may see, and not what else was made from
 them; a person who acts for all sees everything that was made from a record.
@@ -9,11 +9,14 @@ from __future__ import annotations
 from graphlib import TopologicalSorter
 from typing import Any
 
+from tunesmith.core.errors import NotThere
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.data.dataset import SPLITS, load_dataset
-from tunesmith.registry.lineage import ancestors, summary_line
+from tunesmith.registry.lineage import Node, ancestors, summary_line, tree
 from tunesmith.registry.signing.release import Version
+from tunesmith.registry.versions import load_version, resolve
+from tunesmith.services.decisions import approvals_for
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -82,6 +85,15 @@ class OriginPage(View):
     pages: int
 
 
+def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
+    """The lineage of a version or of any record, named by the start of its digest; a version's approvals too."""
+    digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
+    node = tree(store, digest)
+    if node.kind != "version":
+        return node
+    return node.model_copy(update={"approvals": approvals_for(store, load_version(store, digest))})
+
+
 def lineage(store: Store, version: Version) -> Lineage:
     """The lineage of a version."""
     records = ancestors(store, [version.digest])
@@ -90,12 +102,12 @@ def lineage(store: Store, version: Version) -> Lineage:
     return Lineage(records=tuple(_listed(store, each) for each in [*TopologicalSorter(graph).static_order(), *after]))
 
 
-def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails | None:
-    """A record of a version's lineage; None for one that the user may not see."""
+def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails:
+    """A record of a version's lineage. Raises NotThere for one that the user may not see."""
     own = _own(store, version)
     everything = user.scope == Scope()
     if digest not in own and not (everything and store.has_record(digest)):
-        return None
+        raise NotThere("there is no such record of this version")
     record = store.record(digest)
     below = [(role, kind, child) for role, kind, child in store.children(digest) if everything or child in own]
     body = record.body
@@ -121,14 +133,13 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
 
 def dataset_rows(
     store: Store, user: User, version: Version, digest: str, *, split: str = "train", text: str = "", page: int = 1
-) -> OriginPage | None:
-    """A page of the rows of a dataset in a version's lineage; None for one that the user may not see.
+) -> OriginPage:
+    """A page of the rows of a dataset in a version's lineage. Raises NotThere as `record_details`.
 
     text: a part of the id, source, licence or group. Rows of another tenant or region are left out.
     """
-    found = record_details(store, user, version, digest)
-    if found is None or found.kind != "dataset" or split not in SPLITS:
-        return None
+    if record_details(store, user, version, digest).kind != "dataset" or split not in SPLITS:
+        raise NotThere("there are no such rows of this version")
     rows = [
         DatasetRow.of(row, split=split)
         for row in load_dataset(store, digest).examples(split)

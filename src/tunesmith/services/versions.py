@@ -1,33 +1,55 @@
-"""Versions: register, approve, refuse and verify them, and show what they were made from."""
+"""Versions: register and verify them, list them with their states, and show one.
+
+A person sees the versions of their tenant and region, and those that are for all; one without a tenant sees all.
+"""
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
+from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.numbers import is_number
 from tunesmith.core.view import View
+from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.pipeline.verdicts import changed_since, latest
-from tunesmith.project import Project
-from tunesmith.registry import approvals, registration, versions
+from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.aliases import Alias, list_aliases
-from tunesmith.registry.lineage import Node, tree
-from tunesmith.registry.risk import Approvals, Requirement
-from tunesmith.registry.serving import approvals_of
-from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import Decision, envelope_of, read_statement
+from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.risk import Approvals
+from tunesmith.registry.serving import DECIDED
+from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import resolve
+from tunesmith.rollout.state import LIVE
+from tunesmith.services import evidence
+from tunesmith.services.actions import Acting, Because, Named, Request, Short, action
+from tunesmith.services.datasets import datasheet
+from tunesmith.services.decisions import approvals_for
 from tunesmith.store import database
-from tunesmith.store.people.identities import acting, get_user
+from tunesmith.store.people.identities import User
+from tunesmith.store.scoping import visible
 from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 
 LISTED = 100  # versions in a list, unless told otherwise
+PAGE = 50
+State = Literal["serving", "rolling out", "approved", "waiting", "refused", "recalled", "expired", "untrusted"]
+STATES: tuple[State, ...] = get_args(State)
+_REASONS: dict[str | None, State] = {
+    None: "approved",
+    "not_approved": "waiting",
+    "refused": "refused",
+    "recalled": "recalled",
+    "expired": "expired",
+}
 
 
 class RegisteredVersion(Version):
@@ -44,145 +66,124 @@ class VersionList(View):
     total: int
 
 
-class ApprovedVersion(View):
-    """An approval. approval: its record's digest; override: why the gates were overridden, empty if they were not.
+class ListedVersion(View):
+    """A version in a list. version: NAME@v3. state, why: whether it may serve, and what stands against it."""
 
-    missing: what the version takes besides, such as "1 more approver with the role steward".
+    version: str
+    name: str
+    number: int
+    digest: str
+    tenant: str
+    region: str
+    signer: str
+    created_at: str
+    expires_at: str | None
+    override: str | None
+    marks: tuple[str, ...]
+    state: State
+    why: str
+
+
+class VersionPage(View):
+    """A page of a list, the newest versions first. total: on all pages."""
+
+    versions: tuple[ListedVersion, ...]
+    total: int
+    page: int
+    pages: int
+
+
+class Decided(View):
+    """A decision on a version, as the audit log has it. entry: its number there. key: the label of the key that signed.
+
+    counts: whether it is among those that say now whether the version may serve.
     """
 
-    approval: str
-    version: str
-    digest: str
+    entry: int
+    at: str
     approver: str
-    override: str
-    missing: tuple[str, ...]
-    marks: Annotated[tuple[str, ...], Field(exclude=True)]
-
-
-class PreparedDecision(View):
-    """What an approver is to sign. statement: the in-toto statement, for people and for `submit`.
-
-    payload: the bytes to sign, base64: DSSE's encoding of the statement. keys: fingerprints of the approver's active
-    keys, newest first. risk: the version's class and what it takes, None for one approver. missing: what it still takes
-    before this decision.
-    """
-
-    statement: dict[str, Any]
-    payload: str
-    keys: tuple[str, ...]
-    risk: Requirement | None = None
-    missing: tuple[str, ...] = ()
-
-
-class RecordedDecision(View):
-    """An approval or refusal that counts. record: its digest; digest: the version's.
-
-    missing: what the version takes before it may serve, this decision counted.
-    """
-
-    record: str
-    version: str
-    digest: str
     decision: Decision
-    approver: str
     reason: str
-    missing: tuple[str, ...] = ()
+    key: str
+    counts: bool
 
 
-def register(
-    project: Project,
-    verdict: str | None = None,
-    *,
-    name: str | None = None,
-    actor: str | None = None,
-    override: str | None = None,
-    expires_at: str | None = None,
-    scope: Scope = Scope(),
-) -> RegisteredVersion:
-    """Sign a judged candidate and keep it as the next version of a name, by default of the project's.
-
-    verdict: the start of its digest, by default the last one. override: an admin's reason to register a candidate that
-    did not pass, or whose gates or policy checks changed since: without it Refused is raised. The version states the
-    project's risk from now on.
+class VersionDetails(View):
+    """One version. base, candidate, evaluation, verdict: digests. approvals: what it still takes; decisions: the newest
+    first. may_decide: whether the person who looks may approve or refuse it; not_because: why not, if they are an
+    approver. notice: whether it has a NOTICE.md. dataset: of its rows, None without.
     """
-    store, risk = project.store, project.settings.risk
-    digest = latest(project, "verdict") if verdict is None else store.find_record(verdict)
-    if digest is None:
-        raise UsageError("nothing was judged yet", where=str(store.root), fix="tunesmith gate, or tunesmith run")
+
+    listed: ListedVersion
+    candidate: str
+    evaluation: str
+    judged: VerdictSummary | None
+    approvals: Approvals | None
+    decisions: tuple[Decided, ...]
+    may_decide: bool
+    not_because: str
+    notice: bool
+    dataset: str | None
+
+
+class RegisterVersion(Request):
+    """A judged candidate that becomes the next version of a name.
+
+    verdict: the digest of its verdict or the start of it, by default the newest. name: by default the project's.
+    override: an admin's reason to register one that did not pass, or whose gates or policy checks changed since.
+    expires_at: when its use ends, as 2030-01-31T00:00:00Z. tenant, region: by default those of whoever registers it.
+    """
+
+    verdict: Annotated[str, Field(pattern="^(sha256:)?[0-9a-f]{4,64}$")] | None = None
+    name: Named | None = None
+    override: Because | None = None
+    expires_at: Named | None = None
+    tenant: Short | None = None
+    region: Short | None = None
+
+
+class VerifyVersion(Request):
+    """A version to verify on the server that has it."""
+
+    name: Named
+    number: Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+@action(
+    "version.register", permission="version.register", tokens=("jobs",), at="/versions", form=True, reads_files=True
+)
+def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
+    """Sign a judged candidate and keep it as the next version of a name, as a run does.
+
+    It states the project's risk class from now on.
+    """
+    project, risk = acting.project, acting.project.settings.risk
+    verdict = asked.verdict or latest(project, "verdict")
+    if verdict is None:
+        raise UsageError("nothing was judged yet", where=str(acting.store.root), fix="tunesmith gate, or tunesmith run")
+    digest = evidence.find_verdict(acting.store, acting.user, verdict)
     version = registration.register(
-        store,
-        name=name or project.settings.name,
+        acting.store,
+        name=asked.name or project.settings.name,
         verdict=digest,
         changed=changed_since(project, digest),
-        actor=acting(store, actor),
-        scope=scope,
-        override=override,
-        expires_at=expires_at,
+        actor=acting.actor,
+        scope=acting.scope(asked.tenant, asked.region),
+        override=asked.override,
+        expires_at=asked.expires_at,
         risk=None if risk is None else risk.requirement,
     )
     return registered(version)
 
 
-def approve(
-    store: Store, version: str, *, reason: str = "", actor: str | None = None, scope: Scope = Scope()
-) -> ApprovedVersion:
-    """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
-    found, recorded = _decide(store, version, "approve", reason, actor, scope)
-    return ApprovedVersion(
-        approval=recorded.digest,
-        version=found.label,
-        digest=found.digest,
-        approver=recorded.approval.approver,
-        override=found.override or "",
-        missing=approvals_for(store, found).missing,
-        marks=found.marks,
-    )
+@action("version.verify", tokens=("read",), at="/versions/{name}/{number}/verification", form=True, reads_files=True)
+def verify(acting: Acting, asked: VerifyVersion) -> Verification:
+    """Verify a version and what it was made from now."""
+    found = find_version(acting.store, acting.user, asked.name, asked.number)
+    return verify_version(acting.store, found.label, whole_store=False)
 
 
-def refuse(
-    store: Store, version: str, *, reason: str, actor: str | None = None, scope: Scope = Scope()
-) -> RecordedDecision:
-    """Refuse a version with the actor's signature: it serves no request until as many people approve it again as its
-    risk class takes.
-    """
-    found, recorded = _decide(store, version, "refuse", reason, actor, scope)
-    return _recorded(store, found, recorded)
-
-
-def approvals_for(store: Store, version: Version) -> Approvals:
-    """Who approved or refused a version, and what it still takes before it may serve."""
-    with database.reading(store.engine) as session:
-        return approvals_of(session, version)
-
-
-def prepare(
-    store: Store, version: str, decision: Decision, reason: str = "", *, actor: str, scope: Scope = Scope()
-) -> PreparedDecision:
-    """State what the actor signs to approve or refuse a version, after verifying it. Changes nothing."""
-    found = resolve(store, version, scope=scope)
-    request = approvals.prepare_approval(store, found, actor, reason, decision)
-    keys_of_actor = get_user(store, actor).active_keys
-    return PreparedDecision(
-        statement=request.statement,
-        payload=base64.b64encode(request.payload).decode(),
-        keys=tuple(key.fingerprint for key in keys_of_actor),
-        risk=found.risk,
-        missing=approvals_for(store, found).missing,
-    )
-
-
-def submit(store: Store, statement: dict[str, Any], key: str, signature: bytes, *, actor: str) -> RecordedDecision:
-    """Check a decision that was signed elsewhere and record it.
-
-    key: the fingerprint of the key that signed. signature: DER, or r and s of 32 bytes each. Raises Refused if it is
-    not the actor's decision or may not be recorded now.
-    """
-    recorded = approvals.submit_approval(store, envelope_of(statement, key, signature), by=actor)
-    _, digest, _ = read_statement(statement)
-    return _recorded(store, versions.load_version(store, digest), recorded)
-
-
-def verify(
+def verify_offline(
     store: Store,
     version: str,
     *,
@@ -200,15 +201,6 @@ def verify(
     return verify_version(store, label, trust=trust, base_folder=base, whole_store=not lineage_only)
 
 
-def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
-    """The lineage of a version or of any record, named by the start of its digest; a version's approvals too."""
-    digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
-    node = tree(store, digest)
-    if node.kind != "version":
-        return node
-    return node.model_copy(update={"approvals": approvals_for(store, versions.load_version(store, digest))})
-
-
 def list_versions(store: Store, *, name: str = "", limit: int = LISTED) -> VersionList:
     """Versions, and the aliases that point at them.
 
@@ -220,27 +212,156 @@ def list_versions(store: Store, *, name: str = "", limit: int = LISTED) -> Versi
     return VersionList(versions=found, aliases=aliases, total=versions.count_versions(store, containing=name))
 
 
-def _decide(
-    store: Store, version: str, decision: Decision, reason: str, actor: str | None, scope: Scope
-) -> tuple[Version, approvals.RecordedApproval]:
-    """The version, and the actor's approval or refusal of it as recorded."""
-    approver = acting(store, actor)
-    found = resolve(store, version, scope=scope)
-    request = approvals.prepare_approval(store, found, approver, reason, decision)
-    user = keys.ensure_key(store, approver)
-    return found, approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
-
-
-def _recorded(store: Store, version: Version, recorded: approvals.RecordedApproval) -> RecordedDecision:
-    return RecordedDecision.of(
-        recorded.approval,
-        record=recorded.digest,
-        version=version.label,
-        digest=version.digest,
-        missing=approvals_for(store, version).missing,
-    )
-
-
 def registered(version: Version) -> RegisteredVersion:
     """A version as lists and pages show it."""
     return RegisteredVersion(version=version.label, **version.model_dump())
+
+
+def page_of_versions(store: Store, user: User, *, text: str = "", state: str = "", page: int = 1) -> VersionPage:
+    """A page of the versions that a user may see. text: a part of the name, NAME@v3, or the start of a digest.
+
+    state: only versions in this state; then all that fit the text are looked at. Raises UsageError for an unknown one.
+    """
+    if state and state not in STATES:
+        raise UsageError(f"{state[:40]!r} is no state of a version", fix=f"one of {', '.join(STATES)}")
+    query = _visible(user.scope, text)
+    with database.reading(store.engine) as session:
+        if state:
+            found = [one for one in _listed(store, session, session.scalars(query)) if one.state == state]
+            total, first = len(found), (page - 1) * PAGE
+            shown = found[first : first + PAGE]
+        else:
+            total = session.scalar(select(func.count()).select_from(query.order_by(None).subquery())) or 0
+            shown = _listed(store, session, session.scalars(query.offset((page - 1) * PAGE).limit(PAGE)))
+    return VersionPage(versions=tuple(shown), total=total, page=page, pages=max(1, -(-total // PAGE)))
+
+
+def find_version(store: Store, user: User, name: str, number: int) -> RegisteredVersion:
+    """A version that a user may see. Raises NotThere for any other."""
+    query = _visible(user.scope, "").where(VersionRow.name == name, VersionRow.number == number)
+    with database.reading(store.engine) as session:
+        digest = session.scalars(query.with_only_columns(VersionRow.digest)).first()
+    if digest is None:
+        raise NotThere("there is no such version")
+    return registered(versions.load_version(store, digest))
+
+
+def details(store: Store, user: User, version: Version) -> VersionDetails:
+    """What a version's page shows."""
+    with database.reading(store.engine) as session:
+        row = session.get_one(VersionRow, (version.name, version.number))
+        (listed,) = _listed(store, session, [row])
+    try:
+        approvals = approvals_for(store, version)
+        judged = verdict_summary(store, version.verdict)
+    except (TunesmithError, KeyError):  # the state says what is wrong with its signature or evidence
+        approvals, judged = None, None
+    not_because = _not_because(user, version)
+    return VersionDetails(
+        listed=listed,
+        candidate=version.candidate,
+        evaluation=version.evaluation,
+        judged=judged,
+        approvals=approvals,
+        decisions=_decisions(store, version, approvals),
+        may_decide=user.may("version.approve") and not not_because,
+        not_because=not_because,
+        notice=NOTICE in store.record(version.digest).blobs,
+        dataset=_dataset(store, version),
+    )
+
+
+def notice_of(store: Store, version: Version) -> str:
+    """The text of a version's NOTICE.md. Raises Refused where it has none."""
+    blob = store.record(version.digest).blobs.get(NOTICE)
+    if blob is None:
+        raise Refused(f"{version.label} was made from no rows, so it has no {NOTICE}", where=version.label)
+    return store.read_blob(blob).decode()
+
+
+def datasheet_of(store: Store, version: Version) -> str:
+    """The datasheet of a version's rows, in Markdown. Raises Refused where it was made from none."""
+    dataset = _dataset(store, version)
+    if dataset is None:
+        raise Refused(f"{version.label} was made from no rows", where=version.label)
+    return datasheet(store, dataset, version.name)[1]
+
+
+def _dataset(store: Store, version: Version) -> str | None:
+    """The digest of the rows that a version was trained on, or else answers with."""
+    parents = store.record(version.candidate).parents
+    if "training" in parents:
+        return store.record(parents["training"]).parents.get("dataset")
+    return parents.get("dataset")
+
+
+def _not_because(user: User, version: Version) -> str:
+    if user.name == version.signer:
+        return "You registered this version: another person decides on it."
+    if not user.scope.covers(version.scope):
+        return "This version is for more than your tenant or region: somebody who speaks for all of it decides."
+    return ""
+
+
+def _decisions(store: Store, version: Version, approvals: Approvals | None) -> tuple[Decided, ...]:
+    entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action.in_(DECIDED))
+    with database.reading(store.engine) as session:
+        rows = list(session.scalars(entries.order_by(AuditRow.seq.desc())))
+        prints = [str(row.detail.get("signature", {}).get("key")) for row in rows]
+        known = {key.fingerprint: key for key in session.scalars(select(KeyRow).where(KeyRow.fingerprint.in_(prints)))}
+    found: list[Decided] = []
+    overturned = approvals is None
+    for row, fingerprint in zip(rows, prints, strict=True):
+        refused, key = row.action == "version.refuse", known.get(fingerprint)
+        in_time = key is not None and (key.until is None or row.seq < key.until)
+        counts = False
+        if approvals is not None and in_time and not overturned:
+            counts = approvals.refused_by == row.actor if refused else row.actor in approvals.approvers
+        overturned = overturned or (refused and in_time)
+        found.append(
+            Decided(
+                entry=row.seq,
+                at=row.at,
+                approver=row.actor,
+                decision="refuse" if refused else "approve",
+                reason=str(row.detail.get("reason", "")),
+                key=key.label if key else "",
+                counts=counts,
+            )
+        )
+    return tuple(found)
+
+
+def _listed(store: Store, session: Session, rows: Iterable[VersionRow]) -> list[ListedVersion]:
+    found = [versions.version_of(store, row) for row in rows]
+    permissions = serving.permissions(session, found)
+    aliases = list_aliases(store)
+    champions = {alias.version: alias for alias in aliases if alias.alias == "champion"}
+    canaries = set(session.scalars(select(RolloutRow.canary).where(RolloutRow.status.in_(LIVE))))
+    listed = []
+    for version in found:
+        permission = permissions[version.digest]
+        state = _REASONS.get(permission.reason, "untrusted")
+        champion = champions.get(version.digest)
+        if champion is not None and (state == "approved" or (state == "waiting" and champion.override_by)):
+            state = "serving"
+        elif version.digest in canaries and state in ("approved", "waiting"):
+            state = "rolling out"
+        listed.append(ListedVersion.of(version, version=version.label, state=state, why=permission.message))
+    return listed
+
+
+def _visible(scope: Scope, text: str) -> Select[VersionRow]:
+    """The versions that a scope may see and that fit a text, the newest first."""
+    query = select(VersionRow).join(RecordRow, RecordRow.digest == VersionRow.digest)
+    query = query.where(*visible(VersionRow, scope))
+    query = query.order_by(RecordRow.created_at.desc(), VersionRow.name, VersionRow.number.desc())
+    return query.where(_fits(text.strip())) if text.strip() else query
+
+
+def _fits(text: str) -> ColumnElement[bool]:
+    name, _, number = text.partition("@v")
+    if is_number(number) and len(number) < 10:
+        return (VersionRow.name == name) & (VersionRow.number == int(number))
+    start = f"sha256:{text.removeprefix('sha256:').lower()}"
+    return or_(VersionRow.name.contains(text, autoescape=True), VersionRow.digest.startswith(start, autoescape=True))

@@ -60,15 +60,15 @@ def rows(dataset: Dataset) -> dict[str, Example]:
     return {one.id: one for split in SPLITS for one in dataset.examples(split)}
 
 
-def project_in(root: Path, **data: Any) -> Project:
+def project_in(root: Path, *, metric: str = "exact_match", at_least: float = 0.0, **data: Any) -> Project:
     source = {"path": "rows.jsonl", "licence": "MIT"}
     chosen = {
         "name": "desk",
         "base": "model",
         "data": {"sources": [source], "privacy": NO_SCAN, "review": "review.jsonl", **data},
-        "task": {"scorers": ["exact_match"]},
+        "task": {"scorers": [metric]},
         "candidates": {"plain": {"prompt": "prompt.txt"}},
-        "gates": {"valid": {"metric": "exact_match", "at_least": 0.0}},
+        "gates": {"valid": {"metric": metric, "at_least": at_least}},
     }
     (root / "prompt.txt").write_text("Answer.\n")
     (root / "tunesmith.yaml").write_text(yaml.safe_dump(chosen))

@@ -43,13 +43,6 @@ async def audit_log(
     return await call.answer(partial(wanted, before=before, limit=most))
 
 
-@routes.post("/audit/verification", dependencies=[needs("read")], **shows(audit.AuditVerification))
-async def verification(request: Request) -> Response:
-    """Verify the audit log now: its own digests, signed records and the state that it describes."""
-    call = whole_call_of(request)
-    return await call.answer(partial(audit.verify_audit, call.store), threads=call.serving.files)
-
-
 @routes.get("/users", dependencies=[needs("read")], **shows(users.UserList))
 async def everybody(request: Request) -> Response:
     """For an admin of all tenants and regions everybody, for others themselves."""

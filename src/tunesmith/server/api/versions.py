@@ -1,16 +1,14 @@
-"""/api/versions: the list, one more, one version, its lineage and its records, its verification and its documents."""
+"""/api/versions: the list, one version, its lineage, its records and its documents."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.scope import Scope
-from tunesmith.registry.verification import Verification
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import (
     READ,
@@ -21,19 +19,16 @@ from tunesmith.server.api.routing import (
     Page,
     Text,
     call_of,
-    changes,
     router,
     shows,
 )
-from tunesmith.server.errors import missing
 from tunesmith.server.openapi import BEARER, errors
-from tunesmith.services import evaluations, evidence, version_pages
+from tunesmith.services import evaluations, evidence
 from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service
 
 routes = router()
 _AT = "/versions/{name}/{number}"
-_NONE = "version, or no such record of it"
 # The report brings its own style and no script; a browser shows it as a page of nobody.
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
 Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
@@ -47,48 +42,23 @@ _WRITTEN: dict[str, Any] = {
 }
 
 
-@routes.get("/versions", dependencies=[needs("read")], **shows(version_pages.VersionPage))
+@routes.get("/versions", dependencies=[needs("read")], **shows(service.VersionPage))
 async def versions(request: Request, search: Text = "", state: Text = "", page: Page = 1) -> Response:
     """The versions that the caller may see, newest first, 50 a page, with their states.
 
     search: a part of the name, NAME@v3, or the start of a digest. state: only versions in it.
     """
     call = call_of(request)
-    look = partial(version_pages.page_of_versions, call.store, call.user, text=search, state=state, page=page)
+    look = partial(service.page_of_versions, call.store, call.user, text=search, state=state, page=page)
     return await call.answer(look)
 
 
-class RegisterRequest(BaseModel):
-    """A judged candidate that becomes the next version of the project's name, for the caller's tenant and region.
-
-    verdict: the digest of its verdict. override: an admin's reason to register one that did not pass.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    verdict: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
-    override: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
-
-
-@routes.post("/versions", dependencies=[needs("jobs")], **changes(service.RegisteredVersion, RegisterRequest))
-async def register(request: Request) -> Response:
-    """Sign a judged candidate and keep it as the next version of the project's name, as a run does."""
-    call = call_of(request, "version.register")
-    given = await call.read(RegisterRequest)
-    if not await call.run(partial(evidence.may_see_verdict, call.store, call.user, given.verdict)):
-        raise missing("verdict")
-    made = partial(
-        service.register, call.project, given.verdict, override=given.override, scope=call.user.scope, **call.by
-    )
-    return await call.answer(made, threads=call.serving.files)
-
-
-@routes.get(_AT, dependencies=[needs("read")], **shows(version_pages.VersionDetails))
+@routes.get(_AT, dependencies=[needs("read")], **shows(service.VersionDetails))
 async def version(request: Request, name: Name, number: Number) -> Response:
     """One version: its gates, who approved or refused it and who is still needed."""
     call = call_of(request)
     found = await _version(call, name, number)
-    return await call.answer(partial(version_pages.details, call.store, call.user, found))
+    return await call.answer(partial(service.details, call.store, call.user, found))
 
 
 @routes.get(_AT + "/lineage", dependencies=[needs("read")], **shows(lineages.Lineage))
@@ -104,7 +74,7 @@ async def record(request: Request, name: Name, number: Number, digest: Digest) -
     """One record of a version's lineage."""
     call = call_of(request)
     found = await _version(call, name, number)
-    return await call.answer(partial(lineages.record_details, call.store, call.user, found, digest), none=_NONE)
+    return await call.answer(partial(lineages.record_details, call.store, call.user, found, digest))
 
 
 @routes.get(_AT + "/records/{digest}/rows", dependencies=[needs("read")], **shows(lineages.OriginPage))
@@ -121,16 +91,7 @@ async def rows(
     call = call_of(request)
     found = await _version(call, name, number)
     look = partial(lineages.dataset_rows, call.store, call.user, found, digest, split=split, text=search, page=page)
-    return await call.answer(look, none=_NONE)
-
-
-@routes.post(_AT + "/verification", dependencies=[needs("read")], **shows(Verification))
-async def verification(request: Request, name: Name, number: Number) -> Response:
-    """Verify a version and what it was made from now."""
-    call = call_of(request)
-    found = await _version(call, name, number)
-    check = partial(service.verify, call.store, found.label, lineage_only=True)
-    return await call.answer(check, threads=call.serving.files)
+    return await call.answer(look)
 
 
 @routes.get(_AT + "/documents/{document}", dependencies=[needs("read")], **_WRITTEN)
@@ -141,9 +102,9 @@ async def document(request: Request, name: Name, number: Number, document: Docum
 
     def written() -> str:
         if document == "datasheet.md":
-            return version_pages.datasheet_of(call.store, found)
+            return service.datasheet_of(call.store, found)
         if document == "NOTICE.md":
-            return version_pages.notice_of(call.store, found)
+            return service.notice_of(call.store, found)
         whole = call.user.scope == Scope()
         texts = whole and call.permits("rows", evidence.READ_PERMISSION)
         report = evaluations.version_report(call.store, found, everything=whole, texts=texts)
@@ -156,7 +117,4 @@ async def document(request: Request, name: Name, number: Number, document: Docum
 
 
 async def _version(call: Call, name: str, number: int) -> service.RegisteredVersion:
-    found = await call.run(partial(version_pages.find_version, call.store, call.user, name, number))
-    if found is None:
-        raise missing("version")
-    return found
+    return await call.run(partial(service.find_version, call.store, call.user, name, number))

@@ -9,10 +9,10 @@ from urllib.parse import urlencode
 from fastapi import Request, Response
 
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.people.session import Changing, Looking, Viewer, field, form
-from tunesmith.server.console.routing import gone_to, router
-from tunesmith.server.errors import ApiError, forbidden, missing
-from tunesmith.services import evidence, held_out_requests, versions
+from tunesmith.server.console.people.session import Looking, Viewer
+from tunesmith.server.console.routing import router
+from tunesmith.server.errors import forbidden, missing
+from tunesmith.services import evidence, held_out_requests
 from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
@@ -49,28 +49,6 @@ async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
     return viewer.page(
         "evidence_evaluation.html.jinja", found=found, names=names, digest=digest, compared=urlencode(_compared(found))
     )
-
-
-@routes.post(_AT + "/{digest}/versions")
-async def register(request: Request, viewer: Changing, digest: Digest) -> Response:
-    """Register the candidate of a verdict as the next version of the project's name."""
-    project, fields = viewer.serving.project, await form(request)
-    verdict = field(fields, "verdict")
-    if project is None:
-        raise ApiError(409, "This server runs without a project file, which states the name.", code="no_project")
-    page = await shown(viewer, digest, verdict.removeprefix("sha256:"))
-    if page.verdict is None:
-        raise missing("verdict")
-    made = partial(
-        versions.register,
-        project,
-        page.verdict.digest,
-        actor=viewer.user.name,
-        override=field(fields, "override") or None,
-        scope=viewer.user.scope,
-    )
-    version = await viewer.serving.files.run(viewer.user.name, made)
-    return gone_to(request, f"/console/versions/{version.name}/{version.number}")
 
 
 @routes.get(_AT + "/{digest}/findings")

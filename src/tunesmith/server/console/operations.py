@@ -8,8 +8,7 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.display import json_text
-from tunesmith.server.console.people.session import Changing, Looking, Viewer
+from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError
 from tunesmith.services import audit, monitoring, retraining, webhooks
@@ -84,16 +83,7 @@ async def audit_log(
         search=search.strip(),
         page=page,
         last=max(1, -(-found.total // _ENTRIES)),
-        readable=partial(json_text, indent=2),
     )
-
-
-@routes.post(_ROOT + "/audit/verification")
-async def verify(viewer: Changing) -> Response:
-    """Verify the log now: its own digests, signed records and the state that it describes."""
-    _whole(viewer)
-    found = await viewer.run(partial(audit.verify_audit, viewer.store))
-    return viewer.page("audit_verification.html.jinja", found=found)
 
 
 @routes.get(_ROOT + "/people")

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import digest_bytes, short
-from tunesmith.core.text.display import printable
+from tunesmith.core.text.display import json_text, printable
 from tunesmith.evaluation.report.wording import count, money
 
 STATIC = Path(__file__).parent / "static"
@@ -131,9 +131,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    found.filters.update(
-        {each.__name__: each for each in (count, duration, many, moment, money, percent, scope, short, size, when)}
-    )
+    filters = (count, duration, json_text, many, moment, money, percent, scope, short, size, when)
+    found.filters.update({each.__name__: each for each in filters})
     found.globals.update(asset=asset, pages=PAGES)
     return found
 

@@ -9,17 +9,15 @@ from pydantic import Field
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.grammars.copying import Constraint
-from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.models.base import open_base
 from tunesmith.models.export.gguf import check_supported
 from tunesmith.models.export.merging import Dtype
-from tunesmith.project import Project
 from tunesmith.registry.export import Form, export_version
 from tunesmith.registry.lineage import summary_line
 from tunesmith.registry.versions import resolve
+from tunesmith.services.actions import Acting, Named, Request, Short, action
 
 
 class ExportedVersion(View):
@@ -43,38 +41,43 @@ class ExportedVersion(View):
     summary: Annotated[str, Field(exclude=True)]
 
 
-def export(
-    project: Project,
-    version: str,
-    target: Path,
-    *,
-    form: Form,
-    dtype: Dtype = "bf16",
-    actor: str | None = None,
-    scope: Scope = Scope(),
-    progress: Progress = SILENT,
-) -> ExportedVersion:
-    """Write an approved version's weights to a new folder, after comparing them with those that were measured.
+class ExportVersion(Request):
+    """An approved version whose weights are written to target, a new folder.
 
     form: peft (the adapter alone), merged (a Hugging Face folder) or gguf (for llama.cpp). dtype: of merged weights.
+    tenant, region: the version's; by default those of whoever exports it.
+    """
+
+    version: Named
+    target: Path
+    form: Form
+    dtype: Dtype = "bf16"
+    tenant: Short | None = None
+    region: Short | None = None
+
+
+@action("version.export", permission="version.export")
+def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
+    """Write an approved version's weights to a new folder, after comparing them with those that were measured.
+
     Raises Refused where log-probabilities differ by more than the tolerance.
     """
-    store, settings = project.store, project.settings.engine
-    found = resolve(store, version, scope=scope)
+    store, settings, progress = acting.store, acting.project.settings.engine, acting.progress
+    found = resolve(store, asked.version, scope=acting.scope(asked.tenant, asked.region))
     candidate = load_candidate(store, found.candidate)
     base = open_base(store, candidate.base)
-    if form == "gguf":
+    if asked.form == "gguf":
         check_supported(base.folder)  # before anything slow
     done = export_version(
         store,
         found,
-        target.absolute(),
-        form=form,
-        dtype=dtype,
+        asked.target.absolute(),
+        form=asked.form,
+        dtype=asked.dtype,
         base=base,
         engine=open_engine(base, settings, progress),
         engine_kind=engine_kind(base, settings),
-        actor=project.actor(actor),
+        actor=acting.actor,
         progress=progress,
     )
     return ExportedVersion(
