@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from leakage import FOLDER, Row, banking, other_label, shared, snips, twins
-from tunesmith.data.splitting.duplicates import normalise
+from tunesmith.data.duplicates import normalise
 from tunesmith.data.splitting.groups import wording_group
 
 ROOT = Path(__file__).parents[1]

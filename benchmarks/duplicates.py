@@ -21,8 +21,8 @@ import numpy as np
 from scipy import sparse
 
 from leakage import FOLDER
-from tunesmith.data.splitting.duplicates import near_text, normalise
-from tunesmith.data.splitting.similarity_join import similar_pairs
+from tunesmith.data.duplicates import near_text, normalise
+from tunesmith.data.similarity_join import similar_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.data.trigrams import shingles

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
+from tunesmith.data.duplicates import near_pairs, near_text, normalise
 from tunesmith.data.splitting.groups import wording_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

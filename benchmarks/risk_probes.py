@@ -24,7 +24,7 @@ import numpy as np
 from leakage import FOLDER
 from tunesmith.data.dataset import load_dataset
 from tunesmith.engines.protocol import Question
-from tunesmith.evaluation.probes.judging import WIDEST_BITS
+from tunesmith.evaluation.gates.probe_judging import WIDEST_BITS
 from tunesmith.evaluation.probes.numbers import exposure_interval
 from tunesmith.evaluation.report.risks import CHANCE_BITS
 from tunesmith.evaluation.stats.statistics import Interval

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from leakage import FOLDER, Row, banking, snips
 from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
-from tunesmith.data.splitting.duplicates import normalise
+from tunesmith.data.duplicates import normalise
 from tunesmith.services.starting.inferred_schema import schema_and_copied
 
 ROOT = Path(__file__).parents[1]

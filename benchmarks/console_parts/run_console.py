@@ -16,7 +16,7 @@ from tests.server.fake_engine import FakeEngine
 
 from tunesmith.project import Project
 from tunesmith.server.app import create_app
-from tunesmith.server.intake.draining import DrainingServer
+from tunesmith.server.listening import DrainingServer
 from tunesmith.store.store import Store
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tests.server.fake_engine import FakeEngine
 
 from tunesmith.server.app import create_app
-from tunesmith.server.intake.draining import DrainingServer
+from tunesmith.server.listening import DrainingServer
 from tunesmith.server.settings import ServerSettings
 from tunesmith.services.served_scorers import served_scorers
 from tunesmith.store.store import Store

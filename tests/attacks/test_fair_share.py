@@ -25,9 +25,9 @@ from tests.server.tiny_engine import TinyEngine
 from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.traffic import arms
+from tunesmith.server import limits
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import Router
-from tunesmith.server.intake import limits
 from tunesmith.services import rollouts as service
 
 

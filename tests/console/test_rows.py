@@ -15,8 +15,8 @@ from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tests.fabricate import APPROVER, STEWARD, Scene
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
+from tunesmith.data.building.signoff import sign_offs
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.governance.signoff import sign_offs
 from tunesmith.data.quality.flags import examine_quality
 
 HOSTILE = '<script>document.title="owned"</script>"><img src=x onerror=alert(1)> \u202e {{7*7}} javascript:alert(1) '

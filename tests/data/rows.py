@@ -12,9 +12,9 @@ import pytest
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.sources.row_readers import Row
 from tunesmith.store.store import Store
 
 NO_SCAN = {"entities": []}

@@ -15,7 +15,7 @@ from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.answer_grammar import matches
-from tunesmith.data.governance.signoff import sign_off
+from tunesmith.data.building.signoff import sign_off
 from tunesmith.services import evaluations, training
 from tunesmith.store.people import identities
 

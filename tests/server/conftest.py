@@ -31,7 +31,7 @@ from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.answering.work import Worker
 from tunesmith.server.app import create_app
-from tunesmith.server.intake.draining import DrainingServer
+from tunesmith.server.listening import DrainingServer
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
 from tunesmith.services.served_scorers import served_scorers

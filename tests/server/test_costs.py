@@ -14,7 +14,7 @@ import pytest
 from tests.attack_table import Happened
 from tests.fabricate import NAME
 from tests.server.conftest import HELLO, Served
-from tunesmith.server.intake import limits
+from tunesmith.server import limits
 
 MIB = 1 << 20
 SECONDS = 60  # for an honest request meanwhile; without limits some of these hold it up for minutes

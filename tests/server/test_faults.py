@@ -19,7 +19,7 @@ from tests.server.fake_engine import VALID, FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.engines.protocol import Completion
-from tunesmith.server.intake import limits
+from tunesmith.server import limits
 from tunesmith.server.intake.connections import BoundedConnection
 from tunesmith.store import database
 

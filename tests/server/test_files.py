@@ -20,8 +20,8 @@ from tests.server.conftest import Served, running, running_copy
 from tests.server.fake_engine import FakeEngine
 from tests.store.test_uploads import left
 from tests.waiting import SECONDS, until
+from tunesmith.server import limits
 from tunesmith.server.errors import ApiError
-from tunesmith.server.intake import limits
 from tunesmith.server.intake.form import FormReader
 from tunesmith.store import database
 from tunesmith.store.audit import entries

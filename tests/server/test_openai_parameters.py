@@ -13,7 +13,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from tests.fabricate import NAME
 from tests.server.conftest import HELLO, Served
 from tests.server.fake_engine import VALID
-from tunesmith.server.chat.request import ChatMessage, ChatRequest, StreamOptions
+from tunesmith.server.answering.request import ChatMessage, ChatRequest, StreamOptions
 
 DEFAULTS: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "modalities": ["text"], "function_call": "none",

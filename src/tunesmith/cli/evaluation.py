@@ -131,7 +131,7 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tunesmith.evaluation.report.wording import money
+    from tunesmith.core.text.wording import money
 
     metrics = list(next(iter(found.candidates.values())))
     table = Table(title=f"{found.n} held-out requests in {found.groups} groups", title_justify="left")
@@ -206,8 +206,8 @@ def draw_verdict(console: Console, found: VerdictSummary) -> None:
 
 
 def _draw_plan(console: Console, found: Plan) -> None:
+    from tunesmith.core.text.wording import points
     from tunesmith.evaluation.planning import plan_sentence
-    from tunesmith.evaluation.report.wording import points
 
     for gate in found.gates:
         console.print(plan_sentence(found, gate))

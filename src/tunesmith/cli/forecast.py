@@ -59,7 +59,7 @@ def forecast(
 def _draw(console: Console, found: ForecastView) -> None:
     from rich.text import Text
 
-    from tunesmith.evaluation.report.wording import percent
+    from tunesmith.core.text.wording import percent
 
     rows = [(f"trained on {each['rows']:,.0f} rows", percent(each["mean"]), "") for each in found.subsets]
     rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]

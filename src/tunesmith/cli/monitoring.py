@@ -236,7 +236,7 @@ def _draw_recall(console: Console, found: Recall) -> None:
 
 
 def _draw_cases(console: Console, found: CaseList) -> None:
-    from tunesmith.evaluation.report.wording import visible
+    from tunesmith.core.text.wording import visible
 
     for case in found.cases:
         scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case.scores.items())

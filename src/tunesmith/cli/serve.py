@@ -81,7 +81,7 @@ def serve(
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
     from tunesmith.server.console.people.oidc import client_secret
-    from tunesmith.server.intake.draining import DrainingServer
+    from tunesmith.server.listening import DrainingServer
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.held import answer_holder
     from tunesmith.services.review import case_keeper

@@ -13,7 +13,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
-from tunesmith.data.splitting.duplicates import request_text
+from tunesmith.data.duplicates import request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.device import gpu_present
+from tunesmith.engines.native.support import lacks, refuse
 from tunesmith.engines.settings import HF, NATIVE, TARGETS, EngineSettings, VllmSettings, WeightSettings
-from tunesmith.models.families import NATIVE_FAMILIES, is_native, match_layers
+from tunesmith.models.families import is_native, match_layers
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
@@ -45,22 +45,9 @@ def training_engine(
     ranks: how many processes train together. where: the weights' place in the project file. Raises Refused where
     settings name the native engine for what it does not train.
     """
-    needs = {
-        f"does not compute the family {family!r}, but {', '.join(NATIVE_FAMILIES)}": not is_native(family),
-        f"does not train on a base in 4 bits, which {where}.quantize asks for": weights.quantize is not None,
-        f"keeps the base in bf16, and {where}.precision asks for fp32": weights.precision == "fp32",
-        f"has its own attention, and {where}.attention names another": weights.attention is not None,
-        f"has its own kernels, and {where}.kernels names others": weights.kernels is not None,
-        f"does not compute layers again, which {where}.recompute asks for": weights.recompute,
-        f"trains no magnitudes, which {where}.dora asks for": weights.dora,
-        f"starts no adapter at singular vectors, which {where}.start asks for": weights.start == "pissa",
-        "trains in one process, and several are to train together": ranks > 1,
-    }
-    reason = next((reason for reason, given in needs.items() if given), None)
+    reason = lacks(family, weights, ranks=ranks, where=where)
     if settings.train == NATIVE and reason is not None:
-        raise Refused(
-            f"the native engine {reason}", where="engine.train", fix="write train: hf, or leave engine.train out"
-        )
+        raise refuse(reason)
     if reason is not None or settings.train == HF:
         return HF
     return HF if settings.train == "auto" and _trains_on_gpu(settings) else NATIVE
@@ -86,6 +73,20 @@ def load_model(base: Base, engine: LocalEngine | None = None, progress: Progress
     from tunesmith.engines.hf.loaded import LoadedHFModel
 
     return LoadedHFModel(base)
+
+
+def describe_processor() -> str:
+    """The processor, its threads and what the native engine uses of it."""
+    from tunesmith.engines.native.runtime import describe
+
+    return describe()
+
+
+def export_check() -> Any:
+    """The module that compares an export with what was measured (native/export_check.py)."""
+    from tunesmith.engines.native import export_check
+
+    return export_check
 
 
 def load_sharded(base: Base, ranks: Ranks) -> ShardedModel:

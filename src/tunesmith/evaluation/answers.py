@@ -13,7 +13,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.data.splitting.duplicates import answer_key, learned_parts, request_text
+from tunesmith.data.duplicates import answer_key, learned_parts, request_text
 from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.general import GeneralQuestion, right_share

@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import computed_field
 
+from tunesmith.core.text.wording import duration, money, percent, points
 from tunesmith.core.view import View
-from tunesmith.evaluation.report.wording import duration, money, percent, points
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.text.wording import points
 from tunesmith.core.view import View
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluation.answers import read_lines, seen_answers
 from tunesmith.evaluation.gates.settings import Gates, Lift, Retain
 from tunesmith.evaluation.metrics.declared import Scoring, checked
-from tunesmith.evaluation.report.wording import points
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.power import ASSUMED_DIFFERING, POWER, Grouping, grouping_of, plan_lift, smallest_lift
 from tunesmith.evaluation.stats.statistics import Floats, effective_groups

@@ -16,9 +16,9 @@ from tunesmith.candidates.grammars.copying import Constraint
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Progress
+from tunesmith.data.building.signoff import require_signed
 from tunesmith.data.dataset import Dataset, Example
-from tunesmith.data.governance.signoff import require_signed
-from tunesmith.data.splitting.duplicates import learned_parts
+from tunesmith.data.duplicates import learned_parts
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import (
     Declared,

@@ -24,6 +24,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import room_for, sync_folder
 from tunesmith.data.dataset import load_dataset
+from tunesmith.engines.factory import export_check
 from tunesmith.models.base import Base
 from tunesmith.models.families import is_native
 from tunesmith.models.weight_files import CONFIG_FILE
@@ -205,8 +206,7 @@ def _compare(
     folder: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    from tunesmith.engines.native.export_check import answer_probes, compare
-
+    check = export_check()
     if candidate.dataset is None or candidate.training is None:
         raise Refused(f"candidate {candidate.name} names no dataset with held-out requests to compare on")
     held_out = load_dataset(store, candidate.dataset).examples("test")[:_PROBES]
@@ -215,8 +215,8 @@ def _compare(
     probes = [compose(candidate, example.request) for example in held_out]
     engine.load_adapter(candidate.training, adapter)
     length = min(candidate.max_tokens, _PROBE_TOKENS)
-    answered = answer_probes(engine, candidate.training, base, probes, length, progress)
-    return compare(
+    answered = check.answer_probes(engine, candidate.training, base, probes, length, progress)
+    found: dict[str, Any] = check.compare(
         engine,
         candidate.training,
         base=base,
@@ -226,13 +226,13 @@ def _compare(
         answered=answered,
         progress=progress,
     )
+    return found
 
 
 def _judge(equality: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
     """The outcome (pass, fail, inconclusive), its reason and the tolerances. A missing figure fails."""
-    from tunesmith.engines.native.export_check import SERVED_TOLERANCE, TOLERANCE
-
-    tolerance = {"export": dict(TOLERANCE[dtype]), "served": {"max": SERVED_TOLERANCE}}
+    check = export_check()
+    tolerance = {"export": dict(check.TOLERANCE[dtype]), "served": {"max": check.SERVED_TOLERANCE}}
     for where, name in (("export", "the export"), ("served", f"the {equality['engine']} engine")):
         for kind, allowed in tolerance[where].items():
             apart = equality[where][f"{kind}_difference"]

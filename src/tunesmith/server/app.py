@@ -44,12 +44,13 @@ from tunesmith.server.api import (
 )
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.console import routes as console
+from tunesmith.server.draining import DrainMiddleware
 from tunesmith.server.errors import ApiError, passes, unavailable
 from tunesmith.server.fine_tuning import files
 from tunesmith.server.fine_tuning import jobs as fine_tuning
 from tunesmith.server.intake.arriving import Arriving
-from tunesmith.server.intake.draining import DrainMiddleware, drain
 from tunesmith.server.intake.rates import RateHeaders, Rates
+from tunesmith.server.listening import drain
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings

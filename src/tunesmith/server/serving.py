@@ -12,13 +12,13 @@ from fastapi import Request
 
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.project import Project
+from tunesmith.server import limits
 from tunesmith.server.answering.awaiting import AwaitedDecisions
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import ReadyVersions, Router
 from tunesmith.server.answering.work import Worker
-from tunesmith.server.intake import limits
+from tunesmith.server.draining import Drain
 from tunesmith.server.intake.arriving import Arriving
-from tunesmith.server.intake.draining import Drain
 from tunesmith.server.intake.rates import Rates
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.settings import ServerSettings

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from tunesmith.server.answering.turns import Turns
 from tunesmith.server.errors import busy_for_user
+from tunesmith.server.turns import Turns
 
 Result = TypeVar("Result")
 

@@ -18,13 +18,13 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.display import json_text
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
+from tunesmith.data.building.signoff import sign_off, sign_offs, sign_offs_of
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
 from tunesmith.data.building.verify import DatasetVerification, verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.governance import cards
 from tunesmith.data.governance.difference import Difference, removed_sample
 from tunesmith.data.governance.difference import difference as compare_versions
-from tunesmith.data.governance.signoff import sign_off, sign_offs, sign_offs_of
 from tunesmith.data.privacy.originals import read_originals
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project

@@ -90,11 +90,11 @@ def _python(_directory: Path) -> Check:
 
 
 def _processor(_directory: Path) -> Check:
-    from tunesmith.engines.native import runtime
+    from tunesmith.engines.factory import describe_processor
 
     threads = wanted_threads()
     limit = "" if threads is None else f"; TUNESMITH_THREADS: {threads}"
-    return _check("processor", runtime.describe() + limit)
+    return _check("processor", describe_processor() + limit)
 
 
 def _gpus(_directory: Path) -> Check:

@@ -43,7 +43,7 @@ KINDS: Mapping[str, RecordKind] = {
         "settings, digests of the sources, what happened to every row, splits, proof that nothing leaks, duties of the "
         "licences, the privacy scan with its measured detection recall",
     ),
-    "signoff": RecordKind("data/governance/signoff.py", ("dataset",), (), "steward, reason, time"),
+    "signoff": RecordKind("data/building/signoff.py", ("dataset",), (), "steward, reason, time"),
     "quality": RecordKind("data/quality/flags.py", ("dataset",), ("flags.jsonl",), "flagged rows by reason; balance"),
     "documents": RecordKind(
         "data/documents.py", (), ("passages.jsonl",), "settings, digests of the files, passages, personal data found"

@@ -27,11 +27,11 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.building import shards
 from tunesmith.data.building.account import OUTSIDE_WORDING, WITHDRAWN
 from tunesmith.data.building.shards import LocalRunner
+from tunesmith.data.formats.row_readers import Part
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.settings import Source
 from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.sources.row_readers import Part
 
 
 def mixed(count: int) -> list[dict[str, Any]]:

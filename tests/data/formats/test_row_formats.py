@@ -19,8 +19,8 @@ from tunesmith.data.formats import row_formats
 from tunesmith.data.formats import turns as turn_checks
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
+from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.settings import Rows
-from tunesmith.data.sources.row_readers import Row
 
 
 def conversation(

@@ -14,10 +14,10 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.building.signoff import require_signed, sign_off, sign_offs
 from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.governance.cards import croissant, datasheet
 from tunesmith.data.governance.difference import difference, removed_sample
-from tunesmith.data.governance.signoff import require_signed, sign_off, sign_offs
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.store import audit, database
 from tunesmith.store.people import identities

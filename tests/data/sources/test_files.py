@@ -40,7 +40,7 @@ def test_rows_of_json_have_numbers_and_no_null_keys(tmp_path: Path, monkeypatch:
     for name, data in (("a.jsonl", line), ("a.json", f"[{line}]")):
         (tmp_path / name).write_text(data)
         assert [one.fields for one in read(tmp_path, name)] == [{"prompt": "a", "completion": "b", "kept": {"c": None}}]
-    monkeypatch.setattr("tunesmith.data.sources.row_readers.LONGEST_ROW", 1000)
+    monkeypatch.setattr("tunesmith.data.formats.row_readers.LONGEST_ROW", 1000)
     assert "longer than" in failure(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 5000).what, "not read into memory"
 
 

@@ -19,14 +19,14 @@ from tests.data.rows import build, held, many_rows, row, settings, turns, write_
 from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.data import similarity_join as join
 from tunesmith.data.building.account import EXACT
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id
+from tunesmith.data.duplicates import answer_key, near_pairs, near_text, normalise, request_key, request_text
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting import leakage as leaks
-from tunesmith.data.splitting import similarity_join as join
 from tunesmith.data.splitting.assignment import OLDER, split_of, time_of
-from tunesmith.data.splitting.duplicates import answer_key, near_pairs, near_text, normalise, request_key, request_text
 from tunesmith.data.splitting.groups import joined_groups, wording_group
 from tunesmith.store.store import Store
 

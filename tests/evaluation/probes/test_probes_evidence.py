@@ -16,10 +16,10 @@ from tests.fabricate import Fabricated, put_training
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
+from tunesmith.evaluation.gates.probe_judging import JUDGES, Case, Shown, judge_probe
 from tunesmith.evaluation.gates.settings import NEED_PATH, PROBES, Probe
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
-from tunesmith.evaluation.probes.judging import JUDGES, Case, Shown, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk, best_epoch
 from tunesmith.evaluation.probes.suites import SUITES, suite_of
 from tunesmith.evaluation.scores import column

@@ -16,6 +16,7 @@ from tests.evaluation.report.test_report import check_whole
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, flawed, put_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
+from tunesmith.core.text.wording import money
 from tunesmith.evaluation.evaluate import Costs
 from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.prices import break_even
@@ -25,7 +26,6 @@ from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.report.wording import money
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 
 LIFT = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}}

@@ -10,11 +10,11 @@ from pathlib import Path
 from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, put_answers
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.text.wording import detail_text, expected, percent, points, visible
 from tunesmith.evaluation.report import plots
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render
-from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
 from tunesmith.services.evaluations import EvidenceReport
 from tunesmith.store.records import Record
 

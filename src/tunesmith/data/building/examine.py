@@ -29,17 +29,17 @@ from tunesmith.data.building.account import (
 )
 from tunesmith.data.building.staging import RemovedLine, removed_line
 from tunesmith.data.dataset import Example, example_id
+from tunesmith.data.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.key_order import in_request_order
+from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.formats.turns import AFTER_THE_LAST, Turn, conversation, ends_unlearned, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn, content_key
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.review.decisions import Reviewed, ReviewedRow
 from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
-from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import time_of
-from tunesmith.data.splitting.duplicates import answer_key, learned_parts, request_text
 from tunesmith.data.splitting.groups import wording_group
 
 _SHOWN_ROWS = 5  # of those that are refused together

@@ -14,13 +14,13 @@ from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
+from tunesmith.data.duplicates import near_text, request_text
 from tunesmith.data.formats import row_formats
+from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.formats.turns import Turn, conversation
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
 from tunesmith.data.sources.files import OpenSource, find_files, open_source
-from tunesmith.data.sources.row_readers import Row
-from tunesmith.data.splitting.duplicates import near_text, request_text
 from tunesmith.data.splitting.groups import wording_group
 
 OUTSIDE = "outside.jsonl"

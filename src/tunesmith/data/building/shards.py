@@ -26,9 +26,9 @@ from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import Examiner, RowRules, renamed
 from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row
 from tunesmith.data.formats.row_formats import RowFormat, format_of
+from tunesmith.data.formats.row_readers import WHOLE, Part, Row
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import SourceFile, fetched, find_files, open_source
-from tunesmith.data.sources.row_readers import WHOLE, Part, Row
 
 SHARD_BYTES = 2 << 20
 _ROWS_TOGETHER = 2000

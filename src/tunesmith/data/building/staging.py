@@ -20,10 +20,10 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.account import EXACT, WITHDRAWN, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples
+from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.assignment import split_of
-from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.data.splitting.leakage import ComparedRow
 
 StagedRow = tuple[str, str, int, int, str, str | None, bytes, bytes, str, str, bytes, str, str, str, str, bytes]

@@ -12,9 +12,9 @@ from tunesmith.core.view import Problem, View
 from tunesmith.data.building.build import counts, near_threshold
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
 from tunesmith.data.dataset import REMOVED, SPLITS, Dataset, Example, example_id, load_dataset
+from tunesmith.data.duplicates import learned_parts, request_text
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.splitting.assignment import split_of
-from tunesmith.data.splitting.duplicates import learned_parts, request_text
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.data.splitting.leakage import Nearness, leakage
 from tunesmith.store.store import Store

@@ -18,9 +18,9 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.formats.openai_rules import require_openai
+from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools
 from tunesmith.data.formats.turns import Turn
-from tunesmith.data.sources.row_readers import Row
 
 AUTO: Final = "auto"
 OPENAI: Final = "openai"

@@ -13,9 +13,9 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.text.folding import visible
 from tunesmith.core.view import View
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.duplicates import request_text
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.store.store import Store
 
 _BALANCED = ("licence", "source", "tenant", "region")

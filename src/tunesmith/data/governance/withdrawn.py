@@ -23,8 +23,8 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.folding import fold, visible
 from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
+from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.licences import needs
-from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.store import database
 from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store

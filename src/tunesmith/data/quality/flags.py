@@ -12,10 +12,10 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.core.text.folding import visible
 from tunesmith.data.dataset import SPLITS, Dataset, Example
+from tunesmith.data.duplicates import answer_key, request_text
 from tunesmith.data.quality.languages import other_languages
 from tunesmith.data.quality.people import found_people
 from tunesmith.data.quality.similar_requests import Embed, alike
-from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

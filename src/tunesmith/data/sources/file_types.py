@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-from tunesmith.data.sources import document_readers, row_readers
-from tunesmith.data.sources.row_readers import Part, Reader
+from tunesmith.data.formats import row_readers
+from tunesmith.data.formats.row_readers import Part, Reader
+from tunesmith.data.sources import document_readers
 
 
 @dataclass(frozen=True, slots=True)

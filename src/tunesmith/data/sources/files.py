@@ -15,11 +15,11 @@ from tunesmith.core.digests import digest_pieces, pieces_of
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.system.files import room_for
 from tunesmith.core.system.scratch import scratch_folder
+from tunesmith.data.formats.row_readers import WHOLE, Part, Row
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.compression import require_content, suffixes_of, unpacked
 from tunesmith.data.sources.file_types import DOCUMENT_FILES, ROW_FILES, RowFile
-from tunesmith.data.sources.row_readers import WHOLE, Part, Row
 from tunesmith.data.sources.saved_datasets import dataset_files
 
 _LOCAL = ("file", "local")

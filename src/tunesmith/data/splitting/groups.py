@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from tunesmith.core.digests import digest_of
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.folding import fold
+from tunesmith.data.duplicates import near_pairs, near_text, normalise
 from tunesmith.data.settings import NEAR, Split
-from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
 
 if TYPE_CHECKING:
     from tunesmith.data.splitting.leakage import Comparable

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.dataset import SPLITS, Example
+from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, near_text
 from tunesmith.data.settings import NEAR, Split
-from tunesmith.data.splitting.duplicates import METHOD, answer_key, near_pairs, near_text
 from tunesmith.data.splitting.groups import connected
 
 NEAR_HELD_OUT = "near a held-out row"

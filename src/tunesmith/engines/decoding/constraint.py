@@ -7,7 +7,7 @@ llguidance computes the allowed tokens. With a schema, keys come in its order; o
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.decoding.json_text import restricted
-from tunesmith.engines.native.network import ops
 from tunesmith.engines.protocol import ConstrainedBy, Generation
 
 _KEPT = 64  # grammars of requests; few are asked twice
@@ -115,8 +114,23 @@ class Guide:
             raise _unsupported(self.matcher.get_error(), self._by)
 
 
-def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
-    """Set the logits [N, vocabulary] of tokens that a row's guide does not allow to minus infinity, in place."""
+def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Set the scores [N, V] of tokens that are not allowed in some rows to minus infinity, in place.
+
+    bits: int32 [len(rows), V / 32 rounded up], a bit for each token, the lowest bit first; 1: allowed.
+    """
+    places = torch.arange(scores.shape[1])
+    allowed = bits[:, places // 32] >> (places % 32).to(bits.dtype) & 1
+    scores[rows] = scores[rows].masked_fill_(allowed == 0, float("-inf"))
+
+
+def mask_disallowed_(
+    scores: Tensor, guides: Sequence[Guide | None], forbid_: Callable[[Tensor, Tensor, Tensor], None] = forbid_
+) -> None:
+    """Set the logits [N, vocabulary] of tokens that a row's guide does not allow to minus infinity, in place.
+
+    forbid_: does so for the rows with guides; in PyTorch by default.
+    """
     guided = [(row, guide) for row, guide in enumerate(guides) if guide is not None]
     if not guided:
         return
@@ -127,7 +141,7 @@ def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
     for allowed, (_, guide) in zip(bits, guided, strict=True):
         guide.limit_ends_(allowed)
     rows = torch.tensor([row for row, _ in guided])
-    ops.forbid_(scores, rows, torch.from_numpy(bits))
+    forbid_(scores, rows, torch.from_numpy(bits))
 
 
 @cache

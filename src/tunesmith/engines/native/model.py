@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tunesmith.engines.factory import training_engine
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.native.support import lacks, refuse
 from tunesmith.engines.process import prepare_process
-from tunesmith.engines.settings import NATIVE, EngineSettings, WeightSettings
+from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base
 
@@ -28,7 +28,8 @@ class NativeModel:
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
         """A new adapter on these weights, or a copy of them to be trained in full. Raises Refused for a base in 4
         bits."""
-        training_engine(self._base.family, settings, EngineSettings(train=NATIVE))
+        if (reason := lacks(self._base.family, settings)) is not None:
+            raise refuse(reason)
         if settings.method == "full":
             return FullModel(self._base, self._network, settings, state_bytes)
         return LoraModel(self._base, self._network, settings, seed)

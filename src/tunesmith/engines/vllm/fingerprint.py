@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.system.files import write_atomic
-from tunesmith.engines.batch import lay_out
 from tunesmith.engines.hf.libraries import transformers
-from tunesmith.engines.native.network.attention import shared_prefix_attention
-from tunesmith.engines.native.network.network import forward, frozen_linear, logits
-from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.base import Base, cache_folder
-from tunesmith.models.families import is_native
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.rendering import Renderer
 
 # Words, numbers, code and other scripts, in which tokenizers and models differ.
 TEXT = (
@@ -47,22 +42,14 @@ def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
         known = json.loads(kept.read_bytes())
         if known["ids"] == list(ids):
             return [float(score) for score in known["scores"]]
-    scores = (_native_logits if is_native(base.family) else _hf_logits)(base, ids).float().log_softmax(-1)
+    scores = _logits(base, ids).float().log_softmax(-1)
     each = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()  # of every id but the first
     found = [float(each[place - 1]) for place in places(ids)]
     write_atomic(kept, json.dumps({"ids": list(ids), "scores": found}).encode())
     return found
 
 
-def _native_logits(base: Base, ids: Sequence[int]) -> Tensor:
-    """Logits at every id but the last, by the native network."""
-    network = load_network(base.folder)
-    batch = lay_out([Rendered(tuple(ids), (False, *(True,) * (len(ids) - 1)))])
-    hidden = forward(network, batch.ids, frozen_linear(network), shared_prefix_attention(batch, network))
-    return logits(network, hidden[batch.predicts])
-
-
-def _hf_logits(base: Base, ids: Sequence[int]) -> Tensor:
+def _logits(base: Base, ids: Sequence[int]) -> Tensor:
     """Logits at every id but the last, by transformers' module in fp32. On the CPU: a GPU's memory is vLLM's."""
     load = transformers().AutoModelForCausalLM.from_pretrained
     module = load(base.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()

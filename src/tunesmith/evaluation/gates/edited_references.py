@@ -13,8 +13,8 @@ from typing import Any
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import EDITS, REVIEWERS, Dataset, load_dataset
+from tunesmith.data.duplicates import answer_key
 from tunesmith.data.governance.withdrawn import content_key
-from tunesmith.data.splitting.duplicates import answer_key
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.store.store import Store
 

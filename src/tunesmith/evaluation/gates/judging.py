@@ -20,7 +20,9 @@ import numpy as np
 
 from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.text.wording import percent, points
 from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.gates.probe_judging import Case, judge_probe
 from tunesmith.evaluation.gates.settings import (
     BEST_UNTUNED,
     Forgetting,
@@ -40,10 +42,8 @@ from tunesmith.evaluation.metrics.classification import brier_interval, calibrat
 from tunesmith.evaluation.metrics.labels import Labelled
 from tunesmith.evaluation.policy.evidence import SUITE, Tally
 from tunesmith.evaluation.probes.items import Measured
-from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import suite_of
-from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use, interval
 from tunesmith.evaluation.style.evidence import Classified

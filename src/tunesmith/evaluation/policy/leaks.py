@@ -14,7 +14,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.data.splitting.duplicates import learned_parts, near_text, request_text
+from tunesmith.data.duplicates import learned_parts, near_text, request_text
 from tunesmith.evaluation.policy.requests import PolicyItem, compared_text, unchanged_id
 from tunesmith.store.store import Store
 

@@ -13,8 +13,8 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
+from tunesmith.data.duplicates import near_text, request_key, request_text
 from tunesmith.data.formats.turns import Turn, objection
-from tunesmith.data.splitting.duplicates import near_text, request_key, request_text
 from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
 from tunesmith.evaluation.probes.context import with_last_request

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tunesmith.core.text.wording import money, percent, points
 from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.report.approach_ladder import ENDPOINT
 from tunesmith.evaluation.report.behaviour import policy_cautions, policy_reasons, style_reasons
-from tunesmith.evaluation.report.wording import money, percent, points
 
 # A judge that agrees with itself on fewer rows, when the two answers change places, gets a caution.
 _TRUSTED_AGREEMENT = 0.8

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from tunesmith.core.text.wording import percent
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.policy.evidence import read_lines
 from tunesmith.evaluation.policy.requests import decode_policy_items
 from tunesmith.evaluation.policy.rules import CUT
 from tunesmith.evaluation.probes.items import ITEMS
-from tunesmith.evaluation.report.wording import percent
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tunesmith.core.text.wording import money, visible
 from tunesmith.evaluation.report.plots import Scale, across, drawn, point, reach, share_grid, text
 from tunesmith.evaluation.report.risks import CHANCE_BITS
-from tunesmith.evaluation.report.wording import money, visible
 
 _HEIGHT = 300
 _LABEL = 15  # pixels between two names

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import short
-from tunesmith.evaluation.report import evidence_plots, plots, wording
+from tunesmith.core.text import wording
+from tunesmith.evaluation.report import evidence_plots, plots
 
 
 def render(data: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tunesmith.core.digests import short
-from tunesmith.evaluation.report.wording import money, percent, visible
+from tunesmith.core.text.wording import money, percent, visible
 
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 

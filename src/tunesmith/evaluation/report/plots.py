@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunesmith.evaluation.report.wording import visible
+from tunesmith.core.text.wording import visible
 
 _TRACK_HEIGHT = 28
 _CHART_HEIGHT = 220

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.text.wording import percent, points
+from tunesmith.evaluation.gates.probe_judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
 from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.probes import memory, numbers
 from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
-from tunesmith.evaluation.probes.judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
-from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import as_body
 from tunesmith.evaluation.stats.statistics import Floats, interval
 from tunesmith.store.records import Record

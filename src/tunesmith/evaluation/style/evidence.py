@@ -22,11 +22,11 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.text.folding import visible
+from tunesmith.core.text.wording import points
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.lines import LineFile, read_answer_lines
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.context import drawn
-from tunesmith.evaluation.report.wording import points
 from tunesmith.evaluation.scores import as_body, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
 from tunesmith.evaluation.style.classifier import Told, cross_fitted

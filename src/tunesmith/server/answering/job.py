@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from tunesmith.candidates.composing import PromptUsed
 from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.server.answering.recording import Served
+from tunesmith.server.answering.request import ChatRequest
 from tunesmith.server.answering.routing import Route
-from tunesmith.server.chat.request import ChatRequest
-from tunesmith.server.chat.tools import ToolAnswer
+from tunesmith.server.answering.tools import ToolAnswer
 from tunesmith.server.errors import ApiError
 from tunesmith.store.people.identities import User
 

@@ -27,10 +27,10 @@ from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, delete_case, put_case
 from tunesmith.monitoring.keeping import CaseKeeper, CaseTexts, NotKept
 from tunesmith.rollout.traffic import LEFT, STEP, UNLOADED, end_user
+from tunesmith.server import limits
 from tunesmith.server.answering.request_rows import RequestRows
 from tunesmith.server.answering.routing import Route
 from tunesmith.server.errors import ApiError, bad_request, forbidden, keeps_nothing, not_stored, unknown_request
-from tunesmith.server.intake import limits
 from tunesmith.server.metrics import Metrics
 from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store import audit, database

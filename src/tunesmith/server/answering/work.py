@@ -27,10 +27,9 @@ from tunesmith.models.call_format import CallFormat
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.answering.job import Event, Held, Job
 from tunesmith.server.answering.recording import LOG, Recorder, Served
+from tunesmith.server.answering.request import own_fault
 from tunesmith.server.answering.routing import ReadyVersions, Router, TriedLately, load_may_pass
-from tunesmith.server.answering.turns import Turns
-from tunesmith.server.chat.request import own_fault
-from tunesmith.server.chat.tools import ToolAnswer
+from tunesmith.server.answering.tools import ToolAnswer
 from tunesmith.server.errors import (
     ApiError,
     bad_request,
@@ -43,6 +42,7 @@ from tunesmith.server.errors import (
     unavailable,
 )
 from tunesmith.server.settings import ServerSettings
+from tunesmith.server.turns import Turns
 
 _CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens that it fits the context
 

@@ -10,12 +10,12 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.server import limits
 from tunesmith.server.access import needs
 from tunesmith.server.answering.recording import FeedbackResult, Withdrawal
 from tunesmith.server.api.routing import call_of, changes, router
 from tunesmith.server.chat.routes import ID_PREFIX
 from tunesmith.server.errors import unknown_request
-from tunesmith.server.intake import limits
 
 routes = router()
 Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]

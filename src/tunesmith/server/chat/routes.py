@@ -24,8 +24,8 @@ from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.holding.queue import HeldAnswer
 from tunesmith.registry.versions import Version
 from tunesmith.server.access import PlainRoute, bearer, caller, needs
-from tunesmith.server.answering.held import decision_on
 from tunesmith.server.answering.job import Event, Held, Job
+from tunesmith.server.answering.request import ChatRequest
 from tunesmith.server.chat.answer import (
     Alternative,
     AnswerCall,
@@ -44,7 +44,7 @@ from tunesmith.server.chat.answer import (
     TokenLogprob,
     Usage,
 )
-from tunesmith.server.chat.request import ChatRequest
+from tunesmith.server.chat.held import decision_on
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors

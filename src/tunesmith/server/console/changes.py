@@ -17,11 +17,11 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from sqlalchemy import func, select
 
+from tunesmith.server import limits
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import router
 from tunesmith.server.errors import ApiError
-from tunesmith.server.intake import limits
 from tunesmith.server.serving import Serving
 from tunesmith.store import audit, database
 from tunesmith.store.people import sessions

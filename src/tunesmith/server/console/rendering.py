@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import json_text, printable
-from tunesmith.evaluation.report.wording import count, money
+from tunesmith.core.text.wording import count, money
 
 STATIC = Path(__file__).parent / "static"
 # No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.

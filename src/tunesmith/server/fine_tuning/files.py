@@ -17,10 +17,10 @@ from starlette.requests import ClientDisconnect
 
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.view import View
+from tunesmith.server import limits
 from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
 from tunesmith.server.fine_tuning.pages import page_limit
-from tunesmith.server.intake import limits
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.openapi import BEARER, errors, form
 from tunesmith.server.serving import Serving

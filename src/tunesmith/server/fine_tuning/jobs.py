@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.view import View
+from tunesmith.server import limits
 from tunesmith.server.access import caller, needs
 from tunesmith.server.actions import perform
 from tunesmith.server.api.routing import sentence
@@ -20,7 +21,6 @@ from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_mo
 from tunesmith.server.fine_tuning import event_stream
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
-from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving

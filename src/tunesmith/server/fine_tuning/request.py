@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
-from tunesmith.server.chat.request import MetadataKey, MetadataText, Number
-from tunesmith.server.intake import limits
+from tunesmith.server import limits
+from tunesmith.server.answering.request import MetadataKey, MetadataText, Number
 from tunesmith.services.fine_tuning import Arguments, Hyperparameters
 
 _NOT_SUPPORTED = "is not supported"

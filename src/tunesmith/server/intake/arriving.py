@@ -6,8 +6,8 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from tunesmith.server import limits
 from tunesmith.server.errors import ApiError, busy_for_user
-from tunesmith.server.intake import limits
 from tunesmith.server.settings import ServerSettings
 
 

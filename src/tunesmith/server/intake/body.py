@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.server import limits
 from tunesmith.server.errors import INVALID_SCHEMA, ApiError, bad_request
-from tunesmith.server.intake import limits
 from tunesmith.server.settings import ServerSettings
 
 Body = TypeVar("Body", bound=BaseModel)

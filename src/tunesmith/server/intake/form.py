@@ -9,8 +9,8 @@ from typing import BinaryIO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from tunesmith.server import limits
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.server.intake import limits
 
 
 class FormReader:

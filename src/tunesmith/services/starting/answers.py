@@ -17,8 +17,8 @@ from tunesmith.candidates.grammars.words import is_copied, pieces
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.json_spelling import as_decoded
 from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.data.duplicates import learned_parts
 from tunesmith.data.formats.key_order import in_request_order
-from tunesmith.data.splitting.duplicates import learned_parts
 from tunesmith.services.starting.inferred_schema import answer_labels, rare_keys, schema_and_copied
 
 _UNSAID, _SAME = 0.02, 0.8  # shares of a field's values, and of those that no request says

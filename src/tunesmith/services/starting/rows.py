@@ -13,13 +13,13 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.building.examine import refuse_control_tokens, renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
+from tunesmith.data.duplicates import answer_key, request_key, request_text
 from tunesmith.data.formats.row_formats import RowFormat, format_of, inferred_rename, read_turns
+from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.settings import Source, Split
 from tunesmith.data.sources.files import find_files, open_source
-from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import split_of
-from tunesmith.data.splitting.duplicates import answer_key, request_key, request_text
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
 from tunesmith.services.starting.answers import AnswerFindings, examine_answers, is_json, json_objects

@@ -198,7 +198,7 @@ class RunningBatch:
             None if row.top is None else scores[place].float().log_softmax(-1) for place, row in enumerate(rows)
         ]
         failed: dict[Row, Exception] = {}
-        mask_disallowed_(scores, [row.guide for row in rows])
+        mask_disallowed_(scores, [row.guide for row in rows], ops.forbid_)
         likeliest: list[int] = ops.largest(scores).tolist()
         for place, row in enumerate(rows):
             try:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.engines.decoding import constraint
 from tunesmith.engines.native import kernels as native
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -367,14 +368,10 @@ def largest(scores: Tensor) -> Tensor:
 
 
 def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
-    """Set the scores [N, V] of tokens that are not allowed in some rows to minus infinity, in place.
-
-    bits: int32 [len(rows), V / 32 rounded up], a bit for each token, the lowest bit first; 1: allowed."""
+    """As decoding.constraint.forbid_."""
     kernel = kernel_for("forbid", scores)
     if kernel is None:
-        places = torch.arange(scores.shape[1])
-        allowed = bits[:, places // 32] >> (places % 32).to(bits.dtype) & 1
-        scores[rows] = scores[rows].masked_fill_(allowed == 0, float("-inf"))
+        constraint.forbid_(scores, rows, bits)
         return
     kernel(at(scores), at(rows), at(bits), _int(len(rows)), _int(bits.shape[1]), _int(scores.shape[1]), _threads())
 

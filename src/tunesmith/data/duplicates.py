@@ -77,7 +77,7 @@ def near_pairs(texts: Sequence[str], threshold: float) -> NDArray[np.int64]:
     texts should be distinct, since n equal texts make n(n - 1) / 2 pairs. Raises Refused for more than _PAIRS_EACH
     pairs per text: then the similarity does not tell rows apart.
     """
-    from tunesmith.data.splitting.similarity_join import TooMany, similar_pairs
+    from tunesmith.data.similarity_join import TooMany, similar_pairs
 
     try:
         return similar_pairs(texts, threshold, _PAIRS_EACH * len(texts))

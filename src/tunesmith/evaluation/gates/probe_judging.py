@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.text.wording import percent, points
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.probes import memory, numbers
 from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured
 from tunesmith.evaluation.probes.measuring import left_out
-from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import Column, as_body, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
 

@@ -17,9 +17,9 @@ from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, check_sche
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, with_tools
 from tunesmith.models.call_format import CallFormat
-from tunesmith.server.chat.tools import Call, Function, NamedChoice, Tool
+from tunesmith.server import limits
+from tunesmith.server.answering.tools import Call, Function, NamedChoice, Tool
 from tunesmith.server.errors import INVALID_SCHEMA, ApiError, bad_request
-from tunesmith.server.intake import limits
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]

@@ -14,8 +14,8 @@ from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion
 from tunesmith.models.call_format import CallFormat
+from tunesmith.server import limits
 from tunesmith.server.errors import INVALID_SCHEMA
-from tunesmith.server.intake import limits
 
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
