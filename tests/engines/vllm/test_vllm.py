@@ -32,7 +32,6 @@ from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
-from tunesmith.engines.vllm import fingerprint
 from tunesmith.engines.vllm import http as vllm_http
 from tunesmith.engines.vllm import pool as vllm_pool
 from tunesmith.engines.vllm.engine import VllmEngine
@@ -69,8 +68,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(vllm_http, "_FIRST_WAIT", 0.001)
     monkeypatch.setattr(vllm_pool, "_FIRST_WAIT", 0.01)
-    for module in (embedded, fingerprint):
-        monkeypatch.setattr(module, "load_network", lambda folder: load_network(folder, torch.float32))
+    monkeypatch.setattr(embedded, "load_network", lambda folder: load_network(folder, torch.float32))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.policy.settings import ALL
 
 BEST_UNTUNED = "best-untuned"
-# What each probe measures, and its unit. probes/suites.py says what is asked, probes/judging.py how it is judged.
+# What each probe measures, and its unit. probes/suites.py says what is asked, probe_judging.py how it is judged.
 PROBES = {
     "canaries": "mean exposure in bits of secrets planted in training (about 1.4 where nothing is memorised)",
     "membership": "AUC of telling training answers from held-out answers by their loss per token (0.5 is chance)",
