@@ -41,7 +41,7 @@ def test_a_proposed_key_signs_once_another_person_confirmed_it(scene: Scene, ver
     before = (store.root / "trust" / "keys.json").read_bytes()
     add_user(store, "amy", ["admin"], actor=OWNER, scope=Scope("acme"))  # an admin of one tenant only
     for actor, whose, told, why in (
-        (APPROVER, APPROVER, fingerprint, "none of their roles"),
+        (APPROVER, APPROVER, fingerprint, "it takes admin"),
         ("amy", APPROVER, fingerprint, "all tenants and regions"),
         (OWNER, "olga", fingerprint, "no key of olga waits"),
         (OWNER, APPROVER, fingerprint[:26], "first 20 digits"),

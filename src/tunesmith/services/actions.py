@@ -126,8 +126,8 @@ class Action(Generic[Asked, Result]):
         """Raise Forbidden where a user may not do this, whatever it is done to."""
         if self.whole and user.scope != Scope():
             raise Forbidden("this is for users of all tenants and regions")
-        if self.permission is not None and not user.may(self.permission):
-            raise Forbidden(f"{user.name} may not do this: none of their roles permits {self.permission}")
+        if self.permission is not None:
+            user.require(self.permission)
 
     def __call__(self, acting: Acting, asked: Asked) -> Result:
         """Do it. Raises Forbidden as `check` does, and what the function raises."""

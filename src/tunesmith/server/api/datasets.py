@@ -70,7 +70,7 @@ async def rows(
     reason: only rows left out for it. search: only rows with this text.
     """
     call = await _of(request, digest)
-    call.require("row.read")
+    call.user.require("row.read")
     choice = {"split": split, "reason": reason, "search": search, **call.by}
     return await call.answer(partial(datasets.list_rows, call.store, digest, page=page, **choice))
 

@@ -125,11 +125,6 @@ class Call:
         """Whether both the token and the user's roles permit an action."""
         return token_of(self.request).permits(scope) and self.user.may(action)
 
-    def require(self, action: str) -> None:
-        """Raise ApiError 403 unless the user's roles permit an action."""
-        if not self.user.may(action):
-            raise forbidden(f"{self.user.name} may not do this: none of their roles permits {action}.")
-
     def require_whole(self) -> None:
         """Raise ApiError 403 for a user of one tenant or region: the same answer, whatever there is."""
         if self.user.scope != Scope():
@@ -155,11 +150,11 @@ class Call:
 
 
 def call_of(request: Request, action: str | None = None) -> Call:
-    """Who calls, on a route that declares `needs`. Raises ApiError 403 where none of their roles permits the action."""
+    """Who calls, on a route that declares `needs`. Raises Forbidden where none of their roles permits the action."""
     user, serving = caller(request)
     call = Call(request, user, serving)
     if action is not None:
-        call.require(action)
+        call.user.require(action)
     return call
 
 
@@ -168,7 +163,7 @@ def whole_call_of(request: Request, action: str | None = None) -> Call:
     call = call_of(request)
     call.require_whole()
     if action is not None:
-        call.require(action)
+        call.user.require(action)
     return call
 
 

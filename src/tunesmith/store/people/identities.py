@@ -85,6 +85,18 @@ class User(BaseModel):
         """Whether the user is active and one of their roles permits an action."""
         return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
 
+    def require(self, action: str) -> None:
+        """Raise Forbidden where they may not do an action."""
+        if not self.active:
+            raise Forbidden(f"{self.name} is deactivated", where=action, fix="act as another (--as)")
+        if not self.may(action):
+            able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
+            raise Forbidden(
+                f"{self.name} may not do this: it takes {able}, they are {', '.join(self.roles)}",
+                where=action,
+                fix="act as a user who may (--as), or have an admin change their roles",
+            )
+
     @property
     def scope(self) -> Scope:
         """What they may act for."""
@@ -134,19 +146,9 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
     with session_of(where) as session:
         row = session.get(UserRow, user)
         found = _user(row) if row else None
-    if found is None or not found.active:
-        raise Forbidden(
-            f"{_shown(user)} is {'not a user' if found is None else 'deactivated'}",
-            where=action,
-            fix="act as another (--as)",
-        )
-    if not found.may(action):
-        able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
-        raise Forbidden(
-            f"{user} may not do this: it takes {able}, they are {', '.join(found.roles)}",
-            where=action,
-            fix="act as a user who may (--as), or have an admin change their roles",
-        )
+    if found is None:
+        raise Forbidden(f"{_shown(user)} is not a user", where=action, fix="act as another (--as)")
+    found.require(action)
     if not found.scope.covers(scope):
         own = "/".join(part or "*" for part in (found.tenant, found.region))
         raise Forbidden(
