@@ -1,4 +1,4 @@
-"""Operations: drift, due retraining, recalls, webhooks, the audit log, and people with their keys and tokens."""
+"""Operations: drift, recalls, webhooks, the audit log, held answers, and people with their keys and tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tunesmith.core.scope import Scope
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.routing import gone_to, router
 from tunesmith.server.errors import ApiError
-from tunesmith.services import audit, monitoring, retraining, webhooks
-from tunesmith.services.keys import visible_keys
+from tunesmith.services import audit, held, monitoring, retraining, webhooks
+from tunesmith.services.keys import visible_keys, waiting
 from tunesmith.services.users import is_admin, visible_tokens, visible_users
 from tunesmith.store.people.roles import ROLES
 
@@ -101,6 +101,37 @@ async def people(viewer: Looking) -> Response:
         roles=ROLES,
         admin=admin,
     )
+
+
+@routes.get("/console/keys")
+async def own_keys(viewer: Looking) -> Response:
+    """The person's keys, and for admins those of others that wait."""
+    found = await viewer.run(partial(waiting, viewer.store))
+    own = [key for key in found if key.user == viewer.user.name]
+    others = [key for key in found if key.user != viewer.user.name] if is_admin(viewer.user) else None
+    return viewer.page("keys.html.jinja", own=own, others=others)
+
+
+@routes.get(_ROOT + "/held")
+async def answers(viewer: Looking) -> Response:
+    """Answers that wait for a reviewer, by deadline, and those that were decided, until they are deleted."""
+    _reviewer(viewer)
+    found = await viewer.run(partial(held.list_held, viewer.store, viewer.user, everything=True))
+    return viewer.page("operations_held.html.jinja", held=found.held, most=held.LISTED)
+
+
+@routes.get(_ROOT + "/held/{identifier}")
+async def answer(viewer: Looking, identifier: str) -> Response:
+    """One answer, with the conversation that it ends."""
+    _reviewer(viewer)
+    found = await viewer.run(partial(held.show, viewer.store, viewer.user, identifier))
+    return viewer.page("operations_held_one.html.jinja", one=found)
+
+
+def _reviewer(viewer: Viewer) -> None:
+    """Raise ApiError 403 for who may not review answers."""
+    if not viewer.user.may("answer.review"):
+        raise ApiError(403, "Held answers are for approvers and stewards.", code="permission_denied")
 
 
 def _whole(viewer: Viewer) -> None:

@@ -8,19 +8,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from tunesmith.server.access import PUBLIC
-from tunesmith.server.console import (
-    changes,
-    evidence,
-    forms,
-    held,
-    home,
-    jobs,
-    operations,
-    playground,
-    rollouts,
-    versions,
-)
-from tunesmith.server.console.people import keys, login, oidc
+from tunesmith.server.console import changes, evidence, forms, home, jobs, operations, playground, rollouts, versions
+from tunesmith.server.console.people import login, oidc
 from tunesmith.server.console.rendering import HEADERS, STATIC
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.rows import datasets, review
@@ -71,8 +60,6 @@ for part in (
     review.routes,
     datasets.routes,
     operations.routes,
-    held.routes,
-    keys.routes,
     last,
 ):
     routes.include_router(part)
