@@ -318,7 +318,7 @@ def _examples(store: Store, report: Report) -> list[MovedExample]:
         query = select(RequestRow.id, RequestRow.features).where(
             RequestRow.id.in_(kept), RequestRow.at >= report.since, RequestRow.at <= report.until
         )
-        features: dict[str, dict[str, Any]] = dict(session.execute(query).tuples().all())
+        features: dict[str, dict[str, Any]] = dict(session.execute(query).all())
     measured = measured_baseline(store, load_version(store, report.version)).features
     found = []
     for finding in report.findings:
