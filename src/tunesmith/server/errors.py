@@ -212,3 +212,9 @@ def too_many_held(most: int) -> ApiError:
         f"The answer needs a reviewer, and {most} answers wait for one already. It is gone: send the request again."
     )
     return ApiError(503, message, code="held_queue_full", headers={"Retry-After": "60"})
+
+
+def sentence(error: TunesmithError) -> str:
+    """What a caller reads of an error. What to do next is left out where it needs an option of a command."""
+    fix = "" if not error.fix or "--" in error.fix else f" Then: {error.fix}."
+    return f"{error.what[:1].upper()}{error.what[1:]}.{fix}"

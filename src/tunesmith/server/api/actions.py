@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request, Response
 from tunesmith.core.errors import NotThere, UsageError
 from tunesmith.server.access import needs, token_of
 from tunesmith.server.actions import FIELD, perform
-from tunesmith.server.api.routing import CHANGE, call_of, document, router, sentence
-from tunesmith.server.errors import bad_request
+from tunesmith.server.api.routing import CHANGE, call_of, document, router
+from tunesmith.server.errors import bad_request, sentence
 from tunesmith.server.openapi import body, errors
 from tunesmith.services.actions import Action, all_actions
 

@@ -17,7 +17,7 @@ from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, Tu
 from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.server.access import caller, token_of
-from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored
+from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored, sentence
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving
@@ -170,9 +170,3 @@ def whole_call_of(request: Request, action: str | None = None) -> Call:
 def document(found: BaseModel) -> JSONResponse:
     """A result as the answer."""
     return JSONResponse(found.model_dump(mode="json", by_alias=True), headers={"cache-control": "no-store"})
-
-
-def sentence(error: TunesmithError) -> str:
-    """What a caller reads of an error. What to do next is left out where it needs an option of a command."""
-    fix = "" if not error.fix or "--" in error.fix else f" Then: {error.fix}."
-    return f"{error.what[:1].upper()}{error.what[1:]}.{fix}"

@@ -16,8 +16,7 @@ from tunesmith.core.view import View
 from tunesmith.server import limits
 from tunesmith.server.access import caller, needs
 from tunesmith.server.actions import perform
-from tunesmith.server.api.routing import sentence
-from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored
+from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored, sentence
 from tunesmith.server.fine_tuning import event_stream
 from tunesmith.server.fine_tuning.pages import page_limit
 from tunesmith.server.fine_tuning.request import FineTuningRequest
