@@ -14,9 +14,7 @@ from typer.testing import CliRunner
 from tests.tiny_project import write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError
-from tunesmith.jobs import leases, queue
-from tunesmith.project import Project
-from tunesmith.services.run_settings import project_of
+from tunesmith.jobs import leases
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -79,9 +77,7 @@ def test_a_run_whose_process_was_killed_is_shown_as_such_before_its_lease_ends(f
 
 def test_wrong_usage(folder: Path) -> None:
     assert told(folder, "run", "--priority", "1").startswith("2: --priority and --key")
-    assert told(folder, "run", "--queue", "--priority", "5000").startswith("2: Input should be less than")
     assert told(folder, "jobs", "show", "9").startswith("2: there is no job 9")
-    assert told(folder, "jobs", "list", "--state", "done").startswith("2: 'done' is not a state of jobs")
     assert "no jobs" in told(folder, "jobs", "list")
     document(folder, "run", "--queue")
     assert told(folder, "jobs", "log", "1", "--follow", "--json").startswith("2: --follow")
@@ -92,19 +88,6 @@ def test_settings_of_one_run(folder: Path) -> None:
     queued = document(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", "tuned.learning_rate=0.01")
     assert queued["changes"] == {"tuned": {"epochs": 2, "learning_rate": 0.01}}
     assert "tuned.epochs=2" in told(folder, "jobs", "show", "1")
-    project = Project.load(folder)
-    train = project_of(project, queue.get(project.store, 1)).settings.candidates["tuned"].train
-    assert (train and train.epochs, train and train.learning_rate) == (2, 0.01)
+    assert "changes no setting" in told(folder, "run", "--queue", "--set", "tuned.epochs")
     assert document(folder, "forecast", "--queue")["kind"] == "forecast"
     assert told(folder, "forecast", "--queue", "--rows", "300").startswith("2: a queued forecast takes the defaults")
-    for wrong, said in (
-        ("tuned.epochs", "changes no setting"),
-        ("plain.epochs=2", "no candidate 'plain' is trained"),
-        ("tuned.keep=last", "cannot be changed for one run"),
-        ("tuned.epochs=many", "epochs: "),
-        ("tuned.budget=20", "set either budget or epochs"),
-    ):
-        assert said in told(folder, "run", "--queue", "--set", "tuned.epochs=2", "--set", wrong)
-    document(folder, "run", "--queue", "--set", "tuned.budget=20m")
-    train = project_of(project, queue.get(project.store, 3)).settings.candidates["tuned"].train
-    assert (train and train.budget, train and train.epochs) == (1200, 20), "it replaces the file's epochs"

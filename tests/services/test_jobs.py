@@ -1,0 +1,90 @@
+"""What people do with jobs: the rules that commands, pages and routes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acting import do
+from tests.tiny_project import write_project
+from tunesmith.core.errors import Forbidden, NotThere, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.jobs import queue
+from tunesmith.project import Project
+from tunesmith.services import jobs
+from tunesmith.services.run_settings import project_of
+from tunesmith.store.people.identities import add_user, ensure_owner
+from tunesmith.training.settings import TrainSettings
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    found = Project.load(write_project(tmp_path / "p"))
+    ensure_owner(found.store)
+    return found
+
+
+def train_of(project: Project, number: int) -> TrainSettings:
+    train = project_of(project, queue.get(project.store, number)).settings.candidates["tuned"].train
+    assert train is not None
+    return train
+
+
+def test_settings_of_one_run(project: Project) -> None:
+    queued = do(project, jobs.add, changes={"tuned": {"epochs": "2", "learning_rate": 0.01, "rank": "2"}})
+    assert queued.changes == {"tuned": {"epochs": 2, "learning_rate": 0.01}}, "the file has this rank"
+    train = train_of(project, queued.job)
+    assert (train.epochs, train.learning_rate) == (2, 0.01)
+    train = train_of(project, do(project, jobs.add, changes={"tuned": {"budget": "20m"}}).job)
+    assert (train.budget, train.epochs) == (1200, 20), "it replaces the file's epochs"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"changes": {"plain": {"epochs": 2}}}, "no candidate 'plain' is trained"),
+        ({"changes": {"tuned": {"keep": "last"}}}, "cannot be changed for one run"),
+        ({"changes": {"tuned": {"epochs": "many"}}}, "epochs: "),
+        ({"changes": {"tuned": {"epochs": 2, "budget": 20}}}, "set either budget or epochs"),
+        ({"candidate": "plain"}, "no candidate 'plain' is trained"),
+        ({"kind": "run", "candidate": "tuned"}, "candidate is for forecasts"),
+        ({"priority": 5000}, "less than or equal to 1000"),
+        ({"key": "a\nb"}, "printable"),
+    ],
+)
+def test_what_cannot_be_queued(project: Project, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        do(project, jobs.add, **asked)
+    assert jobs.count_jobs(project.store) == 0
+
+
+def test_a_candidate_means_a_forecast_and_a_key_one_job(project: Project) -> None:
+    kinds = [do(project, jobs.add, **asked).kind for asked in ({}, {"candidate": "tuned"}, {"kind": "forecast"})]
+    assert kinds == ["run", "forecast", "forecast"]
+    first = do(project, jobs.add, key="nightly")
+    assert do(project, jobs.add, key="nightly").job == first.job
+    with pytest.raises(UsageError, match="was given before"):
+        do(project, jobs.add, key="nightly", candidate="tuned")
+
+
+def test_jobs_of_others_are_not_there(project: Project) -> None:
+    store, owner = project.store, ensure_owner(project.store).name
+    amy = add_user(store, "amy", ["engineer", "operator"], actor=owner, scope=Scope("acme"))
+    own, others = (
+        queue.add(store, "run", {}, project="p", actor=owner, scope=Scope(tenant)).id for tenant in ("acme", "globex")
+    )
+    for change in (jobs.cancel, jobs.pause, jobs.resume):
+        with pytest.raises(NotThere, match=f"there is no job {others}"):
+            do(store, change, actor="amy", job=others)
+    for read in (jobs.show, jobs.log, jobs.newest_lines, jobs.curves):
+        with pytest.raises(NotThere):
+            read(store, others, amy)
+    assert [each.job for each in jobs.list_jobs(store, amy).jobs] == [own]
+    assert (jobs.count_jobs(store, amy), jobs.count_jobs(store)) == (1, 2)
+    assert do(store, jobs.pause, actor="amy", job=own).state == "paused"
+    with pytest.raises(Forbidden, match="all tenants"):
+        do(project, jobs.add, actor="amy")
+    with pytest.raises(UsageError, match="not a state"):
+        jobs.list_jobs(store, states=["done"])
