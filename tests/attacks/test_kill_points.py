@@ -162,7 +162,7 @@ def make(folder: Path) -> dict[str, Operation]:
     }
 
 
-def keep(store: Store, file: str) -> uploads.StoredFile:
+def keep(store: Store, file: str) -> tables.FileRow:
     """Keep an uploaded file under an id."""
     with store.scratch() as folder:
         path = folder / "rows"
@@ -207,7 +207,7 @@ def check_killed(store: Store, states: list[Any], *, writes_files: bool) -> None
         assert found.ok, found.problems
 
 
-def listed(store: Store) -> list[uploads.StoredFile]:
+def listed(store: Store) -> list[tables.FileRow]:
     return uploads.list_files(store, Scope(), most=100, oldest_first=True)
 
 

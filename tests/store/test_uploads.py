@@ -17,13 +17,13 @@ from tunesmith.core.scope import Scope
 from tunesmith.store import database, uploads
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
-from tunesmith.store.tables import LockRow
-from tunesmith.store.uploads import FileGone, StoredFile
+from tunesmith.store.tables import FileRow, LockRow
+from tunesmith.store.uploads import FileGone
 
 ACME = Scope("acme")
 
 
-def kept(store: Store, data: bytes = b"{}\n", scope: Scope = ACME, **more: str) -> StoredFile:
+def kept(store: Store, data: bytes = b"{}\n", scope: Scope = ACME, **more: str) -> FileRow:
     owner = ensure_owner(store).name
     with store.scratch() as folder:
         (folder / "x").write_bytes(data)
@@ -33,25 +33,31 @@ def kept(store: Store, data: bytes = b"{}\n", scope: Scope = ACME, **more: str) 
 
 def test_files_are_kept_listed_and_deleted(store: Store) -> None:
     first, second, other = kept(store), kept(store, purpose="fine-tune-results"), kept(store, scope=Scope("globex"))
-    assert uploads.find(store, first.file, ACME) == first
+
+    def listed(scope: Scope, *, oldest_first: bool = True, **chosen: str) -> list[str]:
+        return [each.file for each in uploads.list_files(store, scope, most=9, oldest_first=oldest_first, **chosen)]
+
+    found = uploads.find(store, first.file, ACME)
+    assert found is not None
+    assert (found.digest, found.name, found.size) == (first.digest, "rows.JSONL", 3)
     assert uploads.find(store, first.file, Scope("globex")) is None
-    assert uploads.list_files(store, Scope(), most=9, oldest_first=True) == [first, second, other]
-    assert uploads.list_files(store, ACME, most=9, oldest_first=False) == [second, first]
-    assert uploads.list_files(store, ACME, most=9, oldest_first=False, after=second.file) == [first]
-    assert uploads.list_files(store, ACME, most=9, oldest_first=True, purpose="fine-tune-results") == [second]
+    assert listed(Scope()) == [first.file, second.file, other.file]
+    assert listed(ACME, oldest_first=False) == [second.file, first.file]
+    assert listed(ACME, oldest_first=False, after=second.file) == [first.file]
+    assert listed(ACME, purpose="fine-tune-results") == [second.file]
     with uploads.local_file(store, first) as path:
         assert path.suffix == ".jsonl"
-    assert kept(store, b"other", file=first.file) == first, "an id has one file"
+    assert kept(store, b"other", file=first.file).digest == first.digest, "an id has one file"
     owner = ensure_owner(store).name
     with pytest.raises(FileGone):
         uploads.delete(store, first.file, actor=owner, scope=Scope("globex"))
     uploads.delete(store, first.file, actor=owner, scope=ACME)
     with pytest.raises(FileGone, match="missing"):
         list(uploads.pieces(store, first))
-    assert uploads.list_files(store, ACME, most=9, oldest_first=True, after=first.file) == [second], "its place stays"
+    assert listed(ACME, after=first.file) == [second.file], "its place stays"
     for after, scope in ((first.file, Scope("globex")), ("file-0", ACME)):
         with pytest.raises(FileGone):
-            uploads.list_files(store, scope, most=9, oldest_first=True, after=after)
+            listed(scope, after=after)
     assert list(uploads.pieces(store, second)) == [b"{}\n"]
 
 

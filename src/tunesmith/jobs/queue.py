@@ -23,7 +23,6 @@ from tunesmith.store.tables import JobEventRow, JobRow, JobState
 
 ATTEMPTS = 3
 _LONGEST_KEY = 128
-_PRIORITIES = range(-1000, 1001)
 
 
 def add(
@@ -43,10 +42,11 @@ def add(
 
     arguments: JSON values. priority: jobs with a higher one are taken first. key: an idempotency key; the same key of
     the same actor gives the job that it gave before. attempts: how often it is tried at most.
-    Raises UsageError for a key that was given with another kind or other arguments, and for values out of range;
+    Raises UsageError for a key that was given with another kind or other arguments, and for one that is too long;
     Refused where the actor may not add jobs.
     """
-    check_new(priority, key)
+    if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
+        raise UsageError(f"an idempotency key has 1 to {_LONGEST_KEY} printable characters", where=repr(key[:40]))
     with database.reading(store.engine) as session:
         require(session, actor, "job.add", scope=scope)
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
@@ -62,14 +62,6 @@ def add(
         session.flush()
         detail |= {"job": row.id, "arguments": digest_of(dict(arguments))}
         return row
-
-
-def check_new(priority: int, key: str | None) -> None:
-    """Raise UsageError for a priority or an idempotency key that the queue does not take."""
-    if priority not in _PRIORITIES:
-        raise UsageError(f"the priority {priority} is not from {_PRIORITIES[0]} to {_PRIORITIES[-1]}")
-    if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
-        raise UsageError(f"an idempotency key has 1 to {_LONGEST_KEY} printable characters", where=repr(key[:40]))
 
 
 def new_row(

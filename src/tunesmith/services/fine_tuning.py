@@ -24,8 +24,7 @@ from tunesmith.registry.versions import resolve
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
-from tunesmith.store.tables import JobRow
-from tunesmith.store.uploads import StoredFile
+from tunesmith.store.tables import FileRow, JobRow
 from tunesmith.training.settings import TrainSettings, changed_training
 
 KIND: Final = "fine_tuning"
@@ -253,7 +252,7 @@ def _jobs(store: Store, user: User, before: int | None) -> Iterator[JobRow]:
         before = page[-1].id
 
 
-def _file(store: Store, user: User, identifier: str, field: str) -> StoredFile:
+def _file(store: Store, user: User, identifier: str, field: str) -> FileRow:
     found = uploads.find(store, identifier, user.scope)
     if found is None:
         raise UsageError(f"invalid {field}: {identifier[:80]}", where=field)

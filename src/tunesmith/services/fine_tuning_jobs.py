@@ -20,8 +20,8 @@ from tunesmith.services import training
 from tunesmith.services.fine_tuning import KIND, RESULTS, Arguments, Uploaded, derived, model_name, stated, trained_name
 from tunesmith.services.training import RunSummary
 from tunesmith.store import uploads
-from tunesmith.store.tables import JobRow
-from tunesmith.store.uploads import FileGone, StoredFile
+from tunesmith.store.tables import FileRow, JobRow
+from tunesmith.store.uploads import FileGone
 
 VALIDATING = "validating files"
 # The columns of OpenAI's result files. Token accuracies are not measured, so these stay empty.
@@ -129,7 +129,7 @@ def _every(task: Task) -> Any:
 
 def _files(
     project: Project, job: JobRow, arguments: Arguments, opened: contextlib.ExitStack
-) -> dict[str, tuple[StoredFile, Path]]:
+) -> dict[str, tuple[FileRow, Path]]:
     """The files of a job and where they are here until `opened` is closed, by the client's field. Raises FileGone."""
     found = {}
     for field in ("training_file", "validation_file"):

@@ -343,6 +343,11 @@ class FileRow(Table):
     digest: Mapped[str] = mapped_column(String(71))
     created: Mapped[float] = mapped_column(Float)
 
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
+
 
 class WebhookRow(Table):
     """How far a project's webhook has read the audit log. seq: the newest entry that it has seen."""

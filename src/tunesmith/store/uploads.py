@@ -11,7 +11,6 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +33,6 @@ _DELETED = "file.delete"  # in the audit log, with the number of the file
 _LONGEST_NAME, _LONGEST_ENDING = 256, 16
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """A file. The fields are those of FileRow."""
-
-    number: int
-    file: str
-    tenant: str
-    region: str
-    created_by: str
-    name: str
-    purpose: str
-    size: int
-    digest: str
-    created: float
-
-    @property
-    def scope(self) -> Scope:
-        """Whom it is for."""
-        return Scope(self.tenant, self.region)
-
-
 class FileGone(Refused):
     """There is no such file, or not for this caller, or its bytes are missing or damaged."""
 
@@ -69,7 +47,7 @@ def put(
     scope: Scope,
     file: str | None = None,
     digest: str | None = None,
-) -> StoredFile:
+) -> FileRow:
     """Keep a file, which is used up. source: on the store's disk (`Store.scratch`).
 
     digest: of its bytes, where the caller knows it. file: its id; by default a new one. An id that exists already gives
@@ -97,7 +75,7 @@ def put(
                 )  # fmt: skip
                 session.add(row)
                 session.flush()
-                return _of(row)
+                return row
         except BaseException:
             with contextlib.suppress(Exception):
                 _drop_unless_kept(store, key)
@@ -120,16 +98,15 @@ def _drop_unless_kept(store: Store, key: str) -> None:
         store.blobs.delete(key)
 
 
-def find(store: Store, file: str, scope: Scope) -> StoredFile | None:
+def find(store: Store, file: str, scope: Scope) -> FileRow | None:
     """A file by its id; None where there is none that the scope covers."""
     with database.reading(store.engine) as session:
-        row = _row(session, file, scope)
-        return None if row is None else _of(row)
+        return _row(session, file, scope)
 
 
 def list_files(
     store: Store, scope: Scope, *, purpose: str | None = None, after: str | None = None, most: int, oldest_first: bool
-) -> list[StoredFile]:
+) -> list[FileRow]:
     """The files that a scope covers. after: only those behind this one in the same order, which may be deleted by now.
     Raises FileGone for an `after` that never was a file of the scope."""
     found = select(FileRow).where(*within(FileRow, scope))
@@ -140,7 +117,7 @@ def list_files(
             place = _place(session, after, scope)
             found = found.where(FileRow.number > place if oldest_first else FileRow.number < place)
         ordered = found.order_by(FileRow.number if oldest_first else FileRow.number.desc()).limit(most)
-        return [_of(each) for each in session.scalars(ordered)]
+        return list(session.scalars(ordered))
 
 
 def delete(store: Store, file: str, *, actor: str, scope: Scope) -> None:
@@ -169,7 +146,7 @@ def _place(session: Session, file: str, scope: Scope) -> int:
     raise _gone(file)
 
 
-def pieces(store: Store, stored: StoredFile) -> Iterator[bytes]:
+def pieces(store: Store, stored: FileRow) -> Iterator[bytes]:
     """A file's bytes. Raises FileGone where they are missing, and at their end where they are not those that came."""
     hasher = hashlib.sha256()
     try:
@@ -183,7 +160,7 @@ def pieces(store: Store, stored: StoredFile) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def local_file(store: Store, stored: StoredFile) -> Iterator[Path]:
+def local_file(store: Store, stored: FileRow) -> Iterator[Path]:
     """A local file with a file's bytes, for reading. Raises FileGone where they are missing or not those that came.
 
     Of a bucket it is a temporary copy, which ends with the context: no other copy stays on this machine's disk.
@@ -209,11 +186,7 @@ def without_bytes(session: Session, keys: Collection[str]) -> list[str]:
 
 def _row(session: Session, file: str, scope: Scope) -> FileRow | None:
     row = session.scalars(select(FileRow).where(FileRow.file == file)).first()
-    return row if row is not None and scope.covers(Scope(row.tenant, row.region)) else None
-
-
-def _of(row: FileRow) -> StoredFile:
-    return StoredFile(**{each.name: getattr(row, each.name) for each in fields(StoredFile)})
+    return row if row is not None and scope.covers(row.scope) else None
 
 
 def _gone(file: str) -> FileGone:

@@ -20,14 +20,15 @@ from tunesmith.core.view import View
 from tunesmith.server import limits
 from tunesmith.server.access import caller, needs
 from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
-from tunesmith.server.fine_tuning.pages import page_limit
+from tunesmith.server.fine_tuning.request import page_limit
 from tunesmith.server.intake.form import FormReader, too_large
 from tunesmith.server.openapi import BEARER, errors, form
 from tunesmith.server.serving import Serving
 from tunesmith.services.fine_tuning import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.people.identities import User
-from tunesmith.store.uploads import FileGone, StoredFile
+from tunesmith.store.tables import FileRow
+from tunesmith.store.uploads import FileGone
 
 _PIECE = 1 << 20  # bytes that are written at once
 _SYNCED = (
@@ -280,7 +281,7 @@ async def _allowed(request: Request, action: str) -> tuple[User, Serving]:
     return user, serving
 
 
-async def _found(user: User, serving: Serving, file: str) -> StoredFile:
+async def _found(user: User, serving: Serving, file: str) -> FileRow:
     with _stored():
         found = await serving.listing.run(user.name, partial(uploads.find, serving.store, file, user.scope))
     if found is None:
@@ -306,7 +307,7 @@ def _stored() -> Iterator[None]:
         raise not_stored(error) from error
 
 
-def _object(stored: StoredFile) -> FileObject:
+def _object(stored: FileRow) -> FileObject:
     return FileObject(
         id=stored.file,
         object="file",

@@ -18,8 +18,7 @@ from tunesmith.server.access import caller, needs
 from tunesmith.server.actions import perform
 from tunesmith.server.errors import ApiError, bad_request, forbidden, no_such_model, not_stored, sentence
 from tunesmith.server.fine_tuning import event_stream
-from tunesmith.server.fine_tuning.pages import page_limit
-from tunesmith.server.fine_tuning.request import FineTuningRequest
+from tunesmith.server.fine_tuning.request import FineTuningRequest, page_limit
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving

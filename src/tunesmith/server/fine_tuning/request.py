@@ -1,4 +1,7 @@
-"""The body that creates a fine-tuning job, as OpenAI defines it. What is not supported is refused by name."""
+"""What clients ask, as OpenAI defines it: the body that creates a fine-tuning job, and how many items a page may have.
+
+What is not supported is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, m
 
 from tunesmith.server import limits
 from tunesmith.server.answering.request import MetadataKey, MetadataText, Number
+from tunesmith.server.errors import bad_request
 from tunesmith.services.fine_tuning import Arguments, Hyperparameters
 
 _NOT_SUPPORTED = "is not supported"
@@ -98,3 +102,12 @@ class FineTuningRequest(BaseModel):
             seed=self.seed,
             metadata=self.metadata,
         )
+
+
+def page_limit(given: str | None, default: int, most: int) -> int:
+    """How many items a page may have. Raises ApiError 400 for anything but a whole number from 1 to `most`."""
+    if given is None:
+        return default
+    if not given.isascii() or not given.isdecimal() or len(given) > 6 or not 1 <= int(given) <= most:
+        raise bad_request(f"limit must be a whole number from 1 to {most}.", "limit")
+    return int(given)
