@@ -184,7 +184,6 @@ def test_users_and_tokens(store: Store, version: Version) -> None:
     for words, what in (
         (("groups", "bob", "--group", "../hr"), "not a group name"),
         (("token", "bob", "--expires", "soon"), "should match pattern"),
-        (("token", "bob", "--expires", "999999d"), "should match pattern"),
         (("revoke-token", "bob", "ci"), "bob has no token of that name"),
     ):
         with pytest.raises(UsageError, match=what):

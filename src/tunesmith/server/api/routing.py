@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
@@ -33,21 +33,18 @@ Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 Page = Annotated[int, Query(ge=1, le=1_000_000)]
 Text = Annotated[str, Query(max_length=300)]
-Reason = Annotated[str, Field(max_length=2000)]
-Short = Annotated[str, Field(max_length=200)]
 READ = (400, 401, 403, 404, 409, 429, 503)
 CHANGE = (400, 401, 403, 404, 408, 409, 413, 429, 503, 507)
 
 
 class ApiRoute(APIRoute):
-    """A route whose services raise: what they say becomes an answer. refused: the status and code where they refuse."""
+    """A route whose services raise: what they say becomes an answer. refused: the code where they refuse."""
 
-    refused: ClassVar[tuple[int, str]]
+    refused: ClassVar[str]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler."""
         inner = super().get_route_handler()
-        status, code = self.refused
 
         async def handler(request: Request) -> Response:
             try:
@@ -64,10 +61,9 @@ class ApiRoute(APIRoute):
                 raise bad_request(sentence(error)) from error
             except Forbidden as error:
                 raise forbidden(sentence(error), error.code or "permission_denied") from error
-            except Refused as error:
-                raise ApiError(status, sentence(error), code=error.code or code) from error
-            except Inconclusive as error:
-                raise ApiError(status, sentence(error), code=code) from error
+            except (Refused, Inconclusive) as error:
+                own = error.code if isinstance(error, Refused) else ""
+                raise ApiError(409, sentence(error), code=own or self.refused) from error
             except TunesmithError as error:
                 if request.method == "GET":  # nothing was to be stored: the application logs it and answers 503
                     raise
@@ -76,11 +72,11 @@ class ApiRoute(APIRoute):
         return handler
 
 
-def router(status: int = 409, code: str = "refused") -> APIRouter:
-    """A router for these routes. status, code: of the answer where a service refuses."""
+def router(code: str = "refused") -> APIRouter:
+    """A router for these routes. code: of the answer where a service refuses."""
 
     class Route(ApiRoute):
-        refused = (status, code)
+        refused = code
 
     return APIRouter(prefix="/api", route_class=Route)
 
