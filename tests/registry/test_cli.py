@@ -67,7 +67,7 @@ def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain, tmp_p
     assert (registered["version"], registered["number"]) == ("intents@v1", 1)
     assert registered["digest"].startswith("sha256:")
     assert document(store, "register", "--name", "intents") == registered  # the newest verdict, and the same version
-    with pytest.raises(Refused, match="permits version"):
+    with pytest.raises(Refused, match="it takes approver"):
         run(store, "approve", "intents@v1")
     approved = document(store, "approve", "intents@v1", "--as", "ann", "--reason", "fine")
     assert (approved["version"], approved["approver"]) == ("intents@v1", "ann")
