@@ -28,19 +28,14 @@ def evaluations(
     page: Annotated[int, typer.Option(min=1, help="25 evaluations each.")] = 1,
 ) -> None:
     """List evaluations, newest first, or show one with the newest verdict on it."""
-    from tunesmith.core.errors import UsageError
     from tunesmith.services import evidence
-    from tunesmith.store.people.identities import acting, get_user
 
-    store = here.store
-    user = get_user(store, acting(store, here.actor))
+    acting = here.acting
+    store, user = acting.store, acting.user
     if evaluation is None:
         here.emit(evidence.list_evaluations(store, user, page), _draw_list)
-        return
-    found = evidence.show_evaluation(store, user, store.find_record(evaluation))
-    if found is None:
-        raise UsageError("there is no such evaluation", where=evaluation, fix="tunesmith evaluations")
-    here.emit(found, _draw_one)
+    else:
+        here.emit(evidence.show_evaluation(store, user, store.find_record(evaluation)), _draw_one)
 
 
 def recalls(here: Here) -> None:

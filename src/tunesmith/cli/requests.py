@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from tunesmith.services.held_out_requests import OpenedRequest, RequestMatrix
     from tunesmith.store.people.identities import User
+    from tunesmith.store.store import Store
 
-Found = TypeVar("Found")
 Evaluation = Annotated[
     str, typer.Option("--evaluation", metavar="DIGEST", help="The start of its digest; by default the newest one.")
 ]
@@ -43,9 +43,9 @@ def requests(
 
     given = {"focus": focus, "rival": rival, "metric": metric, "show": show}
     given |= {"group": group, "label": label, "search": search}
-    user, digest = _which(here, evaluation)
-    found = held_out_requests.show_requests(here.store, user, user.region, digest, given, first, most)
-    here.emit(_present(found, "evaluation"), _draw_requests)
+    store, user, digest = _which(here, evaluation)
+    found = held_out_requests.show_requests(store, user, user.region, digest, given, first, most)
+    here.emit(found, _draw_requests)
 
 
 def request(
@@ -59,26 +59,17 @@ def request(
     """Show one held-out request with every candidate's answer, and how it differs from the reference."""
     from tunesmith.services import held_out_requests
 
-    user, digest = _which(here, evaluation)
-    found = held_out_requests.show_request(here.store, user, user.region, digest, row, {}, compared)
-    here.emit(_present(found, f"request {row[:80]!r}"), _draw_request)
+    store, user, digest = _which(here, evaluation)
+    here.emit(held_out_requests.show_request(store, user, user.region, digest, row, {}, compared), _draw_request)
 
 
-def _which(here: Acting, evaluation: str) -> tuple[User, str]:
-    """The acting user, and the digest of the evaluation that is meant."""
+def _which(here: Acting, evaluation: str) -> tuple[Store, User, str]:
+    """The store, the acting user, and the digest of the evaluation that is meant."""
     from tunesmith.services import evidence
-    from tunesmith.store.people.identities import acting, get_user
 
-    user = get_user(here.store, acting(here.store, here.actor))
-    return user, here.store.find_record(evaluation) if evaluation else evidence.newest_evaluation(here.store, user)
-
-
-def _present(found: Found | None, what: str) -> Found:
-    from tunesmith.core.errors import UsageError
-
-    if found is None:
-        raise UsageError(f"there is no such {what}", fix="tunesmith requests lists those of the newest evaluation")
-    return found
+    acting = here.acting
+    store, user = acting.store, acting.user
+    return store, user, store.find_record(evaluation) if evaluation else evidence.newest_evaluation(store, user)
 
 
 def _draw_requests(console: Console, found: RequestMatrix) -> None:

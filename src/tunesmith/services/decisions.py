@@ -169,13 +169,13 @@ def decide(server: str, key_file: Path | None, asked: PrepareDecision, *, actor:
             "no token", where="$TUNESMITH_TOKEN", fix="tunesmith users token NAME, run by an admin, makes one"
         )
     if key_file is None:
-        raise UsageError("with --server, the private key is named", fix="--key FILE")
+        raise UsageError("a decision on a server is signed with a key of yours", where="key", fix="name its file")
     private = keys.load_private_key(key_file)
     own = keys.fingerprint_of(private)
     if not is_private(server):
         raise UsageError(
             f"{server[:80]!r} is no address, or would get the token without encryption",
-            where="--server",
+            where="server",
             fix="https://HOST, or http://127.0.0.1:PORT",
         )
     with httpx.Client(base_url=server, timeout=_SECONDS, headers={"Authorization": f"Bearer {token}"}) as http:

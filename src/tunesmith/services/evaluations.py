@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import View
 from tunesmith.data.building.summary import DatasetSummary
@@ -28,8 +29,11 @@ from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.store import database
+from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
+
+READ_PERMISSION = "evidence.read"
 
 
 class ReportedCandidate(View):
@@ -155,14 +159,16 @@ def report(project: Project, version: str | None = None) -> EvidenceReport:
     return EvidenceReport.model_validate(data)
 
 
-def version_report(store: Store, version: Version, *, everything: bool, texts: bool) -> EvidenceReport:
-    """The evidence for a version. everything: it names groups of rows, and its trail the other versions of its name
-    too, of all tenants. texts: it shows requests and answers, unless the evaluation was recalled.
+def version_report(store: Store, user: User, version: Version, *, texts: bool = True) -> EvidenceReport:
+    """The evidence for a version, as a user may see it. texts: with requests and answers, where they may read them.
 
+    Only people of all tenants and regions see texts, groups of rows, and other versions of the name in the trail.
     Raises Refused for an evaluation that does not state what a report shows.
     """
     from tunesmith.evaluation.report.data import release_trail, report_data
 
+    everything = user.scope == Scope()
+    texts = texts and everything and user.may(READ_PERMISSION)
     trail = release_trail(store, version.name if everything else version.label, version.digest)
     try:
         data = report_data(store, version.evaluation, version.verdict, version.digest, trail)

@@ -29,7 +29,7 @@ from tunesmith.evaluation.summary import (
     verdict_summary,
 )
 from tunesmith.registry.versions import load_version
-from tunesmith.services.evaluations import EvidenceReport, without_texts
+from tunesmith.services.evaluations import READ_PERMISSION, EvidenceReport, without_texts
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import reasons_of_recalls, recalled
@@ -38,7 +38,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
 
 LISTED = 25  # evaluations on a page
-READ_PERMISSION = "evidence.read"
+_NO_EVALUATION = "there is no such evaluation, or no such verdict on it"
 
 
 class RegisteredFrom(View):
@@ -155,18 +155,18 @@ def newest_evaluation(store: Store, user: User) -> str:
     return digest
 
 
-def show_evaluation(store: Store, user: User, digest: str, verdict: str | None = None) -> EvaluationPage | None:
-    """One evaluation with a verdict; None where the user sees none with this digest, or no such verdict on it."""
+def show_evaluation(store: Store, user: User, digest: str, verdict: str | None = None) -> EvaluationPage:
+    """One evaluation with a verdict, by default the newest. Raises NotThere for those that the user does not see."""
     with database.reading(store.engine) as session:
         at = when_made(session, user.scope, digest)
         if at is None:
-            return None
+            raise NotThere(_NO_EVALUATION)
         verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
         versions = _versions(session, user.scope, [digest]).get(digest, [])
         reason = recalled(session, digest, as_evidence=True)
     chosen = verdict or (verdicts[-1].digest if verdicts else None)
     if chosen is not None and chosen not in {one.digest for one in verdicts}:
-        return None
+        raise NotThere(_NO_EVALUATION)
     return EvaluationPage(
         summary=evaluation_summary(store, digest),
         at=at,
@@ -211,9 +211,9 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
             found = load_version(store, version, session)
             other = load_version(store, before, session) if before else None
         page = show_evaluation(store, user, found.evaluation, found.verdict)
-    except (TunesmithError, KeyError):  # a record that cannot be read
+    except (TunesmithError, KeyError):  # not this user's, or a record that cannot be read
         return None
-    if page is None or page.verdict is None:
+    if page.verdict is None:
         return None
     focus, stated = page.verdict.candidate, store.record(found.evaluation).body["candidates"]
     names = [name for name, one in stated.items() if name != focus]
@@ -237,16 +237,13 @@ def judged_candidate(store: Store, user: User, digest: str) -> str:
     return verdicts[-1].candidate if verdicts else ""
 
 
-def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport | None:
-    """What the report computes of an evaluation, without requests, answers, versions and audit log; None as
-    `show_evaluation`.
+def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport:
+    """What the report computes of an evaluation, without requests, answers, versions and audit log.
 
     Groups of rows, whose names may say whose rows they hold, are for readers of all tenants and regions. Takes seconds
-    the first time. Raises Refused for evidence that is not consistent.
+    the first time. Raises NotThere as `show_evaluation` does, and Refused for evidence that is not consistent.
     """
     page = show_evaluation(store, user, digest, verdict)
-    if page is None:
-        return None
     try:
         found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
     except Inconclusive as error:

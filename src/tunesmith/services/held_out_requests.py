@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from tunesmith.core.access import Caller
-from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.errors import Inconclusive, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.differences import Change, differences
 from tunesmith.core.view import View
 from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
-from tunesmith.services.evidence import READ_PERMISSION, judged_candidate, when_made
+from tunesmith.services.evaluations import READ_PERMISSION
+from tunesmith.services.evidence import judged_candidate, when_made
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import recalled
@@ -133,16 +134,14 @@ def _refused_if_not_consistent() -> Iterator[None]:
 @_refused_if_not_consistent()
 def show_requests(
     store: Store, user: User, region: str, digest: str, chosen: Mapping[str, str], first: int = 0, most: int = 0
-) -> RequestMatrix | None:
-    """A piece of the matrix; None where the user sees no such evaluation.
+) -> RequestMatrix:
+    """A piece of the matrix.
 
     region: of the server, for documents' labels. chosen: fields of Filter; what is left out is chosen as the report
-    chooses it. Raises Refused without the permission, for a recalled evaluation and for evidence that is not
-    consistent; UsageError for a candidate or metric that was not measured.
+    chooses it. Raises Forbidden without the permission, NotThere where the user sees no such evaluation, Refused for a
+    recalled one and for evidence that is not consistent, UsageError for a candidate or metric that was not measured.
     """
     matrix = _readable(store, user, digest)
-    if matrix is None:
-        return None
     reader = _reader(user, region)
     use = _filter(store, user, digest, matrix, chosen)
     found, sight = matrix.select(use, reader), matrix.sight(reader)
@@ -176,16 +175,17 @@ def show_requests(
 @_refused_if_not_consistent()
 def show_request(
     store: Store, user: User, region: str, digest: str, row: str, chosen: Mapping[str, str], compared: str = REFERENCE
-) -> OpenedRequest | None:
-    """One request with its answers; None where the user sees no such evaluation or row. As `show_requests`.
+) -> OpenedRequest:
+    """One request with its answers.
 
-    compared: what the answers are compared with word by word, REFERENCE or a candidate.
+    compared: what the answers are compared with word by word, REFERENCE or a candidate. Raises as `show_requests` does,
+    and NotThere for a row that the user may not see.
     """
     matrix = _readable(store, user, digest)
     reader = _reader(user, region)
-    place = None if matrix is None else matrix.place.get(row)
-    if matrix is None or place is None or place not in matrix.sight(reader).rows:
-        return None
+    place = matrix.place.get(row)
+    if place is None or place not in matrix.sight(reader).rows:
+        raise NotThere("there is no such request", fix="tunesmith requests lists those of the newest evaluation")
     sight, example = matrix.sight(reader), matrix.rows[place]
     use = _filter(store, user, digest, matrix, chosen)
     if compared not in (REFERENCE, *matrix.candidates):
@@ -220,17 +220,13 @@ def _matrix(store: Store, digest: str) -> Matrix:
     return Matrix(store, digest)
 
 
-def _readable(store: Store, user: User, digest: str) -> Matrix | None:
-    """The matrix, where the user may read its texts. Raises Refused as `show_requests` says."""
+def _readable(store: Store, user: User, digest: str) -> Matrix:
+    """The matrix, where the user may read its texts. Raises as `show_requests` says."""
+    user.require(READ_PERMISSION)
     with database.reading(store.engine) as session:
         if when_made(session, user.scope, digest) is None:
-            return None
+            raise NotThere("there is no such evaluation", fix="tunesmith evaluations")
         reason = recalled(session, digest, as_evidence=True)
-    if not user.may(READ_PERMISSION):
-        raise Refused(
-            f"{user.name} may not read requests and answers",
-            fix="ask an admin for the role engineer, steward or approver",
-        )
     if reason is not None:
         raise Refused(f"this evaluation was recalled, so its texts are not shown: {reason}", fix="evaluate again")
     return _matrix(store, digest)

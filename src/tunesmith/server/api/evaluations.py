@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Query, Request, Response
 
@@ -29,7 +29,7 @@ async def evaluation(request: Request, digest: Digest, verdict: Verdict = "") ->
     """One evaluation: its candidates with intervals, and the gates of a verdict, the newest unless one is named."""
     call = call_of(request)
     show = partial(evidence.show_evaluation, call.store, call.user, digest, verdict or None)
-    return await call.answer(show, none="evaluation")
+    return await call.answer(show)
 
 
 @routes.get("/evaluations/{digest}/findings", dependencies=[needs("read")], **shows(EvidenceReport))
@@ -37,7 +37,7 @@ async def findings(request: Request, digest: Digest, verdict: Verdict = "") -> R
     """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
     call = call_of(request)
     show = partial(evidence.show_findings, call.store, call.user, digest, verdict or None)
-    return await call.answer(show, none="evaluation")
+    return await call.answer(show)
 
 
 @routes.get("/evaluations/{digest}/requests", dependencies=[needs("rows")], **shows(held_out_requests.RequestMatrix))
@@ -59,11 +59,11 @@ async def requests(
     show: all, flips, wins, losses, invalid or long. group, label, search: only those requests. first: the place to
     begin at; most: how many.
     """
-    call = call_of(request, evidence.READ_PERMISSION)
+    call = call_of(request)
     given = dict(zip(_FILTER, (focus, rival, metric, show, group, label, search), strict=True))
     region = call.serving.settings.region
     look = partial(held_out_requests.show_requests, call.store, call.user, region, digest)
-    return await call.answer(partial(look, _said(given), first, most), none="evaluation")
+    return await call.answer(partial(look, given, first, most))
 
 
 @routes.get(
@@ -71,11 +71,7 @@ async def requests(
 )
 async def opened(request: Request, digest: Digest, row: Name, compared: Text = held_out_requests.REFERENCE) -> Response:
     """One held-out request: every candidate's answer, how it differs from compared, and what was retrieved."""
-    call = call_of(request, evidence.READ_PERMISSION)
+    call = call_of(request)
     region = call.serving.settings.region
     look = partial(held_out_requests.show_request, call.store, call.user, region, digest, row, {}, compared)
-    return await call.answer(look, none="request")
-
-
-def _said(given: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if value}
+    return await call.answer(look)

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
-from tunesmith.core.scope import Scope
-from tunesmith.server.access import needs
+from tunesmith.server.access import needs, token_of
 from tunesmith.server.api.routing import (
     READ,
     Call,
@@ -23,7 +22,7 @@ from tunesmith.server.api.routing import (
     shows,
 )
 from tunesmith.server.openapi import BEARER, errors
-from tunesmith.services import evaluations, evidence
+from tunesmith.services import evaluations
 from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service
 
@@ -105,9 +104,8 @@ async def document(request: Request, name: Name, number: Number, document: Docum
             return service.datasheet_of(call.store, found)
         if document == "NOTICE.md":
             return service.notice_of(call.store, found)
-        whole = call.user.scope == Scope()
-        texts = whole and call.permits("rows", evidence.READ_PERMISSION)
-        report = evaluations.version_report(call.store, found, everything=whole, texts=texts)
+        texts = token_of(request).permits("rows")
+        report = evaluations.version_report(call.store, call.user, found, texts=texts)
         return evaluations.report_html(report) if document == "report.html" else evaluations.report_text(report)
 
     text = await call.run(written)

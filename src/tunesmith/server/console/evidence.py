@@ -11,8 +11,8 @@ from fastapi import Request, Response
 from tunesmith.server.api.routing import Page
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.routing import router
-from tunesmith.server.errors import forbidden, missing
 from tunesmith.services import evidence, held_out_requests
+from tunesmith.services.evaluations import READ_PERMISSION
 from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
@@ -58,7 +58,6 @@ async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Respon
     found = await viewer.run(
         partial(evidence.show_findings, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
     )
-    assert found is not None  # the page was
     return viewer.page(
         "evidence_findings.html.jinja",
         found=found,
@@ -70,9 +69,8 @@ async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Respon
 @routes.get(_AT + "/{digest}/requests")
 async def requests(request: Request, viewer: Looking, digest: Digest, page: Page = 1) -> Response:
     """The page of the matrix. What it shows is fetched by it: reading many rows for the first time takes seconds."""
+    viewer.user.require(READ_PERMISSION)
     found = await shown(viewer, digest)
-    if not viewer.user.may(evidence.READ_PERMISSION):
-        raise forbidden("Requests and answers are for engineers, stewards and approvers.")
     query = urlencode({**_chosen(request), "page": page})
     return viewer.page("evidence_requests.html.jinja", found=found, digest=digest, query=query)
 
@@ -83,8 +81,6 @@ async def matrix(request: Request, viewer: Looking, digest: Digest, page: Page =
     region, first = viewer.serving.settings.region, (page - 1) * _ROWS
     look = partial(held_out_requests.show_requests, viewer.store, viewer.user, region, _full(digest))
     found = await viewer.run(partial(look, _chosen(request), first, _ROWS))
-    if found is None:
-        raise missing("evaluation")
     query = urlencode({key: value for key, value in found.filter.items() if value})
     response = viewer.page(
         "evidence_matrix.html.jinja",
@@ -110,8 +106,6 @@ async def opened(
     found = await viewer.run(
         partial(held_out_requests.show_request, viewer.store, viewer.user, region, _full(digest), row, chosen, compared)
     )
-    if found is None:
-        raise missing("request")
     query = urlencode(chosen)
     page = (found.place or 0) // _ROWS + 1
     return viewer.page("evidence_request.html.jinja", found=found, digest=digest, query=query, chosen=chosen, page=page)
@@ -122,7 +116,7 @@ async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str]
 
     version, before: digests. None where this person may not read them.
     """
-    if not viewer.user.may(evidence.READ_PERMISSION):
+    if not viewer.user.may(READ_PERMISSION):
         return None
     found = await viewer.run(partial(evidence.compare_versions, viewer.store, viewer.user, version, before))
     if found is None or not found.rival:
@@ -137,13 +131,10 @@ async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str]
 
 
 async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
-    """The evaluation of an address. Raises ApiError 404 where this person sees none."""
-    found = await viewer.run(
+    """The evaluation of an address. Raises NotThere where this person sees none."""
+    return await viewer.run(
         partial(evidence.show_evaluation, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
     )
-    if found is None:
-        raise missing("evaluation")
-    return found
 
 
 def _chosen(request: Request) -> dict[str, str]:

@@ -24,8 +24,9 @@ from tunesmith.server.console.evidence import shown
 from tunesmith.server.console.people.session import Changing, Looking, Viewer, form
 from tunesmith.server.console.routing import router
 from tunesmith.server.errors import ApiError, bad_request
-from tunesmith.services import chat, evidence
+from tunesmith.services import chat
 from tunesmith.services.chat import Choice
+from tunesmith.services.evaluations import READ_PERMISSION
 
 routes = router()
 _AT: Final = "/console/evidence/{digest}/playground"
@@ -97,9 +98,8 @@ async def answered(request: Request, viewer: Changing, digest: str) -> Response:
 
 
 async def _choices(viewer: Viewer, digest: str) -> tuple[Choice, ...]:
+    viewer.user.require(READ_PERMISSION)
     found = await shown(viewer, digest)
-    if not viewer.user.may(evidence.READ_PERMISSION):
-        raise ApiError(403, "The playground is for engineers, stewards and approvers.", code="permission_denied")
     serving = viewer.serving
     region, base = serving.settings.region, serving.versions.base
     return await viewer.run(partial(chat.choices, viewer.store, viewer.user, region, base, found.summary.evaluation))

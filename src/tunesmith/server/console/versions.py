@@ -9,14 +9,13 @@ from typing import Annotated, Any
 from fastapi import Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
-from tunesmith.core.scope import Scope
 from tunesmith.server.api.routing import Digest, Name, Number, Page
 from tunesmith.server.api.versions import REPORT_POLICY
 from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import router
-from tunesmith.services import evaluations, evidence
+from tunesmith.services import evaluations
 from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service
 
@@ -103,10 +102,7 @@ async def _version(viewer: Viewer, name: str, number: int) -> service.Registered
 
 async def _written(viewer: Viewer, name: str, number: int, write: Callable[[evaluations.EvidenceReport], str]) -> str:
     version = await _version(viewer, name, number)
-    everything = viewer.user.scope == Scope()
-    texts = everything and viewer.user.may(evidence.READ_PERMISSION)
-    report = partial(evaluations.version_report, viewer.store, version, everything=everything, texts=texts)
-    return await viewer.run(lambda: write(report()))
+    return await viewer.run(lambda: write(evaluations.version_report(viewer.store, viewer.user, version)))
 
 
 def _at(name: str, number: int) -> str:
