@@ -16,7 +16,7 @@ from hypothesis import settings
 from sqlalchemy import Engine
 
 from tests.statements import share_compiled
-from tunesmith.core.system.memory import available_memory
+from tunesmith.core.system.machine import available_memory
 from tunesmith.store import database
 from tunesmith.store.store import DATABASE
 

@@ -47,7 +47,7 @@ def adapter_settings(told: Figures) -> dict[str, Any]:
 def train(told: Figures) -> Figures:
     """told: rows, batch; full, rate, seed where they are not as usual; start and end: where the adapter is
     written before and after."""
-    from tunesmith.core.system import memory
+    from tunesmith.core.system import machine as memory
     from tunesmith.training.estimates.estimate import trial_step
     from tunesmith.training.objectives import CrossEntropy
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import check_name
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef, check_name
 
 
 def test_a_scope_covers_itself_and_an_empty_part_covers_all() -> None:

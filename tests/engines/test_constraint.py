@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tests.attack_table import Happened
 from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.json_spelling import as_decoded
+from tunesmith.core.reading.strict_json import as_decoded
 from tunesmith.engines.decoding.answers import Answer
 from tunesmith.engines.decoding.constraint import Constraints, mask_disallowed_
 from tunesmith.engines.protocol import Generation, Streamed

@@ -22,7 +22,7 @@ from tests.said import Said
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.system import memory
+from tunesmith.core.system import machine as memory
 from tunesmith.engines import device, factory, on_ray
 from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present, stated_peak
 from tunesmith.engines.factory import open_engine

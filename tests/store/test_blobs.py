@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.records import Record

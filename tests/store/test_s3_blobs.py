@@ -16,7 +16,7 @@ from tests.http_server import answering
 from tests.store.test_blobs import finished
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.project import open_store
 from tunesmith.services.doctor import examine
 from tunesmith.store.blobs.local import LocalBlobs

@@ -19,8 +19,8 @@ from tests.tiny import TILED, row, write_model
 from tests.trained import full_model, gradients, lora_model
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.system import memory
-from tunesmith.core.system.threads import wanted_threads
+from tunesmith.core.system import machine as memory
+from tunesmith.core.system.machine import wanted_threads
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.hf.costs import Shapes

@@ -24,7 +24,7 @@ from tests.tiny import WIDE, row, write_model
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Stopped, Task
-from tunesmith.core.system import memory
+from tunesmith.core.system import machine as memory
 from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.hf import four_bits

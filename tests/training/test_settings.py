@@ -21,8 +21,7 @@ from tunesmith.pipeline.training import _of_control
 from tunesmith.training.batches.rows import row_count, training_rows
 from tunesmith.training.estimates.estimate import too_few_numbers
 from tunesmith.training.estimates.subsets import subset_settings
-from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.settings import TrainSettings, changed_training, recorded_settings
+from tunesmith.training.settings import TrainSettings, changed_training, fit_to_rows, recorded_settings
 
 
 def test_epochs_and_a_budget_replace_each_other_with_all_that_came_with_it() -> None:

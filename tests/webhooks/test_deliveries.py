@@ -32,7 +32,7 @@ from tunesmith.services.webhooks import Deliverer, check_secrets
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.webhooks import deliveries, sending
-from tunesmith.webhooks.signing import signed_headers
+from tunesmith.webhooks.sending import signed_headers
 
 
 def ended(store: Store, kind: str = "run", error: str = "", what: str = "private text") -> int:

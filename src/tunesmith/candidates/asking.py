@@ -19,7 +19,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.text.labels import bare_label
+from tunesmith.core.text.names import bare_label
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.store.records import Record

@@ -34,7 +34,7 @@ from tunesmith.cli import (
 from tunesmith.cli.terminal import say
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.system.files import disk_full, is_disk_full
-from tunesmith.core.system.threads import started_by_torchrun
+from tunesmith.core.system.machine import started_by_torchrun
 from tunesmith.core.text.display import json_text
 
 _HELP = "From a task's examples to a released model behaviour that was measured, approved and signed."

@@ -96,7 +96,7 @@ def train(
     """Train a candidate's adapter. Continues from the newest complete checkpoint. `torchrun --nproc-per-node N -m
     tunesmith train NAME` trains it on N processes together."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.core.system.threads import started_by_torchrun
+    from tunesmith.core.system.machine import started_by_torchrun
     from tunesmith.services import training
 
     _check_train_options(restart, repeat, search, limited=trials is not None or within is not None)
@@ -127,7 +127,7 @@ def train(
 def _check_train_options(restart: bool, repeat: bool, search: bool, *, limited: bool) -> None:
     """Raise UsageError for options of `train` that exclude each other. limited: --trials or --within is given."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.core.system.threads import started_by_torchrun
+    from tunesmith.core.system.machine import started_by_torchrun
 
     only = [name for name, given in (("--search", search), ("--repeat", repeat)) if given]
     if only and started_by_torchrun():

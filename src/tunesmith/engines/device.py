@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.system import memory
-from tunesmith.core.system.threads import local_rank
+from tunesmith.core.system import machine as memory
+from tunesmith.core.system.machine import local_rank
 
 if TYPE_CHECKING:
     import torch

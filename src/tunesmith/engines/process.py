@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
+import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from tunesmith.core.system.threads import started_by_torchrun, wanted_threads
+from tunesmith.core.system.machine import started_by_torchrun, wanted_threads
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -32,3 +35,33 @@ def prepare_process() -> int:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     return threads
+
+
+MEASURED_ROWS = 1024  # rows of activations at most; more rows are no faster
+_SECONDS = 0.1
+
+
+def measured_flops(multiply: Callable[[], object], operations: float) -> float:
+    """Floating-point operations a second of the fastest call of multiply within a tenth of a second.
+
+    operations: floating-point operations of one call. The first call is not counted, since it may set things up.
+    """
+    multiply()
+    best, until = math.inf, time.perf_counter() + _SECONDS
+    while (began := time.perf_counter()) < until or best == math.inf:
+        multiply()
+        best = min(best, time.perf_counter() - began)
+    return operations / best
+
+
+@cache
+def product_flops(rows: int, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that a device reaches on a product of torch. Measured once for each size."""
+    weight, x = (torch.full((size, inputs), 0.01, device=device, dtype=dtype) for size in (outputs, rows))
+
+    def multiply() -> None:
+        torch.nn.functional.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it computes while this thread goes on
+
+    return measured_flops(multiply, 2.0 * rows * inputs * outputs)

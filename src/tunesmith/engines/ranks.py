@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.system.processes import end_with_parent
-from tunesmith.core.system.threads import started_by_torchrun
+from tunesmith.core.system.machine import end_with_parent, started_by_torchrun
 from tunesmith.engines.device import backends, computing_device
 
 Value = TypeVar("Value")

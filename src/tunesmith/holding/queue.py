@@ -22,8 +22,7 @@ from tunesmith.core.errors import Forbidden, NotThere, Refused, TunesmithError, 
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
-from tunesmith.core.reading.json_spelling import as_decoded
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, as_decoded, parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.holding.settings import HoldSettings

@@ -16,8 +16,8 @@ from tunesmith.core.errors import NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.jobs.state import ENDED, Clock, add_event, database_time
 from tunesmith.store import database
+from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
-from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobEventRow, JobRow, JobState
 

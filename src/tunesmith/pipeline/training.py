@@ -33,8 +33,7 @@ from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
-from tunesmith.training.recipe import fit_to_rows
-from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, UNSCORED, MetricsSettings, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, UNSCORED, MetricsSettings, TrainSettings, fit_to_rows
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion, Generation

@@ -20,9 +20,8 @@ from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.style.evidence import REVISION as STYLE_REVISION
 from tunesmith.pipeline.answers import answers, judged
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.policy import policy, read_requests
+from tunesmith.pipeline.policy import policy, read_requests, style
 from tunesmith.pipeline.probes import check_probes, general, risks
-from tunesmith.pipeline.style import style
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
 

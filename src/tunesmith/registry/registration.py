@@ -33,8 +33,7 @@ from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
-from tunesmith.core.text.names import check_name
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef, check_name
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
 from tunesmith.registry.opening import current_signer, open_release

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from tunesmith.core.digests import digest_file, digest_pieces, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.system.scratch import SCRATCH
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
 from tunesmith.registry.licence_duties import NOTICE, carried

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import is_digest, short
 from tunesmith.core.errors import NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
 from tunesmith.registry.signing.release import Version as Version
 from tunesmith.registry.signing.release import read_version

@@ -16,10 +16,9 @@ from tunesmith.registry.opening import Verified
 from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.preconditions import check_may_serve, point_champion, promotions_to_undo, verify_files
-from tunesmith.rollout.seen import NOT_SAID, Seen
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.standing import standing_of
-from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
+from tunesmith.rollout.state import NOT_SAID, Rollout, Seen, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import (
     Clock,
     Transition,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.digests import short
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.registry.aliases import get_alias
 from tunesmith.rollout.settings import Step
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -120,3 +123,36 @@ def list_rollouts(store: Store, *, name: str | None = None, live: bool = False) 
 
 def _within(name: str, scope: Scope) -> tuple[ColumnElement[bool], ...]:
     return RolloutRow.name == name, RolloutRow.tenant == scope.tenant, RolloutRow.region == scope.region
+
+
+_FIX = "load the page again, and decide by what it shows now"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a person looked at; None for what they did not say.
+
+    rollout: its number. step: the index of its step. champion: the digest of what served its name, "" for nothing.
+    """
+
+    rollout: int | None = None
+    step: int | None = None
+    champion: str | None = None
+
+    def check(self, session: Session, current: Rollout) -> None:
+        """Raise Refused unless the rollout that would change now is as it was seen."""
+        where = f"rollout {current.id} of {current.name}"
+        if self.rollout not in (None, current.id):
+            raise Refused(f"this would change rollout {current.id}, not {self.rollout}", where=where, fix=_FIX)
+        if self.step not in (None, current.step):
+            state = current.status.replace("_", " ")
+            at = f" at step {current.step + 1} of {len(current.steps)}" if current.live else ""
+            raise Refused(f"rollout {current.id} went on meanwhile: it is {state}{at}", where=where, fix=_FIX)
+        champion = get_alias(session, current.name, "champion", current.scope)
+        digest = champion.version if champion else ""
+        if self.champion not in (None, digest):
+            serves = f"{short(digest)} serves" if digest else "nothing serves"
+            raise Refused(f"the champion changed meanwhile: {serves} {current.name} now", where=where, fix=_FIX)
+
+
+NOT_SAID = Seen()

@@ -27,7 +27,7 @@ from tunesmith.core.clock import iso
 from tunesmith.core.scope import Scope
 from tunesmith.rollout.analysis import Arm
 from tunesmith.store import database
-from tunesmith.store.scoping import within
+from tunesmith.store.database import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.text.numbers import is_number
+from tunesmith.core.text.names import is_number
 from tunesmith.core.view import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
 from tunesmith.services.actions import Acting, Request, action

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.system import memory
-from tunesmith.core.system.threads import wanted_threads
+from tunesmith.core.system import machine as memory
+from tunesmith.core.system.machine import wanted_threads
 from tunesmith.core.view import View
 from tunesmith.project import Project
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
 from tunesmith.evaluation.gates.settings import Outcome
 from tunesmith.evaluation.report.data import report_data
@@ -31,9 +31,9 @@ from tunesmith.evaluation.summary import (
 from tunesmith.registry.versions import load_version
 from tunesmith.services.evaluations import READ_PERMISSION, EvidenceReport, without_texts
 from tunesmith.store import database
+from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
 from tunesmith.store.recalls import reasons_of_recalls, recalled
-from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
 

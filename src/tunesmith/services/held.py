@@ -20,8 +20,8 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
 from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.store import database
+from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
-from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import HeldRow
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from tunesmith.core.access import Caller
 from tunesmith.core.errors import Inconclusive, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.differences import Change, differences
+from tunesmith.core.text.display import Change, differences
 from tunesmith.core.view import View
 from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.text.numbers import is_number
+from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys

@@ -29,7 +29,7 @@ from tunesmith.rollout.standing import Champion
 from tunesmith.services.actions import Acting, Because, Request, action
 from tunesmith.services.rollouts import refused_champions
 from tunesmith.store import database
-from tunesmith.store.scoping import within
+from tunesmith.store.database import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow, RecallRow, RequestRow
 

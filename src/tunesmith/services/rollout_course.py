@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.registry.versions import load_version
@@ -22,8 +22,8 @@ from tunesmith.rollout.settings import Analysis, Step
 from tunesmith.rollout.standing import standing
 from tunesmith.rollout.state import LIVE, Rollout, Status, from_row, get_rollout
 from tunesmith.store import database
+from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
-from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, RequestRow, RolloutRow, VersionRow
 

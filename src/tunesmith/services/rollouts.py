@@ -10,15 +10,13 @@ from pydantic import Field
 from sqlalchemy import select
 
 from tunesmith.core.errors import NotThere, UsageError
-from tunesmith.core.text.numbers import is_number
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef, is_number
 from tunesmith.core.view import View
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import commands, controller
 from tunesmith.rollout.analysis import Outcome
-from tunesmith.rollout.seen import Seen
 from tunesmith.rollout.standing import Champion, list_champions
-from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
+from tunesmith.rollout.state import LIVE, Rollout, Seen, Status, get_rollout, list_rollouts
 from tunesmith.services.actions import Acting, Because, Named, Reason, Request, Short, action
 from tunesmith.services.served_scorers import check_analyses
 from tunesmith.store import database

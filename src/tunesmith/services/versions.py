@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.numbers import is_number
+from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.pipeline.verdicts import changed_since, latest
@@ -34,8 +34,8 @@ from tunesmith.services.actions import Acting, Because, Named, Request, Short, a
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
 from tunesmith.store import database
+from tunesmith.store.database import visible
 from tunesmith.store.people.identities import User
-from tunesmith.store.scoping import visible
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, RecordRow, RolloutRow, VersionRow
 

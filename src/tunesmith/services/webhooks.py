@@ -18,9 +18,8 @@ from tunesmith.store.locks import LockHeld
 from tunesmith.store.people.identities import require
 from tunesmith.webhooks import deliveries
 from tunesmith.webhooks.deliveries import Delivery
-from tunesmith.webhooks.sending import Outgoing, send
+from tunesmith.webhooks.sending import Outgoing, secret_of, send
 from tunesmith.webhooks.settings import TEST, WebhookSettings
-from tunesmith.webhooks.signing import secret_of
 
 _POLL = 1.0  # seconds between two looks at the audit log and at what is due
 _HELD = 20.0  # seconds until another worker's lock is tried again

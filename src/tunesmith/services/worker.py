@@ -19,7 +19,7 @@ from typing import TypeAlias
 from tunesmith.core import telemetry
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Silent, Stopped
-from tunesmith.core.system.processes import end_with_parent
+from tunesmith.core.system.machine import end_with_parent
 from tunesmith.core.telemetry import names
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost

@@ -12,14 +12,36 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Dialect, Engine, Executable, create_engine, event, insert, inspect, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Dialect,
+    Engine,
+    Executable,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    text,
+)
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import disk_full, is_disk_full
-from tunesmith.store.tables import HEAD_REVISION, OLDEST_REVISION, Table
+from tunesmith.store.tables import (
+    HEAD_REVISION,
+    OLDEST_REVISION,
+    FileRow,
+    HeldRow,
+    JobRow,
+    RequestRow,
+    RolloutRow,
+    Table,
+    VersionRow,
+)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
@@ -291,3 +313,17 @@ def _sqlite_transactions(engine: Engine) -> None:
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", on_begin)
     event.listen(engine, "engine_disposed", _close_direct)
+
+
+def within(
+    table: type[FileRow | HeldRow | JobRow | RequestRow | RolloutRow | VersionRow], scope: Scope
+) -> list[ColumnElement[bool]]:
+    """The conditions of a query for what belongs to a scope: rows of its tenant and region, where it names them."""
+    pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
+    return [column == value for column, value in pairs if value]
+
+
+def visible(table: type[VersionRow], scope: Scope) -> list[ColumnElement[bool]]:
+    """The conditions of a query for what people of a scope may see: what belongs to it, and what is for all."""
+    pairs = ((table.tenant, scope.tenant), (table.region, scope.region))
+    return [column.in_(("", value)) for column, value in pairs if value]

@@ -25,7 +25,7 @@ from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.system.files import copy_durably, room_for
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef
 from tunesmith.store import audit, database, locks
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.blobs.local import LocalBlobs

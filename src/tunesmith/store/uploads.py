@@ -22,9 +22,9 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.database import within
 from tunesmith.store.locks import LockHeld, abandoned
 from tunesmith.store.people.identities import require
-from tunesmith.store.scoping import within
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, FileRow
 

@@ -44,10 +44,9 @@ from tunesmith.training.estimates.estimate import (
     trial_step,
 )
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import DECISIONS, Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
-from tunesmith.training.settings import MetricsSettings, TrainSettings
+from tunesmith.training.settings import MetricsSettings, TrainSettings, fit_to_rows
 from tunesmith.training.sinks import Reporter, follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
 from tunesmith.training.state import TrainerState

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
-from tunesmith.webhooks.signing import signed_headers
+from tunesmith.core.errors import UsageError
 
 # Seconds until an answer's status must have come.
 SECONDS = 10.0
@@ -63,3 +68,35 @@ async def _send_one(client: httpx.AsyncClient, outgoing: Outgoing, seconds: floa
     if 200 <= status < 300:
         return ""
     return f"answered {status}{', and redirects are not followed' if 300 <= status < 400 else ''}"
+
+
+_PREFIX = "whsec_"
+_SIZES = range(24, 65)  # bytes, as the scheme has it
+
+
+def secret_of(variable: str, where: str) -> bytes:
+    """The secret's bytes from an environment variable. Raises UsageError where it is missing or is no secret.
+
+    The message never holds the secret.
+    """
+    given = os.environ.get(variable, "")
+    fix = f'export {variable}="whsec_$(openssl rand -base64 32)", and give the receiver the same'
+    if not given:
+        raise UsageError(f"the environment variable {variable} is not set", where=where, fix=fix)
+    try:
+        secret = base64.b64decode(given.removeprefix(_PREFIX), validate=True)
+    except binascii.Error:
+        secret = b""
+    if not given.startswith(_PREFIX) or len(secret) not in _SIZES:
+        raise UsageError(f"{variable} is not {_PREFIX} and 24 to 64 bytes in base64", where=where, fix=fix)
+    return secret
+
+
+def signed_headers(secret: bytes, identifier: str, at: int, body: bytes) -> dict[str, str]:
+    """The three headers of a delivery. at: seconds since 1970, of this attempt: receivers refuse old ones."""
+    signature = hmac.new(secret, f"{identifier}.{at}.".encode() + body, hashlib.sha256).digest()
+    return {
+        "webhook-id": identifier,
+        "webhook-timestamp": str(at),
+        "webhook-signature": f"v1,{base64.b64encode(signature).decode()}",
+    }

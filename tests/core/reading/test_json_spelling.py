@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from tunesmith.core.reading.answer_grammar import matches
-from tunesmith.core.reading.json_spelling import as_decoded
+from tunesmith.core.reading.strict_json import as_decoded
 from tunesmith.engines.decoding.json_text import restricted
 
 ANY = LLMatcher.grammar_from_json_schema(restricted({}))

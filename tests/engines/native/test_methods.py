@@ -17,7 +17,7 @@ from tests.said import Said
 from tests.tiny import TILED, row, write_model
 from tests.trained import fit, full_model, gradients, lora_model, saved, set_low_rank, validation_loss
 from tunesmith.core.errors import Refused
-from tunesmith.core.system import memory
+from tunesmith.core.system import machine as memory
 from tunesmith.engines.batch import Batch, computed_tokens, label_count, lay_out
 from tunesmith.engines.native.adapters import lora as lora_module
 from tunesmith.engines.native.adapters.full import FullModel

@@ -12,8 +12,7 @@ from typing import Any
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
 from tunesmith.core.reading.answer_schema import satisfies
-from tunesmith.core.reading.json_spelling import as_decoded
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, as_decoded, parse_json
 from tunesmith.data.building.account import (
     EDITED,
     HAS_CONTROL,

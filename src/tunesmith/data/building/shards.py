@@ -20,8 +20,7 @@ from typing import Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import Progress
-from tunesmith.core.system.processes import end_with_parent
-from tunesmith.core.system.threads import wanted_threads
+from tunesmith.core.system.machine import end_with_parent, wanted_threads
 from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import Examiner, RowRules, renamed
 from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row

@@ -16,7 +16,7 @@ from tunesmith.engines.hf.costs import DTYPES, activation_bytes, training_flops
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.sharding import layers
 from tunesmith.engines.packed import read_lengths
-from tunesmith.engines.peak import MEASURED_ROWS, product_flops
+from tunesmith.engines.process import MEASURED_ROWS, product_flops
 from tunesmith.engines.ranks import held
 from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import Objective, TrainableModel

@@ -21,7 +21,7 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.system import memory
+from tunesmith.core.system import machine as memory
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.attention import shared_prefix_attention

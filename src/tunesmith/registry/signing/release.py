@@ -19,8 +19,7 @@ from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import check_name
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef, check_name
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.risk import Requirement

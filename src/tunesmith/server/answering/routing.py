@@ -19,8 +19,7 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import check_name
-from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.text.names import VersionRef, check_name
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved

@@ -15,8 +15,7 @@ from llguidance import LLMatcher
 from tunesmith.candidates.grammars.copying import copied_fields, text_fields, texts_of
 from tunesmith.candidates.grammars.words import is_copied, pieces
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.json_spelling import as_decoded
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, as_decoded, parse_json
 from tunesmith.data.duplicates import learned_parts
 from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.services.starting.inferred_schema import answer_labels, rare_keys, schema_and_copied

@@ -13,7 +13,7 @@ from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import libraries
 from tunesmith.engines.hf.costs import BYTES, DTYPES, Shapes, activation_bytes, shapes_of
 from tunesmith.engines.hf.loading import cannot_run, first_line
-from tunesmith.engines.peak import MEASURED_ROWS, product_flops
+from tunesmith.engines.process import MEASURED_ROWS, product_flops
 
 # NF4 in blocks of 64 with one scale of 8 bits each, and one scale of 32 bits for 256 scales (Dettmers et al. 2023).
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)

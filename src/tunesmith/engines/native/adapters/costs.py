@@ -14,7 +14,7 @@ from tunesmith.engines.native.adapters.loss import GRAIN, LOGIT_ROWS
 from tunesmith.engines.native.network.attention import KEPT_WEIGHTS, SHARES, fits_tiles
 from tunesmith.engines.native.network.network import Layer, Network
 from tunesmith.engines.native.network.products import PackedLinear
-from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
+from tunesmith.engines.process import MEASURED_ROWS, measured_flops
 
 _FP32 = 4  # bytes of a number
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.core.system import memory
+from tunesmith.core.system import machine as memory
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network

@@ -1,12 +1,17 @@
-"""Memory of this process: its peak, and how much more it could take."""
+"""What this process takes of its machine: memory, threads, and child processes that end with it."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import resource
+import signal
 from pathlib import Path
 
 import psutil
+
+from tunesmith.core.errors import UsageError
 
 
 def reset_peak_memory() -> None:
@@ -62,3 +67,35 @@ def _memory_left(folder: Path, limit: str, usage: str, idle: str) -> list[int]:
     except (OSError, ValueError):  # no limit is written as "max"; the root group has no such files
         return []
     return [max(0, most - used + int(stats.get(idle, 0)))]
+
+
+def end_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its parent ends, however that ends. parent: its process number.
+
+    Ends this process at once where the parent is gone already. On other systems only that.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_rank() -> int:
+    """This process's number among those of one training on this machine, as torchrun and Ray Train state it; 0 for a
+    process that trains alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
+def wanted_threads() -> int | None:
+    """The value of $TUNESMITH_THREADS; None if it is unset or 0. Raises UsageError if it is not a whole number."""
+    told = os.environ.get("TUNESMITH_THREADS") or "0"
+    if not told.isdecimal():
+        raise UsageError(
+            f"{told!r} is not a number of threads", where="TUNESMITH_THREADS", fix="set a whole number, or unset it"
+        )
+    return int(told) or None
