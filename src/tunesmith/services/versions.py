@@ -29,7 +29,7 @@ from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout.state import LIVE
-from tunesmith.services import evidence
+from tunesmith.services import evaluations, evidence
 from tunesmith.services.actions import Acting, Because, Named, Request, Short, action
 from tunesmith.services.datasets import datasheet
 from tunesmith.services.decisions import approvals_for
@@ -43,6 +43,7 @@ LISTED = 100  # versions in a list, unless told otherwise
 PAGE = 50
 State = Literal["serving", "rolling out", "approved", "waiting", "refused", "recalled", "expired", "untrusted"]
 STATES: tuple[State, ...] = get_args(State)
+Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
 _REASONS: dict[str | None, State] = {
     None: "approved",
     "not_approved": "waiting",
@@ -279,8 +280,16 @@ def notice_of(store: Store, version: Version) -> str:
     return store.read_blob(blob).decode()
 
 
-def datasheet_of(store: Store, version: Version) -> str:
-    """The datasheet of a version's rows, in Markdown. Raises Refused where it was made from none."""
+def document_of(store: Store, user: User, version: Version, document: Document, *, texts: bool = True) -> str:
+    """A document of a version, as a user may see it. texts: with requests and answers, where they may read them.
+
+    Raises Refused for one about rows where it was made from none.
+    """
+    if document == NOTICE:
+        return notice_of(store, version)
+    if document != "datasheet.md":
+        report = evaluations.version_report(store, user, version, texts=texts)
+        return evaluations.report_html(report) if document == "report.html" else evaluations.report_text(report)
     dataset = _dataset(store, version)
     if dataset is None:
         raise Refused(f"{version.label} was made from no rows", where=version.label)

@@ -22,7 +22,6 @@ from tunesmith.server.api.routing import (
     shows,
 )
 from tunesmith.server.openapi import BEARER, errors
-from tunesmith.services import evaluations
 from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service
 
@@ -30,7 +29,6 @@ routes = router()
 _AT = "/versions/{name}/{number}"
 # The report brings its own style and no script; a browser shows it as a page of nobody.
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
-Document = Literal["report.html", "report.md", "datasheet.md", "NOTICE.md"]
 _WRITTEN: dict[str, Any] = {
     "response_class": Response,
     "responses": {
@@ -94,21 +92,12 @@ async def rows(
 
 
 @routes.get(_AT + "/documents/{document}", dependencies=[needs("read")], **_WRITTEN)
-async def document(request: Request, name: Name, number: Number, document: Document) -> Response:
+async def document(request: Request, name: Name, number: Number, document: service.Document) -> Response:
     """The evaluation report, the datasheet of the rows, or the notice of their licences."""
     call = call_of(request)
     found = await _version(call, name, number)
-
-    def written() -> str:
-        if document == "datasheet.md":
-            return service.datasheet_of(call.store, found)
-        if document == "NOTICE.md":
-            return service.notice_of(call.store, found)
-        texts = token_of(request).permits("rows")
-        report = evaluations.version_report(call.store, call.user, found, texts=texts)
-        return evaluations.report_html(report) if document == "report.html" else evaluations.report_text(report)
-
-    text = await call.run(written)
+    texts = token_of(request).permits("rows")
+    text = await call.run(partial(service.document_of, call.store, call.user, found, document, texts=texts))
     if document == "report.html":
         return HTMLResponse(text, headers={"cache-control": "no-store", "content-security-policy": REPORT_POLICY})
     return PlainTextResponse(text, headers={"cache-control": "no-store"}, media_type="text/markdown")

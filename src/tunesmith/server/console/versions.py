@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,7 +14,6 @@ from tunesmith.server.console.evidence import lost
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import router
-from tunesmith.services import evaluations
 from tunesmith.services import lineage as lineages
 from tunesmith.services import versions as service
 
@@ -67,48 +65,20 @@ async def record(
     return viewer.page("record.html.jinja", **found, version=version, at=_at(name, number), split=split, q=q)
 
 
-@routes.get("/console/versions/{name}/{number}/report.html")
-async def report(viewer: Looking, name: Name, number: Number) -> Response:
-    """The evaluation report as a page of its own."""
-    page = await _written(viewer, name, number, evaluations.report_html)
-    return HTMLResponse(page, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
-
-
-@routes.get("/console/versions/{name}/{number}/report.md")
-async def report_text(viewer: Looking, name: Name, number: Number) -> Response:
-    """The evaluation report as a file, to put beside the model."""
-    return _file(await _written(viewer, name, number, evaluations.report_text), f"{name}-v{number}.md")
-
-
-@routes.get("/console/versions/{name}/{number}/datasheet.md")
-async def datasheet(viewer: Looking, name: Name, number: Number) -> Response:
-    """The datasheet of the rows that a version was made from."""
+@routes.get("/console/versions/{name}/{number}/{document}")
+async def document(viewer: Looking, name: Name, number: Number, document: service.Document) -> Response:
+    """The evaluation report as a page of its own; or a file: the report, the datasheet of the rows, or their notice."""
     version = await _version(viewer, name, number)
-    found = await viewer.run(partial(service.datasheet_of, viewer.store, version))
-    return _file(found, f"{name}-v{number}-datasheet.md")
-
-
-@routes.get("/console/versions/{name}/{number}/NOTICE.md")
-async def notice(viewer: Looking, name: Name, number: Number) -> Response:
-    """What the licences of a version's rows ask for."""
-    version = await _version(viewer, name, number)
-    found = await viewer.run(partial(service.notice_of, viewer.store, version))
-    return _file(found, f"{name}-v{number}-NOTICE.md")
+    text = await viewer.run(partial(service.document_of, viewer.store, viewer.user, version, document))
+    if document == "report.html":
+        return HTMLResponse(text, headers={**PRIVATE, "Content-Security-Policy": REPORT_POLICY})
+    headers = {**PRIVATE, "Content-Disposition": f'attachment; filename="{name}-v{number}-{document}"'}
+    return PlainTextResponse(text, headers=headers, media_type="text/markdown")
 
 
 async def _version(viewer: Viewer, name: str, number: int) -> service.RegisteredVersion:
     return await viewer.run(partial(service.find_version, viewer.store, viewer.user, name, number))
 
 
-async def _written(viewer: Viewer, name: str, number: int, write: Callable[[evaluations.EvidenceReport], str]) -> str:
-    version = await _version(viewer, name, number)
-    return await viewer.run(lambda: write(evaluations.version_report(viewer.store, viewer.user, version)))
-
-
 def _at(name: str, number: int) -> str:
     return f"/console/versions/{name}/{number}"
-
-
-def _file(text: str, name: str) -> Response:
-    headers = {**PRIVATE, "Content-Disposition": f'attachment; filename="{name}"'}
-    return PlainTextResponse(text, headers=headers, media_type="text/markdown")
