@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 
 from tests.jobs.conftest import SetClock
 from tests.waiting import until
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import Stopped
 from tunesmith.jobs import leases, performing, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
@@ -233,6 +233,9 @@ def test_a_job_that_a_person_performs_is_taken_on_by_nobody(store: Store, clock:
     clock.at += 11
     assert claim(store, clock) is None
     assert queue.get(store, lease.job).error["code"] == "worker_lost"
+    identities.add_user(store, "otto", ["operator"], actor="olive")
+    with pytest.raises(Forbidden, match="otto may not do this"):
+        leases.begin(store, "here", "run", {}, project="p", actor="otto")
 
 
 def test_pages_of_the_list(store: Store, clock: SetClock) -> None:

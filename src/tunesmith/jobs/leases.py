@@ -20,6 +20,7 @@ from tunesmith.jobs.curves import note
 from tunesmith.jobs.queue import new_row
 from tunesmith.jobs.state import Clock, add_event, database_time
 from tunesmith.store import audit, database
+from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow, JobState
 
@@ -99,9 +100,10 @@ def begin(
     seconds: float = LEASE_SECONDS,
     clock: Clock = database_time,
 ) -> Lease:
-    """Add a job that this process performs itself, and take it."""
+    """Add a job that this process performs itself, and take it. Raises Forbidden where the actor may not add jobs."""
     detail: dict[str, Any] = {}
     with store.change(actor, "job.add", kind, detail) as session:
+        require(session, actor, "job.add")
         now = clock(session)
         _take_back(session, project, now)
         row = new_row(session, kind, arguments, project, actor, 1, clock)
