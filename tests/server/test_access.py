@@ -157,6 +157,7 @@ def test_a_scope_permits_nothing_that_the_roles_do_not(every: Served, happened: 
     token = issue_token(store, "reader", actor=OWNER)
     dataset, post = every.scene.dataset, "POST"
     asked = [
+        (post, "/api/versions", {}),
         (post, "/api/decisions", {}),
         (post, "/api/decisions/prepare", {}),
         (post, "/api/jobs", {}),
