@@ -22,7 +22,7 @@ from learning_parts.kept import Figures, Kept
 from task_training import Loaded, answers, load, scores, train_task
 from tasks import Split, Task
 from tunesmith.core.errors import Refused
-from tunesmith.services.starting.new_project import default_training
+from tunesmith.services.new_project import default_training
 from tunesmith.training.settings import TrainSettings
 
 RECIPE = 5  # raise it where trainings that leave settings open train otherwise: earlier figures do not count then

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from tunesmith.core.messages import Message
-from tunesmith.services.starting.inferred_schema import infer_schema, schema_and_copied
+from tunesmith.services.inferred_schema import infer_schema, schema_and_copied
 
 TOWNS = ("Berlin", "Bonn", "Bremen", "Ulm")
 LABELS = ("next", "play", "stop")

@@ -24,11 +24,9 @@ from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.services.starting import new_project
-from tunesmith.services.starting import notes as new_project_notes
-from tunesmith.services.starting.answers import json_objects
-from tunesmith.services.starting.inferred_schema import infer_schema
-from tunesmith.services.starting.new_project import NewProject, make_project
+from tunesmith.services import new_project
+from tunesmith.services.inferred_schema import infer_schema, json_objects
+from tunesmith.services.new_project import NewProject, make_project
 
 _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
 Turns = list[dict[str, object]]
@@ -363,8 +361,7 @@ def test_which_answers_are_labels(
 ) -> None:
     """Labels have a classifier as rival, and the prompt of the others names them."""
     for installed in (True, False):
-        for module in (new_project, new_project_notes):
-            monkeypatch.setattr(module, "find_spec", lambda name, installed=installed: name if installed else None)
+        monkeypatch.setattr(new_project, "find_spec", lambda name, installed=installed: name if installed else None)
         made = _made(tmp_path / str(installed), rows)
         rival = "classifier" in Project.load(tmp_path / str(installed) / "p").settings.candidates
         assert rival is (labels and installed)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.services.doctor import Checks
     from tunesmith.services.forecast import MemoryPlan
     from tunesmith.services.home import Home
-    from tunesmith.services.starting.new_project import NewProject
+    from tunesmith.services.new_project import NewProject
 
 
 _GIB = 1 << 30
@@ -57,7 +57,7 @@ def init(
 ) -> None:
     """Start a project from your own rows: write tunesmith.yaml, a schema and prompts."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.services.starting.new_project import make_project
+    from tunesmith.services.new_project import make_project
 
     names: dict[str, str] = {}
     for one in rename or []:

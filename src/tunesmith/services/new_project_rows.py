@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.building.examine import refuse_control_tokens, renamed, unread_keys
+from tunesmith.core.progress import Progress
+from tunesmith.data.building.examine import control_token, refuse_control_tokens, renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.duplicates import answer_key, request_key, request_text
 from tunesmith.data.formats.row_formats import RowFormat, format_of, inferred_rename, read_turns
@@ -22,8 +25,7 @@ from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
-from tunesmith.services.starting.answers import AnswerFindings, examine_answers, is_json, json_objects
-from tunesmith.services.starting.control_tokens import ControlTokens
+from tunesmith.services.inferred_schema import AnswerFindings, examine_answers, is_json, json_objects
 from tunesmith.training.settings import TrainSettings
 
 MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default
@@ -238,3 +240,36 @@ def _tokens(conversation: Sequence[Message]) -> float:
     texts = "".join(turn.content for turn in conversation)
     ascii_letters = len(texts.encode("ascii", errors="ignore"))
     return ascii_letters / 4 + len(texts) - ascii_letters
+
+
+# What control tokens look like in every known family: <|im_end|>, </s>, <start_of_turn>, [INST].
+_MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
+
+
+class ControlTokens:
+    """The control tokens of a base. root: where the path of a local one starts.
+
+    Its tokenizer is loaded, and downloaded where needed, for the first row that may hold one. unknown: why that failed.
+    """
+
+    unknown: str | None = None
+
+    def __init__(self, base: str, root: Path, progress: Progress) -> None:
+        self._base, self._root, self._progress = base, root, progress
+
+    def reason(self, messages: Sequence[Message]) -> str | None:
+        """Why `data build` removes or refuses a row; None for a row without control tokens."""
+        if not any(_MARK.search(text) for turn in messages for text in turn.shown_texts()):
+            return None
+        return control_token(messages, self._tokens)
+
+    @cached_property
+    def _tokens(self) -> tuple[str, ...]:
+        from tunesmith.models.base import tokenizer_folder
+        from tunesmith.models.rendering import Renderer
+
+        try:
+            return Renderer(tokenizer_folder(self._base, self._root, self._progress)).control_tokens
+        except (TunesmithError, OSError, ValueError) as error:  # a base may be made or downloaded later
+            self.unknown = str(error).partition("\n")[0]
+            return ()
