@@ -15,7 +15,7 @@ from tests.jobs.conftest import SetClock
 from tunesmith.core.errors import Refused
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
-from tunesmith.jobs.state import ENDED
+from tunesmith.jobs.queue import ENDED
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow

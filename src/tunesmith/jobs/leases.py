@@ -17,8 +17,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.jobs.curves import note
-from tunesmith.jobs.queue import new_row
-from tunesmith.jobs.state import Clock, add_event, database_time
+from tunesmith.jobs.queue import Clock, add_event, database_time, new_row
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store

@@ -5,16 +5,16 @@ Every change is one transaction with an audit entry. Rows are returned as they w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.jobs.state import ENDED, Clock, add_event, database_time
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
@@ -23,6 +23,27 @@ from tunesmith.store.tables import JobEventRow, JobRow, JobState
 
 ATTEMPTS = 3
 _LONGEST_KEY = 128
+ENDED: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
+# Seconds since 1970, read inside a transaction.
+Clock: TypeAlias = Callable[[Session], float]
+
+_NEXT_NUMBER = select(func.coalesce(func.max(JobEventRow.number), 0) + 1).where(JobEventRow.job == bindparam("of"))
+_ADD_EVENT = insert(JobEventRow.metadata.tables[JobEventRow.__tablename__]).values(
+    job=bindparam("of"), number=_NEXT_NUMBER.scalar_subquery(), at=bindparam("time"), message=bindparam("line")
+)
+
+
+def database_time(session: Session) -> float:
+    """The time by the database's clock, so that workers whose clocks differ agree on when a lease ends.
+
+    In a write transaction it is when that got its turn. SQLite has no clock of its own: there it is this machine's,
+    which all workers share.
+    """
+    if (began := session.info.get("began")) is not None:
+        return float(began)
+    if session.get_bind().dialect.name == "postgresql":
+        return float(session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
+    return time.time()
 
 
 def add(
@@ -181,6 +202,11 @@ def _events(store: Store, number: int, found: Select[JobEventRow]) -> list[JobEv
     with database.reading(store.engine) as session:
         _row(session, number)
         return list(session.scalars(found))
+
+
+def add_event(session: Session, job: int, at: float, message: str) -> None:
+    """Add a line to a job's log, inside a write transaction."""
+    session.execute(_ADD_EVENT, {"of": job, "time": at, "line": message})
 
 
 def time_now(store: Store) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,6 @@ from tunesmith.core.view import View
 from tunesmith.jobs import curves as noted
 from tunesmith.jobs import queue
 from tunesmith.jobs.curves import Curve
-from tunesmith.jobs.state import STATES
 from tunesmith.jobs.worker import has_ended
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.services.actions import Acting, Request, Short, action
@@ -22,6 +21,8 @@ from tunesmith.services.run_settings import only_tuned, read_again, run_argument
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobEventRow, JobRow, JobState
+
+STATES: tuple[JobState, ...] = get_args(JobState)
 
 
 class JobView(View):

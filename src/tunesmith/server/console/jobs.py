@@ -11,7 +11,6 @@ from urllib.parse import urlencode
 from fastapi import Path, Query, Response
 
 from tunesmith.core.errors import Forbidden
-from tunesmith.jobs.state import ENDED, STATES
 from tunesmith.server.api.routing import Page
 from tunesmith.server.console.parts.charts import Line, chart
 from tunesmith.server.console.people.session import Looking, Viewer
@@ -46,7 +45,7 @@ async def listed(viewer: Looking, state: str = "", kind: str = "", by: str = "",
         filters=filters,
         given=given,
         here="/console/jobs?" + (urlencode(given) + "&" if given else ""),
-        states=STATES,
+        states=jobs.STATES,
         kinds=worker.KINDS,
         reason=no_start(viewer),
     )
@@ -75,7 +74,7 @@ async def run(viewer: Looking, number: Number, lines: Asked | None = None) -> Re
         job = jobs.show(viewer.store, number, viewer.user)
         return {
             "job": job,
-            "ended": job.state in ENDED,
+            "ended": job.ended is not None,
             "curves": jobs.curves(viewer.store, number, viewer.user),
             "log": jobs.newest_lines(viewer.store, number, viewer.user, before=lines, most=_LINES).lines,
         }
