@@ -133,8 +133,6 @@ def test_a_person_cancels_pauses_and_resumes(served: Served, login: Login) -> No
     with plain(served, cookie_of(served, "avi")) as http:
         looking = http.get(f"/console/jobs/{second}").text
         assert ("queued" in looking, "Cancel" in looking) == (True, False)
-        assert http.post(f"/console/do/jobs/{second}/cancel", data={"csrf": csrf(looking)}).status_code == 403
-    assert queue.get(store, second).state == "queued"
 
 
 def test_a_run_that_ended(served: Served, login: Login) -> None:

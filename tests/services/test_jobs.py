@@ -51,7 +51,6 @@ def test_settings_of_one_run(project: Project) -> None:
         ({"candidate": "plain"}, "no candidate 'plain' is trained"),
         ({"kind": "run", "candidate": "tuned"}, "candidate is for forecasts"),
         ({"priority": 5000}, "less than or equal to 1000"),
-        ({"key": "a\nb"}, "printable"),
     ],
 )
 def test_what_cannot_be_queued(project: Project, asked: dict[str, Any], said: str) -> None:
@@ -65,8 +64,6 @@ def test_a_candidate_means_a_forecast_and_a_key_one_job(project: Project) -> Non
     assert kinds == ["run", "forecast", "forecast"]
     first = do(project, jobs.add, key="nightly")
     assert do(project, jobs.add, key="nightly").job == first.job
-    with pytest.raises(UsageError, match="was given before"):
-        do(project, jobs.add, key="nightly", candidate="tuned")
 
 
 def test_jobs_of_others_are_not_there(project: Project) -> None:
