@@ -91,20 +91,22 @@ def test_a_run_and_a_forecast_are_queued_over_http_and_their_curves_read(scene: 
     project = Project.load(write_project(tmp_path / "p"))
     project.store = scene.store
     add_user(scene.store, "eve", ["engineer"], actor=OWNER)
-    with running(scene, FakeEngine(scene.base), project=project) as served:
-        with served.http(issue_token(scene.store, "eve", actor=OWNER)) as http:
-            changes = {"tuned": {"epochs": 2, "learning_rate": 0.01}}
-            asked = {"changes": changes, "priority": 3, "key": "nightly"}
-            first = http.post("/api/jobs", json=asked).json()
-            assert (first["kind"], first["changes"], first["priority"]) == ("run", changes, 3)
-            assert http.post("/api/jobs", json={"kind": "forecast"}).json()["kind"] == "forecast"
-            assert http.post("/api/jobs", json={"changes": {"tuned": {"epochs": 0}}}).status_code == 400
-            lease = leases.claim(scene.store, "w", ["run"], project="tiny")
-            assert lease is not None
-            curves = Curves()
-            curves.add("tuned", {"expected_seconds": 9.0})
-            curves.add("tuned", {"step": 1, "loss": 2.5, "validation_loss": 2.0, "memory_bytes": 5.0})
-            leases.renew(scene.store, lease, curves=curves.changed())
-            (found,) = http.get(f"/api/jobs/{lease.job}/curves").json()["trainings"]
-            assert (found["expected_seconds"], found["memory_bytes"]) == (9.0, 5.0)
-            assert found["points"] == [{"step": 1, "loss": 2.5, "validation_loss": 2.0, "score": None}]
+    with (
+        running(scene, FakeEngine(scene.base), project=project) as served,
+        served.http(issue_token(scene.store, "eve", actor=OWNER)) as http,
+    ):
+        changes = {"tuned": {"epochs": 2, "learning_rate": 0.01}}
+        asked = {"changes": changes, "priority": 3, "key": "nightly"}
+        first = http.post("/api/jobs", json=asked).json()
+        assert (first["kind"], first["changes"], first["priority"]) == ("run", changes, 3)
+        assert http.post("/api/jobs", json={"kind": "forecast"}).json()["kind"] == "forecast"
+        assert http.post("/api/jobs", json={"changes": {"tuned": {"epochs": 0}}}).status_code == 400
+        lease = leases.claim(scene.store, "w", ["run"], project="tiny")
+        assert lease is not None
+        curves = Curves()
+        curves.add("tuned", {"expected_seconds": 9.0})
+        curves.add("tuned", {"step": 1, "loss": 2.5, "validation_loss": 2.0, "memory_bytes": 5.0})
+        leases.renew(scene.store, lease, curves=curves.changed())
+        (found,) = http.get(f"/api/jobs/{lease.job}/curves").json()["trainings"]
+        assert (found["expected_seconds"], found["memory_bytes"]) == (9.0, 5.0)
+        assert found["points"] == [{"step": 1, "loss": 2.5, "validation_loss": 2.0, "score": None}]
