@@ -33,6 +33,7 @@ from tunesmith.rollout.commands import abort
 from tunesmith.services import audit, home, monitoring, users, webhooks
 from tunesmith.services.home import Home
 from tunesmith.store import database
+from tunesmith.store.audit_words import audit_words
 from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.people.proposed_keys import propose_key
 from tunesmith.store.people.tokens import issue_token
@@ -73,6 +74,8 @@ def test_an_admin_searches_and_verifies_the_audit_log(
     page.get_by_role("button", name="Search").click()
     expect(rows).to_have_count(1)
     expect(rows.first).to_contain_text("rollout.abort")
+    expect(rows.first).to_contain_text("aborted the rollout")
+    assert not [one for one in audit.show_audit(store).entries if audit_words(one.action) == one.action]
     rows.first.locator("summary").click()
     expect(rows.first).to_contain_text(OPERATOR)
     harmless(page)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from tunesmith.core.digests import short
 from tunesmith.core.text import wording
 from tunesmith.evaluation.report import evidence_plots, plots
+from tunesmith.store.audit_words import audit_words
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -35,7 +36,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     filters = ("count", "detail_text", "duration", "gigabytes", "money", "signed_money", "moment", "p_value", "percent")
-    environment.filters.update({name: getattr(wording, name) for name in (*filters, "points")}, short=short)
+    environment.filters.update({name: getattr(wording, name) for name in (*filters, "points")})
+    environment.filters.update(short=short, audit_words=audit_words)
     environment.globals.update(
         expected=wording.expected,
         duration=wording.duration,

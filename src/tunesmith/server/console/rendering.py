@@ -16,6 +16,7 @@ from markupsafe import Markup
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import json_text, printable
 from tunesmith.core.text.wording import count, money
+from tunesmith.store.audit_words import audit_words
 
 STATIC = Path(__file__).parent / "static"
 # No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.
@@ -131,7 +132,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    filters = (count, duration, json_text, many, moment, money, percent, scope, short, size, when)
+    filters = (audit_words, count, duration, json_text, many, moment, money, percent, scope, short, size, when)
     found.filters.update({each.__name__: each for each in filters})
     found.globals.update(asset=asset, pages=PAGES)
     return found
