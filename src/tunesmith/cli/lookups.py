@@ -27,7 +27,7 @@ def evaluations(
     ] = None,
     page: Annotated[int, typer.Option(min=1, help="25 evaluations each.")] = 1,
 ) -> None:
-    """List evaluations, newest first, or show one with the newest verdict on it."""
+    """List evaluations, newest first, or show one with the verdict on its best judged candidate."""
     from tunesmith.services import evidence
 
     acting = here.acting

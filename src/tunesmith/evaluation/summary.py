@@ -130,6 +130,16 @@ def evaluation_summary(store: Store, digest: str) -> EvaluationSummary:
     )
 
 
+def leading_verdict(store: Store, evaluation: str, verdicts: Sequence[str]) -> str | None:
+    """Of verdicts on an evaluation, the one on the candidate with the best mean by the primary metric; None for none.
+
+    verdicts: digests, oldest first. Of several on that candidate it is the last one.
+    """
+    body = store.record(evaluation, kind="evaluation").body
+    scores = {name: stated["metrics"][body["primary"]]["mean"] for name, stated in body["candidates"].items()}
+    return max(reversed(verdicts), key=lambda digest: scores[store.record(digest).body["name"]], default=None)
+
+
 def verdict_summary(store: Store, digest: str) -> VerdictSummary:
     """The summary of a verdict. Raises Refused where its record is missing or damaged."""
     record = store.record(digest, kind="verdict")

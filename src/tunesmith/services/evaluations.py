@@ -21,6 +21,7 @@ from tunesmith.evaluation.summary import (
     MetricInterval,
     VerdictSummary,
     evaluation_summary,
+    leading_verdict,
     verdict_summary,
 )
 from tunesmith.pipeline.answers import plan as plan_gates
@@ -222,9 +223,12 @@ def _reported(project: Project, version: str | None) -> tuple[str, str | None, s
         found = resolve(store, version)
         return found.evaluation, found.verdict, found.digest
     measured = latest_evaluation(project)
-    judged = latest(project, "verdict")
-    if judged is None or store.record(judged).parents["evaluation"] != measured:
+    last = latest(project, "verdict")
+    if last is None or store.record(last).parents["evaluation"] != measured:
         return measured, None, None
+    others = {child for _, kind, child in store.children(measured) if kind == "verdict"} - {last}
+    in_order = [each for each in store.records_of("verdict") if each in others]
+    judged = leading_verdict(store, measured, [*in_order, last]) or last
     versions = [child for _, kind, child in store.children(judged) if kind == "version"]
     newest = max(versions, key=lambda digest: store.record(digest).body["number"], default=None)
     return measured, judged, newest

@@ -26,6 +26,7 @@ from tunesmith.evaluation.summary import (
     MetricInterval,
     VerdictSummary,
     evaluation_summary,
+    leading_verdict,
     verdict_summary,
 )
 from tunesmith.registry.versions import load_version
@@ -83,7 +84,7 @@ class EvaluationList(View):
 
 
 class EvaluationPage(View):
-    """One evaluation: what was measured, and a verdict on it, the newest unless one was asked for.
+    """One evaluation: what was measured, and the leading verdict on it, or the one asked for.
 
     endpoint: whether the verdict is about an endpoint, which cannot be registered.
     """
@@ -156,7 +157,7 @@ def newest_evaluation(store: Store, user: User) -> str:
 
 
 def show_evaluation(store: Store, user: User, digest: str, verdict: str | None = None) -> EvaluationPage:
-    """One evaluation with a verdict, by default the newest. Raises NotThere for those that the user does not see."""
+    """One evaluation with a verdict, by default the leading one. Raises NotThere for those that a user does not see."""
     with database.reading(store.engine) as session:
         at = when_made(session, user.scope, digest)
         if at is None:
@@ -164,7 +165,7 @@ def show_evaluation(store: Store, user: User, digest: str, verdict: str | None =
         verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
         versions = _versions(session, user.scope, [digest]).get(digest, [])
         reason = recalled(session, digest, as_evidence=True)
-    chosen = verdict or (verdicts[-1].digest if verdicts else None)
+    chosen = verdict or leading_verdict(store, digest, [one.digest for one in verdicts])
     if chosen is not None and chosen not in {one.digest for one in verdicts}:
         raise NotThere(_NO_EVALUATION)
     return EvaluationPage(
@@ -231,10 +232,11 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
 
 
 def judged_candidate(store: Store, user: User, digest: str) -> str:
-    """The candidate of the newest verdict on an evaluation that a user may see; "" where there is none."""
+    """The candidate of the leading verdict on an evaluation that a user may see; "" where there is none."""
     with database.reading(store.engine) as session:
         verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
-    return verdicts[-1].candidate if verdicts else ""
+    leading = leading_verdict(store, digest, [one.digest for one in verdicts])
+    return next((one.candidate for one in verdicts if one.digest == leading), "")
 
 
 def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport:

@@ -237,7 +237,7 @@ def _reader(user: User, region: str) -> Reader:
 
 
 def _filter(store: Store, user: User, digest: str, matrix: Matrix, chosen: Mapping[str, str]) -> Filter:
-    """The filter. Candidates that are not named: the one that the newest verdict judges against the best untuned one.
+    """The filter. Candidates that are not named: the one that the leading verdict judges against the best untuned one.
 
     Without a verdict, the best tuned candidate that is not a control.
     """

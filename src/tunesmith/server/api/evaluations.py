@@ -26,7 +26,7 @@ async def evaluations(request: Request, page: Page = 1) -> Response:
 
 @routes.get("/evaluations/{digest}", dependencies=[needs("read")], **shows(evidence.EvaluationPage))
 async def evaluation(request: Request, digest: Digest, verdict: Verdict = "") -> Response:
-    """One evaluation: its candidates with intervals, and the gates of a verdict, the newest unless one is named."""
+    """One evaluation: its candidates with intervals, and the gates of the leading verdict or of the one named."""
     call = call_of(request)
     show = partial(evidence.show_evaluation, call.store, call.user, digest, verdict or None)
     return await call.answer(show)
