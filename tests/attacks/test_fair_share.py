@@ -7,20 +7,19 @@ import contextlib
 import select
 import socket
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from tests.fabricate import NAME, Scene
-from tests.server.conftest import HELLO, Served, engine, made, running, scene, served, versions
+from tests.server.conftest import Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import VALID, FakeEngine
 from tests.server.test_costs import meanwhile, neighbour
-from tests.server.test_faults import head, raw
+from tests.server.test_faults import head, raw, sent
 from tests.server.tiny_engine import TinyEngine
 from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
@@ -29,16 +28,6 @@ from tunesmith.server import limits
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import Router
 from tunesmith.services import rollouts as service
-
-
-def chat(served: Served, token: str | None, **body: Any) -> httpx.Response:
-    with served.http(token) as http:
-        return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO, **body})
-
-
-def feedback(served: Served, token: str | None, request: str, **given: object) -> httpx.Response:
-    with served.http(token) as http:
-        return http.post("/api/feedback", json={"request_id": request, **given})
 
 
 @pytest.mark.attack("serving", "one caller fills the queue and the threads", "429 beyond the caller's share")
@@ -57,7 +46,7 @@ def test_another_users_request_begins_at_once(scene: Scene, engine: FakeEngine, 
             assert "12 requests" in error["message"]
         with pytest.raises(openai.RateLimitError):
             served.ask()
-        other = pool.submit(chat, served, neighbour(served))
+        other = pool.submit(served.post, neighbour(served))
         until(lambda: engine.calls == 1 + 4)  # begun, while every request of the first caller stands still
         engine.gate.set()
         assert other.result(SECONDS).status_code == 200
@@ -71,15 +60,20 @@ def test_who_leaves_holds_no_place(scene: Scene, engine: FakeEngine, versions: d
         served.begin(versions[1])
         served.ask()
         engine.gate.clear()
-        first = pool.submit(served.post)
-        until(lambda: engine.calls == 2)
-        for _ in range(10):
-            with served.http() as http, pytest.raises(httpx.ReadTimeout):
-                http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}, timeout=0.1)
+        first, begun = pool.submit(served.post), sent(served, neighbour(served), stream=True)
+        until(lambda: engine.calls == 3)
+        waiting = [sent(served) for _ in range(7)]
+        until(lambda: served.worker.waiting() == 7)
+        for connection in (begun, *waiting):
+            connection.close()
         until(lambda: all(job.left for job in served.worker._turns.waiting()))
+        until(lambda: sum(job.left for job in served.worker._busy_since) == 1)
         engine.gate.set()
         assert served.ask().choices
         assert first.result(SECONDS).status_code == 200
+        assert engine.calls == 4
+        until(lambda: len(served.rows()) == 4)
+        assert [row.features.get("left") for row in served.rows() if row.caller == "neighbour"] == [True]
 
 
 @pytest.mark.slow
@@ -92,11 +86,11 @@ def test_feedback_on_long_answers_holds_up_nobody_else(
     with running(scene, engine, scorers=("rougeL",)) as served:
         served.begin(versions[1])
         asked = [served.ask().id for _ in range(12)]
-        scored, _ = meanwhile(served, [partial(feedback, served, None, one, expected="b\nc\n" * 200) for one in asked])
+        scored, _ = meanwhile(served, [partial(served.feedback, one, expected="b\nc\n" * 200) for one in asked])
         statuses = {answer.status_code for answer in scored}
         assert 200 in statuses <= {200, 429}
         engine.answer = lambda _request, _adapter: "a\nb\n" * 2500
-        refused = feedback(served, None, served.ask().id, expected="b\nc\n" * 2500)
+        refused = served.feedback(served.ask().id, expected="b\nc\n" * 2500)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expected")
 
 
@@ -135,15 +129,15 @@ def test_feedback_of_one_user_does_not_stall_others(served: Served, monkeypatch:
     held = Held(monkeypatch, Recorder, "_scored")
     other = neighbour(served)
     mine = [served.ask().id for _ in range(limits.FEEDBACK + 1)]
-    theirs = [chat(served, other).json()["id"] for _ in range(2)]
+    theirs = [served.post(other).json()["id"] for _ in range(2)]
     with ThreadPoolExecutor(20) as pool:
         try:
-            given = [pool.submit(feedback, served, None, one, expected="{}") for one in mine]
+            given = [pool.submit(served.feedback, one, expected="{}") for one in mine]
             until(lambda: sum(one.done() for one in given) == 1)
             assert [one.result().status_code for one in given if one.done()] == [429]
             assert held.begun == ["olga"]
-            assert feedback(served, other, theirs[0], score={"mine": 1.0}).status_code == 200
-            turn = pool.submit(feedback, served, other, theirs[1], expected="{}")
+            assert served.feedback(theirs[0], other, score={"mine": 1.0}).status_code == 200
+            turn = pool.submit(served.feedback, theirs[1], other, expected="{}")
             until(lambda: served.serving.scoring._turns.held_by("neighbour") > 0)
         finally:
             held.gate.set()
@@ -167,23 +161,20 @@ def test_lists_of_one_user_are_few_at_once(
 ) -> None:
     held = Held(monkeypatch, where, name)
 
-    def get(token: str | None) -> int:
-        with served.http(token) as http:
-            return http.get(path).status_code
-
     other = neighbour(served)
     with ThreadPoolExecutor(12) as pool:
         try:
-            mine: list[Future[int]] = [pool.submit(get, None) for _ in range(10)]
+            mine = [pool.submit(served.get, path) for _ in range(10)]
             until(lambda: sum(one.done() for one in mine) == 10 - limits.LISTS)
             assert held.begun == ["olga"]
-            theirs = pool.submit(get, other)
+            theirs = pool.submit(served.get, path, other)
             until(lambda: held.begun == ["olga", "neighbour"])
-            assert chat(served, other).status_code == 200
+            assert served.post(other).status_code == 200
         finally:
             held.gate.set()
-        assert sorted(one.result(SECONDS) for one in mine) == [200] * limits.LISTS + [429] * (10 - limits.LISTS)
-        assert theirs.result(SECONDS) in (200, 404)
+        statuses = sorted(one.result(SECONDS).status_code for one in mine)
+        assert statuses == [200] * limits.LISTS + [429] * (10 - limits.LISTS)
+        assert theirs.result(SECONDS).status_code in (200, 404)
 
 
 @pytest.mark.attack("serving", "one user sends bodies that never end", "429 beyond the user's requests")
@@ -200,14 +191,14 @@ def test_half_sent_bodies_count_and_have_a_budget(
         few = [stack.enter_context(raw(served, head(served, 60_000) + b"{")) for _ in range(60)]
         until(lambda: told(few) == 20)
         assert served.post().status_code == 429
-        assert chat(served, other).status_code == 200
+        assert served.post(other).status_code == 200
         for one in few:
             one.close()
         until(lambda: served.post().status_code == 200)
         large = head(served, 65_000) + b"x" * 64_000
         much = [stack.enter_context(raw(served, large)) for _ in range(30)]
         until(lambda: told(much) == 30 - limits.BODIES_OF_USER)
-        assert chat(served, other).status_code == 200
+        assert served.post(other).status_code == 200
 
 
 # Parameters that cut VALID, whose fake tokens are its two words.
@@ -232,13 +223,10 @@ def test_answers_that_the_request_cut_are_not_scored(served: Served) -> None:
     rows = served.rows()
     assert [(row.ok, row.cut, row.scores) for row in rows[: len(CUTS)]] == [(True, True, {})] * len(CUTS)
     assert [(row.cut, row.scores) for row in rows[len(CUTS) :]] == [(False, {"json_valid": 1.0})] * len(WHOLE)
-    with served.http() as http:
-        assert f'outcome="cut"}} {len(CUTS)}.0' in http.get("/metrics").text
-        for row in rows[: len(CUTS)]:
-            found = http.post("/api/feedback", json={"request_id": row.id, "expected": VALID}).json()
-            assert found["scores"] == {}
-            assert set(found["not_scored"]) == {"json_valid", "exact_match"}
-            assert "max_tokens, stop text" in found["not_scored"]["exact_match"]
+    assert f'outcome="cut"}} {len(CUTS)}.0' in served.get("/metrics").text
+    for row in rows[: len(CUTS)]:
+        found = served.feedback(row.id, expected=VALID).json()
+        assert (found["scores"], set(found["not_scored"])) == ({}, {"json_valid", "exact_match"})
 
 
 @pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid", "counted as cut")
@@ -246,9 +234,8 @@ def test_scores_given_for_cut_answers_count_for_no_arm(served: Served, versions:
     rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
     for number in range(10):
         answer = served.ask(max_tokens=1, user=f"user {number}")
-        with served.http() as http:
-            given = {"request_id": answer.id, "score": {"exact_match": 0.0}}
-            assert http.post("/api/feedback", json=given).json()["error"]["code"] == "answer_cut"
+        given = served.feedback(answer.id, score={"exact_match": 0.0})
+        assert given.json()["error"]["code"] == "answer_cut"
     steps = {row.features["step"] for row in served.rows() if row.rollout == rollout.id}
     found = [arm for step in steps for arm in arms(served.scene.store, rollout.id, step, "exact_match", None)]
     assert [list(arm.scores) for arm in found] == [[]] * len(found)

@@ -181,15 +181,10 @@ def one_waits(scene: Scene, engine: FakeEngine, version: Version, happens: Calla
     with running(scene, engine, together=1) as server, ThreadPoolExecutor(2) as pool:
         server.begin(version)
         assert server.post().status_code == 200
-
-        def ask(token: str) -> httpx.Response:
-            with server.http(token) as http:
-                return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
-
         engine.gate.clear()
-        first = pool.submit(ask, server.token)
+        first = pool.submit(server.post)
         until(lambda: engine.calls == 2)
-        second = pool.submit(ask, neighbour(server))
+        second = pool.submit(server.post, neighbour(server))
         until(lambda: server.worker.waiting() == 1)
         happens()
         engine.gate.set()
@@ -222,15 +217,10 @@ def test_another_tenant_learns_nothing(served: Served) -> None:
     store = Store(served.scene.store.root)
     theirs = served.scene.version(21, name="theirs", scope=Scope("acme"))
     served.begin(theirs, scope=Scope("acme"))
-    for user, tenant in (("al", "acme"), ("bo", "umbra")):
-        add_user(store, user, ["operator"], actor=OWNER, scope=Scope(tenant))
-    tokens = {user: issue_token(store, user, actor=OWNER) for user in ("al", "bo")}
+    tokens = {user: served.person(user, "operator", tenant=of) for user, of in (("al", "acme"), ("bo", "umbra"))}
     deactivate(store, APPROVER, actor=OWNER)
     for model in ("theirs", "theirs@champion", "theirs@v1"):
-        said = {}
-        for user, token in tokens.items():
-            with served.http(token) as http:
-                said[user] = http.post("/v1/chat/completions", json={"model": model, "messages": HELLO}).json()["error"]
+        said = {user: served.post(token, model=model).json()["error"] for user, token in tokens.items()}
         assert said["al"]["code"] == "model_not_available"
         assert APPROVER not in said["al"]["message"]
         assert said["bo"]["code"] == "model_not_found"
@@ -256,8 +246,7 @@ def test_the_operator_is_told_once(served: Served) -> None:
     (entry,) = logged(served.scene, "champion.refused")
     assert (entry["version"], entry["could_serve"]) == (f"{NAME}@v1", [])
     assert f"{APPROVER}, who is deactivated" in entry["refused"]
-    with served.http() as http:
-        (rollout,) = http.get("/api/rollouts").json()["rollouts"]
+    (rollout,) = served.get("/api/rollouts").json()["rollouts"]
     assert rollout["champion"]["refused"] == entry["refused"]
     add_user(store, "cat", ["approver"], actor=OWNER)
     approve(store, resolve(store, f"{NAME}@v1"), approver="cat")
@@ -278,8 +267,7 @@ def test_a_champion_that_cannot_be_loaded_is_not_listed(served: Served, versions
 
 
 def _metrics(served: Served) -> str:
-    with served.http() as http:
-        return http.get("/metrics").text
+    return served.get("/metrics").text
 
 
 @pytest.mark.slow

@@ -7,34 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event
 
 from tests.fabricate import OWNER, Scene
 from tests.postgresql_server import Mortal, moved_to_postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import FakeEngine
+from tests.server.test_faults import fill
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.registry.versions import list_versions
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import Router
-from tunesmith.store import database
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
 
 
-def fill(scene: Scene) -> None:
-    """Let the database have no more pages than it has now."""
-    with database.reading(scene.store.engine) as session:
-        pages = session.execute(text("PRAGMA page_count")).scalar()
-    scene.store.engine.dispose()
-    event.listen(scene.store.engine, "connect", lambda made, _: made.execute(f"PRAGMA max_page_count={pages}"))
-
-
 def unrecorded(served: Served) -> float:
-    with served.http() as http:
-        lines = http.get("/metrics").text.splitlines()
+    lines = served.get("/metrics").text.splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("tunesmith_unrecorded_requests_total"))
 
 
@@ -112,8 +103,7 @@ def test_readyz_says_that_the_database_is_gone(served: Served) -> None:
     served.scene.store.engine.dispose()
     moved = root.rename(root.with_name("moved"))
     try:
-        with served.http() as http:
-            answer = http.get("/readyz")
+        answer = served.get("/readyz")
     finally:
         moved.rename(root)
     assert (answer.status_code, answer.json()["database"]) == (503, False)
@@ -131,14 +121,11 @@ def test_a_server_outlasts_a_postgresql_that_is_stopped_at_once(
         served.begin(list_versions(copy.store)[0])
         assert served.post().status_code == 200
         mortal.stop_at_once()
-        with served.http() as http:
-            refused = [served.post(), http.get("/api/rollouts"), http.get("/v1/models")]
-            ready = http.get("/readyz")
+        refused, ready = [served.post(), *map(served.get, ("/api/rollouts", "/v1/models"))], served.get("/readyz")
         mortal.start()
         assert [answer.status_code for answer in refused] == [503] * 3, [answer.text for answer in refused]
         assert {answer.json()["error"]["code"] for answer in refused} == {"unavailable"}
         assert (ready.status_code, ready.json()["database"]) == (503, False)
         assert served.post().status_code == 200
-        with served.http() as http:
-            until(lambda: http.get("/readyz").status_code == 200)
+        until(lambda: served.get("/readyz").status_code == 200)
     copy.store.engine.dispose()

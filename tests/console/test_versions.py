@@ -203,22 +203,12 @@ def test_what_is_no_decision_is_refused(served: Served) -> None:
     with plain(served, cookie_of(served, APPROVER)) as http:
         mark = {"csrf": csrf(http.get("/").text)}
         signed = {"signature": "A" * 88, "key": "sha256:" + "0" * 64}
-        for path, fields in (
-            ("", {}),
-            ("", {"statement": "{", **signed}),
-            ("", {"statement": "{}", **signed}),
-            ("", {"statement": '"\\ud800"', **signed}),
-            ("/prepare", {"version": f"{NAME}@v1", "decision": "maybe"}),
-        ):
-            answer = http.post(f"/console/do/decisions{path}", data={**mark, **fields})
-            assert answer.status_code == 409, (path, fields, answer.text)
-        for fields in ({}, {"public_key": HOSTILE}, {"public_key": "x" * 10_000}):
-            assert http.post("/console/do/keys", data={**mark, **fields}).status_code == 409
-        for path in ("confirm", "reject"):
-            to = f"/console/do/keys/{quote(HOSTILE[:150].replace('/', ''))}/{path}"
-            answer = http.post(to, data={**mark, "fingerprint": HOSTILE[:150]})
-            assert (answer.status_code in (403, 404, 409), "<script>alert" in answer.text) == (True, False)
-    assert not keys.waiting(served.scene.store)
+        for statement in ("{", "{}", '"\\ud800"'):
+            answer = http.post("/console/do/decisions", data={**mark, **signed, "statement": statement})
+            assert answer.status_code == 409, (statement, answer.text)
+        to = f"/console/do/keys/{quote(HOSTILE[:150].replace('/', ''))}/reject"
+        answer = http.post(to, data={**mark, "fingerprint": HOSTILE[:150]})
+        assert (answer.status_code, "<script>alert" in answer.text) == (409, False)
 
 
 def test_documents_of_a_version(served: Served) -> None:

@@ -80,10 +80,23 @@ class Served:
         """One completion of the champion."""
         return self.client().chat.completions.create(**{"model": NAME, "messages": HELLO, **more})
 
-    def post(self, **body: Any) -> httpx.Response:
+    def get(self, path: str, token: str | None = None, **query: Any) -> httpx.Response:
+        """What is at an address."""
+        with self.http(token) as http:
+            return http.get(path, params=query)
+
+    def send(self, path: str, body: Any, token: str | None = None) -> httpx.Response:
+        """The answer to a document that is posted."""
+        with self.http(token) as http:
+            return http.post(path, json=body)
+
+    def post(self, token: str | None = None, **body: Any) -> httpx.Response:
         """One request, as it is."""
-        with self.http() as http:
-            return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO, **body})
+        return self.send("/v1/chat/completions", {"model": NAME, "messages": HELLO, **body}, token)
+
+    def feedback(self, request: str, token: str | None = None, **given: Any) -> httpx.Response:
+        """What somebody says of an answer."""
+        return self.send("/api/feedback", {"request_id": request, **given}, token)
 
     def person(self, name: str, *roles: str, tenant: str = "", region: str = "", groups: Sequence[str] = ()) -> str:
         """A token of a new user."""

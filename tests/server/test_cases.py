@@ -34,11 +34,6 @@ def keeping(start_server: StartServer, scene: Scene) -> Served:
     return start_server(keeper=CaseKeeper(scene.store, CaseSettings(), Privacy()))
 
 
-def _feedback(served: Served, **body: Any) -> httpx.Response:
-    with served.http() as http:
-        return http.post("/api/feedback", json=body)
-
-
 def _ask(served: Served, **more: Any) -> httpx.Response:
     return served.post(messages=ASK, **more)
 
@@ -78,14 +73,14 @@ def test_without_opting_in_no_text_is_on_the_disk(
         answered = _ask(served, store=True)
         assert answered.headers["x-tunesmith-store"] == "no"
         asked = answered.json()["id"]
-        refused = _feedback(served, request_id=asked, expected=WRONG, keep=True)
+        refused = served.feedback(asked, expected=WRONG, keep=True)
         error = refused.json()["error"]
         assert (refused.status_code, error["code"], error["param"]) == (400, "storing_not_allowed", "keep")
-        assert _feedback(served, request_id=asked, expected=WRONG).status_code == 200, "no score was added before"
+        assert served.feedback(asked, expected=WRONG).status_code == 200, "no score was added before"
         assert served.engine.calls == 1
     for more in ({}, {"store": False}, {"metadata": {"store": "okapi"}}, {"user": "hippo"}):
         answer = _ask(served, **more)
-        assert _feedback(served, request_id=answer.json()["id"], expected=WRONG).json()["scores"]
+        assert served.feedback(answer.json()["id"], expected=WRONG).json()["scores"]
     served.engine.answer = lambda _request, _adapter: f"no JSON, zebra {SECRET}"
     assert _ask(served).status_code == 200
     served.engine.answer = _crash
@@ -98,7 +93,7 @@ def test_without_opting_in_no_text_is_on_the_disk(
 
 def test_feedback_that_asks_for_it_leaves_a_case_until_its_caller_withdraws_it(keeping: Served) -> None:
     store, answer = keeping.scene.store, _ask(keeping).json()["id"]
-    assert _feedback(keeping, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
+    assert keeping.feedback(answer, expected=WRONG, keep=True).json()["kept"] is True
     (case,) = _cases(keeping)
     assert case.messages[-1].content == "zebra lamp of person1@example.com"
     assert (case.expected, case.answer) == (WRONG, '{"intent": "on"}')
@@ -118,7 +113,7 @@ def test_feedback_that_asks_for_it_leaves_a_case_until_its_caller_withdraws_it(k
         assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is True
         assert http.delete(f"/api/feedback/{answer}").json()["deleted"] is False
     assert _holding(store.root, "zebra") == []
-    again = _feedback(keeping, request_id=answer, score={"helpful": 0.0}, keep=True).json()
+    again = keeping.feedback(answer, score={"helpful": 0.0}, keep=True).json()
     assert (again["kept"], again["not_kept"]) == (False, "its caller withdrew it")
     assert _holding(store.root, "zebra") == []
     (entry,) = _audited(keeping, "cases.withdraw")
@@ -128,21 +123,21 @@ def test_feedback_that_asks_for_it_leaves_a_case_until_its_caller_withdraws_it(k
 @pytest.mark.attack("privacy", "a user asks to keep the request of another user")
 def test_only_who_made_a_request_may_let_it_be_kept(keeping: Served) -> None:
     asked, opted_in = _ask(keeping).json()["id"], _ask(keeping, store=True).json()["id"]
-    with keeping.http(keeping.person("olaf", "operator")) as http:
-        refused = http.post("/api/feedback", json={"request_id": asked, "expected": WRONG, "keep": True})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "permission_denied")
-        assert _holding(keeping.scene.store.root, "zebra") == []
-        # Feedback of anybody of the tenant counts for a request whose caller lets it be kept.
-        assert http.post("/api/feedback", json={"request_id": opted_in, "expected": WRONG}).json()["kept"] is True
+    olaf = keeping.person("olaf", "operator")
+    refused = keeping.feedback(asked, olaf, expected=WRONG, keep=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "permission_denied")
+    assert _holding(keeping.scene.store.root, "zebra") == []
+    # Feedback of anybody of the tenant counts for a request whose caller lets it be kept.
+    assert keeping.feedback(opted_in, olaf, expected=WRONG).json()["kept"] is True
     (case,) = _cases(keeping)
     assert (case.by, case.request) == ("olaf", opted_in.removeprefix("chatcmpl-"))
 
 
 def test_a_request_with_store_is_kept_where_it_went_wrong(keeping: Served) -> None:
     right = keeping.ask(messages=ASK, store=True).id  # the official client
-    assert "kept" not in _feedback(keeping, request_id=right, expected='{"intent": "on"}').json()
+    assert "kept" not in keeping.feedback(right, expected='{"intent": "on"}').json()
     wrong = _ask(keeping, store=True).json()["id"]
-    assert _feedback(keeping, request_id=wrong, score={"helpful": 0.0}).json()["kept"] is True
+    assert keeping.feedback(wrong, score={"helpful": 0.0}).json()["kept"] is True
     keeping.engine.answer = lambda _request, _adapter: "no JSON"
     invalid = _ask(keeping, store=True, stream=True)
     keeping.engine.answer = _crash
@@ -152,10 +147,10 @@ def test_a_request_with_store_is_kept_where_it_went_wrong(keeping: Served) -> No
     assert [case.answer for case in cases] == ['{"intent": "on"}', "no JSON", None]
     assert all(case.failed and case.expected is None for case in cases)
     # What somebody says later about the answer is added to the case.
-    late = _feedback(keeping, request_id=cases[1].request, expected=WRONG)
+    late = keeping.feedback(cases[1].request, expected=WRONG)
     assert late.json()["kept"] is True
     assert _cases(keeping, 3)[1].expected == WRONG
-    _feedback(keeping, request_id=cases[1].request, score={"helpful": 0.2})
+    keeping.feedback(cases[1].request, score={"helpful": 0.2})
     assert _cases(keeping, 3)[1].expected == WRONG, "kept, although this call says none"
     assert _holding(keeping.scene.store.root, SECRET) == []
 
@@ -172,7 +167,7 @@ def test_what_is_kept_is_scanned(
     asked = [{"role": "system", "content": f"You are {SECRET}"}, {"role": "user", "content": f"zebra {token}"}]
     answer = served.post(messages=asked, store=True)
     expected = f'{{"intent": "write to {SECRET} {token}"}}'
-    assert _feedback(served, request_id=answer.json()["id"], expected=expected).json()["kept"] is True
+    assert served.feedback(answer.json()["id"], expected=expected).json()["kept"] is True
     (case,) = _cases(served)
     assert "zebra" in case.messages[-1].content
     assert "person1@example.com" in case.messages[0].content
@@ -202,7 +197,7 @@ def test_what_is_not_kept_is_scored_and_says_why(
     served = start_server(keeper=keeper)
     asked = [ASK, messages] if at_most == 1 else [messages]
     answers = [served.post(messages=each).json()["id"] for each in asked]
-    given = [_feedback(served, request_id=each, expected=WRONG, keep=True).json() for each in answers]
+    given = [served.feedback(each, expected=WRONG, keep=True).json() for each in answers]
     assert [each["kept"] for each in given] == [True, False][-len(asked) :]
     assert (reason in given[-1]["not_kept"], given[-1]["scores"]["exact_match"]) == (True, 0.0)
     _cases(served, len(asked) - 1)
@@ -218,7 +213,7 @@ def test_what_has_expired_is_gone(
     keeper = CaseKeeper(scene.store, CaseSettings(days=seconds / 86_400), Privacy())
     served = start_server(keeper=keeper)
     answer = _ask(served).json()["id"]
-    assert _feedback(served, request_id=answer, expected=WRONG, keep=True).json()["kept"] is True
+    assert served.feedback(answer, expected=WRONG, keep=True).json()["kept"] is True
     until(lambda: not list((scene.store.root / "cases").glob("*.json")))
     (row,) = served.rows()
     assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()

@@ -28,7 +28,6 @@ from tunesmith.core.scope import Scope
 from tunesmith.registry import opening
 from tunesmith.registry.versions import Version
 from tunesmith.server.answering import routing
-from tunesmith.store.store import Store
 
 Versions = dict[int, Version]
 
@@ -130,9 +129,7 @@ def test_any_object_a_schema_and_the_clients_own_helper_reach_the_engine(served:
     served.ask(response_format={"type": "text"})
     # Nobody measured the version with these formats, so such answers are no evidence about it.
     assert [(row.cut, bool(row.scores)) for row in served.rows()] == [(True, False)] * 3 + [(False, True)]
-    with served.http() as http:
-        sent = [{"request_id": row.id, "score": {"helpful": 1.0}} for row in served.rows()]
-        found = [http.post("/api/feedback", json=one) for one in sent]
+    found = [served.feedback(row.id, score={"helpful": 1.0}) for row in served.rows()]
     assert [each.status_code for each in found] == [409, 409, 409, 200]
     assert found[0].json()["error"]["code"] == "answer_cut"
     assert [set(row.scores) & {"helpful"} for row in served.rows()] == [set()] * 3 + [{"helpful"}]
@@ -221,31 +218,16 @@ def test_another_tenants_or_regions_model_looks_nonexistent(served: Served, scen
     served.begin(scene.version(22, name="euro", scope=Scope(region="eu")), scope=Scope(region="eu"))
     tokens = {user: served.person(user, "operator", tenant=of) for user, of in (("al", "acme"), ("bo", "umbra"))}
     for model in ("theirs", "theirs@champion", "theirs@v1"):
-        assert served.client(tokens["al"]).chat.completions.create(model=model, messages=HELLO).model == "theirs@v1"
-    with served.http(tokens["bo"]) as http:
-        for model in ("theirs", "theirs@champion", "theirs@v1", "euro", "euro@v1"):
-            denied = http.post("/v1/chat/completions", json={"model": model, "messages": HELLO})
-            absent = http.post("/v1/chat/completions", json={"model": f"x{model[1:]}", "messages": HELLO})
-            assert denied.status_code == absent.status_code == 404
-            assert denied.text == absent.text.replace(f"x{model[1:]}", model)
-        listed = {model["id"].partition("@")[0] for model in http.get("/v1/models").json()["data"]}
-        assert listed == {NAME}  # what is for all tenants is theirs too
-        assert http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).status_code == 200
+        assert served.post(tokens["al"], model=model).json()["model"] == "theirs@v1"
+    for model in ("theirs", "theirs@champion", "theirs@v1", "euro", "euro@v1"):
+        denied, absent = (served.post(tokens["bo"], model=one) for one in (model, f"x{model[1:]}"))
+        assert denied.status_code == absent.status_code == 404
+        assert denied.text == absent.text.replace(f"x{model[1:]}", model)
+    listed = {model["id"].partition("@")[0] for model in served.get("/v1/models", tokens["bo"]).json()["data"]}
+    assert listed == {NAME}  # what is for all tenants is theirs too
+    assert served.post(tokens["bo"]).status_code == 200
     with running(scene, engine, region="eu") as here:
         assert here.post(model="euro").headers["x-tunesmith-version"] == "euro@v1"
-
-
-def test_a_pinned_version_answers_again_once_the_bucket_does(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*_: Any) -> bytes:
-        raise TunesmithError("the bucket cannot be used")
-
-    monkeypatch.setattr(routing, "_REST", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "read_blob", away)
-        response = served.post(model=f"{NAME}@v2")
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
-        assert [model.id for model in served.client().models.list()] == [NAME, f"{NAME}@champion"]
-    assert served.post(model=f"{NAME}@v2").status_code == 200
 
 
 def test_one_request_at_a_time_reads_the_weights_of_a_pinned_version_and_they_are_verified_once(

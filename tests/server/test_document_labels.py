@@ -88,8 +88,7 @@ def labelled(scene: Scene, tmp_path: Path) -> Iterator[tuple[Served, Ask]]:
         }
 
         def ask(caller: str, **more: Any) -> httpx.Response:
-            with served.http(callers[caller]) as http:
-                return http.post("/v1/chat/completions", json={"model": f"{NAME}@v1", "messages": ASK, **more})
+            return served.post(callers[caller], model=f"{NAME}@v1", messages=ASK, **more)
 
         yield served, ask
 
@@ -128,8 +127,7 @@ def test_only_what_the_caller_may_see_leaves_the_store(
         tokens = answer.json()["usage"]["prompt_tokens"]
         assert tokens == engine.count_prompt(engine.seen[-1].messages) == tokens_of.setdefault(caller, tokens)
         assert _named(ask(caller, stream=True, stream_options={"include_usage": True}).text) == visible
-    with served.http() as http:
-        assert _named(http.get("/metrics").text) == set()
+    assert _named(served.get("/metrics").text) == set()
     set_groups(served.scene.store, "board", ["ops"], actor=OWNER)  # which counts from the next request on
     assert _named(ask("board").text) == {"public", "eu", "ops"}
     happened("nothing else", len(CALLERS))

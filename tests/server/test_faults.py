@@ -8,19 +8,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
-from tests.fabricate import NAME
+from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, StartServer
 from tests.server.fake_engine import VALID, FakeEngine
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.engines.protocol import Completion
 from tunesmith.server import limits
-from tunesmith.server.intake.connections import BoundedConnection
 from tunesmith.store import database
 
 
@@ -40,21 +38,6 @@ def head(served: Served, length: int | str) -> bytes:
 
 
 # Clients
-
-
-def test_half_a_request_and_a_slow_body_cost_only_themselves(start_server: StartServer) -> None:
-    served = start_server(body_seconds=3)
-    half = raw(served, b"POST /v1/chat/completions HTTP/1.1\r\nHost:")
-    slow = raw(served, head(served, 500) + b'{"model": ')
-    assert served.ask().choices
-    answer = b"".join(iter(lambda: slow.recv(4096), b""))  # head and body may come apart
-    assert b" 408 " in answer
-    assert b"body_too_slow" in answer
-    gone = raw(served, head(served, 500) + b'{"model": ')
-    gone.close()
-    assert served.ask().choices
-    half.close()
-    slow.close()
 
 
 def test_a_full_queue_is_429(start_server: StartServer, engine: FakeEngine) -> None:
@@ -81,10 +64,11 @@ def test_a_full_queue_is_429(start_server: StartServer, engine: FakeEngine) -> N
     assert (stopping.status_code, stopping.json()["error"]["code"]) == (503, "stopping")
 
 
-def sent(served: Served, **more: Any) -> socket.socket:
-    """A connection on which a request was sent."""
+def sent(served: Served, token: str = "", **more: Any) -> socket.socket:
+    """A connection on which a request was sent. token: in place of the server's own."""
     body = json.dumps({"model": NAME, "messages": HELLO, **more}).encode()
-    return raw(served, head(served, len(body)) + body)
+    start = head(served, len(body)).replace(served.token.encode(), (token or served.token).encode())
+    return raw(served, start + body)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -114,26 +98,6 @@ def test_a_client_that_leaves_stops_the_engine(served: Served, stream: bool) -> 
         assert row.completion_tokens == len(decoded)
     del served.engine.stream  # as it was
     assert served.ask().choices
-
-
-def test_clients_that_leave_the_queue_or_before_the_first_token_cost_no_decoding(
-    start_server: StartServer, engine: FakeEngine
-) -> None:
-    served = start_server(together=1)
-    served.ask()
-    engine.gate.clear()
-    begun = sent(served, stream=True)
-    until(lambda: engine.calls == 2)
-    waiting = [sent(served) for _ in range(20)]
-    until(lambda: served.worker.waiting() == 20)
-    for connection in (begun, *waiting):
-        connection.close()
-    until(lambda: all(job.left for job in [*served.worker._busy_since, *served.worker._turns.waiting()]))
-    engine.gate.set()
-    served.ask()
-    assert engine.calls == 3
-    until(lambda: len(served.rows()) == 3)
-    assert [row.features.get("left") for row in served.rows()] == [None, True, None]
 
 
 # The engine
@@ -208,103 +172,37 @@ def test_a_hanging_engine_times_out_and_is_not_ready(start_server: StartServer, 
 def test_feedback_that_cannot_be_stored_says_so_and_stores_nothing(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A database that is locked, then a SQLite file that may not grow by one more page."""
-    number, engine = served.ask().id, served.scene.store.engine
+    """A database that is locked, then a SQLite file that may not grow."""
+    number = served.ask().id
 
     def locked(*_: Any) -> Any:
         raise TunesmithError("the database cannot be used: database is locked")
 
-    def stays(connection: Any, _record: Any) -> None:
-        connection.execute(f"PRAGMA max_page_count={pages}")
-
     def scores(turn: int) -> dict[str, float]:
         return {f"{'m' * 58}_{turn:02}_{place:02}": 0.5 for place in range(limits.SCORES)}
 
-    def add(turn: int) -> httpx.Response:
-        return http.post("/api/feedback", json={"request_id": number, "score": scores(turn)})
-
-    with served.http() as http:
-        with monkeypatch.context() as patch:
-            patch.setattr(database, "writing", locked)
-            answer = add(0)
-        error = answer.json()["error"]
-        assert (answer.status_code, answer.headers["retry-after"], error["code"]) == (503, "5", "storage_failed")
-        with engine.connect() as connection:
-            connection.exec_driver_sql("COMMIT")  # VACUUM leaves no free pages inside the file
-            connection.exec_driver_sql("VACUUM")
-            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-        event.listen(engine, "connect", stays)
-        engine.dispose()
-        answers = [add(turn) for turn in range(10)]  # the first ones may fit into the row's page
-        event.remove(engine, "connect", stays)
-        engine.dispose()
-        fitted = [turn for turn, answer in enumerate(answers) if answer.status_code == 200]
-        full = answers[len(fitted)]
-        assert (full.status_code, len(fitted) < 8) == (507, True)
-        error = full.json()["error"]
-        assert (error["type"], error["code"]) == ("server_error", "storage_full")
-        assert "operator must free space" in error["message"]
-        kept = set(served.rows()[0].scores)
-        assert kept >= {name for turn in fitted for name in scores(turn)}
-        assert not kept & scores(len(fitted)).keys(), "nothing was stored"
-        assert add(len(fitted)).status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "writing", locked)
+        answer = served.feedback(number, score=scores(0))
+    error = answer.json()["error"]
+    assert (answer.status_code, answer.headers["retry-after"], error["code"]) == (503, "5", "storage_failed")
+    fill(served.scene)
+    turn = 0
+    while (answer := served.feedback(number, score=scores(turn))).status_code == 200:
+        turn += 1
+        assert turn < 500, "the database never became full"
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (507, "server_error", "storage_full")
+    assert "operator must free space" in error["message"]
+    assert not served.rows()[0].scores.keys() & scores(turn).keys(), "nothing was stored"
 
 
-# What a request costs the server beyond its answer: threads woken, transactions, packets
-
-
-def test_an_answers_body_does_not_wait_until_its_headers_are_acknowledged(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_once: list[int] = []
-    made = BoundedConnection.connection_made
-
-    def noting(self: BoundedConnection, transport: Any) -> None:
-        made(self, transport)
-        connected = transport.get_extra_info("socket")
-        at_once.append(connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-
-    monkeypatch.setattr(BoundedConnection, "connection_made", noting)
-    with served.http() as http:
-        http.get("/healthz")
-    assert at_once
-    assert all(at_once)
-
-
-def test_a_request_wakes_one_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    served.ask()
-    looked, begin = 0, served.worker._turns.begin
-
-    def counting() -> Any:
-        nonlocal looked
-        looked += 1
-        return begin()
-
-    monkeypatch.setattr(served.worker._turns, "begin", counting)
-    for _ in range(3):
-        served.ask()
-    assert 3 <= looked < served.serving.settings.together
-
-
-def test_requests_that_end_together_share_transactions(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one is written, the others' rows gather, and their threads take the next requests."""
-    served.ask()
-    many, begun, rows, append = 8, 0, served.serving.recorder._rows, database.append
-
-    def waiting_for_the_others(*given: Any) -> None:
-        nonlocal begun
-        begun += 1
-        if begun == 1:
-            first = len(given[2])  # more than one where another row came before this one was taken
-            until(lambda: rows.waiting() + first == many and served.worker.answering() == 1)
-        append(*given)
-
-    monkeypatch.setattr(database, "append", waiting_for_the_others)
-    with ThreadPoolExecutor(many) as pool:
-        assert [answer.status_code for answer in pool.map(lambda _: served.post(), range(many))] == [200] * many
-    assert begun <= 2
-    monkeypatch.undo()
-    assert len(served.rows()) == many + 1
+def fill(scene: Scene) -> None:
+    """Let the database have no more pages than it has now."""
+    with database.reading(scene.store.engine) as session:
+        pages = session.execute(text("PRAGMA page_count")).scalar()
+    scene.store.engine.dispose()
+    event.listen(scene.store.engine, "connect", lambda made, _: made.execute(f"PRAGMA max_page_count={pages}"))
 
 
 def test_a_row_that_does_not_fit_costs_no_other(served: Served) -> None:

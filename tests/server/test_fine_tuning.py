@@ -188,8 +188,8 @@ def test_what_is_refused(client: openai.OpenAI, tuner: Served, served: Served) -
         ({"n_epochs": 3}, "n_epochs", "Unrecognized request argument"),
         (both, None, "give either"),
     ):
-        with tuner.http(client.api_key) as http:
-            answer = http.post("/v1/fine_tuning/jobs", json={"model": MODEL, "training_file": file, **body})
+        asked = {"model": MODEL, "training_file": file, **body}
+        answer = tuner.send("/v1/fine_tuning/jobs", asked, client.api_key)
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (404 if param == "model" else 400, param), error
         assert said in error["message"]

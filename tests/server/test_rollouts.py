@@ -185,29 +185,28 @@ def test_a_rollout_that_cannot_be_checked_keeps_nothing_else_waiting(
 # Feedback
 
 
-def give(served: Served, token: str | None = None, **body: Any) -> tuple[int, Any]:
-    with served.http(token) as http:
-        response = http.post("/api/feedback", json=body)
-        return response.status_code, response.json()
+def give(served: Served, request: str, token: str | None = None, **given: Any) -> tuple[int, Any]:
+    response = served.feedback(request, token, **given)
+    return response.status_code, response.json()
 
 
 def test_feedback_scores_the_kept_answer_once_and_only_for_its_tenant(served: Served) -> None:
     right, wrong = served.ask(), served.ask()
     eve = served.person("eve", "operator", tenant="acme")
     said = [
-        give(served, eve, request_id=right.id, expected="x"),
-        give(served, eve, request_id=right.id, score={"thumbs": 0.0}),
-        give(served, request_id="chatcmpl-nothing", expected="x"),
-        give(served, request_id="nothing", score={"thumbs": 0.0}),
+        give(served, right.id, eve, expected="x"),
+        give(served, right.id, eve, score={"thumbs": 0.0}),
+        give(served, "chatcmpl-nothing", expected="x"),
+        give(served, "nothing", score={"thumbs": 0.0}),
     ]
     assert {(status, document["error"]["code"]) for status, document in said} == {(404, "request_not_found")}
-    assert give(served, request_id=right.id, expected='{ "intent":"on" }') == (
+    assert give(served, right.id, expected='{ "intent":"on" }') == (
         200, {"request_id": right.id.removeprefix("chatcmpl-"), "scores": {"exact_match": 1.0}},
     )  # fmt: skip
-    assert give(served, request_id=wrong._request_id, expected='{"intent": "off"}')[1]["scores"] == {"exact_match": 0.0}
-    assert give(served, request_id=right.id, score={"thumbs": 1.0})[0] == 200
+    assert give(served, wrong._request_id, expected='{"intent": "off"}')[1]["scores"] == {"exact_match": 0.0}
+    assert give(served, right.id, score={"thumbs": 1.0})[0] == 200
     for again in ({"score": {"thumbs": 0.0}}, {"score": {"json_valid": 0.0}}, {"score": {"new": 1.0, "thumbs": 0.0}}):
-        status, document = give(served, request_id=right.id, **again)
+        status, document = give(served, right.id, **again)
         assert (status, document["error"]["code"]) == (409, "already_scored")
     assert [row.scores for row in served.rows()] == [
         {"json_valid": 1.0, "exact_match": 1.0, "thumbs": 1.0}, {"json_valid": 1.0, "exact_match": 0.0},
@@ -218,26 +217,26 @@ def test_feedback_scores_the_kept_answer_once_and_only_for_its_tenant(served: Se
 def test_a_forgotten_answer_is_scored_by_number(start_server: StartServer) -> None:
     served = start_server(kept_answers=1)
     old, new = served.ask(), served.ask()
-    status, document = give(served, request_id=old.id, expected=VALID)
+    status, document = give(served, old.id, expected=VALID)
     assert (status, document["error"]["code"]) == (409, "answer_gone")
-    assert give(served, request_id=old.id, score={"exact_match": 1.0})[0] == 200
-    assert give(served, request_id=new.id, expected=VALID)[0] == 200
+    assert give(served, old.id, score={"exact_match": 1.0})[0] == 200
+    assert give(served, new.id, expected=VALID)[0] == 200
 
 
 @pytest.mark.parametrize(
-    "body",
+    "given",
     [
         {},
-        {"request_id": "x", "expected": "a", "score": {"b": 1.0}},
-        {"request_id": "x", "score": {}},
-        {"request_id": "x", "score": {"Upper": 1.0}},
-        {"request_id": "x", "score": {"a": 1.1}},
-        {"request_id": "x", "score": {"a": True}},
-        {"request_id": "x", "expected": "a", "more": 1},
+        {"expected": "a", "score": {"b": 1.0}},
+        {"score": {}},
+        {"score": {"Upper": 1.0}},
+        {"score": {"a": 1.1}},
+        {"score": {"a": True}},
+        {"expected": "a", "more": 1},
     ],
 )
-def test_feedback_that_is_not_well_formed_is_400(shared: Served, body: dict[str, Any]) -> None:
-    assert give(shared, **body)[0] == 400
+def test_feedback_that_is_not_well_formed_is_400(shared: Served, given: dict[str, Any]) -> None:
+    assert give(shared, "x", **given)[0] == 400
 
 
 JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "m"}
@@ -259,10 +258,8 @@ def test_declared_scorers_score_served_answers(start_server: StartServer, tmp_pa
     served = start_server(scorers=scorers, root=tmp_path)
     answer = served.ask()
     assert served.rows()[0].scores == {"says_on": 1.0}
-    with served.http() as http:
-        expected = {"request_id": answer.id, "expected": '{"intent": "on", "room": "hall"}'}
-        found = http.post("/api/feedback", json=expected).json()
-        bad = http.post("/api/feedback", json={"request_id": served.ask().id, "expected": "no JSON"})
+    found = served.feedback(answer.id, expected='{"intent": "on", "room": "hall"}').json()
+    bad = served.feedback(served.ask().id, expected="no JSON")
     assert found["scores"] == {"exact_match": 0.0, "intent": 1.0, "polite": 0.5}
     assert "asks a judge" in found["not_scored"]["better"]
     assert "retrieved texts" in found["not_scored"]["groundedness"]
@@ -287,19 +284,6 @@ def test_rollout_refuses_a_metric_that_service_does_not_measure(tmp_path: Path) 
 # Control
 
 
-def test_rollouts_are_shown_with_the_analysis_so_far(served: Served, versions: Versions) -> None:
-    rollout = served.begin(versions[2], {"setWeight": 50}, ANALYSIS, {"setWeight": 100})
-    served.until(rollout, lambda now: now.step == 1)
-    with served.http() as http:
-        listed = http.get("/api/rollouts").json()["rollouts"]
-        one = http.get(f"/api/rollouts/{rollout.id}").json()
-        assert [entry["rollout"] for entry in listed] == [rollout.id, rollout.id - 1]
-        assert (one["status"], one["weight"], one["analysis"]["outcome"]) == ("running", 50, "inconclusive")
-        assert (one["stable"]["version"], one["canary"]["version"]) == (f"{NAME}@v1", f"{NAME}@v2")
-        for number, status in (("999", 404), ("x", 400), ("-1", 400)):
-            assert http.get(f"/api/rollouts/{number}").status_code == status
-
-
 PAUSES = ({"setWeight": 10}, {"pause": {}}, {"setWeight": 20}, {"pause": {}}, {"setWeight": 100})
 
 
@@ -310,8 +294,7 @@ def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Ve
     served.until(rollout, lambda now: (now.step, now.status) == (1, "paused"))
 
     def sent(action: str, **body: Any) -> tuple[int, str]:
-        with served.http() as http:
-            answer = http.post(f"/api/rollouts/{rollout.id}/{action}", json=body)
+        answer = served.send(f"/api/rollouts/{rollout.id}/{action}", body)
         return answer.status_code, answer.json().get("error", {}).get("message", "")
 
     before, seen = get_rollout(store, rollout.id), {"step": 1, "champion": versions[1].digest}
@@ -336,16 +319,11 @@ def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Ve
     assert champion.version == versions[1].digest
 
 
-def test_health_and_metrics_need_no_token_and_features_are_recorded(served: Served) -> None:
+def test_metrics_name_nobody_and_features_are_recorded(served: Served) -> None:
     served.ask()
     served.ask(messages=[{"role": "user", "content": "zzz qqq"}])
-    with served.http() as http:
-        for path in ("/healthz", "/readyz", "/metrics"):
-            response = http.get(path, headers={"Authorization": ""})
-            assert response.status_code == 200
-            assert NAME not in response.text
-            assert OPERATOR not in response.text
-        text = http.get("/metrics").text
+    text = served.get("/metrics").text
+    assert not [name for name in (NAME, OPERATOR) if name in text]
     assert 'tunesmith_requests_total{arm="stable",outcome="answered"} 2.0' in text
     assert 'tunesmith_tokens_total{arm="stable",kind="completion"} 4.0' in text
     assert "tunesmith_waiting_requests 0.0" in text

@@ -129,6 +129,9 @@ def test_dribbled_requests_are_closed(quick: Served, happened: Happened) -> None
     answered = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     starts = [b"GET /healthz HTTP/1.1\r\nX: ", answered + b"GET /healthz HTTP/1.1\r\nX: "]
     starts.append(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n")
+    with raw(quick, head(quick, 500) + b'{"model": ') as slow:
+        answer = b"".join(iter(lambda: slow.recv(4096), b""))  # head and body may come apart
+    assert (b" 408 " in answer, b"body_too_slow" in answer) == (True, True)
     for start in starts:
         connection, end = raw(quick, start), time.monotonic() + SECONDS
         with connection, contextlib.suppress(OSError):

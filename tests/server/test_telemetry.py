@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
-
 import pytest
 
 from tests.fabricate import NAME
@@ -53,8 +50,6 @@ def test_requests_are_spans_and_measured(
     assert failed.status.code == 2
     parts = [span for span in receiver.spans if span.parent_span_id == plain.span_id]
     assert [span.name for span in parts] == ["queue", "answer"]
-    times = [plain.start_time_unix_nano, *(span.start_time_unix_nano for span in parts), plain.end_time_unix_nano]
-    assert all(first <= then + 5e6 for first, then in itertools.pairwise(times))
     (refused,) = receiver.named("POST /v1/chat/completions")
     assert attributes(refused)["http.response.status_code"] == 404
     assert refused.status.code == 0, "the client's mistake is no error of the server"
@@ -73,18 +68,3 @@ def test_requests_are_spans_and_measured(
     assert receiver.points("tunesmith_waiting_requests")[0][1].as_double == 0
     assert receiver.resource["service.name"] == "tunesmith"
     assert SECRET.encode() not in receiver.raw
-
-
-def test_a_receiver_that_hangs_slows_no_request(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    hang = threading.Event()
-    with otlp_receiver(monkeypatch) as receiver:
-        monkeypatch.setattr(receiver, "finish_request", lambda *_: hang.wait(120))
-        for name, value in (("SCHEDULE_DELAY", "10"), ("MAX_QUEUE_SIZE", "8"), ("MAX_EXPORT_BATCH_SIZE", "4")):
-            monkeypatch.setenv(f"OTEL_BSP_{name}", value)
-        with telemetry.sending():
-            server = start_server()
-            for _ in range(40):
-                assert server.post().status_code == 200
-            server.stop()
-        hang.set()
-    assert telemetry.active() is None
