@@ -23,7 +23,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Generation
 from tunesmith.training.batches.rows import TrainingRow
-from tunesmith.training.estimates.subsets import subset_settings
+from tunesmith.training.estimates.estimate import subset_settings
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.train import make_spec, run_training
 

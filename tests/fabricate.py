@@ -26,7 +26,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import Example, encode_examples, example_id, load_dataset
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
-from tunesmith.evaluation.probes.general import general_digest, general_questions
+from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register

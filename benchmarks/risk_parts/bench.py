@@ -19,8 +19,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.settings import Privacy
-from tunesmith.engines.native.engine import NativeEngine
-from tunesmith.engines.native.model import NativeModel
+from tunesmith.engines.native.engine import NativeEngine, NativeModel
 from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate
 from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.metrics.declared import make_scoring

@@ -31,8 +31,7 @@ from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.native import engine as native_engine
-from tunesmith.engines.native import model as native_model
-from tunesmith.engines.native.model import NativeModel
+from tunesmith.engines.native.engine import NativeModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.settings import WeightSettings
@@ -53,8 +52,7 @@ FOUR_BITS = {"quantize": "4bit"}
 @pytest.fixture(autouse=True)
 def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The native engine in fp32, so that what differs is a mistake and not rounding."""
-    for module in (native_model, native_engine):
-        monkeypatch.setattr(module, "load_network", lambda folder, **how: load_network(folder, torch.float32, **how))
+    monkeypatch.setattr(native_engine, "load_network", lambda folder, **how: load_network(folder, torch.float32, **how))
 
 
 def _loaded(base: Base, engine: str = "hf") -> LoadedModel:

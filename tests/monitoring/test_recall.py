@@ -17,7 +17,7 @@ from tunesmith.rollout.commands import rollback, start
 from tunesmith.rollout.controller import advance
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store import audit, database
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.tables import AuditRow, RecallRow, RequestRow
 
 PLAN = RolloutSettings.model_validate({"steps": [{"setWeight": 10}, {"pause": {}}, {"setWeight": 100}]}).steps

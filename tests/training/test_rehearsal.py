@@ -19,7 +19,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import Stopped
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.probes import drift
-from tunesmith.evaluation.probes.general import general_questions
+from tunesmith.evaluation.probes.numbers import general_questions
 from tunesmith.models.rendering import Rendered
 from tunesmith.project import Project
 from tunesmith.store.store import Store

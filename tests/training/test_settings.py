@@ -19,8 +19,7 @@ from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import match_layers
 from tunesmith.pipeline.training import _of_control
 from tunesmith.training.batches.rows import row_count, training_rows
-from tunesmith.training.estimates.estimate import too_few_numbers
-from tunesmith.training.estimates.subsets import subset_settings
+from tunesmith.training.estimates.estimate import subset_settings, too_few_numbers
 from tunesmith.training.settings import TrainSettings, changed_training, fit_to_rows, recorded_settings
 
 

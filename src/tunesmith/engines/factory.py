@@ -64,8 +64,8 @@ def load_model(base: Base, engine: LocalEngine | None = None, progress: Progress
     engine has no compiled kernels. Raises Refused for a base that the engine cannot run.
     """
     if (engine or answering_engine(base.family)) == NATIVE:
+        from tunesmith.engines.native.engine import NativeModel
         from tunesmith.engines.native.kernels import slowness
-        from tunesmith.engines.native.model import NativeModel
 
         if (slow := slowness()) is not None:
             progress.say(slow)

@@ -16,7 +16,7 @@ from tunesmith.data.documents import Documents
 from tunesmith.data.duplicates import answer_key, learned_parts, request_text
 from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
-from tunesmith.evaluation.probes.general import GeneralQuestion, right_share
+from tunesmith.evaluation.probes.numbers import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
 from tunesmith.store.store import Store
 

@@ -32,9 +32,9 @@ from tunesmith.evaluation.metrics.judging import read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
 from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, measure_policy
 from tunesmith.evaluation.prices import money_of
-from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.probes.items import MEASUREMENTS
 from tunesmith.evaluation.probes.measuring import Risk, measure
+from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals

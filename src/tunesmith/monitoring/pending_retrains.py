@@ -23,7 +23,7 @@ from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.state import live_rollout
 from tunesmith.store import database
-from tunesmith.store.recalls import causes
+from tunesmith.store.records import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, VersionRow
 

@@ -35,7 +35,7 @@ from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve
 from tunesmith.store import database
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 
 
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:

@@ -39,7 +39,7 @@ from tunesmith.engines.factory import (
     training_engine,
 )
 from tunesmith.engines.settings import RaySettings, WeightSettings
-from tunesmith.evaluation.metrics.references import References
+from tunesmith.evaluation.metrics.declared import References
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store

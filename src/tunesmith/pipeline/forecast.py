@@ -31,7 +31,7 @@ from tunesmith.pipeline.training import fitted, leading_inputs, leading_scoring,
 from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import row_count
-from tunesmith.training.estimates.subsets import subset_settings, subset_sizes
+from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
 
 _LEAST_SUBSETS = 3

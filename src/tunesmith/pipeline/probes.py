@@ -13,9 +13,9 @@ from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.gates.settings import Forgetting, Probe
 from tunesmith.evaluation.probes.context import digest_path, probe_context
-from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.evaluation.probes.suites import Suite, ask, suite_of
 from tunesmith.evaluation.scores import GENERAL
 from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training

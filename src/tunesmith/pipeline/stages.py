@@ -23,7 +23,7 @@ from tunesmith.core.system.files import room_for, write_atomic
 from tunesmith.project import Project
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
-from tunesmith.store.recalls import ancestor_recalled, recalled
+from tunesmith.store.records import ancestor_recalled, recalled
 
 # Raise a stage's number when it computes something else from the same inputs. Not for rounding in kernels: that differs
 # between processors anyway.

@@ -14,7 +14,7 @@ from tunesmith.evaluation.summary import AnswerPrice, MetricInterval
 from tunesmith.registry.aliases import list_aliases
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store import database
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 
 

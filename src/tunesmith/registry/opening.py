@@ -18,7 +18,7 @@ from tunesmith.registry.signing.signatures import Untrusted, private_copy
 from tunesmith.registry.versions import load_version, reading
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TrustedKey, find_key
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 
 _FIX = "restore the version's folder from where it was signed, or register it again"

@@ -56,8 +56,7 @@ from tunesmith.store.locks import LockHeld
 from tunesmith.store.people import identities
 from tunesmith.store.people.identities import User
 from tunesmith.store.people.trust import signature_entry
-from tunesmith.store.recalls import recalled
-from tunesmith.store.records import Record
+from tunesmith.store.records import Record, recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 

@@ -21,7 +21,7 @@ from tunesmith.registry.signing.release import Version, check_expiry, check_sign
 from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
 from tunesmith.store.people.identities import require, trusted_keys
 from tunesmith.store.people.trust import TrustedKey, find_key
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.tables import AuditRow, RecallRow, VersionRow
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]

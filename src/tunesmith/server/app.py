@@ -34,12 +34,9 @@ from tunesmith.server.api import (
     datasets,
     evaluations,
     feedback,
-    held,
-    jobs,
     monitoring,
+    operations,
     people,
-    review,
-    rollouts,
     versions,
 )
 from tunesmith.server.chat import routes as chat
@@ -136,9 +133,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(chat.answering)  # the first, since routes are tried in turn
     app.include_router(chat.routes)
     app.include_router(control.routes)
-    for resource in (feedback, evaluations, versions, rollouts, datasets, review, monitoring, people):
-        app.include_router(resource.routes)
-    for resource in (jobs, held):
+    for resource in (feedback, evaluations, versions, datasets, operations, monitoring, people):
         app.include_router(resource.routes)
     app.include_router(actions.routes())
     app.include_router(files.routes)

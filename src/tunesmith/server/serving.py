@@ -13,7 +13,7 @@ from fastapi import Request
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.project import Project
 from tunesmith.server import limits
-from tunesmith.server.answering.awaiting import AwaitedDecisions
+from tunesmith.server.answering.job import AwaitedDecisions
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import ReadyVersions, Router
 from tunesmith.server.answering.work import Worker

@@ -28,7 +28,7 @@ from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import Version, load_version, resolve
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, VersionRow
 

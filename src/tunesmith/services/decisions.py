@@ -17,8 +17,8 @@ from pydantic import Base64Bytes, BeforeValidator, Field
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import VersionRef
-from tunesmith.core.text.urls import is_private
 from tunesmith.core.view import View
 from tunesmith.registry import approvals
 from tunesmith.registry.risk import Approvals, Requirement

@@ -31,7 +31,7 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 
 READ_PERMISSION = "evidence.read"

@@ -34,7 +34,7 @@ from tunesmith.services.evaluations import READ_PERMISSION, EvidenceReport, with
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
-from tunesmith.store.recalls import reasons_of_recalls, recalled
+from tunesmith.store.records import reasons_of_recalls, recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import EdgeRow, RecordRow, VersionRow
 

@@ -22,7 +22,7 @@ from tunesmith.services.evaluations import READ_PERMISSION
 from tunesmith.services.evidence import judged_candidate, when_made
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
-from tunesmith.store.recalls import recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 
 REFERENCE = "reference"  # what an answer may be compared with, beside candidates

@@ -23,7 +23,7 @@ from tunesmith.engines.hf.engine import HFEngine
 from tunesmith.engines.hf.loaded import LoadedHFModel, ShardedHFModel
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
-from tunesmith.engines.native.model import NativeModel
+from tunesmith.engines.native.engine import NativeModel
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, held, whole
 from tunesmith.engines.settings import EngineSettings, WeightSettings

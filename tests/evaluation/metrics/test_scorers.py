@@ -18,8 +18,7 @@ from tunesmith.data.building.account import OFF_SCHEMA
 from tunesmith.data.building.examine import Examiner, RowRules
 from tunesmith.data.settings import DataSettings
 from tunesmith.evaluation.metrics import declared
-from tunesmith.evaluation.metrics.declared import LabelScorer, NumberScorer, PatternScorer
-from tunesmith.evaluation.metrics.references import References
+from tunesmith.evaluation.metrics.declared import LabelScorer, NumberScorer, PatternScorer, References
 from tunesmith.evaluation.metrics.scorers import SCORERS, score
 
 NUMBERS = st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False)

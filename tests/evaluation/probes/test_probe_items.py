@@ -24,8 +24,8 @@ from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.probes import drift, memory
 from tunesmith.evaluation.probes.bias import PER_TOKEN, bbq_items, crows_pairs_items, swap_items
 from tunesmith.evaluation.probes.context import ProbeContext, digest_path
-from tunesmith.evaluation.probes.general import general_questions, right_share
 from tunesmith.evaluation.probes.items import Item, decode_items, encode_items
+from tunesmith.evaluation.probes.numbers import general_questions, right_share
 from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.models.rendering import Renderer
 from tunesmith.training.batches.canaries import SOURCE, canaries

@@ -1,4 +1,4 @@
-"""HTTP clients for threads: each client serves one thread at a time."""
+"""HTTP clients for threads, each for one at a time; and which addresses are of this machine or its network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import httpx
+import ipaddress
+from urllib.parse import urlsplit
 
 
 class HttpClients:
@@ -38,3 +40,21 @@ class HttpClients:
                 yield client
             finally:
                 self._free.append(client)
+
+
+def is_private(url: str) -> bool:
+    """Whether nobody on the way can read what is sent to a URL: https, or http to this machine. False for any other."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+        host = parts.hostname or ""
+        return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and _is_here(host)))
+    except ValueError:
+        return False
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -14,8 +14,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.store import database
 from tunesmith.store.people import identities
-from tunesmith.store.recalls import recalled
-from tunesmith.store.records import Record
+from tunesmith.store.records import Record, recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 

@@ -26,7 +26,7 @@ from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_datase
 from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.licences import needs
 from tunesmith.store import database
-from tunesmith.store.recalls import causes
+from tunesmith.store.records import causes
 from tunesmith.store.store import Store
 
 ROW_CAUSES: Final = ("row", "source", "licence", "subject")

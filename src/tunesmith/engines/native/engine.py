@@ -17,14 +17,19 @@ from tunesmith.engines.decoding.sampling import Sampling
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
+from tunesmith.engines.native.adapters.full import FullModel
+from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.decoding.scheduler import Scheduler
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.native.support import lacks, refuse
 from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation, Streamed
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.engines.weights.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
@@ -169,3 +174,25 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         while len(self._prefixes) > _PREFIXES_KEPT:
             self._prefixes.popitem(last=False)
         return self._prefixes[key]
+
+
+class NativeModel:
+    """Implements engines.training_protocol.LoadedModel."""
+
+    def __init__(self, base: Base) -> None:
+        """Load the base's weights. Raises Refused for a variant of its family that the network does not compute."""
+        prepare_process()
+        self._base, self._network = base, load_network(base.folder)
+
+    def engine(self) -> NativeEngine:
+        """An engine that answers with these weights."""
+        return NativeEngine(self._base, self._network)
+
+    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
+        """A new adapter on these weights, or a copy of them to be trained in full. Raises Refused for a base in 4
+        bits."""
+        if (reason := lacks(self._base.family, settings)) is not None:
+            raise refuse(reason)
+        if settings.method == "full":
+            return FullModel(self._base, self._network, settings, state_bytes)
+        return LoraModel(self._base, self._network, settings, seed)

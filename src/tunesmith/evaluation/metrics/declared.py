@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, Union
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
@@ -29,7 +29,7 @@ from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.settings import Settings
 from tunesmith.core.text.names import bare_label
 from tunesmith.evaluation.lines import is_share
-from tunesmith.evaluation.metrics.scorers import SCORERS, Schema, nearest
+from tunesmith.evaluation.metrics.scorers import NEED_JSON, SCORERS, Schema, nearest
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="what the metric is called")]
 
@@ -385,3 +385,38 @@ def check_known(name: str) -> None:
     """Raise ValueError, with the nearest name, for a name that is no built-in scorer's."""
     if name not in KNOWN:
         raise ValueError(f"no scorer is called {name!r}{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
+
+
+_PICKY = GrammarScorer | LabelScorer | NumberScorer
+_BY_NAME: tuple[Declared, ...] = tuple(sorted(NEED_JSON))
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """The check of a row's answer by the scorers that not every answer suits. scorers: only those."""
+
+    scorers: tuple[Declared, ...] = ()
+
+    @classmethod
+    def of(cls, scorers: Sequence[Declared]) -> Self:
+        """The check by those of a task's scorers that need JSON, a label, a number or a grammar's text."""
+        return cls(tuple(one for one in scorers if isinstance(one, _PICKY) or one in _BY_NAME))
+
+    def __call__(self, answer: str) -> str | None:
+        """Why an answer cannot be a reference, in a few words; None where every scorer can score against it."""
+        unsuited = (metric_of(one) for one in self.scorers if not _suits(one, answer))
+        return next((f"answer that {metric} cannot score" for metric in unsuited), None)
+
+    def as_json(self) -> list[Any]:
+        """What the check depends on."""
+        return [one if isinstance(one, str) else one.model_dump(mode="json") for one in self.scorers]
+
+
+def _suits(scorer: Declared, answer: str) -> bool:
+    if not isinstance(scorer, str):
+        return scorer.suits(answer)
+    try:
+        parse_json(answer)
+    except NotJson:
+        return False
+    return True

@@ -12,8 +12,8 @@ from pathlib import Path
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
-from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.evaluation.probes.items import Item
+from tunesmith.evaluation.probes.numbers import general_questions
 
 _LONGEST_PASSAGE = 1_500  # characters
 # The requested format, and an answer in that format and one in another.

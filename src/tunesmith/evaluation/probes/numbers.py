@@ -1,13 +1,20 @@
-"""Statistics of the risk probes: two samples, ranks among controls, the worst of several arms."""
+"""Statistics of the risk probes: two samples, ranks among controls, the worst of several arms; and the questions on
+general ability with their score."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.messages import Message
 from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.stats.statistics import (
     CHUNK,
@@ -201,3 +208,43 @@ def found_interval(
             end.append(((mine[:, left] * (ranks <= place[:, None])).sum(axis=1) + won) / whole)
     mean = float((ranks <= 1 + math.floor(len(others) * _FALSE_POSITIVES)).mean())
     return resampled(mean, np.concatenate(ends[0]), np.minimum(np.concatenate(ends[1]), 1.0), confidence)
+
+
+class GeneralQuestion(BaseModel):
+    """One question. right: the index of the right choice."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    area: str
+    messages: tuple[Message, ...]
+    choices: tuple[str, ...]
+    right: int
+
+
+def general_questions() -> list[GeneralQuestion]:
+    """The packaged questions in the file's order."""
+    questions = []
+    for line in _packaged().splitlines():
+        row = json.loads(line)
+        asked = Message(role="user", content=row.pop("question"))
+        questions.append(GeneralQuestion(messages=(asked,), **row))
+    return questions
+
+
+def general_digest() -> str:
+    """The digest of the suite's file. Scores with different digests are not compared."""
+    return digest_bytes(_packaged())
+
+
+def right_share(scores: object, question: GeneralQuestion) -> float:
+    """The probability of the right choice among the choices, from 0 to 1.
+
+    scores: a log-probability for each choice. Raises Inconclusive for anything else.
+    """
+    return shares(log_probabilities(scores, len(question.choices), question.id))[question.right]
+
+
+@cache
+def _packaged() -> bytes:
+    return (resources.files("tunesmith.evaluation.probes") / "general.jsonl").read_bytes()

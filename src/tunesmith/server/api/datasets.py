@@ -1,4 +1,4 @@
-"""/api/datasets: dataset versions, the account of their rows, their rows, differences and sign-offs.
+"""/api/datasets and /api/review: dataset versions, the account of their rows, their rows, differences and sign-offs.
 
 A dataset version may hold rows of every tenant, so these routes are for users of all tenants and regions.
 """
@@ -6,9 +6,9 @@ A dataset version may hold rows of every tenant, so these routes are for users o
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import Request, Response
+from fastapi import Query, Request, Response
 
 from tunesmith.core.view import View
 from tunesmith.data.building.summary import DatasetSummary
@@ -17,13 +17,14 @@ from tunesmith.server.access import needs
 from tunesmith.server.api.routing import (
     Call,
     Digest,
+    Number,
     Page,
     Text,
     router,
     shows,
     whole_call_of,
 )
-from tunesmith.services import datasets
+from tunesmith.services import datasets, review
 
 routes = router()
 _AT = "/datasets/{digest}"
@@ -88,3 +89,33 @@ async def _of(request: Request, *digests: str) -> Call:
     for digest in digests:
         await call.run(partial(datasets.find_dataset, call.store, digest))
     return call
+
+
+State = Literal["waiting", "open", "conflict", "accept", "edit", "reject", "all"]
+
+
+class NextItem(View):
+    """The next item that waits for the caller; null where there is none."""
+
+    item: int | None
+
+
+@routes.get("/review", dependencies=[needs("rows")], **shows(review.ReviewList))
+async def review_items(request: Request, state: State = "waiting", page: Page = 1) -> Response:
+    """Items of the queue without texts, 25 a page, how many are in each state, and how far reviewers agree."""
+    call = whole_call_of(request, "row.review")
+    return await call.answer(partial(review.list_items, call.store, state=state, page=page, **call.by))
+
+
+@routes.get("/review/next", dependencies=[needs("rows")], **shows(NextItem))
+async def following(request: Request, after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0) -> Response:
+    """The number of the next item that waits for the caller. after: the number to begin behind."""
+    call = whole_call_of(request, "row.review")
+    return await call.answer(lambda: NextItem(item=review.next_item(call.store, after, actor=call.user.name)))
+
+
+@routes.get("/review/{number}", dependencies=[needs("rows")], **shows(review.ReviewItem))
+async def review_item(request: Request, number: Number) -> Response:
+    """One item with its text and decisions."""
+    call = whole_call_of(request, "row.review")
+    return await call.answer(partial(review.show, call.store, number, **call.by))

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from tunesmith.core.access import Name
 from tunesmith.core.settings import Settings
-from tunesmith.core.text.urls import is_private
+from tunesmith.core.system.http_clients import is_private
 
 
 class LoginSettings(Settings):
