@@ -6,6 +6,7 @@ them; a person who acts for all sees everything that was made from a record.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -26,20 +27,22 @@ _MOST = 100  # descendants of a record that are listed
 
 
 class Related(View):
-    """A record that another one names, or that names it, under a role."""
+    """A record that another one names, or that names it, under a role. at: when it was made, None if not known."""
 
     role: str
     digest: str
     kind: str
     says: str
+    at: str | None
 
 
 class LineageRecord(View):
-    """A record of a lineage, with those that it was made from."""
+    """A record of a lineage, with those that it was made from. at: when it was made, None if not known."""
 
     digest: str
     kind: str
     says: str
+    at: str | None
     made_from: tuple[Related, ...]
 
 
@@ -99,7 +102,9 @@ def lineage(store: Store, version: Version) -> Lineage:
     records = ancestors(store, [version.digest])
     graph = {digest: record.parents.values() for digest, record in records.items()}
     after = [digest for _, _, digest in store.children(version.digest)[:_MOST]]
-    return Lineage(records=tuple(_listed(store, each) for each in [*TopologicalSorter(graph).static_order(), *after]))
+    digests = [*TopologicalSorter(graph).static_order(), *after]
+    times = store.times_of(digests)
+    return Lineage(records=tuple(_listed(store, each, times) for each in digests))
 
 
 def record_details(store: Store, user: User, version: Version, digest: str) -> RecordDetails:
@@ -111,6 +116,7 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
     record = store.record(digest)
     below = [(role, kind, child) for role, kind, child in store.children(digest) if everything or child in own]
     body = record.body
+    times = store.times_of([*record.parents.values(), *(child for _, _, child in below[:_MOST])])
     return RecordDetails(
         digest=digest,
         kind=record.kind,
@@ -125,8 +131,8 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
         licences={str(name): int(count) for name, count in body.get("licences", {}).items()}
         if record.kind == "dataset"
         else {},
-        made_from=_parents(store, record),
-        used_for=tuple(_related(store, role, child) for role, _, child in below[:_MOST]),
+        made_from=_parents(store, record, times),
+        used_for=tuple(_related(store, role, child, times) for role, _, child in below[:_MOST]),
         further=max(0, len(below) - _MOST),
     )
 
@@ -157,15 +163,16 @@ def _own(store: Store, version: Version) -> set[str]:
     return own | {digest for _, _, digest in store.children(version.digest)}
 
 
-def _listed(store: Store, digest: str) -> LineageRecord:
+def _listed(store: Store, digest: str, times: Mapping[str, str]) -> LineageRecord:
     record = store.record(digest)
-    return LineageRecord(digest=digest, kind=record.kind, says=summary_line(record), made_from=_parents(store, record))
+    parents, at = _parents(store, record, times), times.get(digest)
+    return LineageRecord(digest=digest, kind=record.kind, says=summary_line(record), at=at, made_from=parents)
 
 
-def _parents(store: Store, record: Record) -> tuple[Related, ...]:
-    return tuple(_related(store, role, parent) for role, parent in sorted(record.parents.items()))
+def _parents(store: Store, record: Record, times: Mapping[str, str]) -> tuple[Related, ...]:
+    return tuple(_related(store, role, parent, times) for role, parent in sorted(record.parents.items()))
 
 
-def _related(store: Store, role: str, digest: str) -> Related:
+def _related(store: Store, role: str, digest: str, times: Mapping[str, str]) -> Related:
     record = store.record(digest)
-    return Related(role=role, digest=digest, kind=record.kind, says=summary_line(record))
+    return Related(role=role, digest=digest, kind=record.kind, says=summary_line(record), at=times.get(digest))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -223,6 +223,12 @@ class Store:
                 .order_by(EdgeRow.role, EdgeRow.child)
             )
             return [(role, kind, child) for role, kind, child in rows]
+
+    def times_of(self, digests: Iterable[str]) -> dict[str, str]:
+        """When each record was made, by its digest; without those that the database does not have."""
+        query = select(RecordRow.digest, RecordRow.created_at).where(RecordRow.digest.in_(digests))
+        with database.reading(self.engine) as session:
+            return {row.digest: row.created_at for row in session.execute(query)}
 
     def records_of(self, kind: str) -> list[str]:
         """Digests of all records of a kind, oldest first."""
