@@ -226,9 +226,9 @@ def _reported(project: Project, version: str | None) -> tuple[str, str | None, s
     last = latest(project, "verdict")
     if last is None or store.record(last).parents["evaluation"] != measured:
         return measured, None, None
-    others = {child for _, kind, child in store.children(measured) if kind == "verdict"} - {last}
-    in_order = [each for each in store.records_of("verdict") if each in others]
-    judged = leading_verdict(store, measured, [*in_order, last]) or last
+    children = {child for _, _, child in store.children(measured)}
+    verdicts = [each for each in store.records_of("verdict") if each in children]
+    judged = leading_verdict(store, measured, [*verdicts, last]) or last
     versions = [child for _, kind, child in store.children(judged) if kind == "version"]
     newest = max(versions, key=lambda digest: store.record(digest).body["number"], default=None)
     return measured, judged, newest

@@ -233,10 +233,8 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
 
 def judged_candidate(store: Store, user: User, digest: str) -> str:
     """The candidate of the leading verdict on an evaluation that a user may see; "" where there is none."""
-    with database.reading(store.engine) as session:
-        verdicts = _verdicts(session, store, user.scope, [digest]).get(digest, [])
-    leading = leading_verdict(store, digest, [one.digest for one in verdicts])
-    return next((one.candidate for one in verdicts if one.digest == leading), "")
+    found = show_evaluation(store, user, digest).verdict
+    return found.candidate if found else ""
 
 
 def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport:

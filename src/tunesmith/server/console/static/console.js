@@ -44,12 +44,20 @@ function sayTimes(within) {
   }
 }
 setInterval(() => sayTimes(document), 30000);
-document.addEventListener("htmx:load", (event) => sayTimes(event.target.parentNode || document));
+// The style sheet shows a cell's label on narrow screens, where a table has no row of headings.
+function complete(within) {
+  sayTimes(within);
+  for (const cell of within.querySelectorAll(".wide > table > tbody td")) {
+    const headings = cell.closest("table").querySelector("thead tr");
+    cell.dataset.label = headings?.cells[cell.cellIndex]?.textContent.trim() || "";
+  }
+}
+document.addEventListener("htmx:load", (event) => complete(event.target.parentNode || document));
 window.addEventListener("beforeprint", () => {
   for (const time of document.querySelectorAll("time[data-whole]")) time.textContent = time.dataset.whole;
 });
 window.addEventListener("afterprint", () => sayTimes(document));
-sayTimes(document);
+complete(document);
 
 // Buttons that copy. Browsers give the clipboard to pages over HTTPS or of localhost only; others select the text.
 document.addEventListener("click", async (event) => {
