@@ -9,18 +9,16 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.fabricate import NAME, Scene
-from tests.server.conftest import Served, engine, made, running, scene, served, versions
+from tests.fabricate import NAME
+from tests.server.conftest import Served, StartServer, engine, made, scene, served, start_server, tiny, versions
 from tests.server.fake_engine import VALID, FakeEngine
 from tests.server.test_costs import meanwhile, neighbour
 from tests.server.test_faults import head, raw, sent
-from tests.server.tiny_engine import TinyEngine
 from tests.waiting import SECONDS, until
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.traffic import arms
@@ -31,9 +29,9 @@ from tunesmith.services import rollouts as service
 
 
 @pytest.mark.attack("serving", "one caller fills the queue and the threads", "429 beyond the caller's share")
-def test_another_users_request_begins_at_once(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
-    with running(scene, engine, together=4, waiting=24, per_user=12) as served, ThreadPoolExecutor(41) as pool:
-        served.begin(versions[1])
+def test_another_users_request_begins_at_once(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(together=4, waiting=24, per_user=12)
+    with ThreadPoolExecutor(41) as pool:
         served.ask()
         engine.gate.clear()
         flood = [pool.submit(served.post) for _ in range(40)]
@@ -55,9 +53,9 @@ def test_another_users_request_begins_at_once(scene: Scene, engine: FakeEngine, 
 
 
 @pytest.mark.attack("serving", "one caller fills the queue with requests it leaves", "not counted, and never decoded")
-def test_who_leaves_holds_no_place(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
-    with running(scene, engine, together=2, waiting=8, per_user=8) as served, ThreadPoolExecutor(1) as pool:
-        served.begin(versions[1])
+def test_who_leaves_holds_no_place(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(together=2, waiting=8, per_user=8)
+    with ThreadPoolExecutor(1) as pool:
         served.ask()
         engine.gate.clear()
         first, begun = pool.submit(served.post), sent(served, neighbour(served), stream=True)
@@ -78,34 +76,27 @@ def test_who_leaves_holds_no_place(scene: Scene, engine: FakeEngine, versions: d
 
 @pytest.mark.slow
 @pytest.mark.attack("serving", "feedback that takes seconds to score")
-def test_feedback_on_long_answers_holds_up_nobody_else(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
-) -> None:
+def test_feedback_on_long_answers_holds_up_nobody_else(start_server: StartServer, engine: FakeEngine) -> None:
     pytest.importorskip("rouge_score")
     engine.answer = lambda _request, _adapter: "a\nb\n" * 200  # one fake token
-    with running(scene, engine, scorers=("rougeL",)) as served:
-        served.begin(versions[1])
-        asked = [served.ask().id for _ in range(12)]
-        scored, _ = meanwhile(served, [partial(served.feedback, one, expected="b\nc\n" * 200) for one in asked])
-        statuses = {answer.status_code for answer in scored}
-        assert 200 in statuses <= {200, 429}
-        engine.answer = lambda _request, _adapter: "a\nb\n" * 2500
-        refused = served.feedback(served.ask().id, expected="b\nc\n" * 2500)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expected")
+    served = start_server(scorers=("rougeL",))
+    asked = [served.ask().id for _ in range(12)]
+    scored, _ = meanwhile(served, [partial(served.feedback, one, expected="b\nc\n" * 200) for one in asked])
+    statuses = {answer.status_code for answer in scored}
+    assert 200 in statuses <= {200, 429}
+    engine.answer = lambda _request, _adapter: "a\nb\n" * 2500
+    refused = served.feedback(served.ask().id, expected="b\nc\n" * 2500)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expected")
 
 
 @pytest.mark.slow
 @pytest.mark.attack("serving", "many long requests of one caller, tiny model", "the other tenant answered meanwhile")
-def test_a_short_request_next_to_long_ones(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> None:
-    tiny: Any = TinyEngine(scene.base, tmp_path / "tiny")
-    tiny.gate = threading.Event()
-    with running(scene, tiny) as served:
-        served.begin(versions[1])
-        long, _ = meanwhile(served, [partial(served.post, temperature=2.0, max_tokens=10_000)] * 64)
-        assert {answer.status_code for answer in long} <= {200, 429}
+def test_a_short_request_next_to_long_ones(tiny: Served) -> None:
+    long, _ = meanwhile(tiny, [partial(tiny.post, temperature=2.0, max_tokens=10_000)] * 64)
+    assert {answer.status_code for answer in long} <= {200, 429}
 
 
-__all__ = ["engine", "made", "scene", "served", "versions"]
+__all__ = ["engine", "made", "scene", "served", "start_server", "tiny", "versions"]
 
 
 class Held:
@@ -178,15 +169,13 @@ def test_lists_of_one_user_are_few_at_once(
 
 
 @pytest.mark.attack("serving", "one user sends bodies that never end", "429 beyond the user's requests")
-def test_half_sent_bodies_count_and_have_a_budget(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
-) -> None:
+def test_half_sent_bodies_count_and_have_a_budget(start_server: StartServer) -> None:
     def told(several: list[socket.socket]) -> int:
         """On how many an answer waits to be read, or the connection has ended."""
         return len(select.select(several, [], [], 0)[0])
 
-    with running(scene, engine, per_user=40, body_bytes=65_536) as served, contextlib.ExitStack() as stack:
-        served.begin(versions[1])
+    served = start_server(per_user=40, body_bytes=65_536)
+    with contextlib.ExitStack() as stack:
         other = neighbour(served)
         few = [stack.enter_context(raw(served, head(served, 60_000) + b"{")) for _ in range(60)]
         until(lambda: told(few) == 20)
@@ -243,15 +232,9 @@ def test_scores_given_for_cut_answers_count_for_no_arm(served: Served, versions:
 
 
 @pytest.mark.attack("rollout", "max_tokens and stop texts, native engine", "recorded, not scored")
-def test_the_native_engine_says_what_ended_an_answer(
-    scene: Scene, versions: dict[int, Version], tmp_path: Path
-) -> None:
-    tiny: Any = TinyEngine(scene.base, tmp_path / "tiny")
-    tiny.gate = threading.Event()
-    with running(scene, tiny) as served:
-        served.begin(versions[1])
-        text = served.ask(temperature=1.0, seed=3).choices[0].message.content
-        served.ask(temperature=1.0, seed=3, max_tokens=2)
-        served.ask(temperature=1.0, seed=3, stop=[text[1]])
-        served.ask(temperature=1.0, seed=3, max_tokens=100_000)
-        assert [row.cut for row in served.rows()] == [False, True, True, False]
+def test_the_native_engine_says_what_ended_an_answer(tiny: Served) -> None:
+    text = tiny.ask(temperature=1.0, seed=3).choices[0].message.content
+    tiny.ask(temperature=1.0, seed=3, max_tokens=2)
+    tiny.ask(temperature=1.0, seed=3, stop=[text[1]])
+    tiny.ask(temperature=1.0, seed=3, max_tokens=100_000)
+    assert [row.cut for row in tiny.rows()] == [False, True, True, False]

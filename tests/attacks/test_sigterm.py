@@ -16,16 +16,15 @@ import httpx
 import pytest
 
 from tests.commands import Forked, first_line, started
-from tests.fabricate import NAME, Scene
-from tests.server.conftest import HELLO, Served, engine, made, running, scene, versions
+from tests.fabricate import NAME
+from tests.server.conftest import HELLO, Served, StartServer, engine, made, scene, start_server, versions
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_serve_command import SERVE, command, folder
 from tests.waiting import SECONDS, until
-from tunesmith.registry.versions import Version
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 
-__all__ = ["engine", "folder", "made", "scene", "versions"]
+__all__ = ["engine", "folder", "made", "scene", "start_server", "versions"]
 
 GRACE = 10.0
 BODY = json.dumps({"model": NAME, "messages": HELLO}).encode()
@@ -152,11 +151,10 @@ def test_a_second_signal_ends_at_once_and_the_store_is_sound(folder: Path, secon
 
 
 @pytest.mark.attack("serving", "requests that are under way when the server stops", "answered whole")
-def test_under_way_may_finish_and_the_rest_is_refused(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
-) -> None:
-    with running(scene, engine, together=3, grace_seconds=120) as served, ThreadPoolExecutor(8) as pool:
-        whole, streamed, waiting, half = occupied(served, versions, pool)
+def test_under_way_may_finish_and_the_rest_is_refused(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(together=3, grace_seconds=120)
+    with ThreadPoolExecutor(8) as pool:
+        whole, streamed, waiting, half = occupied(served, pool)
         stopped = threading.Thread(target=served.stop)
         stopped.start()
         assert waiting.result(SECONDS).status_code == 503
@@ -178,11 +176,10 @@ def test_under_way_may_finish_and_the_rest_is_refused(
 
 
 @pytest.mark.attack("serving", "requests that outlast the grace time", "API error")
-def test_what_outlasts_the_grace_time_gets_an_api_error(
-    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
-) -> None:
-    with running(scene, engine, together=3, grace_seconds=1) as served, ThreadPoolExecutor(8) as pool:
-        whole, streamed, waiting, half = occupied(served, versions, pool)
+def test_what_outlasts_the_grace_time_gets_an_api_error(start_server: StartServer, engine: FakeEngine) -> None:
+    served = start_server(together=3, grace_seconds=1)
+    with ThreadPoolExecutor(8) as pool:
+        whole, streamed, waiting, half = occupied(served, pool)
         served.stop()
         found = [outcome(each.result(SECONDS).status_code, each.result().text) for each in (whole, waiting)]
         found += [outcome(200, streamed.result(SECONDS).text, stream=True), outcome(*received(half))]
@@ -191,9 +188,8 @@ def test_what_outlasts_the_grace_time_gets_an_api_error(
         assert [row for row in served.rows() if not row.ok] == []
 
 
-def occupied(served: Served, versions: dict[int, Version], pool: ThreadPoolExecutor) -> tuple:
+def occupied(served: Served, pool: ThreadPoolExecutor) -> tuple:
     """(answered whole, streamed, waiting, half-sent): four requests while the engine's gate is closed."""
-    served.begin(versions[1])
     served.engine.answer = lambda _request, _adapter: "one two three"
     served.engine.gate.clear()
     whole, streamed = pool.submit(served.post), pool.submit(served.post, stream=True)

@@ -15,7 +15,7 @@ from tests.attacks.test_sigterm import serving
 from tests.commands import Forked
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve, put_chain
 from tests.rollout.conftest import Versions, logged, made, scene, versions
-from tests.server.conftest import HELLO, Served, engine, running, served
+from tests.server.conftest import HELLO, Served, StartServer, engine, running, served, start_server
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_costs import neighbour
 from tests.server.test_serve_command import command, folder
@@ -33,7 +33,7 @@ from tunesmith.store.people.tokens import issue_token
 from tunesmith.store.people.user_keys import retire_key, revoke_key
 from tunesmith.store.store import Store
 
-__all__ = ["engine", "folder", "made", "scene", "served", "versions"]
+__all__ = ["engine", "folder", "made", "scene", "served", "start_server", "versions"]
 
 ADMIN = "ada"
 
@@ -162,8 +162,7 @@ def test_users_of_a_canary_go_back_to_stable(served: Served, versions: Versions)
     add_user(store, "cat", ["approver"], actor=OWNER)
     canary = served.scene.version(5, approved=False)
     approve(store, canary, approver="cat")
-    rollout = served.begin(canary, {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
+    rollout = served.paused(canary, 50)
     arms = {f"user-{n}": served.post(user=f"user-{n}").headers["x-tunesmith-arm"] for n in range(20)}
     users = [user for user, arm in arms.items() if arm == "canary"]
     assert users
@@ -175,12 +174,12 @@ def test_users_of_a_canary_go_back_to_stable(served: Served, versions: Versions)
     assert (ended.status, "cat, who is deactivated" in ended.reason) == ("aborted", True)
 
 
-def one_waits(scene: Scene, engine: FakeEngine, version: Version, happens: Callable[[], object]) -> httpx.Response:
+def one_waits(server: Served, happens: Callable[[], object]) -> httpx.Response:
     """The answer to a request of another user that waits for one under way, which is answered, while something
     happens."""
-    with running(scene, engine, together=1) as server, ThreadPoolExecutor(2) as pool:
-        server.begin(version)
-        assert server.post().status_code == 200
+    engine = server.engine
+    assert server.post().status_code == 200
+    with ThreadPoolExecutor(2) as pool:
         engine.gate.clear()
         first = pool.submit(server.post)
         until(lambda: engine.calls == 2)
@@ -191,25 +190,23 @@ def one_waits(scene: Scene, engine: FakeEngine, version: Version, happens: Calla
         assert first.result(SECONDS).status_code == 200
         found = second.result(SECONDS)
         assert engine.calls == 2
+    server.stop()
     assert {row.caller for row in server.rows()} == {OPERATOR}, "what was refused is not recorded"
     return found
 
 
 @pytest.mark.attack("standing", "lost while a request waits, or while it is answered", "the waiting one: 404")
-def test_a_waiting_request_is_refused_and_one_under_way_finishes(
-    scene: Scene, engine: FakeEngine, versions: Versions
-) -> None:
-    answer = one_waits(scene, engine, versions[1], lambda: recalled(scene.store, versions[1]))
+def test_a_waiting_request_is_refused_and_one_under_way_finishes(start_server: StartServer, versions: Versions) -> None:
+    server = start_server(together=1)
+    answer = one_waits(server, lambda: recalled(server.scene.store, versions[1]))
     assert answer.json()["error"]["code"] == "model_not_available"
 
 
 @pytest.mark.attack("people", "a user is shut out while their request waits", "refused, 401, and not recorded")
-@pytest.mark.parametrize("shut_out", [deactivate, issue_token])
-def test_who_is_shut_out_while_waiting_is_not_answered(
-    scene: Scene, engine: FakeEngine, versions: Versions, shut_out: Callable[..., object]
-) -> None:
-    happens = lambda: shut_out(scene.store, "neighbour", actor=OWNER)  # noqa: E731 - a new token ends the old one
-    assert one_waits(scene, engine, versions[1], happens).status_code == 401
+@pytest.mark.parametrize("shut_out", [deactivate, issue_token])  # a new token ends the old one
+def test_who_is_shut_out_while_waiting_is_not_answered(start_server: StartServer, shut_out: Any) -> None:
+    server = start_server(together=1)
+    assert one_waits(server, lambda: shut_out(server.scene.store, "neighbour", actor=OWNER)).status_code == 401
 
 
 @pytest.mark.attack("standing", "another tenant asks for a champion that lost it")

@@ -96,8 +96,7 @@ def test_every_page_by_keyboard_at_200_percent_with_hostile_texts_and_on_paper(
 ) -> None:
     put_evaluation(served.scene)
     add_user(served.scene.store, "uma", list(ROLES), actor=OWNER)
-    rollout = served.begin(versions[2], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
+    served.paused(versions[2], 10)
     page = login("uma")
     walked = []
     for place in pages(page, served.url):

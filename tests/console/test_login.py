@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import getpass
 import json
+import random
 import re
 import socket
 import subprocess
@@ -22,8 +23,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from playwright.sync_api import Browser, Page, expect
 
 from tests.acting import do
+from tests.attack_table import Happened
 from tests.console.conftest import Login, check_page, follow
 from tests.fabricate import APPROVER, OPERATOR, OWNER, Scene
+from tests.rollout.conftest import logged
 from tests.server.conftest import CERTIFICATES, Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.tiny_project import settings, write_project
@@ -35,6 +38,7 @@ from tunesmith.project import Project, parse_settings
 from tunesmith.registry.signing.attestations import public_pem
 from tunesmith.server.console.changes import Changes
 from tunesmith.server.console.people.session import COOKIE, SECURE_COOKIE, Viewer
+from tunesmith.server.console.routing import local_page
 from tunesmith.server.errors import not_stored, passes
 from tunesmith.services import keys, users
 from tunesmith.store import audit, database
@@ -259,39 +263,32 @@ def test_the_maker_of_a_link_confirms_no_key_of_its_session(served: Served) -> N
     store = served.scene.store
     add_user(store, "amy", ["admin"], actor=OWNER)
 
-    def begun(name: str, by: str) -> str:
-        return opened(served.scene, name, by)
-
-    def mark(http: httpx.Client) -> str:
-        return csrf(http.get("/console/keys").text)
-
     def proposed(cookie: str) -> str:
         pem = public_pem(ec.generate_private_key(ec.SECP256R1()).public_key())
         with plain(served, cookie) as http:
-            assert http.post("/console/do/keys", data={"csrf": mark(http), "public_key": pem}).status_code == 303
+            fields = {"csrf": csrf(http.get("/console/keys").text), "public_key": pem}
+            assert http.post("/console/do/keys", data=fields).status_code == 303
         return digest_bytes(pem.encode())
 
     def confirmed(cookie: str, fingerprint: str) -> bool:
         with plain(served, cookie) as http:
-            fields = {"csrf": mark(http), "fingerprint": fingerprint}
+            fields = {"csrf": csrf(http.get("/console/keys").text), "fingerprint": fingerprint}
             answer = http.post(f"/console/do/keys/{APPROVER}/confirm", data=fields)
         assert answer.status_code == 303 or "the two take different people" in answer.text
         return answer.status_code == 303
 
-    mine = proposed(begun(APPROVER, OWNER))
-    assert not confirmed(begun(OWNER, OWNER), mine)
+    mine = proposed(opened(served.scene, APPROVER, OWNER))
+    assert not confirmed(opened(served.scene, OWNER, OWNER), mine)
     with plain(served, cookie_of(served, OWNER)) as http:
         page = http.get("/console/keys").text
         assert f"a link of {OWNER} opened" in page
         assert "another admin confirms this key" in page
     with pytest.raises(Refused, match=f"{OWNER} made the link"):
         do(store, keys.confirm, actor=OWNER, user=APPROVER, fingerprint=mine)  # on the command line
-    assert not confirmed(begun("amy", OWNER), mine)  # one person, by links for two
-    assert confirmed(begun("amy", "amy"), mine)
-    assert confirmed(begun(OWNER, "amy"), proposed(begun(APPROVER, APPROVER)))
-    with database.reading(store.engine) as session:
-        proposals = [row.detail for row in audit.entries(session) if row.action == "user.key.propose"]
-    assert [detail["link_by"] for detail in proposals] == [OWNER, APPROVER]
+    assert not confirmed(opened(served.scene, "amy", OWNER), mine)  # one person, by links for two
+    assert confirmed(opened(served.scene, "amy", "amy"), mine)
+    assert confirmed(opened(served.scene, OWNER, "amy"), proposed(opened(served.scene, APPROVER, APPROVER)))
+    assert [detail["link_by"] for detail in logged(served.scene, "user.key.propose")] == [OWNER, APPROVER]
 
 
 PEOPLE = (
@@ -420,3 +417,30 @@ def test_settings_that_are_refused() -> None:
     for change in (*wrong, {"claim": "name"}):
         with pytest.raises(UsageError):
             parse_settings(yaml.safe_dump({**settings(), "login": {**whole, **change}}), "page")
+
+
+# After a login the console goes to one of its own pages, whatever the address that was asked for looks like
+
+
+FOREIGN = (
+    "//evil.example", "/\t/evil.example", "/\n/evil.example", "/\r\n/evil.example", "/\\evil.example",
+    "\\\\evil.example", "/\t\\evil.example", " //evil.example", "\x00//evil.example", "https://evil.example",
+    "https:evil.example", "javascript:alert(1)", "/\u2028/evil.example", "///evil.example", "/\x0b/evil.example", "",
+)  # fmt: skip
+OWN = ("/", "/console/jobs?page=2", "/console/versions/intents/1#gates", "/console/rows?q=%2F%2Fx&a=b", "/%09/x")
+
+
+@pytest.mark.attack("console", "an address of another site as the page after the login")
+def test_the_page_after_a_login_is_always_ours(browser: Browser, happened: Happened) -> None:
+    assert [local_page(where) for where in OWN] == list(OWN)
+    assert {local_page(where) for where in FOREIGN} == {"/"}
+    chance = random.Random(31)
+    signs = [*"/\\\t\n\r .:@?#\x00\u3002\uff0f", "%09", "%2f", "evil.example"]
+    tried = ["".join(chance.choices(signs, k=chance.randint(1, 7))) for _ in range(3000)]
+    page = browser.new_page()
+    hosts = page.evaluate(
+        "all => all.map(where => new URL(where, 'https://ours.example/login').origin)", list(map(local_page, tried))
+    )
+    page.close()
+    assert set(hosts) == {"https://ours.example"}
+    happened("ours", len(tried) + len(FOREIGN))

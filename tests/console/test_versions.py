@@ -186,8 +186,6 @@ def test_a_long_list_is_paged_and_searched(served: Served, login: Login, version
     with plain(served, cookie_of(served)) as http:
         for path, status in (
             ("?state=%3Cscript%3E", 409),
-            ("?page=0", 400),
-            ("?page=1000000", 200),
             ("?q=%25_'\"@v99999999999", 200),
             ("?q=%00%25_'\"@v99999999999", 400),
             (f"/{NAME}/0", 400),

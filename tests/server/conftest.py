@@ -119,6 +119,11 @@ class Served:
         more = {"actor": OPERATOR, **more}
         return start(self.scene.store, name=version.name, version=version, steps=plan, **more)
 
+    def paused(self, version: Version, weight: int) -> Rollout:
+        """A rollout that waits at the canary's weight."""
+        rollout = self.begin(version, {"setWeight": weight}, {"pause": {}}, {"setWeight": 100})
+        return self.until(rollout, lambda now: now.status == "paused")
+
     def until(self, rollout: Rollout, done: Callable[[Rollout], bool]) -> Rollout:
         """Wait for the server's controller."""
         end = time.monotonic() + SECONDS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 from tests.attack_table import Happened
 from tests.fabricate import OPERATOR, Scene
 from tests.server.conftest import Served, StartServer
-from tests.server.fake_engine import FakeEngine
-from tests.waiting import SECONDS, until
+from tests.waiting import until
 from tunesmith.data.settings import Privacy
 from tunesmith.monitoring.cases import Case, list_cases
 from tunesmith.monitoring.keeping import CaseKeeper
@@ -29,9 +27,17 @@ WRONG = '{"intent": "off"}'
 
 
 @pytest.fixture
-def keeping(start_server: StartServer, scene: Scene) -> Served:
+def keep(start_server: StartServer, scene: Scene) -> StartServer:
+    """Starts servers whose project has `cases:` with settings."""
+    return lambda privacy=Privacy(), **settings: start_server(
+        keeper=CaseKeeper(scene.store, CaseSettings(**settings), privacy)
+    )
+
+
+@pytest.fixture
+def keeping(keep: StartServer) -> Served:
     """A server whose project has `cases: {}`."""
-    return start_server(keeper=CaseKeeper(scene.store, CaseSettings(), Privacy()))
+    return keep()
 
 
 def _ask(served: Served, **more: Any) -> httpx.Response:
@@ -40,10 +46,8 @@ def _ask(served: Served, **more: Any) -> httpx.Response:
 
 def _cases(served: Served, count: int = 1) -> list[Case]:
     """The cases, once there are so many: failed requests are kept after their answer."""
-    end = time.monotonic() + SECONDS
-    while len(found := list_cases(served.scene.store, everything=True)) < count:
-        assert time.monotonic() < end, f"{len(found)} cases"
-        time.sleep(0.02)
+    until(lambda: len(list_cases(served.scene.store, everything=True)) >= count)
+    found = list_cases(served.scene.store, everything=True)
     assert len(found) == count
     return found
 
@@ -157,13 +161,10 @@ def test_a_request_with_store_is_kept_where_it_went_wrong(keeping: Served) -> No
 
 @pytest.mark.attack("privacy", "secrets and addresses in requests that callers ask to keep")
 @pytest.mark.parametrize("settings", [{"action": "report"}, {"action": "pseudonymise", "entities": ["IBAN_CODE"]}])
-def test_what_is_kept_is_scanned(
-    start_server: StartServer, scene: Scene, engine: FakeEngine, settings: dict[str, Any], happened: Happened
-) -> None:
-    keeper = CaseKeeper(scene.store, CaseSettings(), Privacy.model_validate(settings))
-    served = start_server(keeper=keeper)
+def test_what_is_kept_is_scanned(keep: StartServer, settings: dict[str, Any], happened: Happened) -> None:
+    served = keep(Privacy.model_validate(settings))
     token = served.token
-    engine.answer = lambda _request, _adapter: f'{{"intent": "mail {SECRET}"}}'
+    served.engine.answer = lambda _request, _adapter: f'{{"intent": "mail {SECRET}"}}'
     asked = [{"role": "system", "content": f"You are {SECRET}"}, {"role": "user", "content": f"zebra {token}"}]
     answer = served.post(messages=asked, store=True)
     expected = f'{{"intent": "write to {SECRET} {token}"}}'
@@ -173,7 +174,7 @@ def test_what_is_kept_is_scanned(
     assert "person1@example.com" in case.messages[0].content
     assert case.expected is not None
     assert "person1@example.com" in case.expected
-    assert _holding(scene.store.root, SECRET, token) == []
+    assert _holding(served.scene.store.root, SECRET, token) == []
     happened("replaced", 4)
 
 
@@ -185,40 +186,34 @@ NO_DATA = "it holds EMAIL_ADDRESS, and this project keeps no such text"
     ("at_most", "action", "messages", "reason"),
     [
         (9, "refuse", ASK, NO_DATA),
-        (9, "remove", ASK, NO_DATA),
         (9, "report", LONG, "it is longer than 65,536 characters"),
         (1, "report", ASK, "1 requests wait for a review"),
     ],
 )
-def test_what_is_not_kept_is_scored_and_says_why(
-    start_server: StartServer, scene: Scene, at_most: int, action: Any, messages: Any, reason: str
-) -> None:
-    keeper = CaseKeeper(scene.store, CaseSettings(at_most=at_most), Privacy(action=action))
-    served = start_server(keeper=keeper)
+def test_what_is_not_kept_says_why(keep: StartServer, at_most: int, action: Any, messages: Any, reason: str) -> None:
+    served = keep(Privacy(action=action), at_most=at_most)
     asked = [ASK, messages] if at_most == 1 else [messages]
     answers = [served.post(messages=each).json()["id"] for each in asked]
     given = [served.feedback(each, expected=WRONG, keep=True).json() for each in answers]
     assert [each["kept"] for each in given] == [True, False][-len(asked) :]
     assert (reason in given[-1]["not_kept"], given[-1]["scores"]["exact_match"]) == (True, 0.0)
     _cases(served, len(asked) - 1)
-    assert action == "report" or _holding(scene.store.root, "zebra") == []
+    assert action == "report" or _holding(served.scene.store.root, "zebra") == []
 
 
 @pytest.mark.attack("privacy", "a request is kept for longer than was promised")
-def test_what_has_expired_is_gone(
-    start_server: StartServer, scene: Scene, monkeypatch: pytest.MonkeyPatch, happened: Happened
-) -> None:
+def test_what_has_expired_is_gone(keep: StartServer, monkeypatch: pytest.MonkeyPatch, happened: Happened) -> None:
     monkeypatch.setattr("tunesmith.server.app._CLEAN_SECONDS", 0.1)
     seconds = 3.0
-    keeper = CaseKeeper(scene.store, CaseSettings(days=seconds / 86_400), Privacy())
-    served = start_server(keeper=keeper)
+    served = keep(days=seconds / 86_400)
+    root = served.scene.store.root
     answer = _ask(served).json()["id"]
     assert served.feedback(answer, expected=WRONG, keep=True).json()["kept"] is True
-    until(lambda: not list((scene.store.root / "cases").glob("*.json")))
+    until(lambda: not list((root / "cases").glob("*.json")))
     (row,) = served.rows()
     assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()
     until(lambda: bool(_audited(served, "cases.expire")))
-    assert _holding(scene.store.root, "zebra") == []
+    assert _holding(root, "zebra") == []
     (entry,) = _audited(served, "cases.expire")
     assert entry.detail == {"requests": [row.id]}
     happened("deleted")

@@ -22,10 +22,14 @@ from tunesmith.server import limits
 from tunesmith.store import database
 
 
-def raw(served: Served, data: bytes) -> socket.socket:
-    """A connection on which data was sent."""
+def raw(served: Served, data: bytes, room: int = 0) -> socket.socket:
+    """A connection on which data was sent. room: bytes that the client takes before it reads; 0: as many as usual."""
     host, port = served.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=120)
+    connection = socket.socket()
+    connection.settimeout(120)
+    if room:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    connection.connect((host, int(port)))
     connection.sendall(data)
     return connection
 

@@ -31,6 +31,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, HeldRow
 
 MONEY = '{"intent": "transfer_money"}'
+Hold = Callable[..., Served]
 RULE: dict[str, Any] = {"field": "intent", "values": ["transfer_money"]}
 
 
@@ -48,7 +49,7 @@ def held_answer(scene: Scene, number: int, version: Version | None = None) -> He
 
 
 @pytest.fixture
-def hold(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Callable[..., Served]]:
+def hold(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Hold]:
     """Starts servers whose champion gives an answer that is held."""
     engine.answer = lambda _request, _adapter: MONEY
     with starting(scene, versions, engine) as start:
@@ -93,9 +94,7 @@ def audited(served: Served, notice: dict[str, Any]) -> list[AuditRow]:
         return list(session.query(AuditRow).where(AuditRow.subject == notice["id"]))
 
 
-def test_a_held_answer_leaves_once_a_reviewer_released_it_and_others_at_once(
-    hold: Callable[..., Served], engine: FakeEngine
-) -> None:
+def test_a_held_answer_leaves_once_a_reviewer_released_it_and_others_at_once(hold: Hold, engine: FakeEngine) -> None:
     served = hold()
     notice = held(served)
     assert served.rows()[0].ok  # the version answered
@@ -145,13 +144,7 @@ TOOLS = [{"type": "function", "function": {"name": "pay", "parameters": {"type":
     ],
 )
 def test_a_request_that_waits_is_answered_as_decided(
-    hold: Callable[..., Served],
-    engine: FakeEngine,
-    stream: bool,
-    decision: str,
-    given: str,
-    said: str,
-    called: list[str],
+    hold: Hold, engine: FakeEngine, stream: bool, decision: str, given: str, said: str, called: list[str]
 ) -> None:
     served, asked = hold(wait=120), {"tools": TOOLS} if given == CALL else {"logprobs": True}
     engine.answer = lambda _request, _adapter: given
@@ -165,7 +158,7 @@ def test_a_request_that_waits_is_answered_as_decided(
     assert any(choice.logprobs for choice in choices) == (decision == "release" and given == MONEY)
 
 
-def test_a_refusal_is_said_and_a_stopping_server_keeps_no_request_open(hold: Callable[..., Served]) -> None:
+def test_a_refusal_is_said_and_a_stopping_server_keeps_no_request_open(hold: Hold) -> None:
     served = hold(wait=300)
     with pytest.raises(openai.PermissionDeniedError, match="looked at it") as refused:
         decided(served, "refuse", {}, stream=True)
@@ -178,7 +171,7 @@ def test_a_refusal_is_said_and_a_stopping_server_keeps_no_request_open(hold: Cal
 
 
 @pytest.mark.attack("people", "a user is shut out while their answer waits for a reviewer", "refused, 401")
-def test_who_is_shut_out_while_an_answer_waits_gets_none(hold: Callable[..., Served]) -> None:
+def test_who_is_shut_out_while_an_answer_waits_gets_none(hold: Hold) -> None:
     served = hold(wait=300)
     with ThreadPoolExecutor(1) as threads, reviewer(served) as steward:
         asked = threads.submit(served.post)
@@ -190,7 +183,7 @@ def test_who_is_shut_out_while_an_answer_waits_gets_none(hold: Callable[..., Ser
 
 
 @pytest.mark.attack("people", "an edited answer breaks the version's schema")
-def test_an_edited_answer_fits_the_schema(hold: Callable[..., Served], happened: Happened) -> None:
+def test_an_edited_answer_fits_the_schema(hold: Hold, happened: Happened) -> None:
     served = hold()
     notice = held(served)
     with reviewer(served) as steward:
@@ -207,9 +200,7 @@ def test_an_edited_answer_fits_the_schema(hold: Callable[..., Served], happened:
 
 
 @pytest.mark.attack("people", "a held answer is read or decided on by somebody else")
-def test_only_the_caller_and_reviewers_of_the_tenant_see_it(
-    hold: Callable[..., Served], engine: FakeEngine, happened: Happened
-) -> None:
+def test_only_the_caller_and_reviewers_of_the_tenant_see_it(hold: Hold, engine: FakeEngine, happened: Happened) -> None:
     served = hold()
     store = served.scene.store
     for name, role, tenant in (("amy", "operator", "acme"), ("bea", "operator", "acme"), ("oz", "steward", "other")):
@@ -243,7 +234,7 @@ def test_only_the_caller_and_reviewers_of_the_tenant_see_it(
 
 
 @pytest.mark.attack("people", "a caller decides on the answer to their own request")
-def test_nobody_decides_on_their_own_answer(hold: Callable[..., Served], happened: Happened) -> None:
+def test_nobody_decides_on_their_own_answer(hold: Hold, happened: Happened) -> None:
     served = hold()
     with reviewer(served) as steward, reviewer(served, APPROVER) as approver:
         asked = steward.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO})
@@ -257,7 +248,7 @@ def test_nobody_decides_on_their_own_answer(hold: Callable[..., Served], happene
 
 
 def test_at_the_deadline_the_server_releases_what_may_leave(
-    hold: Callable[..., Served], versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch
+    hold: Hold, versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not an answer of a version that was refused, and none while its version's record cannot be read."""
     served = hold(at_deadline="release")
@@ -293,9 +284,7 @@ def test_at_the_deadline_the_server_releases_what_may_leave(
 
 
 @pytest.mark.attack("privacy", "the texts of held answers after their time")
-def test_texts_are_deleted_and_never_logged(
-    hold: Callable[..., Served], caplog: pytest.LogCaptureFixture, happened: Happened
-) -> None:
+def test_texts_are_deleted_and_never_logged(hold: Hold, caplog: pytest.LogCaptureFixture, happened: Happened) -> None:
     served = hold()
     notice = held(served, messages=[{"role": "user", "content": "quagga zebra"}])
     with reviewer(served) as steward:
@@ -319,7 +308,7 @@ def test_texts_are_deleted_and_never_logged(
 
 
 def test_openai_clients_do_not_send_a_held_request_again_until_the_queue_is_full(
-    hold: Callable[..., Served], engine: FakeEngine
+    hold: Hold, engine: FakeEngine
 ) -> None:
     served, notices = hold(at_most=2), []
     for stream in (False, True):
@@ -376,9 +365,7 @@ def test_which_answers_wait(rule: dict[str, Any], answer: str, reason: str | Non
     assert found == (() if reason is None else (reason,))
 
 
-def test_a_rule_on_confidence_has_tokens_scored_and_shows_no_scores(
-    hold: Callable[..., Served], engine: FakeEngine
-) -> None:
+def test_a_rule_on_confidence_has_tokens_scored_and_shows_no_scores(hold: Hold, engine: FakeEngine) -> None:
     assert hold({"confidence_below": 0.6}).ask().choices[0].logprobs is None
     assert engine.seen[-1].top_logprobs == 0
     held(hold({"confidence_below": 0.7}))

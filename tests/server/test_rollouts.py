@@ -44,9 +44,8 @@ def rounds(served: Served, number: int) -> None:
 
 def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versions: Versions) -> None:
     served.post(user="ada@example.org")
-    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    rollout = served.paused(versions[2], 50)
     assert rollout.main_callers == (OPERATOR,)  # it made all requests so far
-    served.until(rollout, lambda now: now.status == "paused")
     arms = [served.post().headers["x-tunesmith-arm"] for _ in range(60)]
     assert 12 < arms.count("canary") < 48
     for user in ("ada@example.org", "bea", "cleo", "dora"):
@@ -85,8 +84,7 @@ def test_analysis_rolls_back_a_bad_overridden_canary(served: Served, versions: V
 
 def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) -> None:
     served.engine.broken.add(served.scene.store.record(versions[2].candidate).parents["training"])
-    rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
+    rollout = served.paused(versions[2], 100)
     answer = served.post()
     assert (answer.status_code, answer.headers["x-tunesmith-version"]) == (200, f"{NAME}@v1")
     assert answer.headers["x-tunesmith-arm"] == "stable"
@@ -99,8 +97,7 @@ def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) 
 def test_a_canary_that_another_server_can_load_keeps_its_rollout(served: Served) -> None:
     """As one that needs grammars, where the engine follows none."""
     canary = served.scene.version(9, answer_grammar='start: "a"\n')
-    rollout = served.begin(canary, {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
+    rollout = served.paused(canary, 100)
     served.engine.follows_grammars = False
     answer = served.post()
     assert (answer.status_code, answer.headers["x-tunesmith-version"]) == (200, f"{NAME}@v1")
@@ -122,8 +119,7 @@ def test_a_canary_that_cannot_be_loaded_now_keeps_its_step(
 ) -> None:
     monkeypatch.setattr(routing, "_REST", 600.0)
     monkeypatch.setattr(server_app, "_REST", 0.0)
-    rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
+    rollout = served.paused(versions[2], 100)
     whole, canary = served.engine.load_adapter, served.scene.store.record(versions[2].candidate).parents["training"]
     tried: list[str] = []
 
@@ -167,8 +163,7 @@ def test_a_rollout_that_cannot_be_checked_keeps_nothing_else_waiting(
     def away(_store: Store) -> Any:
         raise TunesmithError("the bucket cannot be used")
 
-    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
-    served.until(rollout, lambda now: now.status == "paused")
+    rollout = served.paused(versions[2], 50)
     served.begin(served.scene.version(31, name="theirs"))
     monkeypatch.setattr(server_app, "_FAILED_REST", 3600.0)
     monkeypatch.setattr(server_app, "advance", advancing)
@@ -223,9 +218,8 @@ def test_a_forgotten_answer_is_scored_by_number(start_server: StartServer) -> No
     assert give(served, new.id, expected=VALID)[0] == 200
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_feedback_that_is_not_well_formed_is_400(shared: Served) -> None:
+    for given in (
         {},
         {"expected": "a", "score": {"b": 1.0}},
         {"score": {}},
@@ -233,10 +227,8 @@ def test_a_forgotten_answer_is_scored_by_number(start_server: StartServer) -> No
         {"score": {"a": 1.1}},
         {"score": {"a": True}},
         {"expected": "a", "more": 1},
-    ],
-)
-def test_feedback_that_is_not_well_formed_is_400(shared: Served, given: dict[str, Any]) -> None:
-    assert give(shared, "x", **given)[0] == 400
+    ):
+        assert give(shared, "x", **given)[0] == 400, given
 
 
 JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "m"}

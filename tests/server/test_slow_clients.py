@@ -170,12 +170,7 @@ def test_a_stream_that_nobody_reads_is_closed(quick: Served, happened: Happened)
 
     stream, quick.engine.stream = quick.engine.stream, long  # type: ignore[method-assign]
     body = json.dumps({"model": NAME, "messages": HELLO, "stream": True}).encode()
-    silent = socket.socket()
-    silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    host, port = quick.url.removeprefix("http://").split(":")
-    with silent:
-        silent.connect((host, int(port)))
-        silent.sendall(head(quick, len(body)) + body)
+    with raw(quick, head(quick, len(body)) + body, room=4096):
         until(lambda: decoded)
         quick.engine.stream = stream  # type: ignore[method-assign]
         assert quick.ask().choices
@@ -193,14 +188,8 @@ def test_a_steady_reader_gets_the_whole_answer(
     served = start_server(unread_seconds=2)
     body = json.dumps({"model": NAME, "messages": HELLO}).encode()
     start = head(served, len(body)).replace(b"\r\n\r\n", b"\r\nConnection: %s\r\n\r\n" % connection.encode())
-    steady = socket.socket()
-    steady.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 262_144)
-    host, port = served.url.removeprefix("http://").split(":")
     got = 0
-    with steady:
-        steady.connect((host, int(port)))
-        steady.sendall(start + body)
-        steady.settimeout(120)
+    with raw(served, start + body, room=262_144) as steady:
         while got < 24 * LIMIT:
             piece = steady.recv(1 << 20)
             assert piece, f"cut after {got} bytes"
