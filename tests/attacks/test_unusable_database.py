@@ -7,21 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from tests.fabricate import OWNER, Scene
 from tests.postgresql_server import Mortal, moved_to_postgresql
 from tests.rollout.conftest import copied
 from tests.server.conftest import Served, engine, made, running, scene, served, versions
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_faults import fill
 from tests.waiting import until
 from tunesmith.core.errors import TunesmithError
 from tunesmith.registry.versions import list_versions
+from tunesmith.server import limits
 from tunesmith.server.answering.recording import Recorder
 from tunesmith.server.answering.routing import Router
+from tunesmith.store import database
 
 __all__ = ["engine", "made", "scene", "served", "versions"]
+
+
+def fill(scene: Scene) -> None:
+    """Let the database have no more pages than it has now."""
+    with database.reading(scene.store.engine) as session:
+        pages = session.execute(text("PRAGMA page_count")).scalar()
+    scene.store.engine.dispose()
+    event.listen(scene.store.engine, "connect", lambda made, _: made.execute(f"PRAGMA max_page_count={pages}"))
 
 
 def unrecorded(served: Served) -> float:
@@ -31,7 +40,7 @@ def unrecorded(served: Served) -> float:
 
 @pytest.mark.attack("crash", "the server's database is full", "answered, and counted as not recorded")
 def test_a_full_database_withholds_no_answer(served: Served) -> None:
-    served.ask()
+    first = served.ask().id
     fill(served.scene)
     sent = 0
     while not unrecorded(served):
@@ -41,11 +50,17 @@ def test_a_full_database_withholds_no_answer(served: Served) -> None:
     assert served.post(stream=True).text.endswith("data: [DONE]\n\n")
     assert unrecorded(served) >= 2
     assert not served.worker.answering()
+    scores = [{f"{'m' * 58}_{turn:02}_{place:02}": 0.5 for place in range(limits.SCORES)} for turn in range(9)]
+    answer = [served.feedback(first, score=each) for each in scores][-1]  # the first ones may fit into free pages
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (507, "server_error", "storage_full")
+    assert "operator must free space" in error["message"]
+    assert not served.rows()[0].scores.keys() & scores[-1].keys(), "nothing was stored"
 
 
 @pytest.mark.attack("crash", "another process locks the server's database", "answered, and counted as not recorded")
 def test_a_locked_database_withholds_no_answer(served: Served) -> None:
-    served.ask()
+    first = served.ask().id
     store = served.scene.store
     store.engine.dispose()
     event.listen(store.engine, "connect", lambda made, _: made.execute("PRAGMA busy_timeout=100"))
@@ -54,6 +69,9 @@ def test_a_locked_database_withholds_no_answer(served: Served) -> None:
     try:
         assert served.post().status_code == 200
         assert served.post(stream=True).text.endswith("data: [DONE]\n\n")
+        given = served.feedback(first, score={"helpful": 1.0})
+        code = given.json()["error"]["code"]
+        assert (given.status_code, given.headers["retry-after"], code) == (503, "5", "storage_failed")
     finally:
         other.execute("ROLLBACK")
         other.close()

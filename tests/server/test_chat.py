@@ -256,6 +256,9 @@ def test_one_request_at_a_time_reads_the_weights_of_a_pinned_version_and_they_ar
     assert served.post(model=f"{NAME}@v2").status_code == 200
     assert len(list(served.client().models.list())) == 4
     assert read.count("v2") == 2
+    broken.clear()
+    served.serving.router._retries._until.clear()
+    assert posted("v3") == {200}
 
 
 # Functions

@@ -10,16 +10,13 @@ from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import event, text
 
-from tests.fabricate import NAME, Scene
+from tests.fabricate import NAME
 from tests.server.conftest import HELLO, Served, StartServer
 from tests.server.fake_engine import VALID, FakeEngine
 from tests.waiting import until
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.engines.protocol import Completion
-from tunesmith.server import limits
-from tunesmith.store import database
 
 
 def raw(served: Served, data: bytes, room: int = 0) -> socket.socket:
@@ -170,43 +167,7 @@ def test_a_hanging_engine_times_out_and_is_not_ready(start_server: StartServer, 
         assert len([row for row in served.rows() if not row.ok]) == len(failed)
 
 
-# The database of feedback; that of answers: attacks/test_unusable_database.py
-
-
-def test_feedback_that_cannot_be_stored_says_so_and_stores_nothing(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A database that is locked, then a SQLite file that may not grow."""
-    number = served.ask().id
-
-    def locked(*_: Any) -> Any:
-        raise TunesmithError("the database cannot be used: database is locked")
-
-    def scores(turn: int) -> dict[str, float]:
-        return {f"{'m' * 58}_{turn:02}_{place:02}": 0.5 for place in range(limits.SCORES)}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(database, "writing", locked)
-        answer = served.feedback(number, score=scores(0))
-    error = answer.json()["error"]
-    assert (answer.status_code, answer.headers["retry-after"], error["code"]) == (503, "5", "storage_failed")
-    fill(served.scene)
-    turn = 0
-    while (answer := served.feedback(number, score=scores(turn))).status_code == 200:
-        turn += 1
-        assert turn < 500, "the database never became full"
-    error = answer.json()["error"]
-    assert (answer.status_code, error["type"], error["code"]) == (507, "server_error", "storage_full")
-    assert "operator must free space" in error["message"]
-    assert not served.rows()[0].scores.keys() & scores(turn).keys(), "nothing was stored"
-
-
-def fill(scene: Scene) -> None:
-    """Let the database have no more pages than it has now."""
-    with database.reading(scene.store.engine) as session:
-        pages = session.execute(text("PRAGMA page_count")).scalar()
-    scene.store.engine.dispose()
-    event.listen(scene.store.engine, "connect", lambda made, _: made.execute(f"PRAGMA max_page_count={pages}"))
+# The database: attacks/test_unusable_database.py
 
 
 def test_a_row_that_does_not_fit_costs_no_other(served: Served) -> None:

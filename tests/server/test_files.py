@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.fabricate import OWNER, Scene
-from tests.server.conftest import Served, running, running_copy
+from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
 from tests.store.test_uploads import left
 from tests.waiting import SECONDS, until
@@ -33,14 +33,6 @@ ROWS = b'{"messages": []}\n'
 
 def owner(served: Served) -> str:
     return issue_token(served.scene.store, OWNER, actor=OWNER)
-
-
-@pytest.fixture(scope="module")
-def owned(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server for tests whose requests are refused, with the owner's token."""
-    with running_copy(made, tmp_path_factory.mktemp("owned")) as server:
-        server.token = owner(server)
-        yield server
 
 
 def sent(served: Served, token: str, data: bytes = ROWS, name: str = "rows.jsonl", **fields: str) -> httpx.Response:
@@ -98,7 +90,8 @@ def test_who_may(served: Served) -> None:
     assert [each["id"] for each in served.get("/v1/files", owner(served)).json()["data"]] == [amys, identifier]
 
 
-def test_uploads_that_are_refused(owned: Served) -> None:
+def test_uploads_that_are_refused(served: Served) -> None:
+    token = owner(served)
     for data, name, fields, said in (
         (ROWS, "rows.json", {}, "Invalid file format for Fine-Tuning API. Must be .jsonl"),
         (b"", "rows.jsonl", {}, "The file is empty."),
@@ -107,11 +100,11 @@ def test_uploads_that_are_refused(owned: Served) -> None:
         (ROWS, "rows.jsonl", {"colour": "red"}, "Unrecognized request argument supplied: colour"),
         (ROWS, "rows.jsonl", {"purpose": "x" * 2000}, "too long"),
     ):
-        answer = sent(owned, owned.token, data, name, **fields)
+        answer = sent(served, token, data, name, **fields)
         assert (answer.status_code, said in answer.json()["error"]["message"]) == (400, True), answer.text
     whole = {"content-type": "multipart/form-data; boundary=b"}
     unended = b"--b\r\nContent-Disposition: form-data; name=purpose\r\n\r\nfine-tune"
-    with owned.http() as http:
+    with served.http(token) as http:
         for headers, body, said in (
             ({}, b"{}", "must be multipart/form-data"),
             (whole, unended, "before its last boundary"),
@@ -126,7 +119,7 @@ def test_uploads_that_are_refused(owned: Served) -> None:
             assert (answer.status_code, said in answer.text) == (400, True), answer.text
         for query in ({"limit": "0"}, {"limit": "10001"}, {"order": "up"}):
             assert http.get("/v1/files", params=query).status_code == 400
-    assert not [each for each in (owned.scene.store.root / "work").iterdir() if each.name.startswith(".scratch")]
+    assert not [each for each in (served.scene.store.root / "work").iterdir() if each.name.startswith(".scratch")]
 
 
 def test_too_large_too_slow_and_too_many(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

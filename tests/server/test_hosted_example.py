@@ -13,16 +13,12 @@ import pytest
 from tests.own_cache import own_cache
 from tests.own_group import run_whole_group
 from tests.server.fine_tuning_project import MODEL, examples, tiny_data
+from tests.server.test_costs import closed
 from tests.tiny_project import write_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]  # cheaper: jobs/test_killed_effects.py, test_fine_tuning_service.py
 ROOT = Path(__file__).parents[2]
-SCHEMA = {
-    "type": "object",
-    "properties": {"on": {"type": "boolean"}},
-    "required": ["on"],
-    "additionalProperties": False,
-}
+SCHEMA = closed({"on": {"type": "boolean"}})
 
 
 def hosted_project(folder: Path) -> Path:
