@@ -35,6 +35,7 @@ def ours(found: Any, *, packed: bool) -> Contender:
     from tunesmith.engines.hf.loaded import LoadedHFModel
     from tunesmith.training.batches.batch_plan import lay_out_step
     from tunesmith.training.checkpoints import Checkpoints
+    from tunesmith.training.objectives import CrossEntropy
     from tunesmith.training.settings import TrainSettings
     from tunesmith.training.trainer import Trainer
 
@@ -46,7 +47,7 @@ def ours(found: Any, *, packed: bool) -> Contender:
     def run(steps: Sequence[Sequence[Any]]) -> list[float]:
         plan = [lay_out_step(step, settings.tokens, share=model.shares_prefix) for step in steps]
         with tempfile.TemporaryDirectory() as work:
-            state = Trainer(model, plan, settings, Checkpoints(Path(work), {})).run()
+            state = Trainer(model, plan, settings, Checkpoints(Path(work), {}), objective=CrossEntropy()).run()
         return [point["seconds"] for point in state.curve]
 
     return run

@@ -19,7 +19,7 @@ from tunesmith.training import steps
 from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimates.estimate import state_bytes
-from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.objectives import CrossEntropy, Objective
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
@@ -61,7 +61,7 @@ def set_low_rank(lora: LoraModel, std: float) -> None:
 
 def batch_loss(model: TrainableModel, batch: Batch, divisor: float) -> torch.Tensor:
     """The cross-entropy of a batch's labels over divisor."""
-    return model.loss(batch, CrossEntropy(), divisor)
+    return model.loss(batch, torch.full((batch.labels.numel(),), 1 / divisor))
 
 
 def gradients(model: TrainableModel, step: Step) -> float:
@@ -92,7 +92,9 @@ def fit(
     settings: TrainSettings,
     folder: Path,
     progress: Progress = SILENT,
+    objective: Objective | None = None,
 ) -> TrainerState:
     """Train model over a plan, with checkpoints in folder."""
     validate = (lambda: steps.validation_fit(model, validation)) if validation else None
-    return Trainer(model, plan, settings, Checkpoints(folder, {}), validate=validate, progress=progress).run()
+    given = (model, plan, settings, Checkpoints(folder, {}))
+    return Trainer(*given, objective=objective or CrossEntropy(), validate=validate, progress=progress).run()

@@ -33,10 +33,11 @@ def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, list[lis
 def fit(model: Any, plan: list[list[Any]], settings: Any) -> Any:
     """Train over a plan without validation; the state at the end."""
     from tunesmith.training.checkpoints import Checkpoints
+    from tunesmith.training.objectives import CrossEntropy
     from tunesmith.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as work:
-        return Trainer(model, plan, settings, Checkpoints(Path(work), {})).run()
+        return Trainer(model, plan, settings, Checkpoints(Path(work), {}), objective=CrossEntropy()).run()
 
 
 def adapter_settings(told: Figures) -> dict[str, Any]:

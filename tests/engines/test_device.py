@@ -38,6 +38,7 @@ from tunesmith.training import gpu_step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.gpu_step import Figure, compare_step
 from tunesmith.training.launchers.on_ray import _fit, _Written
+from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import Trainer
 
@@ -80,7 +81,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_full_memory_is_told_with_what_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of_family(tmp_path, "gpt2")
     trained = LoadedHFModel(base).trainable(WeightSettings(rank=2), seed=1, state_bytes=16)
-    trainer = Trainer(trained, [[]], TrainSettings(learning_rate=0.01), Checkpoints(tmp_path / "work", {}))
+    settings, checkpoints = TrainSettings(learning_rate=0.01), Checkpoints(tmp_path / "work", {})
+    trainer = Trainer(trained, [[]], settings, checkpoints, objective=CrossEntropy())
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")

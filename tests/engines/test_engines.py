@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 from tests.hf_models import base_of_family, change_adapter, use_static_cache
 from tests.said import Said
+from tests.trained import batch_loss
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.batch import lay_out
@@ -37,7 +38,6 @@ from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import EngineSettings, WeightSettings
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
-from tunesmith.training.objectives import CrossEntropy
 
 NATIVE = "qwen3"
 FAMILIES = (NATIVE, "gpt2", "opt", "falcon", "phi3", "cohere", "mamba")
@@ -357,7 +357,7 @@ def test_where_the_static_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.
     use_static_cache(engine, True)
     assert engine.generate(_lengths()) == expected
     assert engine._model._cache is not None
-    trainable.loss(lay_out([Rendered((5, 9, 2, 7), (False, True, True, True))]), CrossEntropy(), 3.0)
+    batch_loss(trainable, lay_out([Rendered((5, 9, 2, 7), (False, True, True, True))]), 3.0)
     assert engine._model._cache is None, "a training gets its memory"
     monkeypatch.setattr("tunesmith.engines.hf.model.DeviceMemory.available", lambda _self: 1000)
     assert engine.generate(_lengths()) == expected

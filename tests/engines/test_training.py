@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.hf_models import base_of_family, change_adapter, write_hf_model
 from tests.tiny import FAMILIES, ROWS, WIDE, row
-from tests.trained import gradients, reference_loss, saved, validation_loss
+from tests.trained import batch_loss, gradients, reference_loss, saved, validation_loss
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines import factory
@@ -40,7 +40,6 @@ from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE, read_adapter_file
 from tunesmith.store.store import Store
-from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer, parameters, update
 
@@ -319,7 +318,7 @@ def test_a_row_as_long_as_the_context_is_trained_on(tmp_path: Path) -> None:
     ids = tuple(3 + place % 7 for place in range(256))
     long = Rendered(ids, (False, *(True,) * 255))
     trainable, batch = _trainable(base), lay_out([long, _rows(base)[0]], share=False)
-    assert torch.isfinite(trainable.loss(batch, CrossEntropy(), 1.0))
+    assert torch.isfinite(batch_loss(trainable, batch, 1.0))
     assert trainable.memory_estimate(batch) > 2 * 256 * 4 * trainable._model.vocabulary
     assert trainable.flops(batch) > 0 < trainable.peak_flops(batch)
 

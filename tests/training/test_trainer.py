@@ -15,6 +15,7 @@ from tests.said import Said
 from tunesmith.core.progress import Task
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.training.estimates.more_time import more_time
+from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.schedule import Annealed, Decisions
 from tunesmith.training.scoring import mean_score
 from tunesmith.training.settings import TrainSettings
@@ -43,7 +44,7 @@ class OneNumber:
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup([self.number])]
 
-    def loss(self, _batch: Part, _objective: object, _divisor: float) -> torch.Tensor:
+    def loss(self, _batch: Part, _weights: object) -> torch.Tensor:
         self._clock.now += self._steps.pop(0) if len(self._steps) > 1 else self._steps[0]
         return (self.number**2).sum()
 
@@ -93,7 +94,8 @@ def trainer(
     plan: Any = more.pop("plan", [[Part()]] * 10_000)
     before = Decisions(warmup=1, validate_every=more.pop("every", len(plan)), scored_rows=0, seconds=0.0)
     schedule = Annealed(len(plan), settings, before, None, budget=settings.budget)
-    return Trainer(model, plan, settings, disk, schedule=schedule, clock=clock, **more), clock, disk
+    more |= {"objective": CrossEntropy(), "schedule": schedule, "clock": clock}
+    return Trainer(model, plan, settings, disk, **more), clock, disk
 
 
 def test_a_budget_counts_what_checkpoints_take() -> None:

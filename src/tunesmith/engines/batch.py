@@ -40,6 +40,12 @@ class Batch:
         """Number of computed tokens, the shared ones counted once."""
         return self.ids.numel()
 
+    @property
+    def label_rows(self) -> Tensor:
+        """[N] the row that each label belongs to, by its place in the batch."""
+        ends = self.prefix + torch.tensor(self.lengths).cumsum(0)
+        return torch.bucketize(self.predicts, ends, right=True)
+
 
 def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:
     """A batch of rows. share: compute their common prefix once; False: compute each row whole."""

@@ -30,8 +30,7 @@ class Packed:
 def read_lengths(batch: Batch) -> Tensor:
     """[B] how many tokens of each row are read: it ends with the one that predicts its last label. What follows is
     filler."""
-    starts = _starts(batch)
-    row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
+    starts, row_of = _starts(batch), batch.label_rows
     return torch.ones_like(starts).scatter_reduce_(0, row_of, batch.predicts - starts[row_of] + 1, "amax")
 
 

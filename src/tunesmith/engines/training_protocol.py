@@ -1,12 +1,13 @@
 """What the trainer needs from a model under training. engines/native and engines/hf implement it.
 
-The objective (what is minimised) and the weight settings (which weights move) are separate: an engine knows how to
-compute a loss and its gradients, the trainer knows steps, schedule, validation and checkpoints.
+What is minimised (training/objectives.py) and which weights move (the weight settings) are separate. An engine computes
+a weighted sum of the labels' negative log-likelihoods and its gradients. The trainer has the objective, which gives the
+labels their weights, and knows steps, schedule, validation and checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,15 +33,8 @@ class ParameterGroup:
     weight_decay: bool = True
 
 
-class Objective(Protocol):
-    """What a training minimises: a weighted sum of the labels' negative log-likelihoods."""
-
-    def coefficients(self, batch: Batch, divisor: float) -> Tensor:
-        """The weight of each label [N] of a batch, fp32.
-
-        divisor: how many labels the whole step has, over all its batches and all processes.
-        """
-        ...
+# The weight of each label [N] of a batch, fp32; or a function that finds them from the labels' log-probabilities [N].
+LabelWeights = Tensor | Callable[[Tensor], Tensor]
 
 
 class TrainableModel(Protocol):
@@ -79,15 +73,20 @@ class TrainableModel(Protocol):
         """The tensors to optimise. Every call returns the same tensors in the same order."""
         ...
 
-    def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
-        """The objective over a batch's labels: a scalar, with gradients unless autograd is off.
-
-        divisor: how many labels the whole step has (see Objective).
-        """
+    def loss(self, batch: Batch, weights: LabelWeights) -> Tensor:
+        """The sum of a batch's negative log-likelihoods, each times its label's weight: a scalar, with gradients unless
+        autograd is off. The weights get no gradient."""
         ...
 
     def label_losses(self, batch: Batch) -> Tensor:
         """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
+        ...
+
+    def reference_losses(self, batch: Batch) -> Tensor:
+        """As label_losses, by the base as it was before training.
+
+        Raises Refused where this process has only weights that training changes.
+        """
         ...
 
     def collect_gradients(self) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks, whole
-from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_labels
+from tunesmith.training.objectives import Objective
 from tunesmith.training.settings import TrainSettings
 
 
@@ -21,18 +22,31 @@ def parameters(model: TrainableModel) -> list[Tensor]:
 
 
 def gradients(model: TrainableModel, objective: Objective, step: Step, ranks: Ranks = ALONE) -> float:
-    """Leave a step's gradients on the model's parameters; returns its loss, the mean over all its labels on all ranks.
+    """Leave a step's gradients on the model's parameters; returns its loss, the sum over all batches on all ranks.
 
     Each rank divides by the labels of all ranks, and the gradients of the ranks are added.
     """
     labels = step_labels(step) or 1.0  # none where a rank without rows tries a step out
-    losses = []
-    for batch in step:
-        loss = model.loss(batch, objective, labels)
-        loss.backward()
-        model.collect_gradients()
-        losses.append(loss.detach())
+    losses = [_add_gradients(model, objective, batch, labels) for batch in step]
     return ranks.total(sum(map(float, losses)))
+
+
+def _add_gradients(model: TrainableModel, objective: Objective, batch: Batch, divisor: float) -> Tensor:
+    """Add a batch's gradients to those on the parameters; returns its loss."""
+    reference = -model.reference_losses(batch).cpu() if objective.uses_reference else None
+    found: list[Tensor] = []
+
+    def weights(log_probabilities: Tensor) -> Tensor:
+        if not log_probabilities.numel():  # a rank has no row left
+            return torch.zeros(0)
+        loss, each = objective.weigh(batch, log_probabilities, reference, divisor)
+        found.append(loss)
+        return each
+
+    loss = model.loss(batch, weights(torch.zeros(batch.labels.numel())) if objective.linear else weights)
+    loss.backward()
+    model.collect_gradients()
+    return loss.detach() if objective.linear or not found else found[0]
 
 
 def drop_gradients(model: TrainableModel) -> None:

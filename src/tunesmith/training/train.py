@@ -23,7 +23,7 @@ from tunesmith.engines.device import DeviceMemory, device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF
-from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
+from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.models.base import Base, check_base, model_width, require_context_length
 from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
@@ -43,7 +43,7 @@ from tunesmith.training.estimates.estimate import (
     too_few_numbers,
     trial_step,
 )
-from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.objectives import Objective, objective_of
 from tunesmith.training.schedule import DECISIONS, Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings, fit_to_rows
@@ -123,7 +123,7 @@ def run_training(
     or disk do not suffice, where a budget is too short for a step and a validation, and where the work folder holds
     another training; TunesmithError for a loss that is not finite.
     """
-    settings, objective = spec.settings, CrossEntropy()
+    settings, objective = spec.settings, objective_of(spec.settings)
     rows, checked = spec.rows.read(), spec.validation.read()
     if model is None:
         check_base(spec.base)
@@ -163,8 +163,8 @@ def run_training(
         plan,
         settings,
         checkpoints,
-        schedule=schedule,
         objective=objective,
+        schedule=schedule,
         validate=validation.measure if batches else None,
         on_checkpoint=curves.follow,
         on_step=on_step,

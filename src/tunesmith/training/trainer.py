@@ -16,10 +16,10 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks
-from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.objectives import Objective
 from tunesmith.training.schedule import Planned, Schedule
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
@@ -46,8 +46,8 @@ class Trainer:
         settings: TrainSettings,
         checkpoints: Checkpoints,
         *,
+        objective: Objective,
         schedule: Schedule | None = None,
-        objective: Objective | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
         on_checkpoint: Callable[[TrainerState], None] = _ignore,
         on_step: Callable[[TrainerState], None] = _ignore,
@@ -57,19 +57,17 @@ class Trainer:
     ) -> None:
         """Continues from the newest complete checkpoint, if there is one.
 
-        schedule: the planned one of settings where it is None. objective: cross-entropy where it is None. validate:
-        returns finite numbers for the model as it is now: a `loss`, of which lower is better, and where answers are
-        scored a `score`, of which higher is better; called when the schedule says so. on_checkpoint, on_step: called
-        with the state after each checkpoint or step, and once at the start of a resumed training. clock: seconds since
-        some moment, the same on all ranks. ranks: compute each step together; each has its own part of the plan's
-        steps.
+        schedule: the planned one of settings where it is None. validate: returns finite numbers for the model as it is
+        now: a `loss`, of which lower is better, and where answers are scored a `score`, of which higher is better;
+        called when the schedule says so. on_checkpoint, on_step: called with the state after each checkpoint or step,
+        and once at the start of a resumed training. clock: seconds since some moment, the same on all ranks. ranks:
+        compute each step together; each has its own part of the plan's steps.
         Raises Refused where the checkpoints belong to another training.
         """
         self.model, self.plan, self.settings, self.progress = model, plan, settings, progress
         self._schedule = Planned(len(plan), settings) if schedule is None else schedule
-        self._objective = CrossEntropy() if objective is None else objective
-        self._validate, self._checkpoints, self._on_checkpoint = validate, checkpoints, on_checkpoint
-        self._on_step = on_step
+        self._objective, self._validate, self._checkpoints = objective, validate, checkpoints
+        self._on_checkpoint, self._on_step = on_checkpoint, on_step
         self._clock, self._ranks = clock, ranks
         self._parameters = parameters(model)
         self._optimizer = make_optimizer(model, settings)

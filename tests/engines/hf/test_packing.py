@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.hf_models import base_of_family, change_adapter
 from tests.tiny import row
-from tests.trained import gradients
+from tests.trained import batch_loss, gradients
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch, empty_batch, lay_out
 from tunesmith.engines.hf.full import FullTrainable
@@ -24,7 +24,6 @@ from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.packed import pack
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer, parameters, update
 
@@ -63,7 +62,7 @@ def test_gradients_are_those_of_rows_alone(tmp_path: Path, family: str) -> None:
         together = _gradients(trainable, [lay_out(rows, share=share)])
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-    assert torch.isfinite(trainable.loss(empty_batch(), CrossEntropy(), 1.0))
+    assert torch.isfinite(batch_loss(trainable, empty_batch(), 1.0))
 
 
 class _Flash:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import device_name
 from tunesmith.engines.hf import packing
@@ -19,7 +20,7 @@ from tunesmith.engines.packed import read_lengths
 from tunesmith.engines.process import MEASURED_ROWS, product_flops
 from tunesmith.engines.ranks import held
 from tunesmith.engines.settings import HF, WeightSettings
-from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.engines.training_protocol import LabelWeights, TrainableModel
 
 _FLOAT = 4  # bytes
 
@@ -70,15 +71,31 @@ class HFTrainable(TrainableModel):
         found["batches"] = "packed" if self._model.packs else "padded"
         return found | ({"liger": version("liger-kernel")} if self._model.settings.liger else {})
 
-    def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
-        """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
+    def loss(self, batch: Batch, weights: LabelWeights) -> Tensor:
+        """The weighted sum of a batch's negative log-likelihoods: a scalar, with gradients unless autograd is off."""
         self._model.release_cache()
-        return (self._label_losses(batch) * objective.coefficients(batch, divisor).to(self.device)).sum()
+        losses = self._label_losses(batch)
+        if not isinstance(weights, Tensor):
+            weights = weights(-losses.detach())
+        return (losses * weights.to(self.device)).sum()
 
     @torch.no_grad()
     def label_losses(self, batch: Batch) -> Tensor:
         """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
         return self._label_losses(batch)
+
+    @torch.no_grad()
+    def reference_losses(self, batch: Batch) -> Tensor:
+        """As label_losses, by the module without the adapter. Raises Refused where training changes the base."""
+        if self.replaces_base:
+            raise Refused(
+                "the objective compares with the base, whose weights this training changes",
+                where="train.method, train.start",
+                fix="leave both out, so that an adapter of the base is trained",
+            )
+        self._model.release_cache()
+        with self._model.using(None):
+            return self._model.label_losses(batch, packed=self._model.packs)
 
     def _label_losses(self, batch: Batch) -> Tensor:
         with self._model.using(self.adapter):

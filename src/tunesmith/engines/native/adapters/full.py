@@ -53,7 +53,7 @@ class FullModel(NativeTrainable):
     def __init__(self, base: Base, network: Network, settings: WeightSettings, state_bytes: int) -> None:
         """state_bytes: bytes that the trainer holds for each trained number besides the number itself, its gradient
         among them. Raises Refused where memory cannot hold the weights and that."""
-        self._base = base
+        self._base, self.base_network = base, network
         self._every = settings.layers is None
         self.first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
         places = list(_places(network, self.first, every=self._every))

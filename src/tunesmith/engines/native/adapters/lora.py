@@ -52,7 +52,8 @@ class LoraModel(NativeTrainable):
 
     def __init__(self, base: Base, network: Network, settings: WeightSettings, seed: int) -> None:
         """Raises UsageError for targets that the network does not have."""
-        self._base, self.network, self._b_rate = base, network, settings.b_rate
+        self._base, self._b_rate = base, settings.b_rate
+        self.network = self.base_network = network
         layers = network.shape.layers
         self.first = 0 if settings.layers is None else max(0, layers - settings.layers)
         self.config = AdapterConfig(

@@ -14,23 +14,24 @@ from tunesmith.engines.native import kernels
 from tunesmith.engines.native.adapters import costs
 from tunesmith.engines.native.adapters.loss import cross_entropy, label_losses
 from tunesmith.engines.native.network.attention import shared_prefix_attention
-from tunesmith.engines.native.network.network import Linear, Network, final, forward
+from tunesmith.engines.native.network.network import Linear, Network, final, forward, frozen_linear
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.settings import NATIVE
-from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.engines.training_protocol import LabelWeights, TrainableModel
 
 
 class NativeTrainable(TrainableModel):
     """The methods of a trainable model that do not depend on which weights are trained.
 
-    network: what the forward pass runs through. first: its first trained layer. masters: the trained numbers as fp32
-    master weights, flat tensors that the optimiser moves.
+    network: what the forward pass runs through. first: its first trained layer. base_network: the base's, which
+    training leaves alone. masters: the trained numbers as fp32 master weights, flat tensors that the optimiser moves.
     """
 
     engine_name = NATIVE
     device = torch.device("cpu")
     shares_prefix = True
     network: Network
+    base_network: Network
     first: int
     masters: list[Tensor]
 
@@ -38,24 +39,27 @@ class NativeTrainable(TrainableModel):
         """Which kernels compute: compiled ones, by the digest of their source and compiler, or portable ones."""
         return {"kernels": kernels.identity()}
 
-    def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
-        """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
-        network, predicting = self.network, self._predicting(batch)
+    def loss(self, batch: Batch, weights: LabelWeights) -> Tensor:
+        """The weighted sum of a batch's negative log-likelihoods: a scalar, with gradients unless autograd is off.
+
+        Weights that depend on log-probabilities cost the head's product once more.
+        """
+        network, predicting = self.network, _predicting(self.network, self.linear(), batch)
         learned = network.head.weight if network.embedding.requires_grad else None
-        coefficients = objective.coefficients(batch, divisor)
-        return cross_entropy(predicting, network.head, batch.labels, coefficients, learned, network.shape.logit_cap)
+        if not isinstance(weights, Tensor):
+            weights = weights(-_losses(network, predicting, batch))
+        return cross_entropy(predicting, network.head, batch.labels, weights, learned, network.shape.logit_cap)
 
     @torch.no_grad()
     def label_losses(self, batch: Batch) -> Tensor:
         """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
-        network = self.network
-        return label_losses(self._predicting(batch), network.head, batch.labels, network.shape.logit_cap)
+        return _losses(self.network, _predicting(self.network, self.linear(), batch), batch)
 
-    def _predicting(self, batch: Batch) -> Tensor:
-        """The hidden states [N, M] that predict a batch's labels, behind the final norm."""
-        network = self.network
-        hidden = forward(network, batch.ids, self.linear(), shared_prefix_attention(batch, network))
-        return final(network, hidden[batch.predicts])
+    @torch.no_grad()
+    def reference_losses(self, batch: Batch) -> Tensor:
+        """As label_losses, by the base's network."""
+        base = self.base_network
+        return _losses(base, _predicting(base, frozen_linear(base), batch), batch)
 
     def memory_estimate(self, batch: Batch) -> int:
         """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
@@ -86,6 +90,17 @@ class NativeTrainable(TrainableModel):
     @abstractmethod
     def trained_flops(self, batch: Batch) -> float:
         """Floating-point operations of a batch's products for what is trained."""
+
+
+def _predicting(network: Network, linear: Linear, batch: Batch) -> Tensor:
+    """The hidden states [N, M] that predict a batch's labels, behind the final norm."""
+    hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
+    return final(network, hidden[batch.predicts])
+
+
+@torch.no_grad()
+def _losses(network: Network, predicting: Tensor, batch: Batch) -> Tensor:
+    return label_losses(predicting, network.head, batch.labels, network.shape.logit_cap)
 
 
 class _FrozenLinear(torch.autograd.Function):
