@@ -10,7 +10,8 @@ import pytest
 
 import tunesmith.cli
 from tunesmith.core.errors import UsageError
-from tunesmith.services import rollouts
+from tunesmith.server.console.forms import fields_of
+from tunesmith.services import jobs, rollouts
 from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import ACTIONS
 
@@ -49,6 +50,13 @@ def test_every_action_is_documented_and_its_permission_is_known() -> None:
         assert action.does.__doc__, action.name
         assert action.permission is None or action.permission in ACTIONS, action.name
         assert action.at or not action.form, action.name
+
+
+def test_a_form_whose_field_is_both_a_text_and_keys_is_refused() -> None:
+    read = fields_of(jobs.add.asked, {"changes.my.lora.rank": ["8"], "csrf": ["x"], "candidate": [""]})
+    assert read == {"changes": {"my.lora": {"rank": "8"}}}
+    with pytest.raises(UsageError, match="cannot be read"):
+        fields_of(jobs.add.asked, {"changes": ["1"], "changes.my.lora.rank": ["8"]})
 
 
 def test_a_request_that_is_not_valid_names_the_field() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from tunesmith.core.errors import UsageError
 from tunesmith.server.actions import FIELD, perform
 from tunesmith.server.console.people.session import Changing, field, form
 from tunesmith.server.console.rendering import has_template
@@ -43,7 +44,8 @@ def _endpoint(action: Action[Any, Any]) -> Callable[..., Coroutine[Any, Any, Res
 def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[str, Any]:
     """The fields of a request from those of a form. An empty one is left out; what a list holds is sent repeatedly.
 
-    A field `changes.my.lora.rank` is the key `rank` of the key `my.lora` of the field `changes`.
+    A field `changes.my.lora.rank` is the key `rank` of the key `my.lora` of the field `changes`. Raises UsageError
+    where a field is both a text and keys.
     """
     found: dict[str, Any] = {}
     for name, texts in given.items():
@@ -55,6 +57,8 @@ def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[st
         inner = found
         for part in path:
             inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise UsageError("the form cannot be read", where=name)
         inner[last] = values if not path and last in _lists(model) else values[0]
     return found
 
