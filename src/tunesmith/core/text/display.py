@@ -75,6 +75,8 @@ class NoRepeats(logging.Filter):
         if now - at < self.seconds:
             self._said[key] = (at, times + 1)
             return False
+        if len(self._said) > 1000:  # reasons that name what callers sent
+            self._said.clear()
         self._said[key] = (now, 0)
         if times:
             record.msg = f"{record.msg} (and {times} times more since {now - at:.0f} s ago)"
