@@ -153,7 +153,8 @@ def test_both_servers_show_a_promotion_and_a_rollback_at_once_and_no_request_fai
             while not ended.is_set():
                 began = time.monotonic()
                 try:
-                    asked.append((began, time.monotonic(), ask(http, url).json()["model"]))
+                    found = ask(http, url).json()["model"]
+                    asked.append((began, time.monotonic(), found))
                 except BaseException as error:  # noqa: BLE001 - shown below
                     failed.append(error)
 
