@@ -20,7 +20,8 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import check_weight_settings
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.loaded import LoadedHFModel, ShardedHFModel
+from tunesmith.engines.hf.loaded import LoadedHFModel, ShardedHFModel, build_trainable
+from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.native.engine import NativeModel
@@ -174,6 +175,54 @@ def test_one_process_trains_it(tmp_path: Path, setting: str, where: str) -> None
 
 
 STARTS = {cells[0]: cells[1] for cells in table("How several ranks start")}
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("gemma3", {}), ("opt", {}), ("phi3", {"precision": "bf16"}), ("llama", {"method": "full", "precision": "bf16"}),
+]  # fmt: skip
+
+
+def _late_rank(_rank: int, _size: int, folder: Path) -> None:
+    for family, changes in CASES:
+        _compare(connected_ranks(), folder, family, changes)
+
+
+def _compare(ranks: Ranks, folder: Path, family: str, changes: dict[str, Any]) -> None:
+    base, settings = _base(folder, family), TrainSettings.model_validate({"learning_rate": 0.01, **changes})
+    found, losses = [], []
+    for late in (True, False):
+        model = HFModel(base, model_settings(settings), late=late)
+        assert (model.late is not None) == late
+        if late:
+            sizes = [each.untyped_storage().nbytes() for each in model.module.parameters()]
+            assert max(sizes) <= 4, "the weights take no memory before they are sharded"
+        trained = build_trainable(model, settings, 1, ranks)
+        assert all(0 < held(each).numel() < each.numel() for each in model.module.parameters())
+        assert model.pads
+        losses.append(_two_steps(trained, base, settings, ranks))
+        parameters = dict(model.module.named_parameters())
+        assert all(0 < held(each).numel() < each.numel() for each in parameters.values())
+        found.append({name.replace(f".{trained.adapter}", ""): each for name, each in parameters.items()})
+        found[-1] |= {f"buffer {name}": each for name, each in model.module.named_buffers()}
+    one, two = found
+    assert losses[0] == losses[1]
+    assert one.keys() == two.keys()
+    for name, each in one.items():
+        assert each.dtype == two[name].dtype, name
+        assert torch.equal(held(each), held(two[name])), name
+    stored = load_file(base.folder / "model.safetensors")
+    frozen = [name for name, each in one.items() if not (each.requires_grad or name.startswith("buffer "))]
+    for name in frozen:
+        assert torch.equal(whole(one[name].detach()).float(), stored[name.replace(".base_layer.", ".")].to(
+            one[name].dtype).float())  # fmt: skip
+
+
+@pytest.mark.slow
+def test_rows_that_are_read_late_are_those_of_the_whole_weights(tmp_path: Path) -> None:
+    """Weights, buffers, losses and adapters are equal, bit by bit."""
+    for family, _ in CASES:
+        _base(tmp_path, family)
+    assert run_ranks(_late_rank, 2, tmp_path / "meeting", tmp_path) == [0, 0]
 
 
 def test_files_that_do_not_hold_the_modules_tensors_are_read_whole(tmp_path: Path) -> None:
