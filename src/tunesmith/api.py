@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class Project(project.Project):
-    """`Project.load("tunesmith.yaml").run()`. `tunesmith.services` has a function for every other action."""
+    """`Project.load("tunesmith.yaml").run()`. `tunesmith.services` has a function for every other action.
+
+    Such as `rollouts.promote(acting_in(project), rollouts.PromoteRollout(rollout="intents"))`; `acting_in` is in
+    `tunesmith.services.actions`.
+    """
 
     def run(self, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
         """Run every stage up to a registered version; `.document()` is what `tunesmith run --json` prints.

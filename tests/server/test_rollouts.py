@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.acting import do
 from tests.attack_table import Happened
 from tests.fabricate import NAME, OPERATOR, OWNER
 from tests.server.conftest import Served, StartServer
@@ -24,7 +25,6 @@ from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server import app as server_app
 from tunesmith.server.answering import routing
 from tunesmith.services import rollouts
-from tunesmith.services.actions import acting_in
 from tunesmith.store.store import Store
 
 Versions = dict[int, Version]
@@ -265,10 +265,10 @@ def test_rollout_refuses_a_metric_that_service_does_not_measure(tmp_path: Path) 
     task: Any = {**settings()["task"], "scorers": ["exact_match", "groundedness"]}  # type: ignore[dict-item]
     project = Project.load(write_project(tmp_path / "a", task=task, gates={}, rollout={"steps": steps}))
     with pytest.raises(UsageError, match="step 2 analyses groundedness, which service does not measure"):
-        rollouts.start(acting_in(project), rollouts.StartRollout(version="tiny@v1"))
+        do(project, rollouts.start, version="tiny@v1")
     project = Project.load(write_project(tmp_path / "b", task={**task, "scorers": ["exact_match"]}, gates={}))
     with pytest.raises(UsageError, match=r"step 2 analyses json_valid.*task\.scorers does not list it") as caught:
-        rollouts.start(acting_in(project), rollouts.StartRollout(version="tiny@v1"))
+        do(project, rollouts.start, version="tiny@v1")
     assert "rollout.steps" in str(caught.value.where)
     assert "success_rate" in str(caught.value.fix)
 
@@ -296,8 +296,9 @@ def test_what_the_caller_did_not_see_is_not_changed(served: Served, versions: Ve
             status, message = sent(action, **{**seen, "reason": "stale", **changed})
             assert (status, says in message) == (409, True), (action, message)
             happened("refused, 409")
+        assert sent(action, step="1")[0] == sent(action, step=True)[0] == 400
     assert get_rollout(store, rollout.id) == before
-    assert sent("abort", **seen)[0] == sent("rollback", reason="")[0] == 400
+    assert sent("abort", **seen)[0] == sent("rollback", reason="")[0] == sent("promote", override=" ")[0] == 400
     assert sent("resume", **seen)[0] == 200
     served.until(rollout, lambda now: (now.step, now.status) == (3, "paused"))
     assert sent("promote", **{**seen, "step": 3})[0] == 200

@@ -16,7 +16,7 @@ from tunesmith.services.actions import Action, all_actions
 from tunesmith.store.people.roles import ACTIONS
 
 # What a page has shown before a change, which commands do not say.
-OF_PAGES = {"step", "champion", "contents", "revision"}
+OF_PAGES = {"step", "champion"}
 # A key in the browser is proposed there; a command enrols a key in a file. The other commands ask a server, or verify
 # files where nobody can be looked up.
 NO_COMMANDS = {"audit.verify", "decisions.prepare", "decisions.submit", "keys.propose", "versions.verify"}
@@ -52,14 +52,19 @@ def test_every_action_is_documented_and_its_permission_is_known() -> None:
         assert action.at or not action.form, action.name
 
 
-def test_a_form_whose_field_is_both_a_text_and_keys_is_refused() -> None:
+def test_the_fields_of_a_form_are_those_of_the_request() -> None:
     read = fields_of(jobs.add.asked, {"changes.my.lora.rank": ["8"], "csrf": ["x"], "candidate": [""]})
     assert read == {"changes": {"my.lora": {"rank": "8"}}}
+    read = fields_of(rollouts.promote.asked, {"step": ["3"], "reason": ["3"]})
+    assert read == {"step": 3, "reason": "3"}
+    assert fields_of(rollouts.promote.asked, {"step": ["\u0663"]}) == {"step": "\u0663"}
     with pytest.raises(UsageError, match="cannot be read"):
         fields_of(jobs.add.asked, {"changes": ["1"], "changes.my.lora.rank": ["8"]})
 
 
 def test_a_request_that_is_not_valid_names_the_field() -> None:
-    with pytest.raises(UsageError, match="at most 200") as caught:
+    with pytest.raises(UsageError, match="leave them out"):
+        rollouts.rollback.request({"rollout": "7", "reason": "why", "tenant": "acme"})
+    with pytest.raises(UsageError, match=r"invalid 'version': .* at most 200") as caught:
         rollouts.start.request({"version": "x" * 201})
     assert caught.value.where == "version"

@@ -26,6 +26,7 @@ def test_a_value_is_kept_until_another_process_changes_the_store(store: Store) -
     with database.writing(store.engine):  # changes nothing
         pass
     assert asked() == 2
+    assert (values.kept("a"), values.kept("c")) == (2, None)
 
 
 def test_a_value_that_does_not_hold_is_computed_again(store: Store) -> None:

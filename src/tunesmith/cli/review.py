@@ -69,7 +69,10 @@ def decide(
     """Accept, edit or reject an item. The audit log records it without the text."""
     from tunesmith.services import review
 
-    done = here.do(review.decide, item=item, decision=decision, reason=reason, answer=answer)
+    seen = review.show(here.store, item, actor=here.actor)
+    contents = None if answer is None else [*(turn.content for turn in seen.messages[:-1]), answer]
+    revision = seen.revision
+    done = here.do(review.decide, item=item, decision=decision, reason=reason, contents=contents, revision=revision)
     here.emit(done, printed(f"item {item}: {done.state}"))
 
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tunesmith.core.errors import NotThere
-from tunesmith.project import Project
 from tunesmith.server.serving import Serving
 from tunesmith.services.actions import Acting, Action
 from tunesmith.services.held import HeldAnswerView
@@ -32,13 +30,7 @@ async def perform(
     serving: Serving, user: User, action: Action[Any, Any], asked: Any, *, session: str = "", token: Token | None = None
 ) -> Any:
     """What an action returns, on the threads that users share. session: of the console; token: of a caller of /api."""
-
-    def load() -> Project:
-        if serving.project is None:
-            raise NotThere("this server has no project", code="no_project")
-        return serving.project
-
-    acting = Acting(serving.store, user, load, session, token)
+    acting = Acting(serving.store, user, serving.own_project, session, token)
     threads = serving.files if action.reads_files else serving.noting
     result = await threads.run(user.name, lambda: action(acting, asked))
     if (after := AFTER.get(action.name)) is not None:

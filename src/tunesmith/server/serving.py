@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request
 
+from tunesmith.core.errors import NotThere
 from tunesmith.holding.settings import HoldSettings
 from tunesmith.project import Project
 from tunesmith.server import limits
@@ -73,6 +74,12 @@ class Serving:
     uploads: Counter[str] = field(default_factory=Counter)
     streams: Counter[str] = field(default_factory=Counter)
     used: dict[str, float] = field(default_factory=dict)
+
+    def own_project(self) -> Project:
+        """The project. Raises NotThere where the server has none."""
+        if self.project is None:
+            raise NotThere("this server has no project", code="no_project")
+        return self.project
 
     def arrives(self, user: User) -> AbstractContextManager[Callable[[int], None]]:
         """Count a request of the user while its body is read (`Arriving.one`)."""

@@ -124,8 +124,8 @@ class Action(Generic[Asked, Result]):
 
     def check(self, user: User) -> None:
         """Raise Forbidden where a user may not do this, whatever it is done to."""
-        if self.whole and user.scope != Scope():
-            raise Forbidden("this is for users of all tenants and regions")
+        if self.whole:
+            user.require_everything()
         if self.permission is not None:
             user.require(self.permission)
 
@@ -141,7 +141,8 @@ class Action(Generic[Asked, Result]):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(map(str, first["loc"]))
-            raise UsageError(f"{first['msg'].removeprefix('Value error, ')}", where=name or self.name) from error
+            said = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"invalid {name!r}: {said}" if name else said, where=name or self.name) from error
 
 
 _LISTED: dict[str, Action[Any, Any]] = {}

@@ -63,23 +63,21 @@ class FillQueue(Request):
 
 
 class DecideItem(Request):
-    """A decision on an item. For an edit, contents: the text of every turn, or answer: that of the last one alone.
+    """A decision on an item. contents: the text of every turn, for an edit.
 
-    revision: of the item that was seen, by default the present one; where somebody else decided meanwhile, nothing is
-    done.
+    revision: of the item that was seen; where somebody else decided meanwhile, nothing is done.
     """
 
     item: Annotated[int, Field(ge=1, le=2**31 - 1)]
     decision: Choice
     reason: Reason = ""
     contents: Annotated[tuple[str, ...], Field(max_length=2048)] | None = None
-    answer: str | None = None
-    revision: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    revision: Annotated[int, Field(ge=0, le=2**31 - 1)]
 
     @model_validator(mode="after")
     def _text_for_edits_only(self) -> DecideItem:
-        if (self.decision == "edit") != ((self.contents, self.answer) != (None, None)):
-            raise ValueError("an edit states the text as it should be, and no other decision does")
+        if self.decision != "edit" and self.contents is not None:
+            raise ValueError("only an edit states the text as it should be")
         return self
 
 
@@ -304,15 +302,11 @@ def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
     messages, more = _text(store, row)
     edited: tuple[Message, ...] = ()
     if asked.decision == "edit":
-        contents = asked.contents
-        if contents is None and asked.answer is not None:
-            contents = (*(turn.content for turn in messages[:-1]), asked.answer)
-        edited = _edited(row, messages, contents)
+        edited = _edited(row, messages, asked.contents)
     elif asked.decision == "accept" and not more.get("expected", True):
         raise UsageError("nobody said what the answer should have been", fix="edit the answer, or reject the request")
-    seen = row.revision if asked.revision is None else asked.revision
     decision = Decision(asked.decision, asked.reason, edited)
-    decided = queue.decide(store, number, decision, revision=seen, actor=who)
+    decided = queue.decide(store, number, decision, revision=asked.revision, actor=who)
     return DecidedItem(item=number, state=decided.state, next=next_item(store, number, actor=who))
 
 

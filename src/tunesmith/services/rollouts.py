@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from sqlalchemy import select
 
 from tunesmith.core.errors import NotThere, UsageError
@@ -105,7 +105,7 @@ class ChangeRollout(Request):
 
     rollout: Named
     reason: Reason = ""
-    step: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    step: Annotated[int, Field(strict=True, ge=0, le=10_000)] | None = None
     champion: Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64}|nothing)?$")] | None = None
 
     def seen(self, number: int | None) -> Seen:
@@ -137,6 +137,12 @@ class RollBack(AbortRollout):
     region: Short | None = None
     override: Reason | None = None
 
+    @model_validator(mode="after")
+    def _scope_of_a_name(self) -> RollBack:
+        if is_number(self.rollout) and (self.tenant, self.region) != (None, None):
+            raise ValueError("a rollout's number says for which tenant and region it is; leave them out")
+        return self
+
 
 @action("rollout.start", permission="rollout.start", tokens=("operate",), at="/rollouts", form=True, reads_files=True)
 def start(acting: Acting, asked: StartRollout) -> RolloutView:
@@ -152,7 +158,7 @@ def start(acting: Acting, asked: StartRollout) -> RolloutView:
         steps=plan.steps,
         main_callers=plan.main_callers,
         actor=acting.actor,
-        override=asked.override or None,
+        override=asked.override,
         scope=scope,
     )
     return view_of(project.store, rollout)
@@ -206,8 +212,9 @@ def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
 def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
     """Give the new version all traffic now."""
     number = _find(acting, asked.rollout).id
-    override, seen = asked.override or None, asked.seen(number)
-    done = commands.promote(acting.store, number, actor=acting.actor, override=override, reason=asked.reason, seen=seen)
+    done = commands.promote(
+        acting.store, number, actor=acting.actor, override=asked.override, reason=asked.reason, seen=asked.seen(number)
+    )
     return view_of(acting.store, done)
 
 
@@ -233,9 +240,14 @@ def rollback(acting: Acting, asked: RollBack) -> RolloutView:
         name, scope, seen = one.name, one.scope, asked.seen(one.id)
     else:
         name, scope, seen = asked.rollout, acting.scope(asked.tenant, asked.region), asked.seen(None)
-    override = asked.override or None
     done = commands.rollback(
-        acting.store, name=name, actor=acting.actor, reason=asked.reason, override=override, scope=scope, seen=seen
+        acting.store,
+        name=name,
+        actor=acting.actor,
+        override=asked.override,
+        reason=asked.reason,
+        scope=scope,
+        seen=seen,
     )
     return view_of(acting.store, done)
 

@@ -45,11 +45,13 @@ class UntilChanged(Generic[Value]):
         return value
 
     def known(self, key: Hashable, holds: Callable[[Value], bool] = lambda _value: True) -> Value | None:
-        """The value of a key if it is kept and holds, in some microseconds. None where it has to be computed, and where
-        the database is behind a network and may keep the caller waiting."""
-        if self._store.engine.dialect.name != "sqlite" or key not in self._kept:
-            return None
-        return self._known(key, audit.revision(self._store.engine), holds)
+        """As `kept`, in some microseconds: None too where the database is behind a network and may keep the caller
+        waiting."""
+        return self.kept(key, holds) if self._store.engine.dialect.name == "sqlite" else None
+
+    def kept(self, key: Hashable, holds: Callable[[Value], bool] = lambda _value: True) -> Value | None:
+        """The value of a key if it is kept and holds. None where it has to be computed."""
+        return self._known(key, audit.revision(self._store.engine), holds) if key in self._kept else None
 
     def _known(self, key: Hashable, revision: Sequence[Any] | None, holds: Callable[[Value], bool]) -> Value | None:
         kept = self._kept.get(key)

@@ -102,6 +102,12 @@ def edited(desk: Desk, number: int, answer: str) -> list[str]:
     return [*(turn.content for turn in review.show(desk.store, number).messages[:-1]), answer]
 
 
+def decide(store: Store, item: int, decision: Any, **more: Any) -> review.DecidedItem:
+    """Decide on an item as it is now."""
+    seen = review.show(store, item, actor=more.get("actor"))
+    return do(store, review.decide, item=item, decision=decision, revision=seen.revision, **more)
+
+
 def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
@@ -113,9 +119,9 @@ def test_the_next_build_does_what_was_decided(desk: Desk, monkeypatch: pytest.Mo
     assert desk.build().digest == desk.first.digest, "without decisions it is no other version"
     assert "review.jsonl: no review decision yet" in said
     accepted, changed, rejected, *_ = numbers(desk)
-    do(desk.store, review.decide, item=accepted, decision="accept")
-    do(desk.store, review.decide, item=changed, decision="edit", contents=edited(desk, changed, "a real answer"))
-    do(desk.store, review.decide, item=rejected, decision="reject", reason="refuses")
+    decide(desk.store, accepted, "accept")
+    decide(desk.store, changed, "edit", contents=edited(desk, changed, "a real answer"))
+    decide(desk.store, rejected, "reject", reason="refuses")
     items = {number: review.show(desk.store, number) for number in (accepted, changed, rejected)}
     done = do(desk.project, review.export)
     assert (done.accept, done.edit, done.reject) == (1, 1, 1)
@@ -146,8 +152,8 @@ def test_a_recall_follows_an_edit_both_ways_and_empties_the_queue(desk: Desk, na
     do(desk.store, review.fill)
     number, other = numbers(desk)[:2]
     subject = review.show(desk.store, number).subject
-    do(desk.store, review.decide, item=number, decision="edit", contents=edited(desk, number, "a real answer"))
-    do(desk.store, review.decide, item=other, decision="accept")
+    decide(desk.store, number, "edit", contents=edited(desk, number, "a real answer"))
+    decide(desk.store, other, "accept")
     do(desk.project, review.export)
     second = desk.build()
     assert verify_dataset(desk.store, second.digest).ok
@@ -191,14 +197,8 @@ def test_copies_follow_an_edit_and_edited_rows_are_scanned(tmp_path: Path, desk:
     copies.append(row(texts[rejected][0].upper(), texts[rejected][-1]))
     with (tmp_path / "rows.jsonl").open("a") as stream:
         stream.writelines(json.dumps(one) + "\n" for one in copies)
-    do(
-        desk.store,
-        review.decide,
-        item=changed,
-        decision="edit",
-        contents=edited(desk, changed, "write to ann@company-mail.org"),
-    )
-    do(desk.store, review.decide, item=rejected, decision="reject", reason="refuses")
+    decide(desk.store, changed, "edit", contents=edited(desk, changed, "write to ann@company-mail.org"))
+    decide(desk.store, rejected, "reject", reason="refuses")
     do(desk.project, review.export)
     chosen = settings(review="review.jsonl", duplicates={"near": None}, privacy={"entities": ["EMAIL_ADDRESS"]})
     dataset = load_dataset(desk.store, build_dataset(desk.store, chosen, tmp_path))
@@ -236,30 +236,28 @@ def test_what_is_refused_and_two_reviewers_who_disagree(desk: Desk) -> None:
     with pytest.raises(Forbidden, match="may not"):
         do(desk.store, review.fill, actor="bob")
     with pytest.raises(UsageError, match="reason"):
-        do(desk.store, review.decide, item=first, decision="reject")
+        decide(desk.store, first, "reject")
     same = [turn.content for turn in review.show(desk.store, first).messages]
     for contents, said in ((same, "changes nothing"), ([same[0], " "], "empty"), (["x"], "all 2 turns")):
         with pytest.raises(UsageError, match=said):
-            do(desk.store, review.decide, item=first, decision="edit", contents=contents)
+            decide(desk.store, first, "edit", contents=contents)
     with pytest.raises(UsageError, match="no review item"):
         review.show(desk.store, 999)
-    do(desk.store, review.decide, item=first, decision="accept", actor="ann")
+    decide(desk.store, first, "accept", actor="ann")
     shown = review.show(desk.store, first, actor="eve")
     assert (shown.decisions, shown.may, shown.state) == ((), True, "open"), "the other's decision is not shown yet"
     with pytest.raises(Refused, match="already"):
-        do(desk.store, review.decide, item=first, decision="accept", actor="ann")
-    assert do(desk.store, review.decide, item=first, decision="accept", actor="eve").state == "accept"
-    do(desk.store, review.decide, item=second, decision="accept", actor="ann")
-    assert do(desk.store, review.decide, item=second, decision="reject", reason="no", actor="eve").state == "conflict"
+        decide(desk.store, first, "accept", actor="ann")
+    assert decide(desk.store, first, "accept", actor="eve").state == "accept"
+    decide(desk.store, second, "accept", actor="ann")
+    assert decide(desk.store, second, "reject", reason="no", actor="eve").state == "conflict"
     assert review.next_item(desk.store, actor="ann") != second
     assert review.show(desk.store, second, actor="stu").may
-    assert do(desk.store, review.decide, item=second, decision="reject", reason="no", actor="stu").state == "reject"
-    do(desk.store, review.decide, item=third, decision="edit", contents=edited(desk, third, "one way"), actor="stu")
+    assert decide(desk.store, second, "reject", reason="no", actor="stu").state == "reject"
+    decide(desk.store, third, "edit", contents=edited(desk, third, "one way"), actor="stu")
     text = edited(desk, third, "another way")
-    assert do(desk.store, review.decide, item=third, decision="edit", contents=text, actor="eve").state == "conflict"
-    assert do(desk.store, review.decide, item=third, decision="edit", contents=text, actor="stu").state == "edit", (
-        "a steward settles it"
-    )
+    assert decide(desk.store, third, "edit", contents=text, actor="eve").state == "conflict"
+    assert decide(desk.store, third, "edit", contents=text, actor="stu").state == "edit", "a steward settles it"
     found = {one.reviewers: (one.items, one.same, one.kappa) for one in review.list_items(desk.store).agreements}
     assert found == {("ann", "eve"): (2, 1, None), ("eve", "stu"): (1, 1, None)}
 
@@ -301,7 +299,7 @@ def test_kept_requests(desk: Desk) -> None:
     put_case(desk.store, case(1))
     do(desk.store, review.fill)
     (number,) = [one.item for one in review.list_items(desk.store).items if one.kind == "case"]
-    do(desk.store, review.decide, item=number, decision="edit", contents=edited(desk, number, "what a reviewer wrote"))
+    decide(desk.store, number, "edit", contents=edited(desk, number, "what a reviewer wrote"))
     put_case(desk.store, case(1, until="2020-01-01T00:00:00Z"))
     with pytest.raises(Refused, match="no longer kept"):
         review.show(desk.store, number)
@@ -315,13 +313,13 @@ def test_kept_requests(desk: Desk) -> None:
     do(desk.store, review.fill)
     first, second, third = (one.item for one in review.list_items(desk.store).items if one.kind == "case")
     with pytest.raises(UsageError, match="nobody said"):
-        do(desk.store, review.decide, item=second, decision="accept")
+        decide(desk.store, second, "accept")
     texts = edited(desk, second, '{"odd": 2}')
     with pytest.raises(UsageError, match="only the answer"):
-        do(desk.store, review.decide, item=second, decision="edit", contents=["another question", *texts[1:]])
-    do(desk.store, review.decide, item=first, decision="accept")
-    do(desk.store, review.decide, item=second, decision="edit", contents=texts)
-    do(desk.store, review.decide, item=third, decision="reject", reason="sent on purpose")
+        decide(desk.store, second, "edit", contents=["another question", *texts[1:]])
+    decide(desk.store, first, "accept")
+    decide(desk.store, second, "edit", contents=texts)
+    decide(desk.store, third, "reject", reason="sent on purpose")
     done = do(desk.project, review.export)
     assert (done.cases, done.dropped) == (2, 1)
     kept = find_case(desk.store, case(2).request)

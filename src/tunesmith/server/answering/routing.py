@@ -185,7 +185,7 @@ class Router:
         found, away = [], False
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:
-                if away and self._choices.known((user.tenant, model), _Choice.holds) is None:
+                if away and self._choices.kept((user.tenant, model), _Choice.holds) is None:
                     continue
                 choice = self._choice(user, model)
             except ApiError:

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
-from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.server.access import caller, token_of
 from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored, sentence
@@ -107,10 +106,8 @@ class Call:
 
     @property
     def project(self) -> Project:
-        """The server's project. Raises ApiError 404 where it has none."""
-        if self.serving.project is None:
-            raise ApiError(404, "This server has no project.", code="no_project")
-        return self.serving.project
+        """The server's project. Raises NotThere where it has none."""
+        return self.serving.own_project()
 
     @property
     def by(self) -> dict[str, str]:
@@ -120,11 +117,6 @@ class Call:
     def permits(self, scope: TokenScope, action: str) -> bool:
         """Whether both the token and the user's roles permit an action."""
         return token_of(self.request).permits(scope) and self.user.may(action)
-
-    def require_whole(self) -> None:
-        """Raise ApiError 403 for a user of one tenant or region: the same answer, whatever there is."""
-        if self.user.scope != Scope():
-            raise forbidden("This is for users of all tenants and regions.")
 
     async def answer(
         self, act: Callable[[], BaseModel | None], *, none: str = "", threads: SharedThreads | None = None
@@ -155,9 +147,9 @@ def call_of(request: Request, action: str | None = None) -> Call:
 
 
 def whole_call_of(request: Request, action: str | None = None) -> Call:
-    """The call of a user of all tenants and regions. Raises ApiError 403 for others, and as `call_of` does."""
+    """The call of a user of all tenants and regions. Raises Forbidden for others, and as `call_of` does."""
     call = call_of(request)
-    call.require_whole()
+    call.user.require_everything()
     if action is not None:
         call.user.require(action)
     return call

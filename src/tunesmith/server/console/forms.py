@@ -44,8 +44,8 @@ def _endpoint(action: Action[Any, Any]) -> Callable[..., Coroutine[Any, Any, Res
 def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[str, Any]:
     """The fields of a request from those of a form. An empty one is left out; what a list holds is sent repeatedly.
 
-    A field `changes.my.lora.rank` is the key `rank` of the key `my.lora` of the field `changes`. Raises UsageError
-    where a field is both a text and keys.
+    Text for a number becomes one. A field `changes.my.lora.rank` is the key `rank` of the key `my.lora` of the field
+    `changes`. Raises UsageError where a field is both a text and keys.
     """
     found: dict[str, Any] = {}
     for name, texts in given.items():
@@ -59,17 +59,19 @@ def fields_of(model: type[BaseModel], given: Mapping[str, list[str]]) -> dict[st
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise UsageError("the form cannot be read", where=name)
-        inner[last] = values if not path and last in _lists(model) else values[0]
+        kinds = set[str]() if path else _kinds(model).get(last, set())
+        number = "integer" in kinds and len(values[0]) < 20 and values[0].isascii() and values[0].isdecimal()
+        inner[last] = values if "array" in kinds else int(values[0]) if number else values[0]
     return found
 
 
 @cache
-def _lists(model: type[BaseModel]) -> frozenset[str]:
-    """The fields of a request that are lists."""
+def _kinds(model: type[BaseModel]) -> Mapping[str, set[str]]:
+    """The kinds of JSON values that each field of a request takes."""
     fields = model.model_json_schema()["properties"]
-    return frozenset(
-        name for name, one in fields.items() if "array" in {each.get("type") for each in (one, *one.get("anyOf", ()))}
-    )
+    return {
+        name: {each["type"] for each in (one, *one.get("anyOf", ())) if "type" in each} for name, one in fields.items()
+    }
 
 
 for each in all_actions():

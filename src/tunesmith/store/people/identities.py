@@ -85,6 +85,11 @@ class User(BaseModel):
         """Whether the user is active and one of their roles permits an action."""
         return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
 
+    def require_everything(self) -> None:
+        """Raise Forbidden for a user of one tenant or region: the same, whatever there is."""
+        if self.scope != Scope():
+            raise Forbidden("this is for users of all tenants and regions")
+
     def require(self, action: str) -> None:
         """Raise Forbidden where they may not do an action."""
         if not self.active:
