@@ -251,8 +251,22 @@ def http_page() -> str:
                     lines += ["", f"{title}: {_type(content)}"]
             if errors := [(title[7:], content) for title, content in answers if title >= "Answer 4" and title < "B"]:
                 lines += ["", f"Errors: {', '.join(status for status, _ in errors)}, each {_type(errors[0][1])}"]
-    if used:
-        lines += ["", "## Objects"]
+    return "\n".join([*lines, *_objects(used, schemas)]) + "\n"
+
+
+def _contents(route: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+    if body:
+        yield "Request", body
+    for status, answer in route.get("responses", {}).items():
+        content = answer.get("content", {}).get("application/json", {}).get("schema")
+        if content and status != "422":
+            yield f"Answer {status}", content
+
+
+def _objects(used: list[str], schemas: Mapping[str, Any]) -> list[str]:
+    """A table for each object that is used, and for those that it uses."""
+    lines = ["", "## Objects"] if used else []
     seen: list[str] = []
     while used:
         name = used.pop(0)
@@ -264,17 +278,7 @@ def http_page() -> str:
         if text := schemas[name].get("description"):
             lines += [_one_line(text), ""]
         lines += _fields(schemas[name])
-    return "\n".join(lines) + "\n"
-
-
-def _contents(route: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-    if body:
-        yield "Request", body
-    for status, answer in route.get("responses", {}).items():
-        content = answer.get("content", {}).get("application/json", {}).get("schema")
-        if content and status != "422":
-            yield f"Answer {status}", content
+    return lines
 
 
 def _fields(schema: Mapping[str, Any]) -> list[str]:
@@ -290,7 +294,10 @@ def _fields(schema: Mapping[str, Any]) -> list[str]:
 
 
 def records_page() -> str:
-    """Every kind of record."""
+    """Every kind of record, with what its body states."""
+    from pydantic.json_schema import models_json_schema
+
+    from tunesmith.records.kinds import BODIES
     from tunesmith.store.records import KINDS
 
     lines = [
@@ -305,7 +312,14 @@ def records_page() -> str:
     for name, kind in KINDS.items():
         parents, blobs = (", ".join(f"`{each}`" for each in names) for names in (kind.parents, kind.blobs))
         lines.append(f"| `{name}` | `{kind.made_by}` | {parents} | {blobs} | {_cell(kind.states)} |")
-    return "\n".join(lines) + "\n"
+    by_model, document = models_json_schema([(body, "validation") for body in BODIES.values()])
+    schemas: Mapping[str, Any] = document["$defs"]
+    used: list[str] = []
+    for kind_name, body in BODIES.items():
+        schema = schemas[by_model[body, "validation"]["$ref"].rsplit("/", 1)[-1]]
+        used += _references(schema)
+        lines += ["", f"## `{kind_name}`", "", _one_line(schema["description"]), "", *_fields(schema)]
+    return "\n".join([*lines, *_objects(used, schemas)]) + "\n"
 
 
 # Text

@@ -19,7 +19,7 @@ from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Dataset, Example
-from tunesmith.store.records import Record
+from tunesmith.records.search import PromptTry, SearchBody
 from tunesmith.store.store import Store
 
 # A candidate, validation rows, and its answers' lines in the same order -> one score per row.
@@ -81,7 +81,7 @@ def search_prompts(
             fix="raise data.split.validation",
         )
     train = dataset.examples("train")
-    tries: list[dict[str, Any]] = []
+    tries: list[PromptTry] = []
     lines: list[dict[str, Any]] = []
     planned = plan_tries(settings, prompts)
     with progress.task(f"{candidate.name}: {len(planned)} tries of {len(rows)} validation rows", len(planned)) as task:
@@ -90,41 +90,40 @@ def search_prompts(
             tried = with_choice(candidate, one.prompt, shots)
             asked = ask_rows(answerer(tried), rows, work / f"try-{number:03d}", f"try {number + 1}")
             scores = score(tried, rows, asked.lines)
-            tries.append(
-                {
-                    "prompt": one.prompt,
-                    "shots": [shot.id for shot in shots],
-                    "how": one.how if one.count else "none",
-                    "mean": round(math.fsum(scores) / len(scores), 9),
-                    "prompt_tokens": sum(line["prompt_tokens"] for line in asked.lines),
-                    "completion_tokens": sum(line["completion_tokens"] for line in asked.lines),
-                    "seconds": asked.seconds,
-                }
+            one_try = PromptTry(
+                prompt=one.prompt,
+                shots=tuple(shot.id for shot in shots),
+                how=one.how if one.count else "none",
+                mean=round(math.fsum(scores) / len(scores), 9),
+                prompt_tokens=sum(line["prompt_tokens"] for line in asked.lines),
+                completion_tokens=sum(line["completion_tokens"] for line in asked.lines),
+                seconds=asked.seconds,
             )
+            tries.append(one_try)
             lines += [{"try": number, "score": value, **line} for value, line in zip(scores, asked.lines, strict=True)]
-            task.note(f"best so far {max(each['mean'] for each in tries):.1%}")
+            task.note(f"best so far {max(each.mean for each in tries):.1%}")
             task.advance()
-    best = min(range(len(tries)), key=lambda n: (-tries[n]["mean"], tries[n]["prompt_tokens"], n))
-    body = {
-        "settings": settings.model_dump(mode="json"),
-        "split": "validation",
-        "rows": len(rows),
-        "budget": len(tries) * len(rows),
-        "seconds": math.fsum(each["seconds"] for each in tries),
-        "tries": tries,
-        "best": best,
-    }
+    best = min(range(len(tries)), key=lambda n: (-tries[n].mean, tries[n].prompt_tokens, n))
+    body = SearchBody(
+        settings=settings.model_dump(mode="json"),
+        split="validation",
+        rows=len(rows),
+        budget=len(tries) * len(rows),
+        seconds=math.fsum(each.seconds for each in tries),
+        tries=tuple(tries),
+        best=best,
+    )
     blobs = {"answers.jsonl": store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines))}
     parents = {"base": candidate.base, "dataset": dataset.digest, **candidate.documents_parent}
-    return store.put_record(Record(kind="search", parents=parents, blobs=blobs, body=body))
+    return store.put_record(body.record(parents, blobs))
 
 
 def found_choice(store: Store, digest: str, dataset: Dataset) -> tuple[str, list[Example]]:
     """The prompt and the shots of a search's best combination."""
-    body = store.record(digest, kind="search").body
-    best = body["tries"][body["best"]]
+    body = SearchBody.read(store, digest)
+    best = body.tries[body.best]
     by_id = {example.id: example for example in dataset.examples("train")}
-    return str(best["prompt"]), [by_id[name] for name in best["shots"]]
+    return best.prompt, [by_id[name] for name in best.shots]
 
 
 def with_choice(candidate: Candidate, prompt: str, shots: Sequence[Example]) -> Candidate:

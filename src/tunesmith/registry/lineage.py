@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from tunesmith.core.digests import short
+from tunesmith.core.errors import Refused
 from tunesmith.core.view import Omitted, View
+from tunesmith.records.kinds import BODIES
 from tunesmith.registry.risk import Approvals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -16,7 +19,6 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "base": lambda body: str(body.get("spec", "")),
     "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
     "documents": lambda body: f"{body.get('passages', '?')} passages of {len(body.get('files', []))} documents",
-    "search": lambda body: f"{len(body.get('tries', []))} tries of {body.get('rows', '?')} validation rows",
     "training_search": lambda body: f"{len(body.get('trials', []))} settings on {body.get('validation_rows')} rows",
     "candidate": lambda body: str(body.get("name", "")),
     "training": lambda body: f"{body.get('steps', '?')} steps, loss {body.get('final_loss', '?')}",
@@ -55,6 +57,9 @@ def blobs_of(records: Iterable[Record]) -> set[str]:
 
 def summary_line(record: Record) -> str:
     """One line that distinguishes a record from others of its kind."""
+    if record.kind in BODIES:
+        with suppress(Refused):  # what cannot be read says nothing
+            return BODIES[record.kind].of(record).line
     return str(_SAYS.get(record.kind, lambda _: "")(record.body))
 
 

@@ -22,16 +22,17 @@ class RecordKind(NamedTuple):
     """What a kind of record may hold.
 
     made_by: the module that makes it. parents: roles; `answers:NAME` stands for every role that begins with `answers:`.
-    blobs: file names. states: what the body says.
+    blobs: file names. states: what the body says, of kinds without a model in `records/`.
     """
 
     made_by: str
     parents: tuple[str, ...]
     blobs: tuple[str, ...]
-    states: str
+    states: str = ""
 
 
-# Every kind of record. A record with another kind, role or file name is refused; the documentation is made from this.
+# Every kind of record. A record with another kind, role or file name is refused; `records/` has a model of
+# each body; the documentation is made from both.
 KINDS: Mapping[str, RecordKind] = {
     "base": RecordKind(
         "models/base.py",
@@ -61,7 +62,6 @@ KINDS: Mapping[str, RecordKind] = {
         "candidates/search.py",
         ("base", "dataset", "documents"),
         ("answers.jsonl",),
-        "every prompt and choice of shots that was tried on validation rows, its mean, the budget, the best",
     ),
     "training_search": RecordKind(
         "pipeline/training_search.py",

@@ -1,0 +1,1 @@
+"""What the records of each kind state: one model a kind, by which its maker writes it and all others read it."""
