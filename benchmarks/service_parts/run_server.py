@@ -17,7 +17,7 @@ from tests.server.fake_engine import FakeEngine
 from tunesmith.server.app import create_app
 from tunesmith.server.listening import DrainingServer
 from tunesmith.server.settings import ServerSettings
-from tunesmith.services.served_scorers import served_scorers
+from tunesmith.services.rollouts import served_scorers
 from tunesmith.store.store import Store
 
 

@@ -41,7 +41,7 @@ from tunesmith.rollout.commands import promote, rollback
 from tunesmith.rollout.commands import start as start_rollout
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.services.copies import migrate
+from tunesmith.services.audit import migrate
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, JobRow

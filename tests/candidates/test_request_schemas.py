@@ -27,7 +27,7 @@ from tunesmith.engines.decoding.json_text import restricted
 from tunesmith.engines.protocol import Generation
 from tunesmith.models.call_format import CallFormat
 from tunesmith.models.rendering import Renderer
-from tunesmith.services.exports import _notes
+from tunesmith.services.versions import _notes
 
 Schema = dict[str, Any]
 TURNS = (Message(role="user", content="switch on the lamp"),)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import jsonschema
 import pytest
 
+from tunesmith.candidates.grammars.inferred_schema import infer_schema, schema_and_copied
 from tunesmith.core.messages import Message
-from tunesmith.services.inferred_schema import infer_schema, schema_and_copied
 
 TOWNS = ("Berlin", "Bonn", "Bremen", "Ulm")
 LABELS = ("next", "play", "stop")

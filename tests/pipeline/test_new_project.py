@@ -20,12 +20,12 @@ from tests.tiny import write_model
 from tests.tiny_project import PRIVACY
 from tests.tiny_project import rows as scene_rows
 from tunesmith.api import Project
+from tunesmith.candidates.grammars.inferred_schema import infer_schema, json_objects
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services import new_project
-from tunesmith.services.inferred_schema import infer_schema, json_objects
 from tunesmith.services.new_project import NewProject, make_project
 
 _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")

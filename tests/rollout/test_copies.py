@@ -23,7 +23,7 @@ from tunesmith.registry.history import verify_log
 from tunesmith.registry.registration import register
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions
-from tunesmith.services.copies import backup, migrate, restore
+from tunesmith.services.audit import backup, migrate, restore
 from tunesmith.store import copying, database, uploads
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.copying import keys_of

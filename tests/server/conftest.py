@@ -34,7 +34,7 @@ from tunesmith.server.app import create_app
 from tunesmith.server.listening import DrainingServer
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
-from tunesmith.services.served_scorers import served_scorers
+from tunesmith.services.rollouts import served_scorers
 from tunesmith.store import database
 from tunesmith.store.audit import revision
 from tunesmith.store.people.identities import add_user

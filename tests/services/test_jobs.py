@@ -14,7 +14,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.jobs import queue
 from tunesmith.project import Project
 from tunesmith.services import jobs
-from tunesmith.services.run_settings import project_of
+from tunesmith.services.training import project_of
 from tunesmith.store.people.identities import add_user, ensure_owner
 from tunesmith.training.settings import TrainSettings
 

@@ -10,7 +10,7 @@ import typer
 from tunesmith.cli.terminal import Acting, Terminal, add_commands, printed
 
 if TYPE_CHECKING:
-    from tunesmith.services.copies import StoreCopy
+    from tunesmith.services.audit import StoreCopy
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The backup.")]
 
@@ -22,16 +22,16 @@ def register(app: typer.Typer) -> None:
 
 def backup(here: Acting, file: File) -> None:
     """Write the database and every object of the store into one new file. Private keys are not in it."""
-    from tunesmith.services import copies
+    from tunesmith.services import audit
 
-    _show(here, "wrote", copies.backup(here.store, file, actor=here.actor, progress=Terminal()))
+    _show(here, "wrote", audit.backup(here.store, file, actor=here.actor, progress=Terminal()))
 
 
 def restore(here: Acting, file: File) -> None:
     """Fill an empty store from a backup, after every byte of it was checked. Killed, it continues."""
-    from tunesmith.services import copies
+    from tunesmith.services import audit
 
-    _show(here, "restored", copies.restore(here.store, file, actor=here.actor, progress=Terminal()))
+    _show(here, "restored", audit.restore(here.store, file, actor=here.actor, progress=Terminal()))
 
 
 def migrate(here: Acting) -> None:
@@ -39,9 +39,9 @@ def migrate(here: Acting) -> None:
 
     Stop what uses the store first. The folder stays as it is. Every object is read back and compared.
     """
-    from tunesmith.services import copies
+    from tunesmith.services import audit
 
-    _show(here, "copied", copies.migrate(here.store.root, actor=here.actor, progress=Terminal()))
+    _show(here, "copied", audit.migrate(here.store.root, actor=here.actor, progress=Terminal()))
 
 
 def _show(here: Acting, done: str, copy: StoreCopy) -> None:

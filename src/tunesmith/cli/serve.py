@@ -85,8 +85,7 @@ def serve(
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.held import answer_holder
     from tunesmith.services.review import case_keeper
-    from tunesmith.services.rollouts import refused_champions
-    from tunesmith.services.served_scorers import served_scorers
+    from tunesmith.services.rollouts import refused_champions, served_scorers
     from tunesmith.services.webhooks import check_secrets
     from tunesmith.services.worker import OwnWorker
 

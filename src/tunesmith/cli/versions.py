@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.registry.verification import Verification
     from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
     from tunesmith.services.decisions import RecordedDecision
-    from tunesmith.services.exports import ExportedVersion
-    from tunesmith.services.versions import RegisteredVersion, VersionList
+    from tunesmith.services.versions import ExportedVersion, RegisteredVersion, VersionList
 
 
 Server = Annotated[
@@ -208,11 +207,11 @@ def export(
     The same held-out requests go through the adapter as trained, as served and as exported. Exit 3 if their
     log-probabilities differ by more than the tolerance. The store keeps the figures: `tunesmith show VERSION`.
     """
-    from tunesmith.services import exports
+    from tunesmith.services import versions
 
     acting = Acting(here.directory, here.as_json, actor)  # --as is the form here
     done = acting.do(
-        exports.export, version=version, target=target, form=form, dtype=dtype, tenant=tenant, region=region
+        versions.export, version=version, target=target, form=form, dtype=dtype, tenant=tenant, region=region
     )
     here.emit(done, _draw_export)
 

@@ -52,7 +52,7 @@ from tunesmith.server.metrics import Metrics
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
 from tunesmith.services.held import tidy, waiting
-from tunesmith.services.served_scorers import ServedScorers
+from tunesmith.services.rollouts import ServedScorers
 from tunesmith.store import database
 from tunesmith.store.people.tokens import note_use
 from tunesmith.store.store import Store

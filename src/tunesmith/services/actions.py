@@ -32,7 +32,7 @@ Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
 # The modules whose actions are listed.
 _NOUNS = (
-    "audit", "datasets", "decisions", "exports", "held", "jobs", "keys", "monitoring", "retraining", "review",
+    "audit", "datasets", "decisions", "held", "jobs", "keys", "monitoring", "retraining", "review",
     "rollouts", "users", "versions", "webhooks",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.worker import has_ended
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.services.actions import Acting, Request, Short, action
-from tunesmith.services.run_settings import only_tuned, read_again, run_arguments
+from tunesmith.services.training import only_tuned, read_again, run_arguments
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobEventRow, JobRow, JobState

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, examine_answers, is_json, json_objects
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import Progress
@@ -25,7 +26,6 @@ from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.evaluation.stats.statistics import effective_groups
-from tunesmith.services.inferred_schema import AnswerFindings, examine_answers, is_json, json_objects
 from tunesmith.training.settings import TrainSettings
 
 MAX_LENGTH: int = TrainSettings.model_fields["max_length"].default

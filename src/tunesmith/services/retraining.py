@@ -29,7 +29,7 @@ from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import monitoring
 from tunesmith.services.actions import Acting, Request, action
 from tunesmith.services.jobs import cause_of
-from tunesmith.services.run_settings import run_arguments
+from tunesmith.services.training import run_arguments
 from tunesmith.store.tables import JobRow
 
 _LOG = logging.getLogger("tunesmith.retraining")

@@ -1,25 +1,35 @@
-"""Sends the project's webhooks, and shows, repeats and tests them."""
+"""The project's webhooks: what an audit entry says to other systems; send, show, repeat and test them.
+
+Events name things by number, name and digest. No reason, message or row is in them: what people wrote stays here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NotThere
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.services.actions import Acting, Named, Request, action
-from tunesmith.services.webhook_events import event_body, event_of
+from tunesmith.services.fine_tuning import JOB, KIND
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.people.identities import require
+from tunesmith.store.tables import AuditRow, JobRow, RolloutRow, VersionRow
 from tunesmith.webhooks import deliveries
-from tunesmith.webhooks.deliveries import Delivery
+from tunesmith.webhooks.deliveries import Delivery, Event
 from tunesmith.webhooks.sending import Outgoing, secret_of, send
-from tunesmith.webhooks.settings import TEST, WebhookSettings
+from tunesmith.webhooks.settings import TEST, EventType, WebhookSettings
 
 _POLL = 1.0  # seconds between two looks at the audit log and at what is due
 _HELD = 20.0  # seconds until another worker's lock is tried again
@@ -197,3 +207,125 @@ def _named(project: Project, name: str) -> WebhookSettings:
 
 def _secret(name: str, webhook: WebhookSettings) -> bytes:
     return secret_of(webhook.secret, f"webhooks.{name}.secret")
+
+
+_ENDED: Mapping[tuple[bool, str], EventType] = {
+    (True, "succeeded"): "fine_tuning.job.succeeded",
+    (True, "failed"): "fine_tuning.job.failed",
+    (True, "cancelled"): "fine_tuning.job.cancelled",
+    (False, "succeeded"): "job.succeeded",
+    (False, "failed"): "job.failed",
+    (False, "cancelled"): "job.cancelled",
+}
+
+
+class _Said(NamedTuple):
+    type: EventType
+    data: dict[str, Any]
+
+
+def event_of(session: Session, entry: AuditRow) -> Event | None:
+    """The event of an entry; None where it is of no interest to other systems."""
+    reader = _READERS.get(entry.action)
+    said = reader(session, entry) if reader else None
+    if said is None:
+        return None
+    identifier = f"evt_{entry.digest.removeprefix('sha256:')[:32]}"
+    return Event(identifier, said.type, event_body(identifier, said.type, datetime.fromisoformat(entry.at), said.data))
+
+
+def event_body(identifier: str, kind: str, at: datetime, data: Mapping[str, Any]) -> str:
+    """An event in the form of OpenAI's, as JSON."""
+    document = {"id": identifier, "object": "event", "created_at": int(at.timestamp()), "type": kind, "data": data}
+    return json.dumps(document, separators=(",", ":"))
+
+
+def _job_ended(session: Session, entry: AuditRow) -> _Said | None:
+    job = session.get(JobRow, int(entry.subject.removeprefix("job ")))
+    fine_tuning = job is not None and job.kind == KIND
+    kind = _ENDED.get((fine_tuning, entry.detail.get("state", "")))
+    if job is None or kind is None:
+        return None
+    if fine_tuning:  # as OpenAI's: the client reads the job
+        return _Said(kind, {"id": f"{JOB}{job.id}"})
+    data = _about(job) | {"error": entry.detail.get("error") or None}
+    return _Said(kind, data | {"version": job.result.get("register", {}).get("version")})
+
+
+def _job_added(session: Session, entry: AuditRow) -> _Said | None:
+    """A run that a cause queued. An idempotency key that gave a job again adds no arguments."""
+    job = session.get(JobRow, entry.detail.get("job"))
+    if job is None or "arguments" not in entry.detail or not job.arguments.get("cause"):
+        return None
+    kind: EventType = "drift.detected" if job.arguments["cause"].startswith("drift: ") else "retraining.queued"
+    return _Said(kind, _about(job))
+
+
+def _about(job: JobRow) -> dict[str, Any]:
+    scope = {"project": job.project, "tenant": job.tenant, "region": job.region}
+    return {"job": job.id, "kind": job.kind, **scope, "cause": job.arguments.get("cause")}
+
+
+def _registered(session: Session, entry: AuditRow) -> _Said | None:
+    return _Said("version.waiting_for_approval", _version(session, entry.detail["version"]["digest"]))
+
+
+def _decided(session: Session, entry: AuditRow) -> _Said | None:
+    kind: EventType = "version.approved" if entry.action == "version.approve" else "version.refused"
+    return _Said(kind, _version(session, entry.subject))
+
+
+def _version(session: Session, digest: str) -> dict[str, Any]:
+    row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
+    if row is None:
+        return {"version": None, "digest": digest}
+    label = f"{row.name}@v{row.number}"
+    return {"version": label, "digest": digest, "name": row.name, "tenant": row.tenant, "region": row.region}
+
+
+def _rollout_started(session: Session, entry: AuditRow) -> _Said | None:
+    return _rollout(session, entry, "rollout.promoted" if entry.detail["status"] == "promoted" else "rollout.started")
+
+
+def _rollout(session: Session, entry: AuditRow, kind: EventType) -> _Said | None:
+    row = session.get(RolloutRow, entry.detail.get("rollout"))
+    if row is None:
+        return None
+    arms = {"version": _label(session, row.canary), "replaces": _label(session, row.stable)}
+    where = {"name": row.name, "tenant": row.tenant, "region": row.region}
+    return _Said(kind, {"rollout": row.id, **where, **arms})
+
+
+def _label(session: Session, digest: str) -> str | None:
+    label: str | None = _version(session, digest)["version"]
+    return label
+
+
+def _champion(entry: AuditRow, kind: EventType) -> _Said:
+    stated = ("tenant", "region", "version", "digest")
+    return _Said(kind, {"name": entry.subject.partition("@")[0], **{key: entry.detail.get(key) for key in stated}})
+
+
+def _recalled(_session: Session, entry: AuditRow) -> _Said | None:
+    reached = [one for one in entry.detail.get("reached", ()) if one["kind"] == "version"]
+    champions = [one for one in entry.detail.get("aliases", ()) if one["alias"] == "champion"]
+    versions = [{"version": one["label"], "digest": one["digest"]} for one in reached]
+    stopped = [{key: one[key] for key in ("name", "tenant", "region")} for one in champions]
+    return _Said("recall.started", {"versions": versions, "champions_stopped": stopped, "audit_entry": entry.seq})
+
+
+_READERS: Mapping[str, Callable[[Session, AuditRow], _Said | None]] = {
+    "job.end": _job_ended,
+    "job.cancel": _job_ended,
+    "job.add": _job_added,
+    "version.register": _registered,
+    "version.approve": _decided,
+    "version.refuse": _decided,
+    "rollout.start": _rollout_started,
+    "rollout.promote": lambda session, entry: _rollout(session, entry, "rollout.promoted"),
+    "rollout.abort": lambda session, entry: _rollout(session, entry, "rollout.aborted"),
+    "rollout.rollback": lambda session, entry: _rollout(session, entry, "rollout.rolled_back"),
+    "champion.refused": lambda _, entry: _champion(entry, "champion.refused"),
+    "champion.restored": lambda _, entry: _champion(entry, "champion.restored"),
+    "recall.start": _recalled,
+}

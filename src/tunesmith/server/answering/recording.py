@@ -32,7 +32,7 @@ from tunesmith.server.answering.request_rows import RequestRows
 from tunesmith.server.answering.routing import Route
 from tunesmith.server.errors import ApiError, bad_request, forbidden, keeps_nothing, not_stored, unknown_request
 from tunesmith.server.metrics import Metrics
-from tunesmith.services.served_scorers import ServedScorers
+from tunesmith.services.rollouts import ServedScorers
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User
 from tunesmith.store.store import Store

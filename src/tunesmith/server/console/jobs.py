@@ -15,10 +15,9 @@ from tunesmith.server.api.routing import Page
 from tunesmith.server.console.parts.charts import Line, chart
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.routing import router
-from tunesmith.services import jobs, run_settings, worker
-from tunesmith.services.forecast import newest_forecast
+from tunesmith.services import jobs, training, worker
 from tunesmith.services.jobs import CurvePoint, JobCurves, TrainingCurve
-from tunesmith.services.run_settings import Setting
+from tunesmith.services.training import Setting, newest_forecast
 
 routes = router()
 _PAGE = 50  # jobs on a page
@@ -59,8 +58,8 @@ async def start(viewer: Looking) -> Response:
         project = viewer.serving.project
         if (reason := no_start(viewer)) or project is None:
             return {"reason": reason, "candidates": (), "forecast": None}
-        project = run_settings.read_again(project)
-        return {"reason": "", "candidates": run_settings.changeable(project), "forecast": newest_forecast(project)}
+        project = training.read_again(project)
+        return {"reason": "", "candidates": training.changeable(project), "forecast": newest_forecast(project)}
 
     key = secrets.token_hex(16)  # the same form sent twice starts one run
     return viewer.page("jobs_start.html.jinja", **await viewer.run(read), shown=_shown, key=key)
