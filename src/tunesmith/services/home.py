@@ -26,12 +26,12 @@ from tunesmith.services import monitoring, retraining
 from tunesmith.services.held import waiting_for
 from tunesmith.services.monitoring import PartHealth, queue_health
 from tunesmith.services.rollout_course import LISTED, RolloutLine, labels_of, live_lines
-from tunesmith.store import database
+from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User, get_user
 from tunesmith.store.people.proposed_keys import ProposedKey, waiting_keys
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, RecordRow, RequestRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, JobEventRow, JobRow, RecordRow, RequestRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
 from tunesmith.webhooks import deliveries
 
@@ -167,6 +167,15 @@ def due(project: Project, viewer: str) -> tuple[Waiting, ...]:
             found = tuple(_due(project))
             _DUE[project.store] = time.monotonic(), found
     return tuple(_waiting(user, says, "job.add", _OPERATIONS, command) for says, command in found)
+
+
+def last_changes(store: Store) -> tuple[object, ...]:
+    """The newest audit entry, running jobs with their newest lines, the newest request: equal while nothing changed."""
+    lines = select(func.max(JobEventRow.number)).where(JobEventRow.job == JobRow.id).scalar_subquery()
+    running = select(JobRow.id, JobRow.progress, lines).where(JobRow.state == "running").order_by(JobRow.id)
+    with database.reading(store.engine) as session:
+        jobs = str(session.execute(running).all())
+        return audit.newest(session), jobs, session.scalar(select(func.max(RequestRow.at)))
 
 
 def _read(session: Session, store: Store) -> _Kept:

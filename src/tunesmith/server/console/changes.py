@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from sqlalchemy import func, select
 
 from tunesmith.server import limits
 from tunesmith.server.console.people.session import Looking, Viewer
@@ -23,15 +22,13 @@ from tunesmith.server.console.rendering import PRIVATE
 from tunesmith.server.console.routing import router
 from tunesmith.server.errors import ApiError
 from tunesmith.server.serving import Serving
-from tunesmith.store import audit, database
+from tunesmith.services import home
 from tunesmith.store.people import sessions
-from tunesmith.store.tables import JobEventRow, JobRow, RequestRow
 
 routes = router()
 SECONDS = 1.0
 _APART = 0.01  # seconds for each open page, over which a change is told
 _ALIVE_SECONDS = 20.0  # a comment is sent this often, so that proxies keep the connection
-Seen = tuple[object, ...]
 TOPICS = ("state", "jobs", "traffic")
 
 
@@ -68,11 +65,11 @@ class Changes:
 
     async def _watch(self) -> None:
         """Look until nobody has waited for a while."""
-        seen: Seen | None = None
+        seen: tuple[object, ...] | None = None
         idle = 0
         while idle < _ALIVE_SECONDS:
             idle = 0 if self.waiting else idle + 1
-            now = await asyncio.to_thread(_look, self.serving)
+            now = await asyncio.to_thread(home.last_changes, self.serving.store)
             if seen is not None and now != seen:
                 # One query for all viewers, and not one for each.
                 self.open = await asyncio.to_thread(sessions.open_among, self.serving.store, tuple(+self.sessions))
@@ -131,11 +128,3 @@ async def _told(found: Changes, viewer: Viewer) -> AsyncIterator[str]:
         changed = [topic for topic, a, b in zip(TOPICS, known, now, strict=True) if a != b]
         known = now
         yield "".join(f"event: {topic}\ndata: changed\n\n" for topic in changed) or ": alive\n\n"
-
-
-def _look(serving: Serving) -> Seen:
-    lines = select(func.max(JobEventRow.number)).where(JobEventRow.job == JobRow.id).scalar_subquery()
-    running = select(JobRow.id, JobRow.progress, lines).where(JobRow.state == "running").order_by(JobRow.id)
-    with database.reading(serving.store.engine) as session:
-        jobs = str(session.execute(running).all())
-        return audit.newest(session), jobs, session.scalar(select(func.max(RequestRow.at)))
