@@ -1,4 +1,4 @@
-"""Write the reference pages that follow from the code: settings, command line, HTTP and records.
+"""Write the reference pages that follow from the code: settings, command line, HTTP, actions and records.
 
 The pages are written into `docs/reference/generated/` before Sphinx reads its sources. The build fails where a setting,
 a command, an option or a route has no description.
@@ -30,6 +30,7 @@ def write_all() -> None:
         ("settings.md", settings_page()),
         ("command-line.md", command_line_page()),
         ("http.md", http_page()),
+        ("actions.md", actions_page()),
         ("records.md", records_page()),
     ):
         path = FOLDER / name
@@ -288,6 +289,31 @@ def _fields(schema: Mapping[str, Any]) -> list[str]:
         needed = "required" if key in required else ""
         lines.append(f"| `{key}` | {_type(value)} | {needed} | {_cell(value.get('description', ''))} |")
     return lines
+
+
+# Actions
+
+
+def actions_page() -> str:
+    """Every action of people, with who may do it and where."""
+    from tunesmith.services.actions import all_actions
+
+    lines = [
+        "# Actions",
+        "",
+        "What people do is a list of functions. Commands, routes under `/api` and the console's forms call the same ones.",
+        "A token needs one of the scopes, and permits no more than the roles of its user.",
+        "",
+        "| action, also of its audit entry | does | over HTTP | scope | permission | in the console |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in sorted(all_actions(), key=lambda each: each.name):
+        route = f"`{one.method} /api{one.at}`" if one.at and one.api else "only in a session" if one.at else ""
+        said = _cell((one.does.__doc__ or "").partition("\n")[0])
+        needed = " and ".join([*([f"`{one.permission}`"] if one.permission else []), *(["all tenants"] * one.whole)])
+        form = f"`POST /console/do{one.at}`" if one.form else ""
+        lines.append(f"| `{one.name}` | {said} | {route} | {', '.join(one.tokens)} | {needed} | {form} |")
+    return "\n".join(lines) + "\n"
 
 
 # Records
