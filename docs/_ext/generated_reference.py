@@ -301,7 +301,7 @@ def actions_page() -> str:
     lines = [
         "# Actions",
         "",
-        "What people do is a list of functions. Commands, routes under `/api` and the console's forms call the same ones.",
+        "What people do is a list of functions. Commands, routes under `/api` and the console's forms call them.",
         "A token needs one of the scopes, and permits no more than the roles of its user.",
         "",
         "| action, also of its audit entry | does | over HTTP | scope | permission | in the console |",

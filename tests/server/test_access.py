@@ -180,7 +180,7 @@ def test_a_scope_permits_nothing_that_the_roles_do_not(every: Served, happened: 
 
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "pages.md"
-# Forms of actions, which are listed with their routes; logging in and out, files that ship with the pages, and the stream
+# Forms of actions, which have a list of their own; logging in and out, files that ship with the pages, and the stream
 # that tells open pages to look again.
 NO_PAGE = re.compile(r".* /console(/(do/|login|logout|oidc|static|changes).*|/\{rest:path\})?")
 SESSION = "only in a session"
