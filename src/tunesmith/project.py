@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.settings import Settings
@@ -299,7 +299,7 @@ class Project:
             raise UsageError(
                 "there is no project here",
                 where=str(path.absolute()),
-                fix="run `tunesmith init` to create one, or name another folder with `-C DIR`",
+                fix=NextStep("create one, or name another folder", "init"),
             )
         root = path.parent.absolute()
         settings = parse_settings(read_text_file(path, "the project file", _LARGEST), str(path))
@@ -363,7 +363,7 @@ def parse_settings(text: str, where: str) -> ProjectSettings:
     """The settings in a project file's text. Raises UsageError with the key, and with the nearest known one."""
     read = read_yaml(text, where)
     if not isinstance(read, Mapping):
-        raise UsageError("the project file must hold keys and values", where=where, fix="see `tunesmith schema`")
+        raise UsageError("the project file must hold keys and values", where=where, fix=NextStep("see them", "schema"))
     try:
         return ProjectSettings.model_validate(read)
     except ValidationError as error:
@@ -391,7 +391,9 @@ def _usage_error(error: ValidationError, where: str, read: Mapping[str, Any]) ->
         if key in known:
             hint = f" here; it belongs {f'under {known[key]}' if known[key] else 'at the top of the file'}"
         return UsageError(
-            f"there is no setting {key!r}{hint}{more}", where=f"{where}, {place}", fix="`tunesmith schema` lists all"
+            f"there is no setting {key!r}{hint}{more}",
+            where=f"{where}, {place}",
+            fix=NextStep("list all", "schema"),
         )
     said = first["msg"].removeprefix("Value error, ")
     given = first.get("input")

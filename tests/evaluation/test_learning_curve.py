@@ -98,7 +98,7 @@ def test_what_is_said() -> None:
     unsaid = {"said": False, "from_rows": 700, "from_seconds": 240.0}
     floor = forecast(**unsaid)
     assert floor.headline.startswith("The score cannot be said yet. Train tuned")
-    for said in ("No subset scores more than 2.0%", "(--rows 700), which train for about 4 min"):
+    for said in ("No subset scores more than 2.0%", "700 rows, which train for about 4 min"):
         assert said in floor.reasons[2]
     wide = forecast(**unsaid | {"from_rows": None}, subsets=[{"rows": 12, "epochs": 3.0, "mean": 0.03}])
     assert "over 30 points wide, and larger subsets would not change that" in wide.reasons[2]

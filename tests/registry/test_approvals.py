@@ -400,7 +400,7 @@ def test_one_person_fills_one_place_whatever_their_roles(store: Store, high: Ver
     assert reason_of(store, high) == "not_approved"
     with pytest.raises(Refused, match="intents@v1 is not approved: needs 1 more approver") as refused:
         require_approved(store, high)
-    assert "ask another person to run" in str(refused.value.fix)
+    assert "ask another person to approve it" in str(refused.value.fix)
     approve(store, high, approver="cat")
     assert reason_of(store, high) is None
     submit_approval(store, envelope(store, high, "ann", "refuse"))

@@ -228,7 +228,7 @@ def test_resume_is_refused_after_changes(trained: Path, monkeypatch: pytest.Monk
     for named, what in ((changed, "settings"), ({"rows": rows}, "rows")):
         with pytest.raises(Refused, match=f"started with other {what}") as told:
             run(trained, **named)
-        assert "--restart" in str(told.value.fix)
+        assert "start over" in str(told.value.fix)
     with monkeypatch.context() as patch:
         patch.setattr(native, "identity", lambda: "others")
         with pytest.raises(Refused, match=r"other environment \(kernels\): "):

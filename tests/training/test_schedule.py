@@ -112,11 +112,11 @@ def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path,
     path.write_text("{")
     with pytest.raises(Refused, match="cannot be read") as refused:
         train(made, stepping(1.0))
-    assert "--restart" in str(refused.value.fix)
+    assert "from the start" in str(refused.value.fix)
     path.unlink()
     with pytest.raises(Refused, match="decided before it was stopped is missing") as refused:
         train(made, stepping(1.0), before=None)  # new decisions would be recorded as those of all steps
-    assert "--restart" in str(refused.value.fix)
+    assert "from the start" in str(refused.value.fix)
     path.write_bytes(kept)
     done = train(made, stepping(0.001 if len(stops) == 1 else 0.7))
     if len(stops) == 1:  # it stands although the machine is faster

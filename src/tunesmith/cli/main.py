@@ -31,8 +31,8 @@ from tunesmith.cli import (
     versions,
     webhooks,
 )
-from tunesmith.cli.terminal import say
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.cli.terminal import say, worded
+from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.system.files import disk_full, is_disk_full
 from tunesmith.core.system.machine import started_by_torchrun
 from tunesmith.core.text.display import json_text
@@ -132,6 +132,8 @@ def _fullest() -> Path:
 
 
 def _print_error(error: TunesmithError) -> None:
+    if isinstance(error.fix, NextStep):
+        error.fix = worded(error.fix)
     if "--json" in sys.argv:
         print(json_text(error.as_json()))
     say(f"error: {error.what}")

@@ -191,10 +191,9 @@ def _draw_pending_list(console: Console, found: PendingRetrains) -> None:
 
 def _draw_pending(console: Console, pending: Sequence[PendingRetrain]) -> None:
     for one in pending:
-        scope = "".join(f", {key} {value}" for key, value in (("tenant", one.tenant), ("region", one.region)) if value)
         serves = f"{one.serves} serves" if one.answers else "nothing serves"
         made = f"{one.replacement} was made without it" if one.replacement else "a new version is needed"
-        console.print(f"retrain pending: {one.name}{scope}: {one.version} was recalled, {made}; {serves}")
+        console.print(f"retrain pending: {one.name}{one.scope.said}: {one.version} was recalled, {made}; {serves}")
         console.print(f"  by {', '.join(one.causes)}")
         for step in one.next:
             console.print(f"  next: {step}")

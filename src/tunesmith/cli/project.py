@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Json, Terminal, add_commands, draw_table, printed_text
+from tunesmith.cli.terminal import Acting, Here, Json, Terminal, add_commands, draw_table, printed_text, worded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,7 +106,7 @@ def doctor(
     """Check this machine and the project, and say how to fix what is missing."""
     from tunesmith.services.doctor import examine, examine_gpu
 
-    found = examine_gpu() if gpu else examine(here.directory)
+    found = examine_gpu() if gpu else examine(here.directory, worded)
     here.emit(found, _draw_checks)
     raise typer.Exit(0 if found.ok else 1)
 

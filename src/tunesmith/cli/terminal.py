@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.progress import Task
 from tunesmith.core.text.display import json_text, printable, printable_line
 
@@ -49,6 +50,32 @@ def _folder(context: typer.Context, folder: Path) -> Path:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="The tenant it is for. Where you act: by default yours.")]
 Region = Annotated[str | None, typer.Option("--region", help="The region it is for. Where you act: by default yours.")]
+
+
+def command_line(step: NextStep) -> str:
+    """The command that does a step. An argument that it needs and the step does not give stands by its name."""
+    from tunesmith.cli.main import app
+
+    command: Any = typer.main.get_command(app)
+    for name in step.verb.split():
+        command = command.commands[name]
+    words = ["tunesmith", step.verb]
+    for one in command.params:
+        value = step.arguments.get(one.name, ... if one.required else None)
+        option = [one.opts[0]] if one.param_type_name == "option" else []
+        if value is ...:
+            words += [*option, (one.metavar or one.name.upper()).strip("[]*")]
+        elif value is True:
+            words += option
+        elif value:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [*option, shlex.quote(str(each))]
+    return " ".join(words)
+
+
+def worded(step: NextStep) -> str:
+    """A step in words, and its command."""
+    return f"{step}: `{command_line(step)}`"
 
 
 def say(text: str = "") -> None:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
+
+
+class NextStep(str):
+    """What to do next: a text without a command, and for front ends that have commands the one that does it.
+
+    verb: the command's name, such as "rollout promote". arguments: by the names of the command's parameters: ... where
+    the person chooses the value, None or "" where there is none.
+    """
+
+    verb: str
+    arguments: dict[str, object]
+
+    def __new__(cls, words: str, verb: str = "", **arguments: object) -> Self:  # a copy gets its verb afterwards
+        """The step of these words."""
+        step = super().__new__(cls, words)
+        step.verb, step.arguments = verb, arguments
+        return step
 
 
 class TunesmithError(Exception):
     """Something failed for a reason the user can act on.
 
     what: one sentence, no trailing newline. where: a file, row, key or command. fix: what to do next.
+    No text names a command or one of its options: a front end may have none.
     """
 
     exit_code: ClassVar[int] = 1

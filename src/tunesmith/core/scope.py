@@ -45,5 +45,10 @@ class Scope:
         """The command-line options that name this scope, each with a space before it."""
         return "".join(f" --{kind} {name}" for kind, name in self.fields().items() if name)
 
+    @property
+    def said(self) -> str:
+        """Its tenant and region behind the name of what is in it: ", tenant acme"; "" for all tenants and regions."""
+        return "".join(f", {kind} {name}" for kind, name in self.fields().items() if name)
+
     def __str__(self) -> str:
         return f"tenant {self.tenant or 'any'!r}, region {self.region or 'any'!r}"

@@ -98,7 +98,7 @@ class DocumentSettings(Settings):
             raise ValueError("paths name the same path twice, so its labels are unclear")
         if self.asked_as is None and any(isinstance(each, LabelledPath) for each in self.paths):
             raise ValueError(
-                "paths have labels: say with asked_as whose view evaluations and `tunesmith chat` have, such as "
+                "paths have labels: say with asked_as whose view evaluations and chats have, such as "
                 "{tenant: acme, groups: [support]}, or {} for documents without labels only"
             )
         return self

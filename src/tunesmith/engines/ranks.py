@@ -133,7 +133,7 @@ def joined(copies: int = 1) -> Iterator[Ranks]:
     if (size := int(os.environ["WORLD_SIZE"])) % copies:
         raise UsageError(
             f"{size} processes cannot hold {copies} copies of the model",
-            where="--copies",
+            where="copies of the model",
             fix="start a multiple of that many",
         )
     store, rank, size = next(rendezvous("env://"))

@@ -254,6 +254,6 @@ class Forecast(Extrapolated):
         if self.from_rows is None:
             return f"{why}, and larger subsets would not change that: train, or collect more rows."
         return (
-            f"{why}. It could be said from subsets of up to {self.from_rows:,} rows (--rows {self.from_rows}), which "
+            f"{why}. It could be said from subsets of up to {self.from_rows:,} rows, which "
             f"train for about {duration(self.from_seconds or 0.0)}."
         )

@@ -44,7 +44,7 @@ def measured_on_validation(
     """
     rows = dataset.examples("validation")
     if not rows:
-        raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or give --differing")
+        raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or say what differs")
     seen = []
     for digest in answers:
         lines = read_lines(store, digest, "validation", [row.id for row in rows])

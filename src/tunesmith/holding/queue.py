@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Forbidden, NotThere, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
@@ -53,7 +53,7 @@ class UnknownAnswer(NotThere):
 
     def __init__(self, identifier: str) -> None:
         what = f"there is no held answer {identifier[:80]!r}"
-        super().__init__(what, fix="`tunesmith held list` lists them", code="held_not_found")
+        super().__init__(what, fix=NextStep("list the answers that wait", "held list"), code="held_not_found")
 
 
 class AlreadyDecided(Refused):
@@ -304,7 +304,7 @@ def _check_fits(row: HeldRow, answer: str) -> None:
         raise UsageError("the edited answer holds half a character", where="answer") from None
     if not answer.strip():
         raise UsageError("the edited answer is empty", where="answer", fix="refuse it instead")
-    fix = "edit it to fit; `tunesmith held show ID` shows the answer that waits"
+    fix = NextStep("edit the answer that waits, so that it fits", "held show", identifier=row.id)
     for text in row.texts["schemas"]:
         try:
             fits = satisfies(parse_json(answer), json.loads(text))

@@ -14,7 +14,7 @@ from typing import Any, overload
 from sqlalchemy import BindParameter, and_, bindparam, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.jobs.curves import note
 from tunesmith.jobs.queue import Clock, add_event, database_time, new_row
@@ -146,7 +146,7 @@ def _mine(session: Session, lease: Lease, what: Any = JobRow) -> Any:
         raise LeaseLost(
             "this process no longer holds the job, so it can record nothing",
             where=f"job {lease.job}",
-            fix="`tunesmith jobs show` says who performs it now",
+            fix=NextStep("see who performs it now", "jobs show", job=lease.job),
         )
     return row
 

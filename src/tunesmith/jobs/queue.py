@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import NotThere, Refused, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.store import database
 from tunesmith.store.database import within
@@ -284,4 +284,4 @@ def _row(session: Session, number: int) -> JobRow:
 
 def no_job(number: int) -> NotThere:
     """The error where there is no such job."""
-    return NotThere(f"there is no job {number}", fix="`tunesmith jobs list` shows them", code="job_not_found")
+    return NotThere(f"there is no job {number}", fix=NextStep("list the jobs", "jobs list"), code="job_not_found")

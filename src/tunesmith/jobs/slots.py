@@ -98,7 +98,7 @@ def divide(number: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Slot]
         if there and number > len(there):
             raise UsageError(
                 f"{number} jobs at once would share {what}: this machine lets a worker use {len(there)}",
-                where="--at-once",
+                where="jobs at once",
                 fix=f"at most {len(there)}",
             )
     near = sorted(cores, key=_place)

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.clock import now
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
@@ -133,7 +133,8 @@ def correct_case(store: Store, request: str, expected: str, *, actor: str) -> Ca
         require(session, actor, "data.build")
         case = next((one for one in list_cases(store, everything=True) if one.request == request), None)
         if case is None:
-            raise UsageError(f"there is no case of request {request[:80]!r}", fix="tunesmith cases show --all")
+            fix = NextStep("list the cases", "cases show", everything=True)
+            raise UsageError(f"there is no case of request {request[:80]!r}", fix=fix)
         case = case.model_copy(update={"expected": expected})
         put_case(store, case)
     return case

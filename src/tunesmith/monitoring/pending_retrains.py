@@ -50,6 +50,11 @@ class PendingRetrain(BaseModel):
     replacement: str | None
     next: tuple[str, ...]
 
+    @property
+    def scope(self) -> Scope:
+        """Whom the name serves."""
+        return Scope(self.tenant, self.region)
+
 
 def list_pending_retrains(store: Store, name: str | None = None) -> list[PendingRetrain]:
     """Pending retrains of one name, or of all, in the order of names, tenants and regions. Changes nothing."""

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
@@ -154,7 +154,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
         only = f", only of {', '.join(others or near)}" if others or near else ""
         raise UsageError(
             f"no dataset version in this store holds a row of {cause.label}{only}",
-            fix="tunesmith data show lists sources and licences",
+            fix=NextStep("see a dataset version's sources and licences", "data show"),
         )
     digests = {root.digest for root in reached}
     # A row has the same id before and after its licence is corrected, so the version counts from which it was queued.

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn, recalled_values, same_name
 from tunesmith.monitoring.recall import Cause, find_reached
 from tunesmith.registry.opening import check_not_recalled
@@ -50,7 +50,7 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         if not marked:
             raise UsageError(
                 f"{cause.label} was never recalled in this store",
-                fix=f"tunesmith recall --{cause.kind} {cause.value} --reason ...",
+                fix=NextStep("recall it", "recall", reason=..., **{cause.kind: cause.value}),
             )
         found, items = find_reached(store, session, cause, reason="", done=False)
         since = [one for one in found.reached if one.digest not in marked]

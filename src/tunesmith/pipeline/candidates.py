@@ -14,7 +14,7 @@ from tunesmith.candidates.grammars.copying import check_constraint, copied_field
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.dataset import Example
@@ -98,7 +98,7 @@ def repeat_training(context: PipelineContext, name: str) -> tuple[str, RepeatedT
         raise UsageError(
             f"no training of {name!r} has ended with these rows, base and settings, so there is none to repeat",
             where=f"candidates.{name}.train",
-            fix=f"run `tunesmith train {name}` first",
+            fix=NextStep("train it first", "train", candidate=name),
         )
     digest = train_candidate(context, name, found, settings.train)
     return digest, repeat_decided(context, name, found, settings.train, digest)
@@ -213,7 +213,7 @@ def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
         raise Refused(
             f"{version.label} was made from another base, which is not loaded here",
             where=where,
-            fix=f"leave the candidate {name} out, and compare afterwards: tunesmith compare {version.label} NAME@vN",
+            fix=NextStep(f"leave the candidate {name} out, and compare afterwards", "compare", first=version.label),
         )
     return found.model_copy(update={"name": name})
 

@@ -129,7 +129,7 @@ class PipelineContext:
         """Raise UsageError where settings say that a Ray cluster's workers train."""
         if self.ray is not None:
             raise UsageError(
-                "this trains in one process, and engine.ray is for `tunesmith train NAME` and `tunesmith run`",
+                "this trains in one process, and engine.ray is for the training of a candidate and for runs",
                 where="engine.ray",
                 fix="leave engine.ray out for this command",
             )
@@ -249,7 +249,7 @@ class PipelineContext:
             raise Refused(
                 "something was recalled while this was built, which may still hold it",
                 where=f"record {short(built)}",
-                fix="run again; `tunesmith recall ... --check` shows what is left",
+                fix="run again; the status of the recall shows what is left",
             )
         return built
 

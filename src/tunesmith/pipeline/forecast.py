@@ -90,7 +90,7 @@ def _subset(context: PipelineContext, name: str, plain: Candidate, train: TrainS
         trained = train_candidate(context, title, plain, train)
     except BudgetTooShort as error:
         what = f"{title}: its share of the budget, {train.budget:.2g} s, is too short to train"
-        raise Refused(what, where="--rows", fix="give more rows, or a longer train.budget") from error
+        raise Refused(what, where="the largest subset", fix="give more rows, or a longer train.budget") from error
     made = put_candidate(context.store, plain.model_copy(update={"training": trained}))
     return trained, answers_of(context, made, "validation", title=title)
 
@@ -100,7 +100,7 @@ def _sizes(context: PipelineContext, whole: int, largest: int | None) -> list[in
     found = subset_sizes(whole, largest)
     if len(found) < _LEAST_SUBSETS:
         what = f"of {whole:,} training rows, subsets of {found} rows are too few to forecast from"
-        raise Inconclusive(what, where="data", fix="give more --rows, or train: so few rows take a minute")
+        raise Inconclusive(what, where="data", fix="forecast from more rows, or train: so few rows take a minute")
     if (held := effective_groups([row.group for row in context.dataset.examples("validation")])) < MINIMUM_GROUPS:
         what = f"{held:.1f} groups of validation rows are too few to forecast from: it takes {MINIMUM_GROUPS}"
         raise Inconclusive(what, where="data.split.validation", fix="raise it, or collect rows of more groups")

@@ -137,7 +137,7 @@ def repeat_decided(
     if (ranks := body["environment"].get("ranks", 1)) > 1:
         raise Refused(
             f"{ranks} processes made this training, and one process cannot repeat it to the byte",
-            fix="leave --repeat out: with the same settings its record stands",
+            fix="do not repeat it: with the same settings its record stands",
         )
     decisions = recorded_decisions(body)
     work = context.store.local("work", f"repeat-{short(digest)}")

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core import clock
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED, unmet
@@ -228,7 +228,7 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
         raise Refused(
             f"{version.label} does not verify: {first.reason}",
             where=first.path,
-            fix=f"tunesmith verify {version.label} lists every problem",
+            fix=NextStep("list every problem", "verify", version=version.label),
         )
     return signer
 
@@ -273,7 +273,7 @@ def _check_known(session: Session, head: Head) -> None:
         raise Refused(
             f"the approval was prepared on another audit log: entry {head.seq} is not {short(head.digest)} here",
             where="audit log",
-            fix="prepare and sign it again on this store; if it was prepared here, run `tunesmith audit verify`",
+            fix="prepare and sign it again on this store; if it was prepared here, verify the audit log",
         )
 
 

@@ -159,7 +159,7 @@ def _write(form: Form, dtype: Dtype, base: Base, adapter: Path, folder: Path, ve
         if not (adapter / CONFIG_FILE).is_file():
             raise UsageError(
                 f"{version.label} was trained in full: there is no adapter to export",
-                where="--as peft",
+                where="peft",
                 fix="export it as merged or as gguf",
             )
         for name in sorted(ADAPTER_FILES):

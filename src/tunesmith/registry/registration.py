@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import VersionRef, check_name
@@ -194,7 +194,7 @@ def _plan(
         raise Refused(
             f"the gates or policy checks changed since this verdict: {', '.join(changed)}",
             where=f"verdict {short(verdict)}",
-            fix="run `tunesmith gate`; an admin may register it by an override",
+            fix=NextStep("judge it again; an admin may register it by an override", "gate"),
         )
     if override is not None and judged.body["verdict"] == "pass" and not changed:
         raise UsageError("the verdict is a pass, so there is nothing to override", where="override", fix="leave it out")
@@ -205,7 +205,7 @@ def _plan(
         raise Refused(
             f"the gate {gate} of this verdict is no longer computed: {what} was removed",
             where=f"verdict {short(verdict)}",
-            fix="take the gate out of the project file and run `tunesmith gate`",
+            fix=NextStep("take the gate out of the project file and judge it again", "gate"),
         )
     duties = carried(records, parents["candidate"])
     notices = {} if duties is None else {NOTICE: store.put_bytes(notice(name, duties))}
@@ -234,7 +234,7 @@ def _check_not_recalled(session: Session, parents: Mapping[str, str], records: M
             raise Refused(
                 f"verdict {short(parents['verdict'])} was made from something that was recalled: {reason}",
                 where=f"{records[digest].kind} {short(digest)}",
-                fix="tunesmith run makes, measures and judges a candidate without it",
+                fix=NextStep("make, measure and judge a candidate without it", "run"),
             )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.signing.attestations import check_approver
@@ -85,7 +85,7 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
     """
     row = session.scalars(select(VersionRow).where(VersionRow.digest == version.digest)).first()
     if row is None:
-        return Permission("unknown", "is not in the registry", "register it again: tunesmith register")
+        return Permission("unknown", "is not in the registry", NextStep("register it again", "register"))
     if not (made_for := Scope(row.tenant, row.region)).covers(scope):
         return Permission(
             "wrong_scope",
@@ -166,7 +166,7 @@ def unmet(version: Version, found: Approvals, problems: Sequence[str]) -> Permis
     return Permission(
         "not_approved",
         "is not approved" + (f": {why}" if why else ""),
-        f"ask {person} to run: tunesmith approve {version.label} --as NAME",
+        NextStep(f"ask {person} to approve it", "approve", version=version.label, actor=...),
     )
 
 
@@ -214,5 +214,5 @@ def _judged(
 def _key(keys: Sequence[TrustedKey], fingerprint: str, user: str) -> TrustedKey:
     key = find_key(keys, fingerprint)
     if key is None or key.user != user:
-        raise Untrusted(f"{user} does not have the key that signed", fix="run `tunesmith audit verify`")
+        raise Untrusted(f"{user} does not have the key that signed", fix=NextStep("check the log", "audit verify"))
     return key

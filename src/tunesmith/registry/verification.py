@@ -213,7 +213,7 @@ def _check_base(findings: _Findings, records: Mapping[str, Record], digest: str,
         return
     folder = folder or known_folder(findings.store, digest)
     if folder is None or not folder.is_dir():
-        findings.notes.append("the base model's files were not found and not checked (--base FOLDER)")
+        findings.notes.append("the base model's files were not found and not checked: give their folder")
         return
     for name, facts in records[digest].body.get("files", {}).items():
         path = folder / name

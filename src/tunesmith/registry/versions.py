@@ -9,7 +9,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import is_digest, short
-from tunesmith.core.errors import NotThere, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
@@ -44,7 +44,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session
     with reading(store, session) as current:
         found = list(current.scalars(query.limit(2)))
     if not found:
-        raise NotThere(f"there is no version {text[:80]!r}", fix="tunesmith show lists all versions")
+        raise NotThere(f"there is no version {text[:80]!r}", fix=NextStep("list the versions", "show"))
     if len(found) > 1:
         raise UsageError(f"several versions start with {text[:80]!r}", fix="give more digits")
     return load_version(store, found[0], session)
@@ -55,7 +55,7 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
     with reading(store, session) as current:
         row = current.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
-        raise Refused(f"{short(digest)} is not a registered version", fix="tunesmith register")
+        raise Refused(f"{short(digest)} is not a registered version", fix=NextStep("register it", "register"))
     return version_of(store, row)
 
 
@@ -67,7 +67,7 @@ def version_of(store: Store, row: VersionRow) -> Version:
         raise Refused(
             f"the database says {row.name}@v{row.number}, the version's record says {version.label}",
             where="database, table versions",
-            fix="run `tunesmith audit verify`",
+            fix=NextStep("check the audit log", "audit verify"),
         )
     return version
 

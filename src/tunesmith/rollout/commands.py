@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.opening import Verified
@@ -68,7 +68,7 @@ def start(
         if running is not None:
             raise Refused(
                 f"rollout {running.id} of {name} is still {running.status}",
-                fix=f"wait for it, or end it: tunesmith rollout abort {running.id}",
+                fix=NextStep("wait for it, or abort it", "rollout abort", which=running.id),
             )
         champion = get_alias(session, name, "champion", scope)
         unopposed = _no_rival(session, store, champion, scope)
@@ -134,7 +134,7 @@ def promote(
             raise Refused(
                 "this rollout has an analysis that has not passed yet",
                 where=_place(current),
-                fix='wait for it, or skip it: --override "why"',
+                fix=NextStep("wait for it, or override it", "rollout promote", which=current.id, override=...),
             )
         if override is None:
             return to_promoted(current, {"skipped": skipped, "override": None, **_because(reason)})
@@ -248,7 +248,7 @@ def _note_override(session: Session, actor: str, reason: str, rollout: Rollout, 
 
 def _check_reason(override: str | None) -> None:
     if override is not None and not override.strip():
-        raise UsageError("an override needs a reason", fix='--override "why it need not be approved"')
+        raise UsageError("an override needs a reason", fix="say why the version need not be approved")
 
 
 def _command(

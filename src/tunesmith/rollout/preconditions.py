@@ -7,7 +7,7 @@ import contextlib
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, revision_of, set_alias
 from tunesmith.registry.approvals import require_approved
@@ -144,9 +144,12 @@ def promotions_to_undo(
                 return undone, promotion.stable, by
             except (Refused, UsageError) as error:
                 problem = problem or f"the version that served before may not serve now: {error.what}"
+    fix = advice(could_serve(session, store, name, scope), scope)
+    if undone:
+        words = f"{fix}; an admin may go back to a version that is only not approved, by an override"
+        fix = NextStep(words, "rollout rollback", name=name, **scope.fields(), override=...)
     raise Refused(
         problem or f"no rollout promoted the champion of {name}, so it is not known what served before",
         where=f"champion {short(current)}" if current else None,
-        fix=advice(could_serve(session, store, name, scope), scope)
-        + ("; an admin may go back to a version that is only not approved: --override REASON" if undone else ""),
+        fix=fix,
     )

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.view import View
@@ -59,8 +59,7 @@ class Champion(View):
         """One line for the operator where it may not serve: why, and what could serve. None if it may serve."""
         if self.refused is None:
             return None
-        where = "".join(f", {key} {value}" for key, value in self.scope.fields().items() if value)
-        said = f"nothing serves {self.name}{where}: {self.version or short(self.digest)} {self.refused}"
+        said = f"nothing serves {self.name}{self.scope.said}: {self.version or short(self.digest)} {self.refused}"
         return f"{said}; {advice(self.could_serve, self.scope)}"
 
 
@@ -79,7 +78,7 @@ def standing_of(
     try:
         version = load_version(store, digest, session)
     except (Refused, UsageError):
-        return Permission("unknown", "is not in the registry", "tunesmith audit verify")
+        return Permission("unknown", "is not in the registry", NextStep("check the audit log", "audit verify"))
     by = override_in_force(session, version, scope) or override_by
     return may_serve(session, version, scope=scope, override_by=by)
 
@@ -112,7 +111,8 @@ def advice(versions: tuple[str, ...], scope: Scope) -> str:
     """What an operator can do where a champion may not serve. versions: as could_serve gives them."""
     if not versions:
         return "no version could serve now: register and approve one"
-    return f"could serve now: {', '.join(versions)} (tunesmith rollout start {versions[0]}{scope.options()})"
+    could = f"could serve now: {', '.join(versions)}"
+    return NextStep(could, "rollout start", version=versions[0], **scope.fields())
 
 
 def champion_of(session: Session, store: Store, name: str, scope: Scope) -> Champion | None:

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.rollout.settings import Step
@@ -93,7 +93,7 @@ def get_rollout(store: Store, rollout: int) -> Rollout:
     with database.reading(store.engine) as session:
         row = session.get(RolloutRow, rollout)
         if row is None:
-            raise UsageError(f"there is no rollout {rollout}", fix="tunesmith rollout status lists them")
+            raise UsageError(f"there is no rollout {rollout}", fix=NextStep("list the rollouts", "rollout status"))
         return from_row(row)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
 from tunesmith.registry.opening import Verified
@@ -120,7 +120,7 @@ def make_transition(
             problem = problem or promotion_problem(session, store, found, override_by, verified)
             if problem is not None:
                 can = advice(could_serve(session, store, found.name, found.scope), found.scope)
-                fix = f"tunesmith rollout abort {found.id}; {can}"
+                fix = NextStep(f"abort it; {can}", "rollout abort", which=found.id)
                 raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)
             point_champion(session, store, found, found.canary, actor, override_by)
         return apply(session, found, transition, at, detail)

@@ -78,7 +78,7 @@ class ApiError(Exception):
 
 def unauthorised(why: str = "") -> ApiError:
     """No valid token. The answer is the same for a missing and a wrong one. why: of a token that was valid once."""
-    none = "No valid token was given. Send `Authorization: Bearer TOKEN`; `tunesmith users token NAME` makes one."
+    none = "No valid token was given. Send `Authorization: Bearer TOKEN`; an admin makes one."
     return ApiError(
         401,
         f"{why[:1].upper()}{why[1:]}." if why else none,
@@ -215,6 +215,5 @@ def too_many_held(most: int) -> ApiError:
 
 
 def sentence(error: TunesmithError) -> str:
-    """What a caller reads of an error. What to do next is left out where it needs an option of a command."""
-    fix = "" if not error.fix or "--" in error.fix else f" Then: {error.fix}."
-    return f"{error.what[:1].upper()}{error.what[1:]}.{fix}"
+    """What a caller reads of an error."""
+    return f"{error.what[:1].upper()}{error.what[1:]}.{f' Then: {error.fix}.' if error.fix else ''}"

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import is_digest
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import Omitted, Problem, View
@@ -127,7 +127,7 @@ def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
         head, first = audit.newest(session), _first(session)
         newest = session.get(AuditRow, head.seq)
     if problems:
-        fix = f"nothing was written; tunesmith audit verify --anchor {there.name}"
+        fix = NextStep("nothing was written; compare log and anchors", "audit verify", anchor=(there.name,))
         raise Refused(problems[0], where=there.name, fix=fix)
     if newest is not None and newest.action == _ANCHOR and newest.detail.get("place") == there.name:
         return Anchored(place=there.name, store=first, head=head, written=False)
@@ -179,7 +179,7 @@ def verify_audit(
         if roots is not None:
             reasons += [reason for anchor in found.anchors for reason in _stamp_problems(anchor, roots)]
         elif unchecked := sum(bool(anchor.time_stamp) for anchor in found.anchors):
-            notes.append(f"{unchecked} time stamps in {there.name} were not checked: give --tsa-roots")
+            notes.append(f"{unchecked} time stamps in {there.name} were not checked: give the authority's roots")
         problems += [Problem(path=there.name, reason=reason) for reason in reasons]
         pins += _pins(there.name, found)
         compared += len(found.anchors)
@@ -227,7 +227,7 @@ def show_audit(
 def _head(text: str) -> Head:
     number, _, digest = text.partition(":")
     if not is_number(number) or not is_digest(digest):
-        raise UsageError(f"{text[:100]!r} is not an entry", fix="write 12:sha256:..., as `audit verify` prints it")
+        raise UsageError(f"{text[:100]!r} is not an entry", fix="write 12:sha256:..., as a check of the log prints it")
     return Head(seq=int(number), digest=digest)
 
 

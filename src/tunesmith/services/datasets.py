@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from sqlalchemy import func, select
 
-from tunesmith.core.errors import NotThere, UsageError
+from tunesmith.core.errors import NextStep, NotThere, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
@@ -186,7 +186,7 @@ def originals(project: Project, row: str | None = None) -> Originals:
         raise UsageError("this project keeps no originals", where="data.privacy.originals")
     known = read_originals(project.root / place)
     if row is not None and row not in known:
-        raise UsageError(f"nothing was replaced in a row {row!r}", fix="tunesmith data show names the rows")
+        raise UsageError(f"nothing was replaced in a row {row!r}", fix=NextStep("see its rows", "data show"))
     return Originals(originals=known if row is None else {row: known[row]})
 
 
@@ -289,13 +289,15 @@ def find_dataset(store: Store, given: str | None = None) -> str:
     if given is None:
         known = store.records_of("dataset")
         if not known:
-            raise NotThere("there is no dataset version yet", where=str(store.root), fix="`tunesmith data build`")
+            raise NotThere(
+                "there is no dataset version yet", where=str(store.root), fix=NextStep("build one", "data build")
+            )
         return known[-1]
     with contextlib.suppress(UsageError):
         digest = store.find_record(given)
         if store.record(digest).kind == "dataset":
             return digest
-    raise NotThere("there is no such dataset version", where=given, fix="`tunesmith data list` lists them")
+    raise NotThere("there is no such dataset version", where=given, fix=NextStep("list them", "data list"))
 
 
 def list_sign_offs(store: Store, dataset: str) -> tuple[SignOff, ...]:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Base64Bytes, BeforeValidator, Field
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import VersionRef
@@ -165,9 +165,7 @@ def decide(server: str, key_file: Path | None, asked: PrepareDecision, *, actor:
     VersionRef.parse(asked.version)  # an alias may move between what was read and what is signed
     token = os.environ.get("TUNESMITH_TOKEN", "")
     if not token:
-        raise UsageError(
-            "no token", where="$TUNESMITH_TOKEN", fix="tunesmith users token NAME, run by an admin, makes one"
-        )
+        raise UsageError("no token", where="$TUNESMITH_TOKEN", fix=NextStep("have an admin make one", "users token"))
     if key_file is None:
         raise UsageError("a decision on a server is signed with a key of yours", where="key", fix="name its file")
     private = keys.load_private_key(key_file)
@@ -182,7 +180,9 @@ def decide(server: str, key_file: Path | None, asked: PrepareDecision, *, actor:
         prepared = _sent(http, prepare, asked.model_dump(mode="json", exclude_none=True))
         if own not in prepared.keys:
             raise Refused(
-                "this key is not an active one of the token's user", where=str(key_file), fix="tunesmith keys enrol"
+                "this key is not an active one of the token's user",
+                where=str(key_file),
+                fix=NextStep("enrol it", "keys enrol"),
             )
         statement = prepared.statement
         label, _, stated = read_statement(statement)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.system import machine as memory
 from tunesmith.core.system.machine import wanted_threads
 from tunesmith.core.view import View
@@ -36,10 +36,13 @@ class Checks(View):
     checks: tuple[Check, ...]
 
 
-def examine(directory: Path) -> Checks:
-    """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve."""
+def examine(directory: Path, word: Callable[[NextStep], str] = str) -> Checks:
+    """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve.
+
+    word: says what to do next.
+    """
     checks = (_python, _processor, _gpus, _extras, _memory, _cache, _disk, _project, _base, _store, _champions)
-    found = tuple(_checked(check, directory) for check in checks)
+    found = tuple(_checked(check, directory, word) for check in checks)
     return Checks(ok=all(check.ok for check in found), checks=found)
 
 
@@ -52,7 +55,7 @@ def examine_gpu() -> Checks:
     described, fix = describe_gpus()
     if not gpu_present():
         fix = fix or "run it on a machine with a GPU and a build of PyTorch for it"
-        raise Refused(f"torch sees no GPU ({described})", where="--gpu", fix=fix)
+        raise Refused(f"torch sees no GPU ({described})", where="gpu", fix=fix)
     found = [_check("gpu", device_name(computing_device()))]
     for precision, figures in compare_step().items():
         most = max(figure.difference for figure in figures)
@@ -72,12 +75,13 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-def _checked(check: Callable[[Path], Check], directory: Path) -> Check:
+def _checked(check: Callable[[Path], Check], directory: Path, word: Callable[[NextStep], str]) -> Check:
     try:
         return check(directory)
     except TunesmithError as error:
         where = f" ({error.where})" if error.where else ""
-        return Check(name=check.__name__.strip("_"), ok=False, detail=f"{error.what}{where}", fix=error.fix)
+        fix = word(error.fix) if isinstance(error.fix, NextStep) else error.fix
+        return Check(name=check.__name__.strip("_"), ok=False, detail=f"{error.what}{where}", fix=fix)
 
 
 def _check(name: str, detail: str, ok: bool = True, fix: str | None = None) -> Check:
@@ -151,11 +155,11 @@ def _store(directory: Path) -> Check:
 
     project = Project.load(directory)
     if not project.store.is_made:
-        return _check("store", "not made yet; `tunesmith run` makes it")
+        return _check("store", "not made yet: a run makes it")
     with database.reading(project.store.engine) as session:
         problems = audit.verify(session)
     if problems:
-        return _check("store", problems[0], ok=False, fix="`tunesmith audit verify` lists all problems")
+        raise Refused(problems[0], fix=NextStep("list all problems", "audit verify"))
     project.store.blobs.exists(TRUST_KEY)  # raises where a bucket cannot be used
     return _check(
         "store", f"the database opens and the audit log verifies; objects are in {project.store.blobs.where('')}"
@@ -167,5 +171,7 @@ def _champions(directory: Path) -> Check:
 
     project = Project.load(directory)
     refused = refused_champions(project.store) if project.store.is_made else []
-    warnings = "; ".join(str(champion.warning) for champion in refused)
-    return _check("champions", warnings or "all may serve", not refused, "`tunesmith rollout status` shows them")
+    if refused:
+        warnings = "; ".join(str(champion.warning) for champion in refused)
+        raise Refused(warnings, fix=NextStep("list the rollouts", "rollout status"))
+    return _check("champions", "all may serve")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.candidates.candidate import Kind
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
@@ -212,7 +212,7 @@ def latest_evaluation(project: Project) -> str:
     """Digest of the project's last evaluation. Raises UsageError where there is none."""
     found = latest(project, "evaluation")
     if found is None:
-        raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
+        raise UsageError("nothing has been evaluated yet", fix=NextStep("evaluate the candidates first", "evaluate"))
     return found
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import load_candidate
-from tunesmith.core.errors import Inconclusive, NotThere, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
@@ -152,7 +152,7 @@ def newest_evaluation(store: Store, user: User) -> str:
         found = _visible(user.scope).order_by(RecordRow.created_at.desc(), RecordRow.digest).limit(1)
         digest: str | None = session.scalars(found).first()
     if digest is None:
-        raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
+        raise UsageError("nothing has been evaluated yet", fix=NextStep("evaluate the candidates first", "evaluate"))
     return digest
 
 
@@ -195,7 +195,7 @@ def find_verdict(store: Store, user: User, start: str) -> str:
     with database.reading(store.engine) as session:
         found = list(session.scalars(query.where(begins).limit(2)))
     if not found:
-        raise NotThere("there is no such verdict", where="verdict", fix="tunesmith gate makes one")
+        raise NotThere("there is no such verdict", where="verdict", fix=NextStep("judge a candidate", "gate"))
     if len(found) > 1:
         raise UsageError("several verdicts begin so", where="verdict", fix="give more digits")
     return found[0]

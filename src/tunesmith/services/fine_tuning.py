@@ -486,7 +486,7 @@ def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSumma
             "code": _CODES[summary.gate.verdict],
             "what": f"The model was trained, but {why}: {'; '.join(failed) or 'the project has none'}. {rival}".strip(),
             "where": f"verdict {summary.gate.digest}",
-            "fix": f"{more}`tunesmith show` with that digest shows the evidence, which is kept",
+            "fix": f"{more}the evidence is kept, under that digest",
         },
     )
 

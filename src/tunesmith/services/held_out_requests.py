@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from tunesmith.core.access import Caller
-from tunesmith.core.errors import Inconclusive, NotThere, Refused, UsageError
+from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.display import Change, differences
 from tunesmith.core.view import View
@@ -185,7 +185,7 @@ def show_request(
     reader = _reader(user, region)
     place = matrix.place.get(row)
     if place is None or place not in matrix.sight(reader).rows:
-        raise NotThere("there is no such request", fix="tunesmith requests lists those of the newest evaluation")
+        raise NotThere("there is no such request", fix=NextStep("list those of the newest evaluation", "requests"))
     sight, example = matrix.sight(reader), matrix.rows[place]
     use = _filter(store, user, digest, matrix, chosen)
     if compared not in (REFERENCE, *matrix.candidates):
@@ -225,7 +225,7 @@ def _readable(store: Store, user: User, digest: str) -> Matrix:
     user.require(READ_PERMISSION)
     with database.reading(store.engine) as session:
         if when_made(session, user.scope, digest) is None:
-            raise NotThere("there is no such evaluation", fix="tunesmith evaluations")
+            raise NotThere("there is no such evaluation", fix=NextStep("list the evaluations", "evaluations"))
         reason = recalled(session, digest, as_evidence=True)
     if reason is not None:
         raise Refused(f"this evaluation was recalled, so its texts are not shown: {reason}", fix="evaluate again")

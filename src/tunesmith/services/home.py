@@ -334,7 +334,7 @@ def _for_champions(user: User, champions: list[_Champion]) -> list[Waiting]:
     return [
         _waiting(
             user,
-            f"nothing serves {one.name}{_where(one.scope)}: {one.label or 'its version'} {one.refused}",
+            f"nothing serves {one.name}{one.scope.said}: {one.label or 'its version'} {one.refused}",
             "rollout.start",
             _ROLLOUTS,
             f"tunesmith rollout rollback {one.name}{one.scope.options()}",
@@ -348,13 +348,13 @@ def _for_retrains(user: User, pending: list[PendingRetrain]) -> list[Waiting]:
     return [
         _waiting(
             user,
-            f"{one.name}{_where(Scope(one.tenant, one.region))} needs a new version: {one.version} was recalled",
+            f"{one.name}{one.scope.said} needs a new version: {one.version} was recalled",
             "job.add",
             _OPERATIONS,
             "tunesmith recall --pending",
         )
         for one in pending
-        if user.scope.covers(Scope(one.tenant, one.region))
+        if user.scope.covers(one.scope)
     ]
 
 
@@ -395,7 +395,3 @@ def _due(project: Project) -> list[tuple[str, str]]:
     except TunesmithError:  # nothing serves, or what it was measured with is gone: other items say so
         return found
     return found
-
-
-def _where(scope: Scope) -> str:
-    return "".join(f", {kind} {name}" for kind, name in scope.fields().items() if name)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
@@ -231,7 +231,7 @@ def _moment(text: str) -> datetime | int:
         raise UsageError(
             f"{text[:80]!r} is neither a time nor the number of an audit entry",
             where="since",
-            fix="write 2030-01-31T00:00:00Z, or a number that `tunesmith audit show` lists",
+            fix=NextStep("write 2030-01-31T00:00:00Z, or the number of an entry", "audit show"),
         )
     return moment
 

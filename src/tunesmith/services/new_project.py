@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field
 
 from tunesmith.candidates.grammars.copying import text_fields
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.system.files import write_atomic
@@ -107,13 +107,13 @@ def _accepted_licences(licence: str, accept: bool) -> Licences:
     policy = Licences(allow=custom_ids(licence))
     while True:
         try:
-            permitted(licence, policy, "--licence")
+            permitted(licence, policy, "licence")
             return policy
         except LicenceRefused as refused:
             if not refused.accept:
                 raise
             if not accept:
-                refused.fix = f"{refused.fix}: `init --accept-licence` writes that"
+                refused.fix = NextStep(str(refused.fix), "init", licence=licence, accept_licence=True)
                 raise
             policy = policy.model_copy(update=dict(refused.accept))
 
@@ -133,7 +133,7 @@ def _make(
     source = Source(path=named, licence=licence, rename=rename)
     if not base.startswith(("pypi:", "hf:")):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
-    otherwise = None if control_tokens == "drop" else "run init with --control-tokens drop"
+    otherwise = None if control_tokens == "drop" else NextStep("drop the tokens", "init", control_tokens="drop")
     found = examine_rows(root, source, ControlTokens(base, root, progress), otherwise)
     source = source.model_copy(update={"rename": dict(found.rename)})
     if name is None:

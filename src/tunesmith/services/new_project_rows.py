@@ -89,7 +89,7 @@ def examine_rows(root: Path, source: Source, control: ControlTokens, otherwise: 
     if unknown := sorted(source.rename.keys() - read.keys):
         raise UsageError(
             f"no row has the key {unknown[0]}",
-            where=f"--rename {unknown[0]}={source.rename[unknown[0]]}",
+            where=f"rename of {unknown[0]} to {source.rename[unknown[0]]}",
             fix=f"the keys of the rows are {', '.join(sorted(read.keys))}",
         )
     one_instruction = len(read.instructions) == 1 and None not in read.instructions

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sqlalchemy import select
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
@@ -384,7 +384,7 @@ def add_cases(acting: Acting, asked: AddCases) -> AddedCases:
 def correct_case(acting: Acting, asked: CorrectCase) -> Case:
     """Say what the answer to a case should have been; cases without that are not added to a source."""
     if not asked.expected.strip():
-        raise UsageError("the expected answer is empty", fix="write it, or delete the case: tunesmith cases drop")
+        raise UsageError("the expected answer is empty", fix=NextStep("write it, or delete the case", "cases drop"))
     return cases.correct_case(acting.store, asked.request, asked.expected, actor=acting.actor)
 
 
@@ -394,7 +394,8 @@ def drop_cases(acting: Acting, asked: DropCases) -> DroppedCases:
     waiting = {case.request for case in cases.list_cases(acting.store, everything=True)}
     unknown = [request for request in asked.requests if request not in waiting]
     if unknown:
-        raise UsageError(f"there is no case of request {unknown[0]!r}", fix="`tunesmith cases show --all` lists them")
+        fix = NextStep("list the cases", "cases show", everything=True)
+        raise UsageError(f"there is no case of request {unknown[0]!r}", fix=fix)
     cases.drop_cases(acting.store, asked.requests, actor=acting.actor)
     return DroppedCases(dropped=len(asked.requests))
 

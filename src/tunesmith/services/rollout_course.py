@@ -293,7 +293,7 @@ def evidence_of(store: Store, rollout: Rollout, step: int) -> Evidence:
     """How the evidence of an analysis step grew with its requests. step: index. Raises UsageError for another step."""
     analysis = rollout.steps[step].analysis if 0 <= step < len(rollout.steps) else None
     if analysis is None:
-        raise UsageError(f"step {step + 1} of rollout {rollout.id} is not an analysis", fix="tunesmith rollout status")
+        raise UsageError(f"step {step + 1} of rollout {rollout.id} is not an analysis", fix="see the rollout's steps")
     rows = traffic.first_of_step(store, rollout.id, step, analysis.metric, _DRAWN + 1)
     whole, rows = len(rows) <= _DRAWN, rows[:_DRAWN]
     main = traffic.main_of(rows, rollout.main_callers)

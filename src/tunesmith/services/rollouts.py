@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from sqlalchemy import select
 
-from tunesmith.core.errors import NotThere, UsageError
+from tunesmith.core.errors import NextStep, NotThere, UsageError
 from tunesmith.core.text.names import VersionRef, is_number
 from tunesmith.core.view import View
 from tunesmith.evaluation.metrics.declared import (
@@ -311,13 +311,13 @@ def _find(acting: Acting, which: str) -> Rollout:
             found = get_rollout(acting.store, int(which))
             if acting.user.scope.covers(found.scope):
                 return found
-        raise NotThere(f"there is no rollout {which[:20]}", fix="tunesmith rollout status lists them")
+        raise NotThere(f"there is no rollout {which[:20]}", fix=NextStep("list the rollouts", "rollout status"))
     live = [one for one in list_rollouts(acting.store, name=which, live=True) if acting.user.scope.covers(one.scope)]
     if len(live) != 1:
         places = ", ".join(f"{one.id} ({one.scope})" for one in live)
         raise UsageError(
             f"{which[:80]!r} has {len(live)} live rollouts{': ' if places else ''}{places}",
-            fix="name one by its number" if live else "tunesmith rollout status lists those that have ended",
+            fix="name one by its number" if live else NextStep("list those that have ended", "rollout status"),
         )
     return live[0]
 

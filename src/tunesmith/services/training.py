@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Duration
@@ -290,7 +290,7 @@ def search_settings(
     inputs is looked up; a search that was stopped goes on. Raises UsageError for a wrong duration or number of trials.
     """
     if not 2 <= trials <= _MOST_TRIALS:
-        raise UsageError(f"a search has 2 to {_MOST_TRIALS} trials", where=f"--trials {trials}")
+        raise UsageError(f"a search has 2 to {_MOST_TRIALS} trials", where="trials")
     allowed = None if within is None else _duration(within)
     digest = better_settings(PipelineContext(project, progress), name or only_tuned(project), trials, allowed)
     return settings_search(digest, project.store.record(digest, kind="training_search"))
@@ -319,10 +319,10 @@ def _duration(given: str | float) -> float:
         seconds: float = TypeAdapter(Duration).validate_python(given)
     except ValidationError as error:
         said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(said, where=f"--within {given}") from error
+        raise UsageError(said, where="the time of the search") from error
     if not 0 < seconds <= LONGEST_BUDGET:
         days = LONGEST_BUDGET // 86400
-        raise UsageError(f"a search takes more than no time and at most {days} days", where=f"--within {given}")
+        raise UsageError(f"a search takes more than no time and at most {days} days", where="the time of the search")
     return seconds
 
 
@@ -480,10 +480,9 @@ def project_of(project: Project, job: JobRow) -> Project:
         if made.settings.digest == job.arguments.get("changed_settings", made.settings.digest):
             return made
     raise UsageError(
-        "the project's settings changed since this job was queued, or their defaults with tunesmith's version",
+        "the project's settings changed since this job was queued, or their defaults with the version of Tunesmith",
         where=str(project.root / "tunesmith.yaml"),
-        fix="queue it again: `tunesmith run --queue`. For a fine-tuning job, restart `tunesmith serve` and create "
-        "another one",
+        fix=NextStep("queue it again, or create another fine-tuning job after a restart", "run", queue=True),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.core.errors import Forbidden, TunesmithError
+from tunesmith.core.errors import Forbidden, NextStep, TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.registry.signing.keys import read_public_key
@@ -225,7 +225,7 @@ def issue_token(acting: Acting, asked: IssueToken) -> IssuedToken:
         raise Forbidden(f"the token {by.name} has the scopes {', '.join(by.scopes)} and gives no others")
     if by is not None and by.expires is not None and (end is None or end > by.expires):
         if asked.expires is not None:
-            raise Forbidden(f"the token {by.name} expires before that", fix=f"tunesmith users token {user}")
+            raise Forbidden(f"the token {by.name} expires before that", fix=NextStep("ask an admin", "users token"))
         end = by.expires
     secret = tokens.issue_token(
         acting.store, user, name=asked.name, scopes=given, expires=end, now=at, actor=acting.actor

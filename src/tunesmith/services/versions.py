@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.grammars.copying import Constraint
-from tunesmith.core.errors import NotThere, Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
@@ -169,7 +169,7 @@ def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
     project, risk = acting.project, acting.project.settings.risk
     verdict = asked.verdict or latest(project, "verdict")
     if verdict is None:
-        raise UsageError("nothing was judged yet", where=str(acting.store.root), fix="tunesmith gate, or tunesmith run")
+        raise UsageError("nothing was judged yet", where=str(acting.store.root), fix=NextStep("judge one", "gate"))
     digest = evidence.find_verdict(acting.store, acting.user, verdict)
     version = registration.register(
         acting.store,

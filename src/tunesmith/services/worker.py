@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from tunesmith.core import telemetry
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Silent, Stopped
 from tunesmith.core.system.machine import end_with_parent
 from tunesmith.core.telemetry import names
@@ -75,7 +75,7 @@ def run_here(
         raise TunesmithError(
             f"the run was stopped: its job is {state}",
             where=f"job {lease.job}",
-            fix=f"`tunesmith jobs log {lease.job}` says by whom; `tunesmith run` continues from here",
+            fix=NextStep("see by whom; another run continues from here", "jobs log", job=lease.job),
         ) from None
     return done[0]
 
@@ -92,7 +92,7 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
         "code": f"verdict_{verdict}",
         "what": f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
         "where": f"verdict {summary.gate.digest}",
-        "fix": "`tunesmith report` says why and what to do",
+        "fix": "read the report of the evaluation",
     }
     return Outcome(result, error)
 
@@ -112,7 +112,7 @@ def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcom
         "code": "nothing_new",
         "what": f"rows and settings are those of {made.version}, so the run gave the same version",
         "where": cause,
-        "fix": "add rows or change settings, then `tunesmith run`",
+        "fix": "add rows or change settings, then run again",
     }
     return Outcome(outcome.result, error)
 
@@ -281,8 +281,8 @@ def make_places(
     if starts_servers and at_once is not None and at_once > 1:
         raise UsageError(
             "each job starts the servers of engine.start on the same GPUs",
-            where="--at-once",
-            fix="leave --at-once out, or name servers that run already by engine.url",
+            where="jobs at once",
+            fix="perform one job at once, or name servers that run already by engine.url",
         )
     # A job that starts servers, or workers of Ray on this machine, computes on all GPUs; another one on one of them.
     spreads = starts_servers or project.settings.engine.ray is not None

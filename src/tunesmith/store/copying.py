@@ -220,7 +220,7 @@ class Archive:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise self._refusal("it is no whole backup") from error
         if facts["format"] != _FORMAT or revision != HEAD_REVISION:
-            what = f"it was written by another version of tunesmith (database revision {revision})"
+            what = f"it was written by another version of Tunesmith (database revision {revision})"
             raise Refused(what, where=self._where, fix="restore it with that version, then update")
         return stated
 
@@ -260,7 +260,7 @@ def _spool(key: str, pieces: Iterable[bytes], file: Path) -> tuple[str, int]:
         stream.flush()
         os.fsync(stream.fileno())
     if named_digest(key) not in (None, digest):
-        raise Refused("the object's bytes do not have the digest that names it", where=key, fix="tunesmith verify")
+        raise Refused("the object's bytes do not have the digest that names it", where=key, fix="verify its version")
     return digest, size
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tunesmith.core.digests import digest_file
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.system.files import sync_folder
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.engines.ranks import ALONE, Ranks, held
@@ -107,7 +107,7 @@ class Checkpoints:
                     f"this training was started with other {', '.join(changed)}: resuming it would not give the same "
                     "bytes",
                     where=str(path),
-                    fix="restore them, or start over with `tunesmith train --restart`",
+                    fix=NextStep("restore them, or start over", "train", restart=True),
                 )
             return (path.name, state), damaged
         return None, damaged

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import NextStep, Refused
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks
@@ -183,7 +183,7 @@ def _decided(kept: Path) -> dict[str, Any] | None:
     raise Refused(
         f"what this training decided before it was stopped {problem}",
         where=str(kept),
-        fix="train again from the start: tunesmith train NAME --restart",
+        fix=NextStep("train again from the start", "train", restart=True),
     )
 
 

@@ -95,13 +95,13 @@ def test_keys_that_tell_nothing_or_two_things() -> None:
 @pytest.mark.parametrize(
     ("fields", "renames"),
     [
-        ({"question": "a", "answer": "b"}, "--rename question=prompt --rename answer=completion"),
-        ({"Prompt ": "a", "Completion": "b"}, "--rename 'Prompt =prompt' --rename Completion=completion"),
-        ({"instruction": "a", "input": "b", "response": "c"}, "--rename response=output"),
-        ({"id": "a", "chat": [{"role": "user", "content": "hi"}]}, "--rename chat=messages"),
+        ({"question": "a", "answer": "b"}, {"question": "prompt", "answer": "completion"}),
+        ({"Prompt ": "a", "Completion": "b"}, {"Prompt ": "prompt", "Completion": "completion"}),
+        ({"instruction": "a", "input": "b", "response": "c"}, {"response": "output"}),
+        ({"id": "a", "chat": [{"role": "user", "content": "hi"}]}, {"chat": "messages"}),
     ],
 )
-def test_an_unknown_format_names_the_renames_that_would_do(fields: dict[str, Any], renames: str) -> None:
+def test_an_unknown_format_names_the_renames_that_would_do(fields: dict[str, Any], renames: dict[str, str]) -> None:
     assert f", here {renames} (" in str(error(fields).fix)
 
 
@@ -115,9 +115,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "b"}}
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
          "a part is of the type image_url, not text", ""),
         ({"prompt": turns("a"), "completion": turns("b")}, "", "messages"),
-        ({"conversations": [{"role": "user", "content": "hi"}]}, "", "--rename conversations=messages"),
+        ({"conversations": [{"role": "user", "content": "hi"}]}, "", "rename conversations to messages"),
         ({"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}, "prompt-completion or alpaca",
-         "--rename instruction=unused"),
+         "{'instruction': 'unused'"),
         ({"prompt": {"a": 1}, "completion": "b"}, "", "as text"),
         ({"messages": json.dumps(turns("a", "b"))}, "", "as JSONL"),
         ({"text": "Q: a A: b"}, "", "the request under prompt"),

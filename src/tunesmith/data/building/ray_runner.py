@@ -26,7 +26,7 @@ class RayRunner:
     def run(self, rules: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
         """Every shard with its examined rows, as they come. Uses $RAY_ADDRESS's cluster, or starts a local one."""
         items = [{"place": place, "shard": pickle.dumps(shard)} for place, shard in enumerate(shards)]
-        with connected("--engine") as ray:
+        with connected("the builder on Ray") as ray:
             try:
                 done = ray.data.from_items(items, override_num_blocks=len(items)).map(
                     _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
@@ -39,7 +39,7 @@ class RayRunner:
             except ray.exceptions.RayError as error:
                 said = str(error).splitlines()[-1][:200]
                 fix = "check Ray's logs"
-                raise TunesmithError(f"a shard failed on Ray: {said}", where="--engine", fix=fix) from error
+                raise TunesmithError(f"a shard failed on Ray: {said}", where="the builder on Ray", fix=fix) from error
 
 
 class _RayShardWorker:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.store import database
 from tunesmith.store.people import identities
@@ -29,7 +29,7 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     """
     identities.require(store, steward, ACTION)
     if not reason.strip():
-        raise UsageError("a sign-off needs a reason", fix='--reason "what was checked"')
+        raise UsageError("a sign-off needs a reason", fix="say what was checked")
     found = verify_dataset(store, digest)
     if not found.ok:
         first = found.problems[0]
@@ -38,7 +38,7 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     with store.change(steward, ACTION, digest, detail) as session:
         identities.require(session, steward, ACTION)  # the role may have been revoked meanwhile
         if (recall := recalled(session, digest)) is not None:
-            fix = "sign the version that is built without it: tunesmith data build"
+            fix = NextStep("build a version without it, and sign that one", "data build")
             raise Refused(f"dataset version {short(digest)} was recalled: {recall}", fix=fix)
         body = {"steward": steward, "reason": reason.strip(), "at": stamp()}
         record = Record(kind="signoff", parents={"dataset": digest}, blobs={}, body=body)
@@ -72,7 +72,7 @@ def require_signed(store: Store, digest: str) -> None:
         raise Refused(
             f"no steward has signed off dataset version {short(digest)}",
             where="data.sign_off",
-            fix=f'have a steward run: tunesmith data sign {short(digest)} --reason "what was checked" --as NAME',
+            fix=NextStep("have a steward check and sign it", "data sign", dataset=short(digest), actor=...),
         )
 
 

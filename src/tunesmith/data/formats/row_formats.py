@@ -7,14 +7,13 @@ that names the place. A row that fits but holds no usable conversation is remove
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import ToolCall
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.formats.openai_rules import require_openai
@@ -62,11 +61,11 @@ def format_of(name: str, row: Row) -> RowFormat:
     if fitting:
         names = " or ".join(one.name for one in fitting)
         hidden = {one.name: {sorted(other.needs)[0]: "unused" for other in fitting if other != one} for one in fitting}
-        fixes = [f"as {name}: {_options(others)}" for name, others in hidden.items()]
+        fixes = [f"as {name}: {others}" for name, others in hidden.items()]
         raise UsageError(
             f"{keys} fits several formats: {names}",
             where=row.where,
-            fix=f"set the source's format, or rename a key of the other with `init`: {'; '.join(fixes)}",
+            fix=_rename(f"set the source's format, or rename a key of the other: {'; '.join(fixes)}"),
         )
     if row.fields.keys() == {"text"}:
         raise UsageError(
@@ -82,21 +81,21 @@ def format_of(name: str, row: Row) -> RowFormat:
         raise UsageError(
             f"the row has {', '.join(sorted(half.needs & row.fields.keys()))} and no {missing}",
             where=row.where,
-            fix=f"fill it in, or remove the row (null counts as absent); where another key is the {missing}, add "
-            f"`--rename KEY={missing}` to `init`",
+            fix=_rename(f"fill it in, remove the row (null counts as absent), or rename the key that is the {missing}"),
         )
     if len(likely) > 1:
         raise UsageError(
             f"{keys} can be read in {len(likely)} ways",
             where=row.where,
-            fix="choose one of them, with `init` or as the source's rename: " + "; or ".join(map(_options, likely)),
+            fix=_rename(f"choose one of them as the source's rename: {'; or '.join(map(str, likely))}"),
         )
     raise UsageError(
         f"{keys} fits no known format",
         where=row.where,
-        fix="set the source's format or rename, with `init` --rename KEY=NAME"
-        + (f", here {_options(likely[0])}" if likely else "")
-        + f" ({known}); a key that is null counts as absent",
+        fix=_rename(
+            f"set the source's format or rename{f', here {likely[0]}' if likely else ''} ({known}); "
+            "a key that is null counts as absent"
+        ),
     )
 
 
@@ -138,8 +137,8 @@ def _renames(keys: Mapping[str, str], request: str, answer: str, passages: Seque
     return {keys[key]: name for key, name in found.items() if keys[key] != name}
 
 
-def _options(renames: Mapping[str, str]) -> str:
-    return " ".join(f"--rename {shlex.quote(f'{key}={name}')}" for key, name in renames.items())
+def _rename(words: str) -> NextStep:
+    return NextStep(words, "init", rename=...)
 
 
 # What rows of other formats often call the request, the text that it is about, and the answer.
@@ -318,7 +317,7 @@ def _sharegpt(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> l
     calls: list[ToolCall] = []
     for place, entry in _entries(fields, "conversations", where):
         if "role" in entry and "from" not in entry:
-            fix = "they are messages under another name: with `init` --rename conversations=messages"
+            fix = _rename("they are messages under another name: rename conversations to messages")
             raise UsageError("the turn has a role, and no `from`", where=place, fix=fix)
         role = _role(entry.get("from"), _SHAREGPT_ROLES, f"{place}.from")
         ignored.update(f"conversations[].{key}" for key in entry.keys() - {"from", "value", "weight"})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.core.digests import canonical
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.data.settings import Privacy
@@ -80,5 +80,5 @@ def _fernet() -> Fernet:
         raise UsageError(
             f"${KEY} holds no key for the map from pseudonyms to originals",
             where="data.privacy.originals",
-            fix="`tunesmith data originals --new-key` prints one; keep it apart from the file",
+            fix=NextStep("make one, and keep it apart from the file", "data originals", new_key=True),
         ) from error

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sqlalchemy import select
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example
@@ -92,16 +92,16 @@ def read_reviewed(path: str | None, root: Path, store: Store) -> Reviewed:
     except OSError as error:
         where = f"data.review: {path}"
         raise UsageError(f"the file of review decisions cannot be read: {error.strerror}", where=where) from error
-    rows: dict[str, ReviewedRow] = {}
+    rows, fix = dict[str, ReviewedRow](), NextStep("write the file again", "review export")
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
             one = ReviewedRow.model_validate(parse_json(line))
         except (ValidationError, ValueError) as error:
             fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise UsageError(f"not a review decision: {fault}", where=where, fix="tunesmith review export") from None
+            raise UsageError(f"not a review decision: {fault}", where=where, fix=fix) from None
         if one.row in rows:
-            raise UsageError(f"a second decision on row {one.row}", where=where, fix="tunesmith review export")
+            raise UsageError(f"a second decision on row {one.row}", where=where, fix=fix)
         rows[one.row] = one
     contents = {one.content: one for one in sorted(rows.values(), key=lambda one: one.decision == "reject")}
     return Reviewed(rows, contents, path, digest_bytes(data), _logged(store, digest_bytes(data)))

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.review.decisions import Choice
 from tunesmith.store import database
@@ -80,7 +80,7 @@ def get_item(session: Session, number: int) -> tuple[ReviewItemRow, list[ReviewD
     """An item and its decisions, oldest first. Raises UsageError where there is none."""
     row = session.get(ReviewItemRow, number)
     if row is None:
-        raise UsageError(f"there is no review item {number}", fix="`tunesmith review list` names them")
+        raise UsageError(f"there is no review item {number}", fix=NextStep("list the items", "review list"))
     query = select(ReviewDecisionRow).where(ReviewDecisionRow.item == number).order_by(ReviewDecisionRow.number)
     return row, list(session.scalars(query))
 

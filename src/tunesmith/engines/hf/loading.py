@@ -94,8 +94,8 @@ def load(
                 raise Refused(
                     f"the base's weights do not fit into the memory of {device}: {reason[:200]}",
                     where="base",
-                    fix="`tunesmith memory` says what fits, such as train: {quantize: 4bit, recompute: true} or "
-                    "several GPUs; end other programs that use the memory",
+                    fix="end other programs that use the memory, or compute what fits, such as train: {quantize: 4bit, "
+                    "recompute: true} or several GPUs",
                 ) from error
             if settings.attention is not None and "attention" in reason.lower():
                 raise Refused(

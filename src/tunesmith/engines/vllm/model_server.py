@@ -195,7 +195,7 @@ class ModelServer:
                     f"the adapter was not loaded: {error.what}",
                     where=self.url,
                     fix="start the server with --enable-lora and a --max-lora-rank that is enough; it takes plain LoRA "
-                    "alone: serve anything else merged (tunesmith export --as merged)",
+                    "alone: export anything else as merged",
                 ) from error
         if self._fixed_scores(there) == self._fixed_scores(self._model):
             raise Refused("the vLLM server answers under the adapter's name exactly as the base does", where=self.url)

@@ -25,7 +25,7 @@ from sqlalchemy import select
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import Inconclusive, Refused
+from tunesmith.core.errors import Inconclusive, NextStep, Refused
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -57,7 +57,7 @@ def use_test_set(store: Store, evaluation: str, candidate: str, actor: str) -> i
         seen.update(used)
         if own in seen:
             return len(seen)
-    raise Refused("the audit log lacks the use of the test set just recorded", fix="run `tunesmith audit verify`")
+    raise Refused("the audit log lacks the use of the test set just recorded", fix=NextStep("check it", "audit verify"))
 
 
 def used_candidates(store: Store, dataset: str) -> set[str]:

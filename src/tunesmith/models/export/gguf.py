@@ -22,9 +22,7 @@ from tunesmith.models.weight_files import ROTARY_TABLE
 FILE = "model.gguf"
 # A family's architecture in GGUF. Mistral's is Llama's.
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_ELSEWHERE = (
-    "export it with --as merged and run llama.cpp's convert_hf_to_gguf.py on that folder, which knows more models"
-)
+_ELSEWHERE = "export it as merged and run llama.cpp's convert_hf_to_gguf.py on that folder, which knows more models"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How a byte-level tokenizer splits text before merging -> llama.cpp's name for it.

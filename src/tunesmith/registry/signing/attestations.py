@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
@@ -62,9 +62,9 @@ def read_statement(statement: Any) -> tuple[str, str, Approval]:
         label, digest = subject["name"], f"sha256:{subject['digest']['sha256']}"
         approval = Approval.model_validate(statement["predicate"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise Refused("the statement is not an approval or refusal", fix="tunesmith approve") from error
+        raise Refused("the statement is not an approval or refusal", fix=NextStep("decide again", "approve")) from error
     if statement != _stated(label, digest, approval):
-        raise Refused("the statement is not an approval or refusal", fix="tunesmith approve")
+        raise Refused("the statement is not an approval or refusal", fix=NextStep("decide again", "approve"))
     return label, digest, approval
 
 
@@ -225,5 +225,5 @@ def check_not_signer(version: Version, user: str) -> None:
         raise Untrusted(
             f"{user} registered {version.label} and cannot approve it",
             where=version.label,
-            fix=f"have a second person with the role approver run: tunesmith approve {version.label} --as NAME",
+            fix=NextStep("have another approver approve it", "approve", version=version.label, actor=...),
         )

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.text.names import check_name
 from tunesmith.registry.signing.attestations import key_statement, public_pem, seal
@@ -61,7 +61,7 @@ def create_key(store: Store, user: str, *, actor: str, label: str | None = None)
         raise Refused(f"{user} is deactivated", where=user, fix="add a new user")
     label = label or user_keys.next_label(owner)
     if label in {key.label for key in owner.keys}:
-        raise UsageError(f"{user} has a key {label} already", where=user, fix="give the new key another --label")
+        raise UsageError(f"{user} has a key {label} already", where=user, fix="give the new key another label")
     path = private_key_path(store, user, label)
     proven = _Prover(store, owner, actor)
     if not path.exists():
@@ -106,7 +106,7 @@ def ensure_key(store: Store, user: str) -> User:
         raise Refused(
             f"all keys of {user} were retired or revoked",
             where=user,
-            fix=f"have an admin run: tunesmith keys create {user}",
+            fix=NextStep("have an admin create one", "keys create", name=user),
         )
     return found
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, is_digest, short
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef, check_name
@@ -226,7 +226,7 @@ def check_signer(version: Version, key: TrustedKey, where: str | None = None) ->
 def check_expiry(version: Version, where: str | None = None) -> None:
     """Raise Expired if the version was signed for a time that is over."""
     if is_over(version.expires_at):
-        fix = "register it again with a later date: tunesmith register --expires TIME"
+        fix = NextStep("register it again with a later date", "register", expires=...)
         raise Expired(f"expired on {version.expires_at}", where=where or version.label, fix=fix)
 
 
@@ -261,7 +261,7 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
         raise Refused(
             f"the verdict on {verdict.body.get('name')} is {verdict.body.get('verdict')}: {_failed(verdict)}",
             where=where,
-            fix="improve the candidate; an admin may register it with --override REASON, which the version states",
+            fix=NextStep("improve the candidate; an admin may register it by an override", "register", override=...),
         )
 
 
@@ -282,7 +282,7 @@ def check_replay(store: Store, verdict: str) -> dict[str, str]:
         raise Refused(
             f"the verdict does not follow from the evaluation's scores{why}",
             where=store.record_where(verdict),
-            fix="evaluate and judge the candidate: tunesmith gate",
+            fix=NextStep("evaluate and judge the candidate", "gate"),
         )
     return gone_gates(store.record(verdict, kind="verdict").body["gates"])
 

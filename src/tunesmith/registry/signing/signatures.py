@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import canonical, digest_file
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import room_for, sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
@@ -72,7 +72,7 @@ def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
         raise Refused(
             f"signed with a key that is not trusted here ({hint[:12]})",
             where=str(path),
-            fix="have its owner enrol it (tunesmith keys enrol), or verify with the right list (--trust)",
+            fix=NextStep("have its owner enrol it, or verify with the list that has it", "keys enrol"),
         )
     _check_cryptography(folder, key)
     _check_statement(folder, statement)
@@ -85,7 +85,7 @@ def check_in_time(key: TrustedKey, digest: str, where: str) -> None:
         raise Untrusted(
             f"signed with {key.user}'s key {key.label}, which was {key.status} before",
             where=where,
-            fix="sign it again with an active key: tunesmith register, tunesmith approve",
+            fix="register or approve it again with an active key",
         )
 
 

@@ -45,12 +45,12 @@ class ConsoleRoute(APIRoute):
                 response = problem(request, error.status_code, str(error.detail), "")
             except (Refused, UsageError, Inconclusive) as error:
                 status = 403 if isinstance(error, Forbidden) else 404 if isinstance(error, NotThere) else 409
-                response = problem(request, status, error.what, _fix(error))
+                response = problem(request, status, error.what, error.fix)
             except TunesmithError as error:
                 # Not the request's own path: it may hold a link's secret.
                 LOG.error("%s %s raised", request.method, self.path, exc_info=error)
                 what = "The database or store cannot be used now." if passes(error) else error.what
-                response = problem(request, 503, what, _fix(error))
+                response = problem(request, 503, what, error.fix)
             if (secret := getattr(request.state, "new_cookie", None)) is not None:
                 set_cookie(request, response, secret)
             return response
@@ -84,7 +84,7 @@ def local_page(where: str) -> str:
     return where if _OWN_PATH.fullmatch(where) else "/"
 
 
-def problem(request: Request, status: int, what: str, fix: str) -> Response:
+def problem(request: Request, status: int, what: str, fix: str | None) -> Response:
     """What went wrong, and what to do next."""
     template = "notice.html.jinja" if is_part(request) else "problem.html.jinja"
     return html(template, {"status": status, "what": what, "fix": fix}, status)
@@ -95,9 +95,3 @@ def _to_login(request: Request) -> Response:
         return Response(status_code=401, headers={"HX-Redirect": LOGIN, "Cache-Control": "no-store"})
     where = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return RedirectResponse(f"{LOGIN}?next={quote(where)}", 303, headers={"Cache-Control": "no-store"})
-
-
-def _fix(error: TunesmithError) -> str:
-    """What to do next, unless it names an option of the command line."""
-    fix = error.fix or ""
-    return "" if "--" in fix else fix

@@ -51,7 +51,7 @@ def time_stamp(url: str, message: bytes, roots: Sequence[x509.Certificate]) -> t
     try:
         return encoded, check(encoded, message, roots, nonce=built.nonce)
     except ValueError as error:
-        fix = "check the address, and the root certificates of --tsa-roots"
+        fix = "check the address, and the authority's root certificates"
         raise Refused(f"the authority's time stamp does not verify: {error}", where=url[:200], fix=fix) from error
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Forbidden, NotThere, Refused, UsageError
+from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name, check_new_name
 from tunesmith.store import audit, database
@@ -93,13 +93,13 @@ class User(BaseModel):
     def require(self, action: str) -> None:
         """Raise Forbidden where they may not do an action."""
         if not self.active:
-            raise Forbidden(f"{self.name} is deactivated", where=action, fix="act as another (--as)")
+            raise Forbidden(f"{self.name} is deactivated", where=action, fix="act as another user")
         if not self.may(action):
             able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
             raise Forbidden(
                 f"{self.name} may not do this: it takes {able}, they are {', '.join(self.roles)}",
                 where=action,
-                fix="act as a user who may (--as), or have an admin change their roles",
+                fix="act as a user who may, or have an admin change their roles",
             )
 
     @property
@@ -136,7 +136,7 @@ def ensure_owner(store: Store) -> User:
         if first_user(session) is not None:  # another process added one
             raise _AlreadyThere
         if session.scalars(select(UserRow).limit(1)).first() is not None:
-            raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
+            raise Refused("the store has users whom the audit log does not know", fix="verify the audit log")
         row = UserRow(name=name, roles=["admin", "engineer"], tenant="", region="", groups=[], active=True)
         session.add(row)
         detail["user"] = state(row)
@@ -152,7 +152,7 @@ def require(where: Store | Session, user: str, action: str, *, scope: Scope = Sc
         row = session.get(UserRow, user)
         found = _user(row) if row else None
     if found is None:
-        raise Forbidden(f"{_shown(user)} is not a user", where=action, fix="act as another (--as)")
+        raise Forbidden(f"{_shown(user)} is not a user", where=action, fix="act as another user")
     found.require(action)
     if not found.scope.covers(scope):
         own = "/".join(part or "*" for part in (found.tenant, found.region))
@@ -199,7 +199,7 @@ def add_user(
     given, member_of = _roles(roles), _groups(groups)
     with changing(store, actor, "user.add", name) as (session, detail):
         if session.get(UserRow, name) is not None:
-            raise UsageError(f"there is already a user {name}", fix="tunesmith users roles changes theirs")
+            raise UsageError(f"there is already a user {name}", fix=NextStep("change their roles", "users roles"))
         check_new_name(name, session.scalars(select(UserRow.name)))
         row = UserRow(name=name, roles=given, **scope.fields(), groups=member_of, active=True)
         session.add(row)
@@ -251,7 +251,7 @@ def check_new_key(session: Session, name: str, fingerprint: str) -> None:
     known = session.get(KeyRow, fingerprint)
     if known is not None:
         whose = f"this key is {known.user}'s" + ("" if known.status == "active" else f" and was {known.status}")
-        raise Refused(whose, where=name, fix="make another one: tunesmith keys create")
+        raise Refused(whose, where=name, fix=NextStep("make another one", "keys create"))
 
 
 def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_by: str = "") -> None:
@@ -376,7 +376,7 @@ def user_row(session: Session, name: str) -> UserRow:
 
 
 def _no_user(name: str) -> NotThere:
-    fix = "tunesmith users list, tunesmith users add"
+    fix = NextStep("list the users, or add this one", "users list")
     return NotThere(f"there is no user {_shown(name)}", fix=fix, code="user_not_found")
 
 
@@ -409,7 +409,7 @@ def _keep_an_admin(session: Session) -> None:
     if not any(user.may("user.change") and user.scope == Scope() for user in list_users(session)):
         raise Refused(
             "this would leave the store without an admin of all tenants and regions",
-            fix="give another user without --tenant and --region that role first",
+            fix="first give that role to another user of all tenants and regions",
         )
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.store import database
 from tunesmith.store.people.identities import User, changing, check_new_key
 from tunesmith.store.people.sessions import link_maker
@@ -125,5 +125,5 @@ def _find(store: Store, name: str, fingerprint: str) -> ProposedKey:
     raise UsageError(
         f"no key of {name} waits under this fingerprint",
         where=name,
-        fix=f"compare it again with what {name} reads on their page My keys; tunesmith keys list",
+        fix=NextStep(f"compare it again with what {name} reads on their page My keys", "keys list"),
     )

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import day
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import NotThere, Refused, UsageError
+from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
 from tunesmith.core.text.names import check_name
 from tunesmith.store import database
 from tunesmith.store.people import identities
@@ -68,10 +68,7 @@ class Token(BaseModel):
 
     def lacks(self, *needed: TokenScope) -> str:
         """What to say where it has none of these scopes."""
-        return (
-            f"the token {self.name} of {self.user} has no scope {' or '.join(needed)}, only {', '.join(self.scopes)}. "
-            f"`tunesmith users token {self.user} --name NAME --scope {needed[0]}` makes one that has it"
-        )
+        return f"the token {self.name} of {self.user} has no scope {' or '.join(needed)}, only {', '.join(self.scopes)}"
 
     def covers(self, scopes: Iterable[str]) -> bool:
         """Whether it permits everything that a token with these scopes permits."""
@@ -116,10 +113,12 @@ def issue_token(
         if name != FIRST and name in (row.name for row in live):
             raise UsageError(
                 f"{user} already has a token {name}",
-                fix=f"choose another name, or tunesmith users revoke-token {user} {name}",
+                fix=NextStep("choose another name, or revoke that one", "users revoke-token", user=user, name=name),
             )
         if len(live) >= _MOST:
-            raise Refused(f"{user} has {_MOST} tokens that work", fix="revoke some: tunesmith users revoke-token")
+            raise Refused(
+                f"{user} has {_MOST} tokens that work", fix=NextStep("revoke some", "users revoke-token", user=user)
+            )
         for row in owner.tokens:
             if row.name == name:
                 session.delete(row)
@@ -158,7 +157,7 @@ def authenticate(where: Store | Session, secret: str, *, now: float | None = Non
             return None
         token, user = _token(row), get_user(session, owner.name)
     if token.status(time_or_now(now)) != "active":
-        raise Refused(token.ended, fix=f"tunesmith users token {token.user} makes another one")
+        raise Refused(token.ended, fix=NextStep("have another one made", "users token", user=token.user))
     return Caller(user, token, digest)
 
 
@@ -194,7 +193,7 @@ def _row(session: Session, user: str, name: str) -> TokenRow:
     query = select(TokenRow).where(TokenRow.user == get_user(session, user).name, TokenRow.name == name)
     row = session.scalars(query).first()
     if row is None:
-        fix = f"tunesmith users tokens {user}"
+        fix = NextStep("list the tokens", "users tokens", user=user)
         raise NotThere(f"{user} has no token of that name", fix=fix, code="token_not_found")
     return row
 

@@ -100,7 +100,7 @@ def keys_of_users(session: Session) -> tuple[TrustedKey, ...]:
 
 def read_trust(path: Path) -> tuple[TrustedKey, ...]:
     """Read a list of keys. Raises Refused if it is missing, damaged or gives one key to two users."""
-    fix = "restore it, or give your own copy with --trust FILE"
+    fix = "restore it, or give your own copy"
     try:
         items = parse_json(read_text_file(path, "the list"))
         if not isinstance(items, list):

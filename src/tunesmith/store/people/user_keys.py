@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.text.names import check_name
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User, add_key, changing, get_user, state, user_row
@@ -50,7 +50,7 @@ def enrol_key(
             raise Refused(f"{name} is deactivated", fix="add a new user")
         given = check_name(label, "key label") if label else next_label(get_user(session, name))
         if given in {key.label for key in row.keys}:
-            raise UsageError(f"{name} has a key {given} already", where=name, fix="give the new key another --label")
+            raise UsageError(f"{name} has a key {given} already", where=name, fix="give the new key another label")
         if row.keys:
             _require_proof(session, row, actor, proof)
         add_key(session, row, public_key, given, proof.key if proof else "")
@@ -85,7 +85,7 @@ def revoke_key(store: Store, name: str, label: str, *, since: datetime | int, ac
     """
     if isinstance(since, datetime) and since > now():
         raise UsageError(
-            "a key cannot be revoked from a time in the future on", fix="tunesmith keys retire ends it now"
+            "a key cannot be revoked from a time in the future on", fix=NextStep("end it now", "keys retire")
         )
     with changing(store, actor, "user.key.revoke", name) as (session, detail):
         row = user_row(session, name)
@@ -94,7 +94,7 @@ def revoke_key(store: Store, name: str, label: str, *, since: datetime | int, ac
         until = _first_entry(session, since) if isinstance(since, datetime) else since
         if not 1 <= until <= newest + 1:
             raise UsageError(
-                f"the audit log has no entry {until}", fix=f"give one of 1 to {newest}: tunesmith audit show"
+                f"the audit log has no entry {until}", fix=NextStep(f"give one of 1 to {newest}", "audit show")
             )
         if key.status == "revoked" and (key.until or 0) <= until:
             raise UsageError(f"the key {label} of {name} was revoked from entry {key.until} on already", where=name)

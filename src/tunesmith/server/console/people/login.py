@@ -65,6 +65,4 @@ async def logout(request: Request, viewer: Changing) -> Response:
 
 
 def _ended() -> ApiError:
-    return ApiError(
-        404, "This link was used or has ended. `tunesmith login-link` prints another one.", code="link_ended"
-    )
+    return ApiError(404, "This link was used or has ended. Ask for another one.", code="link_ended")
