@@ -3,11 +3,16 @@
     python benchmarks/mutations.py draw --count 150 --output changes.json
     python benchmarks/mutations.py trace changes.json --output reached.json         # one run of all tests
     python benchmarks/mutations.py run changes.json reached.json --output caught.json
+    python benchmarks/mutations.py attacks                                          # an hour or more
 
 `draw` picks changes by a fixed seed. `--also TREE` keeps those only that another checkout has too, so that the tests
 of two revisions can be compared by the same changes. `trace` runs all tests in a copy of the tree in which each drawn
 line reports the test that reaches it, in child processes as well. `run` makes each change in a copy and runs the tests
 that reach it, the quickest first, a minute of them at most.
+
+`attacks` shows that each row of `make attack` can fail. `attack_changes.json` names for each row a change that removes
+or weakens its defence, and a test of the row that must fail under it. `and`: a second line, where two defences stand
+behind each other. `hangs`: the test does not end without its defence, which is the proof.
 """
 
 from __future__ import annotations
@@ -74,6 +79,15 @@ def pytest_runtest_logreport(report):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         with open(os.path.join({folder!r}, "durations"), "a") as file:
             file.write(repr((report.nodeid, report.when, report.outcome, report.duration)) + "\\n")
+"""
+
+
+ROWS = """
+import json
+def pytest_collection_finish(session):
+    marks = [item.get_closest_marker("attack") for item in session.items]
+    with open("rows.json", "w") as file:
+        json.dump(sorted({" :: ".join(mark.args[:2]) for mark in marks}), file)
 """
 
 
@@ -273,25 +287,29 @@ def _apart(path: str, test: str) -> int:
     return len(set(re.findall(r"[a-z]+", path)) - set(re.findall(r"[a-z]+", test.partition("::")[0])))
 
 
-def run_one(change: dict, tests: list[str], tree: Path) -> str:
+def run_one(change: dict, tests: list[str], tree: Path, seconds: float = SECONDS * 4) -> str:
     """ "caught", "missed", "hangs" (counts as caught), "unreached" or "not run"."""
     if not tests:
         return "unreached"
-    path = tree / change["path"]
-    text = path.read_text()
-    lines = text.splitlines(keepends=True)
-    number = _place(change, text) - 1
-    lines[number] = lines[number].replace(change["line"], change["changed"])
-    path.write_text("".join(lines))
+    before: dict[Path, str] = {}
+    for one in (change, *([change["and"]] if "and" in change else [])):
+        path = tree / one["path"]
+        text = path.read_text()
+        lines = text.splitlines(keepends=True)
+        number = _place(one, text) - 1
+        lines[number] = lines[number].replace(one["line"], one["changed"])
+        before.setdefault(path, text)
+        path.write_text("".join(lines))
     (tree / "chosen.txt").write_text("\n".join(tests))
     command = [str(tree / ".venv/bin/python"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0"]
     try:
         done = subprocess.run([*command, "@chosen.txt"], cwd=tree, capture_output=True, text=True, check=False,
-                              timeout=SECONDS * 4, env={**os.environ, "CI": "true"})  # fmt: skip
+                              timeout=seconds, env={**os.environ, "CI": "true"})  # fmt: skip
     except subprocess.TimeoutExpired:
         return "hangs"
     finally:
-        path.write_text(text)
+        for path, text in before.items():
+            path.write_text(text)
     if done.returncode not in (0, 1, 2):  # pytest itself failed, which says nothing of the change
         print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
         return "not run"
@@ -333,6 +351,31 @@ def run(changes: list[dict], traced: dict, tree: Path, output: Path, workers: in
     print(f"{caught} of {len(results)} changes are caught ({caught / len(results):.1%}): {dict(counts)}")
 
 
+def attacks(changes: dict[str, dict], tree: Path) -> int:
+    """Make the change of each row of `make attack` and run its test; returns how many rows are not shown to fail."""
+    folder = _copy(tree)
+    (folder / "attack_rows.py").write_text(ROWS)
+    command = [str(folder / ".venv/bin/python"), "-m", "pytest", "-p", "attack_rows", "-m", "attack", "-n", "0"]
+    subprocess.run([*command, "-q", "--collect-only"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, "PYTHONPATH": str(folder)})  # fmt: skip
+    waiting = folder / "tests" / "waiting.py"  # what does not happen without a defence is waited for
+    waiting.write_text(waiting.read_text().replace("SECONDS = 600.0", f"SECONDS = {2 * SECONDS}"))
+    rows, wrong = json.loads((folder / "rows.json").read_text()), 0
+    for row in sorted({*rows, *changes}):
+        hangs = changes.get(row, {}).get("hangs", False)
+        if row not in changes or row not in rows:
+            outcome = "has no change" if row in rows else "is no row any more"
+        else:
+            try:
+                outcome = run_one(changes[row], [changes[row]["test"]], folder, SECONDS * (4 if hangs else 20))
+            except ValueError as error:  # the line is another one now
+                outcome = str(error)
+        wrong += outcome != ("hangs" if hangs else "caught")
+        print(f"{outcome}: {row}", flush=True)
+    print(f"{wrong} of {len(rows)} rows are not shown to fail")
+    return wrong
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,7 +396,10 @@ def main() -> None:
             two.add_argument("--workers", type=int, default=2)
     for each in commands.choices.values():
         each.add_argument("--output", type=Path, required=True)
+    commands.add_parser("attacks")
     given = parser.parse_args()
+    if given.command == "attacks":
+        sys.exit(attacks(json.loads((ROOT / "benchmarks" / "attack_changes.json").read_text()), ROOT) > 0)
     if given.command == "draw":
         given.output.write_text(json.dumps(draw(given.count, given.seed, given.also, given.skip), indent=1))
         return

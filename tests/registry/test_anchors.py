@@ -118,7 +118,7 @@ def test_a_rewritten_log_is_noticed(store: Store, tmp_path: Path, happened: Happ
     rewrite(store, {})
     assert verify_audit(store).ok
     found = reasons(store, place)
-    assert "the log was rewritten" in found
+    assert "is not the one that the anchor of" in found
     assert "is of another store" in found
     happened("noticed")
 

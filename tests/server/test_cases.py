@@ -211,7 +211,9 @@ def test_what_has_expired_is_gone(keep: StartServer, monkeypatch: pytest.MonkeyP
     assert served.feedback(answer, expected=WRONG, keep=True).json()["kept"] is True
     until(lambda: not list((root / "cases").glob("*.json")))
     (row,) = served.rows()
-    assert datetime.fromisoformat(row.at) + timedelta(seconds=seconds) <= datetime.now().astimezone()
+    until_when = CaseKeeper(served.scene.store, CaseSettings(days=seconds / 86_400), Privacy()).until(row.at)
+    promised = datetime.fromisoformat(row.at) + timedelta(seconds=seconds)
+    assert promised == datetime.fromisoformat(until_when) <= datetime.now().astimezone()
     until(lambda: bool(_audited(served, "cases.expire")))
     assert _holding(root, "zebra") == []
     (entry,) = _audited(served, "cases.expire")
