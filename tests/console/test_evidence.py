@@ -59,7 +59,7 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     follow(page.get_by_role("link", name="Evidence").first)
     follow(page.locator("tbody th a").first)
     expect(page.get_by_role("heading", level=1)).to_contain_text("pass")
-    expect(page.get_by_role("heading", name="Risks of tuning tuned")).to_be_visible()
+    expect(page.get_by_role("heading", name="Risks of tuning")).to_be_visible()
 
     follow(page.get_by_role("link", name="Requests by candidates"))
     expect(page.locator(".matrix tbody tr a").first).to_be_visible()
@@ -85,6 +85,12 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     expect(page.get_by_text("60 of 60")).to_be_visible()
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_text("59 of 60")).to_be_visible()
+
+    store = served.scene.store
+    record = store.record(evaluated.evaluation)
+    old = store.put_record(record.model_copy(update={"body": {k: v for k, v in record.body.items() if k != "seed"}}))
+    page.goto(f"{served.url}/console/evidence/{old[7:]}")
+    expect(page.locator("#findings")).to_contain_text("the evaluation states no 'seed'")
 
 
 @pytest.mark.attack("people", "an answer that repeats a document which the reader may not see")

@@ -15,6 +15,7 @@ from tunesmith.core.view import View
 from tunesmith.data.building.summary import DatasetSummary
 from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.planning import Plan
+from tunesmith.evaluation.report import PAGE
 from tunesmith.evaluation.summary import (
     AnswerPrice,
     EvaluationSummary,
@@ -194,6 +195,18 @@ def report_html(found: EvidenceReport) -> str:
     from tunesmith.evaluation.report.html import render
 
     return render(found.document())
+
+
+def report_sections(found: EvidenceReport, requests: str) -> str:
+    """A report's sections as HTML that wears the sheets of `style_sheets`. requests: address of its requests."""
+    from tunesmith.evaluation.report.html import render_sections
+
+    return render_sections(found.document(), requests)
+
+
+def style_sheets() -> dict[str, Path]:
+    """The style sheets of reports by name. The console's pages share them."""
+    return {sheet.name: sheet for sheet in PAGE.glob("*.css")}
 
 
 def report_text(found: EvidenceReport) -> str:

@@ -241,13 +241,16 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
     """What the report computes of an evaluation, without requests, answers, versions and audit log.
 
     Groups of rows, whose names may say whose rows they hold, are for readers of all tenants and regions. Takes seconds
-    the first time. Raises NotThere as `show_evaluation` does, and Refused for evidence that is not consistent.
+    the first time. Raises NotThere as `show_evaluation` does, and Refused for evidence that is not consistent or does
+    not state what a report shows.
     """
     page = show_evaluation(store, user, digest, verdict)
     try:
         found = _findings(store, digest, None if page.verdict is None else page.verdict.digest)
     except Inconclusive as error:
         raise Refused(error.what, where=error.where, fix=error.fix) from error
+    except KeyError as error:
+        raise Refused(f"the evaluation states no {error}") from error
     groups = user.may(READ_PERMISSION) and user.scope == Scope()
     return found if groups else found.model_copy(update={"by_group": None})
 

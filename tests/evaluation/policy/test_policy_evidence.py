@@ -27,8 +27,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
-from tunesmith.server.console.rendering import rendered
-from tunesmith.services.evaluations import version_report
+from tunesmith.services.evaluations import report_sections, version_report
 from tunesmith.services.evidence import show_findings
 from tunesmith.store.people.identities import acting, add_user
 from tunesmith.store.records import Record
@@ -184,7 +183,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
     draw_verdict(console, verdict_summary(made.store, verdict))
     operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
     found = show_findings(made.store, operator, digest, verdict)
-    page = rendered("evidence_findings.html.jinja", {"found": found, "digest": digest, "compared": ""})
+    page = report_sections(found, "")
     for text in (console.export_text(), page):
         for said in ("2 decide nothing", "requests are those of other checks", "No gate holds candidates to manners"):
             assert said in text

@@ -128,7 +128,7 @@ def test_approach_ladder_climbs_only_where_intervals_say_so(told: dict[str, Any]
 def test_page_and_markdown_are_whole_and_say_it_all(told: dict[str, Any]) -> None:
     html = render(told)
     check_whole(html)
-    for said in ("Price against quality", "Which approach helps", "Lift by group", "Macro-F1", "EUR"):
+    for said in ("Up and to the left", "What each approach adds", "Difference by group", "Macro-F1", "EUR"):
         assert said in html
     assert "Saved per 1,000 requests" in html
     said = " ".join(told["advice"]["reasons"] + told["advice"]["cautions"])

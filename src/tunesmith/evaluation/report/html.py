@@ -1,7 +1,7 @@
-"""The report as one self-contained HTML page, for an approver and for a statistician.
+"""The evidence as HTML: the report, one self-contained page, and its sections for the console's page of an evaluation.
 
 Text from models and data sets is untrusted: the template escapes it, invisible and reordering characters are written
-out, and the page's content security policy forbids scripts and external resources.
+out, and the content security policy of both pages forbids inline scripts and resources of others.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ from tunesmith.store.audit_words import audit_words
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page. data: as report_data returns it."""
+    """The report. data: as report_data returns it."""
+    return _filled("report.html.jinja", data, whole=True, requests="")
+
+
+def render_sections(data: Mapping[str, Any], requests: str) -> str:
+    """The report's sections. requests: address of the console's requests by candidates, with a query."""
+    return _filled("evidence.html.jinja", data, whole=False, requests=requests)
+
+
+def _filled(template: str, data: Mapping[str, Any], **more: Any) -> str:
     by_name = {row["name"]: row for row in data["candidates"]}
-    return _environment().get_template("report.html.jinja").render(**data, by_name=by_name)
+    return _environment().get_template(template).render(**data, by_name=by_name, **more)
 
 
 @cache

@@ -10,9 +10,10 @@ from fastapi import Request, Response
 
 from tunesmith.server.api.routing import Page
 from tunesmith.server.console.people.session import Looking, Viewer
+from tunesmith.server.console.rendering import private
 from tunesmith.server.console.routing import router
 from tunesmith.services import evidence, held_out_requests
-from tunesmith.services.evaluations import READ_PERMISSION
+from tunesmith.services.evaluations import READ_PERMISSION, report_sections
 from tunesmith.services.evidence import EvaluationPage
 
 routes = router()
@@ -42,28 +43,19 @@ async def listed(viewer: Looking, page: Page = 1) -> Response:
 
 @routes.get(_AT + "/{digest}")
 async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
-    """One evaluation: its candidates, its gates and their numbers."""
+    """One evaluation. What it showed is fetched by the page: computing it for the first time takes seconds."""
     found = await shown(viewer, digest, verdict)
-    primary = found.summary.primary
-    names = sorted(found.summary.candidates, key=lambda name: (-found.summary.candidates[name][primary].mean, name))
-    return viewer.page(
-        "evidence_evaluation.html.jinja", found=found, names=names, digest=digest, compared=urlencode(_compared(found))
-    )
+    compared = urlencode(_compared(found))
+    return viewer.page("evidence_evaluation.html.jinja", found=found, digest=digest, compared=compared)
 
 
 @routes.get(_AT + "/{digest}/findings")
 async def findings(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
-    """What takes seconds to compute: advice, differences, approaches, groups, risks, policy and style."""
-    page = await shown(viewer, digest, verdict)
-    found = await viewer.run(
-        partial(evidence.show_findings, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
-    )
-    return viewer.page(
-        "evidence_findings.html.jinja",
-        found=found,
-        digest=digest,
-        compared=urlencode(_compared(page)),
-    )
+    """The sections of the report, without requests and answers. Computing them takes seconds."""
+    show = partial(evidence.show_findings, viewer.store, viewer.user, _full(digest), verdict and _full(verdict))
+    found = await viewer.run(show)
+    chosen = urlencode({"focus": found.focus, "rival": found.rival or ""})
+    return private(await viewer.run(partial(report_sections, found, f"{_AT}/{digest}/requests?{chosen}")))
 
 
 @routes.get(_AT + "/{digest}/requests")
@@ -132,9 +124,8 @@ async def lost(viewer: Viewer, version: str, before: str = "") -> dict[str, str]
 
 async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPage:
     """The evaluation of an address. Raises NotThere where this person sees none."""
-    return await viewer.run(
-        partial(evidence.show_evaluation, viewer.store, viewer.user, _full(digest), _full(verdict) if verdict else None)
-    )
+    show = partial(evidence.show_evaluation, viewer.store, viewer.user, _full(digest), verdict and _full(verdict))
+    return await viewer.run(show)
 
 
 def _chosen(request: Request) -> dict[str, str]:

@@ -16,9 +16,10 @@ from markupsafe import Markup
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import json_text, printable
 from tunesmith.core.text.wording import count, money
+from tunesmith.services.evaluations import style_sheets
 from tunesmith.store.audit_words import audit_words
 
-STATIC = Path(__file__).parent / "static"
+FILES = {file.name: file for file in (Path(__file__).parent / "static").iterdir()} | style_sheets()
 # No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -68,7 +69,7 @@ def rendered(template: str, data: Mapping[str, Any]) -> str:
 @cache
 def asset(name: str) -> str:
     """The URL of a static file. It changes with the file, so that browsers may keep what they have."""
-    return f"/console/static/{name}?v={digest_bytes((STATIC / name).read_bytes())[7:19]}"
+    return f"/console/static/{name}?v={digest_bytes(FILES[name].read_bytes())[7:19]}"
 
 
 def moment(at: float | str | None) -> str:

@@ -10,12 +10,11 @@ from fastapi.responses import FileResponse, RedirectResponse
 from tunesmith.server.access import PUBLIC
 from tunesmith.server.console import changes, evidence, forms, home, jobs, operations, playground, rollouts, versions
 from tunesmith.server.console.people import login, oidc
-from tunesmith.server.console.rendering import HEADERS, STATIC
+from tunesmith.server.console.rendering import FILES, HEADERS
 from tunesmith.server.console.routing import router
 from tunesmith.server.console.rows import datasets, review
 from tunesmith.server.errors import missing
 
-_FILES = {file.name: file for file in STATIC.iterdir() if file.is_file()}
 _KEPT = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}
 
 own = router()
@@ -30,9 +29,9 @@ async def console() -> Response:
 @own.get("/console/static/{name}", dependencies=[PUBLIC])
 async def static(name: str) -> Response:
     """A file that ships with the console. Pages name it with a digest, so that browsers may keep it."""
-    if name not in _FILES:
+    if name not in FILES:
         raise missing("page")
-    return FileResponse(_FILES[name], media_type=mimetypes.guess_type(name)[0] or "text/plain", headers=_KEPT)
+    return FileResponse(FILES[name], media_type=mimetypes.guess_type(name)[0] or "text/plain", headers=_KEPT)
 
 
 last = router()

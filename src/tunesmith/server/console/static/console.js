@@ -83,9 +83,10 @@ document.addEventListener("submit", (event) => {
   if (asked && !window.confirm(asked)) event.preventDefault();
 });
 
-// What went wrong is said next to the button that was pressed.
+// What went wrong is said next to the button that was pressed, or in the place of the part that a page waits for.
 function noticeAt(by) {
   const notice = document.getElementById("notice");
+  if (by && by.matches("[hx-trigger=load]")) by.replaceChildren(notice);
   const form = by && (by.closest("form") || by);
   if (form && form.matches("form, button")) form.after(notice);
   return notice;
