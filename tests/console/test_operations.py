@@ -31,9 +31,9 @@ from tunesmith.registry.signing.keys import read_public_key
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.commands import abort
 from tunesmith.services import audit, home, monitoring, users, webhooks
+from tunesmith.services.actions import audit_words
 from tunesmith.services.home import Home
 from tunesmith.store import database
-from tunesmith.store.audit_words import audit_words
 from tunesmith.store.people.identities import add_user, get_user
 from tunesmith.store.people.proposed_keys import propose_key
 from tunesmith.store.people.tokens import issue_token

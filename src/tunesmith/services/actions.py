@@ -7,14 +7,16 @@ endpoints of the console; commands call the function with the same request (`cli
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from tunesmith import services
 from tunesmith.core.errors import Forbidden, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
@@ -30,11 +32,33 @@ Short = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]
 Named = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 Digest = Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
 
-# The modules whose actions are listed.
-_NOUNS = (
-    "audit", "datasets", "decisions", "held", "jobs", "keys", "monitoring", "retraining", "review",
-    "rollouts", "users", "versions", "webhooks",
-)  # fmt: skip
+# What other entries of the audit log say, which several actions or the server itself write.
+_ENTRIES = {
+    "alias.set": "changed which version an alias names",
+    "answer.expire": "ended the wait for a decision on a held answer",
+    "answer.refuse": "refused a held answer",
+    "answer.release": "released a held answer",
+    "answer.replace": "replaced a held answer",
+    "cases.expire": "deleted kept requests that were too old",
+    "cases.withdraw": "withdrew a kept request",
+    "champion.refused": "stopped serving a champion",
+    "champion.restored": "served a champion again",
+    "file.add": "uploaded a file",
+    "file.delete": "deleted a file",
+    "job.end": "ended a job",
+    "rollout.clock": "found that the clock was set back",
+    "rollout.override": "overrode a check of the rollout",
+    "rollout.pass": "found that the canary passed its analysis",
+    "rollout.pause": "paused the rollout",
+    "rollout.weight": "set the canary's share of requests",
+    "session.end": "logged out",
+    "session.open": "logged in",
+    "store.backup": "backed up the store",
+    "store.migrate": "migrated the store",
+    "store.restore": "restored the store",
+    "test.use": "used test rows",
+    "user.key": "enrolled a key",
+}
 
 
 class Request(BaseModel):
@@ -88,14 +112,16 @@ def acting_in(project: Project, actor: str | None = None) -> Acting:
 class Action(Generic[Asked, Result]):
     """An action. Call it as its function: who acts, and the request.
 
-    name: also of its audit entry, if it writes one. permission: of roles. tokens: the scopes of which a token needs
-    one; any token where none is listed. at: its path under /api, with fields of the request in braces; "" for what
-    commands alone do. whole: only for users of all tenants and regions. form: the console offers it. api: so does /api,
-    if it has a path. refused: the code of a refusal. reads_files: it takes longer than a transaction does.
+    name: also of its audit entry, if it writes one. says: what that entry says, such as "paused the rollout".
+    permission: of roles. tokens: the scopes of which a token needs one; any token where none is listed. at: its path
+    under /api, with fields of the request in braces; "" for what commands alone do. whole: only for users of all
+    tenants and regions. form: the console offers it. api: so does /api, if it has a path. refused: the code of a
+    refusal. reads_files: it takes longer than a transaction does.
     """
 
     does: Callable[[Acting, Asked], Result]
     name: str
+    says: str
     permission: str | None
     tokens: tuple[TokenScope, ...]
     at: str
@@ -151,6 +177,7 @@ _LISTED: dict[str, Action[Any, Any]] = {}
 def action(
     name: str,
     *,
+    says: str = "",
     permission: str | None = None,
     tokens: tuple[TokenScope, ...] = (),
     at: str = "",
@@ -164,7 +191,7 @@ def action(
     """List a function as an action. The parameters are the fields of Action."""
 
     def listed(does: Callable[[Acting, Asked], Result]) -> Action[Asked, Result]:
-        found = Action(does, name, permission, tokens, at, method, whole, form, api, refused, reads_files)
+        found = Action(does, name, says, permission, tokens, at, method, whole, form, api, refused, reads_files)
         _LISTED[name] = found
         return found
 
@@ -172,7 +199,17 @@ def action(
 
 
 def all_actions() -> Iterator[Action[Any, Any]]:
-    """Every action, by module and in the order of its functions."""
-    for noun in _NOUNS:
-        importlib.import_module(f"tunesmith.services.{noun}")
+    """Every action of the modules beside this one."""
+    for module in pkgutil.iter_modules(services.__path__):
+        importlib.import_module(f"tunesmith.services.{module.name}")
     yield from _LISTED.values()
+
+
+@cache
+def _entries() -> Mapping[str, str]:
+    return _ENTRIES | {each.name: each.says for each in all_actions() if each.says}
+
+
+def audit_words(entry: str) -> str:
+    """What somebody did, such as "paused the rollout". An entry of a later release keeps its name."""
+    return _entries().get(entry, entry)

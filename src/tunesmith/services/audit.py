@@ -108,7 +108,7 @@ class VerifyAudit(Request):
     """The log, as it is on the server."""
 
 
-@action(_ANCHOR, permission=_ANCHOR)
+@action(_ANCHOR, says="anchored the audit log", permission=_ANCHOR)
 def anchor(acting: Acting, asked: AnchorAudit) -> Anchored:
     """Write the newest entry of the log to a place outside the store.
 

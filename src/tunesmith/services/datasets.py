@@ -216,8 +216,8 @@ def croissant(store: Store, dataset: str, name: str) -> tuple[str, str]:
 
 
 @action(
-    "data.sign", permission="data.sign", tokens=("rows",), at="/datasets/{dataset}/sign-offs", whole=True, form=True,
-    reads_files=True,
+    "data.sign", says="signed off a dataset version", permission="data.sign", tokens=("rows",),
+    at="/datasets/{dataset}/sign-offs", whole=True, form=True, reads_files=True,
 )  # fmt: skip
 def sign(acting: Acting, asked: SignDataset) -> SignedDataset:
     """Verify a dataset version and sign it off as its steward."""

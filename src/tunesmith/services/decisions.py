@@ -108,13 +108,13 @@ class RecordedDecision(View):
     marks: tuple[str, ...] = ()
 
 
-@action("version.approve", permission="version.approve")
+@action("version.approve", says="approved a version", permission="version.approve")
 def approve(acting: Acting, asked: ApproveVersion) -> RecordedDecision:
     """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
     return _signed_here(acting, asked, "approve")
 
 
-@action("version.refuse", permission="version.approve")
+@action("version.refuse", says="refused a version", permission="version.approve")
 def refuse(acting: Acting, asked: RefuseVersion) -> RecordedDecision:
     """Refuse a version with the actor's signature: it serves no request until as many people approve it again as its
     risk class takes.

@@ -30,6 +30,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version, resolve
+from tunesmith.services.actions import audit_words
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import recalled
@@ -153,11 +154,11 @@ def compare_candidates(project: Project, first: str, second: str) -> Comparison:
 
 def report(project: Project, version: str | None = None) -> EvidenceReport:
     """The evidence for a version, by default for the last evaluation: what the report page shows."""
-    from tunesmith.evaluation.report.data import release_trail, report_data
+    from tunesmith.evaluation.report.data import report_data
 
     measured, judged, digest = _reported(project, version)
     name = project.store.record(digest).body["name"] if digest else project.settings.name
-    data = report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
+    data = report_data(project.store, measured, judged, digest, _trail(project.store, name, digest))
     return EvidenceReport.model_validate(data)
 
 
@@ -167,11 +168,11 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
     Only people of all tenants and regions see texts, groups of rows, and other versions of the name in the trail.
     Raises Refused for an evaluation that does not state what a report shows.
     """
-    from tunesmith.evaluation.report.data import release_trail, report_data
+    from tunesmith.evaluation.report.data import report_data
 
     everything = user.scope == Scope()
     texts = texts and everything and user.may(READ_PERMISSION)
-    trail = release_trail(store, version.name if everything else version.label, version.digest)
+    trail = _trail(store, version.name if everything else version.label, version.digest)
     try:
         data = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     except KeyError as error:
@@ -180,6 +181,12 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
         texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
     shown = data if texts else without_texts(data)
     return EvidenceReport.model_validate(shown if everything else {**shown, "by_group": None})
+
+
+def _trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
+    from tunesmith.evaluation.report.data import release_trail
+
+    return [{**entry, "does": audit_words(entry["action"])} for entry in release_trail(store, name, version)]
 
 
 def without_texts(data: Mapping[str, Any]) -> dict[str, Any]:

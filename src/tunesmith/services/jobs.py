@@ -115,8 +115,10 @@ class ChangeJob(Request):
     job: Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-@action("job.add", permission="job.add", tokens=("jobs",), at="/jobs", whole=True, form=True, refused="job_state",
-        reads_files=True)  # fmt: skip
+@action(
+    "job.add", says="queued a job", permission="job.add", tokens=("jobs",), at="/jobs", whole=True, form=True,
+    refused="job_state", reads_files=True,
+)  # fmt: skip
 def add(acting: Acting, asked: AddJob) -> JobView:
     """Queue a run or a forecast. It is for all tenants and regions, and so must its caller be."""
     project = read_again(acting.project)
@@ -133,21 +135,28 @@ def add(acting: Acting, asked: AddJob) -> JobView:
     return _view(row, queue.time_now(acting.store), acting.user)
 
 
-@action("job.cancel", permission="job.change", tokens=("jobs",), at="/jobs/{job}/cancel", form=True,
-        refused="job_state")  # fmt: skip
+@action(
+    "job.cancel", says="cancelled a job", permission="job.change", tokens=("jobs",), at="/jobs/{job}/cancel",
+    form=True, refused="job_state",
+)  # fmt: skip
 def cancel(acting: Acting, asked: ChangeJob) -> JobView:
     """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
     return _changed(acting, asked, queue.cancel)
 
 
-@action("job.pause", permission="job.change", tokens=("jobs",), at="/jobs/{job}/pause", form=True, refused="job_state")
+@action(
+    "job.pause", says="paused a job", permission="job.change", tokens=("jobs",), at="/jobs/{job}/pause", form=True,
+    refused="job_state",
+)  # fmt: skip
 def pause(acting: Acting, asked: ChangeJob) -> JobView:
     """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
     return _changed(acting, asked, queue.pause)
 
 
-@action("job.resume", permission="job.change", tokens=("jobs",), at="/jobs/{job}/resume", form=True,
-        refused="job_state")  # fmt: skip
+@action(
+    "job.resume", says="resumed a job", permission="job.change", tokens=("jobs",), at="/jobs/{job}/resume", form=True,
+    refused="job_state",
+)  # fmt: skip
 def resume(acting: Acting, asked: ChangeJob) -> JobView:
     """Put a paused job back into the queue. A training continues from its newest checkpoint."""
     return _changed(acting, asked, queue.resume)

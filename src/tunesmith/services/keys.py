@@ -174,7 +174,7 @@ def enrol(acting: Acting, asked: EnrolKey) -> EnrolledKey:
 # No token proposes or confirms a key: nobody may have a hand in both, and a token does not say who made it.
 
 
-@action("user.key.propose", at="/keys", form=True, api=False)
+@action("user.key.propose", says="proposed a key", at="/keys", form=True, api=False)
 def propose(acting: Acting, asked: ProposeKey) -> ProposedKeyView:
     """Propose a key of one's own, whose private half may be in a browser. It counts once an admin confirmed it."""
     pem = keys.read_public_key(asked.public_key.encode())
@@ -192,20 +192,20 @@ def confirm(acting: Acting, asked: NameProposal) -> EnrolledKey:
     return EnrolledKey.of(owner.keys[-1], user=owner.name)
 
 
-@action("user.key.reject", at="/keys/{user}/reject", form=True, api=False)
+@action("user.key.reject", says="rejected a proposed key", at="/keys/{user}/reject", form=True, api=False)
 def reject(acting: Acting, asked: NameProposal) -> ProposedKeyView:
     """End a proposal: one's own or, as an admin, anybody's."""
     return ProposedKeyView.of(proposals.reject_key(acting.store, asked.user, asked.fingerprint, actor=acting.actor))
 
 
-@action("user.key.retire")
+@action("user.key.retire", says="retired a key")
 def retire(acting: Acting, asked: RetireKey) -> EndedKey:
     """End a key's use: what was recorded before keeps counting, what it signs from now on does not."""
     user = keys.retire_key(acting.store, asked.user, asked.label, actor=acting.actor)
     return _ended(acting.store, user, [asked.label])
 
 
-@action("user.key.revoke", permission="user.change", whole=True)
+@action("user.key.revoke", says="revoked a key", permission="user.change", whole=True)
 def revoke(acting: Acting, asked: RevokeKey) -> EndedKey:
     """End a stolen key's use from a moment of the past on. What the audit log recorded from then on does not count.
 

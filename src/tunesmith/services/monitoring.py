@@ -271,7 +271,10 @@ def cause_of(store: Store, kind: str, value: str) -> Cause:
         raise UsageError(f"{kind[:40]!r} {value[:80]!r} is nothing that can be recalled") from None
 
 
-@action("recall.start", permission="recall.start", tokens=("operate",), at="/recalls", whole=True, reads_files=True)
+@action(
+    "recall.start", says="recalled data or versions", permission="recall.start", tokens=("operate",), at="/recalls",
+    whole=True, reads_files=True,
+)  # fmt: skip
 def recall(acting: Acting, asked: StartRecall) -> Recalled:
     """Withdraw something and everything that was made from it, and abort the rollouts that it reaches."""
     store, reason = acting.store, asked.reason

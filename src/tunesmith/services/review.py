@@ -221,8 +221,8 @@ class ExportedReview(View):
 
 
 @action(
-    "review.fill", permission=queue.ACTION, tokens=("rows",), at="/review/fill", whole=True, form=True,
-    reads_files=True,
+    "review.fill", says="added rows to the review queue", permission=queue.ACTION, tokens=("rows",),
+    at="/review/fill", whole=True, form=True, reads_files=True,
 )  # fmt: skip
 def fill(acting: Acting, asked: FillQueue) -> FilledQueue:
     """Add what should be reviewed to the queue: rows of a dataset version that `data quality` flagged, rows with equal
@@ -287,6 +287,7 @@ def next_item(store: Store, after: int = 0, *, actor: str | None = None, back: b
 
 @action(
     "review.decide",
+    says="reviewed a row",
     permission=queue.ACTION,
     tokens=("rows",),
     at="/review/{item}/decide",
@@ -312,6 +313,7 @@ def decide(acting: Acting, asked: DecideItem) -> DecidedItem:
 
 @action(
     "review.export",
+    says="exported reviewed rows",
     permission=queue.ACTION,
     tokens=("rows",),
     at="/review/export",
@@ -362,7 +364,7 @@ def list_cases(store: Store, *, everything: bool = False) -> CaseList:
     return CaseList(cases=tuple(cases.list_cases(store, everything=everything)))
 
 
-@action("cases.add")
+@action("cases.add", says="added kept requests to the rows")
 def add_cases(acting: Acting, asked: AddCases) -> AddedCases:
     """Append the cases that wait to a JSONL source file, each with its origin; `data build` then reads them."""
     project = acting.project
@@ -380,7 +382,7 @@ def add_cases(acting: Acting, asked: AddCases) -> AddedCases:
     return AddedCases(added=added, source=name, named=named, without_answer=left)
 
 
-@action("cases.correct")
+@action("cases.correct", says="corrected the answer to a kept request")
 def correct_case(acting: Acting, asked: CorrectCase) -> Case:
     """Say what the answer to a case should have been; cases without that are not added to a source."""
     if not asked.expected.strip():
@@ -388,7 +390,7 @@ def correct_case(acting: Acting, asked: CorrectCase) -> Case:
     return cases.correct_case(acting.store, asked.request, asked.expected, actor=acting.actor)
 
 
-@action("cases.drop")
+@action("cases.drop", says="deleted kept requests")
 def drop_cases(acting: Acting, asked: DropCases) -> DroppedCases:
     """Delete cases, with their texts."""
     waiting = {case.request for case in cases.list_cases(acting.store, everything=True)}

@@ -158,7 +158,10 @@ class RollBack(AbortRollout):
         return self
 
 
-@action("rollout.start", permission="rollout.start", tokens=("operate",), at="/rollouts", form=True, reads_files=True)
+@action(
+    "rollout.start", says="started the rollout", permission="rollout.start", tokens=("operate",), at="/rollouts",
+    form=True, reads_files=True,
+)  # fmt: skip
 def start(acting: Acting, asked: StartRollout) -> RolloutView:
     """Start to move traffic to an approved version, in the project's steps. A name's first version serves at once."""
     project, scope = acting.project, acting.scope(asked.tenant, asked.region)
@@ -209,8 +212,8 @@ def one_visible_to(store: Store, user: User, number: int, *, judged: bool = True
 
 
 @action(
-    "rollout.resume", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/resume", form=True,
-    reads_files=True,
+    "rollout.resume", says="resumed the rollout", permission="rollout.change", tokens=("operate",),
+    at="/rollouts/{rollout}/resume", form=True, reads_files=True,
 )  # fmt: skip
 def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
     """End the pause of a rollout."""
@@ -220,8 +223,8 @@ def resume(acting: Acting, asked: ChangeRollout) -> RolloutView:
 
 
 @action(
-    "rollout.promote", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/promote", form=True,
-    reads_files=True,
+    "rollout.promote", says="promoted the canary", permission="rollout.change", tokens=("operate",),
+    at="/rollouts/{rollout}/promote", form=True, reads_files=True,
 )  # fmt: skip
 def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
     """Give the new version all traffic now."""
@@ -233,8 +236,8 @@ def promote(acting: Acting, asked: PromoteRollout) -> RolloutView:
 
 
 @action(
-    "rollout.abort", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/abort", form=True,
-    reads_files=True,
+    "rollout.abort", says="aborted the rollout", permission="rollout.change", tokens=("operate",),
+    at="/rollouts/{rollout}/abort", form=True, reads_files=True,
 )  # fmt: skip
 def abort(acting: Acting, asked: AbortRollout) -> RolloutView:
     """Give all traffic back and end the rollout."""
@@ -244,8 +247,8 @@ def abort(acting: Acting, asked: AbortRollout) -> RolloutView:
 
 
 @action(
-    "rollout.rollback", permission="rollout.change", tokens=("operate",), at="/rollouts/{rollout}/rollback", form=True,
-    reads_files=True,
+    "rollout.rollback", says="rolled back to the version before", permission="rollout.change", tokens=("operate",),
+    at="/rollouts/{rollout}/rollback", form=True, reads_files=True,
 )  # fmt: skip
 def rollback(acting: Acting, asked: RollBack) -> RolloutView:
     """Give the traffic of the rollout's name, tenant and region back to the version that served before."""

@@ -180,7 +180,7 @@ def visible_tokens(store: Store, viewer: User, user: str | None = None) -> Token
     return list_tokens(store, user)
 
 
-@action("user.add", permission="user.change", tokens=("all",), at="/users", whole=True, form=True)
+@action("user.add", says="added a user", permission="user.change", tokens=("all",), at="/users", whole=True, form=True)
 def add(acting: Acting, asked: AddUser) -> UserView:
     """Add a user. A key pair is made when they first sign, or they enrol a key of their own."""
     return _add(acting, asked, "")
@@ -192,27 +192,31 @@ def add_with_key(acting: Acting, asked: AddSigner) -> UserView:
     return _add(acting, asked, read_public_key(asked.public_key.encode()))
 
 
-@action("user.roles", permission="user.change", tokens=("all",), at="/users/{user}/roles", whole=True, form=True)
+@action(
+    "user.roles", says="changed a user's roles", permission="user.change", tokens=("all",), at="/users/{user}/roles",
+    whole=True, form=True,
+)  # fmt: skip
 def set_roles(acting: Acting, asked: SetRoles) -> UserView:
     """Replace a user's roles."""
     return _changed(acting.store, identities.set_roles(acting.store, asked.user, asked.roles, actor=acting.actor))
 
 
-@action("user.groups", permission="user.change", whole=True)
+@action("user.groups", says="changed a user's groups", permission="user.change", whole=True)
 def set_groups(acting: Acting, asked: SetGroups) -> UserView:
     """Replace the groups whose documents a user may see."""
     return _view(identities.set_groups(acting.store, asked.user, asked.groups, actor=acting.actor))
 
 
 @action(
-    "user.deactivate", permission="user.change", tokens=("all",), at="/users/{user}/deactivate", whole=True, form=True
-)
+    "user.deactivate", says="deactivated a user", permission="user.change", tokens=("all",),
+    at="/users/{user}/deactivate", whole=True, form=True,
+)  # fmt: skip
 def deactivate(acting: Acting, asked: DeactivateUser) -> UserView:
     """Deactivate a user for good: their tokens, sessions, approvals and signatures no longer count."""
     return _changed(acting.store, identities.deactivate(acting.store, asked.user, actor=acting.actor))
 
 
-@action("user.token", tokens=("tokens",), at="/tokens")
+@action("user.token", says="issued a token", tokens=("tokens",), at="/tokens")
 def issue_token(acting: Acting, asked: IssueToken) -> IssuedToken:
     """Make a token: every user their own, an admin anybody's. Its secret is in this answer only.
 
@@ -233,7 +237,7 @@ def issue_token(acting: Acting, asked: IssueToken) -> IssuedToken:
     return IssuedToken(user=user, name=asked.name, scopes=tuple(sorted(set(given))), expires=_iso(end), token=secret)
 
 
-@action("user.token.revoke", at="/tokens/{user}/{name}", method="DELETE", form=True)
+@action("user.token.revoke", says="revoked a token", at="/tokens/{user}/{name}", method="DELETE", form=True)
 def revoke_token(acting: Acting, asked: RevokeToken) -> TokenView:
     """End a token at once: every user their own, an admin anybody's. A token may end itself, whatever it is for."""
     by = acting.token
@@ -242,7 +246,7 @@ def revoke_token(acting: Acting, asked: RevokeToken) -> TokenView:
     return _token(tokens.revoke_token(acting.store, asked.user, asked.name, actor=acting.actor))
 
 
-@action("session.link")
+@action("session.link", says="made a login link")
 def make_link(acting: Acting, asked: MakeLink) -> LoginLink:
     """A link that opens the console once, for whoever makes it or, if they are an admin, for anybody."""
     who = asked.user or acting.actor

@@ -159,8 +159,9 @@ class VerifyVersion(Request):
 
 
 @action(
-    "version.register", permission="version.register", tokens=("jobs",), at="/versions", form=True, reads_files=True
-)
+    "version.register", says="registered a version", permission="version.register", tokens=("jobs",), at="/versions",
+    form=True, reads_files=True,
+)  # fmt: skip
 def register(acting: Acting, asked: RegisterVersion) -> RegisteredVersion:
     """Sign a judged candidate and keep it as the next version of a name, as a run does.
 
@@ -420,7 +421,7 @@ class ExportVersion(Request):
     region: Short | None = None
 
 
-@action("version.export", permission="version.export")
+@action("version.export", says="exported a version", permission="version.export")
 def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
     """Write an approved version's weights to a new folder, after comparing them with those that were measured.
 

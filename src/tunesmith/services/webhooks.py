@@ -173,8 +173,8 @@ def list_webhooks(project: Project) -> WebhookList:
 
 
 @action(
-    "webhook.retry", permission="webhook.retry", tokens=("operate",), at="/webhooks/{webhook}/retry", whole=True,
-    form=True,
+    "webhook.retry", says="sent a webhook's failed requests again", permission="webhook.retry", tokens=("operate",),
+    at="/webhooks/{webhook}/retry", whole=True, form=True,
 )  # fmt: skip
 def retry(acting: Acting, asked: RetryWebhook) -> Retried:
     """Let a worker try again at once what did not arrive, given up or not."""

@@ -77,7 +77,8 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
     version = made.store.put_record(Record(kind="version", parents=parents, body=body))
     said = {"approver": "amir", "decision": "approve", "reason": "sound"}
     made.store.put_record(Record(kind="approval", parents={"version": version}, body=said))
-    trail = [{"at": "2026-02-03T10:11:12.5Z", "actor": "amir", "action": "version.approve", "subject": version,
+    trail = [{"at": "2026-02-03T10:11:12.5Z", "actor": "amir", "action": "version.approve",
+              "does": "approved a version", "subject": version,
               "detail": {"reason": "sound", "empty": None}}]  # fmt: skip
     data = report_data(made.store, evaluation, verdict, version, trail)
     html = render(data)
@@ -161,7 +162,8 @@ def test_hostile_text_stays_text(made: Fabricated) -> None:
     made.answers["tuned"] = put_answers(made.store, made.candidates["tuned"], made.dataset, lines)
     hostile = evaluated(made, probes=made.probes)
     verdict = verdict_of(made, hostile, {HOSTILE: {"metric": "exact_match", "over": HOSTILE, "at_least": 0.05}})
-    trail = [{"at": HOSTILE, "actor": HOSTILE, "action": HOSTILE, "subject": HOSTILE, "detail": {HOSTILE: [HOSTILE]}}]
+    trail = [{"at": HOSTILE, "actor": HOSTILE, "action": HOSTILE, "does": HOSTILE, "subject": HOSTILE,
+              "detail": {HOSTILE: [HOSTILE]}}]  # fmt: skip
     html = render(report_data(made.store, hostile, verdict, None, trail))
     text = "".join(check_whole(html).text)
     assert "<script>alert(1)</script>" in text

@@ -41,7 +41,7 @@ def report_data(
 ) -> dict[str, Any]:
     """Everything that the report shows. evaluation, verdict, version: digests.
 
-    trail: audit entries {at, actor, action, subject, detail}. The candidate in focus is the verdict's; without a
+    trail: audit entries {at, actor, action, does, subject, detail}. The candidate in focus is the verdict's; without a
     verdict it is the best by the primary metric, tuned candidates first. Raises Inconclusive for inconsistent scores.
     """
     record = store.record(evaluation, kind="evaluation")

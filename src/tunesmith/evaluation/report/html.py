@@ -16,7 +16,6 @@ from markupsafe import Markup
 from tunesmith.core.digests import short
 from tunesmith.core.text import wording
 from tunesmith.evaluation.report import evidence_plots, plots
-from tunesmith.store.audit_words import audit_words
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -46,7 +45,7 @@ def _environment() -> Environment:
     )
     filters = ("count", "detail_text", "duration", "gigabytes", "money", "signed_money", "moment", "p_value", "percent")
     environment.filters.update({name: getattr(wording, name) for name in (*filters, "points")})
-    environment.filters.update(short=short, audit_words=audit_words)
+    environment.filters.update(short=short)
     environment.globals.update(
         expected=wording.expected,
         duration=wording.duration,

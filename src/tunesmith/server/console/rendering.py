@@ -16,8 +16,8 @@ from markupsafe import Markup
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.text.display import json_text, printable
 from tunesmith.core.text.wording import count, money
+from tunesmith.services.actions import audit_words
 from tunesmith.services.evaluations import style_sheets
-from tunesmith.store.audit_words import audit_words
 
 FILES = {file.name: file for file in (Path(__file__).parent / "static").iterdir()} | style_sheets()
 # No inline script or style, nothing of another host, no frame around the pages, no form that sends elsewhere.
