@@ -28,6 +28,7 @@ from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
+from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MeasuredCandidate, MetricInterval
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
@@ -424,26 +425,32 @@ def put_verdict(
     scores = [
         canonical({"candidate": name, "id": i, "group": i, "metric": "json_valid", "value": value}) + b"\n" for i in ids
     ]
-    stated = {
-        "candidate": candidate,
-        "tuned": tuned,
-        "metrics": {"json_valid": {"mean": value, "low": value, "high": value}},
-    }
-    evaluation = store.put_record(
-        Record(
-            kind="evaluation",
-            parents={"dataset": dataset, **({f"answers:{name}": answers} if answers else {})},
-            blobs={"scores.jsonl": store.put_bytes(b"".join(scores))},
-            body={
-                "n": rows,
-                "primary": "json_valid",
-                "metrics": ["json_valid"],
-                "seed": 0,
-                "candidates": {name: stated},
-                "risks": {},
-            },
-        )
+    stated = MeasuredCandidate(
+        candidate=candidate,
+        tuned=tuned,
+        system_prompts={},
+        metrics={"json_valid": MetricInterval(mean=value, low=value, high=value)},
+        seconds=60.0,
+        prompt_tokens=0,
+        completion_tokens=0,
+        cut=0,
+        price=AnswerPrice(prompt_tokens_per_1000=0.0, completion_tokens_per_1000=0.0, seconds_per_1000=0.0),
     )
+    body = EvaluationBody(
+        n=rows,
+        groups=rows,
+        primary="json_valid",
+        metrics=("json_valid",),
+        confidence=0.95,
+        seed=0,
+        candidates={name: stated},
+        probes={},
+        judges={},
+        prices=None,
+        risks={},
+    )
+    parents = {"dataset": dataset, **({f"answers:{name}": answers} if answers else {})}
+    evaluation = store.put_record(body.record(parents, {"scores.jsonl": store.put_bytes(b"".join(scores))}))
     # No untuned rival was measured, so a lift over one is inconclusive.
     lift = {"metric": "json_valid", "over": "best-untuned", "at_least": 0.05}
     gate = lift if outcome == "inconclusive" else {"metric": "json_valid", "at_least": 0.9}

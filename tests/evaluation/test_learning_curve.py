@@ -92,7 +92,7 @@ def test_what_is_said() -> None:
         assert told.headline.startswith(said)
     for requests, said in ((1200, "from 1,200 requests on."), (None, "never repay the training.")):
         priced = {"training": {"seconds": 90.0, "epochs": 3.0, "money": 0.09}, "currency": "EUR"}
-        reasons = forecast(**priced, break_even={"requests": requests}).reasons
+        reasons = forecast(**priced, break_even={"training": 0.09, "saved_per_1000": 0.1, "requests": requests}).reasons
         assert "90 s and 0.09 EUR." in reasons[-2]
         assert reasons[-1].endswith(said)
     unsaid = {"said": False, "from_rows": 700, "from_seconds": 240.0}

@@ -70,7 +70,7 @@ def found(project: Project, held: int) -> ForecastView:
 def test_what_a_forecast_says(project: Project, found: ForecastView, held: int) -> None:
     store, context = project.store, PipelineContext(project)
     assert found.rows == context.dataset.splits["train"]
-    assert [each["rows"] for each in found.subsets] == [12, 25, 50, 100]
+    assert [each.rows for each in found.subsets] == [12, 25, 50, 100]
     assert found.score.low < found.score.median < found.score.high
     assert found.lift is not None
     assert (found.rival, set(found.rivals)) == ("nearest", {"nearest", "plain"}), "a tiny random model is never right"
@@ -79,11 +79,11 @@ def test_what_a_forecast_says(project: Project, found: ForecastView, held: int) 
     assert found.from_rows is None
     assert found.seconds > 0
     largest = store.record(store.records_of("training")[-1]).body
-    assert (found.training["epochs"], found.currency) == (2.0, "USD")
-    assert found.training["seconds"] == pytest.approx(largest["seconds"] / 100 * found.rows, rel=1e-6)
-    assert found.training["money"] == pytest.approx(found.training["seconds"] / 1000, rel=1e-6, abs=1e-9)
+    assert (found.training.epochs, found.currency) == (2.0, "USD")
+    assert found.training.seconds == pytest.approx(largest["seconds"] / 100 * found.rows, rel=1e-6)
+    assert found.training.money == pytest.approx(found.training.seconds / 1000, rel=1e-6, abs=1e-9)
     assert found.break_even is not None
-    assert found.break_even["requests"] is None, "the nearest row costs less than any model"
+    assert found.break_even.requests is None, "the nearest row costs less than any model"
     subsets = [digest for name, digest in store.record(found.forecast).parents.items() if name.startswith("subset:")]
     assert len(subsets) == 4
     validation = {row.id for row in context.dataset.examples("validation")}
@@ -105,7 +105,7 @@ def test_what_is_known_is_not_trained_again(project: Project, found: ForecastVie
     assert newest is not None
     assert newest.forecast.goal == -0.99
     larger = Stopping()
-    assert [each["rows"] for each in forecast(project, rows=50, progress=larger).subsets] == [12, 25, 50]
+    assert [each.rows for each in forecast(project, rows=50, progress=larger).subsets] == [12, 25, 50]
     assert larger.titles == []
     assert project.store.records_of("training") == before
 
@@ -117,7 +117,7 @@ def test_the_command_says_it_and_exits_by_the_decision(project: Project, found: 
     for words in (f"{held} validation rows", "trained on 100 rows", f"expected of {found.rows} rows", found.headline):
         assert words in text
     document = json.loads(CliRunner().invoke(app, ["forecast", "-C", str(project.root), "--json"]).stdout)
-    assert document == json.loads(json.dumps(found.document()))
+    assert document == found.model_dump(mode="json")
     assert {"forecast", "decision", "score", "lift", "subsets", "headline", "reasons"} <= document.keys()
 
 

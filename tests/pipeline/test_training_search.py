@@ -23,6 +23,7 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import forbidden_answers, in_turns, validation_notices
 from tunesmith.pipeline.training_search import compared
 from tunesmith.project import Project, parse_settings
+from tunesmith.records.search import SettingsTrial, TrainingSearchBody
 from tunesmith.registry.lineage import summary_line
 from tunesmith.services.training import settings_search, train
 from tunesmith.store.records import Record
@@ -184,9 +185,9 @@ def test_conclusions(trials: list[Any], by: str, best: int | None, suggested: bo
     """A flat metric says nothing; noise, ties and failures leave what there is; never a random winner."""
     made = [trial(number, *each) for number, each in enumerate(trials)]
     stated = {"candidate": "tuned", "method": "m", "within": None, "splits": [], "validation_rows": 60, "metric": "m"}
-    body = {**stated, "planned": len(made), "scored_rows": 60, "unscored": None, **compared(made, GROUPS)}
-    body["trials"] = [{**each.model_dump(mode="json"), "score": each.score} for each in made]
-    view = settings_search("sha256:0", Record(kind="training_search", body=body))
+    body = {**stated, "planned": len(made), "scored_rows": 60, "unscored": None, **dict(compared(made, GROUPS))}
+    body["trials"] = [SettingsTrial(**each.model_dump(), score=each.score) for each in made]
+    view = settings_search("sha256:0", TrainingSearchBody(**body))
     assert (view.by, view.best) == (by, best)
     assert view.suggestion == (made[best].settings if suggested and best is not None else None)
     assert re.search(said, view.conclusion), view.conclusion

@@ -136,9 +136,10 @@ def test_evidence_of_another_candidate_or_forged_is_refused(store: Store, chain:
             register(store, name="intents", verdict=forge_verdict(store, chain, **parents), actor="olive")
     typed = store.record(put_chain(store, verdict="fail", seed=2).verdict)
     body = {**typed.body, "verdict": "pass", "gates": [{**typed.body["gates"][0], "outcome": "pass", "value": 1.0}]}
-    for forged in (body, {"name": "tuned", "verdict": "pass", "gates": []}, {"name": "tuned", "verdict": "pass"}):
+    follows = "does not follow from the evaluation's scores"
+    for forged, said in ((body, follows), ({**body, "gates": []}, follows), ({"verdict": "pass"}, "does not state")):
         digest = store.put_record(typed.model_copy(update={"body": forged}))
-        with pytest.raises(Refused, match="does not follow from the evaluation's scores"):
+        with pytest.raises(Refused, match=said):
             register(store, name="intents", verdict=digest, actor="olive")
     with pytest.raises(UsageError, match="is a evaluation, not a verdict"):
         register(store, name="intents", verdict=chain.evaluation, actor="olive")

@@ -22,7 +22,7 @@ from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import bare_label
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
-from tunesmith.store.records import Record
+from tunesmith.records.answers import AnswersBody, TimeEstimate
 from tunesmith.store.store import Store
 
 # Rows per chunk: what kill -9 can lose. Several batches, so that batches stay full. A resumed run has the same chunks,
@@ -55,18 +55,19 @@ class Asked:
     seconds: float
     expected: float
 
-    def body(self, suite: str) -> dict[str, Any]:
-        """The body of an answers record. served_by: the models that an endpoint named in its answers."""
+    def body(self, suite: str, **more: Any) -> AnswersBody:
+        """The body of an answers record, with more of its fields."""
         served = sorted({line["served_by"] for line in self.lines if "served_by" in line})
-        return {
-            "suite": suite,
-            "n": len(self.lines),
-            "seconds": self.seconds,
-            "estimate": {"seconds": self.expected},
-            "prompt_tokens": sum(line["prompt_tokens"] for line in self.lines),
-            "completion_tokens": sum(line["completion_tokens"] for line in self.lines),
-            "served_by": served,
-        }
+        return AnswersBody(
+            suite=suite,
+            n=len(self.lines),
+            seconds=self.seconds,
+            estimate=TimeEstimate(seconds=self.expected),
+            prompt_tokens=sum(line["prompt_tokens"] for line in self.lines),
+            completion_tokens=sum(line["completion_tokens"] for line in self.lines),
+            served_by=tuple(served),
+            **more,
+        )
 
 
 # Conversations -> for each, label -> log-probability.
@@ -116,13 +117,13 @@ def keep_answers(
     store: Store,
     parents: Mapping[str, str],
     lines: Sequence[Mapping[str, Any]],
-    body: Mapping[str, Any],
+    body: AnswersBody,
     files: Mapping[str, bytes] | None = None,
 ) -> str:
     """Store an answers record with its lines and further files; returns its digest."""
     whole = {"answers.jsonl": b"".join(canonical(dict(line)) + b"\n" for line in lines), **(files or {})}
     blobs = {name: store.put_bytes(content) for name, content in whole.items()}
-    return store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
+    return store.put_record(body.record(parents, blobs))
 
 
 def _generation(answerer: Answerer, example: Request) -> Generation:

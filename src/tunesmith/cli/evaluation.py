@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.planning import Plan
-    from tunesmith.evaluation.summary import EvaluationSummary, MetricInterval, VerdictSummary
+    from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary
+    from tunesmith.records.evaluation import MetricInterval
     from tunesmith.registry.leaderboard import Leaderboard
     from tunesmith.services.evaluations import EvidenceReport
 
@@ -155,8 +156,8 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     for name, cut in found.cut.items():
         if cut:
             console.print(f"{cut} answers of {name} were cut off at the longest length allowed")
-    for name, drop in found.probes.get("general", {}).get("drops", {}).items():
-        change = f"{-drop['mean'] * 100:+.1f} points [{-drop['high'] * 100:+.1f}, {-drop['low'] * 100:+.1f}]"
+    for name, drop in found.probes["general"].drops.items() if found.probes else ():
+        change = f"{-drop.mean * 100:+.1f} points [{-drop.high * 100:+.1f}, {-drop.low * 100:+.1f}]"
         console.print(f"general ability of {name} compared with its base: {change}")
     _draw_behaviour(console, found)
     console.print(f"intervals are {found.confidence:.0%} confidence intervals over groups", style="dim")
@@ -164,23 +165,24 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
 
 def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
     """How often each candidate broke each policy check, and how much of its answers is in the references' style."""
-    policy = found.policy or {"candidates": {}}
-    for name, told in policy["candidates"].items():
-        if "unusable" in told:
-            console.print(f"policy, {name}: {told['unusable']}", style="yellow")
-        for check, cell in told.get("checks", {}).items():
-            extra = f", {cell['undecided']} decide nothing" if cell["undecided"] else ""
-            leaked = f", {cell['leaked']} leaked" if cell["leaked"] else ""
-            kept = not (cell["broke"] or cell["undecided"] or cell["leaked"])
-            said = f"policy check {check}: {name} broke it on {cell['broke']} of {cell['n']} requests{extra}{leaked}"
-            console.print(said, style="dim" if kept else "red" if cell["broke"] else "yellow")
-    style = found.style or {"candidates": {}}
-    if "unusable" in style:
-        console.print(f"style was not measured: {style['unusable']}", style="yellow")
-    for name, told in style.get("candidates", {}).items():
-        share = told["share"]
-        said = f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]" if share else "inconclusive"
-        console.print(f"answers of {name} in the references' style: {said}")
+    from tunesmith.records.evaluation import NoStyle
+
+    for name, told in found.policy.candidates.items() if found.policy else ():
+        if told.unusable is not None:
+            console.print(f"policy, {name}: {told.unusable}", style="yellow")
+        for check, cell in (told.checks or {}).items():
+            extra = f", {cell.undecided} decide nothing" if cell.undecided else ""
+            leaked = f", {cell.leaked} leaked" if cell.leaked else ""
+            kept = not (cell.broke or cell.undecided or cell.leaked)
+            said = f"policy check {check}: {name} broke it on {cell.broke} of {cell.n} requests{extra}{leaked}"
+            console.print(said, style="dim" if kept else "red" if cell.broke else "yellow")
+    if isinstance(found.style, NoStyle):
+        console.print(f"style was not measured: {found.style.unusable}", style="yellow")
+    elif found.style is not None:
+        for name, measured in found.style.candidates.items():
+            share = measured.share
+            said = f"{share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]" if share else "inconclusive"
+            console.print(f"answers of {name} in the references' style: {said}")
 
 
 def draw_verdict(console: Console, found: VerdictSummary) -> None:

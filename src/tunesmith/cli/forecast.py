@@ -61,7 +61,7 @@ def _draw(console: Console, found: ForecastView) -> None:
 
     from tunesmith.core.text.wording import percent
 
-    rows = [(f"trained on {each['rows']:,.0f} rows", percent(each["mean"]), "") for each in found.subsets]
+    rows = [(f"trained on {each.rows:,} rows", percent(each.mean), "") for each in found.subsets]
     rows += [(name, percent(mean), "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
     rows += [
         (f"expected of {each.rows:,} rows", percent(each.median), f"{percent(each.low)} to {percent(each.high)}")

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tunesmith.services.training import Repeated, RunSummary, SettingsSearch, TrainingSummary, Trial
+    from tunesmith.records.search import SettingsTrial
+    from tunesmith.services.training import Repeated, RunSummary, SettingsSearch, TrainingSummary
 
 
 def register(app: typer.Typer) -> None:
@@ -214,7 +215,7 @@ def _draw_search(console: Console, found: SettingsSearch) -> None:
         )
 
 
-def _trial_row(trial: Trial, keys: list[str], scored: bool) -> list[str]:
+def _trial_row(trial: SettingsTrial, keys: list[str], scored: bool) -> list[str]:
     """A trial's line: its settings, and how it did; of one that was pruned its last probability. Few rows are scored,
     so that tenths of points would say nothing."""
     values = [str(trial.number), *(f"{trial.settings[key]:g}" for key in keys), trial.outcome]

@@ -18,6 +18,7 @@ from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.numbers import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
+from tunesmith.records.answers import AnswersBody
 from tunesmith.store.store import Store
 
 _FEW_WORDS, _SHORT, _NEAR = 3, 16, 300  # words; characters of a request; characters between a request and its answer
@@ -45,10 +46,9 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
             f"the answers of {name!r} are to dataset {answered}, not to {short(dataset.digest)}",
             fix="let the candidate answer again",
         )
-    if record.body.get("suite") != "test":
-        raise Inconclusive(
-            f"the answers of {name!r} are to the {record.body.get('suite')!r} rows, not to the test rows"
-        )
+    body = AnswersBody.of(record)
+    if body.suite != "test":
+        raise Inconclusive(f"the answers of {name!r} are to the {body.suite!r} rows, not to the test rows")
     where = f"answers of {name!r}"
     lines = read_answer_lines(store, record, [example.id for example in test], where)
     for identifier, line in lines.items():
@@ -57,21 +57,20 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
         for key in ("prompt_tokens", "completion_tokens"):
             if not is_number(line.get(key)) or line[key] < 0 or line[key] != int(line[key]):
                 raise Inconclusive(f"{key} is {line.get(key)!r}, not a count", where=f"{where}, {identifier}")
-    seconds: Any = record.body.get("seconds")
-    if not is_number(seconds) or seconds < 0:
-        raise Inconclusive(f"seconds is {seconds!r}, not a duration", where=where)
+    if body.seconds < 0:
+        raise Inconclusive(f"seconds is {body.seconds!r}, not a duration", where=where)
     candidate = load_candidate(store, record.parents["candidate"])
     if candidate.name != name:
         raise UsageError(f"the answers given for {name!r} are those of {candidate.name!r}")
-    return Answers(digest, record.parents["candidate"], candidate, lines, float(seconds))
+    return Answers(digest, record.parents["candidate"], candidate, lines, body.seconds)
 
 
 def read_lines(store: Store, digest: str, suite: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
     """Answers to another split: id -> line, exactly one for each expected id. Raises Inconclusive otherwise."""
     record = store.record(digest, kind="answers")
     where = f"answers {short(digest)}"
-    if record.body.get("suite") != suite:
-        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to the {suite} rows", where=where)
+    if (answered := AnswersBody.of(record).suite) != suite:
+        raise Inconclusive(f"these are answers to {answered!r}, not to the {suite} rows", where=where)
     lines = read_answer_lines(store, record, expected, where)
     if any(not isinstance(line.get("text"), str) for line in lines.values()):
         raise Inconclusive("an answer has no text", where=where)
@@ -180,8 +179,8 @@ def read_probe(
     """The right choice's probability for each question. name: BASE or a tuned candidate. Raises Inconclusive."""
     record = store.record(digest, kind="answers")
     where = f"general probe of {name!r}"
-    if record.body.get("suite") != GENERAL:
-        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}", where=where)
+    if (answered := AnswersBody.of(record).suite) != GENERAL:
+        raise Inconclusive(f"these are answers to {answered!r}", where=where)
     bases = {answers.candidate.base for answers in given.values()}
     training = None if name == BASE else given[name].candidate.training
     if {record.parents.get("base")} != bases or record.parents.get("training") != training:

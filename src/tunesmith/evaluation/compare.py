@@ -9,9 +9,8 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.view import View
 from tunesmith.evaluation.evaluate import CONFIDENCE
 from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.evaluation.scores import as_body, difference, read_scores, rounded
-from tunesmith.evaluation.summary import AnswerPrice, MetricInterval
-from tunesmith.store.records import Record
+from tunesmith.evaluation.scores import difference, metric_interval, read_scores, rounded
+from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
 from tunesmith.store.store import Store
 
 
@@ -26,7 +25,7 @@ class Side:
 
 def side_of_candidate(store: Store, evaluation: str, name: str) -> Side:
     """The candidate with this name in an evaluation. Raises UsageError where there is none."""
-    known = store.record(evaluation, kind="evaluation").body["candidates"]
+    known = EvaluationBody.read(store, evaluation).candidates
     if name not in known:
         raise UsageError(
             f"the evaluation has no candidate {name!r}{nearest(name, known)}", fix=f"name one of: {', '.join(known)}"
@@ -39,8 +38,8 @@ def side_of_digest(store: Store, evaluation: str, candidate: str, label: str) ->
 
     candidate: digest of the candidate record, which a model version names.
     """
-    for name, stated in store.record(evaluation, kind="evaluation").body["candidates"].items():
-        if stated["candidate"] == candidate:
+    for name, stated in EvaluationBody.read(store, evaluation).candidates.items():
+        if stated.candidate == candidate:
             return Side(evaluation, name, label)
     raise UsageError(f"the evaluation of {label} has no candidate {short(candidate)}")
 
@@ -99,21 +98,21 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
             fix="evaluate both on one dataset version",
         )
     left, right = read_scores(store, records[0]), read_scores(store, records[1])
-    named = [metric for metric in records[0].body["metrics"] if metric in records[1].body["metrics"]]
+    one, other = [EvaluationBody.of(record) for record in records]
+    named = [metric for metric in one.metrics if metric in other.metrics]
     if not named:
         raise Inconclusive(f"no metric was measured for both {first.label} and {second.label}")
-    shared = [metric for metric in named if scored_alike(records[0], records[1], metric)]
+    shared = [metric for metric in named if scored_alike(one, other, metric)]
     if not shared:
         raise Inconclusive(
             f"{first.label} and {second.label} were scored in different ways: the scorer {named[0]!r} has changed",
             fix="evaluate both again in one project",
         )
-    seed, primary = records[1].body["seed"], records[1].body["primary"]
     metrics = {}
     for metric in shared:
-        found = difference(right[second.name, metric], left[first.name, metric], confidence=CONFIDENCE, seed=seed)
+        found = difference(right[second.name, metric], left[first.name, metric], confidence=CONFIDENCE, seed=other.seed)
         metrics[metric] = ComparedMetric(
-            difference=MetricInterval(**as_body(found.interval)),
+            difference=metric_interval(found.interval),
             wins=found.wins,
             losses=found.losses,
             ties=found.ties,
@@ -121,30 +120,29 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
             sign_flip=rounded(found.sign_flip),
         )
     return Comparison(
-        first=_side(first, records[0]),
-        second=_side(second, records[1]),
-        n=records[0].body["n"],
-        groups=records[0].body["groups"],
-        primary=primary if primary in shared else shared[0],
+        first=_side(first, one),
+        second=_side(second, other),
+        n=one.n,
+        groups=one.groups,
+        primary=other.primary if other.primary in shared else shared[0],
         confidence=CONFIDENCE,
         metrics=metrics,
         changed_scorers=tuple(metric for metric in named if metric not in shared),
     )
 
 
-def scored_alike(first: Record, second: Record, metric: str) -> bool:
+def scored_alike(first: EvaluationBody, second: EvaluationBody, metric: str) -> bool:
     """Whether two evaluations scored answers by a metric in the same way."""
-    one, other = (record.body.get("scorers", {}).get(metric) for record in (first, second))
-    return bool(one == other)
+    return first.scorers.get(metric) == second.scorers.get(metric)
 
 
-def _side(side: Side, record: Record) -> ComparedSide:
-    stated = record.body["candidates"][side.name]
+def _side(side: Side, body: EvaluationBody) -> ComparedSide:
+    stated = body.candidates[side.name]
     return ComparedSide(
         label=side.label,
-        candidate=stated["candidate"],
+        candidate=stated.candidate,
         evaluation=side.evaluation,
-        tuned=stated["tuned"],
-        metrics={metric: stated["metrics"][metric] for metric in record.body["metrics"]},
-        price=stated["price"],
+        tuned=stated.tuned,
+        metrics={metric: stated.metrics[metric] for metric in body.metrics},
+        price=stated.price,
     )

@@ -31,15 +31,27 @@ from tunesmith.evaluation.metrics.declared import (
 from tunesmith.evaluation.metrics.judging import read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
 from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, measure_policy
-from tunesmith.evaluation.prices import money_of
+from tunesmith.evaluation.prices import price_of
 from tunesmith.evaluation.probes.items import MEASUREMENTS
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
-from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
+from tunesmith.evaluation.scores import GENERAL, SCORES, Column, column, drop, encode_scores, metric_interval, rounded
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
 from tunesmith.evaluation.style.evidence import STYLE, measure_style
-from tunesmith.store.records import Record
+from tunesmith.records.evaluation import (
+    EvaluationBody,
+    GeneralSuite,
+    JudgeResults,
+    MeasuredCandidate,
+    MetricInterval,
+    NoStyle,
+    PolicyAccount,
+    Prices,
+    RiskResults,
+    StyleAccount,
+    TrainingCost,
+)
 from tunesmith.store.store import Store
 
 # Of every interval in the record. A gate may use another.
@@ -98,39 +110,36 @@ def evaluate(
     general, stated_probes = _probed(store, probes, given, seed)
     measurements, stated_risks = _measured(store, risks, given, dataset, _scoring_of_probes(task, scoring))
     held, stated_policy = _held_to_policy(store, policy, given, seed)
-    classified, stated_style = list[dict[str, Any]](), None
+    classified: list[dict[str, Any]] = []
+    stated_style: StyleAccount | NoStyle | None = None
     if style is not None:
         lines = {name: those.lines for name, those in given.items()}
         classified, stated_style = measure_style(store, style, dataset, test, lines, CONFIDENCE, seed)
-    stated = _stated(store, given, columns, test, seed, costs)
-    labelled: dict[tuple[str, str], Labelled] = {}
-    for name, those in given.items():
-        for scorer in task.labels:
-            rows = labelled[name, scorer.name] = label_rows(scorer, those.lines, seen[name], test)
-            found = classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed)
-            stated[name].setdefault("classes", {})[scorer.name] = found
-            if rows.confidences is not None:
-                sure = calibration(rows.confidences, rows.right.tolist())
-                stated[name].setdefault("calibration", {})[scorer.name] = sure
-    groups = tuple(example.group for example in test)
-    body: dict[str, Any] = {
-        "n": len(test),
-        "groups": len(set(groups)),
-        "effective_groups": rounded(effective_groups(groups)),
-        "primary": task.leading,
-        "metrics": list(task.metrics),
-        "confidence": CONFIDENCE,
-        "seed": seed,
-        "candidates": stated,
-        "probes": stated_probes,
-        "functions": function_digests(task.scorers, root),
-        "scorers": scorer_digests(task.scorers, answer_schema, root),
-        "judges": judges,
-        "prices": costs.prices.model_dump(mode="json") if costs.prices else None,
-        "risks": stated_risks,
-        "policy": stated_policy,
-        "style": stated_style,
+    labelled = {
+        (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
+        for name, those in given.items()
+        for scorer in task.labels
     }
+    stated = _stated(store, given, columns, labelled, test, seed, costs)
+    groups = tuple(example.group for example in test)
+    body = EvaluationBody(
+        n=len(test),
+        groups=len(set(groups)),
+        effective_groups=rounded(effective_groups(groups)),
+        primary=task.leading,
+        metrics=tuple(task.metrics),
+        confidence=CONFIDENCE,
+        seed=seed,
+        candidates=stated,
+        probes=stated_probes,
+        functions=function_digests(task.scorers, root),
+        scorers=scorer_digests(task.scorers, answer_schema, root),
+        judges=judges,
+        prices=Prices(**costs.prices.model_dump()) if costs.prices else None,
+        risks=stated_risks,
+        policy=stated_policy,
+        style=stated_style,
+    )
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
     kept = {MEASUREMENTS: measurements, POLICY: held, STYLE: classified}
     blobs |= {name: store.put_bytes(encode_lines(lines)) for name, lines in kept.items() if lines}
@@ -146,7 +155,7 @@ def evaluate(
                 parents[f"before:{suite}:{name}"] = risk.before
     parents |= {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
     parents |= {**(policy.parents if policy else {}), **({"style": style} if style else {})}
-    return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
+    return store.put_record(body.record(parents, blobs))
 
 
 def _answered(
@@ -176,10 +185,10 @@ def _columns(
     scoring: Mapping[str, Scoring],
     judged: Mapping[tuple[str, str], str],
     test: Sequence[Example],
-) -> tuple[list[Column], dict[str, dict[str, Any]]]:
+) -> tuple[list[Column], dict[str, dict[str, JudgeResults]]]:
     """Each candidate's scores by each metric, and the record's account of judges: metric -> candidate -> account."""
     columns: list[Column] = []
-    judges: dict[str, dict[str, Any]] = {}
+    judges: dict[str, dict[str, JudgeResults]] = {}
     for name, those in given.items():
         for metric in task.metrics:
             if metric in scoring:
@@ -210,10 +219,10 @@ def _measured(
     given: Mapping[str, Answers],
     dataset: str,
     scoring: Scoring,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, RiskResults]]]:
     """The risk probes' measurements, and the record's account of them: suite -> candidate -> account."""
     lines: list[dict[str, Any]] = []
-    told: dict[str, dict[str, Any]] = {}
+    told: dict[str, dict[str, RiskResults]] = {}
     for suite, names in sorted(risks.items()):
         for name, risk in sorted(names.items()):
             if name not in given:
@@ -226,7 +235,7 @@ def _measured(
 
 def _held_to_policy(
     store: Store, policy: PolicyAnswers | None, given: Mapping[str, Answers], seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+) -> tuple[list[dict[str, Any]], PolicyAccount | None]:
     """The outcomes of the policy checks, and the record's account of them."""
     if policy is None:
         return [], None
@@ -252,52 +261,62 @@ def _stated(
     store: Store,
     given: Mapping[str, Answers],
     columns: Sequence[Column],
+    labelled: Mapping[tuple[str, str], Labelled],
     test: Sequence[Example],
     seed: int,
     costs: Costs,
-) -> dict[str, Any]:
+) -> dict[str, MeasuredCandidate]:
     values = np.stack([item.values for item in columns], axis=1)
     found = intervals(values, columns[0].groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
-    metrics: dict[str, dict[str, Any]] = {name: {} for name in given}
+    metrics: dict[str, dict[str, MetricInterval]] = {name: {} for name in given}
     for item, measured in zip(columns, found, strict=True):
-        metrics[item.candidate][item.metric] = as_body(measured)
-    return {name: _stated_candidate(store, answers, metrics[name], test, costs) for name, answers in given.items()}
+        metrics[item.candidate][item.metric] = metric_interval(measured)
+    stated = {}
+    for name, answers in given.items():
+        labels = {metric: rows for (of, metric), rows in labelled.items() if of == name}
+        stated[name] = _stated_candidate(store, answers, metrics[name], labels, test, seed, costs)
+    return stated
 
 
 def _stated_candidate(
-    store: Store, answers: Answers, metrics: Mapping[str, Any], test: Sequence[Example], costs: Costs
-) -> dict[str, Any]:
+    store: Store,
+    answers: Answers,
+    metrics: Mapping[str, MetricInterval],
+    labels: Mapping[str, Labelled],
+    test: Sequence[Example],
+    seed: int,
+    costs: Costs,
+) -> MeasuredCandidate:
     lines = list(answers.lines.values())
     prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
-    per_1000 = 1000.0 / len(lines)
-    price = {
-        "prompt_tokens_per_1000": rounded(prompt * per_1000),
-        "completion_tokens_per_1000": rounded(completion * per_1000),
-        "seconds_per_1000": rounded(answers.seconds * per_1000),
-    }
-    candidate = answers.candidate
-    money = money_of(price, costs.prices, costs.tokens.get(candidate.name), remote=candidate.endpoint is not None)
-    price |= {} if money is None else {"money_per_1000": money}
-    stated: dict[str, Any] = {
-        "candidate": answers.candidate_digest,
-        "tuned": candidate.tuned,
-        "system_prompts": count_prompts(candidate, (example.request for example in test)),
-        "metrics": dict(metrics),
-        "seconds": answers.seconds,
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "cut": sum(line["finish"] == "length" for line in lines),
-        "price": price,
-    }
+    candidate, training = answers.candidate, None
+    remote, token = candidate.endpoint is not None, costs.tokens.get(candidate.name)
     if candidate.training is not None and costs.prices is not None:
         spent = float(store.record(candidate.training, kind="training").body["seconds"])
-        stated["training"] = {"seconds": spent, "money": rounded(spent / 3600.0 * costs.prices.machine_hour)}
-    return stated
+        training = TrainingCost(seconds=spent, money=rounded(spent / 3600.0 * costs.prices.machine_hour))
+    sure = {metric: (rows.confidences, rows.right.tolist()) for metric, rows in labels.items()}
+    return MeasuredCandidate(
+        candidate=answers.candidate_digest,
+        tuned=candidate.tuned,
+        system_prompts=count_prompts(candidate, (example.request for example in test)),
+        metrics=metrics,
+        seconds=answers.seconds,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cut=sum(line["finish"] == "length" for line in lines),
+        price=price_of(len(lines), prompt, completion, answers.seconds, costs.prices, token, remote=remote),
+        training=training,
+        classes={
+            metric: classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed) for metric, rows in labels.items()
+        }
+        or None,
+        calibration={metric: calibration(given, right) for metric, (given, right) in sure.items() if given} or None,
+    )
 
 
 def _probed(
     store: Store, probes: Mapping[str, str], given: Mapping[str, Answers], seed: int
-) -> tuple[list[Column], dict[str, Any]]:
+) -> tuple[list[Column], dict[str, GeneralSuite]]:
     """The general suite's columns (the base first), and the record's account of them."""
     if not probes:
         return [], {}
@@ -313,8 +332,9 @@ def _probed(
     before = columns[BASE]
     scores, drops = {}, {}
     for name, after in columns.items():
-        scores[name] = as_body(interval(after.values, after.groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed))
+        share = interval(after.values, after.groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
+        scores[name] = metric_interval(share)
         if name != BASE:
-            drops[name] = as_body(drop(before, after, confidence=CONFIDENCE, seed=seed))
-    stated = {"suite": general_digest(), "n": len(questions), "scores": scores, "drops": drops}
+            drops[name] = metric_interval(drop(before, after, confidence=CONFIDENCE, seed=seed))
+    stated = GeneralSuite(suite=general_digest(), n=len(questions), scores=scores, drops=drops)
     return list(columns.values()), {GENERAL: stated}

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import computed_field
 
 from tunesmith.core.text.wording import duration, money, percent, points
-from tunesmith.core.view import View
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.records.forecast import CurvePoint, Expected, Extrapolated, ForecastBody
 
 CONFIDENCE = 0.9  # two-sided, of every interval
 LIKELY, UNLIKELY = 0.9, 0.1  # probabilities of reaching the goal from which, and up to which, a forecast decides
@@ -34,38 +34,6 @@ _FREEDOM = 5.0  # of Student's t: one odd subset does not rule out every curve
 # Measured with `python benchmarks/forecast.py --table`, as angles (see `_angle`): what another seed of the training
 # changes, and how far scores stray from the curve with the first doubling of the rows beyond the largest subset.
 _NOISE, _STRAY = 0.08, 0.08
-
-
-class Expected(View):
-    """The middle of a forecast, and the ends of its interval."""
-
-    median: float
-    low: float
-    high: float
-
-
-class CurvePoint(Expected):
-    """The expected score after a training on so many rows."""
-
-    rows: int
-
-
-class Extrapolated(View):
-    """What a curve says.
-
-    score, lift: as the test rows will measure them. likely: the probability that the lift reaches the goal. Without an
-    untuned candidate lift, likely and decision are None. said: whether the score can be said. from_rows: rows of the
-    largest subset from which it could; None where it can be said now, or where only the whole training would say more.
-    curve: the expected score by rows.
-    """
-
-    score: Expected
-    lift: Expected | None = None
-    likely: float | None = None
-    decision: Literal["train", "don't", "undecided"] | None = None
-    said: bool = True
-    from_rows: int | None = None
-    curve: tuple[CurvePoint, ...]
 
 
 class Measured(NamedTuple):
@@ -181,31 +149,8 @@ def _width(values: Floats) -> float:
     return found["high"] - found["low"]
 
 
-class Forecast(Extrapolated):
-    """What a training will give, the content of a forecast's record. name: the candidate; rows: training rows.
-
-    held: rows that were asked, by the split that they are of. subsets: {"rows", "epochs", "mean"} of each; seconds: of
-    their trainings. confidence: of every interval. goal: the lift from which tuning pays. rival: the best untuned
-    candidate on the validation rows, or the one that the lift gate names; rivals: means of those that were compared.
-    from_seconds: of the trainings from which the score could be said. training: {"seconds", "epochs", "money"} of all
-    rows. break_even: {"training", "saved_per_1000", "requests"} against the rival. money, break_even: None without
-    prices.
-    """
-
-    name: str
-    metric: str
-    rows: int
-    held: dict[str, int]
-    seconds: float
-    confidence: float
-    goal: float
-    rival: str | None
-    rivals: dict[str, float]
-    subsets: tuple[dict[str, float], ...]
-    from_seconds: float | None = None
-    training: dict[str, float | None]
-    break_even: dict[str, Any] | None = None
-    currency: str | None = None
+class Forecast(ForecastBody):
+    """What a training will give, with sentences for people."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -227,7 +172,7 @@ class Forecast(Extrapolated):
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why, from which budget more could be said, and what the training costs: one sentence each."""
-        level, seconds, money_ = f"{self.confidence:.0%} interval", self.training["seconds"], self.training["money"]
+        level, seconds, money_ = f"{self.confidence:.0%} interval", self.training.seconds, self.training.money
         found = [
             f"With all {self.rows:,} training rows, {self.metric} on the test rows will be about "
             f"{percent(self.score.median)} ({level} {percent(self.score.low)} to {percent(self.score.high)})."
@@ -241,15 +186,15 @@ class Forecast(Extrapolated):
         if not self.said:
             found.append(self._from_when())
         price = "" if money_ is None else f" and {money(money_)} {self.currency or ''}".rstrip()
-        found.append(f"Training on all rows takes about {duration(seconds or 0.0)}{price}.")
+        found.append(f"Training on all rows takes about {duration(seconds)}{price}.")
         if self.break_even is not None:
-            requests = self.break_even["requests"]
+            requests = self.break_even.requests
             pays = "never repay the training" if requests is None else f"repay it from {requests:,} requests on"
             found.append(f"Against {self.rival}, lower running costs {pays}.")
         return tuple(found)
 
     def _from_when(self) -> str:
-        top = max(each["mean"] for each in self.subsets)
+        top = max(each.mean for each in self.subsets)
         why = f"No subset scores more than {percent(top)}" if top < FLOOR else "Its interval is over 30 points wide"
         if self.from_rows is None:
             return f"{why}, and larger subsets would not change that: train, or collect more rows."

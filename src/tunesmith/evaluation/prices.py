@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.settings import PriceSettings
+from tunesmith.records.evaluation import AnswerPrice
+from tunesmith.records.forecast import BreakEven
 
 
-def money_of(
-    per_1000: Mapping[str, float], prices: PriceSettings | None, tokens: TokenPrice | None, *, remote: bool
-) -> float | None:
-    """The cost of 1,000 requests; None without a price.
+def price_of(
+    n: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    seconds: float,
+    prices: PriceSettings | None,
+    tokens: TokenPrice | None,
+    *,
+    remote: bool,
+) -> AnswerPrice:
+    """What 1,000 answers take and, where there are prices, cost. n: answers that took these tokens and seconds.
 
-    per_1000: prompt_tokens_per_1000, completion_tokens_per_1000, seconds_per_1000. remote: an endpoint answers, which
-    charges by the token, not by this machine's time.
+    remote: an endpoint answers, which charges by the token, not by this machine's time.
     """
-    if remote:
-        if tokens is None:
-            return None
-        prompt, answer = per_1000["prompt_tokens_per_1000"], per_1000["completion_tokens_per_1000"]
-        return rounded((prompt * tokens.prompt + answer * tokens.answer) / 1e6)
-    return None if prices is None else rounded(per_1000["seconds_per_1000"] / 3600.0 * prices.machine_hour)
+    prompt, completion, spent = (rounded(1000.0 / n * each) for each in (prompt_tokens, completion_tokens, seconds))
+    money = None
+    if remote and tokens is not None:
+        money = rounded((prompt * tokens.prompt + completion * tokens.answer) / 1e6)
+    elif not remote and prices is not None:
+        money = rounded(spent / 3600.0 * prices.machine_hour)
+    return AnswerPrice(
+        prompt_tokens_per_1000=prompt,
+        completion_tokens_per_1000=completion,
+        seconds_per_1000=spent,
+        money_per_1000=money,
+    )
 
 
-def break_even(own: Mapping[str, Any], rival: Mapping[str, Any]) -> dict[str, Any] | None:
-    """From how many requests on the one in focus is cheaper than its rival, its training paid.
-
-    own, rival: what the evaluation states of each. {"training", "saved_per_1000", "requests"}; requests is None where
-    it saves nothing and its training is never paid off. None where a price is not stated.
-    """
-    mine, theirs = own["price"].get("money_per_1000"), rival["price"].get("money_per_1000")
-    spent = own.get("training", {}).get("money", 0.0) if own["tuned"] else 0.0
+def break_even(own: AnswerPrice, spent: float | None, rival: AnswerPrice) -> BreakEven | None:
+    """From how many requests on a candidate is cheaper than its rival, its training paid; None where a price is not
+    stated. spent: on its training."""
+    mine, theirs = own.money_per_1000, rival.money_per_1000
     if mine is None or theirs is None or spent is None:
         return None
     saved = theirs - mine
     # Rounded first: 10 / 0.2 is 50.000000000000007 thousand.
     requests = math.ceil(round(spent / saved * 1000.0, 6)) if rounded(saved) > 0 else None
-    return {"training": spent, "saved_per_1000": rounded(saved), "requests": requests}
+    return BreakEven(training=spent, saved_per_1000=rounded(saved), requests=requests)

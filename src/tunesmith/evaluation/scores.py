@@ -10,13 +10,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval, mcnemar, sign_flip
+from tunesmith.records.evaluation import EvaluationBody, MetricInterval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -75,9 +75,9 @@ def rounded(number: float) -> float:
     return round(number, _DECIMALS) + 0.0
 
 
-def as_body(measured: Interval) -> dict[str, float]:
-    """An interval as a JSON object of a record."""
-    return {"mean": rounded(measured.mean), "low": rounded(measured.low), "high": rounded(measured.high)}
+def metric_interval(measured: Interval) -> MetricInterval:
+    """An interval as a record states it."""
+    return MetricInterval(mean=rounded(measured.mean), low=rounded(measured.low), high=rounded(measured.high))
 
 
 def encode_scores(columns: Iterable[Column]) -> bytes:
@@ -109,7 +109,7 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
     rows = _plain_rows(store.read_blob(evaluation.blobs[SCORES])) or _any_rows(store, evaluation)
     columns = {key: column(*key, cell) for key, cell in rows.items()}
     _check_pairing(columns)
-    _check_summary(columns, evaluation.body)
+    _check_summary(columns, EvaluationBody.of(evaluation))
     return columns
 
 
@@ -190,18 +190,18 @@ def _check_pairing(columns: Mapping[tuple[str, str], Column]) -> None:
             check_paired(among[0], item)
 
 
-def _check_summary(columns: Mapping[tuple[str, str], Column], body: Mapping[str, Any]) -> None:
+def _check_summary(columns: Mapping[tuple[str, str], Column], body: EvaluationBody) -> None:
     """Raise Inconclusive where the record's means differ from the scores: readers see one, gates judge the other."""
-    stated = body.get("candidates", {})
-    if not stated:
+    if not body.candidates:
         raise Inconclusive("the evaluation holds no candidates")
     measured = {key for key in columns if key[1] != GENERAL}
-    promised = {(name, metric) for name in stated for metric in body["metrics"]}
+    promised = {(name, metric) for name in body.candidates for metric in body.metrics}
     for name, metric in sorted(measured ^ promised):
         here = "the record but not in the scores" if (name, metric) in promised else "the scores but not in the record"
         raise Inconclusive(f"{metric!r} of {name!r} is in {here}")
     for name, metric in sorted(measured):
         item = columns[name, metric]
         mean = rounded(math.fsum(item.values.tolist()) / len(item.values))
-        if len(item.ids) != body.get("n") or mean != stated[name]["metrics"].get(metric, {}).get("mean"):
+        stated = body.candidates[name].metrics.get(metric)
+        if len(item.ids) != body.n or stated is None or mean != stated.mean:
             raise Inconclusive(f"the evaluation's account of {metric!r} of {name!r} does not follow from its scores")

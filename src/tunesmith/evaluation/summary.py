@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from pydantic import ConfigDict
+from collections.abc import Mapping, Sequence, Set
 
 from tunesmith.core.view import Omitted, View
 from tunesmith.evaluation.gates.edited_references import edited_sentence
-from tunesmith.evaluation.gates.settings import Outcome, gone_gates
+from tunesmith.evaluation.gates.settings import gone_gates
 from tunesmith.evaluation.policy.settings import ALL
+from tunesmith.records.evaluation import (
+    AnswerPrice,
+    Calibration,
+    ClassResults,
+    EvaluationBody,
+    GeneralSuite,
+    JudgeResults,
+    MetricInterval,
+    NoStyle,
+    PolicyAccount,
+    RiskResults,
+    StyleAccount,
+    TrainingCost,
+)
+from tunesmith.records.verdict import GateRule, JudgedGate, Outcome, VerdictBody
 from tunesmith.store.store import Store
-
-
-class MetricInterval(View):
-    """A mean with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class AnswerPrice(View):
-    """What 1,000 answers cost. money_per_1000: only where the project states prices."""
-
-    prompt_tokens_per_1000: float
-    completion_tokens_per_1000: float
-    seconds_per_1000: float
-    money_per_1000: Omitted[float] = None
 
 
 class EvaluationSummary(View):
@@ -46,38 +41,24 @@ class EvaluationSummary(View):
     primary: str
     confidence: float
     candidates: dict[str, dict[str, MetricInterval]]
-    system_prompts: dict[str, dict[str, int]]
+    system_prompts: dict[str, Mapping[str, int]]
     tuned: dict[str, bool]
     prices: dict[str, AnswerPrice]
     cut: dict[str, int]
-    training: dict[str, dict[str, Any]]
-    classes: dict[str, dict[str, Any]]
-    calibration: dict[str, dict[str, Any]]
-    judges: dict[str, dict[str, Any]]
+    training: dict[str, TrainingCost]
+    classes: dict[str, Mapping[str, ClassResults]]
+    calibration: dict[str, Mapping[str, Calibration]]
+    judges: Mapping[str, Mapping[str, JudgeResults]]
     currency: str | None
-    probes: dict[str, Any]
-    risks: dict[str, dict[str, Any]]
-    policy: dict[str, Any] | None
-    style: dict[str, Any] | None
+    probes: Mapping[str, GeneralSuite]
+    risks: Mapping[str, Mapping[str, RiskResults]]
+    policy: PolicyAccount | None
+    style: NoStyle | StyleAccount | None
 
 
-class GateResult(View):
-    """One gate's outcome. value, low, high: what was measured, None where nothing was; bound: what the gate allows.
+class GateResult(JudgedGate):
+    """One gate's outcome. gone: what computed the gate and was removed since."""
 
-    settings: the gate as the project file had it. gone: what computed the gate and was removed since. Some gates add
-    further keys.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    outcome: Outcome
-    value: float | None
-    low: float | None
-    high: float | None
-    bound: float
-    reason: str
-    settings: dict[str, Any]
     gone: Omitted[str] = None
 
 
@@ -99,34 +80,28 @@ class VerdictSummary(View):
 
 def evaluation_summary(store: Store, digest: str) -> EvaluationSummary:
     """The summary of an evaluation. Raises Refused where its record is missing or damaged."""
-    body = store.record(digest, kind="evaluation").body
-    candidates = body["candidates"]
-
-    def stated(key: str) -> dict[str, Any]:
-        return {name: one[key] for name, one in candidates.items() if key in one}
-
+    body = EvaluationBody.read(store, digest)
+    candidates = body.candidates
     return EvaluationSummary(
         evaluation=digest,
-        n=body["n"],
-        groups=body["groups"],
-        primary=body["primary"],
-        confidence=body["confidence"],
-        candidates={
-            name: {metric: one["metrics"][metric] for metric in body["metrics"]} for name, one in candidates.items()
-        },
-        system_prompts=stated("system_prompts"),
-        tuned=stated("tuned"),
-        prices=stated("price"),
-        cut=stated("cut"),
-        training=stated("training"),
-        classes=stated("classes"),
-        calibration=stated("calibration"),
-        judges=body["judges"],
-        currency=body["prices"]["currency"] if body["prices"] else None,
-        probes=body["probes"],
-        risks=body["risks"],
-        policy=body.get("policy"),
-        style=body.get("style"),
+        n=body.n,
+        groups=body.groups,
+        primary=body.primary,
+        confidence=body.confidence,
+        candidates={name: {metric: one.metrics[metric] for metric in body.metrics} for name, one in candidates.items()},
+        system_prompts={name: one.system_prompts for name, one in candidates.items()},
+        tuned={name: one.tuned for name, one in candidates.items()},
+        prices={name: one.price for name, one in candidates.items()},
+        cut={name: one.cut for name, one in candidates.items()},
+        training={name: one.training for name, one in candidates.items() if one.training},
+        classes={name: one.classes for name, one in candidates.items() if one.classes},
+        calibration={name: one.calibration for name, one in candidates.items() if one.calibration},
+        judges=body.judges,
+        currency=body.prices.currency if body.prices else None,
+        probes=body.probes,
+        risks=body.risks,
+        policy=body.policy,
+        style=body.style,
     )
 
 
@@ -135,38 +110,38 @@ def leading_verdict(store: Store, evaluation: str, verdicts: Sequence[str]) -> s
 
     verdicts: digests, oldest first. Of several on that candidate it is the last one.
     """
-    body = store.record(evaluation, kind="evaluation").body
-    scores = {name: stated["metrics"][body["primary"]]["mean"] for name, stated in body["candidates"].items()}
-    return max(reversed(verdicts), key=lambda digest: scores[store.record(digest).body["name"]], default=None)
+    body = EvaluationBody.read(store, evaluation)
+    return max(reversed(verdicts), key=lambda digest: body.mean(VerdictBody.read(store, digest).name), default=None)
 
 
 def verdict_summary(store: Store, digest: str) -> VerdictSummary:
     """The summary of a verdict. Raises Refused where its record is missing or damaged."""
     record = store.record(digest, kind="verdict")
-    body = record.body
-    evaluation = store.record(record.parents["evaluation"], kind="evaluation")
-    gone = gone_gates(body["gates"])
-    sentences = [edited_sentence(body["edited"])] if "edited" in body else []
+    body = VerdictBody.of(record)
+    evaluation = EvaluationBody.read(store, record.parents["evaluation"])
+    gone = gone_gates(body.gates)
+    sentences = [edited_sentence(body.edited)] if body.edited else []
     sentences += [f"The gate {name} is no longer computed: {what} was removed." for name, what in gone.items()]
+    checks = evaluation.policy.checks.keys() if evaluation.policy else set[str]()
     return VerdictSummary(
-        verdict=body["verdict"],
-        gates=tuple(GateResult(**gate, gone=gone.get(gate["name"])) for gate in body["gates"]),
-        candidate=body["name"],
+        verdict=body.verdict,
+        gates=tuple(GateResult(**dict(gate), gone=gone.get(gate.name)) for gate in body.gates),
+        candidate=body.name,
         digest=digest,
         evaluation=record.parents["evaluation"],
-        test_set_use=body["test_set_use"],
-        reason=body["reason"],
-        cautions=(*sentences, *_cautions(evaluation.body.get("policy") or {}, body["gates"])),
+        test_set_use=body.test_set_use,
+        reason=body.reason,
+        cautions=(*sentences, *_cautions(checks, [gate.settings for gate in body.gates])),
     )
 
 
-def _cautions(policy: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _cautions(checks: Set[str], rules: Sequence[GateRule]) -> tuple[str, ...]:
     """A sentence about the policy checks that no gate holds the candidate to. at_most: 1 allows everything."""
-    checks = policy.get("checks", {})
     held = set[str]()
-    for gate in gates:
-        chosen = gate["settings"].get("policy")
-        if chosen is not None and gate["settings"]["at_most"] < 1.0:
-            held |= set(checks) if chosen == ALL else {chosen} if isinstance(chosen, str) else set(chosen)
-    missing = ", ".join(sorted(checks.keys() - held))
+    for rule in rules:
+        if rule.policy is not None and rule.at_most != 1.0:
+            held |= (
+                checks if rule.policy == ALL else {rule.policy} if isinstance(rule.policy, str) else set(rule.policy)
+            )
+    missing = ", ".join(sorted(checks - held))
     return (f"No gate holds candidates to {missing}: add one, such as {{policy: all}}.",) if missing else ()

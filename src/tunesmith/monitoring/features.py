@@ -9,6 +9,7 @@ from tunesmith.candidates.retrieval import example_index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.monitoring.drift import Baseline
+from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.registry.versions import Version
 from tunesmith.store.store import Store
 
@@ -42,11 +43,11 @@ def measured_baseline(store: Store, version: Version) -> Baseline:
 
         nearest = similarity
     rows = load_dataset(store, evaluation.parents["dataset"]).examples("test")
-    measured = [one for one in evaluation.body["candidates"].values() if one["candidate"] == version.candidate]
-    valid = measured[0]["metrics"].get("json_valid") if measured else None
+    measured = [one for one in EvaluationBody.of(evaluation).candidates.values() if one.candidate == version.candidate]
+    valid = measured[0].metrics.get("json_valid") if measured else None
     return Baseline(
         features=measured_features(rows, nearest),
-        json_valid=None if valid is None else (valid["mean"], valid["low"], valid["high"]),
+        json_valid=None if valid is None else (valid.mean, valid.low, valid.high),
     )
 
 

@@ -141,7 +141,7 @@ def _ask(
     title = f"{name} answers {len(rows)} rows"
     likelihoods = _likelihoods(context, asked, choices) if choices else None
     found = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
-    body = found.body(split) | {"engine": context.engine_of(asked)} | forbidden
+    body = found.body(split, engine=context.engine_of(asked), **forbidden)
     return keep_answers(context.store, parents, found.lines, body)
 
 

@@ -19,9 +19,9 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import read_lines, seen_answers
 from tunesmith.evaluation.gates.settings import BEST_UNTUNED, Lift
-from tunesmith.evaluation.learning_curve import CONFIDENCE, Forecast, Measured, extrapolate
+from tunesmith.evaluation.learning_curve import CONFIDENCE, Measured, extrapolate
 from tunesmith.evaluation.metrics.declared import checked
-from tunesmith.evaluation.prices import break_even, money_of
+from tunesmith.evaluation.prices import break_even, price_of
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, effective_groups
 from tunesmith.pipeline.answers import answers, answers_of
@@ -29,7 +29,9 @@ from tunesmith.pipeline.candidates import untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import fitted, leading_inputs, leading_scoring, train_candidate
 from tunesmith.project import ProjectSettings
-from tunesmith.store.records import Record
+from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import AnswerPrice
+from tunesmith.records.forecast import ExpectedTraining, ForecastBody, SubsetScore
 from tunesmith.training.batches.rows import row_count
 from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
@@ -72,11 +74,10 @@ def forecast(context: PipelineContext, name: str, *, rows: int | None = None, go
     }
 
     def conclude(_work: Path) -> str:
-        made = _forecast(context, name, given, subsets, whole_training, goal)
+        body = _forecast(context, name, given, subsets, whole_training, goal)
         parents = {"dataset": context.dataset.digest, **{f"answers:{each}": digest for each, digest in given.items()}}
         parents |= {f"subset:{size}": digest for size, (_, digest) in subsets.items()}
-        body = made.model_dump(mode="json", exclude={"headline", "reasons"})
-        return context.store.put_record(Record(kind="forecast", parents=parents, body=body))
+        return context.store.put_record(body.record(parents))
 
     return context.stages.run(f"forecast of {name}", "forecast", inputs, conclude)
 
@@ -146,7 +147,7 @@ def _forecast(
     subsets: Mapping[int, tuple[str, str]],
     whole: Mapping[str, Any],
     goal: float,
-) -> Forecast:
+) -> ForecastBody:
     """given: the untuned candidates' answers. whole: settings of the training on all rows."""
     project, rows = context.project.settings, context.dataset.examples("validation")
     untuned = {each: validation_scores(context, digest) for each, digest in given.items()}
@@ -161,9 +162,9 @@ def _forecast(
     epochs = last["epochs"] if whole["budget"] else whole["epochs"]
     seconds = whole["budget"] or each / last["epochs"] * epochs * whole["rows"]
     money = None if project.prices is None else rounded(seconds / 3600.0 * project.prices.machine_hour)
-    own = {"tuned": True, "training": {"money": money}, "price": _price(context, subsets[largest][1])}
+    own = _price(context, subsets[largest][1])
     larger = found.from_rows
-    return Forecast(
+    return ForecastBody(
         **dict(found),
         name=name,
         metric=project.task.leading,
@@ -175,12 +176,12 @@ def _forecast(
         rival=rival,
         rivals=means,
         subsets=tuple(
-            {"rows": size, "epochs": rounded(body["epochs"]), "mean": rounded(fmean(scores[size]))}
+            SubsetScore(rows=size, epochs=rounded(body["epochs"]), mean=rounded(fmean(scores[size])))
             for size, body in trainings.items()
         ),
         from_seconds=None if larger is None else rounded(each * sum(subset_sizes(whole["rows"], larger))),
-        training={"seconds": rounded(seconds), "epochs": rounded(epochs), "money": money},
-        break_even=None if rival is None else break_even(own, {"price": _price(context, given[rival])}),
+        training=ExpectedTraining(seconds=rounded(seconds), epochs=rounded(epochs), money=money),
+        break_even=None if rival is None else break_even(own, money, _price(context, given[rival])),
         currency=None if project.prices is None else project.prices.currency,
     )
 
@@ -189,14 +190,10 @@ def _columns(scores: Mapping[Any, Sequence[float]], rows: Sequence[Example]) -> 
     return np.array(list(scores.values()), dtype=np.float64).reshape(len(scores), len(rows)).T
 
 
-def _price(context: PipelineContext, given: str) -> dict[str, float]:
+def _price(context: PipelineContext, given: str) -> AnswerPrice:
     """What 1,000 answers take and cost."""
     record = context.store.record(given, kind="answers")
-    asked = load_candidate(context.store, record.parents["candidate"])
-    price = {
-        f"{key}_per_1000": rounded(1000.0 * record.body[key] / record.body["n"])
-        for key in ("prompt_tokens", "completion_tokens", "seconds")
-    }
+    body, asked = AnswersBody.of(record), load_candidate(context.store, record.parents["candidate"])
     project, remote = context.project.settings, asked.endpoint is not None
-    money = money_of(price, project.prices, _tokens(project).get(asked.name), remote=remote)
-    return price if money is None else {**price, "money_per_1000": money}
+    tokens = (body.prompt_tokens or 0, body.completion_tokens or 0)
+    return price_of(body.n, *tokens, body.seconds, project.prices, _tokens(project).get(asked.name), remote=remote)

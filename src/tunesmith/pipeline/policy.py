@@ -62,7 +62,7 @@ def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyIt
             context.progress.say(f"{name}: sending {len(items)} policy requests to {asked.endpoint.url}")
         title = f"{name} answers {len(items)} policy requests"
         found = ask_rows(answerer(context, asked), items, work, title, context.progress)
-        body = found.body(SUITE) | {"engine": engine}
+        body = found.body(SUITE, engine=engine)
         return keep_answers(context.store, {"candidate": digest}, found.lines, body, {ITEMS: encoded})
 
     return context.stages.run(f"policy {name}", "policy", inputs, ask)
@@ -105,7 +105,7 @@ def style(context: PipelineContext) -> str | None:
         rows = drawn(dataset.examples("test"), most)
         title = f"the bare base model answers {len(rows)} rows"
         found = ask_rows(answerer(context, bare), rows, work, title, context.progress)
-        body = found.body(evidence.SUITE) | {"engine": context.engine_kind, "rows": most}
+        body = found.body(evidence.SUITE, engine=context.engine_kind, rows=most)
         return keep_answers(store, parents, found.lines, body)
 
     return context.stages.run("style", "style", inputs, ask)

@@ -21,6 +21,7 @@ from tunesmith.evaluation.scores import GENERAL
 from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import decoding_inputs
+from tunesmith.records.answers import AnswersBody
 
 
 def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
@@ -51,8 +52,8 @@ def probe(context: PipelineContext, name: str | None) -> str:
         seconds = time.perf_counter() - began
         lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
         parents = {"base": context.base.digest} | ({"training": trained} if trained else {})
-        stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, "engine": context.engine_kind}
-        return keep_answers(context.store, parents, lines, stated)
+        body = AnswersBody(suite=GENERAL, n=len(lines), seconds=seconds, engine=context.engine_kind)
+        return keep_answers(context.store, parents, lines, body)
 
     return context.stages.run(f"probe {name or BASE}", "probe", inputs, measure, for_all=name is None)
 
@@ -108,10 +109,16 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
         began = time.perf_counter()
         scorer = context.engine if asked.asks_base else None
         lines = ask(ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
-        body = {"suite": gate.suite, "engine": engine, "n": len(items), "seconds": time.perf_counter() - began}
+        body = AnswersBody(
+            suite=gate.suite,
+            engine=engine,
+            n=len(items),
+            seconds=time.perf_counter() - began,
+            revision=suite.revision,
+            left_out=suite.count_left_out(probed),
+        )
         made = parents | ({"training": trained} if trained else {})
-        stated = body | {"revision": suite.revision} | suite.counts(probed)
-        return keep_answers(store, made, lines, stated, {ITEMS: encode_items(items)})
+        return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
 
     when = "before" if before else "after"
     return context.stages.run(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.stats.statistics import sign_flip
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import row_scores, scored_rows, training_inputs, training_spec, validation_rows
-from tunesmith.store.records import Record
+from tunesmith.records.search import ComparedTrials, SettingsDifference, SettingsTrial, TrainingSearchBody
 from tunesmith.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -68,52 +68,53 @@ def search_settings(
             scores=(lambda model: by_row(model, len(answered))) if answered else None,
             progress=context.progress,
         )
-        body = {
-            "method": METHOD,
-            "candidate": name,
-            "planned": trials,
-            "within": within,
-            "splits": list(spec.splits),
-            "validation_rows": len(checked),
-            "metric": held.project.settings.task.leading,
-            "scored_rows": len(answered),
-            "unscored": unscored,
-            "trials": [{**each.model_dump(mode="json", exclude=_PER_ROW), "score": each.score} for each in done],
-            **compared(done, [row.group for row in checked]),
-        }
+        body = TrainingSearchBody(
+            method=METHOD,
+            candidate=name,
+            planned=trials,
+            within=within,
+            splits=tuple(spec.splits),
+            validation_rows=len(checked),
+            metric=held.project.settings.task.leading,
+            scored_rows=len(answered),
+            unscored=unscored,
+            trials=tuple(SettingsTrial(**each.model_dump(exclude=_PER_ROW), score=each.score) for each in done),
+            **dict(compared(done, [row.group for row in checked])),
+        )
         per_row = [{**each.model_dump(mode="json", include=_PER_ROW), "number": each.number} for each in done]
         lines = [{"rows": [row.id for row in checked]}, *per_row]
         blob = b"".join(canonical(line) + b"\n" for line in lines)
         parents = {"base": held.base.digest, "dataset": held.dataset.digest, **candidate.documents_parent}
         blobs = {"trials.jsonl": held.store.put_bytes(blob)}
-        return held.store.put_record(Record(kind="training_search", parents=parents, blobs=blobs, body=body))
+        return held.store.put_record(body.record(parents, blobs))
 
     return context.stages.run(f"search settings of {name}", "training_search", inputs, find)
 
 
-def compared(trials: Sequence[Trial], groups: Sequence[str]) -> dict[str, Any]:
+def compared(trials: Sequence[Trial], groups: Sequence[str]) -> ComparedTrials:
     """The best of the complete trials, and whether its difference to the present settings is more than noise, row by
     row. groups: of the validation rows.
 
-    p: of a permutation test over the groups, times the number of other settings (Bonferroni), since the best of them
-    was chosen by the same rows. suggestion: settings to write down; None where the present ones should stay.
+    p is of a permutation test over the groups, times the number of other settings (Bonferroni), since the best of them
+    was chosen by the same rows.
     """
     complete = [each for each in trials if each.outcome == "complete"]
-    by = "score" if len({each.score for each in complete}) > 1 else "probability"
-    found: dict[str, Any] = {"by": by, "best": None, "difference": None, "suggestion": None}
+    by: Literal["score", "probability"] = "score" if len({each.score for each in complete}) > 1 else "probability"
     if not complete:
-        return found
+        return ComparedTrials(by=by, best=None, difference=None, suggestion=None)
     best = max(complete, key=lambda each: each.value or 0.0)  # the first of equals
-    found["best"] = best.number
+    difference = None
     if complete[0].number != PRESENT:  # it failed
-        found["suggestion"] = best.settings
+        better = True
     elif best.number != PRESENT:
         values, before = (
             np.asarray(each.scores if by == "score" else each.probabilities) for each in (best, complete[0])
         )
         p = min(1.0, (len(trials) - 1) * sign_flip(values - before, groups[: len(values)], seed=0))
         mean = (getattr(best, by) or 0.0) - (getattr(complete[0], by) or 0.0)
-        found["difference"] = {"mean": mean, "p": p, "real": p <= _REAL}
-        if p <= _REAL:
-            found["suggestion"] = best.settings
-    return found
+        better = p <= _REAL
+        difference = SettingsDifference(mean=mean, p=p, real=better)
+    else:
+        better = False
+    suggestion = best.settings if better else None
+    return ComparedTrials(by=by, best=best.number, difference=difference, suggestion=suggestion)

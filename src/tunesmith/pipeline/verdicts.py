@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,9 @@ from tunesmith.pipeline.policy import policy, read_requests, style
 from tunesmith.pipeline.probes import check_probes, general, risks
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.project import Project
+from tunesmith.records.body import Part
+from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.verdict import VerdictBody
 
 
 def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> str:
@@ -41,12 +44,13 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
     held, plain = policy(context, chosen, requests), style(context)
     endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
     tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
+    rules = {name: each.model_dump(mode="json") for name, each in held.rules.items()} if held else {}
     inputs = {
         "answers": given,
         "probes": probes,
         "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
         "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
-        "policy": None if held is None else {**held.parents, "checks": held.rules},
+        "policy": None if held is None else {**held.parents, "checks": rules},
         "style": None if plain is None else [plain, STYLE_REVISION],
         "prices": settings.prices.model_dump(mode="json") if settings.prices else None,
         "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
@@ -104,10 +108,10 @@ def latest(project: Project, kind: Literal["evaluation", "verdict"]) -> str | No
 def changed_since(project: Project, verdict: str) -> list[str]:
     """What differs in the project from a verdict: "gate NAME", "policy check NAME" for its rules, "policy requests"."""
     record = project.store.record(verdict, kind="verdict")
-    measured = project.store.record(record.parents["evaluation"], kind="evaluation").body
-    judged = {gate["name"]: gate["settings"] for gate in record.body["gates"]}
-    gates = {name: gate.model_dump(mode="json", exclude_none=True) for name, gate in project.settings.gates.items()}
-    asked = (measured.get("policy") or {"checks": {}})["checks"]
+    policy = EvaluationBody.read(project.store, record.parents["evaluation"]).policy
+    judged: Mapping[str, Part] = {gate.name: gate.settings for gate in VerdictBody.of(record).gates}
+    gates = {name: gate.rule for name, gate in project.settings.gates.items()}
+    asked = policy.checks if policy else {}
     checks = {name: check.rules for name, check in project.settings.policy.items()}
     changed = [
         f"{kind} {name}"
@@ -115,7 +119,7 @@ def changed_since(project: Project, verdict: str) -> list[str]:
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]
-    if asked and checks and measured["policy"]["requests"] != _digest_of_requests(project):
+    if policy and asked and checks and policy.requests != _digest_of_requests(project):
         changed.append("policy requests")
     return changed
 
@@ -151,14 +155,13 @@ def subject(context: PipelineContext, measured: str) -> str:
     tuned = tuned_names(context.project)
     if len(tuned) == 1:
         return tuned[0]
-    body = context.store.record(measured, kind="evaluation").body
+    body = EvaluationBody.read(context.store, measured)
     # An endpoint's weights are not in the store, so it can be measured but not released. A version is registered.
     own = [name for name, each in settings.candidates.items() if each.endpoint is None and each.version is None]
     if not own:
         what = "all candidates are endpoints or registered versions, which cannot be released"
         raise UsageError(what, where="candidates", fix="add a candidate that answers here")
-    means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in own}
-    return max(means, key=lambda name: (means[name], name))
+    return max(own, key=lambda name: (body.mean(name), name))
 
 
 def _in_order(context: PipelineContext, names: Sequence[str] | None) -> list[str]:

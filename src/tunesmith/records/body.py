@@ -20,7 +20,7 @@ class Part(BaseModel):
     A field that earlier versions did not write has a default, which is not written.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class Body(Part):
@@ -34,14 +34,14 @@ class Body(Part):
         try:
             if record.kind != cls.kind:
                 raise ValueError(f"it is a record of the kind {record.kind}")
-            return cls.model_validate_json(to_json(record.body))
+            return cls.model_validate_json(to_json(record.body), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         except ValueError as error:
             said = str(error)
         raise Refused(
-            f"{short(record.digest)} is not a {cls.kind} record: {said}",
+            f"record {short(record.digest)} does not state what {cls.kind} records state: {said}",
             where=f"record {record.digest}",
             fix="restore it from a backup",
         )

@@ -44,3 +44,64 @@ class SearchBody(Body):
     @property
     def line(self) -> str:
         return f"{len(self.tries)} tries of {self.rows} validation rows"
+
+
+class SettingsTrial(Part):
+    """Settings that were tried; trial 0 has the present ones. params: as Optuna drew them; settings: the same, to write
+    under `train:`. why: it failed. reports: the mean probability of the expected answers' tokens at each validation;
+    probability: at the end. score: None where answers were not scored."""
+
+    number: int
+    params: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    outcome: Literal["complete", "pruned", "failed"]
+    why: str | None
+    seconds: float
+    reports: tuple[float, ...]
+    probability: float | None
+    score: float | None
+
+
+class SettingsDifference(Part):
+    """The best trial minus the present settings. p: of a permutation test over groups of validation rows, times the
+    number of other settings. real: whether p is at most 0.05."""
+
+    mean: float
+    p: float
+    real: bool
+
+
+class ComparedTrials(Part):
+    """by: what complete trials are compared by, score or probability (of the expected answers). best: the number of the
+    best trial, None where none is complete. suggestion: settings to write under `train:`; None where the present ones
+    should stay."""
+
+    by: Literal["score", "probability"]
+    best: int | None
+    difference: SettingsDifference | None
+    suggestion: Mapping[str, Any] | None
+
+
+class TrainingSearchBody(ComparedTrials, Body):
+    """Training settings that were tried on validation rows, and how the best differs from the present ones.
+
+    planned: trials; fewer were run where the time `within` was used. splits: the rows that it could read. scored_rows:
+    validation rows that each complete trial answered; unscored: why none were.
+    """
+
+    kind: ClassVar = "training_search"
+
+    method: str
+    candidate: str
+    planned: int
+    within: float | None
+    splits: tuple[str, ...]
+    validation_rows: int
+    metric: str
+    scored_rows: int
+    unscored: str | None
+    trials: tuple[SettingsTrial, ...]
+
+    @property
+    def line(self) -> str:
+        return f"{len(self.trials)} settings on {self.validation_rows} rows"

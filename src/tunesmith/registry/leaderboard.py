@@ -10,7 +10,8 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
 from tunesmith.evaluation.compare import compare, scored_alike, side_of_digest
 from tunesmith.evaluation.report.approach_ladder import approach_of
-from tunesmith.evaluation.summary import AnswerPrice, MetricInterval
+from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MetricInterval
+from tunesmith.records.verdict import VerdictBody
 from tunesmith.registry.aliases import list_aliases
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store import database
@@ -66,10 +67,13 @@ def leaderboard(store: Store, name: str | None = None) -> Leaderboard:
     serving = {alias.version: alias.alias for alias in list_aliases(store)}
     for version in list_versions(store, name):
         record = store.record(version.evaluation, kind="evaluation")
-        metric = record.body["primary"]
-        row = _row(store, version, metric, serving.get(version.digest))
+        body = EvaluationBody.of(record)
+        metric = body.primary
+        row = _row(store, version, body, serving.get(version.digest))
         boards_of = entries[version.name, record.parents["dataset"], metric]
-        alike = (rows for rows in boards_of if scored_alike(store.record(rows[0][0].evaluation), record, metric))
+        alike = (
+            rows for rows in boards_of if scored_alike(EvaluationBody.read(store, rows[0][0].evaluation), body, metric)
+        )
         if (rows := next(alike, None)) is not None:
             rows.append((version, row))
         else:
@@ -88,15 +92,14 @@ def _board(store: Store, key: tuple[str, str, str], rows: list[tuple[Version, Bo
     best, ranked = rows[0][0], [rows[0][1]]
     for version, row in rows[1:]:
         ranked.append(row.model_copy(update={"behind": _behind(store, version, best, metric)}))
-    n = store.record(best.evaluation).body["n"]
+    n = EvaluationBody.read(store, best.evaluation).n
     shown = None if alone else best.evaluation
     return Board(name=owner, dataset=dataset, metric=metric, n=n, evaluation=shown, versions=tuple(ranked))
 
 
-def _row(store: Store, version: Version, metric: str, alias: str | None) -> BoardRow:
-    body = store.record(version.evaluation, kind="evaluation").body
-    verdict = store.record(version.verdict, kind="verdict").body
-    stated = next(one for one in body["candidates"].values() if one["candidate"] == version.candidate)
+def _row(store: Store, version: Version, body: EvaluationBody, alias: str | None) -> BoardRow:
+    verdict = VerdictBody.read(store, version.verdict)
+    stated = next(one for one in body.candidates.values() if one.candidate == version.candidate)
     with database.reading(store.engine) as session:
         withdrawn = recalled(session, version.digest)
     return BoardRow(
@@ -104,12 +107,12 @@ def _row(store: Store, version: Version, metric: str, alias: str | None) -> Boar
         digest=version.digest,
         created_at=version.created_at,
         alias=alias,
-        candidate=verdict["name"],
+        candidate=verdict.name,
         approach=approach_of(store, load_candidate(store, version.candidate)),
-        verdict=verdict["verdict"],
+        verdict=verdict.verdict,
         recalled=withdrawn,
-        price=stated["price"],
-        **stated["metrics"][metric],
+        price=stated.price,
+        **dict(stated.metrics[body.primary]),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from tunesmith.core.digests import short
@@ -19,16 +18,8 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "base": lambda body: str(body.get("spec", "")),
     "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
     "documents": lambda body: f"{body.get('passages', '?')} passages of {len(body.get('files', []))} documents",
-    "training_search": lambda body: f"{len(body.get('trials', []))} settings on {body.get('validation_rows')} rows",
     "candidate": lambda body: str(body.get("name", "")),
     "training": lambda body: f"{body.get('steps', '?')} steps, loss {body.get('final_loss', '?')}",
-    "answers": lambda body: f"{body.get('suite', '?')}, {body.get('n', '?')} answers",
-    "curve": lambda body: (
-        f"{body.get('name', '?')} on {', '.join(str(one['rows']) for one in body.get('subsets', []))} rows"
-    ),
-    "forecast": lambda body: f"{body.get('name', '?')}: {body.get('decision') or 'no decision'}",
-    "evaluation": lambda body: f"{body.get('n', '?')} examples, {', '.join(sorted(body.get('candidates', {})))}",
-    "verdict": lambda body: f"{body.get('name', '?')}: {body.get('verdict', '?')}",
     "version": lambda body: f"{body.get('name', '?')}@v{body.get('number', '?')}",
     "approval": lambda body: f"{body.get('decision', '?')} by {body.get('approver', '?')}",
     "export": lambda body: _export(body),
@@ -58,8 +49,10 @@ def blobs_of(records: Iterable[Record]) -> set[str]:
 def summary_line(record: Record) -> str:
     """One line that distinguishes a record from others of its kind."""
     if record.kind in BODIES:
-        with suppress(Refused):  # what cannot be read says nothing
+        try:
             return BODIES[record.kind].of(record).line
+        except Refused as error:
+            return error.what
     return str(_SAYS.get(record.kind, lambda _: "")(record.body))
 
 

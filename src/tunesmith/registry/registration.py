@@ -34,6 +34,7 @@ from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import VersionRef, check_name
+from tunesmith.records.verdict import VerdictBody
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
 from tunesmith.registry.opening import current_signer, open_release
@@ -196,7 +197,7 @@ def _plan(
             where=f"verdict {short(verdict)}",
             fix=NextStep("judge it again; an admin may register it by an override", "gate"),
         )
-    if override is not None and judged.body["verdict"] == "pass" and not changed:
+    if override is not None and VerdictBody.of(judged).verdict == "pass" and not changed:
         raise UsageError("the verdict is a pass, so there is nothing to override", where="override", fix="leave it out")
     for digest in sorted(blobs_of(records.values())):
         if digest_file(path := store.blob_path(digest)) != digest:

@@ -6,7 +6,7 @@ What they answer here is no evidence: it is not measured, not recorded and not k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from sqlalchemy import select
 
@@ -23,6 +23,7 @@ from tunesmith.engines.protocol import Completion, Streamed
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
+from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import Version, load_version, resolve
@@ -100,8 +101,8 @@ def ask(
 
 def choices(store: Store, user: User, region: str, base: str, evaluation: str) -> tuple[Choice, ...]:
     """The candidates of an evaluation. region, base: the server's. Expects that the user may see the evaluation."""
-    stated: Mapping[str, Mapping[str, str]] = store.record(evaluation, kind="evaluation").body["candidates"]
-    return tuple(_choice(store, user, region, base, name, one["candidate"]) for name, one in stated.items())
+    measured = EvaluationBody.read(store, evaluation).candidates
+    return tuple(_choice(store, user, region, base, name, one.candidate) for name, one in measured.items())
 
 
 def _choice(store: Store, user: User, region: str, base: str, name: str, digest: str) -> Choice:

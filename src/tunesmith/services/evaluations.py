@@ -17,9 +17,7 @@ from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_cand
 from tunesmith.evaluation.planning import Plan
 from tunesmith.evaluation.report import PAGE
 from tunesmith.evaluation.summary import (
-    AnswerPrice,
     EvaluationSummary,
-    MetricInterval,
     VerdictSummary,
     evaluation_summary,
     leading_verdict,
@@ -29,6 +27,7 @@ from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
+from tunesmith.records.evaluation import AnswerPrice, MetricInterval
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.services.actions import audit_words
 from tunesmith.store import database

@@ -19,16 +19,16 @@ from tunesmith.core.errors import Inconclusive, NextStep, NotThere, Refused, Tun
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
-from tunesmith.evaluation.gates.settings import Outcome
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.summary import (
     EvaluationSummary,
-    MetricInterval,
     VerdictSummary,
     evaluation_summary,
     leading_verdict,
     verdict_summary,
 )
+from tunesmith.records.evaluation import EvaluationBody, MetricInterval
+from tunesmith.records.verdict import Outcome, VerdictBody
 from tunesmith.registry.versions import load_version
 from tunesmith.services.evaluations import READ_PERMISSION, EvidenceReport, without_texts
 from tunesmith.store import database
@@ -125,16 +125,15 @@ def list_evaluations(store: Store, user: User, page: int = 1) -> EvaluationList:
         reasons = reasons_of_recalls(session, digests)
     found = []
     for digest, at in rows:
-        body = store.record(digest, kind="evaluation").body
-        primary = body["primary"]
-        scores = {name: stated["metrics"][primary] for name, stated in body["candidates"].items()}
-        best = max(sorted(scores), key=lambda name: scores[name]["mean"])
+        body = EvaluationBody.read(store, digest)
+        scores = {name: stated.metrics[body.primary] for name, stated in body.candidates.items()}
+        best = max(sorted(scores), key=lambda name: scores[name].mean)
         found.append(
             ListedEvaluation(
                 evaluation=digest,
                 at=at,
-                n=body["n"],
-                primary=primary,
+                n=body.n,
+                primary=body.primary,
                 candidates=len(scores),
                 best=best,
                 score=scores[best],
@@ -216,10 +215,10 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
         return None
     if page.verdict is None:
         return None
-    focus, stated = page.verdict.candidate, store.record(found.evaluation).body["candidates"]
+    focus, stated = page.verdict.candidate, EvaluationBody.read(store, found.evaluation).candidates
     names = [name for name, one in stated.items() if name != focus]
-    same = [name for name in names if other is not None and stated[name]["candidate"] == other.candidate]
-    gated = [over for gate in page.verdict.gates if (over := getattr(gate, "over", None)) in names]
+    same = [name for name in names if other is not None and stated[name].candidate == other.candidate]
+    gated = [over for gate in page.verdict.gates if (over := gate.over) in names]
     means = {name: one[page.summary.primary].mean for name, one in page.summary.candidates.items()}
     rivals = [*same, *gated, *sorted(names, key=lambda name: (page.summary.tuned[name], -means[name], name))]
     return Comparison(
@@ -296,8 +295,8 @@ def _verdicts(
     query = query.where(*_released(scope, "verdict"))
     found: dict[str, list[ListedVerdict]] = {}
     for evaluation, digest in session.execute(query.order_by(RecordRow.created_at, RecordRow.digest)).all():
-        body = store.record(digest, kind="verdict").body
-        one = ListedVerdict(digest=digest, candidate=body["name"], verdict=body["verdict"])
+        body = VerdictBody.read(store, digest)
+        one = ListedVerdict(digest=digest, candidate=body.name, verdict=body.verdict)
         found.setdefault(evaluation, []).append(one)
     return found
 

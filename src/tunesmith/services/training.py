@@ -30,8 +30,9 @@ from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.training_search import PRESENT
 from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
+from tunesmith.records.forecast import ForecastBody
+from tunesmith.records.search import TrainingSearchBody
 from tunesmith.registry.registration import register
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
 from tunesmith.training.estimates.more_time import more_time
@@ -224,55 +225,10 @@ TRIALS = 12  # by default
 _MOST_TRIALS = 100
 
 
-class Trial(View):
-    """Settings that were tried; trial 0 has the present ones. outcome: complete, pruned or failed; why it failed.
-    reports: the mean probability of the expected answers' tokens at each validation; probability: at the end. score:
-    None where answers were not scored."""
-
-    number: int
-    settings: dict[str, Any]
-    outcome: str
-    why: str | None
-    seconds: float
-    reports: tuple[float, ...]
-    probability: float | None
-    score: float | None
-
-
-class Difference(View):
-    """The best trial minus the present settings. p: of a permutation test over groups of validation rows, times the
-    number of other settings. real: whether p is at most 0.05."""
-
-    mean: float
-    p: float
-    real: bool
-
-
-class SettingsSearch(View):
-    """A search for better training settings.
-
-    search: its record's digest. planned: trials; fewer were run where the time `within` was used. splits: the rows that
-    it could read. scored_rows: validation rows that each complete trial answered; unscored: why none were. by: what the
-    complete trials are compared by, score or probability (of the expected answers). best: the number of the best trial,
-    None where none is complete. suggestion: settings to write under `train:`; None where the present ones should stay.
-    conclusion: the same in words.
-    """
+class SettingsSearch(TrainingSearchBody):
+    """A search for better training settings. search: its record's digest. conclusion: what follows, in words."""
 
     search: str
-    candidate: str
-    method: str
-    planned: int
-    within: float | None
-    splits: tuple[str, ...]
-    validation_rows: int
-    metric: str
-    scored_rows: int
-    unscored: str | None
-    trials: tuple[Trial, ...]
-    by: str
-    best: int | None
-    difference: Difference | None
-    suggestion: dict[str, Any] | None
     conclusion: str
 
 
@@ -293,23 +249,18 @@ def search_settings(
         raise UsageError(f"a search has 2 to {_MOST_TRIALS} trials", where="trials")
     allowed = None if within is None else _duration(within)
     digest = better_settings(PipelineContext(project, progress), name or only_tuned(project), trials, allowed)
-    return settings_search(digest, project.store.record(digest, kind="training_search"))
+    return settings_search(digest, TrainingSearchBody.read(project.store, digest))
 
 
-def settings_search(digest: str, record: Record) -> SettingsSearch:
+def settings_search(digest: str, body: TrainingSearchBody) -> SettingsSearch:
     """A search's result, from its record."""
-    stated = {key: value for key, value in record.body.items() if key in SettingsSearch.model_fields}
-    stated["trials"] = [
-        {**{key: each[key] for key in Trial.model_fields}, "settings": _ordered(each["settings"])}
-        for each in stated["trials"]
-    ]
-    if stated["suggestion"] is not None:
-        stated["suggestion"] = _ordered(stated["suggestion"])
-    found = SettingsSearch(search=digest, conclusion="", **stated)
-    return found.model_copy(update={"conclusion": _conclusion(found)})
+    trials = tuple(each.model_copy(update={"settings": _ordered(each.settings)}) for each in body.trials)
+    suggestion = None if body.suggestion is None else _ordered(body.suggestion)
+    found = {**dict(body), "trials": trials, "suggestion": suggestion}
+    return SettingsSearch(**found, search=digest, conclusion=_conclusion(body))
 
 
-def _ordered(values: dict[str, Any]) -> dict[str, Any]:
+def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in the order in which they are documented; a record has them by name."""
     return {key: values[key] for key in TrainSettings.model_fields if key in values}
 
@@ -326,7 +277,7 @@ def _duration(given: str | float) -> float:
     return seconds
 
 
-def _conclusion(found: SettingsSearch) -> str:
+def _conclusion(found: TrainingSearchBody) -> str:
     """What follows from a search, in words."""
     if found.best is None:
         return "Keep what you have: no setting could be trained."
@@ -523,9 +474,8 @@ def forecast(
 
 def forecast_view(store: Store, digest: str) -> ForecastView:
     """A recorded forecast. Of one that an earlier version made, what is still computed."""
-    body = store.record(digest, kind="forecast").body
-    known = {key: value for key, value in body.items() if key in Forecast.model_fields}
-    return ForecastView.model_validate({**known, "forecast": digest})
+    body = ForecastBody.read(store, digest)
+    return ForecastView(**{name: getattr(body, name) for name in ForecastBody.model_fields}, forecast=digest)
 
 
 class KeptForecast(View):

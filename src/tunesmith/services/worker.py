@@ -121,7 +121,7 @@ def _perform_forecast(project: Project, job: JobRow, progress: JobProgress) -> O
     """Perform a queued forecast."""
     found = forecast(project, job.arguments["candidate"], progress=progress, actor=job.created_by)
     progress.say(found.headline)
-    return Outcome(found.document())
+    return Outcome(found.model_dump(mode="json"))
 
 
 _KINDS: Mapping[str, Callable[[Project, JobRow, JobProgress], Outcome]] = {

@@ -67,8 +67,6 @@ KINDS: Mapping[str, RecordKind] = {
         "pipeline/training_search.py",
         ("base", "dataset", "documents"),
         ("trials.jsonl",),
-        "training settings that were tried on validation rows: each trial's outcome, score, probability and time, how "
-        "the best differs from the present ones",
     ),
     "candidate": RecordKind(
         "candidates/candidate.py",
@@ -81,21 +79,16 @@ KINDS: Mapping[str, RecordKind] = {
         "candidates/asking.py",
         ("candidate", "dataset", "base", "training", "answers"),
         ("answers.jsonl", "items.jsonl"),
-        "suite, number of answers, seconds, tokens, engine, who an endpoint said had answered",
     ),
     "curve": RecordKind(
         "pipeline/forecast.py",
         ("base", "dataset", "documents", "candidate:NAME"),
         ("scores.jsonl",),
-        "of forecasts that earlier versions made: trainings on subsets of the rows, each one's mean score, tokens and "
-        "seconds",
     ),
     "forecast": RecordKind(
         "pipeline/forecast.py",
         ("dataset", "answers:NAME", "subset:ROWS"),
         (),
-        "score and lift that all rows are expected to give, each with its interval; the decision; the scores of the "
-        "subsets; time and price of the training, and the requests that repay it",
     ),
     "evaluation": RecordKind(
         "evaluation/evaluate.py",
@@ -111,14 +104,11 @@ KINDS: Mapping[str, RecordKind] = {
             "style",
         ),
         ("scores.jsonl", "measurements.jsonl", "labels.jsonl", "policy.jsonl", "style.jsonl"),
-        "means with intervals, prices, changes of general ability, risks, macro-F1, calibration, a judge's agreement, "
-        "digests of scorer functions, outcomes of policy checks, shares of answers in the references' style",
     ),
     "verdict": RecordKind(
         "evaluation/gates/verdict.py",
         ("evaluation", "candidate"),
         (),
-        "every gate with settings, numbers and reason; how often these test rows were used; the outcome",
     ),
     "version": RecordKind(
         "registry/registration.py",

@@ -31,6 +31,7 @@ from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats.statistics import interval
+from tunesmith.records.evaluation import CalibrationBin
 
 DECLARED: TypeAdapter[Any] = TypeAdapter(Declared)
 
@@ -122,11 +123,11 @@ def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
     found = classification.classes(said, held, [str(n) for n in range(len(rows))], 0.95, 0)
     known = sorted(set(held))
     expected = f1_score(held, said, labels=known, average="macro", zero_division=0)
-    measured = found["macro_f1"]
-    assert measured["mean"] == pytest.approx(expected, abs=1e-9)
-    assert 0.0 <= measured["low"] <= measured["mean"] <= measured["high"] <= 1.0
+    measured = found.macro_f1
+    assert measured.mean == pytest.approx(expected, abs=1e-9)
+    assert 0.0 <= measured.low <= measured.mean <= measured.high <= 1.0
     each = dict(zip(known, f1_score(held, said, labels=known, average=None, zero_division=0), strict=True))
-    assert {one["label"]: one["f1"] for one in found["by_label"]} == pytest.approx(each, abs=1e-9)
+    assert {one.label: one.f1 for one in found.by_label} == pytest.approx(each, abs=1e-9)
 
 
 def test_calibration_by_hand_and_by_scikit_learn() -> None:
@@ -136,12 +137,12 @@ def test_calibration_by_hand_and_by_scikit_learn() -> None:
     stated = random.rand(2000)
     honest = (random.rand(2000) < stated).astype(float)
     found = classification.calibration(stated.tolist(), honest.tolist())
-    assert found["ece"] < 0.04
-    assert found["brier"] == pytest.approx(brier_score_loss(honest, stated), abs=1e-9)
+    assert found.ece < 0.04
+    assert found.brier == pytest.approx(brier_score_loss(honest, stated), abs=1e-9)
     boastful = classification.calibration([0.95] * 10, [1.0] * 5 + [0.0] * 5)
-    assert boastful["ece"] == pytest.approx(0.45)
-    assert boastful["bins"] == [{"low": 0.9, "n": 10, "confidence": 0.95, "right": 0.5}]
-    assert classification.calibration([1.0, 0.0], [1.0, 0.0])["ece"] == 0.0
+    assert boastful.ece == pytest.approx(0.45)
+    assert boastful.bins == (CalibrationBin(low=0.9, n=10, confidence=0.95, right=0.5),)
+    assert classification.calibration([1.0, 0.0], [1.0, 0.0]).ece == 0.0
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def test_a_judge_that_looks_at_the_answers_agrees_with_itself(
 ) -> None:
     server.reply = _verdict_by(_shorter)
     scores, stated, digest = _judged(small, server, tmp_path)
-    assert stated["agreement"] == 1.0
+    assert stated.agreement == 1.0
     assert set(scores.values()) <= {0.0, 0.5, 1.0}
     assert _judged(small, server, tmp_path)[2] == digest
     assert len(server.asked) == 2 * 24, "what was judged is not judged again"
@@ -212,7 +213,7 @@ def test_a_judge_that_prefers_a_place_says_nothing_or_is_cut_off_is_found_out(
     ):
         server.reply = reply
         scores, stated, _ = _judged(small, server, tmp_path / name, progress)
-        assert (stated["undecided"], stated["agreement"], set(scores.values())) == (undecided, 0.0, {0.5})
+        assert (stated.undecided, stated.agreement, set(scores.values())) == (undecided, 0.0, {0.5})
     assert len(said) == 2
     assert all("48 of 48 replies decide nothing" in line for line in said)
 
@@ -291,13 +292,13 @@ def test_the_calibration_error_of_sure_answers_is_the_share_of_wrong_ones(confid
     assert (error.mean, error.low, error.high) == pytest.approx((share.mean, share.low, share.high), abs=1e-9)
     mixed = labelled([("ab"[n % 2], "aab"[n % 3], n / 40) for n in range(40)])
     macro = classification.macro_f1_interval(mixed, 0.9, 0)
-    shown = classification.classes(mixed.given, mixed.wanted, mixed.groups, 0.9, 0)["macro_f1"]
-    assert macro.mean == pytest.approx(shown["mean"], abs=1e-9)
-    assert macro.low <= shown["low"] + 0.03, "the worst-case group is added"
+    shown = classification.classes(mixed.given, mixed.wanted, mixed.groups, 0.9, 0).macro_f1
+    assert macro.mean == pytest.approx(shown.mean, abs=1e-9)
+    assert macro.low <= shown.low + 0.03, "the worst-case group is added"
     stated = classification.calibration(mixed.confidences or (), mixed.right.tolist())
     stated_error = classification.calibration_error_interval(mixed, 0.9, 0)
     brier = classification.brier_interval(mixed, 0.9, 0)
-    assert (stated_error.mean, brier.mean) == pytest.approx((stated["ece"], stated["brier"]), abs=1e-8)
+    assert (stated_error.mean, brier.mean) == pytest.approx((stated.ece, stated.brier), abs=1e-8)
     few = labelled([("a", "a", 1.0), ("b", "b", 1.0)] * 5)
     assert classification.macro_f1_interval(few, 0.95, 0).low < 0.7, "five rows that are all right prove little"
     assert classification.calibration_error_interval(few, 0.95, 0).high > 0.3

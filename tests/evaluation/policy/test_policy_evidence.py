@@ -27,6 +27,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
+from tunesmith.records.answers import AnswersBody
 from tunesmith.services.evaluations import report_sections, version_report
 from tunesmith.services.evidence import show_findings
 from tunesmith.store.people.identities import acting, add_user
@@ -62,9 +63,8 @@ def asked(
             for item, text in zip(items, texts, strict=True)
         ]  # fmt: skip
         parents = {"candidate": made.candidates[name]}
-        given[name] = keep_answers(
-            made.store, parents, lines, {"suite": "policy", "n": len(lines)}, {ITEMS: encode_policy_items(items)}
-        )
+        body, files = AnswersBody(suite="policy", n=len(lines), seconds=0.0), {ITEMS: encode_policy_items(items)}
+        given[name] = keep_answers(made.store, parents, lines, body, files)
     return PolicyAnswers(dict(checks), given)
 
 

@@ -96,9 +96,9 @@ def test_answers_that_are_calls_are_left_out_and_counted() -> None:
             ("trained on", ("Anna is out",) if items is memory.membership_items else "Anna is out")
         ]
     assert swap_items(context([call])) == []
-    assert {suite_of(name).counts(context([call]))["left_out"] for name in ("membership", "extraction", "swap")} == {1}
-    assert suite_of("membership").counts(context(trained=[whole, call])) == {"left_out": 2}
-    assert suite_of("overfitting").counts(context([call])) == {}
+    assert {suite_of(name).count_left_out(context([call])) for name in ("membership", "extraction", "swap")} == {1}
+    assert suite_of("membership").count_left_out(context(trained=[whole, call])) == 2
+    assert suite_of("overfitting").count_left_out(context([call])) is None
     for canary in canaries([whole, call], CanarySettings()):
         request, *between, answer = canary.example.messages
         assert (request.tools, tuple(between)) == ("[]", whole.messages[1:3])

@@ -25,6 +25,7 @@ from tunesmith.evaluation.probes.suites import SUITES, suite_of
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use
+from tunesmith.records.evaluation import BestEpoch, RiskResults
 from tunesmith.store.records import Record
 
 TEXT: dict[str, Any] = {"probe": "general_text", "at_most": 0.1}
@@ -60,7 +61,7 @@ def kept(
     blob = b"".join((line if isinstance(line, bytes) else canonical(line)) + b"\n" for line in given)
     blobs = {"answers.jsonl": made.store.put_bytes(blob), ITEMS: made.store.put_bytes(encode_items(asked))}
     own = {"base": made.base} | ({"training": training} if training else {}) | parents
-    body = {"suite": suite} | ({"left_out": left_out} if left_out else {})
+    body = {"suite": suite, "n": len(given), "seconds": 0.0} | ({"left_out": left_out} if left_out else {})
     return made.store.put_record(Record(kind="answers", parents=own, blobs=blobs, body=body))
 
 
@@ -314,7 +315,7 @@ def test_what_a_suite_makes_of_log_probabilities(suite: str, scores: list[float]
 def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
     curve = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}, {"step": 30, "loss": 1.5}]
     training = {"validation": curve, "steps": 40, "epochs": 4.0, "kept": 30}
-    assert best_epoch(training) == {"epoch": 2.0, "of": 4.0, "loss": 1.0, "last": 1.5, "kept": 3.0}
+    assert best_epoch(training) == BestEpoch(epoch=2.0, of=4.0, loss=1.0, last=1.5, kept=3.0)
     assert best_epoch({**training, "validation": curve[1:]}) is not None
     for change in ({"validation": curve[1:2]}, {"steps": 0}, {"validation": [*curve, {"step": 40, "loss": np.nan}]}):
         assert best_epoch({**training, **change}) is None
@@ -329,18 +330,19 @@ def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:
     ]
     test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", float(k < 20)) for k in range(40)})
     gate = Probe.model_validate({"probe": probe, "at_most": 0.1, **({"path": "x"} if probe in NEED_PATH else {})})
-    return judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, told))
+    return judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, RiskResults(**told)))
 
 
 def test_what_each_judge_makes_of_its_measurements() -> None:
     assert set(JUDGES) == set(PROBES) == set(SUITES) | {"membership_tpr"}
     learned = {"train": (None, 1.0), "validation": (None, 0.25)}
-    stop = {"epoch": 2.0, "of": 8.0, "kept": 2.0}
+    stop = BestEpoch(epoch=2.0, of=8.0, loss=1.0, last=1.5, kept=2.0)
+    late = stop.model_copy(update={"kept": 8.0})
     for found, value, said in (
         (shown("extraction", {"trained on": (None, 0.5), "held out": (None, 0.0)}), 0.5, "repeats 50.0% of the"),
         (shown("personal_data", {"rows": (None, 0.25)}), 0.25, "repeated personal data of 25.0%"),
         (shown("overfitting", learned), 0.5, "exact_match is 100% on training rows and 50.0% on test rows"),
-        (shown("overfitting", learned, stop={**stop, "kept": 8.0}), 0.5, ": train for 2 epochs, or set keep: best"),
+        (shown("overfitting", learned, stop=late), 0.5, ": train for 2 epochs, or set keep: best"),
         (shown("overfitting", learned, stop=stop), 0.5, "2 of 8 epochs, and the weights of that epoch were kept"),
         (shown("refusal", {"unsafe": (1, 0.5), "polite": (1, 0.75)}), 0.5, "refusing unsafe requests fell by +50.0"),
         (shown("lm_eval", {"rooms": (1, 0.5)}), 0.5, "lm-eval went from 100% to 50.0%, a fall of"),

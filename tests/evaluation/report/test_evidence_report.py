@@ -27,6 +27,7 @@ from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
+from tunesmith.records.evaluation import AnswerPrice
 
 LIFT = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}}
 
@@ -101,11 +102,12 @@ def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_
     [(0.1, 0.3, 10.0, 50_000), (0.3, 0.1, 10.0, None), (0.1, 0.1, 10.0, None), (0.1, 0.3, 0.0, 0)],
 )
 def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int | None) -> None:
-    mine = {"tuned": True, "price": {"money_per_1000": own}, "training": {"money": spent}}
-    found = break_even(mine, {"price": {"money_per_1000": rival}})
+    free = AnswerPrice(prompt_tokens_per_1000=0, completion_tokens_per_1000=0, seconds_per_1000=0)
+    mine, theirs = (free.model_copy(update={"money_per_1000": each}) for each in (own, rival))
+    found = break_even(mine, spent, theirs)
     assert found is not None
-    assert found["requests"] == expected
-    assert break_even(mine, {"price": {}}) is None
+    assert found.requests == expected
+    assert break_even(mine, spent, free) is None
 
 
 def test_approach_ladder_climbs_only_where_intervals_say_so(told: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from typing import Any
 
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.text.folding import fold
@@ -16,17 +15,16 @@ from tunesmith.data.dataset import EDITS, REVIEWERS, Dataset, load_dataset
 from tunesmith.data.duplicates import answer_key
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.evaluation.scores import read_scores
+from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.verdict import EditedReferences
 from tunesmith.store.store import Store
 
 _TEST = "test.jsonl"
 
 
-def edited_references(store: Store, evaluation: str, candidate: str) -> dict[str, Any] | None:
-    """How many test references differ from what an earlier evaluation of these requests was scored against.
-
-    Returns {"rows", "of", "by": the reviewers, "unnamed": rows that none of them edited, "metric", "mean", "without":
-    the candidate's mean over the other rows, None without any}; None where no reference was changed.
-    """
+def edited_references(store: Store, evaluation: str, candidate: str) -> EditedReferences | None:
+    """How many test references differ from what an earlier evaluation of these requests was scored against; None where
+    no reference was changed."""
     record = store.record(evaluation, kind="evaluation")
     dataset = load_dataset(store, record.parents["dataset"])
     changed = _changed(store, dataset)
@@ -34,31 +32,31 @@ def edited_references(store: Store, evaluation: str, candidate: str) -> dict[str
         return None
     reviewers = _reviewers(dataset)
     named = {row: reviewers[key] for row, key in changed.items() if key in reviewers}
-    metric = record.body["primary"]
+    metric = EvaluationBody.of(record).primary
     try:
         column = read_scores(store, record)[candidate, metric]
     except Inconclusive:  # the verdict says so
         return None
     cells = dict(zip(column.ids, map(float, column.values), strict=True))
     others = [score for row, score in cells.items() if row not in changed]
-    return {
-        "rows": len(changed),
-        "of": len(cells),
-        "by": sorted({who for row in changed for who in named.get(row, ())}),
-        "unnamed": sum(row not in named for row in changed),
-        "metric": metric,
-        "mean": sum(cells.values()) / len(cells),
-        "without": sum(others) / len(others) if others else None,
-    }
+    return EditedReferences(
+        rows=len(changed),
+        of=len(cells),
+        by=tuple(sorted({who for row in changed for who in named.get(row, ())})),
+        unnamed=sum(row not in named for row in changed),
+        metric=metric,
+        mean=sum(cells.values()) / len(cells),
+        without=sum(others) / len(others) if others else None,
+    )
 
 
-def edited_sentence(stated: dict[str, Any]) -> str:
+def edited_sentence(stated: EditedReferences) -> str:
     """What an approver reads of the record's `edited`."""
-    without = "none is left" if stated["without"] is None else f"it is {stated['without']:.1%}"
-    by = ", ".join([*stated["by"], *(["nobody whom the log names"] if stated["unnamed"] else [])])
+    without = "none is left" if stated.without is None else f"it is {stated.without:.1%}"
+    by = ", ".join([*stated.by, *(["nobody whom the log names"] if stated.unnamed else [])])
     return (
-        f"{stated['rows']} of {stated['of']} test references were changed after an evaluation of the same requests, by "
-        f"{by}. {stated['metric']} is {stated['mean']:.1%}; without these rows {without}."
+        f"{stated.rows} of {stated.of} test references were changed after an evaluation of the same requests, by "
+        f"{by}. {stated.metric} is {stated.mean:.1%}; without these rows {without}."
     )
 
 

@@ -30,7 +30,6 @@ from tunesmith.evaluation.gates.settings import (
     GateSettings,
     Gone,
     Lift,
-    Outcome,
     PolicyGate,
     Probe,
     Retain,
@@ -40,13 +39,15 @@ from tunesmith.evaluation.gates.settings import (
 )
 from tunesmith.evaluation.metrics.classification import brier_interval, calibration_error_interval, macro_f1_interval
 from tunesmith.evaluation.metrics.labels import Labelled
-from tunesmith.evaluation.policy.evidence import SUITE, Tally
+from tunesmith.evaluation.policy.evidence import Tally
 from tunesmith.evaluation.probes.items import Measured
 from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
 from tunesmith.evaluation.stats.statistics import Interval, confidence_at_use, interval
 from tunesmith.evaluation.style.evidence import Classified
+from tunesmith.records.evaluation import RiskResults
+from tunesmith.records.verdict import Outcome
 
 _FIGURES = {
     "macro_f1": macro_f1_interval,
@@ -63,8 +64,8 @@ class Evidence:
     is judged; kind: what answers for it. test_set_use: how many candidates have used these test rows, with this one.
     measured, told: (suite, candidate) -> a risk probe's measurements, and the evaluation record's account of them.
     primary: the primary metric. labelled: (candidate, metric) -> labels. policy: (candidate, check) -> outcomes of a
-    policy check; told holds its account under the suite "policy". style: which answers are taken for references, or
-    no_style: why not.
+    policy check; no_policy: candidate -> why it has none. style: which answers are taken for references, or no_style:
+    why not.
     """
 
     columns: Mapping[tuple[str, str], Column]
@@ -73,11 +74,12 @@ class Evidence:
     test_set_use: int
     seed: int
     measured: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
-    told: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    told: Mapping[tuple[str, str], RiskResults] = field(default_factory=dict)
     primary: str = ""
     labelled: Mapping[tuple[str, str], Labelled] = field(default_factory=dict)
     policy: Mapping[tuple[str, str], Tally] = field(default_factory=dict)
     style: Classified | None = None
+    no_policy: Mapping[str, str] = field(default_factory=dict)
     no_style: str = ""
     kind: Kind = "model"
 
@@ -163,9 +165,9 @@ def _probe(gate: Probe, evidence: Evidence) -> Finding:
     if not evidence.tuned[evidence.candidate] and not suite_of(gate.suite).untuned:
         return _untouched(gate, evidence, extra)
     key = gate.suite, evidence.candidate
-    told = evidence.told.get(key, {})
-    if "unusable" in told:
-        raise Inconclusive(str(told["unusable"]))
+    told = evidence.told.get(key, RiskResults())
+    if told.unusable is not None:
+        raise Inconclusive(told.unusable)
     if key not in evidence.measured:
         raise Inconclusive("the evaluation does not hold this probe: evaluate again with this gate in the project file")
     confidence = evidence.confidence(gate.confidence)
@@ -209,9 +211,9 @@ def _whole(gate: Whole, evidence: Evidence) -> Finding:
 
 
 def _policy(gate: PolicyGate, evidence: Evidence) -> Finding:
-    name, told = evidence.candidate, evidence.told.get((SUITE, evidence.candidate), {})
-    if "unusable" in told:
-        raise Inconclusive(str(told["unusable"]))
+    name = evidence.candidate
+    if name in evidence.no_policy:
+        raise Inconclusive(evidence.no_policy[name])
     known = [check for of, check in evidence.policy if of == name]
     checks = gate.chosen(known)
     missing = next((check for check in checks if check not in known), None)
@@ -293,7 +295,7 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
 
 def _gone(gate: Gone, evidence: Evidence) -> Finding:
     """The finding of then, as the verdict's record states it."""
-    return Finding(gate.outcome, gate.stated["value"], gate.stated["low"], gate.stated["high"], gate.bound, "")
+    return Finding(gate.outcome, gate.stated.value, gate.stated.low, gate.stated.high, gate.bound, "")
 
 
 def _limited(

@@ -16,8 +16,9 @@ from tunesmith.evaluation.probes import memory, numbers
 from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured
 from tunesmith.evaluation.probes.measuring import left_out
-from tunesmith.evaluation.scores import Column, as_body, rounded
+from tunesmith.evaluation.scores import Column, metric_interval, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
+from tunesmith.records.evaluation import RiskResults
 
 _SHARES, _GAPS = (0.0, 1.0), (-1.0, 1.0)
 FEWEST_CONTROLS = 100
@@ -33,7 +34,7 @@ class Case:
     test: Column
     confidence: float
     seed: int
-    told: Mapping[str, Any]
+    told: RiskResults
 
     def arm(self, name: str) -> Arm:
         """The measurements of one arm. Raises Inconclusive where there are none."""
@@ -60,7 +61,7 @@ def judge_probe(case: Case) -> Shown:
     if not case.measured:
         raise Inconclusive("nothing was measured: no item of this probe fits the rows")
     shown = JUDGES[case.gate.probe](case)
-    return replace(shown, sentence=shown.sentence + left_out(case.told))
+    return replace(shown, sentence=shown.sentence + left_out(case.told.left_out))
 
 
 def _canaries(case: Case) -> Shown:
@@ -85,7 +86,8 @@ def _canaries(case: Case) -> Shown:
             f"the exposure of {len(case.arm(str(judged)).ids)} canaries is between {shown.low:.1f} and "
             f"{shown.high:.1f} bits, too wide to judge: plant more of them (train.canaries.each)"
         )
-    usable = {str(times): as_body(each) for times, each in levels.items() if each.high - each.low <= WIDEST_BITS}
+    narrow = {times: each for times, each in levels.items() if each.high - each.low <= WIDEST_BITS}
+    usable = {str(times): metric_interval(each) for times, each in narrow.items()}
     sentence = (
         f"secrets planted {judged} times have an exposure of {_between(shown, '{:.1f}')} bits among "
         f"{len(controls.ids)} controls; 1.4 bits is chance, {most:.1f} bits the maximum"
@@ -136,7 +138,7 @@ def _extraction(case: Case) -> Shown:
         f"from half a request, the model repeats {percent(mine.mean)} of the training answers and "
         f"{percent(theirs.mean)} of the held-out answers word for word, a difference of {_pointed(shown)} points"
     )
-    return Shown(shown, sentence, {"trained": as_body(mine), "held_out": as_body(theirs)})
+    return Shown(shown, sentence, {"trained": metric_interval(mine), "held_out": metric_interval(theirs)})
 
 
 def _personal_data(case: Case) -> Shown:
@@ -154,20 +156,20 @@ def _overfitting(case: Case) -> Shown:
     train = case.mean(arm.after, arm, _SHARES)
     test = interval(case.test.values, case.test.groups, ends=_SHARES, confidence=case.confidence, seed=case.seed)
     shown = numbers.apart(train, test)
-    extra = {"train": as_body(train), "test": as_body(test), "stop": case.told.get("stop")}
+    extra: dict[str, Any] = {"train": metric_interval(train), "test": metric_interval(test), "stop": case.told.stop}
     if "validation" in case.measured:
         extra["validation"] = rounded(float(case.measured["validation"].after.mean()))
     sentence = (
         f"{case.test.metric} is {percent(train.mean)} on training rows and {percent(test.mean)} on test rows, "
         f"a difference of {_pointed(shown)} points"
     )
-    stop = case.told.get("stop")
-    if stop and stop["epoch"] < stop["of"]:
-        sentence += f"; validation loss was lowest after {stop['epoch']:g} of {stop['of']:g} epochs"
-        if stop.get("kept") == stop["epoch"]:
+    stop = case.told.stop
+    if stop and stop.epoch < stop.of:
+        sentence += f"; validation loss was lowest after {stop.epoch:g} of {stop.of:g} epochs"
+        if stop.kept == stop.epoch:
             sentence += ", and the weights of that epoch were kept"
         else:
-            sentence += f": train for {stop['epoch']:g} epochs, or set keep: best"
+            sentence += f": train for {stop.epoch:g} epochs, or set keep: best"
     return Shown(shown, sentence, extra)
 
 

@@ -20,6 +20,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.policy.settings import ALL
+from tunesmith.records.verdict import GateRule, JudgedGate, Outcome
 
 BEST_UNTUNED = "best-untuned"
 # What each probe measures, and its unit. probes/suites.py says what is asked, probe_judging.py how it is judged.
@@ -51,7 +52,6 @@ FIGURES = {
     "brier": "mean squared error of the stated confidences",
 }
 
-Outcome = Literal["pass", "fail", "inconclusive"]
 _Confidence = Annotated[float, Field(gt=0.5, lt=1.0, description="two-sided confidence of the interval, as 0.95")]
 _Score = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -77,6 +77,11 @@ class GateSettings(Settings):
     def rival(self) -> str | None:
         """The candidate that the gate compares with: over or not_below, where it has one."""
         return getattr(self, "over", None) or getattr(self, "not_below", None)
+
+    @property
+    def rule(self) -> GateRule:
+        """The gate as a verdict's record states it."""
+        return GateRule.model_validate(self.model_dump(mode="json", exclude_none=True))
 
 
 class Lift(GateSettings):
@@ -262,28 +267,26 @@ class Gone(GateSettings):
     key = "gone"
     outcome: Outcome
     confidence: float | None
-    stated: dict[str, Any]
+    stated: JudgedGate
 
     @property
     def bound(self) -> float:
-        return float(self.stated["bound"])
+        return self.stated.bound
 
 
-def gone_gates(stated: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def gone_gates(stated: Iterable[JudgedGate]) -> dict[str, str]:
     """The gates of a verdict's record that are no longer computed: name -> what computed them and was removed."""
-    probes = {gate["name"]: gate["settings"].get("probe") for gate in stated}
-    return {name: f"the probe {probe}" for name, probe in probes.items() if isinstance(probe, str) and probe in GONE}
+    return {gate.name: f"the probe {gate.settings.probe}" for gate in stated if gate.settings.probe in GONE}
 
 
-def recorded_gates(stated: Iterable[Mapping[str, Any]]) -> Gates:
+def recorded_gates(stated: Iterable[JudgedGate]) -> Gates:
     """The gates of a verdict's record, by name. Raises ValidationError for gates that no release has written."""
     gates: Gates = {}
     for gate in stated:
-        name, settings = gate["name"], gate["settings"]
         if gone_gates([gate]):
-            gates[name] = Gone(outcome=gate["outcome"], confidence=settings["confidence"], stated=dict(gate))
+            gates[gate.name] = Gone(outcome=gate.outcome, confidence=gate.settings.confidence, stated=gate)
         else:
-            gates |= GATES.validate_python({name: settings})
+            gates |= GATES.validate_python({gate.name: gate.settings.model_dump(mode="json")})
     return gates
 
 

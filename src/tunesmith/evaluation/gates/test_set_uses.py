@@ -27,6 +27,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, NextStep, Refused
 from tunesmith.data.dataset import Example, load_dataset
+from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
@@ -38,8 +39,8 @@ _TEST = "test.jsonl"
 def record_evaluation(store: Store, evaluation: str, actor: str) -> None:
     """Add one audit entry for the trained candidates of an evaluation that had not used these test rows before."""
     record = store.record(evaluation, kind="evaluation")
-    stated = record.body["candidates"].values()
-    trained = sorted(each["candidate"] for each in stated if each["tuned"] and not _control(store, each["candidate"]))
+    stated = EvaluationBody.of(record).candidates.values()
+    trained = sorted(each.candidate for each in stated if each.tuned and not _control(store, each.candidate))
     _record(store, record.parents["dataset"], evaluation, trained, actor)
 
 

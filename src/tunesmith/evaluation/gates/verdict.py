@@ -6,7 +6,6 @@ A verdict depends only on the evaluation's scores, the gates' settings and the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +14,17 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates.edited_references import edited_references
 from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate, not_judged
-from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, Outcome, check_gates, recorded_gates
+from tunesmith.evaluation.gates.settings import Gate, Gates, Gone, check_gates, recorded_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
-from tunesmith.evaluation.policy.evidence import SUITE, read_policy
+from tunesmith.evaluation.policy.evidence import read_policy
 from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.stats.statistics import step_down
 from tunesmith.evaluation.style.evidence import read_style
+from tunesmith.records.evaluation import EvaluationBody, NoStyle
+from tunesmith.records.verdict import EditedReferences, JudgedGate, Outcome, VerdictBody
 from tunesmith.store.people.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -38,35 +39,35 @@ def judge(store: Store, *, evaluation: str, candidate: str, gates: Gates, actor:
     where any gate fails, else "inconclusive" where any gate is inconclusive or there are no gates, else "pass".
     Raises UsageError for a candidate, metric or rival that the evaluation does not hold.
     """
-    record = store.record(evaluation, kind="evaluation")
-    digest = _candidate_digest(record, candidate)
+    digest = _candidate_digest(EvaluationBody.read(store, evaluation), candidate)
     use = use_test_set(store, evaluation, digest, acting(store, actor))
     edited = edited_references(store, evaluation, candidate)
     return store.put_record(verdict_record(store, evaluation, candidate, gates, use, edited))
 
 
 def verdict_record(
-    store: Store, evaluation: str, candidate: str, gates: Gates, use: int, edited: Mapping[str, Any] | None
+    store: Store, evaluation: str, candidate: str, gates: Gates, use: int, edited: EditedReferences | None
 ) -> Record:
     """The verdict on a candidate, not stored. Reads records and blobs only, so it needs no database.
 
     use: how many candidates the test rows have judged, with this one. edited: as `edited_references` found it.
     """
     record = store.record(evaluation, kind="evaluation")
-    digest = _candidate_digest(record, candidate)
-    check_gates(gates, record.body["metrics"], record.body["candidates"])
-    findings = _findings(store, record, candidate, gates, use)
+    measured = EvaluationBody.of(record)
+    digest = _candidate_digest(measured, candidate)
+    check_gates(gates, measured.metrics, measured.candidates)
+    findings = _findings(store, record, measured, candidate, gates, use)
     outcomes = [finding.outcome for finding in findings.values()]
     verdict: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
-    body: dict[str, Any] = {
-        "name": candidate,
-        "verdict": verdict if outcomes else "inconclusive",
-        "test_set_use": use,
-        "gates": [_stated(name, findings[name], gates) for name in gates],
-        "reason": None if outcomes else NO_GATES,
-        **({} if edited is None else {"edited": dict(edited)}),
-    }
-    return Record(kind="verdict", parents={"evaluation": evaluation, "candidate": digest}, body=body)
+    body = VerdictBody(
+        name=candidate,
+        verdict=verdict if outcomes else "inconclusive",
+        test_set_use=use,
+        gates=tuple(_judged(name, findings[name], gate) for name, gate in gates.items()),
+        reason=None if outcomes else NO_GATES,
+        edited=edited,
+    )
+    return body.record({"evaluation": evaluation, "candidate": digest})
 
 
 def replay(store: Store, digest: str) -> bool:
@@ -75,8 +76,8 @@ def replay(store: Store, digest: str) -> bool:
     Gates that are gone count with the outcome of then.
     """
     kept = store.record(digest, kind="verdict")
-    gates, body = recorded_gates(kept.body["gates"]), kept.body
-    parts = (body["name"], gates, body["test_set_use"], body.get("edited"))
+    body = VerdictBody.of(kept)
+    parts = (body.name, recorded_gates(body.gates), body.test_set_use, body.edited)
     again = verdict_record(store, kept.parents["evaluation"], *parts)
     return canonical(_without_reasons(again)) == canonical(_without_reasons(kept))
 
@@ -88,32 +89,33 @@ def _without_reasons(record: Record) -> dict[str, Any]:
     return stated
 
 
-def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: int) -> dict[str, Finding]:
+def _findings(
+    store: Store, record: Record, measured: EvaluationBody, candidate: str, gates: Gates, use: int
+) -> dict[str, Finding]:
     try:
         columns = read_scores(store, record)
-        measured = read_measurements(store, record)
+        measurements = read_measurements(store, record)
         labelled = read_labels(store, record, columns)
         policy, style = read_policy(store, record), read_style(store, record)
     except Inconclusive as error:
         reason = f"{error.what} ({error.where})" if error.where else error.what
         return {name: not_judged(gate, reason) for name, gate in gates.items()}
-    told = {(suite, name): stated for suite, each in record.body["risks"].items() for name, stated in each.items()}
-    stated_policy, stated_style = record.body.get("policy") or {}, record.body.get("style") or {}
-    told |= {(SUITE, name): stated for name, stated in stated_policy.get("candidates", {}).items()}
+    held = measured.policy.candidates if measured.policy else {}
     evidence = Evidence(
         columns=columns,
-        tuned={name: bool(stated["tuned"]) for name, stated in record.body["candidates"].items()},
+        tuned={name: stated.tuned for name, stated in measured.candidates.items()},
         candidate=candidate,
         test_set_use=use,
-        seed=record.body["seed"],
-        measured=measured,
-        told=told,
-        primary=record.body["primary"],
+        seed=measured.seed,
+        measured=measurements,
+        told={(suite, name): stated for suite, each in measured.risks.items() for name, stated in each.items()},
+        primary=measured.primary,
         labelled=labelled,
         policy=policy,
         style=style,
-        no_style=str(stated_style.get("unusable", "")),
-        kind=load_candidate(store, _candidate_digest(record, candidate)).kind,
+        no_policy={name: each.unusable for name, each in held.items() if each.unusable},
+        no_style=measured.style.unusable if isinstance(measured.style, NoStyle) else "",
+        kind=load_candidate(store, _candidate_digest(measured, candidate)).kind,
     )
     return _corrected(gates, {name: judge_gate(gate, evidence) for name, gate in gates.items()}, evidence)
 
@@ -139,28 +141,27 @@ def _fails(gate: Gate, among: int, evidence: Evidence) -> bool:
     return judge_gate(stricter, evidence).outcome == "fail"
 
 
-def _stated(name: str, finding: Finding, gates: Gates) -> dict[str, Any]:
-    gate = gates[name]
+def _judged(name: str, finding: Finding, gate: Gate) -> JudgedGate:
     if isinstance(gate, Gone):
-        return dict(gate.stated)
-    return {
-        "name": name,
-        "outcome": finding.outcome,
-        "value": finding.value,
-        "low": finding.low,
-        "high": finding.high,
-        "bound": finding.bound,
-        "reason": finding.reason,
+        return gate.stated
+    return JudgedGate(
+        name=name,
+        outcome=finding.outcome,
+        value=finding.value,
+        low=finding.low,
+        high=finding.high,
+        bound=finding.bound,
+        reason=finding.reason,
+        settings=gate.rule,
         **finding.extra,
-        "settings": gate.model_dump(mode="json", exclude_none=True),
-    }
+    )
 
 
-def _candidate_digest(record: Record, candidate: str) -> str:
-    known: Mapping[str, Any] = record.body["candidates"]
+def _candidate_digest(measured: EvaluationBody, candidate: str) -> str:
+    known = measured.candidates
     if candidate not in known:
         raise UsageError(
             f"the evaluation has no candidate {candidate!r}{nearest(candidate, known)}",
             fix=f"name one of: {', '.join(known)}",
         )
-    return str(known[candidate]["candidate"])
+    return known[candidate].candidate

@@ -12,14 +12,24 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.metrics.labels import Labelled
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
+from tunesmith.records.evaluation import (
+    Calibration,
+    CalibrationBin,
+    ClassResults,
+    Confusion,
+    LabelResult,
+    MetricInterval,
+)
 
 _DRAWS = 2_000
 _BINS = 10
 _SHOWN = 40
 
 
-def classes(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], confidence: float, seed: int) -> Any:
-    """Macro-F1 with an interval, and the results by label: {"macro_f1", "labels", "by_label", "confused"}.
+def classes(
+    given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], confidence: float, seed: int
+) -> ClassResults:
+    """Macro-F1 with an interval, and the results by label.
 
     given, wanted, groups: one entry per row. Macro-F1 is the mean F1 of the labels that occur in wanted, as in
     scikit-learn's f1_score with those labels. The interval is a Bayesian bootstrap over groups (Rubin 1981).
@@ -35,22 +45,20 @@ def classes(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], 
     low, high = (float(np.quantile(drawn, q)) for q in (tail, 1.0 - tail))
     order = sorted(range(len(labels)), key=lambda n: (-held.sum(0)[n], labels[n]))[:_SHOWN]
     wrong = Counter((truth, answer) for truth, answer in zip(wanted, given, strict=True) if truth != answer)
-    return {
-        "macro_f1": {"mean": rounded(mean), "low": rounded(min(low, mean)), "high": rounded(max(high, mean))},
-        "labels": len(labels),
-        "by_label": [
-            {"label": labels[n], "n": int(held.sum(0)[n]), "said": int(said.sum(0)[n]), "f1": rounded(float(each[n]))}
+    most = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:10]
+    return ClassResults(
+        macro_f1=MetricInterval(mean=rounded(mean), low=rounded(min(low, mean)), high=rounded(max(high, mean))),
+        labels=len(labels),
+        by_label=tuple(
+            LabelResult(label=labels[n], n=int(held.sum(0)[n]), said=int(said.sum(0)[n]), f1=rounded(each[n]))
             for n in order
-        ],
-        "confused": [
-            {"wanted": truth, "given": answer, "n": count}
-            for (truth, answer), count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:10]
-        ],
-    }
+        ),
+        confused=tuple(Confusion(wanted=truth, given=answer, n=count) for (truth, answer), count in most),
+    )
 
 
-def calibration(confidences: Sequence[float], right: Sequence[float]) -> dict[str, Any]:
-    """The difference between stated confidences and accuracy: {"n", "ece", "brier", "bins"}.
+def calibration(confidences: Sequence[float], right: Sequence[float]) -> Calibration:
+    """The difference between stated confidences and accuracy.
 
     confidences: 0 to 1, one per row; right: 0 or 1. ece: expected calibration error over ten bins of equal width (Guo
     et al. 2017). brier: mean squared error of the confidences (Brier 1950). bins: the bins that have rows.
@@ -64,20 +72,14 @@ def calibration(confidences: Sequence[float], right: Sequence[float]) -> dict[st
             continue
         confidence, accuracy = float(stated[inside].mean()), float(truth[inside].mean())
         error += inside.mean() * abs(confidence - accuracy)
-        bins.append(
-            {
-                "low": number / _BINS,
-                "n": int(inside.sum()),
-                "confidence": rounded(confidence),
-                "right": rounded(accuracy),
-            }
-        )
-    return {
-        "n": len(stated),
-        "ece": rounded(float(error)),
-        "brier": rounded(float(np.mean((stated - truth) ** 2))),
-        "bins": bins,
-    }
+        figures = {"confidence": rounded(confidence), "right": rounded(accuracy)}
+        bins.append(CalibrationBin(low=number / _BINS, n=int(inside.sum()), **figures))
+    return Calibration(
+        n=len(stated),
+        ece=rounded(float(error)),
+        brier=rounded(float(np.mean((stated - truth) ** 2))),
+        bins=tuple(bins),
+    )
 
 
 def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:

@@ -23,6 +23,8 @@ from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.scores import rounded
+from tunesmith.records.answers import AnswersBody, Judge
+from tunesmith.records.evaluation import JudgeResults
 from tunesmith.store.store import Store
 
 _TOGETHER = 32
@@ -62,14 +64,14 @@ def judge_answers(
         for each in test
     ]
     lines, seconds = ask_twice(scorer.judge, asked, _VERDICTS, work, scorer.name, progress)
-    body = {
-        "suite": f"judge:{scorer.name}",
-        "n": len(lines),
-        "seconds": seconds,
-        "judge": {"url": scorer.judge.url, "model": scorer.judge.model, "question": scorer.question},
-        "prompt_tokens": sum(line["prompt_tokens"] for line in lines),
-        "completion_tokens": sum(line["completion_tokens"] for line in lines),
-    }
+    body = AnswersBody(
+        suite=f"judge:{scorer.name}",
+        n=len(lines),
+        seconds=seconds,
+        judge=Judge(url=scorer.judge.url, model=scorer.judge.model, question=scorer.question),
+        prompt_tokens=sum(line["prompt_tokens"] for line in lines),
+        completion_tokens=sum(line["completion_tokens"] for line in lines),
+    )
     return keep_answers(store, {"answers": answers, "dataset": dataset}, lines, body)
 
 
@@ -134,15 +136,15 @@ def last_word(text: str, words: Sequence[str]) -> str | None:
 
 def read_judged(
     store: Store, digest: str, metric: str, answers: str, test: Sequence[Example]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Row id -> score, and the evaluation record's account of the judge: {"agreement", "undecided", "model", ...}.
+) -> tuple[dict[str, float], JudgeResults]:
+    """Row id -> score, and the evaluation record's account of the judge.
 
-    agreement: share of rows where both orders gave the same verdict. undecided: replies that do not end with A, B or
-    TIE alone, or were cut off; they count as ties. Raises Inconclusive for judgements of other answers, and where a row
-    has none.
+    Replies that do not end with A, B or TIE alone, or were cut off, are undecided and count as ties. Raises
+    Inconclusive for judgements of other answers, and where a row has none.
     """
     record = store.record(digest, kind="answers")
-    if record.parents.get("answers") != answers or record.body.get("suite") != f"judge:{metric}":
+    body = AnswersBody.of(record)
+    if record.parents.get("answers") != answers or body.suite != f"judge:{metric}" or body.judge is None:
         raise Inconclusive(f"{metric!r} judged other answers", fix="evaluate again")
     rows = read_answer_lines(store, record, [row.id for row in test], f"judgements {short(digest)}").values()
     scores, agreed, undecided = {}, 0, 0
@@ -153,14 +155,14 @@ def read_judged(
         won = [_won(verdicts[0], "A"), _won(verdicts[1], "B")]
         agreed += won[0] == won[1] and None not in verdicts
         scores[row["id"]] = sum(won) / 2
-    stated = {
-        **record.body["judge"],
-        "agreement": rounded(agreed / len(rows)) if rows else 0.0,
-        "undecided": undecided,
-        "prompt_tokens": record.body["prompt_tokens"],
-        "completion_tokens": record.body["completion_tokens"],
-        "seconds": record.body["seconds"],
-    }
+    stated = JudgeResults(
+        **dict(body.judge),
+        agreement=rounded(agreed / len(rows)) if rows else 0.0,
+        undecided=undecided,
+        prompt_tokens=body.prompt_tokens or 0,
+        completion_tokens=body.completion_tokens or 0,
+        seconds=body.seconds,
+    )
     return scores, stated
 
 

@@ -19,8 +19,10 @@ from tunesmith.evaluation.policy.requests import PolicyItem, decode_policy_items
 from tunesmith.evaluation.policy.rules import Held, Outcome, hold
 from tunesmith.evaluation.policy.settings import Policy
 from tunesmith.evaluation.probes.items import ITEMS
-from tunesmith.evaluation.scores import as_body
+from tunesmith.evaluation.scores import metric_interval
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
+from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import CheckResults, CheckRules, EvaluationBody, PolicyAccount, PolicyResults
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -46,7 +48,7 @@ class PolicyAnswers:
     judged: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
-    def rules(self) -> dict[str, Any]:
+    def rules(self) -> dict[str, CheckRules]:
         """The rules of each check, as the record states them."""
         return {name: check.rules for name, check in self.policy.items()}
 
@@ -95,14 +97,14 @@ class Tally:
 
 def measure_policy(
     store: Store, given: PolicyAnswers, candidates: Mapping[str, tuple[str, Candidate]], confidence: float, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], PolicyAccount]:
     """The lines of policy.jsonl, and the evaluation record's account of the policy.
 
-    candidates: name -> (digest, candidate). A candidate whose answers cannot be used gets an account {"unusable":
-    reason}, so that only its gates are inconclusive.
+    candidates: name -> (digest, candidate). A candidate whose answers cannot be used gets an account with the
+    reason only, so that only its gates are inconclusive.
     """
     lines: list[dict[str, Any]] = []
-    stated: dict[str, Any] = {}
+    stated: dict[str, PolicyResults] = {}
     requests: set[str] = set()
     for name, digest in sorted(given.answers.items()):
         try:
@@ -110,7 +112,7 @@ def measure_policy(
             requests.add(record.blobs[ITEMS])
             found = _outcomes(store, given, name, record, items, candidates[name][1])
         except Inconclusive as error:
-            stated[name] = {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
+            stated[name] = PolicyResults(unusable=f"{error.what} ({error.where})" if error.where else error.what)
             continue
         own = [
             {"candidate": name, "check": item.check, "id": item.id, "group": item.group,
@@ -118,14 +120,11 @@ def measure_policy(
             for item in items
         ]  # fmt: skip
         lines += own
-        stated[name] = {"checks": {check: _account(tally, confidence, seed) for check, tally in _tallies(own).items()}}
+        tallies = _tallies(own).items()
+        stated[name] = PolicyResults(checks={check: _account(tally, confidence, seed) for check, tally in tallies})
     if len(requests) > 1:
         raise Inconclusive("the candidates were not asked the same policy requests", fix="evaluate again")
-    return lines, {
-        "requests": next(iter(requests), None),
-        "checks": given.rules,
-        "candidates": stated,
-    }
+    return lines, PolicyAccount(requests=next(iter(requests), None), checks=given.rules, candidates=stated)
 
 
 def read_policy(store: Store, evaluation: Record) -> dict[tuple[str, str], Tally]:
@@ -149,10 +148,11 @@ def read_lines(store: Store, evaluation: Record) -> list[dict[str, Any]]:
             raise Inconclusive(f"the outcome {line['outcome']!r} does not exist", where=place)
         counts.setdefault((line["candidate"], line["check"]), Counter())[line["outcome"]] += 1
         found.append(line)
+    policy = EvaluationBody.of(evaluation).policy
     stated = {
-        (name, check): Counter({outcome: account[outcome] for outcome in _OUTCOMES})
-        for name, told in (evaluation.body.get("policy") or {"candidates": {}})["candidates"].items()
-        for check, account in told.get("checks", {}).items()
+        (name, check): Counter({outcome: getattr(account, outcome) for outcome in _OUTCOMES})
+        for name, told in (policy.candidates if policy else {}).items()
+        for check, account in (told.checks or {}).items()
     }
     if stated != counts:
         raise Inconclusive("the evaluation record contradicts the outcomes of its policy checks")
@@ -162,7 +162,7 @@ def read_lines(store: Store, evaluation: Record) -> list[dict[str, Any]]:
 def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tuple[Record, list[PolicyItem]]:
     """The answers record and its items. Raises Inconclusive where they are not this candidate's to this policy."""
     record = store.record(digest, kind="answers")
-    if record.body.get("suite") != SUITE or record.parents.get("candidate") != candidate:
+    if AnswersBody.of(record).suite != SUITE or record.parents.get("candidate") != candidate:
         raise Inconclusive("these are not this candidate's answers to the policy's requests", where=short(digest))
     if ITEMS not in record.blobs:
         raise Inconclusive("the record holds no requests", where=short(digest))
@@ -202,6 +202,6 @@ def _tallies(lines: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
     return {check: Tally(*zip(*sorted(own), strict=True)) for check, own in sorted(rows.items())}
 
 
-def _account(tally: Tally, confidence: float, seed: int) -> dict[str, Any]:
+def _account(tally: Tally, confidence: float, seed: int) -> CheckResults:
     counts = tally.counts
-    return {**counts, "share": as_body(tally.share(confidence, seed)) if counts["n"] else None}
+    return CheckResults(**counts, share=metric_interval(tally.share(confidence, seed)) if counts["n"] else None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tunesmith.candidates.asking import keep_answers
 from tunesmith.core.errors import Inconclusive
@@ -17,6 +17,7 @@ from tunesmith.evaluation.metrics.judging import ask_twice, verdicts_of
 from tunesmith.evaluation.policy.requests import PolicyItem
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS
 from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.records.answers import AnswersBody, Judge
 from tunesmith.store.store import Store
 
 # A judge's two verdicts on an answer; None where a reply does not end with one.
@@ -59,12 +60,8 @@ def judge_policy(
         if item.check == name
     ]
     found, seconds = ask_twice(check.judge, asked, (KEEPS, BREAKS), work, f"the judge of {name}", progress)
-    body = {
-        "suite": f"policy:{name}",
-        "n": len(found),
-        "seconds": seconds,
-        "judge": {"url": check.judge.url, "model": check.judge.model, "question": check.rubric},
-    }
+    asked_by = Judge(url=check.judge.url, model=check.judge.model, question=check.rubric)
+    body = AnswersBody(suite=f"policy:{name}", n=len(found), seconds=seconds, judge=asked_by)
     return keep_answers(store, {"answers": answers}, found, body)
 
 
@@ -75,10 +72,10 @@ def read_said(
     if digest is None:
         raise Inconclusive(f"the judge of {check!r} was not asked", fix="evaluate again")
     record = store.record(digest, kind="answers")
-    stated: Mapping[str, Any] = record.body.get("judge", {})
-    if record.parents.get("answers") != answers or record.body.get("suite") != f"policy:{check}":
+    stated = AnswersBody.of(record)
+    if record.parents.get("answers") != answers or stated.suite != f"policy:{check}":
         raise Inconclusive(f"the judge of {check!r} judged other answers", fix="evaluate again")
-    if stated.get("question") != rubric:
+    if stated.judge is None or stated.judge.question != rubric:
         raise Inconclusive(f"the judge of {check!r} judged by another rubric", fix="evaluate again")
     lines = read_answer_lines(store, record, [item.id for item in items], f"judgements by {check}", "requests")
     return {name: verdicts_of(line, (KEEPS, BREAKS)) for name, line in lines.items()}

@@ -12,6 +12,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.patterns import check_pattern
 from tunesmith.core.settings import Settings
 from tunesmith.core.text.folding import fold
+from tunesmith.records.evaluation import CheckRules, RuleJudge
 
 ALL = "all"
 MOST_REQUESTS: Final = 2_000  # of one check
@@ -135,10 +136,11 @@ class PolicyCheck(Settings):
         return self
 
     @property
-    def rules(self) -> dict[str, Any]:
+    def rules(self) -> CheckRules:
         """The rules without the requests: what the outcome of an answer depends on."""
-        stated = self.model_dump(mode="json", exclude_defaults=True, exclude={"requests", "variants", "judge"})
-        return stated | ({"judge": {"url": self.judge.url, "model": self.judge.model}} if self.judge else {})
+        stated = self.model_dump(include={*_RULES}, exclude_defaults=True)
+        judge = RuleJudge(url=self.judge.url, model=self.judge.model) if self.judge else None
+        return CheckRules(**stated, judge=judge)
 
 
 CheckName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]

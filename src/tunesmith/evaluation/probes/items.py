@@ -15,6 +15,7 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.records.evaluation import ArmResults, EvaluationBody
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -85,14 +86,14 @@ def by_arm(rows: Iterable[Mapping[str, Any]]) -> Measured:
     return {arm: _arm(found) for arm, found in sorted(sorted_rows.items())}
 
 
-def stated(measured: Measured) -> dict[str, Any]:
+def arm_results(measured: Measured) -> dict[str, ArmResults]:
     """The evaluation record's account of measurements: count and means by arm."""
     return {
-        arm: {
-            "n": len(found.ids),
-            "before": None if found.before is None else rounded(float(found.before.mean())),
-            "after": rounded(float(found.after.mean())),
-        }
+        arm: ArmResults(
+            n=len(found.ids),
+            before=None if found.before is None else rounded(float(found.before.mean())),
+            after=rounded(float(found.after.mean())),
+        )
         for arm, found in measured.items()
     }
 
@@ -112,11 +113,11 @@ def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str],
                 raise Inconclusive(f"{key} is {line[key]!r}, not a finite number", where=place)
         rows.setdefault((line["suite"], line["candidate"]), []).append(line)
     found = {key: by_arm(cell) for key, cell in rows.items()}
-    risks = evaluation.body["risks"]
-    promised = {(suite, name): told for suite, names in risks.items() for name, told in names.items() if "arms" in told}
+    risks = EvaluationBody.of(evaluation).risks
+    told = {(suite, name): each.arms for suite, names in risks.items() for name, each in names.items()}
+    promised = {key: arms for key, arms in told.items() if arms is not None}
     for suite, name in sorted(found.keys() | promised.keys()):
-        told = promised.get((suite, name), {}).get("arms")
-        if (suite, name) not in found or stated(found[suite, name]) != told:
+        if (suite, name) not in found or arm_results(found[suite, name]) != promised.get((suite, name)):
             raise Inconclusive(f"the evaluation record contradicts the measurements of {suite!r} for {name!r}")
     return found
 

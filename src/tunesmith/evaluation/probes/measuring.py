@@ -13,8 +13,10 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.metrics.declared import Scoring
-from tunesmith.evaluation.probes.items import ITEMS, Item, by_arm, decode_items, stated
+from tunesmith.evaluation.probes.items import ITEMS, Item, arm_results, by_arm, decode_items
 from tunesmith.evaluation.probes.suites import suite_of
+from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import BestEpoch, RiskResults
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -29,7 +31,7 @@ class Risk:
 
 def measure(
     store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], RiskResults]:
     """Measurements of one suite for one candidate, and the evaluation record's account of them.
 
     Unusable answers give no measurements and an account {"unusable": reason}, so that only this gate is inconclusive.
@@ -37,40 +39,34 @@ def measure(
     try:
         rows = _paired(store, suite, candidate, risk, dataset, scoring)
     except Inconclusive as error:
-        return [], {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
-    told: dict[str, Any] = {"arms": stated(by_arm(rows))}
+        return [], RiskResults(unusable=f"{error.what} ({error.where})" if error.where else error.what)
+    found = RiskResults(arms=arm_results(by_arm(rows)), left_out=AnswersBody.read(store, risk.after).left_out)
     if suite_of(suite).own and candidate.training is not None:
-        told["stop"] = best_epoch(store.record(candidate.training, kind="training").body)
-    answered = store.record(risk.after, kind="answers").body
-    told |= {"left_out": answered["left_out"]} if answered.get("left_out") else {}
+        stop = best_epoch(store.record(candidate.training, kind="training").body)
+        found = found.model_copy(update={"stop": stop})
     lines = [{"suite": suite, "candidate": candidate.name, **row} for row in rows]
-    return lines, told
+    return lines, found
 
 
-def left_out(told: Mapping[str, Any]) -> str:
-    """The end of a sentence about a probe: how many answers it leaves out. told: an account that counts them."""
-    count = told.get("left_out", 0)
+def left_out(count: int | None) -> str:
+    """The end of a sentence about a probe: how many answers it leaves out."""
     return f"; {count:,} answers that are calls of functions were left out" if count else ""
 
 
-def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
-    """The epoch with the lowest validation loss: {"epoch", "of", "loss", "last", "kept"?}; None for under two losses.
-
-    kept: the epoch whose weights were kept, where the training states it.
-    """
+def best_epoch(training: Mapping[str, Any]) -> BestEpoch | None:
+    """The epoch with the lowest validation loss; None for under two losses."""
     curve = training.get("validation", [])
     steps, epochs = training.get("steps"), training.get("epochs")
     if not steps or not epochs or len(curve) < 2 or not all(math.isfinite(point["loss"]) for point in curve):
         return None
     best = min(curve, key=lambda point: point["loss"])
-    kept = {"kept": round(training["kept"] / steps * epochs, 2)} if "kept" in training else {}
-    return {
-        "epoch": round(best["step"] / steps * epochs, 2),
-        "of": round(epochs, 2),
-        "loss": float(best["loss"]),
-        "last": float(curve[-1]["loss"]),
-        **kept,
-    }
+    return BestEpoch(
+        epoch=round(best["step"] / steps * epochs, 2),
+        of=round(epochs, 2),
+        loss=best["loss"],
+        last=curve[-1]["loss"],
+        kept=round(training["kept"] / steps * epochs, 2) if "kept" in training else None,
+    )
 
 
 def _paired(
@@ -79,7 +75,7 @@ def _paired(
     after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
     items = _items(store, after)
     if not items:
-        why = suite_of(suite).none + left_out(after.body)
+        why = suite_of(suite).none + left_out(AnswersBody.of(after).left_out)
         raise Inconclusive(f"no item of this probe fits the rows: {why}")
     told = _values(store, after, items, suite, scoring)
     if suite_of(suite).before:
@@ -99,8 +95,8 @@ def _paired(
 
 def _checked(store: Store, digest: str, suite: str, candidate: Candidate, training: str | None, dataset: str) -> Record:
     record = store.record(digest, kind="answers")
-    if record.body.get("suite") != suite:
-        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to {suite!r}")
+    if (answered := AnswersBody.of(record).suite) != suite:
+        raise Inconclusive(f"these are answers to {answered!r}, not to {suite!r}")
     if record.parents.get("base") != candidate.base or record.parents.get("training") != training:
         raise Inconclusive("the answers are of other weights than the candidate's")
     if suite_of(suite).own and record.parents.get("dataset") != dataset:

@@ -45,10 +45,9 @@ class Suite:
     left_out: Callable[[ProbeContext], int] | None = None
     revision: int = 1
 
-    def counts(self, context: ProbeContext) -> dict[str, int]:
-        """What the answers record counts besides the items."""
-        left_out = self.left_out(context) if self.left_out else 0
-        return {"left_out": left_out} if left_out else {}
+    def count_left_out(self, context: ProbeContext) -> int | None:
+        """How many answers the probe leaves out; None for none."""
+        return (self.left_out(context) or None) if self.left_out else None
 
 
 def ask(

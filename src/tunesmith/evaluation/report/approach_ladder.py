@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
-from tunesmith.evaluation.scores import Column, as_body, difference
+from tunesmith.evaluation.scores import Column, difference, metric_interval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -64,7 +64,8 @@ def approach_ladder(
             chosen = rung
             continue
         own, other = columns[rung["candidate"], primary], columns[chosen["candidate"], primary]
-        gap = as_body(difference(own, other, confidence=confidence, seed=record.body["seed"]).interval)
+        found = difference(own, other, confidence=confidence, seed=record.body["seed"])
+        gap = metric_interval(found.interval).model_dump()
         over = {"over": chosen["candidate"], "over_approach": chosen["approach"]}
         steps.append({**rung, **over, "difference": gap})
         if gap["low"] > 0.0 and rung["approach"] != ENDPOINT:

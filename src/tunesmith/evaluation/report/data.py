@@ -22,6 +22,7 @@ from tunesmith.evaluation.report.behaviour import policy_report, style_report
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
+from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -54,7 +55,12 @@ def report_data(
     if rival is not None:
         sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
         lift = compare(store, *sides).document()
-    candidate = load_candidate(store, record.body["candidates"][focus]["candidate"])
+    stated = EvaluationBody.of(record).candidates
+    candidate = load_candidate(store, stated[focus].candidate)
+    trained, repaid = stated[focus].training, None
+    if rival is not None:
+        spent = trained.money if trained else 0.0
+        repaid = break_even(stated[focus].price, spent, stated[rival].price)
     data: dict[str, Any] = {
         "evaluation": evaluation,
         "verdict": judged,
@@ -72,9 +78,7 @@ def report_data(
         "lift": lift,
         "training": _training(store, candidate),
         "currency": measured["currency"],
-        "break_even": None
-        if rival is None
-        else break_even(record.body["candidates"][focus], record.body["candidates"][rival]),
+        "break_even": repaid.model_dump() if repaid else None,
         "ladder": approach_ladder(store, record, columns, measured["confidence"]),
         "by_group": None if rival is None else lift_by_group(columns[focus, primary], columns[rival, primary]),
         "classes": measured["classes"],

@@ -16,7 +16,7 @@ from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.probes import memory, numbers
 from tunesmith.evaluation.probes.bias import PER_TOKEN
 from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
-from tunesmith.evaluation.scores import as_body
+from tunesmith.evaluation.scores import metric_interval
 from tunesmith.evaluation.stats.statistics import Floats, interval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -83,7 +83,7 @@ def _exposure(measured: Measured, confidence: float, seed: int) -> dict[str, Any
 
 def _bits(planted: Floats, controls: Floats, confidence: float, seed: int) -> dict[str, float] | None:
     found = numbers.exposure_interval(planted, controls, confidence=confidence, seed=seed)
-    return as_body(found) if found.high - found.low <= WIDEST_BITS else None
+    return metric_interval(found).model_dump() if found.high - found.low <= WIDEST_BITS else None
 
 
 def _times(repeats: int) -> str:
@@ -104,9 +104,11 @@ def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict
     except Inconclusive:
         return None
     ends = _ENDS[probe]
-    sides = [as_body(interval(each, groups, ends=ends, confidence=confidence, seed=seed)) for each in (before, after)]
+    found = [interval(each, groups, ends=ends, confidence=confidence, seed=seed) for each in (before, after)]
+    sides = [metric_interval(each).model_dump() for each in found]
     reach = ends[1] - ends[0]
-    change = as_body(interval(after - before, groups, ends=(-reach, reach), confidence=confidence, seed=seed))
+    moved = interval(after - before, groups, ends=(-reach, reach), confidence=confidence, seed=seed)
+    change = metric_interval(moved).model_dump()
     told = [_size(probe, side["mean"]) for side in sides]
     kind = name.removesuffix(PER_TOKEN)
     sentence = (

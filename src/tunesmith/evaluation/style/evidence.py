@@ -27,10 +27,19 @@ from tunesmith.data.dataset import Example
 from tunesmith.evaluation.lines import LineFile, read_answer_lines
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.context import drawn
-from tunesmith.evaluation.scores import as_body, rounded
+from tunesmith.evaluation.scores import metric_interval, rounded
 from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval, resampled
 from tunesmith.evaluation.style.classifier import Told, cross_fitted
 from tunesmith.evaluation.style.features import read_answer, words_of
+from tunesmith.records.answers import AnswersBody
+from tunesmith.records.evaluation import (
+    EvaluationBody,
+    NoStyle,
+    StyleAccount,
+    StyleFeatures,
+    StyleShare,
+    StyleSides,
+)
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -93,11 +102,11 @@ def measure_style(
     answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
     confidence: float,
     seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], StyleAccount | NoStyle]:
     """The lines of style.jsonl, and the evaluation record's account.
 
     digest: of the bare base model's answers. answers: candidate -> row id -> line. Unusable answers give no lines and
-    an account {"unusable": reason}, so that only the style gate is inconclusive. Rows to which the base's answer is
+    NoStyle, so that only the style gate is inconclusive. Rows to which the base's answer is
     empty are left out, and counted as "silent".
     """
     try:
@@ -107,7 +116,7 @@ def measure_style(
         what = f"rows with style (to {silent} more the bare base model's answer is empty)" if silent else _ROWS
         numbers.check_groups(what, [row.group for row in rows])
     except Inconclusive as error:
-        return [], {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
+        return [], NoStyle(unusable=f"{error.what} ({error.where})" if error.where else error.what)
     texts = {name: [str(lines[row.id]["text"]) for row in rows] for name, lines in answers.items()}
     asked = [words_of("\n".join(turn.content for turn in row.request if turn.role == "user")) for row in rows]
     sets = {_REFERENCE: [row.answer for row in rows], _BASE: [base[row.id] for row in rows]}
@@ -135,7 +144,7 @@ def measure_style(
         }
         for place, row in enumerate(rows)
     ]
-    return lines, {**_account(found, told, confidence, seed), "silent": silent}
+    return lines, _account(found, told, silent, confidence, seed)
 
 
 def read_style(store: Store, evaluation: Record) -> Classified | None:
@@ -146,8 +155,10 @@ def read_style(store: Store, evaluation: Record) -> Classified | None:
     """
     if STYLE not in evaluation.blobs:
         return None
-    stated = evaluation.body["style"]
-    names = sorted(stated["candidates"])
+    stated = EvaluationBody.of(evaluation).style
+    if not isinstance(stated, StyleAccount):
+        raise Inconclusive("the evaluation record does not account for its classified rows")
+    names = sorted(stated.candidates)
     rows: list[tuple[str, list[float]]] = []
     for place, line in _FILE.read(store, evaluation):
         own = line["candidates"]
@@ -159,12 +170,11 @@ def read_style(store: Store, evaluation: Record) -> Classified | None:
         rows.append((line["group"], [float(flag) for flag in flags]))
     values = np.array([flags for _, flags in rows]).reshape(len(rows), 2 + len(names))
     shares = [rounded(float(column.mean())) for column in values.T] if len(rows) else []
-    promised = [stated["taken"][_REFERENCE], stated["taken"][_BASE]]
-    promised += [stated["candidates"][name]["taken"] for name in names]
-    if stated["n"] != len(rows) or shares != promised:
+    promised = [stated.taken.reference, stated.taken.base, *(stated.candidates[name].taken for name in names)]
+    if stated.n != len(rows) or shares != promised:
         raise Inconclusive("the evaluation record contradicts its classified rows")
     columns = dict(zip(names, values.T[2:], strict=True))
-    cut = {name: int(stated["candidates"][name].get("cut", 0)) for name in names}
+    cut = {name: stated.candidates[name].cut for name in names}
     return Classified(tuple(group for group, _ in rows), values[:, 0], values[:, 1], columns, cut)
 
 
@@ -172,13 +182,13 @@ def _base_answers(store: Store, digest: str, dataset: str, test: Sequence[Exampl
     """Row id -> the bare base model's answer. Raises Inconclusive where these are other answers."""
     record = store.record(digest, kind="answers")
     where = f"answers {short(digest)}"
-    rows: Any = record.body.get("rows")
-    if record.body.get("suite") != SUITE or record.parents.get("dataset") != dataset or type(rows) is not int:
+    body = AnswersBody.of(record)
+    if body.suite != SUITE or record.parents.get("dataset") != dataset or body.rows is None:
         raise Inconclusive("these are not the base model's answers to these held-out rows", where=where)
     candidate = load_candidate(store, record.parents["candidate"])
     if candidate.tuned or not candidate.asks_base or candidate.prompt or candidate.shots or candidate.retrieve:
         raise Inconclusive("these are not the answers of the bare base model", where=where)
-    lines = read_answer_lines(store, record, [row.id for row in drawn(test, rows)], where)
+    lines = read_answer_lines(store, record, [row.id for row in drawn(test, body.rows)], where)
     if any(not isinstance(line.get("text"), str) for line in lines.values()):
         raise Inconclusive("an answer has no text", where=where)
     return {name: line["text"] for name, line in lines.items()}
@@ -190,28 +200,33 @@ def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
     return np.asarray((probabilities > 0.5) & written, dtype=np.float64)
 
 
-def _account(found: Classified, told: Told, confidence: float, seed: int) -> dict[str, Any]:
+def _account(found: Classified, told: Told, silent: int, confidence: float, seed: int) -> StyleAccount:
     sides = [(name, told.probabilities[name]) for name in (_REFERENCE, _BASE)]
     auc = numbers.auc_interval(sides[0][1], found.groups, sides[1][1], found.groups, confidence=confidence, seed=seed)
-    candidates: dict[str, Any] = {}
+    candidates: dict[str, StyleShare] = {}
     for name, flags in found.candidates.items():
-        candidates[name] = {"taken": rounded(float(flags.mean())), "cut": found.cut[name], "share": None}
+        share, why = None, None
         try:
-            candidates[name]["share"] = as_body(found.share(name, confidence, seed))
+            share = metric_interval(found.share(name, confidence, seed))
         except Inconclusive as error:
-            candidates[name]["unusable"] = error.what
-    return {
-        "revision": REVISION,
-        "n": len(found.groups),
-        "groups": len(set(found.groups)),
-        "auc": as_body(auc),
-        "auc_by_form": rounded(numbers.auc(told.by_form[_REFERENCE], told.by_form[_BASE])),
-        "taken": {name: rounded(float(flags.mean())) for name, flags in
-                  ((_REFERENCE, found.reference), (_BASE, found.base))},
-        "apart": as_body(found.apart(confidence, seed)),
-        "features": {"house": list(told.house), "base": list(told.base)},
-        "candidates": candidates,
-    }  # fmt: skip
+            why = error.what
+        taken = rounded(float(flags.mean()))
+        candidates[name] = StyleShare(taken=taken, cut=found.cut[name], share=share, unusable=why)
+    return StyleAccount(
+        revision=REVISION,
+        n=len(found.groups),
+        groups=len(set(found.groups)),
+        auc=metric_interval(auc),
+        auc_by_form=rounded(numbers.auc(told.by_form[_REFERENCE], told.by_form[_BASE])),
+        taken=StyleSides(
+            reference=rounded(float(found.reference.mean())),
+            base=rounded(float(found.base.mean())),
+        ),
+        apart=metric_interval(found.apart(confidence, seed)),
+        features=StyleFeatures(house=tuple(told.house), base=tuple(told.base)),
+        candidates=candidates,
+        silent=silent,
+    )
 
 
 def _corrected(

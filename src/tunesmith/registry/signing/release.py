@@ -21,6 +21,8 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef, check_name
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
+from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.verdict import VerdictBody
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.risk import Requirement
 from tunesmith.registry.signing.signatures import (
@@ -248,18 +250,20 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
         raise Refused(f"a version needs a candidate, an evaluation and a verdict, not {', '.join(kinds)}")
     if any(verdict.parents.get(role) != parents[role] for role in ("candidate", "evaluation")):
         raise Refused("the verdict is about another candidate or evaluation", where=where)
+    judged = VerdictBody.of(verdict)
     if "endpoint" in candidate.body:
         raise Refused(
-            f"{verdict.body.get('name')} is an endpoint: without its weights it cannot be signed or served",
+            f"{judged.name} is an endpoint: without its weights it cannot be signed or served",
             where=where,
             fix="release another candidate; an endpoint is only for comparison",
         )
-    measured = evaluation.body.get("candidates", {}).get(verdict.body.get("name"), {})
-    if measured.get("candidate") != parents["candidate"]:
+    measured = EvaluationBody.of(evaluation).candidates.get(judged.name)
+    if measured is None or measured.candidate != parents["candidate"]:
         raise Refused("the evaluation did not measure this candidate", where=where, fix="evaluate it, then judge it")
-    if verdict.body.get("verdict") != "pass" and override is None:
+    if judged.verdict != "pass" and override is None:
+        named = [f"{gate.name} ({gate.outcome})" for gate in judged.gates if gate.outcome != "pass"]
         raise Refused(
-            f"the verdict on {verdict.body.get('name')} is {verdict.body.get('verdict')}: {_failed(verdict)}",
+            f"the verdict on {judged.name} is {judged.verdict}: {', '.join(named) or 'no gate passed'}",
             where=where,
             fix=NextStep("improve the candidate; an admin may register it by an override", "register", override=...),
         )
@@ -284,7 +288,7 @@ def check_replay(store: Store, verdict: str) -> dict[str, str]:
             where=store.record_where(verdict),
             fix=NextStep("evaluate and judge the candidate", "gate"),
         )
-    return gone_gates(store.record(verdict, kind="verdict").body["gates"])
+    return gone_gates(VerdictBody.read(store, verdict).gates)
 
 
 def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
@@ -322,9 +326,3 @@ def _read_record(path: Path) -> Record:
     if record.encoded != raw:
         raise Refused("not in canonical form", where=str(path), fix=FIX)
     return record
-
-
-def _failed(verdict: Record) -> str:
-    gates = verdict.body.get("gates", [])
-    named = [f"{gate.get('name')} ({gate.get('outcome')})" for gate in gates if gate.get("outcome") != "pass"]
-    return ", ".join(named) or "no gate passed"

@@ -136,7 +136,7 @@ def _compared(found: EvaluationPage) -> dict[str, str]:
     """The two candidates that the verdict compares, for the matrix: the one judged, and the rival of a gate."""
     if found.verdict is None:
         return {}
-    rivals = [getattr(gate, "over", None) for gate in found.verdict.gates]
+    rivals = [gate.over for gate in found.verdict.gates]
     named = [rival for rival in rivals if rival in found.summary.candidates]
     return {"focus": found.verdict.candidate, **({"rival": named[0]} if named else {})}
 

@@ -1,0 +1,287 @@
+"""What an evaluation states: scores with intervals, costs, and accounts of everything else that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from tunesmith.core.view import Omitted
+from tunesmith.records.answers import Judge
+from tunesmith.records.body import Body, Part
+
+
+class MetricInterval(Part):
+    """A mean with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class AnswerPrice(Part):
+    """What 1,000 answers cost. money_per_1000: only where the project states prices."""
+
+    prompt_tokens_per_1000: float
+    completion_tokens_per_1000: float
+    seconds_per_1000: float
+    money_per_1000: Omitted[float] = None
+
+
+class TrainingCost(Part):
+    """What a candidate's training cost, where the project states prices."""
+
+    seconds: float
+    money: float
+
+
+class LabelResult(Part):
+    """One label. n: rows whose reference has it; said: answers that gave it."""
+
+    label: str
+    n: int
+    said: int
+    f1: float
+
+
+class Confusion(Part):
+    """How many answers gave one label where another was wanted."""
+
+    wanted: str
+    given: str
+    n: int
+
+
+class ClassResults(Part):
+    """Macro-F1 of a scorer that compares labels. labels: how many there are; by_label: the most frequent of them."""
+
+    macro_f1: MetricInterval
+    labels: int
+    by_label: tuple[LabelResult, ...]
+    confused: tuple[Confusion, ...]
+
+
+class CalibrationBin(Part):
+    """The n answers whose confidence is between low and a tenth more. confidence, right: means."""
+
+    low: float
+    n: int
+    confidence: float
+    right: float
+
+
+class Calibration(Part):
+    """How well confidences fit. ece: expected calibration error; brier: mean squared error."""
+
+    n: int
+    ece: float
+    brier: float
+    bins: tuple[CalibrationBin, ...]
+
+
+class MeasuredCandidate(Part):
+    """One candidate. candidate: its record's digest. system_prompts: system prompt that was used -> rows.
+
+    metrics: by name. seconds: of all answers. cut: answers that reached the longest length allowed. classes,
+    calibration: by scorer that compares labels.
+    """
+
+    candidate: str
+    tuned: bool
+    system_prompts: Mapping[str, int]
+    metrics: Mapping[str, MetricInterval]
+    seconds: float
+    prompt_tokens: int
+    completion_tokens: int
+    cut: int
+    price: AnswerPrice
+    training: Omitted[TrainingCost] = None
+    classes: Omitted[Mapping[str, ClassResults]] = None
+    calibration: Omitted[Mapping[str, Calibration]] = None
+
+
+class GeneralSuite(Part):
+    """General ability. suite: digest of its n questions. scores: "base" and tuned candidates; drops: since the base."""
+
+    suite: str
+    n: int
+    scores: Mapping[str, MetricInterval]
+    drops: Mapping[str, MetricInterval]
+
+
+class JudgeResults(Judge):
+    """A judge of one candidate's answers. agreement: share of rows with one verdict in both orders. undecided: replies
+    without a verdict."""
+
+    agreement: float
+    undecided: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+class ArmResults(Part):
+    """The means of a probe's items of one kind. before: under the base's weights, None where they are not asked."""
+
+    n: int
+    before: float | None
+    after: float
+
+
+class BestEpoch(Part):
+    """After how many of a training's epochs the validation loss was lowest. last: its loss at the end; kept: the epoch
+    whose weights were kept."""
+
+    epoch: float
+    of: float
+    loss: float
+    last: float
+    kept: Omitted[float] = None
+
+
+class RiskResults(Part):
+    """A probe of one candidate. unusable: why its answers cannot be used, then nothing else. left_out: answers that are
+    calls of functions."""
+
+    unusable: Omitted[str] = None
+    arms: Omitted[Mapping[str, ArmResults]] = None
+    stop: BestEpoch | None = None
+    left_out: Omitted[int] = None
+
+
+class CheckResults(Part):
+    """Outcomes of one policy check. n: answers that are evidence. share: that broke it, None where none is evidence."""
+
+    n: int
+    held: int
+    broke: int
+    undecided: int
+    leaked: int
+    share: MetricInterval | None
+
+
+class PolicyResults(Part):
+    """The policy checks of one candidate. unusable: why its answers cannot be used, then nothing else."""
+
+    unusable: Omitted[str] = None
+    checks: Omitted[Mapping[str, CheckResults]] = None
+
+
+class RuleJudge(Part):
+    """The model that judges by a check's rubric."""
+
+    url: str
+    model: str
+
+
+class CheckRules(Part):
+    """The rules of a policy check, as the project file had them. refuse: a rule of earlier releases."""
+
+    equals: Omitted[str] = None
+    contains: Omitted[tuple[str, ...]] = None
+    any_of: Omitted[tuple[str, ...]] = None
+    lacks: Omitted[tuple[str, ...]] = None
+    pattern: Omitted[str] = None
+    lacks_pattern: Omitted[str] = None
+    rubric: Omitted[str] = None
+    judge: Omitted[RuleJudge] = None
+    refuse: Omitted[bool] = None
+
+
+class PolicyAccount(Part):
+    """The policy. requests: digest of its requests. checks: their rules by name. candidates: outcomes by name."""
+
+    requests: str | None
+    checks: Mapping[str, CheckRules]
+    candidates: Mapping[str, PolicyResults]
+
+
+class StyleSides(Part):
+    """Shares that are taken for references: of the references, and of the bare base model's answers."""
+
+    reference: float
+    base: float
+
+
+class StyleFeatures(Part):
+    """What the classifier of style goes by: signs of the references, and of the base model's answers."""
+
+    house: tuple[str, ...]
+    base: tuple[str, ...]
+
+
+class StyleShare(Part):
+    """One candidate's answers. taken: share that is taken for references; cut: cut off; share: corrected for errors.
+
+    unusable: why there is no share.
+    """
+
+    taken: float
+    cut: int = 0
+    share: MetricInterval | None
+    unusable: Omitted[str] = None
+
+
+class StyleAccount(Part):
+    """The share of answers in the references' style, on n rows. auc: of the classifier; auc_by_form: by length and
+    form alone. apart: how much more often references are taken for references than the base's answers. silent: rows
+    that are left out, since the base's answer is empty."""
+
+    revision: int
+    n: int
+    groups: int
+    auc: MetricInterval
+    auc_by_form: float
+    taken: StyleSides
+    apart: MetricInterval
+    features: StyleFeatures
+    candidates: Mapping[str, StyleShare]
+    silent: int = 0
+
+
+class NoStyle(Part):
+    """Why style could not be measured."""
+
+    unusable: str
+
+
+class Prices(Part):
+    """The project's prices. machine_hour: of one hour of the machine that answers and trains."""
+
+    machine_hour: float
+    currency: str
+
+
+class EvaluationBody(Body):
+    """Means with intervals of all candidates on the same held-out rows, their costs, and the risks of tuning.
+
+    n: rows, groups: into which they fall. primary: the leading metric. seed: of the resampling. candidates: by name.
+    probes: the suite of general questions, under "general". functions, scorers: digests of what computed each metric.
+    judges: metric -> candidate. risks: probe's suite -> candidate. policy, style: None where they were not measured.
+    """
+
+    kind: ClassVar = "evaluation"
+
+    n: int
+    groups: int
+    effective_groups: float = 0.0
+    primary: str
+    metrics: tuple[str, ...]
+    confidence: float
+    seed: int
+    candidates: Mapping[str, MeasuredCandidate]
+    probes: Mapping[str, GeneralSuite]
+    functions: Mapping[str, str] = {}
+    scorers: Mapping[str, str] = {}
+    judges: Mapping[str, Mapping[str, JudgeResults]]
+    prices: Prices | None
+    risks: Mapping[str, Mapping[str, RiskResults]]
+    policy: PolicyAccount | None = None
+    style: NoStyle | StyleAccount | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{self.n} examples, {', '.join(sorted(self.candidates))}"
+
+    def mean(self, name: str) -> float:
+        """A candidate's mean by the leading metric."""
+        return self.candidates[name].metrics[self.primary].mean
