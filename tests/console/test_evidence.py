@@ -90,7 +90,7 @@ def test_an_approver_reads_an_evaluation_down_to_one_answer(served: Served, eval
     record = store.record(evaluated.evaluation)
     old = store.put_record(record.model_copy(update={"body": {k: v for k, v in record.body.items() if k != "seed"}}))
     page.goto(f"{served.url}/console/evidence/{old[7:]}")
-    expect(page.locator("#findings")).to_contain_text("the evaluation states no 'seed'")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("seed: Field required")
 
 
 @pytest.mark.attack("people", "an answer that repeats a document which the reader may not see")
