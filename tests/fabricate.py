@@ -29,10 +29,11 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MeasuredCandidate, MetricInterval
+from tunesmith.records.training import TrainingBody
+from tunesmith.records.version import Decision
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.registration import register
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.people.identities import add_user, ensure_owner
@@ -125,16 +126,28 @@ def put_training(
         for step in range(1, steps + 1)
     ]
     validation = [{"step": s, "loss": round(0.074 + 1.9 * 2.718 ** (-s / 30), 6)} for s in (1, 66, 131, 196, 262)]
-    body = {
-        "settings": {"method": "lora", "rank": 16, "alpha": 32, "epochs": 1, "learning_rate": 2e-4, "batch": 16},
-        "rows": rows, "tokens": 235_800, "labels": 88_200, "steps": steps, "seconds": 159.8,
-        "examples_per_second": 26.3, "tokens_per_second": 1475.6, "peak_memory_bytes": 1_720_000_000,
-        "estimate": {"seconds": 176.0, "peak_memory_bytes": 1_650_000_000},
-        "final_loss": curve[-1]["loss"], "curve": curve, "validation": validation, "threads": 2,
-        "fingerprint": fingerprint, "notices": ["9 validation rows are too few to choose by"],
-    }  # fmt: skip
+    body = training_body(
+        rows=rows, steps=steps, final_loss=curve[-1]["loss"], curve=curve, validation=validation,
+        fingerprint=fingerprint, notices=["9 validation rows are too few to choose by"],
+    )  # fmt: skip
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
-    return store.put_record(Record(kind="training", parents={"base": base, "dataset": dataset}, blobs=blobs, body=body))
+    return store.put_record(body.record({"base": base, "dataset": dataset}, blobs))
+
+
+def training_body(**changes: Any) -> TrainingBody:
+    """What a training's record states."""
+    usual: dict[str, Any] = {
+        "settings": {"method": "lora", "rank": 16, "alpha": 32, "epochs": 1, "learning_rate": 2e-4, "batch": 16},
+        "rows": 10, "rehearsed": 0, "tokens": 235_800, "tokens_computed": 235_800, "labels": 88_200, "parameters": 1000,
+        "notices": [], "fingerprint": FINGERPRINT, "threads": 2, "engine": "native", "steps": 1, "seconds": 159.8,
+        "environment": {"kernel_revision": 8, "threads": 2, "torch": "2", "transformers": "5", "machine": "x86_64",
+                        "processor": "AVX512"},
+        "epochs": 1, "examples_per_second": 26.3, "tokens_per_second": 1475.6, "peak_memory_bytes": 1_720_000_000,
+        "estimate": {"seconds": 176.0, "step_seconds": 0.6, "peak_memory_bytes": 1_650_000_000, "checkpoint_bytes": 1},
+        "final_loss": 0.1, "curve": [], "validation": [], "score": None, "decisions": None, "overfitting": [],
+        "kept": 1, "ended": None, "checkpoint_bytes": 1,
+    }  # fmt: skip
+    return TrainingBody.model_validate({**usual, **changes})
 
 
 # Datasets: commands to a smart home
@@ -218,7 +231,16 @@ def put_dataset(
         "decontaminated": [],
         "near_clusters": {"clusters": 0, "rows": 0, "largest": 0, "examples": []},
         "duties": {"use": "commercial", "attribution": [], "share_alike": [], "unknown": []},
-        "privacy_scan": {},
+        "privacy_scan": {
+            "entities": ["PERSON"],
+            "model": None,
+            "fields": {},
+            "reference": None,
+            "synthetic": {},
+            "left": {"at_most": None, "confidence": 0.95, "found_and_kept": 0, "unmeasured": ["PERSON"]},
+        },
+        "settings": {},
+        "answer_schema": None,
         "licences": {"Apache-2.0": kept},
         "privacy": {"PERSON": 9, "PHONE_NUMBER": 3},
         "ignored_keys": {"annotator": kept},

@@ -13,7 +13,7 @@ from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.training_protocol import TrainableModel
-from tunesmith.models.base import Base, base_record
+from tunesmith.models.base import Base, base_body
 from tunesmith.models.rendering import Rendered
 from tunesmith.training import steps
 from tunesmith.training.batches.batch_plan import Step
@@ -29,7 +29,7 @@ NO_BASE = Base(digest="", folder=Path(), spec="", family="", context_length=0, f
 
 def base_of(folder: Path) -> Base:
     """The base in a folder, as a store would describe it."""
-    record = base_record(folder, str(folder))
+    record = base_body(folder, str(folder)).record({})
     facts = {key: record.body[key] for key in ("family", "context_length", "fingerprint")}
     return Base(digest=record.digest, folder=folder, spec=str(folder), **facts)
 

@@ -62,7 +62,7 @@ def test_a_steward_reads_compares_and_signs(served: Served, login: Login, tmp_pa
     page.get_by_label("What did you check?").fill(f"looked at 50 rows {HOSTILE}")
     page.get_by_role("button", name="Verify and sign off").click()
     expect(page.get_by_text("looked at 50 rows")).to_be_visible()
-    assert [one["steward"] for one in sign_offs(store, first.digest)] == [STEWARD]
+    assert [one.steward for one in sign_offs(store, first.digest)] == [STEWARD]
 
     page.goto(f"{served.url}/console/rows/compare?before={first.digest[7:]}&after={second.digest[7:]}")
     for text in ("Changed rows (1)", "another answer", "Added rows (1)", "attributes.0"):

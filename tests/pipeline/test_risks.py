@@ -20,6 +20,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.probes.items import ITEMS, decode_items
 from tunesmith.project import Project, parse_settings
+from tunesmith.records.dataset import Duties
 from tunesmith.registry.opening import open_release
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import list_versions, load_version
@@ -275,7 +276,7 @@ def test_from_the_row_to_the_notice(judged: tuple[Path, dict[str, Any]]) -> None
     assert store.record(dataset).body["duties"] == DUTIES
     (version,) = store.records_of("version")
     with open_release(store, load_version(store, version)) as (folder, release):
-        assert release.statement.duties == DUTIES
+        assert release.statement.duties == Duties.model_validate_json(json.dumps(DUTIES))
         notice = (folder / "NOTICE.md").read_text()
     assert "under CC-BY-SA-4.0" in notice
     assert f"- {CREDIT} (CC-BY-SA-4.0)" in notice

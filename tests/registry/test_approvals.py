@@ -17,13 +17,14 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.project import parse_settings
+from tunesmith.records.version import ApprovalBody, Decision, Requirement
 from tunesmith.registry.approvals import LASTS, prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import lost_signatures, verify_log
 from tunesmith.registry.registration import register
-from tunesmith.registry.risk import Requirement, RiskSettings, missing
+from tunesmith.registry.risk import RiskSettings, missing
 from tunesmith.registry.serving import may_serve
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import ENVELOPE, Approval, Decision, seal, statement_of
+from tunesmith.registry.signing.attestations import ENVELOPE, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
 from tunesmith.services.decisions import approvals_for
@@ -46,7 +47,13 @@ EVERYBODY: dict[str, tuple[Role, ...]] = {
 
 
 def put_approval(
-    store: Store, version: Version, approval: Approval, envelope: bytes, *, logged: bool = True, key: str | None = None
+    store: Store,
+    version: Version,
+    approval: ApprovalBody,
+    envelope: bytes,
+    *,
+    logged: bool = True,
+    key: str | None = None,
 ) -> str:
     """Slip an approval's record into the store as someone who can write it would. key: the approver's newest one."""
     record = Record(
@@ -62,11 +69,11 @@ def put_approval(
         return store.put_record(record, session)
 
 
-def approval_by(store: Store, user: str, **changes: object) -> Approval:
+def approval_by(store: Store, user: str, **changes: object) -> ApprovalBody:
     with database.reading(store.engine) as session:
         stated = {"approver": user, "role": "approver", "decision": "approve", "reason": "", "override": None}
         times = {"at": stamp(), "until": stamp(LASTS), "nonce": secrets.token_hex(16)}
-        return Approval.model_validate({**stated, **times, "audit": audit.newest(session), **changes})
+        return ApprovalBody.model_validate({**stated, **times, "audit": audit.newest(session), **changes})
 
 
 def sealed(store: Store, user: str, statement: object) -> bytes:
@@ -129,7 +136,7 @@ def test_what_submit_refuses(store: Store, version: Version) -> None:
         ("eve", approval_by(store, "eve", decision="refuse", reason="why"), "it takes approver"),
         *(("ann", each, "not an approval") for each in ({}, [], "text", nothing)),
     ):
-        stated = statement_of(version, statement) if isinstance(statement, Approval) else statement
+        stated = statement_of(version, statement) if isinstance(statement, ApprovalBody) else statement
         with pytest.raises((Refused, UsageError), match=said):
             submit_approval(store, sealed(store, user, stated))
     with pytest.raises(UsageError, match="needs a reason"):
@@ -203,7 +210,7 @@ def test_an_approval_of_one_version_is_none_of_another(store: Store, version: Ve
     ):
         with pytest.raises(Refused, match="not the version of that digest"):
             require_approved(store, forged)
-    body = Approval.model_validate(dict(given.body))
+    body = ApprovalBody.of(given)
     put_approval(store, other, body, store.read_blob(given.blobs[ENVELOPE]))
     with pytest.raises(Refused, match="not about this version"):
         require_approved(store, other)

@@ -20,13 +20,14 @@ from tunesmith.core import clock
 from tunesmith.core.clock import now
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.opening import verified_copy
 from tunesmith.registry.registration import register
 from tunesmith.registry.serving import Permission, may_serve
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import ENVELOPE, Approval, key_statement, seal
+from tunesmith.registry.signing.attestations import ENVELOPE, key_statement, seal
 from tunesmith.registry.signing.signatures import SIGNATURE, Untrusted, sign_folder
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version
@@ -179,7 +180,7 @@ def test_a_retired_key_counts_for_what_it_signed_before_alone(
     with pytest.raises(Untrusted, match="ann's key key-1, which was retired before"):
         submit_approval(store, old)
     # The same, put into the store and its log by somebody who can write both.
-    put_approval(store, waiting, Approval.model_validate(prepared.statement["predicate"]), old, key=first)
+    put_approval(store, waiting, ApprovalBody.model_validate(prepared.statement["predicate"]), old, key=first)
     assert "which was retired before" in serving(store, waiting).message
     with pytest.raises(Refused, match="which was retired before"):
         require_approved(store, waiting)

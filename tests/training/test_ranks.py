@@ -31,6 +31,7 @@ from tunesmith.engines.ranks import Ranks, connected_ranks, held
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
+from tunesmith.records.training import ValidationScore
 from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step, step_labels, step_tokens
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.checkpoints import Checkpoints
@@ -170,7 +171,7 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
         if size == 2:
             assert digest_file(resumed.folder / ADAPTER_FILE) == digest_file(undisturbed.folder / ADAPTER_FILE)
         if size == 4:
-            assert (resumed.environment["ranks"], resumed.environment["copies"]) == (4, 2)
+            assert (resumed.environment.ranks, resumed.environment.copies) == (4, 2)
             assert any("then 4 ranks with 2 copies" in notice for notice in resumed.notices)
     part, said = killed.work / newest.name / "tensors-1.safetensors", Said()
     part.write_bytes(part.read_bytes()[:-1] + b"x")
@@ -188,7 +189,7 @@ def test_all_ranks_answer_and_rank_0_decides(tmp_path: Path) -> None:
     assert [each.reason for each in result.decisions.decays] == ["all epochs are done"]
     assert result.decisions.scored_rows == 0  # fewer than 30 rows, which the budget refuses to score
     scored = together(make(tmp_path / "scored", epochs=1), 3, None, True)
-    assert scored.score == {"metric": "exact_match", "rows": 5}
+    assert scored.score == ValidationScore(metric="exact_match", rows=5)
     assert all(0.0 < each["score"] <= 1.0 for each in scored.state.validation)
     engine = LoadedHFModel(spec.base).engine()
     engine.load_adapter("trained", scored.folder)

@@ -20,12 +20,13 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.records.training import Decisions, Estimate, ValidationScore
 from tunesmith.training.batches.rehearsal import Rehearsal
 from tunesmith.training.estimates.estimate import MemoryNeeds, memory_needs
-from tunesmith.training.schedule import Annealed, Decisions, keep_decisions, read_decisions
+from tunesmith.training.schedule import Annealed, keep_decisions, read_decisions
 from tunesmith.training.scoring import AnswerScore, Score, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings
-from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec
+from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.state import TrainerState
 from tunesmith.training.train import run_training
 
@@ -179,7 +180,7 @@ def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
     assert done.state.best is not None
     assert done.state.best >= best
     assert any("validation score 70.0%" in line for line in said.lines)
-    assert done.score == {"metric": "exact_match", "rows": 40}
+    assert done.score == ValidationScore(metric="exact_match", rows=40)
 
 
 def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:

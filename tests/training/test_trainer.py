@@ -6,17 +6,20 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fabricate import training_body
 from tests.said import Said
 from tunesmith.core.progress import Task
 from tunesmith.engines.training_protocol import ParameterGroup
-from tunesmith.training.estimates.more_time import more_time
+from tunesmith.records.training import Decisions, TrainingBody
+from tunesmith.training.estimates.more_time import MoreTime, more_time
 from tunesmith.training.objectives import CrossEntropy
-from tunesmith.training.schedule import Annealed, Decisions
+from tunesmith.training.schedule import Annealed
 from tunesmith.training.scoring import mean_score
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
@@ -245,17 +248,26 @@ def test_patience_lasts_while_the_score_rises_within_its_error() -> None:
 # What more time would bring, read from a training's validations
 
 
-def _training(scores: list[float], *, reason: str = "the budget is used", seconds: float = 1.0) -> dict[str, Any]:
+def _settings(**given: object) -> dict[str, object]:
+    return {"method": "lora", "epochs": 1, "batch": 8, **given}
+
+
+def _training(
+    scores: list[float], *, reason: str = "the budget is used", seconds: float = 1.0, **changes: object
+) -> TrainingBody:
     """A training that validated after every tenth step; its learning rate fell over the last two validations."""
     steps = 10 * len(scores)
-    return {
-        "settings": {"schedule": "wsd"},
+    step = {"loss": 1.0, "learning_rate": 1e-3, "tokens": 1, "seconds": seconds}
+    decays = [{"start": max(0, steps - 20), "stop": max(1, steps), "reason": reason}]
+    stated = {
+        "settings": _settings(schedule="wsd"),
         "validation": [{"step": 10 * (n + 1), "loss": 1 / (n + 1), "score": s} for n, s in enumerate(scores)],
-        "curve": [{"step": n + 1, "seconds": seconds} for n in range(steps)],
-        "decisions": {"decays": [{"start": steps - 20, "stop": steps, "reason": reason}]},
+        "curve": [{"step": n + 1, **step} for n in range(steps)],
+        "decisions": {"warmup": 1, "validate_every": 10, "scored_rows": 200, "seconds": 0.0, "decays": decays},
         "score": {"metric": "exact_match", "rows": 200},
         "ended": reason,
     }
+    return training_body(**{**stated, **changes})
 
 
 def _rising(gain: float, noise: float = 0.0) -> list[float]:
@@ -264,7 +276,7 @@ def _rising(gain: float, noise: float = 0.0) -> list[float]:
     return [*rising, rising[-1] + 0.02, rising[-1] + 0.03]
 
 
-def _more(training: dict[str, Any]) -> dict[str, Any]:
+def _more(training: TrainingBody) -> MoreTime:
     found = more_time(training)
     assert found is not None
     return found
@@ -280,38 +292,42 @@ def _more(training: dict[str, Any]) -> dict[str, Any]:
 def test_the_gain_of_twice_the_time_is_the_slope(noise: float, gain: dict[str, float]) -> None:
     for seconds in (1.0, 7.5):  # steps of any length give the same
         found = _more(_training(_rising(0.05, noise), seconds=seconds))
-        assert found["gain"] == pytest.approx(gain, abs=1e-6)
-        assert found["validations"] == 10
+        assert found.gain is not None
+        assert found.gain.model_dump() == pytest.approx(gain, abs=1e-6)
+        assert found.validations == 10
         mean = f"{100 * gain['mean']:.1f}"
-        assert found["text"].startswith(f"Validation was still improving: twice the time would bring about +{mean} po")
+        assert found.text.startswith(f"Validation was still improving: twice the time would bring about +{mean} po")
 
 
 def test_a_gain_stays_within_the_score_and_is_rounded_without_a_minus() -> None:
     rising = [0.85, 0.87, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.985, 0.99]
     flat = [0.0, 0.0, 0.05, 0.0, 0.02, 0.05, 0.0, 0.03, 0.0, 0.0]
     high, low, nothing = (_more(_training(scores)) for scores in (rising, flat, _rising(-1e-5)))
-    assert high["gain"]["high"] <= 0.01 + 1e-9
-    assert low["gain"]["low"] == -0.05
-    assert -0.0005 < nothing["gain"]["mean"] < 0
-    assert "twice the time would bring +0.0 points" in nothing["text"]
+    assert high.gain is not None
+    assert low.gain is not None
+    assert nothing.gain is not None
+    assert high.gain.high <= 0.01 + 1e-9
+    assert low.gain.low == -0.05
+    assert -0.0005 < nothing.gain.mean < 0
+    assert "twice the time would bring +0.0 points" in nothing.text
     assert more_time(_training([])) is None
 
 
 def test_a_longer_budget_brings_nothing_where_all_its_epochs_are_done() -> None:
-    training = _training(_rising(0.05), reason="all epochs are done")
-    found = _more({**training, "settings": {"schedule": "wsd", "budget": 900, "epochs": 40}})
-    assert found["gain"] is None
-    assert "after 40 epochs, the most that a budget reads" in found["text"]
-    assert "`epochs: 80` with `schedule: wsd`" in found["text"]
-    epochs = _more({**training, "settings": {"schedule": "wsd", "budget": None, "epochs": 40}})
-    assert epochs["gain"] is not None, "twice the epochs take twice the time"
+    done = partial(_training, _rising(0.05), reason="all epochs are done")
+    found = _more(done(settings=_settings(schedule="wsd", budget=900, epochs=40)))
+    assert found.gain is None
+    assert "after 40 epochs, the most that a budget reads" in found.text
+    assert "`epochs: 80` with `schedule: wsd`" in found.text
+    epochs = _more(done(settings=_settings(schedule="wsd", budget=None, epochs=40)))
+    assert epochs.gain is not None, "twice the epochs take twice the time"
 
 
-def _by_probability(*probabilities: float | None) -> dict[str, Any]:
+def _by_probability(*probabilities: float | None) -> TrainingBody:
     """A training without scores; earlier records have losses alone."""
     points = enumerate(probabilities, 1)
     told = [{"step": 10 * n, "loss": 1.0} | ({} if each is None else {"probability": each}) for n, each in points]
-    return {**_training([0.0] * len(probabilities)), "validation": told}
+    return _training([0.0] * len(probabilities), validation=told)
 
 
 # Without a decay of its own, every validation looks like one at a constant learning rate.
@@ -325,15 +341,15 @@ FELL = "The learning rate fell during the whole training"
         (_training([0.5, 0.6, 0.7]), "too few to say", False),
         (_training([1.0] * 12), "Every validation row was right", False),
         (_training([0.5] * 12), "not clear: twice the time would bring +0.0 points", True),
-        ({**_training(_rising(0.05)), "settings": {"schedule": "cosine"}, "decisions": None}, FELL, False),
-        ({**_training([0.5] * 12), "settings": {"schedule": "linear"}, "decisions": None}, FELL, False),
+        (_training(_rising(0.05), settings=_settings(schedule="cosine"), decisions=None), FELL, False),
+        (_training([0.5] * 12, settings=_settings(schedule="linear"), decisions=None), FELL, False),
         (_by_probability(0.2, 0.8, 0.9), "still rose at the end, from 80.0% to 90.0%", False),
         (_by_probability(0.2, 0.9, 0.8), "no longer rose", False),
         (_by_probability(0.9), "too few to say", False),
         (_by_probability(None, None, 0.9), "too few to say", False),
     ],
 )
-def test_what_else_is_said(training: dict[str, Any], said: str, gains: bool) -> None:
+def test_what_else_is_said(training: TrainingBody, said: str, gains: bool) -> None:
     found = _more(training)
-    assert said in found["text"]
-    assert (found["gain"] is not None) == gains
+    assert said in found.text
+    assert (found.gain is not None) == gains

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.terminal import draw_table
 from tunesmith.core.text.display import json_text
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tunesmith.data.building.summary import DatasetSummary
     from tunesmith.data.building.verify import DatasetVerification
     from tunesmith.data.governance.difference import Difference
+    from tunesmith.records.dataset import NamedPeople, PrivacyScan
     from tunesmith.services.datasets import DatasetPage, Originals, QualityReport, RemovedRows, ShownDataset
 
 
@@ -36,16 +37,18 @@ def draw_list(console: Console, found: DatasetPage) -> None:
 
 def draw_rows(console: Console, found: ShownDataset) -> None:
     """The rows of a split, turn by turn."""
+    from tunesmith.data.dataset import Example
+
     console.print(f"\n{found.split}: {len(found.examples)} of {found.total} rows")
     for row in found.examples:
-        if "messages" not in row:
-            console.print(json_text(row))
+        if not isinstance(row, Example):
+            console.print(json_text(row.model_dump()))
             continue
-        console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim")
-        for turn in row["messages"]:
-            console.print(f"  {turn['role']}: {turn['content']}")
-            for call in turn.get("tool_calls", ()):
-                console.print(f"    calls {call['name']} {call['arguments']}")
+        console.print(f"\n{row.id}  {row.group}  {row.licence}", style="dim")
+        for turn in row.messages:
+            console.print(f"  {turn.role}: {turn.content}")
+            for call in turn.tool_calls:
+                console.print(f"    calls {call.name} {call.arguments}")
 
 
 def draw_verification(console: Console, found: DatasetVerification) -> None:
@@ -82,8 +85,7 @@ def draw_removed(console: Console, found: RemovedRows) -> None:
     for reason, rows in found.removed.items():
         console.print(f"\n{reason}", style="bold")
         for row in rows:
-            fields = json_text(row.get("fields"))
-            console.print(f"  {row['source']}, row {row['row']}: {fields}")
+            console.print(f"  {row.source}, row {row.row}: {json_text(row.fields)}")
 
 
 def draw_quality(console: Console, found: QualityReport) -> None:
@@ -98,7 +100,7 @@ def draw_quality(console: Console, found: QualityReport) -> None:
     if found.names:
         _draw_names(console, found.names, found.rows)
     for flag in found.examples:
-        console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}")
+        console.print(f"  {flag.id}  {flag.flag}: {flag.detail}")
 
 
 def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
@@ -120,7 +122,7 @@ def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
         yield f"leakage by {name}", f"{number} in two splits"
     yield from _splitting_rows(found)
     for outside in found.decontaminated:
-        yield "compared with", f"{outside['path']}, {outside['rows']} rows"
+        yield "compared with", f"{outside.path}, {outside.rows} rows"
     near = found.near_clusters
     if near.clusters:
         yield "near, answers differ", f"{near.clusters} clusters, {near.rows} rows, the largest {near.largest}"
@@ -140,39 +142,39 @@ def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
 
 def _splitting_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
     if found.time:
-        for name, (first, last) in found.time["spans"].items():
-            yield f"time of {name}", f"{first[:19]} to {last[:19]} by {found.time['key']}"
+        for name, (first, last) in found.time.spans.items():
+            yield f"time of {name}", f"{first[:19]} to {last[:19]} by {found.time.key}"
     if found.strata:
-        kinds = found.strata["rows"]
+        kinds = found.strata.rows
         bare = [kind for kind, rows in kinds.items() if not rows["test"]]
         missing = f", {len(bare)} of them not in the test: {', '.join(bare[:5])}" if bare else ", all in the test"
-        yield f"kinds by {found.strata['key']}", f"{len(kinds)}{missing}"
+        yield f"kinds by {found.strata.key}", f"{len(kinds)}{missing}"
 
 
-def _scan_rows(scan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _scan_rows(scan: PrivacyScan) -> Iterator[tuple[str, str]]:
     """What the privacy scan found, and its recall on synthetic values inserted into these rows."""
-    for role, found in scan.get("fields", {}).items():
+    for role, found in scan.fields.items():
         yield f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items())
-    measured = scan.get("synthetic", {})
-    missed = {entity: one for entity, one in measured.items() if one["found"] < one["inserted"]}
-    for entity, one in sorted(missed.items(), key=lambda pair: float(pair[1]["recall"]))[:3]:
-        recall = f"recall at least {one['recall_at_least']:.0%}"
-        yield f"scan for {entity}", f"finds {one['found']} of {one['inserted']} synthetic values ({recall})"
+    measured = scan.synthetic
+    missed = {entity: one for entity, one in measured.items() if one.found < one.inserted}
+    for entity, one in sorted(missed.items(), key=lambda pair: pair[1].recall)[:3]:
+        recall = f"recall at least {one.recall_at_least:.0%}"
+        yield f"scan for {entity}", f"finds {one.found} of {one.inserted} synthetic values ({recall})"
     if whole := [one for entity, one in measured.items() if entity not in missed]:
-        least = min(float(one["recall_at_least"]) for one in whole)
+        least = min(one.recall_at_least for one in whole)
         yield f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)"
     if measured:
-        left = scan["left"]["at_most"]
+        left = scan.left.at_most
         yield "probably left", "no bound" if left is None else f"at most {left:g} values (95%)"
 
 
-def _draw_names(console: Console, found: dict[str, Any], rows: int) -> None:
-    genders = ", ".join(f"{gender} {number}" for gender, number in found["genders"].items())
-    error = found["reference"]["entities"]["PERSON"] if found["reference"] else None
-    accuracy = f"; on annotated text recall {error['recall']}, precision {error['precision']}" if error else ""
+def _draw_names(console: Console, found: NamedPeople, rows: int) -> None:
+    genders = ", ".join(f"{gender} {number}" for gender, number in found.genders.items())
+    error = found.reference.entities["PERSON"] if found.reference else None
+    accuracy = f"; on annotated text recall {error.recall}, precision {error.precision}" if error else ""
+    by = found.model.package if found.model else "patterns"
     console.print(
-        f"people named: in {found['rows']} of {rows} rows, {found['mentions']} mentions of {found['distinct']} "
-        f"names, the most frequent {found['most']} times; suggested: {genders} "
-        f"({found['model']['package']}{accuracy})",
+        f"people named: in {found.rows} of {rows} rows, {found.mentions} mentions of {found.distinct} "
+        f"names, the most frequent {found.most} times; suggested: {genders} ({by}{accuracy})",
     )
-    console.print(f"  ({found['caveat']})")
+    console.print(f"  ({found.caveat})")

@@ -170,13 +170,13 @@ def _validated(done: TrainingSummary) -> list[tuple[str, str]]:
     """The kept weights' score on validation rows, why the training ended where it did, what more time would bring."""
     found = []
     if done.score is not None:
-        kept = next((each for each in done.validation if each["step"] == done.kept), None)
-        value = "none" if kept is None else f"{kept['score']:.1%}"
-        found.append((f"validation {done.score['metric']}", f"{value} over {done.score['rows']} rows"))
-    if done.decisions is not None and done.decisions["decays"]:
-        found.append(("ended because", done.decisions["decays"][-1]["reason"]))
+        kept = next((each for each in done.validation if each.step == done.kept), None)
+        value = "none" if kept is None or kept.score is None else f"{kept.score:.1%}"
+        found.append((f"validation {done.score.metric}", f"{value} over {done.score.rows} rows"))
+    if done.decisions is not None and done.decisions.decays:
+        found.append(("ended because", done.decisions.decays[-1].reason))
     if done.more_time is not None:
-        found.append(("more time", done.more_time["text"]))
+        found.append(("more time", done.more_time.text))
     return found
 
 

@@ -375,8 +375,8 @@ def _draw_export(console: Console, done: ExportedVersion) -> None:
     console.print(done.summary)
     for note in done.notes:
         console.print(note, soft_wrap=True)
-    for name, facts in done.files.items():
-        console.print(f"  {name}  {facts['bytes']:,} bytes", style="dim")
+    for name, file in done.files.items():
+        console.print(f"  {name}  {file.bytes:,} bytes", style="dim")
 
 
 def _draw_anchored(console: Console, done: Anchored) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,17 +11,15 @@ from pydantic import BaseModel, ConfigDict
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.data.duplicates import request_text
+from tunesmith.records.dataset import DatasetBody, RemovedRow
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 SPLITS = ("train", "validation", "test")
 REMOVED = "removed.jsonl"
 SUBJECTS = "subjects.jsonl"  # further subjects of kept rows, whose copies stated them; a blob if there are any
-REVIEWERS = "reviewers"  # in the body: an edited row's id -> who edited it, where the audit log knows
-EDITS = "edits"  # in the record's body, if there are any: an edited row's id -> content keys, before and after
 _ID_LENGTH = 20
 
 
@@ -100,15 +98,21 @@ class Dataset:
         """The same dataset version, whose test rows cannot be read: for what chooses by other rows."""
         return Dataset(self._store, self.digest, self.record, [name for name in self.readable if name != "test"])
 
+    @cached_property
+    def body(self) -> DatasetBody:
+        """What its record states. Raises Refused where that is damaged."""
+        return DatasetBody.of(self.record)
+
     @property
     def scope(self) -> Scope:
         """Whose rows these are."""
-        return Scope(**self.record.body.get("scope", {}))
+        stated = self.body.scope
+        return Scope() if stated is None else Scope(stated.tenant, stated.region)
 
-    @cached_property
+    @property
     def splits(self) -> dict[str, int]:
         """Split name -> number of examples."""
-        return {name: int(self.record.body["splits"][name]) for name in SPLITS}
+        return {name: self.body.splits[name] for name in SPLITS}
 
     def examples(self, split: str) -> list[Example]:
         """The examples of a split, sorted by id. Raises UsageError for an unknown split, Refused for damaged data and
@@ -126,9 +130,12 @@ class Dataset:
         except ValueError as error:
             raise Refused(f"{name} does not hold examples: {error}", where=self.digest) from error
 
-    def removed(self) -> list[Mapping[str, Any]]:
-        """The rows that the build removed: id, source, row, reason."""
-        return [parse_json(line) for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()]
+    def removed(self) -> list[RemovedRow]:
+        """The rows that the build removed."""
+        return [
+            RemovedRow.model_validate_json(line)
+            for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()
+        ]
 
 
 def load_dataset(store: Store, digest: str) -> Dataset:

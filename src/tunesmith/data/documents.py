@@ -23,7 +23,7 @@ from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import Privacy, Source
 from tunesmith.data.sources.file_types import DOCUMENT_FILES
 from tunesmith.data.sources.files import OpenSource, SourceFile, find_files, open_source
-from tunesmith.store.records import Record
+from tunesmith.records.dataset import DocumentFile, DocumentsBody, DocumentsScan, ReadDocuments
 from tunesmith.store.store import Store
 
 PASSAGES = "passages.jsonl"
@@ -134,7 +134,7 @@ class Documents:
     @property
     def asked_as(self) -> Caller:
         """The caller that evaluations and `tunesmith chat` stand for."""
-        return AskedAs.model_validate(self.record.body["settings"]["asked_as"] or {}).caller
+        return AskedAs.model_validate(DocumentsBody.of(self.record).settings.asked_as or {}).caller
 
     @cached_property
     def passages(self) -> list[Passage]:
@@ -210,21 +210,21 @@ def build_documents(
             kept += 1
         if not blocks:
             raise UsageError("the document holds no text", where=file.name, fix="remove it, or add its text as .txt")
-        described.append({"path": file.name, "digest": digest, "bytes": size, "passages": kept})
+        described.append(DocumentFile(path=file.name, digest=digest, bytes=size, passages=kept))
     if not passages:
         fix = "add documents that were not recalled" if left_out else "check data.privacy.action"
         raise UsageError("no passage is left to retrieve from", where="documents", fix=fix)
     _require_visible(passages.values(), settings)
-    body = {
-        "settings": settings.model_dump(mode="json"),
-        "files": described,
-        "passages": len(passages),
-        "removed": removed,
-        "privacy": {"action": privacy.action, "found": dict(sorted(found.items()))},
-        **({"withdrawn": left_out} if left_out else {}),
-    }
+    body = DocumentsBody(
+        settings=ReadDocuments.model_validate(settings.model_dump(mode="json")),
+        files=tuple(described),
+        passages=len(passages),
+        removed=removed,
+        privacy=DocumentsScan(action=privacy.action, found=dict(sorted(found.items()))),
+        withdrawn=tuple(left_out),
+    )
     data = b"".join(canonical(passage.model_dump(mode="json")) + b"\n" for passage in passages.values())
-    return store.put_record(Record(kind="documents", blobs={PASSAGES: store.put_bytes(data)}, body=body))
+    return store.put_record(body.record({}, {PASSAGES: store.put_bytes(data)}))
 
 
 def _with_standing_licence(settings: DocumentSettings, withdrawn: Withdrawn) -> DocumentSettings:

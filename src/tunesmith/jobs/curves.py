@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -47,10 +47,6 @@ class Curve:
                 each for each in self.points if each is last or _validated(each) or each["step"] % self.every == 0
             ]
 
-    def document(self) -> dict[str, Any]:
-        """The curve as JSON."""
-        return {"expected": self.expected, "memory_bytes": self.memory_bytes, "points": list(self.points)}
-
 
 def _validated(point: Point) -> bool:
     return "validation_loss" in point
@@ -72,21 +68,22 @@ class Curves:
                 self._curves.setdefault(name, Curve()).add(values)
                 self._changed.add(name)
 
-    def changed(self) -> dict[str, dict[str, Any]]:
-        """The curves that changed since the last call."""
+    def changed(self) -> dict[str, Curve]:
+        """Copies of the curves that changed since the last call."""
         with self._using:
             names, self._changed = self._changed, set()
-            return {name: self._curves[name].document() for name in sorted(names)}
+            return {name: deepcopy(self._curves[name]) for name in sorted(names)}
 
 
-def note(session: Session, job: int, curves: Mapping[str, Mapping[str, Any]]) -> None:
+def note(session: Session, job: int, curves: Mapping[str, Curve]) -> None:
     """Keep a job's curves, inside a write transaction."""
     for name, curve in curves.items():
-        session.merge(JobCurveRow(job=job, training=name, curve=dict(curve)))
+        stated = {"expected": curve.expected, "memory_bytes": curve.memory_bytes, "points": curve.points}
+        session.merge(JobCurveRow(job=job, training=name, curve=stated))
 
 
-def read(store: Store, job: int) -> dict[str, dict[str, Any]]:
+def read(store: Store, job: int) -> dict[str, Curve]:
     """A job's curves by the names of its trainings."""
     found = select(JobCurveRow).where(JobCurveRow.job == job).order_by(JobCurveRow.training)
     with database.reading(store.engine) as session:
-        return {row.training: row.curve for row in session.scalars(found)}
+        return {row.training: Curve(**row.curve) for row in session.scalars(found)}

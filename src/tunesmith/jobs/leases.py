@@ -16,7 +16,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from tunesmith.core.errors import NextStep, TunesmithError
 from tunesmith.core.text.names import CONTROLLER
-from tunesmith.jobs.curves import note
+from tunesmith.jobs.curves import Curve, note
 from tunesmith.jobs.queue import Clock, add_event, database_time, new_row
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import require
@@ -155,7 +155,7 @@ def renew(
     store: Store,
     lease: Lease,
     progress: Mapping[str, Any] | None = None,
-    curves: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    curves: Mapping[str, Curve] = MappingProxyType({}),
     *,
     clock: Clock = database_time,
 ) -> str:

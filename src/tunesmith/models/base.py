@@ -26,7 +26,7 @@ from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.rendering import FIXED
 from tunesmith.models.weight_files import MODEL_FILE
-from tunesmith.store.records import Record
+from tunesmith.records.base import BaseBody, StoredFile
 from tunesmith.store.store import Store
 
 # The only files that are read from a base's folder: no code, no pickles.
@@ -95,7 +95,7 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
 
 def check_base(base: Base) -> None:
     """Raise Refused where the base's files are not those that its digest names."""
-    if base_record(base.folder, base.spec).digest != base.digest:
+    if base_body(base.folder, base.spec).record({}).digest != base.digest:
         raise Refused(
             f"the base model's files are not those of digest {short(base.digest)}",
             where=str(base.folder),
@@ -186,10 +186,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def base_record(folder: Path, spec: str) -> Record:
-    """The record that describes a base's files in a folder. Raises Refused where they are no complete model."""
+def base_body(folder: Path, spec: str) -> BaseBody:
+    """What a base's record states, by its files in a folder. Raises Refused where they are no complete model."""
     files = {
-        path.relative_to(folder).as_posix(): {"digest": digest_file(path), "bytes": path.stat().st_size}
+        path.relative_to(folder).as_posix(): StoredFile(digest=digest_file(path), bytes=path.stat().st_size)
         for path in _files(folder)
     }
     try:
@@ -199,15 +199,15 @@ def base_record(folder: Path, spec: str) -> Record:
     except ValueError as error:
         what = f"config.json is no JSON object: {error}"
         raise Refused(what, where=str(folder), fix="use a complete model folder") from error
-    rendering = {name: files[name]["digest"] for name in _RENDERING if name in files}
-    body = {
-        "spec": spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,
-        "family": config.get("model_type", ""),
-        "context_length": _stated(config, _CONTEXT) or 0,
-        "fingerprint": digest_of(rendering | _fixed(folder)),
-        "files": files,
-    }
-    return Record(kind="base", body=body)
+    context = _stated(config, _CONTEXT)
+    rendering = {name: files[name].digest for name in _RENDERING if name in files}
+    return BaseBody(
+        spec=spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,
+        family=str(config.get("model_type", "")),
+        context_length=context if type(context) is int else 0,
+        fingerprint=digest_of(rendering | _fixed(folder)),
+        files=files,
+    )
 
 
 def _stated(config: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -225,8 +225,8 @@ def _fixed(folder: Path) -> dict[str, Any]:
 
 
 def _record_base(store: Store, folder: Path, spec: str) -> Base:
-    record = base_record(folder, spec)
-    body = record.body
+    body = base_body(folder, spec)
+    record = body.record({})
     digest = record.digest if store.has_record(record.digest) else store.put_record(record)
     place = _place(store, digest)
     write_atomic(place, json.dumps({"folder": str(folder.absolute()), "spec": spec}).encode())
@@ -234,9 +234,9 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
         digest=digest,
         folder=folder,
         spec=spec,
-        family=str(body["family"]),
-        context_length=int(str(body["context_length"])),
-        fingerprint=str(body["fingerprint"]),
+        family=body.family,
+        context_length=body.context_length,
+        fingerprint=body.fingerprint,
     )
 
 

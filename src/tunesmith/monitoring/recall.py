@@ -24,6 +24,9 @@ from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
+from tunesmith.records.base import BaseBody
+from tunesmith.records.dataset import DocumentsBody
+from tunesmith.records.version import VersionBody
 from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
@@ -174,7 +177,7 @@ def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, d
     served = _served(session, digests)
     versions = [store.record(one.digest) for one in reached if one.kind == "version"]
     trained = [store.record(one.digest) for one in reached if one.kind == "training"]
-    tenants = {str(one.body.get("tenant", "")) for one in versions}
+    tenants = {VersionBody.of(one).tenant for one in versions}
     recalled = Recall(
         cause=cause.label,
         reason=reason,
@@ -217,8 +220,8 @@ def _roots(
     if cause.kind == "version":
         return _version_and_its_weights(store, cause.value), frozenset(), (), []
     if cause.kind == "base":
-        record = store.record(cause.value, kind="base")
-        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))], frozenset(), (), []
+        base = BaseBody.read(store, cause.value)
+        return [Reached(kind="base", digest=cause.value, label=base.spec)], frozenset(), (), []
     traced = TracedRows(store, store.records_of("dataset"), [cause.kind])
     ids = traced.trace(cause.kind, cause.value).ids
     found = [
@@ -227,8 +230,8 @@ def _roots(
     ]
     licences = traced.licences()
     for digest in store.records_of("documents") if cause.kind in ("source", "licence") else ():
-        body = store.record(digest).body
-        stated = [file["path"] for file in body["files"]] if cause.kind == "source" else [body["settings"]["licence"]]
+        body = DocumentsBody.read(store, digest)
+        stated = [file.path for file in body.files] if cause.kind == "source" else [body.settings.licence]
         if any(reaches(cause.kind, cause.value, each) for each in stated):
             found.append(Reached(kind="documents", digest=digest, label=short(digest)))
         if cause.kind == "licence":
@@ -242,7 +245,7 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
     Evaluations and verdicts are not reached: they stay valid for the other candidates that they measured.
     """
     record = store.record(version, kind="version")
-    reached = {version: Reached(kind="version", digest=version, label=_version_label(record.body))}
+    reached = {version: Reached(kind="version", digest=version, label=VersionBody.of(record).line)}
     training = store.record(record.parents["candidate"]).parents.get("training")
     if training is not None:
         reached[training] = Reached(kind="training", digest=training, label=short(training))
@@ -253,7 +256,7 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
             reached[candidate] = Reached(kind=kind, digest=candidate, label=name)
             for _, below, child in store.children(candidate):
                 if below == "version":
-                    label = _version_label(store.record(child).body)
+                    label = VersionBody.read(store, child).line
                     reached[child] = Reached(kind=below, digest=child, label=label)
     for digest in [one.digest for one in reached.values() if one.kind == "version"]:
         for _, kind, child in store.children(digest):
@@ -264,9 +267,5 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
 def _label(store: Store, session: Session, kind: str, digest: str) -> str:
     if kind == "version":
         row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
-        return f"{row.name}@v{row.number}" if row else _version_label(store.record(digest).body)
+        return f"{row.name}@v{row.number}" if row else VersionBody.read(store, digest).line
     return str(store.record(digest).body.get("name", "")) or short(digest)
-
-
-def _version_label(body: Any) -> str:
-    return f"{body.get('name')}@v{body.get('number')}"

@@ -13,6 +13,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.data.governance.withdrawn import ROW_CAUSES, load_withdrawn, recalled_values, same_name
 from tunesmith.monitoring.recall import Cause, find_reached
+from tunesmith.records.version import VersionBody
 from tunesmith.registry.opening import check_not_recalled
 from tunesmith.registry.signing.release import read_version
 from tunesmith.store import database
@@ -59,7 +60,7 @@ def recall_status(store: Store, cause: Cause) -> RecallStatus:
         left += [f"rollout {number} still has an arm of it" for number in found.rollouts]
         if items:
             left.append(f"the review queue holds its text (items: {len(items)}): recall it again")
-        names = {str(store.record(one.digest).body["name"]) for one in found.reached if one.kind == "version"}
+        names = {VersionBody.read(store, one.digest).name for one in found.reached if one.kind == "version"}
         newest = _replacements(store, session, names)
     if cause.kind in ROW_CAUSES:
         withdrawn = load_withdrawn(store)

@@ -32,6 +32,7 @@ from tunesmith.evaluation.metrics.declared import (
 from tunesmith.models.base import model_width
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
+from tunesmith.records.training import Decisions, TrainingBody
 from tunesmith.training.batches.rows import TrainingRow, learns_earlier_answers, row_count, training_rows
 from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, UNSCORED, MetricsSettings, TrainSettings, fit_to_rows
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion, Generation
     from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import TrainableModel
-    from tunesmith.training.schedule import Decisions
     from tunesmith.training.scoring import AnswerScore
     from tunesmith.training.spec import TrainingSpec
 
@@ -128,18 +128,17 @@ def repeat_decided(
     context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, digest: str
 ) -> RepeatedTraining:
     """Train again with the decisions of a finished training. digest: its record. Keeps nothing."""
-    from tunesmith.training.schedule import recorded_decisions
     from tunesmith.training.train import run_training
 
     context.require_one_process()
     context = context.without_test_rows()
-    body = context.store.record(digest, kind="training").body
-    if (ranks := body["environment"].get("ranks", 1)) > 1:
+    body = TrainingBody.read(context.store, digest)
+    if (ranks := body.environment.ranks) > 1:
         raise Refused(
             f"{ranks} processes made this training, and one process cannot repeat it to the byte",
             fix="do not repeat it: with the same settings its record stands",
         )
-    decisions = recorded_decisions(body)
+    decisions = body.decisions
     work = context.store.local("work", f"repeat-{short(digest)}")
     with context.store.lock(work.name, f"repeating {name}"):
         try:

@@ -28,13 +28,12 @@ from sqlalchemy.orm import Session
 from tunesmith.core import clock
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.records.version import ApprovalBody, Decision
 from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.risk import Approvals, missing
 from tunesmith.registry.serving import DECIDED, unmet
 from tunesmith.registry.signing.attestations import (
     ENVELOPE,
-    Approval,
-    Decision,
     check_not_signer,
     open_envelope,
     read_approval,
@@ -50,7 +49,6 @@ from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
 from tunesmith.store.people import identities
 from tunesmith.store.people.trust import TrustedKey, signature_entry
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
 
@@ -76,7 +74,7 @@ class RecordedApproval:
     """An approval or refusal that counts. digest: its record's; seq: the number of its entry in the audit log."""
 
     digest: str
-    approval: Approval
+    approval: ApprovalBody
     seq: int
 
 
@@ -93,7 +91,7 @@ def prepare_approval(
     _check_decidable(store, version, actor, reason, decision)
     with database.reading(store.engine) as session:
         head = audit.newest(session)
-    approval = Approval(
+    approval = ApprovalBody(
         approver=actor,
         role="approver",
         decision=decision,
@@ -128,12 +126,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
         raise Refused(f"signed with {key.user}'s key, and sent by {by}", fix="sign it with a key of yours")
     version = load_version(store, digest)
     signer = _check_decidable(store, version, key.user, approval.reason, approval.decision)
-    record = Record(
-        kind="approval",
-        parents={"version": version.digest},
-        blobs={ENVELOPE: store.put_bytes(envelope)},
-        body=approval.model_dump(mode="json"),
-    )
+    record = approval.record({"version": version.digest}, {ENVELOPE: store.put_bytes(envelope)})
     read_approval(record, envelope, version, signer, identities.trusted_keys(store))
     stated = {"version": version.label, "reason": approval.reason, "nonce": approval.nonce}
     detail: dict[str, Any] = {**stated, "override": version.override}
@@ -161,7 +154,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
 
 def require_approved(
     store: Store, version: Version, session: Session | None = None, verified: Verified | None = None
-) -> Approval:
+) -> ApprovalBody:
     """The first of the approvals by which a version may be promoted, read from their files and verified again.
 
     session: decide by what the caller's transaction sees. verified: the weights of a version in it are not read again;
@@ -233,7 +226,7 @@ def _check_decidable(store: Store, version: Version, actor: str, reason: str, de
     return signer
 
 
-def _check_time(approval: Approval) -> None:
+def _check_time(approval: ApprovalBody) -> None:
     """Raise Refused if a decision may not be submitted any more, or far later than one that was prepared just now.
 
     The signer's client states the time, so it is checked at both ends; clocks may differ by an hour.
@@ -249,7 +242,7 @@ def _check_time(approval: Approval) -> None:
         raise Refused(f"the time of the signed statement ends too late, at {approval.until}", fix=fix)
 
 
-def _check_unused(session: Session, version: Version, approval: Approval) -> None:
+def _check_unused(session: Session, version: Version, approval: ApprovalBody) -> None:
     """Raise Refused if the nonce of a decision is missing, or a decision on this version was recorded with it before.
 
     A statement names its version, so the nonces of other versions do not matter.
@@ -277,7 +270,7 @@ def _check_known(session: Session, head: Head) -> None:
         )
 
 
-def _check_newer(approval: Approval, counting: Sequence[RecordedApproval]) -> None:
+def _check_newer(approval: ApprovalBody, counting: Sequence[RecordedApproval]) -> None:
     """Raise Refused if the other decision was recorded after this one was prepared: its signer did not know of it."""
     for recorded in reversed(counting):
         other = recorded.approval

@@ -11,10 +11,10 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import compose
@@ -28,19 +28,18 @@ from tunesmith.engines.factory import export_check
 from tunesmith.models.base import Base
 from tunesmith.models.families import is_native
 from tunesmith.models.weight_files import CONFIG_FILE
+from tunesmith.records.base import StoredFile
+from tunesmith.records.version import Dtype, Equality, ExportBody, Form, Outcome, Tolerance
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.opening import Verified, verified_copy
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
 from tunesmith.store.people import identities
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
-    from tunesmith.models.export.merging import Dtype
 
-Form = Literal["peft", "merged", "gguf"]
 PROVENANCE = "tunesmith.json"
 _PROBES = 16  # held-out requests that are compared
 _PROBE_TOKENS = 48  # most tokens of an answer that is compared
@@ -53,7 +52,7 @@ class Exported:
 
     record: str
     folder: Path
-    body: Mapping[str, Any]
+    body: ExportBody
 
 
 def export_version(
@@ -100,30 +99,36 @@ def export_version(
         if candidate.base != base.digest or engine.base != base.digest:
             raise UsageError(f"{version.label} has another base than the engine", where=version.label)
         _write(form, dtype, base, adapter, folder, version)
+        dtype = "fp32" if form == "peft" else dtype
         provenance = _provenance(version, candidate, base, form, dtype)
         (folder / PROVENANCE).write_bytes(json.dumps(provenance, indent=2, ensure_ascii=False).encode() + b"\n")
-        body = {
-            "form": form,
-            "dtype": provenance["dtype"],
-            "files": {
-                path.relative_to(folder).as_posix(): {"digest": digest_file(path), "bytes": path.stat().st_size}
+        equality = _compare(
+            store, candidate, base=base, engine=engine, kind=engine_kind, adapter=adapter, form=form, folder=folder,
+            progress=progress,
+        )  # fmt: skip
+        tolerance = _tolerance(dtype)
+        outcome, reason = _judge(equality, tolerance)
+        body = ExportBody(
+            form=form,
+            dtype=dtype,
+            files={
+                path.relative_to(folder).as_posix(): StoredFile(digest=digest_file(path), bytes=path.stat().st_size)
                 for path in _files(folder)
             },
-            "equality": _compare(
-                store, candidate, base=base, engine=engine, adapter=adapter, form=form, folder=folder, progress=progress
-            )
-            | {"engine": engine_kind},
-        }
-        body |= _judge(body["equality"], provenance["dtype"])
-        record = Record(kind="export", parents={"version": version.digest}, body=body)
-        if body["outcome"] != "pass":
+            equality=equality,
+            tolerance=tolerance,
+            outcome=outcome,
+            reason=reason,
+        )
+        record = body.record({"version": version.digest})
+        if outcome != "pass":
             store.put_record(record)
-            kind = Refused if body["outcome"] == "fail" else Inconclusive
-            raise kind(str(body["reason"]), where=f"export record {short(record.digest)}", fix=_FIX)
+            kind = Refused if outcome == "fail" else Inconclusive
+            raise kind(reason, where=f"export record {short(record.digest)}", fix=_FIX)
         for path in _files(folder):  # the writers' libraries make private files; the umask decides
             path.chmod(folder.stat().st_mode & 0o666)
         sync_files(folder)
-        detail = {"version": version.label, "form": form, "record": record.digest, "files": body["files"]}
+        detail = {"version": version.label, "form": form, "record": record.digest, "files": record.body["files"]}
         with store.change(actor, "version.export", version.digest, detail) as session:  # what changed since the start
             identities.require(session, actor, "version.export", scope=version.scope)
             require_approved(store, version, session, verified)
@@ -180,7 +185,7 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
         "version": version.label,
         "digest": version.digest,
         "form": form,
-        "dtype": "fp32" if form == "peft" else dtype,
+        "dtype": dtype,
         "base": {"spec": base.spec if base.spec.startswith(("pypi:", "hf:")) else Path(base.spec).name}
         | {"digest": base.digest, "fingerprint": base.fingerprint},
         "training": candidate.training,
@@ -201,11 +206,12 @@ def _compare(
     *,
     base: Base,
     engine: Engine,
+    kind: str,
     adapter: Path,
     form: Form,
     folder: Path,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Equality:
     check = export_check()
     if candidate.dataset is None or candidate.training is None:
         raise Refused(f"candidate {candidate.name} names no dataset with held-out requests to compare on")
@@ -216,9 +222,10 @@ def _compare(
     engine.load_adapter(candidate.training, adapter)
     length = min(candidate.max_tokens, _PROBE_TOKENS)
     answered = check.answer_probes(engine, candidate.training, base, probes, length, progress)
-    found: dict[str, Any] = check.compare(
+    found: Equality = check.compare(
         engine,
         candidate.training,
+        kind=kind,
         base=base,
         trained=adapter,
         form=form,
@@ -229,21 +236,26 @@ def _compare(
     return found
 
 
-def _judge(equality: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """The outcome (pass, fail, inconclusive), its reason and the tolerances. A missing figure fails."""
+def _tolerance(dtype: Dtype) -> Tolerance:
     check = export_check()
-    tolerance = {"export": dict(check.TOLERANCE[dtype]), "served": {"max": check.SERVED_TOLERANCE}}
-    for where, name in (("export", "the export"), ("served", f"the {equality['engine']} engine")):
-        for kind, allowed in tolerance[where].items():
-            apart = equality[where][f"{kind}_difference"]
-            if apart is None or apart > allowed:
-                reason = f"{name} differs from the adapter as trained by {apart} nats ({kind}), {allowed} are allowed"
-                return {"tolerance": tolerance, "outcome": "fail", "reason": reason}
-    moves, allowed = equality["adapter_moves"]["mean_difference"], tolerance["export"]["mean"]
+    return Tolerance(export=dict(check.TOLERANCE[dtype]), served={"max": check.SERVED_TOLERANCE})
+
+
+def _judge(equality: Equality, tolerance: Tolerance) -> tuple[Outcome, str]:
+    """The outcome and its reason. A missing figure fails."""
+    export, served = equality.export, equality.served
+    engine = f"the {equality.engine} engine"
+    for name, kind, apart, allowed in (
+        ("the export", "max", export.max_difference, tolerance.export["max"]),
+        ("the export", "mean", export.mean_difference, tolerance.export["mean"]),
+        (engine, "max", served.max_difference, tolerance.served["max"]),
+    ):
+        if apart is None or apart > allowed:
+            return "fail", f"{name} differs from the adapter as trained by {apart} nats ({kind}), {allowed} are allowed"
+    moves, allowed = equality.adapter_moves.mean_difference, tolerance.export["mean"]
     if moves is not None and moves <= allowed:
-        reason = (
+        return "inconclusive", (
             f"the adapter moves log-probabilities by {moves} nats in the mean, {allowed} are allowed: a missing one "
             "would not be noticed"
         )
-        return {"tolerance": tolerance, "outcome": "inconclusive", "reason": reason}
-    return {"tolerance": tolerance, "outcome": "pass", "reason": ""}
+    return "pass", ""

@@ -10,10 +10,11 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.records.version import ApprovalBody, VersionBody
 from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.store import audit, database
-from tunesmith.store.audit import Head, Pin
+from tunesmith.store.audit import Pin
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, AuditRow, TokenRow, UserRow, VersionRow
@@ -30,14 +31,12 @@ def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
     """
     pins = list(kept)
     problems: list[str] = []
-    for kind, digest in _signed_with_head(store):
+    for model, digest in _signed_with_head(store):
+        named = f"{model.kind} {short(digest)}"
         try:
-            head = Head.model_validate(store.record(digest, kind=kind).body["audit"])
-        except (TunesmithError, ValueError, KeyError) as error:
-            what = error.what if isinstance(error, TunesmithError) else "it names no head of the log"
-            problems.append(f"{kind} {short(digest)} cannot be compared with the log: {what}")
-        else:
-            pins.append(Pin(witness=f"{kind} {short(digest)}", head=head))
+            pins.append(Pin(witness=named, head=model.read(store, digest).audit))
+        except TunesmithError as error:
+            problems.append(f"{named} cannot be compared with the log: {error.what}")
     with database.reading(store.engine) as session:
         problems += audit.verify(session, pins)
         if not problems:
@@ -67,15 +66,15 @@ def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[s
     return lost["version.register"], lost["version.approve"], lost["version.refuse"]
 
 
-def _signed_with_head(store: Store) -> list[tuple[str, str]]:
-    """(kind, digest) of every record that was signed with a head of the log, by the index and by the version folders.
+def _signed_with_head(store: Store) -> list[tuple[type[VersionBody | ApprovalBody], str]]:
+    """(model, digest) of every record that was signed with a head of the log, by the index and by the version folders.
 
     An attacker who rewrites the log can also remove rows from the index, but a version that is served needs its folder.
     """
     versions = {digest_bytes(store.read_release(ref)) for ref in store.version_folders()}
     versions.update(store.records_of("version"))
     approvals = store.records_of("approval")
-    return [("version", digest) for digest in sorted(versions)] + [("approval", digest) for digest in approvals]
+    return [(VersionBody, digest) for digest in sorted(versions)] + [(ApprovalBody, digest) for digest in approvals]
 
 
 def _unproven(session: Session) -> list[str]:

@@ -15,14 +15,7 @@ from tunesmith.store.store import Store
 
 # kind -> one line that distinguishes a record from others of its kind.
 _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "base": lambda body: str(body.get("spec", "")),
-    "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
-    "documents": lambda body: f"{body.get('passages', '?')} passages of {len(body.get('files', []))} documents",
     "candidate": lambda body: str(body.get("name", "")),
-    "training": lambda body: f"{body.get('steps', '?')} steps, loss {body.get('final_loss', '?')}",
-    "version": lambda body: f"{body.get('name', '?')}@v{body.get('number', '?')}",
-    "approval": lambda body: f"{body.get('decision', '?')} by {body.get('approver', '?')}",
-    "export": lambda body: _export(body),
 }
 
 
@@ -113,15 +106,3 @@ def _down(store: Store, digest: str, seen: set[str]) -> tuple[Node, ...]:
 
 def _node(role: str, digest: str, record: Record, **more: Any) -> Node:
     return Node(role=role, kind=record.kind, digest=digest, short=short(digest), says=summary_line(record), **more)
-
-
-def _export(body: Mapping[str, Any]) -> str:
-    figures = body["equality"]
-    export, served, count = figures["export"], figures["served"], figures["probes"]
-    allowed, served_allowed = body["tolerance"]["export"]["max"], body["tolerance"]["served"]["max"]
-    return (
-        f"{body['form']} {body['dtype']}: {body['outcome']}, log-probabilities within {export['max_difference']} of "
-        f"those trained ({allowed} allowed), {export['equal_answers']} of {count} greedy answers equal; "
-        f"{figures['engine']} engine within {served['max_difference']} ({served_allowed}), "
-        f"{served['equal_answers']} equal"
-    )

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.records.version import VersionBody
 from tunesmith.registry.serving import may_load
-from tunesmith.registry.signing.release import Release, Statement, Version, check_release, check_signer, has_weights
+from tunesmith.registry.signing.release import Release, Version, check_release, check_signer, has_weights
 from tunesmith.registry.signing.signatures import Untrusted, private_copy
 from tunesmith.registry.versions import load_version, reading
 from tunesmith.store.people import identities
@@ -90,7 +91,7 @@ def current_signer(session: Session, version: Version, fingerprint: str) -> Trus
     return signer
 
 
-def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:
+def check_not_recalled(session: Session, version: Version, statement: VersionBody) -> None:
     """Raise Refused if the version, or a record or blob that it was made from, was recalled."""
     for digest in (version.digest, *statement.records, *statement.blobs):
         reason = recalled(session, digest, as_evidence=digest not in (version.digest, version.candidate))

@@ -34,15 +34,16 @@ from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import VersionRef, check_name
+from tunesmith.records.base import BaseBody
+from tunesmith.records.dataset import Duties
 from tunesmith.records.verdict import VerdictBody
+from tunesmith.records.version import Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
 from tunesmith.registry.opening import current_signer, open_release
-from tunesmith.registry.risk import Requirement
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.release import (
     Release,
-    Statement,
     Version,
     check_evidence,
     check_release,
@@ -77,7 +78,7 @@ class _Plan:
     parents: Mapping[str, str]
     records: Mapping[str, Record]
     blobs: Mapping[str, str]  # the weights' files and the notice
-    duties: Mapping[str, Any] | None
+    duties: Duties | None
     risk: Requirement | None
 
 
@@ -288,24 +289,24 @@ def _make(store: Store, plan: _Plan, signer: User, taken: set[int]) -> Release:
     base = plan.records[plan.parents["candidate"]].parents["base"]
     with database.reading(store.engine) as session:
         head = audit.newest(session)
-    statement = Statement(
+    statement = VersionBody(
         name=plan.name,
         number=number,
         **plan.scope.fields(),
         base=base,
-        fingerprint=plan.records[base].body["fingerprint"],
+        fingerprint=BaseBody.of(plan.records[base]).fingerprint,
         signer=signer.name,
         override=plan.override,
         created_at=stamp(),
         expires_at=plan.expires_at,
-        records=sorted(plan.records),
-        blobs=sorted(blobs_of(plan.records.values())),
+        records=tuple(sorted(plan.records)),
+        blobs=tuple(sorted(blobs_of(plan.records.values()))),
         audit=head,
-        duties=None if plan.duties is None else dict(plan.duties),
+        duties=plan.duties,
         marks=marks_of(plan.records, plan.parents["candidate"]),
         risk=plan.risk,
     )
-    record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
+    record = statement.record(plan.parents, plan.blobs)
     with store.scratch() as scratch:
         folder = scratch / f"v{number}"
         folder.mkdir()

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tunesmith.core.settings import Settings
 from tunesmith.core.view import View
+from tunesmith.records.version import MOST_APPROVERS, Requirement, RiskClass
 from tunesmith.store.people.roles import Role
 
-RiskClass = Literal["low", "limited", "high"]
 _APPROVERS: Mapping[RiskClass, int] = {"low": 1, "limited": 2, "high": 2}
 _ROLES: Mapping[RiskClass, tuple[Role, ...]] = {"low": (), "limited": (), "high": ("steward",)}
-_MOST = 20
-
-
-class Requirement(BaseModel):
-    """What a version takes to serve; a part of its signed record.
-
-    approvers: how many different people with the role approver. roles: roles that some of these people have besides;
-    each entry takes a person of its own, whatever other roles that person has.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    risk_class: RiskClass
-    approvers: Annotated[int, Field(ge=1, le=_MOST, strict=True)]
-    roles: tuple[Role, ...] = ()
-
-    @model_validator(mode="after")
-    def _fits(self) -> Requirement:
-        if len(self.roles) > self.approvers:
-            raise ValueError(f"{len(self.roles)} roles need as many approvers, not {self.approvers}")
-        return self
 
 
 class RiskSettings(Settings):
@@ -50,7 +29,7 @@ class RiskSettings(Settings):
     ]
     approvers: Annotated[
         int | None,
-        Field(ge=1, le=_MOST, description="different people who must approve; no fewer than the class takes"),
+        Field(ge=1, le=MOST_APPROVERS, description="different people who must approve; no fewer than the class takes"),
     ] = None
     roles: Annotated[
         tuple[Role, ...] | None,

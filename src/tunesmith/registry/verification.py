@@ -19,10 +19,13 @@ from tunesmith.core.system.scratch import SCRATCH
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
+from tunesmith.records.base import BaseBody
+from tunesmith.records.dataset import DatasetBody
+from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
 from tunesmith.registry.risk import missing
-from tunesmith.registry.signing.attestations import ENVELOPE, Approval, read_approval
+from tunesmith.registry.signing.attestations import ENVELOPE, read_approval
 from tunesmith.registry.signing.release import (
     Release,
     check_evidence,
@@ -167,12 +170,16 @@ def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
             findings.problem(findings.store.blob_where(digest), "its bytes do not match its digest")
     for name, record in records.items():
         if record.kind == "dataset":
-            for split, count in record.body.get("splits", {}).items():
+            where = findings.store.record_where(name)
+            try:
+                splits = DatasetBody.of(record).splits
+            except Refused as error:
+                findings.problem(where, error.what)
+                continue
+            for split, count in splits.items():
                 found = lines.get(record.blobs.get(f"{split}.jsonl", ""))
                 if found is not None and found != count:
-                    findings.problem(
-                        findings.store.record_where(name), f"says {count} rows in {split}, there are {found}"
-                    )
+                    findings.problem(where, f"says {count} rows in {split}, there are {found}")
 
 
 def _check_evidence(findings: _Findings, release: Release, records: Mapping[str, Record]) -> None:
@@ -190,9 +197,9 @@ def _check_evidence(findings: _Findings, release: Release, records: Mapping[str,
             raise Refused("the adapter is not the candidate's")
         base = records[version.candidate].parents["base"]
         stated = (release.statement.base, release.statement.fingerprint)
-        if stated != (base, records[base].body.get("fingerprint")):
+        if stated != (base, BaseBody.of(records[base]).fingerprint):
             raise Refused("the release states another base or rendering than the candidate's")
-        if list(version.marks) != marks_of(records, version.candidate):
+        if version.marks != marks_of(records, version.candidate):
             raise Refused("the release does not state the marks of its training")
     except (TunesmithError, KeyError) as error:
         findings.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
@@ -215,10 +222,10 @@ def _check_base(findings: _Findings, records: Mapping[str, Record], digest: str,
     if folder is None or not folder.is_dir():
         findings.notes.append("the base model's files were not found and not checked: give their folder")
         return
-    for name, facts in records[digest].body.get("files", {}).items():
+    for name, file in BaseBody.of(records[digest]).files.items():
         path = folder / name
         try:
-            whole = digest_file(path) == facts["digest"]
+            whole = digest_file(path) == file.digest
         except OSError as error:
             findings.problem(path, f"cannot be read: {error.strerror}")
             continue
@@ -265,7 +272,7 @@ def _check_approvals(
     findings: _Findings, release: Release, approvals: Sequence[Record], keys: Sequence[TrustedKey]
 ) -> None:
     """Add notes about who approved or refused this version. Without an approval its files are no worse."""
-    counted: list[Approval] = []
+    counted: list[ApprovalBody] = []
     for record in approvals:
         if record.parents.get("version") != release.version.digest:
             continue

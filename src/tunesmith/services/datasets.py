@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +14,10 @@ from sqlalchemy import func, select
 from tunesmith.core.errors import NextStep, NotThere, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.text.display import json_text
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
-from tunesmith.data.building.signoff import sign_off, sign_offs, sign_offs_of
+from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
 from tunesmith.data.building.verify import DatasetVerification, verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
@@ -28,6 +27,7 @@ from tunesmith.data.governance.difference import difference as compare_versions
 from tunesmith.data.privacy.originals import read_originals
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
+from tunesmith.records.dataset import DatasetBody, Flag, NamedPeople, QualityBody, RemovedRow, SimilarRequests
 from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
@@ -41,7 +41,7 @@ class ShownDataset(DatasetSummary):
     """A dataset version with the first rows of a split, or of those that were removed. total: rows of that split."""
 
     split: str
-    examples: tuple[dict[str, Any], ...]
+    examples: tuple[Example | RemovedRow, ...]
     total: Annotated[int, Field(exclude=True)]
 
 
@@ -55,7 +55,7 @@ class RemovedRows(View):
     """Samples of the rows that were left out: reason -> rows."""
 
     dataset: str
-    removed: dict[str, tuple[dict[str, Any], ...]]
+    removed: dict[str, tuple[RemovedRow, ...]]
 
 
 class SignDataset(Request):
@@ -83,13 +83,13 @@ class QualityReport(View):
     dataset: str
     quality: str
     rows: int
-    flags: dict[str, int]
+    flags: Mapping[str, int]
     looked_for: tuple[str, ...]
-    balance: dict[str, dict[str, Any]]
-    names: Omitted[dict[str, Any]] = None
-    languages: Omitted[dict[str, Any]] = None
-    alike: Omitted[dict[str, Any]] = None
-    examples: tuple[dict[str, Any], ...]
+    balance: Mapping[str, Mapping[str, int]]
+    names: Omitted[NamedPeople] = None
+    languages: Omitted[Mapping[str, Mapping[str, int]]] = None
+    alike: Omitted[SimilarRequests] = None
+    examples: tuple[Flag, ...]
     flagged: Annotated[dict[str, int], Field(exclude=True)]
 
 
@@ -139,13 +139,10 @@ class RowPage(View):
     pages: int
 
 
-class SignOff(View):
-    """A steward's sign-off that counts. signoff: its record's digest."""
+class SignOffList(View):
+    """The sign-offs that count, oldest first."""
 
-    steward: str
-    reason: str
-    at: str
-    signoff: str
+    sign_offs: tuple[SignOff, ...]
 
 
 def build(project: Project, *, progress: Progress = SILENT, shards: ShardRunner | None = None) -> DatasetSummary:
@@ -162,9 +159,9 @@ def show(store: Store, dataset: str | None = None, *, split: str = "train", limi
     digest = find_dataset(store, dataset)
     loaded = load_dataset(store, digest)
     if split == "removed":
-        rows = [dict(row) for row in loaded.removed()]
+        rows: Sequence[Example | RemovedRow] = loaded.removed()
     else:
-        rows = [example.model_dump(mode="json") for example in loaded.examples(split)]
+        rows = loaded.examples(split)
     shown = tuple(rows[:limit] if limit else rows)
     return ShownDataset(**dict(dataset_summary(store, digest)), split=split, examples=shown, total=len(rows))
 
@@ -242,7 +239,7 @@ def quality(
     label_noise, language, names and alike also look for wrong labels, other languages, people's names and requests that
     say the same.
     """
-    from tunesmith.data.quality.flags import FLAGS, examine_quality
+    from tunesmith.data.quality.flags import examine_quality, read_flags
 
     digest, embed = store.find_record(dataset), None
     if alike:
@@ -251,10 +248,10 @@ def quality(
         embed = find_embedder(progress).embed
     options = {"label_noise": label_noise, "language": language, "names": names}
     record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **options))
-    flags = [parse_json(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
-    flagged = {what: len({flag["id"] for flag in flags if flag["flag"] == what}) for what in record.body["looked_for"]}
+    body, flags = QualityBody.of(record), read_flags(store, record)
+    flagged = {what: len({flag.id for flag in flags if flag.flag == what}) for what in body.looked_for}
     examples = tuple(flags[:limit] if limit else flags)
-    return QualityReport(dataset=digest, quality=record.digest, **record.body, examples=examples, flagged=flagged)
+    return QualityReport.of(body, dataset=digest, quality=record.digest, examples=examples, flagged=flagged)
 
 
 def list_datasets(store: Store, page: int = 1) -> DatasetPage:
@@ -269,16 +266,16 @@ def list_datasets(store: Store, page: int = 1) -> DatasetPage:
     signed = sign_offs_of(store, [digest for digest, _ in found])
     lines = []
     for digest, at in found:
-        body = store.record(digest, kind="dataset").body
+        body = DatasetBody.read(store, digest)
         lines.append(
             DatasetLine(
                 dataset=digest,
                 at=at,
-                read=body["rows"]["read"],
-                kept=body["rows"]["kept"],
-                removed=sum(body["rows"]["removed"].values()),
-                splits={name: body["splits"][name] for name in SPLITS},
-                signed=tuple(one["steward"] for one in signed[digest]),
+                read=body.rows.read,
+                kept=body.rows.kept,
+                removed=sum(body.rows.removed.values()),
+                splits={name: body.splits[name] for name in SPLITS},
+                signed=tuple(one.steward for one in signed[digest]),
             )
         )
     return DatasetPage(datasets=tuple(lines), total=total, page=page, pages=pages)
@@ -300,9 +297,9 @@ def find_dataset(store: Store, given: str | None = None) -> str:
     raise NotThere("there is no such dataset version", where=given, fix=NextStep("list them", "data list"))
 
 
-def list_sign_offs(store: Store, dataset: str) -> tuple[SignOff, ...]:
-    """The sign-offs of a dataset version that count, oldest first."""
-    return tuple(SignOff(**one) for one in sign_offs(store, dataset))
+def list_sign_offs(store: Store, dataset: str) -> SignOffList:
+    """The sign-offs of a dataset version that count."""
+    return SignOffList(sign_offs=tuple(sign_offs(store, dataset)))
 
 
 def list_rows(
@@ -316,11 +313,11 @@ def list_rows(
     require(store, actor, "row.read")
     loaded = load_dataset(store, dataset)
     if split == "removed":
-        matching = [row for row in loaded.removed() if reason in ("", row["reason"])]
+        matching = [row for row in loaded.removed() if reason in ("", row.reason)]
         wanted = search.casefold()
-        matching = [row for row in matching if wanted in str(row["source"]).casefold()]
+        matching = [row for row in matching if wanted in row.source.casefold()]
         page, pages = _within(page, len(matching))
-        shown = [FoundRow(split=split, **row) for row in _cut(matching, page)]
+        shown = [FoundRow.of(row, split=split) for row in _cut(matching, page)]
         return RowPage(rows=tuple(shown), total=len(matching), page=page, pages=pages)
     if split not in SPLITS:
         raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join((*SPLITS, 'removed'))}")

@@ -20,11 +20,12 @@ from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
+from tunesmith.records.version import Decision, Requirement
 from tunesmith.registry import approvals
-from tunesmith.registry.risk import Approvals, Requirement
+from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import approvals_of
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import Decision, envelope_of, read_statement, signed_bytes
+from tunesmith.registry.signing.attestations import envelope_of, read_statement, signed_bytes
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.versions import load_version, resolve
 from tunesmith.services.actions import Acting, Action, Digest, Named, Reason, Request, Short, action

@@ -27,6 +27,7 @@ from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs import queue
 from tunesmith.jobs.performing import JobProgress, Outcome
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
+from tunesmith.records.training import TrainingBody
 from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.versions import resolve
 from tunesmith.services import training
@@ -447,9 +448,8 @@ def _stated(error: Inconclusive | FileGone) -> dict[str, Any]:
 def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:
     """The job's result with its file of metrics, and an error unless the verdict is a pass."""
     name = trained_name(made.settings)
-    body = made.store.record(summary.train[name].training, kind="training").body
+    body = TrainingBody.read(made.store, summary.train[name].training)
     registered = None if summary.registered is None else summary.registered.version
-    used = body["settings"]
     multiplier = arguments.hyperparameters.learning_rate_multiplier
     result = {
         **summary.without_paths(),
@@ -457,13 +457,13 @@ def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSumma
             "fine_tuned_model": model_name(job) if registered else None,
             "version": registered,
             "result_files": [_put_metrics(made, job, body)],
-            "trained_tokens": body["tokens"],
+            "trained_tokens": body.tokens,
             "hyperparameters": {
-                "n_epochs": used["epochs"],
-                "batch_size": used["batch"],
+                "n_epochs": body.settings.epochs,
+                "batch_size": body.settings.batch,
                 "learning_rate_multiplier": 1.0 if multiplier is None else multiplier,
             },
-            "checkpoint": _metrics_at(body, body["kept"]),
+            "checkpoint": _metrics_at(body),
         },
     }
     rival = _better_rival(summary.evaluate, name)
@@ -504,13 +504,14 @@ def _better_rival(found: EvaluationSummary, tuned: str) -> str:
     )
 
 
-def _put_metrics(made: Project, job: JobRow, body: Mapping[str, Any]) -> str:
+def _put_metrics(made: Project, job: JobRow, body: TrainingBody) -> str:
     """Keep the metrics of each step as a CSV file; returns its id, which is the same when the job is repeated."""
     text = io.StringIO()
     rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     rows.writeheader()
     rows.writerows(_metric_rows(body))
-    identifier = f"file-{digest_of([KIND, job.id, body['curve']]).removeprefix('sha256:')[:24]}"
+    curve = [step.model_dump() for step in body.curve]
+    identifier = f"file-{digest_of([KIND, job.id, curve]).removeprefix('sha256:')[:24]}"
     with made.store.scratch() as folder:
         path = folder / "metrics"
         path.write_text(text.getvalue())
@@ -521,17 +522,12 @@ def _put_metrics(made: Project, job: JobRow, body: Mapping[str, Any]) -> str:
     return stored.file
 
 
-def _metric_rows(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    validated = {int(each["step"]): each["loss"] for each in body["validation"]}
-    for point in body["curve"]:
-        step = int(point["step"])
-        yield {"step": step, "train_loss": point["loss"], "valid_loss": validated.get(step, "")}
+def _metric_rows(body: TrainingBody) -> Iterator[dict[str, float]]:
+    validated = {each.step: {"valid_loss": each.loss} for each in body.validation}
+    for point in body.curve:
+        yield {"step": point.step, "train_loss": point.loss, **validated.get(point.step, {})}
 
 
-def _metrics_at(body: Mapping[str, Any], step: int) -> dict[str, Any]:
+def _metrics_at(body: TrainingBody) -> dict[str, float]:
     """The kept step's metrics, as a checkpoint states them."""
-    found: dict[str, Any] = {"step": step}
-    for row in _metric_rows(body):
-        if row["step"] == step:
-            found |= {name: value for name, value in row.items() if value != ""}
-    return found
+    return next((row for row in _metric_rows(body) if row["step"] == body.kept), {"step": body.kept})

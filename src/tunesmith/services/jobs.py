@@ -16,6 +16,7 @@ from tunesmith.jobs import queue
 from tunesmith.jobs.curves import Curve
 from tunesmith.jobs.worker import has_ended
 from tunesmith.pipeline.training import tuned_names
+from tunesmith.records.training import TrainingBody
 from tunesmith.services.actions import Acting, Request, Short, action
 from tunesmith.services.training import only_tuned, read_again, run_arguments
 from tunesmith.store.people.identities import User
@@ -337,9 +338,9 @@ def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
     return JobCurves(job=number, trainings=tuple(found[name] for name in names))
 
 
-def _curve(name: str, summary: Mapping[str, Any], curve: Mapping[str, Any], *, earlier: bool = False) -> TrainingCurve:
-    """summary: of the training, {} where it has not ended. curve: as `Curve.document` gives it."""
-    expected = curve["expected"]
+def _curve(name: str, summary: Mapping[str, Any], curve: Curve, *, earlier: bool = False) -> TrainingCurve:
+    """summary: of the training, {} where it has not ended."""
+    expected = curve.expected
     points = tuple(
         CurvePoint(
             step=int(each["step"]),
@@ -347,7 +348,7 @@ def _curve(name: str, summary: Mapping[str, Any], curve: Mapping[str, Any], *, e
             validation_loss=each.get("validation_loss"),
             score=each.get("validation_score"),
         )
-        for each in curve["points"]
+        for each in curve.points
     )
     return TrainingCurve(
         name=name,
@@ -355,23 +356,25 @@ def _curve(name: str, summary: Mapping[str, Any], curve: Mapping[str, Any], *, e
         earlier=earlier,
         expected_seconds=expected.get("expected_seconds"),
         expected_memory_bytes=expected.get("expected_memory_bytes"),
-        memory_bytes=curve["memory_bytes"] or None,
+        memory_bytes=curve.memory_bytes or None,
         points=points,
     )
 
 
-def _recorded(store: Store, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+def _recorded(store: Store, summary: Mapping[str, Any]) -> Curve | None:
     """The curve in a training's record; None where the store no longer has it."""
     try:
-        body = store.record(summary["training"], kind="training").body
+        body = TrainingBody.read(store, summary["training"])
     except (Refused, UsageError):
         return None
-    found, validated = Curve(), {each["step"]: each for each in body["validation"]}
-    for each in body["curve"]:
-        values = {"step": each["step"], "loss": each["loss"]}
-        scores = validated.get(each["step"], {})
-        found.add(values | {f"validation_{key}": scores[key] for key in ("loss", "score") if key in scores})
-    found.expected = {f"expected_{key}": body["estimate"][key] for key in ("seconds",)}
-    found.expected["expected_memory_bytes"] = body["estimate"]["peak_memory_bytes"]
-    found.memory_bytes = body["peak_memory_bytes"]
-    return found.document()
+    found, validated = Curve(memory_bytes=body.peak_memory_bytes), {each.step: each for each in body.validation}
+    for step in body.curve:
+        values: dict[str, float] = {"step": step.step, "loss": step.loss}
+        if (checked := validated.get(step.step)) is not None:
+            values["validation_loss"] = checked.loss
+            if checked.score is not None:
+                values["validation_score"] = checked.score
+        found.add(values)
+    expected = body.estimate
+    found.expected = {"expected_seconds": expected.seconds, "expected_memory_bytes": expected.peak_memory_bytes}
+    return found

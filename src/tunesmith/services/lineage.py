@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
-from typing import Any
 
 from tunesmith.core.errors import NotThere
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.data.dataset import SPLITS, load_dataset
+from tunesmith.records.dataset import DatasetBody, ReadSource
 from tunesmith.registry.lineage import Node, ancestors, summary_line, tree
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.versions import load_version, resolve
@@ -62,8 +62,8 @@ class RecordDetails(View):
     says: str
     facts: dict[str, str]
     blobs: dict[str, str]
-    sources: tuple[dict[str, Any], ...]
-    licences: dict[str, int]
+    sources: tuple[ReadSource, ...]
+    licences: Mapping[str, int]
     made_from: tuple[Related, ...]
     used_for: tuple[Related, ...]
     further: int
@@ -115,7 +115,7 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
         raise NotThere("there is no such record of this version")
     record = store.record(digest)
     below = [(role, kind, child) for role, kind, child in store.children(digest) if everything or child in own]
-    body = record.body
+    dataset = DatasetBody.of(record) if record.kind == "dataset" else None
     times = store.times_of([*record.parents.values(), *(child for _, _, child in below[:_MOST])])
     return RecordDetails(
         digest=digest,
@@ -123,14 +123,12 @@ def record_details(store: Store, user: User, version: Version, digest: str) -> R
         says=summary_line(record),
         facts={
             key: str(value)
-            for key, value in sorted(body.items())
+            for key, value in sorted(record.body.items())
             if isinstance(value, str | int | float | bool) and value != ""
         },
         blobs=dict(record.blobs),
-        sources=tuple(dict(one) for one in body.get("sources", ())) if record.kind == "dataset" else (),
-        licences={str(name): int(count) for name, count in body.get("licences", {}).items()}
-        if record.kind == "dataset"
-        else {},
+        sources=dataset.sources if dataset else (),
+        licences=dataset.licences if dataset else {},
         made_from=_parents(store, record, times),
         used_for=tuple(_related(store, role, child, times) for role, _, child in below[:_MOST]),
         further=max(0, len(below) - _MOST),

@@ -23,6 +23,7 @@ from tunesmith.monitoring.pending_retrains import PendingRetrain
 from tunesmith.monitoring.recall import Cause, CauseKind, Recall
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
+from tunesmith.records.base import BaseBody
 from tunesmith.registry.versions import Version, list_versions, load_version, resolve
 from tunesmith.rollout.controller import give_up
 from tunesmith.rollout.standing import Champion
@@ -223,7 +224,7 @@ def impact(store: Store, base: str) -> Impact:
 
     Raises UsageError where no record here has that base.
     """
-    specs = {digest: str(store.record(digest).body.get("spec", "")) for digest in store.records_of("base")}
+    specs = {digest: BaseBody.read(store, digest).spec for digest in store.records_of("base")}
     named = [digest for digest, spec in specs.items() if spec == base]
     digest = named[-1] if named else store.find_record(base)
     if digest not in specs:

@@ -24,6 +24,7 @@ from tunesmith.monitoring.pending_retrains import list_pending_retrains
 from tunesmith.monitoring.settings import RetrainCause, RetrainingSettings
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
+from tunesmith.records.dataset import DatasetBody
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import monitoring
@@ -194,8 +195,8 @@ def _rows(seen: _Seen) -> _Found | None:
     present = {file.name: _digest_of(file, seen.at) for file in files}
     store = seen.project.store
     evaluation = store.record(seen.champion.evaluation, kind="evaluation")
-    record = store.record(evaluation.parents["dataset"], kind="dataset")
-    built = {str(file["path"]): str(file["digest"]) for file in record.body["sources"]}
+    body = DatasetBody.read(store, evaluation.parents["dataset"])
+    built = {source.path: source.digest for source in body.sources}
     changed = sorted(name for name in {*present, *built} if present.get(name) != built.get(name))
     if not changed:
         return None

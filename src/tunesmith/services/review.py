@@ -13,7 +13,6 @@ from sqlalchemy import select
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import Omitted, View
@@ -22,7 +21,7 @@ from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import content_key, load_withdrawn
 from tunesmith.data.privacy.pseudonyms import recognised
-from tunesmith.data.quality.flags import FLAGS
+from tunesmith.data.quality.flags import read_flags
 from tunesmith.data.review import queue
 from tunesmith.data.review.agreement import Agreement, agreements
 from tunesmith.data.review.decisions import EXPORTED, Choice, ReviewedRow, encode_reviewed
@@ -416,11 +415,10 @@ def rows_to_review(
     why: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for _, kind, child in store.children(digest):
         if kind == "quality":
-            for line in store.read_blob(store.record(child).blobs[FLAGS]).splitlines():
-                flag = parse_json(line)
-                why[flag["id"]][flag["flag"]] = flag["detail"]
-    body = loaded.record.body
-    for clusters, reason in ((body["conflicts"]["examples"], CONFLICT), (body["near_clusters"]["examples"], NEAR)):
+            for flag in read_flags(store, store.record(child)):
+                why[flag.id][flag.flag] = flag.detail
+    body = loaded.body
+    for clusters, reason in ((body.conflicts.examples, CONFLICT), (body.near_clusters.examples, NEAR)):
         for ids in clusters:
             for name in ids:
                 why[name][reason] = f"{len(ids)} rows: {', '.join(ids)}"

@@ -32,23 +32,15 @@ from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
 from tunesmith.records.forecast import ForecastBody
 from tunesmith.records.search import TrainingSearchBody
+from tunesmith.records.training import Decisions, Estimate, Overfit, TrainingBody, ValidationPoint, ValidationScore
 from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
-from tunesmith.training.estimates.more_time import more_time
+from tunesmith.training.estimates.more_time import MoreTime, more_time
 from tunesmith.training.settings import LONGEST_BUDGET, PROBABILITY, TrainSettings, changed_training
 
 if TYPE_CHECKING:
     from tunesmith.engines.hf.costs import Shapes
-
-
-class ExpectedCost(View):
-    """The estimate that was made before the training."""
-
-    seconds: float
-    step_seconds: float
-    peak_memory_bytes: int
-    checkpoint_bytes: int
 
 
 class TrainingSummary(View):
@@ -70,7 +62,7 @@ class TrainingSummary(View):
     seconds: float
     peak_memory_bytes: int
     checkpoint_bytes: int
-    estimate: ExpectedCost
+    estimate: Estimate
     final_loss: float
     rows: int
     rehearsed: int
@@ -81,12 +73,12 @@ class TrainingSummary(View):
     tokens_computed: int
     labels: int
     parameters: int
-    validation: tuple[dict[str, Any], ...]
-    score: dict[str, Any] | None
-    decisions: dict[str, Any] | None
+    validation: tuple[ValidationPoint, ...]
+    score: ValidationScore | None
+    decisions: Decisions | None
     notices: tuple[str, ...]
-    overfitting: Any
-    more_time: dict[str, Any] | None
+    overfitting: tuple[Overfit, ...]
+    more_time: MoreTime | None
 
 
 class Repeated(View):
@@ -208,13 +200,13 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
     """The summary of a training. Raises Refused where its record is missing or damaged."""
     record = store.record(digest, kind="training")
     (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
-    stated = {key: value for key, value in record.body.items() if key in TrainingSummary.model_fields}
-    return TrainingSummary(
+    body = TrainingBody.of(record)
+    return TrainingSummary.of(
+        body,
         training=digest,
         adapter=str(store.blob_path(weights)),
         weights=weights,
-        more_time=more_time(record.body),
-        **stated,
+        more_time=more_time(body),
     )
 
 

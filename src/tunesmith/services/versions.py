@@ -5,9 +5,9 @@ A person sees the versions of their tenant and region, and those that are for al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 from sqlalchemy import ColumnElement, Select, func, or_, select
@@ -23,16 +23,15 @@ from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.models.export.gguf import check_supported
-from tunesmith.models.export.merging import Dtype
 from tunesmith.pipeline.verdicts import changed_since, latest
+from tunesmith.records.base import StoredFile
+from tunesmith.records.version import Decision, Dtype, Equality, Form, Outcome, Tolerance
 from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.aliases import Alias, list_aliases
-from tunesmith.registry.export import Form, export_version
+from tunesmith.registry.export import export_version
 from tunesmith.registry.licence_duties import NOTICE
-from tunesmith.registry.lineage import summary_line
 from tunesmith.registry.risk import Approvals
 from tunesmith.registry.serving import DECIDED
-from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.registry.versions import resolve
@@ -397,10 +396,10 @@ class ExportedVersion(View):
     version: str
     form: Form
     dtype: Dtype
-    files: dict[str, dict[str, Any]]
-    equality: dict[str, Any]
-    tolerance: dict[str, dict[str, float]]
-    outcome: str
+    files: Mapping[str, StoredFile]
+    equality: Equality
+    tolerance: Tolerance
+    outcome: Outcome
     reason: str
     notes: tuple[str, ...] = ()
     summary: Annotated[str, Field(exclude=True)]
@@ -445,13 +444,13 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
         actor=acting.actor,
         progress=progress,
     )
-    return ExportedVersion(
+    return ExportedVersion.of(
+        done.body,
         export=done.record,
         folder=str(done.folder),
         version=found.label,
         notes=_notes(candidate),
-        summary=summary_line(store.record(done.record)),
-        **done.body,
+        summary=done.body.line,
     )
 
 

@@ -38,25 +38,19 @@ KINDS: Mapping[str, RecordKind] = {
         "models/base.py",
         (),
         (),
-        "family, context length, digest of every file, fingerprint of tokenizer and template; the files stay in place",
     ),
     "dataset": RecordKind(
         "data/building/build.py",
         (),
         ("train.jsonl", "validation.jsonl", "test.jsonl", "removed.jsonl", "outside.jsonl", "subjects.jsonl"),
-        "settings, digests of the sources, what happened to every row, splits, proof that nothing leaks, duties of the "
-        "licences, the privacy scan with its measured detection recall",
     ),
-    "signoff": RecordKind("data/building/signoff.py", ("dataset",), (), "steward, reason, time"),
-    "quality": RecordKind("data/quality/flags.py", ("dataset",), ("flags.jsonl",), "flagged rows by reason; balance"),
-    "documents": RecordKind(
-        "data/documents.py", (), ("passages.jsonl",), "settings, digests of the files, passages, personal data found"
-    ),
+    "signoff": RecordKind("data/building/signoff.py", ("dataset",), ()),
+    "quality": RecordKind("data/quality/flags.py", ("dataset",), ("flags.jsonl",)),
+    "documents": RecordKind("data/documents.py", (), ("passages.jsonl",)),
     "training": RecordKind(
         "training/train.py",
         ("base", "dataset", "documents"),
         _WEIGHTS,
-        "settings, the splits that could be read, curve, time and memory as estimated and as measured, environment",
     ),
     "search": RecordKind(
         "candidates/search.py",
@@ -114,20 +108,16 @@ KINDS: Mapping[str, RecordKind] = {
         "registry/registration.py",
         ("candidate", "evaluation", "verdict"),
         (*_WEIGHTS, "NOTICE.md"),
-        "name, number, tenant, region, signer, override, expiry, everything it was made from, duties of the licences, "
-        "newest entry of the audit log",
     ),
     "export": RecordKind(
         "registry/export.py",
         ("version",),
         (),
-        "format, digest of every file, differences of log-probabilities, tolerance, outcome",
     ),
     "approval": RecordKind(
         "registry/approvals.py",
         ("version",),
         ("envelope.json",),
-        "approver, role, approval or refusal, reason, newest entry of the audit log",
     ),
 }
 

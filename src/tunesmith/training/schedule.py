@@ -10,14 +10,12 @@ so that a training that is killed and resumed takes the same steps, and a finish
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Protocol
 
 from tunesmith.core.system.files import write_atomic
+from tunesmith.records.training import Decay, Decisions
 from tunesmith.training.settings import MOST_WARMUP, WARMUP, TrainSettings
 from tunesmith.training.state import TrainerState
 
@@ -27,35 +25,6 @@ _OVERRUN, _SHORTENED = 0.05, 0.04
 DECISIONS = "decisions.json"  # in a training's work folder
 ALL_EPOCHS = "all epochs are done"  # why a rate fell
 _RECENT = 10  # steps that say how long one takes now
-
-
-class Decay(BaseModel):
-    """The learning rate falls from step `start` to zero at step `stop`, where the training ends."""
-
-    model_config = ConfigDict(frozen=True)
-
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
-    reason: str
-
-
-class Decisions(BaseModel):
-    """What a training decided while it ran, in steps.
-
-    warmup: steps in which the rate rises. validate_every: steps from one validation to the next. scored_rows:
-    validation rows that are answered and scored each time; 0: none (see TrainerState.best). seconds: before the first
-    step, for measuring and for what is rehearsed. rehearsed: answers that were drawn for that. decays: each replaces
-    the one before it from its start on.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    warmup: int = Field(ge=0)
-    validate_every: int = Field(ge=1)
-    scored_rows: int = Field(ge=0)
-    seconds: float = Field(ge=0)
-    rehearsed: int = Field(default=0, ge=0)
-    decays: tuple[Decay, ...] = ()
 
 
 class Schedule(Protocol):
@@ -200,12 +169,6 @@ def keep_decisions(path: Path, decisions: Decisions) -> None:
 def read_decisions(path: Path) -> Decisions | None:
     """The decisions that were kept; None where there are none. Raises ValueError for a damaged file."""
     return Decisions.model_validate_json(path.read_bytes()) if path.is_file() else None
-
-
-def recorded_decisions(training: Mapping[str, Any]) -> Decisions | None:
-    """The decisions in the body of a training's record; None where its schedule took none."""
-    stated = training.get("decisions")
-    return None if stated is None else Decisions.model_validate(stated)
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:

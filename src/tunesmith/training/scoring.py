@@ -15,11 +15,11 @@ from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.records.training import Decisions, Estimate, ValidationScore
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.batches.rehearsal import Rehearsal
-from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions, warmup_steps
+from tunesmith.training.schedule import keep_decisions, read_decisions, warmup_steps
 from tunesmith.training.settings import LEAST_SCORED, UNSCORED, TrainSettings
-from tunesmith.training.spec import Estimate
 from tunesmith.training.steps import validation_fit
 
 _TIMED = 32  # rows whose answers are timed before the first step, where a budget is to be divided
@@ -101,9 +101,9 @@ class Validation:
     def _fit(self) -> dict[str, float]:
         return validation_fit(self._model, self._batches, self.ranks)
 
-    def described(self) -> dict[str, Any] | None:
-        """The metric and the number of rows of the score, for the record; None where there is no score."""
-        return {"metric": self.score.metric, "rows": self.rows} if self.score is not None and self.rows else None
+    def described(self) -> ValidationScore | None:
+        """What answers are scored by; None where there is no score."""
+        return ValidationScore(metric=self.score.metric, rows=self.rows) if self.score and self.rows else None
 
     def notices(self) -> list[str]:
         """Says that answers are not scored although they could be, where that is so."""
@@ -162,6 +162,7 @@ def decide_beforehand(
             scored_rows=validation.rows,
             seconds=0.0,
             rehearsed=rehearsal.answers,
+            decays=(),
         )
     else:
         made = _within(settings.budget, settings, plan, expected, validation, rehearsal, progress)
@@ -232,6 +233,7 @@ def _within(
         scored_rows=rows,
         seconds=measured,
         rehearsed=rehearsal.answers,
+        decays=(),
     )
 
 

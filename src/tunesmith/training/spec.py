@@ -14,7 +14,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.system.files import write_atomic
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
-from tunesmith.training.schedule import Decisions
+from tunesmith.records.training import Decisions, Environment, Estimate, ValidationScore
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.state import TrainerState
 
@@ -95,16 +95,6 @@ class TrainingSpec(BaseModel):
     documents: str | None = None
 
 
-class Estimate(BaseModel):
-    """Seconds of the whole training, and of a step without validation; the most bytes of memory needed at once; bytes
-    of a checkpoint."""
-
-    seconds: float
-    step_seconds: float
-    peak_memory_bytes: int
-    checkpoint_bytes: int
-
-
 class TrainingResult(BaseModel):
     """A training that has ended.
 
@@ -118,12 +108,12 @@ class TrainingResult(BaseModel):
 
     folder: Path
     engine: str
-    environment: dict[str, Any]
+    environment: Environment
     state: TrainerState
     estimate: Estimate
     notices: list[str]
     decisions: Decisions | None
-    score: dict[str, Any] | None
+    score: ValidationScore | None
     epochs: float
     rows: int
     rehearsed: int

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,16 @@ from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.models.base import Base, check_base, model_width, require_context_length
 from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
-from tunesmith.store.records import Record
+from tunesmith.records.training import (
+    Decisions,
+    Environment,
+    Estimate,
+    Overfit,
+    RecordedSettings,
+    TrainedStep,
+    TrainingBody,
+    ValidationPoint,
+)
 from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_validation, step_tokens
 from tunesmith.training.batches.rehearsal import Rehearsal, prepare_rehearsal
@@ -44,11 +52,11 @@ from tunesmith.training.estimates.estimate import (
     trial_step,
 )
 from tunesmith.training.objectives import Objective, objective_of
-from tunesmith.training.schedule import DECISIONS, Annealed, Decisions, Planned, Schedule
+from tunesmith.training.schedule import DECISIONS, Annealed, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, BudgetTooShort, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings, fit_to_rows
 from tunesmith.training.sinks import Reporter, follower
-from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
+from tunesmith.training.spec import TrainingResult, TrainingSpec, write_rows
 from tunesmith.training.state import TrainerState
 from tunesmith.training.trainer import Trainer
 
@@ -179,7 +187,7 @@ def run_training(
     return TrainingResult(
         folder=_save(trained, spec.work / "result", ranks),
         engine=trained.engine_name,
-        environment=checkpoints.identity["environment"],
+        environment=environment(trained, ranks),
         state=state,
         estimate=expected,
         notices=[*notices, *validation.notices(), *paused, *checkpoints.moved],
@@ -203,7 +211,7 @@ def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) ->
     parents = {"base": spec.base.digest, "dataset": spec.dataset}
     if spec.documents is not None:
         parents["documents"] = spec.documents
-    return store.put_record(Record(kind="training", parents=parents, blobs=blobs, body=_body(spec, result)))
+    return store.put_record(_body(spec, result).record(parents, blobs))
 
 
 def train(
@@ -222,9 +230,9 @@ def train(
     return record_training(store, spec, run_training(spec, progress, model=model, score=score, ranks=ranks))
 
 
-def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
+def environment(model: TrainableModel, ranks: Ranks = ALONE) -> Environment:
     """What a training's bytes depend on besides its input: versions, the machine, the number of threads and ranks."""
-    return {
+    found = {
         "kernel_revision": KERNEL_REVISION,
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
@@ -235,6 +243,7 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
         **({"copies": ranks.copies} if ranks.copies > 1 else {}),
         **model.environment(),
     }
+    return Environment.model_validate(found)
 
 
 def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal: Rehearsal) -> dict[str, Any]:
@@ -245,7 +254,7 @@ def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal
         "rows": spec.rows.digest,
         "validation": spec.validation.digest,
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(model, ranks),
+        "environment": environment(model, ranks).model_dump(exclude_unset=True),
         **({"rehearsed answers": rehearsal.digest} if rehearsal.answers else {}),
     }
 
@@ -350,39 +359,39 @@ def _save(model: TrainableModel, folder: Path, ranks: Ranks) -> Path:
     return folder
 
 
-def _body(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
+def _body(spec: TrainingSpec, result: TrainingResult) -> TrainingBody:
     """What the training record states."""
     state, keep = result.state, spec.settings.keep
     kept = state.step if keep == "last" or state.best is None else int(state.validation[state.best]["step"])
     tail = state.curve[-max(1, len(state.curve) // 20) :]
-    return {
-        "settings": spec.settings.model_dump(mode="json"),
-        "splits": list(spec.splits),
-        "rows": result.rows,
-        "rehearsed": result.rehearsed,
-        "tokens": result.tokens,
-        "tokens_computed": result.tokens_computed,
-        "labels": result.labels,
-        "parameters": result.trained_numbers,
-        "notices": result.notices,
-        "fingerprint": spec.base.fingerprint,
-        "threads": result.environment["threads"],
-        "engine": result.engine,
-        "environment": result.environment,
-        "steps": state.step,
-        "seconds": state.seconds,
-        "epochs": result.epochs,
-        "examples_per_second": result.rows * result.epochs / state.seconds,
-        "tokens_per_second": result.tokens / state.seconds,
-        "estimate": result.estimate.model_dump(),
-        "final_loss": sum(step["loss"] for step in tail) / len(tail),
-        "curve": asdict(state)["curve"],
-        "validation": state.validation,
-        "score": result.score,
-        "decisions": None if result.decisions is None else result.decisions.model_dump(mode="json"),
-        "overfitting": state.overfitting,
-        "kept": kept,
-        "ended": state.ended,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "checkpoint_bytes": result.checkpoint_bytes,
-    }
+    return TrainingBody(
+        settings=RecordedSettings.model_validate(spec.settings.model_dump(mode="json")),
+        splits=spec.splits,
+        rows=result.rows,
+        rehearsed=result.rehearsed,
+        tokens=result.tokens,
+        tokens_computed=result.tokens_computed,
+        labels=result.labels,
+        parameters=result.trained_numbers,
+        notices=tuple(result.notices),
+        fingerprint=spec.base.fingerprint,
+        threads=result.environment.threads,
+        engine=result.engine,
+        environment=result.environment,
+        steps=state.step,
+        seconds=state.seconds,
+        epochs=result.epochs,
+        examples_per_second=result.rows * result.epochs / state.seconds,
+        tokens_per_second=result.tokens / state.seconds,
+        estimate=result.estimate,
+        final_loss=sum(step["loss"] for step in tail) / len(tail),
+        curve=tuple(map(TrainedStep.model_validate, state.curve)),
+        validation=tuple(map(ValidationPoint.model_validate, state.validation)),
+        score=result.score,
+        decisions=result.decisions,
+        overfitting=tuple(map(Overfit.model_validate, state.overfitting)),
+        kept=kept,
+        ended=state.ended,
+        peak_memory_bytes=result.peak_memory_bytes,
+        checkpoint_bytes=result.checkpoint_bytes,
+    )

@@ -26,7 +26,7 @@ def adds_up(dataset: Dataset) -> dict[str, Any]:
     examples = held(dataset)
     assert rows["read"] == rows["kept"] + sum(rows["removed"].values())
     assert rows["kept"] == len(examples) == sum(dataset.splits.values())
-    assert Counter(one["reason"] for one in dataset.removed()) == rows["removed"]
+    assert Counter(one.reason for one in dataset.removed()) == rows["removed"]
     assert len({example.id for example in examples}) == len(examples)
     assert sum(dataset.record.body["licences"].values()) == len(examples)
     assert dataset.record.body["leakage"]["shared_groups"] == dataset.record.body["leakage"]["near_pairs"] == 0
@@ -61,9 +61,9 @@ def test_a_mixed_bag_of_rows_is_accounted_for(tmp_path: Path) -> None:
     assert dataset_summary(store, dataset.digest).rows.read == 128
     conflicts = dataset.record.body["conflicts"]
     assert (conflicts["requests"], conflicts["rows"], len(conflicts["examples"][0])) == (1, 2, 2)
-    entry = next(one for one in dataset.removed() if one["reason"] == "exact duplicate")
-    assert entry["source"] == "rows.jsonl"
-    assert entry["row"] in (124, 125)
+    entry = next(one for one in dataset.removed() if one.reason == "exact duplicate")
+    assert entry.source == "rows.jsonl"
+    assert entry.row in (124, 125)
     kept = [one.messages for one in held(dataset) if one.messages[0].role == "system"]
     assert kept == [tuple(Message(**turn) for turn in talk["messages"])], "as it was read"
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.governance.licences import Credit, custom_ids, duties, mentions, needs, permitted
+from tunesmith.data.governance.licences import custom_ids, duties, mentions, needs, permitted
 from tunesmith.data.settings import Licences
+from tunesmith.records.dataset import Credit
+
+
+def credit(source: str, licence: str, line: str | None) -> Credit:
+    """A required attribution."""
+    return Credit(source=source, licence=licence, credit=line)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +77,9 @@ def test_the_policy_is_by_use_and_by_name() -> None:
     ],
 )
 def test_versions_of_one_licence_fit_unless_one_says_only(one: str, other: str, fit: bool) -> None:
-    rows = {Credit("a", one, None), Credit("b", other, None)}
+    rows = {credit("a", one, None), credit("b", other, None)}
     if fit:
-        assert duties(rows, Licences(share_alike=True))["share_alike"] == sorted((one, other))
+        assert duties(rows, Licences(share_alike=True)).share_alike == tuple(sorted((one, other)))
     else:
         with pytest.raises(Refused, match=f"{one} and {other}.*different licences"):
             duties(rows, Licences(share_alike=True))
@@ -82,12 +88,12 @@ def test_versions_of_one_licence_fit_unless_one_says_only(one: str, other: str, 
 def test_duties_are_those_of_the_licences_that_are_relied_on() -> None:
     policy = Licences(share_alike=True, allow=("LicenseRef-Own",))
     rows = {
-        Credit("a.jsonl", "CC0-1.0", None),
-        Credit("b.jsonl", "MIT OR CC-BY-SA-4.0", "Ann"),  # of a choice the lighter one
-        Credit("c.jsonl", "CC-BY-SA-3.0 AND MIT", "Bob"),
-        Credit("d.jsonl", "LicenseRef-Own", None),
+        credit("a.jsonl", "CC0-1.0", None),
+        credit("b.jsonl", "MIT OR CC-BY-SA-4.0", "Ann"),  # of a choice the lighter one
+        credit("c.jsonl", "CC-BY-SA-3.0 AND MIT", "Bob"),
+        credit("d.jsonl", "LicenseRef-Own", None),
     }
-    assert duties(rows, policy) == {
+    assert duties(rows, policy).model_dump(mode="json") == {
         "use": "commercial",
         "attribution": [
             {"source": "b.jsonl", "licence": "MIT OR CC-BY-SA-4.0", "credit": "Ann"},
@@ -98,7 +104,7 @@ def test_duties_are_those_of_the_licences_that_are_relied_on() -> None:
         "unknown": ["LicenseRef-Own"],
     }
 
-    assert duties({Credit("a", "CC-BY-NC-4.0", None)}, Licences(use="non-commercial"))["use"] == "non-commercial"
+    assert duties({credit("a", "CC-BY-NC-4.0", None)}, Licences(use="non-commercial")).use == "non-commercial"
 
 
 @pytest.mark.parametrize(

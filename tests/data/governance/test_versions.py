@@ -7,6 +7,7 @@ import math
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -53,7 +54,7 @@ def test_a_sample_of_each_removed_class_with_what_stood_there_as_json(tmp_path: 
     dataset = build(tmp_path, settings("rows.parquet"))
     sample = removed_sample(dataset, tmp_path, 5)
     assert {reason: len(rows) for reason, rows in sample.items()} == {"empty assistant turn": 5, "exact duplicate": 1}
-    fields = sample["exact duplicate"][0]["fields"]
+    fields: Any = sample["exact duplicate"][0].fields
     assert fields["messages"][0]["content"] == "said twice"
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     assert fields["at"].startswith("2026-01-02")
@@ -90,7 +91,7 @@ def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Data
         require_signed(store, first.digest)
     digest = sign_off(store, first.digest, steward="sten", reason="looked at 50 rows")
     require_signed(store, first.digest)
-    assert [one["signoff"] for one in sign_offs(store, first.digest)] == [digest]
+    assert [one.signoff for one in sign_offs(store, first.digest)] == [digest]
     with database.reading(store.engine) as session:
         entry = audit.entries(session)[-1]
     assert (entry.actor, entry.action, entry.subject) == ("sten", "data.sign", first.digest)

@@ -247,7 +247,7 @@ def test_models_that_are_changed_unknown_or_missing_are_refused(monkeypatch: pyt
 def test_figures_of_the_annotated_entities_alone() -> None:
     told = reference(RECOMMENDED, ["PERSON", "UK_NHS"])
     assert told is not None
-    assert told["entities"].keys() == {"PERSON"}
+    assert told.entities.keys() == {"PERSON"}
     assert reference("another_model", ["PERSON"]) is None
 
 

@@ -23,11 +23,12 @@ from tunesmith.data import similarity_join as join
 from tunesmith.data.building.account import EXACT
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id
-from tunesmith.data.duplicates import answer_key, near_pairs, near_text, normalise, request_key, request_text
+from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, near_text, normalise, request_key, request_text
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting import leakage as leaks
 from tunesmith.data.splitting.assignment import OLDER, split_of, time_of
 from tunesmith.data.splitting.groups import joined_groups, wording_group
+from tunesmith.records.dataset import Leakage
 from tunesmith.store.store import Store
 
 
@@ -149,8 +150,8 @@ def test_beginnings_are_counted_in_what_learns_them_and_removed_from_it() -> Non
     assert gone == {"leaks": leaks.NEAR_HELD_OUT, "further": leaks.NEAR_HELD_OUT, "begins": leaks.NEAR_HELD_OUT}
     left = {split: [one for one in some if one.id not in gone] for split, some in splits.items()}
     clean = leaks.leakage(left, leaks.Nearness(left, 0.8))
-    assert clean == leaks.Leakage(shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8)
-    assert "beginnings" not in clean.document()
+    assert clean == Leakage(shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8, method=METHOD)
+    assert "beginnings" not in clean.model_dump()
 
     splits = {"train": [talk("leaks", "open the door", "done", "and the window", "done too")]}
     outside = [" open the door "]
@@ -370,7 +371,7 @@ def test_a_held_out_row_is_kept_rather_than_its_copies(tmp_path: Path, group_by:
     if isinstance(group_by, list):
         assert dataset.record.body["leakage"]["shared"] == {"author": 0, "wording": 0}
     assert {one.source for one in dataset.examples("test")} == {"held.jsonl"}
-    assert {(one["source"], one["reason"]) for one in dataset.removed()} == {("train.jsonl", EXACT)}
+    assert {(one.source, one.reason) for one in dataset.removed()} == {("train.jsonl", EXACT)}
     assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 

@@ -27,9 +27,9 @@ from tunesmith.data.building.shards import (
     plan,
 )
 from tunesmith.data.building.staging import StagingDatabase
-from tunesmith.data.dataset import EDITS, REMOVED, REVIEWERS, SPLITS, SUBJECTS, Example
+from tunesmith.data.dataset import REMOVED, SPLITS, SUBJECTS, Example
 from tunesmith.data.formats.row_formats import RowFormat
-from tunesmith.data.governance.licences import Credit, duties
+from tunesmith.data.governance.licences import duties
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.evidence import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
@@ -47,7 +47,18 @@ from tunesmith.data.splitting.leakage import (
     leakage,
     rows_to_remove,
 )
-from tunesmith.store.records import Record
+from tunesmith.records.dataset import (
+    AppliedReview,
+    Credit,
+    DatasetBody,
+    PrivacyScan,
+    ReadSource,
+    RowCounts,
+    RowScope,
+    Strata,
+    TimeSplit,
+    TokenLengths,
+)
 from tunesmith.store.store import Store
 
 # If more of the training rows than this are near held-out rows, the similarity setting is wrong, not the data.
@@ -89,7 +100,6 @@ def build_dataset(
     if answer_schema is not None:
         check_answer_schema(answer_schema, "task.schema")
     account = Account()
-    checked = count_tokens is not None and max_tokens is not None
     outside = read_outside(settings, root, answer_schema)
     reviewed = read_reviewed(settings.review, root, store)
     if settings.review is not None and not reviewed.rows:
@@ -115,34 +125,42 @@ def build_dataset(
         conflicts = staging.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
-        divided, held = _divide(staging, settings, held_out)
+        starts, beyond, held = _divide(staging, settings, held_out)
         splits = _split(staging, settings, account, outside)
+        near = Nearness(splits, threshold, outside.requests)
         counted = staging.counts()
-        body: dict[str, Any] = {
-            "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
-            "sources": [_described(one, rules.formats[one.file.source.path], rows[one.file.name]) for one in planned],
-            "rows": {
-                "read": account.read,
-                "kept": sum(counted["splits"].values()),
-                "changed": staging.changed(),
-                "removed": staging.reasons(),
-            },
+        edited = {row: tuple(reviewed.rows[row].by) for row in sorted(account.edits) if row in reviewed.rows}
+        body = DatasetBody(
+            settings=settings.model_dump(mode="json", exclude={"sign_off"}),
+            sources=tuple(_described(one, rules.formats[one.file.source.path], rows[one.file.name]) for one in planned),
+            rows=RowCounts(
+                read=account.read,
+                kept=sum(counted["splits"].values()),
+                changed=staging.changed(),
+                removed=staging.reasons(),
+            ),
             **counted,
-            **_nearness(splits, threshold, outside, settings.split),
-            **_divided(staging, settings.split, divided),
-            "duties": duties(_credits(staging, planned), settings.licences),
-            "privacy": dict(sorted(account.privacy.items())),
-            "privacy_scan": _scan_measured(staging, rules, account),
-            "ignored_keys": dict(sorted(account.ignored.items())),
-            "conflicts": conflicts,
-            "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
-            "answer_schema": None if answer_schema is None else digest_of(answer_schema),
-            **_review(reviewed, account),
-            **scope.stated(),
-        }
-        edits = {row: sorted(contents) for row, contents in sorted(account.edits.items())}
-        more: dict[str, Any] = {"held_groups": held, "respelled": account.respelled, EDITS: edits}
-        body |= {key: value for key, value in more.items() if value}
+            leakage=leakage(splits, near, settings.split),
+            decontaminated=outside.files,
+            near_clusters=clusters(splits, near, _SHOWN_CONFLICTS),
+            time=_times(staging, settings.split, starts, beyond),
+            strata=_strata(staging, settings.split),
+            duties=duties(_credits(staging, planned), settings.licences),
+            privacy=dict(sorted(account.privacy.items())),
+            privacy_scan=_scan_measured(staging, rules, account),
+            ignored_keys=dict(sorted(account.ignored.items())),
+            conflicts=conflicts,
+            tokens=None
+            if count_tokens is None or max_tokens is None
+            else TokenLengths(limit=max_tokens, longest=account.longest),
+            answer_schema=None if answer_schema is None else digest_of(answer_schema),
+            review=_review(reviewed, account),
+            reviewers=edited if reviewed.logged else {},
+            scope=None if scope == Scope() else RowScope(**scope.fields()),
+            held_groups=tuple(held),
+            respelled=account.respelled or None,
+            edits={row: tuple(sorted(contents)) for row, contents in sorted(account.edits.items())},
+        )
         blobs = {f"{name}.jsonl": _sealed(store, folder, staging.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, staging.removed_lines())
         if subjects := b"".join(staging.subject_lines()):
@@ -150,7 +168,7 @@ def build_dataset(
         if outside.files:
             blobs[OUTSIDE] = store.put_bytes(outside.encode())
         keep_originals(settings.privacy, root, account.originals, staging.ids())
-    return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+    return store.put_record(body.record({}, blobs))
 
 
 def _stage(staging: StagingDatabase, account: Account, pieces: Iterable[ExaminedRows]) -> Counter[str]:
@@ -163,8 +181,10 @@ def _stage(staging: StagingDatabase, account: Account, pieces: Iterable[Examined
     return rows
 
 
-def _divide(staging: StagingDatabase, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
-    """Assign the rows to splits; returns what the record says about time, and the groups that sources hold out.
+def _divide(
+    staging: StagingDatabase, settings: DataSettings, held_out: Set[str]
+) -> tuple[dict[str, str], int, list[str]]:
+    """Assign the rows to splits; returns what `cuts` found, if time divides them, and the groups that are held out.
 
     held_out: sources whose rows are held out with their groups.
     """
@@ -176,63 +196,61 @@ def _divide(staging: StagingDatabase, settings: DataSettings, held_out: Set[str]
     if split.stratify is not None:
         staging.place_groups(stratified(staging.kinds(split.stratify), split, frozenset(held)))
     if split.time is None:
-        return {}, held
-    found, beyond = cuts(staging.times(split.time), split)
-    staging.place_times(split.time, lambda time: split_by_time(time, found), OLDER)
-    return {"key": split.time, "from": found, "rows_beyond_shares": beyond}, held
+        return {}, 0, held
+    starts, beyond = cuts(staging.times(split.time), split)
+    staging.place_times(split.time, lambda time: split_by_time(time, starts), OLDER)
+    return starts, beyond, held
 
 
-def _divided(staging: StagingDatabase, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
-    """How time or strata divide the remaining rows; empty where the groups' hash decides."""
-    if split.time is not None:
-        return {"time": {**time, "spans": staging.span(split.time)}}
+def _times(staging: StagingDatabase, split: Split, starts: Mapping[str, str], beyond: int) -> TimeSplit | None:
+    """How time divides the remaining rows. starts, beyond: of `cuts`."""
+    if split.time is None:
+        return None
+    return TimeSplit(key=split.time, starts=starts, rows_beyond_shares=beyond, spans=staging.span(split.time))
+
+
+def _strata(staging: StagingDatabase, split: Split) -> Strata | None:
+    """How strata divide the remaining rows."""
     if split.stratify is None:
-        return {}
+        return None
     kinds: dict[str, dict[str, int]] = {}
     for name, kind, rows in staging.kinds(split.stratify, by="split"):
         kinds.setdefault(kind, dict.fromkeys(SPLITS, 0))[name] = rows
-    return {"strata": {"key": split.stratify, "rows": dict(sorted(kinds.items()))}}
+    return Strata(key=split.stratify, rows=dict(sorted(kinds.items())))
 
 
-def _nearness(
-    splits: Mapping[str, Sequence[ComparedRow]], threshold: float, outside: Outside, split: Split
-) -> dict[str, Any]:
-    near = Nearness(splits, threshold, outside.requests)
-    return {
-        "leakage": leakage(splits, near, split).document(),
-        "decontaminated": list(outside.files),
-        "near_clusters": clusters(splits, near, _SHOWN_CONFLICTS),
-    }
-
-
-def _review(reviewed: Reviewed, account: Account) -> dict[str, Any]:
-    """The file of review decisions, and how many of them this build applied; empty without a decision."""
+def _review(reviewed: Reviewed, account: Account) -> AppliedReview | None:
+    """The file of review decisions, and how many of them this build applied; None without a decision."""
     if not reviewed.rows:
-        return {}
+        return None
     applied = Counter(reviewed.rows[row].decision for row in account.reviewed)
-    counts = {decision: applied[decision] for decision in ("accept", "edit", "reject")}
-    unmatched = len(reviewed.rows.keys() - account.reviewed.keys())
-    edited = {row: list(reviewed.rows[row].by) for row in sorted(account.edits) if row in reviewed.rows}
-    stated = {"path": reviewed.path, "digest": reviewed.digest, **counts, "unmatched": unmatched}
-    review = {"review": {**stated, "logged": reviewed.logged}}
-    return review | ({REVIEWERS: edited} if reviewed.logged and edited else {})
+    return AppliedReview(
+        path=reviewed.path,
+        digest=reviewed.digest,
+        accept=applied["accept"],
+        edit=applied["edit"],
+        reject=applied["reject"],
+        unmatched=len(reviewed.rows.keys() - account.reviewed.keys()),
+        logged=reviewed.logged,
+    )
 
 
-def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> dict[str, Any]:
+def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> PrivacyScan:
     talks = [example.messages for example in staging.sample(_MEASURED_ROWS)]
     scanner = Scanner(rules.settings.privacy, listed_values(rules.answer_schema))
     return privacy_evidence(scanner, rules.settings.privacy, account.privacy, account.fields, talks)
 
 
-def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> dict[str, Any]:
-    return {
-        "path": one.file.name,
-        "digest": one.digest,
-        "bytes": one.bytes,
-        "rows": rows,
-        "format": row_format.name,
-        "format_told": one.file.source.format != "auto",
-    } | ({"split": one.file.source.split} if one.file.source.split else {})
+def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> ReadSource:
+    return ReadSource(
+        path=one.file.name,
+        digest=one.digest,
+        bytes=one.bytes,
+        rows=rows,
+        format=row_format.name,
+        format_told=one.file.source.format != "auto",
+        split=one.file.source.split,
+    )
 
 
 def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
@@ -264,7 +282,7 @@ def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]
 def _credits(staging: StagingDatabase, planned: Sequence[PlannedFile]) -> set[Credit]:
     """The credits that the licences of the remaining rows require."""
     credit = {one.file.name: one.file.source.attribution for one in planned}
-    return {Credit(source, licence, credit.get(source)) for source, licence in staging.licences()}
+    return {Credit(source=source, licence=licence, credit=credit.get(source)) for source, licence in staging.licences()}
 
 
 def _split(

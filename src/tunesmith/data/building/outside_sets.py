@@ -22,6 +22,7 @@ from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
 from tunesmith.data.sources.files import OpenSource, find_files, open_source
 from tunesmith.data.splitting.groups import wording_group
+from tunesmith.records.dataset import OutsideSet
 
 OUTSIDE = "outside.jsonl"
 _TOGETHER = 2000
@@ -29,12 +30,12 @@ _TOGETHER = 2000
 
 @dataclass(frozen=True)
 class Outside:
-    """What every row is compared with. requests: by near_text; wordings: by wording_group; files: path, digest,
-    rows."""
+    """What every row is compared with. requests: by near_text; wordings: by wording_group; files: that hold
+    them."""
 
     requests: frozenset[str] = frozenset()
     wordings: frozenset[str] = frozenset()
-    files: tuple[dict[str, Any], ...] = ()
+    files: tuple[OutsideSet, ...] = ()
 
     def encode(self) -> bytes:
         """Sorted lines of requests and wordings: enough to verify a dataset version without the files."""
@@ -66,7 +67,7 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str,
     scanner = Scanner(settings.privacy, listed_values(answer_schema))
     requests: set[str] = set()
     wordings: set[str] = set()
-    files: list[dict[str, Any]] = []
+    files: list[OutsideSet] = []
     for file in find_files(outside_sources(settings.decontaminate), root):
         with open_source(file) as opened:
             rows = 0
@@ -77,7 +78,7 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str,
                     requests.add(near_text(request))
                     wordings.add(wording_group(request, answer))
                     wordings.add(wording_group(request, answer, [*settings.split.values, *scan.originals.values()]))
-            files.append({"path": file.name, "digest": opened.digest, "rows": rows})
+            files.append(OutsideSet(path=file.name, digest=opened.digest, rows=rows))
     return Outside(frozenset(requests), frozenset(wordings), tuple(files))
 
 

@@ -12,9 +12,10 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.data.building.verify import verify_dataset
+from tunesmith.records.dataset import SignOffBody
 from tunesmith.store import database
 from tunesmith.store.people import identities
-from tunesmith.store.records import Record, recalled
+from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
@@ -40,24 +41,29 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
         if (recall := recalled(session, digest)) is not None:
             fix = NextStep("build a version without it, and sign that one", "data build")
             raise Refused(f"dataset version {short(digest)} was recalled: {recall}", fix=fix)
-        body = {"steward": steward, "reason": reason.strip(), "at": stamp()}
-        record = Record(kind="signoff", parents={"dataset": digest}, blobs={}, body=body)
+        record = SignOffBody(steward=steward, reason=reason.strip(), at=stamp()).record({"dataset": digest})
         store.put_record(record, session)
         detail |= {"signoff": record.digest, "reason": reason.strip()}
     return record.digest
 
 
-def sign_offs(store: Store, digest: str) -> list[dict[str, Any]]:
-    """The valid sign-offs: [{"signoff", "steward", "reason", "at"}], oldest first.
+class SignOff(SignOffBody):
+    """A steward's sign-off that counts. signoff: its record's digest."""
+
+    signoff: str
+
+
+def sign_offs(store: Store, digest: str) -> list[SignOff]:
+    """The valid sign-offs, oldest first.
 
     A sign-off is valid while the audit log has it, its record agrees, and the user who signed is still a steward.
     """
     return sign_offs_of(store, [digest])[digest]
 
 
-def sign_offs_of(store: Store, digests: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def sign_offs_of(store: Store, digests: Sequence[str]) -> dict[str, list[SignOff]]:
     """The valid sign-offs of several dataset versions, by digest, each as `sign_offs` gives them."""
-    found: dict[str, list[dict[str, Any]]] = {digest: [] for digest in digests}
+    found: dict[str, list[SignOff]] = {digest: [] for digest in digests}
     query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject.in_(digests)).order_by(AuditRow.seq)
     with database.reading(store.engine) as session:
         for row in session.scalars(query):
@@ -76,11 +82,12 @@ def require_signed(store: Store, digest: str) -> None:
         )
 
 
-def _valid_sign_off(store: Store, session: Session, digest: str, entry: AuditRow) -> dict[str, Any] | None:
+def _valid_sign_off(store: Store, session: Session, digest: str, entry: AuditRow) -> SignOff | None:
     try:
         record = store.record(str(entry.detail.get("signoff")), kind="signoff")
         identities.require(session, entry.actor, ACTION)
+        body = SignOffBody.of(record)
     except TunesmithError:
         return None
-    same = record.parents == {"dataset": digest} and record.body["steward"] == entry.actor
-    return {"signoff": record.digest, **record.body} if same else None
+    same = record.parents == {"dataset": digest} and body.steward == entry.actor
+    return SignOff(**dict(body), signoff=record.digest) if same else None

@@ -25,6 +25,7 @@ from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.leakage import ComparedRow
+from tunesmith.records.dataset import Conflicts
 
 StagedRow = tuple[str, str, int, int, str, str | None, bytes, bytes, str, str, bytes, str, str, str, str, bytes]
 RemovedLine = tuple[bytes, str]
@@ -185,21 +186,21 @@ class StagingDatabase:
             self._database.executemany("INSERT INTO removed VALUES (?, ?)", entries)
             self._database.executemany("UPDATE rows SET gone = ? WHERE rowid = ?", [(one[4], one[0]) for one in some])
 
-    def conflicts(self, shown: int) -> dict[str, Any]:
-        """Requests with more than one answer: how many, their rows, and the ids of the first few."""
+    def conflicts(self, shown: int) -> Conflicts:
+        """Requests with more than one answer. shown: how many of them are named."""
         found = self._database.execute("SELECT request, id FROM rows WHERE gone IS NULL ORDER BY request, id")
         requests = rows = 0
 
-        def several() -> Iterator[list[str]]:
+        def several() -> Iterator[tuple[str, ...]]:
             nonlocal requests, rows
             for _, same in itertools.groupby(found, key=lambda one: one[0]):
-                ids = [name for _, name in same]
+                ids = tuple(name for _, name in same)
                 if len(ids) > 1:
                     requests, rows = requests + 1, rows + len(ids)
                     yield ids
 
         first = heapq.nsmallest(shown, several())
-        return {"requests": requests, "rows": rows, "examples": first}
+        return Conflicts(requests=requests, rows=rows, examples=tuple(first))
 
     def compared_rows(self) -> dict[str, list[ComparedRow]]:
         """The remaining rows as comparisons need them: split -> rows, sorted by id."""
@@ -254,12 +255,12 @@ class StagingDatabase:
             if SPLITS.index(split) < last[group]
         )
 
-    def span(self, key: str) -> dict[str, list[str]]:
+    def span(self, key: str) -> dict[str, tuple[str, str]]:
         """Split -> the earliest and latest time of its remaining rows. key: the label with the time."""
         query = (
             "SELECT split, MIN(label(labels, ?1)), MAX(label(labels, ?1)) FROM rows WHERE gone IS NULL GROUP BY split"
         )
-        found = {split: [first, last] for split, first, last in self._database.execute(query, (key,))}
+        found = {split: (first, last) for split, first, last in self._database.execute(query, (key,))}
         return {name: found[name] for name in SPLITS if name in found}
 
     def counts(self) -> dict[str, dict[str, int]]:

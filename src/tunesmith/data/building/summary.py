@@ -2,72 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence
-from tunesmith.data.splitting.leakage import Leakage
+from tunesmith.records.dataset import (
+    AppliedReview,
+    Conflicts,
+    DatasetBody,
+    Duties,
+    Leakage,
+    NearClusters,
+    OutsideSet,
+    PrivacyScan,
+    ReadSource,
+    RowCounts,
+    Strata,
+    TimeSplit,
+    TokenLengths,
+)
 from tunesmith.store.store import Store
 
 
-class RowCounts(View):
-    """Rows of the sources. changed: kept, but not as they were read; removed: reason -> rows."""
+class SourceSummary(ReadSource):
+    """One source file. evidence: how its format is known where the settings do not name it."""
 
-    read: int
-    kept: int
-    changed: int
-    removed: dict[str, int]
-
-
-class SourceSummary(View):
-    """One source file. format_told: the settings name the format; evidence: how it is known otherwise."""
-
-    path: str
-    digest: str
-    bytes: int
-    rows: int
-    format: str
-    format_told: bool
     evidence: str
-    split: Omitted[str] = None
-
-
-class NearClusters(View):
-    """Similar requests of one split that were kept because their answers differ. examples: ids of the largest."""
-
-    clusters: int
-    rows: int
-    largest: int
-    examples: tuple[tuple[str, ...], ...]
-
-
-class Conflicts(View):
-    """Equal requests with different answers. examples: ids of some."""
-
-    requests: int
-    rows: int
-    examples: tuple[tuple[str, ...], ...]
-
-
-class AppliedReview(View):
-    """A file of review decisions. accept, edit, reject: decisions that the build applied; unmatched: those that fit no
-    row of the sources. logged: whether the audit log has the file's export."""
-
-    path: str
-    digest: str
-    accept: int
-    edit: int
-    reject: int
-    unmatched: int
-    logged: bool = False
-
-
-class TokenLengths(View):
-    """The most tokens that a row may have, and the most that one has."""
-
-    limit: int
-    longest: int
 
 
 class DatasetSummary(View):
@@ -82,18 +43,18 @@ class DatasetSummary(View):
     dataset: str
     rows: RowCounts
     respelled: Omitted[int] = None
-    splits: dict[str, int]
-    groups: dict[str, int]
+    splits: Mapping[str, int]
+    groups: Mapping[str, int]
     leakage: Leakage
-    decontaminated: tuple[dict[str, Any], ...]
+    decontaminated: tuple[OutsideSet, ...]
     near_clusters: NearClusters
-    time: Omitted[dict[str, Any]] = None
-    strata: Omitted[dict[str, Any]] = None
-    licences: dict[str, int]
-    duties: Omitted[dict[str, Any]] = None
-    privacy: dict[str, int]
-    privacy_scan: dict[str, Any]
-    ignored_keys: dict[str, int]
+    time: Omitted[TimeSplit] = None
+    strata: Omitted[Strata] = None
+    licences: Mapping[str, int]
+    duties: Duties
+    privacy: Mapping[str, int]
+    privacy_scan: PrivacyScan
+    ignored_keys: Mapping[str, int]
     conflicts: Conflicts
     tokens: TokenLengths | None
     review: Omitted[AppliedReview] = None
@@ -103,19 +64,19 @@ class DatasetSummary(View):
 
 def dataset_summary(store: Store, digest: str) -> DatasetSummary:
     """The summary of a dataset version. Raises Refused where its record is missing or damaged."""
-    body = store.record(digest, kind="dataset").body
-    sources = [
-        SourceSummary(**source, evidence=format_evidence(source["format"], told=source["format_told"]))
-        for source in body["sources"]
-    ]
+    body = DatasetBody.read(store, digest)
+    sources = tuple(
+        SourceSummary(**dict(source), evidence=format_evidence(source.format, told=source.format_told))
+        for source in body.sources
+    )
     warnings = [
         f"{source.path}: {warning}"
         for source in sources
         if source.format == OPENAI and (warning := too_few(source.rows))
     ]
-    if unmatched := body.get("review", {}).get("unmatched"):
-        warnings.append(f"{body['review']['path']}: {unmatched} decisions fit no row of the sources")
-    if body.get("review", {}).get("logged") is False:
-        warnings.append(f"{body['review']['path']}: the audit log has no export of it: its edits are by nobody known")
-    stated = {key: body[key] for key in DatasetSummary.model_fields if key in body and key != "sources"}
-    return DatasetSummary(dataset=digest, **stated, sources=tuple(sources), warnings=tuple(warnings))
+    review = body.review
+    if review is not None and review.unmatched:
+        warnings.append(f"{review.path}: {review.unmatched} decisions fit no row of the sources")
+    if review is not None and not review.logged:
+        warnings.append(f"{review.path}: the audit log has no export of it: its edits are by nobody known")
+    return DatasetSummary.of(body, dataset=digest, sources=sources, warnings=tuple(warnings))

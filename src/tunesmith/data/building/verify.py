@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import Problem, View
@@ -40,7 +39,7 @@ def _check(store: Store, digest: str, problems: list[Problem]) -> int:
     """Add what is wrong with a dataset version to problems; returns the number of comparisons."""
     with _noted(problems, "record"):
         dataset = load_dataset(store, digest)
-        settings = DataSettings.model_validate(dataset.record.body["settings"])
+        settings = DataSettings.model_validate(dataset.body.settings)
     if problems:
         return 1
     splits: dict[str, list[Example]] = {}
@@ -59,22 +58,20 @@ def _check(store: Store, digest: str, problems: list[Problem]) -> int:
     problems.extend(_row_problems(dataset, splits, settings, outside))
     shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests), settings.split)
     kept = sum(map(len, splits.values()))
-    body = dataset.record.body
-    stated = {key: body[key] for key in ("splits", "groups", "licences", "leakage")}
-    stated |= {f"rows {key}": body["rows"][key] for key in ("read", "kept", "removed")}
-    again: dict[str, Any] = {
-        **counts(splits),
-        "leakage": shared.document(),
-        "rows kept": kept,
-        "rows read": kept + len(removed),
-        "rows removed": dict(Counter(str(row["reason"]) for row in removed)),
+    body, again = dataset.body, counts(splits)
+    compared: dict[str, tuple[object, object]] = {
+        **{what: (getattr(body, what), found) for what, found in again.items()},
+        "leakage": (body.leakage, shared),
+        "rows kept": (body.rows.kept, kept),
+        "rows read": (body.rows.read, kept + len(removed)),
+        "rows removed": (body.rows.removed, dict(Counter(row.reason for row in removed))),
     }
-    for what, value in again.items():
-        if stated[what] != value:
-            problems.append(Problem(path=what, reason=f"the record says {stated[what]}, the rows say {value}"))
+    for what, (stated, found) in compared.items():
+        if stated != found:
+            problems.append(Problem(path=what, reason=f"the record says {stated}, the rows say {found}"))
     for what, number in shared.faults().items():
         problems.append(Problem(path=f"leakage.{what}", reason=f"is {number}, and must be 0"))
-    return checked + len(again) + kept
+    return checked + len(compared) + kept
 
 
 @contextlib.contextmanager
@@ -92,7 +89,7 @@ def _row_problems(
     dataset: Dataset, splits: Mapping[str, Sequence[Example]], settings: DataSettings, outside: Outside
 ) -> Iterator[Problem]:
     by_hash = settings.split.time is None and settings.split.stratify is None
-    held = frozenset(dataset.record.body.get("held_groups", ()))
+    held = frozenset(dataset.body.held_groups)
     seen: set[str] = set()
     for name, examples in splits.items():
         for example in examples:

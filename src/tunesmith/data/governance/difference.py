@@ -16,6 +16,7 @@ from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.records.dataset import RemovedRow
 from tunesmith.store.store import Store
 
 _BALANCED = ("licence", "source", "tenant", "region")
@@ -98,7 +99,7 @@ def difference(store: Store, before: str, after: str) -> Difference:
 
 
 def _other_settings(first: Dataset, second: Dataset) -> dict[str, tuple[Any, Any]]:
-    before, after = (dict(_flat(dataset.record.body.get("settings", {}))) for dataset in (first, second))
+    before, after = (dict(_flat(dataset.body.settings)) for dataset in (first, second))
     return {
         path: (before.get(path), after.get(path))
         for path in sorted(before.keys() | after.keys())
@@ -144,7 +145,7 @@ def _both(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int
 
 
 def _reasons(dataset: Dataset) -> Counter[str]:
-    return Counter(dataset.record.body["rows"]["removed"])
+    return Counter(dataset.body.rows.removed)
 
 
 def _plain(value: Any) -> Any:
@@ -157,22 +158,22 @@ def _plain(value: Any) -> Any:
     return value if known else str(value)
 
 
-def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[dict[str, Any]]]:
+def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[RemovedRow]]:
     """Reason -> at most `each` of the rows that were removed for it, as their files have them.
 
     The rows are read from the sources again, since removed rows are not stored: they may be private. Their hashes
     decide which ones are shown, so nobody chooses them. Raises Refused where a source has changed since the build.
     """
-    classes: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for entry in sorted(dataset.removed(), key=lambda entry: digest_of(dict(entry))):
-        if len(classes[entry["reason"]]) < each:
-            classes[entry["reason"]].append(dict(entry))
-    wanted: defaultdict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for entries in classes.values():
-        for entry in entries:
-            wanted[entry["source"]][entry["row"]] = entry
-    read = {source["path"]: source["digest"] for source in dataset.record.body["sources"]}
-    settings = DataSettings.model_validate(dataset.record.body["settings"])
+    classes: defaultdict[str, list[RemovedRow]] = defaultdict(list)
+    for entry in sorted(dataset.removed(), key=lambda entry: digest_of(entry.model_dump())):
+        if len(classes[entry.reason]) < each:
+            classes[entry.reason].append(entry)
+    wanted: defaultdict[str, dict[int, tuple[str, int]]] = defaultdict(dict)
+    for reason, entries in classes.items():
+        for place, entry in enumerate(entries):
+            wanted[entry.source][entry.row] = reason, place
+    read = {source.path: source.digest for source in dataset.body.sources}
+    settings = DataSettings.model_validate(dataset.body.settings)
     for file in find_files(settings.sources, root):
         if file.name not in wanted:
             continue
@@ -183,5 +184,7 @@ def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[di
                 )
             for row in opened.rows():
                 if row.number in wanted[file.name]:
-                    wanted[file.name][row.number]["fields"] = _plain(dict(row.fields))
+                    reason, place = wanted[file.name][row.number]
+                    fields = _plain(dict(row.fields))
+                    classes[reason][place] = classes[reason][place].model_copy(update={"fields": fields})
     return dict(sorted(classes.items()))

@@ -11,12 +11,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.settings import Licences
-
-Use = Literal["commercial", "non-commercial"]
+from tunesmith.records.dataset import Credit, Duties, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +48,6 @@ class _Objection(NamedTuple):
 
     why: str
     accept: Mapping[str, Any] | None
-
-
-class Credit(NamedTuple):
-    """A required attribution: a source, the licence of its rows, and the credit line if one is given."""
-
-    source: str
-    licence: str
-    credit: str | None
 
 
 _CUSTOM = "LicenseRef-"  # begins SPDX's name of a licence that SPDX does not list
@@ -148,11 +139,10 @@ def mentions(expression: str, licence: str) -> bool:
     return set(_spdx().license_keys(whole)) >= set(_spdx().license_keys(wanted))
 
 
-def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
+def duties(credits_: Iterable[Credit], policy: Licences) -> Duties:
     """What the licences of a dataset's rows require of those who distribute a model trained on them.
 
-    {"use": the widest use that all allow, "attribution": [{"source", "licence", "credit"}], "share_alike": [ids],
-    "unknown": ids whose terms are not known}. Raises Refused where two incompatible share-alike licences would bind one
+    Raises Refused where two incompatible share-alike licences would bind one
     model, which then could be distributed under neither.
     """
     used: dict[str, Terms] = {}
@@ -162,7 +152,7 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
         terms = {name: _TERMS.get(name, _UNKNOWN) for name in ids}
         used |= terms
         if any(each.attribution for each in terms.values()):
-            named.append(one._asdict())
+            named.append(one)
     shared = sorted(name for name, terms in used.items() if terms.share_alike)
     if not _have_one_licence(shared):
         raise Refused(
@@ -171,12 +161,12 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
             fix="keep the sources of one of them only",
         )
     commercial = all(terms.use == "commercial" for terms in used.values())
-    return {
-        "use": "commercial" if commercial else "non-commercial",
-        "attribution": named,
-        "share_alike": shared,
-        "unknown": sorted(name for name, terms in used.items() if not terms.known),
-    }
+    return Duties(
+        use="commercial" if commercial else "non-commercial",
+        attribution=tuple(named),
+        share_alike=tuple(shared),
+        unknown=tuple(sorted(name for name, terms in used.items() if not terms.known)),
+    )
 
 
 def _have_one_licence(share_alike: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -22,7 +22,7 @@ from tunesmith.core.digests import digest_bytes, digest_of
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.folding import fold, visible
-from tunesmith.data.dataset import EDITS, SPLITS, SUBJECTS, Example, load_dataset
+from tunesmith.data.dataset import SPLITS, SUBJECTS, Example, load_dataset
 from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.governance.licences import needs
 from tunesmith.store import database
@@ -66,7 +66,7 @@ class Withdrawn:
             return True
         return bool(self.contents) and content_key(example) in self.contents
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, list[str]]:
         """The values and contents as JSON, which a build's memo depends on."""
         return {kind: sorted(values) for kind, values in self.values.items()} | {"contents": sorted(self.contents)}
 
@@ -97,7 +97,7 @@ class TracedRows:
         for digest in digests:
             dataset = load_dataset(store, digest)
             self.rows[digest] = {split: self._add(digest, split, dataset.examples(split)) for split in SPLITS}
-            for row, contents in dataset.record.body.get(EDITS, {}).items():
+            for row, contents in dataset.body.edits.items():
                 self._edits[row].update(contents)
             if SUBJECTS in dataset.record.blobs and "subject" in self._named:
                 for line in store.read_blob(dataset.record.blobs[SUBJECTS]).splitlines():

@@ -11,13 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy.scan import Scanner, texts_of
 from tunesmith.data.privacy.synthetic_pii import KEY_FORMS, MAKERS, SECRETS, key_of_no_form
 from tunesmith.data.settings import Privacy
+from tunesmith.records.dataset import RemainingValues, SyntheticValues
 
 CONFIDENCE = 0.95
 # Half of the values are inserted alone, half after words that announce them. Half of the secrets are keys without a
@@ -133,19 +133,16 @@ def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> Measured:
     return Measured(len(insertions), whole, characters, covered, new, right)
 
 
-def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
-    """The measurements for a record: counts, recall of whole values with its 95% lower bound, and by character."""
-    return {
-        entity: {
-            "inserted": one.inserted,
-            "found": one.found,
-            "recall": one.found / one.inserted,
-            "recall_at_least": recall_at_least(one.found, one.inserted, 1 - CONFIDENCE),
-            "recall_by_character": one.covered / one.characters,
-            "precision_by_character": one.right / one.new if one.new else None,
-        }
-        for entity, one in measured.items()
-    }
+def recorded(one: Measured) -> SyntheticValues:
+    """The measurement for a record: counts, recall of whole values with its 95% lower bound, and by character."""
+    return SyntheticValues(
+        inserted=one.inserted,
+        found=one.found,
+        recall=one.found / one.inserted,
+        recall_at_least=recall_at_least(one.found, one.inserted, 1 - CONFIDENCE),
+        recall_by_character=one.covered / one.characters,
+        precision_by_character=one.right / one.new if one.new else None,
+    )
 
 
 def recall_at_least(found: int, inserted: int, alpha: float) -> float:
@@ -182,35 +179,35 @@ def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured
 
 def remaining_values(
     settings: Privacy, found: Mapping[str, int], measured: Mapping[str, Measured], entities: Sequence[str]
-) -> dict[str, Any]:
-    """The bound on remaining values, for a record: {"at_most", "confidence", "found_and_kept", "unmeasured"}.
+) -> RemainingValues:
+    """The bound on remaining values, for a record.
 
     Under the action `report`, at_most includes the values that were found and kept.
     """
     kept = sum(found.values()) if settings.action == "report" else 0
     missed = probably_remaining(found, measured) if measured else None
-    return {
-        "at_most": None if missed is None else missed + kept,
-        "confidence": CONFIDENCE,
-        "found_and_kept": kept,
-        "unmeasured": [entity for entity in entities if entity not in measured],
-    }
+    return RemainingValues(
+        at_most=None if missed is None else missed + kept,
+        confidence=CONFIDENCE,
+        found_and_kept=kept,
+        unmeasured=tuple(entity for entity in entities if entity not in measured),
+    )
 
 
-def require_few_remaining(settings: Privacy, left: Mapping[str, Any]) -> None:
+def require_few_remaining(settings: Privacy, left: RemainingValues) -> None:
     """Raise Refused where more values may remain than data.privacy.left_at_most, or there is no bound."""
     limit = settings.left_at_most
     if limit is None:
         return
     where = "data.privacy.left_at_most"
-    if left["unmeasured"]:
+    if left.unmeasured:
         raise Refused(
-            f"detection recall is not measured for {', '.join(left['unmeasured'])}",
+            f"detection recall is not measured for {', '.join(left.unmeasured)}",
             where=where,
             fix="remove it from data.privacy.entities, or give your own recogniser `examples`",
         )
-    if left["at_most"] is None or left["at_most"] > limit:
-        bound = "any number of" if left["at_most"] is None else f"up to {left['at_most']:g}"
+    if left.at_most is None or left.at_most > limit:
+        bound = "any number of" if left.at_most is None else f"up to {left.at_most:g}"
         raise Refused(
             f"{bound} values may remain in the rows ({CONFIDENCE:.0%} bound), and {limit:g} are allowed",
             where=where,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from tunesmith.core.errors import UsageError
@@ -19,6 +19,7 @@ from tunesmith.data.privacy.credentials import find_secrets
 from tunesmith.data.privacy.lean_imports import without_torch
 from tunesmith.data.privacy.names import NAME_ENTITIES, Names
 from tunesmith.data.settings import Privacy, Recogniser
+from tunesmith.records.dataset import ScanModel
 
 # Entity -> the presidio class that recognises it.
 RECOGNISERS = {
@@ -364,8 +365,7 @@ def _domains() -> Any:
     return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())
 
 
-def described(finder: Finder) -> Mapping[str, Any]:
-    """The setup for a record: the entities looked for, and the model's package and digest."""
+def scan_model(finder: Finder) -> ScanModel | None:
+    """The model that looks for names, for a record."""
     names = finder.names
-    model = None if names is None else {"package": names.package, "digest": names.digest}
-    return {"entities": list(finder.entities), "model": model}
+    return None if names is None else ScanModel(package=names.package, digest=names.digest)

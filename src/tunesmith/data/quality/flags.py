@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
@@ -15,6 +14,7 @@ from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.duplicates import answer_key, request_text
 from tunesmith.data.quality.people import found_people
 from tunesmith.data.quality.similar_requests import Embed, alike
+from tunesmith.records.dataset import Flag, QualityBody, SimilarRequests
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -64,25 +64,30 @@ def examine_quality(
     clusters = _alike(rows, flags, embed) if embed else []
     asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None}
     labels = sorted({key for _, one in rows for key in one.labels})
-    flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
-    body = {
-        "rows": len(rows),
-        "flags": dict(sorted(Counter(flag["flag"] for flag in flags).items())),
-        "looked_for": sorted([REFUSING, LONG, LONG_REQUEST, *(flag for flag, is_asked in asked.items() if is_asked)]),
-        "balance": {
+    flags.sort(key=lambda flag: (flag.flag, flag.id))
+    body = QualityBody(
+        rows=len(rows),
+        flags=dict(sorted(Counter(flag.flag for flag in flags).items())),
+        looked_for=tuple(sorted([REFUSING, LONG, LONG_REQUEST, *(flag for flag, given in asked.items() if given)])),
+        balance={
             name: dict(sorted(Counter(str(getattr(one, name) or "") for _, one in rows).items()))
             for name in ("licence", "source", "tenant", "region")
         }
         | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels},
-        **({"names": found_people([one.messages for _, one in rows])} if names else {}),
-        **({"languages": languages} if language else {}),
-        **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
-    }
-    blob = store.put_bytes(b"".join(canonical(flag) + b"\n" for flag in flags))
-    return store.put_record(Record(kind="quality", parents={"dataset": dataset.digest}, blobs={FLAGS: blob}, body=body))
+        names=found_people([one.messages for _, one in rows]) if names else None,
+        languages=languages if language else None,
+        alike=SimilarRequests(clusters=len(clusters), examples=tuple(clusters[:_SHOWN])) if embed else None,
+    )
+    blob = store.put_bytes(b"".join(canonical(flag.model_dump()) + b"\n" for flag in flags))
+    return store.put_record(body.record({"dataset": dataset.digest}, {FLAGS: blob}))
 
 
-def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def read_flags(store: Store, record: Record) -> list[Flag]:
+    """The flags of a record of kind "quality"."""
+    return [Flag.model_validate_json(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
+
+
+def _languages(rows: Sequence[tuple[str, Example]], flags: list[Flag]) -> dict[str, dict[str, int]]:
     """Flag requests and prose answers in another language; returns {"request" or "answer": language -> texts}."""
     found = {}
     for what, texts in (
@@ -98,7 +103,7 @@ def _prose(answer: str) -> bool:
     return not answer.lstrip().startswith(("{", "["))
 
 
-def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], embed: Embed) -> list[list[str]]:
+def _alike(rows: Sequence[tuple[str, Example]], flags: list[Flag], embed: Embed) -> list[tuple[str, ...]]:
     """Flag rows whose request means the same as another one; returns the clusters' ids. Equal requests count once."""
     places: dict[str, int] = {}
     for place, (_, example) in enumerate(rows):
@@ -109,10 +114,10 @@ def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], emb
         for split, example in some:
             splits = ", ".join(sorted({name for name, _ in some}))
             flags.append(_flag(split, example, ALIKE, f"cluster {number} of {len(some)} requests in {splits}"))
-    return [[example.id for _, example in some] for some in clusters]
+    return [tuple(example.id for _, example in some) for some in clusters]
 
 
-def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
+def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[Flag]:
     answers = [len(example.answer) for _, example in rows]
     requests = [len(request_text(example.messages, visible)) for _, example in rows]
     longest = [max(_LEAST_LONG, _TIMES * median(lengths)) for lengths in (answers, requests)]
@@ -125,11 +130,11 @@ def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]
             yield _flag(split, example, LONG_REQUEST, f"{request} characters")
 
 
-def _flag(split: str, example: Example, flag: str, detail: str) -> dict[str, Any]:
-    return {"id": example.id, "split": split, "flag": flag, "detail": detail}
+def _flag(split: str, example: Example, flag: str, detail: str) -> Flag:
+    return Flag(id=example.id, split=split, flag=flag, detail=detail)
 
 
-def _noisy(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
+def _noisy(rows: Sequence[tuple[str, Example]]) -> Iterator[Flag]:
     try:
         from cleanlab.filter import find_label_issues
         from sklearn.feature_extraction.text import TfidfVectorizer

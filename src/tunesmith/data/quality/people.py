@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from tunesmith.core.messages import Message
-from tunesmith.data.privacy.entities import Finder, described
+from tunesmith.data.privacy.entities import Finder, scan_model
 from tunesmith.data.privacy.evidence import reference
 from tunesmith.data.privacy.names import RECOMMENDED
 from tunesmith.data.privacy.scan import texts_of
 from tunesmith.data.settings import Privacy
+from tunesmith.records.dataset import NamedPeople
 
 # Each line: a man's and a woman's name of one region, then of another. The probe that swaps names
 # (evaluation/probes/bias.py) exchanges the names of a line.
@@ -56,13 +56,8 @@ _TOGETHER = 2048
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
-    """People that the privacy scan's model finds: {"caveat", "model": package and digest, "reference": its error on
-    annotated text, "rows": rows with a person, "mentions", "distinct": different names, "most": mentions of the most
-    frequent name, "genders": mentions by the gender that a title or the list suggests}.
-
-    Raises UsageError where the extra `privacy` is not installed.
-    """
+def found_people(conversations: Sequence[Sequence[Message]]) -> NamedPeople:
+    """People that the privacy scan's model finds. Raises UsageError where the extra `privacy` is not installed."""
     finder = Finder(Privacy(entities=(_PERSON,), model=RECOMMENDED))
     texts = [(place, text) for place, messages in enumerate(conversations) for *_, text in texts_of(messages)]
     rows: set[int] = set()
@@ -74,16 +69,16 @@ def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
             rows.update([place] * bool(spans))
             seen.update(text[one.start : one.end].casefold() for one in spans)
             genders.update(_suggested(text, one.start, one.end) for one in spans)
-    return {
-        "caveat": CAVEAT,
-        "model": described(finder)["model"],
-        "reference": reference(RECOMMENDED, [_PERSON]),
-        "rows": len(rows),
-        "mentions": seen.total(),
-        "distinct": len(seen),
-        "most": max(seen.values(), default=0),
-        "genders": dict(genders),
-    }
+    return NamedPeople(
+        caveat=CAVEAT,
+        model=scan_model(finder),
+        reference=reference(RECOMMENDED, [_PERSON]),
+        rows=len(rows),
+        mentions=seen.total(),
+        distinct=len(seen),
+        most=max(seen.values(), default=0),
+        genders=dict(genders),
+    )
 
 
 def _suggested(text: str, start: int, end: int) -> str:

@@ -5,47 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.core.view import Omitted, View
 from tunesmith.data.dataset import SPLITS, Example
 from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, near_text
 from tunesmith.data.settings import NEAR, Split
 from tunesmith.data.splitting.groups import connected
+from tunesmith.records.dataset import Leakage, NearClusters
 
 NEAR_HELD_OUT = "near a held-out row"
 NEAR_SAME_ANSWER = "near duplicate with the same answer"
 NEAR_OUTSIDE = "near a row of an outside test set"
-
-
-class Leakage(View):
-    """What two splits share. All counts are 0 in a sound dataset version.
-
-    near_pairs: pairs of requests at least as similar as threshold. near_outside: rows near a row of an outside test
-    set. shared: for each thing that groups are made by, the number of values in two splits; None where only one thing
-    makes groups. not_older: rows of train and validation that are not older than every row of the splits after them;
-    None where time does not assign rows. beginnings: rows that learn an answer to the request of a row in a later split
-    before their last answer; None where there are none.
-    """
-
-    shared_groups: int
-    near_pairs: int
-    near_outside: int
-    threshold: float
-    method: str = METHOD
-    shared: Omitted[dict[str, int]] = None
-    not_older: Omitted[int] = None
-    beginnings: Omitted[int] = None
-
-    def faults(self) -> dict[str, int]:
-        """The counts that are not 0, by their name in the record."""
-        found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
-        found |= {f"shared.{name}": number for name, number in (self.shared or {}).items()}
-        found |= {"not_older": self.not_older or 0, "beginnings": self.beginnings or 0}
-        return {name: number for name, number in found.items() if number}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +96,7 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
         near_pairs=int(across),
         near_outside=int(touching),
         threshold=near.threshold,
+        method=METHOD,
         shared=labels or None,
         not_older=_not_older(splits, split.time),
         beginnings=near.beginnings(splits) or None,
@@ -147,12 +120,12 @@ def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> i
     return found
 
 
-def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: int) -> dict[str, Any]:
+def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: int) -> NearClusters:
     """Clusters of rows of one split that are near each other, directly or through others; their answers differ.
 
-    Returns {"clusters", "rows", "largest", "examples": the ids of the `shown` largest}. near: the nearness of splits.
+    shown: how many of the largest are named. near: the nearness of splits.
     """
-    found: list[list[str]] = []
+    found: list[tuple[str, ...]] = []
     for place, examples in enumerate(splits.values()):
         here = near.counts[:, place]
         left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
@@ -163,10 +136,12 @@ def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: 
             text = near.text(example)
             if several[text]:
                 together[int(component[text])].append(example.id)
-        found.extend(sorted(ids) for ids in together.values())
+        found.extend(tuple(sorted(ids)) for ids in together.values())
     found.sort(key=lambda ids: (-len(ids), ids))
     rows = [len(ids) for ids in found]
-    return {"clusters": len(found), "rows": sum(rows), "largest": max(rows, default=0), "examples": found[:shown]}
+    return NearClusters(
+        clusters=len(found), rows=sum(rows), largest=max(rows, default=0), examples=tuple(found[:shown])
+    )
 
 
 class Nearness:

@@ -31,9 +31,10 @@ from tunesmith.engines.protocol import Engine, Generation, Question
 from tunesmith.engines.weights.whole_model import read_model_file
 from tunesmith.models.base import Base, weight_files
 from tunesmith.models.export.gguf import FILE as GGUF
-from tunesmith.models.export.merging import Dtype, merged_shards
+from tunesmith.models.export.merging import merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import has_whole_model
+from tunesmith.records.version import AdapterMoves, Dtype, Equality, ExportDifference, ServedDifference
 
 # Largest and mean difference of a log-probability (nats) that is accepted. Measured on a model of 135M: in fp32, where
 # only the order of sums differs, 6e-5 and 7e-6; in bf16, whose weights have 8 bits, 0.35 and 0.04. There, losing 2% of
@@ -98,17 +99,19 @@ def compare(
     engine: Engine,
     adapter: str,
     *,
+    kind: str,
     base: Base,
     trained: Path,
     form: str,
     exported: Path,
     answered: Sequence[Answered],
     progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """How far the export and the serving engine differ from the reference, as JSON.
+) -> Equality:
+    """How far the export and the serving engine differ from the reference.
 
-    adapter: its name in the engine. trained: the training's folder. form: peft, merged or gguf. exported: the export's
-    folder. Raises Refused if the model in fp32 does not fit the memory, or if the export has another tokenizer.
+    adapter: its name in the engine. kind: of the engine. trained: the training's folder. form: peft, merged or gguf.
+    exported: the export's folder. Raises Refused if the model in fp32 does not fit the memory, or if the export has
+    another tokenizer.
     """
     _check_memory(base, models=2 if has_whole_model(trained) else 1)
     check_rendering(form, exported, base, answered)
@@ -131,13 +134,14 @@ def compare(
         gc.collect()
         export = _figures(reference, score(_transformers(form, exported, base)))
     gc.collect()
-    return {
-        "probes": len(answered),
-        "tokens": sum(sum(one.row.trained) for one in answered),
-        "adapter_moves": {key: untuned[key] for key in ("max_difference", "mean_difference")},
-        "export": export,
-        "served": _served(engine, adapter, answered, reference),
-    }
+    return Equality(
+        probes=len(answered),
+        tokens=sum(sum(one.row.trained) for one in answered),
+        adapter_moves=AdapterMoves(max_difference=untuned.max_difference, mean_difference=untuned.mean_difference),
+        export=export,
+        served=_served(engine, adapter, answered, reference),
+        engine=kind,
+    )
 
 
 def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[Answered]) -> None:
@@ -164,7 +168,7 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
         raise Refused("the GGUF's chat template or end token differs from the base's", where=str(exported / GGUF))
 
 
-def _figures(reference: Sequence[Places], scores: Sequence[Tensor]) -> dict[str, Any]:
+def _figures(reference: Sequence[Places], scores: Sequence[Tensor]) -> ExportDifference:
     """How far an export's log-probabilities [N, vocabulary] of each answer differ from the reference."""
     largest, total, count, equal = 0.0, 0.0, 0, 0
     for expected, found in zip(reference, scores, strict=True):
@@ -175,14 +179,14 @@ def _figures(reference: Sequence[Places], scores: Sequence[Tensor]) -> dict[str,
         equal += torch.equal(found.argmax(-1), expected.tokens[:, 0])
     if not math.isfinite(largest + total):
         largest = total = math.inf
-    return {
-        "max_difference": _rounded(largest),
-        "mean_difference": _rounded(total / max(count, 1)),
-        "equal_answers": equal,
-    }
+    return ExportDifference(
+        max_difference=_rounded(largest), mean_difference=_rounded(total / max(count, 1)), equal_answers=equal
+    )
 
 
-def _served(engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]) -> dict[str, Any]:
+def _served(
+    engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]
+) -> ServedDifference:
     """How far the serving engine differs from the reference, in log-probabilities and in greedy answers."""
     scored = answered[:_SCORED]
     questions = [Question(one.messages, (one.text,)) for one in scored]
@@ -195,11 +199,7 @@ def _served(engine: Engine, adapter: str, answered: Sequence[Answered], referenc
         # The engine did not choose the end token of an answer that reached max_tokens.
         decoded = len(answer) - (not one.ended)
         equal += torch.equal(answer[:decoded], expected.tokens[:decoded, 0])
-    return {
-        "scored": len(scored),
-        "max_difference": _rounded(largest),
-        "equal_answers": equal,
-    }
+    return ServedDifference(scored=len(scored), max_difference=_rounded(largest), equal_answers=equal)
 
 
 def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.core.text.folding import fold
-from tunesmith.data.dataset import EDITS, REVIEWERS, Dataset, load_dataset
+from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.duplicates import answer_key
 from tunesmith.data.governance.withdrawn import content_key
 from tunesmith.evaluation.scores import read_scores
@@ -60,10 +60,9 @@ def edited_sentence(stated: EditedReferences) -> str:
     )
 
 
-def _reviewers(dataset: Dataset) -> dict[str, list[str]]:
+def _reviewers(dataset: Dataset) -> dict[str, tuple[str, ...]]:
     """Content key of an edited row -> who edited it, where the audit log knows."""
-    body = dataset.record.body
-    by, edits = body.get(REVIEWERS, {}), body.get(EDITS, {})
+    by, edits = dataset.body.reviewers, dataset.body.edits
     return {key: by[row] for row, keys in edits.items() if row in by for key in keys}
 
 

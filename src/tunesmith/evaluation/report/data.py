@@ -23,6 +23,7 @@ from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.training import TrainingBody
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -204,7 +205,8 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
              "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions",
              "notices")  # fmt: skip
     told = {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
-    return told | {"more_time": more_time(body)}
+    found = more_time(TrainingBody.read(store, candidate.training))
+    return told | {"more_time": None if found is None else found.document()}
 
 
 def _forgetting(

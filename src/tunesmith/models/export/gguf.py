@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.models.base import Base
-from tunesmith.models.export.merging import DTYPES, Dtype, merged_shards
+from tunesmith.models.export.merging import DTYPES, merged_shards
 from tunesmith.models.weight_files import ROTARY_TABLE
+from tunesmith.records.version import Dtype
 
 FILE = "model.gguf"
 # A family's architecture in GGUF. Mistral's is Llama's.

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +22,8 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.models.base import INDEX, Base, base_files, weight_files
 from tunesmith.models.weight_files import EMBEDDING, HEAD, MODEL_FILE, has_whole_model, read_adapter_file
+from tunesmith.records.version import Dtype
 
-Dtype = Literal["bf16", "fp32"]
 DTYPES: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
 from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
-from tunesmith.store.audit import Head
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.people.trust import TrustedKey, find_key
 from tunesmith.store.records import Record
@@ -26,41 +26,19 @@ from tunesmith.store.records import Record
 ENVELOPE = "envelope.json"
 _APPROVAL = "urn:tunesmith:approval:v1"
 _KEY_CHANGE = "urn:tunesmith:key-change:v1"
-Decision = Literal["approve", "refuse"]
 
 
-class Approval(BaseModel):
-    """The body of an approval's or a refusal's record, and the predicate that its envelope signs.
-
-    override: why the version was registered although its gates did not pass, so that the approver knows of it.
-    audit: the newest entry of the audit log when it was signed. until: when it may be submitted last; nonce: random, so
-    that it is recorded once.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    approver: str
-    role: Literal["approver"]
-    decision: Decision
-    reason: str
-    override: str | None
-    at: str
-    audit: Head
-    until: str
-    nonce: str
-
-
-def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
+def statement_of(version: Version, approval: ApprovalBody) -> dict[str, Any]:
     """The in-toto statement: this approval or refusal is of exactly this digest."""
     return _stated(version.label, version.digest, approval)
 
 
-def read_statement(statement: Any) -> tuple[str, str, Approval]:
+def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
     """(label, digest, approval or refusal) of a statement about one version. Raises Refused for any other statement."""
     try:
         (subject,) = statement["subject"]
         label, digest = subject["name"], f"sha256:{subject['digest']['sha256']}"
-        approval = Approval.model_validate(statement["predicate"])
+        approval = ApprovalBody.model_validate(statement["predicate"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise Refused("the statement is not an approval or refusal", fix=NextStep("decide again", "approve")) from error
     if statement != _stated(label, digest, approval):
@@ -68,7 +46,7 @@ def read_statement(statement: Any) -> tuple[str, str, Approval]:
     return label, digest, approval
 
 
-def _stated(label: str, digest: str, approval: Approval) -> dict[str, Any]:
+def _stated(label: str, digest: str, approval: ApprovalBody) -> dict[str, Any]:
     return {
         "_type": STATEMENT,
         "subject": [{"name": label, "digest": {"sha256": digest.removeprefix("sha256:")}}],
@@ -171,7 +149,7 @@ def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[A
 
 def read_approval(
     record: Record, envelope: bytes, version: Version, signer: TrustedKey, keys: Sequence[TrustedKey]
-) -> Approval:
+) -> ApprovalBody:
     """An approval or refusal of a version, verified. signer: the key that signed the version; its user may not decide.
 
     Raises Refused if the envelope is not a signature over exactly this version and this record; Untrusted if it is an
@@ -179,8 +157,8 @@ def read_approval(
     """
     where = f"approval {record.digest.removeprefix('sha256:')[:12]}"
     try:
-        approval = Approval.model_validate(dict(record.body))
-    except ValidationError as error:
+        approval = ApprovalBody.of(record)
+    except Refused as error:
         raise Refused("not an approval", where=where) from error
     if record.parents != {"version": version.digest} or record.blobs != {ENVELOPE: digest_bytes(envelope)}:
         raise Refused("an approval of another version, or with another envelope", where=where)

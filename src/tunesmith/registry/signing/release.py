@@ -10,21 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.clock import now
-from tunesmith.core.digests import digest_file, is_digest, short
-from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.digests import digest_file, short
+from tunesmith.core.errors import NextStep, Refused, TunesmithError
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.core.scope import Scope
-from tunesmith.core.text.names import VersionRef, check_name
+from tunesmith.core.text.names import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
+from tunesmith.records.base import BaseBody
 from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.training import TrainingBody
 from tunesmith.records.verdict import VerdictBody
+from tunesmith.records.version import Requirement, VersionBody
 from tunesmith.registry.licence_duties import NOTICE
-from tunesmith.registry.risk import Requirement
 from tunesmith.registry.signing.signatures import (
     FIX,
     RELEASE,
@@ -34,7 +35,6 @@ from tunesmith.registry.signing.signatures import (
     check_in_time,
     verify_signature,
 )
-from tunesmith.store.audit import Head
 from tunesmith.store.people.roles import ACTIONS
 from tunesmith.store.people.trust import TrustedKey
 from tunesmith.store.records import Record
@@ -45,61 +45,7 @@ _WHOLE_FILES = frozenset((MODEL_FILE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
 
 
-def _digest(text: str) -> str:
-    if not is_digest(text):
-        raise ValueError(f"{text[:80]!r} is not a digest")
-    return text
-
-
-def _time(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError(f"{text!r} has no time zone")
-    return text
-
-
-def _named(text: str) -> str:
-    try:
-        return check_name(text, "name")
-    except UsageError as error:
-        raise ValueError(error.what) from error
-
-
-Digest = Annotated[str, AfterValidator(_digest)]
-Time = Annotated[str, AfterValidator(_time)]
-Name = Annotated[str, AfterValidator(_named)]
-ScopeName = Annotated[str, AfterValidator(lambda text: text and _named(text))]
 CANARIES = "trained with canaries"  # a mark of a version
-
-
-class Statement(BaseModel):
-    """The body of a version's record.
-
-    base, fingerprint: the base record's digest and the fingerprint of its rendering. signer: who registered it.
-    override: why it was registered without a passing verdict. records, blobs: sorted digests of what it was made from.
-    audit: the newest entry of the audit log when it was signed. duties: what the licences of its rows require
-    of people who use it or pass it on (data/governance/licences.py); None if it was made from no dataset.
-    risk: the project's risk class and what it takes to serve; None takes one approver.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    name: Name
-    number: Annotated[int, Field(ge=1)]
-    tenant: ScopeName
-    region: ScopeName
-    base: Digest
-    fingerprint: str
-    signer: Name
-    override: Annotated[str, Field(min_length=1)] | None
-    created_at: Time
-    expires_at: Time | None
-    records: list[Digest]
-    blobs: list[Digest]
-    audit: Head
-    duties: dict[str, Any] | None = None
-    # Warnings for the people who serve it: see marks_of.
-    marks: list[str] = Field(default_factory=list)
-    risk: Requirement | None = None
 
 
 class Version(BaseModel):
@@ -143,7 +89,7 @@ class Release:
     """A verified folder: its record, its statement, and the key that signed it."""
 
     record: Record
-    statement: Statement
+    statement: VersionBody
     version: Version
     signer: TrustedKey
 
@@ -153,18 +99,16 @@ def has_weights(record: Record) -> bool:
     return record.blobs.keys() >= ADAPTER_FILES or record.blobs.keys() >= _WHOLE_FILES
 
 
-def read_version(record: Record, where: str, digest: str | None = None) -> tuple[Version, Statement]:
+def read_version(record: Record, where: str, digest: str | None = None) -> tuple[Version, VersionBody]:
     """The version and the statement in a record. Raises Refused if the record is not a valid version.
 
     digest: the record's, where it was just read by it; else it is computed, which takes as long as all the rest.
     """
     try:
-        statement = Statement.model_validate(dict(record.body))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Refused(f"not a valid version: {place}: {first['msg']}", where=where, fix=FIX) from error
-    if record.kind != "version" or record.parents.keys() != _PARENTS:
+        statement = VersionBody.of(record)
+    except Refused as error:
+        raise Refused(f"not a valid version: {error.what}", where=where, fix=FIX) from error
+    if record.parents.keys() != _PARENTS:
         raise Refused("not a version's record", where=where, fix=FIX)
     if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES, _WHOLE_FILES):
         raise Refused("a version has an adapter's two files, whole weights, or no weights", where=where, fix=FIX)
@@ -291,10 +235,10 @@ def check_replay(store: Store, verdict: str) -> dict[str, str]:
     return gone_gates(VerdictBody.read(store, verdict).gates)
 
 
-def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
+def marks_of(records: Mapping[str, Record], candidate: str) -> tuple[str, ...]:
     """Warnings from a candidate's records against serving it: its weights were trained with canaries."""
     training = records[candidate].parents.get("training")
-    return [CANARIES] if training and records[training].body.get("settings", {}).get("canaries") else []
+    return (CANARIES,) if training and TrainingBody.of(records[training]).settings.canaries else ()
 
 
 def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:
@@ -309,7 +253,7 @@ def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str
     where = f"training {short(record.parents['training'])}"
     if training.parents.get("base") != record.parents["base"]:
         raise Refused("the adapter was trained on another base than the candidate's", where=where)
-    if training.body.get("fingerprint") != base.body.get("fingerprint"):
+    if TrainingBody.of(training).fingerprint != BaseBody.of(base).fingerprint:
         raise Refused("the adapter was trained with another tokenizer or chat template than the base's", where=where)
     blobs = {name: digest for name, digest in training.blobs.items() if name in ADAPTER_FILES | _WHOLE_FILES}
     if blobs.keys() not in (ADAPTER_FILES, _WHOLE_FILES):

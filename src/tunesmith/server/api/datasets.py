@@ -30,12 +30,6 @@ routes = router()
 _AT = "/datasets/{digest}"
 
 
-class SignOffList(View):
-    """The sign-offs that count, oldest first."""
-
-    sign_offs: tuple[datasets.SignOff, ...]
-
-
 @routes.get("/datasets", dependencies=[needs("read")], **shows(datasets.DatasetPage))
 async def listed(request: Request, page: Page = 1) -> Response:
     """Dataset versions, newest first, 25 a page."""
@@ -76,11 +70,11 @@ async def rows(
     return await call.answer(partial(datasets.list_rows, call.store, digest, page=page, **choice))
 
 
-@routes.get(_AT + "/sign-offs", dependencies=[needs("read")], **shows(SignOffList))
+@routes.get(_AT + "/sign-offs", dependencies=[needs("read")], **shows(datasets.SignOffList))
 async def sign_offs(request: Request, digest: Digest) -> Response:
     """The stewards' sign-offs of a dataset version."""
     call = await _of(request, digest)
-    return await call.answer(lambda: SignOffList(sign_offs=datasets.list_sign_offs(call.store, digest)))
+    return await call.answer(partial(datasets.list_sign_offs, call.store, digest))
 
 
 async def _of(request: Request, *digests: str) -> Call:

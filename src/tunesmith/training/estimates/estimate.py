@@ -16,11 +16,11 @@ from tunesmith.engines.ranks import ALONE, Ranks, held
 from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base, weight_files
+from tunesmith.records.training import Estimate
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
 from tunesmith.training.objectives import Objective
 from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
-from tunesmith.training.spec import Estimate
 from tunesmith.training.steps import drop_gradients, gradients, parameters
 
 _TIMED_STEPS = 2

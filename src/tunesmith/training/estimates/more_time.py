@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from tunesmith.core.view import View
+from tunesmith.records.training import TrainingBody, ValidationPoint
 from tunesmith.training.schedule import ALL_EPOCHS
 
 _FEWEST = 5  # validations that a slope is read from: with fewer, its interval says nothing
@@ -15,62 +16,74 @@ _LATER = 2 / 3  # share of the training that the slope is read from: early gains
 _LEVEL = 0.9
 
 
-def more_time(training: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What twice the time would bring, from the body of a training's record; None where nothing was validated.
+class Gain(View):
+    """A gain in the score's unit with a 90% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class MoreTime(View):
+    """What more time would bring, in words. gain: of twice the time, None where it cannot be said; validations: number
+    it was read from."""
+
+    text: str
+    gain: Gain | None = None
+    validations: int = 0
+
+
+def more_time(training: TrainingBody) -> MoreTime | None:
+    """What twice the time would bring to a training; None where nothing was validated.
 
     Scores rise about in proportion to the logarithm of time, so the gain of doubling it is read from the slope of the
-    later validations before the learning rate fell; where it falls all the time, no gain can be read. Returns {"text",
-    "gain": {mean, low, high} in the score's unit with a 90% interval, or None where there is none, "validations":
-    number it was read from}.
+    later validations before the learning rate fell; where it falls all the time, no gain can be read.
     """
-    validation = training["validation"]
+    validation = training.validation
     if not validation:
         return None
-    reason, settings = _reason(training), training["settings"]
+    reason, settings = _reason(training), training.settings
     if reason.startswith("no "):
-        return _said(f"Validation stopped the training ({reason}), so more time is not expected to bring more.")
-    if reason == ALL_EPOCHS and settings.get("budget") is not None:
-        return _said(
-            f"The training ended after {settings['epochs']} epochs, the most that a budget reads, so a longer budget "
-            f"changes nothing; `epochs: {2 * settings['epochs']}` with `schedule: wsd` would go on."
+        return MoreTime(text=f"Validation stopped the training ({reason}), so more time is not expected to bring more.")
+    if reason == ALL_EPOCHS and settings.budget is not None:
+        return MoreTime(
+            text=f"The training ended after {settings.epochs} epochs, the most that a budget reads, so a longer "
+            f"budget changes nothing; `epochs: {2 * settings.epochs}` with `schedule: wsd` would go on."
         )
-    if settings.get("schedule") in ("cosine", "linear"):
-        return _said(
-            "The learning rate fell during the whole training, so its scores do not say what more time would bring."
-        )
-    if "score" not in validation[-1]:
-        return _said(_by_probability(validation))
-    points = _later(training)
-    if len(points) < _FEWEST:
-        return _said(
-            f"{len(points)} of the validations at a constant learning rate count, too few to say what more time would "
+    if settings.schedule in ("cosine", "linear"):
+        return MoreTime(
+            text="The learning rate fell during the whole training, so its scores do not say what more time would "
             "bring."
         )
-    best = max(each["score"] for each in validation)
+    if validation[-1].score is None:
+        return MoreTime(text=_by_probability(validation))
+    points = _later(training)
+    if len(points) < _FEWEST:
+        return MoreTime(
+            text=f"{len(points)} of the validations at a constant learning rate count, too few to say what more time "
+            "would bring."
+        )
+    best = max(each.score or 0.0 for each in validation)
     if best == 1.0:
-        return _said("Every validation row was right, so more time is not expected to bring more.")
-    gain = _gain(points, training["score"]["rows"], best)
-    low, mean, high = (round(100 * gain[key], 1) + 0.0 for key in ("low", "mean", "high"))  # + 0.0: never -0.0
+        return MoreTime(text="Every validation row was right, so more time is not expected to bring more.")
+    gain = _gain(points, training.score.rows if training.score else 1, best)
+    low, mean, high = (round(100 * each, 1) + 0.0 for each in (gain.low, gain.mean, gain.high))  # + 0.0: never -0.0
     read = f"read from {len(points)} validations, 90% interval {low:+.1f} to {high:+.1f}"
-    if gain["low"] > 0:
+    if gain.low > 0:
         text = f"Validation was still improving: twice the time would bring about {mean:+.1f} points ({read})."
     else:
         text = f"Whether more time would help is not clear: twice the time would bring {mean:+.1f} points ({read})."
-    return _said(text, gain, len(points))
+    return MoreTime(text=text, gain=gain, validations=len(points))
 
 
-def _said(text: str, gain: dict[str, float] | None = None, validations: int = 0) -> dict[str, Any]:
-    return {"text": text, "gain": gain, "validations": validations}
-
-
-def _reason(training: Mapping[str, Any]) -> str:
+def _reason(training: TrainingBody) -> str:
     """Why the learning rate fell, or why the training ended; empty where its plan was done."""
-    decays = (training.get("decisions") or {}).get("decays") or ()
-    return str((decays[0]["reason"] if decays else training.get("ended")) or "")
+    decays = training.decisions.decays if training.decisions else ()
+    return (decays[0].reason if decays else training.ended) or ""
 
 
-def _by_probability(validation: Sequence[Mapping[str, float]]) -> str:
-    found = [each["probability"] for each in validation if "probability" in each]  # earlier records have none
+def _by_probability(validation: Sequence[ValidationPoint]) -> str:
+    found = [each.probability for each in validation if each.probability is not None]  # earlier records have none
     if len(found) < 2:
         return "These validations are too few to say what more time would bring."
     if max(found[:-1]) >= found[-1]:
@@ -84,17 +97,20 @@ def _by_probability(validation: Sequence[Mapping[str, float]]) -> str:
     )
 
 
-def _later(training: Mapping[str, Any]) -> list[tuple[float, float]]:
+def _later(training: TrainingBody) -> list[tuple[float, float]]:
     """Logarithm of the seconds, and score, of the later validations before the learning rate fell."""
-    decays = (training.get("decisions") or {}).get("decays") or ()
-    last = decays[0]["start"] if decays else training["validation"][-1]["step"]
-    seconds = np.cumsum([step["seconds"] for step in training["curve"]])
-    steady = [each for each in training["validation"] if "score" in each and each["step"] <= last]
+    decays = training.decisions.decays if training.decisions else ()
+    last = decays[0].start if decays else training.validation[-1].step
+    seconds = np.cumsum([step.seconds for step in training.curve])
     first = (1 - _LATER) * last
-    return [(math.log(seconds[int(each["step"]) - 1]), each["score"]) for each in steady if each["step"] >= first]
+    return [
+        (math.log(seconds[each.step - 1]), each.score)
+        for each in training.validation
+        if each.score is not None and first <= each.step <= last
+    ]
 
 
-def _gain(points: Sequence[tuple[float, float]], rows: int, best: float) -> dict[str, float]:
+def _gain(points: Sequence[tuple[float, float]], rows: int, best: float) -> Gain:
     """The gain of doubling the time by the least-squares line through (log seconds, score).
 
     rows: that each score is the mean of. A score is not known better than to one of them. best: the best score, to
@@ -109,7 +125,7 @@ def _gain(points: Sequence[tuple[float, float]], rows: int, best: float) -> dict
     noise = max(float(residuals @ residuals) / (len(points) - 2), rows**-2)
     error = math.sqrt(noise / float(x @ x))
     reach = float(t.ppf(0.5 + _LEVEL / 2, len(points) - 2)) * error
-    return {
-        key: min(1.0 - best, max(-best, math.log(2) * value))
-        for key, value in (("mean", slope), ("low", slope - reach), ("high", slope + reach))
-    }
+    mean, low, high = (
+        min(1.0 - best, max(-best, math.log(2) * value)) for value in (slope, slope - reach, slope + reach)
+    )
+    return Gain(mean=mean, low=low, high=high)

@@ -60,7 +60,7 @@ async def dataset_version(
     return viewer.page(
         "rows_version.html.jinja",
         version=version,
-        signed=signed,
+        signed=signed.sign_offs,
         others=[one for one in others.datasets if one.dataset != digest],
         rows=rows,
         splits=_SPLITS,
