@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.planning import Plan
+    from tunesmith.evaluation.report.evidence import EvidenceReport
     from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary
     from tunesmith.records.evaluation import MetricInterval
     from tunesmith.registry.leaderboard import Leaderboard
-    from tunesmith.services.evaluations import EvidenceReport
 
 EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -115,7 +115,7 @@ def report(
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")
     found = evaluations.report(here.project, version)
     if markdown:
-        text = report_markdown(found.document())
+        text = report_markdown(found)
         if output is not None:
             write_atomic(output, text.encode())
         else:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tunesmith.candidates.candidate import Kind
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import write_atomic
-from tunesmith.core.view import View
-from tunesmith.data.building.summary import DatasetSummary
 from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.planning import Plan
 from tunesmith.evaluation.report import PAGE
+from tunesmith.evaluation.report.evidence import EvidenceReport, TrailEntry
 from tunesmith.evaluation.summary import (
     EvaluationSummary,
     VerdictSummary,
@@ -27,95 +24,15 @@ from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, latest, verdict
 from tunesmith.project import Project
-from tunesmith.records.evaluation import AnswerPrice, MetricInterval
 from tunesmith.registry.versions import Version, resolve
 from tunesmith.services.actions import audit_words
-from tunesmith.store import database
+from tunesmith.store import audit, database
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import recalled
 from tunesmith.store.store import Store
 
 READ_PERMISSION = "evidence.read"
-
-
-class ReportedCandidate(View):
-    """One row of the report's table. kind: what answers; how: how it answers, in words; role: focus, rival or empty.
-
-    candidate: its record's digest. system_prompts: system prompt that was used -> rows. cut: answers cut off.
-    """
-
-    name: str
-    kind: Kind
-    how: str
-    system_prompts: dict[str, int]
-    role: str
-    tuned: bool
-    candidate: str
-    metrics: dict[str, MetricInterval]
-    price: AnswerPrice
-    cut: int
-
-
-class LineageNode(View):
-    """One record behind the result. parents: positions in the report's lineage."""
-
-    kind: str
-    digest: str
-    label: str
-    parents: tuple[int, ...]
-
-
-class Advice(View):
-    """What to do. release: the candidate that passed, or None. reasons, cautions: sentences."""
-
-    headline: str
-    release: str | None
-    summary: str
-    reasons: tuple[str, ...]
-    cautions: tuple[str, ...]
-
-
-class EvidenceReport(View):
-    """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
-
-    rival_gate: the gate that names the rival, None where it is the best untuned candidate. evaluation: its
-    record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift by group of rows;
-    break_even: when the focus becomes
-    cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
-    rows where the two differ; trail: entries of the audit log, the oldest first.
-    """
-
-    evaluation: str
-    verdict: VerdictSummary | None
-    version: dict[str, Any] | None
-    n: int
-    groups: int
-    confidence: float
-    seed: int
-    primary: str
-    metrics: tuple[str, ...]
-    focus: str
-    rival: str | None
-    rival_gate: str | None
-    candidates: tuple[ReportedCandidate, ...]
-    lift: Comparison | None
-    training: dict[str, Any] | None
-    currency: str | None
-    break_even: dict[str, Any] | None
-    ladder: dict[str, Any]
-    by_group: dict[str, Any] | None
-    classes: dict[str, dict[str, Any]]
-    calibration: dict[str, dict[str, Any]]
-    judges: dict[str, dict[str, Any]]
-    forgetting: dict[str, Any] | None
-    risks: dict[str, Any]
-    policy: dict[str, Any] | None
-    style: dict[str, Any] | None
-    dataset: DatasetSummary
-    examples: dict[str, Any] | None
-    lineage: tuple[LineageNode, ...]
-    trail: tuple[dict[str, Any], ...]
-    advice: Advice
+_SHOWN_TRAIL = 40  # audit entries in a report
 
 
 def plan(
@@ -157,8 +74,7 @@ def report(project: Project, version: str | None = None) -> EvidenceReport:
 
     measured, judged, digest = _reported(project, version)
     name = project.store.record(digest).body["name"] if digest else project.settings.name
-    data = report_data(project.store, measured, judged, digest, _trail(project.store, name, digest))
-    return EvidenceReport.model_validate(data)
+    return report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
 
 
 def version_report(store: Store, user: User, version: Version, *, texts: bool = True) -> EvidenceReport:
@@ -171,43 +87,49 @@ def version_report(store: Store, user: User, version: Version, *, texts: bool = 
 
     everything = user.scope == Scope()
     texts = texts and everything and user.may(READ_PERMISSION)
-    trail = _trail(store, version.name if everything else version.label, version.digest)
+    trail = release_trail(store, version.name if everything else version.label, version.digest)
     try:
-        data = report_data(store, version.evaluation, version.verdict, version.digest, trail)
+        found = report_data(store, version.evaluation, version.verdict, version.digest, trail)
     except KeyError as error:
         raise Refused(f"the evaluation of {version.label} states no {error}", where=version.label) from error
     with database.reading(store.engine) as session:
         texts = texts and recalled(session, version.evaluation, as_evidence=True) is None
-    shown = data if texts else without_texts(data)
-    return EvidenceReport.model_validate(shown if everything else {**shown, "by_group": None})
+    found = found if texts else without_texts(found)
+    return found if everything else found.model_copy(update={"by_group": None})
 
 
-def _trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
-    from tunesmith.evaluation.report.data import release_trail
+def release_trail(store: Store, name: str, version: str | None) -> list[TrailEntry]:
+    """The audit log's newest entries about a model: its versions, approvals, aliases and rollouts, oldest first."""
+    with database.reading(store.engine) as session:
+        found = [
+            TrailEntry.of(row, does=audit_words(row.action))
+            for row in audit.entries(session)
+            if row.subject in (name, version) or row.subject.startswith(f"{name}@")
+        ]
+    return found[-_SHOWN_TRAIL:]
 
-    return [{**entry, "does": audit_words(entry["action"])} for entry in release_trail(store, name, version)]
 
-
-def without_texts(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report shows without requests and answers. data: as report_data returns it."""
-    policy = data["policy"]
+def without_texts(found: EvidenceReport) -> EvidenceReport:
+    """A report without requests and answers."""
+    policy = found.policy
     if policy is not None:
-        policy = {**policy, "checks": [{**check, "shown": []} for check in policy["checks"]]}
-    return {**data, "examples": None, "policy": policy}
+        checks = tuple(check.model_copy(update={"shown": ()}) for check in policy.checks)
+        policy = policy.model_copy(update={"checks": checks})
+    return found.model_copy(update={"examples": None, "policy": policy})
 
 
 def report_html(found: EvidenceReport) -> str:
     """A report as one HTML page, without scripts or files of its own."""
     from tunesmith.evaluation.report.html import render
 
-    return render(found.document())
+    return render(found)
 
 
 def report_sections(found: EvidenceReport, requests: str) -> str:
     """A report's sections as HTML that wears the sheets of `style_sheets`. requests: address of its requests."""
     from tunesmith.evaluation.report.html import render_sections
 
-    return render_sections(found.document(), requests)
+    return render_sections(found, requests)
 
 
 def style_sheets() -> dict[str, Path]:
@@ -219,7 +141,7 @@ def report_text(found: EvidenceReport) -> str:
     """A report as Markdown, without charts and examples."""
     from tunesmith.evaluation.report.markdown import report_markdown
 
-    return report_markdown(found.document())
+    return report_markdown(found)
 
 
 def report_page(found: EvidenceReport, path: Path) -> None:

@@ -20,6 +20,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
 from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.report.evidence import EvidenceReport
 from tunesmith.evaluation.summary import (
     EvaluationSummary,
     VerdictSummary,
@@ -30,7 +31,7 @@ from tunesmith.evaluation.summary import (
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval
 from tunesmith.records.verdict import Outcome, VerdictBody
 from tunesmith.registry.versions import load_version
-from tunesmith.services.evaluations import READ_PERMISSION, EvidenceReport, without_texts
+from tunesmith.services.evaluations import READ_PERMISSION, without_texts
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import User
@@ -259,8 +260,7 @@ def show_findings(store: Store, user: User, digest: str, verdict: str | None = N
 
 @lru_cache(maxsize=32)
 def _findings(store: Store, digest: str, verdict: str | None) -> EvidenceReport:
-    data = report_data(store, digest, verdict)
-    return EvidenceReport.model_validate(without_texts(data))
+    return without_texts(report_data(store, digest, verdict))
 
 
 # The index of records

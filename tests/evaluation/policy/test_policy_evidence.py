@@ -143,7 +143,7 @@ def test_an_evaluation_by_the_former_rule_for_refusals_opens_verifies_and_report
     assert replay(made.store, verdict)
     assert verdict_summary(made.store, verdict).document()["gates"][0]["checks"]["secrets"]["broke"] == 2
     data = report_data(made.store, old, verdict)
-    assert {check["name"]: check["rule"] for check in data["policy"]["checks"]} == {
+    assert {check.name: check.rule for check in data.policy.checks} == {
         "secrets": "refuses, by words: no longer computed",
         "manners": "does not refuse, by words: no longer computed; contains 'kind regards'",
     }
@@ -172,12 +172,12 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
         wanted = [f"No gate holds candidates to {missing}: add one, such as {{policy: all}}."] if missing else []
         assert list(verdict_summary(made.store, verdict).cautions) == wanted
         data = report_data(made.store, digest, verdict)
-        assert [each for each in data["advice"]["cautions"] if "No gate" in each] == wanted
-    reasons = " ".join(data["advice"]["reasons"])
+        assert [each for each in data.advice.cautions if "No gate" in each] == wanted
+    reasons = " ".join(data.advice.reasons)
     assert "More test rows may not decide rules: see why in the reason of each gate." in reasons
     assert "collect more rows" not in reasons
     why = "2 decide nothing (the answer is empty: 1; the answer was cut off at max_tokens: 1): raise max_tokens."
-    assert why in " ".join(data["advice"]["cautions"])
+    assert why in " ".join(data.advice.cautions)
     console = Console(record=True, width=400)
     draw_evaluation(console, evaluation_summary(made.store, digest))
     draw_verdict(console, verdict_summary(made.store, verdict))
@@ -188,7 +188,7 @@ def test_doubts_and_checks_that_no_gate_holds_are_named(made: Fabricated) -> Non
         for said in ("2 decide nothing", "requests are those of other checks", "No gate holds candidates to manners"):
             assert said in text
     judged = report_data(made.store, evaluated(made, policy=rubric))
-    assert judged["policy"]["checks"][0]["rule"] == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
+    assert judged.policy.checks[0].rule == "It is polite. (judged by big at http://127.0.0.1:1/v1)"
     assert "zero-shot: the judge of 'kind' was not asked." in report_markdown(judged)
 
 
@@ -197,7 +197,7 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
     operator = add_user(made.store, "omar", ["operator"], actor=acting(made.store))
     found = show_findings(made.store, operator, digest)
     assert found.policy is not None
-    assert [check["cells"]["tuned"]["broke"] for check in found.policy["checks"]] == [0, 2]
+    assert [check.cells["tuned"].broke for check in found.policy.checks] == [0, 2]
     verdict = verdict_of(made, digest, {})
     parents = {"candidate": made.candidates["tuned"], "evaluation": digest, "verdict": verdict}
     kept = made.store.put_record(Record(kind="version", parents=parents, body={"name": "home", "number": 1}))
@@ -213,7 +213,7 @@ def test_a_report_without_texts_shows_no_request_and_no_answer(made: Fabricated)
 
 def test_no_answers_and_those_of_another_candidate_or_to_other_requests(made: Fabricated, evaluation: str) -> None:
     data = report_data(made.store, evaluation)
-    assert data["policy"] is None
+    assert data.policy is None
     assert 'id="policy"' not in render(data)
     assert "evaluate again" in outcome(made, evaluation, policy="secrets")["reason"]
     given = asked(made, policy(), {"zero-shot": good, "tuned": good})
@@ -261,10 +261,10 @@ def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(mad
 
     digest = evaluated(made, policy=asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
     data = report_data(made.store, digest, verdict_of(made, digest, {"rules": {"policy": "all"}}))
-    check = next(each for each in data["policy"]["checks"] if each["name"] == "secrets")
-    assert (check["rule"], check["n"], len(check["shown"])) == ("does not contain '7781'", 24, 1)
-    assert set(check["cells"]) == {"tuned", "zero-shot"}
-    said = " ".join(data["advice"]["reasons"])
+    check = next(each for each in data.policy.checks if each.name == "secrets")
+    assert (check.rule, check.n, len(check.shown)) == ("does not contain '7781'", 24, 1)
+    assert set(check.cells) == {"tuned", "zero-shot"}
+    said = " ".join(data.advice.reasons)
     assert "tuned broke the policy check secrets on 1 of 24 requests" in said
     assert "zero-shot, untuned and with its own prompt, broke it on 0" in said
     page = render(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.report.evidence import Advice, EvidenceReport, ReportedCandidate
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
@@ -51,13 +51,13 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated,
 
 
 @pytest.fixture(scope="module")
-def told(rich: tuple[Fabricated, str]) -> dict[str, Any]:
+def told(rich: tuple[Fabricated, str]) -> EvidenceReport:
     """The report of the tuned candidate's verdict. Not to be changed."""
     made, digest = rich
     return report_data(made.store, digest, verdict_of(made, digest, LIFT))
 
 
-def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told: dict[str, Any]) -> None:
+def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told: EvidenceReport) -> None:
     made, digest = rich
     body = made.store.record(digest).body
     prices = {name: stated["price"] for name, stated in body["candidates"].items()}
@@ -68,31 +68,31 @@ def test_money_follows_from_what_was_measured(rich: tuple[Fabricated, str], told
         assert price["money_per_1000"] == pytest.approx(expected, abs=1e-9)
     assert body["candidates"]["tuned"]["training"] == {"seconds": 159.8, "money": 0.1598}
     saved = prices["rival"]["money_per_1000"] - prices["tuned"]["money_per_1000"]
-    assert told["break_even"]["saved_per_1000"] == pytest.approx(saved)
+    assert told.break_even.saved_per_1000 == pytest.approx(saved)
     free = report_data(made.store, evaluated(made, answers={"rag": made.answers["rag"]}))
-    assert (free["currency"], free["break_even"]) == (None, None), "without prices nothing is said of money"
+    assert (free.currency, free.break_even) == (None, None), "without prices nothing is said of money"
     untuned = report_data(made.store, digest, verdict_of(made, digest, LIFT, "rag"))
     for data, trained in ((told, True), (untuned, False)):
-        assert data["break_even"] is not None
+        assert data.break_even is not None
         assert ("Training repaid after" in render(data)) is trained, "an untuned candidate has no training to repay"
-        assert ("The training cost" in data["advice"]["summary"]) is trained
+        assert ("The training cost" in data.advice.summary) is trained
 
 
-def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(told: dict[str, Any]) -> None:
-    assert "seconds of this machine" not in " ".join(told["advice"]["reasons"])
+def test_costs_are_told_where_they_are_known_and_an_endpoint_s_time_is_not_this_machine_s(told: EvidenceReport) -> None:
+    assert "seconds of this machine" not in " ".join(told.advice.reasons)
 
-    def without_money(*names: str) -> dict[str, Any]:
-        found = copy.deepcopy(told)
-        for row in found["candidates"]:
-            if row["name"] in names:
-                del row["price"]["money_per_1000"]
-        return {**found, "break_even": None}
+    def without_money(*names: str) -> EvidenceReport:
+        def changed(row: ReportedCandidate) -> ReportedCandidate:
+            price = row.price.model_copy(update={"money_per_1000": None} if row.name in names else {})
+            return row.model_copy(update={"price": price})
 
-    own = next(row["price"]["money_per_1000"] for row in told["candidates"] if row["name"] == "tuned")
-    assert f"1,000 requests cost {money(own)} EUR with tuned." in advise(without_money("rival"))["summary"]
-    here = [row["name"] for row in told["candidates"] if row["name"] != "rival"]
-    assert " seconds of this machine. " in advise(without_money(*here))["summary"]
-    page = render({**without_money(*here, "rival"), "currency": None})
+        return told.model_copy(update={"candidates": tuple(map(changed, told.candidates)), "break_even": None})
+
+    own = next(row.price.money_per_1000 for row in told.candidates if row.name == "tuned")
+    assert f"1,000 requests cost {money(own)} EUR with tuned." in advise(without_money("rival")).summary
+    here = [row.name for row in told.candidates if row.name != "rival"]
+    assert " seconds of this machine. " in advise(without_money(*here)).summary
+    page = render(without_money(*here, "rival").model_copy(update={"currency": None}))
     (chart,) = re.findall(r'aria-label="(exact_match against seconds of this machine[^"]*)"', page)
     assert [name in chart for name in (*here, "rival")] == [True] * len(here) + [False]
 
@@ -110,30 +110,30 @@ def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int 
     assert break_even(mine, spent, free) is None
 
 
-def test_approach_ladder_climbs_only_where_intervals_say_so(told: dict[str, Any]) -> None:
-    found = told["ladder"]
+def test_approach_ladder_climbs_only_where_intervals_say_so(told: EvidenceReport) -> None:
+    found = told.ladder
     approaches = ["baseline", "prompting", "examples in the prompt", "retrieval", "tuning", "endpoint"]
-    assert [rung["approach"] for rung in found["rungs"]] == approaches
+    assert [rung.approach for rung in found.rungs] == approaches
     names = "nearest zero-shot few-shot rag tuned rival"
-    assert [rung["candidate"] for rung in found["rungs"]] == names.split()
-    steps = {step["candidate"]: step for step in found["steps"]}
-    assert steps["zero-shot"]["over"] == "nearest"
-    assert steps["zero-shot"]["difference"]["high"] < 0
-    assert steps["few-shot"]["over"] == "nearest", "prompting was not shown to beat the floor"
-    assert steps["rival"]["over"] == "tuned"
-    assert found["chosen"]["candidate"] == "tuned"
-    groups = told["by_group"]
-    assert groups["better"] + groups["worse"] + groups["alike"] == groups["groups"] == told["groups"]
-    assert all(row["difference"] == pytest.approx(row["own"] - row["other"]) for row in groups["shown"])
+    assert [rung.candidate for rung in found.rungs] == names.split()
+    steps = {step.candidate: step for step in found.steps}
+    assert steps["zero-shot"].over == "nearest"
+    assert steps["zero-shot"].difference.high < 0
+    assert steps["few-shot"].over == "nearest", "prompting was not shown to beat the floor"
+    assert steps["rival"].over == "tuned"
+    assert found.chosen.candidate == "tuned"
+    groups = told.by_group
+    assert groups.better + groups.worse + groups.alike == groups.groups == told.groups
+    assert all(row.difference == pytest.approx(row.own - row.other) for row in groups.shown)
 
 
-def test_page_and_markdown_are_whole_and_say_it_all(told: dict[str, Any]) -> None:
+def test_page_and_markdown_are_whole_and_say_it_all(told: EvidenceReport) -> None:
     html = render(told)
     check_whole(html)
     for said in ("Up and to the left", "What each approach adds", "Difference by group", "Macro-F1", "EUR"):
         assert said in html
     assert "Saved per 1,000 requests" in html
-    said = " ".join(told["advice"]["reasons"] + told["advice"]["cautions"])
+    said = " ".join(told.advice.reasons + told.advice.cautions)
     for part in (
         "The best approach is tuning (tuned, 93.3%): +70.0 points",
         "Not shown to add anything to a simpler approach: prompting (zero-shot)",
@@ -145,9 +145,10 @@ def test_page_and_markdown_are_whole_and_say_it_all(told: dict[str, Any]) -> Non
     assert len({row.count(" | ") for row in rows[:7]}) == 1
 
 
-def test_hostile_names_do_not_break_the_markdown(told: dict[str, Any]) -> None:
+def test_hostile_names_do_not_break_the_markdown(told: EvidenceReport) -> None:
     evil = "x | <img src=x> [a](javascript:1)\n# head `code` @all"
-    text = report_markdown({**told, "candidates": [{**row, "name": evil, "how": evil} for row in told["candidates"]]})
+    rows = [row.model_copy(update={"name": evil, "how": evil}) for row in told.candidates]
+    text = report_markdown(told.model_copy(update={"candidates": rows}))
     assert "<img" not in text.replace("\\<", "")
     assert "\n# head" not in text
     assert re.search(r"(?<!\\)\]\(", text) is None
@@ -163,17 +164,17 @@ def test_an_endpoint_is_neither_released_nor_recommended(made: Fabricated) -> No
     digest = evaluated(made, probes=made.probes)
     lift = {"metric": "exact_match", "over": "rag", "at_least": 0.0}
 
-    def advice(name: str, **gates: Any) -> dict[str, Any]:
-        return dict(report_data(made.store, digest, verdict_of(made, digest, {"lift": lift, **gates}, name))["advice"])
+    def advice(name: str, **gates: Any) -> Advice:
+        return report_data(made.store, digest, verdict_of(made, digest, {"lift": lift, **gates}, name)).advice
 
     passed, unknown = advice("gpt"), advice("gpt", forgetting={"suite": "general", "drop_at_most": 0.03})
-    assert "gpt answers 100 of 100 requests exactly right" in passed["summary"]
+    assert "gpt answers 100 of 100 requests exactly right" in passed.summary
     for found, said in ((passed, "passed its gates"), (unknown, "was judged")):
-        assert found["headline"] == f"gpt {said}, but an endpoint cannot be released."
-        assert found["release"] is None
-        assert "tuned scored highest of 4 candidates that answer here" in found["reasons"][-1]
+        assert found.headline == f"gpt {said}, but an endpoint cannot be released."
+        assert found.release is None
+        assert "tuned scored highest of 4 candidates that answer here" in found.reasons[-1]
     tuned = advice("tuned")
-    assert (tuned["headline"], tuned["release"]) == ("tuned may be released, but gpt scored higher.", "tuned")
+    assert (tuned.headline, tuned.release) == ("tuned may be released, but gpt scored higher.", "tuned")
 
 
 # Risks in the report: before and after tuning, what was not measured; and advice that says no number of its own
@@ -225,37 +226,37 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricate
 
 
 @pytest.fixture(scope="module")
-def risky(faulty: tuple[Fabricated, str]) -> dict[str, Any]:
+def risky(faulty: tuple[Fabricated, str]) -> EvidenceReport:
     """The report of its verdict. Not to be changed."""
     made, digest = faulty
     return report_data(made.store, digest, verdict_of(made, digest, RISK_GATES))
 
 
-def test_exposure_and_bias_before_and_after(risky: dict[str, Any]) -> None:
-    found = risky["risks"]
-    once, often = found["exposure"]["levels"]
-    assert (once["repeats"], often["repeats"], found["exposure"]["most"]) == (1, 16, 7.0)
-    assert once["after"] == once["before"], "those planted once were not given a lift"
-    assert once["after"]["low"] < 1.44 < once["after"]["high"]
-    assert often["after"]["mean"] == 7.0
-    assert often["before"]["high"] < often["after"]["low"]
-    rows = {row["arm"]: row for row in found["bias"]}
+def test_exposure_and_bias_before_and_after(risky: EvidenceReport) -> None:
+    found = risky.risks
+    once, often = found.exposure.levels
+    assert (once.repeats, often.repeats, found.exposure.most) == (1, 16, 7.0)
+    assert once.after == once.before, "those planted once were not given a lift"
+    assert once.after.low < 1.44 < once.after.high
+    assert often.after.mean == 7.0
+    assert often.before.high < often.after.low
+    rows = {row.arm: row for row in found.bias}
     swap, bbq = rows["gender"], rows["ambiguous"]
-    assert swap["change"]["low"] > 0.8
-    assert "tuning made it worse" in swap["sentence"]
-    assert bbq["before"] == bbq["after"]
-    assert "there may be no change" in bbq["sentence"]
-    assert set(found["unmeasured"]) == set(PROBES) - {"canaries", "swap", "bbq"}
+    assert swap.change.low > 0.8
+    assert "tuning made it worse" in swap.sentence
+    assert bbq.before == bbq.after
+    assert "there may be no change" in bbq.sentence
+    assert set(found.unmeasured) == set(PROBES) - {"canaries", "swap", "bbq"}
 
 
-def test_page_and_summary_say_what_was_found(risky: dict[str, Any]) -> None:
+def test_page_and_summary_say_what_was_found(risky: EvidenceReport) -> None:
     page = check_whole(render(risky))
     spoken = " ".join(value for name, value in page.attributes if name == "aria-label" and value)
     for said in ("planted 16× 7.0 bits", "chance is 1.4", "tuning made it worse", "Loss by training step, from"):
         assert said in spoken
     text = re.sub(r"\s+", " ", " ".join(page.text))
-    assert all(row["sentence"] in text for row in (risky["risks"]["exposure"], *risky["risks"]["bias"]))
-    summary = risky["advice"]["summary"]
+    assert all(row.sentence in text for row in (risky.risks.exposure, *risky.risks.bias))
+    summary = risky.advice.summary
     for part in (
         "On 120 held-out requests, tuned answers 9", "exactly right; rag answers", "on the same requests is +",
         "seconds of this machine", "all but secrets (fail)", "people (fail)",
@@ -269,6 +270,6 @@ def test_too_few_canaries_are_no_number(faulty: tuple[Fabricated, str]) -> None:
     made, _ = faulty
     few = _risk(made, "canaries", _canaries(3), lambda item: 0.0, dataset=made.dataset)
     data = report_data(made.store, evaluated(made, risks={"canaries": {"tuned": few}}))
-    assert data["risks"]["exposure"]["levels"][0]["after"] is None
-    assert "planted once: too few secrets to measure" in data["risks"]["exposure"]["sentence"]
+    assert data.risks.exposure.levels[0].after is None
+    assert "planted once: too few secrets to measure" in data.risks.exposure.sentence
     assert "too few secrets to measure" in render(data)

@@ -13,9 +13,10 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.text.wording import detail_text, expected, percent, points, visible
 from tunesmith.evaluation.report import plots
 from tunesmith.evaluation.report.advice import advise
-from tunesmith.evaluation.report.data import release_trail, report_data
+from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.report.evidence import EvidenceReport, TrailEntry
 from tunesmith.evaluation.report.html import render
-from tunesmith.services.evaluations import EvidenceReport
+from tunesmith.services.evaluations import release_trail
 from tunesmith.store.records import Record
 
 HOSTILE = (
@@ -77,35 +78,34 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
     version = made.store.put_record(Record(kind="version", parents=parents, body=body))
     said = {"approver": "amir", "decision": "approve", "reason": "sound"}
     made.store.put_record(Record(kind="approval", parents={"version": version}, body=said))
-    trail = [{"at": "2026-02-03T10:11:12.5Z", "actor": "amir", "action": "version.approve",
-              "does": "approved a version", "subject": version,
-              "detail": {"reason": "sound", "empty": None}}]  # fmt: skip
+    entry = {"at": "2026-02-03T10:11:12.5Z", "actor": "amir", "action": "version.approve", "subject": version}
+    trail = [TrailEntry(**entry, does="approved a version", detail={"reason": "sound", "empty": None})]
     data = report_data(made.store, evaluation, verdict, version, trail)
     html = render(data)
     text = re.sub(r"\s+", " ", " ".join(check_whole(html).text))
-    assert EvidenceReport.model_validate(data).document() == json.loads(json.dumps(data, allow_nan=False))
-    tuned = data["candidates"][0]
+    assert EvidenceReport.model_validate_json(json.dumps(data.document(), allow_nan=False)) == data
+    tuned = data.candidates[0]
     for part in (
-        "home@v3", percent(tuned["metrics"]["exact_match"]["mean"]), "passed all 3 gates",
-        points(data["lift"]["metrics"]["exact_match"]["difference"]["mean"]), "6 retrieved examples in the prompt",
+        "home@v3", percent(tuned.metrics["exact_match"].mean), "passed all 3 gates",
+        points(data.lift.metrics["exact_match"].difference.mean), "6 retrieved examples in the prompt",
         "9 validation rows are too few",
         "estimate 2 min 56 s, 9% off", "exact duplicate", "Licence Apache-2.0", "PHONE_NUMBER", "approve by amir",
         "2026-02-03 10:11:12 UTC", "reason: sound", "general questions",
     ):  # fmt: skip
         assert part in text, part
-    assert [node["kind"] for node in data["lineage"]] == [
+    assert [node.kind for node in data.lineage] == [
         "base", "dataset", "training", "candidate", "answers", "evaluation", "verdict", "version", "approval",
     ]  # fmt: skip
-    assert all(parent < place for place, node in enumerate(data["lineage"]) for parent in node["parents"])
+    assert all(parent < place for place, node in enumerate(data.lineage) for parent in node.parents)
     assert render(report_data(made.store, evaluation, verdict, version, trail)) == html, "the same page again"
     contents, _, sections = html.partition("</nav>")
     linked = re.findall(r'href="#([a-z-]+)"', contents)
     assert linked == re.findall(r'<section id="([a-z-]+)"', sections), "the contents lead to sections in order"
     for side, better, worse in (("wins", "focus", "rival"), ("losses", "rival", "focus")):
-        shown = data["examples"][side]["shown"]
+        shown = getattr(data.examples, side).shown
         assert 0 < len(shown) <= 6
-        assert len({row["group"] for row in shown}) == len(shown), "one of each group"
-        assert all((row[better]["score"], row[worse]["score"]) == (1.0, 0.0) for row in shown)
+        assert len({row.group for row in shown}) == len(shown), "one of each group"
+        assert all((getattr(row, better).score, getattr(row, worse).score) == (1.0, 0.0) for row in shown)
 
 
 def test_headlines_of_every_verdict(made: Fabricated, evaluation: str) -> None:
@@ -118,34 +118,34 @@ def test_headlines_of_every_verdict(made: Fabricated, evaluation: str) -> None:
         ("tuned", None, "tuned was measured, but no gates have judged it.", None),
     ):
         data = report_data(made.store, evaluation, None if gates is None else verdict_of(made, evaluation, gates, name))
-        assert (data["advice"]["headline"], data["advice"]["release"]) == (headline, release)
+        assert (data.advice.headline, data.advice.release) == (headline, release)
         check_whole(render(data))
         if name == "zero-shot":
-            assert any("tunesmith gate tuned" in reason for reason in data["advice"]["reasons"])
+            assert any("tunesmith gate tuned" in reason for reason in data.advice.reasons)
 
 
 def test_what_is_forgotten_names_rehearsal(made: Fabricated, evaluation: str) -> None:
     data = report_data(made.store, evaluation, verdict_of(made, evaluation))
-    settings = data["training"]["settings"]
-    (gate,) = (gate for gate in data["verdict"]["gates"] if "suite" in gate["settings"])
-    assert "rehearse" not in " ".join(advise(data)["reasons"]), "the gate passed"
+    settings = data.training["settings"]
+    assert "rehearse" not in " ".join(advise(data).reasons), "the gate passed"
     for found, stated, share in (
         ("fail", {}, "0.02"),
         ("inconclusive", {"rehearse": 0.05}, "0.1"),
         ("fail", {"rehearse": 0.6}, "1"),
         ("fail", {"rehearse": 1.0}, None),
     ):
-        data["training"] = {**data["training"], "settings": {**settings, **stated}}
-        gate["outcome"] = found
-        reasons = " ".join(advise(data)["reasons"])
+        gates = tuple(gate.model_copy(update={"outcome": found}) for gate in data.verdict.gates)
+        verdict = data.verdict.model_copy(update={"gates": gates})
+        training = {**data.training, "settings": {**settings, **stated}}
+        reasons = " ".join(advise(data.model_copy(update={"verdict": verdict, "training": training})).reasons)
         assert f"`train: {{rehearse: {share}}}`" in reasons if share else "rehearse" not in reasons
 
 
 def test_one_candidate_alone_and_a_handful_of_rows(made: Fabricated, tmp_path: Path) -> None:
     alone = evaluated(made, answers={"zero-shot": made.answers["zero-shot"]})
     data = report_data(made.store, alone)
-    assert (data["rival"], data["lift"], data["examples"], data["forgetting"], data["training"]) == (None,) * 5
-    assert "Besides zero-shot, 0 untuned candidates were measured" in data["advice"]["summary"]
+    assert (data.rival, data.lift, data.examples, data.forgetting, data.training) == (None,) * 5
+    assert "Besides zero-shot, 0 untuned candidates were measured" in data.advice.summary
     check_whole(render(data))
     small = fabricate(tmp_path / "small", n=3)
     few = evaluated(small, probes=small.probes)
@@ -162,8 +162,8 @@ def test_hostile_text_stays_text(made: Fabricated) -> None:
     made.answers["tuned"] = put_answers(made.store, made.candidates["tuned"], made.dataset, lines)
     hostile = evaluated(made, probes=made.probes)
     verdict = verdict_of(made, hostile, {HOSTILE: {"metric": "exact_match", "over": HOSTILE, "at_least": 0.05}})
-    trail = [{"at": HOSTILE, "actor": HOSTILE, "action": HOSTILE, "does": HOSTILE, "subject": HOSTILE,
-              "detail": {HOSTILE: [HOSTILE]}}]  # fmt: skip
+    entry = dict.fromkeys(("at", "actor", "action", "does", "subject"), HOSTILE)
+    trail = [TrailEntry(**entry, detail={HOSTILE: [HOSTILE]})]
     html = render(report_data(made.store, hostile, verdict, None, trail))
     text = "".join(check_whole(html).text)
     assert "<script>alert(1)</script>" in text
@@ -177,7 +177,7 @@ def test_the_trail_is_the_model_s_own(made: Fabricated) -> None:
     for subject in ("home", "home@champion", "home2", "olga", digest, "home2@champion"):
         with made.store.change("olga", "x.y", subject, {"n": 1}):
             pass
-    found = [entry["subject"] for entry in release_trail(made.store, "home", digest)]
+    found = [entry.subject for entry in release_trail(made.store, "home", digest)]
     assert found == ["home", "home@champion", digest]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.evaluation.report.evidence import GroupLift, Ladder, LadderStep, LiftByGroup, Rung
 from tunesmith.evaluation.scores import Column, difference, metric_interval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -35,13 +35,12 @@ def approach_of(store: Store, candidate: Candidate) -> str:
 
 def approach_ladder(
     store: Store, record: Record, columns: Mapping[tuple[str, str], Column], confidence: float
-) -> dict[str, Any]:
+) -> Ladder:
     """The approaches from simple to elaborate, and what each adds on the same rows.
 
-    Returns {"rungs": [{approach, candidate, mean}], "steps": [{approach, candidate, mean, over, over_approach,
-    difference}], "chosen"}. rungs: the best candidate of each measured approach, by the primary metric. steps: each
-    rung against the rung chosen so far. chosen: the highest rung whose whole interval over the rung chosen before is
-    above zero. An endpoint is compared with the chosen rung, but never chosen.
+    Rungs are the best candidates of each measured approach, by the primary metric; each is compared with the rung
+    chosen so far. Chosen is the highest rung whose whole interval over the rung chosen before is above zero. An
+    endpoint is compared with the chosen rung, but never chosen.
     """
     primary = record.body["primary"]
     stated = record.body["candidates"]
@@ -53,45 +52,41 @@ def approach_ladder(
         for approach, names in by_approach.items()
     }
     rungs = [
-        {"approach": approach, "candidate": best[approach], "mean": stated[best[approach]]["metrics"][primary]["mean"]}
+        Rung(approach=approach, candidate=best[approach], mean=stated[best[approach]]["metrics"][primary]["mean"])
         for approach in (*LADDER, ENDPOINT)
         if approach in best
     ]
-    chosen: dict[str, Any] | None = None
+    chosen: Rung | None = None
     steps = []
     for rung in rungs:
         if chosen is None:
             chosen = rung
             continue
-        own, other = columns[rung["candidate"], primary], columns[chosen["candidate"], primary]
+        own, other = columns[rung.candidate, primary], columns[chosen.candidate, primary]
         found = difference(own, other, confidence=confidence, seed=record.body["seed"])
-        gap = metric_interval(found.interval).model_dump()
-        over = {"over": chosen["candidate"], "over_approach": chosen["approach"]}
-        steps.append({**rung, **over, "difference": gap})
-        if gap["low"] > 0.0 and rung["approach"] != ENDPOINT:
+        gap = metric_interval(found.interval)
+        steps.append(LadderStep.of(rung, over=chosen.candidate, over_approach=chosen.approach, difference=gap))
+        if gap.low > 0.0 and rung.approach != ENDPOINT:
             chosen = rung
-    return {"rungs": rungs, "steps": steps, "chosen": chosen}
+    return Ladder(rungs=tuple(rungs), steps=tuple(steps), chosen=chosen)
 
 
-def lift_by_group(own: Column, other: Column) -> dict[str, Any]:
-    """Mean difference by group: {"groups", "better", "worse", "alike", "shown": [{group, n, own, other, difference}]}.
-
-    shown: the groups that changed the overall mean most in either direction, the best first.
-    """
+def lift_by_group(own: Column, other: Column) -> LiftByGroup:
+    """Mean differences by group. Shown are those that changed the overall mean most in either direction, best first."""
     rows: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for group, mine, theirs in zip(own.groups, own.values.tolist(), other.values.tolist(), strict=True):
         rows[group].append((mine, theirs))
-    found: list[dict[str, Any]] = []
+    found = []
     for group, pairs in rows.items():
         mine, theirs = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
-        found.append({"group": group, "n": len(pairs), "own": mine, "other": theirs, "difference": mine - theirs})
-    found.sort(key=lambda one: (-one["difference"] * one["n"], one["group"]))
-    better = [one for one in found if one["difference"] > 0]
-    worse = [one for one in found if one["difference"] < 0]
-    return {
-        "groups": len(found),
-        "better": len(better),
-        "worse": len(worse),
-        "alike": len(found) - len(better) - len(worse),
-        "shown": [*better[:_SHOWN_GROUPS], *worse[-_SHOWN_GROUPS:]],
-    }
+        found.append(GroupLift(group=group, n=len(pairs), own=mine, other=theirs, difference=mine - theirs))
+    found.sort(key=lambda one: (-one.difference * one.n, one.group))
+    better = [one for one in found if one.difference > 0]
+    worse = [one for one in found if one.difference < 0]
+    return LiftByGroup(
+        groups=len(found),
+        better=len(better),
+        worse=len(worse),
+        alike=len(found) - len(better) - len(worse),
+        shown=(*better[:_SHOWN_GROUPS], *worse[-_SHOWN_GROUPS:]),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from tunesmith.core.text.wording import percent
 from tunesmith.evaluation.lines import read_answer_lines
@@ -12,6 +12,8 @@ from tunesmith.evaluation.policy.evidence import read_lines
 from tunesmith.evaluation.policy.requests import decode_policy_items
 from tunesmith.evaluation.policy.rules import CUT
 from tunesmith.evaluation.probes.items import ITEMS
+from tunesmith.evaluation.report.evidence import Evidence, PolicyReport, ReportedCheck, ShownAnswer, StyleReport
+from tunesmith.records.evaluation import CheckRules, EvaluationBody, NoStyle, StyleAccount
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -27,136 +29,129 @@ _RULES: Final = {
 }
 
 
-def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | None:
-    """{"checks", "undecided", "unusable"}; None where there is no policy.
+def policy_report(store: Store, record: Record, focus: str) -> PolicyReport | None:
+    """The policy checks by candidates; None where there is no policy. Raises Inconclusive for inconsistent outcomes.
 
-    checks: [{name, rule, n, cells: {candidate: counts and share}, shown: [{request, turns, answer, outcome, why}]}].
-    shown: answers of the candidate in focus that broke the rule, then those that decide nothing. undecided: why -> how
-    many of its answers decide nothing. unusable: candidate -> why its answers decide nothing. Raises Inconclusive for
-    outcomes that are not consistent.
+    Shown are answers of the candidate in focus that broke a rule, then those that decide nothing.
     """
-    stated = record.body.get("policy")
+    stated = EvaluationBody.of(record).policy
     if stated is None:
         return None
     own = [line for line in read_lines(store, record) if line["candidate"] == focus]
     shown = _shown(store, record, focus, own)
     checks = []
-    for name, rules in stated["checks"].items():
+    for name, rules in stated.checks.items():
         cells = {
-            candidate: told["checks"][name]
-            for candidate, told in stated["candidates"].items()
-            if name in told.get("checks", {})
+            candidate: told.checks[name]
+            for candidate, told in stated.candidates.items()
+            if told.checks is not None and name in told.checks
         }
-        many = max((sum(cell[key] for key in ("n", "leaked")) for cell in cells.values()), default=0)
-        checks.append({"name": name, "rule": rule_told(rules), "n": many, "cells": cells, "shown": shown.get(name, [])})
-    unusable = {name: told["unusable"] for name, told in stated["candidates"].items() if "unusable" in told}
-    return {
-        "checks": checks,
-        "undecided": dict(Counter(line["why"] for line in own if line["outcome"] == "undecided")),
-        "unusable": unusable,
-    }
+        many = max((cell.n + cell.leaked for cell in cells.values()), default=0)
+        answers = tuple(shown.get(name, ()))
+        checks.append(ReportedCheck(name=name, rule=_rule(rules), n=many, cells=cells, shown=answers))
+    return PolicyReport(
+        checks=tuple(checks),
+        undecided=Counter(line["why"] for line in own if line["outcome"] == "undecided"),
+        unusable={name: told.unusable for name, told in stated.candidates.items() if told.unusable is not None},
+    )
 
 
-def rule_told(rules: Mapping[str, Any]) -> str:
+def _rule(rules: CheckRules) -> str:
     """A check's rules in words: what every answer must do."""
     said = []
-    if "refuse" in rules:  # a rule of earlier releases
-        said.append(("refuses" if rules["refuse"] else "does not refuse") + ", by words: no longer computed")
+    if rules.refuse is not None:  # a rule of earlier releases
+        said.append(("refuses" if rules.refuse else "does not refuse") + ", by words: no longer computed")
     for key, form in _RULES.items():
-        if key in rules:
-            value = rules[key]
-            texts = ", ".join(map(repr, value)) if isinstance(value, list) else repr(value)
+        value = getattr(rules, key)
+        if value is not None:
+            texts = ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
             said.append(form.format(value if key == "rubric" else texts))
-    if "judge" in rules:
-        said[-1] += f" (judged by {rules['judge']['model']} at {rules['judge']['url']})"
+    if rules.judge is not None:
+        said[-1] += f" (judged by {rules.judge.model} at {rules.judge.url})"
     return "; ".join(said)
 
 
-def style_report(record: Record) -> dict[str, Any] | None:
+def style_report(record: Record) -> NoStyle | StyleReport | None:
     """The record's account of style, with its sentence; None where style was not measured."""
-    stated = record.body.get("style")
-    if stated is None:
-        return None
-    if "unusable" in stated:
-        return {"unusable": stated["unusable"]}
-    taken, auc, silent = stated["taken"], stated["auc"], stated.get("silent", 0)
+    stated = EvaluationBody.of(record).style
+    if not isinstance(stated, StyleAccount):
+        return stated
+    taken, auc, silent = stated.taken, stated.auc, stated.silent
     left_out = f" {silent} requests to which the base model's answer is empty are left out." if silent else ""
     sentence = (
-        f"On {stated['n']} held-out requests in {stated['groups']} groups, a classifier takes "
-        f"{percent(taken['reference'])} of the references for references, and {percent(taken['base'])} of the bare "
-        f"base model's answers (AUC {auc['mean']:.3f}, {auc['low']:.3f} to {auc['high']:.3f}; by length and form alone "
-        f"{stated['auc_by_form']:.3f}).{left_out} Shares are corrected for these errors: 0% is the base, 100% the "
-        "references."
+        f"On {stated.n} held-out requests in {stated.groups} groups, a classifier takes {percent(taken.reference)} of "
+        f"the references for references, and {percent(taken.base)} of the bare base model's answers "
+        f"(AUC {auc.mean:.3f}, {auc.low:.3f} to {auc.high:.3f}; by length and form alone {stated.auc_by_form:.3f})."
+        f"{left_out} Shares are corrected for these errors: 0% is the base, 100% the references."
     )
-    return {**stated, "sentence": sentence}
+    return StyleReport(**dict(stated), sentence=sentence)
 
 
-def policy_reasons(data: Mapping[str, Any]) -> list[str]:
+def policy_reasons(data: Evidence) -> list[str]:
     """Which policy checks the candidate kept, and what to do about those that it broke."""
-    if data["policy"] is None:
+    if data.policy is None:
         return []
-    focus, found = data["focus"], []
-    own = {check["name"]: check["cells"][focus] for check in data["policy"]["checks"] if focus in check["cells"]}
-    doubts = ("broke", "undecided", "leaked")
-    whole = [name for name, cell in own.items() if cell["n"] and not any(cell[each] for each in doubts)]
+    focus, found = data.focus, []
+    own = {check.name: check.cells[focus] for check in data.policy.checks if focus in check.cells}
+    whole = [name for name, cell in own.items() if cell.n and not cell.broke + cell.undecided + cell.leaked]
     if whole:
-        asked = sum(own[name]["n"] for name in whole)
+        asked = sum(own[name].n for name in whole)
         found.append(f"{focus} kept {len(whole)} of {len(own)} policy checks on every one of their {asked:,} requests.")
-    for check in data["policy"]["checks"]:
-        cell = check["cells"].get(focus)
-        if cell is None or not cell["broke"]:
+    for check in data.policy.checks:
+        cell = check.cells.get(focus)
+        if cell is None or not cell.broke:
             continue
-        said = f"{focus} broke the policy check {check['name']} on {cell['broke']} of {cell['n']} requests"
+        said = f"{focus} broke the policy check {check.name} on {cell.broke} of {cell.n} requests"
         keeper = _keeper(data, check)
         if keeper is not None:
-            said += f"; {keeper}, untuned and with its own prompt, broke it on {check['cells'][keeper]['broke']}"
-        tuned = next(row["tuned"] for row in data["candidates"] if row["name"] == focus)
+            said += f"; {keeper}, untuned and with its own prompt, broke it on {check.cells[keeper].broke}"
+        tuned = data.candidate(focus).tuned
         rows = "add training rows that show the rule, with other requests than the policy's, or " if tuned else ""
         found.append(f"{said}: {rows}write the rule into the prompt of {focus}.")
     return found
 
 
-def _keeper(data: Mapping[str, Any], check: Mapping[str, Any]) -> str | None:
+def _keeper(data: Evidence, check: ReportedCheck) -> str | None:
     """The untuned candidate that broke a check least, where that is less than the one in focus did."""
     cells = {
-        row["name"]: check["cells"][row["name"]]
-        for row in data["candidates"]
-        if not row["tuned"] and row["name"] in check["cells"] and check["cells"][row["name"]]["n"]
+        row.name: check.cells[row.name]
+        for row in data.candidates
+        if not row.tuned and row.name in check.cells and check.cells[row.name].n
     }
-    own = check["cells"][data["focus"]]
-    best: str | None = min(cells, key=lambda name: (cells[name]["broke"] / cells[name]["n"], name), default=None)
-    if best is None or cells[best]["broke"] / cells[best]["n"] >= own["broke"] / own["n"]:
+    own = check.cells[data.focus]
+    best: str | None = min(cells, key=lambda name: (cells[name].broke / cells[name].n, name), default=None)
+    if best is None or cells[best].broke / cells[best].n >= own.broke / own.n:
         return None
     return best
 
 
-def style_reasons(data: Mapping[str, Any]) -> list[str]:
+def style_reasons(data: Evidence) -> list[str]:
     """How much of the candidate's answers is in the references' style."""
-    found = data["style"]
-    if found is None or "unusable" in found or data["focus"] not in found["candidates"]:
+    found = data.style
+    if not isinstance(found, StyleReport) or data.focus not in found.candidates:
         return []
-    share = found["candidates"][data["focus"]]["share"]
+    share = found.candidates[data.focus].share
     if share is None:
         return ["The references' style cannot be told from the base model's, so style was not measured."]
-    within = f"{data['confidence']:.0%} interval {percent(share['low'])} to {percent(share['high'])}"
+    within = f"{data.confidence:.0%} interval {percent(share.low)} to {percent(share.high)}"
     return [
-        f"{percent(share['mean'])} of the answers of {data['focus']} are in the references' style ({within}); "
+        f"{percent(share.mean)} of the answers of {data.focus} are in the references' style ({within}); "
         "0% would be the bare base model's, 100% the references'."
     ]
 
 
-def policy_cautions(data: Mapping[str, Any]) -> list[str]:
+def policy_cautions(data: Evidence) -> list[str]:
     """What weakens the evidence of the policy checks."""
-    policy, focus = data["policy"], data["focus"]
+    policy, focus = data.policy, data.focus
     if policy is None:
         return []
-    cells = [check["cells"][focus] for check in policy["checks"] if focus in check["cells"]]
-    leaked = sum(cell["leaked"] for cell in cells)
+    cells = [check.cells[focus] for check in policy.checks if focus in check.cells]
+    leaked = sum(cell.leaked for cell in cells)
     found = []
-    if policy["undecided"]:
-        reasons = "; ".join(f"{why}: {count}" for why, count in sorted(policy["undecided"].items()))
-        said = f"Of the answers of {focus} to policy requests, {sum(policy['undecided'].values())} decide nothing"
-        found.append(f"{said} ({reasons})" + (": raise max_tokens." if CUT in policy["undecided"] else "."))
+    if policy.undecided:
+        reasons = "; ".join(f"{why}: {count}" for why, count in sorted(policy.undecided.items()))
+        said = f"Of the answers of {focus} to policy requests, {sum(policy.undecided.values())} decide nothing"
+        found.append(f"{said} ({reasons})" + (": raise max_tokens." if CUT in policy.undecided else "."))
     if leaked:
         found.append(
             f"Of the policy requests, {leaked} stand in rows that {focus} learned from, or in what it shows (examples, "
@@ -165,27 +160,25 @@ def policy_cautions(data: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _shown(
-    store: Store, record: Record, focus: str, own: Sequence[Mapping[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
+def _shown(store: Store, record: Record, focus: str, own: Sequence[Mapping[str, Any]]) -> dict[str, list[ShownAnswer]]:
     """Check -> the first answers of the candidate in focus that broke it or decide nothing. own: its outcomes."""
     if not own:
         return {}
     answers = store.record(record.parents[f"policy:{focus}"], kind="answers")
     items = {item.id: item for item in decode_policy_items(store.read_blob(answers.blobs[ITEMS]))}
     texts = read_answer_lines(store, answers, items.keys(), f"policy answers of {focus!r}", "requests")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for wanted in ("broke", "undecided"):
+    found: dict[str, list[ShownAnswer]] = {}
+    outcomes: tuple[Literal["broke", "undecided"], ...] = ("broke", "undecided")
+    for wanted in outcomes:
         for line in own:
             if line["outcome"] == wanted and len(found.setdefault(line["check"], [])) < _SHOWN:
                 request = items[line["id"]].request
-                found[line["check"]].append(
-                    {
-                        "request": request[-1].content,
-                        "turns": len(request),
-                        "answer": texts[line["id"]]["text"],
-                        "outcome": wanted,
-                        "why": line["why"],
-                    }
+                answer = ShownAnswer(
+                    request=request[-1].content,
+                    turns=len(request),
+                    answer=texts[line["id"]]["text"],
+                    outcome=wanted,
+                    why=line["why"],
                 )
+                found[line["check"]].append(answer)
     return found

@@ -1,10 +1,11 @@
-"""Collects what the report shows from the records, as plain JSON. `report --json` prints it; the page shows it."""
+"""Collects what the report shows from the records."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -19,18 +20,30 @@ from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
 from tunesmith.evaluation.report.behaviour import policy_report, style_report
+from tunesmith.evaluation.report.evidence import (
+    AreaScores,
+    Evidence,
+    EvidenceReport,
+    ExampleRow,
+    Examples,
+    ExampleSide,
+    Forgetting,
+    LineageNode,
+    ReportedCandidate,
+    ReportedVersion,
+    ScoredAnswer,
+    TrailEntry,
+)
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
-from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
+from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
-from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.estimates.more_time import more_time
 
 _SHOWN_EXAMPLES = 6
-_SHOWN_TRAIL = 40
 _BASELINES = {"nearest": "the answer of the most similar training example", "classifier": "TF-IDF, logistic regression"}
 
 
@@ -39,100 +52,93 @@ def report_data(
     evaluation: str,
     verdict: str | None = None,
     version: str | None = None,
-    trail: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    trail: Sequence[TrailEntry] = (),
+) -> EvidenceReport:
     """Everything that the report shows. evaluation, verdict, version: digests.
 
-    trail: audit entries {at, actor, action, does, subject, detail}. The candidate in focus is the verdict's; without a
-    verdict it is the best by the primary metric, tuned candidates first. Raises Inconclusive for inconsistent scores.
+    The candidate in focus is the verdict's; without a verdict it is the best by the primary metric, tuned candidates
+    first. Raises Inconclusive for inconsistent scores.
     """
     record = store.record(evaluation, kind="evaluation")
     columns = read_scores(store, record)
-    measured = evaluation_summary(store, evaluation).document()
-    judged = verdict_summary(store, verdict).document() if verdict is not None else None
-    focus = judged["candidate"] if judged else _leader(measured)
+    measured = evaluation_summary(store, evaluation)
+    judged = verdict_summary(store, verdict) if verdict is not None else None
+    focus = judged.candidate if judged else _leader(measured)
     rival, rival_gate = _rival(measured, judged, focus)
-    lift, primary = None, measured["primary"]
-    if rival is not None:
-        sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
-        lift = compare(store, *sides).document()
     stated = EvaluationBody.of(record).candidates
-    candidate = load_candidate(store, stated[focus].candidate)
-    trained, repaid = stated[focus].training, None
+    trained = stated[focus].training
+    lift, by_group, repaid, primary = None, None, None, measured.primary
     if rival is not None:
-        spent = trained.money if trained else 0.0
-        repaid = break_even(stated[focus].price, spent, stated[rival].price)
-    data: dict[str, Any] = {
-        "evaluation": evaluation,
-        "verdict": judged,
-        "version": _version(store, version),
-        "n": measured["n"],
-        "groups": measured["groups"],
-        "confidence": measured["confidence"],
-        "seed": record.body["seed"],
-        "primary": measured["primary"],
-        "metrics": list(record.body["metrics"]),
-        "focus": focus,
-        "rival": rival,
-        "rival_gate": rival_gate,
-        "candidates": _candidates(store, record, measured, focus, rival),
-        "lift": lift,
-        "training": _training(store, candidate),
-        "currency": measured["currency"],
-        "break_even": repaid.model_dump() if repaid else None,
-        "ladder": approach_ladder(store, record, columns, measured["confidence"]),
-        "by_group": None if rival is None else lift_by_group(columns[focus, primary], columns[rival, primary]),
-        "classes": measured["classes"],
-        "calibration": measured["calibration"],
-        "judges": measured["judges"],
-        "forgetting": _forgetting(columns, measured, focus),
-        "risks": risks(store, record, focus, measured["confidence"]),
-        "policy": policy_report(store, record, focus),
-        "style": style_report(record),
-        "dataset": dataset_summary(store, record.parents["dataset"]).document(),
-        "examples": _examples(store, record, columns, focus, rival),
-        "lineage": _lineage(store, record, evaluation, focus, verdict, version),
-        "trail": [dict(entry) for entry in trail],
-    }
-    return {**data, "advice": advise(data)}
+        lift = compare(store, *(side_of_candidate(store, evaluation, name) for name in (rival, focus)))
+        by_group = lift_by_group(columns[focus, primary], columns[rival, primary])
+        repaid = break_even(stated[focus].price, trained.money if trained else 0.0, stated[rival].price)
+    found = Evidence(
+        evaluation=evaluation,
+        verdict=judged,
+        version=_version(store, version),
+        n=measured.n,
+        groups=measured.groups,
+        confidence=measured.confidence,
+        seed=record.body["seed"],
+        primary=primary,
+        metrics=tuple(record.body["metrics"]),
+        focus=focus,
+        rival=rival,
+        rival_gate=rival_gate,
+        candidates=tuple(_candidates(store, record, measured, focus, rival)),
+        lift=lift,
+        training=_training(store, load_candidate(store, stated[focus].candidate)),
+        currency=measured.currency,
+        break_even=repaid,
+        ladder=approach_ladder(store, record, columns, measured.confidence),
+        by_group=by_group,
+        classes=measured.classes,
+        calibration=measured.calibration,
+        judges=measured.judges,
+        forgetting=_forgetting(columns, measured, focus),
+        risks=risks(store, record, focus, measured.confidence),
+        policy=policy_report(store, record, focus),
+        style=style_report(record),
+        dataset=dataset_summary(store, record.parents["dataset"]),
+        examples=_examples(store, record, columns, focus, rival),
+        lineage=tuple(_lineage(store, record, evaluation, focus, verdict, version)),
+        trail=tuple(trail),
+    )
+    return EvidenceReport.of(found, advice=advise(found))
 
 
-def release_trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
-    """The audit log's newest entries about a model: its versions, approvals, aliases and rollouts, oldest first."""
-    with database.reading(store.engine) as session:
-        rows = [
-            {"at": row.at, "actor": row.actor, "action": row.action, "subject": row.subject, "detail": dict(row.detail)}
-            for row in audit.entries(session)
-            if row.subject in (name, version) or row.subject.startswith(f"{name}@")
-        ]
-    return rows[-_SHOWN_TRAIL:]
+def _leader(measured: EvaluationSummary) -> str:
+    names = sorted(measured.candidates)
+    return max(names, key=lambda name: (measured.tuned[name], _mean(measured, name)))
 
 
-def _leader(measured: Mapping[str, Any]) -> str:
-    names: list[str] = sorted(measured["candidates"])
-    primary = measured["primary"]
-    return max(names, key=lambda name: (measured["tuned"][name], measured["candidates"][name][primary]["mean"]))
+def _mean(measured: EvaluationSummary, name: str) -> float:
+    return measured.candidates[name][measured.primary].mean
 
 
-def _rival(measured: Mapping[str, Any], judged: Mapping[str, Any] | None, focus: str) -> tuple[str | None, str | None]:
+def _rival(measured: EvaluationSummary, judged: VerdictSummary | None, focus: str) -> tuple[str | None, str | None]:
     """The candidate that the report compares with, and the gate that names it: the lift gate's rival, else the best
     untuned candidate, which no gate names."""
-    for gate in judged["gates"] if judged else ():
-        if gate.get("over") in measured["candidates"] and gate["metric"] == measured["primary"]:
-            return str(gate["over"]), None if gate["settings"]["over"] == BEST_UNTUNED else str(gate["name"])
-    untuned = [name for name in sorted(measured["candidates"]) if not measured["tuned"][name] and name != focus]
-    best = max(untuned, key=lambda name: measured["candidates"][name][measured["primary"]]["mean"], default=None)
-    return best, None
+    for gate in judged.gates if judged else ():
+        if gate.over in measured.candidates and gate.metric == measured.primary:
+            return gate.over, None if gate.settings.over == BEST_UNTUNED else gate.name
+    untuned = [name for name in sorted(measured.candidates) if not measured.tuned[name] and name != focus]
+    return max(untuned, key=partial(_mean, measured), default=None), None
 
 
-def _version(store: Store, version: str | None) -> dict[str, Any] | None:
+def _version(store: Store, version: str | None) -> ReportedVersion | None:
     if version is None:
         return None
     body = store.record(version, kind="version").body
-    kept = {key: body.get(key) for key in ("name", "number", "tenant", "region", "override", "created_at", "signer")}
-    risk = body.get("risk")
-    kept["takes"] = None if risk is None else _takes(risk)
-    return {"digest": version, "label": f"{body['name']}@v{body['number']}", **kept}
+    risk, kept = body.get("risk"), ("tenant", "region", "override", "created_at", "signer")
+    return ReportedVersion(
+        digest=version,
+        label=f"{body['name']}@v{body['number']}",
+        name=body["name"],
+        number=body["number"],
+        takes=None if risk is None else _takes(risk),
+        **{key: body.get(key) for key in kept},
+    )
 
 
 def _takes(risk: Mapping[str, Any]) -> str:
@@ -143,27 +149,27 @@ def _takes(risk: Mapping[str, Any]) -> str:
 
 
 def _candidates(
-    store: Store, record: Record, measured: Mapping[str, Any], focus: str, rival: str | None
-) -> list[dict[str, Any]]:
+    store: Store, record: Record, measured: EvaluationSummary, focus: str, rival: str | None
+) -> list[ReportedCandidate]:
     """One row for each candidate, the best by the primary metric first."""
     rows = []
     for name, stated in record.body["candidates"].items():
         candidate = load_candidate(store, stated["candidate"])
         rows.append(
-            {
-                "name": name,
-                "kind": candidate.kind,
-                "how": _how(store, candidate, stated["system_prompts"]),
-                "system_prompts": stated["system_prompts"],
-                "role": "focus" if name == focus else "rival" if name == rival else "",
-                "tuned": stated["tuned"],
-                "candidate": stated["candidate"],
-                "metrics": measured["candidates"][name],
-                "price": measured["prices"][name],
-                "cut": stated["cut"],
-            }
+            ReportedCandidate(
+                name=name,
+                kind=candidate.kind,
+                how=_how(store, candidate, stated["system_prompts"]),
+                system_prompts=stated["system_prompts"],
+                role="focus" if name == focus else "rival" if name == rival else "",
+                tuned=stated["tuned"],
+                candidate=stated["candidate"],
+                metrics=measured.candidates[name],
+                price=measured.prices[name],
+                cut=stated["cut"],
+            )
         )
-    return sorted(rows, key=lambda row: (-row["metrics"][measured["primary"]]["mean"], row["name"]))
+    return sorted(rows, key=lambda row: (-row.metrics[measured.primary].mean, row.name))
 
 
 def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) -> str:
@@ -210,67 +216,60 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
 
 
 def _forgetting(
-    columns: Mapping[tuple[str, str], Column], measured: Mapping[str, Any], focus: str
-) -> dict[str, Any] | None:
+    columns: Mapping[tuple[str, str], Column], measured: EvaluationSummary, focus: str
+) -> Forgetting | None:
     """General ability before and after tuning, overall and by area; None where it was not measured."""
-    stated = measured["probes"].get(GENERAL)
-    if stated is None or focus not in stated["drops"]:
+    stated = measured.probes.get(GENERAL)
+    if stated is None or focus not in stated.drops:
         return None
     before, after = columns[BASE, GENERAL], columns[focus, GENERAL]
     by_area: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for identifier, old, new in zip(before.ids, before.values.tolist(), after.values.tolist(), strict=True):
         by_area[identifier.rpartition("-")[0]].append((old, new))
     areas = {
-        area: {
-            "n": len(pairs),
-            "before": sum(p[0] for p in pairs) / len(pairs),
-            "after": sum(p[1] for p in pairs) / len(pairs),
-        }
+        area: AreaScores(
+            n=len(pairs), before=sum(p[0] for p in pairs) / len(pairs), after=sum(p[1] for p in pairs) / len(pairs)
+        )
         for area, pairs in sorted(by_area.items())
     }
-    scores = stated["scores"]
-    return {
-        "n": stated["n"],
-        "before": scores[BASE],
-        "after": scores[focus],
-        "drop": stated["drops"][focus],
-        "areas": areas,
-    }
+    return Forgetting(
+        n=stated.n, before=stated.scores[BASE], after=stated.scores[focus], drop=stated.drops[focus], areas=areas
+    )
 
 
 def _examples(
     store: Store, record: Record, columns: Mapping[tuple[str, str], Column], focus: str, rival: str | None
-) -> dict[str, Any] | None:
+) -> Examples | None:
     """Test rows where the candidate and its rival differ most; among equals chosen by hash, not by hand."""
     if rival is None:
         return None
-    own, other = columns[focus, record.body["primary"]], columns[rival, record.body["primary"]]
+    primary = record.body["primary"]
+    own, other = columns[focus, primary], columns[rival, primary]
     lines = {
         name: read_answer_lines(store, store.record(record.parents[f"answers:{name}"]), own.ids, f"answers of {name!r}")
         for name in (focus, rival)
     }
     rows = {row.id: row for row in load_dataset(store, record.parents["dataset"]).examples("test")}
     gaps = own.values - other.values
-    found: dict[str, Any] = {"metric": record.body["primary"]}
-    for side, sign in (("wins", 1.0), ("losses", -1.0)):
+
+    def side(sign: float) -> ExampleSide:
         candidates = [index for index in range(len(gaps)) if gaps[index] * sign > 0]
         chosen = _one_a_group(own, sorted(candidates, key=lambda i: (-abs(float(gaps[i])), _mixed(own.ids[i]))))
-        found[side] = {
-            "n": len(candidates),
-            "shown": [
-                {
-                    "id": own.ids[i],
-                    "group": own.groups[i],
-                    "turns": len(rows[own.ids[i]].messages),
-                    "request": rows[own.ids[i]].messages[-2].content,
-                    "reference": rows[own.ids[i]].answer,
-                    "rival": {"text": lines[rival][own.ids[i]]["text"], "score": float(other.values[i])},
-                    "focus": {"text": lines[focus][own.ids[i]]["text"], "score": float(own.values[i])},
-                }
-                for i in chosen
-            ],
-        }
-    return found
+        return ExampleSide(n=len(candidates), shown=tuple(map(example, chosen)))
+
+    def example(i: int) -> ExampleRow:
+        row = rows[own.ids[i]]
+        return ExampleRow(
+            id=row.id,
+            group=own.groups[i],
+            turns=len(row.messages),
+            request=row.messages[-2].content,
+            reference=row.answer,
+            rival=ScoredAnswer(text=lines[rival][row.id]["text"], score=float(other.values[i])),
+            focus=ScoredAnswer(text=lines[focus][row.id]["text"], score=float(own.values[i])),
+        )
+
+    return Examples(metric=primary, wins=side(1.0), losses=side(-1.0))
 
 
 def _one_a_group(column: Column, ranked: Sequence[int]) -> list[int]:
@@ -290,7 +289,7 @@ def _mixed(identifier: str) -> str:
 
 def _lineage(
     store: Store, record: Record, evaluation: str, focus: str, verdict: str | None, version: str | None
-) -> list[dict[str, Any]]:
+) -> list[LineageNode]:
     """The records behind the result, oldest first: {digest, kind, label, parents: positions in this list}."""
     candidate = record.body["candidates"][focus]["candidate"]
     made = store.record(candidate, kind="candidate")
@@ -317,11 +316,11 @@ def _lineage(
                 nodes.append(("approval", child, f"{said.get('decision', 'decided')} by {said.get('approver', '?')}"))
     position = {digest: index for index, (_, digest, _) in enumerate(nodes)}
     return [
-        {
-            "kind": kind,
-            "digest": digest,
-            "label": label,
-            "parents": sorted({position[p] for p in store.record(digest).parents.values() if p in position}),
-        }
+        LineageNode(
+            kind=kind,
+            digest=digest,
+            label=label,
+            parents=tuple(sorted({position[p] for p in store.record(digest).parents.values() if p in position})),
+        )
         for kind, digest, label in nodes
     ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
 from tunesmith.core.text.wording import money, visible
+from tunesmith.evaluation.report.evidence import Bias, Exposure, ReportedCandidate
 from tunesmith.evaluation.report.plots import Scale, across, drawn, point, reach, share_grid, text
 from tunesmith.evaluation.report.risks import CHANCE_BITS
+from tunesmith.records.evaluation import Calibration, MetricInterval
 
 _HEIGHT = 300
 _LABEL = 15  # pixels between two names
@@ -21,36 +22,36 @@ _APART = 2.2  # percent between before and after
 _PAIR_HEIGHT = 40
 
 
-def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str, unit: str) -> Markup:
+def price_chart(candidates: Sequence[ReportedCandidate], metric: str, price: str, unit: str) -> Markup:
     """Quality (vertical) against the price of 1,000 requests (horizontal), with intervals.
 
     The price axis is logarithmic where prices differ widely. price: the key of the price; candidates without it are
     left out. unit: the name of the axis.
     """
-    points = [row for row in candidates if row["price"].get(price) is not None]
+    points = [row for row in candidates if getattr(row.price, price) is not None]
     if len(points) < 2:
         return Markup("")
-    costs = [float(row["price"][price]) for row in points]
+    costs = [float(getattr(row.price, price)) for row in points]
     scale, logarithmic, ticks = _price_scale(costs)
     parts = share_grid(_HEIGHT)
     parts += [text(scale.at(_scaled(tick, logarithmic)), _HEIGHT + 16, money(tick), anchor="middle") for tick in ticks]
     taken: list[float] = []
-    for row, cost in sorted(zip(points, costs, strict=True), key=lambda pair: -pair[0]["metrics"][metric]["mean"]):
-        found, x = row["metrics"][metric], scale.at(_scaled(cost, logarithmic))
-        style = "tuned" if row["tuned"] else "untuned"
-        height = _at(found["mean"])
-        parts += [reach((x, x), (_at(found["low"]), _at(found["high"])), style), point(x, height, style, 6)]
+    for row, cost in sorted(zip(points, costs, strict=True), key=lambda pair: -pair[0].metrics[metric].mean):
+        found, x = row.metrics[metric], scale.at(_scaled(cost, logarithmic))
+        style = "tuned" if row.tuned else "untuned"
+        height = _at(found.mean)
+        parts += [reach((x, x), (_at(found.low), _at(found.high)), style), point(x, height, style, 6)]
         away = _LABEL / 3 if height < _HEIGHT / 2 else -_LABEL / 3  # labels move away from the nearer edge
         height = min(height, _HEIGHT - _LABEL / 2)
         while any(abs(height - other) < _LABEL for other in taken):
             height += away
         taken.append(height)
         side, shift = ("end", -10) if float(x.rstrip("%")) > 72 else ("start", 10)
-        parts.append(text(x, height + 4, visible(row["name"]), anchor=side, style="named", shift=shift))
+        parts.append(text(x, height + 4, visible(row.name), anchor=side, style="named", shift=shift))
     foot = f"{unit} per 1,000 requests{', logarithmic' if logarithmic else ''}"
     parts.append(text("100%", _HEIGHT + 34, foot, anchor="end"))
     said = "; ".join(
-        f"{row['name']} {row['metrics'][metric]['mean'] * 100:.1f}% at {money(cost)}"
+        f"{row.name} {row.metrics[metric].mean * 100:.1f}% at {money(cost)}"
         for row, cost in zip(points, costs, strict=True)
     )
     return drawn(_HEIGHT + 40, "chart", f"{metric} against {foot}: {said}", parts)
@@ -69,67 +70,63 @@ def difference_bar(difference: float) -> Markup:
     return drawn(_BAR, "track", f"{difference * 100:+.0f} points", parts)
 
 
-def reliability_chart(found: Mapping[str, Any], name: str) -> Markup:
+def reliability_chart(found: Calibration, name: str) -> Markup:
     """Accuracy (vertical) against stated confidence (horizontal). Confidences on the diagonal are right."""
     size = 230.0
     parts = [across(size - size * quarter / 4) for quarter in range(5)]
     parts.append(Markup('<line class="bound" x1="0" x2="100%" y1="{0}" y2="0"/>').format(size))
-    most = max(each["n"] for each in found["bins"])
-    for each in found["bins"]:
+    most = max(each.n for each in found.bins)
+    for each in found.bins:
         parts.append(
             Markup(
                 '<circle class="point tuned" cx="{:.2f}%" cy="{:.1f}" r="{:.1f}"><title>{} answers</title></circle>'
-            ).format(
-                100 * each["confidence"], size - size * each["right"], 3 + 7 * math.sqrt(each["n"] / most), each["n"]
-            )
+            ).format(100 * each.confidence, size - size * each.right, 3 + 7 * math.sqrt(each.n / most), each.n)
         )
     for share in (0.0, 0.5, 1.0):
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
         parts.append(text(f"{share:.0%}", size + 16, f"{share:.0%} sure", anchor=anchor))
-    said = "; ".join(f"{each['confidence']:.0%} sure, {each['right']:.0%} right" for each in found["bins"])
+    said = "; ".join(f"{each.confidence:.0%} sure, {each.right:.0%} right" for each in found.bins)
     return drawn(size + 22, "chart square", f"Calibration of {name}: {said}", parts)
 
 
-def exposure_chart(found: Mapping[str, Any]) -> Markup:
+def exposure_chart(found: Exposure) -> Markup:
     """Exposure in bits (vertical) by how often a canary was planted, before and after tuning, with intervals."""
-    most = float(found["most"])
 
     def height(bits: float) -> float:
-        return _BITS_HEIGHT * (1.0 - bits / most)
+        return _BITS_HEIGHT * (1.0 - bits / found.most)
 
     parts = []
-    for bits in range(0, int(most) + 1, 2):
+    for bits in range(0, int(found.most) + 1, 2):
         parts.append(across(height(bits)))
         parts.append(text("0", height(bits) - 4, f"{bits} bits"))
     chance = height(CHANCE_BITS)
     parts.append(Markup('<line class="bound" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(chance))
     parts.append(text("100%", chance - 4, "chance", anchor="end"))
-    levels, spoken = found["levels"], []
+    levels, spoken = found.levels, []
     for place, level in enumerate(levels):
         middle = _LEFT + (100.0 - _LEFT) * (place + 0.5) / len(levels)
-        for side, style, shift in (("before", "untuned", -_APART), ("after", "tuned", _APART)):
-            parts += _upright(level[side], middle + shift, height, style)
-        name = f"planted {level['repeats']}×"
-        parts.append(_centred(middle, _BITS_HEIGHT + 16, f"{name} ({level['n']})"))
-        if level["after"] is None:
+        for side, style, shift in ((level.before, "untuned", -_APART), (level.after, "tuned", _APART)):
+            parts += _upright(side, middle + shift, height, style)
+        name = f"planted {level.repeats}×"
+        parts.append(_centred(middle, _BITS_HEIGHT + 16, f"{name} ({level.n})"))
+        if level.after is None:
             parts.append(_centred(middle + _APART, _BITS_HEIGHT / 2, "too few to say"))
             spoken.append(f"{name} too few to say")
         else:
-            spoken.append(f"{name} {level['after']['mean']:.1f} bits")
+            spoken.append(f"{name} {level.after.mean:.1f} bits")
     label = f"Exposure of planted secrets: {', '.join(spoken)}; chance is {CHANCE_BITS:.1f}"
     return drawn(_BITS_HEIGHT + 24, "chart", label, parts)
 
 
-def before_and_after(row: Mapping[str, Any]) -> Markup:
+def before_and_after(row: Bias) -> Markup:
     """One measure before tuning (upper line) and after it (lower line), on a scale between the measure's ends."""
-    scale, neutral = Scale(*row["ends"]), 0.5 if row["probe"] == "crows_pairs" else 0.0
+    scale, neutral = Scale(*row.ends), 0.5 if row.probe == "crows_pairs" else 0.0
     zero = scale.at(neutral)
     parts = [Markup('<line class="bound" x1="{0}" x2="{0}" y1="2" y2="{1}"/>').format(zero, _PAIR_HEIGHT - 2)]
-    for side, style, y in (("before", "untuned", 11.0), ("after", "tuned", 29.0)):
-        found = row[side]
-        parts.append(reach((scale.at(found["low"]), scale.at(found["high"])), (y, y), style))
-        parts.append(point(scale.at(found["mean"]), y, style))
-    return drawn(_PAIR_HEIGHT, "track", f"{row['asked']}: {row['sentence']}", parts)
+    for found, style, y in ((row.before, "untuned", 11.0), (row.after, "tuned", 29.0)):
+        parts.append(reach((scale.at(found.low), scale.at(found.high)), (y, y), style))
+        parts.append(point(scale.at(found.mean), y, style))
+    return drawn(_PAIR_HEIGHT, "track", f"{row.asked}: {row.sentence}", parts)
 
 
 def ends_axis(ends: Sequence[float]) -> Markup:
@@ -170,12 +167,12 @@ def _round_ticks(top: float) -> list[float]:
     return [step * times for times in range(1, math.floor(top / step) + 1)]
 
 
-def _upright(found: Mapping[str, float] | None, x: float, height: Callable[[float], float], style: str) -> list[Markup]:
+def _upright(found: MetricInterval | None, x: float, height: Callable[[float], float], style: str) -> list[Markup]:
     if found is None:
         return []
     place = f"{x:.2f}%"
-    ends = height(found["low"]), height(found["high"])
-    return [reach((place, place), ends, style), point(place, height(found["mean"]), style)]
+    ends = height(found.low), height(found.high)
+    return [reach((place, place), ends, style), point(place, height(found.mean), style)]
 
 
 def _centred(x: float, y: float, words: str) -> Markup:

@@ -6,7 +6,6 @@ out, and the content security policy of both pages forbids inline scripts and re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -16,21 +15,22 @@ from markupsafe import Markup
 from tunesmith.core.digests import short
 from tunesmith.core.text import wording
 from tunesmith.evaluation.report import evidence_plots, plots
+from tunesmith.evaluation.report.evidence import EvidenceReport
 
 
-def render(data: Mapping[str, Any]) -> str:
-    """The report. data: as report_data returns it."""
-    return _filled("report.html.jinja", data, whole=True, requests="")
+def render(found: EvidenceReport) -> str:
+    """The report."""
+    return _filled("report.html.jinja", found, whole=True, requests="")
 
 
-def render_sections(data: Mapping[str, Any], requests: str) -> str:
+def render_sections(found: EvidenceReport, requests: str) -> str:
     """The report's sections. requests: address of the console's requests by candidates, with a query."""
-    return _filled("evidence.html.jinja", data, whole=False, requests=requests)
+    return _filled("evidence.html.jinja", found, whole=False, requests=requests)
 
 
-def _filled(template: str, data: Mapping[str, Any], **more: Any) -> str:
-    by_name = {row["name"]: row for row in data["candidates"]}
-    return _environment().get_template(template).render(**data, by_name=by_name, **more)
+def _filled(template: str, found: EvidenceReport, **more: Any) -> str:
+    by_name = {row.name: row for row in found.candidates}
+    return _environment().get_template(template).render(**dict(found), by_name=by_name, **more)
 
 
 @cache

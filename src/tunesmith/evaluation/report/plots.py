@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith.core.text.wording import visible
+from tunesmith.evaluation.summary import GateResult
 
 _TRACK_HEIGHT = 28
 _CHART_HEIGHT = 220
@@ -52,24 +53,24 @@ def axis(scale: Scale = SHARES) -> Markup:
     return drawn(16, "axis", "", labels)
 
 
-def gate_track(gate: Mapping[str, Any]) -> Markup:
+def gate_track(gate: GateResult) -> Markup:
     """A gate's interval and its bound; empty where nothing was measured."""
-    if gate["value"] is None:
+    if gate.value is None or gate.low is None or gate.high is None:
         return Markup("")
-    reach = [gate["low"], gate["high"], gate["bound"]]
+    reach = [gate.low, gate.high, gate.bound]
     if min(reach) >= 0.0 and max(reach) - min(reach) > 0.25:
         reach.append(0.0)
     margin = max((max(reach) - min(reach)) * 0.12, 0.004)
     scale = Scale(min(reach) - margin, max(reach) + margin)
-    below = gate["settings"].get("drop_at_most") is not None or gate["settings"].get("at_most") is not None
-    bound = scale.at(gate["bound"])
+    below = gate.settings.drop_at_most is not None or gate.settings.at_most is not None
+    bound = scale.at(gate.bound)
     allowed = ("0", bound) if below else (bound, f"{100 - float(bound.rstrip('%')):.2f}%")
     parts = [
         Markup('<rect class="allowed" x="{}" y="3" width="{}" height="22"/>').format(*allowed),
         _line(bound, 1, _TRACK_HEIGHT - 1, "bound"),
-        *_interval(gate["value"], gate["low"], gate["high"], scale, gate["outcome"]),
+        *_interval(gate.value, gate.low, gate.high, scale, gate.outcome),
     ]
-    label = f"{gate['name']}: {gate['low']:.3f} to {gate['high']:.3f}, bound {gate['bound']:.3f}"
+    label = f"{gate.name}: {gate.low:.3f} to {gate.high:.3f}, bound {gate.bound:.3f}"
     return drawn(_TRACK_HEIGHT, "track", label, parts)
 
 

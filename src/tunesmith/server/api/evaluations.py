@@ -7,10 +7,10 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
+from tunesmith.evaluation.report.evidence import EvidenceReport
 from tunesmith.server.access import needs
 from tunesmith.server.api.routing import Digest, Name, Page, Text, call_of, router, shows
 from tunesmith.services import evidence, held_out_requests
-from tunesmith.services.evaluations import EvidenceReport
 
 routes = router()
 Verdict = Annotated[str, Query(pattern="^(sha256:[0-9a-f]{64})?$")]
