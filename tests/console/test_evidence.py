@@ -294,6 +294,14 @@ def test_the_command_line_prints_the_same(scene: Scene, evaluated: Evaluated) ->
     assert found["evaluation"] == evaluated.evaluation
     assert len(found["rows"]) == found["changes"]["loss"] > 0
     assert {row["change"] for row in found["rows"]} == {"loss"}
+    gates = GATES.validate_python({"lift": {"metric": "exact_match", "over": "prompt", "at_least": 0.0}})
+    judge(scene.store, evaluation=evaluated.evaluation, candidate="tuned", gates=gates)
+    compared = [
+        json.loads(printed("requests", "--json", *words))["filter"]["rival"] for words in ((), ("--focus", "rag"))
+    ]
+    assert compared == ["prompt", "remote"], (
+        "the gate's rival, as in the report; without one the best untuned candidate"
+    )
     row = evaluated.rows[1]
     assert row.id in printed("requests", "--search", row.messages[-2].content[:20])
     # No tenant sees a document of acme's support.

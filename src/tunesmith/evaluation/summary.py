@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 
 from tunesmith.core.view import Omitted, View
 from tunesmith.evaluation.gates.edited_references import edited_sentence
-from tunesmith.evaluation.gates.settings import gone_gates
+from tunesmith.evaluation.gates.settings import BEST_UNTUNED, gone_gates
 from tunesmith.evaluation.policy.settings import ALL
 from tunesmith.records.evaluation import (
     AnswerPrice,
@@ -54,6 +54,10 @@ class EvaluationSummary(View):
     risks: Mapping[str, Mapping[str, RiskResults]]
     policy: PolicyAccount | None
     style: NoStyle | StyleAccount | None
+
+    def mean(self, name: str) -> float:
+        """A candidate's mean by the primary metric."""
+        return self.candidates[name][self.primary].mean
 
 
 class GateResult(JudgedGate):
@@ -112,6 +116,18 @@ def leading_verdict(store: Store, evaluation: str, verdicts: Sequence[str]) -> s
     """
     body = EvaluationBody.read(store, evaluation)
     return max(reversed(verdicts), key=lambda digest: body.mean(VerdictBody.read(store, digest).name), default=None)
+
+
+def rival_of(measured: EvaluationSummary, judged: VerdictSummary | None, focus: str) -> tuple[str | None, str | None]:
+    """The candidate that a focus is compared with, and the gate that names it.
+
+    judged: the verdict on the focus. The rival of its lift gate, else the best untuned candidate, which no gate names.
+    """
+    for gate in judged.gates if judged else ():
+        if gate.over in measured.candidates and gate.metric == measured.primary:
+            return gate.over, None if gate.settings.over == BEST_UNTUNED else gate.name
+    untuned = [name for name in sorted(measured.candidates) if not measured.tuned[name] and name != focus]
+    return max(untuned, key=measured.mean, default=None), None
 
 
 def verdict_summary(store: Store, digest: str) -> VerdictSummary:

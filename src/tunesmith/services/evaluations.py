@@ -137,13 +137,6 @@ def style_sheets() -> dict[str, Path]:
     return {sheet.name: sheet for sheet in PAGE.glob("*.css")}
 
 
-def report_text(found: EvidenceReport) -> str:
-    """A report as Markdown, without charts and examples."""
-    from tunesmith.evaluation.report.markdown import report_markdown
-
-    return report_markdown(found)
-
-
 def report_page(found: EvidenceReport, path: Path) -> None:
     """Write a report as one HTML page."""
     write_atomic(path, report_html(found).encode())

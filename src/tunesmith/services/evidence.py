@@ -26,6 +26,7 @@ from tunesmith.evaluation.summary import (
     VerdictSummary,
     evaluation_summary,
     leading_verdict,
+    rival_of,
     verdict_summary,
 )
 from tunesmith.records.evaluation import EvaluationBody, MetricInterval
@@ -205,7 +206,7 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     """A version's candidate, and the one to compare it with in its evaluation; None where the user sees no such.
 
     version, before: digests of versions. The candidate of before where the same evaluation measured it, else the one
-    that a gate compared with, else the best untuned one.
+    that the report compares with.
     """
     try:
         with database.reading(store.engine) as session:
@@ -217,24 +218,16 @@ def compare_versions(store: Store, user: User, version: str, before: str = "") -
     if page.verdict is None:
         return None
     focus, stated = page.verdict.candidate, EvaluationBody.read(store, found.evaluation).candidates
-    names = [name for name, one in stated.items() if name != focus]
+    names = [name for name in stated if name != focus]
     same = [name for name in names if other is not None and stated[name].candidate == other.candidate]
-    gated = [over for gate in page.verdict.gates if (over := gate.over) in names]
-    means = {name: one[page.summary.primary].mean for name, one in page.summary.candidates.items()}
-    rivals = [*same, *gated, *sorted(names, key=lambda name: (page.summary.tuned[name], -means[name], name))]
+    rival = same[0] if same else rival_of(page.summary, page.verdict, focus)[0]
     return Comparison(
         evaluation=found.evaluation,
         verdict=found.verdict,
         focus=focus,
-        rival=rivals[0] if rivals else "",
+        rival=rival or max(names, key=page.summary.mean, default=""),
         against=other.label if same and other is not None else "",
     )
-
-
-def judged_candidate(store: Store, user: User, digest: str) -> str:
-    """The candidate of the leading verdict on an evaluation that a user may see; "" where there is none."""
-    found = show_evaluation(store, user, digest).verdict
-    return found.candidate if found else ""
 
 
 def show_findings(store: Store, user: User, digest: str, verdict: str | None = None) -> EvidenceReport:

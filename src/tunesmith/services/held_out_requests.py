@@ -18,8 +18,9 @@ from tunesmith.core.view import View
 from tunesmith.evaluation.report.approach_ladder import CONTROL, approach_of
 from tunesmith.evaluation.report.matrix import CHANGES, Filter, Matrix, Reader, Selected, Sight
 from tunesmith.evaluation.report.matrix import Change as RowChange
+from tunesmith.evaluation.summary import EvaluationSummary, rival_of, verdict_summary
 from tunesmith.services.evaluations import READ_PERMISSION
-from tunesmith.services.evidence import judged_candidate, when_made
+from tunesmith.services.evidence import show_evaluation, when_made
 from tunesmith.store import database
 from tunesmith.store.people.identities import User
 from tunesmith.store.records import recalled
@@ -237,21 +238,28 @@ def _reader(user: User, region: str) -> Reader:
 
 
 def _filter(store: Store, user: User, digest: str, matrix: Matrix, chosen: Mapping[str, str]) -> Filter:
-    """The filter. Candidates that are not named: the one that the leading verdict judges against the best untuned one.
+    """The filter. Candidates that are not named: the one that the leading verdict judges, and the report's rival of it.
 
     Without a verdict, the best tuned candidate that is not a control.
     """
-    means = {name: float(matrix.scores[name, matrix.primary].mean()) for name in matrix.candidates}
-
-    def rank(name: str) -> tuple[bool, bool, float]:
-        candidate = matrix.candidates[name]
-        return approach_of(store, candidate) != CONTROL, candidate.tuned, means[name]
-
-    focus = chosen.get("focus") or judged_candidate(store, user, digest) or max(sorted(means), key=rank)
-    others = [name for name in sorted(means) if name != focus] or [focus]
-    rival = chosen.get("rival") or max(others, key=lambda name: (not matrix.candidates[name].tuned, means[name]))
+    focus, rival = chosen.get("focus"), chosen.get("rival")
+    if not (focus and rival):
+        page = show_evaluation(store, user, digest)
+        focus = focus or (page.verdict.candidate if page.verdict else _best(store, matrix, page.summary))
+        judged = [one.digest for one in page.verdicts if one.candidate == focus]
+        verdict = verdict_summary(store, judged[-1]) if judged else None
+        others = [name for name in sorted(matrix.candidates) if name != focus] or [focus]
+        rival = rival or rival_of(page.summary, verdict, focus)[0] or max(others, key=page.summary.mean)
     given = {key: chosen[key] for key in ("show", "group", "label", "search") if chosen.get(key)}
     return Filter(focus, rival, chosen.get("metric") or matrix.primary, **given)  # type: ignore[arg-type]
+
+
+def _best(store: Store, matrix: Matrix, measured: EvaluationSummary) -> str:
+    def rank(name: str) -> tuple[bool, bool, float]:
+        candidate = matrix.candidates[name]
+        return approach_of(store, candidate) != CONTROL, candidate.tuned, measured.mean(name)
+
+    return max(sorted(matrix.candidates), key=rank)
 
 
 def _last_turn(matrix: Matrix, place: int) -> str:

@@ -20,6 +20,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import View
 from tunesmith.engines.factory import engine_kind, open_engine
+from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.models.export.gguf import check_supported
@@ -297,7 +298,7 @@ def document_of(store: Store, user: User, version: Version, document: Document, 
         return notice_of(store, version)
     if document != "datasheet.md":
         report = evaluations.version_report(store, user, version, texts=texts)
-        return evaluations.report_html(report) if document == "report.html" else evaluations.report_text(report)
+        return evaluations.report_html(report) if document == "report.html" else report_markdown(report)
     dataset = _dataset(store, version)
     if dataset is None:
         raise Refused(f"{version.label} was made from no rows", where=version.label)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -14,7 +13,6 @@ from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
-from tunesmith.evaluation.gates.settings import BEST_UNTUNED
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
@@ -36,7 +34,7 @@ from tunesmith.evaluation.report.evidence import (
 )
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
-from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
+from tunesmith.evaluation.summary import EvaluationSummary, evaluation_summary, rival_of, verdict_summary
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
 from tunesmith.store.records import Record
@@ -64,7 +62,7 @@ def report_data(
     measured = evaluation_summary(store, evaluation)
     judged = verdict_summary(store, verdict) if verdict is not None else None
     focus = judged.candidate if judged else _leader(measured)
-    rival, rival_gate = _rival(measured, judged, focus)
+    rival, rival_gate = rival_of(measured, judged, focus)
     stated = EvaluationBody.of(record).candidates
     trained = stated[focus].training
     lift, by_group, repaid, primary = None, None, None, measured.primary
@@ -109,21 +107,7 @@ def report_data(
 
 def _leader(measured: EvaluationSummary) -> str:
     names = sorted(measured.candidates)
-    return max(names, key=lambda name: (measured.tuned[name], _mean(measured, name)))
-
-
-def _mean(measured: EvaluationSummary, name: str) -> float:
-    return measured.candidates[name][measured.primary].mean
-
-
-def _rival(measured: EvaluationSummary, judged: VerdictSummary | None, focus: str) -> tuple[str | None, str | None]:
-    """The candidate that the report compares with, and the gate that names it: the lift gate's rival, else the best
-    untuned candidate, which no gate names."""
-    for gate in judged.gates if judged else ():
-        if gate.over in measured.candidates and gate.metric == measured.primary:
-            return gate.over, None if gate.settings.over == BEST_UNTUNED else gate.name
-    untuned = [name for name in sorted(measured.candidates) if not measured.tuned[name] and name != focus]
-    return max(untuned, key=partial(_mean, measured), default=None), None
+    return max(names, key=lambda name: (measured.tuned[name], measured.mean(name)))
 
 
 def _version(store: Store, version: str | None) -> ReportedVersion | None:

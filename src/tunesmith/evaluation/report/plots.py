@@ -35,22 +35,10 @@ class Scale:
         return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
 
 
-SHARES = Scale(0.0, 1.0)
-
-
-def interval_track(mean: float, low: float, high: float, *, style: str, scale: Scale = SHARES, label: str) -> Markup:
-    """A candidate's mean as a point on its interval. style: a class of the sheet (tuned, untuned)."""
-    marks = [_line(scale.at(tick), 0, _TRACK_HEIGHT, "grid") for tick in _ticks(scale)]
-    return drawn(_TRACK_HEIGHT, "track", label, [*marks, *_interval(mean, low, high, scale, style)])
-
-
-def axis(scale: Scale = SHARES) -> Markup:
-    """The labels under interval tracks: shares as percentages."""
-    labels = [
-        Markup('<text x="{}" y="12" text-anchor="middle">{:.0f}%</text>').format(scale.at(tick), tick * 100)
-        for tick in _ticks(scale)
-    ]
-    return drawn(16, "axis", "", labels)
+def interval_track(mean: float, low: float, high: float, *, style: str, label: str) -> Markup:
+    """A candidate's mean as a point on its interval, from 0 to 1. style: a class of the sheet (tuned, untuned)."""
+    marks = [_line(f"{quarter * 25}%", 0, _TRACK_HEIGHT, "grid") for quarter in range(5)]
+    return drawn(_TRACK_HEIGHT, "track", label, [*marks, *_interval(mean, low, high, Scale(0.0, 1.0), style)])
 
 
 def gate_track(gate: GateResult) -> Markup:
@@ -229,10 +217,6 @@ def _interval(mean: float, low: float, high: float, scale: Scale, style: str) ->
         _line(scale.at(high), middle - 5, middle + 5, f"reach {style}"),
         point(scale.at(mean), middle, style),
     ]
-
-
-def _ticks(scale: Scale) -> list[float]:
-    return [scale.low + (scale.high - scale.low) * quarter / 4 for quarter in range(5)]
 
 
 def _loss_ticks(low: float, high: float, logarithmic: bool) -> list[float]:

@@ -45,8 +45,7 @@ async def listed(viewer: Looking, page: Page = 1) -> Response:
 async def one(viewer: Looking, digest: Digest, verdict: str = "") -> Response:
     """One evaluation. What it showed is fetched by the page: computing it for the first time takes seconds."""
     found = await shown(viewer, digest, verdict)
-    compared = urlencode(_compared(found))
-    return viewer.page("evidence_evaluation.html.jinja", found=found, digest=digest, compared=compared)
+    return viewer.page("evidence_evaluation.html.jinja", found=found, digest=digest)
 
 
 @routes.get(_AT + "/{digest}/findings")
@@ -130,15 +129,6 @@ async def shown(viewer: Viewer, digest: str, verdict: str = "") -> EvaluationPag
 
 def _chosen(request: Request) -> dict[str, str]:
     return {key: value for key in _FILTER if (value := request.query_params.get(key, ""))}
-
-
-def _compared(found: EvaluationPage) -> dict[str, str]:
-    """The two candidates that the verdict compares, for the matrix: the one judged, and the rival of a gate."""
-    if found.verdict is None:
-        return {}
-    rivals = [gate.over for gate in found.verdict.gates]
-    named = [rival for rival in rivals if rival in found.summary.candidates]
-    return {"focus": found.verdict.candidate, **({"rival": named[0]} if named else {})}
 
 
 def _full(hexadecimal: str) -> str:
