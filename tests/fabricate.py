@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tunesmith.candidates.candidate import Candidate, Retrieve, put_candidate
+from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.messages import Message
@@ -28,6 +28,7 @@ from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.numbers import general_digest, general_questions
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
+from tunesmith.records.candidate import Retrieve
 from tunesmith.records.evaluation import AnswerPrice, EvaluationBody, MeasuredCandidate, MetricInterval
 from tunesmith.records.training import TrainingBody
 from tunesmith.records.version import Decision

@@ -332,12 +332,12 @@ def records_page() -> str:
         "A record is what one stage states: canonical JSON (RFC 8785) with `kind`, `parents` (role to digest), `blobs`",
         "(file name to digest) and `body`. Its SHA-256 is its name. A record never changes.",
         "",
-        "| kind | made by | parents | blobs | states |",
-        "|---|---|---|---|---|",
+        "| kind | made by | parents | blobs |",
+        "|---|---|---|---|",
     ]
     for name, kind in KINDS.items():
         parents, blobs = (", ".join(f"`{each}`" for each in names) for names in (kind.parents, kind.blobs))
-        lines.append(f"| `{name}` | `{kind.made_by}` | {parents} | {blobs} | {_cell(kind.states)} |")
+        lines.append(f"| `{name}` | `{kind.made_by}` | {parents} | {blobs} |")
     by_model, document = models_json_schema([(body, "validation") for body in BODIES.values()])
     schemas: Mapping[str, Any] = document["$defs"]
     used: list[str] = []

@@ -14,6 +14,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import NextStep, UsageError
+from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.settings import Settings
@@ -180,7 +182,7 @@ class ProjectSettings(Settings):
         """Names the settings that results depend on. A queued job notices by it that they changed."""
         return digest_of(self.document())
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """The settings that results depend on, as JSON values."""
         return self.model_dump(mode="json", by_alias=True, exclude={"jobs", "webhooks", "hold", "login"})
 
@@ -313,7 +315,7 @@ class Project:
         return Store(self.root / STORE)
 
     @property
-    def schema(self) -> dict[str, Any] | None:
+    def schema(self) -> JsonObject | None:
         """The answer's JSON Schema; None where the task has none. Raises UsageError where it is not valid."""
         from tunesmith.core.reading.answer_schema import load_answer_schema
 
@@ -370,12 +372,12 @@ def parse_settings(text: str, where: str) -> ProjectSettings:
         raise _usage_error(error, where, read) from error
 
 
-def settings_schema() -> dict[str, Any]:
+def settings_schema() -> JsonObject:
     """JSON Schema of the project file, each key with its description and default."""
     return ProjectSettings.model_json_schema(by_alias=True)
 
 
-def _usage_error(error: ValidationError, where: str, read: Mapping[str, Any]) -> UsageError:
+def _usage_error(error: ValidationError, where: str, read: Fields) -> UsageError:
     """The first of pydantic's errors as a UsageError. read: the settings with the error."""
     found = error.errors(include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
@@ -414,7 +416,7 @@ def _place(loc: Sequence[int | str], read: Any, missing: bool) -> str:
     return ".".join(keys)
 
 
-def _places(schema: Mapping[str, Any], part: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+def _places(schema: Schema, part: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """(setting name, the path of the settings that it belongs to) of a JSON Schema."""
     if not isinstance(part, Mapping):
         return

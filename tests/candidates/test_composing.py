@@ -24,7 +24,7 @@ from tunesmith.api import Project
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import _confidence, ask_rows
 from tunesmith.candidates.baselines import Confident, make_baseline
-from tunesmith.candidates.candidate import Candidate, Retrieve
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose, count_prompts, describe_prompts, prompt_used
 from tunesmith.candidates.retrieval import Embed, Index, PassageIndex, Vectors
 from tunesmith.candidates.search import plan_tries
@@ -39,6 +39,7 @@ from tunesmith.data.documents import DocumentSettings, Passage, build_documents
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.rendering import Renderer
+from tunesmith.records.candidate import Retrieve
 from tunesmith.services import evaluations
 from tunesmith.store.store import Store
 

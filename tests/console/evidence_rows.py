@@ -20,7 +20,7 @@ from tests.fabricate import (
     put_dataset,
     put_training,
 )
-from tunesmith.candidates.candidate import Candidate, RemoteModel, Retrieve, put_candidate
+from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.data.dataset import Example
@@ -29,6 +29,7 @@ from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.records.candidate import RemoteModel, Retrieve
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -15,6 +15,7 @@ from tests.tiny_project import write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases
+from tunesmith.jobs.queue import JobError
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 
@@ -71,7 +72,7 @@ def test_a_run_whose_process_was_killed_is_shown_as_such_before_its_lease_ends(f
         lease = leases.begin(store, worker, "run", {}, project="tiny", actor="olive")
         assert document(folder, "jobs", "show", str(lease.job))["silent"] == silent
         assert ("gone or silent" in told(folder, "jobs", "show", str(lease.job))) == silent
-        leases.fail(store, lease, {"code": "x", "what": "y"}, retry=False)
+        leases.fail(store, lease, JobError(code="x", what="y"), retry=False)
         assert not document(folder, "jobs", "show", str(lease.job))["silent"]
 
 

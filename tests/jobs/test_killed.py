@@ -22,6 +22,7 @@ from tests.server.fine_tuning_project import MODEL, OWNER, examples, write_fine_
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
+from tunesmith.jobs.queue import JobError
 from tunesmith.project import Project
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.verification import verify_version
@@ -136,7 +137,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_effect_once(
         if queue.get(store, number).state == "running":
             assert process.exitcode == -signal.SIGKILL
             killed += 1
-            leases.fail(store, lease, {"code": "process_ended", "what": "killed"}, retry=True)
+            leases.fail(store, lease, JobError(code="process_ended", what="killed"), retry=True)
     job = queue.get(store, number)
     assert job.state == "succeeded", job.error
     assert killed >= 3, "it was hardly disturbed: the test did not test"

@@ -17,12 +17,13 @@ from tunesmith.core.progress import Stopped
 from tunesmith.jobs import leases, performing, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.queue import JobError
 from tunesmith.store import audit, database
 from tunesmith.store.people import identities
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, JobRow, MemoRow
 
-ERROR = {"code": "failed", "what": "the disk is full"}
+ERROR = JobError(code="failed", what="the disk is full")
 
 
 def add(store: Store, clock: SetClock, **options: Any) -> JobRow:
@@ -167,7 +168,7 @@ def test_errors_are_tried_again_later_and_later_until_no_attempt_is_left(store: 
         assert claim(store, clock) is None
         clock.at = max(clock.at, job.due)
     assert waited == [10.0, 20.0, "failed"]
-    assert queue.get(store, number).error == ERROR
+    assert queue.get(store, number).error == {"code": "failed", "what": "the disk is full"}
     final, vanishing = add(store, clock, priority=1).id, add(store, clock, attempts=2).id
     leases.fail(store, claimed(store, clock), ERROR, retry=False, clock=clock)
     assert queue.get(store, final).state == "failed"
@@ -282,7 +283,7 @@ def ended(store: Store, lease: Lease, work: Callable[[JobProgress], Outcome]) ->
 def test_result_log_and_error_are_kept(store: Store, lease: Lease) -> None:
     def work(progress: JobProgress) -> Outcome:
         progress.say("half of it")
-        return Outcome({"n": 1}, {"code": "verdict_fail", "what": "too few"})
+        return Outcome({"n": 1}, JobError(code="verdict_fail", what="too few"))
 
     perform(store, lease, work)
     job = queue.get(store, lease.job)

@@ -25,6 +25,7 @@ from tests.webhooks.conftest import Receiver, receiver
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.jobs import leases
+from tunesmith.jobs.queue import JobError
 from tunesmith.monitoring import cases
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.project import Project
@@ -100,7 +101,7 @@ def end_job(folder: Path) -> None:
     store = Project.load(folder).store
     lease = leases.claim(store, "w", ["run"], project="tiny")
     assert lease is not None
-    leases.fail(store, lease, {"code": "verdict_fail", "what": "no"}, retry=False)
+    leases.fail(store, lease, JobError(code="verdict_fail", what="no"), retry=False)
     store.engine.dispose()
 
 

@@ -15,7 +15,7 @@ from tests.jobs.conftest import SetClock
 from tunesmith.core.errors import Refused
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease, LeaseLost
-from tunesmith.jobs.queue import ENDED
+from tunesmith.jobs.queue import ENDED, JobError
 from tunesmith.store import audit, database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
@@ -91,7 +91,7 @@ class Machine(RuleBasedStateMachine):
                 leases.finish(store, lease, {"fence": lease.fence}, clock=clock)
                 self.finished.append(lease.job)
             elif what in ("fail", "retry"):
-                leases.fail(store, lease, {"code": "x", "what": "y"}, retry=what == "retry", clock=clock)
+                leases.fail(store, lease, JobError(code="x", what="y"), retry=what == "retry", clock=clock)
             else:
                 leases.stop(store, lease, "told to", busy=what == "busy", clock=clock)
                 now = queue.get(store, lease.job)

@@ -18,10 +18,10 @@ from tests.attack_table import Happened
 from tests.fabricate import APPROVER, OWNER, Scene, approve, put_chain
 from tests.server.conftest import Served, running
 from tests.server.fake_engine import FakeEngine
-from tunesmith.candidates.candidate import Retrieve
 from tunesmith.data.documents import DocumentSettings, build_documents
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.protocol import Generation
+from tunesmith.records.candidate import Retrieve
 from tunesmith.registry.registration import register
 from tunesmith.store import database
 from tunesmith.store.people.identities import set_groups

@@ -14,6 +14,7 @@ from tests.tiny_project import write_project
 from tunesmith.core.scope import Scope
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.curves import Curves
+from tunesmith.jobs.queue import JobError
 from tunesmith.project import Project
 from tunesmith.services import jobs
 from tunesmith.store.people.identities import add_user
@@ -62,7 +63,8 @@ def test_tracebacks_and_paths_are_for_those_who_run_the_server(served: Served) -
         assert http.post(f"/api/jobs/{lease.job}/cancel").status_code == 403
     secret = "/srv/our apps/w.bin"
     leases.log(store, lease, f'Traceback (most recent call last):\n  File "{secret}", line 1')
-    error = {"code": "internal", "what": f"OSError: cannot open '{secret}'", "where": f"{secret}, base", "fix": "wait"}
+    what = f"OSError: cannot open '{secret}'"
+    error = JobError(code="internal", what=what, where=f"{secret}, base", fix="wait")
     leases.fail(store, lease, error, retry=False)
     for name in ("amy", "avi"):
         with served.http(issue_token(store, name, actor=OWNER)) as http:
@@ -82,7 +84,7 @@ def test_tracebacks_and_paths_are_for_those_who_run_the_server(served: Served) -
                 assert "Traceback" not in page.text
     with served.http() as http:  # an operator of all tenants
         assert "Traceback" in http.get(f"/api/jobs/{lease.job}/log").json()["lines"][-2]["message"]
-        assert http.get(f"/api/jobs/{lease.job}").json()["error"] == error
+        assert http.get(f"/api/jobs/{lease.job}").json()["error"] == error.model_dump(exclude_unset=True)
     with plain(served, cookie_of(served)) as browser:
         assert "our apps" in browser.get(f"/console/jobs/{lease.job}").text
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tunesmith.candidates.candidate import Method, Retrieve
 from tunesmith.core.settings import Settings
+from tunesmith.records.candidate import Method, Retrieve
 from tunesmith.training.settings import TrainSettings
 
 HIGHEST_PRICE = 1e12  # beyond every currency's: with it, no cost becomes infinite

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.console import Console
 
     from tunesmith.services.jobs import JobList, JobLog, JobView
@@ -170,7 +168,7 @@ def resume(here: Acting, job: Number) -> None:
 
 def draw_job(console: Console, job: JobView) -> None:
     """Draw a job as a table."""
-    error: Mapping[str, Any] = job.error
+    error = job.error
     rows = (
         ("state", _state(job)),
         ("created", f"{_time(job.created)} by {job.created_by}"),
@@ -211,7 +209,7 @@ def _state(job: JobView) -> str:
 
 def _step(job: JobView) -> str:
     """The step that a running job is at, its share and the time left."""
-    found: Mapping[str, Any] = job.progress
+    found = job.progress
     if job.state != "running" or not found:
         return ""
     share = f" {found['done'] / found['total']:.0%}" if found["total"] else ""

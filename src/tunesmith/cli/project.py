@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tunesmith.cli.terminal import Acting, Here, Json, Terminal, add_commands, draw_table, printed_text, worded
+from tunesmith.core.reading.answer_schema import Schema
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -261,14 +262,12 @@ def _draw_checks(console: Console, found: Checks) -> None:
             console.print(f"     {check.fix}", soft_wrap=True)
 
 
-def settings_text(schema: Mapping[str, Any]) -> str:
+def settings_text(schema: Schema) -> str:
     """Every setting with its path, default and description."""
     return "\n".join(_setting_lines(schema, schema.get("$defs", {}), "", frozenset()))
 
 
-def _setting_lines(
-    node: Mapping[str, Any], definitions: Mapping[str, Any], path: str, seen: frozenset[str]
-) -> Iterator[str]:
+def _setting_lines(node: Schema, definitions: Schema, path: str, seen: frozenset[str]) -> Iterator[str]:
     for key, value in node.get("properties", {}).items():
         place = f"{path}{key}"
         default = f" = {json.dumps(value['default'], default=str)}" if "default" in value else ""

@@ -372,7 +372,7 @@ def _draw_versions(console: Console, found: VersionList) -> None:
 
 def _draw_export(console: Console, done: ExportedVersion) -> None:
     console.print(f"{done.version} is exported to {done.folder}", soft_wrap=True)
-    console.print(done.summary)
+    console.print(done.line)
     for note in done.notes:
         console.print(note, soft_wrap=True)
     for name, file in done.files.items():

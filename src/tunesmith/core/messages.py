@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -42,7 +42,7 @@ class Message(BaseModel):
     tools: str | None = None
 
     @model_serializer(mode="wrap")
-    def _what_it_has(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _what_it_has(self, write: SerializerFunctionWrapHandler) -> JsonObject:
         fields = type(self).model_fields
         return {key: value for key, value in write(self).items() if getattr(self, key) != fields[key].default}
 
@@ -76,9 +76,9 @@ class Message(BaseModel):
         """The first of these tokens that a text of the turn holds, if any."""
         return next((token for token in tokens if any(token in text for text in self.shown_texts())), None)
 
-    def openai(self) -> dict[str, Any]:
+    def openai(self) -> JsonObject:
         """The turn in OpenAI's form. Its tools are not part of it: they go beside the messages (`tools_of`)."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        turn: JsonObject = {"role": self.role, "content": self.content}
         if self.tool_calls:
             turn["content"] = self.content or None
             turn["tool_calls"] = [
@@ -101,12 +101,12 @@ Conversation = Sequence[Message]
 CountTokens = Callable[[Sequence[Message], int], int]
 
 
-def tools_of(messages: Conversation) -> list[Mapping[str, Any]]:
+def tools_of(messages: Conversation) -> list[Fields]:
     """The functions that may be called in a conversation, as OpenAI's `tools`."""
     return [tool for message in messages if message.tools is not None for tool in parse_json(message.tools)]
 
 
-def with_tools(messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+def with_tools(messages: Conversation, tools: Sequence[Fields]) -> tuple[Message, ...]:
     """The messages with these tools on the first of them, and on no other."""
     written = json.dumps(list(tools), ensure_ascii=False) if tools else None
     wanted = [written, *[None] * (len(messages) - 1)]

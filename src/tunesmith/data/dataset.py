@@ -106,8 +106,7 @@ class Dataset:
     @property
     def scope(self) -> Scope:
         """Whose rows these are."""
-        stated = self.body.scope
-        return Scope() if stated is None else Scope(stated.tenant, stated.region)
+        return self.body.scope or Scope()
 
     @property
     def splits(self) -> dict[str, int]:

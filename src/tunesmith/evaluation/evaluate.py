@@ -52,6 +52,7 @@ from tunesmith.records.evaluation import (
     StyleAccount,
     TrainingCost,
 )
+from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
 
 # Of every interval in the record. A gate may use another.
@@ -292,7 +293,7 @@ def _stated_candidate(
     candidate, training = answers.candidate, None
     remote, token = candidate.endpoint is not None, costs.tokens.get(candidate.name)
     if candidate.training is not None and costs.prices is not None:
-        spent = float(store.record(candidate.training, kind="training").body["seconds"])
+        spent = TrainingBody.read(store, candidate.training).seconds
         training = TrainingCost(seconds=spent, money=rounded(spent / 3600.0 * costs.prices.machine_hour))
     sure = {metric: (rows.confidences, rows.right.tolist()) for metric, rows in labels.items()}
     return MeasuredCandidate(

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -22,7 +22,7 @@ from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, Tunesm
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.core.reading.answer_schema import satisfies
-from tunesmith.core.reading.strict_json import NotJson, as_decoded, parse_json
+from tunesmith.core.reading.strict_json import JsonObject, NotJson, as_decoded, parse_json
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.holding.settings import HoldSettings
@@ -79,7 +79,7 @@ class HeldAnswer:
     reasons: tuple[str, ...]
     messages: tuple[Message, ...]
     text: str
-    response: dict[str, Any]
+    response: JsonObject
     schemas: tuple[str, ...] = ()
     grammar: str | None = None
 
@@ -165,7 +165,7 @@ def decide(
         raise UsageError("a decision on an answer needs a reason", where="reason")
     if (answer is not None) != (decision == "replace"):
         raise UsageError("an edited answer is given with replace, and only then", where="answer")
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with (
         contextlib.suppress(_Repeated),
         store.change(actor, f"answer.{decision}", identifier, detail) as session,
@@ -205,7 +205,7 @@ def expire_due(store: Store) -> list[State]:
     for identifier, version, at_deadline in due:
         if at_deadline == "release" and not _readable(store, version):
             continue
-        detail: dict[str, Any] = {}
+        detail: JsonObject = {}
         with (
             contextlib.suppress(_Repeated, UnknownAnswer),
             store.change(CONTROLLER, "answer.expire", identifier, detail) as session,
@@ -248,14 +248,14 @@ def delete_over(store: Store) -> None:
             session.execute(delete(HeldRow).where(over, HeldRow.state != WAITING))
 
 
-def response_of(row: HeldRow) -> dict[str, Any] | None:
+def response_of(row: HeldRow) -> JsonObject | None:
     """The chat.completion object that left, or may leave; None for an answer that waits or was refused."""
-    response: dict[str, Any] = row.texts["response"]
+    response: JsonObject = row.texts["response"]
     if row.state == "released":
         return response
     if row.state != "replaced":
         return None
-    choice: dict[str, Any] = response["choices"][0]
+    choice: JsonObject = response["choices"][0]
     message = {"role": "assistant", "content": row.texts["edited"], "refusal": None}
     return {**response, "choices": [{**choice, "message": message, "logprobs": None, "finish_reason": "stop"}]}
 
@@ -285,7 +285,7 @@ def _settle(session: Session, row: HeldRow, state: State, by: str, reason: str, 
     session.refresh(row)
 
 
-def _about(row: HeldRow) -> dict[str, Any]:
+def _about(row: HeldRow) -> JsonObject:
     """What the audit log keeps of a decision."""
     stated = {key: getattr(row, key) for key in ("name", "version", "tenant", "region", "caller", "state", "reason")}
     return {**stated, "rules": row.reasons, "answer": row.digest, "given": row.given}

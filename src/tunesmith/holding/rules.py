@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.answer_schema import Schema, satisfies
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.text.folding import fold
 from tunesmith.engines.protocol import Completion
@@ -20,7 +19,7 @@ from tunesmith.holding.settings import HoldRule, HoldSettings
 class Holder:
     """Applies a project's rules to answers. policy: the project's checks. schema: of the task's answers, as text."""
 
-    def __init__(self, settings: HoldSettings, policy: Policy, schema: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, settings: HoldSettings, policy: Policy, schema: Schema | None = None) -> None:
         self.settings = settings
         self.schema = None if schema is None else json.dumps(schema, ensure_ascii=False)
         self._policy, self._schema = policy, schema
@@ -63,7 +62,7 @@ def _labelled(field: str | None, values: tuple[Any, ...], text: str) -> str | No
     return None if named is None else f"{field or 'the answer'} is {json.dumps(named, ensure_ascii=False)}"
 
 
-def _misshapen(field: str, schema: Mapping[str, Any] | None, text: str) -> str | None:
+def _misshapen(field: str, schema: Schema | None, text: str) -> str | None:
     """Why an answer, a JSON object, may say in another shape what a rule on a field looks for; None if it does not.
 
     Callers may ask for another shape, by a schema of theirs or in words.

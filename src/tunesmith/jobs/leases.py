@@ -15,9 +15,10 @@ from sqlalchemy import BindParameter, and_, bindparam, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from tunesmith.core.errors import NextStep, TunesmithError
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.jobs.curves import Curve, note
-from tunesmith.jobs.queue import Clock, add_event, database_time, new_row
+from tunesmith.jobs.queue import Clock, JobError, add_event, database_time, new_row
 from tunesmith.store import audit, database
 from tunesmith.store.people.identities import require
 from tunesmith.store.store import Store
@@ -92,7 +93,7 @@ def begin(
     store: Store,
     worker: str,
     kind: str,
-    arguments: Mapping[str, Any],
+    arguments: Fields,
     *,
     project: str,
     actor: str,
@@ -100,7 +101,7 @@ def begin(
     clock: Clock = database_time,
 ) -> Lease:
     """Add a job that this process performs itself, and take it. Raises Forbidden where the actor may not add jobs."""
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, "job.add", kind, detail) as session:
         require(session, actor, "job.add")
         now = clock(session)
@@ -126,7 +127,7 @@ def _take_back(session: Session, project: str, now: float) -> None:
     for row in session.scalars(lost, {"in_project": project, "now": now}).all():
         row.fence += 1
         what = f"its worker {row.worker} gave no sign of life until its lease ended"
-        _try_again(session, row, {"code": "worker_lost", "what": what}, now, delay=0.0)
+        _try_again(session, row, JobError(code="worker_lost", what=what), now, delay=0.0)
 
 
 def check(session: Session, lease: Lease) -> None:
@@ -154,7 +155,7 @@ def _mine(session: Session, lease: Lease, what: Any = JobRow) -> Any:
 def renew(
     store: Store,
     lease: Lease,
-    progress: Mapping[str, Any] | None = None,
+    progress: Fields | None = None,
     curves: Mapping[str, Curve] = MappingProxyType({}),
     *,
     clock: Clock = database_time,
@@ -184,19 +185,19 @@ def log(store: Store, lease: Lease, message: str, *, clock: Clock = database_tim
 def finish(
     store: Store,
     lease: Lease,
-    result: Mapping[str, Any],
-    error: Mapping[str, Any] | None = None,
+    result: Fields,
+    error: JobError | None = None,
     *,
     clock: Clock = database_time,
 ) -> None:
     """Record the result of a job that was performed. error: it failed for this reason, and its result is kept."""
     with database.writing(store.engine) as session:
         row = _mine(session, lease)
-        row.result, row.error = dict(result), dict(error or {})
+        row.result, row.error = dict(result), _stated(error)
         _end(session, row, "failed" if error else "succeeded", clock(session))
 
 
-def fail(store: Store, lease: Lease, error: Mapping[str, Any], *, retry: bool, clock: Clock = database_time) -> None:
+def fail(store: Store, lease: Lease, error: JobError, *, retry: bool, clock: Clock = database_time) -> None:
     """Record an error. retry: try the job again later, unless it was tried as often as it may be."""
     with database.writing(store.engine) as session:
         row, now = _mine(session, lease), clock(session)
@@ -204,7 +205,7 @@ def fail(store: Store, lease: Lease, error: Mapping[str, Any], *, retry: bool, c
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** (row.attempts - 1))
             _try_again(session, row, error, now, delay=delay)
         else:
-            row.error = dict(error)
+            row.error = _stated(error)
             _end(session, row, "failed", now)
 
 
@@ -223,16 +224,21 @@ def stop(store: Store, lease: Lease, why: str, *, busy: bool = False, clock: Clo
         add_event(session, row.id, now, f"back in the queue: {why}")
 
 
-def _try_again(session: Session, row: JobRow, error: Mapping[str, Any], now: float, *, delay: float) -> None:
+def _try_again(session: Session, row: JobRow, error: JobError, now: float, *, delay: float) -> None:
     """Put a job back into the queue after an error; end it where a person asked for that or no attempt is left."""
     if row.wanted:
         _obey(session, row, now)
     elif row.attempts >= row.most_attempts:
-        row.error = dict(error)
+        row.error = _stated(error)
         _end(session, row, "failed", now)
     else:
-        row.state, row.until, row.due, row.error = "queued", None, now + delay, dict(error)
-        add_event(session, row.id, now, f"to be tried again{f' in {delay:.0f} s' if delay else ''}: {error['what']}")
+        row.state, row.until, row.due, row.error = "queued", None, now + delay, _stated(error)
+        add_event(session, row.id, now, f"to be tried again{f' in {delay:.0f} s' if delay else ''}: {error.what}")
+
+
+def _stated(error: JobError | None) -> JsonObject:
+    """An error as the job's row has it; {} without one."""
+    return {} if error is None else error.model_dump(exclude_unset=True)
 
 
 def _obey(session: Session, row: JobRow, now: float) -> None:
@@ -248,12 +254,13 @@ def _obey(session: Session, row: JobRow, now: float) -> None:
 
 def _end_unknown(session: Session, row: JobRow, kinds: Collection[str], now: float) -> None:
     """End a job of a kind that no worker of this version performs."""
-    row.error = {
-        "code": "unknown_kind",
-        "what": f"jobs of the kind {row.kind} are no longer performed",
-        "where": f"job {row.id}",
-        "fix": f"this version of tunesmith performs {', '.join(kinds)}; queue one of these",
-    }
+    error = JobError(
+        code="unknown_kind",
+        what=f"jobs of the kind {row.kind} are no longer performed",
+        where=f"job {row.id}",
+        fix=f"this version of tunesmith performs {', '.join(kinds)}; queue one of these",
+    )
+    row.error = _stated(error)
     _end(session, row, "failed", now)
 
 

@@ -7,15 +7,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from tunesmith.core import telemetry
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.jobs import leases
 from tunesmith.jobs.curves import Curves
 from tunesmith.jobs.leases import Lease, LeaseLost
+from tunesmith.jobs.queue import JobError, JobStep
 from tunesmith.store.locks import LockHeld
 from tunesmith.store.store import Store
 
@@ -30,10 +31,10 @@ _CODES: Mapping[type[TunesmithError], str] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job that was performed to its end. error: why it failed nevertheless; {} where it did not."""
+    """What came of a job that was performed to its end. error: why it failed nevertheless."""
 
-    result: dict[str, Any]
-    error: dict[str, Any] = field(default_factory=dict)
+    result: JsonObject
+    error: JobError | None = None
 
 
 class JobProgress:
@@ -74,10 +75,10 @@ class JobProgress:
         if self.stopping.is_set():
             raise Stopped
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """The innermost step that is open; {} where none is."""
         tasks = list(self._tasks)
-        return tasks[-1].document() if tasks else {}
+        return tasks[-1].step().document() if tasks else {}
 
 
 class _JobTask:
@@ -94,17 +95,17 @@ class _JobTask:
         self._note = text
         self._shown.note(text)
 
-    def document(self) -> dict[str, Any]:
+    def step(self) -> JobStep:
         seconds = time.monotonic() - self._began
         left = seconds * (self._total - self._done) / self._done if self._done else None
-        return {
-            "step": self._title,
-            "done": self._done,
-            "total": self._total,
-            "note": self._note,
-            "seconds": seconds,
-            "seconds_left": None if left is None else max(0.0, left),
-        }
+        return JobStep(
+            step=self._title,
+            done=self._done,
+            total=self._total,
+            note=self._note,
+            seconds=seconds,
+            seconds_left=None if left is None else max(0.0, left),
+        )
 
 
 def perform(
@@ -173,14 +174,14 @@ def _record(store: Store, lease: Lease, error: BaseException) -> None:
     elif isinstance(error, Exception):
         leases.log(store, lease, "".join(traceback.format_exception(error)))
         what = f"{type(error).__name__}: {error}"
-        leases.fail(store, lease, {"code": "internal", "what": what}, retry=True)
+        leases.fail(store, lease, JobError(code="internal", what=what), retry=True)
     else:
-        leases.fail(store, lease, {"code": "interrupted", "what": "it was interrupted"}, retry=False)
+        leases.fail(store, lease, JobError(code="interrupted", what="it was interrupted"), retry=False)
 
 
 def record_error(store: Store, lease: Lease, error: TunesmithError, code: str) -> None:
     """Record why a job failed. code: of an error that may pass, such as a full disk or a lost connection: the job is
     tried again then. What was refused once is refused again. Raises LeaseLost where the job was taken back."""
     lasting = _CODES.get(type(error))
-    stated = {"code": lasting or code, "what": error.what, "where": error.where, "fix": error.fix}
+    stated = JobError(code=lasting or code, what=error.what, where=error.where, fix=error.fix)
     leases.fail(store, lease, stated, retry=lasting is None)

@@ -6,15 +6,17 @@ Every change is one transaction with an audit entry. Rows are returned as they w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Collection
+from typing import Literal, TypeAlias
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, insert, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import NextStep, NotThere, Refused, UsageError
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.scope import Scope
+from tunesmith.core.view import View
 from tunesmith.store import database
 from tunesmith.store.database import within
 from tunesmith.store.people.identities import require
@@ -33,6 +35,27 @@ _ADD_EVENT = insert(JobEventRow.metadata.tables[JobEventRow.__tablename__]).valu
 )
 
 
+class JobError(View):
+    """Why a job failed. param: the client's field at fault."""
+
+    code: str
+    what: str
+    where: str | None = None
+    fix: str | None = None
+    param: str | None = None
+
+
+class JobStep(View):
+    """The step that a job is at. done, total: parts of it. seconds_left: None where that is not known."""
+
+    step: str
+    done: float
+    total: float
+    note: str
+    seconds: float
+    seconds_left: float | None
+
+
 def database_time(session: Session) -> float:
     """The time by the database's clock, so that workers whose clocks differ agree on when a lease ends.
 
@@ -49,7 +72,7 @@ def database_time(session: Session) -> float:
 def add(
     store: Store,
     kind: str,
-    arguments: Mapping[str, Any],
+    arguments: Fields,
     *,
     project: str,
     actor: str,
@@ -72,7 +95,7 @@ def add(
         require(session, actor, "job.add", scope=scope)
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
             return known
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, "job.add", kind, detail) as session:
         require(session, actor, "job.add", scope=scope)
         if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
@@ -88,7 +111,7 @@ def add(
 def new_row(
     session: Session,
     kind: str,
-    arguments: Mapping[str, Any],
+    arguments: Fields,
     project: str,
     actor: str,
     attempts: int,
@@ -114,7 +137,7 @@ def new_row(
     return row
 
 
-def _same_key(session: Session, kind: str, arguments: Mapping[str, Any], actor: str, key: str) -> JobRow | None:
+def _same_key(session: Session, kind: str, arguments: Fields, actor: str, key: str) -> JobRow | None:
     row = session.scalars(select(JobRow).where(JobRow.created_by == actor, JobRow.key == key)).first()
     if row is not None and (row.kind, row.arguments) != (kind, dict(arguments)):
         raise UsageError(
@@ -251,7 +274,7 @@ def resume(store: Store, number: int, *, actor: str, clock: Clock = database_tim
 def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str, clock: Clock) -> JobRow:
     """Put a waiting job into a state, or ask the worker of a running one to do so."""
     action = {"cancelled": "job.cancel", "paused": "job.pause"}[state]
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, action, f"job {number}", detail) as session:
         row = _changeable(session, number, actor)
         now = clock(session)

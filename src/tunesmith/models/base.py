@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.system.files import sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.rendering import FIXED
@@ -210,14 +211,14 @@ def base_body(folder: Path, spec: str) -> BaseBody:
     )
 
 
-def _stated(config: Mapping[str, Any], names: Sequence[str]) -> Any:
+def _stated(config: Fields, names: Sequence[str]) -> Any:
     """A configuration's value under the first of several names that it has; of a model for images too, its text
     model's. None where it has none of them."""
     parts = (config, config.get("text_config"))
     return next((part[name] for part in parts if isinstance(part, dict) for name in names if part.get(name)), None)
 
 
-def _fixed(folder: Path) -> dict[str, Any]:
+def _fixed(folder: Path) -> JsonObject:
     """What a base's templates read of that which rendering fixes."""
     named = [folder / name for name in ("tokenizer_config.json", *_TEMPLATES)]
     text = b"".join(path.read_bytes() for path in named if path.is_file())

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from tunesmith.core.digests import digest_of
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.models.base import Base
 
 _TEMPLATE = (
@@ -16,7 +16,7 @@ _TEMPLATE = (
 )
 _SPECIAL = ("<|im_start|>", "<|im_end|>")
 # Every engine computes these heads and this vocabulary; the weights are so large that answers depend on what is read.
-_SHAPE: dict[str, Any] = {
+_SHAPE: JsonObject = {
     "vocab_size": 320, "max_position_embeddings": 1024, "num_attention_heads": 4, "num_key_value_heads": 2,
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64,
     "tie_word_embeddings": False, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 
 
-def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def tool_turns(messages: Sequence[Message]) -> list[JsonObject]:
     """The turns as chat templates of transformers expect them: arguments as an object, tool turns with a name."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     turns = []
     for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        turn: JsonObject = {"role": message.role, "content": message.content}
         if message.tool_calls:
             turn["tool_calls"] = [
                 {
@@ -31,8 +31,8 @@ def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def marked_tools(
-    turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+    turns: Sequence[Fields], tools: Sequence[Fields]
+) -> tuple[list[JsonObject], list[JsonObject], dict[str, str]]:
     """(turns, tools, mark -> what it stands for), with a mark in every place that a template must render.
 
     Marks consist of letters and digits, so that escaping does not change them.
@@ -60,7 +60,7 @@ def marked_tools(
     return shown, declared, marks
 
 
-def _marked_call(call: Mapping[str, Any], mark: Any) -> dict[str, Any]:
+def _marked_call(call: Fields, mark: Any) -> JsonObject:
     name = call["function"]["name"]
     called = mark(f"the call of {name}")
     arguments = {mark(f"the arguments of {name}"): mark(f"the arguments of {name}")}

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -209,7 +209,7 @@ def check_model_file(folder: Path, *, base: str, fingerprint: str) -> None:
         raise refusal(path, f"not readable as safetensors: {error}") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> JsonObject:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise refusal(path, f"larger than {_MAX_CONFIG_BYTES} bytes")
@@ -296,7 +296,7 @@ def _changes(a: np.ndarray, b: np.ndarray) -> bool:
         return bool(np.any(b @ a))
 
 
-def _check_model_tensor(path: Path, name: str, stated: dict[str, Any], data: np.ndarray) -> None:
+def _check_model_tensor(path: Path, name: str, stated: JsonObject, data: np.ndarray) -> None:
     if _MODEL_TENSOR.fullmatch(name) is None:
         raise refusal(path, f"{name[:120]!r} is not a weight of a model that can be trained in full")
     if stated["dtype"] not in _EXPONENTS:

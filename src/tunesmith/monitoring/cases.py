@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.data.review.queue import forget_cases
@@ -158,7 +158,7 @@ def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str
         if before and not before.endswith(b"\n"):
             before += b"\n"
         there = _requests(before, target)
-        detail: dict[str, Any] = {"source": target.name, "licence": licence}
+        detail: JsonObject = {"source": target.name, "licence": licence}
         with store.change(actor, "cases.add", target.name, detail) as session:
             # Those that are still there: a caller may have withdrawn one meanwhile.
             answered = [one for one in cases if one.expected is not None and store.blobs.exists(_key(one.request))]

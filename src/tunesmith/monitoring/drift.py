@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -178,20 +179,13 @@ def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], s
     from scipy.stats import ks_2samp
 
     ours, theirs = _numbers(served), _numbers(measured)
-    facts: dict[str, Any] = {
-        "name": name,
-        "served": len(ours),
-        "measured": len(theirs),
-        "bound": settings.shift_at_most,
-    }
+    finding = partial(Finding, name=name, served=len(ours), measured=len(theirs), bound=settings.shift_at_most)
     unusable = len(served) - len(ours)
     if len(ours) < settings.min_requests or len(theirs) < 10:
         reason = f"{len(ours)} served requests ({unusable} unusable) and {len(theirs)} test rows are too few"
-        return Finding(outcome="inconclusive", reason=reason, **facts)
+        return finding(outcome="inconclusive", reason=reason)
     if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
-        return Finding(
-            outcome="constant", reason=f"always {ours[0]:g}, before and now, so it cannot show drift", **facts
-        )
+        return finding(outcome="constant", reason=f"always {ours[0]:g}, before and now, so it cannot show drift")
     distance = _distance(ours, theirs)
     low, high = _interval(_thinned(ours), _thinned(theirs), settings.confidence)
     p_value = float(ks_2samp(ours, theirs).pvalue)
@@ -199,10 +193,8 @@ def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], s
     moved = f"{name} moved by {distance:.3f} [{low:.3f}, {high:.3f}], allowed {settings.shift_at_most:g}"
     medians = f"median {np.median(theirs):.3g} before, {np.median(ours):.3g} now"
     dropped = f"; {unusable} unusable values dropped" if unusable else ""
-    return Finding(
-        outcome=outcome, reason=f"{moved}; {medians}{dropped}", effect=distance, low=low, high=high, p_value=p_value,
-        **facts,
-    )  # fmt: skip
+    reason = f"{moved}; {medians}{dropped}"
+    return finding(outcome=outcome, reason=reason, effect=distance, low=low, high=high, p_value=p_value)
 
 
 def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> Finding:
@@ -213,12 +205,12 @@ def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: Mo
     """
     ours, theirs = _numbers(served), _numbers(measured)
     bound = settings.unlike_rise_at_most
-    facts: dict[str, Any] = {"name": "unlike", "served": len(ours), "measured": len(theirs), "bound": bound}
+    finding = partial(Finding, name="unlike", served=len(ours), measured=len(theirs), bound=bound)
     if len(ours) < settings.min_requests or len(theirs) < 10:
         reason = f"{len(ours)} served requests and {len(theirs)} test rows are too few"
-        return Finding(outcome="inconclusive", reason=reason, **facts)
+        return finding(outcome="inconclusive", reason=reason)
     if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
-        return Finding(outcome="constant", reason="every request is as similar to the training rows", **facts)
+        return finding(outcome="constant", reason="every request is as similar to the training rows")
     least_like = float(np.quantile(theirs, _UNLIKE))
     before, before_low, before_high = _share(theirs < least_like, settings)
     share, share_low, share_high = _share(ours < least_like, settings)
@@ -230,7 +222,7 @@ def _compare_unlike(served: Sequence[Any], measured: Sequence[Any], settings: Mo
         f"now: a rise of {rise:.3f} [{low:.3f}, {high:.3f}], allowed {bound:g}"
     )
     outcome: Verdict = "drift" if low > bound else "stable" if rise <= bound else "inconclusive"
-    return Finding(outcome=outcome, reason=reason, effect=rise, low=low, high=high, **facts)
+    return finding(outcome=outcome, reason=reason, effect=rise, low=low, high=high)
 
 
 def _share(those: NDArray[Any], settings: MonitoringSettings) -> tuple[float, float, float]:
@@ -245,9 +237,9 @@ def _compare_valid(
     served: Sequence[Any], measured: tuple[float, float, float], settings: MonitoringSettings
 ) -> Finding:
     scores = _numbers(served)
-    facts: dict[str, Any] = {"name": "json_valid", "served": len(scores), "bound": settings.valid_drop_at_most}
+    finding = partial(Finding, name="json_valid", served=len(scores), bound=settings.valid_drop_at_most)
     if len(scores) < settings.min_requests:
-        return Finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored", **facts)
+        return finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored")
     mean, low, high = measured
     now_mean, now_low, now_high = _share(scores, settings)
     drop = mean - now_mean
@@ -255,7 +247,7 @@ def _compare_valid(
     most = drop + math.hypot(high - mean, now_mean - now_low)
     reason = f"valid JSON {mean:.3f} before, {now_mean:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
     outcome = _outcome(least, most, settings.valid_drop_at_most)
-    return Finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most, **facts)
+    return finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most)
 
 
 def _outcome(low: float, high: float, bound: float) -> Verdict:

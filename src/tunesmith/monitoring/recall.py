@@ -11,7 +11,7 @@ forgets the rows.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import func, select
@@ -20,11 +20,13 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.data.governance.licences import mentions
 from tunesmith.data.governance.withdrawn import TracedRows, reaches, recalled_values, same_name
 from tunesmith.data.review.queue import forget_items, items_of_rows
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.records.base import BaseBody
+from tunesmith.records.candidate import CandidateBody
 from tunesmith.records.dataset import DocumentsBody
 from tunesmith.records.version import VersionBody
 from tunesmith.rollout.state import LIVE
@@ -132,7 +134,7 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     if dry_run:
         with database.reading(store.engine) as session:
             return find_reached(store, session, cause, reason, done=False)[0]
-    detail: dict[str, Any] = {"reason": reason}
+    detail: JsonObject = {"reason": reason}
     with store.change(actor, "recall.start", cause.label, detail) as session:
         # Inside the transaction, so that no record which is being made from it now is missed.
         require(session, actor, "recall.start")
@@ -252,7 +254,7 @@ def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
         for _, kind, candidate in store.children(training):
             if kind != "candidate":
                 continue
-            name = str(store.record(candidate).body.get("name", ""))
+            name = CandidateBody.read(store, candidate).name
             reached[candidate] = Reached(kind=kind, digest=candidate, label=name)
             for _, below, child in store.children(candidate):
                 if below == "version":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.candidates.answering import Answerer
-from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
+from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
 from tunesmith.candidates.grammars.copying import check_constraint, copied_fields
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
@@ -31,6 +31,7 @@ from tunesmith.pipeline.training import (
     training_inputs,
 )
 from tunesmith.pipeline.training_search import search_settings
+from tunesmith.records.candidate import RemoteModel
 from tunesmith.registry.aliases import ALIASES
 from tunesmith.registry.serving import may_load
 from tunesmith.registry.versions import resolve

@@ -32,6 +32,7 @@ from tunesmith.project import ProjectSettings
 from tunesmith.records.answers import AnswersBody
 from tunesmith.records.evaluation import AnswerPrice
 from tunesmith.records.forecast import ExpectedTraining, ForecastBody, SubsetScore
+from tunesmith.records.training import TrainingBody
 from tunesmith.training.batches.rows import row_count
 from tunesmith.training.estimates.estimate import subset_settings, subset_sizes
 from tunesmith.training.settings import TrainSettings
@@ -156,11 +157,11 @@ def _forecast(
     found = extrapolate(measured, whole["rows"], context.dataset.splits["test"], goal, whole["seed"])
     means = {who: rounded(fmean(values)) for who, values in untuned.items()}
     rival = max(sorted(means), key=means.__getitem__, default=None)
-    trainings = {size: context.store.record(one, kind="training").body for size, (one, _) in subsets.items()}
+    trainings = {size: TrainingBody.read(context.store, one) for size, (one, _) in subsets.items()}
     largest = max(trainings)
-    last, each = trainings[largest], trainings[largest]["seconds"] / largest
-    epochs = last["epochs"] if whole["budget"] else whole["epochs"]
-    seconds = whole["budget"] or each / last["epochs"] * epochs * whole["rows"]
+    last, each = trainings[largest], trainings[largest].seconds / largest
+    epochs = last.epochs if whole["budget"] else whole["epochs"]
+    seconds = whole["budget"] or each / last.epochs * epochs * whole["rows"]
     money = None if project.prices is None else rounded(seconds / 3600.0 * project.prices.machine_hour)
     own = _price(context, subsets[largest][1])
     larger = found.from_rows
@@ -170,13 +171,13 @@ def _forecast(
         metric=project.task.leading,
         rows=whole["rows"],
         held={"validation": len(rows)},
-        seconds=rounded(sum(body["seconds"] for body in trainings.values())),
+        seconds=rounded(sum(body.seconds for body in trainings.values())),
         confidence=CONFIDENCE,
         goal=goal,
         rival=rival,
         rivals=means,
         subsets=tuple(
-            SubsetScore(rows=size, epochs=rounded(body["epochs"]), mean=rounded(fmean(scores[size])))
+            SubsetScore(rows=size, epochs=rounded(body.epochs), mean=rounded(fmean(scores[size])))
             for size, body in trainings.items()
         ),
         from_seconds=None if larger is None else rounded(each * sum(subset_sizes(whole["rows"], larger))),

@@ -58,5 +58,5 @@ class Body(Part):
 
     def record(self, parents: Mapping[str, str], blobs: Mapping[str, str] | None = None) -> Record:
         """A record that states this: exactly the fields that were set. parents, blobs: as `Record` has them."""
-        body = self.model_dump(mode="json", exclude_unset=True)
+        body = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return Record(kind=self.kind, parents=parents, blobs=blobs or {}, body=body)

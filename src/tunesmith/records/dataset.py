@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, JsonValue
 
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted
 from tunesmith.records.body import Body, Part
 
@@ -204,49 +205,51 @@ class AppliedReview(Part):
     logged: bool = False
 
 
-class RowScope(Part):
-    """Whose rows these are."""
-
-    tenant: str
-    region: str
-
-
-class DatasetBody(Body):
+class DatasetAccount(Part):
     """What happened to every row of the sources, and proof that the splits share nothing.
 
-    groups: rows of a group are always in one split. licences: rows by licence. privacy: entity -> values found.
-    ignored_keys: keys of rows that no format reads -> rows. tokens: None where no length was checked. answer_schema:
-    digest of the schema that every answer satisfies. reviewers: an edited row's id -> who edited it, where the audit
-    log knows. held_groups: groups that a source holds out. respelled: rows whose JSON answers were written as
-    constrained decoding writes them. edits: an edited row's id -> content keys, before and after. time, strata: how the
-    rows were split, if not by a hash of their group.
+    groups: rows of a group are always in one split. time, strata: how the rows were split, if not by a hash of their
+    group. licences: rows by licence. duties: what these licences demand. privacy: entity -> values found;
+    privacy_scan: the scan's measured recall. ignored_keys: keys of rows that no format reads -> rows. respelled: rows,
+    of those read, whose JSON answers were written as constrained decoding writes them, None where there are none.
+    tokens: None where no length was checked.
     """
 
-    kind: ClassVar = "dataset"
-
-    settings: Mapping[str, JsonValue]
-    sources: tuple[ReadSource, ...]
     rows: RowCounts
+    respelled: Omitted[int] = None
     splits: Mapping[str, int]
     groups: Mapping[str, int]
-    licences: Mapping[str, int]
     leakage: Leakage
     decontaminated: tuple[OutsideSet, ...]
     near_clusters: NearClusters
     time: Omitted[TimeSplit] = None
     strata: Omitted[Strata] = None
+    licences: Mapping[str, int]
     duties: Duties
     privacy: Mapping[str, int]
     privacy_scan: PrivacyScan
     ignored_keys: Mapping[str, int]
     conflicts: Conflicts
     tokens: TokenLengths | None
-    answer_schema: str | None
     review: Omitted[AppliedReview] = None
+
+
+class DatasetBody(DatasetAccount, Body):
+    """A dataset version.
+
+    answer_schema: digest of the schema that every answer satisfies. reviewers: an edited row's id -> who edited it,
+    where the audit log knows. held_groups: groups that a source holds out. edits: an edited row's id -> content keys,
+    before and after.
+    """
+
+    kind: ClassVar = "dataset"
+
+    settings: Mapping[str, JsonValue]
+    sources: tuple[ReadSource, ...]
+    answer_schema: str | None
     reviewers: IfAny[Mapping[str, tuple[str, ...]]] = Field(default_factory=dict)
-    scope: Omitted[RowScope] = None
+    scope: Omitted[Scope] = None
     held_groups: IfAny[tuple[str, ...]] = ()
-    respelled: Omitted[int] = None
     edits: IfAny[Mapping[str, tuple[str, ...]]] = Field(default_factory=dict)
 
     @property

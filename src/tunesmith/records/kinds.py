@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tunesmith.records.answers import AnswersBody
 from tunesmith.records.base import BaseBody
 from tunesmith.records.body import Body
+from tunesmith.records.candidate import CandidateBody
 from tunesmith.records.dataset import DatasetBody, DocumentsBody, QualityBody, SignOffBody
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.forecast import CurveBody, ForecastBody
@@ -31,6 +32,7 @@ BODIES: Mapping[str, type[Body]] = {
         QualityBody,
         DocumentsBody,
         TrainingBody,
+        CandidateBody,
         VersionBody,
         ExportBody,
         ApprovalBody,

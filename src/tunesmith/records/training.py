@@ -11,6 +11,13 @@ from tunesmith.core.view import Omitted
 from tunesmith.records.body import Body, Part
 
 
+def _is_one(number: int) -> bool:
+    return number == 1
+
+
+Several = Annotated[int, Field(exclude_if=_is_one)]
+
+
 class RecordedSettings(Part):
     """The settings of `train:`, of which these are read again. budget: in seconds. canaries: None where none were
     planted. permute_answers: a control, whose rows have each other's answers."""
@@ -33,8 +40,8 @@ class Environment(Part):
     transformers: str
     machine: str
     processor: str
-    ranks: int = 1
-    copies: int = 1
+    ranks: Several = 1
+    copies: Several = 1
 
 
 class Estimate(Part):
@@ -111,48 +118,57 @@ class Decisions(Part):
     decays: tuple[Decay, ...] = ()
 
 
-class TrainingBody(Body):
+class TrainingFigures(Part):
+    """What a training did.
+
+    rows: of one epoch, without what it rehearses. rehearsed: answers of the base that were drawn for that. epochs:
+    done, a fraction where the last one was not. tokens, labels: of the rows, over the epochs done; labels count for the
+    loss. tokens_computed: with what is rehearsed, shared prefixes once. parameters: trained numbers. final_loss: the
+    mean of the last twentieth of the steps. kept: the step whose weights were kept. score: None where no answers were
+    scored. decisions: what a schedule decided while it ran, None where it was planned. overfitting: where the
+    validation loss rose again. notices: what people should know of it.
+    """
+
+    examples_per_second: float
+    tokens_per_second: float
+    seconds: float
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+    estimate: Estimate
+    final_loss: float
+    rows: int
+    rehearsed: int
+    epochs: float
+    steps: int
+    kept: int
+    tokens: int
+    tokens_computed: int
+    labels: int
+    parameters: int
+    validation: tuple[ValidationPoint, ...]
+    score: ValidationScore | None
+    decisions: Decisions | None
+    notices: tuple[str, ...]
+    overfitting: tuple[Overfit, ...]
+
+
+class TrainingBody(TrainingFigures, Body):
     """A training that has ended.
 
-    splits: of the dataset version, that could be read. rows: of one epoch, without what it rehearses. rehearsed:
-    answers of the base that were drawn for that. tokens, labels: of the rows, over the epochs done; labels count for
-    the loss. tokens_computed: with what is rehearsed, shared prefixes once. parameters: trained numbers. fingerprint:
-    of the base's rendering. final_loss: the mean of the last twentieth of the steps. score: None where validation went
-    by the loss. decisions: None where the schedule was planned. kept: the step whose weights were kept. ended: why it
-    stopped before the end of its plan. notices: what people should know of it.
+    splits: of the dataset version, that could be read. fingerprint: of the base's rendering. ended: why it stopped
+    before the end of its plan.
     """
 
     kind: ClassVar = "training"
 
     settings: RecordedSettings
     splits: tuple[str, ...] = ()
-    rows: int
-    rehearsed: int
-    tokens: int
-    tokens_computed: int
-    labels: int
-    parameters: int
-    notices: tuple[str, ...]
     fingerprint: str
     threads: int
     engine: str
     environment: Environment
-    steps: int
-    seconds: float
-    epochs: float
-    examples_per_second: float
-    tokens_per_second: float
-    estimate: Estimate
-    final_loss: float
     curve: tuple[TrainedStep, ...]
-    validation: tuple[ValidationPoint, ...]
-    score: ValidationScore | None
-    decisions: Decisions | None
-    overfitting: tuple[Overfit, ...]
-    kept: int
     ended: str | None
-    peak_memory_bytes: int
-    checkpoint_bytes: int
 
     @property
     def line(self) -> str:

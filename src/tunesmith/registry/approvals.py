@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import takewhile
-from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
@@ -28,6 +27,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core import clock
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.records.version import ApprovalBody, Decision
 from tunesmith.registry.opening import Verified, open_release, still_usable
 from tunesmith.registry.risk import Approvals, missing
@@ -65,7 +65,7 @@ class ApprovalRequest:
     software.
     """
 
-    statement: dict[str, Any]
+    statement: JsonObject
     payload: bytes
 
 
@@ -129,7 +129,7 @@ def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> Rec
     record = approval.record({"version": version.digest}, {ENVELOPE: store.put_bytes(envelope)})
     read_approval(record, envelope, version, signer, identities.trusted_keys(store))
     stated = {"version": version.label, "reason": approval.reason, "nonce": approval.nonce}
-    detail: dict[str, Any] = {**stated, "override": version.override}
+    detail: JsonObject = {**stated, "override": version.override}
     with database.reading(store.engine) as reading:
         _check_unused(reading, version, approval)
         counting, _ = _counting(store, reading, version, signer)

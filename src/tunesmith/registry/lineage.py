@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from tunesmith.core.digests import short
@@ -12,11 +12,6 @@ from tunesmith.records.kinds import BODIES
 from tunesmith.registry.risk import Approvals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-
-# kind -> one line that distinguishes a record from others of its kind.
-_SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "candidate": lambda body: str(body.get("name", "")),
-}
 
 
 def ancestors(store: Store, digests: Iterable[str]) -> dict[str, Record]:
@@ -41,12 +36,10 @@ def blobs_of(records: Iterable[Record]) -> set[str]:
 
 def summary_line(record: Record) -> str:
     """One line that distinguishes a record from others of its kind."""
-    if record.kind in BODIES:
-        try:
-            return BODIES[record.kind].of(record).line
-        except Refused as error:
-            return error.what
-    return str(_SAYS.get(record.kind, lambda _: "")(record.body))
+    try:
+        return BODIES[record.kind].of(record).line
+    except Refused as error:
+        return error.what
 
 
 class Node(View):

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -31,6 +30,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.system.files import copy_durably
 from tunesmith.core.text.names import VersionRef, check_name
@@ -141,7 +141,7 @@ def _register(store: Store, plan: _Plan, signer: User) -> Version:
     carried_on = _carry_on(store, plan, signer, taken)
     release = carried_on or _make(store, plan, signer, taken)
     version, key = release.version, release.signer.fingerprint
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     try:
         with store.change(signer.name, "version.register", plan.name, detail) as session:
             _check_unchanged(session, plan, release, taken)

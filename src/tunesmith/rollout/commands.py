@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.opening import Verified
@@ -59,7 +59,7 @@ def start(
     with database.reading(store.engine) as before:
         require(before, actor, "rollout.start", scope=scope)
         check_may_serve(before, store, version, scope, override_by, verified)
-    detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
+    detail: JsonObject = {"version": version.digest, "label": version.label, **scope.fields()}
     with store.change(actor, "rollout.start", name, detail) as session:
         # Inside the transaction, so that a role or an approval that was just taken away counts.
         require(session, actor, "rollout.start", scope=scope)
@@ -177,7 +177,7 @@ def rollback(
     Raises Refused, with the versions that could serve now, if none that served before may serve.
     """
     _check_reason(override)
-    detail: dict[str, Any] = {**scope.fields(), "reason": reason}
+    detail: JsonObject = {**scope.fields(), "reason": reason}
     at = clock()
     by = None if override is None else actor
     require(store, actor, "rollout.change", scope=scope)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.view import View
@@ -204,7 +204,7 @@ def note_champions(store: Store, champions: list[Champion]) -> list[Champion]:
         changed = [champion for champion in champions if _news(session, champion) is not None]
     noted = []
     for champion in changed:
-        detail: dict[str, Any] = {}
+        detail: JsonObject = {}
         with contextlib.suppress(_NothingNew):
             action = _RESTORED if champion.refused is None else _REFUSED
             with store.change(CONTROLLER, action, f"{champion.name}@champion", detail) as session:

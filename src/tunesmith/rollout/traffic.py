@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -148,25 +149,25 @@ def arms_of(requests: Sequence[Counted], main: frozenset[str]) -> tuple[Arm, Arm
         groups: defaultdict[str, list[Counted]] = defaultdict(list)
         for each in counted:
             groups[group(each)].append(each)
-        parts = {key: Arm(**_counts(members)) for key, members in groups.items()}
+        parts = {key: _arm(members) for key, members in groups.items()}
         uncounted = sum(each.n for each in here) - sum(each.n for each in counted)
-        return Arm(**_counts(counted), groups=parts, uncounted=uncounted)
+        return replace(_arm(counted), groups=parts, uncounted=uncounted)
 
     return arm("canary"), arm("stable")
 
 
-def _counts(requests: Sequence[Counted]) -> dict[str, Any]:
+def _arm(requests: Sequence[Counted]) -> Arm:
     scores: list[Any] = []
     for each in requests:
         if each.score is not None and not each.cut:
             scores += [_score(each.score)] * each.n
-    return {
-        "scores": scores,
-        "requests": sum(each.n for each in requests),
-        "failed": sum(each.n for each in requests if not each.ok),
-        "cut": sum(each.n for each in requests if each.cut),
-        "left": sum(each.n for each in requests if each.left),
-    }
+    return Arm(
+        scores=scores,
+        requests=sum(each.n for each in requests),
+        failed=sum(each.n for each in requests if not each.ok),
+        cut=sum(each.n for each in requests if each.cut),
+        left=sum(each.n for each in requests if each.left),
+    )
 
 
 @lru_cache(maxsize=4096)

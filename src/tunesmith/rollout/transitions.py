@@ -30,6 +30,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import Alias
 from tunesmith.registry.opening import Verified
@@ -53,18 +54,18 @@ class Transition:
 
     action: str
     changes: Mapping[str, Any]
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    detail: Fields = field(default_factory=dict)
     override_by: str | None = None
 
 
-def to_promoted(rollout: Rollout, detail: Mapping[str, Any], override_by: str | None = None) -> Transition:
+def to_promoted(rollout: Rollout, detail: Fields, override_by: str | None = None) -> Transition:
     """The transition that makes a rollout's canary champion. override_by: as of Transition."""
     changes = {"status": "promoted", "step": len(rollout.steps), "weight": 100, "reason": ""}
     about = {"version": rollout.canary, "replaced": rollout.stable, **detail}
     return Transition("rollout.promote", changes, about, override_by)
 
 
-def to_aborted(reason: str, detail: Mapping[str, Any] | None = None) -> Transition:
+def to_aborted(reason: str, detail: Fields | None = None) -> Transition:
     """The transition that ends a live rollout without a new champion. reason: why."""
     return Transition("rollout.abort", {"status": "aborted", "weight": 0, "reason": reason}, detail or {})
 
@@ -107,7 +108,7 @@ def make_transition(
     verified: Verified = {}
     if promotes and current.live and current.override is None:
         verified = verify_files(store, current.canary, current.scope)
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, action, current.name, detail) as session:
         row = session.get(RolloutRow, current.id)
         found = current if row is None else from_row(row)
@@ -126,7 +127,7 @@ def make_transition(
         return apply(session, found, transition, at, detail)
 
 
-def apply(session: Session, found: Rollout, transition: Transition, at: datetime, detail: dict[str, Any]) -> Rollout:
+def apply(session: Session, found: Rollout, transition: Transition, at: datetime, detail: JsonObject) -> Rollout:
     """Write a transition into a rollout's row and into an audit entry's detail.
 
     Raises Overtaken if the row is not at the revision of found any more.

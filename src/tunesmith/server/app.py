@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -17,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from tunesmith.core import telemetry
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.engines.protocol import Engine
 from tunesmith.holding.rules import Holder
 from tunesmith.monitoring.cases import delete_expired
@@ -122,7 +122,7 @@ def create_app(
     return app
 
 
-def openapi_document() -> dict[str, Any]:
+def openapi_document() -> JsonObject:
     """The OpenAPI document of every route. Needs no running server."""
     app = FastAPI()
     _add_routes(app)

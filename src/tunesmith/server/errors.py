@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import is_disk_full
 from tunesmith.core.view import Omitted
 from tunesmith.server import limits
@@ -68,7 +68,7 @@ class ApiError(Exception):
             kind = "server_error"
         elif self.status == 429:
             kind = "rate_limit_error"
-        about: dict[str, Any] = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        about: JsonObject = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return ErrorDocument(error=ErrorDetail(**about, held=self.held))
 
     def response(self) -> JSONResponse:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.server.errors import ErrorDocument
 
 _REFERENCE = "#/components/schemas/{model}"
-BEARER: dict[str, Any] = {"security": [{"bearer": []}]}
+BEARER: JsonObject = {"security": [{"bearer": []}]}
 _MEANINGS = {
     400: "The request is not valid.",
     401: "No valid token.",
@@ -35,15 +35,15 @@ _MEANINGS = {
     504: "No answer in time.",
     507: "The server's disk or database is full.",
 }
-_schemas: dict[str, Any] = {}
+_schemas: JsonObject = {}
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int) -> dict[int | str, JsonObject]:
     """The error answers of a route."""
     return {status: {"model": ErrorDocument, "description": _MEANINGS[status]} for status in statuses}
 
 
-def body(model: type[BaseModel], in_path: Collection[str] = ()) -> dict[str, Any]:
+def body(model: type[BaseModel], in_path: Collection[str] = ()) -> JsonObject:
     """Describe a body that the route reads itself, within the server's bounds. in_path: fields that its path holds."""
     schema = model.model_json_schema(ref_template=_REFERENCE)
     _schemas.update(schema.pop("$defs", {}))
@@ -51,7 +51,7 @@ def body(model: type[BaseModel], in_path: Collection[str] = ()) -> dict[str, Any
         {"name": name, "in": "path", "required": True, "schema": schema["properties"].pop(name)} for name in in_path
     ]
     required = schema["required"] = [name for name in schema.get("required", ()) if name not in in_path]
-    found: dict[str, Any] = {**BEARER, "parameters": parameters} if parameters else {**BEARER}
+    found: JsonObject = {**BEARER, "parameters": parameters} if parameters else {**BEARER}
     if schema["properties"]:
         _schemas[model.__name__] = schema
         content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}}
@@ -59,13 +59,13 @@ def body(model: type[BaseModel], in_path: Collection[str] = ()) -> dict[str, Any
     return found
 
 
-def form(properties: Mapping[str, Any], required: Iterable[str]) -> dict[str, Any]:
+def form(properties: Fields, required: Iterable[str]) -> JsonObject:
     """Describe a multipart form that the route reads itself."""
     schema = {"type": "object", "properties": dict(properties), "required": list(required)}
     return {**BEARER, "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:
+def document(routes: Iterable[BaseRoute], version: str) -> JsonObject:
     """The OpenAPI document of routes, as a JSON object."""
     found = get_openapi(title="Tunesmith", version=version, routes=list(routes), separate_input_output_schemas=False)
     components = found.setdefault("components", {})

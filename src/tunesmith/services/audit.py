@@ -17,6 +17,7 @@ from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.text.names import is_number
 from tunesmith.core.view import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
@@ -81,7 +82,7 @@ class AuditEntry(View):
     actor: str
     action: str
     subject: str
-    detail: dict[str, Any]
+    detail: JsonObject
 
 
 class AuditLog(View):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from tunesmith.core.errors import NextStep, NotThere, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.text.display import json_text
-from tunesmith.core.view import Omitted, View
+from tunesmith.core.view import View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.signoff import SignOff, sign_off, sign_offs, sign_offs_of
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
@@ -27,7 +27,7 @@ from tunesmith.data.governance.difference import difference as compare_versions
 from tunesmith.data.privacy.originals import read_originals
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.records.dataset import DatasetBody, Flag, NamedPeople, QualityBody, RemovedRow, SimilarRequests
+from tunesmith.records.dataset import DatasetBody, Flag, QualityBody, RemovedRow
 from tunesmith.services.actions import Acting, Because, Named, Request, action
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
@@ -73,22 +73,14 @@ class SignedDataset(View):
     signoff: str
 
 
-class QualityReport(View):
-    """Rows that a person should look at. quality: the record's digest; flags: flag -> rows; examples: some flags.
+class QualityReport(QualityBody):
+    """Rows that a person should look at. quality: the record's digest; examples: some flags.
 
-    flagged: flag -> distinct rows. balance: attribute -> value -> rows. names, languages, alike: what the
-    options asked for.
+    flagged: flag -> distinct rows.
     """
 
     dataset: str
     quality: str
-    rows: int
-    flags: Mapping[str, int]
-    looked_for: tuple[str, ...]
-    balance: Mapping[str, Mapping[str, int]]
-    names: Omitted[NamedPeople] = None
-    languages: Omitted[Mapping[str, Mapping[str, int]]] = None
-    alike: Omitted[SimilarRequests] = None
     examples: tuple[Flag, ...]
     flagged: Annotated[dict[str, int], Field(exclude=True)]
 
@@ -251,7 +243,7 @@ def quality(
     body, flags = QualityBody.of(record), read_flags(store, record)
     flagged = {what: len({flag.id for flag in flags if flag.flag == what}) for what in body.looked_for}
     examples = tuple(flags[:limit] if limit else flags)
-    return QualityReport.of(body, dataset=digest, quality=record.digest, examples=examples, flagged=flagged)
+    return QualityReport(**dict(body), dataset=digest, quality=record.digest, examples=examples, flagged=flagged)
 
 
 def list_datasets(store: Store, page: int = 1) -> DatasetPage:

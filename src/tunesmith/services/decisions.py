@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Base64Bytes, BeforeValidator, Field
 
 from tunesmith.core.errors import NextStep, Refused, UsageError
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.http_clients import is_private
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
@@ -70,7 +70,7 @@ class SubmitDecision(Request):
 
     # A form sends it as text.
     statement: Annotated[
-        dict[str, Any], BeforeValidator(lambda given: parse_json(given.encode()) if isinstance(given, str) else given)
+        JsonObject, BeforeValidator(lambda given: parse_json(given.encode()) if isinstance(given, str) else given)
     ]
     key: Digest
     signature: Annotated[Base64Bytes, Field(min_length=8, max_length=200)]
@@ -84,7 +84,7 @@ class PreparedDecision(View):
     before this decision.
     """
 
-    statement: dict[str, Any]
+    statement: JsonObject
     payload: str
     keys: tuple[str, ...]
     risk: Requirement | None = None
@@ -223,7 +223,7 @@ def _recorded(store: Store, version: Version, recorded: approvals.RecordedApprov
     )
 
 
-def _sent(http: httpx.Client, to: Action[Any, Answer], asked: dict[str, Any]) -> Answer:
+def _sent(http: httpx.Client, to: Action[Any, Answer], asked: JsonObject) -> Answer:
     """What an action of the server returns."""
     try:
         answer = http.post(f"/api{to.at}", json=asked)

@@ -26,6 +26,7 @@ from tunesmith.data.settings import Source
 from tunesmith.evaluation.summary import EvaluationSummary
 from tunesmith.jobs import queue
 from tunesmith.jobs.performing import JobProgress, Outcome
+from tunesmith.jobs.queue import JobError
 from tunesmith.project import FineTuningSettings, Project, ProjectSettings
 from tunesmith.records.training import TrainingBody
 from tunesmith.registry.aliases import ALIASES
@@ -331,9 +332,9 @@ def perform_fine_tuning(project: Project, job: JobRow, progress: JobProgress) ->
         except FileGone as error:
             return _file_gone(error)
         except InvalidExamples as error:
-            return Outcome({}, {"code": error.code, "what": error.what, "param": error.where})
+            return Outcome({}, JobError(code=error.code, what=error.what, param=error.where))
         except Inconclusive as error:
-            return Outcome({}, {"code": _CODES["inconclusive"], **_stated(error)})
+            return Outcome({}, _error(_CODES["inconclusive"], error))
         except (UsageError, FileNotFoundError):
             try:  # a file that was deleted meanwhile explains it
                 _files(project, job, arguments, opened)
@@ -438,11 +439,11 @@ def _files(
 
 
 def _file_gone(error: FileGone) -> Outcome:
-    return Outcome({}, {"code": "file_deleted", **_stated(error), "param": error.where})
+    return Outcome({}, _error("file_deleted", error).model_copy(update={"param": error.where}))
 
 
-def _stated(error: Inconclusive | FileGone) -> dict[str, Any]:
-    return {"what": error.what, "where": error.where, "fix": error.fix}
+def _error(code: str, error: Inconclusive | FileGone) -> JobError:
+    return JobError(code=code, what=error.what, where=error.where, fix=error.fix)
 
 
 def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:
@@ -482,12 +483,12 @@ def _outcome(made: Project, job: JobRow, arguments: Arguments, summary: RunSumma
     )
     return Outcome(
         result,
-        {
-            "code": _CODES[summary.gate.verdict],
-            "what": f"The model was trained, but {why}: {'; '.join(failed) or 'the project has none'}. {rival}".strip(),
-            "where": f"verdict {summary.gate.digest}",
-            "fix": f"{more}the evidence is kept, under that digest",
-        },
+        JobError(
+            code=_CODES[summary.gate.verdict],
+            what=f"The model was trained, but {why}: {'; '.join(failed) or 'the project has none'}. {rival}".strip(),
+            where=f"verdict {summary.gate.digest}",
+            fix=f"{more}the evidence is kept, under that digest",
+        ),
     )
 
 

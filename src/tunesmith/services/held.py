@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from sqlalchemy import and_, func, or_, select
@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import second
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted, View
 from tunesmith.holding import queue
@@ -71,7 +72,7 @@ class HeldAnswerView(HeldView):
     messages: Omitted[tuple[Message, ...]] = None
     answer: Omitted[str] = None
     edited: Omitted[str] = None
-    completion: Omitted[dict[str, Any]] = None
+    completion: Omitted[JsonObject] = None
 
 
 class DecideAnswer(Request):
@@ -119,7 +120,7 @@ def show(store: Store, user: User, identifier: str, *, reviews: bool = True) -> 
         reviews = reviews and _reviews(row, user)
         if not reviews and (row.caller, row.tenant) != (user.name, user.tenant):
             raise UnknownAnswer(identifier)
-        texts: dict[str, Any] = {"completion": queue.response_of(row)}
+        texts: JsonObject = {"completion": queue.response_of(row)}
         if reviews:
             texts |= {key: row.texts.get(key) for key in ("messages", "answer", "edited")}
         return HeldAnswerView(**_facts(session, store, row, user), **texts)
@@ -163,7 +164,7 @@ def _reviews(row: HeldRow, user: User) -> bool:
     return user.may("answer.review") and user.scope.covers(Scope(row.tenant, row.region))
 
 
-def _facts(session: Session, store: Store, row: HeldRow, user: User) -> dict[str, Any]:
+def _facts(session: Session, store: Store, row: HeldRow, user: User) -> JsonObject:
     try:
         label = load_version(store, row.version, session).label
     except TunesmithError:  # a record that cannot be read

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.jobs import curves as noted
@@ -53,9 +54,9 @@ class JobView(View):
     most_attempts: int
     worker: str
     silent: bool
-    progress: dict[str, Any]
-    result: dict[str, Any]
-    error: dict[str, Any]
+    progress: JsonObject
+    result: JsonObject
+    error: JsonObject
     created: float
     due: float
     started: float | None
@@ -338,7 +339,7 @@ def curves(store: Store, number: int, reader: User | None = None) -> JobCurves:
     return JobCurves(job=number, trainings=tuple(found[name] for name in names))
 
 
-def _curve(name: str, summary: Mapping[str, Any], curve: Curve, *, earlier: bool = False) -> TrainingCurve:
+def _curve(name: str, summary: Fields, curve: Curve, *, earlier: bool = False) -> TrainingCurve:
     """summary: of the training, {} where it has not ended."""
     expected = curve.expected
     points = tuple(
@@ -361,7 +362,7 @@ def _curve(name: str, summary: Mapping[str, Any], curve: Curve, *, earlier: bool
     )
 
 
-def _recorded(store: Store, summary: Mapping[str, Any]) -> Curve | None:
+def _recorded(store: Store, summary: Fields) -> Curve | None:
     """The curve in a training's record; None where the store no longer has it."""
     try:
         body = TrainingBody.read(store, summary["training"])

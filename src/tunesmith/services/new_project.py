@@ -18,7 +18,7 @@ from pydantic import Field
 from tunesmith.candidates.grammars.copying import text_fields
 from tunesmith.core.errors import NextStep, TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.answer_schema import check_answer_schema
+from tunesmith.core.reading.answer_schema import Schema, check_answer_schema
 from tunesmith.core.system.files import write_atomic
 from tunesmith.core.view import View
 from tunesmith.data.governance.licences import LicenceRefused, custom_ids, permitted
@@ -275,7 +275,7 @@ def short_prompt(found: RowFindings) -> str:
     return "Answer with one JSON object.\n" if objects_only else "Answer as in the examples.\n"
 
 
-def _keys(schema: Mapping[str, Any], path: str, said: Mapping[str, str | None], indent: str = "") -> Iterator[str]:
+def _keys(schema: Schema, path: str, said: Mapping[str, str | None], indent: str = "") -> Iterator[str]:
     """A line for each key of an object, followed by the lines of the objects in it."""
     for key, value in schema.get("properties", {}).items():
         place = f"{path}.{key}" if path else key
@@ -286,7 +286,7 @@ def _keys(schema: Mapping[str, Any], path: str, said: Mapping[str, str | None], 
             yield from _keys(value, place, said, f"{indent}  ")
 
 
-def _kind(schema: Mapping[str, Any], path: str, said: Mapping[str, str | None]) -> str:
+def _kind(schema: Schema, path: str, said: Mapping[str, str | None]) -> str:
     """What values a schema allows, in words."""
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     names = sorted((kind for kind in kinds if kind != "null"), key=_WITH_KEYS.__contains__)
@@ -304,7 +304,7 @@ def _kind(schema: Mapping[str, Any], path: str, said: Mapping[str, str | None]) 
     return described if "null" not in kinds else f"null where the request says nothing, or {described}"
 
 
-def _leaves_out(schema: Mapping[str, Any]) -> bool:
+def _leaves_out(schema: Schema) -> bool:
     """Whether the answers of the rows leave out a key."""
     inner = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
     return len(schema.get("required", ())) < len(schema.get("properties", ())) or any(map(_leaves_out, inner))

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tunesmith.candidates.grammars.inferred_schema import AnswerFindings, examine_answers, is_json, json_objects
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import Progress
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.building.examine import control_token, refuse_control_tokens, renamed, unread_keys
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.duplicates import answer_key, request_key, request_text
@@ -193,9 +193,9 @@ def _read(root: Path, source: Source, control: ControlTokens) -> _Read:
     return found
 
 
-def _first_fields(root: Path, source: Source) -> dict[str, Any]:
+def _first_fields(root: Path, source: Source) -> JsonObject:
     """The keys of the first rows, each with its first value: a row may lack some of them."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for file in find_files([source], root):
         with open_source(file) as opened:
             for read in islice(opened.rows(), _LOOKED_AT):
@@ -203,7 +203,7 @@ def _first_fields(root: Path, source: Source) -> dict[str, Any]:
     return found
 
 
-def _instruction(row_format: RowFormat, fields: Mapping[str, Any]) -> str | None:
+def _instruction(row_format: RowFormat, fields: Fields) -> str | None:
     """The instruction of a row of Alpaca's that could be its system turn."""
     could = (
         row_format.name == "alpaca"

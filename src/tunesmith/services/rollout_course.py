@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.core.view import View
@@ -339,7 +340,7 @@ def _moment(key: str) -> datetime:
     return datetime.fromisoformat(key + _FULL[len(key) :])
 
 
-def _reason(detail: Mapping[str, Any]) -> str:
+def _reason(detail: Fields) -> str:
     override, reason = detail.get("override"), detail.get("reason")
     judgement = detail.get("judgement")
     said = str(reason or (judgement or {}).get("reason") or "")

@@ -32,7 +32,7 @@ from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
 from tunesmith.records.forecast import ForecastBody
 from tunesmith.records.search import TrainingSearchBody
-from tunesmith.records.training import Decisions, Estimate, Overfit, TrainingBody, ValidationPoint, ValidationScore
+from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.registry.registration import register
 from tunesmith.store.store import Store
 from tunesmith.store.tables import JobRow
@@ -43,41 +43,15 @@ if TYPE_CHECKING:
     from tunesmith.engines.hf.costs import Shapes
 
 
-class TrainingSummary(View):
+class TrainingSummary(TrainingFigures, View):
     """A finished training. training: its record's digest; adapter: path of its weights; weights: their digest.
 
-    epochs: done, a fraction where the last one was not. rehearsed: answers of the base that were drawn for it. tokens:
-    of the rows; tokens_computed: with padding; labels: tokens that the loss counts; parameters: trained numbers.
-    validation: step and loss of each validation, and the score where answers were scored. score: which metric, over how
-    many rows; null where no answers were scored. kept: the step whose weights were kept. decisions: what a
-    schedule decided while it ran; null where it was planned. overfitting: where the validation loss rose again.
     more_time: what twice the time would bring, by the slope of the validations; null where nothing was validated.
     """
 
     training: str
     adapter: str
     weights: str
-    examples_per_second: float
-    tokens_per_second: float
-    seconds: float
-    peak_memory_bytes: int
-    checkpoint_bytes: int
-    estimate: Estimate
-    final_loss: float
-    rows: int
-    rehearsed: int
-    epochs: float
-    steps: int
-    kept: int
-    tokens: int
-    tokens_computed: int
-    labels: int
-    parameters: int
-    validation: tuple[ValidationPoint, ...]
-    score: ValidationScore | None
-    decisions: Decisions | None
-    notices: tuple[str, ...]
-    overfitting: tuple[Overfit, ...]
     more_time: MoreTime | None
 
 
@@ -200,14 +174,8 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
     """The summary of a training. Raises Refused where its record is missing or damaged."""
     record = store.record(digest, kind="training")
     (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
-    body = TrainingBody.of(record)
-    return TrainingSummary.of(
-        body,
-        training=digest,
-        adapter=str(store.blob_path(weights)),
-        weights=weights,
-        more_time=more_time(body),
-    )
+    body, adapter = TrainingBody.of(record), str(store.blob_path(weights))
+    return TrainingSummary.of(body, training=digest, adapter=adapter, weights=weights, more_time=more_time(body))
 
 
 # Search for better training settings

@@ -5,7 +5,7 @@ A person sees the versions of their tenant and region, and those that are for al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -25,8 +25,7 @@ from tunesmith.evaluation.summary import VerdictSummary, verdict_summary
 from tunesmith.models.base import open_base
 from tunesmith.models.export.gguf import check_supported
 from tunesmith.pipeline.verdicts import changed_since, latest
-from tunesmith.records.base import StoredFile
-from tunesmith.records.version import Decision, Dtype, Equality, Form, Outcome, Tolerance
+from tunesmith.records.version import Decision, Dtype, ExportBody, Form
 from tunesmith.registry import registration, serving, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.export import export_version
@@ -385,25 +384,16 @@ def _fits(text: str) -> ColumnElement[bool]:
     return or_(VersionRow.name.contains(text, autoescape=True), VersionRow.digest.startswith(start, autoescape=True))
 
 
-class ExportedVersion(View):
+class ExportedVersion(ExportBody):
     """Exported weights and the comparison with those that were measured. export: the export record's digest.
 
-    files: name -> digest and bytes. equality: differences of log-probabilities; tolerance: the largest ones allowed.
-    summary: the comparison in one line. notes: what other programs do not do as they answer.
+    notes: what other programs do not do as they answer.
     """
 
     export: str
     folder: str
     version: str
-    form: Form
-    dtype: Dtype
-    files: Mapping[str, StoredFile]
-    equality: Equality
-    tolerance: Tolerance
-    outcome: Outcome
-    reason: str
     notes: tuple[str, ...] = ()
-    summary: Annotated[str, Field(exclude=True)]
 
 
 class ExportVersion(Request):
@@ -445,13 +435,12 @@ def export(acting: Acting, asked: ExportVersion) -> ExportedVersion:
         actor=acting.actor,
         progress=progress,
     )
-    return ExportedVersion.of(
-        done.body,
+    return ExportedVersion(
+        **dict(done.body),
         export=done.record,
         folder=str(done.folder),
         version=found.label,
         notes=_notes(candidate),
-        summary=done.body.line,
     )
 
 

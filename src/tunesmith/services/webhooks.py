@@ -12,13 +12,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import NotThere
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.services.actions import Acting, Named, Request, action
@@ -221,7 +222,7 @@ _ENDED: Mapping[tuple[bool, str], EventType] = {
 
 class _Said(NamedTuple):
     type: EventType
-    data: dict[str, Any]
+    data: JsonObject
 
 
 def event_of(session: Session, entry: AuditRow) -> Event | None:
@@ -234,7 +235,7 @@ def event_of(session: Session, entry: AuditRow) -> Event | None:
     return Event(identifier, said.type, event_body(identifier, said.type, datetime.fromisoformat(entry.at), said.data))
 
 
-def event_body(identifier: str, kind: str, at: datetime, data: Mapping[str, Any]) -> str:
+def event_body(identifier: str, kind: str, at: datetime, data: Fields) -> str:
     """An event in the form of OpenAI's, as JSON."""
     document = {"id": identifier, "object": "event", "created_at": int(at.timestamp()), "type": kind, "data": data}
     return json.dumps(document, separators=(",", ":"))
@@ -261,7 +262,7 @@ def _job_added(session: Session, entry: AuditRow) -> _Said | None:
     return _Said(kind, _about(job))
 
 
-def _about(job: JobRow) -> dict[str, Any]:
+def _about(job: JobRow) -> JsonObject:
     scope = {"project": job.project, "tenant": job.tenant, "region": job.region}
     return {"job": job.id, "kind": job.kind, **scope, "cause": job.arguments.get("cause")}
 
@@ -275,7 +276,7 @@ def _decided(session: Session, entry: AuditRow) -> _Said | None:
     return _Said(kind, _version(session, entry.subject))
 
 
-def _version(session: Session, digest: str) -> dict[str, Any]:
+def _version(session: Session, digest: str) -> JsonObject:
     row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         return {"version": None, "digest": digest}

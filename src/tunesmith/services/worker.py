@@ -25,6 +25,7 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.places import LocalPlace, Place
+from tunesmith.jobs.queue import JobError
 from tunesmith.jobs.slots import HeldSlot, divide, usable_cores
 from tunesmith.jobs.worker import ALSO_SECONDS, Worker, worker_name
 from tunesmith.project import JobSettings, Project, open_store
@@ -88,12 +89,12 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
     if verdict == "pass":
         return Outcome(result)
     failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
-    error = {
-        "code": f"verdict_{verdict}",
-        "what": f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
-        "where": f"verdict {summary.gate.digest}",
-        "fix": "read the report of the evaluation",
-    }
+    error = JobError(
+        code=f"verdict_{verdict}",
+        what=f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
+        where=f"verdict {summary.gate.digest}",
+        fix="read the report of the evaluation",
+    )
     return Outcome(result, error)
 
 
@@ -108,12 +109,12 @@ def _perform_run(project: Project, job: JobRow, progress: JobProgress) -> Outcom
     made, champion = done[0].registered, get_alias(project.store, project.settings.name, "champion")
     if made is None or champion is None or made.digest != champion.version:
         return outcome
-    error = {
-        "code": "nothing_new",
-        "what": f"rows and settings are those of {made.version}, so the run gave the same version",
-        "where": cause,
-        "fix": "add rows or change settings, then run again",
-    }
+    error = JobError(
+        code="nothing_new",
+        what=f"rows and settings are those of {made.version}, so the run gave the same version",
+        where=cause,
+        fix="add rows or change settings, then run again",
+    )
     return Outcome(outcome.result, error)
 
 

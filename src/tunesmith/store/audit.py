@@ -8,7 +8,7 @@ registry signs the newest head into every version and approval, `audit anchor` w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.store import database
 from tunesmith.store.tables import AuditHeadRow, AuditRow
 
@@ -51,7 +52,7 @@ class Pin(BaseModel):
     outside: bool = True
 
 
-def append(session: Session, *, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
+def append(session: Session, *, actor: str, action: str, subject: str, detail: Fields) -> None:
     """Add an entry inside the caller's transaction. Raises UsageError for detail that is not JSON."""
     previous = newest(session)
     entry = {

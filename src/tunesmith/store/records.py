@@ -22,23 +22,18 @@ class RecordKind(NamedTuple):
     """What a kind of record may hold.
 
     made_by: the module that makes it. parents: roles; `answers:NAME` stands for every role that begins with `answers:`.
-    blobs: file names. states: what the body says, of kinds without a model in `records/`.
+    blobs: file names.
     """
 
     made_by: str
     parents: tuple[str, ...]
     blobs: tuple[str, ...]
-    states: str = ""
 
 
 # Every kind of record. A record with another kind, role or file name is refused; `records/` has a model of
 # each body; the documentation is made from both.
 KINDS: Mapping[str, RecordKind] = {
-    "base": RecordKind(
-        "models/base.py",
-        (),
-        (),
-    ),
+    "base": RecordKind("models/base.py", (), ()),
     "dataset": RecordKind(
         "data/building/build.py",
         (),
@@ -47,43 +42,17 @@ KINDS: Mapping[str, RecordKind] = {
     "signoff": RecordKind("data/building/signoff.py", ("dataset",), ()),
     "quality": RecordKind("data/quality/flags.py", ("dataset",), ("flags.jsonl",)),
     "documents": RecordKind("data/documents.py", (), ("passages.jsonl",)),
-    "training": RecordKind(
-        "training/train.py",
-        ("base", "dataset", "documents"),
-        _WEIGHTS,
-    ),
-    "search": RecordKind(
-        "candidates/search.py",
-        ("base", "dataset", "documents"),
-        ("answers.jsonl",),
-    ),
-    "training_search": RecordKind(
-        "pipeline/training_search.py",
-        ("base", "dataset", "documents"),
-        ("trials.jsonl",),
-    ),
-    "candidate": RecordKind(
-        "candidates/candidate.py",
-        ("base", "dataset", "training", "documents", "search"),
-        (),
-        "prompt and where it comes from, shots, retrieval, output schema, max_tokens; a baseline's method; an "
-        "endpoint's URL and model",
-    ),
+    "training": RecordKind("training/train.py", ("base", "dataset", "documents"), _WEIGHTS),
+    "search": RecordKind("candidates/search.py", ("base", "dataset", "documents"), ("answers.jsonl",)),
+    "training_search": RecordKind("pipeline/training_search.py", ("base", "dataset", "documents"), ("trials.jsonl",)),
+    "candidate": RecordKind("candidates/candidate.py", ("base", "dataset", "training", "documents", "search"), ()),
     "answers": RecordKind(
         "candidates/asking.py",
         ("candidate", "dataset", "base", "training", "answers"),
         ("answers.jsonl", "items.jsonl"),
     ),
-    "curve": RecordKind(
-        "pipeline/forecast.py",
-        ("base", "dataset", "documents", "candidate:NAME"),
-        ("scores.jsonl",),
-    ),
-    "forecast": RecordKind(
-        "pipeline/forecast.py",
-        ("dataset", "answers:NAME", "subset:ROWS"),
-        (),
-    ),
+    "curve": RecordKind("pipeline/forecast.py", ("base", "dataset", "documents", "candidate:NAME"), ("scores.jsonl",)),
+    "forecast": RecordKind("pipeline/forecast.py", ("dataset", "answers:NAME", "subset:ROWS"), ()),
     "evaluation": RecordKind(
         "evaluation/evaluate.py",
         (
@@ -99,26 +68,10 @@ KINDS: Mapping[str, RecordKind] = {
         ),
         ("scores.jsonl", "measurements.jsonl", "labels.jsonl", "policy.jsonl", "style.jsonl"),
     ),
-    "verdict": RecordKind(
-        "evaluation/gates/verdict.py",
-        ("evaluation", "candidate"),
-        (),
-    ),
-    "version": RecordKind(
-        "registry/registration.py",
-        ("candidate", "evaluation", "verdict"),
-        (*_WEIGHTS, "NOTICE.md"),
-    ),
-    "export": RecordKind(
-        "registry/export.py",
-        ("version",),
-        (),
-    ),
-    "approval": RecordKind(
-        "registry/approvals.py",
-        ("version",),
-        ("envelope.json",),
-    ),
+    "verdict": RecordKind("evaluation/gates/verdict.py", ("evaluation", "candidate"), ()),
+    "version": RecordKind("registry/registration.py", ("candidate", "evaluation", "verdict"), (*_WEIGHTS, "NOTICE.md")),
+    "export": RecordKind("registry/export.py", ("version",), ()),
+    "approval": RecordKind("registry/approvals.py", ("version",), ("envelope.json",)),
 }
 
 

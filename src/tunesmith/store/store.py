@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
@@ -23,6 +22,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.system.files import copy_durably, room_for
 from tunesmith.core.system.scratch import remove_leftovers, scratch_folder
 from tunesmith.core.text.names import VersionRef
@@ -292,7 +292,7 @@ class Store:
     # Changes
 
     @contextlib.contextmanager
-    def change(self, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> Iterator[Session]:
+    def change(self, actor: str, action: str, subject: str, detail: Fields) -> Iterator[Session]:
         """One transaction that changes state and writes its audit entry: both happen or neither.
 
         actor: a user's name. action: `noun.verb`. subject: a digest or name. detail: JSON. Values put into detail

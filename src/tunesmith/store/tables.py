@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 
 # Raise it with each new file in migrations/versions.
@@ -17,7 +18,7 @@ OLDEST_REVISION = "0012"  # from which these files lead to the newest one
 class Table(DeclarativeBase):
     """The base class of all tables."""
 
-    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
+    type_annotation_map = {JsonObject: JSON, list[str]: JSON}  # noqa: RUF012
 
 
 class RecordRow(Table):
@@ -55,7 +56,7 @@ class AuditRow(Table):
     actor: Mapped[str] = mapped_column(String(128))
     action: Mapped[str] = mapped_column(String(64), index=True)
     subject: Mapped[str] = mapped_column(String(256), index=True)
-    detail: Mapped[dict[str, Any]] = mapped_column()
+    detail: Mapped[JsonObject] = mapped_column()
     previous: Mapped[str] = mapped_column(String(71))
     digest: Mapped[str] = mapped_column(String(71))
 
@@ -218,7 +219,7 @@ class RolloutRow(Table):
     status: Mapped[str] = mapped_column(String(16), index=True)
     step: Mapped[int] = mapped_column(Integer, default=0)
     weight: Mapped[int] = mapped_column(Integer, default=0)
-    state: Mapped[dict[str, Any]] = mapped_column()
+    state: Mapped[JsonObject] = mapped_column()
     revision: Mapped[int] = mapped_column(Integer, default=0)
     started_at: Mapped[str] = mapped_column(String(32))
 
@@ -248,8 +249,8 @@ class RequestRow(Table):
     completion_tokens: Mapped[int] = mapped_column(Integer, default=0)
     # scores: metric name -> number (json_valid at serving time, others once feedback arrives);
     # features: what drift monitoring compares (nearest, characters).
-    scores: Mapped[dict[str, Any]] = mapped_column()
-    features: Mapped[dict[str, Any]] = mapped_column()
+    scores: Mapped[JsonObject] = mapped_column()
+    features: Mapped[JsonObject] = mapped_column()
 
 
 class RecallRow(Table):
@@ -279,7 +280,7 @@ class JobRow(Table):
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     project: Mapped[str] = mapped_column(String(64))
     kind: Mapped[str] = mapped_column(String(32))
-    arguments: Mapped[dict[str, Any]] = mapped_column()
+    arguments: Mapped[JsonObject] = mapped_column()
     state: Mapped[JobState] = mapped_column(String(16))
     wanted: Mapped[str] = mapped_column(String(16), default="")
     priority: Mapped[int] = mapped_column(Integer, default=0)
@@ -293,9 +294,9 @@ class JobRow(Table):
     fence: Mapped[int] = mapped_column(Integer, default=0)
     worker: Mapped[str] = mapped_column(String(256), default="")
     until: Mapped[float | None] = mapped_column(Float, default=None)
-    progress: Mapped[dict[str, Any]] = mapped_column()
-    result: Mapped[dict[str, Any]] = mapped_column()
-    error: Mapped[dict[str, Any]] = mapped_column()
+    progress: Mapped[JsonObject] = mapped_column()
+    result: Mapped[JsonObject] = mapped_column()
+    error: Mapped[JsonObject] = mapped_column()
     created: Mapped[float] = mapped_column(Float)
     started: Mapped[float | None] = mapped_column(Float, default=None)
     ended: Mapped[float | None] = mapped_column(Float, default=None)
@@ -322,7 +323,7 @@ class JobCurveRow(Table):
     __tablename__ = "job_curves"
     job: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     training: Mapped[str] = mapped_column(String(256), primary_key=True)
-    curve: Mapped[dict[str, Any]] = mapped_column()
+    curve: Mapped[JsonObject] = mapped_column()
 
 
 class FileRow(Table):
@@ -394,7 +395,7 @@ class HeldRow(Table):
     reasons: Mapped[list[str]] = mapped_column()
     digest: Mapped[str] = mapped_column(String(71))
     given: Mapped[str] = mapped_column(String(71), default="")
-    texts: Mapped[dict[str, Any]] = mapped_column()
+    texts: Mapped[JsonObject] = mapped_column()
     at: Mapped[float] = mapped_column(Float)
     deadline: Mapped[float] = mapped_column(Float)
     until: Mapped[float] = mapped_column(Float, index=True)
@@ -423,8 +424,8 @@ class ReviewItemRow(Table):
     subject: Mapped[str] = mapped_column(String(128))
     dataset: Mapped[str] = mapped_column(String(71), default="")
     split: Mapped[str] = mapped_column(String(16), default="")
-    why: Mapped[dict[str, Any]] = mapped_column()
-    messages: Mapped[dict[str, Any]] = mapped_column()
+    why: Mapped[JsonObject] = mapped_column()
+    messages: Mapped[JsonObject] = mapped_column()
     wanted: Mapped[int] = mapped_column(Integer)
     state: Mapped[str] = mapped_column(String(16), index=True)
     revision: Mapped[int] = mapped_column(Integer, default=0)
@@ -442,7 +443,7 @@ class ReviewDecisionRow(Table):
     reviewer: Mapped[str] = mapped_column(String(128))
     decision: Mapped[str] = mapped_column(String(16))
     reason: Mapped[str] = mapped_column(Text)
-    messages: Mapped[dict[str, Any]] = mapped_column()
+    messages: Mapped[JsonObject] = mapped_column()
     settles: Mapped[bool] = mapped_column(Boolean)
     at: Mapped[str] = mapped_column(String(32))
 

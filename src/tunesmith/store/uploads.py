@@ -12,13 +12,13 @@ import secrets
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.store import database
 from tunesmith.store.blobs.local import LocalBlobs
@@ -63,7 +63,7 @@ def put(
     with source.open("rb") as stream:
         os.fsync(stream.fileno())
     key = _key(file, name)
-    detail: dict[str, Any] = {**found, **scope.fields(), "purpose": purpose}
+    detail: JsonObject = {**found, **scope.fields(), "purpose": purpose}
     with store.lock(key, "keeping an uploaded file"):  # its row tells of bytes that a killed process leaves
         try:
             store.blobs.put_file(key, source)
@@ -123,7 +123,7 @@ def list_files(
 def delete(store: Store, file: str, *, actor: str, scope: Scope) -> None:
     """Delete a file and its bytes. Killed in between, it can be deleted again. Raises FileGone, and Refused where the
     actor may not do this."""
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, _DELETED, file, detail) as session:
         require(session, actor, "file.change", scope=scope)
         row = _row(session, file, scope)

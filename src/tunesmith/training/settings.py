@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.core.settings import Duration, Settings, changed
 from tunesmith.engines.settings import WeightSettings
 
@@ -220,7 +221,7 @@ class TrainSettings(WeightSettings):
         return self
 
 
-def recorded_settings(stated: Mapping[str, Any]) -> TrainSettings:
+def recorded_settings(stated: Fields) -> TrainSettings:
     """The settings that a training's record states, without the number of epochs: beside a budget, earlier records have
     one that is refused now."""
     return TrainSettings.model_validate({key: stated[key] for key in stated.keys() - {"epochs"}})

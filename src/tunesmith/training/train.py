@@ -239,8 +239,8 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> Environment:
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        **({"ranks": ranks.size} if ranks.size > 1 else {}),
-        **({"copies": ranks.copies} if ranks.copies > 1 else {}),
+        "ranks": ranks.size,
+        "copies": ranks.copies,
         **model.environment(),
     }
     return Environment.model_validate(found)
@@ -254,7 +254,7 @@ def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks, rehearsal
         "rows": spec.rows.digest,
         "validation": spec.validation.digest,
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(model, ranks).model_dump(exclude_unset=True),
+        "environment": environment(model, ranks).model_dump(),
         **({"rehearsed answers": rehearsal.digest} if rehearsal.answers else {}),
     }
 

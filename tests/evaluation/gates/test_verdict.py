@@ -12,10 +12,11 @@ import pytest
 
 from tests.evaluation.conftest import STANDARD, evaluated, judged, outcome, verdict_of
 from tests.fabricate import PROMPT, Fabricated, add, fabricate, flawed, put_probe
-from tunesmith.candidates.candidate import Candidate, RemoteModel
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.gates.verdict import replay
+from tunesmith.records.candidate import RemoteModel
 from tunesmith.store.store import Store
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fabricate import example, put_base, put_dataset, put_training
-from tunesmith.candidates.candidate import Candidate, Retrieve
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
@@ -19,6 +19,7 @@ from tunesmith.evaluation.policy.requests import decode_policy_items, encode_pol
 from tunesmith.evaluation.policy.rules import BREAKS, KEEPS, hold
 from tunesmith.evaluation.policy.settings import PolicyCheck
 from tunesmith.project import parse_settings
+from tunesmith.records.candidate import Retrieve
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from tests.evaluation.conftest import evaluated, outcome
 from tests.evaluation.conftest import judged as judged_by
-from tests.fabricate import Fabricated, put_training
+from tests.fabricate import Fabricated, put_training, training_body
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
@@ -315,10 +315,11 @@ def test_what_a_suite_makes_of_log_probabilities(suite: str, scores: list[float]
 def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
     curve = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}, {"step": 30, "loss": 1.5}]
     training = {"validation": curve, "steps": 40, "epochs": 4.0, "kept": 30}
-    assert best_epoch(training) == BestEpoch(epoch=2.0, of=4.0, loss=1.0, last=1.5, kept=3.0)
-    assert best_epoch({**training, "validation": curve[1:]}) is not None
+    best = best_epoch(training_body(**training))
+    assert best == BestEpoch(epoch=2.0, of=4.0, loss=1.0, last=1.5, kept=3.0)
+    assert best_epoch(training_body(**{**training, "validation": curve[1:]})) is not None
     for change in ({"validation": curve[1:2]}, {"steps": 0}, {"validation": [*curve, {"step": 40, "loss": np.nan}]}):
-        assert best_epoch({**training, **change}) is None
+        assert best_epoch(training_body(**{**training, **change})) is None
 
 
 def shown(probe: str, arms: dict[str, tuple[Any, float]], **told: Any) -> Shown:

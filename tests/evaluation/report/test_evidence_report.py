@@ -13,7 +13,7 @@ from tests.evaluation.conftest import STANDARD, evaluated, verdict_of
 from tests.evaluation.probes.test_probes_evidence import item, kept
 from tests.evaluation.report.test_report import check_whole
 from tests.fabricate import Fabricated, add, answer_lines, fabricate, flawed, put_answers
-from tunesmith.candidates.candidate import Candidate, RemoteModel
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.text.wording import money
 from tunesmith.evaluation.evaluate import Costs
@@ -27,6 +27,7 @@ from tunesmith.evaluation.report.evidence import Advice, EvidenceReport, Reporte
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
+from tunesmith.records.candidate import RemoteModel
 from tunesmith.records.evaluation import AnswerPrice
 
 LIFT = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.0}}

@@ -37,6 +37,7 @@ from tunesmith.candidates.grammars.words import END, SPACE, has_run, is_copied, 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.answer_grammar import matches
+from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.engines.decoding.json_text import restricted
 from tunesmith.engines.protocol import Generation
@@ -83,9 +84,7 @@ class Constraint:
         """Whether the keys of an object may come in another order than the schema's."""
         return self._schema is not None and (self._grammars is not None or self._grammar is not None)
 
-    def hold(
-        self, request: Generation, own: Sequence[Message], requested: Mapping[str, Any] | None = None
-    ) -> Generation:
+    def hold(self, request: Generation, own: Sequence[Message], requested: Schema | None = None) -> Generation:
         """The request with its schema or grammar. own: its own turns, without prompt, shots and passages.
 
         requested: a schema of the request, which the answer must fit as well. Raises UsageError where the turns hold no
@@ -127,14 +126,14 @@ class Constraint:
 
         return str(LLMatcher.grammar_from_json_schema(restricted(json.loads(self._schema))))
 
-    def _implies(self, requested: Mapping[str, Any]) -> bool:
+    def _implies(self, requested: Schema) -> bool:
         """Whether every answer that the candidate's own rule allows fits the requested schema, as far as is plain."""
         if self._schema is None:
             return False
         own = json.loads(self._schema)
         return same_schema(own, requested) or (requested == ANY_OBJECT and only_objects(own, own))
 
-    def _narrowed(self, requested: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _narrowed(self, requested: Schema) -> Schema:
         """A schema for answers that the candidate's own rule allows and the requested schema too."""
         if self._schema is None and self._grammar is None:
             return requested
@@ -216,7 +215,7 @@ class CopyGrammars:
         return f"{rules}{_COPIED}RUN: %regex {json.dumps({'substring_chunks': chunks}, ensure_ascii=False)}\n"
 
 
-def copied_fields(schema: Mapping[str, Any], patterns: Sequence[str], where: str) -> tuple[str, ...]:
+def copied_fields(schema: Schema, patterns: Sequence[str], where: str) -> tuple[str, ...]:
     """The paths of the text fields that patterns such as `slots.*` or `items[].name` name, in the schema's order.
 
     `*` names any one key. Values that are no texts, or that the schema lists, need not be copied. Raises UsageError for
@@ -263,7 +262,7 @@ def _named(known: Mapping[str, _Value], patterns: Sequence[str], where: str) -> 
     return tuple(dict.fromkeys(_shown(path) for path in known if path in fields))
 
 
-def text_fields(schema: Mapping[str, Any]) -> list[str]:
+def text_fields(schema: Schema) -> list[str]:
     """The paths of the fields that can be copied."""
     return list(dict.fromkeys(_shown(path) for path, value in _known(schema).items() if not value.uncopied))
 
@@ -296,7 +295,7 @@ def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list
     return [_shown(path) for path, text in copied if not is_copied(text, given)]
 
 
-def paths_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
+def paths_to_copy(schema: Schema, rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
     """The paths of the text fields whose values are words of the request in nearly all rows that have them.
 
     rows: answers, each with its request. At least 98% of the values, and 20 of them, must be copied.
@@ -311,7 +310,7 @@ def paths_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[
     return [path for path in fields if found[path] >= _FEWEST and beyond[path] <= _BEYOND * found[path]]
 
 
-def patterns_of(schema: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+def patterns_of(schema: Schema, chosen: Sequence[str]) -> list[str]:
     """The patterns that name these text fields of a schema: `slots.*` where it names no others and leaves none open."""
     known = _known(schema)
 
@@ -364,7 +363,7 @@ class _Value:
 _ANY: Final = _Value("the schema allows any value there", text=True)
 
 
-def _known(schema: Mapping[str, Any]) -> dict[str, _Value]:
+def _known(schema: Schema) -> dict[str, _Value]:
     """Every value in a schema by its path."""
     known: dict[str, _Value] = {}
     for path, value in _fields(schema, schema, "", ()):
@@ -374,7 +373,7 @@ def _known(schema: Mapping[str, Any]) -> dict[str, _Value]:
     return known
 
 
-def _fields(root: Mapping[str, Any], schema: Any, path: str, followed: tuple[str, ...]) -> Iterator[tuple[str, _Value]]:
+def _fields(root: Schema, schema: Any, path: str, followed: tuple[str, ...]) -> Iterator[tuple[str, _Value]]:
     """Every value below an object or array, with its path."""
     if not isinstance(schema, dict):
         if path and schema is not False:
@@ -402,7 +401,7 @@ def _fields(root: Mapping[str, Any], schema: Any, path: str, followed: tuple[str
         yield path, _value(schema, kinds)
 
 
-def _value(schema: Mapping[str, Any], kinds: Sequence[str]) -> _Value:
+def _value(schema: Schema, kinds: Sequence[str]) -> _Value:
     """What a schema without $ref and anyOf says of its value."""
     if is_listed(schema):
         return _Value("the schema lists its values", text=False)

@@ -19,7 +19,8 @@ from llguidance import LLMatcher
 from tunesmith.candidates.grammars.copying import copied_fields, paths_to_copy, patterns_of, text_fields, texts_of
 from tunesmith.candidates.grammars.words import is_copied, pieces
 from tunesmith.core.messages import Message
-from tunesmith.core.reading.strict_json import NotJson, as_decoded, parse_json
+from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.reading.strict_json import Fields, JsonObject, NotJson, as_decoded, parse_json
 from tunesmith.data.duplicates import learned_parts
 from tunesmith.data.formats.key_order import in_request_order
 
@@ -53,8 +54,8 @@ _DEEPEST = 24
 
 
 def schema_and_copied(
-    values: Sequence[Mapping[str, Any]], rows: Sequence[tuple[str, Sequence[Message]]]
-) -> tuple[dict[str, Any], list[str]]:
+    values: Sequence[Fields], rows: Sequence[tuple[str, Sequence[Message]]]
+) -> tuple[JsonObject, list[str]]:
     """The answers' schema and the patterns of the fields to copy.
 
     A value that requests say is not closed, even where few were seen: the next request may say another. But where most
@@ -68,7 +69,7 @@ def schema_and_copied(
     return schema, patterns_of(schema, [path for path in paths_to_copy(schema, rows) if path in said])
 
 
-def infer_schema(values: Sequence[Mapping[str, Any]], said: Collection[str] = ()) -> dict[str, Any]:
+def infer_schema(values: Sequence[Fields], said: Collection[str] = ()) -> JsonObject:
     """A JSON Schema that all these answers satisfy.
 
     said: paths of values that requests say, and of objects whose keys they say. They are not closed.
@@ -76,7 +77,7 @@ def infer_schema(values: Sequence[Mapping[str, Any]], said: Collection[str] = ()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, "", 0, said)}
 
 
-def rare_keys(values: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> list[str]:
+def rare_keys(values: Sequence[Fields], schema: Schema) -> list[str]:
     """The paths of the keys that one answer alone has, where the schema forbids other keys.
 
     As many answers in as many others are likely to have a key that was not seen (Good and Turing's estimate).
@@ -85,7 +86,7 @@ def rare_keys(values: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) ->
     return [path for path, count in times.items() if count == 1]
 
 
-def _keys_of(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+def _keys_of(value: Any, schema: Schema, path: str) -> Iterator[str]:
     """The path of every key that the schema names."""
     if isinstance(value, dict):
         for key, each in value.items():
@@ -172,7 +173,7 @@ def _given(own: Sequence[Message]) -> list[str]:
     return pieces([*texts, *(digits for text in texts for digits in _DIGITS.findall(text))])
 
 
-def _closed_in_all(schema: Mapping[str, Any], path: str = "") -> Iterator[str]:
+def _closed_in_all(schema: Schema, path: str = "") -> Iterator[str]:
     """The paths of texts of which a schema lists a few values and that every answer has."""
     if len(schema.get("enum", ())) in range(1, _MOST_WORDS + 1):
         yield path
@@ -197,12 +198,12 @@ def _listed(paths: Collection[str], rows: Sequence[tuple[str, Sequence[Message]]
     }
 
 
-def _infer(values: Sequence[Any], path: str, level: int, said: Collection[str]) -> dict[str, Any]:
+def _infer(values: Sequence[Any], path: str, level: int, said: Collection[str]) -> JsonObject:
     """The schema of the values at a path."""
     kinds = _kinds(values)
     if kinds == ["null"]:
         return {"type": ["boolean", "null", "number", "string"]}  # which of them it may have is not known
-    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
+    found: JsonObject = {"type": kinds[0] if len(kinds) == 1 else kinds}
     if level >= _DEEPEST:
         return found
     objects = [value for value in values if isinstance(value, dict)]
@@ -230,7 +231,7 @@ def _infer(values: Sequence[Any], path: str, level: int, said: Collection[str]) 
     return found
 
 
-def _is_table(objects: Sequence[Mapping[str, Any]], keys: Sequence[str], said: bool) -> bool:
+def _is_table(objects: Sequence[Fields], keys: Sequence[str], said: bool) -> bool:
     """Whether the keys of objects are data and not names of fields. said: whether requests say them."""
     if said and _MOST_SAID_KEYS < len(keys) <= _MOST_KEYS:
         return 2 * max(Counter(key for value in objects for key in value).values()) < len(objects)
@@ -303,7 +304,7 @@ class AnswerFindings:
     labels. sentences: whether most answers hold a sentence of their own.
     """
 
-    schema: dict[str, Any] | None
+    schema: JsonObject | None
     constrained: bool
     rare: Sequence[str]
     copied: list[str]
@@ -328,7 +329,7 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     others = sum(bool(part[-1].tool_calls) or not _is_object(part[-1].text) for part in earlier) if json_objects else 0
     learned = [*conversations, *([] if others else earlier)]
     pairs = [(part[-1].text, part[:-1]) for part in learned]
-    schema: dict[str, Any] | None = None
+    schema: JsonObject | None = None
     copied: list[str] = []
     rare: list[str] = []
     if json_objects:
@@ -360,7 +361,7 @@ def examine_answers(conversations: Sequence[tuple[Message, ...]], *, json_object
     )
 
 
-def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+def json_objects(answers: Sequence[str]) -> tuple[list[JsonObject], int]:
     """The answers as JSON objects, and how many are broken JSON; ([], 0) unless all begin as an object does.
 
     Answers of which more are broken than sound are taken as text, too.
@@ -394,7 +395,7 @@ def _unfenced(answer: str) -> str:
 
 
 def _free_texts(
-    schema: Mapping[str, Any] | None, pairs: Sequence[tuple[str, Sequence[Message]]]
+    schema: Schema | None, pairs: Sequence[tuple[str, Sequence[Message]]]
 ) -> tuple[dict[str, str | None], bool]:
     """(paths of texts that most requests say -> what stands for others, whether most answers hold a new sentence)."""
     free = {""} if schema is None else set(text_fields(schema))
@@ -431,7 +432,7 @@ def _most_tokens(answer: str) -> int:
     return len(answer.encode(errors="replace")) - sum(map(answer.count, ascii_lowercase)) // 2
 
 
-def _constrainable(schema: Mapping[str, Any]) -> bool:
+def _constrainable(schema: Schema) -> bool:
     """Whether decoding can be held to a schema."""
     try:
         return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(dict(schema)))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.engines.decoding.json_text import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
 
 FIX: Final = "simplify the schema there, or leave the field out of copy"
@@ -37,18 +39,18 @@ NAME: /"(\\[\"\\bfnrt]|[^\"\\\x00-\x1F\x7F])*"/
 """
 
 
-def limits(schema: Mapping[str, Any], known: Collection[str]) -> list[str]:
+def limits(schema: Schema, known: Collection[str]) -> list[str]:
     """The keys of a schema that may limit its values, without the known ones: not its notes, and not x-... keys."""
     return sorted(key for key in schema.keys() - set(known) - _NOTES if not key.startswith("x-"))
 
 
-def types_of(schema: Mapping[str, Any]) -> list[str]:
+def types_of(schema: Schema) -> list[str]:
     """The JSON types that a schema names."""
     found = schema.get("type", [])
     return [found] if isinstance(found, str) else list(found)
 
 
-def resolved(root: Mapping[str, Any], reference: str, path: str) -> Any:
+def resolved(root: Schema, reference: str, path: str) -> Any:
     """The part of a schema that a $ref names. Raises UsageError where there is none, and for the name of an $anchor."""
     found: Any = root
     if reference[:2] not in ("#", "#/"):
@@ -66,7 +68,7 @@ def _unsupported(what: str, path: str) -> UsageError:
     return UsageError(f"{path or 'the answer'}: {what} is not supported", fix=FIX)
 
 
-def is_listed(schema: Mapping[str, Any]) -> bool:
+def is_listed(schema: Schema) -> bool:
     """Whether a schema lists its values."""
     return "enum" in schema or "const" in schema
 
@@ -76,7 +78,7 @@ def orders_keys(schema: Any) -> bool:
     return any(why is None for why in _orders(schema, ""))
 
 
-def order_kept_by(schema: Mapping[str, Any]) -> str | None:
+def order_kept_by(schema: Schema) -> str | None:
     """Why the rules let no key come out of the schema's order; None where some may, and where no object has two."""
     reasons = list(_orders(schema, "")) if _has_two_keys(schema) else []
     return None if None in reasons else next(iter(reasons), None)
@@ -121,9 +123,7 @@ class SchemaRules:
     bounds: those of all copied values, once they are written.
     """
 
-    def __init__(
-        self, root: Mapping[str, Any], fields: Sequence[str] = (), lengths: Collection[Bounds] | None = None
-    ) -> None:
+    def __init__(self, root: Schema, fields: Sequence[str] = (), lengths: Collection[Bounds] | None = None) -> None:
         self._root, self._fields, self._lengths = root, frozenset(fields), lengths
         self._names: dict[str, str] = {}  # a rule's body -> its name
         self.bounds: set[Bounds] = set()
@@ -153,12 +153,12 @@ class SchemaRules:
             return self._any([self._value(part, path) for part in schema["anyOf"]])
         return self._any([self._typed(schema, kind, path) for kind in self._kinds(schema, path)])
 
-    def _kinds(self, schema: Mapping[str, Any], path: str) -> list[str]:
+    def _kinds(self, schema: Schema, path: str) -> list[str]:
         if not (found := types_of(schema)):
             raise _unsupported("a schema without type", path)
         return found
 
-    def _typed(self, schema: Mapping[str, Any], kind: str, path: str) -> str | None:
+    def _typed(self, schema: Schema, kind: str, path: str) -> str | None:
         if kind == "object":
             self._only(schema, _HELD, path)
             return self._object(schema, path)
@@ -169,7 +169,7 @@ class SchemaRules:
             return self._copied(schema)
         return self._plain({**schema, "type": kind}, path)
 
-    def _copied(self, schema: Mapping[str, Any]) -> str | None:
+    def _copied(self, schema: Schema) -> str | None:
         """A terminal for the copied values of a schema."""
         least, longest = max(1, int(schema.get("minLength", 0))), schema.get("maxLength")
         most = None if longest is None else int(longest)
@@ -183,7 +183,7 @@ class SchemaRules:
         length = f"/{LETTER}{{{least},{'' if most is None else most}}}/"
         return self._names.setdefault(rf'"\"" (VALUE & {length}) "\""', f"COPIED_{len(self._names)}")
 
-    def _object(self, schema: Mapping[str, Any], path: str) -> str | None:
+    def _object(self, schema: Schema, path: str) -> str | None:
         properties, required = schema.get("properties", {}), schema.get("required", ())
         further, inside = schema.get("additionalProperties", True), f"{path}." if path else ""
         members: list[tuple[str, bool]] = []
@@ -234,7 +234,7 @@ class SchemaRules:
         spelled = [json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False) for key in listed]
         return self._names.setdefault(f"NAME & ~({' | '.join(spelled)})", f"NAME_{len(self._names)}")
 
-    def _array(self, schema: Mapping[str, Any], path: str) -> str | None:
+    def _array(self, schema: Schema, path: str) -> str | None:
         least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
         if most is not None and most < least:
             return None
@@ -249,7 +249,7 @@ class SchemaRules:
         """A schema with no copied field in it."""
         if schema is False:
             return None
-        own: dict[str, Any] = {} if schema is True else dict(schema)
+        own: JsonObject = {} if schema is True else dict(schema)
         if '"$ref"' in json.dumps(own):
             # Within the grammar "#" means this part, in the definitions too.
             own |= {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
@@ -266,6 +266,6 @@ class SchemaRules:
             return self._rule(" | ".join(possible))
         return possible[0] if possible else None
 
-    def _only(self, schema: Mapping[str, Any], known: Collection[str], path: str) -> None:
+    def _only(self, schema: Schema, known: Collection[str], path: str) -> None:
         if further := limits(schema, known):
             raise _unsupported(further[0], path)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import attrs
 import jsonschema
@@ -38,6 +38,7 @@ _HOLDS_DATA: Final = frozenset({"const", "enum", "default", "examples"})
 _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
 _NUMBERS: Final = (int, float)
 
+Schema: TypeAlias = Mapping[str, Any]  # a JSON Schema
 Keyword = Callable[[Any, Any, Any, Any], Iterator[jsonschema.ValidationError] | None]
 
 
@@ -93,7 +94,7 @@ def check_answer_schema(schema: Any, where: str) -> None:
         raise UsageError(f"the answer schema {what}", where=where, fix=fix) from error
 
 
-def satisfies(value: Any, schema: Mapping[str, Any]) -> bool:
+def satisfies(value: Any, schema: Schema) -> bool:
     """Whether a JSON value is valid under a checked schema.
 
     A value whose check takes more than 50,000 steps (keywords applied to values) counts as not valid. Raises
@@ -109,15 +110,15 @@ def satisfies(value: Any, schema: Mapping[str, Any]) -> bool:
         ) from error
 
 
-def _check(value: Any, schema: Mapping[str, Any]) -> bool:
+def _check(value: Any, schema: Schema) -> bool:
     _left.steps = _STEPS
     return next(_validator(schema).iter_errors(value), None) is None
 
 
-_validators: dict[int, tuple[Mapping[str, Any], Any]] = {}
+_validators: dict[int, tuple[Schema, Any]] = {}
 
 
-def _validator(schema: Mapping[str, Any]) -> Any:
+def _validator(schema: Schema) -> Any:
     """The schema's validator, kept for the schemas used last. The kept schema's id stays taken, so it names it."""
     kept = _validators.get(id(schema))
     if kept is None:
@@ -129,7 +130,7 @@ def _validator(schema: Mapping[str, Any]) -> Any:
     return kept[1]
 
 
-def _dialect(schema: Mapping[str, Any], where: str) -> Any:
+def _dialect(schema: Schema, where: str) -> Any:
     named = schema.get("$schema", jsonschema.Draft202012Validator.META_SCHEMA["$schema"])
     found = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
     if found is None:
@@ -143,7 +144,7 @@ def _dialect(schema: Mapping[str, Any], where: str) -> Any:
     return found
 
 
-def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parts(schema: Any, place: str) -> Iterator[tuple[str, Schema]]:
     """Every subschema with its place. const, enum, default and examples hold data, not schemas."""
     if isinstance(schema, list):
         for index, item in enumerate(schema):
@@ -158,7 +159,7 @@ def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from _parts(value, f"{place}.{key}")
 
 
-def _check_part(part: Mapping[str, Any], where: str, parts: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_part(part: Schema, where: str, parts: Mapping[str, Schema]) -> None:
     for key in _REFERENCES:
         target = part.get(key)
         if isinstance(target, str) and not target.startswith("#"):
@@ -180,7 +181,7 @@ def _check_part(part: Mapping[str, Any], where: str, parts: Mapping[str, Mapping
         check_pattern(pattern, where)
 
 
-def _check_references(schema: Mapping[str, Any], dialect: Any, parts: set[int]) -> None:
+def _check_references(schema: Schema, dialect: Any, parts: set[int]) -> None:
     """Raise Unresolvable for a reference to something that is not a part of the schema."""
     specification = referencing.jsonschema.specification_with(dialect.META_SCHEMA.get("$schema"))
     whole: Any = specification.create_resource(schema)

@@ -10,7 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+# JSON objects whose keys are not ours: of files, clients, servers and templates. Fields are read only.
+Fields: TypeAlias = Mapping[str, Any]
+JsonObject: TypeAlias = dict[str, Any]
 
 # More than any sensible value has, and far fewer than would exhaust the stack of the functions that walk a value.
 DEEPEST: Final = 64

@@ -6,13 +6,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.reading.answer_schema import check_answer_schema
+from tunesmith.core.reading.answer_schema import Schema, check_answer_schema
 from tunesmith.core.scope import Scope
 from tunesmith.data.building.account import HAS_CONTROL, Account
 from tunesmith.data.building.examine import RowRules, listed_values, refuse_control_tokens
@@ -54,7 +53,6 @@ from tunesmith.records.dataset import (
     PrivacyScan,
     ReadSource,
     RowCounts,
-    RowScope,
     Strata,
     TimeSplit,
     TokenLengths,
@@ -74,7 +72,7 @@ def build_dataset(
     *,
     count_tokens: CountTokens | None = None,
     max_tokens: int | None = None,
-    answer_schema: Mapping[str, Any] | None = None,
+    answer_schema: Schema | None = None,
     unscorable: Callable[[str], str | None] | None = None,
     control_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
@@ -156,7 +154,7 @@ def build_dataset(
             answer_schema=None if answer_schema is None else digest_of(answer_schema),
             review=_review(reviewed, account),
             reviewers=edited if reviewed.logged else {},
-            scope=None if scope == Scope() else RowScope(**scope.fields()),
+            scope=None if scope == Scope() else scope,
             held_groups=tuple(held),
             respelled=account.respelled or None,
             edits={row: tuple(sorted(contents)) for row, contents in sorted(account.edits.items())},

@@ -11,8 +11,8 @@ from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message, tools_of, with_tools
-from tunesmith.core.reading.answer_schema import satisfies
-from tunesmith.core.reading.strict_json import NotJson, as_decoded, parse_json
+from tunesmith.core.reading.answer_schema import Schema, satisfies
+from tunesmith.core.reading.strict_json import Fields, NotJson, as_decoded, parse_json
 from tunesmith.data.building.account import (
     EDITED,
     HAS_CONTROL,
@@ -78,7 +78,7 @@ class RowRules:
     settings: DataSettings
     count_tokens: CountTokens | None = None
     max_tokens: int | None = None
-    answer_schema: Mapping[str, Any] | None = None
+    answer_schema: Schema | None = None
     control_tokens: tuple[str, ...] = ()
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
     outside: Set[str] = frozenset()
@@ -102,7 +102,7 @@ class _Fitting:
 
     row: Row
     source: Source
-    fields: Mapping[str, Any]
+    fields: Fields
     licence: str
     original: tuple[Message, ...]
     fitting: tuple[Message, ...]
@@ -304,9 +304,7 @@ class Examiner:
         names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
         return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
 
-    def _labels(
-        self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message], template: str
-    ) -> dict[str, str]:
+    def _labels(self, fields: Fields, row: Row, messages: Sequence[Message], template: str) -> dict[str, str]:
         """The row's labels for groups, time, stratum and attributes. Raises UsageError where one is missing."""
         split = self.settings.split
         stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
@@ -327,7 +325,7 @@ class Examiner:
         return labels | {WORDING: template}
 
 
-def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
+def renamed(row: Row, names: Mapping[str, str]) -> Fields:
     """The row's fields after the source's renames. Raises UsageError where a new name exists already."""
     if not names:
         return row.fields
@@ -337,7 +335,7 @@ def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
     return fields
 
 
-def unread_keys(fields: Mapping[str, Any], source: Source, row_format: row_formats.RowFormat) -> set[str]:
+def unread_keys(fields: Fields, source: Source, row_format: row_formats.RowFormat) -> set[str]:
     """The keys of a row that neither its format nor the source's labels read. fields: after the source's renames."""
     labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
     return fields.keys() - (row_format.needs | row_format.also | labels)
@@ -354,7 +352,7 @@ def _licence_keys(source: Source) -> tuple[str, ...]:
     return ("licence", "license") if source.licence_key == "licence" else (source.licence_key,)
 
 
-def _licence(row: Row, fields: Mapping[str, Any], source: Source) -> str | None:
+def _licence(row: Row, fields: Fields, source: Source) -> str | None:
     """The row's own licence, else its source's. An empty one is none: CSV gives each row all columns."""
     stated = (_label(fields, key, row) for key in _licence_keys(source))
     own = {licence for licence in stated if licence is not None and licence.strip()}
@@ -363,7 +361,7 @@ def _licence(row: Row, fields: Mapping[str, Any], source: Source) -> str | None:
     return own.pop() if own else source.licence
 
 
-def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
+def _label(fields: Fields, key: str, row: Row) -> str | None:
     value = fields.get(key)
     if value is None:
         return None
@@ -380,7 +378,7 @@ def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
     return value
 
 
-def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
+def _attribute(fields: Fields, key: str, row: Row) -> str | None:
     """The value of a kept key as text; lists and objects as JSON."""
     value = fields.get(key)
     if isinstance(value, str):
@@ -388,7 +386,7 @@ def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
     return None if value is None else json.dumps(value, sort_keys=True, default=str)
 
 
-def _kind(fields: Mapping[str, Any], answer: str, key: str, row: Row) -> str | None:
+def _kind(fields: Fields, answer: str, key: str, row: Row) -> str | None:
     """The row's stratum: the value of its key, else of its JSON answer's key; for "answer" the whole answer."""
     if fields.get(key) is not None:
         return _attribute(fields, key, row)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_schema import Schema
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
@@ -56,7 +56,7 @@ def decode_outside(data: bytes) -> Outside:
         raise Refused(f"{OUTSIDE} does not hold requests: {error}", where=OUTSIDE) from error
 
 
-def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str, Any] | None = None) -> Outside:
+def read_outside(settings: DataSettings, root: Path, answer_schema: Schema | None = None) -> Outside:
     """The requests and wordings of the outside sets that the settings name.
 
     Which words of a request are values is decided by the row's answer, if it has one, the privacy scan and the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,6 +10,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.records.dataset import SignOffBody
 from tunesmith.store import database
@@ -35,7 +35,7 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     if not found.ok:
         first = found.problems[0]
         raise Refused(f"the dataset version does not verify: {first.reason}", where=first.path)
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(steward, ACTION, digest, detail) as session:
         identities.require(session, steward, ACTION)  # the role may have been revoked meanwhile
         if (recall := recalled(session, digest)) is not None:

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from tunesmith.core.view import Omitted, View
+from tunesmith.core.view import View
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence
-from tunesmith.records.dataset import (
-    AppliedReview,
-    Conflicts,
-    DatasetBody,
-    Duties,
-    Leakage,
-    NearClusters,
-    OutsideSet,
-    PrivacyScan,
-    ReadSource,
-    RowCounts,
-    Strata,
-    TimeSplit,
-    TokenLengths,
-)
+from tunesmith.records.dataset import DatasetAccount, DatasetBody, ReadSource
 from tunesmith.store.store import Store
 
 
@@ -31,33 +15,10 @@ class SourceSummary(ReadSource):
     evidence: str
 
 
-class DatasetSummary(View):
-    """A dataset version. privacy: entity -> values found; privacy_scan: the scan's measured recall.
-
-    groups: rows of a group are always in one split. duties: what the rows' licences demand. ignored_keys: keys of rows
-    that no format reads -> rows. respelled: rows, of those read, whose JSON answers were written as constrained
-    decoding writes them, None where there are none. time, strata: how the rows were split, if not by a hash of their
-    group. tokens: None where no length was checked.
-    """
+class DatasetSummary(DatasetAccount, View):
+    """A dataset version, with its sources and what people should look at."""
 
     dataset: str
-    rows: RowCounts
-    respelled: Omitted[int] = None
-    splits: Mapping[str, int]
-    groups: Mapping[str, int]
-    leakage: Leakage
-    decontaminated: tuple[OutsideSet, ...]
-    near_clusters: NearClusters
-    time: Omitted[TimeSplit] = None
-    strata: Omitted[Strata] = None
-    licences: Mapping[str, int]
-    duties: Duties
-    privacy: Mapping[str, int]
-    privacy_scan: PrivacyScan
-    ignored_keys: Mapping[str, int]
-    conflicts: Conflicts
-    tokens: TokenLengths | None
-    review: Omitted[AppliedReview] = None
     sources: tuple[SourceSummary, ...]
     warnings: tuple[str, ...]
 

@@ -6,10 +6,10 @@ accepts more than these rules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.strict_json import Fields
 from tunesmith.data.formats.tool_calls import given
 
 LEAST_EXAMPLES: Final = 10
@@ -30,7 +30,7 @@ _ALSO: Final = {
 }
 
 
-def require_openai(fields: Mapping[str, Any], where: str) -> None:
+def require_openai(fields: Fields, where: str) -> None:
     """Raise UsageError, with the place, for the first rule that a row breaks."""
     fields = given(fields)
     messages = fields.get("messages")
@@ -56,7 +56,7 @@ def require_openai(fields: Mapping[str, Any], where: str) -> None:
         raise UsageError("functions must not be empty", where=f"{where}, functions")
 
 
-def _require_message(message: Mapping[str, Any], where: str) -> None:
+def _require_message(message: Fields, where: str) -> None:
     message = given(message)
     role = message.get("role")
     if role not in _NEEDED:

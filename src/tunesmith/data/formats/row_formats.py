@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from tunesmith.core.errors import NextStep, UsageError
 from tunesmith.core.messages import ToolCall
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, parse_json
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.row_readers import Row
 from tunesmith.data.formats.tool_calls import given, made_id, read_call, read_calls, read_tools
@@ -36,7 +36,7 @@ class RowFormat:
     name: str
     needs: frozenset[str]
     also: frozenset[str]
-    read: Callable[[Mapping[str, Any], str, Counter[str]], list[Turn]]
+    read: Callable[[Fields, str, Counter[str]], list[Turn]]
     detected: bool = True
 
 
@@ -99,7 +99,7 @@ def format_of(name: str, row: Row) -> RowFormat:
     )
 
 
-def inferred_rename(fields: Mapping[str, Any]) -> dict[str, str]:
+def inferred_rename(fields: Fields) -> dict[str, str]:
     """The renames by which rows fit a format, where one reading alone is possible; {} for other rows."""
     if any(one.needs <= fields.keys() for one in FORMATS.values()) or _preference(fields) is not None:
         return {}
@@ -107,7 +107,7 @@ def inferred_rename(fields: Mapping[str, Any]) -> dict[str, str]:
     return dict(found[0]) if len(found) == 1 else {}
 
 
-def readings(fields: Mapping[str, Any]) -> list[dict[str, str]]:
+def readings(fields: Fields) -> list[dict[str, str]]:
     """The ways to read a row by names that rows often have, each as the renames that make it fit a format."""
     for key, value in fields.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -185,7 +185,7 @@ def read_turns(row: Row, row_format: RowFormat, ignored: Counter[str]) -> list[T
     return row_format.read(row.fields, row.where, ignored)
 
 
-def _preference(fields: Mapping[str, Any]) -> str | None:
+def _preference(fields: Fields) -> str | None:
     """The keys that make a row a preference row: OpenAI's, DPO's or KTO's; None for other rows."""
     for keys in (("preferred_output", "non_preferred_output"), ("chosen", "rejected")):
         if all(key in fields for key in keys):
@@ -194,7 +194,7 @@ def _preference(fields: Mapping[str, Any]) -> str | None:
     return "completion and a label of true or false" if judged else None
 
 
-def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
+def text_of(fields: Fields, key: str, where: str) -> str:
     """A text field. Raises UsageError for another type, NUL characters and broken surrogate pairs."""
     value = fields.get(key)
     if not isinstance(value, str):
@@ -206,7 +206,7 @@ def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
     return _sound(value, f"{where}, {key}")
 
 
-def _answer_of(fields: Mapping[str, Any], key: str, where: str) -> str:
+def _answer_of(fields: Fields, key: str, where: str) -> str:
     """The text of an answer. A number, true or false, an object and a list are written as JSON.
 
     Raises UsageError as text_of does, also for a list of turns.
@@ -234,7 +234,7 @@ def _sound(text: str, where: str) -> str:
 _TURN_KEYS: Final = {"role", "content", "tool_calls", "function_call", "tool_call_id", "weight"}
 
 
-def _messages(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> list[Turn]:
+def _messages(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
     """Turns of {"messages": [{"role", "content", "tool_calls", "tool_call_id", "weight"}], "tools"}."""
     turns: list[Turn] = []
     calls: list[ToolCall] = []
@@ -256,19 +256,19 @@ def _messages(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> l
     return _with_tools(turns, fields, where)
 
 
-def _openai(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> list[Turn]:
+def _openai(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
     require_openai(fields, where)
     return _messages(fields, where, ignored)
 
 
-def _weight(entry: Mapping[str, Any], place: str) -> Literal[0, 1]:
+def _weight(entry: Fields, place: str) -> Literal[0, 1]:
     weight = entry.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise UsageError(f"weight is {weight!r}", where=f"{place}.weight", fix="0 or 1")
     return 0 if weight == 0 else 1
 
 
-def _answered(entry: Mapping[str, Any], calls: Sequence[ToolCall], turns: Sequence[Turn], place: str) -> str:
+def _answered(entry: Fields, calls: Sequence[ToolCall], turns: Sequence[Turn], place: str) -> str:
     """The id of the call that a tool turn answers: as it states, else the first call without an answer."""
     told = entry.get("tool_call_id")
     if told is None:
@@ -279,7 +279,7 @@ def _answered(entry: Mapping[str, Any], calls: Sequence[ToolCall], turns: Sequen
     return _sound(told, f"{place}.tool_call_id")
 
 
-def _with_tools(turns: list[Turn], fields: Mapping[str, Any], where: str) -> list[Turn]:
+def _with_tools(turns: list[Turn], fields: Fields, where: str) -> list[Turn]:
     """The turns with the row's tools on the first one."""
     named = [key for key in ("tools", "functions") if fields.get(key)]
     if len(named) > 1:
@@ -311,7 +311,7 @@ def _content(content: Any, where: str) -> str:
     return _sound(content, where)
 
 
-def _sharegpt(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> list[Turn]:
+def _sharegpt(fields: Fields, where: str, ignored: Counter[str]) -> list[Turn]:
     """Turns of {"conversations": [{"from", "value"}], "system", "tools"}; _SHAREGPT_ROLES lists what `from` may say."""
     turns = _system(fields, where)
     calls: list[ToolCall] = []
@@ -342,24 +342,24 @@ def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
     return read_calls(value if isinstance(value, list) else [value], where, _sound, first)
 
 
-def _prompt_completion(fields: Mapping[str, Any], where: str, _ignored: Counter[str]) -> list[Turn]:
+def _prompt_completion(fields: Fields, where: str, _ignored: Counter[str]) -> list[Turn]:
     request, answer = text_of(fields, "prompt", where), _answer_of(fields, "completion", where)
     return [*_system(fields, where), Turn("user", request), Turn("assistant", answer)]
 
 
-def _alpaca(fields: Mapping[str, Any], where: str, _ignored: Counter[str]) -> list[Turn]:
+def _alpaca(fields: Fields, where: str, _ignored: Counter[str]) -> list[Turn]:
     """Turns of {"instruction", "input", "output"}; the input, if any, follows the instruction after a blank line."""
     material = text_of(fields, "input", where) if "input" in fields else ""
     request = "\n\n".join(part for part in (text_of(fields, "instruction", where), material) if part.strip())
     return [*_system(fields, where), Turn("user", request), Turn("assistant", _answer_of(fields, "output", where))]
 
 
-def _system(fields: Mapping[str, Any], where: str) -> list[Turn]:
+def _system(fields: Fields, where: str) -> list[Turn]:
     text = text_of(fields, "system", where) if "system" in fields else ""
     return [Turn("system", text)] if text.strip() else []
 
 
-def _entries(fields: Mapping[str, Any], key: str, where: str) -> list[tuple[str, Mapping[str, Any]]]:
+def _entries(fields: Fields, key: str, where: str) -> list[tuple[str, Fields]]:
     entries = fields[key]
     if not isinstance(entries, list):
         what = f"{key} is a {type(entries).__name__}, not a list of turns"
@@ -391,7 +391,7 @@ _SHAREGPT_ROLES: Final = {
 }
 
 
-def _role(name: Any, known: Mapping[str, Any], where: str) -> Any:
+def _role(name: Any, known: Fields, where: str) -> Any:
     if not isinstance(name, str) or name not in known:
         raise UsageError(f"there is no role {name!r}", where=where, fix=f"one of {', '.join(sorted(known))}")
     return known[name]

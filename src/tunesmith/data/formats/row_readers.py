@@ -10,13 +10,13 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO, Final
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, NotJson, parse_json
 
 # These limits keep a wrong or hostile file from filling the memory.
 LONGEST_ROW = 64 << 20
@@ -36,7 +36,7 @@ class Row:
 
     source: str
     number: int
-    fields: Mapping[str, Any]
+    fields: Fields
 
     @property
     def where(self) -> str:
@@ -57,7 +57,7 @@ class Part:
 
 
 WHOLE: Final = Part()
-NumberedRow = tuple[int, Mapping[str, Any]]
+NumberedRow = tuple[int, Fields]
 Reader = Callable[[BinaryIO, str, Part], Iterator[NumberedRow]]
 
 
@@ -224,10 +224,10 @@ def read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow
         raise UsageError(f"broken Arrow: {error}", where=f"{name}, after row {number}") from error
 
 
-def _rows_of(batch: Any, name: str, number: int) -> list[dict[str, Any]]:
+def _rows_of(batch: Any, name: str, number: int) -> list[JsonObject]:
     """A batch's rows as Python's values. Raises UsageError where Python has none. number: of the row before them."""
     try:
-        found: list[dict[str, Any]] = batch.to_pylist()
+        found: list[JsonObject] = batch.to_pylist()
     except (ValueError, OverflowError, LookupError) as error:
         raise UsageError(
             f"a value cannot be read: {error}",
@@ -270,7 +270,7 @@ def _parse(text: str, where: str) -> Any:
         raise UsageError(f"broken JSON: {error.what}", where=f"{where}{place}", fix=fix) from None
 
 
-def _as_fields(row: Any, where: str) -> Mapping[str, Any]:
+def _as_fields(row: Any, where: str) -> Fields:
     """The row without keys that are null, as Parquet gives it. Inside, only the formats know what null means."""
     if not isinstance(row, dict):
         raise UsageError(f"a row must be an object, not a {type(row).__name__}", where=where)

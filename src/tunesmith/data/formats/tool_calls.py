@@ -7,17 +7,17 @@ arguments as an object, or the whole list as text. ShareGPT has `function_call` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 
 Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for damaged characters
 
 
-def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
+def read_tools(value: Any, where: str) -> list[JsonObject]:
     """The tools of a row in OpenAI's form. value: a list or its JSON text; each entry is a function, or has one under
     `function`. Raises UsageError for anything else.
     """
@@ -29,12 +29,12 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
     return [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
 
 
-def given(entry: Mapping[str, Any]) -> dict[str, Any]:
+def given(entry: Fields) -> JsonObject:
     """The keys of a turn, a tool or a call that are not null: null stands for a key that is not there."""
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def _tool(entry: Any, where: str) -> dict[str, Any]:
+def _tool(entry: Any, where: str) -> JsonObject:
     if not isinstance(entry, dict):
         raise UsageError("a tool must be an object", where=where)
     entry = given(entry)
@@ -81,7 +81,7 @@ def made_id(number: int) -> str:
     return f"call{number:05d}"
 
 
-def _name(function: Mapping[str, Any], where: str) -> str:
+def _name(function: Fields, where: str) -> str:
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
         raise UsageError("the function has no name", where=f"{where}.name")

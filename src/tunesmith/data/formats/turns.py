@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from tunesmith.core.messages import Message, Role, ToolCall, with_tools
+from tunesmith.core.reading.strict_json import Fields
 
 # Why a row is removed, as the record says it.
 NO_ANSWER: Final = "no assistant turn at the end"
@@ -30,7 +31,7 @@ class Turn:
     calls: tuple[ToolCall, ...] = ()
     answers: str | None = None
     weight: Literal[0, 1] = 1
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Fields, ...] = ()
 
 
 def objection(turns: Sequence[Turn]) -> str | None:

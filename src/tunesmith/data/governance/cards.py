@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
 
 from tunesmith.core.digests import short
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.records.dataset import SignOffBody
 
@@ -20,7 +20,7 @@ _FIELDS = {
 }
 
 
-def croissant(dataset: Dataset, name: str) -> dict[str, Any]:
+def croissant(dataset: Dataset, name: str) -> JsonObject:
     """The Croissant 1.0 description (JSON-LD): the splits' files with their SHA-256, and the fields of a row."""
     body = dataset.body
     splits = [split for split in SPLITS if dataset.splits[split]]
@@ -39,7 +39,7 @@ def croissant(dataset: Dataset, name: str) -> dict[str, Any]:
     }
 
 
-def _file(dataset: Dataset, split: str) -> dict[str, Any]:
+def _file(dataset: Dataset, split: str) -> JsonObject:
     return {
         "@type": "cr:FileObject",
         "@id": f"{split}.jsonl",
@@ -50,7 +50,7 @@ def _file(dataset: Dataset, split: str) -> dict[str, Any]:
     }
 
 
-def _rows(split: str) -> dict[str, Any]:
+def _rows(split: str) -> JsonObject:
     return {
         "@type": "cr:RecordSet",
         "@id": split,
@@ -71,7 +71,7 @@ def _rows(split: str) -> dict[str, Any]:
     }
 
 
-def _taken(field: str) -> dict[str, Any]:
+def _taken(field: str) -> JsonObject:
     """A transform that takes the text of each turn from a list of turns."""
     return {"transform": {"jsonPath": "$.content"}} if field == "messages" else {}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -17,6 +16,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import NextStep, Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.data.review.decisions import Choice
 from tunesmith.store import database
 from tunesmith.store.people.identities import require
@@ -51,7 +51,7 @@ class Decision:
 
 def add_items(store: Store, items: Iterable[NewItem], *, wanted: int, actor: str) -> int:
     """Add items that are not in the queue, whatever was decided on those that are; returns how many were added."""
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, "review.fill", "review", detail) as session:
         require(session, actor, ACTION)
         there = {
@@ -130,7 +130,7 @@ def decide(store: Store, number: int, decision: Decision, *, revision: int, acto
     """
     if decision.choice == "reject" and not decision.reason.strip():
         raise UsageError("a rejection needs a reason", fix="say why the row must not be learned")
-    detail: dict[str, Any] = {"item": number, "decision": decision.choice}
+    detail: JsonObject = {"item": number, "decision": decision.choice}
     row = _subject(store, number)
     with store.change(actor, "review.decide", f"{row.kind} {row.subject}", detail) as session:
         user = require(session, actor, ACTION)
@@ -192,12 +192,12 @@ def _forget(session: Session, those: ColumnElement[bool]) -> None:
     session.execute(delete(ReviewItemRow).where(those))
 
 
-def messages_of(coded: Mapping[str, Any]) -> tuple[Message, ...]:
+def messages_of(coded: Fields) -> tuple[Message, ...]:
     """The turns that a column holds."""
     return tuple(Message.model_validate(turn) for turn in coded.get("turns", ()))
 
 
-def _coded(messages: Sequence[Message]) -> dict[str, Any]:
+def _coded(messages: Sequence[Message]) -> JsonObject:
     return {"turns": [turn.model_dump(mode="json") for turn in messages]} if messages else {}
 
 

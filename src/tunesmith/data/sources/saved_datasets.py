@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.reading.text_files import read_text_file
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -56,7 +56,7 @@ def _plain(entry: Any, folder: Path, where: str) -> str:
     return name
 
 
-def _read(path: Path, where: str) -> dict[str, Any]:
+def _read(path: Path, where: str) -> JsonObject:
     try:
         value = parse_json(read_text_file(path, "the file"))
     except ValueError as error:

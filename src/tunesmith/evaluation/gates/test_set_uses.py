@@ -28,6 +28,7 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, NextStep, Refused
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.records.evaluation import EvaluationBody
+from tunesmith.records.training import TrainingBody
 from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
@@ -129,4 +130,4 @@ def _control(store: Store, candidate: str) -> bool:
     training = store.record(candidate, kind="candidate").parents.get("training")
     if training is None:
         return False
-    return bool(store.record(training, kind="training").body.get("settings", {}).get("permute_answers"))
+    return TrainingBody.read(store, training).settings.permute_answers

@@ -15,6 +15,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.settings import Privacy
+from tunesmith.records.training import TrainingBody
 from tunesmith.store.store import Store
 from tunesmith.training.batches.canaries import Canary, canaries
 from tunesmith.training.batches.rows import training_rows
@@ -76,7 +77,7 @@ def probe_context(
         return compose(candidate, request, composer.retrieved_without_group(changed, ANYONE))
 
     if candidate.training is not None:
-        stated = store.record(candidate.training, kind="training").body["settings"]
+        stated = TrainingBody.read(store, candidate.training).settings.model_dump()
         settings = recorded_settings(stated)
         trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
         planted = canaries(trained, settings.canaries) if settings.canaries else ()

@@ -17,6 +17,7 @@ from tunesmith.evaluation.probes.items import ITEMS, Item, arm_results, by_arm, 
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.records.answers import AnswersBody
 from tunesmith.records.evaluation import BestEpoch, RiskResults
+from tunesmith.records.training import TrainingBody, TrainingFigures
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -42,7 +43,7 @@ def measure(
         return [], RiskResults(unusable=f"{error.what} ({error.where})" if error.where else error.what)
     found = RiskResults(arms=arm_results(by_arm(rows)), left_out=AnswersBody.read(store, risk.after).left_out)
     if suite_of(suite).own and candidate.training is not None:
-        stop = best_epoch(store.record(candidate.training, kind="training").body)
+        stop = best_epoch(TrainingBody.read(store, candidate.training))
         found = found.model_copy(update={"stop": stop})
     lines = [{"suite": suite, "candidate": candidate.name, **row} for row in rows]
     return lines, found
@@ -53,19 +54,18 @@ def left_out(count: int | None) -> str:
     return f"; {count:,} answers that are calls of functions were left out" if count else ""
 
 
-def best_epoch(training: Mapping[str, Any]) -> BestEpoch | None:
+def best_epoch(training: TrainingFigures) -> BestEpoch | None:
     """The epoch with the lowest validation loss; None for under two losses."""
-    curve = training.get("validation", [])
-    steps, epochs = training.get("steps"), training.get("epochs")
-    if not steps or not epochs or len(curve) < 2 or not all(math.isfinite(point["loss"]) for point in curve):
+    curve, steps, epochs = training.validation, training.steps, training.epochs
+    if not steps or len(curve) < 2 or not all(math.isfinite(point.loss) for point in curve):
         return None
-    best = min(curve, key=lambda point: point["loss"])
+    best = min(curve, key=lambda point: point.loss)
     return BestEpoch(
-        epoch=round(best["step"] / steps * epochs, 2),
+        epoch=round(best.step / steps * epochs, 2),
         of=round(epochs, 2),
-        loss=best["loss"],
-        last=curve[-1]["loss"],
-        kept=round(training["kept"] / steps * epochs, 2) if "kept" in training else None,
+        loss=best.loss,
+        last=curve[-1].loss,
+        kept=round(training.kept / steps * epochs, 2),
     )
 
 

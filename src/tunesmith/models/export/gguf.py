@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.models.base import Base
 from tunesmith.models.export.merging import DTYPES, merged_shards
 from tunesmith.models.weight_files import ROTARY_TABLE
@@ -43,7 +44,7 @@ def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str)
     """
     import gguf
 
-    config: dict[str, Any] = json.loads((base.folder / "config.json").read_bytes())
+    config: JsonObject = json.loads((base.folder / "config.json").read_bytes())
     architecture = check_supported(base.folder)
     writer = gguf.GGUFWriter(target / FILE, architecture)
     try:
@@ -89,7 +90,7 @@ def check_supported(base: Path) -> str:
     return _ARCHITECTURES[family]
 
 
-def _add_sizes(writer: Any, config: Mapping[str, Any]) -> None:
+def _add_sizes(writer: Any, config: Fields) -> None:
     heads = int(config["num_attention_heads"])
     head = int(config.get("head_dim") or config["hidden_size"] // heads)
     theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
@@ -143,7 +144,7 @@ def _cut(base: Path) -> str:
     return name
 
 
-def _step(step: Mapping[str, Any]) -> str:
+def _step(step: Fields) -> str:
     match step.get("type"):
         case "ByteLevel":
             return "ByteLevel" if step.get("use_regex", True) else "bytes"
@@ -155,7 +156,7 @@ def _step(step: Mapping[str, Any]) -> str:
             return f"unknown {other}"
 
 
-def _tensors(base: Base, adapter: Path, config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(base: Base, adapter: Path, config: Fields, architecture: str) -> Iterator[tuple[str, Tensor]]:
     """GGUF names and tensors. The head of a tied model and the rotary tables of old checkpoints are left out."""
     import gguf
 

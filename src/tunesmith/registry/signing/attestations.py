@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import NextStep, Refused, TunesmithError, UsageError
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import Fields, JsonObject, parse_json
 from tunesmith.records.version import ApprovalBody
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import PAYLOAD_TYPE, STATEMENT, Untrusted, check_in_time
@@ -28,7 +28,7 @@ _APPROVAL = "urn:tunesmith:approval:v1"
 _KEY_CHANGE = "urn:tunesmith:key-change:v1"
 
 
-def statement_of(version: Version, approval: ApprovalBody) -> dict[str, Any]:
+def statement_of(version: Version, approval: ApprovalBody) -> JsonObject:
     """The in-toto statement: this approval or refusal is of exactly this digest."""
     return _stated(version.label, version.digest, approval)
 
@@ -46,7 +46,7 @@ def read_statement(statement: Any) -> tuple[str, str, ApprovalBody]:
     return label, digest, approval
 
 
-def _stated(label: str, digest: str, approval: ApprovalBody) -> dict[str, Any]:
+def _stated(label: str, digest: str, approval: ApprovalBody) -> JsonObject:
     return {
         "_type": STATEMENT,
         "subject": [{"name": label, "digest": {"sha256": digest.removeprefix("sha256:")}}],
@@ -55,7 +55,7 @@ def _stated(label: str, digest: str, approval: ApprovalBody) -> dict[str, Any]:
     }
 
 
-def key_statement(user: str, action: str, label: str, fingerprint: str) -> dict[str, Any]:
+def key_statement(user: str, action: str, label: str, fingerprint: str) -> JsonObject:
     """The in-toto statement by which a user changes a key of theirs. action: user.key or user.key.retire."""
     return {
         "_type": STATEMENT,
@@ -73,14 +73,14 @@ def public_pem(key: object) -> str:
     return encoded.decode("ascii")
 
 
-def signed_bytes(statement: Mapping[str, Any]) -> bytes:
+def signed_bytes(statement: Fields) -> bytes:
     """The bytes that a signature over a statement covers: DSSE's pre-authentication encoding."""
     from securesystemslib.dsse import Envelope
 
     return bytes(Envelope(canonical(statement), PAYLOAD_TYPE, {}).pae())
 
 
-def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:
+def seal(statement: Fields, key: ec.EllipticCurvePrivateKey) -> bytes:
     """A DSSE envelope around a statement, canonical JSON. The keyid is the fingerprint of the key's public half."""
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # it has no __all__
@@ -91,7 +91,7 @@ def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes
     return canonical(envelope.to_dict())
 
 
-def envelope_of(statement: Mapping[str, Any], fingerprint: str, signature: bytes) -> bytes:
+def envelope_of(statement: Fields, fingerprint: str, signature: bytes) -> bytes:
     """A DSSE envelope around a statement that was signed elsewhere, canonical JSON. Checks nothing.
 
     signature: DER, or r and s of 32 bytes each as WebCrypto gives them.

@@ -21,6 +21,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.records.base import BaseBody
+from tunesmith.records.candidate import CandidateBody
 from tunesmith.records.evaluation import EvaluationBody
 from tunesmith.records.training import TrainingBody
 from tunesmith.records.verdict import VerdictBody
@@ -195,7 +196,7 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
     if any(verdict.parents.get(role) != parents[role] for role in ("candidate", "evaluation")):
         raise Refused("the verdict is about another candidate or evaluation", where=where)
     judged = VerdictBody.of(verdict)
-    if "endpoint" in candidate.body:
+    if CandidateBody.of(candidate).endpoint is not None:
         raise Refused(
             f"{judged.name} is an endpoint: without its weights it cannot be signed or served",
             where=where,

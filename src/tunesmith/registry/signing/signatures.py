@@ -17,11 +17,10 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tunesmith.core.digests import canonical, digest_file
 from tunesmith.core.errors import NextStep, Refused, TunesmithError
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.core.system.files import room_for, sync_folder, write_atomic
 from tunesmith.core.system.scratch import scratch_folder
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
@@ -169,7 +168,7 @@ def _raise_passing(path: Path, error: OSError) -> None:
         raise TunesmithError(f"cannot be opened now: {error.strerror}", where=str(path), fix="try again") from error
 
 
-def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_bundle(path: Path) -> tuple[str, JsonObject]:
     """The key's hint (64 hex digits) and the signed statement of a bundle, which must have the form that we write."""
     raw = path.read_bytes()
     try:
@@ -199,7 +198,7 @@ def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
     return hint, statement
 
 
-def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
+def _check_statement(folder: Path, statement: JsonObject) -> None:
     """Compare the signed statement with the folder's files. Raises Refused with the file that differs."""
     actual = {
         path.name: digest_file(path).removeprefix("sha256:") for path in folder.iterdir() if path.name != SIGNATURE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -16,6 +15,8 @@ from tunesmith.candidates.grammars.call_grammars import call_grammar
 from tunesmith.candidates.grammars.request_schemas import ANY_OBJECT, check_schema
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, with_tools
+from tunesmith.core.reading.answer_schema import Schema
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.models.call_format import CallFormat
 from tunesmith.server import limits
 from tunesmith.server.answering.tools import Call, Function, NamedChoice, Tool
@@ -37,7 +38,7 @@ class Only:
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
 
-    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> JsonObject:
         return {"enum": [None, *self.values]}
 
     def _check(self, value: Any) -> None:
@@ -117,7 +118,7 @@ class JsonSchema(BaseModel):
 
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     description: Annotated[str | None, Field(max_length=limits.DESCRIPTION)] = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
     strict: StrictBool | None = None
 
     @model_validator(mode="after")
@@ -192,8 +193,8 @@ class ChatRequest(BaseModel):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
+    prompt_cache_options: JsonObject | None = None
+    prediction: JsonObject | None = None
 
     @field_validator("messages")
     @classmethod
@@ -317,7 +318,7 @@ class ChatRequest(BaseModel):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def answer_schema(self) -> Mapping[str, Any] | None:
+    def answer_schema(self) -> Schema | None:
         """The JSON Schema that the answer must fit; None for text."""
         asked = self.response_format
         if asked is None or asked.type == "text":

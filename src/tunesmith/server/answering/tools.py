@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from tunesmith.candidates.grammars.request_schemas import check_schema
 from tunesmith.core.messages import ToolCall
-from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.strict_json import JsonObject, parse_json
 from tunesmith.engines.protocol import Completion
 from tunesmith.models.call_format import CallFormat
 from tunesmith.server import limits
@@ -28,7 +28,7 @@ class Function(BaseModel):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: StrictBool | None = None
     _order: tuple[str, ...] = PrivateAttr(())
 
@@ -45,7 +45,7 @@ class Function(BaseModel):
                 raise PydanticCustomError(INVALID_SCHEMA, "{said}", {"said": said}) from None
         return function
 
-    def declared(self) -> dict[str, Any]:
+    def declared(self) -> JsonObject:
         """The function as it was given, with its keys in that order, since the model sees it."""
         return {key: value for key in self._order if (value := getattr(self, key)) is not None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError
 
 from tunesmith.core.errors import Forbidden, Inconclusive, NotThere, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.project import Project
 from tunesmith.server.access import caller, token_of
 from tunesmith.server.errors import ApiError, bad_request, forbidden, missing, not_stored, sentence
@@ -80,12 +81,12 @@ def router(code: str = "refused") -> APIRouter:
     return APIRouter(prefix="/api", route_class=Route)
 
 
-def shows(model: type[BaseModel]) -> dict[str, Any]:
+def shows(model: type[BaseModel]) -> JsonObject:
     """How a route that only reads describes itself."""
     return {"response_model": model, "responses": errors(*READ), "openapi_extra": BEARER}
 
 
-def changes(model: type[BaseModel], given: type[BaseModel] | None = None) -> dict[str, Any]:
+def changes(model: type[BaseModel], given: type[BaseModel] | None = None) -> JsonObject:
     """How a route that changes something describes itself. given: its body."""
     extra = BEARER if given is None else body(given)
     return {"response_model": model, "responses": errors(*CHANGE), "openapi_extra": extra}
@@ -131,7 +132,7 @@ class Call:
         """What a call returns, on the threads that users share: those for lists, unless others are given."""
         return await (threads or self.serving.listing).run(self.user.name, act)
 
-    async def read(self, model: type[Body], in_path: Mapping[str, Any] | None = None) -> Body:
+    async def read(self, model: type[Body], in_path: Fields | None = None) -> Body:
         """The request's body. in_path: fields of the model that the path holds."""
         with self.serving.arrives(self.user) as count:
             return await read_body(self.request, model, self.serving.settings, count, in_path=in_path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.server.access import needs, token_of
 from tunesmith.server.api.routing import (
     READ,
@@ -29,7 +30,7 @@ routes = router()
 _AT = "/versions/{name}/{number}"
 # The report brings its own style and no script; a browser shows it as a page of nobody.
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; sandbox"
-_WRITTEN: dict[str, Any] = {
+_WRITTEN: JsonObject = {
     "response_class": Response,
     "responses": {
         **errors(*READ),

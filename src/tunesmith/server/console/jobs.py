@@ -12,7 +12,7 @@ from fastapi import Path, Query, Response
 
 from tunesmith.core.errors import Forbidden
 from tunesmith.server.api.routing import Page
-from tunesmith.server.console.parts.charts import Line, chart
+from tunesmith.server.console.parts.charts import Chart, Line, chart
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.routing import router
 from tunesmith.services import jobs, training, worker
@@ -100,7 +100,7 @@ def _shown(setting: Setting) -> str:
     return f"{setting.value:g}s" if setting.key == "budget" else str(setting.value)
 
 
-def charts(curves: JobCurves) -> list[dict[str, Any]]:
+def charts(curves: JobCurves) -> list[Chart]:
     """A chart of the losses and, where answers were scored, one of the scores, for each training."""
     found = []
     for each in curves.trainings:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, Request, Response
 
 from tunesmith.server.console.changes import changes_of
 from tunesmith.server.console.evidence import lost
-from tunesmith.server.console.parts.charts import BAD, CANARY, GOOD, STABLE, Line, chart
+from tunesmith.server.console.parts.charts import BAD, CANARY, GOOD, STABLE, Chart, Line, chart
 from tunesmith.server.console.parts.shared import Shared
 from tunesmith.server.console.people.session import Looking, Viewer
 from tunesmith.server.console.rendering import private, rendered
@@ -69,7 +68,7 @@ async def course(request: Request, viewer: Looking, number: int) -> Response:
     return private(await shared.get((number, seen), made))
 
 
-def traffic_charts(found: Traffic) -> list[dict[str, Any]]:
+def traffic_charts(found: Traffic) -> list[Chart]:
     """Requests, failures and scores of both arms over time; [] without requests."""
     if not found.spans:
         return []
@@ -92,7 +91,7 @@ def traffic_charts(found: Traffic) -> list[dict[str, Any]]:
     return [*shown, chart(f"Mean {found.metric}", score, x="time", y=found.metric, scale="share")] if scored else shown
 
 
-def evidence_charts(found: Evidence) -> list[dict[str, Any]]:
+def evidence_charts(found: Evidence) -> list[Chart]:
     """The e-values against the one that decides, and both means, as the step's requests came; [] without requests."""
     points = found.points
     if not points:

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.view import View
 from tunesmith.server import limits
 from tunesmith.server.access import caller, needs
@@ -72,7 +73,7 @@ class FileDeleted(View):
     deleted: Literal[True]
 
 
-_FORM: dict[str, Any] = form(
+_FORM: JsonObject = form(
     {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
     ("file", "purpose"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from tunesmith.core.errors import Forbidden, Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import Fields, JsonObject
 from tunesmith.core.view import View
 from tunesmith.server import limits
 from tunesmith.server.access import caller, needs
@@ -202,7 +203,7 @@ async def job(request: Request, job: str) -> Response:
     return _answer(await _found(user, serving, job), serving)
 
 
-_CHANGE: dict[str, Any] = {
+_CHANGE: JsonObject = {
     "response_model": FineTuningJob,
     "responses": errors(400, 401, 403, 404, 429, 503, 507),
     "openapi_extra": BEARER,
@@ -337,7 +338,7 @@ def _status(job: JobRow) -> Status:
     return job.state
 
 
-def _error(error: Mapping[str, Any]) -> JobError:
+def _error(error: Fields) -> JobError:
     said = [str(error[name]) for name in ("what", "where", "fix") if error.get(name)]
     message = "\n".join(for_client(each) for each in said if not each.startswith("/"))
     return JobError(code=str(error.get("code")), message=message, param=error.get("param"))

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.system.files import sync_folder
 from tunesmith.store.audit import Head
 
@@ -176,7 +177,7 @@ class BucketPlace:
     def read(self) -> Found:
         """The anchors of all versions of all objects in the folder."""
         found = Found()
-        versions, deleted = list[dict[str, Any]](), set[str]()
+        versions, deleted = list[JsonObject](), set[str]()
         for page in self._pages():
             versions += page.get("Versions") or []
             deleted |= {marker["Key"] for marker in page.get("DeleteMarkers") or []}
@@ -209,7 +210,7 @@ class BucketPlace:
         )
         return keep_until
 
-    def _pages(self) -> Iterator[dict[str, Any]]:
+    def _pages(self) -> Iterator[JsonObject]:
         markers: dict[str, str] = {}
         while True:
             page = self._call("list_object_versions", Prefix=self._prefix, **markers)
@@ -222,8 +223,8 @@ class BucketPlace:
         until = self._call("head_object", Key=key, VersionId=version).get("ObjectLockRetainUntilDate")
         return isinstance(until, datetime) and until > datetime.now(UTC)
 
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self._try(lambda fs: fs.call_s3(method, Bucket=self._bucket, **arguments))
+    def _call(self, method: str, **arguments: Any) -> JsonObject:
+        found: JsonObject = self._try(lambda fs: fs.call_s3(method, Bucket=self._bucket, **arguments))
         return found
 
     def _try(self, call: Callable[[Any], Any]) -> Any:

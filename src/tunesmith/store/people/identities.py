@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Forbidden, NextStep, NotThere, Refused, UsageError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name, check_new_name
 from tunesmith.store import audit, database
@@ -131,7 +132,7 @@ def ensure_owner(store: Store) -> User:
     if name is not None:
         return get_user(store, name)
     name = _own_name()
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with contextlib.suppress(_AlreadyThere), store.change(name, "user.add", name, detail) as session:
         if first_user(session) is not None:  # another process added one
             raise _AlreadyThere
@@ -339,7 +340,7 @@ def changing(
     What the list of trusted keys loses is taken from it before the commit, and what it gains is added afterwards: a
     command that is killed leaves a list that trusts less than the database, never more.
     """
-    detail: dict[str, Any] = {}
+    detail: JsonObject = {}
     with store.change(actor, action, name, detail) as session:
         if own and actor == name:
             if not user_row(session, name).active:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.core.text.display import printable
+from tunesmith.core.view import View
 
 Points = Mapping[float, float | None]  # x -> y, None for a gap
 # share: from 0 to 1, shown as a percentage. log: logarithmic, values above 0.
@@ -26,29 +27,44 @@ class Line:
     dashed: bool = False
 
 
-def chart(title: str, lines: Sequence[Line], *, x: str, y: str, scale: Scale = "linear") -> dict[str, Any]:
+class DrawnLine(View):
+    """A line with a value for each x of its chart, None for a gap."""
+
+    label: str
+    colour: int
+    dashed: bool
+    values: tuple[float | None, ...]
+
+
+class Chart(View):
+    """A chart as the page has it. says: its lines in words. at: the values of x."""
+
+    title: str
+    x: str
+    y: str
+    scale: Scale
+    says: str
+    at: tuple[float, ...]
+    lines: tuple[DrawnLine, ...]
+
+
+def chart(title: str, lines: Sequence[Line], *, x: str, y: str, scale: Scale = "linear") -> Chart:
     """A chart of lines over the same span of x.
 
     x, y: what the axes show, with its unit. An x named "time" is in seconds since 1970.
     """
-    at = sorted({place for line in lines for place in line.points})
-    return {
-        "title": printable(title),
-        "x": x,
-        "y": printable(y),
-        "scale": scale,
-        "says": " ".join(_said(line, x, scale) for line in lines),
-        "at": at,
-        "lines": [
-            {
-                "label": printable(line.label),
-                "colour": line.colour,
-                "dashed": line.dashed,
-                "values": [line.points.get(place) for place in at],
-            }
-            for line in lines
-        ],
-    }
+    at = tuple(sorted({place for line in lines for place in line.points}))
+    drawn = tuple(
+        DrawnLine(
+            label=printable(line.label),
+            colour=line.colour,
+            dashed=line.dashed,
+            values=tuple(line.points.get(place) for place in at),
+        )
+        for line in lines
+    )
+    said = " ".join(_said(line, x, scale) for line in lines)
+    return Chart(title=printable(title), x=x, y=printable(y), scale=scale, says=said, at=at, lines=drawn)
 
 
 def _said(line: Line, x: str, scale: Scale) -> str:

@@ -10,11 +10,12 @@ import asyncio
 import base64
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import Request, Response
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.reading.strict_json import JsonObject
 from tunesmith.server.access import PUBLIC
 from tunesmith.server.answering.recording import LOG
 from tunesmith.server.console.people.session import set_cookie
@@ -146,7 +147,7 @@ def client_secret(login: LoginSettings) -> str:
     return secret
 
 
-def _remembered(cookie: str) -> dict[str, Any]:
+def _remembered(cookie: str) -> JsonObject:
     try:
         found = json.loads(base64.urlsafe_b64decode(cookie))
     except ValueError:

@@ -1,0 +1,74 @@
+"""What candidates state."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from tunesmith.core.messages import Message
+from tunesmith.core.settings import Settings
+from tunesmith.records.body import Body
+
+Method = Literal["model", "nearest", "classifier"]
+PromptSource = Literal["candidate", "request", "none"]
+
+
+class Retrieve(Settings):
+    """Put the k examples or passages that are most similar to the request into the prompt."""
+
+    from_: Annotated[
+        Literal["train", "documents"],
+        Field(alias="from", description="what is searched: the training examples, or the project's documents"),
+    ] = "train"
+    k: Annotated[int, Field(ge=1, le=64, description="how many examples or passages")] = 6
+    by: Annotated[
+        Literal["bm25", "dense", "fused"],
+        Field(description="similarity by words (bm25), by MiniLM embeddings (dense), or by the ranks of both (fused)"),
+    ] = "bm25"
+
+
+class RemoteModel(Settings):
+    """The model behind an endpoint: where it is and what it is called there."""
+
+    url: str
+    model: str
+
+
+class CandidateFields(Settings):
+    """One complete way to answer requests.
+
+    prompt: the system prompt; "" leaves the request's own system turn in place. answer_schema: JSON Schema as text,
+    since some engines write keys in its order; None: answers are not constrained. answer_grammar: Lark, instead of a
+    schema. copied: paths of the fields whose values are words of the request's user turns. method: nearest and
+    classifier are baselines that use no language model. embedder: digest of the embedding model.
+    """
+
+    name: str
+    max_tokens: int
+    prompt: str = ""
+    shots: tuple[tuple[Message, ...], ...] = ()
+    retrieve: Retrieve | None = None
+    answer_schema: str | None = None
+    answer_grammar: str | None = None
+    copied: tuple[str, ...] = ()
+    method: Method = "model"
+    endpoint: RemoteModel | None = None
+    embedder: str | None = None
+
+
+class CandidateBody(CandidateFields, Body):
+    """A candidate. A key that is not known is refused: it may decide how requests are answered.
+
+    prompt_source: where the system prompt comes from.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    kind: ClassVar = "candidate"
+
+    prompt_source: PromptSource
+
+    @property
+    def line(self) -> str:
+        """Its name."""
+        return self.name
