@@ -174,7 +174,7 @@ def test_a_stream_that_nobody_reads_is_closed(quick: Served, happened: Happened)
         until(lambda: decoded)
         quick.engine.stream = stream  # type: ignore[method-assign]
         assert quick.ask().choices
-        until(lambda: not quick.worker._busy_since)
+        until(lambda: not quick.serving.drain.under_way)
     assert quick.ask().choices
     happened("closed in time")
 
